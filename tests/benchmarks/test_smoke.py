@@ -152,8 +152,7 @@ def test_a_row_for_each_round_both_sides_seconds_and_their_ratio(benchmark: Benc
     assert all(number > 0 for number in numbers(table["0"]))
 
 
-def test_torn_line(tmp_path: Path) -> None:
-    """A line of the kept results that is not JSON is named, with the way out."""
+def test_a_kept_line_that_is_not_json_is_named(tmp_path: Path) -> None:
     kept = tmp_path / "kept.jsonl"
     kept.write_text('{"a": 1}\n{"a":\n')
     results = import_module("kept_results").KeptResults(kept)

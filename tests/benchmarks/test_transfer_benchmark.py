@@ -2,11 +2,9 @@
 
 import json
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 pytestmark = pytest.mark.thorough
 
@@ -45,11 +43,3 @@ def test_all_cells(benchmark: Benchmark, model_folder: Path, bos_folder: Path) -
     assert list(third["regret"]) == list(third["proxy_regret"]) == taken
     assert about["steps"] == 2
     assert about["report_perplexity"] == pytest.approx(third["perplexities"]["dense"], abs=1e-3)
-
-
-def test_one_model_is_none_to_transfer_to(benchmark: Benchmark) -> None:
-    del benchmark  # it makes the scripts importable from an empty folder
-    done = CliRunner().invoke(import_module("transfer").main, ["--model", "a"])
-
-    assert done.exit_code == 2
-    assert "give --model twice" in done.stderr

@@ -1,8 +1,10 @@
 """Bundles on disk: what is written is read, and what is damaged is refused."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from pho_service.models.calibration import (
     calibrate,
     calibration_text,
 )
-from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.loading import LanguageModel
 from pho_service.models.texts import TextSource
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
 from pho_service.pruning.statistics import PrunableLinear, Statistics
@@ -30,7 +32,6 @@ SETTINGS = CalibrationSettings(
 
 @pytest.fixture
 def bundle(linears: dict[str, PrunableLinear], statistics: Statistics) -> ProxyBundle:
-    """A bundle of the tiny model."""
     return sample_bundle(
         linears, statistics, rows_per_layer=4, kernel_sizes=(3, 5), seed=0,
         provenance={"key": "k", "model": {"name": "tiny"}},
@@ -39,7 +40,6 @@ def bundle(linears: dict[str, PrunableLinear], statistics: Statistics) -> ProxyB
 
 @pytest.fixture
 def file(bundle: ProxyBundle, tmp_path: Path) -> Path:
-    """The same on disk."""
     path = tmp_path / "b.safetensors"
     write_bundle(bundle, path)
     return path
@@ -68,7 +68,7 @@ def test_the_same_bundle_is_the_same_file(bundle: ProxyBundle, file: Path, tmp_p
     assert (tmp_path / "c.safetensors").read_bytes() == file.read_bytes()
 
 
-@pytest.mark.parametrize("share", [0.0, 0.0001, 0.01, 0.5, 0.999])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.999])
 def test_a_truncated_file_is_refused_wherever_it_ends(file: Path, share: float) -> None:
     content = file.read_bytes()
     file.write_bytes(content[: int(len(content) * share)])
@@ -77,14 +77,16 @@ def test_a_truncated_file_is_refused_wherever_it_ends(file: Path, share: float) 
         read_bundle(file)
 
 
-def rewrite(file: Path, metadata: dict[str, str]) -> None:
-    """The same tensors with other metadata."""
-    save_file(tensors_of(file), file, metadata=metadata)
-
-
-def tensors_of(file: Path) -> dict[str, torch.Tensor]:
-    """Copies of the tensors, so that the file may be written again."""
-    return {name: tensor.clone() for name, tensor in load_file(file).items()}
+def rewrite(
+    file: Path,
+    metadata: dict[str, str] | None = None,
+    change: Callable[[dict[str, torch.Tensor]], object] = lambda _: None,
+) -> None:
+    with safe_open(file, framework="pt") as opened:
+        metadata = metadata or opened.metadata()
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    change(tensors)
+    save_file(tensors, file, metadata=metadata)
 
 
 def test_another_format_version_is_told_from_damage(file: Path) -> None:
@@ -101,10 +103,7 @@ def test_a_models_weights_are_no_bundle(file: Path) -> None:
         read_bundle(file)
 
 
-@pytest.mark.parametrize(
-    "document",
-    ["", "[]", '{"version": 1}', "[" * 100_000, "1" * 5000, '{"version": 1, "layers": 3}'],
-)
+@pytest.mark.parametrize("document", ["", '{"version": 1}', '{"version": 1, "layers": 3}'])
 def test_a_header_that_is_no_document_is_refused(file: Path, document: str) -> None:
     rewrite(file, {FORMAT: document})
 
@@ -112,21 +111,20 @@ def test_a_header_that_is_no_document_is_refused(file: Path, document: str) -> N
         read_bundle(file)
 
 
-@pytest.mark.parametrize("field", ["rows", "fisher", "window_mean.3"])
-@pytest.mark.parametrize("how", ["missing", "nan", "shape"])
-def test_bad_tensor(file: Path, field: str, how: str) -> None:
-    """A tensor that is missing, misshapen or not finite is named."""
-    with safe_open(file, framework="pt") as opened:
-        metadata = opened.metadata()
-    tensors = tensors_of(file)
-    name = f"layers.3.{field}"
-    if how == "missing":
-        del tensors[name]
-    elif how == "nan":
-        tensors[name].view(-1)[1] = torch.nan
-    else:
-        tensors[name] = tensors[name][:-1].clone()
-    save_file(tensors, file, metadata=metadata)
+@pytest.mark.parametrize("name", ["layers.3.rows", "layers.3.fisher", "layers.3.window_mean.3"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, name: tensors.pop(name),
+        lambda tensors, name: tensors[name].view(-1)[1:2].fill_(torch.nan),
+        lambda tensors, name: tensors.update({name: tensors[name][:-1].clone()}),
+    ],
+    ids=["missing", "nan", "shape"],
+)
+def test_a_tensor_that_is_missing_misshapen_or_not_finite_is_named(
+    file: Path, name: str, change: Callable[[dict[str, torch.Tensor], str], object]
+) -> None:
+    rewrite(file, change=lambda tensors: change(tensors, name))
 
     with pytest.raises(BundleError, match=r"layers\.3\."):
         read_bundle(file)
@@ -134,10 +132,9 @@ def test_bad_tensor(file: Path, field: str, how: str) -> None:
 
 def test_row_numbers_must_lie_in_the_layer(file: Path) -> None:
     with safe_open(file, framework="pt") as opened:
-        metadata = opened.metadata()
-    document = json.loads(metadata[FORMAT])
+        document = json.loads(opened.metadata()[FORMAT])
     document["layers"][0]["out_features"] = 2
-    save_file(tensors_of(file), file, metadata={FORMAT: json.dumps(document)})
+    rewrite(file, {FORMAT: json.dumps(document)})
 
     with pytest.raises(BundleError, match="is damaged"):
         read_bundle(file)
@@ -148,25 +145,24 @@ def test_a_bundle_that_is_not_there_is_named(tmp_path: Path) -> None:
         read_bundle(tmp_path / "none.safetensors")
 
 
-def test_unwritable(bundle: ProxyBundle, tmp_path: Path) -> None:
-    """Where nothing can be written, nothing is, and the reason is told."""
+def test_where_nothing_can_be_written_it_is_told(bundle: ProxyBundle, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="was not written"):
         write_bundle(bundle, tmp_path / "no-folder" / "b.safetensors")
 
 
 @pytest.fixture
-def calibrating(
-    model_folder: Path, texts: dict[str, Path]
-) -> tuple[LanguageModel, CalibrationText]:
-    """The tiny model and its calibration windows."""
-    model = load_model(str(model_folder), device="cpu")
-    source = TextSource(path=str(texts["calibration"]))
-    return model, calibration_text(model, source, SETTINGS)
+def source(texts: dict[str, Path]) -> TextSource:
+    return TextSource(path=str(texts["calibration"]))
 
 
-def test_cached(calibrating: tuple[LanguageModel, CalibrationText], own_cache: Path) -> None:
-    """The second calibration with the same inputs does not run the model."""
-    model, text = calibrating
+@pytest.fixture
+def text(model: LanguageModel, source: TextSource) -> CalibrationText:
+    return calibration_text(model, source, SETTINGS)
+
+
+def test_the_second_calibration_with_the_same_inputs_does_not_run_the_model(
+    model: LanguageModel, text: CalibrationText, own_cache: Path
+) -> None:
     first = cached_bundle(model, text, SETTINGS, own_cache)
     calls = []
     model.model.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -177,9 +173,9 @@ def test_cached(calibrating: tuple[LanguageModel, CalibrationText], own_cache: P
     assert first.provenance == second.provenance
 
 
-def test_damaged_cache(calibrating: tuple[LanguageModel, CalibrationText], own_cache: Path) -> None:
-    """A damaged file in the cache is made again."""
-    model, text = calibrating
+def test_a_damaged_file_in_the_cache_is_made_again(
+    model: LanguageModel, text: CalibrationText, own_cache: Path
+) -> None:
     first = cached_bundle(model, text, SETTINGS, own_cache)
     (path,) = own_cache.glob("bundles/*")
     path.write_bytes(path.read_bytes()[:1000])
@@ -188,26 +184,11 @@ def test_damaged_cache(calibrating: tuple[LanguageModel, CalibrationText], own_c
     assert torch.equal(first.inputs[2].root, again.inputs[2].root)
 
 
-def test_key_of_another_algorithm(
-    calibrating: tuple[LanguageModel, CalibrationText],
-    texts: dict[str, Path],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """What an older calibration has left in the cache is not taken for the present one's."""
-    model, text = calibrating
-    monkeypatch.setattr("pho_service.models.calibration.ALGORITHM", 1)
-    older = calibration_text(model, TextSource(path=str(texts["calibration"])), SETTINGS)
-
-    assert torch.equal(older.calibration, text.calibration)
-    assert older.bundle_key != text.bundle_key
-
-
 def test_products_in_bfloat16_give_nearly_the_same_bundle_of_another_key(
-    calibrating: tuple[LanguageModel, CalibrationText], texts: dict[str, Path]
+    model: LanguageModel, text: CalibrationText, source: TextSource
 ) -> None:
-    model, text = calibrating
     settings = replace(SETTINGS, mixed_precision=True)
-    mixed_text = calibration_text(model, TextSource(path=str(texts["calibration"])), settings)
+    mixed_text = calibration_text(model, source, settings)
     exact, mixed = calibrate(model, text, SETTINGS), calibrate(model, mixed_text, settings)
 
     assert mixed_text.bundle_key != text.bundle_key
@@ -218,39 +199,29 @@ def test_products_in_bfloat16_give_nearly_the_same_bundle_of_another_key(
 
 
 def test_a_model_that_is_bfloat16_already_is_refused(
-    calibrating: tuple[LanguageModel, CalibrationText],
+    model: LanguageModel, text: CalibrationText
 ) -> None:
-    model, text = calibrating
     model.model.to(torch.bfloat16)
 
     with pytest.raises(InvalidInput, match="loaded as bfloat16"):
         calibrate(model, text, replace(SETTINGS, mixed_precision=True))
 
 
-def test_key(calibrating: tuple[LanguageModel, CalibrationText], texts: dict[str, Path]) -> None:
-    """Another seed, text or setting is another bundle."""
-    model, text = calibrating
-    other_seed = CalibrationSettings(**{**SETTINGS.__dict__, "seed": 1})
-    other_rows = CalibrationSettings(**{**SETTINGS.__dict__, "rows_per_layer": 5})
-    keys = {
-        text.bundle_key,
-        calibration_text(model, TextSource(path=str(texts["report"])), SETTINGS).bundle_key,
-        *(
-            calibration_text(model, TextSource(path=str(texts["calibration"])), s).bundle_key
-            for s in (other_seed, other_rows)
-        ),
-    }
+def test_another_seed_text_setting_or_version_of_calibration_is_another_bundle_a_memory_is_not(
+    model: LanguageModel, texts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key(name: str = "calibration", **changes: Any) -> str:
+        source = TextSource(path=str(texts[name]))
+        return calibration_text(model, source, replace(SETTINGS, **changes)).bundle_key
 
-    assert len(keys) == 4
+    keys = {key(), key(memory_bytes=2**40), key("report"), key(seed=1), key(rows_per_layer=5)}
+    monkeypatch.setattr("pho_service.models.calibration.ALGORITHM", 1)
+
+    assert len({*keys, key()}) == 5
 
 
-def test_changed_contents(file: Path) -> None:
-    """A file whose tensors are not those that were written is refused by its hash."""
-    with safe_open(file, framework="pt") as opened:
-        metadata = opened.metadata()
-    tensors = load_file(file)
-    tensors["layers.3.fisher"] = tensors["layers.3.fisher"] * 1.001
-    save_file(tensors, file, metadata=metadata)
+def test_tensors_that_are_not_those_that_were_written_are_refused(file: Path) -> None:
+    rewrite(file, change=lambda tensors: tensors["layers.3.fisher"].mul_(1.001))
 
     with pytest.raises(BundleError, match="its contents have the hash"):
         read_bundle(file)

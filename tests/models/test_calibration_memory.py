@@ -1,10 +1,6 @@
 """Calibration within a memory: what is planned, what it gives, and what it really takes."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,21 +15,14 @@ from pho_service.models.calibration import calibrate, calibration_text, measure,
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.texts import TextSource
 from pho_service.planning.stage_memory import CalibrationPlan, CalibrationRun, Peak
-from pho_service.pruning.hardware import available_memory, free_memory, memory_in_use
+from pho_service.pruning.hardware import available_memory, memory_in_use
 from pho_service.spec.calibration import CalibrationSettings
 
 SETTINGS = CalibrationSettings(samples=4, context_length=24, projection_rows=8)
 WINDOW = 448  # tokens, of the larger model
 
 
-@pytest.fixture
-def model(model_folder: Path) -> LanguageModel:
-    """The random Llama."""
-    return load_model(str(model_folder), device="cpu")
-
-
-def test_no_limit(model: LanguageModel) -> None:
-    """Without a limit a CPU runs window by window and keeps what the backward pass needs."""
+def test_without_a_limit_a_cpu_runs_window_by_window_and_keeps_it_all(model: LanguageModel) -> None:
     plan = plan_calibration(model, SETTINGS, windows=4, fisher_windows=1)
 
     assert plan.run == CalibrationRun()
@@ -42,24 +31,8 @@ def test_no_limit(model: LanguageModel) -> None:
     assert plan.peak.host > sum(p.nbytes for p in model.model.parameters())
 
 
-def test_same_bundle_key(model: LanguageModel, texts: dict[str, Path]) -> None:
-    """The limit is no part of what a bundle holds."""
-    source = TextSource(path=str(texts["calibration"]))
-    limited = replace(SETTINGS, memory_bytes=2**40)
-
-    assert (
-        calibration_text(model, source, limited).bundle_key
-        == calibration_text(model, source, SETTINGS).bundle_key
-    )
-
-
 def crowded(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
-    """
-    Plan to run a model on four windows at once, and let it run out of memory on more than some.
-
-    Returns:
-        How many it is given each time.
-    """
+    """Run four windows at once, out of memory on more than some; how many it is given each time."""
     given = []
 
     def look(_module: object, args: tuple[torch.Tensor]) -> None:
@@ -74,10 +47,9 @@ def crowded(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, most: int) ->
     return given
 
 
-def test_half_as_many(
+def test_windows_that_do_not_fit_after_all_are_run_half_as_many_at_once_to_the_same_statistics(
     model: LanguageModel, texts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Windows that do not fit after all are run half as many at once, to the same statistics."""
     settings = replace(SETTINGS, fisher_samples=4)
     text = calibration_text(model, TextSource(path=str(texts["calibration"])), settings)
     alone = measure(model, text, settings)
@@ -100,14 +72,13 @@ def test_that_is_tried_once_then_the_error_says_what_would_fit(
     assert given == [1, 1]  # the one window that is run backward
 
 
-def test_card_without_memory(
+def test_on_a_gpu_whose_memory_another_program_takes_in_the_midst_of_a_run_half_as_many_are_run(
     model_folder: Path,
     texts: dict[str, Path],
     pretended_gpu: Card,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """On a GPU whose memory another program takes in the midst of a run, half as many are run."""
     model = load_model(str(model_folder), device="cuda")
     text = calibration_text(model, TextSource(path=str(texts["calibration"])), SETTINGS)
 
@@ -126,8 +97,7 @@ def test_card_without_memory(
     assert "memory ran out: calibrating in smaller pieces" in caplog.text
 
 
-def test_halved() -> None:
-    """A run is halved in its windows first, then in what it keeps of them."""
+def test_a_run_is_halved_in_its_windows_first_then_in_what_it_keeps_of_them() -> None:
     whole = CalibrationRun(windows=2, forward_windows=4)
     half = CalibrationRun(windows=1, forward_windows=2)
     single, least = CalibrationRun(), CalibrationRun(recompute=True)
@@ -180,15 +150,6 @@ def test_windows_that_are_too_long_are_named_with_a_length_that_fits(model_folde
         plan(2 * int(shorter), limit)
 
 
-def test_cache_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch keeps of a GPU for later, and no tensor uses, can be had."""
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (5, 80))
-    monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: 60)
-    monkeypatch.setattr("torch.cuda.memory_allocated", lambda _: 13)
-
-    assert free_memory(torch.device("cuda")) == 5 + 60 - 13
-
-
 @pytest.mark.parametrize(
     ("limit", "expected"), [("1000", 1000 - (900 - 600)), ("100", 0), ("max", None)]
 )
@@ -203,85 +164,17 @@ def test_of_a_containers_memory_what_its_files_pages_take_can_be_had(
     assert available_memory() == expected or (expected is None and available_memory() > 10**6)
 
 
-SCRIPT = """
-import json, sys
-from dataclasses import replace
-import torch
-from pho_service.pruning.hardware import memory_in_use, peak_memory
-from pho_service.models.calibration import CalibrationText, calibrate
-from pho_service.models.calibration import plan_calibration
-from pho_service.models.loading import load_model
-from pho_service.models.texts import TextRecord
-from pho_service.spec.calibration import CalibrationSettings
-
-folder, share, window = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
-model = load_model(folder, device="cpu")
-model.weights_sha256
-weights = sum(p.nbytes for p in model.model.parameters())
-settings = CalibrationSettings(samples=3, context_length=window, fisher_samples=2)
-windows = torch.randint(2000, (3, window), generator=torch.Generator().manual_seed(0))
-text = CalibrationText(
-    calibration=windows, beside=windows[:0], bundle_key="",
-    record=TextRecord(source="", sha256="", documents=1),
-)
-before = memory_in_use(model.device)
-free = plan_calibration(model, settings, windows=3, fisher_windows=2).peak.host - weights
-limit = before + int(share * free)
-settings = replace(settings, memory_bytes=limit)
-plan = plan_calibration(model, settings, windows=3, fisher_windows=2)
-with peak_memory(model.device) as peak:
-    bundle = calibrate(model, text, settings)
-    taken = peak()
-sums = [float(i.root.double().sum()) for i in bundle.inputs]
-sums += [float(layer.fisher.double().sum()) for layer in bundle.layers]
-print(json.dumps({
-    "recompute": plan.run.recompute, "planned": plan.peak.host - weights, "limit": limit - before,
-    "taken": taken - before, "sums": sums,
-}))
-"""
-
-
-def run(folder: Path, share: float) -> dict[str, object]:
-    """Calibrate in a process of its own, with so many times the memory that it would need."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(folder), str(share), str(WINDOW)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        check=True,
-        text=True,
-    )
-    result: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
-@pytest.mark.thorough
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_peak(model_folder: Path) -> None:
-    """The peak stays below a limit that needs recomputing, which changes no bit of the result."""
-    larger_model(model_folder)
-    free, limited = run(model_folder, 1.1), run(model_folder, 0.75)
-
-    assert not free["recompute"]
-    assert limited["recompute"]
-    assert free["taken"] <= free["planned"] <= free["limit"], free
-    assert limited["taken"] <= limited["planned"] <= limited["limit"], limited
-    assert limited["taken"] < free["taken"]
-    assert limited["sums"] == free["sums"]
-
-
 @pytest.fixture
 def streamed(model_folder: Path) -> LanguageModel:
-    """The random Llama, streamed."""
     return load_model(str(model_folder), device="cpu", stream=True)
 
 
-def test_inputs_on_disk(
+def test_inputs_of_a_streamed_models_blocks_beyond_the_limit_are_on_disk_and_give_the_same_bits(
     streamed: LanguageModel,
     texts: dict[str, Path],
     own_cache: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Inputs of a streamed model's blocks beyond the limit are on disk, and give the same bits."""
     text = calibration_text(streamed, TextSource(path=str(texts["calibration"])), SETTINGS)
     expected = calibrate(streamed, text, SETTINGS)
     assert not own_cache.exists()  # few of them stay in memory

@@ -23,8 +23,6 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.2,
 }  # fmt: skip
 KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "float32": (LlamaForCausalLM, LlamaConfig, {"dtype": torch.float32}),
-    "bfloat16": (LlamaForCausalLM, LlamaConfig, {"dtype": torch.bfloat16}),
     "tied": (LlamaForCausalLM, LlamaConfig, {"dtype": torch.float32, "tie_word_embeddings": True}),
     "mixtral": (
         MixtralForCausalLM,
@@ -36,8 +34,8 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 @pytest.fixture
 def folder(model_folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """A random model of a kind: ``float32`` if the test asks for none."""
-    model_class, config, more = KINDS[getattr(request, "param", "float32")]
+    """A random model of a kind: ``tied`` if the test asks for none."""
+    model_class, config, more = KINDS[getattr(request, "param", "tied")]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model: Any = model_class(config(**SIZES, **more)).to(more["dtype"])
@@ -49,15 +47,8 @@ def folder(model_folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -
 
 @pytest.fixture
 def two_cards(folder: Path, pretended_gpus: Cards) -> Cards:
-    """Two cards, after the model was stored."""
     assert folder.is_dir()
     return pretended_gpus
-
-
-@pytest.fixture
-def windows() -> Tensor:
-    """(4, 16), int64: random tokens."""
-    return torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(1))
 
 
 def on_cpu(folder: Path) -> LanguageModel:
@@ -83,8 +74,7 @@ def test_straight_to_a_gpu(folder: Path, windows: Tensor, pretended_gpu: Card) -
 
 @pytest.mark.parametrize("folder", KINDS, indirect=True)
 @pytest.mark.usefixtures("two_cards")
-def test_on_two_gpus(folder: Path, windows: Tensor) -> None:
-    """Half of the blocks lie on each card; the hash and the perplexity stay what they were."""
+def test_half_of_the_blocks_lie_on_each_card(folder: Path, windows: Tensor) -> None:
     expected = on_cpu(folder)
     model = load_model(str(folder), device_map="auto")
     places = [linear.weight.device.index for linear in model.linears.values()]
@@ -98,10 +88,9 @@ def test_on_two_gpus(folder: Path, windows: Tensor) -> None:
 
 @pytest.mark.parametrize("stays", [True, False])
 @pytest.mark.usefixtures("two_cards")
-def test_walk_over_two_gpus(
+def test_a_walk_hands_hidden_states_from_card_to_card_and_prunes_as_it_does_on_one(
     folder: Path, windows: Tensor, stays: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A walk hands hidden states from card to card, and prunes as it does on one."""
     expected, model = on_cpu(folder), load_model(str(folder), device_map="auto")
     monkeypatch.setattr(blockwise, "_states_fit", lambda *_: stays)
     for here, there in zip(walk(expected, windows), walk(model, windows), strict=True):
@@ -116,8 +105,7 @@ def test_walk_over_two_gpus(
     assert len({block.device for block in model.model.parameters()}) == 2
 
 
-def test_let_go(folder: Path, pretended_gpus: Cards) -> None:
-    """A model on several cards leaves them when it is let go, so the next one finds room."""
+def test_a_model_leaves_its_cards_when_it_is_let_go(folder: Path, pretended_gpus: Cards) -> None:
     first = load_model(str(folder), device_map="auto")
     before = [card.allocated for card in pretended_gpus]
     del first
@@ -138,14 +126,11 @@ def test_cards_that_are_too_small(folder: Path, pretended_gpus: Cards) -> None:
     assert all(card.allocated == 0 for card in pretended_gpus)
 
 
-@pytest.mark.parametrize(
-    "options", [{"stream": True}, {"device": "cuda:1"}, {"device": "cpu"}], ids=str
-)
 @pytest.mark.usefixtures("two_cards")
-def test_contradictions(folder: Path, options: dict[str, Any]) -> None:
-    """Several cards and one, or none at a time, cannot both be had."""
-    with pytest.raises(InvalidInput, match=r"on several GPUs.*Leave --device-map out"):
-        load_model(str(folder), device_map="auto", **options)
+def test_several_cards_and_one_or_none_at_a_time_cannot_both_be_had(folder: Path) -> None:
+    for options in ({"stream": True}, {"device": "cuda:1"}, {"device": "cpu"}):
+        with pytest.raises(InvalidInput, match=r"on several GPUs.*Leave --device-map out"):
+            load_model(str(folder), device_map="auto", **options)
     with pytest.raises(
         InvalidInput, match=r"'cuda:2' does not exist: torch sees cuda:0 \(.*cuda:1"
     ):

@@ -2,7 +2,6 @@
 
 import gc
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,7 +40,6 @@ CONFIG = {
 
 
 def llama(dtype: torch.dtype) -> LlamaForCausalLM:
-    """A random LLaMA with two blocks."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return LlamaForCausalLM(LlamaConfig(**CONFIG)).to(dtype).eval()
@@ -49,24 +47,21 @@ def llama(dtype: torch.dtype) -> LlamaForCausalLM:
 
 @pytest.fixture
 def windows() -> Tensor:
-    """(8, 128), int64: random tokens."""
     return torch.randint(512, (WINDOWS, TOKENS), generator=torch.Generator().manual_seed(1))
 
 
-RUNS = [
-    (CalibrationRun(), 32),
-    (CalibrationRun(windows=4, forward_windows=4), 32),
-    (CalibrationRun(forward_windows=4, recompute=True), 32),
-    (CalibrationRun(), 0),
-]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("run", "rows"), RUNS)
-def test_plan_of_a_calibration(
+@pytest.mark.parametrize(
+    ("run", "rows", "dtype"),
+    [
+        pytest.param(CalibrationRun(), 32, torch.float32, marks=pytest.mark.thorough),
+        (CalibrationRun(windows=4, forward_windows=4), 32, torch.bfloat16),
+        (CalibrationRun(forward_windows=4, recompute=True), 32, torch.float32),
+        (CalibrationRun(), 0, torch.bfloat16),
+    ],
+)
+def test_a_calibration_takes_what_is_planned_or_down_to_two_thirds_of_it_in_both_dtypes(
     pretended_gpu: Card, windows: Tensor, dtype: torch.dtype, run: CalibrationRun, rows: int
 ) -> None:
-    """A calibration takes what is planned, or down to two thirds of it, in both dtypes."""
     model = llama(dtype).to("cuda")
     linears = prunable_linears(model)
     planned = calibration_peak(
@@ -84,21 +79,15 @@ def test_plan_of_a_calibration(
 
 
 @pytest.fixture
-def folder(model_folder: Path) -> Callable[[torch.dtype], Path]:
-    """Makes a folder with the LLaMA of two blocks."""
-
-    def make(dtype: torch.dtype) -> Path:
-        (model_folder / "model.safetensors").unlink()
-        llama(dtype).save_pretrained(model_folder)
-        return model_folder
-
-    return make
+def folder(model_folder: Path, dtype: torch.dtype) -> Path:
+    (model_folder / "model.safetensors").unlink()
+    llama(dtype).save_pretrained(model_folder)
+    return model_folder
 
 
 def streamed_statistics(
     model: LanguageModel, windows: Tensor, *, on_device: bool, spill: Path | None = None
 ) -> Statistics:
-    """What the windows say of a streamed model."""
     return collect_statistics_blockwise(
         model, windows, fisher_windows=FISHER, projection_rows=32, seed=0, spill=spill,
         states_on_device=on_device,
@@ -107,14 +96,9 @@ def streamed_statistics(
 
 @pytest.mark.parametrize(("dtype", "on_device"), [(torch.float32, True), (torch.bfloat16, False)])
 def test_so_does_a_streamed_one_with_the_hidden_states_on_the_card_and_without(
-    pretended_gpu: Card,
-    windows: Tensor,
-    folder: Callable[[torch.dtype], Path],
-    dtype: torch.dtype,
-    *,
-    on_device: bool,
+    pretended_gpu: Card, windows: Tensor, folder: Path, *, on_device: bool
 ) -> None:
-    model = load_model(str(folder(dtype)), device="cuda", stream=True)
+    model = load_model(str(folder), device="cuda", stream=True)
     planned = calibration_peak(
         footprint_of(model.model), SETTINGS, STREAMED,
         CalibrationRun(recompute=True, states_on_device=on_device),
@@ -128,13 +112,11 @@ def test_so_does_a_streamed_one_with_the_hidden_states_on_the_card_and_without(
 
 
 @pytest.mark.usefixtures("pretended_gpu")
-def test_where_states_are(
-    windows: Tensor,
-    folder: Callable[[torch.dtype], Path],
-    tmp_path: Path,
+def test_hidden_states_on_the_card_in_main_memory_and_on_disk_give_the_same_bits(
+    windows: Tensor, model_folder: Path, tmp_path: Path
 ) -> None:
-    """On the card, in main memory, or on disk: hidden states give the same bits."""
-    model = load_model(str(folder(torch.float32)), device="cuda", stream=True)
+    model = load_model(str(model_folder), device="cuda", stream=True)
+    windows = windows[:, :16] % 42
     expected = streamed_statistics(model, windows, on_device=True)
     for spill in (None, tmp_path):
         actual = streamed_statistics(model, windows, on_device=False, spill=spill)
@@ -145,7 +127,6 @@ def test_where_states_are(
 
 
 def waits(card: Card, windows: Tensor, rows: int) -> Counter[str]:
-    """How often a calibration waits for the card, and for what."""
     model = llama(torch.bfloat16).to("cuda")
     with card.counting() as counts:
         collect_statistics(
@@ -190,22 +171,16 @@ UPDATED = [("0.5", Steps(update="obs")), ("0.5", TRAINED)]
     ("dtype", "stream", "steps"),
     [
         pytest.param(torch.float32, False, SCORED, marks=pytest.mark.thorough),
-        (torch.bfloat16, False, [*SCORED[:1], *UPDATED]),
+        (torch.bfloat16, False, UPDATED),
         pytest.param(torch.float32, True, SCORED[:1], marks=pytest.mark.thorough),
         (torch.bfloat16, True, SCORED[:1]),
     ],
 )
-def test_plan_of_a_confirmation(
-    pretended_gpu: Card,
-    windows: Tensor,
-    folder: Callable[[torch.dtype], Path],
-    dtype: torch.dtype,
-    steps: list[tuple[str, Steps]],
-    *,
+def test_to_prune_a_model_measure_it_and_make_it_dense_again_takes_what_is_planned_as_well(
+    pretended_gpu: Card, windows: Tensor, folder: Path, steps: list[tuple[str, Steps]], *,
     stream: bool,
-) -> None:
-    """To prune a model, measure it, and make it dense again takes what is planned as well."""
-    model = load_model(str(folder(dtype)), device="cuda", dtype="auto", stream=stream)
+) -> None:  # fmt: skip
+    model = load_model(str(folder), device="cuda", dtype="auto", stream=stream)
     footprint, place = footprint_of(model.model), Place(on_gpu=True, stream=stream)
     few = windows[:4]
     statistics = streamed_statistics(model, few, on_device=True) if stream else None

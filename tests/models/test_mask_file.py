@@ -24,7 +24,6 @@ from pho_service.pruning.masks import pack, unpack
 
 
 def random_mask(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Half of the weights are kept."""
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
 
 
@@ -41,14 +40,12 @@ def masks() -> dict[str, LayerMask]:
 
 @pytest.fixture
 def file(masks: dict[str, LayerMask], tmp_path: Path) -> Path:
-    """The same on disk."""
     path = tmp_path / "m.safetensors"
     write_masks(masks, path, metadata={"model": {"name": "tiny"}})
     return path
 
 
-def test_round_trip(masks: dict[str, LayerMask], file: Path) -> None:
-    """Masks, orders, metadata and the order of the linears come back."""
+def test_all_of_them_comes_back_in_its_order(masks: dict[str, LayerMask], file: Path) -> None:
     again = read_masks(file)
 
     assert again.names == list(masks)
@@ -66,7 +63,7 @@ def test_round_trip(masks: dict[str, LayerMask], file: Path) -> None:
             assert torch.equal(found.order, mask.order)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (1, 8), (1, 9), (3, 3), (7, 11), (16, 16)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (7, 11), (16, 16)])
 def test_pack(shape: tuple[int, int]) -> None:
     """Bit i of the packed mask, counted from the highest bit of byte 0, is weight i."""
     mask = random_mask(*shape)
@@ -94,13 +91,6 @@ def test_hashes(masks: dict[str, LayerMask], tmp_path: Path) -> None:
     assert {name: again.sha256(name) for name in again.names} == hashes
 
 
-def test_same_bytes(masks: dict[str, LayerMask], file: Path, tmp_path: Path) -> None:
-    """The same masks are the same file, as pairs or by name."""
-    write_masks(iter(masks.items()), tmp_path / "n", metadata={"model": {"name": "tiny"}})
-
-    assert (tmp_path / "n").read_bytes() == file.read_bytes()
-
-
 def test_a_mask_may_be_overwritten_as_soon_as_the_next_one_is_asked_for(tmp_path: Path) -> None:
     buffer = torch.empty(4, 8, dtype=torch.bool)
 
@@ -114,8 +104,7 @@ def test_a_mask_may_be_overwritten_as_soon_as_the_next_one_is_asked_for(tmp_path
     assert all(torch.equal(again.mask(str(i)).keep, random_mask(4, 8, seed=i)) for i in range(3))
 
 
-def test_size(tmp_path: Path) -> None:
-    """The file has one bit a weight, and 0.002 more for linears of a million."""
+def test_the_file_has_one_bit_a_weight_and_little_more(tmp_path: Path) -> None:
     names = [f"model.layers.{i}.self_attn.q_proj" for i in range(4)]
     keep = random_mask(1024, 1024)
     write_masks({name: LayerMask(keep=keep) for name in names}, tmp_path / "m", metadata={})
@@ -124,8 +113,7 @@ def test_size(tmp_path: Path) -> None:
     assert 1 <= bits / (len(names) * keep.numel()) < 1.002
 
 
-def test_weight_hash() -> None:
-    """A weight's hash is that of its bytes row by row, however it lies in memory."""
+def test_a_weights_hash_is_that_of_its_bytes_row_by_row_however_it_lies_in_memory() -> None:
     weight = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     expected = hashlib.sha256(struct.pack("<6f", 1, 2, 3, 4, 5, 6)).hexdigest()
 
@@ -138,16 +126,12 @@ def test_weight_hash() -> None:
     ("mask", "said"),
     [
         (LayerMask(keep=torch.ones(2, 4)), "not a mask"),
-        (LayerMask(keep=torch.ones(4, dtype=torch.bool)), "not a mask"),
         (LayerMask(keep=torch.ones(0, 4, dtype=torch.bool)), "not a mask"),
-        (LayerMask(keep=random_mask(2, 3), order=torch.tensor([0, 1])), "not a permutation"),
         (LayerMask(keep=random_mask(2, 3), order=torch.tensor([0, 1, 1])), "not a permutation"),
-        (LayerMask(keep=random_mask(2, 3), order=torch.tensor([1, 2, 3])), "not a permutation"),
         (LayerMask(keep=random_mask(2, 3), order=torch.tensor([0.0, 1, 2])), "not a permutation"),
     ],
 )
-def test_no_mask(mask: LayerMask, said: str, tmp_path: Path) -> None:
-    """What is no mask is the programmer's fault, and leaves no file."""
+def test_what_is_no_mask_leaves_no_file(mask: LayerMask, said: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"odd: .*{said}"):
         write_masks({"odd": mask}, tmp_path / "m", metadata={})
     assert not (tmp_path / "m").exists()
@@ -162,7 +146,7 @@ def test_two_masks_of_one_linear_are_refused_and_so_is_nothing_at_all(tmp_path: 
         write_masks([], tmp_path / "m", metadata={})
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.999])
 def test_a_truncated_file_is_refused_wherever_it_ends(file: Path, share: float) -> None:
     content = file.read_bytes()
     file.write_bytes(content[: int(len(content) * share)])
@@ -172,7 +156,6 @@ def test_a_truncated_file_is_refused_wherever_it_ends(file: Path, share: float) 
 
 
 def document_of(file: Path) -> dict[str, Any]:
-    """The header's document."""
     with safe_open(file, framework="pt") as opened:
         return json.loads(opened.metadata()[MASK_FORMAT])
 
@@ -212,12 +195,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "document",
     [
-        "", "[]", "[" * 100_000, "1" * 5000, '{"version": 1}', '{"version": 1, "layers": 3}',
-        '{"version": 1, "layers": []}', '{"version": 1, "layers": [{"name": "a"}]}',
-        '{"version": 1, "layers": [{"name": "a", "shape": [1]}]}',
+        "", '{"version": 1, "layers": 3}', '{"version": 1, "layers": [{"name": "a"}]}',
         '{"version": 1, "layers": [{"name": "a", "shape": [true, 1]}]}',
         '{"version": 1, "layers": [{"name": "a", "shape": [-1, -8]}]}',
-        '{"version": 1, "layers": [{"name": "a", "shape": [1e400, 1]}]}',
         '{"version": 1, "layers": [{"name": "a", "shape": [1, 99999999999999999999]}]}',
     ],
 )  # fmt: skip
@@ -228,22 +208,13 @@ def test_a_header_that_describes_no_masks_is_refused(file: Path, document: str) 
         read_masks(file)
 
 
-def test_a_header_without_the_writers_metadata_is_refused(file: Path) -> None:
-    rewrite(file, {k: v for k, v in document_of(file).items() if k != "metadata"})
-
-    with pytest.raises(ModelError, match="lacks metadata"):
-        read_masks(file)
-
-
 @pytest.mark.parametrize(
     ("tensor", "value"),
     [
         ("blocks.0.up.keep", None),
-        ("blocks.0.up.keep", torch.zeros(2, dtype=torch.uint8)),
         ("blocks.0.up.keep", torch.zeros(3)),
         ("blocks.0.up.keep", torch.zeros(3, 1, dtype=torch.uint8)),
         ("blocks.1.up.order", torch.arange(11, dtype=torch.int32)),
-        ("blocks.1.up.order", torch.arange(12)),
         ("blocks.2.up.keep", torch.zeros(3, dtype=torch.uint8)),
     ],
 )
@@ -255,8 +226,7 @@ def test_bad_tensor(file: Path, tensor: str, value: torch.Tensor | None) -> None
         read_masks(file)
 
 
-def test_bad_order(file: Path) -> None:
-    """An order that is no permutation is refused when its mask is read; others still come."""
+def test_an_order_that_is_no_permutation_is_refused_when_it_is_read(file: Path) -> None:
     order = torch.zeros(12, dtype=torch.int32)
     rewrite(file, document_of(file), {"blocks.1.up.order": order})
     masks = read_masks(file)
@@ -273,8 +243,7 @@ def test_unwritable(masks: dict[str, LayerMask], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("columns", [8, 13])
-def test_packed_on_a_gpu(pretended_gpu: Card, columns: int) -> None:
-    """A GPU packs its masks itself, into the same bits, and copies only these."""
+def test_a_gpu_packs_into_the_same_bits(pretended_gpu: Card, columns: int) -> None:
     keep = random_mask(5, columns)
     expected = pack(keep)
     with pretended_gpu.counting() as counts:

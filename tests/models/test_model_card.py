@@ -23,13 +23,11 @@ RECIPE = Path(__file__).parents[1] / "stored" / "0.1.0" / "pruning.json"
 
 @pytest.fixture
 def recipe() -> dict[str, Any]:
-    """What `pho prune` wrote of a search."""
     found: dict[str, Any] = json.loads(RECIPE.read_text())
     return found
 
 
 def head(card: str) -> dict[str, Any]:
-    """The YAML that the hub reads."""
     found: dict[str, Any] = yaml.safe_load(card.split("---\n")[1])
     return found
 
@@ -54,8 +52,7 @@ def test_card(recipe: dict[str, Any]) -> None:
         assert said in card
 
 
-def test_card_beside_dense(recipe: dict[str, Any]) -> None:
-    """Where dense model, Wanda and RIA were measured on the same windows, they stand beside it."""
+def test_what_was_measured_on_the_same_windows_is_beside_it(recipe: dict[str, Any]) -> None:
     found = {"dense": 80.0, "pruned": 100.0, "wanda": 120.5, "ria": None}
     recipe["configuration"]["perplexities"] = found
     card = model_card(recipe, {})
@@ -64,8 +61,7 @@ def test_card_beside_dense(recipe: dict[str, Any]) -> None:
     assert "| RIA | none |" in card
 
 
-def test_card_of_trained_blocks(recipe: dict[str, Any]) -> None:
-    """What training came to, and that a calibration was short, stand where a user sees them."""
+def test_training_and_a_short_calibration_are_on_the_card(recipe: dict[str, Any]) -> None:
     plain = model_card(recipe, {})
     assert "Training:" not in plain
     assert "Take care:" not in plain
@@ -143,7 +139,6 @@ class _Handler(BaseHTTPRequestHandler):
     server: Hub
 
     def do_POST(self) -> None:
-        """Take a request as the hub does."""
         length = int(self.headers.get("Content-Length", 0))
         lines = [json.loads(line) for line in self.rfile.read(length).splitlines()]
         path = self.path.partition("?")[0]
@@ -185,7 +180,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def listening(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub, which `push` talks to."""
     server = Hub()
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
@@ -200,7 +194,6 @@ def listening(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A pruned folder, as far as `push` looks at it."""
     path = tmp_path / "pruned"
     (path / "pruning").mkdir(parents=True)
     (path / "pruning.json").write_bytes(RECIPE.read_bytes())
@@ -208,8 +201,7 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
-def test_push(listening: Hub, folder: Path) -> None:
-    """All files are one commit in a repository that is private."""
+def test_all_files_are_one_commit_in_a_private_repository(listening: Hub, folder: Path) -> None:
     address = saving.push(folder, "org/pruned")
 
     assert address.endswith("/org/pruned/commit/c")
@@ -246,8 +238,7 @@ def test_nothing_local(listening: Hub, folder: Path, tmp_path: Path) -> None:
     }
 
 
-def test_push_refused(listening: Hub, folder: Path, tmp_path: Path) -> None:
-    """A wrong token, a wrong name and a folder of somebody else are refused in words."""
+def test_who_may_not_push_is_told_in_words(listening: Hub, folder: Path, tmp_path: Path) -> None:
     listening.token = "hf_other"  # noqa: S105 - of this test
     with pytest.raises(ServiceError, match="hf auth login"):
         saving.push(folder, "org/pruned")

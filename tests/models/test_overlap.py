@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pho_service.errors import TextError
 from pho_service.models.calibration import calibration_text
-from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.loading import LanguageModel
 from pho_service.models.texts import TextSource, apart, read_windows
 from pho_service.spec.calibration import CalibrationSettings
 
@@ -21,14 +21,7 @@ SETTINGS = CalibrationSettings(
 )
 
 
-@pytest.fixture
-def model(model_folder: Path) -> LanguageModel:
-    """The tiny model."""
-    return load_model(str(model_folder), device="cpu")
-
-
 def runs(windows: Tensor, length: int) -> set[tuple[int, ...]]:
-    """All runs of tokens, one by one."""
     return {
         tuple(window[i : i + length])
         for window in windows.tolist()
@@ -50,8 +43,7 @@ def test_as_one_by_one(seed: int, length: int, kept: int) -> None:
     assert apart(windows, others, kept).tolist() == expected[:kept]
 
 
-def test_a_run_of_32() -> None:
-    """In long windows 32 tokens in a row are an overlap, and 31 are not."""
+def test_in_long_windows_32_tokens_in_a_row_are_an_overlap_and_31_are_not() -> None:
     generator = torch.Generator().manual_seed(0)
     windows, others = (torch.randint(50_000, (3, 512), generator=generator) for _ in range(2))
     windows[0, 100:132] = others[2, 300:332]
@@ -92,9 +84,7 @@ def test_if_nothing_of_the_text_is_left_that_is_said_with_the_way_out(
     with pytest.raises(
         TextError, match=r"book\.txt has no window of 32 tokens that the calibration"
     ):
-        read_windows(
-            model, source, context_length=32, bos="auto", unlike=text.calibration
-        )  # fmt: skip
+        read_windows(model, source, context_length=32, bos="auto", unlike=text.calibration)
 
 
 def test_documents_that_come_twice(model: LanguageModel, texts: dict[str, Path]) -> None:

@@ -18,20 +18,17 @@ from pho_service.models.packed import as_folder, pack, unpack
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 @pytest.fixture
 def packed(model_folder: Path, tmp_path: Path) -> Path:
-    """A packed model."""
     pack(model_folder, tmp_path / "packed.pho")
     return tmp_path / "packed.pho"
 
 
 def rewritten(packed: Path, change: Callable[[str, bytes], tuple[str, bytes]]) -> Path:
-    """The same archive with other entries."""
     bad = packed.with_name("bad.pho")
     with ZipFile(packed) as good, ZipFile(bad, "w") as archive:
         archive.comment = good.comment
@@ -40,8 +37,7 @@ def rewritten(packed: Path, change: Callable[[str, bytes], tuple[str, bytes]]) -
     return bad
 
 
-def test_every_bit(model_folder: Path, tmp_path: Path) -> None:
-    """The files come back as they were, and the same folder gives the same bytes."""
+def test_the_files_come_back_to_the_bit(model_folder: Path, tmp_path: Path) -> None:
     (model_folder / "pruning").mkdir()
     (model_folder / "pruning" / "noise.safetensors").write_bytes(os.urandom(2**22 + 3))
     (model_folder / "empty.txt").touch()
@@ -80,50 +76,43 @@ def test_load(model_folder: Path, packed: Path, monkeypatch: pytest.MonkeyPatch)
     assert not [*scratch.iterdir()]
 
 
+def refused_as_damaged(path: Path) -> bool:
+    back = path.parent / "back"
+    with pytest.raises(ModelError, match=rf"{path.name} is damaged or cut short: .*Get the file"):
+        unpack(path, back)
+    with pytest.raises(ModelError, match="damaged or cut short"):
+        pho.load_packed(path, device="cpu")
+    return not back.exists()
+
+
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.999])
-def test_cut_short(packed: Path, tmp_path: Path, share: float) -> None:
-    """A download that ended early is refused in words, and nothing is written."""
+def test_a_download_that_ended_early_is_refused(packed: Path, share: float) -> None:
     data = packed.read_bytes()
     packed.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(ModelError, match=r"packed\.pho is damaged or cut short: .*Get the file"):
-        unpack(packed, tmp_path / "back")
-    with pytest.raises(ModelError, match="damaged or cut short"):
-        pho.load_packed(packed, device="cpu")
 
-    assert not (tmp_path / "back").exists()
+    assert refused_as_damaged(packed)
 
 
-def _shortened(data: bytes) -> bytes:
-    return data[:-9]
-
-
-def _longer(data: bytes) -> bytes:
-    return data + b"more"
-
-
-def _other_content(data: bytes) -> bytes:
-    return data[:-4] + bytes(byte ^ 1 for byte in data[-4:])  # the checksum is the end
-
-
-def _without_size(data: bytes) -> bytes:
+def without_size(data: bytes) -> bytes:
     content = zstandard.ZstdDecompressor().decompress(data)
     return zstandard.ZstdCompressor(write_content_size=False).compress(content)
 
 
-def _not_zstd(_data: bytes) -> bytes:
-    return b"{}"
-
-
-@pytest.mark.parametrize("damage", [_shortened, _longer, _other_content, _without_size, _not_zstd])
-def test_damaged_entry(packed: Path, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-9],
+        lambda data: data + b"more",
+        lambda data: data[:-1] + bytes([data[-1] ^ 1]),  # the checksum is the end
+        lambda _: b"{}",
+        without_size,
+    ],
+)
+def test_damaged_entry(packed: Path, damage: Callable[[bytes], bytes]) -> None:
     """Though the archive is whole, an entry that is not what was packed is refused."""
     bad = rewritten(packed, lambda name, data: (name, damage(data) if "model" in name else data))
-    with pytest.raises(ModelError, match=r"bad\.pho is damaged or cut short: .*Get the file"):
-        unpack(bad, tmp_path / "back")
-    with pytest.raises(ModelError, match="damaged or cut short"):
-        pho.load_packed(bad, device="cpu")
 
-    assert not (tmp_path / "back").exists()
+    assert refused_as_damaged(bad)
 
 
 def test_no_room(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,8 +131,7 @@ def test_no_room(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("name", ["../out.json", "/out.json", "a/../../out.json", "C:\\a"])
-def test_names_that_lead_out(packed: Path, tmp_path: Path, name: str) -> None:
-    """No name leads out of the folder that is written to."""
+def test_no_name_leads_out_of_the_folder(packed: Path, tmp_path: Path, name: str) -> None:
     bad = rewritten(
         packed, lambda old, data: (f"{name}.zst" if old == "config.json.zst" else old, data)
     )

@@ -37,19 +37,11 @@ def _any_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def model(model_folder: Path) -> LanguageModel:
-    """The random Llama."""
-    return load_model(str(model_folder), device="cpu")
-
-
-@pytest.fixture
 def text(model: LanguageModel, texts: dict[str, Path]) -> CalibrationText:
-    """To calibrate it on."""
     return calibration_text(model, TextSource(path=str(texts["calibration"])), SETTINGS)
 
 
 def tensors(statistics: Statistics) -> Iterable[Tensor]:
-    """All that was measured."""
     for entry in statistics.inputs:
         yield from (entry.activation_norm, entry.root)
     yield from statistics.fisher.values()
@@ -76,10 +68,9 @@ def test_by_whoever(model: LanguageModel, text: CalibrationText, tmp_path: Path)
 
 
 @pytest.mark.parametrize("device_map", [None, "auto"])
-def test_on_cards(
+def test_added_up_from_files_on_one_gpu_or_on_two_that_a_model_lies_on_shards_give_the_same_bits(
     model_folder: Path, texts: dict[str, Path], pretended_gpus: Cards, device_map: str | None
 ) -> None:
-    """Added up from files on one GPU, or on two that a model lies on, shards give the same bits."""
     model = load_model(str(model_folder), device="cuda", device_map=device_map)
     text = calibration_text(model, TextSource(path=str(texts["calibration"])), SETTINGS)
     alone = measure(model, text, SETTINGS)
@@ -100,22 +91,6 @@ def test_on_cards(
     assert all(map(torch.equal, tensors(together), tensors(alone)))
 
 
-def test_same_statistics(
-    model: LanguageModel, text: CalibrationText, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They are the statistics of the whole text, but for rounding and the projection's signs."""
-    cut_up = measure(model, text, SETTINGS)
-    monkeypatch.setattr("pho_service.spec.calibration.SHARDED_FROM", 10**9)
-    whole = measure(model, text, SETTINGS)
-
-    assert cut_up.input_of == whole.input_of
-    for name, fisher in whole.fisher.items():
-        torch.testing.assert_close(cut_up.fisher[name], fisher)
-    for mine, theirs in zip(cut_up.inputs, whole.inputs, strict=True):
-        torch.testing.assert_close(mine.activation_norm, theirs.activation_norm)
-        assert not torch.equal(mine.root, theirs.root)
-
-
 def test_signs_apart(model: LanguageModel, text: CalibrationText) -> None:
     """The same window in every shard does not count for more: its signs are drawn anew in each."""
     windows = text.calibration[:1].expand(8, -1)
@@ -128,7 +103,7 @@ def test_signs_apart(model: LanguageModel, text: CalibrationText) -> None:
         assert 0.9 < entry.root.square().sum() / energy < 1.1  # 8 with the same signs
 
 
-@pytest.mark.parametrize("windows", [1, 5, 8, 13])
+@pytest.mark.parametrize("windows", [1, 8, 13])
 def test_cut(text: CalibrationText, windows: int) -> None:
     """Each window is in one shard, those that are run backward first, and shards are alike."""
     numbered = torch.arange(windows)[:, None].expand(-1, 24)
@@ -143,8 +118,7 @@ def test_cut(text: CalibrationText, windows: int) -> None:
         assert max(sizes) - min(sizes) <= 1
 
 
-def test_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The settings decide: small ones, streamed models and full Gram matrices are not cut."""
+def test_small_streamed_and_gram_ones_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     default = CalibrationSettings()
 
@@ -169,8 +143,7 @@ def mixtral() -> MixtralForCausalLM:
     return found
 
 
-def test_experts(mixtral: MixtralForCausalLM) -> None:
-    """An expert that no token of some shards reaches has what it got in the others."""
+def test_an_expert_has_what_it_got_in_the_other_shards(mixtral: MixtralForCausalLM) -> None:
     linears = prunable_linears(mixtral)
     windows = torch.randint(256, (6, 4), generator=torch.Generator().manual_seed(1))
     known = {"fisher_windows": 6, "projection_rows": 8, "seed": 0}
@@ -190,13 +163,23 @@ def test_experts(mixtral: MixtralForCausalLM) -> None:
         torch.testing.assert_close(added.activation_norm(name), whole.activation_norm(name))
 
 
-def test_key(model: LanguageModel, texts: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bundles that were cut and those that were not have different names."""
-    source = TextSource(path=str(texts["calibration"]))
-    cut_up = calibration_text(model, source, SETTINGS).bundle_key
+def test_what_is_cut_has_the_same_statistics_but_for_rounding_and_signs_and_another_name(
+    model: LanguageModel,
+    text: CalibrationText,
+    texts: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cut_up = measure(model, text, SETTINGS)
     monkeypatch.setattr("pho_service.spec.calibration.SHARDED_FROM", 10**9)
+    uncut = calibration_text(model, TextSource(path=str(texts["calibration"])), SETTINGS)
+    whole = measure(model, uncut, SETTINGS)
 
-    assert calibration_text(model, source, SETTINGS).bundle_key != cut_up
+    assert uncut.bundle_key != text.bundle_key
+    assert cut_up.input_of == whole.input_of
+    for name, fisher in whole.fisher.items():
+        torch.testing.assert_close(cut_up.fisher[name], fisher)
+    for mine, theirs in zip(cut_up.inputs, whole.inputs, strict=True):
+        torch.testing.assert_close(mine.activation_norm, theirs.activation_norm)
 
 
 def test_damaged(model: LanguageModel, text: CalibrationText, tmp_path: Path) -> None:

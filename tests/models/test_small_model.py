@@ -7,8 +7,7 @@ from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource
 
 
-def test_training(texts: dict[str, Path], tmp_path: Path) -> None:
-    """The same steps give the same model, which knows more than a random one."""
+def test_the_same_steps_give_the_same_model(texts: dict[str, Path], tmp_path: Path) -> None:
     source = TextSource(path=str(texts["calibration"]))
     trainings = [
         train_small_model(source, tmp_path / name, steps=30, context_length=16, seed=0)
@@ -20,8 +19,7 @@ def test_training(texts: dict[str, Path], tmp_path: Path) -> None:
     assert one.weights_sha256 == two.weights_sha256
 
 
-def test_shape(texts: dict[str, Path], tmp_path: Path) -> None:
-    """It has the blocks and the widths that are asked for."""
+def test_it_has_the_shape_that_is_asked_for(texts: dict[str, Path], tmp_path: Path) -> None:
     source = TextSource(path=str(texts["calibration"]))
     folder = tmp_path / "small"
     train_small_model(source, folder, steps=1, context_length=16, seed=0, shape=EXAMPLE)

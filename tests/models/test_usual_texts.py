@@ -8,10 +8,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from pho_service.errors import InvalidInput, TextError
-from pho_service.host.access import Access
+from pho_service.errors import TextError
 from pho_service.host.data_sets import USUAL_TEXTS
-from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.loading import LanguageModel
 from pho_service.models.texts import (
     TextSource,
     check_text,
@@ -63,12 +62,6 @@ def write_c4(folder: Path) -> Path:
 
 
 @pytest.fixture
-def model(model_folder: Path) -> LanguageModel:
-    """The tiny model with its tokenizer."""
-    return load_model(str(model_folder), device="cpu")
-
-
-@pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache of the hub with both data sets, and no hub."""
     import datasets
@@ -85,28 +78,21 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("cache")
-def test_wikitext(model: LanguageModel) -> None:
-    """`wikitext2` is measured on all lines of the test split, joined, empty ones, too."""
+def test_wikitext2_is_measured_on_all_of_test_and_calibrated_on_train(model: LanguageModel) -> None:
     documents = list(read_documents(TextSource(dataset="wikitext2").usual(measured=True)[0]))
     windows, record = read_windows(
         model, TextSource(dataset="wikitext2"), context_length=16, bos="never"
     )
+    _, calibrated = sample_windows(
+        model, TextSource(dataset="wikitext2"), count=4, context_length=16, bos="never", seed=0
+    )
 
+    assert calibrated.source == "Salesforce/wikitext wikitext-2-raw-v1 train"
+    assert calibrated.documents == 1  # whose lines stay in their order
     assert documents == ["\n\n".join(rows_of("test"))]
     assert record.source == "Salesforce/wikitext wikitext-2-raw-v1 test"
     assert record.documents == 1
     assert windows.flatten().tolist() == model.tokenize(documents[0])[: windows.numel()].tolist()
-
-
-@pytest.mark.usefixtures("cache")
-def test_wikitext_for_calibration(model: LanguageModel) -> None:
-    """`wikitext2` is calibrated on the train split, whose lines stay in their order."""
-    _, record = sample_windows(
-        model, TextSource(dataset="wikitext2"), count=4, context_length=16, bos="never", seed=0
-    )  # fmt: skip
-
-    assert record.source == "Salesforce/wikitext wikitext-2-raw-v1 train"
-    assert record.documents == 1
 
 
 @pytest.mark.usefixtures("cache")
@@ -116,9 +102,7 @@ def test_c4(model: LanguageModel) -> None:
     (document,) = read_documents(source.usual(measured=True)[0])
     windows, measured = read_windows(model, source, context_length=8, bos="never")
     few, _ = read_windows(model, source, context_length=8, bos="never", max_windows=3)
-    _, calibrated = sample_windows(
-        model, source, count=4, context_length=16, bos="never", seed=0
-    )  # fmt: skip
+    _, calibrated = sample_windows(model, source, count=4, context_length=16, bos="never", seed=0)
 
     assert document.startswith("validation 0 ")
     assert f"validation 1099 {WORDS}" in document
@@ -128,8 +112,7 @@ def test_c4(model: LanguageModel) -> None:
     assert "c4-train.00000-of-01024" in calibrated.source
 
 
-def test_local_copy(tmp_path: Path) -> None:
-    """A copy in a folder is the same text, with its configuration; test is measured on."""
+def test_a_copy_in_a_folder_is_the_same_text(tmp_path: Path) -> None:
     folder = str(write_wikitext(tmp_path / "wikitext"))
     source = TextSource(dataset=folder, config="wikitext-2-raw-v1", split=None)
     found = check_text(source, measured=True)
@@ -161,8 +144,7 @@ def test_without_a_hub_a_name_that_is_nowhere_is_refused_with_both_possibilities
         check_text(TextSource(dataset="org/nosuch"))
 
 
-def test_name_alone() -> None:
-    """The name of a usual text says its files and splits: more of them is refused."""
+def test_the_name_of_a_usual_text_says_its_files_and_splits_more_of_them_is_refused() -> None:
     for usual in USUAL_TEXTS:
         assert CalibrationSpec(dataset=usual).dataset == usual
         with pytest.raises(ValueError, match="leave split out"):
@@ -171,16 +153,3 @@ def test_name_alone() -> None:
             ReportSpec(dataset=usual, dataset_config="x")
     with pytest.raises(ValueError, match="no dataset is given"):
         CalibrationSpec(dataset_config="x")
-
-
-def test_access(tmp_path: Path) -> None:
-    """A service lets a usual text through where it lets its data set through."""
-    roots = (tmp_path,)
-    (tmp_path / "c4").mkdir()
-    rules = {"model_roots": roots, "text_roots": roots, "hub_models": ()}
-    access = Access(**rules, hub_datasets=("allenai/*",))  # type: ignore[arg-type]
-
-    assert access.placed_dataset("c4") == "c4"
-    assert access.placed_dataset("./c4") == "./c4"
-    with pytest.raises(InvalidInput, match="'Salesforce/wikitext' is not allowed here"):
-        access.dataset("wikitext2")

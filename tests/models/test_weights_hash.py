@@ -28,7 +28,6 @@ def mixtral() -> MixtralForCausalLM:
 
 
 def expected(tensors: dict[str, Tensor]) -> str:
-    """The hash, without the code under test."""
     lines = b""
     for name, tensor in sorted(tensors.items()):
         raw = tensor.detach().contiguous().view(torch.int16).numpy().tobytes()
@@ -52,8 +51,7 @@ def test_the_hash_is_that_of_the_tensors_hashes_each_experts_matrices_apart(thre
     assert weights_sha256(model, threads=threads) == expected(tensors)
 
 
-def test_everything_counts() -> None:
-    """One bit, a name, a shape or a dtype more or less is another hash; a shared tensor is one."""
+def test_a_bit_a_name_a_shape_or_a_dtype_is_another_hash_a_shared_tensor_is_one() -> None:
     base = nn.ModuleDict({"a": nn.Linear(4, 2), "b": nn.Linear(2, 4)})
     found = {weights_sha256(base)}
     with torch.no_grad():
@@ -90,8 +88,7 @@ def test_on_a_gpu(pretended_gpu: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(sha256_each(on_gpu)) == each
 
 
-def test_cast() -> None:
-    """Stored bfloat16, loaded as float32: hashed as bfloat16 it is the same, and so back."""
+def test_stored_bfloat16_loaded_as_float32_hashed_as_bfloat16_it_is_the_same_and_so_back() -> None:
     stored = torch.nn.Linear(5, 3, dtype=torch.bfloat16)
     loaded = torch.nn.Linear(5, 3)
     loaded.load_state_dict(stored.state_dict())

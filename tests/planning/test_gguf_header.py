@@ -1,5 +1,6 @@
 """A GGUF file's header is parsed once for all that want it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -13,10 +14,19 @@ from pho_service.planning.shapes import gguf_read_once
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A GGUF file with a name and nothing else."""
-    path = tmp_path / "model.gguf"
+    return written(
+        tmp_path / "model.gguf",
+        lambda writer: writer.add_name("small"),
+        lambda writer: writer.add_token_list(["a", "bc", ""]),
+        lambda writer: writer.add_token_scores([0.5, -1.0, 2.0]),
+        lambda writer: writer.add_tensor("x", np.arange(6, dtype=np.float32).reshape(2, 3)),
+    )
+
+
+def written(path: Path, *adds: Callable[[gguf.GGUFWriter], object]) -> Path:
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("small")
+    for add in adds:
+        add(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -24,8 +34,7 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def test_once(path: Path) -> None:
-    """Inside, the second reader is the first one, and so is the table of names."""
+def test_inside_the_second_reader_is_the_first_one_and_so_is_the_table_of_names(path: Path) -> None:
     with gguf_read_once():
         assert gguf.GGUFReader(path) is gguf.GGUFReader(path)
         assert gguf.GGUFReader(path).get_field("general.name").contents() == "small"
@@ -33,17 +42,7 @@ def test_once(path: Path) -> None:
         assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) is first
 
 
-def test_same(tmp_path: Path) -> None:
-    """Fields and tensors are those that gguf's own reader gives, but no maps of the file."""
-    path = tmp_path / "model.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_token_list(["a", "bc", ""])
-    writer.add_token_scores([0.5, -1.0, 2.0])
-    writer.add_tensor("x", np.arange(6, dtype=np.float32).reshape(2, 3))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def test_fields_and_tensors_are_those_of_ggufs_own_reader_but_no_maps(path: Path) -> None:
     theirs = gguf.GGUFReader(path)
     with gguf_read_once():
         ours = gguf.GGUFReader(path)
@@ -56,8 +55,7 @@ def test_same(tmp_path: Path) -> None:
     assert np.array_equal(tensor.data, theirs.tensors[0].data)
 
 
-def test_left_alone(path: Path) -> None:
-    """Afterwards, also after an error, the library is what it was, and no reader is kept."""
+def test_afterwards_the_library_is_what_it_was_and_no_reader_is_kept(path: Path) -> None:
     before = gguf.GGUFReader, gguf.get_tensor_name_map
     with pytest.raises(FileNotFoundError), gguf_read_once():
         gguf.GGUFReader(path.with_name("missing.gguf"))
@@ -66,15 +64,8 @@ def test_left_alone(path: Path) -> None:
     assert gguf.GGUFReader(path) is not gguf.GGUFReader(path)
 
 
-def test_parts(tmp_path: Path) -> None:
-    """One part of a model in several files is refused: the others would not be read."""
-    path = tmp_path / "model-00001-of-00003.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_uint16("split.count", 3)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def test_one_part_of_a_model_in_several_files_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "1.gguf", lambda writer: writer.add_uint16("split.count", 3))
 
     with pytest.raises(ModelError, match="one of 3 parts"):
         load_model(str(path), device="cpu")

@@ -49,7 +49,6 @@ class Hub(BaseHTTPRequestHandler):
     asked: ClassVar[list[str]] = []
 
     def do_GET(self) -> None:
-        """The file, or why not."""
         self.asked.append(self.path)
         content = FILES.get(self.path.rpartition("/")[2])
         private = "private" in self.path and self.headers.get("authorization") != "Bearer right"
@@ -87,7 +86,6 @@ def point(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
 
 @pytest.fixture
 def hub(away: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
-    """A stand-in of the hub."""
     del away
     Hub.asked = []
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
@@ -105,8 +103,7 @@ def written(folder: Path, **files: bytes | None) -> str:
     return str(folder)
 
 
-def test_folder(tmp_path: Path) -> None:
-    """Of a folder the configuration and the headers are read; no weights need be there."""
+def test_a_folder_is_read_without_its_weights(tmp_path: Path) -> None:
     found = read_header(written(tmp_path))
 
     assert found.config == CONFIG
@@ -125,15 +122,11 @@ def test_the_files_that_the_index_names_and_no_others(tmp_path: Path) -> None:
         read_header(written(tmp_path, **shards))
     more = safetensors({"x": {**ENTRY, "shape": []}})
     found = read_header(written(tmp_path, **shards, **{"b.safetensors": more}))
-    outside = {"weight_map": {NAME: "../a.safetensors"}}
+    shards["model.safetensors.index.json"] = json.dumps(index).replace("a.s", "../a.s").encode()
 
     assert found.tensors == {**TENSORS, "x": TensorHeader((), "BF16")}
     with pytest.raises(InvalidInput, match="may only name files that lie in the same folder"):
-        read_header(
-            written(
-                tmp_path, **{**shards, "model.safetensors.index.json": json.dumps(outside).encode()}
-            )
-        )
+        read_header(written(tmp_path, **shards))
 
 
 def test_smollm2s_header_gives_the_shapes_of_its_weights_tied_embeddings_included() -> None:
@@ -146,8 +139,7 @@ def test_smollm2s_header_gives_the_shapes_of_its_weights_tied_embeddings_include
     assert (shapes.dtype, shapes.context) == ("float32", 8192)
 
 
-def test_gguf_of_experts(tmp_path: Path) -> None:
-    """All experts are in one tensor; their router and a shared expert are beside it."""
+def test_all_experts_of_a_gguf_are_in_one_tensor(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     writer = gguf.GGUFWriter(path, "qwen2moe")
     writer.add_block_count(1)
@@ -220,15 +212,13 @@ def test_hub_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"{", "is not JSON"),
         (b"[" * 100_000, "is not JSON"),
         (b"[1]", "is not a JSON object"),
         (b" " * (MOST_BYTES + 1), "has more than"),
         (None, "has no config.json"),
     ],
 )
-def test_odd_configurations(content: bytes | None, words: str, tmp_path: Path) -> None:
-    """A config.json that is none is named."""
+def test_a_bad_config_is_named(content: bytes | None, words: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=words):
         read_header(written(tmp_path, **{"config.json": content}))
 
@@ -237,19 +227,11 @@ def test_odd_configurations(content: bytes | None, words: str, tmp_path: Path) -
     ("content", "words"),
     [
         (None, "has neither model.safetensors nor"),
-        (b"", "it has no header"),
-        (struct.pack("<Q", 2**62), "it has no header"),
         (struct.pack("<Q", MOST_HEADER + 1) + b"{" * 9, "it has no header"),
         (struct.pack("<Q", 9) + b"{}", "cut short"),
-        (safetensors(b"[" * 100_000), "cannot be read"),
-        (safetensors([1]), "cannot be read"),
         (safetensors({"x": 1}), "cannot be read"),
-        (safetensors({"x": {**ENTRY, "shape": 4}}), "no shape"),
         (safetensors({"x": {**ENTRY, "shape": [2**31]}}), "not a whole number above 0"),
-        (safetensors({"x": {**ENTRY, "shape": [True]}}), "not a whole number above 0"),
-        (safetensors({"x": {**ENTRY, "shape": [0]}}), "not a whole number above 0"),
         (safetensors({"x": {**ENTRY, "shape": [1] * 9}}), "no shape"),
-        (safetensors(b'{"x": ' + b"9" * 5000 + b"}"), "cannot be read"),
     ],
 )
 def test_odd_weights(content: bytes | None, words: str, tmp_path: Path) -> None:
@@ -267,17 +249,13 @@ ONE = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"a"
         (b"", "is not a whole GGUF file"),
         (b"GGML" + bytes(40), "GGUF magic invalid"),
         (b"GGUF" + struct.pack("<IQQ", 9, 0, 0), "version 9"),
-        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1), "is not a whole GGUF file"),
-        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**60), "is not a whole GGUF file"),
         (ONE + struct.pack("<IIQ", 9, 9, 2**60), "arrays of arrays"),
         (ONE + struct.pack("<IIQ", 9, 4, 2**60), "the file ends in what is declared"),
         (ONE + struct.pack("<IIQ", 9, 8, 2**60), "its header has more than"),
-        (ONE + struct.pack("<IIQ", 9, 8, 2), "is not a whole GGUF file"),
         (ONE + struct.pack("<I", 77), "is not a valid GGUFValueType"),
     ],
 )
-def test_odd_gguf(content: bytes, words: str, tmp_path: Path) -> None:
-    """A header that declares more than it has, or what is not known, ends at once in words."""
+def test_an_odd_gguf_header_is_told_in_words(content: bytes, words: str, tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(content)
     with pytest.raises(ModelError, match=words):

@@ -33,7 +33,6 @@ SMALL = LLAMA | {
 
 
 def header(config: dict[str, Any]) -> Header:
-    """The tensors of a LLaMA or a Mixtral."""
     hidden, width = config["hidden_size"], config["intermediate_size"]
     keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     block = {
@@ -60,7 +59,6 @@ def header(config: dict[str, Any]) -> Header:
 
 
 def planned(config: dict[str, Any] = LLAMA, machine: Machine = H100, **fields: Any) -> Plan:
-    """The plan of a job with these fields."""
     spec = JobSpec.model_validate({"model": "org/m", "pattern": "0.5", "preset": "score", **fields})
     return plan_job(spec, header(config), machine)
 
@@ -102,30 +100,30 @@ def test_mixtral_8x7b_fits_one_80_gb_card_streamed() -> None:
     assert planned(MIXTRAL, stream=True).fits
 
 
+GRAMS = {"projection_rows": 0, "samples": 8, "context_length": 256}
+
+
 @pytest.mark.parametrize(
-    ("fields", "way"),
+    ("fields", "gib", "way", "changed"),
     [
-        ({}, "--stream"),
-        ({"dtype": "float32"}, "--dtype bfloat16"),
+        ({}, 14, "--stream", {"stream": True}),
+        ({"dtype": "float32"}, 24, "--dtype bfloat16", {"dtype": "bfloat16"}),
         (
-            {"calibration": {"projection_rows": 0, "samples": 8, "context_length": 256}},
+            {"calibration": GRAMS},
+            30,
             "--projection-rows 128",
+            {"calibration": {**GRAMS, "projection_rows": 128}},
         ),
     ],
 )
-def test_what_is_offered_makes_it_fit(fields: dict[str, Any], way: str) -> None:
-    small = H100.resized({"--stream": 14 * GIB, "--dtype bfloat16": 24 * GIB}.get(way, 30 * GIB))
+def test_what_is_offered_makes_it_fit(
+    fields: dict[str, Any], gib: int, way: str, changed: dict[str, Any]
+) -> None:
+    small = H100.resized(gib * GIB)
     found = planned(machine=small, **fields)
 
     assert not found.fits
     assert any(way in each for each in found.ways_out)
-    changed = {
-        "--stream": {"stream": True},
-        "--dtype bfloat16": {"dtype": "bfloat16"},
-        "--projection-rows 128": {
-            "calibration": {**fields.get("calibration", {}), "projection_rows": 128}
-        },
-    }[way]
     assert planned(machine=small, **{**fields, **changed}).fits
 
 
@@ -145,18 +143,12 @@ def test_more_work_takes_longer(more: dict[str, Any], fields: dict[str, Any]) ->
     assert middle(planned(calibration=more, **fields)) > middle(planned())
 
 
-def test_masks_by_admm() -> None:
-    """A 7B and a streamed 70B fit with any step by ADMM; ALPS, with eigenvectors, takes longest."""
+def test_a_streamed_70b_fits_with_masks_by_admm_and_alps_takes_longer_still() -> None:
+    refined = {"repruning": "admm", "update": "least-squares"}
+    alps = {"repruning": "none", "update": "alps"}
 
-    def steps(repruning: str, update: str, **fields: Any) -> Plan:
-        return planned(steps={"repruning": repruning, "update": update}, **fields)
-
-    refined = steps("admm", "least-squares")
-    published, alps = steps("none", "admm"), steps("none", "alps")
-    streamed = steps("admm", "least-squares", config=LLAMA_70B, stream=True)
-
-    assert all(plan.fits for plan in (refined, published, alps, streamed))
-    assert middle(published) < middle(refined) < middle(alps)
+    assert planned(LLAMA_70B, stream=True, steps=refined).fits
+    assert middle(planned(steps=refined)) < middle(planned(steps=alps))
 
 
 def test_the_same_job_on_an_h100_an_a100_and_a_4090() -> None:

@@ -1,5 +1,6 @@
 """How sparsity is shared over linears, against sorting, plain loops and inequalities."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from fractions import Fraction
@@ -8,13 +9,13 @@ from itertools import permutations
 import pytest
 import torch
 
-from pho_service.errors import InvalidInput, NumericalError
+from pho_service.errors import NumericalError
 from pho_service.pruning.allocation import allocate, apportion, block_of
 from pho_service.pruning.layer_view import LayerView
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.steps import ALLOCATIONS, Allocation
 
-METHODS = ("uniform", "owl", "fisher", "curves")
+METHODS = ALLOCATIONS
 UNITS = ("linear", "block")
 Views = Callable[[], Iterable[LayerView]]
 
@@ -65,17 +66,14 @@ def made(
 
 
 def again(layers: list[LayerView]) -> Views:
-    """The passes over linears that are all in memory."""
     return lambda: iter(layers)
 
 
 def size(view: LayerView) -> int:
-    """Weights of the whole layer."""
     return view.out_features * view.rows.shape[1]
 
 
 def units(layers: list[LayerView], unit: str) -> list[list[LayerView]]:
-    """The linears that share a sparsity."""
     groups: dict[str, list[LayerView]] = {}
     for view in layers:
         groups.setdefault(view.name if unit == "linear" else block_of(view.name), []).append(view)
@@ -89,25 +87,13 @@ def scores(view: LayerView) -> list[float]:
     return values
 
 
-@pytest.mark.parametrize(
-    ("name", "block"),
-    [
-        ("model.layers.3.self_attn.q_proj", "model.layers.3"),
-        ("transformer.h.11.mlp.experts.5.c_fc", "transformer.h.11"),
-        ("model.layer3.fc", "model.layer3.fc"),
-        ("lm_head", "lm_head"),
-    ],
-)
-def test_block_of(name: str, block: str) -> None:
-    """A block ends with the first numeric component; without one the linear is its own block."""
-    assert block_of(name) == block
+def test_a_block_ends_with_the_first_number_without_one_a_linear_is_its_own_block() -> None:
+    assert block_of("transformer.h.11.mlp.experts.5.c_fc") == "transformer.h.11"
+    assert block_of("model.layer3.fc") == "model.layer3.fc"
 
 
-def test_the_largest_remainders_go_up() -> None:
+def test_the_largest_remainders_go_up_of_equal_ones_the_earlier() -> None:
     assert apportion([0.2, 1.7, 2.5, 3.6], 8) == [0, 2, 2, 4]
-
-
-def test_of_equal_remainders_the_earlier_go_up() -> None:
     assert apportion([Fraction(7, 2)] * 4, 14) == [4, 4, 3, 3]
 
 
@@ -117,9 +103,9 @@ def test_a_total_that_rounding_cannot_reach_is_an_error_not_a_distortion(total: 
         apportion([1.5, 2.5], total)
 
 
-@pytest.mark.parametrize("sampled", [None, 4])
-@pytest.mark.parametrize("spread", [0.2, 1.0])
-@pytest.mark.parametrize("sparsity", ["0.5", "0.6", "0.7", "0.123", "0.29", "0.999"])
+@pytest.mark.parametrize(
+    ("sparsity", "spread", "sampled"), [("0.5", 0.2, None), ("0.123", 1.0, 4), ("0.999", 0.2, 4)]
+)
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_model_loses_exactly_what_the_pattern_says_each_linear_what_the_bounds_allow(
@@ -146,26 +132,15 @@ def test_uniform_by_hand() -> None:
     assert removed == {"a": 8, "b": 3}
 
 
-@pytest.mark.parametrize("pattern", ["0.123", "0.6", "4:8"])
+@pytest.mark.parametrize("pattern", ["0.6", "4:8"])
 @pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS[1:])
 def test_without_a_spread_every_method_is_uniform(method: str, unit: str, pattern: str) -> None:
     views = again(made(GROUPED_SHAPES))
     uniform = allocate(views, Pattern.parse(pattern), Allocation())
 
     allocation = Allocation(method=method, unit=unit, spread=0.0)
     assert allocate(views, Pattern.parse(pattern), allocation) == uniform
-
-
-@pytest.mark.parametrize("sparsity", ["0.5", "0.6", "0.123"])
-def test_with_a_spread_of_1_the_lowest_scores_of_the_whole_model_go(sparsity: str) -> None:
-    layers = made(ODD_SHAPES)
-    pattern = Pattern.parse(sparsity)
-    removed = allocate(again(layers), pattern, Allocation(method="fisher", spread=1.0))
-    ordered = sorted((value, view.name) for view in layers for value in scores(view))
-    gone = [name for _, name in ordered[: pattern.removed(len(ordered))]]
-
-    assert removed == {view.name: gone.count(view.name) for view in layers}
 
 
 def clipped_threshold(
@@ -189,36 +164,18 @@ def clipped_threshold(
     return clipped
 
 
-@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("spread", [0.1, 0.2, 0.3])
 @pytest.mark.parametrize("unit", UNITS)
-def test_fisher_clipped(unit: str, spread: float, seed: int) -> None:
+def test_fisher_clipped(unit: str, spread: float) -> None:
     """One threshold, each unit clipped: as found by a loop over all sorted scores."""
-    layers = made(ROUND_SHAPES, seed=seed)
+    layers = made(ROUND_SHAPES)
     pattern = Pattern.parse("0.5")
     allocation = Allocation(method="fisher", unit=unit, spread=spread)
     removed = allocate(again(layers), pattern, allocation)
     by_unit = [sum(removed[view.name] for view in group) for group in units(layers, unit)]
 
-    if unit == "linear":
-        assert by_unit == clipped_threshold(layers, unit, pattern, spread)
-    else:  # a unit's weights are rounded linear by linear
-        expected = clipped_threshold(layers, unit, pattern, spread)
-        assert all(abs(a - b) <= 1 for a, b in zip(by_unit, expected, strict=True))
-
-
-@pytest.mark.parametrize("method", ALLOCATIONS[1:])
-def test_a_sample_of_all_rows_is_the_whole_layer_in_whatever_order(method: str) -> None:
-    layers = made(ROUND_SHAPES)
-    shuffled = [
-        replace(view, rows=view.rows.flip(0), fisher=view.fisher.flip(0)) for view in layers
-    ]
-    allocation = Allocation(method=method, spread=0.3)
-    pattern = Pattern.parse("0.6")
-
-    assert allocate(again(shuffled), pattern, allocation) == allocate(
-        again(layers), pattern, allocation
-    )
+    rounding = 0 if unit == "linear" else 1  # a unit's weights are rounded linear by linear
+    assert by_unit == pytest.approx(clipped_threshold(layers, unit, pattern, spread), abs=rounding)
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -286,15 +243,6 @@ def test_owl(unit: str, spread: float) -> None:
         assert sparsity == pytest.approx(expected, abs=1e-3 + len(group) / sum(map(size, group)))
 
 
-def test_if_no_unit_stands_out_all_lose_the_same() -> None:
-    views = again(made(ODD_SHAPES))
-    none_above = Allocation(method="owl", outlier_ratio=1e6)
-    pattern = Pattern.parse("0.5")
-
-    removed = allocate(views, pattern, none_above)
-    assert removed == allocate(views, pattern, Allocation())
-
-
 def error_curve(view: LayerView, grid: list[float]) -> list[float]:
     """The error at each sparsity by a plain loop over output rows, in float64."""
     gram = (view.root.T @ view.root).double()
@@ -320,11 +268,10 @@ def convex_value(grid: list[float], curve: list[float], at: float) -> float:
     return min(chords)
 
 
-@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("spread", [0.1, 0.3])
-def test_curves_no_better_exchange(spread: float, seed: int) -> None:
+def test_curves_no_better_exchange(spread: float) -> None:
     """Moving weights from any linear to any other does not lower the sum of convex errors."""
-    layers = made({"a": (20, 30), "b": (64, 25), "c": (10, 12), "d": (30, 40)}, seed=seed)
+    layers = made({"a": (20, 30), "b": (64, 25), "c": (10, 12), "d": (30, 40)})
     pattern = Pattern.parse("0.5")
     removed = allocate(again(layers), pattern, Allocation(method="curves", spread=spread))
     low, high = 0.5 - spread, 0.5 + spread
@@ -352,25 +299,6 @@ def test_curves_no_better_exchange(spread: float, seed: int) -> None:
     assert moved
 
 
-def test_curves_sampled_rows_stand_for_more() -> None:
-    layers = made({"a": (30, 20), "b": (30, 20)})
-    layers[1] = replace(layers[0], name="b", out_features=90)
-    allocation = Allocation(method="curves", spread=0.3)
-    removed = allocate(again(layers), Pattern.parse("0.5"), allocation)
-
-    assert removed["a"] / 600 == pytest.approx(removed["b"] / 1800, abs=0.6 / 11)
-
-
-def test_of_128_rows_every_other_one_is_looked_at() -> None:
-    layers = made({"a": (128, 20), "b": (30, 20)})
-    other = replace(layers[0], rows=layers[0].rows.clone())
-    other.rows[1::2] *= 100
-    allocation = Allocation(method="curves", spread=0.3)
-    removed = allocate(again([other, layers[1]]), Pattern.parse("0.5"), allocation)
-
-    assert removed == allocate(again(layers), Pattern.parse("0.5"), allocation)
-
-
 def test_curves_of_groups() -> None:
     """For N:M the linear whose groups suffer least keeps least: by hand, with two equal linears."""
     layers = made({"a": (8, 16), "b": (8, 16)})
@@ -391,15 +319,14 @@ def test_all_linears_of_a_block_lose_the_same_share_within_one_weight(method: st
         assert max(lo / n for lo, _, n in shares) <= min(hi / n for _, hi, n in shares)
 
 
-@pytest.mark.parametrize("sampled", [None, 4])
-@pytest.mark.parametrize("spread", [0.3, 1.0])
-@pytest.mark.parametrize("text", ["2:4", "4:8", "1:4", "5:16"])
+@pytest.mark.parametrize(
+    ("text", "spread", "sampled"), [("2:4", 0.3, None), ("1:4", 1.0, 4), ("5:16", 0.3, 4)]
+)
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("method", METHODS)
-def test_mixed_groups(
+def test_n_m_mixes_keep_no_more_than_the_pattern_and_less_by_under_one_step_of_the_least_unit(
     method: str, unit: str, text: str, spread: float, sampled: int | None
 ) -> None:
-    """N:M mixes keep no more than the pattern, and less by under one step of the least unit."""
     layers = made(GROUPED_SHAPES, sampled=sampled)
     pattern = Pattern.parse(text)
     kept = allocate(again(layers), pattern, Allocation(method=method, unit=unit, spread=spread))
@@ -420,16 +347,14 @@ def test_mixed_groups(
     assert all(budget - used < n for n in room)
 
 
-def test_groups_narrow_spread() -> None:
-    """The next N of 2:4 is a quarter away: with less spread there is only one mix."""
+def test_the_next_n_of_2_4_is_a_quarter_away_with_less_spread_there_is_only_one_mix() -> None:
     views = again(made(GROUPED_SHAPES))
     kept = allocate(views, Pattern.parse("2:4"), Allocation(method="fisher", spread=0.24))
 
     assert set(kept.values()) == {2}
 
 
-def test_groups_largest_remainder() -> None:
-    """Of ideal 4.3 and 3.7 kept of 8, the second one goes up."""
+def test_of_ideal_4_3_and_3_7_kept_of_8_the_second_one_goes_up() -> None:
     weights = torch.ones(2, 10, 8)
     weights[0].view(-1)[:43] = 2
     weights[1].view(-1)[:37] = 2
@@ -443,7 +368,7 @@ def test_groups_largest_remainder() -> None:
     assert kept == {"a": 4, "b": 4}
 
 
-@pytest.mark.parametrize("text", ["4:7", "5:9", "6:11", "7:13", "5:10"])
+@pytest.mark.parametrize("text", ["4:7", "6:11", "5:10"])
 def test_a_unit_at_the_bound_stays_there_whatever_the_rounding_of_1_n_m(text: str) -> None:
     pattern = Pattern.parse(text)
     layers = made({"a": (7, pattern.group), "b": (11, 3 * pattern.group), "c": (23, pattern.group)})
@@ -456,28 +381,14 @@ def test_a_unit_at_the_bound_stays_there_whatever_the_rounding_of_1_n_m(text: st
 
 
 @pytest.mark.parametrize("pattern", ["0.6", "4:8"])
-@pytest.mark.parametrize("method", METHODS)
-def test_the_same_linears_get_the_same_numbers(method: str, pattern: str) -> None:
-    views = again(made(GROUPED_SHAPES))
-    allocation = Allocation(method=method, spread=0.3)
-    first, second = (allocate(views, Pattern.parse(pattern), allocation) for _ in range(2))
-
-    assert first == second
-
-
-@pytest.mark.parametrize("pattern", ["0.6", "4:8"])
-@pytest.mark.parametrize("method", METHODS)
-def test_dead_layer(method: str, pattern: str) -> None:
-    """A linear of zeros does no harm, and fisher and curves take more than its share from it."""
+@pytest.mark.parametrize("method", ["fisher", "curves"])
+def test_from_a_linear_of_zeros_more_than_its_share_is_taken(method: str, pattern: str) -> None:
     layers = made(GROUPED_SHAPES)
     layers[1] = replace(layers[1], rows=torch.zeros_like(layers[1].rows))
-    numbers = allocate(
-        again(layers), Pattern.parse(pattern), Allocation(method=method, spread=0.25)
-    )
+    allocation = Allocation(method=method, spread=0.25)
+    dead = allocate(again(layers), Pattern.parse(pattern), allocation)["layers.0.up"]
 
-    if method in ("fisher", "curves"):
-        dead = numbers["layers.0.up"]
-        assert dead < 4 if pattern == "4:8" else dead == round(0.85 * size(layers[1]))
+    assert dead < 4 if pattern == "4:8" else dead == round(0.85 * size(layers[1]))
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -490,32 +401,7 @@ def test_dead_model(method: str, unit: str) -> None:
     assert all(abs(removed[v.name] - 0.6 * size(v)) < 1 for v in layers)
 
 
-@pytest.mark.parametrize(
-    ("method", "passes"), [("uniform", 1), ("owl", 2), ("fisher", 3), ("curves", 1)]
-)
-def test_no_method_goes_over_the_linears_more_than_three_times(method: str, passes: int) -> None:
-    layers = made(ODD_SHAPES)
-    calls = []
-
-    def counted() -> Iterable[LayerView]:
-        calls.append(1)
-        return iter(layers)
-
-    allocate(counted, Pattern.parse("0.5"), Allocation(method=method))
-
-    assert len(calls) == passes
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_tensors_of_a_view_are_only_read(method: str) -> None:
-    layers = made(ODD_SHAPES)
-    before = [view.rows.clone() for view in layers]
-    allocate(again(layers), Pattern.parse("0.5"), Allocation(method=method))
-
-    assert all(torch.equal(v.rows, b) for v, b in zip(layers, before, strict=True))
-
-
-@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("method", ALLOCATIONS[1:])
 def test_not_finite(method: str, value: float) -> None:
     """NaN or infinity in the weights is an error that names the layer."""
@@ -527,7 +413,72 @@ def test_not_finite(method: str, value: float) -> None:
     assert caught.value.layer == "layers.0.up"
 
 
-def test_groups_do_not_fit() -> None:
-    """An input width that M does not divide is an error that names the layer."""
-    with pytest.raises(InvalidInput, match=r"layers\.0\.q: in_features=5"):
-        allocate(again(made(ODD_SHAPES)), Pattern.parse("2:4"), Allocation())
+# Offsets, against plain float64 loops.
+
+SHAPES = {
+    f"layers.{block}.{kind}": shape
+    for block in range(3)
+    for kind, shape in {"q_proj": (20, 20), "k_proj": (10, 20), "up_proj": (40, 20)}.items()
+}
+WEIGHTS = {name: rows * columns for name, (rows, columns) in SHAPES.items()}
+OFFSETS = {"q_proj": 0.5, "up_proj": -0.2, "experts": 3.0}  # k_proj at 0; no linear is an expert
+DEPTH = (0.3, -0.2)
+
+
+def lost(allocation: Allocation, pattern: str = "0.6") -> dict[str, int]:
+    return allocate(again(made(SHAPES)), Pattern.parse(pattern), allocation)
+
+
+def kept_odds(name: str, sparsity: float) -> float:
+    """The log-odds of what a linear keeps, with its offsets, before all are shifted."""
+    depth = int(name.split(".")[1]) - 1.0  # -1, 0, 1
+    curve = DEPTH[0] * depth + DEPTH[1] * (3 * depth**2 - 1) / 2
+    return math.log((1 - sparsity) / sparsity) + OFFSETS.get(name.split(".")[2], 0.0) + curve
+
+
+@pytest.mark.parametrize("method", ALLOCATIONS)
+@pytest.mark.parametrize("pattern", ["0.3", "0.9"])
+def test_total_and_bounds(method: str, pattern: str) -> None:
+    """The model loses exactly what the pattern says, and each linear lies within the spread."""
+    allocation = Allocation(method=method, spread=0.15, offsets=OFFSETS, depth=DEPTH)
+
+    found = lost(allocation, pattern)
+
+    asked = Pattern.parse(pattern)
+    assert sum(found.values()) == asked.removed(sum(WEIGHTS.values()))
+    for name, count in found.items():
+        assert abs(count - asked.sparsity * WEIGHTS[name]) <= 0.15 * WEIGHTS[name] + 1
+
+
+@pytest.mark.parametrize("method", ["uniform", "fisher"])
+def test_shift_of_log_odds(method: str) -> None:
+    """Offsets are differences of the log-odds of what is kept; one number is common to all."""
+    plain = Allocation(method=method, spread=0.15)
+    wide = replace(plain, spread=0.35, offsets=OFFSETS, depth=DEPTH)
+    base = lost(replace(plain, spread=0.35))
+
+    found = lost(wide)
+
+    common = [
+        kept_odds(name, base[name] / WEIGHTS[name]) - math.log(WEIGHTS[name] / found[name] - 1)
+        for name in SHAPES
+        if 0.27 < found[name] / WEIGHTS[name] < 0.93  # not at a bound
+    ]
+    assert len(common) > 5
+    assert max(common) - min(common) < 0.04  # whole weights
+
+
+def test_of_blocks() -> None:
+    """A curve over depth holds for whole blocks, too: all of their linears lose one share."""
+    found = lost(Allocation(method="uniform", unit="block", depth=(0.5,)))
+
+    shares = [found[name] / WEIGHTS[name] for name in SHAPES]
+    assert shares[0] == pytest.approx(shares[2], abs=0.01)
+    assert shares[0] > shares[3] > shares[6]  # late blocks keep more
+
+
+def test_offsets_of_kinds_that_the_model_does_not_have_or_all_alike_change_nothing() -> None:
+    plain = Allocation(method="fisher")
+
+    assert lost(replace(plain, offsets={"gate_proj": 1.0})) == lost(plain)
+    assert plain.to_dict().keys() == {"method", "unit", "spread", "outlier_ratio"}

@@ -1,11 +1,8 @@
 """Proxy bundles, against the model that they are sampled from."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from torch import nn
 
 from pho_service.errors import BundleError
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
@@ -17,7 +14,6 @@ Linears = dict[str, PrunableLinear]
 
 @pytest.fixture
 def bundle(linears: Linears, statistics: Statistics) -> ProxyBundle:
-    """10 rows of each linear."""
     return sample_bundle(linears, statistics, rows_per_layer=10, kernel_sizes=(5, 3), seed=0)
 
 
@@ -43,36 +39,6 @@ def test_means(linears: Linears, bundle: ProxyBundle) -> None:
             torch.testing.assert_close(
                 layer.window_means[k], window_mean(magnitude, k)[layer.row_index]
             )
-
-
-def test_output_energy_is_the_mean_over_calibration_tokens_of_the_outputs_squared_length(
-    tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tensor, bundle: ProxyBundle
-) -> None:
-    energy = dict.fromkeys(linears, 0.0)
-
-    def add(name: str, output: Tensor) -> None:
-        energy[name] += float(output.double().square().sum())
-
-    for name, linear in linears.items():
-        linear.module.register_forward_hook(lambda _m, _a, output, name=name: add(name, output))
-    with torch.no_grad():
-        for window in windows:
-            tiny_llama(input_ids=window[None])
-
-    assert {layer.name: layer.output_energy for layer in bundle.layers} == pytest.approx(
-        {name: total / windows.numel() for name, total in energy.items()}, rel=1e-4
-    )
-
-
-@pytest.mark.parametrize("rows_per_layer", [0, 64, 1000])
-def test_all_rows(linears: Linears, statistics: Statistics, rows_per_layer: int) -> None:
-    """0 rows, or at least as many as there are, takes all."""
-    bundle = sample_bundle(
-        linears, statistics, rows_per_layer=rows_per_layer, kernel_sizes=(3,), seed=0
-    )
-
-    for layer in bundle.layers:
-        assert torch.equal(layer.rows, linears[layer.name].weight)
 
 
 @pytest.mark.parametrize(("seed", "same"), [(0, True), (1, False)])
@@ -110,26 +76,11 @@ def test_counts(linears: Linears, bundle: ProxyBundle) -> None:
     ]  # fmt: skip
 
 
-def test_progress_is_told_once_a_linear(linears: Linears, statistics: Statistics) -> None:
-    told: list[int] = []
-    sample_bundle(
-        linears, statistics, rows_per_layer=2, kernel_sizes=(3,), seed=0, advance=told.append
-    )
-
-    assert told == [1] * 14
-
-
-def test_owns_its_tensors(linears: Linears, bundle: ProxyBundle) -> None:
-    """Changing the model afterwards does not change the bundle."""
-    layer = bundle.layers[0]
-    before = layer.rows.clone()
-    linears[layer.name].weight.zero_()
-
-    assert torch.equal(layer.rows, before)
-
-
-def test_all_rows_own_their_tensors(linears: Linears, statistics: Statistics) -> None:
-    bundle = sample_bundle(linears, statistics, rows_per_layer=0, kernel_sizes=(3,), seed=0)
+@pytest.mark.parametrize("rows", [0, 10])
+def test_changing_the_model_afterwards_does_not_change_the_bundle(
+    linears: Linears, statistics: Statistics, rows: int
+) -> None:
+    bundle = sample_bundle(linears, statistics, rows_per_layer=rows, kernel_sizes=(3,), seed=0)
     layer = bundle.layers[0]
     before = layer.rows.clone()
     linears[layer.name].weight.zero_()
@@ -144,35 +95,15 @@ def test_accepts_its_model(linears: Linears, bundle: ProxyBundle) -> None:
         linear.module.bfloat16()
     bundle.check_model(linears)
 
-    linears[bundle.layers[0].name].weight[bundle.layers[0].row_index[0], 0] += 1
-    with pytest.raises(BundleError):
-        bundle.check_model(linears)
 
-
-def rename(linears: Linears) -> None:
-    """One linear of another name."""
-    linears["model.layers.1.mlp.last"] = linears.pop("model.layers.1.mlp.down_proj")
-
-
-def drop(linears: Linears) -> None:
-    """One linear less."""
-    del linears["model.layers.1.mlp.down_proj"]
-
-
-def reshape(linears: Linears) -> None:
-    """One linear with a row less."""
-    name = "model.layers.1.mlp.down_proj"
-    weight = linears[name].weight
-    narrow = nn.Linear(64, 31, bias=False)
-    narrow.weight.data = weight[:31].clone()
-    linears[name] = PrunableLinear(name=name, module=narrow)
-
-
-@pytest.mark.parametrize("change", [rename, drop, reshape])
+@pytest.mark.parametrize("instead", ["last", "down_proj", None])
 def test_other_names_or_shapes_are_refused_and_the_message_names_a_linear_that_differs(
-    linears: Linears, bundle: ProxyBundle, change: Callable[[Linears], None]
+    linears: Linears, bundle: ProxyBundle, instead: str | None
 ) -> None:
-    change(linears)
+    del linears["model.layers.1.mlp.down_proj"]
+    if instead:
+        name = f"model.layers.1.mlp.{instead}"
+        linears[name] = PrunableLinear(name=name, module=nn.Linear(64, 31, bias=False))
 
     with pytest.raises(BundleError, match=r"another model.*model\.layers\.1\.mlp"):
         bundle.check_model(linears)

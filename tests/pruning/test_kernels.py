@@ -1,18 +1,16 @@
 """The compiled selections of the CPU mark what the plain torch versions mark."""
 
 import importlib
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import torch
+from numba.core.caching import FunctionCache
 from torch import Tensor
 
 from pho_service.pruning import kernels
-from pho_service.pruning.scores import plain_combine_terms
 from pho_service.pruning.selection import (
     keep_highest,
     plain_add_digits,
@@ -23,71 +21,45 @@ from pho_service.pruning.selection import (
 GENERATOR = torch.Generator()
 
 
+# Scores that are hard to select from.
+KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "normal": lambda x: x,
+    "positive": torch.abs,
+    "ties": lambda x: x.abs().mul(2).round(),
+    "wide": lambda x: (x * 20).exp(),
+    "close": lambda x: 1 + x.abs() * 1e-6,
+    "tiny": lambda x: x.abs() * 1e-42,
+    "mostly zero": lambda x: x.abs() * (x > 1.3),
+    "outliers": lambda x: torch.where(x.abs() > 2.5, 1e30, x.abs() * 1e-30),
+    "signed zeros": lambda x: torch.where(x > 1, x, torch.copysign(torch.zeros(()), x)),
+    "infinite": lambda x: torch.where(x > 1.5, torch.inf, x),
+}
+
+
 def drawn(kind: str, lines: int, n: int) -> Tensor:
-    """Scores of a kind that is hard to select from."""
-    generator = GENERATOR.manual_seed(n)
-    normal = torch.randn(lines, n, generator=generator)
-    return {
-        "normal": normal,
-        "positive": normal.abs(),
-        "ties": normal.abs().mul(2).round(),
-        "wide": (normal * 20).exp(),
-        "close": 1 + normal.abs() * 1e-6,
-        "tiny": normal.abs() * 1e-42,
-        "mostly zero": normal.abs() * (torch.rand(lines, n, generator=generator) < 0.1),
-        "outliers": torch.where(normal.abs() > 2.5, 1e30, normal.abs() * 1e-30),
-        "signed zeros": torch.where(normal > 1, normal, torch.copysign(torch.zeros(()), normal)),
-        "infinite": torch.where(normal > 1.5, torch.inf, normal),
-    }[kind]
+    return KINDS[kind](torch.randn(lines, n, generator=GENERATOR.manual_seed(n)))
 
 
-KINDS = (
-    "normal", "positive", "ties", "wide", "close", "tiny", "mostly zero", "outliers",
-    "signed zeros", "infinite",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("n", [1, 2, 23, 24, 25, 576, 5000, 40_000])
 @pytest.mark.parametrize("kind", KINDS)
-def test_keep_highest(kind: str, n: int) -> None:
-    """Each line keeps its own number of scores, the same ones as by sorting."""
-    score = drawn(kind, 7, n)
-    removed = torch.tensor([0, 1, n // 3, n // 2, n - 1, n, n]).clamp(0, n)
+def test_each_line_keeps_its_own_number_of_scores_the_same_ones_as_by_sorting(kind: str) -> None:
+    for n in (1, 2, 23, 24, 25, 576, 40_000):
+        score = drawn(kind, 7, n)
+        removed = torch.tensor([0, 1, n // 3, n // 2, n - 1, n, n]).clamp(0, n)
 
-    assert torch.equal(kernels.keep_highest(score, removed), plain_keep_highest(score, removed))
+        assert torch.equal(kernels.keep_highest(score, removed), plain_keep_highest(score, removed))
 
 
-@pytest.mark.parametrize("group", [2, 4, 7, 64])
 @pytest.mark.parametrize("kind", KINDS)
-def test_nm_mask(kind: str, group: int) -> None:
-    """Each line keeps its own N of M, the same ones as by counting rivals."""
-    score = drawn(kind, 5, 12 * group)
-    keep = torch.tensor([1, group - 1, group // 2, 1, 1]).clamp(1, group - 1)
+def test_each_line_keeps_its_own_n_of_m_the_same_ones_as_by_counting_rivals(kind: str) -> None:
+    for group in (2, 4, 7, 64):
+        score = drawn(kind, 5, 12 * group)
+        keep = torch.tensor([1, group - 1, group // 2, 1, 1]).clamp(1, group - 1)
 
-    assert torch.equal(kernels.nm_mask(score, keep, group), plain_nm_mask(score, keep, group))
-
-
-def test_scores_are_those_of_plain_torch_bit_by_bit_with_and_without_a_neighbourhood() -> None:
-    generator = GENERATOR.manual_seed(0)
-
-    def drawn_like(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).abs()
-
-    terms = (
-        drawn_like(2, 3, 50, 129), drawn_like(4, 2, 3, 50), drawn_like(4, 2, 3, 129),
-        [0.0, 0.7, 1.3, 0.7], drawn_like(2, 2, 3, 50, 129) + 0.1, [0, 1, 0, 0],
-        drawn_like(4, 2, 3, 129), drawn_like(4, 2, 3, 50),
-    )  # fmt: skip
-    ours, plain = (torch.empty(2, 4, 3, 50, 129) for _ in range(2))
-    kernels.combine_terms(*terms, out=ours)
-    plain_combine_terms(*terms, out=plain)
-
-    assert torch.equal(ours, plain)
+        assert torch.equal(kernels.nm_mask(score, keep, group), plain_nm_mask(score, keep, group))
 
 
 @pytest.mark.parametrize(("shift", "width", "prefix"), [(16, 16, 0), (0, 16, 16256), (22, 11, 0)])
-def test_add_digits(shift: int, width: int, prefix: int) -> None:
-    """Weights are added up by digit as ``bincount`` adds them."""
+def test_weights_are_added_up_as_bincount_does(shift: int, width: int, prefix: int) -> None:
     score = drawn("positive", 6, 3000)
     weights = torch.rand(6, generator=GENERATOR, dtype=torch.float64)
     ours, plain = (torch.zeros(1 << width, dtype=torch.float64) for _ in range(2))
@@ -100,7 +72,6 @@ def test_add_digits(shift: int, width: int, prefix: int) -> None:
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Three threads for a while."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
@@ -115,30 +86,6 @@ def test_lines_that_several_threads_share_out_are_marked_as_by_one() -> None:
     assert torch.equal(keep_highest(score, removed), plain_keep_highest(score, removed))
 
 
-def test_a_transposed_score_as_gpt_2s_is_marked_in_its_own_order() -> None:
-    score = drawn("ties", 40, 30).T
-
-    assert torch.equal(
-        keep_highest(score, 11), plain_keep_highest(score.contiguous(), torch.full((30,), 11))
-    )
-
-
-def test_where_machine_code_cannot_be_kept_selections_are_compiled_anew_in_each_process() -> None:
-    script = (
-        "import numba.core.caching as c\n"
-        "def refuse(*_): raise RuntimeError('no locator available')\n"
-        "c.FunctionCache.__init__ = refuse\n"
-        "import torch\n"
-        "from pho_service.pruning.selection import keep_highest\n"
-        "print(keep_highest(torch.tensor([[1.0, 3.0, 2.0]]), 1).tolist())\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-
-    assert done.stdout.strip() == "[[False, True, True]]"
-
-
 @pytest.fixture
 def twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], int]:
     """A function of a module of its own, whose machine code is kept beside it."""
@@ -147,6 +94,17 @@ def twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], in
     monkeypatch.syspath_prepend(tmp_path)
     function: Callable[[int], int] = importlib.import_module(module).twice
     return function
+
+
+def test_where_machine_code_cannot_be_kept_it_is_compiled_anew(
+    twice: Callable[[int], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no locator available")
+
+    monkeypatch.setattr(FunctionCache, "__init__", refuse)
+
+    assert kernels._compiled(twice)(3) == 6
 
 
 @pytest.mark.parametrize("fault", ["not readable", "empty", "broken"])

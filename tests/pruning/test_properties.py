@@ -26,7 +26,6 @@ from pho_service.pruning.selection import (
     count_below,
     keep_highest,
     nm_mask,
-    plain_add_digits,
     plain_keep_highest,
     plain_nm_mask,
     threshold_of,
@@ -65,7 +64,6 @@ scores = weights(
 
 @st.composite
 def coefficients(draw: st.DrawFn, **fixed: Any) -> Coefficients:
-    """Any score."""
     parts = {name: draw(_coefficient) for name in ("row", "column", "neighbourhood")}
     parts |= {name: fixed[name] for name in parts.keys() & fixed.keys()}
     assume(sum(parts.values()))
@@ -91,7 +89,6 @@ Layer = tuple[Tensor, Tensor, Tensor]
 
 
 def score_of(layer: Layer, score: Coefficients) -> Tensor:
-    """The product's, (out_features, in_features)."""
     weight, norm, fisher = layer
     return layer_importance(
         weight, activation_norm=norm, fisher=fisher, coefficients=score, layer="layer"
@@ -148,29 +145,6 @@ def test_scale(layer: Layer, score: Coefficients, exponent: int) -> None:
     factor = 2.0**exponent if score.normalisation == "none" else 1.0
 
     assert torch.equal(scaled, score_of(layer, score) * factor)
-
-
-@drawn
-@given(layers(weights(_moderate)), coefficients(neighbourhood=0.0), st.randoms())
-def test_order_of_channels(layer: Layer, score: Coefficients, random: Any) -> None:
-    """Without a neighbourhood the order of rows and columns means nothing."""
-    weight, norm, fisher = layer
-    rows, columns = (torch.tensor(random.sample(range(n), n)) for n in weight.shape)
-    moved = score_of((weight[rows][:, columns], norm[columns], fisher[rows]), score)
-
-    torch.testing.assert_close(moved, score_of(layer, score)[rows][:, columns], rtol=1e-5, atol=0)
-
-
-@drawn
-@given(weights(_moderate), coefficients(activation_exponent=0.0, gradient_exponent=0.0))
-def test_transposed(weight: Tensor, score: Coefficients) -> None:
-    """Rows and columns change their roles with their coefficients."""
-    turned = replace(score, row=score.column, column=score.row)
-    rows, columns = (torch.ones(n) for n in weight.shape)
-    found = score_of((weight.T.contiguous(), rows, columns), turned)
-    expected = score_of((weight, columns, rows), score)
-
-    torch.testing.assert_close(found, expected.T, rtol=1e-5, atol=0)
 
 
 @drawn
@@ -278,21 +252,7 @@ def test_threshold(chunks: list[Tensor], data: st.DataObject) -> None:
         assert torch.equal(tied, (chunk == found).sum(dim=1))
 
 
-@drawn
-@given(tensors(st.floats(0, width=32)).map(Tensor.abs), st.sampled_from([0, 16]), st.data())
-def test_digits(score: Tensor, shift: int, data: st.DataObject) -> None:
-    """The compiled count of digits is that of plain torch."""
-    prefix = 0 if shift else int(data.draw(st.sampled_from(score.flatten().tolist() or [0])) > 0)
-    weight = torch.rand(len(score), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    ours, plain = torch.zeros(1 << 16, dtype=torch.float64), torch.zeros(1 << 16).double()
-    kernels.add_digits(score, weight, shift, 16, prefix, ours)
-    plain_add_digits(score, weight, shift, 16, prefix, plain)
-
-    torch.testing.assert_close(ours, plain)
-
-
 def model_of(parts: list[Tensor]) -> tuple[dict[str, PrunableLinear], Statistics]:
-    """Linears with these weights, and flat statistics."""
     linears = {}
     for number, weight in enumerate(parts):
         module = nn.Linear(*reversed(weight.shape), bias=False)

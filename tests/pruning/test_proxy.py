@@ -6,16 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 from pretended_cards import Card
-from torch import Tensor
-from transformers import LlamaForCausalLM
 
-from pho_service.errors import BundleError, InvalidInput, NumericalError
+from pho_service.errors import BundleError, NumericalError
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
 from pho_service.pruning.layer_errors import BATCH
 from pho_service.pruning.masks import model_masks
 from pho_service.pruning.proxy import ProxyEvaluator, ProxyRating
 from pho_service.pruning.scores import layer_importance
-from pho_service.pruning.statistics import PrunableLinear, Statistics, collect_statistics
+from pho_service.pruning.statistics import PrunableLinear, Statistics
 from pho_service.spec.pattern import Coefficients, Pattern
 from pho_service.spec.steps import Allocation, Candidate, Steps
 
@@ -35,7 +33,6 @@ PATTERNS = [("0.5", "row"), ("0.6", "layer"), ("0.5", "global"), ("2:4", "row")]
 
 
 def candidate_of(name: str, pattern: str, scope: str | None) -> Candidate:
-    """A candidate by the name of its coefficients."""
     return Candidate(
         method="crepe", coefficients=COEFFICIENTS[name], pattern=Pattern.parse(pattern, scope)
     )
@@ -56,7 +53,6 @@ def bundle_of(
 
 
 def rate(bundle: ProxyBundle, candidate: Candidate) -> ProxyRating:
-    """The rating of one candidate."""
     return ProxyEvaluator(bundle).evaluate([candidate])[0]
 
 
@@ -95,10 +91,9 @@ def slow_rating(linears: Linears, statistics: Statistics, candidate: Candidate) 
 
 @pytest.mark.parametrize(("pattern", "scope"), PATTERNS)
 @pytest.mark.parametrize("name", COEFFICIENTS)
-def test_all_rows(
+def test_with_all_rows_and_the_gram_matrix_a_rating_is_the_exact_error_of_the_whole_model(
     linears: Linears, statistics: Statistics, name: str, pattern: str, scope: str
 ) -> None:
-    """With all rows and the Gram matrix, a rating is the exact error of the whole model."""
     candidate = candidate_of(name, pattern, scope)
     expected = slow_rating(linears, statistics, candidate)
     rating = rate(bundle_of(linears, statistics), candidate)
@@ -111,44 +106,11 @@ def test_all_rows(
     assert rating.error_by_kind == pytest.approx(expected.error_by_kind, rel=1e-4)
 
 
-@pytest.mark.parametrize("ratio", ["0.1", "0.3", "0.7", "0.9"])
-@pytest.mark.parametrize("scope", ["row", "layer", "global"])
-def test_all_rows_at_other_ratios(
-    linears: Linears, statistics: Statistics, scope: str, ratio: str
-) -> None:
-    candidate = candidate_of("crepe", ratio, scope)
-    expected = slow_rating(linears, statistics, candidate)
-
-    assert rate(bundle_of(linears, statistics), candidate).absolute == pytest.approx(
-        expected.absolute, rel=1e-4
-    )
-
-
-def test_error_is_that_of_the_output(
-    tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tensor, statistics: Statistics
-) -> None:
-    name = "model.layers.0.mlp.up_proj"
-    seen: list[Tensor] = []
-    linears[name].module.register_forward_pre_hook(lambda _module, args: seen.append(args[0][0]))
-    with torch.no_grad():
-        for window in windows:
-            tiny_llama(input_ids=window[None])
-    alone = {name: linears[name]}
-    candidate = candidate_of("ria", "0.5", "layer")
-    ((_, mask),) = model_masks(alone, statistics, candidate)
-    x, weight = torch.cat(seen).double(), linears[name].weight.double()
-    change = x @ weight.T - x @ torch.where(mask, weight, 0).T
-    expected = float(change.square().sum(dim=1).mean())
-
-    assert rate(bundle_of(alone, statistics), candidate).absolute == pytest.approx(
-        expected, rel=1e-4
-    )
-
-
 SHARED_OUT = [
-    *((*each, "uniform") for each in PATTERNS), ("0.5", "row", "owl"), ("0.6", "layer", "owl"),
-    ("2:4", "row", "owl"), ("1:4", "row", "owl"),
-]  # fmt: skip
+    *((*each, "uniform") for each in PATTERNS),
+    ("0.5", "row", "owl"),
+    ("1:4", "row", "owl"),
+]
 
 
 @pytest.mark.parametrize(("pattern", "scope", "method"), SHARED_OUT)
@@ -163,57 +125,20 @@ def test_sparsities_are_those_of_the_masks(
     assert found == pytest.approx({name: 1 - float(mask.float().mean()) for name, mask in masks})
 
 
-def test_a_wide_random_projection_in_the_gram_matrixs_place_gives_nearly_the_same_rating(
-    tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tensor, statistics: Statistics
-) -> None:
-    projected = collect_statistics(
-        tiny_llama, linears, windows, fisher_windows=3, projection_rows=512, seed=0
-    )
-    candidate = candidate_of("ria", "0.5", "row")
-
-    assert rate(bundle_of(linears, projected), candidate).relative == pytest.approx(
-        rate(bundle_of(linears, statistics), candidate).relative, rel=0.05
-    )
-
-
-def part_of(bundle: ProxyBundle, part: int, parts: int) -> ProxyBundle:
-    """Every ``parts``-th row of a bundle with all rows, from row ``part`` on."""
-    layers = [
-        replace(
-            layer,
-            row_index=layer.row_index[part::parts],
-            rows=layer.rows[part::parts],
-            row_mean=layer.row_mean[part::parts],
-            window_means={k: means[part::parts] for k, means in layer.window_means.items()},
-        )
-        for layer in bundle.layers
-    ]
-    return replace(bundle, layers=layers)
-
-
-@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
-def test_parts_average_to_the_whole(linears: Linears, statistics: Statistics, pattern: str) -> None:
-    candidate = candidate_of("crepe", pattern, "row")
-    bundle = bundle_of(linears, statistics)
-    exact = rate(bundle, candidate)
-    quarters = [rate(part_of(bundle, part, 4), candidate) for part in range(4)]
-
-    for measure in ("fisher", "relative", "absolute"):
-        mean = sum(getattr(quarter, measure) for quarter in quarters) / 4
-        assert mean == pytest.approx(getattr(exact, measure), rel=1e-5)
-
-
-@pytest.mark.parametrize(("pattern", "scope"), PATTERNS)
-def test_sampled_rows(linears: Linears, statistics: Statistics, pattern: str, scope: str) -> None:
+def test_sampled_rows(linears: Linears, statistics: Statistics) -> None:
     """Ratings on a quarter of the rows are, on average over samples, near those on all rows."""
-    candidate = candidate_of("crepe", pattern, scope)
-    exact = rate(bundle_of(linears, statistics), candidate)
-    sampled = [rate(bundle_of(linears, statistics, 8, seed), candidate) for seed in range(40)]
+    candidates = [candidate_of("crepe", pattern, scope) for pattern, scope in PATTERNS]
+    exact = ProxyEvaluator(bundle_of(linears, statistics)).evaluate(candidates)
+    sampled = [
+        ProxyEvaluator(bundle_of(linears, statistics, 8, seed)).evaluate(candidates)
+        for seed in range(40)
+    ]
 
     # one sample's fisher rating has a relative standard deviation of 0.14, so 0.022 over 40
-    for measure in ("fisher", "relative", "absolute"):
-        mean = sum(getattr(rating, measure) for rating in sampled) / len(sampled)
-        assert mean == pytest.approx(getattr(exact, measure), rel=0.07)
+    for whole, *parts in zip(exact, *sampled, strict=True):
+        for measure in ("fisher", "relative", "absolute"):
+            mean = sum(getattr(rating, measure) for rating in parts) / len(parts)
+            assert mean == pytest.approx(getattr(whole, measure), rel=0.07)
 
 
 def test_list_equals_one_by_one(linears: Linears, statistics: Statistics) -> None:
@@ -226,54 +151,21 @@ def test_list_equals_one_by_one(linears: Linears, statistics: Statistics) -> Non
     assert together == again
 
 
-def numbers(ratings: list[ProxyRating]) -> list[float]:
-    """All that they have; where MKL's products depend on their shape, not to the last digit."""
-    return [
-        number
-        for rating in ratings
-        for number in (
-            rating.fisher, rating.relative, rating.absolute, rating.blend,
-            rating.geometric,
-            *rating.error_by_kind.values(),
-        )
-    ]  # fmt: skip
-
-
-def test_allocations_side_by_side(linears: Linears, statistics: Statistics) -> None:
-    """Candidates with and without an allocation of one pattern are rated as each alone."""
+def test_more_than_a_batch_come_in_order(linears: Linears, statistics: Statistics) -> None:
     evaluator = ProxyEvaluator(bundle_of(linears, statistics, 8))
-    plain = [candidate_of(name, "0.5", "row") for name in COEFFICIENTS]
-    spread = [
-        replace(c, steps=Steps(allocation=Allocation(method="fisher", spread=s)))
-        for c, s in zip(plain, (0.1, 0.2, 0.3), strict=True)
+    scores = [
+        replace(COEFFICIENTS["crepe"], activation_exponent=i / 10) for i in range(2 * BATCH + 3)
     ]
-    mixed = [*plain[:1], *spread, *plain[1:]]
+    many = [replace(candidate_of("crepe", "0.5", "layer"), coefficients=s) for s in scores]
 
-    alone = [evaluator.evaluate([c])[0] for c in mixed]
+    alone = [evaluator.evaluate([c])[0].blend for c in many]
 
-    assert numbers(evaluator.evaluate(mixed)) == pytest.approx(numbers(alone), rel=1e-6)
-
-
-def test_more_than_a_batch(linears: Linears, statistics: Statistics) -> None:
-    """More candidates than are rated at once come back in their order."""
-    evaluator = ProxyEvaluator(bundle_of(linears, statistics, 8))
-    many = [
-        replace(candidate_of("crepe", "0.5", "layer"), coefficients=replace(
-            COEFFICIENTS["crepe"], activation_exponent=i / 10
-        ))
-        for i in range(2 * BATCH + 3)
-    ]  # fmt: skip
-
-    alone = [evaluator.evaluate([c])[0] for c in many]
-
-    assert numbers(evaluator.evaluate(many)) == pytest.approx(numbers(alone), rel=1e-6)
+    # MKL's products depend on their shape.
+    found = [rating.blend for rating in evaluator.evaluate(many)]
+    assert found == pytest.approx(alone, rel=1e-6)
 
 
-def test_no_candidates_give_no_ratings(linears: Linears, statistics: Statistics) -> None:
-    assert ProxyEvaluator(bundle_of(linears, statistics)).evaluate([]) == []
-
-
-@pytest.mark.parametrize(("pattern", "scope"), PATTERNS)
+@pytest.mark.parametrize(("pattern", "scope"), PATTERNS[2:])
 def test_gini(linears: Linears, statistics: Statistics, pattern: str, scope: str) -> None:
     """Gini is that of the scores with removed ones at 0, averaged over layers by weights."""
     candidate = candidate_of("crepe", pattern, scope)
@@ -293,8 +185,7 @@ def test_gini(linears: Linears, statistics: Statistics, pattern: str, scope: str
     assert rating.gini == pytest.approx(total / bundle.weights, rel=1e-4)
 
 
-def test_gini_only_if_asked(linears: Linears, statistics: Statistics) -> None:
-    """Without being asked for, Gini is None, and asking changes nothing else."""
+def test_gini_is_measured_if_asked_for(linears: Linears, statistics: Statistics) -> None:
     evaluator = ProxyEvaluator(bundle_of(linears, statistics, 8))
     candidates = ALL_CANDIDATES[:1]
     (without,), (with_gini,) = (
@@ -331,13 +222,7 @@ def test_where_no_window_is_used_an_unknown_kernel_size_rates_as_any_other(
     assert rate(bundle, unknown) == rate(bundle, known)
 
 
-def test_groups_that_do_not_fit(linears: Linears, statistics: Statistics) -> None:
-    with pytest.raises(InvalidInput, match=r"q_proj: in_features=32 is not a multiple of M=5"):
-        rate(bundle_of(linears, statistics), candidate_of("ria", "2:5", None))
-
-
-def test_bad_bundle(linears: Linears, statistics: Statistics) -> None:
-    """A rating that is NaN is refused with the name of the first linear that causes it."""
+def test_a_nan_names_its_first_linear(linears: Linears, statistics: Statistics) -> None:
     broken = [replace(entry, root=entry.root.clone()) for entry in statistics.inputs]
     broken[3].root[0, 0] = math.nan  # of the first block's down_proj
 
@@ -345,8 +230,7 @@ def test_bad_bundle(linears: Linears, statistics: Statistics) -> None:
         rate(bundle_of(linears, replace(statistics, inputs=broken)), ALL_CANDIDATES[0])
 
 
-def test_bad_scores(linears: Linears, statistics: Statistics) -> None:
-    """A candidate whose scores overflow is refused, as pruning the model with it is."""
+def test_scores_that_overflow_are_refused(linears: Linears, statistics: Statistics) -> None:
     overflowing = Coefficients(row=1e30, column=1e30, neighbourhood=1e30, activation_exponent=300)
     candidate = replace(ALL_CANDIDATES[0], coefficients=overflowing)
 
@@ -356,15 +240,9 @@ def test_bad_scores(linears: Linears, statistics: Statistics) -> None:
 
 def test_global_ties(linears: Linears, statistics: Statistics) -> None:
     """In scope global a rating is exact also where many plain scores equal the threshold."""
-    mostly_dead = [
-        replace(
-            entry,
-            activation_norm=torch.where(
-                torch.arange(len(entry.activation_norm)) % 4 > 0, 0, entry.activation_norm
-            ),
-        )
-        for entry in statistics.inputs
-    ]
+    mostly_dead = [replace(e, activation_norm=e.activation_norm.clone()) for e in statistics.inputs]
+    for entry in mostly_dead:
+        entry.activation_norm[torch.arange(len(entry.activation_norm)) % 4 > 0] = 0
     tied = replace(statistics, inputs=mostly_dead)
     candidate = candidate_of("magnitude", "0.5", "global")
     expected = slow_rating(linears, tied, candidate)

@@ -15,18 +15,15 @@ SETTINGS = Reconstruction(method="block", passes=3, learning_rate=0.05)
 
 @pytest.fixture
 def inputs() -> Tensor:
-    """Nine windows of five tokens."""
     return torch.randn(9, 5, 8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
 def keep() -> Tensor:
-    """Half of the weights."""
     return torch.rand(6, 8, generator=torch.Generator().manual_seed(1)) < 0.5
 
 
 def pruned(keep: Tensor) -> tuple[Tensor, nn.Parameter]:
-    """A dense weight, and what a mask leaves of it."""
     dense = torch.randn(6, 8, generator=torch.Generator().manual_seed(2))
     return dense, nn.Parameter(dense * keep)
 
@@ -34,7 +31,6 @@ def pruned(keep: Tensor) -> tuple[Tensor, nn.Parameter]:
 def trained(
     parameter: nn.Parameter, keep: Tensor, inputs: Tensor, targets: Tensor
 ) -> Reconstructed:
-    """Train a linear."""
     return reconstruct(
         [Trainable(parameter=parameter, weight=parameter, keep=keep)],
         lambda window: inputs[window] @ parameter.T,
@@ -79,8 +75,7 @@ def plain(weight: Tensor, keep: Tensor, inputs: Tensor, targets: Tensor) -> tupl
     return best
 
 
-def test_against_plain_loops(inputs: Tensor, keep: Tensor) -> None:
-    """Steps, rates, order and the choice of the best pass are those of a plain float64 loop."""
+def test_it_is_that_of_a_plain_float64_loop(inputs: Tensor, keep: Tensor) -> None:
     dense, parameter = pruned(keep)
     targets = inputs @ dense.T
     expected, error = plain(parameter.detach(), keep, inputs, targets)
@@ -96,8 +91,7 @@ def test_against_plain_loops(inputs: Tensor, keep: Tensor) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_no_number(inputs: Tensor, keep: Tensor, bad: float) -> None:
-    """A block whose error is no number keeps its weights, and says so."""
+def test_an_error_of_nan_changes_nothing(inputs: Tensor, keep: Tensor, bad: float) -> None:
     dense, parameter = pruned(keep)
     before = parameter.detach().clone()
     targets = inputs @ dense.T
@@ -112,8 +106,7 @@ def test_no_number(inputs: Tensor, keep: Tensor, bad: float) -> None:
     )
 
 
-def test_nothing_to_gain(inputs: Tensor, keep: Tensor) -> None:
-    """Weights that are right already stay, and the training ends early."""
+def test_weights_that_are_right_already_stay(inputs: Tensor, keep: Tensor) -> None:
     _, parameter = pruned(keep)
     before = parameter.detach().clone()
     result = trained(parameter, keep, inputs, inputs @ before.T)
@@ -122,8 +115,7 @@ def test_nothing_to_gain(inputs: Tensor, keep: Tensor) -> None:
     assert (result.kept, result.passes, result.after) == (False, 3, 0)
 
 
-def test_too_fast(inputs: Tensor, keep: Tensor) -> None:
-    """A pass that makes the block worse is taken back, and gone at a third of the rate."""
+def test_a_pass_that_makes_it_worse_is_taken_back(inputs: Tensor, keep: Tensor) -> None:
     dense, parameter = pruned(keep)
     result = reconstruct(
         [Trainable(parameter=parameter, weight=parameter, keep=keep)],

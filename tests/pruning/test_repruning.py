@@ -10,7 +10,7 @@ from torch import Tensor
 from pho_service.pruning.repruning import dsnot_refine, row_errors, swap_refine
 from pho_service.pruning.selection import keep_highest, nm_mask
 
-GROUPS = pytest.mark.parametrize("group", [0, 2, 4, 8])
+GROUPS = pytest.mark.parametrize("group", [0, 2, 8])
 
 
 def layer(out_features: int, in_features: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -68,7 +68,7 @@ def test_a_rows_error_is_the_mean_square_of_what_its_output_loses() -> None:
 
 
 @GROUPS
-@pytest.mark.parametrize("max_swaps", [1, 3, 1000])
+@pytest.mark.parametrize("max_swaps", [3, 1000])
 def test_swaps_lower_every_row(group: int, max_swaps: int) -> None:
     """No row's error rises, and the layer's falls; counts stay; no row makes too many swaps."""
     weight, gram = layer(40, 200)
@@ -84,10 +84,9 @@ def test_swaps_lower_every_row(group: int, max_swaps: int) -> None:
     assert (refined & ~mask).sum(dim=1).max() <= max_swaps
 
 
-@GROUPS
-@pytest.mark.parametrize("seed", range(5))
-def test_swaps_end_where_none_helps(group: int, seed: int) -> None:
-    weight, gram = layer(20, 8, seed)
+@pytest.mark.parametrize(("group", "width"), [(0, 8), (2, 8), (8, 8), (4, 128)])
+def test_swaps_end_where_none_helps(group: int, width: int) -> None:
+    weight, gram = layer(20 if width == 8 else 4, width)
     mask = half_mask(weight, gram, group)
 
     refined = swap_refine(weight, mask, gram, group=group, max_swaps=1000)
@@ -112,65 +111,9 @@ def test_first_swap_is_the_best(group: int) -> None:
         assert exact_errors(row[None], found[None], gram) == pytest.approx(float(best), rel=1e-4)
 
 
-def test_runs_end_where_none_helps() -> None:
-    weight, gram = layer(4, 128)
-    mask = half_mask(weight, gram, 4)
-
-    refined = swap_refine(weight, mask, gram, group=4, max_swaps=1000)
-
-    for row, kept, first in zip(weight, refined, exact_errors(weight, mask, gram), strict=True):
-        others = torch.stack(swaps(kept, 4))
-        errors = exact_errors(row.expand(len(others), -1), others, gram)
-        assert errors.min() >= exact_errors(row[None], kept[None], gram) - 1e-5 * first
-
-
-def test_wide_rows_end_near_steepest_descent() -> None:
-    weight, gram = layer(6, 96)
-    mask = half_mask(weight, gram)
-
-    steepest = mask.clone()
-    for r, row in enumerate(weight):
-        while True:
-            masks = torch.stack([steepest[r], *swaps(steepest[r], 0)])
-            best = int(exact_errors(row.expand(len(masks), -1), masks, gram).argmin())
-            if best == 0:
-                break
-            steepest[r] = masks[best]
-    refined = swap_refine(weight, mask, gram, max_swaps=1000)
-
-    limit = 1.03 * exact_errors(weight, steepest, gram).sum()
-    assert exact_errors(weight, refined, gram).sum() < limit
-
-
-def test_the_layers_error_falls_with_the_number_of_swaps_allowed() -> None:
-    weight, gram = layer(30, 160)
-    mask = half_mask(weight, gram)
-
-    errors = [
-        float(exact_errors(weight, swap_refine(weight, mask, gram, max_swaps=k), gram).sum())
-        for k in (0, 2, 8, 32)
-    ]
-
-    assert errors == sorted(errors, reverse=True)
-    assert len(set(errors)) == 4
-
-
-@GROUPS
-def test_no_swaps(group: int) -> None:
-    """With max_swaps=0 the mask comes back, as a new tensor."""
-    weight, gram = layer(4, 16)
-    mask = half_mask(weight, gram, group)
-
-    refined = swap_refine(weight, mask, gram, group=group, max_swaps=0)
-
-    assert refined.equal(mask)
-    assert refined.data_ptr() != mask.data_ptr()
-
-
 @pytest.mark.parametrize("kept", [0, 1, 31, 32])
 @pytest.mark.parametrize("group", [0, 4])
-def test_full_and_empty_rows(kept: int, group: int) -> None:
-    """Rows and runs that keep all or nothing have no swaps; the others still swap."""
+def test_rows_that_keep_all_or_nothing_have_no_swaps(kept: int, group: int) -> None:
     weight, gram = layer(3, 32)
     mask = torch.arange(32).expand(3, 32) < kept
 
@@ -180,8 +123,7 @@ def test_full_and_empty_rows(kept: int, group: int) -> None:
     assert bool((exact_errors(weight, refined, gram) <= exact_errors(weight, mask, gram)).all())
 
 
-def test_swap_ties() -> None:
-    """Of equal swaps the one of the lowest channels is made: first to put back, then to remove."""
+def test_of_equal_swaps_the_one_of_the_lowest_channels_is_made() -> None:
     weight = torch.tensor([[2.0, 2.0, 1.0, 1.0]])
     mask = torch.tensor([[False, False, True, True]])
 
@@ -194,30 +136,9 @@ def test_swap_ties() -> None:
     assert in_runs.tolist() == [[True, False, False, True, False, False, True, True]]
 
 
-def test_where_no_swap_changes_anything_none_is_made() -> None:
-    mask = torch.arange(24).expand(2, 24) % 2 == 0
-
-    assert swap_refine(torch.ones(2, 24), mask, torch.eye(24)).equal(mask)
-
-
-@pytest.mark.parametrize("group", [0, 4])
-def test_dead_channels_go(group: int) -> None:
-    """Among uncorrelated channels, one that never carries anything gives its place to another."""
-    weight, _ = layer(10, 16)
-    energy = torch.ones(16)
-    energy[[0, 5]] = 0
-    mask = torch.tensor([True, True, False, False]).repeat(10, 4)
-
-    refined = swap_refine(weight, mask, energy.diag(), group=group, max_swaps=1000)
-
-    assert not refined[:, [0, 5]].any()
-    assert same_counts(mask, refined, group)
-
-
 @pytest.mark.parametrize("size", [1e3, 1e6, 1e9])
 @pytest.mark.parametrize("group", [0, 4])
-def test_huge_common_mean(group: int, size: float) -> None:
-    """Where one direction dwarfs all others, float32 rounding makes no row worse."""
+def test_where_one_direction_dwarfs_all_no_row_gets_worse(group: int, size: float) -> None:
     weight, gram = layer(60, 64)
     gram += size
     mask = half_mask(weight, gram, group)
@@ -229,64 +150,31 @@ def test_huge_common_mean(group: int, size: float) -> None:
     assert after.sum() < 0.1 * before.sum()
 
 
-def test_without_any_activation_all_masks_are_equal_and_the_first_stays() -> None:
-    weight, gram = layer(3, 16)
-    mask = half_mask(weight, gram)
-
-    assert swap_refine(weight, mask, torch.zeros_like(gram)).equal(mask)
-
-
-def test_a_kept_weight_of_0_is_worth_swapping_out_and_counts_stay() -> None:
-    weight, gram = layer(5, 32)
-    weight[:, ::3] = 0
-    mask = torch.arange(32).expand(5, 32) % 2 == 0
-
-    refined = swap_refine(weight, mask, gram, max_swaps=1000)
-
-    assert same_counts(mask, refined, 0)
-    assert bool((exact_errors(weight, refined, gram) < exact_errors(weight, mask, gram)).all())
-
-
 @GROUPS
-def test_swap_chunks(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many rows are worked on at once, from one to all, changes no bit of a mask."""
+def test_how_many_rows_are_worked_on_at_once_from_one_to_all_changes_no_bit_of_a_mask(
+    group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight, gram = layer(23, 64)
     mask = half_mask(weight, gram, group)
-    refined = swap_refine(weight, mask, gram, group=group)
+    swapped = swap_refine(weight, mask, gram, group=group)
+    balanced = dsnot_refine(weight, mask, **row_statistics(64), group=group)
     errors = row_errors(weight, mask, gram)
 
     for chunk in (1, 64 * 8 * 5, 1 << 28):
         monkeypatch.setattr("pho_service.pruning.repruning._CHUNK", chunk)
 
-        assert swap_refine(weight, mask, gram, group=group).equal(refined)
+        assert swap_refine(weight, mask, gram, group=group).equal(swapped)
+        assert dsnot_refine(weight, mask, **row_statistics(64), group=group).equal(balanced)
         assert torch.allclose(row_errors(weight, mask, gram), errors)
 
 
-@GROUPS
-def test_products_are_of_all_rows(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, gram = layer(23, 64)
-    mask = half_mask(weight, gram, group)
-    rows: list[int] = []
-    product = Tensor.__matmul__
-
-    def watched(left: Tensor, right: Tensor) -> Tensor:
-        rows.append(len(left))
-        return product(left, right)
-
-    monkeypatch.setattr("pho_service.pruning.repruning._CHUNK", 1)
-    monkeypatch.setattr(Tensor, "__matmul__", watched)
-    swap_refine(weight, mask, gram, group=group)
-
-    assert rows == [23, 23]
-
-
-@GROUPS
+@pytest.mark.parametrize("group", [0, 8])
 def test_a_gpu_takes_all_rows_at_once(
     group: int, pretended_gpu: Card, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weight, gram = layer(8, 256)
+    weight, gram = layer(8, 96)
     mask = half_mask(weight, gram, group)
-    statistics = row_statistics(256)
+    statistics = row_statistics(96)
     arguments = {name: values.cuda() for name, values in statistics.items()}
 
     def refined(height: int) -> tuple[list[Tensor], list[tuple[int, int]]]:
@@ -305,7 +193,7 @@ def test_a_gpu_takes_all_rows_at_once(
     low, few = refined(1)
     high, many = refined(9)
     monkeypatch.setattr("pho_service.pruning.repruning._CHUNK", 1)
-    monkeypatch.setattr("pho_service.pruning.hardware.GPU_CHUNK", 256 * 8 * 30)
+    monkeypatch.setattr("pho_service.pruning.hardware.GPU_CHUNK", 96 * 8 * 30)
     cut, more = refined(9)
 
     assert few == many
@@ -319,42 +207,20 @@ def test_a_gpu_takes_all_rows_at_once(
 
 
 @GROUPS
-def test_the_same_call_gives_the_same_mask(group: int) -> None:
-    weight, gram = layer(20, 120)
-    mask = half_mask(weight, gram, group)
-
-    first, second = (swap_refine(weight, mask, gram, group=group) for _ in range(2))
-
-    assert first.equal(second)
-
-
-@GROUPS
-def test_a_bfloat16_weight_is_refined_as_its_float32_copy(group: int) -> None:
+def test_a_weight_that_is_bfloat16_and_stored_in_out_is_refined_as_its_float32_copy(
+    group: int,
+) -> None:
     weight, gram = layer(10, 48)
     weight = weight.bfloat16()
     mask = half_mask(weight, gram, group)
-    statistics = row_statistics(48)
-
-    for refine in (
-        lambda w: swap_refine(w, mask, gram, group=group),
-        lambda w: dsnot_refine(w, mask, **statistics, group=group, threshold=0.01),
-        lambda w: row_errors(w, mask, gram),
-    ):
-        assert refine(weight).equal(refine(weight.float()))
-
-
-@GROUPS
-def test_transposed(group: int) -> None:
-    """Views of a weight that is stored (in, out) give the masks of their copies."""
-    weight, gram = layer(10, 48)
-    mask = half_mask(weight, gram, group)
     stored, stored_mask = weight.T.contiguous().T, mask.T.contiguous().T
 
-    swapped = swap_refine(stored, stored_mask, gram.T, group=group)
-    balanced = dsnot_refine(stored, stored_mask, **row_statistics(48), group=group)
-
-    assert swapped.equal(swap_refine(weight, mask, gram.T.contiguous(), group=group))
-    assert balanced.equal(dsnot_refine(weight, mask, **row_statistics(48), group=group))
+    for refine in (
+        lambda w, m: swap_refine(w, m, gram, group=group),
+        lambda w, m: dsnot_refine(w, m, **row_statistics(48), group=group, threshold=0.01),
+        lambda w, m: row_errors(w, m, gram),
+    ):
+        assert refine(stored, stored_mask).equal(refine(weight.float(), mask))
 
 
 # --- DSnoT --------------------------------------------------------------------------------------
@@ -416,11 +282,6 @@ def dsnot_row(
     return kept
 
 
-def imbalance(weight: Tensor, mask: Tensor, mean: Tensor) -> Tensor:
-    """abs(sum of removed W * mean) of each row, in float64."""
-    return (weight.double() * mean.double() * ~mask).sum(dim=1).abs()
-
-
 @GROUPS
 @pytest.mark.parametrize("max_cycles", [1, 50])
 @pytest.mark.parametrize(("threshold", "power"), [(0.1, 1.0), (0.0, 0.5), (1.0, 0.0)])
@@ -430,9 +291,7 @@ def test_each_row_ends_as_in_a_plain_loop_over_the_published_rules(
     weight, gram = layer(40, 32)
     mask = half_mask(weight, gram, group)
     statistics = row_statistics(32)
-    options = {
-        "group": group, "max_cycles": max_cycles, "threshold": threshold, "power": power
-    }  # fmt: skip
+    options = {"group": group, "max_cycles": max_cycles, "threshold": threshold, "power": power}
 
     refined = dsnot_refine(weight, mask, **statistics, **options)
 
@@ -440,44 +299,6 @@ def test_each_row_ends_as_in_a_plain_loop_over_the_published_rules(
         dsnot_row(row, kept, statistics, **options)
         for row, kept in zip(weight.tolist(), mask.tolist(), strict=True)
     ]
-
-
-@GROUPS
-def test_no_rows_mean_error_grows_most_fall_far_and_counts_stay(group: int) -> None:
-    weight, gram = layer(50, 200)
-    mask = half_mask(weight, gram, group)
-    statistics = row_statistics(200)
-
-    refined = dsnot_refine(weight, mask, **statistics, group=group)
-    before = imbalance(weight, mask, statistics["mean"])
-    after = imbalance(weight, refined, statistics["mean"])
-
-    assert bool((after <= before).all())
-    assert after.mean() < 0.3 * before.mean()
-    assert same_counts(mask, refined, group)
-
-
-def test_a_row_whose_error_is_small_enough_already_stays_one_above_it_changes() -> None:
-    weight = torch.tensor([[3.0, 1.0, -2.0, -1.0, 5.0]]).repeat(2, 1)
-    weight[0] /= 100
-    mask = torch.tensor([[False, False, True, True, True]]).repeat(2, 1)
-    ones = torch.ones(5)
-
-    refined = dsnot_refine(weight, mask, mean=ones, variance=ones, activation_norm=ones)
-
-    assert (refined != mask).any(dim=1).tolist() == [False, True]
-
-
-def test_among_equal_weights_the_lower_channel_moves() -> None:
-    weight = torch.tensor([[1.0, 1.0, -1.0, -1.0, -1.0]])
-    mask = torch.tensor([[False, False, True, True, True]])
-    ones = torch.ones(5)
-
-    refined = dsnot_refine(
-        weight, mask, mean=ones, variance=ones, activation_norm=ones, max_cycles=1
-    )
-
-    assert refined.tolist() == [[True, False, False, True, True]]
 
 
 def test_channels_without_mean_and_variance_never_move_and_give_no_nan() -> None:
@@ -491,30 +312,3 @@ def test_channels_without_mean_and_variance_never_move_and_give_no_nan() -> None
 
     assert refined[:, ::4].equal(mask[:, ::4])
     assert not refined.equal(mask)
-
-
-def test_dsnot_no_cycles() -> None:
-    """With max_cycles=0 the mask comes back, as a new tensor."""
-    weight, gram = layer(4, 16)
-    mask = half_mask(weight, gram)
-
-    refined = dsnot_refine(weight, mask, **row_statistics(16), max_cycles=0)
-
-    assert refined.equal(mask)
-    assert refined.data_ptr() != mask.data_ptr()
-
-
-@GROUPS
-def test_dsnot_chunks(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many rows are worked on at once changes no mask, nor does a second run."""
-    weight, gram = layer(23, 64)
-    mask = half_mask(weight, gram, group)
-    refined = dsnot_refine(weight, mask, **row_statistics(64), group=group)
-
-    for chunk in (1, 64 * 4 * 5, 1 << 28):
-        monkeypatch.setattr("pho_service.pruning.repruning._CHUNK", chunk)
-
-        assert dsnot_refine(weight, mask, **row_statistics(64), group=group).equal(refined)
-
-
-# --- wrong use ----------------------------------------------------------------------------------

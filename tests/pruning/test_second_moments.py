@@ -41,26 +41,18 @@ def test_each_token_is_in_one_row() -> None:
     assert int((moment != 0).any(dim=1).sum()) == 8
 
 
-def test_projection_is_unbiased() -> None:
-    """Over many seeds the energy of a direction is right on average, and varies by 2 / rows."""
+def test_the_energy_is_right_on_average_and_varies_by_2_over_its_rows() -> None:
     x, rows = random_tokens(40, 6).double(), 4
     direction = torch.arange(6.0, dtype=torch.float64) - 2
     along = (x @ direction).square()  # of each token
     exact = along.sum()
     energies = torch.stack(
-        [(projection(x, rows, seed).double() @ direction).square().sum() for seed in range(4000)]
+        [(projection(x, rows, seed).double() @ direction).square().sum() for seed in range(2000)]
     )
     pairs = exact.square() - along.square().sum()  # over i != j
 
     assert float(energies.mean()) == pytest.approx(float(exact), rel=0.05)
     assert float(energies.var()) == pytest.approx(float(2 / rows * pairs), rel=0.2)
-
-
-def test_parts_do_not_matter() -> None:
-    """Tokens that come in other parts are drawn to the same rows with the same signs."""
-    x = random_tokens(60, 5)
-
-    torch.testing.assert_close(projection(x, 16, 1, parts=7), projection(x, 16, 1))
 
 
 @pytest.mark.parametrize("width", [7, PANEL, 2 * PANEL + 3])
@@ -76,8 +68,7 @@ def test_the_upper_triangle_is_summed_panel_by_panel_and_mirrored(width: int) ->
 
 
 @pytest.mark.parametrize("tokens", [3, 40])
-def test_square_root(tokens: int) -> None:
-    """A second moment has a root, singular or not, also where channels differ by 8 orders."""
+def test_a_singular_second_moment_has_a_root(tokens: int) -> None:
     x = random_tokens(tokens, 20) * torch.logspace(-4, 4, 20)
     x[:, 5] = 0
     gram = (x.T @ x) / tokens
@@ -89,39 +80,13 @@ def test_square_root(tokens: int) -> None:
     assert bool((root[:, 5] == 0).all())
 
 
-def test_mean() -> None:
-    """The mean of projections of two inputs has, on average, the mean of their energies."""
-    first, second = random_tokens(30, 4, seed=1), random_tokens(30, 4, seed=2)
-    both = (first.T @ first + second.T @ second) / 2
-    total = torch.zeros(4, 4)
-    for seed in range(3000):
-        moments = []
-        for x, own in ((first, 2 * seed), (second, 2 * seed + 1)):
-            moments.append(SecondMoment(4, x.device, projection_rows=8, seed=own))
-            moments[-1].add(x)
-        mean = SecondMoment.mean(moments)
-        total += mean.moment.T @ mean.moment / 3000
-
-    torch.testing.assert_close(total, both, rtol=0.05, atol=1.0)
-    torch.testing.assert_close(mean.squares, both.diagonal())
-
-
 @pytest.mark.parametrize("rows", [0, 16])
-def test_mixed_precision(rows: int) -> None:
-    """Sums are float32 to the last bit where products around them are bfloat16."""
+def test_sums_are_float32_where_products_around_them_are_not(rows: int) -> None:
     x = random_tokens(30, 12)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = projection(x, rows, seed=1)
 
     assert torch.equal(mixed, projection(x, rows, seed=1))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_tensor_cores_lose_nothing(dtype: torch.dtype) -> None:
-    """What was cast from 16 bits has nothing in the 13 bits that TF32 leaves out."""
-    x = torch.randn(999, generator=torch.Generator().manual_seed(0)).to(dtype).float()
-
-    assert not (x.view(torch.int32) & 0x1FFF).any()
 
 
 class Products(TorchDispatchMode):
@@ -134,7 +99,6 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Call the operation; note the precision of a product."""
         if "addmm" in str(function):
             self.precisions.append(torch.backends.cuda.matmul.fp32_precision)
         return function(*args, **kwargs or {})
@@ -143,8 +107,7 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("dtype", "uses_them"), [(torch.float32, False), (torch.bfloat16, True), (torch.float16, True)]
 )
-def test_tensor_cores(dtype: torch.dtype, *, uses_them: bool) -> None:
-    """A GPU's tensor cores make Gram matrices of 16-bit inputs, and no others."""
+def test_tensor_cores_are_for_16_bits(dtype: torch.dtype, *, uses_them: bool) -> None:
     before = torch.backends.cuda.matmul.fp32_precision
     moment = SecondMoment(8, torch.device("cpu"), projection_rows=0, seed=0)
     with Products() as products:
@@ -163,8 +126,7 @@ def test_tensor_cores_of_an_older_torch(monkeypatch: pytest.MonkeyPatch) -> None
     assert vars(matmul) == {"allow_tf32": False}
 
 
-def test_gram_on_a_gpu(pretended_gpu: Card) -> None:
-    """There a Gram matrix takes a launch a panel of 2,048 columns, and is the same matrix."""
+def test_a_gpus_gram_matrix_is_one_launch_a_panel(pretended_gpu: Card) -> None:
     x = torch.randn(9, 600, generator=torch.Generator().manual_seed(0))
     expected = torch.zeros(600, 600)
     add_gram_(expected, x)
@@ -179,8 +141,7 @@ def test_gram_on_a_gpu(pretended_gpu: Card) -> None:
 
 
 @pytest.mark.parametrize("rows", [0, 5])
-def test_nobody_waits(pretended_gpu: Card, rows: int) -> None:
-    """On a GPU tokens are added without a wait, in one copy of the draws, to the same sums."""
+def test_tokens_are_added_without_a_wait(pretended_gpu: Card, rows: int) -> None:
     x = torch.randn(9, 12, generator=torch.Generator().manual_seed(0))
     here = SecondMoment(12, torch.device("cpu"), projection_rows=rows, seed=3)
     there = SecondMoment(12, torch.device("cuda"), projection_rows=rows, seed=3)

@@ -23,19 +23,11 @@ def test_more_than_all_or_fewer_than_none_cannot_be_removed(removed: int) -> Non
         keep_highest(torch.zeros(2, 4), removed)
 
 
-def test_nm_mask_all_orders() -> None:
-    """2:4 keeps the two highest in each of the 256 runs of four values out of 0..3."""
+def test_2_4_keeps_the_two_highest_in_each_of_the_256_runs_of_four_values_out_of_0_3() -> None:
     runs = [list(map(float, run)) for run in itertools.product(range(4), repeat=4)]
     mask = nm_mask(torch.tensor(runs), keep=2, group=4)
 
     assert mask.tolist() == [sorted_mask(run, 2) for run in runs]
-
-
-def test_leading_dimensions_stack_layers_each_gets_the_mask_that_it_gets_alone() -> None:
-    score = torch.rand(3, 4, 8, generator=torch.Generator().manual_seed(0))
-    mask = nm_mask(score, keep=2, group=4)
-
-    assert torch.equal(mask, torch.stack([nm_mask(s, keep=2, group=4) for s in score]))
 
 
 @pytest.mark.parametrize(("keep", "group", "width"), [(0, 4, 8), (4, 4, 8), (5, 4, 8), (2, 4, 6)])
@@ -71,8 +63,7 @@ def chunks_of(kind: str) -> list[tuple[Tensor, float]]:
 
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.25, 0.5, 0.77, 0.999, 1])
 @pytest.mark.parametrize("kind", ["plain", "ties", "wide", "close"])
-def test_threshold(kind: str, share: float) -> None:
-    """The threshold is the score at which a walk up all sorted scores has passed ``removed``."""
+def test_it_is_that_of_a_walk_up_all_sorted_scores(kind: str, share: float) -> None:
     chunks = chunks_of(kind)
     removed = share * sum(values.numel() * weight for values, weight in chunks)
 

@@ -25,7 +25,6 @@ def bundle_of(
 
 
 def candidate_of(method: str, unit: str = "linear", pattern: str = "0.5") -> Candidate:
-    """Wanda with an allocation."""
     return Candidate(
         method="wanda",
         coefficients=Coefficients(
@@ -36,9 +35,10 @@ def candidate_of(method: str, unit: str = "linear", pattern: str = "0.5") -> Can
     )
 
 
-@pytest.mark.parametrize("rows", [8, 0])
-@pytest.mark.parametrize("pattern", ["0.5", "4:8"])
-@pytest.mark.parametrize("unit", ["linear", "block"])
+# With ``rows=0`` a linear has 64 or 32 rows, of which an error curve takes some only.
+@pytest.mark.parametrize(
+    ("unit", "pattern", "rows"), [("linear", "0.5", 0), ("block", "0.5", 8), ("linear", "4:8", 8)]
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_gpu_allocates_what_the_cpu_allocates(
     linears: dict[str, PrunableLinear],
@@ -50,11 +50,6 @@ def test_a_gpu_allocates_what_the_cpu_allocates(
     pretended_gpu: Card,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """
-    The same share for every linear, whatever is measured and whatever is rounded.
-
-    With ``rows=0`` a linear has 64 or 32 rows, of which an error curve takes some only.
-    """
     for module in ("layer_view", "layer_errors"):
         monkeypatch.setattr(f"pho_service.pruning.{module}.CURVE_ROWS", 20)
     bundle = bundle_of(linears, statistics, rows)

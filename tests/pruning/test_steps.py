@@ -61,12 +61,9 @@ def error(linear: ScoredLinear, changed: Tensor, inputs: Tensor) -> Tensor:
 
 ALL_STEPS = [
     ("0.5", Steps(repruning="swaps")),
-    ("0.5", Steps(repruning="dsnot")),
-    ("0.5", Steps(update="obs")),
-    ("0.5", Steps(repruning="swaps", update="obs")),
+    ("0.5", Steps(repruning="dsnot", update="obs")),
     ("0.5", Steps(update="least-squares")),
     ("0.5", Steps(update="sparsegpt")),
-    ("2:4", Steps(permutation="error")),
     ("2:4", Steps(permutation="error", repruning="swaps", update="obs")),
     ("2:4", Steps(permutation="error", update="sparsegpt")),
     ("4:8", Steps(repruning="dsnot", update="obs")),
@@ -74,8 +71,7 @@ ALL_STEPS = [
 
 
 @pytest.mark.parametrize(("text", "steps"), ALL_STEPS)
-def test_what_goes(moments: InputMoments, text: str, steps: Steps) -> None:
-    """Whatever the steps: as many weights go as before, and they are exactly zero."""
+def test_what_is_removed_is_exactly_0(moments: InputMoments, text: str, steps: Steps) -> None:
     pattern = Pattern.parse(text)
     linears = linears_of(moments, pattern)
     for linear, (name, mask, weight) in zip(
@@ -93,8 +89,7 @@ def test_what_goes(moments: InputMoments, text: str, steps: Steps) -> None:
 
 
 @pytest.mark.parametrize("update", ["obs", "sparsegpt"])
-def test_update(moments: InputMoments, update: str) -> None:
-    """Without a permutation the update is that of the linear alone."""
+def test_the_update_is_that_of_the_linear_alone(moments: InputMoments, update: str) -> None:
     pattern = Pattern.parse("0.5")
     linears = linears_of(moments, pattern)
     factor = inverse_factor(moments.gram, layer="q_proj")
@@ -109,20 +104,7 @@ def test_update(moments: InputMoments, update: str) -> None:
         assert torch.equal(weight, expected)
 
 
-def test_least_squares(moments: InputMoments, inputs: Tensor) -> None:
-    """Least squares goes on from OBS: no row is worse, and the mask stays."""
-    pattern = Pattern.parse("0.5")
-    (linear, _) = linears_of(moments, pattern)
-    ((_, kept, obs),) = finish([linear], moments, pattern, Steps(update="obs"))
-    ((_, mask, least),) = finish([linear], moments, pattern, Steps(update="least-squares"))
-    before, after = error(linear, obs, inputs), error(linear, least, inputs)
-
-    assert torch.equal(mask.keep, kept.keep)
-    assert after.sum() < before.sum()
-
-
-def test_update_in_another_order(moments: InputMoments, inputs: Tensor) -> None:
-    """With an order all is done on permuted channels, and comes back in the natural order."""
+def test_an_update_follows_the_order(moments: InputMoments, inputs: Tensor) -> None:
     pattern = Pattern.parse("2:4")
     plain = linears_of(moments, pattern)
     order = permute_channels(torch.cat([li.score for li in plain]), keep=2, group=4)
@@ -138,8 +120,7 @@ def test_update_in_another_order(moments: InputMoments, inputs: Tensor) -> None:
         assert error(linear, weight, inputs).sum() < error(linear, weight * 0, inputs).sum()
 
 
-def test_shrunk(moments: InputMoments) -> None:
-    """Second moments are those of the tokens and as many more, whose inputs are independent."""
+def test_second_moments_are_of_independent_tokens_too(moments: InputMoments) -> None:
     shrunk = moments.shrunk(2.0)
     more = 2.0 * WIDTH
     diagonal = torch.diag(moments.gram.diagonal()).double()
@@ -186,20 +167,6 @@ def test_shrinkage_helps_on_other_tokens(repruning: Repruning) -> None:
     assert shrunk[1] < plain[1]
 
 
-def test_repruning_lowers_the_error(moments: InputMoments, inputs: Tensor) -> None:
-    """Swaps never raise the error of a row; with an update the sum falls further."""
-    pattern = Pattern.parse("0.5", "row")
-    (linear, _) = linears_of(moments, pattern)
-    before = error(linear, linear.weight * linear.mask.keep, inputs)
-    ((_, _, swapped),) = finish([linear], moments, pattern, Steps(repruning="swaps"))
-    both = Steps(repruning="swaps", update="obs")
-    ((_, _, updated),) = finish([linear], moments, pattern, both)
-
-    assert bool((error(linear, swapped, inputs) <= before * (1 + 1e-5)).all())
-    assert error(linear, swapped, inputs).sum() < before.sum()
-    assert error(linear, updated, inputs).sum() < error(linear, swapped, inputs).sum()
-
-
 def test_one_order_for_all_readers(moments: InputMoments, inputs: Tensor) -> None:
     pattern = Pattern.parse("2:4")
     linears = linears_of(moments, pattern)
@@ -216,8 +183,7 @@ def test_one_order_for_all_readers(moments: InputMoments, inputs: Tensor) -> Non
     assert weighted([c for _, _, c in finished]) <= weighted(natural) * (1 + 1e-5)
 
 
-def test_mixed_groups(moments: InputMoments) -> None:
-    """A linear whose allocation is 1 of 4 keeps 1 of 4 through all steps."""
+def test_a_linear_of_1_of_4_keeps_1_of_4(moments: InputMoments) -> None:
     pattern = Pattern.parse("2:4")
     (linear, _) = linears_of(moments, pattern)
     sparse = replace(linear, mask=mask_of(linear.score, pattern, 1, None))

@@ -11,15 +11,13 @@ from pho_service.pruning.hardware import in_threads
 
 @pytest.fixture
 def threads() -> Iterator[int]:
-    """Three threads of torch for a while."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield 3
     torch.set_num_threads(before)
 
 
-def test_threads(threads: int) -> None:
-    """As many threads as torch has work at once, and torch itself takes one in each."""
+def test_as_many_threads_work_at_once_as_torch_has(threads: int) -> None:
     together = threading.Barrier(threads, timeout=120)
 
     def work(piece: int) -> tuple[int, int]:
@@ -31,8 +29,7 @@ def test_threads(threads: int) -> None:
         assert torch.get_num_threads() == threads
 
 
-def test_others_keep_their_threads(threads: int) -> None:
-    """A thread that begins afterwards has torch's number, not that of the pool's."""
+def test_a_thread_that_begins_afterwards_has_torchs_number(threads: int) -> None:
     in_threads(str, range(threads))
     found: list[int] = []
     other = threading.Thread(target=lambda: found.append(torch.get_num_threads()))

@@ -6,19 +6,13 @@ import pytest
 import torch
 
 from pho_service.errors import NumericalError
-from pho_service.pruning.selection import keep_highest, nm_mask
+from pho_service.pruning.selection import keep_highest
 from pho_service.pruning.weight_update import (
     inverse_factor,
     least_squares_update,
     obs_update,
     sparsegpt,
 )
-
-
-def output_error(weight: torch.Tensor, changed: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """E[(y - y')^2] of each output row, when ``weight`` becomes ``changed``."""
-    difference = weight.float() - changed.float()
-    return (difference * (difference @ gram)).sum(dim=1).clamp_min(0)
 
 
 def inputs_gram(width, *, tokens=None, seed=0):
@@ -35,7 +29,6 @@ def inputs_gram(width, *, tokens=None, seed=0):
 
 
 def weights(rows, width, seed=1):
-    """Standard normal weights."""
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
 
 
@@ -93,7 +86,7 @@ def damped_error(weight, changed, gram):
     return ((difference @ damped(gram)) * difference).sum(dim=1)
 
 
-@pytest.mark.parametrize("width", [1, 7, 40])
+@pytest.mark.parametrize("width", [1, 40])
 def test_factor_is_the_cholesky_factor_of_the_inverse(width):
     gram = inputs_gram(width)
 
@@ -127,23 +120,17 @@ def test_a_matrix_that_rounding_makes_indefinite_in_float32_is_factored_in_float
     torch.testing.assert_close(factor.double(), expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_or_infinity_is_an_error_that_names_the_layer_never_an_identity(value):
-    gram = inputs_gram(8)
-    gram[2, 3] = value
-
-    with pytest.raises(NumericalError, match=r"layers\.3\.q: .* NaN or infinite") as caught:
-        inverse_factor(gram, layer="layers.3.q")
-
-    assert caught.value.layer == "layers.3.q"
-
-
-def test_factor_refuses_negative_eigenvalues():
-    """A matrix that damping does not make positive definite names the layer and the way out."""
-    vectors = torch.linalg.qr(weights(8, 8)).Q
-    gram = vectors @ torch.diag(torch.tensor([-1.0, 1, 1, 1, 1, 1, 1, 1])) @ vectors.T
-
-    with pytest.raises(NumericalError, match=r"layers\.3\.q: .*more text.*damping") as caught:
+@pytest.mark.parametrize(
+    ("gram", "message"),
+    [
+        (torch.full((8, 8), float("nan")), "NaN or infinite"),
+        (torch.diag(torch.tensor([-1.0, 1, 1, 1, 1, 1, 1, 1])), "more text.*damping"),
+    ],
+)
+def test_what_damping_does_not_make_positive_definite_names_the_layer_and_the_way_out(
+    gram, message
+):
+    with pytest.raises(NumericalError, match=rf"layers\.3\.q: .*{message}") as caught:
         inverse_factor(gram, layer="layers.3.q")
 
     assert caught.value.layer == "layers.3.q"
@@ -167,42 +154,7 @@ def test_one_column_after_the_other_as_with_an_explicit_inverse_whatever_the_blo
     )
 
 
-def test_no_weight_gone_no_error_to_make_up_for_the_same_bits():
-    weight = weights(6, 150)
-
-    changed = obs_update(
-        weight, torch.ones_like(weight, dtype=torch.bool), inverse_factor(
-            inputs_gram(150), layer="q"
-        ),
-    )  # fmt: skip
-
-    assert torch.equal(changed, weight)
-
-
-def test_inputs_that_know_nothing_of_each_other_cannot_make_up_for_each_other():
-    weight = weights(6, 20)
-    mask = keep_highest(weight.abs(), 10)
-
-    changed = obs_update(weight, mask, inverse_factor(torch.eye(20) * 3, layer="q"))
-
-    assert torch.equal(changed, weight * mask)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_summed_over_rows_the_error_with_the_update_is_below_the_error_without(seed):
-    gram, weight = inputs_gram(96, seed=seed), weights(32, 96, seed=seed + 50)
-    mask = wanda_mask(weight, gram, 48)
-
-    changed = obs_update(weight, mask, inverse_factor(gram, layer="q"))
-
-    assert (
-        output_error(weight, changed, gram).sum() < output_error(weight, weight * mask, gram).sum()
-    )
-    assert bool((changed[~mask] == 0).all())
-
-
-def test_obs_update_accepts_bfloat16():
-    """Weights of any floating dtype are worked on in float32, and stay as they are."""
+def test_weights_of_any_floating_dtype_are_worked_on_in_float32_and_stay_as_they_are():
     gram, weight = inputs_gram(32), weights(8, 32).bfloat16()
     before, factor = weight.clone(), inverse_factor(gram, layer="q")
     mask = wanda_mask(weight.float(), gram, 16)
@@ -229,14 +181,6 @@ def test_obs_update_without_a_dead_input_is_the_same():
         changed[:, live], obs_update(weight[:, live], mask[:, live], factor), rtol=1e-4, atol=1e-5
     )
     assert bool((changed[:, 5] == 0).all())
-
-
-def test_the_same_tensors_give_the_same_bits():
-    gram, weight = inputs_gram(160), weights(24, 160)
-    mask, factor = wanda_mask(weight, gram, 80), inverse_factor(gram, layer="q")
-
-    assert torch.equal(factor, inverse_factor(gram, layer="q"))
-    assert torch.equal(obs_update(weight, mask, factor), obs_update(weight, mask, factor))
 
 
 def test_a_gpu_solves_for_several_columns_at_once(pretended_gpu):
@@ -277,7 +221,7 @@ def test_no_update_waits_for_a_gpu_in_a_loop(pretended_gpu):
     assert [waits for _, waits in low] == [waits for _, waits in wide] == [3, 0, 1, 0, 0]
 
 
-@pytest.mark.parametrize("removed", [0, 1, 333, 500, 899, 900])
+@pytest.mark.parametrize("removed", [0, 1, 333, 900])
 def test_sparsegpt_removes_exactly_so_many(removed):
     gram, weight = inputs_gram(50), weights(18, 50)
 
@@ -315,22 +259,11 @@ def test_sparsegpt_chooses_each_run_after_the_columns_before_it(block):
         )
 
     expected, expected_mask = slow_sparsegpt(weight, gram, choose, block=4)
-    changed, mask = sparsegpt(
-        weight, inverse_factor(gram, layer="q"), keep=2, group=4, block=block
-    )  # fmt: skip
+    factor = inverse_factor(gram, layer="q")
+    changed, mask = sparsegpt(weight, factor, keep=2, group=4, block=block)
 
     assert torch.equal(mask, expected_mask)
     torch.testing.assert_close(changed.double(), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(("keep", "group"), [(2, 4), (4, 8), (1, 3), (5, 6)])
-def test_sparsegpt_keeps_n_of_every_m(keep, group):
-    gram, weight = inputs_gram(144), weights(10, 144)
-
-    changed, mask = sparsegpt(weight, inverse_factor(gram, layer="q"), keep=keep, group=group)
-
-    assert bool((mask.view(10, -1, group).sum(dim=2) == keep).all())
-    assert bool((changed[~mask] == 0).all())
 
 
 @pytest.mark.parametrize("counts", [{"removed": 2000}, {"keep": 2, "group": 4}])
@@ -362,8 +295,7 @@ def test_sparsegpt_removes_dead_inputs_first(counts):
     assert not bool(mask[:, 5].any())
 
 
-def test_sparsegpt_heeds_row_weights():
-    """A row that counts a million times as much loses nothing while others have weights."""
+def test_a_row_that_counts_a_million_times_as_much_loses_nothing_while_others_have_weights():
     gram, weight = inputs_gram(24), weights(6, 24)
     score = torch.ones(6, 1)
     score[2] = 1e6
@@ -384,31 +316,17 @@ def test_a_weight_whose_factor_is_0_goes_first_also_within_a_run():
     assert torch.equal(mask, score.bool())
 
 
-@pytest.mark.parametrize("counts", [{"removed": 32 * 48}, {"keep": 2, "group": 4}])
-def test_choosing_and_making_up_together_beats_zeroing_by_wandas_score(counts):
-    gram, weight = inputs_gram(96), weights(32, 96)
-    wanda = weight.abs() * gram.diagonal().sqrt()
-    mask = nm_mask(wanda, keep=2, group=4) if "group" in counts else keep_highest(wanda, 48)
-
-    changed, _ = sparsegpt(weight, inverse_factor(gram, layer="q"), **counts)
-
-    assert (
-        output_error(weight, changed, gram).sum() < output_error(weight, weight * mask, gram).sum()
-    )
-
-
-def test_sparsegpt_repeats_its_bits():
-    """The same tensors give the same bits, and bfloat16 is what it is in float32."""
+def test_the_same_tensors_give_the_same_bits_and_bfloat16_is_what_it_is_in_float32():
     gram, weight = inputs_gram(160), weights(24, 160).bfloat16()
     factor = inverse_factor(gram, layer="q")
 
-    first, second = sparsegpt(weight, factor, removed=1900), sparsegpt(weight, factor, removed=1900)
-    single = sparsegpt(weight.float(), factor, removed=1900)
+    (first, mask), (single, same) = (
+        sparsegpt(each, factor, removed=1900) for each in (weight, weight.float())
+    )
 
-    assert torch.equal(first[0], second[0])
-    assert torch.equal(first[1], second[1])
-    assert torch.equal(first[0], single[0])
-    assert first[0].dtype == torch.float32
+    assert torch.equal(first, single)
+    assert torch.equal(mask, same)
+    assert first.dtype == torch.float32
 
 
 @pytest.mark.parametrize("updated", [True, False])
@@ -440,26 +358,6 @@ def test_least_squares_never_raises_the_error_of_a_row():
         assert bool((after <= before * (1 + 1e-6)).all())
 
 
-def test_least_squares_gives_a_solved_row_back():
-    gram, weight = inputs_gram(16), weights(4, 16)
-    mask = wanda_mask(weight, gram, 8)
-    mask[1] = True
-
-    changed = least_squares_update(weight, mask, gram, start=weight)
-
-    assert torch.equal(changed[1], weight[1])
-    assert not torch.equal(changed[0], weight[0])
-
-
-def test_nothing_is_tried_so_the_start_comes_back_0_where_the_mask_is_false():
-    gram, weight = inputs_gram(16), weights(4, 16)
-    mask = wanda_mask(weight, gram, 8)
-
-    changed = least_squares_update(weight, mask, gram, start=weight.bfloat16(), steps=0)
-
-    assert torch.equal(changed, weight.bfloat16().float() * mask)
-
-
 def test_least_squares_lives_with_dead_inputs_and_rows_without_weights():
     gram, weight = inputs_gram(16), weights(4, 16)
     gram[3], gram[:, 3] = 0, 0
@@ -472,23 +370,3 @@ def test_least_squares_lives_with_dead_inputs_and_rows_without_weights():
     assert bool(changed.isfinite().all())
     assert bool((changed[2] == 0).all())
     assert torch.equal(nothing, weight * mask)
-
-
-def test_a_singular_gram_matrix_is_solved_with_damping_and_rows_get_no_worse():
-    gram, weight = inputs_gram(64, tokens=16), weights(8, 64)
-    mask = wanda_mask(weight, gram, 32)
-    start = obs_update(weight, mask, inverse_factor(gram, layer="q"))
-
-    changed = least_squares_update(weight, mask, gram, start=start)
-
-    assert bool((damped_error(weight, changed, gram) < damped_error(weight, start, gram)).all())
-
-
-def test_least_squares_repeats_its_bits():
-    gram, weight = inputs_gram(48), weights(8, 48).bfloat16()
-    mask = wanda_mask(weight.float(), gram, 24)
-
-    first = least_squares_update(weight, mask, gram, start=weight)
-    second = least_squares_update(weight.float(), mask, gram, start=weight.float())
-
-    assert torch.equal(first, second)

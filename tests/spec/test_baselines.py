@@ -14,8 +14,7 @@ HALF = Pattern.parse("0.5", "row")
 NM = Pattern.parse("2:4")
 
 
-def test_shown_baselines() -> None:
-    """By default Wanda and RIA are shown as published, too; at N:M each method also permuted."""
+def test_by_default_they_are_shown_as_published_too_at_n_m_also_permuted() -> None:
     half = {each.method for each in shown_baselines(None, HALF)}
     nm = shown_baselines(None, NM)
     plain = {each.method for each in nm if each.steps.permutation == "none"}
@@ -53,8 +52,7 @@ def test_a_name_says_which_steps_a_method_takes_all_stands_for_every_one() -> No
         ("sparsegpt-sequential", "0.5", r"in any case\. Take 'sparsegpt'"),
     ],
 )
-def test_no_such_baseline(name: str, pattern: str, message: str) -> None:
-    """A method that is not there is refused with what is near, or with why it is not there."""
+def test_a_method_that_is_not_there_is_refused(name: str, pattern: str, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         shown_baselines([name], Pattern.parse(pattern))
 

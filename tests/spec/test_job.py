@@ -1,32 +1,25 @@
 """The document of a job: its defaults, what it refuses and where, and what it stands for."""
 
-import json
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import assume, given
-from hypothesis import settings as examples
-from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from pho_service.host.access import Access
 from pho_service.host.settings import Settings
 from pho_service.spec.fields import FieldError
 from pho_service.spec.job import JobSpec, island_seed
-from pho_service.spec.objective import SAMPLERS, WEIGHTINGS, Objective, SearchOptions, options_of
+from pho_service.spec.objective import Objective, SearchOptions, options_of
 from pho_service.spec.pattern import Pattern
 
 
 def spec_of(**changes: Any) -> JobSpec:
-    """A job with some fields given."""
     return JobSpec.model_validate({"model": "org/name", "pattern": "0.5", **changes})
 
 
-def test_defaults() -> None:
-    """All but the model and the pattern have the defaults of the issue and of `pho search`."""
+def test_all_but_the_model_and_the_pattern_have_defaults() -> None:
     spec = spec_of()
 
     assert (spec.calibration.samples, spec.calibration.context_length) == (128, 2048)
@@ -35,11 +28,10 @@ def test_defaults() -> None:
     assert spec.objective == Objective()
     assert spec.pruning() == Pattern.parse("0.5")
     assert (spec.sampler, spec.trials, spec.islands, spec.seed) == ("cmaes", 200, 1, 0)
-    assert (spec.priority, spec.timeout_s) == (0, None)
+    assert (spec.priority, spec.timeout_s, spec.preset) == (0, None, "best")
 
 
-def test_search_options() -> None:
-    """Each option of every search is a field of a job with the same default and bounds."""
+def test_each_option_of_every_search_is_a_field_of_a_job_with_the_same_default_and_bounds() -> None:
     request = spec_of(trials=31, seed=7).request(0)
 
     assert options_of(spec_of()) == options_of(SearchOptions())
@@ -98,7 +90,6 @@ def test_what_a_search_begins_with_is_in_its_document_and_in_its_plan() -> None:
 WRONG: list[tuple[dict[str, Any], tuple[str | int, ...]]] = [
     ({"more_models": ["org/name"]}, ("more_models",)),
     ({"more_models": ["b", "b"]}, ("more_models",)),
-    ({"more_models": ["b"] * 32}, ("more_models",)),
     ({"more_models": ["a\0"]}, ("more_models", 0)),
     ({"more_models": ["b"], "revision": "main"}, ("revision",)),
     ({"more_models": ["b"], "confirm": {}}, ("confirm",)),
@@ -106,85 +97,52 @@ WRONG: list[tuple[dict[str, Any], tuple[str | int, ...]]] = [
     ({"more_models": ["b"], "objective": {"name": "gini"}}, ("objective",)),
     ({"objective": {"over": "mean"}}, ("objective",)),
     ({"warm_start": True}, ("warm_start",)),
-    ({"warm_start": {"count": 0}}, ("warm_start", "count")),
     ({"warm_start": {"found": [{}]}}, ("warm_start", "found", 0, "coefficients")),
-    (
-        {"warm_start": {"found": [{"coefficients": {**SCORE, "row": -1.0}}]}},
-        ("warm_start", "found", 0, "coefficients"),
-    ),
     ({"warm_start": {"found": [{"coefficients": SCORE}]}, "trials": 6, "preset": "score"}, ()),
     ({"model": ""}, ("model",)),
-    ({"model": 1}, ("model",)),
-    ({"model": None}, ("model",)),
-    ({"model": "a\0"}, ("model",)),
     ({"model": "\ud800"}, ("model",)),
     ({"model": "m" * 513}, ("model",)),
     ({"pattern": 0.5}, ("pattern",)),
-    ({"pattern": "1"}, ("pattern",)),
-    ({"pattern": "nan"}, ("pattern",)),
     ({"pattern": "4:4"}, ("pattern",)),
-    ({"pattern": "2:65"}, ("pattern",)),
     ({"scope": "model"}, ("scope",)),
     ({"pattern": "2:4", "scope": "layer"}, ("scope",)),
     ({"name": "a\n"}, ("name",)),
-    ({"name": "n" * 101}, ("name",)),
-    ({"revision": ""}, ("revision",)),
     ({"dtype": "int8"}, ("dtype",)),
     ({"calibration": None}, ("calibration",)),
-    ({"calibration": "file.txt"}, ("calibration",)),
     ({"calibration": {"text": "a", "dataset": "b"}}, ("calibration", "dataset")),
     ({"calibration": {"data_file": "a"}}, ("calibration", "data_file")),
     ({"calibration": {"text": "a", "data_file": "b"}}, ("calibration", "data_file")),
     ({"calibration": {"text": "a\x7f"}}, ("calibration", "text")),
-    ({"calibration": {"samples": 0}}, ("calibration", "samples")),
-    ({"calibration": {"samples": "8"}}, ("calibration", "samples")),
     ({"calibration": {"samples": True}}, ("calibration", "samples")),
-    ({"calibration": {"samples": 8.5}}, ("calibration", "samples")),
     ({"calibration": {"context_length": 7}}, ("calibration", "context_length")),
     ({"calibration": {"samples": 4, "fisher_samples": 5}}, ("calibration", "fisher_samples")),
-    ({"calibration": {"rows_per_layer": -1}}, ("calibration", "rows_per_layer")),
-    ({"calibration": {"projection_rows": -1}}, ("calibration", "projection_rows")),
     ({"calibration": {"kernel_sizes": []}}, ("calibration", "kernel_sizes")),
     ({"calibration": {"kernel_sizes": [4]}}, ("calibration", "kernel_sizes")),
     ({"calibration": {"kernel_sizes": [3, 1]}}, ("calibration", "kernel_sizes", 1)),
     ({"calibration": {"bos": "yes"}}, ("calibration", "bos")),
-    ({"calibration": {"seed": 2**32}}, ("calibration", "seed")),
     ({"calibration": {"sampels": 8}}, ("calibration", "sampels")),
     ({"confirm": False}, ("confirm",)),
-    ({"confirm": {"text": ""}}, ("confirm", "text")),
-    ({"confirm": {"candidates": 0}}, ("confirm", "candidates")),
     ({"confirm": {"windows": 0}}, ("confirm", "windows")),
     ({"validation": {"candidates": 7}}, ("validation", "candidates")),
     ({"validation": {}, "confirm": None}, ("validation",)),
-    ({"objective": "gini"}, ("objective",)),
     ({"objective": {"name": "loss"}}, ("objective", "name")),
-    ({"objective": {"weighting": "x"}}, ("objective", "weighting")),
     ({"objective": {"name": "perplexity"}, "confirm": None}, ("objective",)),
     ({"sampler": "nsga"}, ("sampler",)),
     ({"search_space": {"row_share": [0.5]}}, ("search_space", "row_share")),
     ({"search_space": {"row_share": [0.5, 0.4]}}, ("search_space", "row_share")),
-    ({"search_space": {"neighbourhood_share": [0, 1.1]}}, ("search_space", "neighbourhood_share")),
     ({"search_space": {"activation_exponent": [0, 5]}}, ("search_space", "activation_exponent")),
-    ({"search_space": {"gradient_exponent": [-1, 1]}}, ("search_space", "gradient_exponent")),
     ({"search_space": {"kernel_sizes": [8]}}, ("search_space", "kernel_sizes")),
     ({"search_space": {"kernel_sizes": [7]}}, ("search_space",)),  # was not calibrated
     ({"search_space": {"kernels": [3]}}, ("search_space", "kernels")),
-    ({"trials": 0}, ("trials",)),
     ({"trials": 5}, ("trials",)),  # the baselines are 6
-    ({"trials": 10_001}, ("trials",)),
     ({"trials": "200"}, ("trials",)),
-    ({"islands": 0}, ("islands",)),
     ({"islands": 65}, ("islands",)),
     ({"sampler": "hill-climb", "islands": 2}, ("islands",)),  # they would be the same
     ({"corrections": 1001}, ("corrections",)),
     ({"corrections": 1, "stream": True}, ("corrections",)),  # read anew for each
-    ({"seed": -1}, ("seed",)),
     ({"seed": 2**32}, ("seed",)),
     ({"priority": 101}, ("priority",)),
-    ({"timeout_s": 0}, ("timeout_s",)),
     ({"timeout_s": float("inf")}, ("timeout_s",)),
-    ({"timeout_s": "60"}, ("timeout_s",)),
-    ({"max_failed_trials": -1}, ("max_failed_trials",)),
     ({"max_attempts": 0}, ("max_attempts",)),
     ({"trails": 200}, ("trails",)),
 ]
@@ -199,14 +157,6 @@ def test_wrong_fields(changes: dict[str, Any], place: tuple[str | int, ...]) -> 
     assert [error["loc"] for error in caught.value.errors()] == [place]
 
 
-@pytest.mark.parametrize("field", ["model", "pattern"])
-def test_a_job_must_say_which_model_and_how_much_of_it_goes(field: str) -> None:
-    with pytest.raises(ValidationError) as caught:
-        JobSpec.model_validate({k: "0.5" for k in ("model", "pattern") if k != field})
-
-    assert [error["loc"] for error in caught.value.errors()] == [(field,)]
-
-
 def test_whoever_makes_three_mistakes_hears_of_three() -> None:
     with pytest.raises(ValidationError) as caught:
         spec_of(pattern="x", calibration={"samples": 0}, seed=-1)
@@ -215,16 +165,13 @@ def test_whoever_makes_three_mistakes_hears_of_three() -> None:
     assert places == {("pattern",), ("calibration", "samples"), ("seed",)}
 
 
-@pytest.mark.parametrize("text", ["0.1234567", "0.9999999", "0.333333333333"])
-def test_digits_of_a_pattern(text: str) -> None:
-    """A pattern written down is the pattern that was asked for, to its last digit."""
-    pattern = spec_of(pattern=text).pruning()
+def test_a_pattern_written_down_is_the_pattern_that_was_asked_for_to_its_last_digit() -> None:
+    pattern = spec_of(pattern="0.333333333333").pruning()
 
     assert Pattern.parse(str(pattern)) == pattern
 
 
-def test_islands() -> None:
-    """The first island is the search with the job's seed; the others have seeds of their own."""
+def test_the_first_island_has_the_jobs_seed_the_others_have_their_own() -> None:
     seeds = [spec_of(seed=3, islands=64).plan(island).seed for island in range(64)]
 
     assert seeds[0] == 3
@@ -241,28 +188,25 @@ def test_islands() -> None:
         ({"name": "mine"}, "mine"),
     ],
 )
-def test_title(changes: dict[str, Any], title: str) -> None:
-    """A job is called after its model and pattern, unless it says how."""
+def test_a_job_has_its_models_name_or_its_own(changes: dict[str, Any], title: str) -> None:
     assert spec_of(**changes).title == title
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "same"),
     [
-        {"seed": 1}, {"trials": 9}, {"pattern": "2:4"}, {"confirm": None}, {"priority": 1},
-        {"calibration": {"memory_bytes": 2**30}},
+        ({"trials": 9, "seed": 1, "pattern": "2:4", "confirm": None, "priority": 1}, True),
+        ({"calibration": {"memory_bytes": 2**30}}, True),
+        ({"model": "a"}, False),
+        ({"revision": "b"}, False),
+        ({"dtype": "float32"}, False),
+        ({"calibration": {"samples": 9}}, False),
     ],
-)  # fmt: skip
-def test_jobs_that_differ_in_the_search_alone_may_share_a_bundle(changes: dict[str, Any]) -> None:
-    assert spec_of(**changes).calibration_key == spec_of().calibration_key
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"model": "a"}, {"revision": "b"}, {"dtype": "float32"}, {"calibration": {"samples": 9}}],
 )
-def test_jobs_that_differ_in_the_model_or_the_calibration_may_not(changes: dict[str, Any]) -> None:
-    assert spec_of(**changes).calibration_key != spec_of().calibration_key
+def test_jobs_share_a_bundle_unless_they_differ_in_the_model_or_the_calibration(
+    changes: dict[str, Any], *, same: bool
+) -> None:
+    assert (spec_of(**changes).calibration_key == spec_of().calibration_key) is same
 
 
 @pytest.mark.parametrize(
@@ -276,8 +220,7 @@ def test_jobs_that_differ_in_the_model_or_the_calibration_may_not(changes: dict[
         ({"confirm": {"text": "../x"}}, "/confirm/text"),
     ],
 )
-def test_access(tmp_path: Path, changes: dict[str, Any], pointer: str) -> None:
-    """A model or text that is not allowed here is named by its JSON pointer."""
+def test_a_path_that_is_not_allowed(tmp_path: Path, changes: dict[str, Any], pointer: str) -> None:
     roots = (tmp_path,)
     settings = Settings(model_roots=roots, text_roots=roots, hub_datasets=("a/*", "allenai/*"))
     access = Access.of(settings)
@@ -296,101 +239,7 @@ def test_a_model_in_other_letters_is_the_same_model(tmp_path: Path) -> None:
     assert caught.value.pointer == "/more_models/1"
 
 
-names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20) | st.sampled_from(
-    ["org/name", "m.gguf", "/a/b", "x"]
-)
-whole = st.integers(0, 300)
-sizes = st.lists(st.integers(1, 12).map(lambda k: 2 * k + 1), min_size=1, max_size=4)
-bounds = st.lists(st.floats(0, 1), min_size=2, max_size=2).map(sorted)
-
-
-def _some(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
-    return st.fixed_dictionaries({}, optional=fields)
-
-
-documents = st.fixed_dictionaries(
-    {"model": names, "pattern": st.sampled_from(["0.5", "2:4", "7:8", ".3", "1e-3", "0.12345678"])},
-    optional={
-        "scope": st.sampled_from([None, "row", "layer", "global"]),
-        "name": st.none() | names,
-        "calibration": _some(
-            text=names, samples=whole, fisher_samples=st.none() | whole, context_length=whole,
-            rows_per_layer=whole, projection_rows=whole, kernel_sizes=sizes, seed=whole,
-            field=names, memory_bytes=st.none() | whole,
-        ),
-        "confirm": st.none() | _some(text=st.none() | names, candidates=whole, windows=whole),
-        "validation": st.none() | _some(candidates=whole, seed=whole),
-        "objective": _some(
-            name=st.sampled_from(["activation-reconstruction", "gini", "perplexity"]),
-            weighting=st.sampled_from(WEIGHTINGS),
-        ),
-        "sampler": st.sampled_from(sorted(SAMPLERS)),
-        "search_space": _some(
-            neighbourhood_share=bounds, row_share=bounds, activation_exponent=bounds,
-            gradient_exponent=bounds, kernel_sizes=sizes,
-        ),
-        "trials": whole,
-        "islands": st.integers(0, 70),
-        "seed": st.integers(-1, 2**32),
-        "priority": st.integers(-101, 101),
-        "timeout_s": st.none() | st.floats() | whole,
-        "max_failed_trials": whole,
-        "max_attempts": st.integers(0, 21),
-    },
-)  # fmt: skip
-
-
-def accepted(document: dict[str, Any]) -> JobSpec:
-    """The job, if the document is one."""
-    try:
-        return JobSpec.model_validate(document)
-    except ValidationError:
-        assume(False)
-        raise
-
-
-@examples(examples.get_profile("suite"))
-@given(documents)
-def test_round_trip(document: dict[str, Any]) -> None:
-    """An accepted document comes out of JSON, and so out of the database, as it went in."""
-    spec = accepted(document)
-    stored = json.loads(json.dumps(spec.model_dump(mode="json"), allow_nan=False))
-
-    assert JobSpec.model_validate(stored) == spec
-    assert JobSpec.model_validate(stored).model_dump(mode="json") == stored
-    assert JobSpec.model_validate_json(spec.model_dump_json()) == spec
-
-
-@examples(examples.get_profile("suite"))
-@given(documents)
-def test_accepted_can_be_searched(document: dict[str, Any]) -> None:
-    """An accepted document gives a plan for each island, and a name that a study can have."""
-    spec = accepted(document)
-    plans = [spec.plan(island) for island in range(spec.islands)]
-
-    assert {plan.trials for plan in plans} == {spec.trials}
-    assert all(len(plan.baselines()) <= spec.trials for plan in plans)
-    assert all(plan.pattern == spec.pruning() for plan in plans)
-    assert set(plans[0].space.kernel_sizes) <= set(spec.calibration.settings().kernel_sizes)
-    assert 0 < len(spec.title) <= 512
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
-    max_leaves=5,
-)
-
-
-@examples(examples.get_profile("suite"))
-@given(documents, st.sampled_from(sorted(JobSpec.model_fields)), json_values)
-def test_anything_is_refused_in_order(document: dict[str, Any], field: str, value: Any) -> None:
-    with suppress(ValidationError):
-        JobSpec.model_validate({**document, field: value})
-
-
-def test_preset_and_steps() -> None:
-    """A preset's steps stay where nothing else is said, also after the way through a database."""
+def test_a_presets_steps_stay_where_nothing_else_is_said() -> None:
     spec = JobSpec.model_validate(
         {"model": "m", "pattern": "4:8", "preset": "best", "steps": {"repruning": "dsnot"}}
     )
@@ -406,7 +255,7 @@ def test_an_allocation_that_is_named_is_the_only_one_searched_with_its_own_sprea
     spec = JobSpec.model_validate(
         {"model": "m", "pattern": "0.5", "preset": "best", "steps": steps}
     )
-    plan = JobSpec.model_validate(spec.model_dump(mode="json")).plan(0)
+    plan = spec.plan(0)
 
     assert plan.space.allocations == ("owl",)
     assert plan.space.allocation_spread == (0.1, 0.1)
@@ -423,14 +272,12 @@ def test_an_allocation_that_is_named_is_the_only_one_searched_with_its_own_sprea
         ({"search_space": {"allocations": ["fair"]}}, "'uniform', 'owl'"),
     ],
 )
-def test_steps_refused(changes: dict[str, Any], message: str) -> None:
-    """A step without a meaning is refused when the job is submitted."""
+def test_a_step_without_a_meaning_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         JobSpec.model_validate({"model": "m", "pattern": "0.5", **changes})
 
 
 def several(**changes: Any) -> JobSpec:
-    """A job without a pattern of its own."""
     return JobSpec.model_validate({"model": "org/name", **changes})
 
 
@@ -467,14 +314,8 @@ def test_each_has_the_request_of_a_job_with_it_alone() -> None:
         ({"patterns": ["0.3", "2:4"], "trials": 3}, "trials=3 is too few"),
         ({"patterns": ["0.3", "2:4"], "corrections": 3, "preset": "best"}, "at 2:4 in scope row"),
     ],
-    ids=[
-        "none", "two", "two-of-several", "twice", "islands", "unconfirmed", "unconfirmed-target",
-        "models", "timeout", "warm", "prune", "tasks", "trials",
-        "corrections",
-    ],
-)  # fmt: skip
-def test_not_of_several(changes: dict[str, Any], told: str) -> None:
-    """What is of one pattern is refused with several, in words."""
+)
+def test_what_is_of_one_pattern_is_refused(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ValidationError) as refused:
         several(**changes)
 

@@ -18,7 +18,6 @@ HALF = Pattern.parse("0.5", "global")
 
 
 def pruned(**fields: Any) -> list[str]:
-    """The names that are pruned, without their path."""
     chosen = Linears(**fields).choose(NAMES, HALF)
     return [name.removeprefix("model.layers.") for name in NAMES if name in chosen.names]
 
@@ -52,8 +51,7 @@ def test_a_target_that_is_ignored_stays_dense_and_has_no_sparsity_by_hand_either
     assert chosen.own == {"model.layers.0.mlp.down_proj": Pattern.parse("0.25", "global")}
 
 
-def test_sparsities_by_hand() -> None:
-    """They are shares for a ratio, and another N of the same M for N:M."""
+def test_they_are_shares_for_a_ratio_and_another_n_of_the_same_m_for_n_m() -> None:
     by_share = Linears(sparsities={"*.down_proj": 0.3}).choose(NAMES, HALF)
     by_groups = Linears(sparsities={"*.down_proj": "3:4"}).choose(NAMES, Pattern.parse("2:4"))
 
@@ -72,8 +70,7 @@ def test_sparsities_by_hand() -> None:
         ({"sparsities": {"*.dwn_proj": 0.3}}, r"sparsities: .* Near: \*\.down_proj"),
     ],
 )
-def test_a_pattern_must_match(fields: dict[str, Any], near: str) -> None:
-    """One that matches nothing is refused with the model, how many linears it has, near names."""
+def test_a_pattern_that_matches_nothing_is_refused(fields: dict[str, Any], near: str) -> None:
     with pytest.raises(InvalidInput, match=near):
         Linears(**fields).choose(NAMES, HALF, model="some/model")
 
@@ -101,8 +98,7 @@ def test_two_sparsities_for_a_linear_and_nothing_left_to_prune_are_refused() -> 
         ({"sparsities": {"a": "much"}}, "'much' is neither a number nor N:M"),
     ],
 )
-def test_what_is_no_choice(fields: dict[str, Any], rule: str) -> None:
-    """What no model could satisfy is refused at once, with the field, the value and the rule."""
+def test_what_no_model_could_satisfy_is_refused(fields: dict[str, Any], rule: str) -> None:
     with pytest.raises(InvalidInput, match=rule):
         Linears(**fields)
 

@@ -3,10 +3,9 @@
 import pytest
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.job import JobSpec
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import PRESETS, Preset
-from pho_service.spec.steps import Allocation, Steps
+from pho_service.spec.steps import Steps
 from pho_service.tuning.plan import SearchRequest
 
 LAYER, TWO_FOUR = Pattern.parse("0.5"), Pattern.parse("2:4")
@@ -30,8 +29,7 @@ def test_crepe_is_the_score_as_published_no_gradient_exponent_nothing_beside_the
 
 
 @pytest.mark.parametrize("pattern", [LAYER, TWO_FOUR])
-def test_kept_weights(pattern: Pattern) -> None:
-    """`crepe-plus` leaves kept weights alone, `best` does not, and trains them, too."""
+def test_crepe_plus_leaves_kept_weights_alone_best_does_not(pattern: Pattern) -> None:
     plus, best = (Preset.of(name, pattern).steps for name in ("crepe-plus", "best"))
 
     assert (plus.update, plus.reconstruction.wanted) == ("none", False)
@@ -46,25 +44,14 @@ def test_what_a_user_says_replaces_what_the_preset_says_field_by_field() -> None
     assert preset.bounds["row_share"] == (0.1, 0.2)
 
 
-def test_an_allocation_that_a_user_names_is_the_only_one_that_is_searched() -> None:
-    owl = Allocation(method="owl", spread=0.1)
-    preset = Preset.of("best", LAYER).changed({"allocation": owl}, {})
-    plan = SearchRequest(pattern=LAYER, steps=preset.steps, bounds=preset.bounds).plan((3,))
-
-    assert plan.space.allocations == ("owl",)
-    assert plan.space.allocation_spread == (0.1, 0.1)
-
-
-def test_contradiction() -> None:
-    """A step that contradicts those of the preset is refused; the message says whose they are."""
+def test_a_step_that_contradicts_the_presets_is_refused() -> None:
     with pytest.raises(InvalidInput, match=r"update 'sparsegpt'.* not given are the preset's"):
         Preset.of("best", LAYER).changed({"update": "sparsegpt"}, {})
     with pytest.raises(InvalidInput, match=r"update is 'none'.* those of 'score' are none"):
         Preset.of("best", LAYER).changed({"update": "none"}, {})
 
 
-def test_shrinkage_of_a_preset() -> None:
-    """`best` shrinks second moments, unless nothing looks at them or a user says otherwise."""
+def test_best_shrinks_second_moments_unless_nothing_looks_at_them() -> None:
     best = Preset.of("best", LAYER)
     alone = {"repruning": "none", "update": "none"}
 
@@ -74,10 +61,6 @@ def test_shrinkage_of_a_preset() -> None:
     assert best.changed({"shrinkage": 0.0}, {}).steps.shrinkage == 0
     with pytest.raises(InvalidInput, match="shrinkage=3 has nothing to shrink"):
         best.changed({**alone, "shrinkage": 3.0}, {})
-
-
-def test_a_job_without_a_preset_is_best() -> None:
-    assert JobSpec.model_validate({"model": "org/name", "pattern": "0.5"}).preset == "best"
 
 
 def test_another_name_is_refused_with_those_that_exist() -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from pho_service.errors import InvalidInput
 from pho_service.spec.baselines import search_baselines
-from pho_service.spec.pattern import Coefficients, Pattern
+from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import SearchSpace, parse_bounds
 from pho_service.spec.steps import Allocation, Steps
 
@@ -82,8 +82,7 @@ def test_what_breaks_a_rule_is_named_with_the_rule(text: str, message: str) -> N
         SearchSpace(**parse_bounds([text]))
 
 
-def test_border() -> None:
-    """Values at the ends of their ranges are named; a fixed value has no border."""
+def test_values_at_the_ends_of_their_ranges_are_named_a_fixed_value_has_no_border() -> None:
     space = SearchSpace(gradient_exponent=(0.0, 0.0))
     at_ends = {**PARAMS, "activation_exponent": 1.49, "gradient_exponent": 0.0, "kernel_size": 15}
 
@@ -91,8 +90,7 @@ def test_border() -> None:
     assert space.on_border(at_ends) == ["activation_exponent", "kernel_size"]
 
 
-def test_allocation() -> None:
-    """Method and spread of the allocation are the point's, all other steps are the search's."""
+def test_the_allocation_is_the_points_all_other_steps_are_the_searchs() -> None:
     steps = Steps(allocation=Allocation(unit="block"), repruning="swaps")
     given = SearchSpace().candidate(PARAMS, PATTERN, steps).steps
 
@@ -115,13 +113,3 @@ def test_where_no_allocation_is_searched_its_spread_has_no_effect_and_no_border(
 
 def test_however_they_are_listed_so_that_the_same_search_has_the_same_name() -> None:
     assert parse_bounds(["allocations=fisher,uniform"]) == {"allocations": ("uniform", "fisher")}
-
-
-def test_in_scope_row_nothing_that_is_counted_over_a_layer_may_win() -> None:
-    methods = {
-        c.method for c in search_baselines(Pattern.parse("0.5", "row"), kernel_size=3, fisher=True)
-    }
-
-    assert {"magnitude", "wanda", "ria-row"} <= methods
-    assert not {"ria-layer", "fisher"} & methods
-    assert Coefficients(row=1, column=0, neighbourhood=0).kernel_size == 3

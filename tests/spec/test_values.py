@@ -2,13 +2,12 @@
 
 import json
 import math
-from fractions import Fraction
 from typing import Any
 
 import pytest
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.baselines import BASELINES, comparison_baselines, search_baselines
+from pho_service.spec.baselines import comparison_baselines, search_baselines
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Coefficients, Pattern, Scope
 from pho_service.spec.steps import Allocation, Candidate, Steps, Update
@@ -38,26 +37,29 @@ def test_parse(text: str, scope: str | None, expected: Pattern) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "0", "1", "1.5", "-0.1", "inf", "nan", "abc", "", "50%", "0,5",
-        "5:4", "4:4", "0:4", "-1:4", "1:65", "a:b", "2:", ":4", "2:4:8", "2.0:4",
+        "0", "1", "-0.1", "nan", "abc", "", "50%", "0,5",
+        "5:4", "4:4", "0:4", "1:65", "a:b", "2:", ":4", "2:4:8", "2.0:4",
     ],
 )  # fmt: skip
-def test_parse_refuses(text: str) -> None:
-    """Anything but a share in (0, 1) or N:M with 1 <= N < M <= 64 is refused."""
+def test_anything_but_a_share_in_0_to_1_or_n_m_is_refused(text: str) -> None:
     with pytest.raises(InvalidInput):
         Pattern.parse(text)
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
-def test_n_m_counts_inside_groups_so_no_wider_scope_is_accepted_for_it(scope: str) -> None:
-    with pytest.raises(InvalidInput, match="scope"):
-        Pattern.parse("2:4", scope)
-
-
-@pytest.mark.parametrize("text", ["0.5", "2:4"])
-def test_an_unknown_scope_is_refused_and_the_message_lists_the_known_ones(text: str) -> None:
-    with pytest.raises(InvalidInput, match="row, layer, global"):
-        Pattern.parse(text, "model")
+@pytest.mark.parametrize(
+    ("text", "scope", "message"),
+    [
+        ("2:4", "layer", "scope"),  # it counts inside groups
+        ("2:4", "global", "scope"),
+        ("2:4", "model", "row, layer, global"),
+        ("0.5", "model", "row, layer, global"),
+    ],
+)
+def test_a_scope_that_is_unknown_or_too_wide_for_n_m_is_refused(
+    text: str, scope: str, message: str
+) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        Pattern.parse(text, scope)
 
 
 @pytest.mark.parametrize("text", ["0.5", "0.29", "2:4", "1:4"])
@@ -70,29 +72,17 @@ def test_a_patterns_text_is_what_it_was_parsed_from(text: str) -> None:
     [
         (0.29, 100, 29),
         (0.57, 100, 57),
-        (0.1, 10, 1),
-        (0.7, 10, 7),
         (0.5, 7, 3),
-        (0.999, 10, 9),
         (0.5, 0, 0),
         (1e-05, 100_000, 1),
         (0.6, 7_000_000_005, 4_200_000_003),
     ],
 )
-def test_removed(sparsity: float, count: int, expected: int) -> None:
-    """The decimal digits of the sparsity count, and the product is rounded down."""
+def test_decimal_digits_count_rounded_down(sparsity: float, count: int, expected: int) -> None:
     assert Pattern(sparsity=sparsity).removed(count) == expected
 
 
-@pytest.mark.parametrize("text", ["1:4", "2:4", "3:4", "4:8", "63:64"])
-def test_n_m_removes_exactly_m_n_of_m(text: str) -> None:
-    keep, group = map(int, text.split(":"))
-
-    assert Pattern.parse(text).removed(30 * group) == 30 * (group - keep)
-
-
-def test_removed_of_any_groups() -> None:
-    """N:M removes exactly M - N of M, also where N/M has no finite decimal form."""
+def test_n_m_removes_exactly_m_n_of_m_also_where_n_m_has_no_finite_decimal_form() -> None:
     wrong = [
         f"{keep}:{group}"
         for group in range(2, 65)
@@ -103,17 +93,12 @@ def test_removed_of_any_groups() -> None:
     assert wrong == []
 
 
-def test_scopes_widen_from_row_over_layer_to_global() -> None:
-    assert [Scope(name).width for name in ("row", "layer", "global")] == [0, 1, 2]
-
-
 def test_a_ratio_can_be_counted_in_another_scope_n_m_stays_what_it_is() -> None:
     assert Pattern.parse("0.3", "row").within(Scope.GLOBAL) == Pattern.parse("0.3", "global")
     assert Pattern.parse("2:4").within(Scope.GLOBAL) == Pattern.parse("2:4")
 
 
-def test_check_width() -> None:
-    """A width that M does not divide is refused, with the layer's name; a ratio takes any."""
+def test_a_width_that_m_does_not_divide_is_refused_with_the_layers_name_a_ratio_takes_any() -> None:
     Pattern.parse("2:4").check_width(8, "up_proj")
     Pattern.parse("0.5").check_width(7, "up_proj")
 
@@ -124,61 +109,37 @@ def test_check_width() -> None:
 NUMBERS = ["row", "column", "neighbourhood", "activation_exponent", "gradient_exponent"]
 
 
-@pytest.mark.parametrize("value", [-0.1, -1, math.nan, math.inf, True, False, "1", None])
+def coefficients_with(**fields: Any) -> Coefficients:
+    return Coefficients(**{"row": 1, "column": 1, "neighbourhood": 1, **fields})
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, True, "1", None])
 @pytest.mark.parametrize("name", NUMBERS)
-def test_coefficients_refuse(name: str, value: object) -> None:
-    """A coefficient that is negative, not finite or not a number is refused by name."""
-    fields = {"row": 1, "column": 1, "neighbourhood": 1, name: value}
-
+def test_a_coefficient_that_is_negative_not_finite_or_not_a_number_is_refused_by_name(
+    name: str, value: object
+) -> None:
     with pytest.raises(InvalidInput, match=name):
-        Coefficients(**fields)  # type: ignore[arg-type]
+        coefficients_with(**{name: value})
 
 
-@pytest.mark.parametrize("normalisation", ["mean", "sum", "none"])
-def test_at_least_one_of_row_column_and_neighbourhood_must_be_positive(normalisation: str) -> None:
+def test_at_least_one_of_row_column_and_neighbourhood_must_be_positive() -> None:
     with pytest.raises(InvalidInput, match="all zero"):
-        Coefficients(
-            row=0, column=0.0, neighbourhood=0,
-            normalisation=normalisation,  # type: ignore[arg-type]
-        )  # fmt: skip
+        Coefficients(row=0, column=0.0, neighbourhood=0)
 
 
-@pytest.mark.parametrize("name", ["row", "column", "neighbourhood"])
-def test_any_one_of_the_three_coefficients_alone_makes_a_score(name: str) -> None:
-    fields = {"row": 0.0, "column": 0.0, "neighbourhood": 0.0, name: 1e-3}
-
-    assert getattr(Coefficients(**fields), name) == 1e-3  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("kernel_size", [4, 1, 0, -3, 3.0, True, "3"])
+@pytest.mark.parametrize("kernel_size", [4, 1, -3, 3.0, True, "3"])
 def test_the_kernel_size_must_be_an_odd_whole_number_of_at_least_3(kernel_size: object) -> None:
     with pytest.raises(InvalidInput, match="kernel_size"):
-        Coefficients(
-            row=1, column=1, neighbourhood=1,
-            kernel_size=kernel_size,  # type: ignore[arg-type]
-        )  # fmt: skip
+        coefficients_with(kernel_size=kernel_size)
 
 
 def test_an_unknown_normalisation_is_refused_and_the_message_lists_the_known_ones() -> None:
     with pytest.raises(InvalidInput, match="mean, sum, none"):
-        Coefficients(
-            row=1, column=1, neighbourhood=1,
-            normalisation="max",  # type: ignore[arg-type]
-        )  # fmt: skip
-
-
-def test_coefficients_survive_json() -> None:
-    coefficients = Coefficients(
-        row=0.1, column=1 / 3, neighbourhood=2, kernel_size=5, activation_exponent=0.7,
-        gradient_exponent=0.5, normalisation="sum",
-    )  # fmt: skip
-
-    assert Coefficients(**json.loads(json.dumps(coefficients.to_dict()))) == coefficients
+        coefficients_with(normalisation="max")
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p}-{p.scope}")
-def test_comparison_baselines(pattern: Pattern) -> None:
-    """Comparisons know the same methods in every pattern, but for OWL, which has ratios alone."""
+def test_every_pattern_knows_the_same_methods_but_for_owl(pattern: Pattern) -> None:
     names = [candidate.method for candidate in comparison_baselines(pattern)]
     every = [candidate.method for candidate in comparison_baselines(Pattern.parse("0.5"))]
 
@@ -188,8 +149,7 @@ def test_comparison_baselines(pattern: Pattern) -> None:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS[:3], ids=lambda p: p.scope)
-def test_comparison_scopes(pattern: Pattern) -> None:
-    """Published methods keep their own scope at the user's ratio; CRePE takes the user's."""
+def test_published_methods_keep_their_own_scope(pattern: Pattern) -> None:
     patterns = {each.method: each.pattern for each in comparison_baselines(pattern)}
     known = {
         "magnitude": "layer", "wanda": "row", "ria-row": "row", "ria-layer": "layer",
@@ -202,14 +162,17 @@ def test_comparison_scopes(pattern: Pattern) -> None:
 
 @pytest.mark.parametrize("fisher", [False, True])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p}-{p.scope}")
-def test_search_baselines_not_wider(pattern: Pattern, *, fisher: bool) -> None:
-    """No baseline of a search counts in a wider scope, or by another ratio, than asked for."""
+def test_no_baseline_of_a_search_counts_in_a_wider_scope_or_by_more_than_it_asks_for(
+    pattern: Pattern, *, fisher: bool
+) -> None:
     baselines = search_baselines(pattern, kernel_size=5, fisher=fisher)
 
     assert all(b.pattern.scope.width <= pattern.scope.width for b in baselines)
     assert {(b.pattern.sparsity, b.pattern.group) for b in baselines} == {
         (pattern.sparsity, pattern.group)
     }
+    assert {b.coefficients.kernel_size for b in baselines} == {5}
+    assert fisher or not any(b.coefficients.gradient_exponent for b in baselines)
 
 
 @pytest.mark.parametrize(
@@ -217,36 +180,13 @@ def test_search_baselines_not_wider(pattern: Pattern, *, fisher: bool) -> None:
     [(PATTERNS[0], False), (PATTERNS[1], True), (PATTERNS[2], True), (PATTERNS[3], False)],
     ids=["row", "layer", "global", "2:4"],
 )
-def test_search_baselines(pattern: Pattern, *, wide: bool) -> None:
-    """Baselines that become equal in a narrow scope are listed once; Fisher needs a wider one."""
+def test_equal_baselines_are_listed_once(pattern: Pattern, *, wide: bool) -> None:
     baselines = search_baselines(pattern, kernel_size=5, fisher=True)
     names = [b.method for b in baselines]
 
     assert names[:3] == ["magnitude", "wanda", "ria-row"]
     assert ("ria-layer" in names, "fisher" in names) == (wide, wide)
     assert len({(b.coefficients, b.pattern) for b in baselines}) == len(baselines)
-
-
-@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p}-{p.scope}")
-def test_without_fisher_weights_no_baseline_uses_them(pattern: Pattern) -> None:
-    baselines = search_baselines(pattern, kernel_size=3, fisher=False)
-
-    assert all(b.coefficients.gradient_exponent == 0 for b in baselines)
-
-
-def test_search_baselines_kernel_size() -> None:
-    """All baselines of a search carry its kernel size, so its bundle can rate each of them."""
-    baselines = search_baselines(PATTERNS[1], kernel_size=7, fisher=True)
-
-    assert {b.coefficients.kernel_size for b in baselines} == {7}
-
-
-@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p}-{p.scope}")
-def test_every_baselines_name_is_among_the_listed_ones_crepe_is_not(pattern: Pattern) -> None:
-    candidates = search_baselines(pattern, kernel_size=3, fisher=True)
-
-    assert {candidate.method for candidate in candidates} <= set(BASELINES)
-    assert "crepe" not in BASELINES
 
 
 @pytest.mark.parametrize(
@@ -258,20 +198,16 @@ def test_every_baselines_name_is_among_the_listed_ones_crepe_is_not(pattern: Pat
         ({"name": "perplexity"}, "perplexity"),
     ],
 )
-def test_objective_label(fields: dict[str, str], label: str) -> None:
-    """An objective's label names its weighting only where the weighting counts."""
+def test_a_label_names_its_weighting_only_where_it_counts(
+    fields: dict[str, str], label: str
+) -> None:
     assert Objective(**fields).label == label
 
 
 @pytest.mark.parametrize("fields", [{"name": "loss"}, {"weighting": "loss"}])
-def test_objective_refuses(fields: dict[str, str]) -> None:
-    """An unknown objective or weighting is refused with its value."""
+def test_an_unknown_objective_or_weighting_is_refused(fields: dict[str, str]) -> None:
     with pytest.raises(InvalidInput, match="'loss' is not one of"):
         Objective(**fields)
-
-
-def test_the_sparsity_of_n_m_is_1_n_m_to_the_nearest_float() -> None:
-    assert Pattern.parse("1:3").sparsity == float(Fraction(2, 3))
 
 
 @pytest.mark.parametrize(
@@ -292,8 +228,7 @@ def test_the_sparsity_of_n_m_is_1_n_m_to_the_nearest_float() -> None:
         ({"depth": (True,)}, r"allocation depth\[0\]=True is not in"),
     ],
 )
-def test_allocation_refuses(fields: dict[str, Any], message: str) -> None:
-    """A bad value of an allocation is named with its rule."""
+def test_a_bad_allocation_is_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         Allocation(**fields)
 
@@ -331,33 +266,24 @@ def test_an_unknown_step_is_refused_with_those_that_exist(fields: dict[str, str]
         Steps(**fields)
 
 
-@pytest.mark.parametrize("value", [-0.1, 1001, float("nan"), True, "1"])
+@pytest.mark.parametrize("value", [1001, float("nan"), True])
 def test_a_shrinkage_is_a_number_in_its_bounds(value: Any) -> None:
     with pytest.raises(InvalidInput, match=r"shrinkage=.* is not in 0\.\.1000"):
         Steps(update="obs", shrinkage=value)
 
 
 @pytest.mark.parametrize("fields", [{}, {"repruning": "dsnot"}, {"permutation": "score"}])
-def test_nothing_to_shrink(fields: dict[str, Any]) -> None:
-    """Where no step looks at second moments, a shrinkage is refused with the way out."""
+def test_where_nothing_is_shrunk_a_shrinkage_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(InvalidInput, match=r"shrinkage=2 has nothing to shrink.* or leave it out"):
         Steps(shrinkage=2, **fields)
 
 
-def test_it_survives_json_and_is_said_where_there_is_none_nothing_says_so() -> None:
-    steps = Steps(update="obs", shrinkage=0.5)
-
-    assert Steps.from_dict(json.loads(json.dumps(steps.to_dict()))) == steps
-    assert str(steps).endswith("update obs, shrinkage 0.5")
-    assert "shrinkage" not in Steps(update="obs").to_dict()
-
-
 def test_steps_survive_json_what_is_left_out_has_its_default() -> None:
-    steps = Steps(allocation=Allocation(method="curves", spread=0.3), update="obs")
+    steps = Steps(allocation=Allocation(method="curves", spread=0.3), update="obs", shrinkage=0.5)
 
     assert Steps.from_dict(json.loads(json.dumps(steps.to_dict()))) == steps
     assert Steps.from_dict({}) == Steps()
-    assert "statistics" not in steps.to_dict()
+    assert not {"statistics", "shrinkage"} & Steps(update="obs").to_dict().keys()
     assert Steps.from_dict(Steps(statistics="sequential").to_dict()).needs_text
 
 
@@ -380,11 +306,10 @@ def test_baselines_go_through_the_steps() -> None:
     }  # fmt: skip
 
 
-def test_steps_in_words() -> None:
-    """Steps say what they do in one line; the spread only where it has an effect."""
-    steps = Steps(allocation=Allocation(method="owl", spread=0.1), update="obs")
+def test_steps_say_what_they_do_in_one_line_the_spread_only_where_it_has_an_effect() -> None:
+    steps = Steps(allocation=Allocation(method="owl", spread=0.1), update="obs", shrinkage=0.5)
 
     assert str(steps) == (
-        "allocation owl within 0.100, permutation none, re-pruning none, update obs"
+        "allocation owl within 0.100, permutation none, re-pruning none, update obs, shrinkage 0.5"
     )
     assert "within" not in str(Steps())

@@ -21,7 +21,6 @@ def truth(point: Array) -> float:
 
 
 def corrected(count: int, seed: int) -> list[MeasuredPoint]:
-    """A correction that starts from zeros."""
     point = np.zeros(4)
     measured = []
     for number in range(count):
@@ -42,8 +41,7 @@ def test_finds_where_the_proxy_is_wrong(seed: int) -> None:
     assert np.mean(values[-5:]) < np.mean(values[1:6])  # later ones lie nearer together
 
 
-def test_same_seed_same_points() -> None:
-    """Proposals depend on the seed and on what was measured alone, and have four digits."""
+def test_proposals_depend_on_the_seed_and_on_what_was_measured_alone_and_have_four_digits() -> None:
     first, second, other = corrected(4, 0), corrected(4, 0), corrected(4, 1)
 
     assert [each.point.tolist() for each in first] == [each.point.tolist() for each in second]
@@ -51,8 +49,7 @@ def test_same_seed_same_points() -> None:
     assert (first[3].point == np.round(first[3].point, 4)).all()
 
 
-def test_starts_anywhere() -> None:
-    """Offsets that were given are where a correction starts: nothing pulls it back to zeros."""
+def test_offsets_that_were_given_are_where_it_starts_nothing_pulls_it_back() -> None:
     start = MeasuredPoint(point=np.full(4, 3.0), proxy=1.0, value=1.0)
 
     found = next_point([start], lambda points: np.ones(len(points)), seed=[0])
@@ -64,8 +61,7 @@ def test_starts_anywhere() -> None:
     ("trial", "words"),
     [(7, "0.5000 at trial 3, 0.4000 at trial 7"), (None, "none is nearer than trial 3")],
 )
-def test_outcome(trial: int | None, words: str) -> None:
-    """What came of it is stored and read again, and said in a sentence."""
+def test_what_came_of_it_is_stored_and_said(trial: int | None, words: str) -> None:
     after: Any = 0.4 if trial else 0.5
     correction = Correction(corrects=3, trial=trial, divergences=(0.5, after), count=9, tokens=1022)
 

@@ -1,8 +1,5 @@
 """What an Optuna user finds natural: samplers, callbacks, names, times, Optuna's commands."""
 
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,28 +27,19 @@ PLAN = SearchPlan(
 
 
 def evaluate(candidates: Sequence[Candidate]) -> list[Outcome]:
-    """A smooth stand-in for a rating."""
     return [
         Outcome(value=1 + (c.coefficients.row - 0.2) ** 2 + c.coefficients.gradient_exponent)
         for c in candidates
     ]
 
 
-def quietly_made(**options: Any) -> optuna.Study:
-    """A study of the caller's own."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(**options)
-
-
 def values(study: optuna.Study) -> list[float]:
-    """Of all trials."""
     return [float(trial.value or 0) for trial in study.trials]
 
 
-def test_sampler_of_optuna() -> None:
-    """A sampler of Optuna is used with its own seed, and named by its class."""
+def test_a_sampler_of_optuna_is_used_with_its_own_seed_and_named_by_its_class() -> None:
     first, again, other = (
-        quietly_made(study_name=name, direction="minimize") for name in ("a", "b", "c")
+        optuna.create_study(study_name=name, direction="minimize") for name in ("a", "b", "c")
     )
     for study, seed in ((first, 1), (again, 1), (other, 2)):
         run_search(study, replace(PLAN, sampler=RandomSampler(seed=seed)), evaluate)
@@ -62,7 +50,7 @@ def test_sampler_of_optuna() -> None:
 
 
 def test_sampler_of_optuna_goes_on() -> None:
-    study = quietly_made(direction="minimize")
+    study = optuna.create_study(direction="minimize")
     run_search(study, replace(PLAN, trials=20), evaluate)
     before = values(study)
     sampler = TPESampler(seed=0, n_startup_trials=1)
@@ -81,9 +69,8 @@ def test_a_sampler_is_a_name_that_is_known_or_an_object_of_optuna(sampler: Any) 
         replace(PLAN, sampler=sampler)
 
 
-def test_callbacks() -> None:
-    """Each new trial is shown once, recorded already; `study.stop()` ends the search."""
-    study = quietly_made(direction="minimize")
+def test_each_new_trial_is_shown_once_recorded_already_study_stop_ends_the_search() -> None:
+    study = optuna.create_study(direction="minimize")
     run_search(study, replace(PLAN, trials=10), evaluate)
     seen = []
 
@@ -103,12 +90,10 @@ def test_callbacks() -> None:
 
 def test_a_study_for_high_values_is_not_one_for_low_values() -> None:
     with pytest.raises(StudyError, match="is to maximize its values, and this search is to mini"):
-        run_search(quietly_made(direction="maximize"), PLAN, evaluate)
+        run_search(optuna.create_study(direction="maximize"), PLAN, evaluate)
 
 
-def test_durations() -> None:
-    """A trial lasts as long as its rating: as its outcome says, the others the same time each."""
-
+def test_a_trial_lasts_as_long_as_its_rating() -> None:
     def slow(candidates: Sequence[Candidate]) -> list[Outcome]:
         time.sleep(0.002 * len(candidates))
         return [
@@ -116,7 +101,7 @@ def test_durations() -> None:
             for i, outcome in enumerate(evaluate(candidates))
         ]
 
-    study = quietly_made(direction="minimize")
+    study = optuna.create_study(direction="minimize")
     run_search(study, replace(PLAN, trials=PLAN.trials), slow)
     trials = study.trials
     starts = [trial.datetime_start for trial in trials]
@@ -127,9 +112,8 @@ def test_durations() -> None:
     assert sum(t.duration.total_seconds() for t in trials if t.duration) >= 0.002 * len(trials)
 
 
-def test_times_do_not_count() -> None:
-    """A study whose times are others is gone on with as it would have been."""
-    whole, copy = (quietly_made(direction="minimize") for _ in range(2))
+def test_a_study_whose_times_are_others_is_gone_on_with_as_it_would_have_been() -> None:
+    whole, copy = (optuna.create_study(direction="minimize") for _ in range(2))
     run_search(whole, PLAN, evaluate)
     for trial in whole.trials[:15]:
         trial.datetime_start = trial.datetime_complete
@@ -151,14 +135,15 @@ def test_optuna_says_as_much_after_a_search_as_before(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["ours", "memory", "cached"])
-def test_measured_on_the_trial(tmp_path: Path, where: str) -> None:
-    """What is measured of a finalist is an attribute of its trial, wherever the study is."""
+def test_what_is_measured_is_noted_on_its_trial(tmp_path: Path, where: str) -> None:
     url = f"sqlite:///{tmp_path / 's.db'}"
     with open_storage(url) as storage:
         study = (
             open_study(storage, "s", direction="minimize")
             if where == "ours"
-            else quietly_made(direction="minimize", storage=url if where == "cached" else None)
+            else optuna.create_study(
+                direction="minimize", storage=url if where == "cached" else None
+            )
         )
         rated = run_search(study, PLAN, evaluate)
         for perplexity in (30.0, 20.0):
@@ -174,8 +159,7 @@ def test_measured_on_the_trial(tmp_path: Path, where: str) -> None:
     assert study.trials[rated[0].number].user_attrs["perplexity"] == 20.0
 
 
-def test_commands_of_optuna(tmp_path: Path) -> None:
-    """`optuna studies` and `optuna trials` read the study, with the name of what was optimised."""
+def test_optuna_finds_the_study_and_what_was_optimised(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 's.db'}"
     request = SearchRequest(pattern=PATTERN, trials=8)
     with open_storage(url) as storage:
@@ -183,19 +167,9 @@ def test_commands_of_optuna(tmp_path: Path) -> None:
         describe_study(study, request, PLAN, {"key": "k"})
         run_search(study, replace(PLAN, trials=8), evaluate)
 
-    def optuna_says(*arguments: str) -> Any:
-        # A process of its own: Optuna's program takes the root logger for itself.
-        program = [
-            sys.executable,
-            "-c",
-            "import sys; from optuna.cli import main; sys.exit(main())",
-        ]
-        command = [*program, *arguments, "--storage", url, "-f", "json"]
-        return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    (shown,) = optuna.get_all_study_summaries(url)
+    found = optuna.load_study(study_name="mine", storage=url)
 
-    (shown,) = optuna_says("studies")
-    trials = optuna_says("trials", "--study-name", "mine")
-
-    assert shown["name"] == "mine"
-    assert len(trials) == 8
-    assert "activation-reconstruction/blend" in str(trials[0])
+    assert shown.study_name == "mine"
+    assert len(found.trials) == 8
+    assert found.metric_names == ["activation-reconstruction/blend"]

@@ -58,8 +58,7 @@ def test_rank_correlations_are_those_of_scipy_with_ties_and_without(digits: int)
     assert quality.kendall == pytest.approx(stats.kendalltau(x, y).statistic)
 
 
-def test_intervals() -> None:
-    """An interval holds the estimate, is wider for fewer candidates, and comes from the seed."""
+def test_fewer_candidates_have_a_wider_interval_which_comes_from_the_seed() -> None:
     generator = np.random.default_rng(3)
     y = generator.normal(size=60)
     x = y + generator.normal(size=60)
@@ -75,8 +74,7 @@ def test_intervals() -> None:
     assert quality(60, seed=1) != narrow
 
 
-def test_random_candidates() -> None:
-    """Candidates fill the box, come from the seed, and longer lists begin like shorter ones."""
+def test_they_fill_the_box_longer_lists_begin_like_shorter_ones() -> None:
     space, pattern = SearchSpace(gradient_exponent=(0.5, 0.5)), Pattern.parse("0.5")
     drawn = random_candidates(space, pattern, count=200, seed=1)
     exponents = [c.coefficients.activation_exponent for c in drawn]

@@ -45,21 +45,13 @@ def evaluate(candidates: Sequence[Candidate]) -> list[Outcome]:
 
 
 def run(plan: SearchPlan, study: optuna.Study | None = None) -> list[Any]:
-    """The trials of a search, by number."""
     study = study or optuna.create_study()
     return sorted(run_search(study, plan, evaluate), key=lambda r: r.number)
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> None:
-    """Optuna logs each new study."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_first_trials(sampler: str) -> None:
-    """What was found elsewhere is rated right after the baselines, whatever the sampler."""
-    plan = replace(WARM, sampler=sampler, trials=24)
+def test_what_was_found_elsewhere_is_rated_right_after_the_baselines(sampler: str) -> None:
+    plan = replace(WARM, sampler=sampler, trials=9)
     trials = run(plan)
     first = len(plan.baselines())
 
@@ -68,10 +60,9 @@ def test_first_trials(sampler: str) -> None:
         assert trial.candidate.method == "crepe"
 
 
-def test_fewer_trials() -> None:
-    """From a good start a search comes sooner to what a cold one finds in the end."""
+def test_from_a_good_start_a_search_comes_sooner_to_what_a_cold_one_finds_in_the_end() -> None:
     saved = []
-    for seed in range(5):
+    for seed in range(3):
         cold, warm = (run(replace(plan, seed=seed)) for plan in (COLD, WARM))
         goal = min(r.value for r in cold)
         saved.append(len(cold) - next((r.number for r in warm if r.value <= goal), len(cold)))
@@ -129,9 +120,7 @@ def test_an_interrupted_warm_search_ends_as_an_uninterrupted_one() -> None:
     assert sorted(ranked(study, WARM), key=lambda r: r.number) == whole
 
 
-def test_failed_start() -> None:
-    """If nothing that was given can be rated, the search is as cold as any."""
-
+def test_if_nothing_that_was_given_can_be_rated_the_search_is_as_cold_as_any() -> None:
     def failing(candidates: Sequence[Candidate]) -> list[Outcome]:
         share = [SPACE.params(c)["neighbourhood_share"] for c in candidates]
         return [
@@ -151,7 +140,6 @@ def test_failed_start() -> None:
 
 
 def candidate(pattern: Pattern = PATTERN, **changes: Any) -> Candidate:
-    """One that was found elsewhere."""
     values: dict[str, Any] = {
         "row": 0.2, "column": 0.3, "neighbourhood": 0.5, "kernel_size": 7,
         "activation_exponent": 2.5, "gradient_exponent": 0.4,
@@ -185,8 +173,7 @@ def test_what_was_found_for_another_pattern_or_scope_is_refused(other: Pattern) 
         request.plan((3,))
 
 
-def test_too_few_trials() -> None:
-    """The trials must have room for the baselines and for what the search starts from."""
+def test_the_trials_must_have_room_for_the_baselines_and_for_what_the_search_starts_from() -> None:
     with pytest.raises(InvalidInput, match=r"the first 8 are the baselines and what the search"):
         replace(WARM, trials=7)
 

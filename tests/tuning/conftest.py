@@ -1,0 +1,9 @@
+"""Optuna logs each new study."""
+
+import optuna
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
