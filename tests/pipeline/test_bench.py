@@ -1,15 +1,27 @@
-"""What is measured of models beside each other, and what cannot be."""
+"""What is measured of models beside each other, and which linears the 2:4 kernels are given."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 import pho_service as pho
 from pho_service.errors import InvalidInput
+from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.packed import pack
 from pho_service.pipeline import bench as measuring
-from pho_service.pipeline.bench import LOADS, BenchSettings, bench
+from pho_service.pipeline.bench import LOADS, BenchSettings, bench, check_gpu, convert_
+from pho_service.pipeline.prune import prune_job
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.masks import broken_groups
+from pho_service.spec.baselines import reference_methods
+from pho_service.spec.configuration import Configuration
+from pho_service.spec.pattern import Linears, Pattern
+from pho_service.spec.steps import Steps
 
 FEW = BenchSettings(batch=2, prompt=8, new_tokens=3, rounds=2)
 
@@ -68,3 +80,86 @@ def test_refused(model_folder: Path) -> None:
         pho.bench(model_folder, rounds=0)
     with pytest.raises(InvalidInput, match="no model is given"):
         pho.bench([])
+
+
+DOWN = "model.layers.1.mlp.down_proj"
+GATE = "model.layers.1.mlp.gate_proj"
+
+
+@pytest.fixture
+def loaded(
+    model: LanguageModel, bundle: ProxyBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> LanguageModel:
+    """A folder at 2:4, one linear at 3:4 and one dense; in bfloat16."""
+    linears = Linears(ignore=(GATE,), sparsities={DOWN: "3:4"})
+    wanda = replace(reference_methods(Pattern.parse("2:4"))["wanda"], steps=Steps(linears=linears))
+    prune_job(model, bundle, Configuration.of(wanda), tmp_path / "pruned")
+    monkeypatch.setattr(measuring, "check_gpu", lambda _: None)
+    return load_model(str(tmp_path / "pruned"), device="cpu", dtype="bfloat16")
+
+
+def refusing(weight: Tensor) -> Tensor:
+    """What torch's conversion does: refuses some shapes, and gives a tensor for the others."""
+    if weight.shape[0] == 16:
+        raise RuntimeError("dense.size(0) must be larger\nthan 32")
+    return weight.clone()
+
+
+def test_which_linears(loaded: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only groups that hold as they stand are converted; each other linear has its reason."""
+    monkeypatch.setattr(measuring, "to_semi_structured", refusing)
+    before = {name: linear.weight.clone() for name, linear in loaded.linears.items()}
+    small = [name for name, weight in before.items() if weight.shape[0] == 16]
+    done = convert_(loaded, Path(loaded.name))
+
+    assert {*done.left} == {DOWN, GATE, *small}
+    assert [*done.converted] == [name for name in loaded.linears if name not in done.left]
+    assert done.left[DOWN] == "it was pruned at 3:4, and GPUs have kernels for 2:4"
+    assert done.left[GATE] == "it was left dense"
+    assert {done.left[name] for name in small} == {
+        "torch refuses it: dense.size(0) must be larger than 32"
+    }
+    assert small
+    assert all(torch.equal(loaded.linears[n].weight, w) for n, w in before.items())
+
+
+def test_without_a_recipe(loaded: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that PHO did not prune is taken by its zeros."""
+    monkeypatch.setattr(measuring, "to_semi_structured", torch.clone)
+    (Path(loaded.name) / "pruning.json").unlink()
+    done = convert_(loaded, Path(loaded.name))
+
+    assert {*done.left.values()} == {"not every group of 4 neighbours has 2 zeros"}
+    assert {*done.left} == {DOWN, GATE}
+
+
+def test_groups_are_those_of_neighbours_counted_row_by_row() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.rand(5, 12, generator=generator) * (torch.rand(5, 12, generator=generator) < 0.6)
+    slow = sum(
+        sum(float(value) != 0 for value in row[start : start + 4]) > 2
+        for row in weight
+        for start in range(0, 12, 4)
+    )
+
+    assert broken_groups(weight) == slow > 0
+    assert broken_groups(weight[:, :10]) == 5 * 3
+
+
+def test_no_gpu(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU, on the CPU, on an old GPU and in float32 it is refused with a way out."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InvalidInput, match=r"torch sees no GPU.*pho\.load_model"):
+        pho.load_semi_structured(model_folder)
+    with pytest.raises(InvalidInput, match="needs a GPU, and the device is cpu"):
+        check_gpu(torch.device("cpu"))
+    old: dict[str, Any] = {
+        "get_device_capability": lambda _: (7, 5), "get_device_name": lambda _: "Old",
+    }  # fmt: skip
+    for name, answer in old.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    with pytest.raises(InvalidInput, match=r"Old has compute capability 7\.5, but 2:4 needs 8\.0"):
+        check_gpu(torch.device("cuda", 0))
+    monkeypatch.setattr(measuring, "check_gpu", lambda _: None)
+    with pytest.raises(InvalidInput, match="is in float32"):
+        convert_(load_model(str(model_folder), device="cpu"), model_folder)

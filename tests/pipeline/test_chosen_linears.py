@@ -1,29 +1,37 @@
-"""Models of which some linears stay dense: pruned, streamed, updated, saved and checked."""
+"""Models of which some linears stay dense, and models that are stored without permutations."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import pho_service as pho
 from pho_service.errors import InvalidInput
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.saving import read_recipe
+from pho_service.pipeline import bench
+from pho_service.pipeline.bench import convert_
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.compare import compare_job
 from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.pipeline import prune_model
-from pho_service.pipeline.prune import prune_job
+from pho_service.pipeline.prune import orders_in_words, prune_job
 from pho_service.pipeline.rating import ReportText, rate_pruned
 from pho_service.pipeline.search import search_job
 from pho_service.pipeline.transfer import transfer_job
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.masks import broken_groups
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.baselines import reference_methods
+from pho_service.spec.configuration import Configuration
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Coefficients, Linears, Pattern
-from pho_service.spec.steps import Allocation, Candidate, Steps
+from pho_service.spec.steps import Allocation, Candidate, Permutation, Steps
 from pho_service.tuning.plan import SearchRequest
+from pho_service.tuning.result import SearchResult
 
 LEFT_OUT = ("*.o_proj", "*.layers.1.mlp.up_proj")
 CREPE = Coefficients(row=0.4, column=1, neighbourhood=0.8, kernel_size=5, gradient_exponent=0.3)
@@ -69,47 +77,26 @@ def test_pruned(
     assert total == pytest.approx(0.5, abs=1e-4)
 
 
-def test_streamed(
-    model_folder: Path, model: LanguageModel, bundle: ProxyBundle, report: ReportText
-) -> None:
-    """Streamed, the same is removed of the same linears, for good and for a measurement."""
-    streamed = load_model(str(model_folder), device="cpu", stream=True)
-    candidate = candidate_of("0.5", Steps())
-    expected = rate_pruned(model, bundle.statistics(), candidate, report.windows)
-    found = rate_pruned(streamed, bundle.statistics(), candidate, report.windows)
-    for each in (model, streamed):
-        prune_model(each, bundle.statistics(), candidate, None)
-
-    assert found[0].perplexity == pytest.approx(expected[0].perplexity, rel=1e-6)
-    assert found[1] == expected[1] != 0.5
-    for name, parameter in model.model.named_parameters():
-        assert torch.equal(streamed.model.get_parameter(name), parameter)
-
-
-@pytest.fixture
-def request_of_some() -> SearchRequest:
-    """A search at 2:4 of all but a few linears."""
-    steps = candidate_of("2:4", Steps(permutation="score")).steps
-    return SearchRequest(pattern=Pattern.parse("2:4"), steps=steps, trials=12, finalists=1)
+OF_SOME = SearchRequest(
+    pattern=Pattern.parse("2:4"),
+    steps=candidate_of("2:4", Steps(permutation="score")).steps,
+    trials=12,
+    finalists=1,
+)
 
 
 def test_a_searchs_configuration_says_which_linears_a_pruned_folder_of_it_passes_its_checks(
-    request_of_some: SearchRequest,
-    model: LanguageModel,
-    model_folder: Path,
-    bundle: ProxyBundle,
-    report: ReportText,
-    tmp_path: Path,
+    bundle: ProxyBundle, confirming: Any, original: LanguageModel, tmp_path: Path
 ) -> None:
-    found = search_job(request_of_some, bundle, model=model, confirm_text=report).configuration
+    model, report = confirming.values()
+    found = search_job(OF_SOME, bundle, **confirming).configuration
     rows = compare_job(model, bundle, report, Pattern.parse("2:4"), [("found", found)])
     pruned = prune_job(model, bundle, found, tmp_path / "out")
     recipe = read_recipe(tmp_path / "out")
-    original = load_model(str(model_folder), device="cpu")
     good = check_folder(tmp_path / "out", original=original)
     original.linears["model.layers.1.mlp.up_proj"].weight.mul_(2)
 
-    assert found.candidate().steps.linears == request_of_some.steps.linears
+    assert found.candidate().steps.linears == OF_SOME.steps.linears
     assert {row.sparsity for row in rows[1:]} == {rows[-1].sparsity} == {pruned.sparsity}
     assert set(recipe.dense) == {name for name in model.linears if is_dense(name)}
     assert len(recipe.folded) == 2  # one of them renumbers the rows of a dense linear
@@ -120,19 +107,17 @@ def test_a_searchs_configuration_says_which_linears_a_pruned_folder_of_it_passes
     assert details["weight hashes"] == "14 weights as recorded"
 
 
-def test_two_searches_of_different_linears_have_studies_of_their_own_in_one_database(
-    request_of_some: SearchRequest, bundle: ProxyBundle
-) -> None:
-    some = search_job(request_of_some, bundle)
-    whole = search_job(replace(request_of_some, steps=Steps(permutation="score")), bundle)
+def test_two_searches_of_different_linears_have_studies_of_their_own(bundle: ProxyBundle) -> None:
+    some = search_job(OF_SOME, bundle)
+    whole = search_job(replace(OF_SOME, steps=Steps(permutation="score")), bundle)
 
     assert some.study_name != whole.study_name
     assert some.configuration.objective["value"] < whole.configuration.objective["value"]
 
 
-def test_transferred(request_of_some: SearchRequest, bundle: ProxyBundle) -> None:
+def test_transferred(bundle: ProxyBundle) -> None:
     """Patterns are looked up anew on each model; one that matches nothing there names it."""
-    found = search_job(request_of_some, bundle).configuration
+    found = search_job(OF_SOME, bundle).configuration
     other = replace(
         bundle,
         layers=[replace(la, name=la.name.replace("o_proj", "dense")) for la in bundle.layers],
@@ -145,12 +130,106 @@ def test_transferred(request_of_some: SearchRequest, bundle: ProxyBundle) -> Non
         transfer_job(Calibrated(name="other", bundle=other), found)
 
 
-def test_over_models(request_of_some: SearchRequest, bundle: ProxyBundle) -> None:
+def test_over_models(bundle: ProxyBundle) -> None:
     """Over several models RIA, which all is relative to, prunes what the candidates prune."""
-    joint = replace(request_of_some, objective=Objective(over="mean"))
+    joint = replace(OF_SOME, objective=Objective(over="mean"))
     found = search_job(joint, {"one": bundle, "two": bundle}).configuration
     linears = found.candidate().steps.linears
     ria = reference_methods(Pattern.parse("2:4"), linears)["ria"]
     mine, its = ProxyEvaluator(bundle).evaluate([found.candidate(), ria])
 
     assert found.objective["value"] == pytest.approx(mine.blend / its.blend)
+
+
+PERMUTED = pho.baseline("wanda-permuted", "2:4")
+
+
+def permuted_by(permutation: Permutation, *, deployable: bool) -> Configuration:
+    """Wanda's score with channels in an order that keeps the most score, or the least error."""
+    steps = replace(PERMUTED.steps, permutation=permutation)
+    found = PERMUTED.model_copy(update={"steps": steps})
+    return found.deployable() if deployable else found
+
+
+@pytest.mark.parametrize("permutation", ["score", "error"])
+@pytest.mark.parametrize("deployable", [True, False])
+def test_stored_order(
+    model: LanguageModel,
+    bundle: ProxyBundle,
+    report: ReportText,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    permutation: Permutation,
+    deployable: bool,
+) -> None:
+    """Every linear is 2:4 as it is stored, and only the MLPs' readers are permuted."""
+    found = permuted_by(permutation, deployable=deployable)
+    pruned = prune_job(model, bundle, found, tmp_path / "out", calibration=report.windows)
+    stored = load_model(str(tmp_path / "out"), device="cpu", dtype="bfloat16")
+    broken = {name for name, each in stored.linears.items() if broken_groups(each.weight)}
+    monkeypatch.setattr(bench, "check_gpu", lambda _: None)
+    monkeypatch.setattr(bench, "to_semi_structured", torch.clone)
+    done = convert_(stored, tmp_path / "out")
+
+    readers = [name for name in model.linears if name.endswith("down_proj")]
+    assert [each["reader"] for each in pruned.recipe["folded"]] == readers
+    assert pruned.orders["folded"] == len(readers)
+    assert {*done.left} == broken
+    assert all(check.passed for check in check_folder(tmp_path / "out", original=None))
+    if deployable:
+        assert not broken
+        assert pruned.orders["kept"] == len(model.linears) - len(readers)
+        assert "No runtime has to permute" in orders_in_words(pruned.orders)
+    else:
+        assert broken
+        assert pruned.orders["kept"] == 0
+        assert all("another channel order" in reason for reason in done.left.values())
+        assert all("--deployable" in reason for reason in done.left.values())
+        assert "--deployable" in orders_in_words(pruned.orders)
+
+
+def test_foldable(model: LanguageModel, streamed: LanguageModel) -> None:
+    """What can be folded is proven on the model, which stays as it is."""
+    before = {name: each.weight.clone() for name, each in model.linears.items()}
+
+    assert model.foldable == {name for name in model.linears if name.endswith("down_proj")}
+    assert all(torch.equal(each.weight, before[name]) for name, each in model.linears.items())
+    assert not streamed.foldable
+
+
+def test_price(searched: Callable[..., SearchResult], bundle: ProxyBundle, confirming: Any) -> None:
+    """A search says what its result would be with every order free, as measured so."""
+    model, report = confirming.values()
+    request = SearchRequest(
+        pattern=Pattern.parse("2:4"),
+        steps=Steps(permutation="score", deployable=True),
+        trials=8,
+        finalists=1,
+    )
+    first, second = (searched(request, bundle, **confirming) for _ in range(2))
+    found = first.configuration
+    free = replace(found.candidate(), steps=replace(found.steps, deployable=False))
+    measured, _ = rate_pruned(model, bundle.statistics(), free, report.windows, calibration=None)
+
+    assert second.configuration == found
+    assert found.steps.deployable
+    assert found.confirmation.any_order == pytest.approx(measured.perplexity, rel=1e-6)
+    assert found.confirmation.any_order != found.confirmation.perplexity
+    assert any("12 of 14 linears keep" in warning for warning in first.warnings)
+
+
+def test_unchanged_documents() -> None:
+    """What asks for nothing new is written as before; what measured other orders is left out."""
+    measured = PERMUTED.model_copy(
+        update={"confirmation": {"perplexity": 1.0, "tokens": 1, "context_length": 2, "text": {}}}
+    )
+    asked = measured.deployable()
+
+    assert "deployable" not in PERMUTED.steps.to_dict()
+    assert "deployable" not in PERMUTED.model_dump(mode="json")["steps"]
+    assert asked.model_dump(mode="json")["steps"]["deployable"] is True
+    assert asked.confirmation is None
+    assert Steps.from_dict(asked.steps.to_dict()) == asked.steps
+    assert asked.deployable() == asked
+    plain = pho.baseline("wanda", "2:4")
+    assert plain.deployable() == plain

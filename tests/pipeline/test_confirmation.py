@@ -1,19 +1,19 @@
 """Finalists race over the windows of a text, and the winner is measured on all of it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pho_service.errors import NumericalError
 from pho_service.models.loading import LanguageModel
-from pho_service.models.texts import TextSource, read_windows
 from pho_service.pipeline import confirmation, search
 from pho_service.pipeline.rating import ReportText, Subject, measure, rate_pruned
 from pho_service.pipeline.search import search_job
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.spec.baselines import reference_methods
 from pho_service.spec.pattern import Pattern
 from pho_service.tuning.finalists import still_racing
 from pho_service.tuning.plan import SearchRequest
@@ -22,26 +22,14 @@ WINDOWS = 12
 
 
 @pytest.fixture
-def report(model: LanguageModel, texts: dict[str, Path]) -> ReportText:
+def report(model: LanguageModel, read_report: Callable[..., ReportText]) -> ReportText:
     """Windows enough for several looks."""
-    windows, record = read_windows(
-        model,
-        TextSource(path=str(texts["report"])),
-        context_length=40,
-        bos="auto",
-        max_windows=WINDOWS,
-    )
-    return ReportText(windows=windows, record=record)
+    return read_report(model, WINDOWS, 40)
 
 
-@pytest.fixture
-def request_of() -> Any:
+def request_of(**changes: Any) -> SearchRequest:
     """A small request with some values changed."""
-
-    def build(**changes: Any) -> SearchRequest:
-        return replace(SearchRequest(pattern=Pattern.parse("0.5", "layer"), trials=14), **changes)
-
-    return build
+    return replace(SearchRequest(pattern=Pattern.parse("0.5", "layer"), trials=14), **changes)
 
 
 @pytest.fixture
@@ -62,19 +50,17 @@ def runs(model: LanguageModel) -> list[int]:
 
 @pytest.mark.usefixtures("eager")
 def test_race(
-    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText,
-    runs: list[int], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    bundle: ProxyBundle, confirming: Any, runs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The winner has its perplexity of the whole text, and what that took is counted."""
     monkeypatch.setattr(search._Steps, "_judges", lambda *_: [])  # is not counted
-    request = request_of(finalists=3)
-    found = search_job(request, bundle, model=model, confirm_text=report).configuration
+    model, report = confirming.values()
+    found = search_job(request_of(finalists=3), bundle, **confirming).configuration
     spent = sum(runs)
     confirmed = found.confirmation
     rated = [each for each in found.candidates if each.perplexity is not None]
     alone, _ = rate_pruned(model, bundle.statistics(), found.candidate(), report.windows)
 
-    assert confirmed is not None
     assert confirmed.perplexity == rated[0].perplexity == alone.perplexity
     assert confirmed.evaluations == spent / WINDOWS
     assert spent < len(found.candidates) * WINDOWS
@@ -85,13 +71,10 @@ def test_race(
 
 
 @pytest.mark.usefixtures("eager")
-def test_interrupted(
-    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText,
-    runs: list[int], searched: Any, study_url: str,
-) -> None:  # fmt: skip
+def test_interrupted(bundle: ProxyBundle, confirming: Any, runs: list[int], searched: Any) -> None:
     """Interrupted anywhere in the race, a search goes on and ends with the same bytes."""
-    options = {"model": model, "confirm_text": report}
-    whole = searched(request_of(finalists=2), bundle, **options).configuration
+    model = confirming["model"]
+    whole = search_job(request_of(finalists=2), bundle, **confirming).configuration
     windows = sum(runs)
     runs.clear()
 
@@ -103,10 +86,8 @@ def test_interrupted(
     hook = model.model.register_forward_pre_hook(stop)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            searched(request_of(finalists=2), bundle, url=f"{study_url}2", **options)
-    resumed = searched(
-        request_of(finalists=2), bundle, url=f"{study_url}2", **options
-    ).configuration
+            searched(request_of(finalists=2), bundle, **confirming)
+    resumed = searched(request_of(finalists=2), bundle, **confirming).configuration
     hook.remove()
 
     assert resumed == whole
@@ -114,12 +95,10 @@ def test_interrupted(
 
 
 def test_another_seed_looks_at_other_windows_first_the_same_one_at_the_same(
-    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText
+    bundle: ProxyBundle, confirming: Any
 ) -> None:
     rated = [
-        search_job(
-            request_of(seed=seed, trials=9), bundle, model=model, confirm_text=report
-        ).configuration.candidates
+        search_job(request_of(seed=seed, trials=9), bundle, **confirming).configuration.candidates
         for seed in (0, 0, 1)
     ]
     wanda = [next(c.divergence for c in each if c.method == "wanda") for each in rated]
@@ -128,10 +107,9 @@ def test_another_seed_looks_at_other_windows_first_the_same_one_at_the_same(
     assert wanda[0] != wanda[2]
 
 
-def test_infinite_loss(
-    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText
+def test_a_window_whose_loss_is_nan_ends_the_search_and_the_error_says_of_which_candidate(
+    bundle: ProxyBundle, confirming: Any
 ) -> None:
-    """A window whose loss is NaN ends the search, and the error says of which candidate."""
     seen: list[int] = []
 
     def spoil(_module: object, _args: object, output: Any) -> Any:
@@ -140,25 +118,22 @@ def test_infinite_loss(
             output.logits[:] = float("nan")
         return output
 
-    model.model.register_forward_hook(spoil)
+    confirming["model"].model.register_forward_hook(spoil)
     with pytest.raises(NumericalError, match="NaN or infinite") as told:
-        search_job(request_of(finalists=2), bundle, model=model, confirm_text=report)
+        search_job(request_of(finalists=2), bundle, **confirming)
 
-    assert told.value.candidate is not None
     assert {"method", "coefficients"} <= told.value.candidate.keys()
 
 
-def test_measured_on_the_rest(
-    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText,
-    runs: list[int],
-) -> None:  # fmt: skip
-    """Windows that are known are not run again, and count in the order of the text."""
-    found = search_job(request_of(), bundle).configuration
+def test_windows_that_are_known_are_not_run_again_and_count_in_the_order_of_the_text(
+    bundle: ProxyBundle, model: LanguageModel, report: ReportText, runs: list[int]
+) -> None:
+    candidate = reference_methods(Pattern.parse("0.5"))["wanda"]
     subject = Subject(model=model, bundle=bundle, text=report)
-    whole = measure(subject, found.candidate())
+    whole = measure(subject, candidate)
     losses = {number: [float(number), 2.0] for number in range(WINDOWS - 1)}
     runs.clear()
-    part = measure(subject, found.candidate(), known=losses)
+    part = measure(subject, candidate, known=losses)
 
     assert sum(runs) == 1
     assert part.perplexity != whole.perplexity

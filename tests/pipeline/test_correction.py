@@ -5,12 +5,9 @@ from typing import Any
 
 import optuna
 import pytest
-from torch import Tensor
 
 from pho_service.errors import InvalidInput
 from pho_service.interface.objective import configuration
-from pho_service.models.loading import LanguageModel
-from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.search import search_job
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import AllocationProxy, ProxyEvaluator
@@ -26,15 +23,9 @@ REQUEST = SearchRequest(
 
 
 @pytest.fixture
-def options(model: LanguageModel, report: ReportText) -> dict[str, Any]:
+def options(confirming: dict[str, Any]) -> dict[str, Any]:
     """What a search with corrections takes beside the bundle."""
-    windows: Tensor = report.windows
-    return {"model": model, "confirm_text": report, "calibration": windows.flip(0)}
-
-
-def study_of(name: str = "study") -> optuna.Study:
-    """A new record in memory."""
-    return optuna.create_study(study_name=name)
+    return {**confirming, "calibration": confirming["confirm_text"].windows.flip(0)}
 
 
 def corrections(study: optuna.Study) -> list[tuple[Any, ...]]:
@@ -48,7 +39,7 @@ def corrections(study: optuna.Study) -> list[tuple[Any, ...]]:
 
 def test_corrected(bundle: ProxyBundle, options: Any) -> None:
     """Corrections are trials after the search's; the nearest one is confirmed with the others."""
-    study = study_of()
+    study = optuna.create_study(study_name="study")
     found = search_job(REQUEST, bundle, study=study, **options).configuration
     trials, correction = corrections(study), found.search["correction"]
 
@@ -64,9 +55,10 @@ def test_corrected(bundle: ProxyBundle, options: Any) -> None:
     assert confirmed - {correction["trial"]} <= {*range(10)}
 
 
-def test_resumed(bundle: ProxyBundle, options: Any) -> None:
-    """A search that breaks off amid its corrections goes on to the same trials and result."""
-    whole, broken = study_of(), study_of()
+def test_a_search_that_breaks_off_amid_its_corrections_goes_on_to_the_same_trials_and_result(
+    bundle: ProxyBundle, options: Any
+) -> None:
+    whole, broken = (optuna.create_study(study_name="study") for _ in range(2))
     expected = search_job(REQUEST, bundle, study=whole, **options)
     unconfirmed = {**options, "confirm_text": None}
     search_job(replace(REQUEST, corrections=1), bundle, study=broken, **unconfirmed)
@@ -76,9 +68,10 @@ def test_resumed(bundle: ProxyBundle, options: Any) -> None:
     assert corrections(broken) == corrections(whole)
 
 
-def test_search_goes_on(bundle: ProxyBundle, options: Any) -> None:
-    """A longer search goes on past the corrections, with the trials that it has without them."""
-    corrected, plain = study_of(), study_of()
+def test_a_longer_search_goes_on_past_the_corrections_with_the_trials_that_it_has_without_them(
+    bundle: ProxyBundle, options: Any
+) -> None:
+    corrected, plain = (optuna.create_study(study_name="study") for _ in range(2))
     unconfirmed = {**options, "confirm_text": None}
     search_job(replace(REQUEST, corrections=1), bundle, study=corrected, **unconfirmed)
     for study in (corrected, plain):
@@ -94,7 +87,7 @@ def test_search_goes_on(bundle: ProxyBundle, options: Any) -> None:
 
 def test_without_perplexities(bundle: ProxyBundle, options: Any) -> None:
     """Without a text the nearest to the dense model is the result, and its study says so."""
-    study = study_of()
+    study = optuna.create_study(study_name="study")
     result = search_job(REQUEST, bundle, study=study, **{**options, "confirm_text": None})
 
     correction = result.configuration.search["correction"]
@@ -113,28 +106,26 @@ def test_without_perplexities(bundle: ProxyBundle, options: Any) -> None:
         ({"objective": Objective(name="gini")}, "the objective is gini"),
     ],
 )
-def test_refused(changes: dict[str, Any], message: str) -> None:
-    """What cannot be corrected is refused before anything is searched."""
+def test_what_cannot_be_corrected_is_refused_before_anything_is_searched(
+    changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InvalidInput, match=message):
         replace(REQUEST, **changes)
 
 
-def test_needs_the_model(bundle: ProxyBundle) -> None:
-    """A bundle alone cannot tell how far a pruned model is from the dense one."""
+def test_a_bundle_alone_cannot_be_corrected_nor_sparsities_by_hand(
+    bundle: ProxyBundle, options: Any
+) -> None:
     with pytest.raises(InvalidInput, match="give the model instead of a bundle"):
         search_job(REQUEST, bundle)
-
-
-def test_nothing_to_correct(bundle: ProxyBundle, options: Any) -> None:
-    """Where each linear has a sparsity by hand there is nothing to move."""
     steps = replace(REQUEST.steps, linears=Linears(sparsities={"*": 0.5}))
     with pytest.raises(InvalidInput, match="nothing to correct: the best candidate"):
         search_job(replace(REQUEST, steps=steps), bundle, **options)
 
 
-@pytest.mark.parametrize("weighting", ["blend", "geometric", "relative"])
-def test_proxy_of_allocations(bundle: ProxyBundle, weighting: Any) -> None:
-    """Error curves give what rating each allocation gives, within the sampled rows' rounding."""
+def test_error_curves_give_what_rating_each_allocation_gives_within_the_sampled_rows_rounding(
+    bundle: ProxyBundle,
+) -> None:
     evaluator = ProxyEvaluator(bundle)
     candidate = Candidate(
         method="crepe",
@@ -142,16 +133,20 @@ def test_proxy_of_allocations(bundle: ProxyBundle, weighting: Any) -> None:
         pattern=PATTERN,
         steps=Steps(allocation=Allocation(method="fisher")),
     )
-    proxy = AllocationProxy(evaluator, candidate, weighting)
+    proxies = {
+        weighting: AllocationProxy(evaluator, candidate, weighting)
+        for weighting in ("blend", "geometric", "relative")
+    }
+    even = proxies["blend"].allocation
     allocations = [
-        replace(proxy.allocation, offsets={"q_proj": 0.4, "up_proj": -0.3}, depth=(0.2, -0.1)),
-        replace(proxy.allocation, offsets={"down_proj": 0.5}),
-        proxy.allocation,
+        replace(even, offsets={"q_proj": 0.4, "up_proj": -0.3}, depth=(0.2, -0.1)),
+        replace(even, offsets={"down_proj": 0.5}),
+        even,
     ]
-
-    found = proxy.rate(allocations)
-
     rated = evaluator.evaluate(
         [replace(candidate, steps=Steps(allocation=each)) for each in allocations]
     )
-    assert found == pytest.approx([getattr(each, weighting) for each in rated], rel=0.03)
+
+    for weighting, proxy in proxies.items():
+        expected = [getattr(each, weighting) for each in rated]
+        assert proxy.rate(allocations) == pytest.approx(expected, rel=0.03)

@@ -19,6 +19,7 @@ from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.pipeline import prune_model
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.rating import ReportText, Subject
+from pho_service.pipeline.search import search_job
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import LinearMask
 from pho_service.pruning.reconstruction import Reconstructed
@@ -75,11 +76,11 @@ def windows(report: ReportText) -> Tensor:
 
 
 def test_blocks_are_trained(
-    model: LanguageModel, model_folder: Path, bundle: ProxyBundle, windows: Tensor
+    model: LanguageModel, original: LanguageModel, bundle: ProxyBundle, windows: Tensor
 ) -> None:
     """Held-out error falls or stays, zeros are exact, and N:M holds in the cut order."""
     before = replace(CANDIDATE, steps=CANDIDATE.steps.before_reconstruction)
-    untrained = Run(load_model(str(model_folder), device="cpu"), bundle, windows, candidate=before)
+    untrained = Run(original, bundle, windows, candidate=before)
     run = Run(model, bundle, windows)
     results = run.blocks.values()
 
@@ -125,16 +126,15 @@ def test_resumed(
 
 
 def test_a_streamed_model_ends_with_the_same_weights_another_seed_gives_other_ones(
-    model: LanguageModel, model_folder: Path, bundle: ProxyBundle, windows: Tensor
-) -> None:
-    streamed = load_model(str(model_folder), device="cpu", stream=True)
+    model: LanguageModel, original: LanguageModel, streamed: LanguageModel, bundle: ProxyBundle,
+    windows: Tensor,
+) -> None:  # fmt: skip
     other = replace(TRAINED, seed=1)
     seeded = replace(CANDIDATE, steps=replace(CANDIDATE.steps, reconstruction=other))
     first = Run(model, bundle, windows)
 
     assert same(Run(streamed, bundle, windows), first)
-    again = load_model(str(model_folder), device="cpu")
-    assert not same(Run(again, bundle, windows, candidate=seeded), first)
+    assert not same(Run(original, bundle, windows, candidate=seeded), first)
 
 
 def test_dense_linears_stay(model: LanguageModel, bundle: ProxyBundle, windows: Tensor) -> None:
@@ -156,8 +156,9 @@ def test_too_few_windows(model: LanguageModel, bundle: ProxyBundle, windows: Ten
 
 
 def test_pruned_folder(
-    model: LanguageModel, model_folder: Path, bundle: ProxyBundle, windows: Tensor, tmp_path: Path
-) -> None:
+    model: LanguageModel, original: LanguageModel, model_folder: Path, bundle: ProxyBundle,
+    windows: Tensor, tmp_path: Path,
+) -> None:  # fmt: skip
     """`pho prune` keeps finished blocks beside its folder until that is whole, with a record."""
     configuration = Configuration(
         method="crepe", coefficients=CANDIDATE.coefficients, steps=CANDIDATE.steps,
@@ -190,19 +191,14 @@ def test_pruned_folder(
     assert {name: r.model_dump() for name, r in recipe.blocks.items()} == {
         name: each.to_dict() for name, each in pruned.blocks.items()
     }
-    original = load_model(str(model_folder), device="cpu")
     assert all(check.passed for check in check_folder(tmp_path / "out", original=original))
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_winner(
-    searched: Callable[..., SearchResult],
-    model: LanguageModel,
-    bundle: ProxyBundle,
-    report: ReportText,
-    monkeypatch: pytest.MonkeyPatch,
-    factor: float,
-) -> None:
+    searched: Callable[..., SearchResult], bundle: ProxyBundle, confirming: Any,
+    monkeypatch: pytest.MonkeyPatch, factor: float,
+) -> None:  # fmt: skip
     """Only the winner is trained, once in a study, and only a better perplexity is taken."""
     measured: list[Candidate] = []
 
@@ -211,7 +207,7 @@ def test_winner(
         return factor * without.confirmation.perplexity
 
     monkeypatch.setattr(confirmation, "_measure", measure)
-    texts = {"model": model, "confirm_text": report, "calibration": report.windows}
+    texts = {**confirming, "calibration": confirming["confirm_text"].windows}
     request = SearchRequest(pattern=Pattern.parse("0.5"), trials=10, finalists=1)
     without: Any = searched(request, bundle, **texts).configuration
     asked = replace(request, steps=Steps(reconstruction=TRAINED))
@@ -234,10 +230,11 @@ def test_winner(
         assert "The reconstruction was left out" in first.warnings[-1]
 
 
-def test_winner_unconfirmed(searched: Callable[..., SearchResult], bundle: ProxyBundle) -> None:
-    """Without a text to confirm on, the reconstruction is added as asked for."""
+def test_without_a_text_to_confirm_on_the_reconstruction_is_added_as_asked_for(
+    bundle: ProxyBundle,
+) -> None:
     request = SearchRequest(
         pattern=Pattern.parse("0.5"), trials=10, steps=Steps(reconstruction=TRAINED)
     )
 
-    assert searched(request, bundle).configuration.steps.reconstruction == TRAINED
+    assert search_job(request, bundle).configuration.steps.reconstruction == TRAINED

@@ -1,36 +1,27 @@
-"""What a result is judged by: dense, Wanda and RIA on the windows that chose it."""
+"""What a result is judged by: published methods on its own windows; and whether its proxy ranks."""
 
-from pathlib import Path
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from pho_service.errors import NumericalError
+from pho_service.errors import InvalidInput, NumericalError
+from pho_service.interface.search import validation_of
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
-from pho_service.models.texts import TextSource, read_windows
-from pho_service.pipeline import rating
+from pho_service.pipeline import confirmation, rating
 from pho_service.pipeline.rating import ReportText, rate_pruned
 from pho_service.pipeline.search import memory_study, search_job
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.baselines import reference_methods
-from pho_service.spec.configuration import Perplexities, in_words, published
+from pho_service.spec.configuration import WIDER, Perplexities, ProxyQuality, in_words, published
+from pho_service.spec.fields import ValidationSpec
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.steps import Steps
 from pho_service.tuning.plan import SearchRequest
-
-WINDOWS = 4
-
-
-@pytest.fixture
-def report(model: LanguageModel, texts: dict[str, Path]) -> ReportText:
-    """Some windows."""
-    source = TextSource(path=str(texts["report"]))
-    windows, record = read_windows(
-        model, source, context_length=40, bos="auto", max_windows=WINDOWS
-    )
-    return ReportText(windows=windows, record=record)
+from pho_service.tuning.validation import finalists_wanted
 
 
 @pytest.fixture
@@ -77,7 +68,6 @@ def test_they_are_wanda_and_ria_as_published_whatever_the_steps_none_is_measured
     }
     good = found.perplexities
 
-    assert found.confirmation is not None
     assert good == Perplexities(
         dense=measure_perplexity(model, report.windows).perplexity,
         pruned=found.confirmation.perplexity,
@@ -92,10 +82,9 @@ def test_they_are_wanda_and_ria_as_published_whatever_the_steps_none_is_measured
 
 
 def test_without_a_perplexity(
-    bundle: ProxyBundle, model: LanguageModel, report: ReportText, monkeypatch: pytest.MonkeyPatch
+    bundle: ProxyBundle, confirming: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A published method whose model gives NaN has none, and the search ends all the same."""
-
     really = rating.measure
 
     def measure(subject: Any, candidate: Any, *args: Any, **more: Any) -> Any:
@@ -106,10 +95,9 @@ def test_without_a_perplexity(
     monkeypatch.setattr(rating, "measure", measure)
     steps = Steps(permutation="score")
     asked = SearchRequest(pattern=Pattern.parse("2:4"), trials=8, steps=steps, finalists=1)
-    found = search_job(asked, bundle, model=model, confirm_text=report)
+    found = search_job(asked, bundle, **confirming)
     good = found.configuration.perplexities
 
-    assert good is not None
     assert good.wanda is None
     assert "Wanda" not in str(good)
     assert any("not compared with wanda" in warning for warning in found.warnings)
@@ -131,3 +119,89 @@ def test_a_configuration_without_them_is_read_and_written_as_it_was() -> None:
 
     assert old.perplexities is None
     assert "perplexities" not in old.model_dump(mode="json")
+
+
+REQUEST = SearchRequest(
+    pattern=Pattern.parse("0.5"), trials=20, finalists=1, validation=ValidationSpec(candidates=8)
+)
+BLEND = "activation-reconstruction/blend"
+
+
+def quality(spearman: float, better_half: float | None = None) -> ProxyQuality:
+    """Of a proxy with this rank correlation, and the same or another in the better half."""
+    half = spearman if better_half is None else better_half
+    return ProxyQuality(
+        spearman=spearman, spearman_interval=(spearman, spearman), spearman_better_half=half,
+        kendall=spearman, kendall_interval=(spearman, spearman), regret=0.0,
+        regret_interval=(0.0, 0.0), top_k=2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "said"),
+    [
+        (BLEND, quality(0.9), None),
+        ("gini", quality(-0.9), None),
+        (BLEND, quality(0.1), "does not rank .* 20 by it are finalists instead of 5"),
+        (BLEND, quality(-0.9), r"does not rank .* is -0\.90, so .* is worse than chance"),
+        ("gini", quality(0.9), r"does not rank .* is \+0\.90, so .* is worse than chance"),
+        (BLEND, quality(0.8, -0.3), r"does not order the better half .* \+0\.80, and -0\.30 in"),
+        ("gini", quality(-0.9, 0.1), r"does not order the better half .* -0\.90, and \+0\.10 in"),
+    ],
+)
+def test_a_proxy_that_does_not_rank_or_not_at_the_top_is_told_and_more_are_finalists(
+    name: str, found: ProxyQuality, said: str | None
+) -> None:
+    count, doubt = finalists_wanted(5, name, found)
+
+    assert (count, doubt is None) == ((5, True) if said is None else (5 * WIDER, False))
+    assert said is None or re.search(said, doubt or "")
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What was measured, call by call; and nobody believes the proxy."""
+    calls: list[int] = []
+    original = rating.measure
+
+    def measure(*given: Any, **more: Any) -> Any:
+        calls.append(1)
+        return original(*given, **more)
+
+    monkeypatch.setattr(rating, "measure", measure)
+    monkeypatch.setattr(confirmation, "judge", lambda *_, **__: {BLEND: quality(0.2)})
+    return calls
+
+
+def test_confirmation_takes_over(
+    bundle: ProxyBundle, confirming: Any, searched: Any, measured: Any
+) -> None:
+    """More finalists are looked at, the result says why, and what is measured is kept."""
+    wide = searched(REQUEST, bundle, **confirming)
+    count = len(measured)
+    again = searched(REQUEST, bundle, **confirming)
+    at_once = len(measured)
+    plain = search_job(replace(REQUEST, validation=None), bundle, **confirming)
+
+    def compared(result: Any) -> int:
+        return sum(each.divergence is not None for each in result.configuration.candidates)
+
+    assert 8 < count == at_once
+    assert compared(wide) > compared(plain)
+    assert any("4 by it are finalists instead of 1" in warning for warning in wide.warnings)
+    assert again.configuration == wide.configuration
+    assert plain.validation is None
+    assert wide.validation == {BLEND: quality(0.2)}
+
+
+def test_python() -> None:
+    """`pho.search(validate=8)` is the same, and too few are refused with the rule."""
+    assert validation_of(8) == REQUEST.validation
+    assert validation_of(None) is None
+    with pytest.raises(InvalidInput, match=r"validate=7 is not in 8\.\.1000"):
+        validation_of(7)
+
+
+def test_from_a_bundle_alone_nothing_can_be_validated(bundle: ProxyBundle) -> None:
+    with pytest.raises(InvalidInput, match=r"give a model instead of a bundle.*--validate"):
+        search_job(REQUEST, bundle)

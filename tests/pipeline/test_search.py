@@ -1,42 +1,48 @@
-"""The search job: what is asked for, what is found, and what is said of it."""
+"""The search job: what is asked for, what is found, what is said of it, and whose its study is."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
-from pho_service.errors import InvalidInput, StudyError
-from pho_service.models.loading import LanguageModel, load_model
+from pho_service.errors import ChangedInput, InvalidInput, StudyError
+from pho_service.models.architecture import prunable_linears
+from pho_service.models.blockwise import measure_perplexity
+from pho_service.models.calibration import bundle_path, cached_bundle
+from pho_service.models.loading import LanguageModel
+from pho_service.pipeline import search as search_module
 from pho_service.pipeline.objectives import rate_by_proxy
-from pho_service.pipeline.rating import ReportText
-from pho_service.pipeline.search import search_job
-from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pipeline.search import name_of_study, search_job
+from pho_service.progress import Advance
+from pho_service.pruning.bundle import ProxyBundle, sample_bundle
 from pho_service.pruning.masks import model_masks
 from pho_service.pruning.proxy import ProxyEvaluator
+from pho_service.pruning.statistics import collect_statistics
+from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.objective import WEIGHTINGS, Objective
 from pho_service.spec.pattern import Pattern, Scope
-from pho_service.spec.space import parse_bounds
+from pho_service.spec.space import Preset, parse_bounds
 from pho_service.spec.steps import Steps
 from pho_service.tuning.plan import SECOND_OPINION, SearchRequest
 from pho_service.tuning.result import chosen_in
 from storage.studies import keep_record, open_storage, record_of
 
 PATTERN = Pattern.parse("0.5", "layer")
+BY_PERPLEXITY = Objective(name="perplexity")
 
 
-@pytest.fixture
-def request_of() -> Any:
+def request_of(**changes: Any) -> SearchRequest:
     """A small request with some values changed."""
-
-    def build(**changes: Any) -> SearchRequest:
-        return replace(SearchRequest(pattern=PATTERN, trials=14), **changes)
-
-    return build
+    return replace(SearchRequest(pattern=PATTERN, trials=14), **changes)
 
 
 def proxies(found: Configuration) -> list[float]:
@@ -44,11 +50,17 @@ def proxies(found: Configuration) -> list[float]:
     return [rating.proxy for rating in found.baselines if rating.proxy is not None]
 
 
+def loaded(studies: InMemoryStorage, name: str) -> optuna.Study:
+    """A study of a search."""
+    return optuna.load_study(study_name=name, storage=studies)
+
+
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_weightings(bundle: ProxyBundle, request_of: Any, weighting: str, searched: Any) -> None:
-    """The value is the proxy of the configuration's own candidate in the asked weighting."""
+def test_the_value_is_the_proxy_of_the_configurations_own_candidate_in_the_asked_weighting(
+    bundle: ProxyBundle, weighting: str
+) -> None:
     objective = Objective(weighting=weighting)
-    found = searched(request_of(objective=objective), bundle).configuration
+    found = search_job(request_of(objective=objective), bundle).configuration
     (outcome,) = rate_by_proxy(ProxyEvaluator(bundle), objective)([found.candidate()])
     second = {"blend": "geometric", "geometric": "blend"}.get(weighting)
 
@@ -63,69 +75,40 @@ def test_weightings(bundle: ProxyBundle, request_of: Any, weighting: str, search
         assert outcome.attributes[SECOND_OPINION] == other.value != outcome.value
 
 
-def test_of_gini_the_highest_wins(bundle: ProxyBundle, request_of: Any, searched: Any) -> None:
-    found = searched(request_of(objective=Objective(name="gini")), bundle).configuration
+def test_of_gini_the_highest_wins(bundle: ProxyBundle) -> None:
+    found = search_job(request_of(objective=Objective(name="gini")), bundle).configuration
 
     assert found.objective["direction"] == "maximize"
     assert found.objective["value"] >= max(proxies(found))
 
 
 def test_searched_by_perplexity_the_value_is_the_confirmation(
-    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText, searched: Any
+    bundle: ProxyBundle, confirming: Any
 ) -> None:
-    result = searched(
-        request_of(objective=Objective(name="perplexity"), trials=9),
-        bundle,
-        model=model,
-        confirm_text=report,
-    )
+    result = search_job(request_of(objective=BY_PERPLEXITY, trials=9), bundle, **confirming)
     found = result.configuration
 
-    assert found.confirmation is not None
     assert found.confirmation.perplexity == found.objective["value"] <= min(proxies(found))
     assert not any("Not confirmed" in warning for warning in result.warnings)
 
 
 @pytest.mark.parametrize("sampler", ["hill-climb", "cmaes"])
-def test_samplers_on_perplexity(
-    bundle: ProxyBundle,
-    request_of: Any,
-    model: LanguageModel,
-    report: ReportText,
-    study_url: str,
-    sampler: str,
-    searched: Any,
+def test_a_search_by_perplexity_goes_on_where_it_was_with_the_same_trials(
+    bundle: ProxyBundle, confirming: Any, sampler: str, searched: Any
 ) -> None:
-    """Samplers can search by perplexity, and goes on where it was with the same trials."""
-    request = request_of(objective=Objective(name="perplexity"), sampler=sampler, trials=14)
-    searched(replace(request, trials=10), bundle, model=model, confirm_text=report)
-    found = searched(request, bundle, model=model, confirm_text=report).configuration
-    again = searched(
-        request,
-        bundle,
-        url=study_url.replace("study.db", "other.db"),
-        model=model,
-        confirm_text=report,
-    ).configuration
+    request = request_of(objective=BY_PERPLEXITY, sampler=sampler)
+    searched(replace(request, trials=10), bundle, **confirming)
+    found = searched(request, bundle, **confirming).configuration
 
-    assert found == again
+    assert found == search_job(request, bundle, **confirming).configuration
     assert found.search["sampler"] == sampler
 
 
-def test_climb_ends_by_itself(
-    bundle: ProxyBundle,
-    request_of: Any,
-    model: LanguageModel,
-    report: ReportText,
-    study_url: str,
-    searched: Any,
+def test_a_climb_begins_at_rias_coefficients_rates_no_point_twice_and_says_when_it_ended(
+    bundle: ProxyBundle, studies: InMemoryStorage, searched: Any
 ) -> None:
-    """It begins at RIA's coefficients, rates no point twice, and says after how many it ended."""
-    objective = Objective(name="perplexity")
-    request = request_of(objective=objective, sampler="hill-climb", trials=300)
-    result = searched(request, bundle, model=model, confirm_text=report)
-    with open_storage(study_url) as storage:
-        trials = optuna.load_study(study_name=result.study_name, storage=storage).trials
+    result = searched(request_of(sampler="hill-climb", trials=300), bundle)
+    trials = loaded(studies, result.study_name).trials
     climb = [t for t in trials if t.params["method"] == "crepe"]
     c = climb[0].user_attrs["coefficients"]
     search = result.configuration.search
@@ -137,9 +120,9 @@ def test_climb_ends_by_itself(
     assert any(f"ended by itself after {len(trials)} of 300" in w for w in result.warnings)
 
 
-def test_stopped_by_a_callback(bundle: ProxyBundle, request_of: Any) -> None:
-    """What a stopped search says is not that its sampler knows nothing better."""
-
+def test_what_a_stopped_search_says_is_not_that_its_sampler_knows_nothing_better(
+    bundle: ProxyBundle,
+) -> None:
     def stop(study: optuna.Study, trial: FrozenTrial) -> None:
         if trial.number == 11:
             study.stop()
@@ -151,66 +134,70 @@ def test_stopped_by_a_callback(bundle: ProxyBundle, request_of: Any) -> None:
     assert not any("ended by itself" in w for w in result.warnings)
 
 
-def test_perplexity_without_a_model(bundle: ProxyBundle, request_of: Any, searched: Any) -> None:
-    """A bundle alone has no perplexity."""
-    with pytest.raises(InvalidInput, match="needs the model and a text"):
-        searched(request_of(objective=Objective(name="perplexity")), bundle)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param({"objective": BY_PERPLEXITY}, "needs the model and a text", id="perplexity"),
+        pytest.param(
+            {"bounds": {"kernel_sizes": (3, 9)}},
+            "9 is not in the bundle, which has 3, 5",
+            id="kernel-size",
+        ),
+        pytest.param(
+            {"pattern": Pattern.parse("2:5")},
+            r"model\.layers\.0\.\S+: in_features=32 .* M=5",
+            id="groups-and-width",
+        ),
+    ],
+)
+def test_what_a_bundle_cannot_tell_is_refused(
+    bundle: ProxyBundle, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        search_job(request_of(**changes), bundle)
 
 
 @pytest.mark.parametrize(
     ("pattern", "scope"), [("0.5", "row"), ("0.5", "layer"), ("0.5", "global"), ("1:4", None)]
 )
 def test_whatever_wins_removes_what_was_asked_for_and_is_counted_in_no_wider_scope(
-    bundle: ProxyBundle,
-    request_of: Any,
-    model: LanguageModel,
-    pattern: str,
-    scope: str | None,
-    searched: Any,
+    bundle: ProxyBundle, model: LanguageModel, pattern: str, scope: str | None
 ) -> None:
     asked = Pattern.parse(pattern, scope)
-    found = searched(request_of(pattern=asked), bundle).configuration.candidate()
+    configuration = search_job(request_of(pattern=asked), bundle).configuration
+    found, searched = configuration.candidate(), configuration.search["space"]
     masks = dict(model_masks(model.linears, bundle.statistics(), found))
     removed = sum(int((~mask).sum()) for mask in masks.values())
     total = sum(mask.numel() for mask in masks.values())
+    by_row = asked.scope is Scope.ROW
 
     assert found.pattern.scope.width <= asked.scope.width
     assert removed == asked.removed(total)
+    # in scope row the gradient exponent, which ranks no row otherwise, is not searched
+    assert searched["gradient_exponent"] == [0.0, 0.0 if by_row else 1.0]
+    assert ("fisher" in {r.method for r in configuration.baselines}) is not by_row
 
 
-@pytest.mark.parametrize("scope", ["row", "layer"])
-def test_in_scope_row_the_gradient_exponent_is_fixed_at_0_elsewhere_it_is_searched(
-    bundle: ProxyBundle, request_of: Any, scope: str, searched: Any
+def test_a_best_value_on_the_border_is_named_in_the_result_and_in_a_warning(
+    bundle: ProxyBundle,
 ) -> None:
-    found = searched(request_of(pattern=Pattern.parse("0.5", scope)), bundle).configuration
-
-    assert found.search["space"]["gradient_exponent"] == [0.0, 0.0 if scope == "row" else 1.0]
-    assert ("fisher" in {r.method for r in found.baselines}) is (scope != "row")
-
-
-def test_border_is_flagged(bundle: ProxyBundle, request_of: Any, searched: Any) -> None:
-    """A best value on the border is named in the result and in a warning."""
     bounds = ("activation_exponent=3.9:4", "gradient_exponent=0", "kernel_sizes=3")
-    result = searched(
+    result = search_job(
         request_of(bounds=parse_bounds(bounds), objective=Objective(name="gini"), trials=60), bundle
     )
-    exponent = result.configuration.coefficients.activation_exponent
 
     assert result.configuration.method == "crepe"
-    assert exponent > 3.998
+    assert result.configuration.coefficients.activation_exponent > 3.998
     assert "activation_exponent" in result.configuration.border
     assert any("activation_exponent lies on the border" in w for w in result.warnings)
 
 
 def test_every_candidate_but_the_baselines_lies_in_the_asked_box(
-    bundle: ProxyBundle, request_of: Any, study_url: str, searched: Any
+    bundle: ProxyBundle, studies: InMemoryStorage, searched: Any
 ) -> None:
     bounds = ("activation_exponent=0.6:0.7", "row_share=0.25", "kernel_sizes=5")
-    searched(request_of(bounds=parse_bounds(bounds), trials=22), bundle)
-    with open_storage(study_url) as storage:
-        (summary,) = optuna.get_all_study_summaries(storage)
-        trials = optuna.load_study(study_name=summary.study_name, storage=storage).trials
-    found = [t.params for t in trials if t.params["method"] == "crepe"]
+    name = searched(request_of(bounds=parse_bounds(bounds), trials=22), bundle).study_name
+    found = [t.params for t in loaded(studies, name).trials if t.params["method"] == "crepe"]
 
     assert len(found) == 22 - 6
     assert all(0.6 <= p["activation_exponent"] <= 0.7 for p in found)
@@ -218,20 +205,8 @@ def test_every_candidate_but_the_baselines_lies_in_the_asked_box(
     assert all(p["kernel_size"] == 5 for p in found)
 
 
-def test_kernel_size_without_means(bundle: ProxyBundle, request_of: Any, searched: Any) -> None:
-    """A kernel size that the bundle lacks is refused."""
-    with pytest.raises(InvalidInput, match="9 is not in the bundle, which has 3, 5"):
-        searched(request_of(bounds={"kernel_sizes": (3, 9)}), bundle)
-
-
-def test_width_and_groups(bundle: ProxyBundle, request_of: Any, searched: Any) -> None:
-    """A width that M does not divide is refused before a study is made, and the layer named."""
-    with pytest.raises(InvalidInput, match=r"model\.layers\.0\.\S+: in_features=32 .* M=5"):
-        searched(request_of(pattern=Pattern.parse("2:5")), bundle)
-
-
-def test_another_seed_sampler_pattern_scope_objective_or_space_is_another_study_in_one_file(
-    bundle: ProxyBundle, request_of: Any, study_url: str, searched: Any
+def test_another_seed_sampler_pattern_scope_objective_or_space_is_another_study(
+    bundle: ProxyBundle,
 ) -> None:
     requests = [
         request_of(),
@@ -242,16 +217,12 @@ def test_another_seed_sampler_pattern_scope_objective_or_space_is_another_study_
         request_of(objective=Objective(weighting="fisher")),
         request_of(bounds={"row_share": (0.5, 0.5)}),
     ]
-    names = [searched(r, bundle).study_name for r in requests]
-    with open_storage(study_url) as storage:
-        kept = {s.study_name: s.n_trials for s in optuna.get_all_study_summaries(storage)}
 
-    assert kept == dict.fromkeys(names, 14)
-    assert len(set(names)) == len(requests)
+    assert len({name_of_study(each, bundle, None) for each in requests}) == len(requests)
 
 
 def test_more_trials_go_on_with_the_study_of_fewer_and_never_end_worse(
-    bundle: ProxyBundle, request_of: Any, searched: Any
+    bundle: ProxyBundle, searched: Any
 ) -> None:
     short, long = (searched(request_of(trials=n), bundle) for n in (10, 30))
 
@@ -259,77 +230,53 @@ def test_more_trials_go_on_with_the_study_of_fewer_and_never_end_worse(
     assert long.configuration.objective["value"] <= short.configuration.objective["value"]
 
 
-def test_confirmed_stays_a_finalist(
-    bundle: ProxyBundle,
-    request_of: Any,
-    model: LanguageModel,
-    report: ReportText,
-    study_url: str,
-    searched: Any,
+def test_what_a_shorter_search_confirmed_on_the_same_text_stays_a_finalist(
+    bundle: ProxyBundle, confirming: Any, studies: InMemoryStorage, searched: Any
 ) -> None:
-    """What a shorter search confirmed on the same text still counts, however good the rest is."""
-    asked = {"finalists": 1}
-    short = searched(request_of(trials=8, **asked), bundle, model=model, confirm_text=report)
-    with open_storage(study_url) as storage:
-        study = optuna.load_study(study_name=short.study_name, storage=storage)
-        measured = {"method": "crepe", "perplexity": 1.5, "text_sha256": report.key}
-        keep_record(study, "perplexity:6", measured)  # as if it had been that good
-        of_another_text = {**measured, "perplexity": 1.0, "text_sha256": "b"}
-        keep_record(study, "perplexity:7", of_another_text)
-    long = searched(request_of(trials=40, **asked), bundle, model=model, confirm_text=report)
-    own = searched(
-        request_of(trials=40, **asked),
-        bundle,
-        url=f"{study_url}2",
-        model=model,
-        confirm_text=report,
-    ).configuration
+    short = searched(request_of(trials=8, finalists=1), bundle, **confirming)
+    study, key = loaded(studies, short.study_name), confirming["confirm_text"].key
+    measured = {"method": "crepe", "perplexity": 1.5, "text_sha256": key}
+    keep_record(study, "perplexity:6", measured)  # as if it had been that good
+    of_another_text = {**measured, "perplexity": 1.0, "text_sha256": "b"}
+    keep_record(study, "perplexity:7", of_another_text)
+    asked = request_of(trials=40, finalists=1)
+    long = searched(asked, bundle, **confirming)
+    own = search_job(asked, bundle, **confirming).configuration
 
     assert 6 not in {each.trial for each in own.candidates}
     assert long.trial == 6
-    assert long.configuration.confirmation is not None
     assert long.configuration.confirmation.perplexity == 1.5
     assert {each.trial for each in own.candidates} < {
         c.trial for c in long.configuration.candidates
     }
 
 
-def test_the_study_says_which_trial_the_result_is_whether_it_was_confirmed_or_not(
-    bundle: ProxyBundle,
-    request_of: Any,
-    model: LanguageModel,
-    report: ReportText,
-    study_url: str,
-    searched: Any,
+@pytest.mark.parametrize("confirmed", [False, True])
+def test_the_study_says_which_trial_the_result_is(
+    bundle: ProxyBundle, confirming: Any, studies: InMemoryStorage, searched: Any, confirmed: bool
 ) -> None:
-    marks = []
-    for options in ({}, {"model": model, "confirm_text": report}):
-        found = searched(request_of(), bundle, **options)
-        with open_storage(study_url) as storage:
-            study = optuna.load_study(study_name=found.study_name, storage=storage)
-            marks.append((study.user_attrs["chosen"], chosen_in(study), found))
-            chosen = [t.number for t in study.trials if t.user_attrs.get("chosen")]
-            assert chosen == [found.trial]
+    found = searched(request_of(), bundle, **(confirming if confirmed else {}))
+    study, confirmation = loaded(studies, found.study_name), found.configuration.confirmation
 
-    for mark, trial, found in marks:
-        confirmation = found.configuration.confirmation
-        assert mark == {
-            "study": found.study_name,
-            "trial": found.trial,
-            "method": found.configuration.method,
-            "objective": found.configuration.objective["value"],
-            "perplexity": confirmation and confirmation.perplexity,
-        }
-        assert trial == found.trial
+    assert [t.number for t in study.trials if t.user_attrs.get("chosen")] == [found.trial]
+    assert study.user_attrs["chosen"] == {
+        "study": found.study_name,
+        "trial": found.trial,
+        "method": found.configuration.method,
+        "objective": found.configuration.objective["value"],
+        "perplexity": confirmation and confirmation.perplexity,
+    }
+    assert (confirmation is not None) == confirmed
+    assert chosen_in(study) == found.trial
 
 
 def test_a_search_that_is_asked_again_measures_no_perplexity_again(
-    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText, searched: Any
+    bundle: ProxyBundle, confirming: Any, searched: Any
 ) -> None:
-    first = searched(request_of(), bundle, model=model, confirm_text=report)
+    first = searched(request_of(), bundle, **confirming)
     calls: list[int] = []
-    model.model.register_forward_pre_hook(lambda *_: calls.append(1))
-    second = searched(request_of(), bundle, model=model, confirm_text=report)
+    confirming["model"].model.register_forward_pre_hook(lambda *_: calls.append(1))
+    second = searched(request_of(), bundle, **confirming)
 
     assert calls == []
     assert second.configuration == first.configuration
@@ -337,82 +284,241 @@ def test_a_search_that_is_asked_again_measures_no_perplexity_again(
 
 @pytest.mark.parametrize("why", ["a step needs a text", "the model is streamed"])
 def test_no_race_where_pruning_costs(
-    bundle: ProxyBundle,
-    request_of: Any,
-    model: LanguageModel,
-    model_folder: Path,
-    report: ReportText,
-    windows: Tensor,
-    why: str,
-    searched: Any,
+    bundle: ProxyBundle, confirming: Any, streamed: LanguageModel, windows: Tensor, why: str
 ) -> None:
     steps = Steps(repruning="dsnot") if why == "a step needs a text" else Steps()
     if why == "the model is streamed":
-        model = load_model(str(model_folder), device="cpu", stream=True)
-    found = searched(
-        request_of(steps=steps, trials=9, finalists=2),
-        bundle,
-        model=model,
-        confirm_text=report,
-        calibration=windows % 30,
-    ).configuration
+        confirming["model"] = streamed
+    asked = request_of(steps=steps, trials=9, finalists=2)
+    found = search_job(asked, bundle, calibration=windows % 30, **confirming).configuration
 
-    assert found.confirmation is not None
     assert found.confirmation.divergence_tokens is None
     assert found.confirmation.evaluations == len(found.candidates)
     assert all(c.perplexity is not None and c.divergence is None for c in found.candidates)
 
 
 def test_a_study_carries_its_pattern_scope_objective_space_sampler_seed_and_calibration(
-    bundle: ProxyBundle, request_of: Any, study_url: str, searched: Any
+    bundle: ProxyBundle, studies: InMemoryStorage, searched: Any
 ) -> None:
-    result = searched(request_of(seed=5), bundle)
-    with open_storage(study_url) as storage:
-        study = optuna.load_study(study_name=result.study_name, storage=storage)
-        attributes, trial = record_of(study), study.trials[-1]
-        shown = study.user_attrs
+    """Also one whose process was killed while it described it, once somebody goes on with it."""
+    name = name_of_study(request_of(seed=5), bundle, None)
+    optuna.create_study(study_name=name, storage=studies).set_user_attr("pattern", "0.5")
+    searched(request_of(seed=5), bundle)
+    study = loaded(studies, name)
+    attributes = record_of(study)
 
     assert (attributes["pattern"], attributes["scope"]) == ("0.5", "layer")
     assert attributes["objective"] == "activation-reconstruction/blend"
     assert (attributes["sampler"], attributes["seed"]) == ("cmaes", 5)
     assert attributes["calibration"]["key"] == bundle.provenance["key"]
-    assert set(shown) == {"pattern", "scope", "objective", "sampler", "seed", "chosen"}
+    assert "space" in attributes
+    assert {*study.user_attrs} == {"pattern", "scope", "objective", "sampler", "seed", "chosen"}
     assert study.metric_names == ["activation-reconstruction/blend"]
-    assert set(trial.user_attrs["error_by_kind"]) == {
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    }  # fmt: skip
-    assert trial.user_attrs["seconds"] >= 0
+    assert study.trials[-1].user_attrs["seconds"] >= 0
+    assert {*study.trials[-1].user_attrs["error_by_kind"]} == {
+        layer.kind for layer in bundle.layers
+    }
 
 
-def test_description_survives_a_kill(
-    bundle: ProxyBundle, request_of: Any, study_url: str, searched: Any
+def test_weights_beyond_float32_fail_every_trial_and_the_layer_is_named(
+    bundle: ProxyBundle,
 ) -> None:
-    """Killed while it is being described, a study is described to the end the next time."""
-    name = searched(request_of(), bundle).study_name
-    with open_storage(study_url) as storage:
-        optuna.delete_study(study_name=name, storage=storage)
-        optuna.create_study(study_name=name, storage=storage).set_user_attr("pattern", "0.5")
-    searched(request_of(), bundle)
-    with open_storage(study_url) as storage:
-        attributes = record_of(optuna.load_study(study_name=name, storage=storage))
-
-    assert {"scope", "objective", "space", "sampler", "seed", "calibration"} <= set(attributes)
-
-
-def test_nothing_can_be_rated(bundle: ProxyBundle, request_of: Any, searched: Any) -> None:
-    """Weights beyond float32 fail every trial, and the layer is named."""
     broken = replace(bundle.layers[3], rows=bundle.layers[3].rows * 1e30)
     layers = [*bundle.layers[:3], broken, *bundle.layers[4:]]
 
     with pytest.raises(StudyError, match=rf"every trial .* failed\. The first: {broken.name}"):
-        searched(request_of(), replace(bundle, layers=layers))
+        search_job(request_of(), replace(bundle, layers=layers))
 
 
-def test_baseline_wins(bundle: ProxyBundle, request_of: Any, searched: Any) -> None:
-    """If nothing beats a baseline, the baseline is the result, in its own scope, and it says so."""
-    result = searched(request_of(trials=6), bundle)
+def test_if_nothing_beats_a_baseline_it_is_the_result_in_its_own_scope_and_says_so(
+    bundle: ProxyBundle,
+) -> None:
+    result = search_job(request_of(trials=6), bundle)
 
     assert result.configuration.method != "crepe"
     assert any("better than the baseline" in warning for warning in result.warnings)
     assert result.configuration.border == []
     assert Scope(result.configuration.scope).width <= PATTERN.scope.width
+
+
+SHORTEST = SearchRequest(pattern=Pattern.parse("0.5"), trials=6)
+
+
+def with_dense(bundle: ProxyBundle, perplexity: float | None, **changes: Any) -> ProxyBundle:
+    """The bundle of a model that has this perplexity; None does not say it."""
+    provenance = {k: v for k, v in bundle.provenance.items() if k != "dense"}
+    if perplexity is not None:
+        provenance["dense"] = {**bundle.provenance["dense"], "perplexity": perplexity}
+    return replace(bundle, provenance={**provenance, **changes})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bundle_says_how_well_the_dense_model_predicts_out_of_how_many_tokens(
+    model: LanguageModel, calibrated: Callable[..., ProxyBundle], text_of: Any, stream: bool
+) -> None:
+    model = replace(model, streamed_to=model.device) if stream else model
+    rating = measure_perplexity(model, text_of(model).calibration)
+
+    assert calibrated(model).provenance["dense"] == {
+        "perplexity": rating.perplexity, "tokens": rating.tokens, "vocabulary": 256
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "warned"), [(256.0, True), (130.0, True), (120.0, False), (None, False)]
+)
+def test_from_half_the_vocabulary_on_the_search_says_that_nothing_can_be_told_apart(
+    bundle: ProxyBundle, perplexity: float | None, warned: bool
+) -> None:
+    found = search_job(SHORTEST, with_dense(bundle, perplexity)).warnings
+    said = [warning for warning in found if "no better than chance" in warning]
+
+    assert len(said) == warned
+    assert all(f"{perplexity:.5g}" in each and "has 256" in each for each in said)
+
+
+def test_of_several_models_those_that_predict_nothing_are_named(bundle: ProxyBundle) -> None:
+    bundles = {
+        name: with_dense(bundle, perplexity, model={"name": name})
+        for name, perplexity in (("good", 9.0), ("bad", 250.0))
+    }
+    request = replace(SHORTEST, objective=Objective(over="mean"))
+    (said,) = [w for w in search_job(request, bundles).warnings if "than chance" in w]
+
+    assert said.startswith("The dense model bad predicts")
+
+
+def preset_search(preset: str, **changes: Any) -> SearchRequest:
+    """The search of a preset."""
+    found = Preset.of(preset, PATTERN)
+    options = {"pattern": PATTERN, "steps": found.steps, "bounds": found.bounds, **changes}
+    return SearchRequest(**{"trials": 16, **options})
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Any]:
+    """A database, in which a search looks for others."""
+    with open_storage(f"sqlite:///{tmp_path / 'study.db'}") as storage:
+        yield storage
+
+
+@pytest.fixture
+def rated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many candidates each call of the objective was asked for."""
+    asked: list[int] = []
+    function = search_module.objective_function
+
+    def counted(*args: Any) -> Any:
+        rate = function(*args)
+
+        def evaluate(candidates: Any) -> Any:
+            asked.append(len(candidates))
+            return rate(candidates)
+
+        return evaluate
+
+    monkeypatch.setattr(search_module, "objective_function", counted)
+    return asked
+
+
+def test_best_after_crepe_plus_rates_nothing_and_finds_to_the_byte_what_it_finds_alone(
+    bundle: ProxyBundle, database: Any, searched: Any, rated: list[int]
+) -> None:
+    first = searched(preset_search("crepe-plus"), bundle, storage=database)
+    alone = search_job(preset_search("best"), bundle)
+    rated.clear()
+    second = searched(preset_search("best"), bundle, storage=database)
+
+    assert rated == []
+    assert (first.rated_before, second.rated_before) == (0, 16)
+    assert second.study_name != first.study_name
+    assert second.configuration.steps.update != first.configuration.steps.update
+    assert second.configuration.model_dump_json() == alone.configuration.model_dump_json()
+
+
+def test_what_the_other_study_has_not_is_rated_and_with_another_weighting_or_pattern_everything(
+    bundle: ProxyBundle, database: Any, searched: Any, rated: list[int]
+) -> None:
+    searched(preset_search("crepe-plus"), bundle, storage=database)
+    rated.clear()
+    longer = searched(preset_search("best", trials=20), bundle, storage=database)
+
+    assert (longer.rated_before, sum(rated)) == (16, 4)
+    for changes in (
+        {"objective": Objective(weighting="fisher")},
+        {"pattern": Pattern.parse("0.6")},
+    ):
+        found = searched(preset_search("best", **changes), bundle, storage=database)
+        assert found.rated_before == 0
+
+
+REQUEST = SearchRequest(pattern=Pattern.parse("0.5"), trials=8)
+
+
+@pytest.fixture
+def by_hand(tiny_llama: LlamaForCausalLM, windows: Tensor) -> Any:
+    """Makes a bundle as a program does that has a model in memory."""
+
+    def build(factor: float = 1.0, **options: Any) -> ProxyBundle:
+        tiny_llama.model.layers[0].mlp.down_proj.weight.data *= factor
+        linears = prunable_linears(tiny_llama)
+        statistics = collect_statistics(
+            tiny_llama, linears, windows, fisher_windows=2, projection_rows=16, seed=0
+        )
+        return sample_bundle(
+            linears, statistics, rows_per_layer=4, kernel_sizes=(3, 5), seed=0, **options
+        )
+
+    return build
+
+
+def test_without_a_key_a_bundle_is_named_by_its_contents_which_alone_find_its_study(
+    by_hand: Any, searched: Any
+) -> None:
+    first, again, other = by_hand(), by_hand(), by_hand(factor=3.0)
+    of_first, of_again, of_other = (searched(REQUEST, each) for each in (first, again, other))
+
+    assert of_again == of_first
+    assert of_other.study_name != of_first.study_name
+    assert of_other.configuration.objective != of_first.configuration.objective
+    assert of_first.configuration.calibration["key"] == first.key
+
+
+def test_what_a_rating_depends_on_is_in_the_name_of_a_bundle_without_a_key(by_hand: Any) -> None:
+    bundle = by_hand()
+    layer, entry = bundle.layers[0], bundle.inputs[0]
+    others = [
+        replace(bundle, layers=[replace(layer, fisher=layer.fisher * 2), *bundle.layers[1:]]),
+        replace(bundle, layers=[replace(layer, output_energy=1.0), *bundle.layers[1:]]),
+        replace(bundle, inputs=[replace(entry, root=entry.root * 2), *bundle.inputs[1:]]),
+        replace(bundle, layers=bundle.layers[:-1]),
+    ]
+
+    assert len({bundle.key, *(each.key for each in others)}) == 5
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_same_key_for_two_models(by_hand: Any, joint: bool, searched: Any) -> None:
+    first, second = (by_hand(factor, provenance={"key": "mine"}) for factor in (1.0, 3.0))
+    request = replace(REQUEST, objective=Objective(over="mean")) if joint else REQUEST
+    searched(request, {"a": first, "b": replace(first)} if joint else first)
+
+    with pytest.raises(StudyError, match="other weights under the same key, mine"):
+        searched(request, {"a": second, "b": replace(second)} if joint else second)
+
+
+def test_written_into_while_it_is_calibrated(
+    model: LanguageModel, text_of: Any, tmp_path: Path
+) -> None:
+    settings = CalibrationSettings(samples=4, context_length=32, projection_rows=8)
+    text = text_of(model, settings)
+
+    @contextmanager
+    def disturbing(_title: str, _steps: int) -> Iterator[Advance]:
+        """After each window the weights are others."""
+        weight = next(iter(model.linears.values())).weight
+        yield lambda _count: weight.mul_(1.5)
+
+    with pytest.raises(ChangedInput, match="changed while it was being calibrated"):
+        cached_bundle(model, text, settings, tmp_path, disturbing)
+    assert not bundle_path(tmp_path, text.bundle_key).exists()

@@ -1,14 +1,18 @@
-"""A configuration on models that it was not found on."""
+"""Several models: a configuration on those that it was not found on, and one search over all."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
-from pho_service.errors import BundleError, ConfigurationError
+from pho_service.errors import BundleError, ConfigurationError, InvalidInput, NumericalError
 from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.inputs import Calibrated
+from pho_service.pipeline.objectives import rate_jointly
 from pho_service.pipeline.rating import ReportText, rate_pruned
+from pho_service.pipeline.search import search_job
 from pho_service.pipeline.transfer import (
     check_configuration,
     own_search,
@@ -19,7 +23,7 @@ from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.configuration import Configuration
-from pho_service.spec.objective import SearchOptions
+from pho_service.spec.objective import Objective, SearchOptions
 from pho_service.spec.pattern import Coefficients, Pattern
 from pho_service.spec.results import Transfer, regret
 from pho_service.spec.steps import Allocation, Steps
@@ -97,19 +101,16 @@ def test_model(
     assert done.perplexities["transferred"] == perplexity(GOOD)
     assert done.perplexities["own"] == perplexity(Configuration.model_validate(done.own))
     assert done.regret == regret(done.perplexities)
-    assert done.report is not None
     assert done.report["tokens"] == 3 * 31
 
 
 def test_own_best_of_a_bundle(bundle: ProxyBundle, request_of_own: SearchRequest) -> None:
     done = transfer_job(Calibrated(name="b", bundle=bundle), GOOD, search=request_of_own)
     own, mine = done.proxies["own"], done.proxies["transferred"]
-    assert own is not None
     assert mine is not None
 
     assert done.proxy_regret == regret(done.proxies)
-    assert done.own is not None
-    assert own == pytest.approx(done.own["objective"]["value"], rel=1e-6)
+    assert own == pytest.approx(done.own.objective["value"], rel=1e-6)
 
 
 def test_it_does_not_transfer(bundle: ProxyBundle) -> None:
@@ -171,12 +172,6 @@ def test_missing_kernel_size(bundle: ProxyBundle) -> None:
         transfer_job(Calibrated(name="b", bundle=bundle), configuration)
 
 
-@pytest.mark.parametrize(("pattern", "scope"), [(None, None), ("0.5", None), ("0.5", "layer")])
-def test_right_pattern(pattern: str | None, scope: str | None) -> None:
-    """What is asked for may be less than what the configuration is for."""
-    check_configuration("c.json", GOOD, pattern, scope)
-
-
 @pytest.mark.parametrize(
     ("pattern", "scope", "asked"),
     [
@@ -187,7 +182,9 @@ def test_right_pattern(pattern: str | None, scope: str | None) -> None:
     ],
 )
 def test_other_pattern(pattern: str | None, scope: str | None, asked: str) -> None:
-    """A configuration of another pattern or scope is refused, with the way out."""
+    """A configuration of another pattern or scope is refused; less may be asked."""
+    for less in ((None, None), ("0.5", None), ("0.5", "layer")):
+        check_configuration("c.json", GOOD, *less)
     with pytest.raises(
         ConfigurationError, match=rf"c\.json is for 0\.5 in scope layer, but {asked}.*pho search"
     ):
@@ -239,3 +236,136 @@ def test_a_search_space_that_somebody_wrote_by_hand_is_refused_if_it_is_none(spa
         ConfigurationError, match=r"search\.space is not a search space.*Take search"
     ):
         own_search(configuration, SearchOptions(trials=20), finalists=2)
+
+
+PATTERN = Pattern.parse("0.5", "layer")
+MEAN, WORST = Objective(over="mean"), Objective(over="worst")
+
+
+@pytest.fixture
+def other(bundle: ProxyBundle) -> ProxyBundle:
+    """A bundle of another model: the inputs of ``bundle``'s channels in another order."""
+    inputs = [
+        replace(entry, activation_norm=entry.activation_norm.flip(0), root=entry.root.flip(1))
+        for entry in bundle.inputs
+    ]
+    model = {**bundle.provenance["model"], "name": "folder/other"}
+    provenance = {**bundle.provenance, "key": "other", "model": model}
+    return replace(bundle, inputs=inputs, provenance=provenance)
+
+
+@pytest.fixture
+def bundles(bundle: ProxyBundle, other: ProxyBundle) -> dict[str, ProxyBundle]:
+    """Two models' bundles by name."""
+    return {"one": bundle, "two": other}
+
+
+def request_of(objective: Objective, **changes: Any) -> SearchRequest:
+    """A small request with an objective."""
+    return replace(SearchRequest(pattern=PATTERN, objective=objective, trials=22), **changes)
+
+
+def jointly(bundles: dict[str, ProxyBundle], objective: Objective) -> Any:
+    """Rates candidates on all models."""
+    evaluators = {name: ProxyEvaluator(bundle) for name, bundle in bundles.items()}
+    return rate_jointly(evaluators, PATTERN, objective)
+
+
+@pytest.mark.parametrize(("objective", "joined"), [(MEAN, lambda a, b: (a + b) / 2), (WORST, max)])
+def test_a_candidate_counts_by_its_proxy_relative_to_rias_on_each_model_the_lowest_wins(
+    bundles: dict[str, ProxyBundle], objective: Objective, joined: Any
+) -> None:
+    result = search_job(request_of(objective), bundles)
+    found = result.configuration
+    ria = reference_methods(PATTERN)["ria"]
+    relative = []
+    for bundle in bundles.values():
+        mine, its = ProxyEvaluator(bundle).evaluate([found.candidate(), ria])
+        relative.append(mine.blend / its.blend)
+
+    told = [*found.objective["relative_to_ria"].values()]
+    assert told == pytest.approx(relative, rel=1e-6)  # which were rated beside others
+    assert found.objective["value"] == joined(*told) <= 1
+    assert found.objective["name"].endswith(f"{objective.over} over models relative to RIA")
+    assert next(b.proxy for b in found.baselines if b.method == "ria-layer") == 1
+    # the configuration names both models and both calibrations, and says what to do next
+    assert [m["name"] for m in found.model["models"]][1] == "folder/other"
+    assert found.model["name"].endswith(" + other")
+    assert [b["key"] for b in found.calibration["bundles"]] == [
+        b.provenance["key"] for b in bundles.values()
+    ]
+    assert any("`pho transfer` measures all of them" in each for each in result.warnings)
+
+
+def test_a_joint_search_that_is_asked_again_or_longer_goes_on_with_its_study(
+    bundles: dict[str, ProxyBundle], searched: Any
+) -> None:
+    first = searched(request_of(MEAN), bundles)
+
+    assert searched(request_of(MEAN), bundles) == first
+    longer = searched(request_of(MEAN, trials=30), bundles)
+    assert longer.study_name == first.study_name
+    assert longer.configuration.objective["value"] <= first.configuration.objective["value"]
+
+
+def test_where_the_result_is_worse_than_ria_on_a_model_a_sentence_names_the_model(
+    bundles: dict[str, ProxyBundle],
+) -> None:
+    bounds = {"activation_exponent": (1.5, 1.5), "gradient_exponent": (1.0, 1.0)}
+    result = search_job(request_of(MEAN, bounds=bounds), bundles)
+    relative = result.configuration.objective["relative_to_ria"]
+    worse = [name for name, value in relative.items() if value >= 1]
+
+    assert worse
+    assert [w.split()[1] for w in result.warnings if "good for the others" in w] == worse
+
+
+def test_a_candidate_that_fails_on_one_model_fails_and_the_model_is_named(
+    bundles: dict[str, ProxyBundle],
+) -> None:
+    ria = reference_methods(PATTERN)["ria"]
+    huge = replace(ria, coefficients=replace(ria.coefficients, activation_exponent=300.0))
+    failed, fine = jointly(bundles, WORST)([huge, ria])
+
+    assert failed.value is None
+    assert str(failed.failure).startswith("one: ")
+    assert fine.value == 1
+
+
+def test_where_ria_loses_nothing_there_is_nothing_to_compare_with(
+    bundles: dict[str, ProxyBundle],
+) -> None:
+    still = [replace(e, root=torch.zeros_like(e.root)) for e in bundles["two"].inputs]
+
+    with pytest.raises(NumericalError, match=r"two: the proxy of RIA is 0\.0"):
+        jointly({"two": replace(bundles["two"], inputs=still)}, MEAN)
+
+
+def test_bundles_that_share_no_kernel_size_are_refused_with_the_way_out(
+    bundles: dict[str, ProxyBundle],
+) -> None:
+    layers = [replace(la, window_means={9: la.window_means[3]}) for la in bundles["two"].layers]
+    apart = {**bundles, "two": replace(bundles["two"], layers=layers)}
+
+    with pytest.raises(BundleError, match=r"one, two have no kernel size in common. Calibrate"):
+        search_job(request_of(MEAN), apart)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "gini", "over": "mean"}, "gini has no common scale"),
+        ({"name": "perplexity", "over": "mean"}, "perplexity has no common scale"),
+        ({"over": "best"}, "over 'best' is not one of mean, worst"),
+    ],
+)
+def test_an_objective_over_models_has_a_common_scale_and_one_of_two_ways_to_count(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        Objective(**options)
+
+
+def test_how_the_models_count_has_to_be_said(bundles: dict[str, ProxyBundle]) -> None:
+    with pytest.raises(InvalidInput, match="how they count"):
+        search_job(request_of(Objective()), bundles)

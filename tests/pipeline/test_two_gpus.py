@@ -1,6 +1,7 @@
 """A model on two GPUs is calibrated, measured and pruned as on one."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,7 @@ import torch
 from pretended_machine import Cards
 from safetensors.torch import load_file
 
-from pho_service.models.calibration import calibrate, calibration_text
 from pho_service.models.loading import LanguageModel, load_model
-from pho_service.models.texts import TextSource
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.compare import compare_job
 from pho_service.pipeline.confirmation import validate_job
@@ -27,14 +26,13 @@ from pho_service.spec.steps import Allocation, Steps
 COEFFICIENTS = Coefficients(
     row=0.2, column=0.3, neighbourhood=0.5, kernel_size=3, activation_exponent=0.5
 )
-SETTINGS = {"samples": 6, "context_length": 32, "rows_per_layer": 4, "kernel_sizes": (3, 5)}
 
 
 @pytest.fixture
-def two_cards(model_folder: Path, texts: dict[str, Path], pretended_gpus: Cards) -> Cards:
-    """Two cards, after model and texts were stored."""
+def two_cards(model_folder: Path, bundle: ProxyBundle, pretended_gpus: Cards) -> Cards:
+    """Two cards, after the model was stored and calibrated."""
     assert model_folder.is_dir()
-    assert texts
+    assert bundle.layers
     return pretended_gpus
 
 
@@ -54,18 +52,18 @@ def spread(model_folder: Path, two_cards: Cards) -> LanguageModel:
     return model
 
 
-def bundle_of(model: LanguageModel, texts: dict[str, Path], rows: int) -> ProxyBundle:
-    """What a calibration says of a model."""
-    settings = CalibrationSettings(**SETTINGS, projection_rows=rows)  # type: ignore[arg-type]
-    text = calibration_text(model, TextSource(path=str(texts["calibration"])), settings)
-    return calibrate(model, text, settings)
-
-
 @pytest.mark.parametrize("projection_rows", [0, 16])
 def test_the_bundle_is_that_of_one_card(
-    spread: LanguageModel, model: LanguageModel, texts: dict[str, Path], projection_rows: int
+    spread: LanguageModel,
+    model: LanguageModel,
+    calibrated: Callable[..., ProxyBundle],
+    projection_rows: int,
 ) -> None:
-    expected, found = (bundle_of(m, texts, projection_rows) for m in (model, spread))
+    settings = CalibrationSettings(
+        samples=2, context_length=16, rows_per_layer=4, projection_rows=projection_rows,
+        kernel_sizes=(3,),
+    )  # fmt: skip
+    expected, found = (calibrated(each, settings) for each in (model, spread))
 
     for a, b in zip(expected.layers, found.layers, strict=True):
         assert torch.equal(a.rows, b.rows)
@@ -84,19 +82,16 @@ def test_the_bundle_is_that_of_one_card(
     ],
 )
 def test_masks_orders_and_weights_are_those_of_one_card_and_pass_their_check(
-    spread: LanguageModel, model: LanguageModel, texts: dict[str, Path], tmp_path: Path,
-    pattern: str, scope: str, steps: dict[str, Any],
+    spread: LanguageModel, model: LanguageModel, bundle: ProxyBundle, report: ReportText,
+    tmp_path: Path, pattern: str, scope: str, steps: dict[str, Any],
 ) -> None:  # fmt: skip
-    bundle = bundle_of(model, texts, 16)
     configuration = Configuration(
         method="crepe", coefficients=COEFFICIENTS, pattern=pattern, scope=scope,  # type: ignore[arg-type]
         steps=Steps(**steps),
     )  # fmt: skip
-    settings = CalibrationSettings(**SETTINGS)  # type: ignore[arg-type]
-    text = calibration_text(model, TextSource(path=str(texts["calibration"])), settings)
     results = []
     for each, out in ((model, tmp_path / "one"), (spread, tmp_path / "two")):
-        prune_job(each, bundle, configuration, out, calibration=text.calibration)
+        prune_job(each, bundle, configuration, out, calibration=report.windows)
         recipe = json.loads((out / "pruning.json").read_text())
         masks = [layer["mask_sha256"] for layer in recipe["layers"].values()]
         results.append((masks, recipe["folded"], load_file(out / "model.safetensors")))
@@ -110,9 +105,9 @@ def test_masks_orders_and_weights_are_those_of_one_card_and_pass_their_check(
 
 @pytest.mark.thorough
 def test_so_are_perplexities_and_ratings_by_the_proxies_and_the_model_is_dense_afterwards(
-    spread: LanguageModel, model: LanguageModel, report: ReportText, texts: dict[str, Path]
+    spread: LanguageModel, model: LanguageModel, report: ReportText, bundle: ProxyBundle
 ) -> None:
-    bundle, before = bundle_of(model, texts, 16), spread.weights_sha256
+    before = spread.weights_sha256
     run = Run(device="cuda:0")
     validations = [
         validate_job(each, bundle, report, Pattern.parse("2:4"), count=8, seed=0, run=run)

@@ -11,7 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,14 +27,15 @@ from pho_service.api.jobs import enter
 from pho_service.errors import PhoError
 from pho_service.host.access import Access
 from pho_service.host.artifacts import PrunedStore
+from pho_service.host.settings import read_settings
 from pho_service.models.calibration import cached_bundle, calibration_text
-from pho_service.models.loading import load_model
+from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.texts import TextSource, read_windows
 from pho_service.pipeline.confirmation import rate_by_all_proxies
 from pho_service.pipeline.rating import ReportText, rate_pruned
 from pho_service.pipeline.search import search_job
+from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.job import JobSpec
-from pho_service.spec.objective import SAMPLERS
 from pho_service.spec.transfer import TransferSpec
 from pho_service.tuning.validation import qualities, random_candidates
 from storage.database import Database
@@ -45,6 +46,7 @@ from storage.tables import stages, workers
 from workers.conductor import Conductor
 from workers.inputs import BundleStore, WorkerInputs
 from workers.watch import Turns
+from workers.worker import Again, WorkerOptions, _Worker
 
 PATIENCE_S = 240.0  # then a test fails
 SETTINGS = {
@@ -57,8 +59,6 @@ CALIBRATION = {
     "samples": 6, "context_length": 32, "rows_per_layer": 4, "projection_rows": 16,
     "kernel_sizes": [3, 5],
 }  # fmt: skip
-
-BASELINES = 6  # of a ratio in scope layer
 
 T = TypeVar("T")
 Trials = list[tuple[Any, ...]]
@@ -99,7 +99,7 @@ def spec_of(home: Path) -> Callable[..., JobSpec]:
                 **(calibration or {}),
             },
             "confirm": some if isinstance(confirm, str) else confirm and {**some, **confirm},
-            "trials": 40,
+            "trials": 22,  # two generations
             "max_attempts": 20,  # on a busy machine, workers that live may be taken for dead
         }
         return JobSpec.model_validate({**document, **changes})
@@ -296,13 +296,6 @@ class Crew:
         """Submit a job that must succeed."""
         return self.succeeded(self.submit(spec))
 
-    def failed(self, spec: JobSpec) -> dict[str, Any]:
-        """Submit a job that must fail; why it did."""
-        found = self.wait(self.submit(spec))
-        assert found.state is JobState.FAILED
-        assert found.error is not None
-        return found.error
-
     def busy(self, job: JobRecord, kind: StageKind, *, done: int = 0, attempt: int = 1) -> int:
         """The process that works on a stage of this kind, once it has ``done`` trials."""
 
@@ -392,18 +385,6 @@ class Crew:
         with self.database.transaction() as connection:
             return bool(connection.execute(query).scalar())
 
-    def between_trials(self, job: JobRecord) -> bool:
-        """Whether one transaction rests, and a part of a generation is recorded for good."""
-        query = text(
-            "SELECT (SELECT count(*) FROM optuna.trials JOIN optuna.studies USING (study_id)"
-            " WHERE study_name = :name), (SELECT count(*) FROM pg_stat_activity"
-            " WHERE datname = current_database() AND state LIKE 'idle in transaction%')"
-        )
-        with self.database.transaction() as connection:
-            recorded, resting = connection.execute(query, {"name": job.name}).one()
-        of_generation = (recorded - BASELINES) % SAMPLERS["cmaes"]
-        return bool(recorded > BASELINES and of_generation and resting == 1)
-
     def queued(self, job: JobRecord) -> list[str]:
         """The states of a job's entries in the queue."""
         query = text(
@@ -416,12 +397,7 @@ class Crew:
 
     def trials(self, job: JobRecord) -> list[Trials]:
         """What the studies of all islands hold."""
-        islands = range(JobSpec.model_validate(job.spec).islands)
-        with open_storage(self.database.studies_url) as storage:
-            return [
-                trials_of(optuna.load_study(study_name=study_name(job.name, i), storage=storage))
-                for i in islands
-            ]
+        return trials_of_job(self.database, job)
 
     def logs(self) -> str:
         """The last that the workers said."""
@@ -440,6 +416,15 @@ class Crew:
 
 def _has_stopped(process: int) -> bool:
     return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def trials_of_job(database: Database, job: JobRecord) -> list[Trials]:
+    """What the studies of all islands hold."""
+    with open_storage(database.studies_url) as storage:
+        return [
+            trials_of(optuna.load_study(study_name=study_name(job.name, i), storage=storage))
+            for i in range(JobSpec.model_validate(job.spec).islands)
+        ]
 
 
 def trials_of(study: optuna.Study) -> Trials:
@@ -486,6 +471,22 @@ def own_crew(warm_start: WarmStart, database_url: str, tmp_path: Path) -> Iterat
         yield found
 
 
+Calibrated = tuple[LanguageModel, CalibrationText, ProxyBundle]
+
+
+@pytest.fixture
+def calibrated(tmp_path: Path) -> Callable[[JobSpec], Calibrated]:
+    """The model of a job, the text, and the bundle that `pho calibrate` makes, in ``tmp_path``."""
+    return partial(_calibrated, folder=tmp_path)
+
+
+def _calibrated(spec: JobSpec, folder: Path) -> Calibrated:
+    model = load_model(spec.model, device="cpu", stream=spec.stream)
+    settings = spec.calibration.settings()
+    text = calibration_text(model, TextSource(path=spec.calibration.text), settings)
+    return model, text, cached_bundle(model, text, settings, folder)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Undisturbed:
     """
@@ -519,10 +520,7 @@ def undisturbed(tmp_path: Path) -> Callable[[JobSpec], Undisturbed]:
 
 
 def _searched(spec: JobSpec, folder: Path) -> Undisturbed:
-    folder.mkdir()
-    model = load_model(spec.model, device="cpu", stream=spec.stream)
-    settings = spec.calibration.settings()
-    calibration = calibration_text(model, TextSource(path=spec.calibration.text), settings)
+    model, calibration, bundle = _calibrated(spec, folder)
     report = None
     if spec.confirm is not None and spec.confirm.text is None:
         held_out = calibration.held_out[: spec.confirm.windows]
@@ -531,12 +529,11 @@ def _searched(spec: JobSpec, folder: Path) -> Undisturbed:
         windows, record = read_windows(
             model,
             TextSource(path=spec.confirm.text),
-            context_length=settings.context_length,
-            bos=settings.bos,
+            context_length=spec.calibration.context_length,
+            bos=spec.calibration.settings().bos,
             max_windows=spec.confirm.windows,
         )
         report = ReportText(windows=windows, record=record)
-    bundle = cached_bundle(model, calibration, settings, folder)
     plan = spec.plan(0)
     study = optuna.create_study(direction=plan.direction)
     result = search_job(
@@ -584,13 +581,14 @@ class Hand:
 
     Args:
         database: Of the jobs.
-        folder: The only root; bundles are beside it.
+        folder: The only root.
+        bundles: Where they are kept.
     """
 
-    def __init__(self, database: Database, folder: Path) -> None:
+    def __init__(self, database: Database, folder: Path, bundles: Path) -> None:
         self.store = JobStore(database)
         self.folder = folder
-        self.bundles = folder.parent / "bundles"
+        self.bundles = bundles
         self.inputs = self.new_inputs()
 
     def new_inputs(self) -> WorkerInputs:
@@ -608,19 +606,23 @@ class Hand:
         return enter(self.store, spec)
 
     def waiting(self, job: JobRecord) -> list[Any]:
-        """The stages that could be begun now."""
-        return [
+        """The stages that could be begun now, the parts of one before it."""
+        found = [
             s for s in self.store.get(job.id).stages
             if s.state in (StageState.WAITING, StageState.RUNNING)
         ]  # fmt: skip
+        return sorted(found, key=lambda stage: stage.part_of is None)
+
+    def entry(self, stage: Any) -> int:
+        """The number of a stage in the queue."""
+        with self.store.database.transaction() as connection:
+            query = select(stages.c.queue_id).where(stages.c.id == stage.id)
+            return int(connection.execute(query).scalar_one())
 
     def take(self, job: JobRecord, number: int | None = None) -> Claim:
         """Claim the first stage that could be begun now, or the first with a number."""
         stage = next(s for s in self.waiting(job) if number in (None, s.number))
-        with self.store.database.transaction() as connection:
-            query = select(stages.c.queue_id).where(stages.c.id == stage.id)
-            queue_id = connection.execute(query).scalar_one()
-        claim = self.store.claim(stage.id, queue_id, uuid.uuid4())
+        claim = self.store.claim(stage.id, self.entry(stage), uuid.uuid4())
         assert claim is not None
         return claim
 
@@ -646,6 +648,49 @@ class Hand:
         assert job.state is JobState.SUCCEEDED
         return job
 
+    def work(
+        self,
+        job: JobRecord,
+        *,
+        at: int = 0,
+        do: Callable[[], object] = lambda: None,
+        turn_s: float = 0.0,
+        most: int = 100,
+    ) -> JobRecord:
+        """
+        Do its stages, ``most`` of them, as a worker does, which says what went wrong, while it may
+        go on. As soon as a search has ``at`` trials, something is done, once.
+        """
+        worker = _Worker(
+            self.store.database, read_settings(turn_s=turn_s), WorkerOptions(), self.inputs
+        )
+        progress, todo = worker._store.progress, [do]
+
+        def noted(claim: Claim, *, done: int, **more: Any) -> JobState:
+            if todo and done >= at:
+                todo.pop()()
+            return progress(claim, done=done, **more)
+
+        worker._store.progress = noted  # type: ignore[method-assign]
+        for _ in range(most):
+            waiting = self.waiting(job)
+            if not waiting or not self.store.get(job.id).state.may_work:
+                break
+            with suppress(Again):
+                worker._run_stage(waiting[0].id, self.entry(waiting[0]))
+        return self.store.get(job.id)
+
+    def failed(self, spec: JobSpec) -> dict[str, Any]:
+        """Submit a job that must fail; why it did."""
+        job = self.work(self.submit(spec))
+        assert job.state is JobState.FAILED
+        assert job.error is not None
+        return job.error
+
+    def trials(self, job: JobRecord) -> list[Trials]:
+        """What the studies of all islands hold."""
+        return trials_of_job(self.store.database, job)
+
     def edit(
         self,
         job: JobRecord,
@@ -666,7 +711,13 @@ class Hand:
 def hand(shared_database: Database, home: Path, tmp_path: Path) -> Hand:
     """No job yet; the model and the texts are in a folder that the test may change."""
     shutil.copytree(home, tmp_path / "disk")
-    return Hand(shared_database, tmp_path / "disk")
+    return Hand(shared_database, tmp_path / "disk", tmp_path / "bundles")
+
+
+@pytest.fixture
+def desk(shared_database: Database, home: Path, tmp_path: Path) -> Hand:
+    """The same on the folder of all tests, which the jobs of ``spec_of`` name in full."""
+    return Hand(shared_database, home, tmp_path / "bundles")
 
 
 @pytest.fixture

@@ -93,21 +93,17 @@ def same(a: ProxyBundle, b: ProxyBundle) -> bool:
     )
 
 
-def test_made_once(source: Source, url: str, worker: Callable[[str], BundleStore]) -> None:
-    """The second machine finds what the first has made, and there is one file of it."""
+def test_the_second_machine_finds_what_the_first_has_made_and_there_is_one_file_of_it(
+    source: Source, url: str, worker: Callable[[str], BundleStore]
+) -> None:
+    """One that has never seen the model reads it by its key."""
     first = source.ensure(worker("a"))
     second = source.ensure(worker("b"))
 
     assert source.made == 1
     assert same(first, second)
+    assert same(worker("c").read(source.key), first)
     assert stored(url) == [f"{source.key}.safetensors"]
-
-
-def test_read_elsewhere(source: Source, worker: Callable[[str], BundleStore]) -> None:
-    """A machine that has never seen the model reads the bundle by its key."""
-    made = source.ensure(worker("a"))
-
-    assert same(worker("b").read(source.key), made)
 
 
 def test_a_key_that_nobody_has_made_is_no_bundle(worker: Callable[[str], BundleStore]) -> None:
@@ -115,8 +111,9 @@ def test_a_key_that_nobody_has_made_is_no_bundle(worker: Callable[[str], BundleS
         worker("a").read("0" * 64)
 
 
-def test_damaged(source: Source, url: str, worker: Callable[[str], BundleStore]) -> None:
-    """A damaged bundle is refused, and made again by the next that needs it."""
+def test_a_damaged_bundle_is_refused_and_made_again_by_the_next_that_needs_it_for_everybody(
+    source: Source, url: str, worker: Callable[[str], BundleStore]
+) -> None:
     made = source.ensure(worker("a"))
     damage(url, source.key)
 
@@ -124,15 +121,6 @@ def test_damaged(source: Source, url: str, worker: Callable[[str], BundleStore])
         worker("b").read(source.key)
     assert same(source.ensure(worker("b")), made)
     assert source.made == 2
-
-
-def test_after_that_it_is_whole_for_everybody_a_third_machine_reads_it(
-    source: Source, url: str, worker: Callable[[str], BundleStore]
-) -> None:
-    made = source.ensure(worker("a"))
-    damage(url, source.key)
-    source.ensure(worker("b"))
-
     assert same(worker("c").read(source.key), made)
 
 
@@ -179,7 +167,6 @@ def test_shards(source: Source, sums: Sums, url: str, worker: Callable[[str], Bu
     kept = stored(url)
     source.ensure(worker("b"))
 
-    assert found is not None
     assert all(map(torch.equal, found.moments, sums.moments))
     assert worker("a").sums(source.key, 2) is None
     assert kept == ["1.safetensors"]
@@ -187,13 +174,12 @@ def test_shards(source: Source, sums: Sums, url: str, worker: Callable[[str], Bu
     assert worker("a").sums(source.key, 1) is None
 
 
-def test_late_shard(
-    source: Source,
-    sums: Sums,
-    worker: Callable[[str], BundleStore],
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_shard_whose_folder_has_been_removed_since_the_bundle_is_made_is_no_error(
+    source: Source, sums: Sums, worker: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A shard whose folder has been removed, since the bundle is made, is no error."""
+    def fail(*_: object, **__: object) -> None:
+        raise OutputError("no such folder")  # as if somebody had removed it just now
+
     store = worker("a")
     monkeypatch.setattr("workers.inputs.write_sums", fail)
     with pytest.raises(OutputError, match="no such folder"):
@@ -201,11 +187,6 @@ def test_late_shard(
     source.ensure(store)
 
     store.keep_sums(source.key, 1, sums)
-
-
-def fail(*_: object, **__: object) -> None:
-    """As if somebody had removed the folder just now."""
-    raise OutputError("no such folder")
 
 
 def test_abandoned_shards(source: Source, sums: Sums, tmp_path: Path) -> None:

@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-from pho_service.models.calibration import bundle_path, cached_bundle, calibration_text
-from pho_service.models.loading import load_model
-from pho_service.models.texts import TextSource
+from pho_service.models.calibration import bundle_path
 from pho_service.spec.calibration import SHARDS
 from storage.records import JobState, StageKind, StageState
 
@@ -36,11 +34,13 @@ def enter(self, *args, real=BundleStore.ensure, **kwargs):
     note("entered")
     return real(self, *args, **kwargs)
 
-def share(self, *args, real=JobStore.wait, **kwargs):
-    real(self, *args, **kwargs)
-    note("entered")
+def share(self, *args, real=JobStore.complete, then=(), **kwargs):
+    done = real(self, *args, then=then, **kwargs)
+    if then:
+        note("entered")
+    return done
 
-module.{function}, BundleStore.ensure, JobStore.wait = noted, enter, share
+module.{function}, BundleStore.ensure, JobStore.complete = noted, enter, share
 """
 DEADLY = """
 import os, signal
@@ -64,22 +64,13 @@ def shared(monkeypatch: pytest.MonkeyPatch, spec_of: Any) -> Any:
 
 
 @pytest.fixture
-def alone(tmp_path: Path) -> Callable[[Any], bytes]:
+def alone(calibrated: Any, tmp_path: Path) -> Callable[[Any], bytes]:
     """The bundle of a job as `pho calibrate` makes it, in one process."""
-
-    def make(spec: Any) -> bytes:
-        model = load_model(spec.model, device="cpu")
-        settings = spec.calibration.settings()
-        text = calibration_text(model, TextSource(path=spec.calibration.text), settings)
-        cached_bundle(model, text, settings, tmp_path)
-        return bundle_path(tmp_path, text.bundle_key).read_bytes()
-
-    return make
+    return lambda spec: bundle_path(tmp_path, calibrated(spec)[2].key).read_bytes()
 
 
-def bundles(crew: Any) -> list[bytes]:
+def bundles(artifacts: Path) -> list[bytes]:
     """All that the workers have made."""
-    artifacts = crew.folder / "data" / "artifacts"
     assert list((artifacts / "shards").iterdir()) == []  # removed once it is made
     return [path.read_bytes() for path in (artifacts / "bundles").iterdir()]
 
@@ -91,15 +82,20 @@ def shards_made(*jobs: Any) -> list[int]:
     return [made.count(shard) for shard in range(6)]
 
 
-def test_same_bits(own_crew: Any, shared: Any, alone: Any, undisturbed: Any, found: Any) -> None:
-    """Shared out over three workers, the bundle and what is found are those of one process."""
-    for _ in range(3):
-        own_crew.start(sabotage=SHARED)
-    job = own_crew.done(shared)
+def test_in_shards_the_bundle_and_what_is_found_are_those_of_one_process(
+    desk: Any, shared: Any, alone: Any, undisturbed: Any, found: Any
+) -> None:
+    """Also if it is paused while its parts wait: it goes on where it was."""
+    job = desk.submit(shared)
+    job = desk.work(job, most=3)  # what says how many parts there are, and two of them
+    desk.store.ask(job.id, "pause")
+    paused = desk.work(job)
+    job = desk.work(desk.store.ask(job.id, "resume"))
 
-    assert bundles(own_crew) == [alone(shared)]
+    assert paused.state is JobState.PAUSED
+    assert bundles(desk.bundles) == [alone(shared)]
     assert shards_made(job) == [1] * 6
-    assert [s.state for s in job.shards] == [StageState.DONE] * 6
+    assert [(s.state, s.attempt) for s in job.shards] == [(StageState.DONE, 1)] * 6
     assert found(job) == undisturbed(shared).configuration
 
 
@@ -114,21 +110,7 @@ def test_killed_in_a_shard(own_crew: Any, shared: Any, alone: Any, tmp_path: Pat
     assert sorted(codes, key=str) == [-signal.SIGKILL, None]
     assert attempts == [1, 1, 2, 1, 1, 1]
     assert shards_made(job) == [1] * 6
-    assert bundles(own_crew) == [alone(shared)]
-
-
-def test_paused(own_crew: Any, shared: Any, alone: Any) -> None:
-    """Paused and resumed while its parts wait, a calibration goes on where it was."""
-    own_crew.start("--stages", "calibrate", sabotage=SHARED)
-    job = own_crew.submit(shared)
-    own_crew.until(lambda: own_crew.store.get(job.id).shards, every_s=0.001)
-    own_crew.store.ask(job.id, "pause")
-    own_crew.wait(job, JobState.PAUSED)
-    own_crew.store.ask(job.id, "resume")
-    own_crew.until(lambda: own_crew.store.get(job.id).of_kind(StageKind.SEARCH))
-
-    assert bundles(own_crew) == [alone(shared)]
-    assert shards_made(own_crew.store.get(job.id)) == [1] * 6
+    assert bundles(own_crew.folder / "data" / "artifacts") == [alone(shared)]
 
 
 @pytest.mark.parametrize(

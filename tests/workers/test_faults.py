@@ -2,11 +2,9 @@
 
 import json
 import os
-import shutil
 import signal
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,15 +31,6 @@ def load(*args, **kwargs):
 
 workers.inputs.load_model = load
 """
-FULL = """
-import torch
-import workers.inputs
-
-def load(*args, **kwargs):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-workers.inputs.load_model = load
-"""
 
 
 def test_broken_context(own_crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
@@ -56,34 +45,20 @@ def test_broken_context(own_crew: Any, spec_of: Any, undisturbed: Any, found: An
     assert found(job) == undisturbed(spec).configuration
 
 
-def test_out_of_memory(own_crew: Any, spec_of: Any) -> None:
-    """Memory that ran out fails the job in words, at once; the worker goes on."""
-    process = own_crew.start(sabotage=FULL)
-    error = own_crew.failed(spec_of(max_attempts=3))
-
-    assert (error["type"], error["attempts"]) == ("OutOfMemory", 1)
-    assert "Tried to allocate 2.00 GiB. Use a smaller model" in error["message"]
-    assert "shorter windows (calibration.context_length)" in error["message"]
-    assert own_crew.alive == {process}
-
-
-def test_panic(own_crew: Any, spec_of: Any, home: Path) -> None:
-    """A tokenizer that panics fails the job in words, at once; the worker goes on."""
-    folder = home / "panics"
-    shutil.copytree(home / "model", folder)
+def test_a_tokenizer_that_panics_fails_the_job_in_words_at_once(hand: Any, spec_of: Any) -> None:
+    folder = hand.folder / "model"
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     split = {"type": "Split", "pattern": {"Regex": "((a+)+)+z"}, "behavior": "Isolated"}
     tokenizer["pre_tokenizer"] = {**split, "invert": False}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "text.txt").write_text("a" * 100)
-    process = own_crew.start()
     text = {"text": str(folder / "text.txt")}
-    error = own_crew.failed(spec_of(model=str(folder), calibration=text, max_attempts=3))
+    spec = spec_of(model=str(folder), calibration=text, confirm=None, max_attempts=3)
+    error = hand.failed(spec)
 
     assert (error["type"], error["attempts"]) == ("ModelError", 1)
     assert "retry-limit-in-match over" in error["message"]
     assert "tokenizer.json" in error["message"]
-    assert own_crew.alive == {process}
 
 
 def test_cancelled_while_it_loads(own_crew: Any, spec_of: Any) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
+from pho_service.spec.job import JobSpec
 from storage.database import Database
 from storage.embedded import Postmaster
-from storage.records import JobState, StageKind
+from storage.records import JobState, StageKind, StageState
 
 TRIALS = 60
 LONG = 600  # trials; long enough to be waited for
@@ -23,6 +24,25 @@ LONG = 600  # trials; long enough to be waited for
 
 OTHERS = (StageKind.TRANSFER, StageKind.POINT, StageKind.TASKS)
 OF_A_SEARCH = [k for k in StageKind if k not in OTHERS]
+
+
+@pytest.fixture
+def job(crew: Any, spec_of: Any) -> Any:
+    """A job that two workers have."""
+    crew.man(2)
+    return crew.submit(spec_of(trials=TRIALS))
+
+
+@pytest.fixture
+def ends_right(crew: Any, undisturbed: Any, found: Any) -> Callable[[Any], bool]:
+    """Waits for a job; whether it has the trials and the result of one that nothing happened to."""
+
+    def wait(job: Any) -> bool:
+        done = crew.succeeded(job)
+        alone = undisturbed(JobSpec.model_validate({**job.spec, "prune": False}))
+        return (crew.trials(done), found(done)) == ([alone.trials], alone.configuration)
+
+    return wait
 
 
 @pytest.mark.parametrize(
@@ -34,32 +54,27 @@ OF_A_SEARCH = [k for k in StageKind if k not in OTHERS]
         for kind in OF_A_SEARCH
     ],
 )
-def test_killed(kind: StageKind, crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
-    """Killed in any stage, a worker is replaced by another, which ends with the same result."""
-    alone = undisturbed(spec_of(trials=TRIALS))
-    spec = spec_of(trials=TRIALS, prune=kind is StageKind.PRUNE)
+def test_killed_in_any_stage_a_worker_is_replaced_by_another_which_ends_with_the_same_result(
+    kind: StageKind, crew: Any, spec_of: Any, ends_right: Any
+) -> None:
     crew.man(2)
     for _ in range(10):  # a short stage may be over before it is seen, on a busy machine
-        job = crew.submit(spec)
+        job = crew.submit(spec_of(trials=TRIALS, prune=kind is StageKind.PRUNE))
         with suppress(crew.JobIsOver):
             crew.kill(job, kind, done=14 if kind is StageKind.SEARCH else 0)
             break
-    job = crew.succeeded(job)
 
-    assert max(s.attempt for s in job.of_kind(kind)) > 1
-    assert crew.trials(job) == [alone.trials]
-    assert found(job) == alone.configuration
+    assert ends_right(job)
+    assert max(s.attempt for s in crew.store.get(job.id).of_kind(kind)) > 1
 
 
-def test_killed_in_a_point(crew: Any, spec_of: Any, undisturbed: Any) -> None:
-    """Killed while it searches one of several patterns, too."""
-    confirm = {"candidates": 2}
-    alone = undisturbed(spec_of(trials=TRIALS, confirm=confirm, preset="score")).configuration
+def test_killed_while_it_searches_one_of_several_patterns_too(
+    crew: Any, spec_of: Any, undisturbed: Any
+) -> None:
+    asked = {"trials": TRIALS, "confirm": {"candidates": 2}}
     crew.man(2)
     for _ in range(10):
-        job = crew.submit(
-            spec_of(pattern=None, patterns=["0.5"], trials=TRIALS, confirm=confirm, preset="score")
-        )
+        job = crew.submit(spec_of(pattern=None, patterns=["0.5"], **asked))
         with suppress(crew.JobIsOver):
             crew.kill(job, StageKind.POINT)
             break
@@ -68,107 +83,77 @@ def test_killed_in_a_point(crew: Any, spec_of: Any, undisturbed: Any) -> None:
     del found["search"]["study"]
 
     assert point.attempt > 1
-    assert found == alone
+    assert found == undisturbed(spec_of(**asked)).configuration
 
 
-def test_killed_in_a_write(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
-    """Also in the midst of recording a generation."""
-    alone = undisturbed(spec_of(trials=TRIALS))
-    crew.man(2)
-    job = crew.submit(spec_of(trials=TRIALS))
+def test_killed_in_the_midst_of_recording_a_generation_too(
+    crew: Any, job: Any, ends_right: Any
+) -> None:
     crew.kill(job, StageKind.SEARCH, done=6, when=crew.in_a_write)
-    job = crew.succeeded(job)
 
-    assert crew.trials(job) == [alone.trials]
-    assert found(job) == alone.configuration
+    assert ends_right(job)
 
 
-def test_killed_while_pausing(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
-    """A pause that a dead worker cannot follow is followed for it, and can be ended."""
-    alone = undisturbed(spec_of(trials=TRIALS))
-    crew.man(2)
-    job = crew.submit(spec_of(trials=TRIALS))
+def test_a_pause_that_a_dead_worker_cannot_follow_is_followed_for_it_and_can_be_ended(
+    crew: Any, job: Any, ends_right: Any
+) -> None:
     with crew.frozen(job, StageKind.SEARCH, done=14) as process:
         asked = crew.store.ask(job.id, "pause")
         os.kill(process, signal.SIGKILL)
         crew.ended(process)
     paused = crew.wait(job, JobState.PAUSED)
     crew.store.ask(job.id, "resume")
-    job = crew.succeeded(job)
 
+    assert ends_right(job)
     assert asked.state is JobState.PAUSING
     assert paused.state is JobState.PAUSED
-    assert crew.trials(job) == [alone.trials]
-    assert found(job) == alone.configuration
 
 
-def test_killed_too_often(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
-    """A stage that has killed max_attempts workers fails its job, which can be resumed."""
-    alone = undisturbed(spec_of(trials=TRIALS, max_attempts=2))
+def test_a_stage_that_has_killed_max_attempts_workers_fails_its_job_which_can_be_resumed(
+    crew: Any, spec_of: Any, ends_right: Any
+) -> None:
     crew.man(3)
     job = crew.submit(spec_of(trials=TRIALS, max_attempts=2))
     crew.kill(job, StageKind.SEARCH, done=14)
     crew.kill(job, StageKind.SEARCH, attempt=2)
     failed = crew.wait(job)
     crew.store.ask(job.id, "resume")
-    job = crew.succeeded(job)
 
+    assert ends_right(job)
     assert failed.state is JobState.FAILED
     assert (failed.error["type"], failed.error["stage"]) == ("WorkerLost", "search")
     assert "2 workers died" in failed.error["message"]
-    assert crew.trials(job) == [alone.trials]
-    assert found(job) == alone.configuration
 
 
-def test_frozen(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
-    """Frozen beyond the limit, a worker has lost its stage and writes nothing when it wakes."""
-    alone = undisturbed(spec_of(trials=TRIALS))
-    crew.man(2)
-    job = crew.submit(spec_of(trials=TRIALS))
-    with crew.frozen(job, StageKind.SEARCH, done=14):
-        job = crew.succeeded(job)
+@pytest.mark.parametrize("in_a_write", [False, pytest.param(True, marks=pytest.mark.thorough)])
+def test_frozen_beyond_the_limit_a_worker_has_lost_its_stage_and_writes_nothing_when_it_wakes(
+    crew: Any, job: Any, ends_right: Any, in_a_write: bool
+) -> None:
+    """In the midst of a write, too: its locks hold up nobody for long."""
+    moment = {"done": 6, "when": crew.in_a_write} if in_a_write else {"done": 14}
+    with crew.frozen(job, StageKind.SEARCH, **moment):
+        done = crew.succeeded(job)
     crew.man(2)
     time.sleep(1.0)  # for it, to write what it should not
 
-    assert crew.store.get(job.id) == job
-    assert crew.trials(job) == [alone.trials]
-    assert found(job) == alone.configuration
+    assert crew.store.get(job.id) == done
+    assert ends_right(job)
 
 
 @pytest.mark.thorough
-def test_frozen_in_a_write(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
-    """Also if it froze in the midst of a write: its locks hold up nobody for long."""
-    alone = undisturbed(spec_of(trials=TRIALS))
-    crew.man(2)
-    job = crew.submit(spec_of(trials=TRIALS))
-    with crew.frozen(job, StageKind.SEARCH, done=6, when=crew.in_a_write):
-        job = crew.succeeded(job)
-    crew.man(2)
-    time.sleep(1.0)
-
-    assert crew.store.get(job.id) == job
-    assert crew.trials(job) == [alone.trials]
-    assert found(job) == alone.configuration
-
-
-@pytest.mark.thorough
-def test_woken_after_a_kill(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
-    """A worker that has lost its stage does not take it out of the queue when it wakes."""
-    alone = undisturbed(spec_of(trials=TRIALS))
-    crew.man(2)
-    job = crew.submit(spec_of(trials=TRIALS))
+def test_a_worker_that_has_lost_its_stage_does_not_take_it_out_of_the_queue_when_it_wakes(
+    crew: Any, job: Any, ends_right: Any
+) -> None:
     with crew.frozen(job, StageKind.SEARCH, done=14):
         crew.kill(job, StageKind.SEARCH, attempt=2)
-    job = crew.succeeded(job)
 
-    assert crew.trials(job) == [alone.trials]
-    assert found(job) == alone.configuration
+    assert ends_right(job)
 
 
 @pytest.mark.thorough
-def test_woken_to_stop(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
-    """A worker that wakes and hands back takes nothing away from the one that works now."""
-    alone = undisturbed(spec_of(trials=LONG))
+def test_a_worker_that_wakes_and_hands_back_takes_nothing_away_from_the_one_that_works_now(
+    crew: Any, spec_of: Any, ends_right: Any
+) -> None:
     crew.man(2)
     job = crew.submit(spec_of(trials=LONG))
     with crew.frozen(job, StageKind.SEARCH, done=14) as first:
@@ -177,12 +162,49 @@ def test_woken_to_stop(crew: Any, spec_of: Any, undisturbed: Any, found: Any) ->
     code = crew.ended(first)
     queued = crew.queued(job)
     crew.busy(job, StageKind.SEARCH, attempt=2)  # the other goes on
-    job = crew.succeeded(job)
 
-    assert code == 0
-    assert queued == ["doing"]
-    assert crew.trials(job) == [alone.trials]
-    assert found(job) == alone.configuration
+    assert (code, queued) == (0, ["doing"])
+    assert ends_right(job)
+
+
+def test_told_to_stop_a_worker_hands_its_search_back_at_once_and_another_ends_it(
+    crew: Any, job: Any, ends_right: Any
+) -> None:
+    """Until then it is listed with its device, its stages, and what it is busy with."""
+    with crew.frozen(job, StageKind.SEARCH, done=14) as process:
+        worker = crew.at_work()[process]
+        os.kill(process, signal.SIGTERM)
+    started = time.monotonic()
+    code = crew.ended(process)
+    took_s = time.monotonic() - started
+    gone = process not in crew.at_work()
+
+    assert ends_right(job)
+    assert (worker.device, worker.stages) == ("cpu", list(StageKind))
+    assert (worker.job_id, worker.stage) == (job.id, StageKind.SEARCH)
+    assert (code, gone) == (0, True)
+    assert took_s < 10
+    (search,) = crew.store.get(job.id).of_kind(StageKind.SEARCH)
+    assert (search.attempt, search.failures) == (2, 0)
+
+
+@pytest.mark.thorough
+def test_restricted(own_crew: Any, spec_of: Any) -> None:
+    """A worker with --stages does those alone, and is listed with them."""
+    worker = own_crew.start("--stages", "calibrate, search")
+    own_crew.man(1)
+    job = own_crew.submit(spec_of())
+    listed = own_crew.at_work()[worker].stages
+    own_crew.until(lambda: own_crew.store.get(job.id).of_kind(StageKind.CONFIRM))
+    time.sleep(0.5)  # for it, to take what it should not
+    job = own_crew.store.get(job.id)
+
+    assert listed == ["calibrate", "search"]
+    assert [(s.kind, s.state) for s in job.stages] == [
+        (StageKind.CALIBRATE, StageState.DONE),
+        (StageKind.SEARCH, StageState.DONE),
+        (StageKind.CONFIRM, StageState.WAITING),
+    ]
 
 
 def test_stopped_twice(own_crew: Any, spec_of: Any) -> None:
@@ -202,10 +224,10 @@ def test_stopped_twice(own_crew: Any, spec_of: Any) -> None:
 
 
 @pytest.fixture
-def small_disk(crew: Any) -> Iterator[Path]:
+def small_disk(desk: Any) -> Iterator[Path]:
     """The place of the bundles, with 32 KiB of space until it is unmounted."""
-    folder = crew.folder / "data" / "artifacts" / "bundles"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(desk.bundles / "bundles")
+    folder.mkdir(parents=True)
     if os.geteuid() != 0 or shutil.which("mount") is None:
         pytest.skip("only root can mount a disk that is full")
     mount = ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(folder)]
@@ -218,21 +240,19 @@ def small_disk(crew: Any) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=False, capture_output=True)
 
 
-def test_full_disk(crew: Any, spec_of: Any, undisturbed: Any, found: Any, small_disk: Path) -> None:
-    """A full disk fails the job clearly; with space again, it is resumed and ends right."""
-    spec = spec_of(calibration={"seed": 1})
-    crew.man(1)
-    failed = crew.wait(crew.submit(spec))
+def test_a_full_disk_fails_the_job_clearly_with_space_again_it_is_resumed_and_ends_right(
+    desk: Any, spec_of: Any, undisturbed: Any, found: Any, small_disk: Path
+) -> None:
+    failed = desk.work(desk.submit(spec_of()))
     left = list(small_disk.iterdir())
     subprocess.run(["umount", str(small_disk)], check=True)
-    crew.store.ask(failed.id, "resume")
-    job = crew.succeeded(failed)
+    job = desk.work(desk.store.ask(failed.id, "resume"))
 
     assert failed.state is JobState.FAILED
     assert (failed.error["type"], failed.error["stage"]) == ("OutputError", "calibrate")
     assert "the disk is full" in failed.error["message"]
     assert left == []
-    assert found(job) == undisturbed(spec).configuration
+    assert found(job) == undisturbed(spec_of()).configuration
 
 
 @pytest.fixture

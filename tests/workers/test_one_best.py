@@ -10,8 +10,9 @@ from pho_service.api.describe import describe
 from pho_service.shown.page import trials_of
 from pho_service.shown.report import Report
 from pho_service.spec.configuration import Configuration
+from pho_service.tuning import validation
 from pho_service.tuning.result import chosen_in
-from storage.records import REFERENCE_NUMBERS, JobRecord, StageKind
+from storage.records import REFERENCE_NUMBERS, VALIDATION, JobRecord, JobState, StageKind
 from storage.studies import open_storage, study_name
 
 
@@ -51,7 +52,6 @@ def test_extended(hand: Any, small: Any) -> None:
     job = hand.until(job, None)
 
     assert found not in measured(own)
-    assert job.best is not None
     assert job.best["confirmation"]["perplexity"] == 1.5
     assert job.best["candidates"][0]["trial"] == found
     assert {*measured(own)} < {*measured(job)}
@@ -80,10 +80,8 @@ def test_marked(hand: Any, small: Any, islands: int) -> None:
         number if i == island else None for i in range(islands)
     ]
     assert all(f"**Best** trial {number}" in study.user_attrs["note"] for study in every)
-    assert shown.best is not None
     assert shown.progress.best_value == shown.best.objective == mark["objective"]
     assert shown.progress.best_value > min(s.best_value for s in job.of_kind(StageKind.SEARCH))
-    assert report.winner is not None
     assert report.winner.number == last
 
 
@@ -98,5 +96,28 @@ def test_unconfirmed(hand: Any, small: Any) -> None:
         trials=trials_of([[*study.trials, better]], 1),
     )  # fmt: skip
 
-    assert report.winner is not None
     assert report.winner.number == study.user_attrs["chosen"]["trial"] == study.best_trial.number
+
+
+ASKED = {"validation": {"candidates": 8}}
+DOUBT = "The proxy does not rank."
+
+
+@pytest.fixture
+def doubted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the proxy says, nobody believes it."""
+    monkeypatch.setattr(validation, "verdict", lambda *_: DOUBT)
+
+
+@pytest.mark.usefixtures("doubted")
+def test_before_confirming(hand: Any, small: Any) -> None:
+    """All random candidates are measured first; more finalists are confirmed, and told."""
+    job = hand.until(hand.submit(small(**ASKED, trials=12)), StageKind.CONFIRM)
+    first = [stage.number for stage in job.of_kind(StageKind.PERPLEXITY)]
+    job = hand.until(job, None)
+    (planned,) = job.of_kind(StageKind.CONFIRM)
+
+    assert first == [VALIDATION + i for i in range(8)]
+    assert job.state is JobState.SUCCEEDED
+    assert planned.result["doubt"] in job.warnings
+    assert "8 by it are finalists instead of 2" in planned.result["doubt"]

@@ -7,7 +7,7 @@ import optuna
 import pytest
 from optuna.trial import create_trial
 
-from pho_service.errors import InvalidInput, TargetMissed
+from pho_service.errors import TargetMissed
 from pho_service.tuning.search import add_point
 from storage.jobs import JobStore
 from storage.records import Claim, JobRecord, JobState, LostClaim, NewStage, StageKind
@@ -56,40 +56,27 @@ def assert_pareto(store: JobStore, job: JobRecord) -> None:
         assert pareto.best_trials
 
 
-def test_patterns(hand: Any, small: Any, undisturbed: Any, home: Any) -> None:
-    """
-    One calibration, and each pattern's configuration is that of `pho search` at it, also where a
-    worker was killed at the end of a point. `:prune` writes the model of the pattern it names.
-    """
-    spec = small(pattern=None, patterns=["2:4", "0.3"], preset="crepe-plus")
-    job = hand.until(hand.submit(spec), StageKind.POINT)
-    complete, hand.store.complete = hand.store.complete, _killed
+def test_each_patterns_configuration_is_that_of_pho_search_at_it_after_one_calibration(
+    desk: Any, spec_of: Any, undisturbed: Any
+) -> None:
+    """Also where a worker was killed at the end of a point."""
+    spec = spec_of(
+        pattern=None, patterns=["2:4", "0.3"], preset="crepe-plus", trials=10,
+        confirm={"candidates": 2},
+    )  # fmt: skip
+    job = desk.until(desk.submit(spec), StageKind.POINT)
+    complete, desk.store.complete = desk.store.complete, _killed
     with pytest.raises(SystemExit):
-        hand.step(job)
-    hand.store.complete = complete
-    job = hand.until(job, None)
-    placed = {"text": str(home / "calibration.jsonl"), "confirm": str(home / "confirmation.jsonl")}
-    alone = [
-        undisturbed(
-            one.model_copy(
-                update={
-                    "model": str(home / "model"),
-                    "calibration": one.calibration.model_copy(update={"text": placed["text"]}),
-                    "confirm": one.confirm.model_copy(update={"text": placed["confirm"]}),
-                }
-            )
-        ).configuration
-        for one in map(spec.of_pattern, spec.points)
-    ]
+        desk.step(job)
+    desk.store.complete = complete
+    job = desk.until(job, None)
+    alone = [undisturbed(spec.of_pattern(each)).configuration for each in spec.points]
 
     assert (job.state, job.best) == (JobState.SUCCEEDED, None)
     assert [stage.about for stage in job.of_kind(StageKind.POINT)] == ["0.3", "2:4"]
     assert [stage.attempt for stage in job.of_kind(StageKind.POINT)] == [2, 1]
-    for mine, other in zip(found(job), alone, strict=True):
-        assert mine["configuration"]["coefficients"] == other["coefficients"]
-        assert mine["configuration"]["perplexities"] == other["perplexities"]
-        assert mine["configuration"]["steps"] == other["steps"]
-    assert_pareto(hand.store, job)
+    assert [mine["configuration"] for mine in found(job)] == alone
+    assert_pareto(desk.store, job)
 
 
 def _killed(*_: Any, **__: Any) -> None:
@@ -139,15 +126,6 @@ def test_missed(hand: Any, small: Any) -> None:
     assert (job.state, job.best) == (JobState.FAILED, None)
     assert "already the lowest sparsity, 0.7, is above" in job.error["message"]
     assert [stage.about for stage in job.of_kind(StageKind.POINT)] == ["0.7"]
-
-
-def test_width(hand: Any, small: Any) -> None:
-    """A pattern that does not divide a width fails before any search, and names the width."""
-    job = hand.submit(small(pattern=None, patterns=["0.5", "3:7"]))
-    with pytest.raises(InvalidInput, match="not a multiple of M=7"):
-        hand.until(job, None)
-
-    assert hand.store.get(job.id).of_kind(StageKind.POINT) == []
 
 
 def test_one_point(hand: Any, small: Any) -> None:

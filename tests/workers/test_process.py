@@ -1,12 +1,23 @@
-"""The folder that a worker works in."""
+"""The folder that a worker works in, and its GPU: one for each worker of a machine."""
 
+import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from pretended_machine import Cards
 
-from workers.process import own_folder
+from pho_service.errors import DeviceLost, InvalidInput
+from pho_service.host.access import Access
+from pho_service.host.artifacts import PrunedStore
+from pho_service.host.machine import faults_told
+from pho_service.spec.job import JobSpec
+from workers.inputs import BundleStore, WorkerInputs
+from workers.process import own_folder, take_device
 
 
 @pytest.fixture
@@ -49,3 +60,146 @@ def test_beginning(tmp_path: Path, killed: Path) -> None:
     (killed / "in-use").touch()
     with own_folder(tmp_path):
         assert killed.exists()
+
+
+Machine = Callable[..., None]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Pretend that this process sees these cards, in this order."""
+
+    def see(*uuids: str) -> None:
+        ones = torch.ones
+        monkeypatch.setattr(torch, "ones", lambda *size, **_: ones(*size))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(uuids))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda c: f"card {uuids[c.index]}")
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda c: SimpleNamespace(uuid=uuids[c.index])
+        )
+
+    return see
+
+
+@pytest.fixture
+def two_gpus(machine: Machine) -> None:
+    """A machine on which torch says that it has two."""
+    machine("aa", "bb")
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_two_workers_get_different_gpus_a_third_shares_the_first_and_a_warning_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with take_device("auto", tmp_path) as first, take_device("auto", tmp_path) as second:
+        warned = [*caplog.records]
+        with take_device("auto", tmp_path) as third:
+            assert [first, second, third] == [torch.device(f"cuda:{n}") for n in (0, 1, 0)]
+
+    assert warned == []
+    assert [r.levelno for r in caplog.records] == [logging.WARNING]
+    assert "sharing cuda:0" in caplog.text
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_given_back(tmp_path: Path) -> None:
+    """A GPU that a worker has left, even by an error, is the next one's."""
+    with pytest.raises(RuntimeError), take_device("auto", tmp_path):
+        raise RuntimeError
+
+    with take_device("auto", tmp_path) as device:
+        assert device == torch.device("cuda:0")
+
+
+def test_by_the_card(tmp_path: Path, machine: Machine) -> None:
+    """Cards are told apart by what they are, not by the number that CUDA_VISIBLE_DEVICES gives."""
+    machine("aa", "bb")
+    with take_device("auto", tmp_path) as first:
+        machine("bb", "aa")  # another process sees them the other way around
+        with take_device("auto", tmp_path) as second:
+            assert (first, second) == (torch.device("cuda:0"), torch.device("cuda:0"))
+        with pytest.raises(InvalidInput, match=r"cuda:1 \(GPU aa\) is another worker's"):
+            take_device("cuda:1", tmp_path).__enter__()
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_named(tmp_path: Path) -> None:
+    """A GPU that is asked for by its number is the worker's alone; ``cuda`` takes a free one."""
+    with take_device("cuda:0", tmp_path) as first, take_device("cuda", tmp_path) as second:
+        assert (first, second) == (torch.device("cuda:0"), torch.device("cuda:1"))
+        for name in ("cuda:1", "cuda"):
+            with pytest.raises(InvalidInput, match=r"cuda:1 \(GPU bb\) is another worker's"):
+                take_device(name, tmp_path).__enter__()
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_all(tmp_path: Path) -> None:
+    """A worker with all GPUs leaves none to others, and waits for none that another has."""
+    with take_device("all", tmp_path) as first:
+        assert first == torch.device("cuda:0")
+        for name in ("cuda:0", "cuda:1", "cuda"):
+            with pytest.raises(InvalidInput, match="is another worker's"):
+                take_device(name, tmp_path).__enter__()
+    with (
+        take_device("cuda:1", tmp_path),
+        pytest.raises(InvalidInput, match=r"cuda:1 \(GPU bb\) is another worker's"),
+    ):
+        take_device("all", tmp_path).__enter__()
+    with take_device("cuda:0", tmp_path) as given_back:
+        assert given_back == torch.device("cuda:0")
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_the_cpu_is_kept_from_nobody(tmp_path: Path) -> None:
+    with take_device("cpu", tmp_path) as first, take_device("cpu", tmp_path) as second:
+        assert first == second == torch.device("cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no GPU, all work on the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    with take_device("auto", tmp_path) as first, take_device("auto", tmp_path) as second:
+        assert first == second == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InvalidInput, match="--device all needs GPUs"):
+        take_device("all", tmp_path).__enter__()
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize("name", ["cuda:2", "gpu", "meta", "", "cuda:x"])
+def test_what_is_not_there_or_not_known_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InvalidInput, match=repr(name)), take_device(name, tmp_path):
+        pass
+
+
+def test_models_of_a_worker_with_all(model_folder: Path, pretended_gpus: Cards) -> None:
+    root = model_folder.parent
+    access = Access(model_roots=(root,), text_roots=(root,), hub_models=(), hub_datasets=())
+    bundles = BundleStore(str(root / "bundles"), root / "bundles")
+    pruned = PrunedStore(str(root / "bundles"), root / "bundles")
+    inputs = WorkerInputs(access, bundles, pruned, pretended_gpus[0].device, spread=True)
+    spec = JobSpec.model_validate({"model": "model", "pattern": "0.5"})
+    spread = inputs.model(spec).devices
+    streamed = inputs.model(spec.model_copy(update={"stream": True})).devices
+
+    assert spread == tuple(card.device for card in pretended_gpus)
+    assert streamed == (pretended_gpus[0].device,)
+
+
+def test_a_card_that_does_not_work_is_passed_over_and_what_it_did_before_is_a_lost_device(
+    tmp_path: Path, pretended_gpus: Cards, caplog: pytest.LogCaptureFixture
+) -> None:
+    gone = torch.AcceleratorError("CUDA error: device not ready")
+    pretended_gpus[0].fault = gone
+    with take_device("auto", tmp_path) as device:
+        assert device == torch.device("cuda:1")
+
+    assert "cuda:0 does not work: CUDA error: device not ready" in caplog.text
+    with pytest.raises(InvalidInput, match="cuda:0 does not work: CUDA error"):
+        take_device("cuda:0", tmp_path).__enter__()
+    pretended_gpus[1].fault = gone
+    with pytest.raises(DeviceLost, match="device not ready"), faults_told():
+        torch.ones(1, device="cuda:1").sum()
