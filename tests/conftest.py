@@ -39,6 +39,7 @@ from pho_service.planning.shapes import Header, TensorHeader
 from pho_service.pruning.statistics import PrunableLinear, Statistics, collect_statistics
 from storage.database import Database
 from storage.embedded import embedded_postgresql
+from storage.jobs import JobStore
 
 VOCABULARY = 256
 
@@ -129,22 +130,32 @@ def pretended_gpus() -> Iterator[Cards]:
         yield cards
 
 
+@pytest.fixture(scope="session")
+def new_llama() -> Callable[[], LlamaForCausalLM]:
+    """Makes a random float32 Llama in evaluation mode: 2 blocks, 14 linears, 18,432 weights."""
+
+    def make() -> LlamaForCausalLM:
+        config = LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.1,  # large enough that tokens differ in loss
+            dtype=torch.float32,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return LlamaForCausalLM(config).eval()
+
+    return make
+
+
 @pytest.fixture
-def tiny_llama() -> LlamaForCausalLM:
-    """A random float32 Llama in evaluation mode: 2 blocks, 14 linears, 18,432 prunable weights."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.1,  # large enough that tokens differ in loss
-        dtype=torch.float32,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config).eval()
+def tiny_llama(new_llama: Callable[[], LlamaForCausalLM]) -> LlamaForCausalLM:
+    """One of a test's own."""
+    return new_llama()
 
 
 @pytest.fixture
@@ -353,6 +364,12 @@ def database(database_url: str) -> Iterator[Database]:
     opened.close()
 
 
+@pytest.fixture
+def store(database: Database) -> JobStore:
+    """Its jobs, for what workers do."""
+    return JobStore(database)
+
+
 def _named(url: str, name: str) -> str:
     return url.replace("/postgres?", f"/{name}?")
 
@@ -361,24 +378,3 @@ def _run_alone(database: Database, statement: str) -> None:
     """Run what PostgreSQL refuses inside of a transaction."""
     with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.exec_driver_sql(statement)
-
-
-@pytest.fixture
-def path(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Note that a path through the product came well out on a pretended GPU."""
-    return lambda name: request.node.user_properties.append(("path", name))
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print how many paths through the product passed on a pretended GPU."""
-    passed, failed = set(), 0
-    for outcome in ("passed", "failed"):
-        for report in terminalreporter.getreports(outcome):
-            names = [value for key, value in report.user_properties if key == "path"]
-            if outcome == "passed" and report.when == "call":
-                passed |= set(names)
-            failed += outcome == "failed" and "whole_product" in report.nodeid
-    if passed or failed:
-        terminalreporter.write_line(
-            f"{len(passed)} paths through the product passed on a pretended GPU, {failed} failed"
-        )

@@ -38,21 +38,20 @@ def container(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return pod, only
 
 
-@pytest.mark.parametrize("image", IMAGES)
-def test_hadolint_finds_nothing_to_say_of_a_dockerfile(image: str) -> None:
-    result = run("hadolint", DOCKER / f"{image}.Dockerfile")
+def test_hadolint_finds_nothing_to_say_of_the_dockerfiles() -> None:
+    result = run("hadolint", *(DOCKER / f"{image}.Dockerfile" for image in IMAGES))
 
     assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize("image", IMAGES)
-def test_image_requirements(image: str) -> None:
-    """An image installs its own lock file, each file by its hash, and nothing else but torch."""
+def test_an_image_installs_its_own_lock_file_by_hashes_nothing_else_but_torch(image: str) -> None:
     text = (DOCKER / f"{image}.Dockerfile").read_text()
     commands = re.findall(r"pip install (?:.*\\\n)*.*", text)
     locked = [command for command in commands if "--require-hashes --no-deps" in command]
     others = [command for command in commands if command not in locked]
 
+    assert re.findall(r"^USER (\S+)$", text, re.MULTILINE) == ["10001"]
     assert f"source=requirements/{image}.txt,target=/requirements.txt" in text
     assert [re.findall(r"/\w+\.txt", command) for command in locked] == [
         ["/build.txt"], ["/requirements.txt"]
@@ -62,18 +61,11 @@ def test_image_requirements(image: str) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("image", IMAGES)
-def test_an_images_processes_are_not_roots(image: str) -> None:
-    users = re.findall(r"^USER (\S+)$", (DOCKER / f"{image}.Dockerfile").read_text(), re.MULTILINE)
-
-    assert users == ["10001"]
-
-
-@pytest.mark.parametrize("file", ["compose.yaml", "compose.cpu.yaml"])
-def test_a_compose_file_follows_the_compose_specification(file: str, tmp_path: Path) -> None:
-    copy = tmp_path / file
-    copy.write_text((DOCKER / file).read_text().replace("!reset ", ""))  # Compose's own YAML tag
-    result = run("check-jsonschema", "--builtin-schema", "vendor.compose-spec", copy)
+def test_the_compose_files_follow_the_compose_specification(tmp_path: Path) -> None:
+    copies = [tmp_path / name for name in ("compose.yaml", "compose.cpu.yaml")]
+    for copy in copies:  # without Compose's own YAML tag
+        copy.write_text((DOCKER / copy.name).read_text().replace("!reset ", ""))
+    result = run("check-jsonschema", "--builtin-schema", "vendor.compose-spec", *copies)
 
     assert result.returncode == 0, result.stdout
 
@@ -84,22 +76,16 @@ def test_the_manifest_follows_kubernetes_own_schemas_without_unknown_fields() ->
     assert result.returncode == 0, result.stdout
 
 
-def test_the_api_is_alive_by_healthz_and_given_requests_by_readyz() -> None:
-    _, api = container("pho-api")
+def test_the_api_is_probed_by_its_paths_and_a_worker_has_one_gpu() -> None:
+    (_, api), (_, worker) = container("pho-api"), container("pho-worker")
 
     assert api["livenessProbe"]["httpGet"]["path"] == "/healthz"
     assert api["readinessProbe"]["httpGet"]["path"] == "/readyz"
-
-
-def test_a_worker_has_one_gpu() -> None:
-    _, worker = container("pho-worker")
-
     assert worker["resources"]["limits"]["nvidia.com/gpu"] == 1
 
 
 @pytest.mark.parametrize("name", ["pho-api", "pho-worker"])
-def test_kubernetes_security(name: str) -> None:
-    """A pod is not root's, gains no rights, and takes no service's variable for a setting."""
+def test_a_pod_is_not_roots_gains_no_rights(name: str) -> None:
     pod, only = container(name)
 
     assert pod["securityContext"]["runAsNonRoot"]
@@ -107,8 +93,7 @@ def test_kubernetes_security(name: str) -> None:
     assert not pod["enableServiceLinks"]
 
 
-def test_proxy(tmp_path: Path) -> None:
-    """nginx accepts its configuration, and only it is reached from outside."""
+def test_only_nginx_is_reached_and_it_accepts_its_configuration(tmp_path: Path) -> None:
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed: see extra dev")
     services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
     published = [name for name, service in services.items() if "ports" in service]
@@ -141,9 +126,9 @@ def test_bash_and_shellcheck_find_nothing_to_say_of_a_script(name: str) -> None:
     assert linted.returncode == 0, linted.stdout
 
 
-@pytest.mark.parametrize("file", sorted(p.name for p in DOCKER.iterdir() if p.is_file()))
-def test_every_pho_variable_in_a_container_file_is_one_that_the_service_reads(file: str) -> None:
-    named = set(re.findall(r"\bPHO_[A-Z_]+\b", (DOCKER / file).read_text()))
+def test_every_pho_variable_in_a_container_file_is_one_that_the_service_reads() -> None:
+    files = [path.read_text() for path in DOCKER.iterdir() if path.is_file()]
+    named = set(re.findall(r"\bPHO_[A-Z_]+\b", "\n".join(files)))
 
     assert named <= {f"PHO_{name.upper()}" for name in Settings.model_fields}
 

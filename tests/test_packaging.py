@@ -51,8 +51,10 @@ def run_without(missing: set[str], code: str) -> "subprocess.CompletedProcess[st
 import sys
 
 class Missing:
+    names = {sorted(missing)}
+
     def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] in {sorted(missing)}:
+        if name.partition(".")[0] in Missing.names:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Missing)
@@ -63,50 +65,32 @@ sys.meta_path.insert(0, Missing)
     )
 
 
-def test_wheel_packages(wheel: zipfile.ZipFile) -> None:
-    """It holds the three packages and no test, benchmark or container file."""
-    top = {name.partition("/")[0] for name in wheel.namelist()}
-
-    assert {name for name in top if not name.endswith(".dist-info")} == set(PACKAGES)
-
-
-@pytest.mark.parametrize("package", PACKAGES)
-def test_wheel_files(wheel: zipfile.ZipFile, package: str) -> None:
-    """Every module is in it, with the migrations, the templates and py.typed."""
+def test_the_wheel_has_every_file_of_the_packages_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     wanted = {
         file.relative_to(ROOT).as_posix()
+        for package in PACKAGES
         for file in (ROOT / package).rglob("*")
         if file.suffix in (".py", ".mako", ".html", ".css", ".js", ".svg", ".typed")
     }
 
-    assert f"{package}/py.typed" in wanted
-    assert wanted == {name for name in wheel.namelist() if name.startswith(f"{package}/")}
+    assert {f"{package}/py.typed" for package in PACKAGES} <= wanted
+    assert wanted == {name for name in wheel.namelist() if ".dist-info/" not in name}
 
 
-def test_base_is_small(extras: dict[str, dict[str, Requirement]]) -> None:
-    """Without an extra there is neither a model's library nor a web server nor a database's."""
-    assert not modules(extras[""]) & {"torch", "transformers", "fastapi", "uvicorn", "psycopg"}
+def test_each_extra_brings_what_its_part_needs_and_no_more(
+    extras: dict[str, dict[str, Requirement]],
+) -> None:
+    base, api, worker = (modules(extras[name]) for name in ("", "api", "worker"))
 
-
-def test_api_has_no_torch(extras: dict[str, dict[str, Requirement]]) -> None:
-    """The extra api brings the web server, and nothing that runs a model."""
-    assert {"fastapi", "uvicorn", "optuna-dashboard"} <= extras["api"].keys()
-    assert not extras["api"].keys() & {"torch", "transformers", "datasets", "numba", "safetensors"}
-
-
-def test_worker_has_no_fastapi(extras: dict[str, dict[str, Requirement]]) -> None:
-    """The extra worker brings what runs a model, and no web server."""
-    assert {"torch", "transformers", "datasets", "numba"} <= extras["worker"].keys()
-    assert not extras["worker"].keys() & {"fastapi", "uvicorn", "sse-starlette", "a2wsgi"}
-
-
-def test_all_is_both(extras: dict[str, dict[str, Requirement]]) -> None:
-    """The extra all brings what api and worker bring, in the same versions."""
+    assert not base & {"torch", "transformers", "fastapi", "uvicorn", "psycopg"}
+    assert {"fastapi", "uvicorn", "optuna_dashboard"} <= api
+    assert not api & {"torch", "transformers", "datasets", "numba", "safetensors"}
+    assert {"torch", "transformers", "datasets", "numba"} <= worker
+    assert not worker & {"fastapi", "uvicorn", "sse_starlette", "a2wsgi"}
     assert extras["all"] == extras["api"] | extras["worker"] == extras["worker"] | extras["api"]
 
 
-def test_base_is_enough(extras: dict[str, dict[str, Requirement]]) -> None:
-    """Remote verbs, client, configuration, library and search need no extra."""
+def test_remote_verbs_and_search_need_no_extra(extras: dict[str, dict[str, Requirement]]) -> None:
     code = """
 import pho_service.client, pho_service.spec.configuration, pho_service.library
 import pho_service.tuning.search, pho_service.tuning.validation, pho_service.host.settings
@@ -118,39 +102,46 @@ main(["configurations", "--pattern", "2:4", "--library", "."], standalone_mode=F
     assert result.returncode == 0, result.stderr
 
 
-def test_api_is_enough(extras: dict[str, dict[str, Requirement]]) -> None:
-    """The front end is imported without anything that only the extra worker brings."""
+def test_the_front_end_needs_api_alone(extras: dict[str, dict[str, Requirement]]) -> None:
     missing = modules(extras["worker"]) - modules(extras["api"])
     result = run_without(missing, "import pho_service.api.serving, storage.embedded")
 
     assert result.returncode == 0, result.stderr
 
 
-def test_worker_is_enough(extras: dict[str, dict[str, Requirement]]) -> None:
-    """A worker is imported without anything that only the extra api brings."""
+def test_a_worker_needs_worker_alone(extras: dict[str, dict[str, Requirement]]) -> None:
     missing = modules(extras["api"]) - modules(extras["worker"])
     result = run_without(missing | {"starlette"}, "import workers.worker, optuna_dashboard")
 
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize(
-    ("verb", "options", "module", "extra"),
-    [
-        ("search", "org/name --pattern 0.5", "torch", "worker"),
-        ("evaluate", "org/name --text a.txt", "torch", "worker"),
-        ("evaluate", "org/name --tasks boolq", "lm_eval", "eval"),
-        ("serve", "--workers 0", "fastapi", "api"),
-        ("keys list", "", "fastapi", "api"),
-    ],
-)
-def test_missing_extra(verb: str, options: str, module: str, extra: str) -> None:
-    """A verb whose extra is not installed says in one sentence what to install; exit code 1."""
-    code = f"from pho_service.cli import main\nmain({[*verb.split(), *options.split()]})"
-    result = run_without({module}, code)
+MISSING = [
+    ("search", "org/name --pattern 0.5", "torch", "worker"),
+    ("serve", "--workers 0", "fastapi", "api"),
+    ("keys list", "", "fastapi", "api"),
+    ("evaluate", "org/name --tasks boolq", "lm_eval", "eval"),
+]
 
-    assert result.returncode == 1
-    assert result.stderr == f"pho: {verb} needs {module}: pip install 'pho-service[{extra}]'\n"
+
+def test_a_verb_whose_extra_is_not_installed_says_what_to_install() -> None:
+    verbs = [([*verb.split(), *options.split()], module) for verb, options, module, _ in MISSING]
+    code = f"""
+from pho_service.cli import main
+for words, module in {verbs}:
+    Missing.names = [module]
+    try:
+        main(words)
+    except SystemExit as ended:
+        assert ended.code == 1
+"""
+    result = run_without(set(), code)
+
+    assert result.returncode == 0
+    assert result.stderr.splitlines() == [
+        f"pho: {verb} needs {module}: pip install 'pho-service[{extra}]'"
+        for verb, _, module, extra in MISSING
+    ]
 
 
 def test_pho_worker_says_so_too() -> None:
@@ -161,12 +152,10 @@ def test_pho_worker_says_so_too() -> None:
     assert result.stderr == "pho worker needs torch: pip install 'pho-service[worker]'\n"
 
 
-def test_other_missing_module() -> None:
-    """A module that no extra brings is a fault of the installation: its traceback is shown."""
+def test_a_missing_module_that_no_extra_brings_has_its_traceback() -> None:
     code = "from pho_service.cli import main\nmain(['evaluate', 'org/name', '--text', 'a.txt'])"
-    result = run_without({"numpy"}, code)
 
-    assert "ModuleNotFoundError" in result.stderr
+    assert "ModuleNotFoundError" in run_without({"numpy"}, code).stderr
 
 
 def test_what_the_packages_import_is_declared_and_what_is_declared_is_imported() -> None:

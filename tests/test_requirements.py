@@ -43,8 +43,7 @@ def declared(extras: tuple[str, ...]) -> list[Requirement]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pinned_by_hash(name: str) -> None:
-    """Every line is one version with the SHA-256 of its files, from no place in particular."""
+def test_every_line_is_one_version_with_the_sha_256_of_its_files(name: str) -> None:
     text = (LOCKS / name).read_text()
 
     for requirement, hashes in (each for found in locked(name).values() for each in found):
@@ -56,8 +55,7 @@ def test_pinned_by_hash(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*EXTRAS])
-def test_all_that_is_declared(name: str) -> None:
-    """What pyproject.toml names is in it, within its bounds: else `make lock` was forgotten."""
+def test_what_pyproject_toml_names_is_in_it_within_its_bounds(name: str) -> None:
     found = locked(name)
     missing = [r for r in declared(EXTRAS[name]) if canonicalize_name(r.name) not in found]
     outside = [
@@ -79,16 +77,14 @@ def test_the_images_have_what_was_tested(name: str) -> None:
     assert versions(name) <= versions("dev.txt")
 
 
-def test_what_an_image_lacks() -> None:
-    """The API has no model's library, a worker no web server, and none a build of torch."""
+def test_the_api_has_no_models_library_a_worker_no_web_server_and_none_a_build_of_torch() -> None:
     assert not locked("api.txt").keys() & {"transformers", "datasets", "numba"}
     assert not locked("worker.txt").keys() & {"fastapi", "uvicorn", "starlette"}
     for name in NAMES:
         assert not [p for p in locked(name) if re.match("torch$|nvidia-|cuda-|triton$", p)]
 
 
-def test_torch() -> None:
-    """torch is installed by what pyproject.toml says of it."""
+def test_torch_is_installed_by_what_pyproject_toml_says_of_it() -> None:
     command = [sys.executable, str(LOCKS / "lock.py"), "torch"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
@@ -96,8 +92,7 @@ def test_torch() -> None:
 
 
 @pytest.mark.thorough
-def test_bill_of_materials(tmp_path: Path) -> None:
-    """`make audit` lists what is installed as CycloneDX, and no path of this machine."""
+def test_make_audit_lists_what_is_installed_as_cyclonedx(tmp_path: Path) -> None:
     pytest.importorskip("cyclonedx_py", reason="it is not installed: see extra dev")
     line = re.search(r"\$\(BIN\)/(cyclonedx-py .*)", (ROOT / "Makefile").read_text())
     assert line is not None

@@ -1,16 +1,14 @@
 """The `pho` command in this process, in an empty folder of its own."""
 
-import socket
-import threading
-import time
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import uvicorn
 from click.testing import CliRunner, Result
+from pretended_user import Pho, Service
+from transformers import LlamaForCausalLM
 
-from pho_service.api.app import create_app
 from pho_service.cli import main
 from pho_service.host.settings import read_settings
 from pho_service.models.bundle_file import write_bundle
@@ -18,9 +16,6 @@ from pho_service.models.calibration import calibrate, calibration_text
 from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource
 from pho_service.spec.calibration import CalibrationSettings
-from storage.database import Database
-
-Pho = Callable[..., Result]
 
 
 @pytest.fixture
@@ -36,37 +31,39 @@ def pho(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pho:
     return run
 
 
-@pytest.fixture
-def bundle_file(model_folder: Path, texts: dict[str, Path], tmp_path: Path) -> Path:
+@pytest.fixture(scope="session")
+def made_bundle(
+    new_llama: Callable[[], LlamaForCausalLM],
+    texts_of_all: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """A small bundle of the tiny model, made as `pho calibrate` makes it."""
+    folder = tmp_path_factory.mktemp("bundle")
+    shutil.copytree(texts_of_all["tokenizer"], folder / "model")
+    new_llama().save_pretrained(folder / "model")
     settings = CalibrationSettings(
         samples=6, context_length=32, rows_per_layer=4, projection_rows=16, kernel_sizes=(3, 5)
     )
-    model = load_model(str(model_folder), device="cpu")
-    text = calibration_text(model, TextSource(path=str(texts["calibration"])), settings)
-    path = tmp_path / "tiny.safetensors"
-    write_bundle(calibrate(model, text, settings), path)
-    return path
+    model = load_model(str(folder / "model"), device="cpu")
+    source = TextSource(path=str(texts_of_all["calibration"]))
+    bundle = calibrate(model, calibration_text(model, source, settings), settings)
+    write_bundle(bundle, folder / "tiny.safetensors")
+    return folder / "tiny.safetensors"
+
+
+@pytest.fixture
+def bundle_file(made_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copy(made_bundle, tmp_path))
 
 
 @pytest.fixture
 def url(database_url: str, tmp_path: Path) -> Iterator[str]:
     """Of a front end that listens on a free port."""
     roots = (tmp_path,)
-    settings = read_settings(model_roots=roots, text_roots=roots)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        app = create_app(Database(database_url, pool=4), settings)
-        server = uvicorn.Server(
-            uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
-        )
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+    service = Service(database_url, read_settings(model_roots=roots, text_roots=roots))
+    yield service.url
+    service.stop()
 
 
 @pytest.fixture

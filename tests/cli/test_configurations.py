@@ -2,31 +2,24 @@
 
 import json
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
+from pretended_user import Pho, answer
 from safetensors.torch import load_file
 
 from pho_service.cli import configurations
 from pho_service.spec import document as numbers
-
-Pho = Callable[..., Result]
 
 PRUNE = "prune {model} --from-library --bundle {bundle} --out pruned"
 GOOD = {
     "row": 0.1, "column": 0.8, "neighbourhood": 0.1, "kernel_size": 3, "activation_exponent": 0.9,
     "gradient_exponent": 0.4,
 }  # fmt: skip
-BAD = {
-    **GOOD,
-    "row": 0.0,
-    "neighbourhood": 0.0,
-    "activation_exponent": 0.0,
-    "gradient_exponent": 4.0,
-}
+BAD = GOOD | {
+    "row": 0.0, "neighbourhood": 0.0, "activation_exponent": 0.0, "gradient_exponent": 4.0,
+}  # fmt: skip
 
 
 def document(perplexity: float, **changes: Any) -> dict[str, Any]:
@@ -59,12 +52,6 @@ def written(path: Path, values: dict[str, Any]) -> Path:
     return path
 
 
-def done(result: Result) -> Any:
-    """The JSON of a verb that must succeed."""
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A library of three configurations, and a file that is none."""
@@ -76,11 +63,7 @@ def folder(tmp_path: Path) -> Path:
     return library
 
 
-# --------------------------------------------------------------------------- a folder
-
-
-def test_folder(pho: Pho, folder: Path) -> None:
-    """A folder's configurations are listed by name, best first, with numbers and reasons."""
+def test_a_folders_configurations_are_listed_by_name_best_first(pho: Pho, folder: Path) -> None:
     words = ("--library", folder, "--pattern", "0.5", "--family", "opt", "--all", "--why")
     result = pho("configurations", *words)
     table, _, reasons = result.stdout.partition("good.json: ")
@@ -99,8 +82,7 @@ def test_folder(pho: Pho, folder: Path) -> None:
     assert "notes.json is not a configuration of PHO" in result.stderr
 
 
-def test_short_list(pho: Pho, folder: Path) -> None:
-    """Only what fits is listed, and why the first is the first; what is left out is counted."""
+def test_only_what_fits_is_listed_and_why_the_first_is_the_first(pho: Pho, folder: Path) -> None:
     words = ("configurations", "--library", folder, "--family", "opt")
     result = pho(*words, "--pattern", "0.5")
     nothing = pho(*words, "--pattern", "1:4")
@@ -114,20 +96,10 @@ def test_short_list(pho: Pho, folder: Path) -> None:
     assert "another pattern or scope: 3. --all lists them." in nothing.stderr
 
 
-def test_folder_json(pho: Pho, folder: Path) -> None:
-    """With --json, stdout is what the API would answer; at most --limit of them."""
-    words = [
-        "configurations",
-        "--library",
-        folder,
-        "--pattern",
-        "0.5",
-        "--scope",
-        "layer",
-        "--json",
-    ]
-    found = done(pho(*words))
-    one = done(pho(*words, "--limit", 1))
+def test_with_json_stdout_is_what_the_api_would_answer(pho: Pho, folder: Path) -> None:
+    words = ("configurations", "--library", folder, "--pattern", "0.5", "--json")
+    found = answer(pho(*words, "--scope", "layer"))
+    one = answer(pho(*words, "--scope", "layer", "--limit", 1))
 
     assert [(e["id"], e["fits"]) for e in found] == [
         ("failed.json", True), ("good.json", True), ("group.json", False),
@@ -147,11 +119,10 @@ def test_folder_json(pho: Pho, folder: Path) -> None:
         ({"baselines": []}, None),
     ],
 )  # fmt: skip
-def test_kinds_of_gain(
+def test_a_gain_stands_in_the_column_of_what_it_was_measured_by_and_in_no_other(
     pho: Pho, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any],
     shown: str | None,
 ) -> None:  # fmt: skip
-    """A gain stands in the column of what it was measured by, and in no other."""
     tables: list[Any] = []
     monkeypatch.setattr(configurations, "print_table", lambda *table, **_: tables.append(table))
     written(tmp_path / "library" / "a.json", document(18.0, **changes))
@@ -162,50 +133,14 @@ def test_kinds_of_gain(
     assert [*gains] == ([f"gain {shown}", f"gain {shown}, expected"] if shown else [])
 
 
-def test_empty_folder(pho: Pho, tmp_path: Path) -> None:
-    """An empty library says how to fill it; as JSON it is an empty list."""
-    (tmp_path / "library").mkdir()
-    result = pho("configurations", "--library", tmp_path / "library")
-
-    assert (result.exit_code, result.stdout) == (0, "")
-    assert "The library is empty" in result.stderr
-    assert done(pho("configurations", "--library", tmp_path / "library", "--json")) == []
-
-
-@pytest.mark.parametrize(
-    ("words", "code", "message"),
-    [
-        ("--library {folder}/good.json", 1, "good.json is no folder"),
-        ("--library http://127.0.0.1:9", 1, "the service at http://127.0.0.1:9 cannot be reached"),
-        ("import {folder}/good.json {folder}/notes.json", 1, "notes.json is not a configuration"),
-        ("import {folder}/sub", 1, "sub holds no configuration"),
-        ("export --out {folder}/good.json", 2, "good.json is a file. Give a folder"),
-        ("delete x", 2, "'x' is not a configuration's id"),
-    ],
-)
-def test_refusals(pho: Pho, folder: Path, words: str, code: int, message: str) -> None:
-    """What cannot be done is said in one sentence, and leaves nothing behind."""
-    (folder / "sub").mkdir()
-    result = pho("configurations", *words.format(folder=folder).split())
-
-    assert isinstance(result.exception, SystemExit)
-    assert (result.exit_code, result.stdout) == (code, "")
-    assert message in result.stderr
-    assert list(Path().iterdir()) == []
-
-
-# -------------------------------------------------------------------------- a service
-
-
 @pytest.fixture
 def ids(remote: Pho, folder: Path) -> list[str]:
     """Of the folder's configurations in a service: good, failed, group."""
     files = [folder / f"{name}.json" for name in ("good", "failed", "group")]
-    return [entry["id"] for entry in done(remote("configurations", "import", *files, "--json"))]
+    return [entry["id"] for entry in answer(remote("configurations", "import", *files, "--json"))]
 
 
-def test_import(remote: Pho, folder: Path) -> None:
-    """Each file's id is printed; a file that is there already has the same id again."""
+def test_each_files_id_is_printed(remote: Pho, folder: Path) -> None:
     files = [folder / "good.json", folder / "group.json"]
     first = remote("configurations", "import", *files)
     again = remote("configurations", "import", *files[::-1])
@@ -214,11 +149,10 @@ def test_import(remote: Pho, folder: Path) -> None:
     assert [name for _, name in lines] == list(map(str, files))
     assert all(uuid.UUID(entry_id) for entry_id, _ in lines)
     assert again.stdout.splitlines() == first.stdout.splitlines()[::-1]
-    assert len(done(remote("configurations", "--json"))) == 2
+    assert len(answer(remote("configurations", "--json"))) == 2
 
 
-def test_import_folder(remote: Pho, folder: Path) -> None:
-    """A folder stands for all configurations below it; what is none is named and left out."""
+def test_a_folder_stands_for_all_configurations_below_it(remote: Pho, folder: Path) -> None:
     result = remote("configurations", "import", folder)
     names = [line.split("  ")[1] for line in result.stdout.splitlines()]
 
@@ -231,8 +165,8 @@ def test_import_folder(remote: Pho, folder: Path) -> None:
 def test_service(remote: Pho, url: str, ids: list[str], folder: Path) -> None:
     """A service's library is listed as a folder's is."""
     words = ["--pattern", "0.5", "--family", "opt", "--parameters", 134_515_008]
-    listed = done(remote("configurations", *words, "--json"))
-    from_folder = done(remote("configurations", "--library", folder, *words, "--json"))
+    listed = answer(remote("configurations", *words, "--json"))
+    from_folder = answer(remote("configurations", "--library", folder, *words, "--json"))
     table = remote("configurations", "--library", url, *words, "--all", "--why").stdout
 
     assert [each["id"] for each in listed] == ids
@@ -251,17 +185,16 @@ def test_an_empty_one_says_so_and_exports_nothing(remote: Pho) -> None:
     assert "The library is empty" in listed.stderr
     assert (exported.exit_code, exported.stdout) == (0, "")
     assert "The library is empty" in exported.stderr
-    assert done(remote("configurations", "export", "--out", "out", "--json")) == []
+    assert answer(remote("configurations", "export", "--out", "out", "--json")) == []
     assert not Path("out").exists()
 
 
-def test_export(remote: Pho, ids: list[str], folder: Path) -> None:
-    """All of a service's configurations make a folder that is a library itself."""
+def test_an_exported_folder_is_a_library(remote: Pho, ids: list[str], folder: Path) -> None:
     exported = remote("configurations", "export", "--out", "some/out")
     files = exported.stdout.splitlines()
     words = ["--pattern", "0.5", "--family", "opt", "--json"]
-    copies = done(remote("configurations", "--library", "some/out", *words))
-    originals = done(remote("configurations", "--library", folder, *words))
+    copies = answer(remote("configurations", "--library", "some/out", *words))
+    originals = answer(remote("configurations", "--library", folder, *words))
 
     assert exported.exit_code == 0
     assert sorted(map(str, Path("some/out").iterdir())) == sorted(files)
@@ -274,49 +207,36 @@ def test_export(remote: Pho, ids: list[str], folder: Path) -> None:
     assert [{**copy, "id": ""} for copy in copies] == [{**each, "id": ""} for each in originals]
 
 
-def test_export_some(remote: Pho, ids: list[str]) -> None:
-    """Those that are named are exported, and what was measured on other models with them."""
-    (file,) = done(remote("configurations", "export", ids[1], "--out", "out", "--json"))
+def test_those_that_are_named_are_exported(remote: Pho, ids: list[str]) -> None:
+    (file,) = answer(remote("configurations", "export", ids[1], "--out", "out", "--json"))
     exported = json.loads(Path(file).read_text())
 
     assert list(map(str, Path("out").iterdir())) == [file]
     assert exported["source"] == ids[1]
     assert exported["targets"][0]["perplexities"] == {"ria": 40.0, "transferred": 50.0}
-    assert done(remote("configurations", "import", file, "--json"))[0]["id"] == ids[1]
+    assert answer(remote("configurations", "import", file, "--json"))[0]["id"] == ids[1]
 
 
-@pytest.mark.parametrize("name", ["../../up", "x" * 300, "\u2713", "a\nb", ".", "-"])
-def test_export_of_odd_names(remote: Pho, tmp_path: Path, name: str) -> None:
-    """Whatever a model is called, its file lies in the folder."""
+@pytest.mark.parametrize("name", ["../../up", "x" * 300, "a\nb", "."])
+def test_an_odd_names_file_lies_in_the_folder(remote: Pho, tmp_path: Path, name: str) -> None:
     file = written(tmp_path / "c.json", document(12.0, model={"name": name}))
     remote("configurations", "import", file)
-    (exported,) = done(remote("configurations", "export", "--out", "out", "--json"))
+    (exported,) = answer(remote("configurations", "export", "--out", "out", "--json"))
 
     assert Path(exported).parent == Path("out")
-    assert done(remote("configurations", "--library", "out", "--json"))[0]["pattern"] == "0.5"
-
-
-def test_a_folder_that_cannot_be_made_is_said_to_be_none(remote: Pho, ids: list[str]) -> None:
-    Path("file").touch()
-    result = remote("configurations", "export", ids[0], "--out", "file/out")
-
-    assert result.exit_code == 1
-    assert "the folder file/out was not made: Not a directory" in result.stderr
+    assert answer(remote("configurations", "--library", "out", "--json"))[0]["pattern"] == "0.5"
 
 
 def test_a_deleted_configuration_is_gone_and_the_others_stay(remote: Pho, ids: list[str]) -> None:
     result = remote("configurations", "delete", ids[0])
     again = remote("configurations", "delete", ids[0])
-    as_json = done(remote("configurations", "delete", ids[1], "--json"))
+    as_json = answer(remote("configurations", "delete", ids[1], "--json"))
 
     assert (result.exit_code, result.stderr) == (0, "deleted\n")
     assert again.exit_code == 1
     assert "No configuration has this id" in again.stderr
     assert as_json == {"deleted": ids[1]}
-    assert [each["id"] for each in done(remote("configurations", "--json"))] == ids[2:]
-
-
-# ---------------------------------------------------------------------------- pruning
+    assert [each["id"] for each in answer(remote("configurations", "--json"))] == ids[2:]
 
 
 @pytest.fixture
@@ -329,8 +249,7 @@ def places(model_folder: Path, bundle_file: Path, folder: Path, tmp_path: Path) 
     }  # fmt: skip
 
 
-def test_prune(pho: Pho, places: dict[str, Path]) -> None:
-    """The best of a folder prunes as its file does; the recipe says where it came from and why."""
+def test_the_best_of_a_folder_prunes_as_its_file_does(pho: Pho, places: dict[str, Path]) -> None:
     (places["folder"] / "failed.json").unlink()
     library = ["--library", places["folder"], "--pattern", "0.5"]
     result = pho(*PRUNE.format(**places).split(), *library, "--json")
@@ -341,7 +260,7 @@ def test_prune(pho: Pho, places: dict[str, Path]) -> None:
     weights, expected = (load_file(f"{name}/model.safetensors") for name in ("pruned", "by-hand"))
 
     assert by_hand.exit_code == 0, by_hand.output
-    assert done(result)["origin"] == origin
+    assert answer(result)["origin"] == origin
     assert (origin["library"], origin["id"]) == (str(places["folder"]), "good.json")
     assert origin["reasons"][-1] == "where it was found, 50.0% below RIA's perplexity (found-on)"
     assert "found on found-on, llama, 135 M parameters: the family asked for" in origin["reasons"]
@@ -353,10 +272,7 @@ def test_prune(pho: Pho, places: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize(
     ("coefficients", "sentence"),
-    [
-        (GOOD, r"By the proxy it holds on "),
-        (BAD, "Note: "),
-    ],
+    [(GOOD, r"By the proxy it holds on "), (BAD, "Note: ")],
 )
 def test_the_proxy_says_before_whether_a_configuration_is_better_than_ria_on_the_model(
     pho: Pho, places: dict[str, Path], coefficients: dict[str, Any], sentence: str
@@ -364,7 +280,7 @@ def test_the_proxy_says_before_whether_a_configuration_is_better_than_ria_on_the
     written(places["folder"] / "best.json", document(1.0, coefficients=coefficients))
     words = [*PRUNE.format(**places).split(), "--library", places["folder"], "--pattern", "0.5"]
     result = pho(*words, "--force")
-    proxies = done(
+    proxies = answer(
         pho("transfer", places["folder"] / "best.json", places["bundle"], "--json")
     )["targets"][0]["proxies"]  # fmt: skip
     ria, mine = proxies["ria"], proxies["transferred"]
@@ -378,8 +294,7 @@ def test_the_proxy_says_before_whether_a_configuration_is_better_than_ria_on_the
     assert ("it does not transfer" in said) is (coefficients is BAD)
 
 
-def test_worse_than_ria(pho: Pho, places: dict[str, Path]) -> None:
-    """What the proxy judges no better than RIA is left out, and the next one is taken."""
+def test_what_is_worse_than_ria_is_left_out(pho: Pho, places: dict[str, Path]) -> None:
     written(places["folder"] / "best.json", document(1.0, coefficients=BAD))
     written(places["folder"] / "next.json", document(2.0, coefficients=GOOD))
     result = pho(*PRUNE.format(**places).split(), "--library", places["folder"], "--pattern", "0.5")
@@ -390,8 +305,7 @@ def test_worse_than_ria(pho: Pho, places: dict[str, Path]) -> None:
     assert recipe["origin"]["id"] == "next.json"
 
 
-def test_all_worse_than_ria(pho: Pho, places: dict[str, Path]) -> None:
-    """If none holds, nothing is pruned; --force takes the most promising one."""
+def test_if_none_holds_nothing_is_pruned(pho: Pho, places: dict[str, Path]) -> None:
     for file in places["folder"].glob("*.json"):
         file.unlink()
     for number in range(7):
@@ -454,23 +368,29 @@ def test_the_service_that_the_settings_name_is_the_library_where_none_is_given(
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        ("{model} --out pruned --from-library --library {folder}", 2, "needs a --pattern"),
-        ("{model} --out pruned --from-library --config {config} --pattern 0.5", 2,
+        ("prune {model} --out pruned --from-library --library {folder}", 2, "needs a --pattern"),
+        ("prune {model} --out pruned --from-library --config {config} --pattern 0.5", 2,
          "one of --config, --method and --from-library"),
-        ("{model} --out pruned --config {config} --library {folder}", 2,
+        ("prune {model} --out pruned --config {config} --library {folder}", 2,
          "--library: for --from-library alone"),
-        ("{model} --out pruned --config {config} --force", 2, "--force: for --from-library alone"),
-        (PRUNE[6:] + " --library {empty} --pattern 0.5", 1, "empty is empty. Search on any model"),
-        (PRUNE[6:] + " --library {folder} --pattern 0.6", 1,
+        ("prune {model} --out pruned --config {config} --force", 2, "--force: for --from-libr"),
+        ("configurations --library {folder}/good.json", 1, "good.json is no folder"),
+        ("configurations --library http://127.0.0.1:9", 1, "127.0.0.1:9 cannot be reached"),
+        ("configurations import {folder}/good.json {folder}/notes.json", 1, "notes.json is not a"),
+        ("configurations import {empty}", 1, "empty holds no configuration"),
+        ("configurations export --out {folder}/good.json", 2, "good.json is a file. Give a folder"),
+        ("configurations delete x", 2, "'x' is not a configuration's id"),
+        (PRUNE + " --library {empty} --pattern 0.5", 1, "empty is empty. Search on any model"),
+        (PRUNE + " --library {folder} --pattern 0.6", 1,
          "has nothing for 0.6, and the best coefficients differ from pattern to pattern. It has "
          "0.5 in scope layer, 2:4 in scope row."),
-        (PRUNE[6:] + " --library http://127.0.0.1:9 --pattern 0.5", 1, "cannot be reached"),
+        (PRUNE + " --library http://127.0.0.1:9 --pattern 0.5", 1, "cannot be reached"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_pruned_is_said_in_one_sentence_and_leaves_nothing_behind(
+def test_what_cannot_be_done_is_said_in_one_sentence_and_leaves_nothing_behind(
     pho: Pho, places: dict[str, Path], words: str, code: int, message: str
 ) -> None:
-    result = pho("prune", *words.format(**places).split())
+    result = pho(*words.format(**places).split())
 
     assert isinstance(result.exception, SystemExit), repr(result.exception)
     assert (result.exit_code, result.stdout) == (code, "")

@@ -1,14 +1,12 @@
 """`pho curve` and `pho search --within`: several sparsities in one question."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import optuna
 import pytest
-from click.testing import Result
+from pretended_user import Pho
 
-Pho = Callable[..., Result]
 TARGET = ("--step", 0.25, "--lowest", 0.45, "--highest", 0.95)
 
 
@@ -28,11 +26,7 @@ def values(pareto: optuna.Study) -> list[list[float]]:
     return [trial.values for trial in pareto.get_trials()]
 
 
-def test_curve(pho: Pho, small: list[str]) -> None:
-    """
-    Points stand by sparsity beside dense, Wanda and RIA on the same windows; each point is what
-    `pho search` finds there; a second run measures nothing and says the same.
-    """
+def test_points_are_what_pho_search_finds_measured_once(pho: Pho, small: list[str]) -> None:
     run = ("curve", *small, "--patterns", "2:4,0.6,0.3", "--json")
     first = pho(*run)
     assert first.exit_code == 0, first.stderr
@@ -62,8 +56,7 @@ def test_curve(pho: Pho, small: list[str]) -> None:
     assert '<svg class="chart"' in Path("curve/curve.html").read_text()
 
 
-def test_pareto_front(pho: Pho, small: list[str]) -> None:
-    """One study has the trials of all points, once, and its front is the best of each sparsity."""
+def test_one_study_has_the_trials_of_all_points_once(pho: Pho, small: list[str]) -> None:
     run = ("curve", *small, "--patterns", "0.3,0.6")
     shown = pho(*run)
     pho(*run)
@@ -80,38 +73,7 @@ def test_pareto_front(pho: Pho, small: list[str]) -> None:
     assert sorted(trial.values for trial in pareto.best_trials) == best
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--patterns", "0.5,3:5"], "in_features=32 is not a multiple of M=5"),
-        (["--patterns", "0.5,0.50"], "the pattern 0.5 is given twice"),
-    ],
-    ids=[
-        "width",
-        "twice",
-    ],
-)
-def test_refused(pho: Pho, small: list[str], words: list[str], said: str) -> None:
-    """What is wrong is said in words before anything is calibrated."""
-    result = pho("curve", *small, *words)
-
-    assert result.exit_code == 2
-    assert said in result.stderr
-    assert not list(Path.cwd().parent.glob("cache/bundles/*"))
-
-
-def test_a_bundle_has_no_perplexities(pho: Pho) -> None:
-    result = pho("curve", "tiny.safetensors", "--patterns", "0.5", "--text", "a.txt")
-
-    assert result.exit_code == 2
-    assert "tiny.safetensors is a bundle" in result.stderr
-
-
-def test_target(pho: Pho, small: list[str]) -> None:
-    """
-    Sparsities are bisected up to the highest, and all are shown; started again, the same is said,
-    and the configuration says how it was found. (A random model gains by pruning.)
-    """
+def test_sparsities_are_bisected_up_to_the_highest(pho: Pho, small: list[str]) -> None:
     run = ("search", *small, "--within", "15%", *TARGET, "--json")
     first = pho(*run)
     assert first.exit_code == 0, first.stderr
@@ -129,28 +91,3 @@ def test_target(pho: Pho, small: list[str]) -> None:
     assert (written["pattern"], told["perplexity_rise"]) == ("0.95", 0.15)
     assert again == found
     assert "0.95 is the highest sparsity that was tried" in first.stderr
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--pattern", "0.5", "--within", "5%"], "Give one of them"),
-        (["--pattern", "0.5", "--step", "0.1"], "--step is for --within alone"),
-        (["--within", "5"], "would be 500 %"),
-        (["--within", "much"], "is not a rise"),
-        (["--within", "5%", "--no-confirm"], "--no-confirm cannot be used with --within"),
-    ],
-    ids=[
-        "both",
-        "step",
-        "no-percent",
-        "word",
-        "confirm",
-    ],
-)
-def test_target_refused(pho: Pho, small: list[str], words: list[str], said: str) -> None:
-    """A target that breaks a rule is refused in words before the model is loaded."""
-    result = pho("search", *small, *words)
-
-    assert result.exit_code == 2
-    assert said in result.stderr

@@ -68,20 +68,14 @@ def leaves(document: Mapping[str, Any], above: str = "") -> set[str]:
 
 def test_each_field_of_a_jobs_document_has_an_option_but_for_the_models() -> None:
     parts = {
-        "calibration": {"dataset": "org/texts", "dataset_config": "en"},
-        "validation": {},
-        "prune": True,
-        "tasks": ["boolq"],
-        "tasks_dir": "tasks",
-        "tasks_limit": 100,
-        "notify": "https://hooks.example/pho",
-        "warm_start": {},
+        "calibration": {"dataset": "org/texts", "dataset_config": "en"}, "validation": {},
+        "prune": True, "tasks": ["boolq"], "tasks_dir": "tasks", "tasks_limit": 100,
+        "notify": "https://hooks.example/pho", "warm_start": {},
         "steps": {
             "allocation": {"offsets": {"q_proj": 0.5}, "depth": [0.5]},
-            "linears": {"ignore": ["q"]},
-            "reconstruction": {"method": "block"},
+            "linears": {"ignore": ["q"]}, "reconstruction": {"method": "block"},
         },
-    }
+    }  # fmt: skip
     paths = leaves(JobSpec.model_validate({**MINE, **parts}).model_dump(mode="json"))
     for instead in ({"patterns": ["0.3"]}, {"target": {"perplexity_rise": 0.1}}):
         several = {"model": "org/name", **instead}
@@ -94,8 +88,7 @@ def test_each_field_of_a_jobs_document_has_an_option_but_for_the_models() -> Non
     assert document_fields()["confirm"].name == "--no-confirm"
 
 
-def test_same_options() -> None:
-    """`pho search` and `pho submit` have the same option for a field, but for a service's own."""
+def test_pho_search_and_pho_submit_have_the_same_option_for_a_field() -> None:
     searching, submitting = shown("search"), shown("submit")
 
     assert {*submitting} == {*document_fields()}
@@ -106,8 +99,7 @@ def test_same_options() -> None:
 
 
 @pytest.mark.parametrize("verb", ["search", "submit"])
-def test_sections(verb: str) -> None:
-    """The help has its sections in order, each option in one of them and with a description."""
+def test_the_help_has_its_sections_in_order(verb: str) -> None:
     help_ = command(verb).get_help(click.Context(command(verb), info_name=verb, parent=PARENT))
     sections = {option["section"] for option in shown(verb).values()}
     titles = [title for title in TITLES if title in {*sections, "Output"}]
@@ -117,24 +109,6 @@ def test_sections(verb: str) -> None:
     assert "\nOptions:\n" not in help_
     assert all(option["help"] for option in shown(verb).values())
     assert sections <= {*SECTIONS}
-
-
-def test_section_of_each_option() -> None:
-    """Options that are not of the document have a section, too: what is Output is about that."""
-    for verb, allowed in (
-        ("search", {"out", "as_json"}),
-        ("compare", {"as_json"}),
-        ("prune", {"out", "repository", "public", "check_path", "as_json"}),
-        ("submit", {"as_json"}),
-        ("evaluate", {"as_json"}),
-    ):
-        made = command(verb)
-        options = {
-            str(o.name) for o in made.get_params(click.Context(made, parent=PARENT)) if o.name
-        }
-        options -= {each.name for each in made.params if isinstance(each, click.Argument)}
-        options = {name for name in options if not name.endswith("help")}
-        assert {o for o in options if made.groups().get(o, "Output") == "Output"} == allowed
 
 
 POINT = {"coefficients": {"row": 1.0, "column": 1.0, "neighbourhood": 1.0, "kernel_size": 3,
@@ -170,22 +144,14 @@ WHOLE = {
         {**MINE, "more_models": ["org/b"], "objective": {"over": "worst"}},
         {**MINE, "calibration": {"text": "it's.txt"}, "preset": "crepe-plus"},
         {
-            "model": "m",
-            "pattern": "2:4",
-            "preset": "score",
+            **MINE, "pattern": "2:4", "preset": "score",
             "steps": {"permutation": "error", "update": "sparsegpt"},
         },
         {**MINE, "steps": {"allocation": {"method": "uniform"}}},
-        {
-            **MINE,
-            "steps": {
-                "allocation": {"offsets": {"q_proj": -0.5, "k_proj": 1.0}, "depth": [-0.5, 0.25]}
-            },
-        },
+        {**MINE, "steps": {"allocation": {"offsets": {"q_proj": -0.5}, "depth": [-0.5, 0.25]}}},
     ],
-)
-def test_again(document: dict[str, Any]) -> None:
-    """The command that is made of a document makes the same document, and says no default."""
+)  # fmt: skip
+def test_a_documents_command_makes_the_same_document(document: dict[str, Any]) -> None:
     spec = JobSpec.model_validate(document)
     words = shlex.split(search_command(spec.model_dump(mode="json"), "--warm-start", "x.json"))
     models = words[2 : 2 + len(spec.models)]
@@ -214,8 +180,7 @@ def test_what_no_options_say_is_not_said_by_wrong_ones(document: dict[str, Any])
     assert submit_command(document) is None
 
 
-def test_defaults_are_left_out() -> None:
-    """What is not given is not in the document, so that it has the service's default."""
+def test_what_is_not_given_is_not_in_the_document() -> None:
     assert given("submit", "org/a", "--pattern", "0.5").document() == {"pattern": "0.5"}
 
 
@@ -238,8 +203,7 @@ def test_defaults_are_left_out() -> None:
         ("--no-confirm --finalists 3", "--finalists has no place in the job document"),
     ],
 )  # fmt: skip
-def test_refused(words: str, message: str) -> None:
-    """A rule that is broken is told with the option and its value."""
+def test_a_broken_rule_is_told_with_the_option_and_its_value(words: str, message: str) -> None:
     found = given("submit", "org/a", "--pattern", "0.5", *words.split())
 
     with pytest.raises(InvalidInput) as refused:
@@ -267,8 +231,7 @@ def test_what_is_none_is_refused_with_the_option(text: str) -> None:
         parse_bytes(text, "--memory")
 
 
-def test_points_of_files(tmp_path: Path) -> None:
-    """A configuration that a search begins with stands in the document that is sent."""
+def test_a_configuration_to_begin_with_stands_in_the_document(tmp_path: Path) -> None:
     from pho_service.cli.remote import job_document
     from pho_service.spec.configuration import Configuration, write_configuration
     from pho_service.spec.pattern import Coefficients, Pattern

@@ -1,15 +1,12 @@
 """What `pho` says of itself."""
 
 import re
-from collections.abc import Callable
 from importlib.metadata import version
 
 import pytest
-from click.testing import Result
+from pretended_user import Pho
 
 from pho_service.cli import VERBS
-
-Pho = Callable[..., Result]
 
 
 def test_pho_help_names_every_verb_with_what_it_does_and_the_exit_codes(pho: Pho) -> None:
@@ -20,8 +17,7 @@ def test_pho_help_names_every_verb_with_what_it_does_and_the_exit_codes(pho: Pho
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_verb_help(pho: Pho, verb: str) -> None:
-    """Each verb's help has an example, --json if it has a result, and --help in both spellings."""
+def test_each_verbs_help_has_an_example_json_if_it_has_a_result(pho: Pho, verb: str) -> None:
     result = pho(verb, "--help")
 
     assert result.exit_code == 0

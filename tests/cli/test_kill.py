@@ -13,21 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from pho_service.cli import main
-from pho_service.models.bundle_file import write_bundle
-from pho_service.pruning.bundle import sample_bundle
-from pho_service.pruning.statistics import PrunableLinear, Statistics
 
-TRIALS = 120
-
-
-@pytest.fixture
-def bundle(linears: dict[str, PrunableLinear], statistics: Statistics, tmp_path: Path) -> Path:
-    """A bundle of the tiny model."""
-    path = tmp_path / "b.safetensors"
-    write_bundle(
-        sample_bundle(linears, statistics, rows_per_layer=0, kernel_sizes=(3, 5), seed=0), path
-    )
-    return path
+TRIALS = 80
 
 
 def words(bundle: Path, folder: Path) -> list[str]:
@@ -58,14 +45,19 @@ def search(bundle: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     "stop", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.thorough)]
 )
-def test_killed(bundle: Path, tmp_path: Path, stop: signal.Signals) -> None:
+def test_killed(bundle_file: Path, tmp_path: Path, stop: signal.Signals) -> None:
     """After kill -9 or Ctrl-C, the same command ends with the same bytes."""
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     undisturbed.mkdir()
     killed.mkdir()
-    search(bundle, undisturbed)
+    search(bundle_file, undisturbed)
     process = subprocess.Popen(
-        [sys.executable, "-c", "from pho_service.cli import main; main()", *words(bundle, killed)],
+        [
+            sys.executable,
+            "-c",
+            "from pho_service.cli import main; main()",
+            *words(bundle_file, killed),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -73,17 +65,17 @@ def test_killed(bundle: Path, tmp_path: Path, stop: signal.Signals) -> None:
         preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 240
-    while recorded(killed / "study.db") < 30 and time.monotonic() < deadline:
+    while recorded(killed / "study.db") < 15 and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(stop)
     _, error = process.communicate(timeout=240)
     before = recorded(killed / "study.db")
 
-    assert 30 <= before < TRIALS
+    assert 15 <= before < TRIALS
     assert not (killed / "config.json").exists()
     if stop is signal.SIGINT:
         assert process.returncode == 1
         assert "interrupted" in error
-    search(bundle, killed)
+    search(bundle_file, killed)
     assert recorded(killed / "study.db") == TRIALS
     assert (killed / "config.json").read_bytes() == (undisturbed / "config.json").read_bytes()

@@ -4,17 +4,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-from click.testing import Result
+from pretended_user import Pho
 from transformers import LlamaConfig
-
-Pho = Callable[..., Result]
 
 FEW = ["--samples", 8, "--context-length", 32]
 
 
-def test_here(pho: Pho, model_folder: Path) -> None:
-    """Each stage has a range of seconds and its peaks; nothing but the headers is read."""
+def test_each_stage_has_a_range_of_seconds_and_its_peaks(pho: Pho, model_folder: Path) -> None:
     weights = model_folder / "model.safetensors"
     with weights.open("rb+") as file:
         file.truncate(8 + int.from_bytes(file.read(8), "little"))
@@ -59,19 +55,3 @@ def test_a_service_answers_the_same(pho: Pho, url: str, model_folder: Path) -> N
 
     assert there.exit_code == 0, there.output
     assert json.loads(there.stdout) == json.loads(here.stdout)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["./nowhere"], "./nowhere does not exist on this machine"),
-        (["m", "--card", "K80"], "'K80' is not known"),
-        (["m", "--pattern", "4:2"], "4:2"),
-    ],
-)
-def test_the_option_and_the_rule_are_named(pho: Pho, words: list[str], message: str) -> None:
-    done = pho("plan", *words)
-
-    assert done.exit_code in (1, 2)
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr

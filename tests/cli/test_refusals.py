@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
-
-Pho = Callable[..., Result]
+from pretended_user import Pho
 
 SMALL = "--context-length 32 --samples 6 --kernel-sizes 3,5"
 CALIBRATE = "calibrate {model} --text {text} --out x.safetensors"
@@ -18,6 +16,9 @@ SEARCH = "search {bundle} --pattern 0.5 --kernel-sizes 3,5"
 EVALUATE = "evaluate {model} --context-length 32"
 VALIDATE = "validate {model} --text {text} " + SMALL
 PRUNE = "prune {model} --config {config} --bundle {bundle} --out pruned"
+CURVE = "curve {model} --text {text} " + SMALL
+WITHIN = f"search {{model}} --text {{text}} {SMALL} --within"
+COMPARE = "compare nowhere --pattern 2:4 --report-text r.txt"
 
 
 def configured(folder: Path, **coefficients: Any) -> Path:
@@ -57,56 +58,83 @@ def refused(pho: Pho, words: str, places: dict[str, Path]) -> tuple[int, str]:
     assert isinstance(result.exception, SystemExit), repr(result.exception)
     assert len(lines) == 1
     assert result.stdout == ""
-    assert list(Path().iterdir()) == []
+    assert {path.name for path in Path().iterdir()} <= {"curve"}  # the folder for its results
+    assert not list(Path().rglob("curve/*"))
     return result.exit_code, lines[0]
 
 
+BAD_USAGE = [
+    (SEARCH + " --pattern 2:5", r"layers\.0\.\S+: in_features=32 is not a multiple of M=5"),
+    (SEARCH + " --seed -1", "--seed -1 is below 0"),
+    (SEARCH + " --text {text}", "is a bundle: it needs no text"),
+    (SEARCH + " --objective perplexity", "perplexity needs the model and a text"),
+    (SEARCH + " --over mean", "--over mean: over=mean is for several models"),
+    (SEARCH + " --scope row --warm-start {config}", "is for 0.5 in scope layer"),
+    ("search {bundle} {model} --pattern 0.5 --confirm-text x", "--confirm-text x: several models"),
+    (VALIDATE + " --pattern 0.5 --candidates 7", "--candidates 7 is below 8"),
+    (EVALUATE + " --text {text} --data-file a", "data-file a: data_file is a file of a dataset"),
+    (EVALUATE + " --text {text} --revision main", "is for hub ids"),
+    (CALIBRATE + " --out x.bin", r"must end in \.safetensors"),
+    (VALIDATE + " --pattern 0.5 --plot a.png", r"a\.png is not a name of a page.*a\.html"),
+    (PRUNE + " --text {text}", "--bundle and a text are both given"),
+    (CALIBRATE + " --kernel-sizes x", "not numbers"),
+    (CALIBRATE + " --samples 4 --context-length 24 --calibration-memory 1.5MiB", "take 2 MiB"),
+    (CALIBRATE + " --device cuda:77", "does not exist"),
+    ("transfer {config} {model}", "Give --report-text or --report-dataset, or a bundle"),
+    (CURVE + " --patterns 0.5,3:5", "in_features=32 is not a multiple of M=5"),
+    (CURVE + " --patterns 0.5,0.50", "the pattern 0.5 is given twice"),
+    ("curve {bundle} --patterns 0.5 --text a.txt", r"tiny\.safetensors is a bundle"),
+    (WITHIN + " 5% --pattern 0.5", "Give one of them"),
+    (WITHIN + " 5", "would be 500 %"),
+    (WITHIN + " much", "is not a rise"),
+    (WITHIN + " 5% --no-confirm", "--no-confirm cannot be used with --within"),
+    (SEARCH + " --step 0.1", "--step is for --within alone"),
+    (COMPARE + " --seeds 0,x", "--seeds '0,x' are not whole numbers"),
+    (COMPARE + " --seeds 1,1", "one is given twice"),
+    (COMPARE + " --seeds 1 --calibration-seed 2", "both say how the calibration is drawn"),
+    (COMPARE + " --trials 9", "--trials: for --preset alone"),
+    (COMPARE + " --preset bst", "--preset 'bst' is not one of"),
+    (COMPARE + " --method owl-wanda", "OWL has no row at N:M"),
+    (COMPARE + " --ablation", "takes configurations apart"),
+    ("prune", "MODEL, --out, and one of --config, --method and --from-library are needed"),
+    ("prune m --out o --method wanda", "--method needs a --pattern"),
+    ("prune m --out o --method wnada --pattern 0.5", "'wnada' is not one of those at 0.5"),
+    ("prune m --out o --method wanda --pattern 0.5 --scope layer", "wanda counts in scope row"),
+    ("prune m --out o --config c.json --ignore *.o_proj", "--ignore: a configuration has its"),
+    ("prune --check out --out other", "--check takes a folder and prunes nothing"),
+    ("plan m --card K80", "'K80' is not known"),
+    ("plan m --pattern 4:2", "4:2"),
+]
+FAILURES = [
+    ("evaluate {text} --text {text}", r"is neither a folder nor a \.gguf or \.pho file"),
+    (EVALUATE + " --text {short}", "2 tokens, which do not fill one window of 32"),
+    (VALIDATE + " --pattern 0.5 --samples 99", "no text to measure perplexity on"),
+    (PRUNE + " --config none.json", r"none\.json cannot be read: No such file"),
+    (PRUNE + " --out {text}", "is a file"),
+    ("prune --check nothing", "nothing"),
+    ("plan ./nowhere", "./nowhere does not exist on this machine"),
+    (CALIBRATE + " --out no/x.safetensors", "the folder .*no does not exist"),
+    (VALIDATE + " --pattern 0.5 --plot no/plot.html", "the folder .*no does not exist"),
+    (SEARCH + " --study study.db", r"'study\.db' is not a database URL"),
+    (SEARCH + " --study sqlite:///no/study.db", "the folder .*no does not exist"),
+    (SEARCH + " --study postgresql+pg8000://localhost/pho", "postgresql"),  # no driver
+    (SEARCH + " --out no/c.json", "the folder .*no does not exist"),
+    ("transfer {config} {bundle} --pattern 2:4", "for 0.5 in scope layer, but 2:4 in scope row"),
+    ("transfer {config} {bundle} --out {tmp}/none/t.json", "none"),
+]
+
+
 @pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (SEARCH + " --pattern 2:5", r"layers\.0\.\S+: in_features=32 is not a multiple of M=5"),
-        (SEARCH + " --seed -1", "--seed -1 is below 0"),
-        (SEARCH + " --text {text}", "is a bundle: it needs no text"),
-        (SEARCH + " --objective perplexity", "perplexity needs the model and a text"),
-        (VALIDATE + " --pattern 0.5 --candidates 7", "--candidates 7 is below 8"),
-        (
-            EVALUATE + " --text {text} --data-file a",
-            "--data-file a: data_file is a file of a dataset",
-        ),
-        (EVALUATE + " --text {text} --revision main", "is for hub ids"),
-        (CALIBRATE + " --out x.bin", r"must end in \.safetensors"),
-        (VALIDATE + " --pattern 0.5 --plot a.png", r"a\.png is not a name of a page.*a\.html"),
-        (PRUNE + " --text {text}", "--bundle and a text are both given"),
-    ],
+    ("code", "words", "message"),
+    [*((2, *row) for row in BAD_USAGE), *((1, *row) for row in FAILURES)],
 )
-def test_bad_usage(pho: Pho, places: dict[str, Path], words: str, message: str) -> None:
-    """A value that breaks a rule is named with the rule; exit code 2."""
-    code, said = refused(pho, words, places)
+def test_what_cannot_be_done_is_said_with_its_rule_and_leaves_nothing(
+    pho: Pho, places: dict[str, Path], code: int, words: str, message: str
+) -> None:
+    said = refused(pho, words, places)
 
-    assert code == 2
-    assert re.search(message, said)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("evaluate {text} --text {text}", r"is neither a folder nor a \.gguf or \.pho file"),
-        (EVALUATE + " --text {short}", "2 tokens, which do not fill one window of 32"),
-        (VALIDATE + " --pattern 0.5 --samples 99", "no text to measure perplexity on"),
-        (PRUNE + " --config none.json", r"none\.json cannot be read: No such file"),
-        (PRUNE + " --out {text}", "is a file"),
-        (CALIBRATE + " --out no/x.safetensors", "the folder .*no does not exist"),
-        (VALIDATE + " --pattern 0.5 --plot no/plot.html", "the folder .*no does not exist"),
-        (SEARCH + " --study study.db", r"'study\.db' is not a database URL"),
-        (SEARCH + " --study sqlite:///no/study.db", "the folder .*no does not exist"),
-    ],
-)
-def test_failure(pho: Pho, places: dict[str, Path], words: str, message: str) -> None:
-    """What is not there, or cannot be used, is named; exit code 1."""
-    code, said = refused(pho, words, places)
-
-    assert code == 1
-    assert re.search(message, said)
+    assert said[0] == code
+    assert re.search(message, said[1])
 
 
 @pytest.fixture
@@ -118,18 +146,16 @@ def full_disk(
         yield places
 
 
-def test_bundle_on_a_full_disk(pho: Pho, full_disk: dict[str, Path]) -> None:
-    code, said = refused(pho, f"{CALIBRATE} {SMALL}", full_disk)
+@pytest.mark.parametrize(
+    ("words", "named"), [(f"{CALIBRATE} {SMALL}", "x.safetensors"), (PRUNE, "pruned")]
+)
+def test_what_a_full_disk_does_not_take_is_named(
+    pho: Pho, full_disk: dict[str, Path], words: str, named: str
+) -> None:
+    code, said = refused(pho, words, full_disk)
 
     assert code == 1
-    assert "x.safetensors was not written" in said
-
-
-def test_folder_on_a_full_disk(pho: Pho, full_disk: dict[str, Path]) -> None:
-    code, said = refused(pho, PRUNE, full_disk)
-
-    assert code == 1
-    assert "pruned was not written" in said
+    assert f"{named} was not written" in said
 
 
 def test_study_on_a_full_disk(pho: Pho, full_disk: dict[str, Path]) -> None:
@@ -140,27 +166,7 @@ def test_study_on_a_full_disk(pho: Pho, full_disk: dict[str, Path]) -> None:
     assert not Path("config.json").exists()
 
 
-def test_database_without_a_driver(pho: Pho, places: dict[str, Path]) -> None:
-    """A database whose driver is not installed is refused in words."""
-    code, said = refused(pho, SEARCH + " --study postgresql+pg8000://localhost/pho", places)
-
-    assert code == 1
-    assert "postgresql" in said
-
-
-def test_own_kernel_sizes_of_a_bundle(pho: Pho, places: dict[str, Path]) -> None:
-    calibrated = pho(
-        *f"{CALIBRATE} --context-length 32 --samples 6 --kernel-sizes 3,7".format(**places).split()
-    )
-    found = pho("search", "x.safetensors", "--pattern", "0.5", "--trials", 12,
-                "--space", "kernel_sizes=7")  # fmt: skip
-
-    assert calibrated.exit_code == 0
-    assert found.exit_code == 0, found.stderr
-
-
-def test_huge_kernel_size(pho: Pho, places: dict[str, Path]) -> None:
-    """A kernel size that no tensor can have is refused in words."""
+def test_a_huge_kernel_size_is_refused_in_words(pho: Pho, places: dict[str, Path]) -> None:
     places["config"] = configured(places["tmp"], kernel_size=10**12 + 1)
     code, said = refused(pho, PRUNE, places)
 

@@ -3,46 +3,25 @@
 import json
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from sqlalchemy import select
+from pretended_user import FOUND, SPEC, Pho, succeed, take
 
 from pho_service.cli import main
 from pho_service.client import Client
-from pho_service.spec.configuration import Configuration, write_configuration
+from pho_service.spec.configuration import write_configuration
 from pho_service.spec.job import JobSpec
-from storage.claims import Found
 from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import KeyStore
-from storage.records import Claim, NewStage, StageKind
-from storage.tables import stages
-
-Pho = Callable[..., Result]
-
-SPEC = {"model": "org/name", "pattern": "0.5"}
-CONFIGURATION = Configuration.model_validate(
-    {
-        "method": "crepe",
-        "pattern": "0.5",
-        "scope": "layer",
-        "coefficients": {
-            "row": 0.1 + 0.2, "column": 1.0, "neighbourhood": 0.5, "kernel_size": 5,
-            "activation_exponent": 0.5,
-        },
-        "objective": {"name": "activation-reconstruction/blend", "value": 0.0123},
-        "confirmation": {"perplexity": 17.25, "tokens": 9, "context_length": 8, "text": {"ü": 1}},
-    }
-)  # fmt: skip
+from storage.records import NewStage, StageKind
 
 
 @pytest.fixture
@@ -52,49 +31,13 @@ def client(url: str) -> Iterator[Client]:
         yield opened
 
 
-@pytest.fixture
-def store(database: Database) -> JobStore:
-    """For what workers do."""
-    return JobStore(database)
-
-
-def take(store: JobStore, job_id: uuid.UUID, kind: StageKind) -> Claim:
-    """Claim a stage as the queue would give it out."""
-    query = select(stages.c.id, stages.c.queue_id).where(
-        stages.c.job_id == job_id, stages.c.kind == kind
-    )
-    with store.database.transaction() as connection:
-        row = connection.execute(query).one()
-    claim = store.claim(row.id, row.queue_id, uuid.uuid4())
-    assert claim is not None
-    return claim
-
-
-def succeed(store: JobStore, job_id: uuid.UUID) -> None:
-    """Do a job as far as a client can see."""
-    finish = [NewStage(kind=StageKind.FINISH)]
-    store.complete(take(store, job_id, StageKind.CALIBRATE), {}, then=finish)
-    store.complete(
-        take(store, job_id, StageKind.FINISH),
-        {},
-        found=Found(
-            best=CONFIGURATION.model_dump(mode="json"), warnings=["the best lies on the border"]
-        ),
-        ended=True,
-    )
-
-
 def fail(store: JobStore, job_id: uuid.UUID) -> None:
     """The same, to no good end."""
     error = {"type": "NumericalError", "message": "NaN in 4.q", "layer": "4.q"}
     store.fail(take(store, job_id, StageKind.CALIBRATE), error, retry=False)
 
 
-# -------------------------------------------------------------------------- submit
-
-
-def test_submit(remote: Pho, client: Client) -> None:
-    """A submit prints the job's id on stdout, and how to follow it on stderr."""
+def test_a_submit_prints_the_jobs_id_on_stdout(remote: Pho, client: Client) -> None:
     result = remote("submit", "org/name", "--pattern", "0.5")
     (job,) = client.jobs()
 
@@ -102,38 +45,6 @@ def test_submit(remote: Pho, client: Client) -> None:
     assert result.stdout == f"{job.id}\n"
     assert f"pho watch {job.id}" in result.stderr
     assert job.spec == JobSpec.model_validate(SPEC).model_dump(mode="json")
-
-
-def test_every_option(remote: Pho, client: Client, texts: dict[str, Path]) -> None:
-    """Each option stands in the document where it belongs."""
-    calibration, confirmation = str(texts["calibration"]), str(texts["confirmation"])
-    result = remote(
-        "submit", "org/name", "--pattern", "2:4", "--scope", "row", "--name", "mine",
-        "--text", calibration, "--samples", 6, "--context-length", 32,
-        "--confirm-text", confirmation, "--finalists", 3, "--validate", 9,
-        "--objective", "perplexity", "--weighting", "fisher", "--sampler", "tpe",
-        "--space", "row_share=0.25:0.75", "--space", "activation_exponent=1",
-        "--space", "kernel_sizes=9,3", "--trials", 50, "--islands", 2, "--seed", 7,
-        "--priority", -5, "--timeout", 60.5,
-    )  # fmt: skip
-    expected = JobSpec.model_validate(
-        {
-            "model": "org/name", "pattern": "2:4", "scope": "row", "name": "mine",
-            "calibration": {"text": calibration, "samples": 6, "context_length": 32},
-            "confirm": {"text": confirmation, "candidates": 3},
-            "validation": {"candidates": 9},
-            "objective": {"name": "perplexity", "weighting": "fisher"}, "sampler": "tpe",
-            "search_space": {
-                "row_share": [0.25, 0.75], "activation_exponent": [1.0, 1.0],
-                "kernel_sizes": [3, 9],
-            },
-            "trials": 50, "islands": 2, "seed": 7, "priority": -5, "timeout_s": 60.5,
-        }
-    )  # fmt: skip
-
-    assert result.exit_code == 0, result.stderr
-    (job,) = client.jobs()
-    assert job.spec == expected.model_dump(mode="json")
 
 
 def test_the_same_idempotency_key_twice_prints_the_same_id(remote: Pho) -> None:
@@ -185,14 +96,12 @@ NO_DOCUMENTS = [
 ]  # fmt: skip
 
 
-def test_bad_file(remote: Pho, client: Client) -> None:
-    """A file that is no document is refused in one line, and nothing is submitted."""
+def test_a_file_that_is_no_document_is_refused_in_one_line(remote: Pho, client: Client) -> None:
     for content in NO_DOCUMENTS:
         Path("job.json").write_bytes(content)
         result = remote("submit", "--job", "job.json")
 
-        assert result.exit_code in (1, 2)
-        assert result.stdout == ""
+        assert (result.exit_code in (1, 2), result.stdout) == (True, "")
         assert result.stderr.startswith("pho: ")
         assert len(result.stderr.splitlines()) == 1
     assert [*client.jobs()] == []
@@ -210,16 +119,13 @@ BAD_SUBMITS = [
     ((), "no model is given. Give MODEL"),
     (("org/name",), "no pattern is given. Give --pattern"),
     (("org/name", "--pattern", "half"), "--pattern half: pattern 'half' is neither"),
-    (("org/name", "--pattern", "0.5", "--timeout", "nan"), ""),
     (("../x", "--pattern", "0.5"), "/model: model '../x' does not lie below"),
     (("org/name", "--pattern", "0.5", "--name", "\udcff"), ""),  # bytes that are no UTF-8
-    (("org/name", "--pattern", "0.5", "--idempotency-key", "ü"), ""),
     (("org/name", "--pattern", "0.5", "--idempotency-key", "a b"), "Idempotency-Key"),
 ]
 
 
-def test_bad_submit(remote: Pho, client: Client) -> None:
-    """What is wrong with a job is told, with its place, and nothing is submitted."""
+def test_what_is_wrong_with_a_job_is_told_with_its_place(remote: Pho, client: Client) -> None:
     for words, says in BAD_SUBMITS:
         result = remote("submit", *words)
 
@@ -229,14 +135,10 @@ def test_bad_submit(remote: Pho, client: Client) -> None:
     assert [*client.jobs()] == []
 
 
-# -------------------------------------------------------------------------- show, jobs
-
-
-def test_show(remote: Pho, client: Client, store: JobStore) -> None:
-    """A job is shown with its progress, and with its winner once it has one."""
+def test_a_job_is_shown_with_its_progress(remote: Pho, client: Client, store: JobStore) -> None:
     job = client.submit({**SPEC, "trials": 40})
     before = remote("show", job.id).stdout
-    succeed(store, job.id)
+    succeed(store, job.id, FOUND)
     after = remote("show", job.id).stdout
 
     assert f"job          {job.id}\n" in before
@@ -247,11 +149,12 @@ def test_show(remote: Pho, client: Client, store: JobStore) -> None:
     assert "state        succeeded, stage finish\n" in after
     assert "best         crepe, objective 0.01230, perplexity 17.25\n" in after
     assert f"pho best {job.id}" in after
+    shown = json.loads(remote("show", job.id, "--json").stdout)
+    assert shown == client.job(job.id).model_dump(mode="json")
     assert "note         the best lies on the border\n" in after
 
 
-def test_show_time_left(remote: Pho, client: Client, store: JobStore) -> None:
-    """While it searches, the time left is shown."""
+def test_the_time_left_is_shown(remote: Pho, client: Client, store: JobStore) -> None:
     job = client.submit({**SPEC, "trials": 40}).id
     search = [NewStage(kind=StageKind.SEARCH)]
     store.complete(take(store, job, StageKind.CALIBRATE), {}, then=search)
@@ -264,28 +167,22 @@ def test_show_time_left(remote: Pho, client: Client, store: JobStore) -> None:
     assert "search       10 of 40 trials\n" in shown
 
 
-def test_show_shards(remote: Pho, client: Client, store: JobStore) -> None:
-    """Of a calibration that is shared out, the shards that are done are shown."""
+def test_shards_of_a_calibration_that_are_done_are_shown(
+    remote: Pho, client: Client, store: JobStore
+) -> None:
     job = client.submit({**SPEC, "trials": 40}).id
     parts = [
         NewStage(kind=StageKind.CALIBRATE, number=10 + i, params={"part_of": 0}) for i in range(3)
     ]
     store.complete(take(store, job, StageKind.CALIBRATE), {}, then=parts)
-    part = store.get(job).shards[0]
-    with store.database.transaction() as connection:
-        query = select(stages.c.queue_id).where(stages.c.id == part.id)
-        entry = connection.execute(query).scalar_one()
-    claim = store.claim(part.id, entry, uuid.uuid4())
-    assert claim is not None
-    store.complete(claim, {})
+    store.complete(take(store, job, StageKind.CALIBRATE, 10), {})
+    parts = client.job(job).progress.of("calibrate")
 
     assert "calibrate    1 of 3 parts\nsearch       0 of 40" in remote("show", job).stdout
-    parts = client.job(job).progress.of("calibrate")
     assert (parts.done, parts.total) == (1, 3)
 
 
-def test_show_failure(remote: Pho, client: Client, store: JobStore) -> None:
-    """Why a job failed is shown; to show it is no failure."""
+def test_why_a_job_failed_is_shown(remote: Pho, client: Client, store: JobStore) -> None:
     job = client.submit(SPEC).id
     fail(store, job)
     result = remote("show", job)
@@ -294,17 +191,9 @@ def test_show_failure(remote: Pho, client: Client, store: JobStore) -> None:
     assert "error        NumericalError in calibrate at 4.q: NaN in 4.q\n" in result.stdout
 
 
-def test_show_json(remote: Pho, client: Client) -> None:
-    """With --json, stdout is the job."""
-    job = client.submit(SPEC)
-
-    assert json.loads(remote("show", job.id, "--json").stdout) == job.model_dump(mode="json")
-
-
-def test_jobs(remote: Pho, client: Client, store: JobStore) -> None:
-    """Jobs are listed newest first, as many as asked for, in the states asked for."""
+def test_jobs_are_listed_newest_first(remote: Pho, client: Client, store: JobStore) -> None:
     jobs = [client.submit({**SPEC, "name": f"number {i}"}) for i in range(3)]
-    succeed(store, jobs[1].id)
+    succeed(store, jobs[1].id, FOUND)
     table = remote("jobs").stdout
 
     places = [table.index(f"{job.id}") for job in jobs]
@@ -312,27 +201,20 @@ def test_jobs(remote: Pho, client: Client, store: JobStore) -> None:
     assert "17.25" in table
     assert listed(remote("jobs", "--json")) == [job.id for job in jobs[::-1]]
     assert listed(remote("jobs", "--json", "--limit", 2)) == [jobs[2].id, jobs[1].id]
-    assert listed(remote("jobs", "--json", "--limit", 0)) == []
     states = ("--state", "succeeded", "--state", "failed")
     assert listed(remote("jobs", "--json", *states)) == [jobs[1].id]
 
 
-def test_filtered_jobs(remote: Pho, client: Client) -> None:
-    """Jobs are listed by model, pattern and name, any of several, in the order asked for."""
-    small, large, half = (
-        client.submit({"model": f"org/{model}", "pattern": pattern, "name": name}).id
-        for model, pattern, name in (
-            ("small", "2:4", "b"), ("large", "2:4", "a"), ("large", "0.5", "c"),
-        )
-    )  # fmt: skip
+def test_jobs_are_listed_by_model_pattern_and_name(remote: Pho, client: Client) -> None:
+    large, half = (
+        client.submit({"model": f"org/{name}", "pattern": pattern, "name": name}).id
+        for name, pattern in (("large", "2:4"), ("half", "0.5"))
+    )
+    both = ("--pattern", "2:4", "--pattern", "0.5", "--sort=-name")
 
-    assert listed(remote("jobs", "--json", "--model", "org/large")) == [half, large]
     assert listed(remote("jobs", "--json", "--model", "org/large", "--pattern", "2:4")) == [large]
-    both = ("--pattern", "2:4", "--pattern", "0.5")
-    assert listed(remote("jobs", "--json", *both, "--sort", "name")) == [large, small, half]
-    assert listed(remote("jobs", "--json", *both, "--sort=-name")) == [half, small, large]
-    assert listed(remote("jobs", "--json", "--name", str(small)[:8])) == [small]
-    assert listed(remote("jobs", "--json", "--name", "nowhere")) == []
+    assert listed(remote("jobs", "--json", *both)) == [large, half]
+    assert listed(remote("jobs", "--json", "--name", str(half)[:8])) == [half]
 
 
 def listed(result: Result) -> list[uuid.UUID]:
@@ -363,14 +245,10 @@ def test_workers_are_listed_with_device_and_stage(remote: Pho, store: JobStore) 
     assert "cuda:1" in table
 
 
-# ---------------------------------------------------------------------------- best
-
-
-def test_best(remote: Pho, client: Client, store: JobStore) -> None:
-    """The best goes to stdout or into a file: the bytes that `pho search` would write."""
+def test_best_gives_the_bytes_of_pho_search(remote: Pho, client: Client, store: JobStore) -> None:
     job = client.submit(SPEC).id
-    succeed(store, job)
-    write_configuration(CONFIGURATION, Path("expected.json"))
+    succeed(store, job, FOUND)
+    write_configuration(FOUND, Path("expected.json"))
     printed = remote("best", job)
     written = remote("best", job, "--out", "config.json")
 
@@ -388,22 +266,9 @@ def test_without_one_the_verb_fails_and_no_file_is_made(remote: Pho, client: Cli
     assert not Path("config.json").exists()
 
 
-def test_a_folder_that_is_not_there_is_told(remote: Pho, client: Client, store: JobStore) -> None:
-    job = client.submit(SPEC).id
-    succeed(store, job)
-    result = remote("best", job, "--out", "no/config.json")
-
-    assert result.exit_code == 1
-    assert "does not exist" in result.stderr
-
-
-# --------------------------------------------------------------------- watch, and verbs
-
-
-def test_watch(remote: Pho, client: Client, store: JobStore) -> None:
-    """Watching ends with the job, with its winner and exit code 0."""
+def test_watching_ends_with_the_job(remote: Pho, client: Client, store: JobStore) -> None:
     job = client.submit(SPEC)
-    succeed(store, job.id)
+    succeed(store, job.id, FOUND)
     result = remote("watch", job.id)
 
     assert result.exit_code == 0
@@ -411,8 +276,7 @@ def test_watch(remote: Pho, client: Client, store: JobStore) -> None:
     assert "perplexity 17.25" in result.stdout
 
 
-def test_watch_a_failure(remote: Pho, client: Client, store: JobStore) -> None:
-    """A job that fails or is cancelled is exit code 1, with the reason."""
+def test_a_failure_is_exit_code_1(remote: Pho, client: Client, store: JobStore) -> None:
     failed, cancelled = client.submit(SPEC).id, client.submit(SPEC).id
     fail(store, failed)
     client.cancel(cancelled)
@@ -424,13 +288,11 @@ def test_watch_a_failure(remote: Pho, client: Client, store: JobStore) -> None:
     assert f"job {cancelled} cancelled" in of_cancelled.stderr
 
 
-def test_submit_and_watch(remote: Pho, client: Client, store: JobStore) -> None:
-    """A submit that waits ends as watching does."""
-
+def test_a_submit_that_waits_watches(remote: Pho, client: Client, store: JobStore) -> None:
     def work() -> None:
         while not (jobs := [*client.jobs()]):
             time.sleep(0.05)
-        succeed(store, jobs[0].id)
+        succeed(store, jobs[0].id, FOUND)
 
     worker = threading.Thread(target=work)
     worker.start()
@@ -441,8 +303,7 @@ def test_submit_and_watch(remote: Pho, client: Client, store: JobStore) -> None:
     assert json.loads(result.stdout)["state"] == "succeeded"
 
 
-def test_verbs(remote: Pho, client: Client) -> None:
-    """Each verb says what the job is then; what cannot be is exit code 1 with the state."""
+def test_each_verb_says_what_the_job_is_then(remote: Pho, client: Client) -> None:
     job = client.submit({**SPEC, "trials": 40}).id
     said = [
         (result.exit_code, result.stdout, result.stderr)
@@ -466,32 +327,24 @@ def test_verbs(remote: Pho, client: Client) -> None:
     assert [*client.jobs()] == []
 
 
-def test_no_such_job(remote: Pho, client: Client) -> None:
-    """A job that is not there, or no id at all, is exit code 1 with a sentence."""
+def test_a_job_that_is_not_there_or_no_id_at_all(remote: Pho, client: Client) -> None:
     job = client.submit(SPEC).id
     verbs = [[v] for v in ("show", "watch", "best", "cancel", "pause", "resume", "delete")]
-    for verb in (*verbs, ["extend", "--trials", "1"]):
-        for job_id in (str(uuid.uuid4()), "x", "", "../workers", f"{job}/trials", "a b", "\udcff"):
-            result = remote(*verb, "--", job_id)
+    for verb, job_id in (
+        *((verb, uuid.uuid4()) for verb in (*verbs, ["extend", "--trials", "1"])),
+        *((["cancel"], odd) for odd in ("x", "", "../workers", f"{job}/trials", "a b", "\udcff")),
+    ):
+        result = remote(*verb, "--", job_id)
 
-            assert result.exit_code in (1, 2)
-            assert result.stdout == ""
-            assert result.stderr.strip()
+        assert (result.exit_code in (1, 2), result.stdout) == (True, "")
+        assert result.stderr.strip()
     assert client.job(job).state == "queued"
 
 
-# ------------------------------------------------------------------- which service, and none
-
-
-@pytest.mark.parametrize(
-    "verb",
-    [("jobs",), ("workers",), ("show", str(uuid.UUID(int=0))), ("submit", "m", "--pattern", "0.5")],
-)
-def test_not_running(pho: Pho, verb: tuple[str, ...]) -> None:
-    """If no service runs, that is exit code 1 with the way out."""
+def test_if_no_service_runs_the_way_out_is_told(pho: Pho) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    result = pho(*verb, "--url", url)
+    result = pho("jobs", "--url", url)
 
     assert (result.exit_code, result.stdout) == (1, "")
     assert url in result.stderr
@@ -499,49 +352,11 @@ def test_not_running(pho: Pho, verb: tuple[str, ...]) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_watch_not_running(pho: Pho, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Watching waits for a service that went away, but not for ever."""
-    monkeypatch.setattr("pho_service.client._OUTAGE_S", 1.0)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    result = pho("watch", str(uuid.uuid4()), "--url", url)
-
-    assert result.exit_code == 1
-    assert "pho serve" in result.stderr
-
-
-def test_url_first(remote: Pho, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """An address that is given goes before that of the environment."""
+def test_a_given_address_wins(remote: Pho, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setenv("PHO_API_URL", "http://127.0.0.1:1")
 
     assert remote("jobs", "--url", url).exit_code == 0
     assert remote("jobs").exit_code == 1
-
-
-@pytest.mark.parametrize("url", ["nope", "http://[", "http://h:99999", "ftp://h", "http://\x00"])
-def test_an_address_that_is_none_is_told_in_one_line(pho: Pho, url: str) -> None:
-    result = pho("jobs", "--url", url)
-
-    assert isinstance(result.exception, SystemExit)
-    assert result.exit_code in (1, 2)
-    assert len(result.stderr.splitlines()) == 1
-
-
-def test_key(remote: Pho, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key comes from the environment; without one, the way to it is told."""
-    _, secret = KeyStore(database).create("k", sees_all=False)
-    without = remote("jobs")
-    monkeypatch.setenv("PHO_API_KEY", "pho_wrong")
-    wrong = remote("jobs")
-    monkeypatch.setenv("PHO_API_KEY", secret)
-
-    assert remote("jobs").exit_code == 0
-    assert (without.exit_code, wrong.exit_code) == (1, 1)
-    assert "pho keys create" in without.stderr
-    assert "pho_wrong" not in wrong.stderr
-
-
-# --------------------------------------------------------------------------- pho keys
 
 
 @pytest.fixture
@@ -556,27 +371,19 @@ def keys(pho: Pho, database_url: str) -> Pho:
     return run
 
 
-def test_create_a_key(keys: Pho, database: Database) -> None:
+def test_create_a_key(keys: Pho, pho: Pho, database: Database, database_url: str) -> None:
     """A new key is the only thing on stdout, works, and is shown this once."""
     created = keys("create", "laptop")
     secret = created.stdout.strip()
-    found = KeyStore(database).find(secret)
-
-    assert found is not None
-    assert (found.name, found.sees_all) == ("laptop", False)
-    assert secret not in created.stderr
-    assert secret not in keys("list").output
-
-
-def test_key_for_all_jobs(pho: Pho, database: Database, database_url: str) -> None:
-    """With --all-jobs, it sees those of all keys."""
     pho("keys", "create", "admin", "--all-jobs", "--database-url", database_url)
+    found, admin = KeyStore(database).all()
 
-    assert [key.sees_all for key in KeyStore(database).all()] == [True]
+    assert KeyStore(database).find(secret) == found
+    assert (found.name, found.sees_all, admin.sees_all) == ("laptop", False, True)
+    assert secret not in created.stderr + keys("list").output
 
 
-def test_list_keys(pho: Pho, keys: Pho, database_url: str) -> None:
-    """Keys are listed by how they begin, also those that were revoked."""
+def test_keys_are_listed_revoked_ones_too(pho: Pho, keys: Pho, database_url: str) -> None:
     prefixes = [keys("create", name).stdout[:10] for name in ("a", "b")]
     revoked = keys("revoke", prefixes[0])
     printed = json.loads(pho("keys", "list", "--json", "--database-url", database_url).stdout)
@@ -607,18 +414,16 @@ def test_keys_that_expire(pho: Pho, keys: Pho, database: Database, database_url:
     assert old["revoked_at"] is not None
 
 
-@pytest.mark.parametrize("span", ["", "30", "0d", "-1d", "1.5d", "30 d", "36501d", "never", "٣d"])
-def test_odd_spans(pho: Pho, database: Database, database_url: str, span: str) -> None:
-    """A span that is none is bad usage, with an example of one; no key is made."""
-    result = pho("keys", "create", "x", f"--expires={span}", "--database-url", database_url)
+def test_a_span_that_is_none_is_bad_usage(pho: Pho, database: Database, database_url: str) -> None:
+    for span in ("", "30", "0d", "-1d", "1.5d", "30 d", "36501d", "never", "٣d"):
+        result = pho("keys", "create", "x", f"--expires={span}", "--database-url", database_url)
 
-    assert result.exit_code == 2
-    assert "12h, 30d or 52w" in result.stderr
+        assert result.exit_code == 2
+        assert "12h, 30d or 52w" in result.stderr
     assert KeyStore(database).all() == []
 
 
-def test_jobs_without_a_key(keys: Pho, store: JobStore) -> None:
-    """Who makes a key is told of jobs that it does not see, and how to give them to it."""
+def test_who_makes_a_key_is_told_of_jobs_that_it_does_not_see(keys: Pho, store: JobStore) -> None:
     first = NewStage(kind=StageKind.CALIBRATE)
     store.submit(SPEC, name="n", first=first, trials=1, max_attempts=1)
     made = keys("create", "mine")
@@ -632,18 +437,14 @@ def test_jobs_without_a_key(keys: Pho, store: JobStore) -> None:
     assert keys("take-over", prefix).exit_code == 2
 
 
-def test_revoke_nothing(keys: Pho, database: Database) -> None:
-    """A key that does not exist is bad usage; nothing is revoked."""
+def test_a_key_that_does_not_exist_is_bad_usage(keys: Pho, database: Database) -> None:
     prefix = keys("create", "a").stdout[:10]
-    for wrong in ("pho_", "", prefix[:-1], "pho_nothing", str(uuid.uuid4()), "\udcff", "%"):
+    for wrong in ("pho_", prefix[:-1], "\udcff"):
         result = keys("revoke", wrong)
 
         assert result.exit_code == 2
         assert "pho keys list" in result.stderr
     assert [key.revoked_at for key in KeyStore(database).all()] == [None]
-
-
-# -------------------------------------------------------------------- pho serve, pho worker
 
 
 @pytest.fixture
@@ -671,37 +472,21 @@ def test_a_port_that_is_taken_is_bad_usage_and_named_with_the_way_out(serve: Pho
     assert "Give another --port" in result.stderr
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "", "::"])  # noqa: S104 - must be refused
+@pytest.mark.parametrize("host", ["0.0.0.0", ""])  # noqa: S104 - must be refused
 def test_others_without_keys(serve: Pho, database: Database, host: str) -> None:
     """Where others can come in, nothing is served before there is a key that is not revoked."""
     first = serve("--host", host, "--port", 0)
     store = KeyStore(database)
     store.revoke(store.create("old", sees_all=True)[0].prefix)
-    second = serve("--host", host, "--port", 0)
+    second = serve("--host", "::", "--port", 0)
 
     for result in (first, second):
         assert result.exit_code == 2
         assert "pho keys create" in result.stderr
 
 
-def test_who_was_refused_leaves_no_connection_open(serve: Pho, database: Database) -> None:
-    refused = serve("--host", "::", "--port", 0)
-    query = (
-        "SELECT count(*) FROM pg_stat_activity"
-        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
-    )
-    deadline = time.monotonic() + 60.0
-    left = 1
-    while left and time.monotonic() < deadline:  # the server takes its time to notice
-        with database.transaction() as connection:
-            left = connection.exec_driver_sql(query).scalar_one()
-
-    assert refused.exit_code == 2
-    assert left == 0
-
-
 def test_a_host_that_is_none_of_this_machines_is_bad_usage(serve: Pho) -> None:
-    for host in ("no.such.host.invalid", "192.0.2.1", "127.0.0.1:80", "a b", "x" * 300):
+    for host in ("no.such.host.invalid", "127.0.0.1:80", "x" * 300):
         result = serve("--host", host, "--port", 0)
 
         assert result.exit_code == 2
@@ -727,8 +512,7 @@ def test_bad_setting(pho: Pho, monkeypatch: pytest.MonkeyPatch, variable: str, v
     assert f"{variable}={value!r}" in result.stderr
 
 
-def test_stalled_before_a_heartbeat(pho: Pho, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor may workers count as dead before they can report."""
+def test_dead_before_a_heartbeat_is_refused(pho: Pho, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PHO_HEARTBEAT_S", "60")
     result = pho("keys", "list", "--database-url", "postgresql://127.0.0.1:1/x")
 
@@ -740,20 +524,15 @@ def test_stalled_before_a_heartbeat(pho: Pho, monkeypatch: pytest.MonkeyPatch) -
     ("url", "says"),
     [
         ("nonsense", "postgresql://"),
-        ("mysql://u:secret@h/x", "postgresql://"),
-        ("sqlite:///x.db", "postgresql://"),
         ("postgresql://u:secret@127.0.0.1:1/x", "127.0.0.1"),
         ("postgresql://u:secret@127.0.0.1:port/x", ""),
         ("postgresql://u:secret@[/x", ""),
         ("", ""),
     ],
 )
-def test_bad_database(pho: Pho, url: str, says: str) -> None:
-    """A database that cannot be is told in a few words, without its password."""
-    for verb in (
-        ("keys", "list"),
-        ("serve", "--workers", 0, "--port", 0, "--data-dir", "/dev/null"),
-    ):
+def test_a_bad_database_is_told_without_its_password(pho: Pho, url: str, says: str) -> None:
+    serve = ("serve", "--workers", 0, "--port", 0, "--data-dir", "/dev/null")
+    for verb in (("keys", "list"), serve):
         result = pho(*verb, "--database-url", url)
 
         assert isinstance(result.exception, SystemExit), result.exception
@@ -763,32 +542,8 @@ def test_bad_database(pho: Pho, url: str, says: str) -> None:
 
 
 def test_a_data_folder_that_cannot_be_is_told(pho: Pho) -> None:
-    Path("file").write_text("mine")
-    for folder in ("file", "file/below", "/proc/x"):
-        result = pho("keys", "list", "--data-dir", folder)
+    result = pho("keys", "list", "--data-dir", "/proc/x")
 
-        assert isinstance(result.exception, SystemExit), result.exception
-        assert result.exit_code == 1
-        assert folder in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("words", "code", "says"),
-    [
-        (
-            ("--stages", "dance", "--database-url", "postgresql://h/x"),
-            2,
-            "calibrate, point, search",
-        ),
-    ],
-)
-def test_worker(tmp_path: Path, words: tuple[str, ...], code: int, says: str) -> None:
-    """A worker that is told nonsense says so, and ends."""
-    command = [sys.executable, "-c", "from pho_service.cli import main; main()", "worker", *words]
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
-    )
-
-    assert done.returncode == code
-    assert says in done.stderr
-    assert "Traceback" not in done.stderr
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == 1
+    assert "/proc/x" in result.stderr

@@ -28,8 +28,7 @@ def lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
     return printed
 
 
-def test_pipe(lines: Lines) -> None:
-    """In a pipe a row is a line, with all its columns; text is aligned left, numbers right."""
+def test_in_a_pipe_a_row_is_a_line_with_all_its_columns_text_is_aligned_left(lines: Lines) -> None:
     title, header, first, second, _ = (line for line in lines(None) if line[:1].isalnum())
 
     assert title == "Jobs"
@@ -40,8 +39,7 @@ def test_pipe(lines: Lines) -> None:
 
 
 @pytest.mark.parametrize("width", [100, 80, 70])
-def test_narrow(lines: Lines, width: int) -> None:
-    """On a narrow terminal a spare column goes first, then a text is folded; nothing is cut."""
+def test_on_a_narrow_terminal_a_spare_column_goes_first(lines: Lines, width: int) -> None:
     shown = lines(width)
     text = "\n".join(shown)
 
@@ -53,8 +51,7 @@ def test_narrow(lines: Lines, width: int) -> None:
     assert ("No room for: RIA." in text) is (width < 100)
 
 
-def test_very_narrow(lines: Lines) -> None:
-    """On one that is narrower still each cell has a line, and no column is left out."""
+def test_on_one_that_is_narrower_still_each_cell_has_a_line(lines: Lines) -> None:
     shown = lines(40)
 
     assert "name        small-llama 0.7" in shown

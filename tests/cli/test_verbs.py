@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
-from transformers import AutoModelForCausalLM
+from pretended_user import answer
 
 from pho_service.cli import main
 from pho_service.spec.baselines import shown_baselines
@@ -27,13 +26,9 @@ def pho(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
-def done(*arguments: object) -> dict[str, Any]:
+def done(*arguments: object) -> Any:
     """The JSON of a verb that must succeed."""
-    result = pho(*arguments, "--json")
-
-    assert result.exit_code == 0, result.output
-    document: dict[str, Any] = json.loads(result.stdout)
-    return document
+    return answer(pho(*arguments, "--json"))
 
 
 @pytest.fixture
@@ -42,6 +37,15 @@ def bundle(model_folder: Path, texts: dict[str, Path], tmp_path: Path) -> Path:
     path = tmp_path / "b.safetensors"
     done("calibrate", model_folder, "--text", texts["calibration"], "--out", path, *CALIBRATION)
     return path
+
+
+@pytest.fixture
+def found_from_bundle(bundle: Path, tmp_path: Path) -> Any:
+    """What a search says that needs no model and no text; the configuration is in a file."""
+    return done(
+        "search", bundle, "--pattern", "0.5", "--preset", "score", "--trials", 12,
+        "--study", f"sqlite:///{tmp_path / 's.db'}", "--out", tmp_path / "config.json",
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -61,32 +65,19 @@ def test_a_bundle_is_written_and_nothing_besides(bundle: Path) -> None:
     assert [p.name for p in bundle.parent.iterdir() if p.name.startswith(".pho")] == []
 
 
-def test_search_from_bundle(bundle: Path, tmp_path: Path) -> None:
-    """From a bundle a search needs no model and no text; it says that nothing is confirmed."""
-    document = done(
-        "search", bundle, "--pattern", "0.5", "--preset", "score", "--trials", 20,
-        "--kernel-sizes", "3,5", "--study", f"sqlite:///{tmp_path / 's.db'}",
-        "--out", tmp_path / "c.json",
-    )  # fmt: skip
-    found = document["configuration"]
+def test_a_search_from_a_bundle_says_that_nothing_is_confirmed(
+    found_from_bundle: Any, tmp_path: Path
+) -> None:
+    found = found_from_bundle["configuration"]
 
     assert found["confirmation"] is None
-    assert any("Not confirmed" in warning for warning in document["warnings"])
+    assert any("Not confirmed" in warning for warning in found_from_bundle["warnings"])
     assert all(found["objective"]["value"] <= b["proxy"] for b in found["baselines"])
-    assert json.loads((tmp_path / "c.json").read_text()) == found
+    assert found["search"]["space"]["kernel_sizes"] == [3, 5]  # the bundle's
+    assert json.loads((tmp_path / "config.json").read_text()) == found
 
 
-def test_bundle_needs_no_kernel_sizes(bundle: Path, tmp_path: Path) -> None:
-    document = done(
-        "search", bundle, "--preset", "score", "--pattern", "2:4", "--trials", 12,
-        "--study", f"sqlite:///{tmp_path / 's.db'}", "--out", tmp_path / "c.json",
-    )  # fmt: skip
-
-    assert document["configuration"]["search"]["space"]["kernel_sizes"] == [3, 5]
-
-
-def test_search_confirms(search_arguments: list[object]) -> None:
-    """With a text to confirm on, the lowest perplexity wins, baselines included."""
+def test_the_lowest_perplexity_wins_baselines_included(search_arguments: list[object]) -> None:
     found = done(*search_arguments)["configuration"]
     measured = [c["perplexity"] for c in found["candidates"] if c["perplexity"] is not None]
 
@@ -96,76 +87,11 @@ def test_search_confirms(search_arguments: list[object]) -> None:
     assert found["confirmation"]["text"]["sha256"]
 
 
-def test_search_holds_windows_out(search_arguments: list[object]) -> None:
-    """Without a text to confirm on, windows that calibration left are used."""
-    at = search_arguments.index("--confirm-text")
-    del search_arguments[at : at + 2]
-    confirmation = done(*search_arguments)["configuration"]["confirmation"]
-
-    assert confirmation["tokens"] == 16 * 23
-
-
-def test_search_again(search_arguments: list[object], tmp_path: Path) -> None:
-    """A finished search, asked again, gives the same file without measuring anything."""
-    done(*search_arguments)
-    first = (tmp_path / "config.json").read_bytes()
-    (tmp_path / "config.json").unlink()
-    done(*search_arguments)
-
-    assert (tmp_path / "config.json").read_bytes() == first
-
-
-def test_same_seed_same_file(search_arguments: list[object], tmp_path: Path) -> None:
-    """From nothing, the same search writes the same bytes."""
-    files = []
-    for place in range(2):
-        done(*[str(a).replace("study.db", f"study{place}.db") for a in search_arguments])
-        files.append((tmp_path / "config.json").read_bytes())
-        for kept in tmp_path.glob("cache/bundles/*"):
-            kept.unlink()
-
-    assert files[0] == files[1]
-
-
-def test_the_slow_objective_searches_by_perplexity_itself(search_arguments: list[object]) -> None:
-    found = done(*search_arguments, "--objective", "perplexity", "--trials", 12)["configuration"]
-
-    assert found["objective"]["value"] == found["confirmation"]["perplexity"]
-
-
-def test_prune(search_arguments: list[object], texts: dict[str, Path], tmp_path: Path) -> None:
-    """The saved model has exact zeros, a true recipe, and the perplexity that the search saw."""
-    model = search_arguments[1]
-    found = done(*search_arguments)["configuration"]
-    folder = tmp_path / "pruned"
-    done(
-        "prune", model, "--config", tmp_path / "config.json", "--out", folder, *CALIBRATION,
-        "--text", texts["calibration"],
-    )  # fmt: skip
-    recipe = json.loads((folder / "pruning.json").read_text())
-    dense = AutoModelForCausalLM.from_pretrained(model)
-    sparse = AutoModelForCausalLM.from_pretrained(folder)
-    zeros = 0
-    for name, layer in recipe["layers"].items():
-        weight = sparse.get_parameter(f"{name}.weight")
-        kept = weight != 0
-        zeros += int((~kept).sum())
-
-        assert torch.equal(weight[kept], dense.get_parameter(f"{name}.weight")[kept])
-        assert float((~kept).float().mean()) == pytest.approx(layer["sparsity"])
-    assert zeros == 18_432 // 2
-    assert recipe["sparsity"] == pytest.approx(0.5)
-    rated = done(
-        "evaluate", folder, "--text", texts["confirmation"], "--context-length", 24,
-        "--max-windows", 16,
-    )  # fmt: skip
-    assert rated["perplexity"] == found["confirmation"]["perplexity"]
-
-
-def test_prune_from_bundle(search_arguments: list[object], bundle: Path, tmp_path: Path) -> None:
-    """A bundle has the statistics in full, so pruning from it is the same."""
-    done(*search_arguments)
-    arguments = ["prune", search_arguments[1], "--config", tmp_path / "config.json", *CALIBRATION]
+@pytest.mark.usefixtures("found_from_bundle")
+def test_pruning_from_a_bundle_is_the_same(
+    model_folder: Path, bundle: Path, tmp_path: Path
+) -> None:
+    arguments = ["prune", model_folder, "--config", tmp_path / "config.json", *CALIBRATION]
     done(*arguments, "--bundle", bundle, "--out", tmp_path / "a")
     done(*arguments, "--text", tmp_path / "calibration.jsonl", "--out", tmp_path / "b")
 
@@ -174,8 +100,7 @@ def test_prune_from_bundle(search_arguments: list[object], bundle: Path, tmp_pat
     ).read_bytes()
 
 
-def test_evaluate(bos_folder: Path, texts: dict[str, Path]) -> None:
-    """The perplexity comes with everything that it depends on."""
+def test_a_perplexity_says_all_it_depends_on(bos_folder: Path, texts: dict[str, Path]) -> None:
     rated = done("evaluate", bos_folder, "--text", texts["report"], "--context-length", 24)
 
     assert rated["tokens"] == rated["windows"] * 23
@@ -185,12 +110,13 @@ def test_evaluate(bos_folder: Path, texts: dict[str, Path]) -> None:
     assert 1 < rated["perplexity"] < 1000
 
 
-def test_compare(search_arguments: list[object], texts: dict[str, Path], tmp_path: Path) -> None:
-    """The table has dense, the published methods and the configurations, in this order."""
-    done(*search_arguments)
+@pytest.mark.usefixtures("found_from_bundle")
+def test_dense_published_methods_and_configurations_are_compared_in_this_order(
+    model_folder: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
     config = tmp_path / "config.json"
     rows = done(
-        "compare", search_arguments[1], "--pattern", "0.5", "--scope", "layer", *CALIBRATION,
+        "compare", model_folder, "--pattern", "0.5", "--scope", "layer", *CALIBRATION,
         "--text", texts["calibration"], "--report-text", texts["report"], "--config", config,
     )["rows"]  # fmt: skip
 
@@ -200,21 +126,10 @@ def test_compare(search_arguments: list[object], texts: dict[str, Path], tmp_pat
     assert rows[0]["sparsity"] == 0
     assert [r["sparsity"] for r in rows[1:]] == pytest.approx([0.5] * len(rows[1:]))
     assert all(r["perplexity"] > 1 and r["seconds"] > 0 for r in rows)
+    assert all(r["memory_bytes"] > 2**20 for r in rows)
 
 
-def test_compare_some(model_folder: Path, texts: dict[str, Path]) -> None:
-    """Every method prunes the linears that the options choose, and no others count."""
-    rows = done(
-        "compare", model_folder, "--pattern", "0.5", *CALIBRATION, "--text", texts["calibration"],
-        "--report-text", texts["report"], "--ignore", "*.o_proj", "--sparsity", "*.down_proj=0.25",
-    )["rows"]  # fmt: skip
-
-    by_hand = (6144 * 0.5 + 2048 * 0.25) / 8192  # of a block
-    assert [r["sparsity"] for r in rows[1:]] == pytest.approx([by_hand] * len(rows[1:]), abs=1e-4)
-
-
-def test_compare_nm(model_folder: Path, texts: dict[str, Path]) -> None:
-    """At 2:4 every method removes half of each group, permuted or not, and OWL has no row."""
+def test_at_2_4_half_of_each_group_goes(model_folder: Path, texts: dict[str, Path]) -> None:
     rows = done(
         "compare", model_folder, "--pattern", "2:4", *CALIBRATION, "--text", texts["calibration"],
         "--report-text", texts["report"],
@@ -257,7 +172,7 @@ def test_validate(model_folder: Path, texts: dict[str, Path], tmp_path: Path) ->
 def test_tables(model_folder: Path, texts: dict[str, Path], search_arguments: list[object]) -> None:
     """Without --json, people get tables and sentences."""
     compared = pho(
-        "compare", model_folder, "--pattern", "0.5", *CALIBRATION,
+        "compare", model_folder, "--pattern", "0.5", *CALIBRATION, "--method", "ria-layer",
         "--text", texts["calibration"], "--report-text", texts["report"],
     )  # fmt: skip
     searched = pho(*search_arguments)

@@ -14,11 +14,7 @@ from pho_service.host.settings import Settings
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
-    """
-    Two roots, a secret beside them, and links of all kinds.
-
-    The roots are ``models`` and ``texts``.
-    """
+    """Two roots, ``models`` and ``texts``, a secret beside them, and links of all kinds."""
     models, texts = tmp_path / "models", tmp_path / "texts"
     (models / "org" / "local").mkdir(parents=True)
     (models / "weights.gguf").touch()
@@ -39,11 +35,9 @@ def disk(tmp_path: Path) -> Path:
 def access(disk: Path) -> Access:
     """The rules of that disk."""
     settings = Settings(
-        model_roots=(disk / "models",),
-        text_roots=(disk / "texts",),
-        hub_models=("org/*", "gpt2"),
-        hub_datasets=("allenai/c4",),
-    )
+        model_roots=(disk / "models",), text_roots=(disk / "texts",),
+        hub_models=("org/*", "gpt2"), hub_datasets=("allenai/c4",),
+    )  # fmt: skip
     return Access.of(settings)
 
 
@@ -57,14 +51,12 @@ def access(disk: Path) -> Access:
         ("in/local", "org/local"),
     ],
 )
-def test_model_below_a_root(access: Access, disk: Path, name: str, below: str) -> None:
-    """A folder or file below a root is found, and given with its absolute path."""
+def test_what_lies_below_a_root(access: Access, disk: Path, name: str, below: str) -> None:
     assert access.model(name) == str(disk / "models" / below)
     assert access.model(str(disk / "models" / name)) == str(disk / "models" / below)
 
 
-def test_without_places(access: Access, disk: Path) -> None:
-    """Paths below a root are named from there; the rest stays, and what would mean another file."""
+def test_paths_below_a_root_are_named_from_there_the_rest_stays(access: Access, disk: Path) -> None:
     model, text = str(disk / "models" / "org" / "local"), str(disk / "texts" / "gone.txt")
     document = {"model": {"name": model}, "texts": [text, 7, None], "other": "/elsewhere/x"}
     shown = access.without_places(document)
@@ -84,51 +76,41 @@ TRICKS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*TRICKS, "./out", "./out/secret.txt", "in/../../secret.txt"])
-def test_model_outside(access: Access, name: str) -> None:
-    """A path that leaves the roots is refused, whichever way it goes, also by a link."""
+OUTSIDE = [
+    *(("model", name) for name in (*TRICKS, "./out", "./out/secret.txt", "in/../../secret.txt")),
+    *(("text", name) for name in (*TRICKS, "out.txt", "./out.txt", "data/../out.txt")),
+    ("model", "{0}/models-too"), ("model", "{0}/secret.txt"), ("model", "{0}/models/../secret.txt"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "name"), OUTSIDE)
+def test_a_path_that_leaves_the_roots_is_refused(
+    access: Access, disk: Path, kind: str, name: str
+) -> None:
+    """Whichever way it goes, also by a link; a name that begins like a root's is not below it."""
     with pytest.raises(InvalidInput, match="does not lie below"):
-        access.model(name)
+        getattr(access, kind)(name.format(disk))
 
 
-@pytest.mark.parametrize("name", [*TRICKS, "out.txt", "./out.txt", "data/../out.txt"])
-def test_the_same_for_texts(access: Access, name: str) -> None:
-    with pytest.raises(InvalidInput, match="does not lie below"):
-        access.text(name)
-
-
-@pytest.mark.parametrize("name", ["models-too", "secret.txt", "models/../secret.txt"])
-def test_absolute_outside(access: Access, disk: Path, name: str) -> None:
-    """An absolute path counts as it resolves; a name that begins like a root's is not below it."""
-    with pytest.raises(InvalidInput, match="does not lie below"):
-        access.model(str(disk / name))
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
+ODD = {
+    "model": [
         "a\0b", "/a\0b", "./a\0b", "a\\b", "\\etc", "..\\secret.txt", "C:\\x",
         "m" * 300, "/" + "m" * 300, "é" * 200, "/" + "é" * 200, "m/" * 3000, "./" + "m/" * 3000,
     ],
-)  # fmt: skip
-def test_odd_models(access: Access, name: str) -> None:
-    """NUL, backslashes and names that no disk can hold are refused as the user's fault."""
-    with pytest.raises(InvalidInput):
-        access.model(name)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
+    "text": [
         "a\0", "a\\..\\b", "t" * 300, "é" * 200, "t/" * 3000, "loop.txt", "loop.txt/x", "a.txt/x",
         "https://example.com/x.txt", "file:///etc/passwd", "zip://a::file:///etc/passwd",
         "missing.txt",
     ],
-)  # fmt: skip
-def test_odd_texts(access: Access, name: str) -> None:
-    """The same for texts, and for URLs, links in a circle and what is not there."""
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in ODD for name in ODD[kind]])
+def test_names_that_no_disk_can_hold_are_the_users_fault(
+    access: Access, kind: str, name: str
+) -> None:
     with pytest.raises(InvalidInput):
-        access.text(name)
+        getattr(access, kind)(name)
 
 
 @pytest.mark.parametrize("name", ["org/other", "gpt2"])
@@ -137,8 +119,7 @@ def test_a_hub_id_that_a_pattern_allows_stays_as_it_is(access: Access, name: str
 
 
 @pytest.mark.parametrize("name", ["other/x", "gpt3", "ORG/x", "gpt2/x", "out/secret.txt"])
-def test_other_hub_models(access: Access, name: str) -> None:
-    """A hub id that no pattern allows is refused, and the message lists the patterns."""
+def test_the_patterns_are_listed_to_who_names_another_hub_id(access: Access, name: str) -> None:
     with pytest.raises(InvalidInput, match=r"PHO_HUB_MODELS allows org/\*, gpt2"):
         access.model(name)
 
@@ -146,21 +127,18 @@ def test_other_hub_models(access: Access, name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["org/x@main", "org/x?y", "org/a--b", "org/a..b", "org/x ", "-org/x", "org/é", "gpt2\n"]
 )
-def test_no_hub_ids(access: Access, name: str) -> None:
-    """What is no hub id does not reach the hub, whatever the patterns."""
+def test_what_is_no_hub_id_does_not_reach_the_hub(access: Access, name: str) -> None:
     with pytest.raises(InvalidInput, match="neither a hub id"):
         access.model(name)
 
 
-def test_folder_before_hub(access: Access, disk: Path) -> None:
-    """A name that is a folder below a root and could be a hub id is the folder."""
+def test_a_folder_below_a_root_goes_before_the_hub(access: Access, disk: Path) -> None:
     assert access.model("org/local") == str(disk / "models" / "org" / "local")
     (disk / "models" / "org" / "local").rmdir()
     assert access.model("org/local") == "org/local"
 
 
-def test_other_disk(disk: Path) -> None:
-    """Where no root exists, a path below one is believed: the workers have another disk."""
+def test_where_no_root_exists_a_path_below_one_is_believed(disk: Path) -> None:
     settings = Settings(model_roots=(disk / "elsewhere",), text_roots=(disk / "elsewhere",))
     access = Access.of(settings)
 
@@ -176,16 +154,6 @@ def test_the_first_root_that_has_the_file_gives_it(disk: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "data_file", [None, "en/c4-train.00000-of-01024.json.gz", "**/*.json", "a/part-[0-9].parquet"]
-)
-def test_dataset(access: Access, data_file: str | None) -> None:
-    """An allowed data set and a file or a pattern of files inside of it."""
-    if data_file is not None:
-        check_data_file(data_file)
-    assert access.dataset("allenai/c4") == "allenai/c4"
-
-
-@pytest.mark.parametrize(
     "data_file",
     [
         "https://example.com/x", "file:///etc/passwd", "s3://bucket/x", "zip://x::https://y",
@@ -193,28 +161,37 @@ def test_dataset(access: Access, data_file: str | None) -> None:
         "a\\..\\b", "a\0", "a\n", "a b", "",
     ],
 )  # fmt: skip
-def test_urls_chains_of_them_absolute_paths_and_are_no_file_of_a_data_set(data_file: str) -> None:
+def test_urls_and_paths_out_of_it_are_no_file_of_a_data_set(data_file: str) -> None:
     with pytest.raises(InvalidInput, match="not a path inside of the data set"):
         check_data_file(data_file)
 
 
-def test_data_file_is_a_link(access: Access, disk: Path) -> None:
-    with pytest.raises(InvalidInput, match="link to something outside"):
-        access.dataset("data")
+@pytest.mark.parametrize("data_file", ["en/c4.00000-of-01024.json.gz", "**/*.json", "a/[0-9].json"])
+def test_a_file_or_a_pattern_inside_of_a_data_set_may_be_named(data_file: str) -> None:
+    check_data_file(data_file)
+
+
+def test_a_link_of_a_data_set_that_leads_out_is_refused(access: Access, disk: Path) -> None:
+    """Also behind a link to a folder below the root, which is followed."""
+    (disk / "texts" / "set").mkdir()
+    (disk / "texts" / "set" / "more").symlink_to(disk / "texts" / "data")
+    for name in ("data", "set"):
+        with pytest.raises(InvalidInput, match=r"link to something outside .*out\.jsonl"):
+            access.dataset(name)
     (disk / "texts" / "data" / "out.jsonl").unlink()
+
     assert access.dataset("data") == str(disk / "texts" / "data")
 
 
-@pytest.mark.parametrize("name", ["other/x", "allenai/c4x", "c4x", "wikitext2"])
-def test_a_data_set_that_no_pattern_allows_is_refused(access: Access, name: str) -> None:
-    with pytest.raises(InvalidInput, match="PHO_HUB_DATASETS allows allenai/c4"):
-        access.dataset(name)
+def test_a_data_set_is_one_that_a_pattern_allows_or_lies_below_the_texts(access: Access) -> None:
+    for name in ("other/x", "allenai/c4x", "c4x", "wikitext2"):
+        with pytest.raises(InvalidInput, match="PHO_HUB_DATASETS allows allenai/c4"):
+            access.dataset(name)
+    for name in ("../texts/../secret.txt", "/etc", "~/data"):
+        with pytest.raises(InvalidInput, match="does not lie below"):
+            access.dataset(name)
 
-
-@pytest.mark.parametrize("name", ["../texts/../secret.txt", "/etc", "~/data"])
-def test_a_local_data_set_must_lie_below_the_folders_for_texts(access: Access, name: str) -> None:
-    with pytest.raises(InvalidInput, match="does not lie below"):
-        access.dataset(name)
+    assert access.dataset("allenai/c4") == "allenai/c4"
 
 
 def test_many_files(access: Access, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,17 +227,7 @@ def test_many_files_of_a_dataset(
         access.dataset("data")
 
 
-def test_link_behind_a_link(access: Access, disk: Path) -> None:
-    """A link to a folder below the root is followed, and what leads out there is refused."""
-    (disk / "texts" / "set").mkdir()
-    (disk / "texts" / "set" / "more").symlink_to(disk / "texts" / "data")
-
-    with pytest.raises(InvalidInput, match=r"link to something outside .*out\.jsonl"):
-        access.dataset("set")
-
-
-def test_templates_of_a_model(access: Access, disk: Path) -> None:
-    """The one folder that loaders look into below a model's own is looked at, too."""
+def test_a_link_in_the_templates_of_a_model_is_looked_at(access: Access, disk: Path) -> None:
     folder = disk / "models" / "org" / "local" / "additional_chat_templates"
     folder.mkdir()
     (folder / "tool.jinja").symlink_to(disk / "secret.txt")
@@ -269,8 +236,7 @@ def test_templates_of_a_model(access: Access, disk: Path) -> None:
         access.model("org/local")
 
 
-def test_names_in_a_model(access: Access, disk: Path) -> None:
-    """What a model's own files name elsewhere is refused at the door."""
+def test_what_a_models_files_name_elsewhere_is_refused(access: Access, disk: Path) -> None:
     index = disk / "models" / "org" / "local" / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"a": "../../../secret.txt"}}')
 
@@ -290,14 +256,12 @@ def test_names_in_a_model(access: Access, disk: Path) -> None:
         ("gpt2", "gpt2"),
     ],
 )
-def test_placed(access: Access, name: str, kept: str) -> None:
-    """A job keeps the name of what is local now as a path, and a hub id as it is."""
+def test_a_job_keeps_what_is_local_as_a_path(access: Access, name: str, kept: str) -> None:
     assert access.placed_model(name) == kept
     assert access.model(kept) == access.model(name)
 
 
-def test_placed_and_deleted(access: Access, disk: Path) -> None:
-    """What was local and is gone is missing, though the hub has something of the same name."""
+def test_what_was_local_and_is_gone_is_missing(access: Access, disk: Path) -> None:
     kept = access.placed_model("org/local")
     shutil.rmtree(disk / "models" / "org")
 

@@ -26,8 +26,7 @@ def card(data_files: str) -> bytes:
         '{"train": "a.jsonl", "test": ["b.jsonl"]}',
     ],
 )  # fmt: skip
-def test_inside(data_files: str) -> None:
-    """Files of the data set may be named in every form that `datasets` knows."""
+def test_files_of_the_data_set_may_be_named_in_every_form(data_files: str) -> None:
     check_card("README.md", card(data_files), "data set 'd'")
 
 
@@ -40,14 +39,12 @@ def test_inside(data_files: str) -> None:
         "!!str ../x", "|\n    ../x",
     ],
 )  # fmt: skip
-def test_leads_out(data_files: str) -> None:
-    """Absolute paths, '..' and URLs are refused, wherever in data_files they stand."""
+def test_absolute_paths_and_urls_are_refused(data_files: str) -> None:
     with pytest.raises(InvalidInput, match=r"data set 'd': its README.md names the files"):
         check_card("README.md", card(data_files), "data set 'd'")
 
 
-def test_other_keys() -> None:
-    """data_dir is checked as well, in the other card too; what is not about files is not."""
+def test_data_dir_is_checked_as_well_in_the_other_card_too_what_is_not_about_files_is_not() -> None:
     with pytest.raises(InvalidInput, match=r"its \.huggingface\.yaml names"):
         check_card(".huggingface.yaml", b"configs: [{data_dir: ../x}]", "d")
     check_card("README.md", b"---\nhomepage: https://example.org\n---\n", "d")
@@ -64,8 +61,7 @@ def test_other_keys() -> None:
         (b"a: b\n" * MOST_BYTES, "is longer than"),
     ],
 )
-def test_odd_yaml(content: bytes, message: str) -> None:
-    """What is no YAML, or more than it seems to be, is refused in words."""
+def test_what_is_no_yaml_or_more_than_it_seems_is_refused(content: bytes, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         check_card(".huggingface.yaml", content[: MOST_BYTES + 1], "d")
 
@@ -79,8 +75,7 @@ def test_a_readme_may_be_long_but_not_its_yaml(tmp_path: Path) -> None:
         check_cards(tmp_path, "d")
 
 
-def test_at_submission(tmp_path: Path) -> None:
-    """Such a data set is refused at the door, before anything of it is opened."""
+def test_such_a_data_set_is_refused_at_the_door(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "README.md").write_bytes(card("../secret.csv"))
     access = Access.of(Settings(text_roots=(tmp_path,)))

@@ -29,8 +29,7 @@ FULL = (
         (RuntimeError(CUDA), DeviceLost, "the GPU failed: CUDA error"),
     ],
 )
-def test_told(error: Exception, kind: type[PhoError], words: str) -> None:
-    """Each kind has its own error; advice to programmers is left out."""
+def test_each_kind_has_its_own_error(error: Exception, kind: type[PhoError], words: str) -> None:
     with pytest.raises(kind) as told, faults_told():
         raise error
 
@@ -44,8 +43,7 @@ def test_what_torch_really_raises_on_a_cpu_as_runtimeerror_is_memory_that_ran_ou
         torch.empty(10**15)
 
 
-def test_panic() -> None:
-    """A panic of tokenizers is an error of the model, though it is no Exception in Python."""
+def test_a_panic_of_tokenizers_is_an_error_of_the_model() -> None:
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("((a+)+)+z"), "isolated")
 

@@ -18,8 +18,7 @@ def write_and_interrupt(path: Path) -> None:
     raise KeyboardInterrupt
 
 
-def test_new_file(tmp_path: Path) -> None:
-    """A file takes its place only when it is complete, and nothing is left beside it."""
+def test_a_file_takes_its_place_only_when_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
     with new_file(path) as partial:
@@ -31,18 +30,19 @@ def test_new_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_interruption_leaves_the_old_file_and_no_part_of_the_new_one(tmp_path: Path) -> None:
+def test_an_interruption_leaves_the_old_file_and_no_part_of_anything_new(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(KeyboardInterrupt), new_file(path) as partial:
         write_and_interrupt(partial)
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out") as partial:
+        write_and_interrupt(partial / "a.txt")
 
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_full_disk(tmp_path: Path, limited_disk: LimitedDisk) -> None:
-    """A file that the disk does not take is reported with its path, and leaves nothing."""
+def test_what_a_full_disk_refuses_is_named(tmp_path: Path, limited_disk: LimitedDisk) -> None:
     path = tmp_path / "a.txt"
     with (
         limited_disk(1000),
@@ -55,8 +55,7 @@ def test_full_disk(tmp_path: Path, limited_disk: LimitedDisk) -> None:
 
 
 @pytest.mark.parametrize("made_before", [True, False])
-def test_new_folder(tmp_path: Path, made_before: bool) -> None:
-    """A folder takes its place when it is complete; an empty one may be there already."""
+def test_a_folder_takes_its_place_when_it_is_complete(tmp_path: Path, made_before: bool) -> None:
     path = tmp_path / "out"
     if made_before:
         path.mkdir()
@@ -68,13 +67,6 @@ def test_new_folder(tmp_path: Path, made_before: bool) -> None:
     assert [p.name for p in path.iterdir()] == ["a.txt"]
     assert path.stat().st_mode & 0o777 == 0o755
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_an_interruption_leaves_no_folder_and_no_part_of_one(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out") as partial:
-        write_and_interrupt(partial / "a.txt")
-
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_holds_files_is_not_touched(tmp_path: Path) -> None:
@@ -94,32 +86,24 @@ def test_a_file_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
-    with (
-        pytest.raises(OutputError, match=r"is a folder\. Give the name of a file"),
-        new_file(tmp_path),
-    ):
-        pytest.fail("the body must not run")
-
-
-def test_no_parent(tmp_path: Path) -> None:
-    """A path whose folder is not there is refused before any work, and by the writers too."""
-    path = tmp_path / "none" / "a.txt"
-
-    with pytest.raises(OutputError, match=r"the folder .*none does not exist"):
-        check_file(path)
-    with pytest.raises(OutputError, match=r"the folder .*none does not exist"), new_file(path):
-        pytest.fail("the body must not run")
-    with pytest.raises(OutputError, match=r"the folder .*none does not exist"), new_folder(path):
-        pytest.fail("the body must not run")
-
-
-def test_a_folder_is_told_from_a_file_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="is a folder"):
+    said = r"is a folder\. Give the name of a file"
+    with pytest.raises(OutputError, match=said):
         check_file(tmp_path)
+    with pytest.raises(OutputError, match=said), new_file(tmp_path):
+        pytest.fail("the body must not run")
 
 
-def test_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty folder can be given as "." too."""
+def test_a_path_whose_folder_is_not_there_is_refused_before_any_work(tmp_path: Path) -> None:
+    path = tmp_path / "none" / "a.txt"
+    said = r"the folder .*none does not exist"
+    with pytest.raises(OutputError, match=said):
+        check_file(path)
+    for writer in (new_file, new_folder):
+        with pytest.raises(OutputError, match=said), writer(path):
+            pytest.fail("the body must not run")
+
+
+def test_an_empty_folder_can_be_a_dot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)

@@ -16,8 +16,7 @@ def make(root: Path, *names: str) -> Path:
     return root.resolve()
 
 
-def test_names(tmp_path: Path) -> None:
-    """Models and texts by name, near ones first; nothing that is hidden or a model's own."""
+def test_models_and_texts_by_name_near_ones_first(tmp_path: Path) -> None:
     root = make(
         tmp_path,
         "org/b/config.json", "org/b/vocab.txt", "org/b/sub/config.json", "org/a/config.json",
@@ -31,8 +30,7 @@ def test_names(tmp_path: Path) -> None:
     assert found.is_whole
 
 
-def test_links(tmp_path: Path) -> None:
-    """A link within its root is followed; one out of it, or in a circle, is left out."""
+def test_links_out_of_a_root_or_in_a_circle_are_left_out(tmp_path: Path) -> None:
     outside = make(tmp_path / "outside", "m/config.json", "secret.txt")
     root = make(tmp_path / "root", "real/config.json", "folder/a.txt")
     (root / "inside").symlink_to(root / "real")
@@ -47,8 +45,7 @@ def test_links(tmp_path: Path) -> None:
     assert found.is_whole
 
 
-def test_roots(tmp_path: Path) -> None:
-    """A name that an earlier root has, too, is given in full; a root that is missing is empty."""
+def test_a_name_that_an_earlier_root_has_too_is_given_in_full(tmp_path: Path) -> None:
     first = make(tmp_path / "first", "a.txt")
     second = make(tmp_path / "second", "a.txt", "b.txt")
     found = list_roots([], [tmp_path / "missing", first, second])

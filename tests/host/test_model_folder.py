@@ -23,8 +23,7 @@ def written(folder: Path, name: str, document: Any) -> Path:
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_index(tmp_path: Path, name: str) -> None:
-    """A name in an index that is more than a file's name is refused, with file, name and rule."""
+def test_a_name_in_an_index_is_a_files_name_alone(tmp_path: Path, name: str) -> None:
     weight_map = {"model.norm.weight": "model-1.safetensors", "lm_head.weight": name}
     written(tmp_path, "model.safetensors.index.json", {"weight_map": weight_map})
 
@@ -49,8 +48,7 @@ def test_index(tmp_path: Path, name: str) -> None:
         {"fast_tokenizer_files": ["tokenizer.json", "../../x/tokenizer.4.0.json"]},
     ],
 )
-def test_tokenizer(tmp_path: Path, document: dict[str, Any]) -> None:
-    """A tokenizer's configuration may not name a path, in whichever argument."""
+def test_a_tokenizer_may_name_no_path(tmp_path: Path, document: dict[str, Any]) -> None:
     (key,) = document
     written(tmp_path, "tokenizer_config.json", document)
 
@@ -69,15 +67,12 @@ def test_what_models_on_the_hub_have_in_these_files_passes(tmp_path: Path) -> No
     shards = {f"layer.{i}.weight": f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
     written(tmp_path, "model.safetensors.index.json", {"metadata": {}, "weight_map": shards})
     written(tmp_path, "config.json", {"_name_or_path": "org/name", "model_type": "llama"})
-    written(
-        tmp_path,
-        "tokenizer_config.json",
-        {
-            "name_or_path": "/home/author/model", "special_tokens_map_file": "/home/author/s.json",
-            "tokenizer_file": None, "vocab_file": "vocab.json", "chat_template": "a/b{% c %}",
-            "fast_tokenizer_files": ["tokenizer.json"], "init_inputs": [], "merges": [["a", "b"]],
-        },
-    )  # fmt: skip
+    tokenizer = {
+        "name_or_path": "/home/author/model", "special_tokens_map_file": "/home/author/s.json",
+        "tokenizer_file": None, "vocab_file": "vocab.json", "chat_template": "a/b{% c %}",
+        "fast_tokenizer_files": ["tokenizer.json"], "init_inputs": [], "merges": [["a", "b"]],
+    }  # fmt: skip
+    written(tmp_path, "tokenizer_config.json", tokenizer)
     check_model_folder(tmp_path)
 
     assert is_plain("model.safetensors")
@@ -86,8 +81,7 @@ def test_what_models_on_the_hub_have_in_these_files_passes(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "content", [b"{", b"[" * 100_000, b"[]", b"{}", b'{"weight_map": []}', b"\xff"]
 )
-def test_no_index(tmp_path: Path, content: bytes) -> None:
-    """What cannot be read is refused, since a loader may read it otherwise."""
+def test_an_index_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors.index.json").write_bytes(content)
 
     with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json (is not|has no)"):

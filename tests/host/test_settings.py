@@ -33,16 +33,14 @@ def test_the_password_in_the_file_becomes_the_urls_escaped_without_the_lines_end
 
 
 @pytest.mark.usefixtures("secret")
-def test_file_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A password that the URL has already gives way to the file's."""
+def test_the_files_password_goes_before_the_urls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PHO_DATABASE_URL", "postgresql://pho:old@database/pho?sslmode=require")
 
     assert database_url() == "postgresql://pho:s3%3Acr%2Ft@database/pho?sslmode=require"
 
 
 @pytest.mark.usefixtures("secret")
-def test_password_without_url(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A password for no database is an error that names what is missing."""
+def test_a_password_for_no_database_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PHO_DATABASE_URL")
 
     with pytest.raises(InvalidInput, match=r"PHO_DATABASE_URL=None .*PHO_DATABASE_PASSWORD_FILE"):
@@ -50,8 +48,7 @@ def test_password_without_url(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("content", "reason"), [(None, "cannot be read"), ("\n", "is empty")])
-def test_unusable_file(secret: Path, content: str | None, reason: str) -> None:
-    """A file that is not there, or empty, is an error that names the variable and the file."""
+def test_an_unusable_file_is_named(secret: Path, content: str | None, reason: str) -> None:
     secret.unlink()
     if content is not None:
         secret.write_text(content)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 import pho_service as pho
-from pho_service.spec.configuration import Configuration, parse_configuration
+from pho_service.spec.configuration import Configuration
 from pho_service.spec.steps import Steps
 
 SMALL = {"samples": 6, "context_length": 32, "rows_per_layer": 4, "kernel_sizes": (3, 5)}
@@ -32,10 +32,17 @@ def tokenizer(model_folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(model_folder)
 
 
+@pytest.fixture(scope="session")
+def shared_bundle(new_llama: Callable[[], Any], texts_of_all: dict[str, Path]) -> Any:
+    """Of a model that is as ``tiny_llama``."""
+    tokenizer = AutoTokenizer.from_pretrained(texts_of_all["tokenizer"])
+    return pho.calibrate(new_llama(), tokenizer, texts_of_all["calibration"], **SMALL)
+
+
 @pytest.fixture
-def bundle(tiny_llama: PreTrainedModel, tokenizer: Any, texts: dict[str, Path]) -> Any:
+def bundle(shared_bundle: Any) -> Any:
     """Of ``tiny_llama``."""
-    return pho.calibrate(tiny_llama, tokenizer, texts["calibration"], **SMALL)
+    return copy.deepcopy(shared_bundle)
 
 
 @pytest.fixture
@@ -53,25 +60,12 @@ def weights(tiny_llama: PreTrainedModel) -> Callable[[], bool]:
 @pytest.fixture
 def with_steps() -> Callable[[Steps], Configuration]:
     """A configuration at 50 %, with these steps beside the score."""
-
-    def make(steps: Steps) -> Configuration:
-        return parse_configuration(
-            {
-                "format": "pho-configuration",
-                "version": 2,
-                "method": "crepe",
-                "coefficients": {
-                    "row": 0.3, "column": 0.3, "neighbourhood": 0.4, "kernel_size": 3,
-                    "activation_exponent": 0.6,
-                },
-                "steps": steps.to_dict(),
-                "pattern": "0.5",
-                "scope": "layer",
-            },
-            "the test",
-        )  # fmt: skip
-
-    return make
+    score = {
+        "row": 0.3, "column": 0.3, "neighbourhood": 0.4, "kernel_size": 3,
+        "activation_exponent": 0.6,
+    }  # fmt: skip
+    document = {"method": "crepe", "coefficients": score, "pattern": "0.5", "scope": "layer"}
+    return lambda steps: Configuration.model_validate({**document, "steps": steps.to_dict()})
 
 
 @pytest.fixture

@@ -14,27 +14,24 @@ from pho_service.errors import InvalidInput
 ELSEWHERE = {"sampler", "finalists"}
 
 
-def test_curve(
+def test_a_point_is_what_pho_search_finds_there_beside_its_references_the_model_is_left_dense(
     tiny_llama: PreTrainedModel, bundle: Any, texts: dict[str, Path], weights: Callable[[], bool],
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    """
-    A point is what pho.search finds there, and its references are those of pho.search's table; the
-    model is left dense.
-    """
     options: dict[str, Any] = {
         "model": tiny_llama, "confirm": texts["confirmation"], "trials": 9, "preset": "score",
     }  # fmt: skip
     found = pho.curve(bundle, ["2:4", 0.3], **options)
     alone = pho.search(bundle, "2:4", finalists=2, **options)
-    dense, wanda, ria = (row.perplexity for row in alone.table[:3])
     low, high = found.points
     found.write(tmp_path / "curve.json")
     found.plot(tmp_path / "curve.html")
 
     assert (low.pattern, high.pattern) == ("0.3", "2:4")
     assert high.result.configuration == alone.configuration
-    assert [high.dense, high.wanda, high.ria] == pytest.approx([dense, wanda, ria], rel=1e-6)
+    assert [high.dense, high.wanda, high.ria] == pytest.approx(
+        [row.perplexity for row in alone.table[:3]], rel=1e-6
+    )
     assert found.study is not None
     assert len(found.study.trials) == 18
     assert "2:4" in repr(found)
@@ -57,8 +54,7 @@ def test_within(tiny_llama: PreTrainedModel, bundle: Any, texts: dict[str, Path]
 
 
 @pytest.mark.parametrize("name", ["curve", "search_within"])
-def test_as_search(name: str) -> None:
-    """Options that pho.search has, too, have its defaults."""
+def test_options_that_pho_search_has_too_have_its_defaults(name: str) -> None:
     mine = inspect.signature(getattr(pho, name)).parameters
     theirs = inspect.signature(pho.search).parameters
     shared = (mine.keys() & theirs.keys()) - {"bundle", "model", *ELSEWHERE}

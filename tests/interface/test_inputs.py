@@ -17,14 +17,13 @@ from pho_service.errors import BundleError, InvalidInput, ModelError, NumericalE
 SMALL = {"samples": 6, "context_length": 32, "rows_per_layer": 4, "kernel_sizes": (3, 5)}
 
 
-def test_texts_are_the_same(
+def test_a_path_a_list_of_strings_and_data_sets_of_the_same_documents_give_the_same_bundle(
     tiny_llama: PreTrainedModel,
     tokenizer: Any,
     bundle: Any,
     texts: dict[str, Path],
     sentences: dict[str, list[str]],
 ) -> None:
-    """A path, a list of strings and data sets of the same documents give the same bundle."""
     documents = sentences["calibration"]
     rows = datasets.Dataset.from_dict({"text": documents, "other": documents})
     for given in (str(texts["calibration"]), documents, rows, rows.to_iterable_dataset()):
@@ -34,10 +33,9 @@ def test_texts_are_the_same(
         assert made.contents_sha256 == bundle.contents_sha256
 
 
-def test_models_are_the_same(
+def test_a_folder_gives_the_bundle_of_the_model_in_memory_with_or_without_a_tokenizer_of_its_own(
     bundle: Any, model_folder: Path, texts: dict[str, Path], tmp_path: Path
 ) -> None:
-    """A folder gives the bundle of the model in memory, with or without a tokenizer of its own."""
     made = pho.calibrate(model_folder, None, texts["calibration"], **SMALL)
     opened = pho.load_model(str(model_folder), device="cpu")
     again = pho.calibrate(opened, None, texts["calibration"], **SMALL)
@@ -49,8 +47,7 @@ def test_models_are_the_same(
     assert bundle.provenance["model"]["name"] == "LlamaForCausalLM"
 
 
-def test_windows(tiny_llama: PreTrainedModel, windows: Tensor) -> None:
-    """Token windows need no tokenizer, have their own length, and are taken in their order."""
+def test_token_windows_need_no_tokenizer(tiny_llama: PreTrainedModel, windows: Tensor) -> None:
     bundle = pho.calibrate(tiny_llama, None, windows, samples=4, rows_per_layer=4)
     measured = pho.evaluate(tiny_llama, None, windows)
 
@@ -60,9 +57,11 @@ def test_windows(tiny_llama: PreTrainedModel, windows: Tensor) -> None:
     assert not measured.bos
 
 
-def test_model_stays(tiny_llama: PreTrainedModel, weights: Callable[[], bool], bundle: Any) -> None:
-    """Calibration changes no weight, leaves no gradient and no hook, and keeps what needs one."""
-    assert bundle
+def test_calibration_changes_no_weight_leaves_no_gradient_and_no_hook_and_keeps_what_needs_one(
+    tiny_llama: PreTrainedModel, tokenizer: Any, texts: dict[str, Path], weights: Callable[[], bool]
+) -> None:
+    pho.calibrate(tiny_llama, tokenizer, texts["calibration"], **SMALL)
+
     assert weights()
     assert all(p.grad is None and p.requires_grad for p in tiny_llama.parameters())
     assert not any(m._forward_hooks or m.training for m in tiny_llama.modules())
@@ -103,10 +102,9 @@ def spoil(model: PreTrainedModel, how: str) -> None:
         ("damaged", NumericalError, "NaN or infinite"),
     ],
 )
-def test_bad_models(
+def test_a_model_that_cannot_be_taken_as_it_is_is_refused_by_name_with_the_way_out(
     tiny_llama: PreTrainedModel, windows: Tensor, how: str, kind: type[Exception], said: str
 ) -> None:
-    """A model that cannot be taken as it is, is refused by name, with the way out."""
     spoil(tiny_llama, how)
 
     with pytest.raises(kind, match=said):
@@ -116,8 +114,7 @@ def test_bad_models(
 @pytest.mark.parametrize(
     ("model", "said"), [(nn.Linear(2, 2), "a Linear, not a model"), (3, "an int|a int")]
 )
-def test_no_models(windows: Tensor, model: Any, said: str) -> None:
-    """What is not a model of transformers, or its name, is refused."""
+def test_what_is_no_model_is_refused(windows: Tensor, model: Any, said: str) -> None:
     with pytest.raises(InvalidInput, match=said):
         pho.evaluate(model, None, windows)
 
@@ -148,10 +145,9 @@ def test_bad_texts(tiny_llama: PreTrainedModel, tokenizer: Any, windows: Tensor)
         calibrate(windows, bos="always")
 
 
-def test_other_tokenizer(
+def test_a_tokenizer_of_tokens_that_the_model_does_not_know_or_that_begins_otherwise_is_refused(
     tiny_llama: PreTrainedModel, tokenizer: Any, windows: Tensor, bos_folder: Path, bundle: Any
 ) -> None:
-    """A tokenizer of tokens that the model does not know, or that begins otherwise, is refused."""
     small = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_layer=1, n_head=1, n_embd=16)).eval()
     with pytest.raises(ModelError, match="tokenizer is of another model"):
         pho.evaluate(small, tokenizer, ["a model prune study rank value"], context_length=8)
@@ -174,8 +170,7 @@ def test_bad_bundle(tiny_llama: PreTrainedModel, windows: Tensor, tmp_path: Path
         pho.compare(tiny_llama, None, "0.5", bundle=tmp_path / "no.safetensors", report=windows)
 
 
-def test_messages_name_arguments(bundle: Any, tmp_path: Path) -> None:
-    """What a message of the command line calls an option is an argument here."""
+def test_an_option_in_a_message_is_an_argument_here(bundle: Any, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"instead of a bundle, and confirm\.") as caught:
         pho.search(bundle, "0.5", objective="perplexity")
     with pytest.raises(InvalidInput, match="revision main is for hub ids"):

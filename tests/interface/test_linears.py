@@ -37,20 +37,13 @@ def test_some_linears(tiny_llama: PreTrainedModel, bundle: Any, tmp_path: Path) 
     assert bool(modules["model.layers.0.self_attn.o_proj"].weight.all())
 
 
-def test_refused(tiny_llama: PreTrainedModel, bundle: Any) -> None:
-    """A pattern that matches nothing, one thing said twice, and two choices at once are refused."""
+def test_linears_that_do_not_fit_are_refused(tiny_llama: PreTrainedModel, bundle: Any) -> None:
     found = pho.search(bundle, "0.5", preset="score", trials=12, **SOME)
 
     with pytest.raises(InvalidInput, match=r"'\*\.fc1' matches none of the 14 linears"):
         pho.search(bundle, "0.5", preset="score", trials=12, targets=["*.fc1"])
     with pytest.raises(InvalidInput, match="Give one of them"):
-        pho.search(
-            bundle,
-            "0.5",
-            preset="score",
-            steps={"linears": {"ignore": ["*.o_proj"]}},
-            targets="*.q_proj",
-        )
+        pho.search(bundle, "0.5", steps={"linears": {"ignore": ["*.o_proj"]}}, targets="*.q_proj")
     with pytest.raises(StudyError, match=r"its linears are .*o_proj.*, and these are all"):
         pho.search(bundle, "0.5", preset="score", trials=12, study=found.study)
     with pytest.raises(ConfigurationError, match=r"found prunes without \*\.o_proj.* of only"):

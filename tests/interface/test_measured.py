@@ -12,10 +12,9 @@ import pho_service as pho
 from pho_service.errors import BundleError, ConfigurationError, InvalidInput
 
 
-def test_compare_on_a_bundle(
+def test_with_the_bundle_that_was_made_neither_a_text_nor_a_tokenizer_is_needed_again(
     tiny_llama: PreTrainedModel, bundle: Any, texts: dict[str, Path], weights: Callable[[], bool]
 ) -> None:
-    """With the bundle that was made, neither a text nor a tokenizer is needed again."""
     found = pho.compare(tiny_llama, None, "2:4", bundle=bundle, report=texts["report"])
 
     assert weights()

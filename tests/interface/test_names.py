@@ -23,8 +23,7 @@ def test_these_names_are_public_each_is_there_and_each_says_what_it_is() -> None
     assert all(getattr(pho, name).__doc__ for name in NAMES)
 
 
-def test_import_is_light() -> None:
-    """To import the package loads nothing that takes time; a name loads what it needs."""
+def test_to_import_the_package_loads_nothing_that_takes_time_a_name_loads_what_it_needs() -> None:
     code = """
 import sys
 import pho_service as pho

@@ -12,8 +12,7 @@ import pho_service as pho
 from pho_service.errors import InvalidInput, StudyError
 
 
-def test_plain_optuna(bundle: Any, tmp_path: Path) -> None:
-    """Any sampler and storage optimises it, in threads and pickled; its best trial prunes."""
+def test_any_sampler_and_storage_optimises_it(bundle: Any, tmp_path: Path) -> None:
     rate = pickle.loads(pickle.dumps(pho.objective(bundle, "0.5", preset="score")))  # noqa: S301 - our own
     study = optuna.create_study(
         storage=f"sqlite:///{tmp_path / 's.db'}", sampler=optuna.samplers.TPESampler(seed=0)
@@ -58,21 +57,7 @@ def test_of_a_searchs_study_it_is_the_trial_that_was_chosen_by_perplexity(
     assert best.search == {**found.configuration.search}
 
 
-def test_linears(bundle: Any) -> None:
-    """Which linears are pruned is said as for a search; a name that nothing has is named."""
-    said = {"ignore": "*.layers.0.*", "sparsities": {"re:.*[qk]_proj": 0.3}}
-    found = pho.search(bundle, "0.5", preset="score", trials=12, **said)
-    study = optuna.create_study()
-    study.optimize(pho.objective(bundle, "0.5", preset="score", **said), n_trials=1)
-
-    assert found.configuration.steps.linears == pho.configuration(study, bundle).steps.linears
-    assert found.configuration.steps.linears.ignore == ("*.layers.0.*",)
-    with pytest.raises(InvalidInput, match=r"layers\.9.*matches none"):
-        pho.search(bundle, "0.5", preset="score", trials=12, ignore="model.layers.9.mlp.up_proj")
-
-
-def test_refused(bundle: Any) -> None:
-    """Perplexity, the wrong direction, another bundle's study and a foreign one are named."""
+def test_what_cannot_be_an_objective_is_named(bundle: Any) -> None:
     with pytest.raises(InvalidInput, match="needs a model"):
         pho.objective(bundle, "0.5", preset="score", objective="perplexity")
     with pytest.raises(StudyError, match="direction='maximize'"):

@@ -11,14 +11,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import pho_service as pho
-from pho_service.errors import (
-    BundleError,
-    ConfigurationError,
-    InvalidInput,
-    ModelError,
-    NumericalError,
-    OutputError,
-)
+from pho_service import errors
+from pho_service.errors import InvalidInput, ModelError, NumericalError
 from pho_service.pipeline import prune as pipeline
 from pho_service.spec.steps import Steps
 
@@ -39,14 +33,13 @@ def test_the_model_that_was_given_has_the_zeros_masks_layers_and_sparsity_say_wh
     assert "up_proj" in repr(pruned)
 
 
-def test_few_tokens(
+def test_fewer_tokens_than_inputs_are_said_once_with_the_number_that_would_do_and_in_the_recipe(
     tiny_llama: Any,
     tokenizer: Any,
     texts: dict[str, Path],
     with_steps: Callable[[Steps], pho.Configuration],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Fewer tokens than inputs are said once, with the number that would do, and in the recipe."""
     said: list[str] = []
     monkeypatch.setattr("pho_service.models.calibration.logger.warning", said.append)
     bundle = pho.calibrate(
@@ -84,20 +77,21 @@ def test_by_name(model_folder: Path, texts: dict[str, Path], configuration: Any)
 
 
 def test_twice(tiny_llama: Any, bundle: Any, configuration: Any) -> None:
-    """A second pruning of one model is refused by name, and changes nothing."""
+    """A pruned model is neither pruned again nor searched on, and stays as it is."""
     pho.prune(tiny_llama, configuration, bundle)
     once = copy.deepcopy(tiny_llama.state_dict())
     with pytest.raises(ModelError, match=r"has been pruned already: 4\d\.\d%"):
         pho.prune(tiny_llama, configuration, bundle)
+    with pytest.raises(ModelError, match="has been pruned already"):
+        pho.search(bundle, "0.5", preset="score", model=tiny_llama)
 
     assert all(torch.equal(once[name], tensor) for name, tensor in tiny_llama.state_dict().items())
 
 
-def test_bundle_from_a_file(
+def test_a_bundle_from_a_file_has_no_windows_a_configuration_that_needs_a_text_asks_for_it(
     tiny_llama: Any, tokenizer: Any, bundle: Any, texts: dict[str, Path],
     with_steps: Callable[[Steps], pho.Configuration], weights: Callable[[], bool], tmp_path: Path,
 ) -> None:  # fmt: skip
-    """A bundle from a file has no windows: a configuration that needs a text asks for it."""
     bundle.write(tmp_path / "b.safetensors")
     updating = with_steps(Steps(update="obs"))
     with pytest.raises(InvalidInput, match="need a calibration text"):
@@ -136,18 +130,17 @@ def test_what_goes_wrong_in_the_middle_leaves_no_weight_changed(
     assert weights()
 
 
-def test_refused(
+def test_another_family_another_model_an_n_m_that_does_not_fit_named_and_nothing_is_changed(
     tiny_llama: Any, bundle: Any, configuration: pho.Configuration, weights: Callable[[], bool]
 ) -> None:
-    """Another family, another model, an N:M that does not fit: named, and nothing is changed."""
     elsewhere = configuration.model_copy(update={"model": {"family": "gpt2"}})
-    with pytest.raises(ConfigurationError, match=r"found on gpt2, but .* of the family llama"):
+    with pytest.raises(errors.ConfigurationError, match=r"found on gpt2, .* the family llama"):
         pho.prune(tiny_llama, elsewhere, bundle)
     odd = configuration.model_copy(update={"pattern": "1:3", "scope": "row"})
     with pytest.raises(InvalidInput, match="not a multiple of M=3"):
         pho.prune(tiny_llama, odd, bundle)
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_layer=1, n_head=1, n_embd=16)).eval()
-    with pytest.raises(BundleError, match="of another model"):
+    with pytest.raises(errors.BundleError, match="of another model"):
         pho.prune(gpt2, configuration, bundle)
     assert weights()
 
@@ -171,7 +164,7 @@ def test_bad_saves(tiny_llama: Any, tokenizer: Any, bundle: Any, configuration: 
             pho.save(model, given, pruned, folder)
         assert not folder.exists()
     pho.save(tiny_llama, tokenizer, pruned, folder)
-    with pytest.raises(OutputError, match="in use"):
+    with pytest.raises(errors.OutputError, match="in use"):
         pho.save(tiny_llama, tokenizer, pruned, folder)
 
     assert json.loads((folder / "pruning.json").read_text())["sparsity"] == pruned.sparsity

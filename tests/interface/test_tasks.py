@@ -77,11 +77,10 @@ def share(chosen: list[int], right: list[int]) -> float:
 
 
 @pytest.mark.parametrize("bos", [False, True], ids=["without BOS", "with BOS"])
-def test_scores(
+def test_dense_and_pruned_score_what_a_plain_loop_over_log_likelihoods_says_bos_where_it_belongs(
     tiny_llama: PreTrainedModel, bos: bool, request: pytest.FixtureRequest, task_folder: Write,
     texts: dict[str, Path], configuration: pho.Configuration,
 ) -> None:  # fmt: skip
-    """Dense and pruned score what a plain loop over log-likelihoods says, BOS where it belongs."""
     folder = request.getfixturevalue("bos_folder" if bos else "model_folder")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     logs = plain(tiny_llama, tokenizer, bos)
@@ -174,10 +173,9 @@ def test_compare(model_folder: Path, texts: dict[str, Path], task_folder: Write)
         assert shown in repr(found)
 
 
-def test_long_and_rolling(
+def test_a_context_that_is_too_long_loses_its_beginning_a_long_text_is_cut_each_token_rated_once(
     tiny_llama: PreTrainedModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A context that is too long loses its beginning; a long text is cut, each token rated once."""
     monkeypatch.setattr(tiny_llama.config, "max_position_embeddings", 4)
     model = TaskModel(opened(tiny_llama, tokenizer), "auto", silent)
 
@@ -194,10 +192,9 @@ def test_long_and_rolling(
     assert whole == pytest.approx(begin + end, abs=1e-5)
 
 
-def test_refused(
+def test_what_is_not_there_wants_the_network_or_a_text_that_is_written_in_words_at_once(
     task_folder: Write, monkeypatch: pytest.MonkeyPatch, tiny_llama: PreTrainedModel
 ) -> None:
-    """What is not there, wants the network or a text that is written: in words, at once."""
     folder = task_folder([0] * len(QUESTIONS))
     monkeypatch.setattr(
         task_files, "harness_folder", lambda: folder

@@ -115,16 +115,13 @@ def test_nothing_is_restored_over_what_is_there(filled: Database, tmp_path: Path
     assert contents(filled) == before
 
 
-def test_nothing(empty_database: Database, tmp_path: Path) -> None:
-    """There is no backup of a database that has nothing of ours."""
+def test_there_is_no_backup_of_nothing(empty_database: Database, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="holds nothing of PHO"):
         back_up(empty_database, tmp_path / "dump")
     assert not (tmp_path / "dump").exists()
 
 
-@pytest.mark.parametrize(
-    ("share", "because"), [(0.0, "too short"), (0.02, "."), (0.9, "end of file")]
-)
+@pytest.mark.parametrize(("share", "because"), [(0.0, "too short"), (0.9, "end of file")])
 def test_a_file_that_lacks_its_end_restores_nothing_at_all(
     filled: Database, empty_database: Database, tmp_path: Path, share: float, because: str
 ) -> None:
@@ -135,14 +132,6 @@ def test_a_file_that_lacks_its_end_restores_nothing_at_all(
     with pytest.raises(StorageError, match=rf"half cannot be restored, and nothing was.*{because}"):
         restore(empty_database, tmp_path / "half")
     assert schemas(empty_database) == set()
-
-
-def test_no_dump(empty_database: Database, tmp_path: Path) -> None:
-    """Something else is refused, with what it should be."""
-    (tmp_path / "note").write_text("remember the milk\n" * 1000)
-
-    with pytest.raises(StorageError, match=r"note cannot be restored.*what `pho backup` wrote"):
-        restore(empty_database, tmp_path / "note")
 
 
 @pytest.mark.parametrize(
@@ -157,10 +146,9 @@ def test_no_dump(empty_database: Database, tmp_path: Path) -> None:
          r"with a newer Optuna: .*v9\.0\.0\.a.* Install that"),
     ],
 )  # fmt: skip
-def test_unknown_tables(
+def test_a_dump_of_something_else_or_of_newer_tables_is_refused_before_anything_is_done(
     filled: Database, empty_database: Database, tmp_path: Path, made: str, message: str
 ) -> None:
-    """A dump of something else, or of newer tables, is refused before anything is done."""
     with filled.transaction() as connection:
         connection.execute(text(made))
     back_up(filled, tmp_path / "dump")
@@ -168,6 +156,15 @@ def test_unknown_tables(
     with pytest.raises(StorageError, match=message):
         restore(empty_database, tmp_path / "dump")
     assert schemas(empty_database) == set()
+
+
+def test_something_else_is_refused_with_what_it_should_be(
+    empty_database: Database, tmp_path: Path
+) -> None:
+    (tmp_path / "note").write_text("remember the milk\n" * 1000)
+
+    with pytest.raises(StorageError, match=r"note cannot be restored.*what `pho backup` wrote"):
+        restore(empty_database, tmp_path / "note")
 
 
 def test_password(database_url: str, fake: Callable[[int], Path], tmp_path: Path) -> None:

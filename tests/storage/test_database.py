@@ -47,13 +47,7 @@ def test_the_migrations_give_the_tables_that_the_code_declares(database: Databas
         assert compare_metadata(context, metadata) == []
 
 
-def test_a_second_start_finds_everything_there(database: Database) -> None:
-    database.migrate()
-    database.check()
-
-
-def test_tables_of_this_version(database: Database) -> None:
-    """What is migrated is known to be; what an older version made is waited for."""
+def test_what_an_older_version_made_is_waited_for(database: Database) -> None:
     database.check_migrated()
     with database.transaction() as connection:
         connection.exec_driver_sql("UPDATE pho.alembic_version SET version_num = '0010'")
@@ -71,7 +65,7 @@ def test_optunas_tables_are_brought_to_the_version_of_the_installed_one(database
         assert storage.get_current_version() == storage.get_head_version()
 
 
-def test_they_are_not_touched(database: Database) -> None:
+def test_optunas_tables_of_a_newer_version_are_not_touched(database: Database) -> None:
     with database.transaction() as connection:
         connection.exec_driver_sql("UPDATE optuna.alembic_version SET version_num = 'v9.0.0.a'")
 
@@ -79,25 +73,25 @@ def test_they_are_not_touched(database: Database) -> None:
         database.migrate()
 
 
-def test_those_are_not_touched(database: Database) -> None:
-    with database.transaction() as connection:
-        connection.exec_driver_sql("UPDATE pho.alembic_version SET version_num = '9999'")
-
-    with pytest.raises(StorageError, match=r"by a newer PHO.*9999.*Install that PHO"):
-        database.check_migrated()
-
-
 @pytest.mark.parametrize("asked", [Database.migrate, Database.check_migrated])
-def test_tables_of_before_the_first_release(
-    database: Database, asked: Callable[[Database], None]
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("0009", r"version 0009, .* those of version 0010 .*kept"),  # before the first release
+        ("9999", r"by a newer PHO.*9999.*Install that PHO, .* What it holds is kept"),
+    ],
+)
+def test_tables_of_a_version_that_is_not_known_are_not_touched(
+    database: Database, asked: Callable[[Database], None], version: str, said: str
 ) -> None:
     with database.transaction() as connection:
-        connection.exec_driver_sql("UPDATE pho.alembic_version SET version_num = '0009'")
+        changed = text("UPDATE pho.alembic_version SET version_num = :version")
+        connection.execute(changed, {"version": version})
 
-    with pytest.raises(StorageError, match=r"version 0009, .* those of version 0010 .*kept"):
+    with pytest.raises(StorageError, match=said):
         asked(database)
     with database.transaction() as connection:
-        assert connection.scalar(text("SELECT version_num FROM pho.alembic_version")) == "0009"
+        assert connection.scalar(text("SELECT version_num FROM pho.alembic_version")) == version
 
 
 def test_tables_before_fields_were_left_out(database: Database) -> None:
@@ -140,8 +134,7 @@ def test_the_service_takes_postgresql_alone(url: str) -> None:
         Database(url)
 
 
-def test_silent_server() -> None:
-    """A server that accepts and says nothing is gone within ten seconds, for Optuna as well."""
+def test_a_server_that_accepts_and_says_nothing_is_gone_within_ten_seconds() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"postgresql://u:geheim@127.0.0.1:{listener.getsockname()[1]}/d"
         database = Database(url)
@@ -161,29 +154,23 @@ def test_silent_server() -> None:
         assert int(str(parameters["tcp_user_timeout"])) < 10_000
 
 
-def test_time_limits(database: Database) -> None:
-    """No statement of the service, Optuna or the queue lasts for ever; the URL's limits win."""
-    asked = database.url.update_query_dict(
-        {"connect_timeout": "77", "options": "-cstatement_timeout=7s"}
-    )
-    own = Database(asked.render_as_string(hide_password=False))
+def test_no_statement_of_the_service_optuna_or_the_queue_lasts_for_ever(database: Database) -> None:
     limits = []
-    for each in (database, own):
-        for url in (each.engine.url, make_url(each.studies_url)):
-            engine = create_engine(url)
-            with engine.connect() as connection:
-                limits.append(connection.exec_driver_sql("SHOW statement_timeout").scalar_one())
-            engine.dispose()
-        with psycopg.connect(each.conninfo) as queue:
-            limits += queue.execute("SHOW statement_timeout").fetchone() or ()
-    own.close()
+    for url in (database.engine.url, make_url(database.studies_url)):
+        engine = create_engine(url)
+        with engine.connect() as connection:
+            limits.append(connection.exec_driver_sql("SHOW statement_timeout").scalar_one())
+        engine.dispose()
+    with psycopg.connect(database.conninfo) as queue:
+        limits += queue.execute("SHOW statement_timeout").fetchone() or ()
+    asked = database.url.update_query_dict({"connect_timeout": "77"})
+    own = Database(asked.render_as_string(hide_password=False))
 
-    assert limits == ["2min"] * 3 + ["7s"] * 3
-    assert "connect_timeout=77" in own.conninfo
+    assert limits == ["2min"] * 3
+    assert "connect_timeout=77" in own.conninfo  # a limit of the URL wins
 
 
-def test_close_while_in_use(database: Database) -> None:
-    """A connection that a thread still uses when the database is closed ends with its use."""
+def test_a_connection_in_use_at_the_close_ends_with_its_use(database: Database) -> None:
     own = Database(database.url.render_as_string(hide_password=False))
     with own.transaction() as connection:
         used: Any = connection.connection.dbapi_connection
@@ -209,8 +196,7 @@ def test_studies_that_cannot_be_opened(database: Database, monkeypatch: pytest.M
     assert [connection.closed for connection in used] == [True]
 
 
-def test_url_to_be_shown() -> None:
-    """The URL for Optuna's programs has the schema and no password: that of PGPASSWORD counts."""
+def test_the_url_for_optunas_programs_has_the_schema_and_no_password() -> None:
     database = Database("postgresql://u:geheim@h:77/d?password=geheim&sslmode=require")
 
     assert database.shown_studies_url == (
@@ -224,8 +210,7 @@ def test_a_full_disk_is_told_from_an_outage(database: Database) -> None:
         connection.exec_driver_sql(raising)
 
 
-def test_reader(database: Database) -> None:
-    """The role that reads studies does nothing else, also without its own setting."""
+def test_the_role_that_reads_studies_does_nothing_else(database: Database) -> None:
     database.let_read()
     database.let_read()
     with open_storage(database.studies_url) as storage:

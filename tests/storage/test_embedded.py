@@ -38,36 +38,40 @@ def folder() -> Iterator[Path]:
         yield made
 
 
-class Server:
-    """
-    A PostgreSQL that a test may stop and start.
+@pytest.fixture(scope="module")
+def made_before() -> Iterator[Path]:
+    """A folder in which a server was, with its note of the time when it ran."""
+    with short_folder() as made:
+        with embedded_postgresql(made):
+            note = (made / "postgresql" / "postmaster.pid").read_text()
+        (made / "note").write_text(note)
+        yield made
 
-    Attributes:
-        url: Of a migrated database.
-        data: Its folder.
-    """
 
-    def __init__(self, data: Path) -> None:
-        self.data = data
-        self._postmaster = Postmaster(data)
-        self.url = self._postmaster.url
-        self.start()
+@pytest.fixture
+def used(made_before: Path, folder: Path) -> Path:
+    """A copy of it: to make one takes longer."""
+    subprocess.run(["cp", "--archive", f"{made_before}/.", folder], check=True)
+    note = (folder / "note").read_text().replace(str(made_before), str(folder))
+    (folder / "note").write_text(note)
+    return folder
 
-    def stop(self, mode: str = "fast") -> None:
-        """``fast`` goes in order, ``immediate`` as if the power went."""
-        self._postmaster.stop(30.0 if mode == "fast" else 0.0)
 
-    def start(self) -> None:
-        """If it is not running."""
-        if not self._postmaster.lives():
-            self._postmaster.start()
+def serves(folder: Path) -> bool:
+    """Whether a server starts on a folder, and answers."""
+    with embedded_postgresql(folder) as url:
+        database = Database(url)
+        database.check()
+        database.close()
+    return True
 
 
 @pytest.fixture(scope="module")
-def own_server() -> Iterator[Server]:
-    """One for all tests of this file that need no fresh one."""
+def own_server() -> Iterator[Postmaster]:
+    """One for all tests of this file that need no fresh one, with a migrated database."""
     with short_folder() as made:
-        found = Server(made / "postgresql")
+        found = Postmaster(made / "postgresql")
+        found.start()
         try:
             database = Database(found.url)
             database.migrate()
@@ -78,15 +82,15 @@ def own_server() -> Iterator[Server]:
 
 
 @pytest.fixture
-def server(own_server: Server) -> Iterator[Server]:
-    """It, running before and after the test."""
-    own_server.start()
-    yield own_server
-    own_server.start()
+def server(own_server: Postmaster) -> Postmaster:
+    """It, running before the test."""
+    if not own_server.lives():
+        own_server.start()
+    return own_server
 
 
 @pytest.fixture
-def own_database(server: Server) -> Iterator[Database]:
+def own_database(server: Postmaster) -> Iterator[Database]:
     """Its database, with connections that were used before."""
     database = Database(server.url)
     at_once(lambda _: database.check())
@@ -114,52 +118,32 @@ def jobs(database: Database) -> list[uuid.UUID]:
 class TestFolder:
     """One service on a folder, which keeps what it holds."""
 
-    def test_restart(self, folder: Path) -> None:
-        """What was stored is there after a restart, also in the same process."""
-        with embedded_postgresql(folder) as url:
-            database = Database(url)
-            database.migrate()
-            job = submit(database)
-            database.close()
-        with embedded_postgresql(folder) as url:
-            again = Database(url)
-            found = jobs(again)
-            again.close()
-
-        assert found == [job]
-
-    def test_stopped(self, folder: Path) -> None:
-        """After the block, also one that fails, the server is gone and the folder free."""
-
+    def test_after_the_block_that_fails_the_server_is_gone(self, used: Path) -> None:
         urls = []
-        with suppress(ZeroDivisionError), embedded_postgresql(folder) as url:
+        with suppress(ZeroDivisionError), embedded_postgresql(used) as url:
             urls.append(url)
             raise ZeroDivisionError
-        database = Database(urls[0])
 
-        assert running_url(folder) is None
+        assert running_url(used) is None
         with pytest.raises(DatabaseGone):
-            database.check()
+            Database(urls[0]).check()
 
-    def test_in_use(self, folder: Path) -> None:
-        """A second service on the folder is told the way out, and the first one goes on."""
-        with embedded_postgresql(folder) as url:
-            with (
-                pytest.raises(StorageError, match=f"{folder} is in use by another") as caught,
-                embedded_postgresql(folder),
-            ):
-                pass
-            database = Database(url)
-            database.check()
-            database.close()
+    def test_a_second_service_on_the_folder_is_told_the_way_out(self, used: Path) -> None:
+        with (
+            embedded_postgresql(used) as url,
+            pytest.raises(
+                StorageError, match=rf"{used} is in use .*Stop that one, or give another"
+            ),
+            embedded_postgresql(used),
+        ):
+            pass
 
-        assert "Stop that one, or give another --data-dir" in str(caught.value)
+        assert url
 
-    def test_running_url(self, server: Server) -> None:
-        """Other processes find the server of a folder, as long as it runs."""
-        running = running_url(server.data.parent)
+    def test_other_processes_find_the_server_as_long_as_it_runs(self, server: Postmaster) -> None:
+        running = running_url(server.folder.parent)
         server.stop()
-        stopped = running_url(server.data.parent)
+        stopped = running_url(server.folder.parent)
 
         assert running is not None
         assert Database(running).url == Database(server.url).url
@@ -171,10 +155,9 @@ class TestFolder:
 
     @pytest.mark.parametrize(
         "name",
-        ["~a+b", *(pytest.param(n, marks=pytest.mark.thorough) for n in ("100%41", "ümläut"))],
+        ["~a+b", pytest.param("100%41-ümläut", marks=pytest.mark.thorough)],
     )
-    def test_odd_names(self, folder: Path, name: str) -> None:
-        """A folder with an odd name serves as well, for the queue and Optuna too."""
+    def test_a_folder_with_an_odd_name_serves_as_well(self, folder: Path, name: str) -> None:
         with embedded_postgresql(folder / name) as url:
             database = Database(url)
             try:
@@ -192,10 +175,9 @@ class TestFolder:
     @pytest.mark.parametrize(
         "name", ["a b", "a'b", 'a"b', "a&touch ran", "a$HOME", "a;touch ran", "a,b"]
     )
-    def test_names_for_a_shell(
+    def test_initdb_starts_programs_by_a_shell_a_name_that_it_would_take_apart_is_refused(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
     ) -> None:
-        """initdb starts programs by a shell: a name that it would take apart is refused."""
         monkeypatch.chdir(folder)
         with (
             pytest.raises(StorageError, match="--data-dir"),
@@ -206,123 +188,99 @@ class TestFolder:
         assert not (folder / "ran").exists()
         assert not (folder / name / "postgresql").exists()
 
-    @pytest.mark.parametrize("path", ["file", "file/below", "file/far/below"])
-    def test_not_a_folder(self, folder: Path, path: str) -> None:
-        """A folder that cannot be made is named, with the reason."""
+    @pytest.mark.parametrize(
+        "path",
+        ["{0}/file", "{0}/file/far/below", "/proc/pho", "~nobody-of-this-name/pho"],
+        ids=["file", "below one", "even by root", "nobody's"],
+    )
+    def test_a_folder_that_cannot_be_made_is_named(self, folder: Path, path: str) -> None:
         (folder / "file").write_text("here before")
+        named = path.format(folder)
         with (
-            pytest.raises(StorageError, match=f"the data folder {folder / path} cannot be used"),
-            embedded_postgresql(folder / path),
+            pytest.raises(StorageError, match=f"the data folder {named} cannot be used"),
+            embedded_postgresql(Path(named)),
         ):
             pass
 
         assert (folder / "file").read_text() == "here before"
 
-    def test_a_folder_in_which_nothing_can_be_made_is_named_even_to_root(self) -> None:
-        with (
-            pytest.raises(StorageError, match="the data folder /proc/pho cannot be used"),
-            embedded_postgresql(Path("/proc/pho")),
-        ):
-            pass
-
-    def test_so_is_the_home_of_a_user_who_is_not_there(self) -> None:
-        with (
-            pytest.raises(StorageError, match="nobody-of-this-name"),
-            embedded_postgresql(Path("~nobody-of-this-name/pho")),
-        ):
-            pass
-
-    def test_broken_data(self, folder: Path) -> None:
-        """A server that does not start on its data says where its log is; the folder is free."""
-        with embedded_postgresql(folder):
-            pass
-        (folder / "postgresql" / "global" / "pg_control").write_bytes(b"nonsense")
-        for _ in range(2):
+    def test_a_server_that_does_not_start_says_where_its_log_is(self, used: Path) -> None:
+        (used / "postgresql" / "global" / "pg_control").write_bytes(b"nonsense")
+        for _ in range(2):  # the folder is free again
             with (
                 pytest.raises(StorageError, match="PostgreSQL does not start on") as caught,
-                embedded_postgresql(folder),
+                embedded_postgresql(used),
             ):
                 pass
 
-            assert f"Its log is {folder / 'postgresql' / 'log'}" in str(caught.value)
+            assert f"Its log is {used / 'postgresql' / 'log'}" in str(caught.value)
             assert "--database-url" in str(caught.value)
 
-    def test_killed_service(self, folder: Path) -> None:
-        """After kill -9 of the service, the next one takes its server over, with all jobs."""
+    def test_a_killed_services_server_is_taken_over_with_all_jobs(self, used: Path) -> None:
         code = (
-            f"with embedded_postgresql(Path({str(folder)!r})) as url:\n"
-            "    database = Database(url); database.migrate()\n"
-            "    print(submit(database), flush=True); time.sleep(60)\n"
+            "import time\nfrom pathlib import Path\n"
+            "from storage.database import Database\n"
+            "from storage.embedded import embedded_postgresql\n"
+            f"with embedded_postgresql(Path({str(used)!r})) as url:\n"
+            "    Database(url).migrate(); print(url, flush=True); time.sleep(600)\n"
         )
-        with run(code) as service:
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as service:
             assert service.stdout is not None
-            job = uuid.UUID(service.stdout.readline().strip())
+            database = Database(service.stdout.readline().decode().strip())
+            job = submit(database)
+            database.close()
             service.kill()
-        with embedded_postgresql(folder) as url:
+        with embedded_postgresql(used) as url:
             database = Database(url)
             found = jobs(database)
             database.close()
 
         assert found == [job]
-        assert running_url(folder) is None
+        assert running_url(used) is None
 
-    def stale(self, folder: Path, number: int) -> None:
+    def stale(self, used: Path, number: int) -> None:
         """The folder of a server that died, whose process number another process has now."""
-        with embedded_postgresql(folder):
-            note = (folder / "postgresql" / "postmaster.pid").read_text().splitlines()
-        stale = folder / "postgresql" / "postmaster.pid"
+        stale = used / "postgresql" / "postmaster.pid"
+        note = (used / "note").read_text().splitlines()
         stale.write_text("\n".join([str(number), *note[1:], ""]))
-        shutil.chown(stale, (folder / "postgresql" / "PG_VERSION").stat().st_uid)
+        shutil.chown(stale, (used / "postgresql" / "PG_VERSION").stat().st_uid)
 
-    def test_number_of_another_process(self, folder: Path) -> None:
-        """The process that has a dead server's number is left alone; the server starts."""
+    def test_the_process_that_has_a_dead_servers_number_is_left_alone(self, used: Path) -> None:
         with subprocess.Popen(["sleep", "60"]) as bystander:
             try:
-                self.stale(folder, bystander.pid)
-                before = running_url(folder)
-                with embedded_postgresql(folder) as url:
-                    database = Database(url)
-                    database.check()
-                    database.close()
+                self.stale(used, bystander.pid)
+                before = running_url(used)
+                served = serves(used)
                 left_alone = bystander.poll() is None
             finally:
                 bystander.kill()
 
         assert before is None
+        assert served
         assert left_alone
 
-    def test_so_is_another_postgresql(self, folder: Path, own_database: Database) -> None:
+    def test_so_is_another_postgresql(self, used: Path, own_database: Database) -> None:
         number = Path(str(own_database.url.query["host"]), "postmaster.pid").read_text().split()[0]
-        self.stale(folder, int(number))
-        before = running_url(folder)
-        with embedded_postgresql(folder) as url:
-            database = Database(url)
-            database.check()
-            database.close()
+        self.stale(used, int(number))
 
-        assert before is None
+        assert running_url(used) is None
+        assert serves(used)
         own_database.check()
 
     @pytest.mark.parametrize("text", ["", "nonsense\n" * 8], ids=["empty", "nonsense"])
-    def test_half_a_note(self, folder: Path, text: str) -> None:
-        """What a server left that lost its power while it started does not stop the next."""
-        with embedded_postgresql(folder):
-            pass
-        (folder / "postgresql" / "postmaster.pid").write_text(text)
-        before = running_url(folder)
-        with embedded_postgresql(folder) as url:
-            database = Database(url)
-            database.check()
-            database.close()
+    def test_half_a_note_of_a_server_that_lost_its_power_stops_no_other(
+        self, used: Path, text: str
+    ) -> None:
+        (used / "postgresql" / "postmaster.pid").write_text(text)
 
-        assert before is None
+        assert running_url(used) is None
+        assert serves(used)
 
 
 class TestOutage:
     """A server that goes is told from one that is broken, and found again when it comes back."""
 
-    def test_gone(self, server: Server, own_database: Database) -> None:
-        """Without the server, each use says that the database is gone, in one line."""
+    def test_each_use_says_it_is_gone(self, server: Postmaster, own_database: Database) -> None:
         server.stop()
         for call in (
             own_database.check,
@@ -336,11 +294,11 @@ class TestOutage:
             assert str(caught.value)
             assert "\n" not in str(caught.value)
 
-    @pytest.mark.parametrize("mode", ["fast", "immediate"])
-    def test_back(self, server: Server, own_database: Database, mode: str) -> None:
+    @pytest.mark.parametrize("stop_s", [30.0, 0.0], ids=["in order", "power lost"])
+    def test_back(self, server: Postmaster, own_database: Database, stop_s: float) -> None:
         """After a restart the same object works at once, with all its connections and all jobs."""
         job = submit(own_database)
-        server.stop(mode)
+        server.stop(stop_s)
         with pytest.raises(DatabaseGone):
             own_database.check()
         server.start()
@@ -348,25 +306,23 @@ class TestOutage:
 
         assert jobs(own_database)[0] == job
 
-    def test_back_unnoticed(self, server: Server, own_database: Database) -> None:
-        """A restart between two uses is not even noticed."""
+    def test_a_restart_is_not_noticed(self, server: Postmaster, own_database: Database) -> None:
         server.stop()
         server.start()
         at_once(lambda _: own_database.check())
 
         assert jobs(own_database) is not None
 
-    @pytest.mark.parametrize("mode", ["fast", "immediate"])
-    @pytest.mark.parametrize("then", ["more", "commit"])
+    @pytest.mark.parametrize(("stop_s", "then"), [(30.0, "more"), (0.0, "commit")])
     def test_a_transaction_that_the_outage_breaks_off_says_so_and_has_done_nothing(
-        self, server: Server, own_database: Database, mode: str, then: str
+        self, server: Postmaster, own_database: Database, stop_s: float, then: str
     ) -> None:
         submit(own_database)
 
         def broken_off() -> None:
             with own_database.transaction() as connection:
                 connection.exec_driver_sql("UPDATE pho.jobs SET name = 'broken off'")
-                server.stop(mode)
+                server.stop(stop_s)
                 if then == "more":
                     connection.exec_driver_sql("SELECT 1")
 
@@ -376,8 +332,7 @@ class TestOutage:
 
         assert "broken off" not in {job.name for job in JobStore(own_database).page()}
 
-    def test_studies(self, server: Server, own_database: Database) -> None:
-        """Optuna's storage says the same when it cannot be opened."""
+    def test_optunas_storage_says_so_too(self, server: Postmaster, own_database: Database) -> None:
         server.stop()
         with (
             pytest.raises(DatabaseGone, match="What it holds is kept"),
@@ -393,15 +348,13 @@ class TestOutage:
         assert "geheim" not in str(caught.value)
         assert "127.0.0.1" in str(caught.value)
 
-    def test_mistakes_are_no_outage(self, own_database: Database) -> None:
-        """A statement that PostgreSQL refuses is a programmer's fault, not an outage."""
+    def test_a_refused_statement_is_no_outage(self, own_database: Database) -> None:
         with pytest.raises(Exception, match="nosuch") as caught, own_database.transaction() as c:
             c.exec_driver_sql("SELECT nosuch")
 
         assert not isinstance(caught.value, StorageError)
 
-    def test_errors_pass_through(self, own_database: Database) -> None:
-        """What the caller raises comes out as it is, and the transaction is undone."""
+    def test_what_the_caller_raises_comes_out_as_it_is(self, own_database: Database) -> None:
         job = submit(own_database)
 
         def broken() -> None:
@@ -419,40 +372,14 @@ class TestMigrate:
     """The first start, or many first starts at once."""
 
     @pytest.fixture
-    def empty(self, server: Server) -> str:
+    def empty(self, server: Postmaster) -> str:
         """The URL of a database without any schema."""
         name = f"empty_{uuid.uuid4().hex}"
         with psycopg.connect(Database(server.url).conninfo, autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {name}")
         return server.url.replace("/postgres?", f"/{name}?")
 
-    def test_processes_at_once(self, empty: str) -> None:
-        """Processes that start together on an empty database take turns, and all succeed."""
-        starts = [
-            run(
-                f"database = Database({empty!r})\n"
-                "print('ready', flush=True); sys.stdin.readline()\n"
-                "database.migrate(); print(submit(database))\n"
-            )
-            for _ in range(2)
-        ]
-        for start in starts:
-            assert start.stdout is not None
-            assert start.stdout.readline() == "ready\n"
-        for start in starts:
-            assert start.stdin is not None
-            start.stdin.write("go\n")
-            start.stdin.flush()
-        made = [uuid.UUID(start.communicate(timeout=240)[0].strip()) for start in starts]
-        database = Database(empty)
-        found = jobs(database)
-        database.close()
-
-        assert [start.returncode for start in starts] == [0, 0]
-        assert sorted(found) == sorted(made)
-
-    def test_threads_at_once(self, empty: str) -> None:
-        """So do threads, and starts on a database that is migrated already."""
+    def test_threads_that_migrate_at_once_take_turns(self, empty: str) -> None:
         database = Database(empty)
         for _ in range(2):
             at_once(lambda _: database.migrate())
@@ -479,20 +406,6 @@ class TestMigrate:
 
         assert left == []
 
-    def test_newer(self, empty: str) -> None:
-        """A database of a newer PHO is refused with the way out, and kept."""
-        database = Database(empty)
-        database.migrate()
-        job = submit(database)
-        with database.transaction() as connection:
-            connection.exec_driver_sql("UPDATE pho.alembic_version SET version_num = '9999'")
-        with pytest.raises(StorageError, match=r"Install that PHO, .* What it holds is kept"):
-            database.migrate()
-        found = jobs(database)
-        database.close()
-
-        assert found == [job]
-
     def test_the_migrations_are_found_wherever_pho_is_installed(
         self, empty: str, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -506,25 +419,3 @@ class TestMigrate:
         database.close()
 
         assert found == [job]
-
-
-def run(code: str) -> subprocess.Popen[str]:
-    """Another Python, with what this file imports."""
-    prelude = (
-        "import sys, time\nfrom pathlib import Path\n"
-        "from storage.database import Database\n"
-        "from storage.embedded import embedded_postgresql\n"
-        "from storage.jobs import JobStore\nfrom storage.records import NewStage\n"
-        "from storage.records import StageKind\n"
-        "def submit(database):\n"
-        "    first = NewStage(kind=StageKind.CALIBRATE)\n"
-        "    job, _ = JobStore(database).submit(\n"
-        "        {}, name='n', first=first, trials=1, max_attempts=1)\n"
-        "    return job.id\n"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", prelude + code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )

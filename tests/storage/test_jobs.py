@@ -3,9 +3,9 @@
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Connection, delete, event, func, select, text, update
 
 import storage.rows
-from storage.claims import Entry, Found, worker_name
+from storage.claims import Found, worker_name
 from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import KeyStore
@@ -31,7 +31,7 @@ from storage.records import (
     TooManyJobs,
     TooManyTrials,
 )
-from storage.rows import JobFilter, enqueue
+from storage.rows import enqueue
 from storage.studies import DatabaseGone
 from storage.tables import events, jobs, keys, stages, workers
 
@@ -159,6 +159,14 @@ def everything(store: JobStore) -> list[Any]:
         return [*tables, queue]
 
 
+@contextmanager
+def unchanged(store: JobStore) -> Iterator[None]:
+    """What happens inside leaves all rows of all jobs, and of the queue, as they are."""
+    before = everything(store)
+    yield
+    assert everything(store) == before
+
+
 def told(store: JobStore, job_id: uuid.UUID) -> list[dict[str, Any]]:
     """What the events of a job say, in their order."""
     return [event.data for event in store.events(job_id)]
@@ -196,8 +204,7 @@ def until_someone_waits_for_a_lock(store: JobStore) -> None:
 class TestSubmit:
     """Jobs come in once, whole, and within their limits."""
 
-    def test_new(self, store: JobStore) -> None:
-        """A new job is queued, with its first stage waiting and one event."""
+    def test_a_new_job_is_queued_and_its_first_stage_waits(self, store: JobStore) -> None:
         job = submit(store, priority=3)
 
         assert (job.state, job.stage, job.priority, job.trials) == (JobState.QUEUED, None, 3, 10)
@@ -216,23 +223,10 @@ class TestSubmit:
         assert [*job.spec] == ["z", "a", "m"]
         assert [*job.spec["m"]] == ["y", "b"]
 
-    def test_same_key_same_document(self, store: JobStore) -> None:
-        """With a key that was used before, the job of that time comes back and nothing is made."""
+    def test_a_key_that_was_used_before_gives_the_job_of_that_time(self, store: JobStore) -> None:
         first = submit(store, {"a": 1, "b": 2}, idempotency_key="k")
-        before = everything(store)
-        again = submit_any(store, {"b": 2, "a": 1}, idempotency_key="k")
-
-        assert again == (first, False)
-        assert everything(store) == before
-
-    def test_same_key_other_document(self, store: JobStore) -> None:
-        """A key that comes with another document is refused, and nothing is made."""
-        submit(store, {"a": 1}, idempotency_key="k")
-        before = everything(store)
-        with pytest.raises(IdempotencyKeyReused):
-            submit_any(store, {"a": 2}, idempotency_key="k")
-
-        assert everything(store) == before
+        with unchanged(store):
+            assert submit_any(store, {"b": 2, "a": 1}, idempotency_key="k") == (first, False)
 
     def test_same_key_after_an_extension(self, store: JobStore) -> None:
         job = submit(store, {"trials": 10}, idempotency_key="k")
@@ -240,15 +234,7 @@ class TestSubmit:
 
         assert submit_any(store, {"trials": 10}, idempotency_key="k") == (store.get(job.id), False)
 
-    def test_a_deleted_jobs_key_is_free(self, store: JobStore) -> None:
-        job = submit(store, idempotency_key="k")
-        store.ask(job.id, "cancel")
-        remove(store, job.id)
-
-        assert submit(store, {"other": 1}, idempotency_key="k").id != job.id
-
-    def test_same_key_at_once(self, store: JobStore) -> None:
-        """Requests that come at the same moment with the same key make one job."""
+    def test_requests_at_once_with_the_same_key_make_one_job(self, store: JobStore) -> None:
         answers = together(*[lambda: submit_any(store, idempotency_key="k")] * 8)
 
         assert sorted(new for _, new in answers) == [False] * 7 + [True]
@@ -298,24 +284,13 @@ class TestSubmit:
         assert one.id != two.id
         assert one.name != two.name
 
-    def test_limit(self, store: JobStore) -> None:
-        """The job over the limit is refused, and leaves nothing behind."""
-        for _ in range(2):
-            submit(store, max_unfinished=2)
-        before = everything(store)
-        with pytest.raises(TooManyJobs):
-            submit_any(store, max_unfinished=2, idempotency_key="k")
-
-        assert everything(store) == before
-
-    def test_refused_key_is_free(self, store: JobStore) -> None:
-        """An idempotency key whose job was refused for the limit can be used later."""
-        job = submit(store, max_unfinished=1)
-        with pytest.raises(TooManyJobs):
-            submit_any(store, {"other": 1}, max_unfinished=1, idempotency_key="k")
+    def test_the_job_over_the_limit_leaves_nothing_behind(self, store: JobStore) -> None:
+        job, _ = (submit(store, max_unfinished=2) for _ in range(2))
+        with unchanged(store), pytest.raises(TooManyJobs):
+            submit_any(store, {"other": 1}, max_unfinished=2, idempotency_key="k")
         store.ask(job.id, "cancel")
 
-        assert submit(store, max_unfinished=1, idempotency_key="k").state is JobState.QUEUED
+        assert submit(store, max_unfinished=2, idempotency_key="k").state is JobState.QUEUED
 
     def test_at_the_limit_a_repeated_request_still_gets_its_job(self, store: JobStore) -> None:
         job = submit(store, max_unfinished=1, idempotency_key="k")
@@ -340,7 +315,6 @@ class TestSubmit:
         assert len(store.page()) == 2
 
     def test_limit_at_once(self, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Requests that come at the same moment do not get past the limit together."""
         counted = threading.Barrier(2)
 
         def enqueue_after_both(*args: Any, **kwargs: Any) -> int:
@@ -354,25 +328,16 @@ class TestSubmit:
         assert [type(a) for a in answers].count(TooManyJobs) == 1
         assert len(store.page()) == 1
 
-    @pytest.mark.parametrize("written", [False, True])
-    def test_whole_or_not_at_all(
-        self, store: JobStore, monkeypatch: pytest.MonkeyPatch, written: bool
-    ) -> None:
+    def test_whole_or_not_at_all(self, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
         def broken(*args: Any, **kwargs: Any) -> int:
-            if written:
-                enqueue(*args, **kwargs)
+            enqueue(*args, **kwargs)
             raise RuntimeError("broken")
 
-        before = everything(store)
         monkeypatch.setattr(storage.rows, "enqueue", broken)
-        with pytest.raises(RuntimeError, match="broken"):
+        with unchanged(store), pytest.raises(RuntimeError, match="broken"):
             submit(store)
 
-        assert everything(store) == before
-
-    def test_lost_connection(self, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A connection that is cut before the commit leaves neither job nor entry."""
-
+    def test_cut_before_the_commit(self, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
         def cut(connection: Connection, *args: Any, **kwargs: Any) -> int:
             number = enqueue(connection, *args, **kwargs)
             pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
@@ -380,68 +345,35 @@ class TestSubmit:
                 other.execute(select(func.pg_terminate_backend(pid, 5000)))
             return number
 
-        before = everything(store)
         monkeypatch.setattr(storage.rows, "enqueue", cut)
-        with pytest.raises(DatabaseGone):
+        with unchanged(store), pytest.raises(DatabaseGone):
             submit(store)
-
-        assert everything(store) == before
-
-    def test_nobody_sees_half(self, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Until the commit, others see neither the job nor its entry."""
-        seen = []
-
-        def look(*args: Any, **kwargs: Any) -> int:
-            number = enqueue(*args, **kwargs)
-            seen.append(everything(store))
-            return number
-
-        before = everything(store)
-        monkeypatch.setattr(storage.rows, "enqueue", look)
-        submit(store)
-
-        assert seen == [before]
 
 
 class TestReading:
     """Pages, and who sees what."""
 
-    @pytest.mark.parametrize("limit", [1, 2, 7])
-    def test_walk(self, store: JobStore, limit: int) -> None:
-        """Page by page, each job comes once, though new ones arrive meanwhile."""
+    def test_page_by_page_each_job_comes_once_though_new_ones_arrive(self, store: JobStore) -> None:
         made = [submit(store) for _ in range(5)]
         seen: list[JobRecord] = []
-        while page := store.page(before=seen[-1].number if seen else None, limit=limit):
+        while page := store.page(before=seen[-1].number if seen else None, limit=2):
             seen += page
             submit(store)
 
         assert [job.id for job in seen] == [job.id for job in reversed(made)]
 
-    def test_states_owner_cursor_and_limit_hold_all_at_once(self, store: JobStore) -> None:
-        mine = KeyStore(store.database).create("a", sees_all=False)[0].id
-        made = [submit(store, owner_id=owner) for owner in (mine, mine, None, mine, mine)]
-        store.ask(made[3].id, "cancel")
-        which = JobFilter(visible_to=mine, states=[JobState.QUEUED])
-        page = store.page(which, before=made[4].number, limit=1)
-
-        assert [j.id for j in page] == [made[1].id]
-
     @pytest.mark.parametrize("owned", [False, True])
-    def test_hidden(self, store: JobStore, owned: bool) -> None:
-        """What a key may not see is not there for any method, and stays as it is."""
+    def test_what_a_key_may_not_see_is_not_there(self, store: JobStore, owned: bool) -> None:
         mine, yours = (KeyStore(store.database).create(n, sees_all=False)[0].id for n in "ab")
         job = submit(store, owner_id=yours if owned else None)
-        before = everything(store)
         for call in (
             lambda: store.get(job.id, visible_to=mine),
             lambda: store.ask(job.id, "cancel", visible_to=mine),
             lambda: store.ask(job.id, "extend", visible_to=mine, trials=1),
             lambda: remove(store, job.id, visible_to=mine),
         ):
-            with pytest.raises(NoSuchJob):
+            with unchanged(store), pytest.raises(NoSuchJob):
                 call()
-
-        assert everything(store) == before
 
     def test_a_job_that_never_was_is_not_found_and_has_no_events(self, store: JobStore) -> None:
         with pytest.raises(NoSuchJob):
@@ -449,8 +381,7 @@ class TestReading:
 
         assert store.events(uuid.uuid4()) == []
 
-    def test_counts(self, store: JobStore) -> None:
-        """Jobs are counted by state; stages only if their job may work."""
+    def test_jobs_are_counted_by_state_stages_if_they_may_work(self, store: JobStore) -> None:
         submit(store)
         islands(store, 2)
         store.ask(submit(store).id, "pause")
@@ -470,8 +401,7 @@ class TestReading:
 class TestClaim:
     """A stage is one worker's, until it is another's."""
 
-    def test_first(self, store: JobStore) -> None:
-        """The first claim sets the job running, and says what is done by whom."""
+    def test_the_first_claim_sets_the_job_running(self, store: JobStore) -> None:
         job = submit(store)
         taken = claim(store, job.stages[0].id)
 
@@ -482,25 +412,10 @@ class TestClaim:
         assert taken.job.started_at is not None
         assert told(store, job.id)[1:] == [{"stage": "calibrate"}, {"state": "running"}]
 
-    def test_outdated_entry(self, store: JobStore) -> None:
-        """An entry of before a pause does nothing once a newer one stands for the stage."""
-        job = submit(store)
-        stage = job.stages[0].id
-        outdated = queue_id(store, stage)
-        store.ask(job.id, "pause")
-        store.ask(job.id, "resume")
-        before = everything(store)
-
-        assert store.claim(stage, outdated, WORKER) is None
-        assert everything(store) == before
-        assert claim(store, stage).attempt == 1
-
     def test_an_entry_gives_a_right_to_its_own_stage_alone(self, store: JobStore) -> None:
         one, two = islands(store, 2)
-        before = everything(store)
-
-        assert store.claim(one.stage.id, queue_id(store, two.stage.id), OTHER) is None
-        assert everything(store) == before
+        with unchanged(store):
+            assert store.claim(one.stage.id, queue_id(store, two.stage.id), OTHER) is None
 
     def test_outdated_entry_and_a_dead_worker(self, store: JobStore) -> None:
         job = submit(store)
@@ -514,8 +429,7 @@ class TestClaim:
         assert store.watch(taken) is JobState.RUNNING
         assert store.get(job.id).stages[0].failures == 0
 
-    def test_deleted_while_claiming(self, store: JobStore) -> None:
-        """A job that goes while a claim waits for it is nothing to do."""
+    def test_a_job_that_goes_while_a_claim_waits_is_nothing_to_do(self, store: JobStore) -> None:
         job = submit(store)
         stage = job.stages[0].id
         entry = queue_id(store, stage)
@@ -527,8 +441,7 @@ class TestClaim:
 
             assert waiting.result(10) is None
 
-    def test_again(self, store: JobStore) -> None:
-        """A stage that comes again while it is running had its worker die: one failure more."""
+    def test_a_running_stage_that_comes_again_had_its_worker_die(self, store: JobStore) -> None:
         first = begun(store)
         second = claim(store, first.stage.id, OTHER)
 
@@ -538,8 +451,7 @@ class TestClaim:
         assert second.job.started_at == first.job.started_at
         assert told(store, first.job.id) == told(store, second.job.id)[:3]
 
-    def test_at_once(self, store: JobStore) -> None:
-        """Two workers with the same entry get different attempts; only the later may write."""
+    def test_two_workers_with_the_same_entry_get_different_attempts(self, store: JobStore) -> None:
         stage = submit(store).stages[0].id
         taken = together(lambda: claim(store, stage), lambda: claim(store, stage, OTHER))
         first, second = sorted(taken, key=lambda c: c.attempt)
@@ -549,8 +461,7 @@ class TestClaim:
             store.complete(first, {})
         assert store.complete(second, {})
 
-    def test_dead_workers(self, store: JobStore) -> None:
-        """After as many dead workers as attempts, the job fails and says why."""
+    def test_after_as_many_dead_workers_the_job_fails_and_says_why(self, store: JobStore) -> None:
         first = begun(store, max_attempts=2)
         claim(store, first.stage.id)
         gone = store.claim(first.stage.id, queue_id(store, first.stage.id), WORKER)
@@ -564,15 +475,6 @@ class TestClaim:
         assert (job.stages[0].state, job.stages[0].failures) == (StageState.FAILED, 2)
         assert told(store, job.id)[-1] == {"state": "failed", "error": job.error}
         assert job.finished_at is not None
-
-    def test_once_a_job_has_failed_its_entry_does_nothing_more(self, store: JobStore) -> None:
-        first = begun(store, max_attempts=1)
-        entry = queue_id(store, first.stage.id)
-        store.claim(first.stage.id, entry, WORKER)
-        before = everything(store)
-
-        assert store.claim(first.stage.id, entry, WORKER) is None
-        assert everything(store) == before
 
     def test_given_back_is_no_failure(self, store: JobStore) -> None:
         first = begun(store, max_attempts=1)
@@ -597,8 +499,7 @@ class TestClaim:
         assert store.give_again(entry, alive_s=60.0)  # it stands for nothing any more
         assert runnable(store) == [stage]
 
-    def test_silent_worker(self, store: JobStore) -> None:
-        """A worker that has not reported for long enough has lost its stage."""
+    def test_a_worker_that_is_silent_too_long_has_lost_its_stage(self, store: JobStore) -> None:
         stage = begun(store).stage.id
         store.enter_worker(WORKER, name="worker", device="cpu", kinds=[CALIBRATE.kind])
 
@@ -622,7 +523,7 @@ class TestClaim:
         assert store.ask(first.job.id, verb).state == f"{verb.removesuffix('e')}" + (
             "ing" if verb == "pause" else "ling"
         )
-        assert store.claim(first.stage.id, queue_id(store, first.stage.id), OTHER) is None
+        assert comes_again(store, first) is None
         job = store.get(first.job.id)
         assert job.state == then
         assert (job.stages[0].state, job.stages[0].worker_id) == (StageState.WAITING, None)
@@ -631,37 +532,26 @@ class TestClaim:
     def test_a_job_is_settled_only_when_its_last_worker_is_out(self, store: JobStore) -> None:
         one, two = islands(store, 2)
         store.ask(one.job.id, "pause")
-        store.claim(one.stage.id, queue_id(store, one.stage.id), OTHER)
+        comes_again(store, one)
 
         assert store.get(one.job.id).state is JobState.PAUSING
         assert store.hand_back(two) is False
         assert store.get(one.job.id).state is JobState.PAUSED
 
     @pytest.mark.parametrize("verb", ["pause", "cancel"])
-    def test_idle_job(self, store: JobStore, verb: str) -> None:
-        """A queued job that is paused or cancelled is so at once; its entry does nothing."""
+    def test_a_queued_job_is_paused_at_once(self, store: JobStore, verb: str) -> None:
         job = submit(store)
         settled = store.ask(job.id, verb)
-        before = everything(store)
-
-        assert settled.state.value == {"pause": "paused", "cancel": "cancelled"}[verb]
-        assert store.claim(job.stages[0].id, queue_id(store, job.stages[0].id), WORKER) is None
-        assert everything(store) == before
+        with unchanged(store):
+            assert settled.state.value == {"pause": "paused", "cancel": "cancelled"}[verb]
+            assert store.claim(job.stages[0].id, queue_id(store, job.stages[0].id), WORKER) is None
 
     @pytest.mark.parametrize("finished", ["complete", "succeed", "fail"])
-    def test_finished_stage(self, store: JobStore, finished: str) -> None:
-        """The entry of a stage that is done or has failed does nothing."""
+    def test_a_finished_stages_entry_does_nothing(self, store: JobStore, finished: str) -> None:
         taken = begun(store)
-        if finished == "complete":
-            store.complete(taken, {}, then=[CONFIRM])
-        elif finished == "succeed":
-            store.complete(taken, {}, found=Found(best={}, warnings=[]), ended=True)
-        else:
-            store.fail(taken, ERROR, retry=False)
-        before = everything(store)
-
-        assert store.claim(taken.stage.id, queue_id(store, taken.stage.id), OTHER) is None
-        assert everything(store) == before
+        WRITES[finished](store, taken)
+        with unchanged(store):
+            assert comes_again(store, taken) is None
 
 
 WRITES: dict[str, Callable[[JobStore, Claim], Any]] = {
@@ -677,92 +567,49 @@ WRITES: dict[str, Callable[[JobStore, Claim], Any]] = {
     "give_up": lambda s, c: s.give_up(c),
     "end_turn": lambda s, c: s.end_turn(c),
     "fence": lambda s, c: s.fence(c).__enter__(),
-    "watch": lambda s, c: s.watch(c),
 }
 
 
-def lose_to_another(store: JobStore, lost: Claim) -> None:
-    """Another worker has the stage."""
-    claim(store, lost.stage.id, OTHER)
+def comes_again(store: JobStore, taken: Claim) -> Claim | None:
+    """What another worker gets of a stage whose worker the queue takes for dead."""
+    return store.claim(taken.stage.id, queue_id(store, taken.stage.id), OTHER)
 
 
-def lose_to_another_that_finished(store: JobStore, lost: Claim) -> None:
-    """Another worker has done the stage."""
-    store.complete(claim(store, lost.stage.id, OTHER), {"of": "the other"}, then=[CONFIRM])
-
-
-def lose_to_another_that_failed(store: JobStore, lost: Claim) -> None:
-    """Another worker has failed for good."""
-    store.fail(claim(store, lost.stage.id, OTHER), {"of": "the other"}, retry=False)
-
-
-def lose_with_the_job(store: JobStore, lost: Claim) -> None:
-    """The job is gone."""
-    store.ask(lost.job.id, "cancel")
-    store.claim(lost.stage.id, queue_id(store, lost.stage.id), OTHER)
-    remove(store, lost.job.id)
-
-
-def lose_in_a_pause(store: JobStore, lost: Claim) -> None:
-    """The queue, which took the worker for dead, has put the stage down; then it was resumed."""
-    store.ask(lost.job.id, "pause")
-    store.claim(lost.stage.id, queue_id(store, lost.stage.id), OTHER)
-    store.ask(lost.job.id, "resume")
-
-
-def lose_for_good(store: JobStore, lost: Claim) -> None:
+def too_many_die(store: JobStore, lost: Claim) -> None:
     """The job has failed, since too many workers were taken for dead."""
     with store.database.transaction() as connection:
         connection.execute(update(jobs).values(max_attempts=1))
-    store.claim(lost.stage.id, queue_id(store, lost.stage.id), OTHER)
+    comes_again(store, lost)
 
 
-def use_up(store: JobStore, lost: Claim) -> None:
-    """The worker has done the stage itself."""
-    store.complete(lost, {"of": "mine"}, then=[CONFIRM])
-
-
-TAKEN = [lose_to_another, lose_to_another_that_finished, lose_to_another_that_failed]
-LOSSES = [*TAKEN, lose_with_the_job, lose_in_a_pause, lose_for_good, use_up]
+# How a worker has lost its stage; who only looks is told of the first four, too.
+LOSSES: dict[str, Callable[[JobStore, Claim], Any]] = {
+    "another has it": comes_again,
+    "another did it": lambda s, c: s.complete(claim(s, c.stage.id, OTHER), {}, then=[CONFIRM]),
+    "another failed": lambda s, c: s.fail(claim(s, c.stage.id, OTHER), ERROR, retry=False),
+    "the job is gone": lambda s, c: (
+        s.ask(c.job.id, "cancel"), comes_again(s, c), remove(s, c.job.id),
+    ),
+    "resumed": lambda s, c: (
+        s.ask(c.job.id, "pause"), comes_again(s, c), s.ask(c.job.id, "resume"),
+    ),
+    "too many died": too_many_die,
+    "it did it itself": lambda s, c: s.complete(c, {"of": "mine"}, then=[CONFIRM]),
+}  # fmt: skip
 
 
 class TestLostClaim:
     """Who lost a stage can write no more."""
 
-    @pytest.mark.parametrize("lose", LOSSES)
-    @pytest.mark.parametrize("write", [name for name in WRITES if name != "watch"])
-    def test_writes(
-        self, store: JobStore, write: str, lose: Callable[[JobStore, Claim], None]
+    @pytest.mark.parametrize("lost_since", LOSSES)
+    def test_each_write_of_the_old_attempt_is_refused_and_writes_nothing(
+        self, store: JobStore, lost_since: str
     ) -> None:
-        """However a stage was lost, each write of the old attempt is refused and writes nothing."""
         lost = begun(store)
-        lose(store, lost)
-        before = everything(store)
-        with pytest.raises(LostClaim):
-            WRITES[write](store, lost)
-
-        assert everything(store) == before
-
-    @pytest.mark.parametrize("lose", [*TAKEN, lose_with_the_job])
-    def test_watch(self, store: JobStore, lose: Callable[[JobStore, Claim], None]) -> None:
-        """Who only looks is told as well that another worker has the stage."""
-        lost = begun(store)
-        lose(store, lost)
-        before = everything(store)
-        with pytest.raises(LostClaim):
-            store.watch(lost)
-
-        assert everything(store) == before
-
-    def test_the_new_attempt_is_unharmed(self, store: JobStore) -> None:
-        lost = begun(store)
-        taken = claim(store, lost.stage.id, OTHER)
-        for write in WRITES.values():
-            with pytest.raises(LostClaim):
+        LOSSES[lost_since](store, lost)
+        for write in [*WRITES.values(), *([JobStore.watch] if lost_since in [*LOSSES][:4] else [])]:
+            with unchanged(store), pytest.raises(LostClaim):
                 write(store, lost)
-
-        assert store.progress(taken, done=1, elapsed_s=1.0, best_value=0.1) is JobState.RUNNING
-        assert store.complete(taken, {})
 
 
 class TestFence:
@@ -778,26 +625,6 @@ class TestFence:
 
             assert held_off
             assert second.result(10).attempt == 2
-
-    def test_many_claims(self, store: JobStore) -> None:
-        """What a fenced worker writes is never mixed with its successor's, many times over."""
-        first = begun(store, max_attempts=100)
-        log: list[tuple[int, str]] = []
-
-        def work(worker: int) -> None:
-            for _ in range(5):
-                taken = claim(store, first.stage.id, uuid.UUID(int=worker))
-                with suppress(LostClaim), store.fence(taken):
-                    log.append((taken.attempt, "in"))
-                    time.sleep(0.005)
-                    log.append((taken.attempt, "out"))
-
-        together(*(lambda n=n: work(n) for n in range(4)))
-        entered = [attempt for attempt, way in log if way == "in"]
-
-        assert log == [(attempt, way) for attempt in entered for way in ("in", "out")]
-        assert entered == sorted(set(entered))
-        assert store.get(first.job.id).stages[0].attempt == 21
 
     def test_does_not_hold_off_users(self, store: JobStore) -> None:
         (search, *_) = islands(store, 2)
@@ -816,16 +643,14 @@ class TestFence:
 
         assert done
 
-    def test_failure_inside(self, store: JobStore) -> None:
-        """An error inside a fence comes out as it is, and the claim still holds."""
+    def test_an_error_inside_a_fence_comes_out_as_it_is(self, store: JobStore) -> None:
         taken = begun(store)
         with pytest.raises(ZeroDivisionError), store.fence(taken):
             raise ZeroDivisionError
 
         assert store.complete(taken, {})
 
-    def test_deletion_waits(self, store: JobStore) -> None:
-        """A job is not deleted under the hands of a worker that writes."""
+    def test_a_job_is_not_deleted_under_a_worker_that_writes(self, store: JobStore) -> None:
         one, two = islands(store, 2)
         store.fail(two, ERROR, retry=False)
         with ThreadPoolExecutor(1) as pool:
@@ -842,8 +667,7 @@ class TestFence:
 class TestWork:
     """Progress, ends and failures of stages."""
 
-    def test_progress(self, store: JobStore) -> None:
-        """Progress is stored, told, and answered with the state of the job."""
+    def test_progress_is_stored_told_and_answered_with_the_state(self, store: JobStore) -> None:
         (search,) = islands(store, 1)
         state = store.progress(search, done=4, elapsed_s=1.5, best_value=0.25)
         (stage,) = store.get(search.job.id).of_kind(StageKind.SEARCH)
@@ -865,8 +689,7 @@ class TestWork:
         assert store.watch(taken) is asked
         assert not asked.may_work
 
-    def test_add(self, store: JobStore) -> None:
-        """What follows at once waits in the queue; the stage keeps its result."""
+    def test_what_follows_at_once_waits_in_the_queue(self, store: JobStore) -> None:
         first = begun(store)
         searches = [NewStage(kind=StageKind.SEARCH, number=i, params={"p": i}) for i in range(3)]
         done = store.complete(first, {"b": 1, "a": [2]}, then=searches)
@@ -880,8 +703,7 @@ class TestWork:
         assert job.stages[0].state is StageState.DONE
         assert (job.stages[0].worker_id, job.state) == (None, JobState.RUNNING)
 
-    def test_add_what_exists(self, store: JobStore) -> None:
-        """A stage that exists already stays as it is, and is not queued again."""
+    def test_a_stage_that_exists_already_stays_as_it_is(self, store: JobStore) -> None:
         one, two = islands(store, 2)
         store.complete(one, {"mine": 1})
         before = everything(store)
@@ -891,29 +713,15 @@ class TestWork:
         assert after[1][:2] == before[1][:2]
         assert after[3] == before[3]
 
-    def test_what_follows_the_islands_is_made_by_the_last_of_them(self, store: JobStore) -> None:
-        claims = islands(store, 3)
-        made = []
-        for search in claims:
-            store.complete(search, {}, then=[CONFIRM])
-            made.append(len(store.get(search.job.id).of_kind(StageKind.CONFIRM)))
-
-        assert made == [0, 0, 1]
-
-    def test_others_have_moved_it(self, store: JobStore) -> None:
-        """What was decided before another stage was done stores nothing, and is decided again."""
+    def test_what_was_decided_before_another_end_stores_nothing(self, store: JobStore) -> None:
         one, two = islands(store, 2)
         store.complete(two, {"r": 2})
-        before = everything(store)
-
-        assert store.complete(one, {"r": 1}, seen=one.job) is False
-        assert everything(store) == before
+        with unchanged(store):
+            assert store.complete(one, {"r": 1}, seen=one.job) is False
         assert store.complete(one, {"r": 1}, seen=store.get(one.job.id)) is True
 
-    @pytest.mark.parametrize("count", [2, 5, 8])
-    def test_islands_at_once(self, store: JobStore, count: int) -> None:
-        """Islands that end at the same moment make what follows exactly once."""
-        for _ in range(4):
+    def test_islands_that_end_at_once_make_what_follows_exactly_once(self, store: JobStore) -> None:
+        for count in (2, 5, 8):
             claims = islands(store, count)
             answers = together(*(lambda c=c: searched(store, c) for c in claims))
             job = store.get(claims[0].job.id)
@@ -924,7 +732,7 @@ class TestWork:
             assert claim(store, confirm.id).attempt == 1
 
     def test_islands_and_an_extension_at_once(self, store: JobStore) -> None:
-        for _ in range(8):
+        for _ in range(4):
             claims = islands(store, 2)
             *done, extended = together(
                 *(lambda c=c: searched(store, c) for c in claims),
@@ -940,18 +748,14 @@ class TestWork:
                 assert (len(searching), job.trials) == (2, 15)
                 assert job.of_kind(StageKind.CONFIRM) == []
 
-    def test_too_few_trials(self, store: JobStore) -> None:
-        """A search that ends below what the job was extended to stores nothing, and goes on."""
+    def test_a_search_that_ends_below_its_extension_goes_on(self, store: JobStore) -> None:
         (search,) = islands(store, 1)
         store.ask(search.job.id, "extend", trials=5)
-        before = everything(store)
-
-        assert store.complete(search, {"r": 1}, then=[CONFIRM], seen=search.job) is False
-        assert everything(store) == before
+        with unchanged(store):
+            assert store.complete(search, {"r": 1}, then=[CONFIRM], seen=search.job) is False
         assert searched(store, search, trials=15)
 
-    def test_another_island_failed(self, store: JobStore) -> None:
-        """An island that ends after another failed is kept, and nothing follows."""
+    def test_an_island_that_ends_after_another_failed_is_kept(self, store: JobStore) -> None:
         one, two = islands(store, 2)
         store.fail(one, ERROR, retry=False)
         store.complete(two, {"r": 2}, then=[CONFIRM])
@@ -961,8 +765,7 @@ class TestWork:
         assert [s.state for s in job.of_kind(StageKind.SEARCH)] == ["failed", "done"]
         assert job.of_kind(StageKind.CONFIRM) == []
 
-    def test_end_while_pausing(self, store: JobStore) -> None:
-        """What follows a stage that ends while pausing waits for the resume, then comes once."""
+    def test_what_follows_while_pausing_waits_for_the_resume(self, store: JobStore) -> None:
         first = begun(store)
         store.ask(first.job.id, "pause")
         store.complete(first, {}, then=[NewStage(kind=StageKind.SEARCH)])
@@ -983,8 +786,7 @@ class TestWork:
         assert store.get(first.job.id).state is JobState.CANCELLED
         assert only(store, first.job.id, StageKind.SEARCH) not in runnable(store)
 
-    def test_succeed(self, store: JobStore) -> None:
-        """The configuration is kept in its order, with the warnings."""
+    def test_the_configuration_is_kept_in_its_order_with_warnings(self, store: JobStore) -> None:
         taken = begun(store)
         best = {"z": 0.1 + 0.2, "a": {"y": 1, "b": "\ud800\0"}}
         store.complete(taken, {"r": 1}, found=Found(best=best, warnings=["one", "two"]), ended=True)
@@ -998,8 +800,7 @@ class TestWork:
         assert job.finished_at is not None
         assert told(store, job.id)[-1] == {"state": "succeeded"}
 
-    def test_cancelled_at_the_end(self, store: JobStore) -> None:
-        """A job that is cancelled while its last stage ends is cancelled, without a result."""
+    def test_cancelled_while_its_last_stage_ends_has_no_result(self, store: JobStore) -> None:
         taken = begun(store)
         store.ask(taken.job.id, "cancel")
         store.complete(taken, {"r": 1}, found=Found(best={"a": 1}, warnings=[]), ended=True)
@@ -1009,25 +810,14 @@ class TestWork:
         assert job.stages[0].state is StageState.DONE
         assert told(store, job.id)[-1] == {"state": "cancelled"}
 
-    def test_so_it_is_with_a_transfer(self, store: JobStore) -> None:
-        taken = begun(store)
-        store.ask(taken.job.id, "cancel")
-        store.complete(
-            taken, {"error": "none"}, library=[Entry({"a": 1}, {"error": "none"})], ended=True
-        )
-
-        assert store.get(taken.job.id).state is JobState.CANCELLED
-
-    def test_paused_at_the_end(self, store: JobStore) -> None:
-        """A job that is to pause while its last stage ends has nothing left to wait for."""
+    def test_paused_while_its_last_stage_ends_has_succeeded(self, store: JobStore) -> None:
         taken = begun(store)
         store.ask(taken.job.id, "pause")
         store.complete(taken, {"r": 1}, found=Found(best={"a": 1}, warnings=[]), ended=True)
 
         assert store.get(taken.job.id).state is JobState.SUCCEEDED
 
-    def test_retry(self, store: JobStore) -> None:
-        """A failed attempt that may be retried puts the stage down, and is told."""
+    def test_an_attempt_that_may_be_retried_puts_the_stage_down(self, store: JobStore) -> None:
         taken = begun(store)
 
         assert store.fail(taken, ERROR, retry=True) is True
@@ -1037,12 +827,12 @@ class TestWork:
         last = store.events(job.id)[-1]
         assert (last.kind, last.data) == ("retry", {**ERROR, "stage": "calibrate", "attempts": 1})
 
-    def test_last_attempt(self, store: JobStore) -> None:
-        """The last attempt's failure is the job's; it keeps the error, whatever is in it."""
+    def test_the_last_attempts_error_is_the_jobs_whatever_is_in_it(self, store: JobStore) -> None:
         error = {"type": "Boom", "message": "\ud800 \0 '; drop table jobs", "layer": "a.0"}
-        for _ in range(2):
-            again = store.fail(claim(store, only_stage(store)), error, retry=True)
-        job = store.page()[0]
+        first = begun(store, max_attempts=2)
+        store.fail(first, error, retry=True)
+        again = store.fail(claim(store, first.stage.id), error, retry=True)
+        job = store.get(first.job.id)
 
         assert again is False
         assert job.state is JobState.FAILED
@@ -1057,13 +847,6 @@ class TestWork:
         assert store.fail(second, ERROR, retry=True) is False
         assert store.get(first.job.id).state is JobState.FAILED
 
-    def test_no_retry(self, store: JobStore) -> None:
-        """An error that another attempt does not help fails the job at once."""
-        taken = begun(store)
-
-        assert store.fail(taken, ERROR, retry=False) is False
-        assert store.get(taken.job.id).state is JobState.FAILED
-
     @pytest.mark.parametrize("retry", [False, True])
     @pytest.mark.parametrize(("verb", "then"), [("pause", "paused"), ("cancel", "cancelled")])
     def test_fail_on_the_way_out(self, store: JobStore, verb: str, then: str, retry: bool) -> None:
@@ -1074,16 +857,10 @@ class TestWork:
         assert store.get(taken.job.id).state == then
 
 
-def only_stage(store: JobStore) -> int:
-    """The first stage of the only job, which is made if there is none; it has two attempts."""
-    return (store.page() or [submit(store, max_attempts=2)])[0].stages[0].id
-
-
 class TestGiveUp:
     """A worker that ends in the midst of a stage gives it up."""
 
-    def test_anew(self, store: JobStore) -> None:
-        """A new entry stands for the stage, at once; that of the worker is out of the queue."""
+    def test_a_new_entry_stands_for_the_stage_at_once(self, store: JobStore) -> None:
         taken = begun(store)
         before = queue_id(store, taken.stage.id)
         store.give_up(taken)
@@ -1092,8 +869,7 @@ class TestGiveUp:
         assert queue_id(store, taken.stage.id) != before
         assert (again.attempt, again.stage.failures) == (2, 0)
 
-    def test_cancelled(self, store: JobStore) -> None:
-        """Of a job that is to be cancelled nothing comes again."""
+    def test_of_a_job_that_is_cancelled_nothing_comes_again(self, store: JobStore) -> None:
         taken = begun(store)
         store.ask(taken.job.id, "cancel")
         store.give_up(taken)
@@ -1142,25 +918,7 @@ class TestResume:
         assert queue_id(store, taken.stage.id) == entry
         assert everything(store)[3] == before
 
-    def test_resumed_before_it_was_noticed(self, store: JobStore) -> None:
-        taken = begun(store)
-        store.ask(taken.job.id, "pause")
-        store.ask(taken.job.id, "resume")
-
-        assert store.progress(taken, done=1, elapsed_s=1.0, best_value=None).may_work
-        assert store.complete(taken, {})
-
-    def test_resumed_twice_a_job_still_has_one_entry(self, store: JobStore) -> None:
-        job = submit(store)
-        store.ask(job.id, "pause")
-        store.ask(job.id, "resume")
-        before = everything(store)
-        store.ask(job.id, "resume")
-
-        assert everything(store) == before
-
-    def test_at_once(self, store: JobStore) -> None:
-        """Resumed by several at the same moment, each stage has one entry."""
+    def test_resumed_by_several_at_once_each_stage_has_one_entry(self, store: JobStore) -> None:
         claims = islands(store, 2)
         store.ask(claims[0].job.id, "pause")
         for taken in claims:
@@ -1171,8 +929,7 @@ class TestResume:
         assert runnable(store) == [c.stage.id for c in claims]
         assert len(everything(store)[3]) == known + 2
 
-    def test_many_pauses(self, store: JobStore) -> None:
-        """However often a job is paused, one of its entries counts and the others do nothing."""
+    def test_however_often_it_is_paused_one_entry_counts(self, store: JobStore) -> None:
         job = submit(store)
         stage = job.stages[0].id
         for _ in range(3):
@@ -1184,8 +941,7 @@ class TestResume:
         assert len(entries) == 4
         assert [c is not None for c in taken] == [False, False, False, True]
 
-    def test_keeps_the_lock(self, store: JobStore) -> None:
-        """A stage's new entry has the lock and the priority of the old."""
+    def test_a_new_entry_has_the_lock_and_priority_of_the_old(self, store: JobStore) -> None:
         job = submit(store, priority=7)
         store.ask(job.id, "pause")
         store.ask(job.id, "resume")
@@ -1195,8 +951,7 @@ class TestResume:
         assert (new.queue_name, new.args) == (old.queue_name, old.args)
         assert new.lock == "bundle"
 
-    def test_failed(self, store: JobStore) -> None:
-        """A failed job forgets its error and begins with the stages that are not done."""
+    def test_a_failed_job_goes_on_with_what_is_not_done(self, store: JobStore) -> None:
         one, two, three = islands(store, 3)
         store.complete(one, {"r": 1})
         store.hand_back(two)
@@ -1212,16 +967,6 @@ class TestResume:
             {"stage_id": two.stage.id}, {"stage_id": three.stage.id}
         ]  # fmt: skip
 
-    def test_failed_begins_a_new_attempt(self, store: JobStore) -> None:
-        taken = begun(store)
-        store.fail(taken, ERROR, retry=False)
-        store.ask(taken.job.id, "resume")
-        again = claim(store, taken.stage.id)
-
-        assert again.attempt == 2
-        with pytest.raises(LostClaim):
-            store.complete(taken, {})
-
     def test_failed_with_a_busy_worker(self, store: JobStore) -> None:
         one, two = islands(store, 2)
         store.fail(one, ERROR, retry=False)
@@ -1232,8 +977,7 @@ class TestResume:
         assert store.complete(two, {})
         assert two.stage.id not in [row.args["stage_id"] for row in everything(store)[3]]
 
-    def test_after_dead_workers(self, store: JobStore) -> None:
-        """A job that failed for dead workers has all its attempts again."""
+    def test_failed_for_dead_workers_it_has_all_attempts_again(self, store: JobStore) -> None:
         taken = begun(store, max_attempts=1)
         store.claim(taken.stage.id, queue_id(store, taken.stage.id), WORKER)
         store.ask(taken.job.id, "resume")
@@ -1241,8 +985,7 @@ class TestResume:
 
         assert (again.attempt, again.stage.failures) == (2, 0)
 
-    def test_failed_while_pausing(self, store: JobStore) -> None:
-        """A stage that failed for good while its job was pausing is tried again on resume."""
+    def test_failed_while_pausing_it_is_tried_again(self, store: JobStore) -> None:
         taken = begun(store)
         store.ask(taken.job.id, "pause")
         store.fail(taken, ERROR, retry=False)
@@ -1298,8 +1041,7 @@ def end(store: JobStore, job_id: uuid.UUID) -> list[StageKind]:
 class TestExtend:
     """More trials, as long as the search is not over or the job is."""
 
-    def test_queued(self, store: JobStore) -> None:
-        """A job that waits gets more trials, in its document too, and no other entry."""
+    def test_a_job_that_waits_gets_more_trials_in_its_document_too(self, store: JobStore) -> None:
         job = submit(store, {"b": 1, "trials": 10, "a": 2})
         queue = everything(store)[3]
         extended = store.ask(job.id, "extend", trials=5)
@@ -1308,8 +1050,7 @@ class TestExtend:
         assert [*extended.spec.items()] == [("b", 1), ("trials", 15), ("a", 2)]
         assert everything(store)[3] == queue
 
-    def test_running(self, store: JobStore) -> None:
-        """Islands at work stay at work; those that are done begin again."""
+    def test_islands_that_are_done_begin_again(self, store: JobStore) -> None:
         one, two = islands(store, 2)
         store.complete(one, {"r": 1}, then=[CONFIRM])
         extended = store.ask(one.job.id, "extend", trials=5)
@@ -1320,8 +1061,7 @@ class TestExtend:
         assert store.complete(two, {}, then=[CONFIRM])
         assert end(store, one.job.id) == ["search", "confirm", "finish"]
 
-    def test_paused(self, store: JobStore) -> None:
-        """A paused job stays paused; resumed, it does the trials that it was given."""
+    def test_a_paused_job_stays_paused_with_more_trials(self, store: JobStore) -> None:
         one, two = islands(store, 2)
         store.complete(one, {}, then=[CONFIRM])
         store.ask(one.job.id, "pause")
@@ -1335,8 +1075,7 @@ class TestExtend:
         assert end(store, one.job.id) == ["search", "search", "confirm", "finish"]
         assert store.get(one.job.id).state is JobState.SUCCEEDED
 
-    def test_succeeded(self, store: JobStore) -> None:
-        """A job that has succeeded searches on, confirms again and succeeds again."""
+    def test_a_job_that_has_succeeded_searches_on(self, store: JobStore) -> None:
         job = succeeded(store)
         extended = store.ask(job.id, "extend", trials=5)
 
@@ -1346,8 +1085,7 @@ class TestExtend:
         assert end(store, job.id) == ["search", "confirm", "finish"]
         assert store.get(job.id).state is JobState.SUCCEEDED
 
-    def test_measured_finalists_are_kept(self, store: JobStore) -> None:
-        """Perplexities that were measured before an extension are not measured again."""
+    def test_measured_finalists_are_not_measured_again(self, store: JobStore) -> None:
         job = at_perplexity(store)
         for stage in job.of_kind(StageKind.PERPLEXITY):
             store.complete(claim(store, stage.id), {"perplexity": 1.0}, then=[FINISH])
@@ -1363,20 +1101,15 @@ class TestExtend:
         assert [(s.state, s.result) for s in kept] == [("done", {"perplexity": 1.0})] * 2
         assert end(store, job.id) == ["search", "confirm", "finish"]
 
-    @pytest.mark.parametrize("pause", [False, True])
-    def test_succeeded_twice(self, store: JobStore, pause: bool) -> None:
-        """A job that was just extended can be extended again, before it searches."""
+    def test_a_job_that_was_just_extended_can_be_extended_again(self, store: JobStore) -> None:
         job = succeeded(store)
         store.ask(job.id, "extend", trials=5)
-        if pause:
-            store.ask(job.id, "pause")
-        extended = store.ask(job.id, "extend", trials=5)
+        store.ask(job.id, "pause")
 
-        assert extended.trials == 20
+        assert store.ask(job.id, "extend", trials=5).trials == 20
 
     @pytest.mark.parametrize("pause", [False, True])
-    def test_before_confirm_has_begun(self, store: JobStore, pause: bool) -> None:
-        """Extended when all islands are done and confirm still waits, it waits for them again."""
+    def test_confirm_that_waits_waits_again(self, store: JobStore, pause: bool) -> None:
         claims = islands(store, 2)
         job_id = claims[0].job.id
         for taken in claims:
@@ -1392,18 +1125,16 @@ class TestExtend:
         assert ran in (["confirm", "finish"], ["search", "search", "confirm", "finish"])
         assert store.get(job_id).state is JobState.SUCCEEDED
 
-    def test_too_many(self, store: JobStore) -> None:
-        """A job gets no more trials than it may have, and stays as it is; up to that it does."""
+    def test_a_job_gets_no_more_trials_than_it_may_have(self, store: JobStore) -> None:
         job = submit(store)
-        before = everything(store)
-        with pytest.raises(TooManyTrials, match="10 trials and 6 more are above 15"):
+        with (
+            unchanged(store),
+            pytest.raises(TooManyTrials, match="10 trials and 6 more are"),
+        ):
             store.ask(job.id, "extend", trials=6, max_trials=15)
-
-        assert everything(store) == before
         assert store.ask(job.id, "extend", trials=5, max_trials=15).trials == 15
 
-    def test_too_many_at_once(self, store: JobStore) -> None:
-        """Extensions that come at the same moment do not get past that together."""
+    def test_extensions_at_once_do_not_get_past_the_limit(self, store: JobStore) -> None:
         job = submit(store)
         answers = together(*[lambda: store.ask(job.id, "extend", trials=5, max_trials=20)] * 4)
 
@@ -1414,32 +1145,26 @@ class TestExtend:
     def test_too_late(self, store: JobStore, reach: Callable[[JobStore], JobRecord]) -> None:
         """Once the finalists are being chosen, a job is not extended, and stays as it is."""
         job = reach(store)
-        before = everything(store)
-        with pytest.raises(StateConflict, match=f"it is at {job.stage}") as caught:
+        with unchanged(store), pytest.raises(StateConflict, match=f"it is at {job.stage}") as told:
             store.ask(job.id, "extend", trials=5)
 
-        assert caught.value.state is JobState.RUNNING
-        assert everything(store) == before
+        assert told.value.state is JobState.RUNNING
 
-    def test_too_late_while_paused(self, store: JobStore) -> None:
-        """A job that was paused while it measured is not extended either."""
+    def test_nor_is_one_that_was_paused_while_it_measured(self, store: JobStore) -> None:
         job = at_perplexity(store)
         measuring = next(s for s in job.stages if s.state is StageState.RUNNING)
         store.ask(job.id, "pause")
         store.hand_back(Claim(job=job, stage=measuring))
-        before = everything(store)
-        with pytest.raises(StateConflict):
+        with unchanged(store), pytest.raises(StateConflict):
             store.ask(job.id, "extend", trials=5)
 
         assert store.get(job.id).state is JobState.PAUSED
-        assert everything(store) == before
 
 
 class TestDelete:
     """A job goes with all that it had."""
 
-    def test_cascades(self, store: JobStore) -> None:
-        """Stages and events go with their job; those of others stay."""
+    def test_stages_and_events_go_with_their_job(self, store: JobStore) -> None:
         job, other = succeeded(store), succeeded(store)
         kept = told(store, other.id)
         remove(store, job.id)
@@ -1451,36 +1176,14 @@ class TestDelete:
         with pytest.raises(NoSuchJob):
             store.get(job.id)
 
-    def test_what_else_there_is_of_it(self, store: JobStore) -> None:
+    def test_if_what_is_elsewhere_cannot_be_deleted_the_job_stays(self, store: JobStore) -> None:
         job = succeeded(store)
-        before = everything(store)
-        with store.deleting(job.id) as going:
-            during = everything(store)
+        with unchanged(store), pytest.raises(ZeroDivisionError), store.deleting(job.id) as going:
+            raise ZeroDivisionError
 
         assert going == job
-        assert during == before
-        assert store.page() == []
 
-    def test_fails(self, store: JobStore) -> None:
-        """If what is elsewhere cannot be deleted, the job stays, and can be deleted later."""
-        job = succeeded(store)
-        before = everything(store)
-        with pytest.raises(ZeroDivisionError), store.deleting(job.id):
-            raise ZeroDivisionError
-        after = everything(store)
-        remove(store, job.id)
-
-        assert after == before
-        assert store.page() == []
-
-    def test_a_deleted_job_cannot_be_deleted_again(self, store: JobStore) -> None:
-        job = succeeded(store)
-        remove(store, job.id)
-        with pytest.raises(NoSuchJob):
-            remove(store, job.id)
-
-    def test_at_once(self, store: JobStore) -> None:
-        """A second deletion waits for the first, and then finds nothing."""
+    def test_a_second_deletion_waits_and_then_finds_nothing(self, store: JobStore) -> None:
         job = succeeded(store)
         with ThreadPoolExecutor(1) as pool:
             with store.deleting(job.id):
@@ -1508,35 +1211,20 @@ class TestDelete:
 class TestEvents:
     """Whoever reads the events after the last one that was seen misses none."""
 
-    def test_page_by_page_each_event_comes_once_in_order(self, store: JobStore) -> None:
-        taken = begun(store)
-        for done in range(5):
-            store.progress(taken, done=done, elapsed_s=1.0, best_value=None)
-        whole = store.events(taken.job.id)
-        seen = []
-        while page := store.events(taken.job.id, after=seen[-1].id if seen else 0, limit=3):
-            assert len(page) <= 3
-            seen += page
-
-        assert seen == whole
-        assert len(whole) == 8
-        assert [e.id for e in whole] == sorted(e.id for e in whole)
-
     def test_a_jobs_events_are_its_own(self, store: JobStore) -> None:
         one, two = submit(store), begun(store)
 
         assert told(store, one.id) == [{"state": "queued"}]
         assert len(told(store, two.job.id)) == 3
 
-    def test_none_is_skipped(self, store: JobStore) -> None:
-        """A reader that polls while several stages write gets every event, in order."""
-        claims = islands(store, 5)
+    def test_no_reader_misses_an_event_while_stages_write(self, store: JobStore) -> None:
+        claims = islands(store, 3)
         job_id = claims[0].job.id
         writing = threading.Event()
         writing.set()
 
         def write(taken: Claim) -> None:
-            for done in range(40):
+            for done in range(25):
                 store.progress(taken, done=done, elapsed_s=1.0, best_value=None)
 
         def read() -> list[int]:
@@ -1544,20 +1232,21 @@ class TestEvents:
             while True:
                 more = writing.is_set()
                 page = store.events(job_id, after=seen[-1], limit=7)
+                assert len(page) <= 7
                 seen += [e.id for e in page]
                 if not page and not more:
                     return seen[1:]
 
-        with ThreadPoolExecutor(3) as pool:
-            readers = [pool.submit(read) for _ in range(3)]
+        with ThreadPoolExecutor(2) as pool:
+            readers = [pool.submit(read) for _ in range(2)]
             wrote = together(*(lambda c=c: write(c) for c in claims))
             writing.clear()
             seen = [reader.result(30) for reader in readers]
         whole = [e.id for e in store.events(job_id, limit=10_000)]
 
-        assert wrote == [None] * 5
-        assert len(whole) == 4 + 200
-        assert seen == [whole] * 3
+        assert wrote == [None] * 3
+        assert len(whole) == 4 + 75
+        assert seen == [whole] * 2
 
 
 class TestWorkers:
@@ -1594,8 +1283,7 @@ class TestWorkers:
         assert [r.id for r in store.workers(alive_s=60)] == [WORKER, OTHER]
         assert store.workers(alive_s=0) == []
 
-    def test_reports_again(self, store: JobStore) -> None:
-        """A report makes a worker alive again; it is there once, since when it began."""
+    def test_a_report_makes_a_worker_alive_again(self, store: JobStore) -> None:
         self.enter(store)
         (before,) = store.workers(alive_s=30)
         self.late(store, WORKER, 3600)
@@ -1605,24 +1293,21 @@ class TestWorkers:
         assert record.started_at == before.started_at
         assert record.heartbeat_at > before.heartbeat_at
 
-    def test_forgotten(self, store: JobStore) -> None:
-        """Workers that were not heard of for a day are forgotten when another reports."""
+    def test_those_not_heard_of_for_a_day_are_forgotten(self, store: JobStore) -> None:
         self.enter(store, OTHER)
         self.late(store, OTHER, 25 * 3600)
         self.enter(store)
 
         assert [r.id for r in store.workers(alive_s=1e6)] == [WORKER]
 
-    def test_removed(self, store: JobStore) -> None:
-        """A worker that went in order is not listed; that it goes twice is no error."""
+    def test_one_that_went_in_order_is_not_listed(self, store: JobStore) -> None:
         self.enter(store)
         store.remove_worker(WORKER)
         store.remove_worker(WORKER)
 
         assert store.workers(alive_s=30) == []
 
-    def test_ended(self, store: JobStore) -> None:
-        """A worker whose process was seen to end is not listed, and what it had comes again."""
+    def test_a_worker_whose_process_was_seen_to_end_is_not_listed(self, store: JobStore) -> None:
         stage = begun(store).stage.id
         store.enter_worker(WORKER, name=worker_name(7), device="cpu", kinds=[CALIBRATE.kind])
         store.enter_worker(OTHER, name=worker_name(77), device="cpu", kinds=[CALIBRATE.kind])
@@ -1643,15 +1328,10 @@ class TestWorkers:
     @pytest.mark.parametrize(
         "stop",
         [
-            lambda s, c: s.complete(c, {}, then=[CONFIRM]),
-            lambda s, c: s.complete(c, {}, found=Found(best={}, warnings=[]), ended=True),
-            lambda s, c: s.fail(c, ERROR, retry=True),
-            lambda s, c: s.fail(c, ERROR, retry=False),
-            lambda s, c: s.hand_back(c),
-            lambda s, c: claim(s, c.stage.id, OTHER),
-            lambda s, c: lose_for_good(s, c),
+            *(WRITES[how] for how in ("complete", "succeed", "retry", "fail", "hand_back")),
+            comes_again,
+            too_many_die,
         ],
-        ids=["complete", "succeed", "retry", "fail", "hand_back", "taken over", "worker lost"],
     )
     def test_a_worker_whose_stage_has_ended_or_was_given_away_is_idle(
         self, store: JobStore, stop: Callable[[JobStore, Claim], Any]
@@ -1663,8 +1343,7 @@ class TestWorkers:
 
         assert (record.job_id, record.stage) == (None, None)
 
-    def test_listed_once(self, store: JobStore) -> None:
-        """A worker is there once, though a stage that it could not put down is in its name too."""
+    def test_a_worker_at_two_stages_is_listed_once(self, store: JobStore) -> None:
         self.enter(store)
         begun(store)  # the database went away before it could be handed back
         begun(store)
@@ -1672,13 +1351,12 @@ class TestWorkers:
         assert [r.id for r in store.workers(alive_s=30)] == [WORKER]
 
 
-def test_no_deadlocks(store: JobStore) -> None:
-    """Users, workers and readers at once: nobody is thrown out of a circle of waiting."""
+def test_users_workers_and_readers_at_once_make_no_deadlock(store: JobStore) -> None:
     claims = islands(store, 4, max_attempts=1_000)
     job_id = claims[0].job.id
 
     def work(taken: Claim) -> None:
-        for done in range(12):
+        for done in range(9):
             try:
                 with store.fence(taken):
                     pass
@@ -1690,14 +1368,14 @@ def test_no_deadlocks(store: JobStore) -> None:
             taken = store.claim(taken.stage.id, queue_id(store, taken.stage.id), WORKER) or taken
 
     def ask() -> None:
-        for turn in range(12):
+        for turn in range(9):
             for verb in ("pause", "resume"):
                 store.ask(job_id, verb)
             with suppress(StateConflict):
                 store.ask(job_id, "extend", trials=turn)
 
     def read() -> None:
-        for _ in range(12):
+        for _ in range(9):
             store.page()
             store.workers(alive_s=30)
             store.counts()

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import KeyStore
 from storage.records import JobRecord, JobState, NewStage, StageKind
@@ -14,12 +13,6 @@ from storage.rows import SORTS, JobFilter, columns_of, found_columns
 from storage.tables import jobs
 
 Submit = Callable[..., JobRecord]
-
-
-@pytest.fixture
-def store(database: Database) -> JobStore:
-    """All jobs of the test's database."""
-    return JobStore(database)
 
 
 @pytest.fixture
@@ -50,8 +43,7 @@ def measured(store: JobStore, job: JobRecord, **values: float) -> None:
         connection.execute(jobs.update().where(jobs.c.id == job.id).values(values))
 
 
-def test_filters(store: JobStore, submit: Submit) -> None:
-    """Each filter leaves the jobs for which it holds, and several those for which all do."""
+def test_each_filter_leaves_the_jobs_for_which_it_holds(store: JobStore, submit: Submit) -> None:
     first = submit("org/a", "0.5", name="Alpha 100%")
     second = submit("org/b", "2:4", name="beta_1", more_models=["org/a"])
     third = submit("org/b", "", name="gamma", patterns=["0.5", "2:4"])
@@ -74,8 +66,7 @@ def test_filters(store: JobStore, submit: Submit) -> None:
     assert listed(models=["a\0b"]) == listed(name="a\0b") == []
 
 
-def test_sorted(store: JobStore, submit: Submit) -> None:
-    """Jobs come in the order of a value, either way; what has none is last, equals newest first."""
+def test_jobs_come_in_the_order_of_a_value_either_way(store: JobStore, submit: Submit) -> None:
     made = [
         submit("org/b", "0.7", name="Zeta"),
         submit("org/A", "0.5", name="alpha"),
@@ -104,8 +95,7 @@ def test_sorted(store: JobStore, submit: Submit) -> None:
     assert [places[job.id] for job in page] == [0, 3]
 
 
-def test_facets(store: JobStore, submit: Submit) -> None:
-    """Jobs are counted by state, model and pattern, each without the filter by itself."""
+def test_jobs_are_counted_by_state_model_and_pattern(store: JobStore, submit: Submit) -> None:
     mine = KeyStore(store.database).create("mine", sees_all=False)[0].id
     for pattern in ("0.5", "0.7", "0.5"):
         submit("org/a", pattern, owner_id=mine)

@@ -31,8 +31,7 @@ def end_transactions(database: Database) -> None:
         )
 
 
-def test_one_at_a_time(database: Database) -> None:
-    """While one is inside nobody else is, but with another name; then the next one is."""
+def test_while_one_is_inside_nobody_else_is_but_with_another_name(database: Database) -> None:
     waited = threading.Event()
     entered = []
 
@@ -65,8 +64,7 @@ def test_whoever_leaves_by_an_error_or_gives_up_waiting_holds_up_nobody(database
         pass
 
 
-def test_frozen(database: Database) -> None:
-    """Whose transaction the server has ended holds up nobody, and goes on."""
+def test_whose_transaction_the_server_has_ended_holds_up_nobody(database: Database) -> None:
     tries = iter(range(300))
 
     def end_transactions_again() -> None:  # they are busy while they ping, and end a moment later

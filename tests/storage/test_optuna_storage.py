@@ -51,25 +51,7 @@ class TestOptunaStorageInAFile(StorageTestCase):
             yield storage
 
 
-def test_settings(database: Database) -> None:
-    """Optuna's tables are in a schema of their own, and its commits do not wait for the disk."""
-    with (
-        open_storage(database.studies_url) as storage,
-        storage.engine.connect() as connection,
-        database.transaction() as ours,
-    ):
-        shown = [
-            connection.exec_driver_sql(f"SHOW {name}").scalar_one()
-            for name in ("search_path", "synchronous_commit")
-        ]
-        waits = ours.exec_driver_sql("SHOW synchronous_commit").scalar_one()
-
-    assert shown == ["optuna", "off"]
-    assert waits == "on"
-
-
-def test_schemas_are_apart(database: Database) -> None:
-    """Optuna, the queue and the service each have their tables, and nobody has any in `public`."""
+def test_optuna_the_queue_and_the_service_each_have_their_tables(database: Database) -> None:
     query = (
         "SELECT schemaname, array_agg(tablename::text) AS names FROM pg_tables "
         "WHERE schemaname NOT IN ('pg_catalog', 'information_schema') GROUP BY schemaname"

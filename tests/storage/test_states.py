@@ -75,14 +75,6 @@ def rows(store: JobStore, job_id: uuid.UUID) -> list[object]:
         ]
 
 
-@pytest.mark.parametrize(("verb", "state", "busy", "then"), ALLOWED)
-def test_transition(verb: str, state: JobState, busy: bool, then: JobState) -> None:
-    """A verb takes a job where the drawing says, or to the state on the way there."""
-    asked = VERBS[verb][state]
-
-    assert settled(asked, busy=busy) is then
-
-
 def test_the_table_knows_the_verbs_and_transitions_of_the_drawing_and_no_others() -> None:
     known = {(verb, state.value) for verb, states in VERBS.items() for state in states}
 
@@ -90,24 +82,10 @@ def test_the_table_knows_the_verbs_and_transitions_of_the_drawing_and_no_others(
 
 
 @pytest.mark.parametrize("state", JobState)
-def test_nothing_is_settled_while_a_worker_is_busy(state: JobState) -> None:
-    assert settled(state, busy=True) is state
-
-
-@pytest.mark.parametrize("state", JobState)
-def test_idle_jobs_are_settled(state: JobState) -> None:
-    """Without a worker, what was on its way has arrived, and the rest stays."""
+def test_without_a_worker_what_was_on_its_way_has_arrived(state: JobState) -> None:
     arrived = {JobState.PAUSING: JobState.PAUSED, JobState.CANCELLING: JobState.CANCELLED}
 
     assert settled(state, busy=False) is arrived.get(state, state)
-
-
-@pytest.mark.parametrize("busy", [False, True])
-@pytest.mark.parametrize("state", JobState)
-def test_settling_twice_is_settling_once(state: JobState, busy: bool) -> None:
-    once = settled(state, busy=busy)
-
-    assert settled(once, busy=busy) is once
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -119,27 +97,12 @@ def test_what_was_granted_may_be_asked_for_again_and_then_changes_no_state(verb:
             assert settled(VERBS[verb][arrived], busy=busy) is arrived, state
 
 
-def test_a_cancelled_job_can_only_be_deleted() -> None:
-    leaving = [verb for verb in VERBS if VERBS[verb].get(JobState.CANCELLED, None)]
-
-    assert leaving == ["cancel", "delete"]
-    assert VERBS["cancel"][JobState.CANCELLED] is JobState.CANCELLED
-
-
-def test_groups_of_states() -> None:
-    """A job that is over does no work; one on its way out is neither."""
+def test_a_job_that_is_over_does_no_work_one_on_its_way_out_is_neither() -> None:
     over = {state.value for state in JobState if state.is_over}
     works = {state.value for state in JobState if state.may_work}
 
     assert over == {"cancelled", "succeeded", "failed"}
     assert works == {"queued", "running"}
-
-
-def test_ranks() -> None:
-    """The kinds of work rank in the order in which they are done; a transfer is begun last."""
-    kinds = ["transfer", "calibrate", "point", "search", "confirm", "perplexity", "finish"]
-
-    assert [StageKind(kind).rank for kind in kinds] == [0, 1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(("verb", "state", "busy", "then"), ASKED)
@@ -159,8 +122,7 @@ def test_ask(store: JobStore, verb: str, state: JobState, busy: bool, then: JobS
 
 @pytest.mark.parametrize(("verb", "state"), [case for case in REFUSED if case[0] != "delete"])
 @pytest.mark.parametrize("busy", [False, True])
-def test_refused(store: JobStore, verb: str, state: JobState, busy: bool) -> None:
-    """All else is a conflict, which says the state and changes nothing."""
+def test_all_else_is_a_conflict(store: JobStore, verb: str, state: JobState, busy: bool) -> None:
     job_id = job_in(store, state, busy=busy)
     before = rows(store, job_id)
     with pytest.raises(StateConflict, match=f"a job that is {state} cannot be") as caught:
@@ -171,8 +133,7 @@ def test_refused(store: JobStore, verb: str, state: JobState, busy: bool) -> Non
 
 
 @pytest.mark.parametrize("state", VERBS["delete"])
-def test_delete(store: JobStore, state: JobState) -> None:
-    """A job that is over or paused can be deleted, and nothing of it stays."""
+def test_a_job_that_is_over_or_paused_can_be_deleted(store: JobStore, state: JobState) -> None:
     job_id = job_in(store, state, busy=False)
     with store.deleting(job_id):
         pass
@@ -182,8 +143,7 @@ def test_delete(store: JobStore, state: JobState) -> None:
 
 @pytest.mark.parametrize("state", [state for verb, state in REFUSED if verb == "delete"])
 @pytest.mark.parametrize("busy", [False, True])
-def test_delete_refused(store: JobStore, state: JobState, busy: bool) -> None:
-    """A job that may still work cannot be deleted; the way out is named, and nothing is begun."""
+def test_what_may_work_is_not_deleted(store: JobStore, state: JobState, busy: bool) -> None:
     job_id = job_in(store, state, busy=busy)
     before = rows(store, job_id)
     entered = False
@@ -197,8 +157,7 @@ def test_delete_refused(store: JobStore, state: JobState, busy: bool) -> None:
     assert rows(store, job_id) == before
 
 
-def test_unknown_verb(store: JobStore) -> None:
-    """A verb that is not in the table is a programmer's fault, and changes nothing."""
+def test_a_verb_that_is_not_in_the_table_is_a_programmers_fault(store: JobStore) -> None:
     job_id = job_in(store, JobState.RUNNING, busy=False)
     before = rows(store, job_id)
     with pytest.raises(KeyError):

@@ -25,16 +25,6 @@ def test_sqlite_files_are_in_write_ahead_logging_which_makes_a_commit_cheap(tmp_
     assert mode == "wal"
 
 
-def test_a_study_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'study.db'}"
-    with open_storage(url) as storage:
-        open_study(storage, "a", direction="minimize").add_trial(create_trial(value=1.5))
-    with open_storage(url) as storage:
-        study = open_study(storage, "a", direction="minimize")
-
-        assert [t.value for t in study.trials] == [1.5]
-
-
 def finished(number: int, *, failed: bool = False) -> FrozenTrial:
     """A trial as a search records it."""
     return create_trial(
@@ -50,8 +40,7 @@ def finished(number: int, *, failed: bool = False) -> FrozenTrial:
     )
 
 
-def test_same_as_optuna(tmp_path: Path) -> None:
-    """A study that is written in few statements reads as one that Optuna wrote itself."""
+def test_a_study_in_few_statements_reads_as_optunas_own(tmp_path: Path) -> None:
     trials = [finished(i, failed=i == 2) for i in range(5)]
     read = []
     for name, opened in (
@@ -71,8 +60,7 @@ def test_same_as_optuna(tmp_path: Path) -> None:
     assert [t.number for t in read[0]] == [0, 1, 2, 3, 4]
 
 
-def test_few_statements(tmp_path: Path) -> None:
-    """From the second trial on, all parameters and attributes are written together."""
+def test_from_the_second_trial_on_all_is_written_together(tmp_path: Path) -> None:
     with open_storage(f"sqlite:///{tmp_path / 'study.db'}") as storage:
         study = open_study(storage, "a", direction="minimize")
         study.add_trial(finished(0))
@@ -85,8 +73,7 @@ def test_few_statements(tmp_path: Path) -> None:
     assert len(statements) <= 12
 
 
-def test_other_distributions(tmp_path: Path) -> None:
-    """A parameter of another kind is refused, as by Optuna, also after trials of ours."""
+def test_a_parameter_of_another_kind_is_refused_as_by_optuna(tmp_path: Path) -> None:
     with open_storage(f"sqlite:///{tmp_path / 'study.db'}") as storage:
         study = open_study(storage, "a", direction="minimize")
         study.add_trials([finished(0), finished(1)])
