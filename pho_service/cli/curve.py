@@ -2,6 +2,7 @@
 `pho curve` and `pho search --within`: several sparsities in one question.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -194,15 +195,15 @@ def _refuse_bundle(name: str) -> None:
 
 
 def _folder(name: str) -> Path:
-    """The folder for all results, made before any long work."""
+    """The folder for all results; see before any long work that it can be made."""
     from pho_service.host.files import check_file
 
     folder = Path(name).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"the folder {name} cannot be made: {error.strerror}.") from error
-    check_file(folder / "curve.json")
+    there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise OutputError(f"the folder {name} cannot be made: {there} cannot be written.")
+    if folder.is_dir():
+        check_file(folder / "curve.json")
     return folder
 
 
@@ -211,6 +212,7 @@ def _write(folder: Path, document: dict[str, Any]) -> None:
     from pho_service.cli.options import plot_curve
     from pho_service.host.files import write_json
 
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "curve.json", document)
     plot_curve(document, folder / "curve.html")
     for point in document["points"]:
