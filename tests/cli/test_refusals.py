@@ -118,6 +118,10 @@ FAILURES = [
     (SEARCH + " --study sqlite:///no/study.db", "the folder .*no does not exist"),
     (SEARCH + " --study postgresql+pg8000://localhost/pho", "postgresql"),  # no driver
     (SEARCH + " --out no/c.json", "the folder .*no does not exist"),
+    (
+        CURVE + " --patterns 0.5 --out {text}/none",
+        "none cannot be made: .* cannot be written",
+    ),
     ("transfer {config} {bundle} --pattern 2:4", "for 0.5 in scope layer, but 2:4 in scope row"),
     ("transfer {config} {bundle} --out {tmp}/none/t.json", "none"),
 ]
