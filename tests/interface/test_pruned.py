@@ -41,7 +41,7 @@ def test_fewer_tokens_than_inputs_are_said_once_with_the_number_that_would_do_an
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr("pho_service.models.calibration.logger.warning", said.append)
+    monkeypatch.setattr("pho_service.pipeline.pipeline.logger.warning", said.append)
     bundle = pho.calibrate(
         tiny_llama, tokenizer, texts["calibration"], samples=2, context_length=11
     )
