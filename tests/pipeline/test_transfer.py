@@ -110,7 +110,7 @@ def test_own_best_of_a_bundle(bundle: ProxyBundle, request_of_own: SearchRequest
     assert mine is not None
 
     assert done.proxy_regret == regret(done.proxies)
-    assert own == pytest.approx(done.own.objective["value"], rel=1e-6)
+    assert own == pytest.approx(done.own["objective"]["value"], rel=1e-6)
 
 
 def test_it_does_not_transfer(bundle: ProxyBundle) -> None:

@@ -368,7 +368,8 @@ def test_a_wrong_option_or_setting_ends_with_exit_code_2_and_says_what_is_wrong(
     monkeypatch.setattr("workers.__main__.configure_logs", lambda _: None)
     monkeypatch.setattr("workers.__main__.adopt_loggers", lambda *_: None)
     monkeypatch.setenv("PHO_HEARTBEAT_S", heartbeat)
-    monkeypatch.delenv("PHO_DATABASE_URL", raising=False)
+    monkeypatch.setenv("PHO_DATABASE_URL", "")  # so that what the worker sets is taken back
+    monkeypatch.delenv("PHO_DATABASE_URL")
     result = CliRunner().invoke(main, options)
 
     assert result.exit_code == 2
