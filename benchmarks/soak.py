@@ -55,6 +55,7 @@ _WHOLE = "the soak runs to its end"
 DRAIN_S = 900.0  # for the jobs that are left when the time is over
 MIB = 2**20
 
+CHAINED = re.compile(r"^(During handling of|The above exception was the direct cause of)")
 # The last lines of tracebacks that kills explain.
 EXPLAINED = re.compile(
     r"server closed the connection|the connection is (closed|lost)|connection (to server|failed)"
@@ -62,6 +63,7 @@ EXPLAINED = re.compile(
     r"|ConnectorException|PoolTimeout|PoolClosed|IdleInTransactionSessionTimeout|DatabaseGone"
     r"|timeout graceful shutdown exceeded"
     r"|MemoryError|OutOfMemory|[Cc]an(not|'t) allocate memory|can't start new thread"
+    r"|std::bad_alloc|failed to map segment"
 )
 
 
@@ -511,13 +513,15 @@ def _check_events(check: Any, store: JobStore, job: JobRecord, runs: int) -> Non
 
 
 def _tracebacks(log: str) -> list[str]:
-    """Each traceback of a log, with the line before it."""
+    """Each traceback of a log, of chained ones the last, with the line before it."""
     found, lines = [], log.splitlines()
     for number, line in enumerate(lines):
         if line.startswith("Traceback (most recent call last)"):
             end = number + 1
             while end < len(lines) and (lines[end].startswith(" ") or not lines[end]):
                 end += 1
+            if any(CHAINED.search(after) for after in lines[end + 1 : end + 3]):
+                continue
             found.append(
                 "\n".join([*lines[max(0, number - 1) : number], *lines[end - 3 : end + 1]])
             )

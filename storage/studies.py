@@ -394,7 +394,9 @@ def read_trials(
         )
         for row in rows(wanted)
     }  # fmt: skip
-    ids = wanted.with_only_columns(_TRIALS.c.trial_id).subquery()
+    # A trial that is added while these statements run is in the later ones alone.
+    last = max((trial.number for trial in trials.values()), default=-1)
+    ids = wanted.where(_TRIALS.c.number <= last).with_only_columns(_TRIALS.c.trial_id).subquery()
     for row in rows(select(_VALUES).join(ids, ids.c.trial_id == _VALUES.c.trial_id)):
         value = models.TrialValueModel.stored_repr_to_value(row.value, row.value_type)
         trials[row.trial_id].value = value

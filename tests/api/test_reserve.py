@@ -4,10 +4,11 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import Connection
 
 from pho_service.api.service import AT_ONCE, Heavy
 from storage.database import Database
@@ -103,6 +104,28 @@ def test_trials_are_those_of_optuna(submit: Any, hand: Any, database: Database) 
         (t.number, {"method": t.user_attrs["method"]}, t.params) for t in expected[29:]
     ]
     assert none == []
+
+
+def test_a_trial_that_is_added_while_others_are_read_is_not_among_them(
+    submit: Any, hand: Any, database: Database
+) -> None:
+    job = submit()
+    hand.record(job, 3)
+
+    class Slow:
+        """Between any two statements, a worker records a trial."""
+
+        def execute(self, *words: Any, **more: Any) -> Any:
+            rows = connection.execute(*words, **more).all()
+            hand.record(job, 1)
+            return rows
+
+    with database.transaction() as connection:
+        found = read_trials(cast(Connection, Slow()), job["name"])
+
+    assert [(trial.number, bool(trial.user_attrs)) for trial in found] == [
+        (number, True) for number in range(3)
+    ]
 
 
 def test_every_answer_has_safe_headers(client: TestClient, submit: Any, hand: Any) -> None:
