@@ -344,7 +344,7 @@ class _Worker:
             if not self._stopping.is_set():
                 raise
             logger.warning("the database is away: the stage comes again when it is back")
-            return False
+            return True  # the database may be back before the queue hears that this entry is done
 
     def _enter_anew(self) -> None:
         """As another worker: what this one has left undone in an outage is not its work now."""
