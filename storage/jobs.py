@@ -16,6 +16,7 @@ from sqlalchemy.dialects.postgresql import insert as pg_insert
 from storage.claims import OutcomeStore
 from storage.database import Database
 from storage.records import (
+    PATTERN,
     VERBS,
     EventRecord,
     IdempotencyKeyReused,
@@ -335,7 +336,6 @@ def _is_late(stage: Stage) -> bool:
 
 
 # The pruned models of jobs, as the API asks for them: which are wanted, and which are old.
-PATTERN = "pattern"  # in the params of a stage: which of a job's patterns it is about
 REMOVED = "removed"  # in the stage's result: when the files were deleted, if they were
 
 _LATER = "Wait until it has succeeded; `prune` in a job's document prunes as soon as that."

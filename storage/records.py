@@ -13,6 +13,7 @@ from typing import Any, Literal
 # Stages that measure the perplexity of a trial have its number; those of a validation, and of what
 # a result is judged by, have numbers from here.
 VALIDATION, REFERENCE_NUMBERS = 10_000_000, 20_000_000
+PATTERN = "pattern"  # in the params of a stage: which of a job's patterns it is about
 
 
 class JobState(StrEnum):
@@ -180,7 +181,7 @@ class Stage:
     @property
     def about(self) -> str | None:
         """Which of its job's patterns this is about, if it has several."""
-        return (self.params or {}).get("pattern")
+        return (self.params or {}).get(PATTERN)
 
     @property
     def part_of(self) -> int | None:

@@ -32,7 +32,7 @@ from pho_service.spec.pattern import Linears, Pattern
 from pho_service.tuning.plan import SearchRequest
 from pho_service.tuning.result import SearchResult
 from pho_service.tuning.search import add_point, pareto_name, pareto_study
-from storage.jobs import PATTERN
+from storage.records import PATTERN
 from storage.studies import StorageError, keep_record, once, open_storage, record_of
 
 FORMAT = "pho-curve"
