@@ -281,7 +281,7 @@ _UNITS = {
 }
 
 
-def pieces(job: stored.JobRecord) -> list[Pieces]:
+def _pieces(job: stored.JobRecord) -> list[Pieces]:
     """What is known of each kind of stage, in the order of the work: how much of it is done."""
     units = {**_UNITS, **({StageKind.POINT: "patterns at most"} if job.spec.get("target") else {})}
     return [
@@ -311,7 +311,7 @@ def _searches(job: stored.JobRecord) -> list[stored.Stage]:
 
 
 def _progress(job: stored.JobRecord) -> Progress:
-    known = {each.stage: each for each in pieces(job)}
+    known = {each.stage: each for each in _pieces(job)}
     step = next((found for found in map(step_of, job.stages) if found is not None), None)
     searched = StageKind.TRANSFER if is_transfer(job) else StageKind.SEARCH
     at = known.get(job.stage or searched) if job.state is JobState.RUNNING else known.get(searched)

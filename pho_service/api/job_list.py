@@ -16,13 +16,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse
 
 from pho_service.api import artifacts, jobs
-from pho_service.api.answers import ArtifactList, Job
+from pho_service.api.answers import ArtifactList, Job, Progress
 from pho_service.api.describe import (
     describe,
     failure,
     is_several,
     is_transfer,
-    pieces,
     step_of,
     studies_in_words,
     study_names,
@@ -137,7 +136,7 @@ def view(service: Service, caller: Caller, job: stored.JobRecord, now: datetime)
     return JobView(
         head=head,
         studies=[(w, known[name]) for name, w in studies_in_words(job).items() if name in known],
-        stages=_stages(job, now),
+        stages=_stages(job, head.job.progress, now),
         first=[found[name] for name in _FIRST if name in found],
         sections=[found[name] for name in _SHOWN if name in found and found[name].is_known],
         happened=Section(id="happened", title="What happened", events=found["happened"].events),
@@ -149,12 +148,12 @@ def view(service: Service, caller: Caller, job: stored.JobRecord, now: datetime)
     )
 
 
-def _stages(job: stored.JobRecord, now: datetime) -> list[StageRow]:
+def _stages(job: stored.JobRecord, progress: Progress, now: datetime) -> list[StageRow]:
     rows = []
-    known = {each.stage: each for each in pieces(job)}
     for kind in dict.fromkeys(stage.kind for stage in job.stages):
         mine = [stage for stage in job.stages if stage.kind is kind]
-        done, total = known[kind].done, known[kind].total
+        known = progress.of(kind)
+        done, total = known.done, known.total
         step = next(filter(None, map(step_of, mine)), None)
         if step is not None and len(mine) == 1:
             done, total = step.done, step.steps
