@@ -288,11 +288,12 @@ class _Job:
             model = piece.number - WHOLES
             return calibrate_piece(inputs, models[model], spec, first[model], run)
 
-        first = each("calibrate", _of_models(models), begin, Calibration)
+        asked = _of_models(models)
+        first = each("calibrate", asked, begin, Calibration)
         each("calibrate", shards_of(first), gather, Gathered)
         wholes = [
             replace(piece, number=WHOLES + piece.number)
-            for piece, one in zip(_of_models(models), first, strict=True)
+            for piece, one in zip(asked, first, strict=True)
             if one.shards
         ]
         added = iter(each("calibrate", wholes, add_up, Calibration))
@@ -332,7 +333,7 @@ class _Job:
                 show_result(study, one, point.configuration)
             opened.check()
             if spec.target is None:
-                self._journal.library = [Entry(point.to_dict()["configuration"])]
+                self._journal.library = [Entry(point.configuration.model_dump(mode="json"))]
             return point
 
         requests = [spec.of_pattern(pattern).request(0) for pattern in spec.points]

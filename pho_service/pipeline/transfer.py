@@ -115,7 +115,7 @@ def proxies_of(
 
 def proxy_sentence(name: str, proxies: Mapping[str, float | None]) -> str:
     """Rate a configuration by proxies on the model ``name``."""
-    warnings = Transfer.of(name, {}, {**proxies}, key="").warnings
+    warnings = Transfer(target=name, key="", proxies={**proxies}).judged().warnings
     if warnings:
         return f"Note: {warnings[0]}"
     ria, mine = proxies["ria"], proxies["transferred"]
@@ -174,12 +174,12 @@ def transfer_job(
             run=run,
         )
         perplexities = {row.method: row.perplexity for row in rows}
-    return Transfer.of(
-        target.name,
-        perplexities,
-        proxies,
+    return Transfer(
+        target=target.name,
         key=transfer_key(target, configuration, search),
+        perplexities=perplexities,
+        proxies=proxies,
         own=None if own is None else own.model_dump(mode="json"),
         model=target.bundle.provenance.get("model", {}),
         report=None if target.report is None else target.report.measured_on(),
-    )
+    ).judged()

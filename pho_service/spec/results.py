@@ -3,7 +3,7 @@ What the pieces of a job give, as it is stored and shown: JSON values with names
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
@@ -202,22 +202,14 @@ class Transfer:
     warnings: list[str] = field(default_factory=list)
     error: Annotated[dict[str, str] | None, Field(exclude_if=lambda error: error is None)] = None
 
-    @classmethod
-    def of(
-        cls,
-        target: str,
-        perplexities: dict[str, float],
-        proxies: dict[str, float | None],
-        **known: Any,
-    ) -> "Transfer":
-        """What was measured, with what follows from it."""
-        known |= {"target": target, "perplexities": perplexities, "proxies": proxies}
-        return cls(
-            gain=_difference(perplexities, "ria", "transferred"),
-            regret=regret(perplexities),
-            proxy_regret=regret(proxies),
-            warnings=_warnings(target, perplexities, proxies),
-            **known,
+    def judged(self) -> "Transfer":
+        """With what follows from what was measured."""
+        return replace(
+            self,
+            gain=_difference(self.perplexities, "ria", "transferred"),
+            regret=regret(self.perplexities),
+            proxy_regret=regret(self.proxies),
+            warnings=_warnings(self.target, self.perplexities, self.proxies),
         )
 
     def to_dict(self) -> dict[str, Any]:

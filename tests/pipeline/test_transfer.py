@@ -126,7 +126,7 @@ def test_it_does_not_transfer(bundle: ProxyBundle) -> None:
 def test_half_of_the_gain(transferred: float, warned: int) -> None:
     """Beyond half of the own best's gain the loss is a warning."""
     values = {"dense": 10.0, "wanda": 29.0, "ria": 30.0, "transferred": transferred, "own": 20.0}
-    done = Transfer.of("m", values, {}, key="k")
+    done = Transfer(target="m", key="k", perplexities=values).judged()
 
     assert len(done.warnings) == warned
 
