@@ -95,7 +95,24 @@ Params = dict[str, Any]
 Key = tuple[tuple[str, Any], ...]
 
 
-class HillClimbSampler(BaseSampler):
+class _InASpace(BaseSampler):
+    """Works in a space of its own; what is outside of it is drawn at random."""
+
+    _independent: RandomSampler
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """Draw a value outside of that space at random."""
+        self._raise_error_if_multi_objective(study)
+        return self._independent.sample_independent(study, trial, param_name, param_distribution)
+
+
+class HillClimbSampler(_InASpace):
     """Coordinate steps of a shrinking size, from a given point until none is better."""
 
     # The climb stands at its best point. It tries a step up and a step down along each coordinate
@@ -152,17 +169,6 @@ class HillClimbSampler(BaseSampler):
         del trial
         self._raise_error_if_multi_objective(study)
         return self._walk(study, search_space).params
-
-    def sample_independent(
-        self,
-        study: optuna.Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
-        """Draw a value outside of the climb's space at random."""
-        self._raise_error_if_multi_objective(study)
-        return self._independent.sample_independent(study, trial, param_name, param_distribution)
 
     def _space(self, study: optuna.Study) -> dict[str, BaseDistribution]:
         if self._given_space is not None:
@@ -295,7 +301,7 @@ def is_exhausted(sampler: BaseSampler, study: optuna.Study) -> bool:
     return isinstance(sampler, HillClimbSampler) and sampler.is_exhausted(study)
 
 
-class CmaSampler(BaseSampler):
+class CmaSampler(_InASpace):
     """
     CMA-ES for mixed spaces, held in memory: 0.2 ms a trial, and no state in the database.
 
@@ -366,17 +372,6 @@ class CmaSampler(BaseSampler):
         solution = self._optimizer.ask()
         self._asked[trial.number] = solution
         return encoding.params(solution)
-
-    def sample_independent(
-        self,
-        study: optuna.Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
-        """Draw a value outside of the CMA-ES's space at random."""
-        self._raise_error_if_multi_objective(study)
-        return self._independent.sample_independent(study, trial, param_name, param_distribution)
 
     def after_trial(
         self,

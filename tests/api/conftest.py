@@ -13,7 +13,6 @@ import optuna
 import pytest
 from fastapi.testclient import TestClient
 from optuna.trial import TrialState, create_trial
-from playwright.sync_api import Browser, sync_playwright
 from sqlalchemy import select
 from transformers import LlamaConfig
 
@@ -53,16 +52,6 @@ CONFIGURATION = Configuration.model_validate(
         "search": {"trials": 40, "seed": 2**32 - 1},
     }
 )
-
-
-@pytest.fixture(scope="module")
-def browser(chromium: str) -> Iterator[Browser]:
-    """One for all tests of a file."""
-    with sync_playwright() as playwright:
-        # Without its sandbox, as root may start it nowhere else; it sees nothing but our pages.
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
