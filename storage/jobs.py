@@ -6,10 +6,11 @@ import hashlib
 import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from optuna.storages import RDBStorage
 from sqlalchemy import Connection, and_, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 
@@ -53,6 +54,7 @@ from storage.rows import (
     set_state,
     update_stage,
 )
+from storage.studies import written_on
 from storage.tables import events, jobs, notifications, stages, workers
 
 
@@ -195,15 +197,22 @@ class JobStore(OutcomeStore):
 
     @contextmanager
     def deleting(
-        self, job_id: uuid.UUID, *, visible_to: uuid.UUID | None = None
+        self,
+        job_id: uuid.UUID,
+        storage: RDBStorage | None = None,
+        *,
+        visible_to: uuid.UUID | None = None,
     ) -> Iterator[JobRecord]:
         """Forget a job that is over or paused, after what the caller deletes of it elsewhere."""
-        # If that fails, the job stays; a second deletion waits for the first.
+        # If that fails, the job stays; a second deletion waits for the first. Studies that are
+        # deleted in ``storage`` meanwhile go with the job or stay with it: one that is paused and
+        # has lost its trials could be resumed.
         with self.database.transaction() as connection:
             job = find_job(connection, job_id, visible_to=visible_to, lock=True)
             if job.state not in VERBS["delete"]:
                 raise StateConflict("delete", job.state, "Cancel it first.")
-            yield job
+            with nullcontext() if storage is None else written_on(storage, connection):
+                yield job
             connection.execute(delete(jobs).where(jobs.c.id == job.id))
 
     def over_for(self, days: float, limit: int = 100) -> list[uuid.UUID]:

@@ -355,15 +355,15 @@ def delete(job_id: UUID, service: ServiceParam, caller: CallerParam) -> None:
 def forget(service: Service, job_id: UUID, *, visible_to: UUID | None = None) -> None:
     """Delete a job, its studies and the files of its pruned model."""
     with (
-        service.jobs.deleting(job_id, visible_to=visible_to) as job,
         open_storage(service.database.studies_url) as storage,
+        service.jobs.deleting(job_id, storage, visible_to=visible_to) as job,
     ):
         if job.pruning is not None or job.of_kind(StageKind.TASKS):
             service.pruned.remove(job_id)
         for name in studies_in_words(job):
             try:
                 optuna.delete_study(study_name=name, storage=storage)
-            except KeyError:  # it never began, or was deleted by a deletion that was cut off
+            except KeyError:  # it never began
                 continue
 
 

@@ -5,6 +5,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import update
@@ -397,6 +398,29 @@ def test_a_wrong_extension_is_refused_there(client: TestClient, submit: Any, ref
 
         assert error["pointer"] == pointer
         assert says in error["detail"]
+
+
+def test_a_deletion_that_is_cut_off_leaves_the_job_with_all_its_studies(
+    client: TestClient, submit: Any, hand: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, deleted = submit(islands=2), optuna.delete_study
+    for island in range(2):
+        hand.record(job, 2, island=island)
+    hand.bring(job["id"], JobState.CANCELLED)
+    before = hand.studies()
+
+    def cut_off(study_name: str, storage: Any) -> None:
+        deleted(study_name=study_name, storage=storage)
+        raise OSError("the database is away")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(optuna, "delete_study", cut_off)
+        failed = client.delete(f"/v1/jobs/{job['id']}")
+
+    assert failed.status_code == 500
+    assert hand.studies() == before
+    assert client.delete(f"/v1/jobs/{job['id']}").status_code == 204
+    assert hand.studies() == []
 
 
 def test_a_deletion_takes_all_studies(
