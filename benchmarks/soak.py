@@ -63,7 +63,8 @@ EXPLAINED = re.compile(
     r"|ConnectorException|PoolTimeout|PoolClosed|IdleInTransactionSessionTimeout|DatabaseGone"
     r"|timeout graceful shutdown exceeded"
     r"|MemoryError|OutOfMemory|[Cc]an(not|'t) allocate memory|can't start new thread"
-    r"|std::bad_alloc|failed to map segment|error return without exception set"
+    r"|std::bad_alloc|failed to map segment|Numba could not be imported"
+    r"|error return without exception set"
 )
 
 
