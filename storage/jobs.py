@@ -5,7 +5,7 @@ The store of jobs: what the API does to them and to their pruned models.
 import hashlib
 import json
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -421,7 +421,7 @@ def pruned_for(database: Database, days: float, limit: int = 100) -> list[uuid.U
 
 
 # Messages that a job has ended: kept until they are delivered, or given up.
-LEASE_S = 120.0  # longer than an attempt takes
+LEASE_S = 120.0  # longer than an attempt takes, with all its requests
 KEEP_S = 30 * 86_400.0  # what was delivered, or given up
 GIVE_UP_AFTER = 12  # attempts; the last is 17 hours after the first
 
@@ -436,11 +436,16 @@ class Notification:
     attempts: int  # How many were made, this one included
 
 
-def take(database: Database) -> Notification | None:
+def take(database: Database, *, but_to: Collection[str] = ()) -> Notification | None:
     """The message that is due for longest, for :data:`LEASE_S`; None if none is."""
+    host = func.lower(func.substring(notifications.c.url, "^[a-z]+://([^/?#]*)"))
     due = (
         select(notifications.c.id)
-        .where(notifications.c.ended_at.is_(None), notifications.c.due_at <= func.now())
+        .where(
+            notifications.c.ended_at.is_(None),
+            notifications.c.due_at <= func.now(),
+            host.not_in(but_to),
+        )
         .order_by(notifications.c.due_at)
         .limit(1)
         .with_for_update(skip_locked=True)

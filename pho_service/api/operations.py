@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import suppress
+from urllib.parse import urlsplit
 from uuid import UUID
 
 from anyio import CapacityLimiter
@@ -23,7 +24,7 @@ from pho_service.api.problems import documented, problem
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.errors import InvalidInput, OutputError
 from pho_service.host.webhooks import NotDelivered, send
-from storage.jobs import end, pruned_for, put_off, take
+from storage.jobs import Notification, end, pruned_for, put_off, take
 from storage.records import JobState, NoSuchJob, StageKind, StageState, StateConflict
 from storage.studies import StorageError
 
@@ -170,7 +171,7 @@ def sweep(service: Service) -> None:
 
 # Who tells those who asked that their jobs have ended: some tasks of each front end, in turns.
 NOTIFY_EVERY_S = 2.0  # how often a task looks when there is nothing to send
-AT_ONCE = 4  # of one front end: a receiver that is slow holds up one of them
+AT_ONCE = 4  # of one front end; a host that is slow holds up one of them, as each has one at a time
 
 
 async def keep_telling(service: Service) -> None:
@@ -187,10 +188,21 @@ async def keep_telling(service: Service) -> None:
 
 
 def tell_next(service: Service) -> bool:
-    """Send the message that is due for longest, and note what came of it."""
-    due = take(service.database)
-    if due is None:
-        return False
+    """Send the message that is due for longest, of the hosts that none is being sent to."""
+    with service.choosing:
+        due = take(service.database, but_to=[*service.receivers])
+        if due is None:
+            return False
+        host = urlsplit(due.url).netloc.lower()
+        service.receivers.add(host)
+    try:
+        _tell(service, due)
+    finally:
+        service.receivers.discard(host)
+    return True
+
+
+def _tell(service: Service, due: Notification) -> None:
     body = json.dumps({"id": str(due.id), **due.document}).encode()
     fields = {"job": due.document["job_id"], "notification": str(due.id)}
     try:
@@ -207,4 +219,3 @@ def tell_next(service: Service) -> bool:
     else:
         logger.info("a webhook was delivered", extra=fields)
         end(service.database, due)
-    return True

@@ -117,8 +117,11 @@ class Service:
         self.access = Access.of(settings)
         self.limits = JobLimits.of(settings)
         self.webhooks = WebhookRules.of(settings)
+        self.receivers: set[str] = set()  # Hosts that a webhook is being sent to
+        self.choosing = threading.Lock()  # Held while the next webhook is chosen
         self.probe = Probe(database)
         self.heavy = Heavy()
+        self.planning = Heavy()  # which waits for the hub, too
 
     @cached_property
     def pruned(self) -> PrunedStore:

@@ -5,6 +5,7 @@ Bundles are in it (:mod:`workers.inputs`), and the pruned models of jobs, which 
 ``pruned/JOB/KEY/`` has the files of one, ``KEY`` naming the configuration that it was pruned with.
 """
 
+import os
 import shutil
 import uuid
 from contextlib import suppress
@@ -76,8 +77,11 @@ class PrunedStore:
 
     def open(self, job_id: uuid.UUID, key: str, name: str) -> BinaryIO:
         """A file of a model, to be read."""
+        place = f"{self._of_job(job_id)}/{key}/{name}"
         try:
-            return cast(BinaryIO, self._files.open(f"{self._of_job(job_id)}/{key}/{name}", "rb"))
+            if self._is_local:  # a link could lead to any file of the API's machine
+                return os.fdopen(os.open(place, os.O_RDONLY | os.O_NOFOLLOW), "rb")
+            return cast(BinaryIO, self._files.open(place, "rb"))
         except OSError as error:
             raise OutputError(
                 f"{name} cannot be read from the artifact store: {error.strerror or error}. "

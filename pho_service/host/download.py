@@ -3,6 +3,7 @@ The download of a pruned model: file by file, going on where it was cut, each ch
 """
 
 import hashlib
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -30,13 +31,13 @@ class File(Protocol):
 Part = Callable[[File, int], AbstractContextManager[tuple[bool, Iterator[bytes]]]]
 
 _CUTS = 6  # of one file in a row; called again, the download goes on all the same
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def pull(files: Sequence[File], folder: Path, part: Part, advance: Advance) -> Path:
     """Download files into a folder, which is there when all of them are whole and right."""
     check_free(folder)
-    for file in files:
-        _check_name(file.name)
+    _check(files)
     path = folder.expanduser().resolve()
     waiting = path.with_name(f".{path.name}.pull")
     with new_folder(folder) as whole:
@@ -82,6 +83,8 @@ def _fetch_rest(file: File, place: Path, part: Part, advance: Advance) -> None:
                 for chunk in chunks:
                     out.write(chunk)
                     advance(len(chunk))
+                    if out.tell() > file.bytes:
+                        break  # more than was announced, which its hash will not be that of
     if place.stat().st_size < file.bytes:
         raise ServiceUnavailable(
             f"the download of {file.name} was cut after {place.stat().st_size} of {file.bytes} "
@@ -94,12 +97,25 @@ def _place(waiting: Path, file: File) -> Path:
     return waiting / f"{file.sha256[:16]}-{file.name.replace('/', '%2F')}"
 
 
-def _check_name(name: str) -> None:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
+def _check(files: Sequence[File]) -> None:
+    """Refuse what a service says of its files if it could not be written below a folder."""
+    # The hash is a part of a name, too: that of the file until all are there.
+    taken: set[str] = set()
+    for file in files:
+        path = PurePosixPath(file.name)
+        hidden = any(part.startswith(".") for part in path.parts)
+        if path.is_absolute() or hidden or "\\" in file.name or not path.parts:
+            rule = "names that lead out of the folder or begin with a dot"
+        elif not file.name.isprintable() or str(path) in taken:
+            rule = "names that are there twice or hold control characters"
+        elif file.bytes < 0 or not _SHA256.fullmatch(file.sha256):
+            rule = "sizes below 0, and hashes that are not 64 hexadecimal digits"
+        else:
+            taken.add(str(path))
+            continue
         raise ServiceError(
-            f"the service names a file {shown(name)!r}, which would lead out of the folder. "
-            "Nothing was downloaded."
+            f"the service lists a file {shown(file.name)!r} of {file.bytes} bytes with the SHA-256 "
+            f"{shown(file.sha256[:80])!r}. Refused are {rule}. Nothing was downloaded."
         )
 
 

@@ -4,6 +4,7 @@ Webhooks: where they may go, and how one is signed and sent.
 The signature is that of Standard Webhooks: receivers can check it with its libraries, or by hand.
 """
 
+import asyncio
 import base64
 import binascii
 import hashlib
@@ -24,7 +25,7 @@ from tenacity.wait import wait_exponential
 from pho_service.errors import InvalidInput, PhoError, shown
 from pho_service.host.settings import Settings
 
-_TIMEOUT_S = 10.0
+TIMEOUT_S = 10.0  # of a request, from the connection to the status, however slowly it comes
 _AT_ONCE = 3  # attempts, before the next ones minutes later
 _PORTS = {"http": 80, "https": 443}
 _CARRIES_IPV4 = ipaddress.ip_network("64:ff9b::/96")  # a gateway would go to the IPv4 address in it
@@ -146,12 +147,20 @@ def _send_once(rules: WebhookRules, url: str, message_id: str, body: bytes) -> N
     }
     target = httpx.URL(url).copy_with(host=address)
     name = {"sni_hostname": str(parts.hostname)} if parts.scheme == "https" else {}
-    try:
-        with (
-            httpx.Client(trust_env=False, follow_redirects=False, timeout=_TIMEOUT_S) as client,
+
+    async def status_of() -> int:
+        # The time-outs of httpx are for each read: who sends a letter now and then passes them.
+        async with (
+            asyncio.timeout(TIMEOUT_S),
+            httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=TIMEOUT_S) as client,
             client.stream("POST", target, content=body, headers=headers, extensions=name) as answer,
         ):
-            status = answer.status_code
+            return answer.status_code
+
+    try:
+        status = asyncio.run(status_of())
+    except TimeoutError:
+        raise NotDelivered(f"{parts.hostname} has not answered within {TIMEOUT_S:g} s") from None
     except httpx.HTTPError as error:
         raise NotDelivered(f"{parts.hostname} cannot be reached: {error}") from error
     if not 200 <= status < 300:

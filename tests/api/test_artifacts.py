@@ -3,7 +3,8 @@
 import hashlib
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -264,11 +265,56 @@ def test_a_damaged_file_is_not_kept(pho: Client, pruned: str, store: Path, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_a_service_cannot_make_the_client_write_elsewhere(tmp_path: Path) -> None:
-    for name in ("../x", "/etc/x", "a/../../x", "a\\x", ""):
-        file = Artifact(name=name, bytes=1, sha256="0" * 64, href="")
-        with pytest.raises(ServiceError, match="would lead out of the folder"):
-            pull([file], tmp_path / "out", Mock(), Mock())
+@pytest.mark.parametrize(
+    "odd",
+    [
+        *({"name": name} for name in ("../x", "/etc/x", "a/../../x", "a\\x", "")),
+        *({"name": name} for name in (".bashrc", "a/.git/x")),
+        *({"name": name} for name in ("a\0b", "a\x1b[31m", "a\nb")),
+        *({"sha256": sha256} for sha256 in ("../canary", "0" * 63, "A" * 64, "")),
+        {"bytes": -1},
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_a_service_cannot_make_the_client_write_elsewhere(
+    odd: dict[str, Any], tmp_path: Path
+) -> None:
+    file = Artifact(**{"name": "x", "bytes": 1, "sha256": "0" * 64, "href": "", **odd})
+    with pytest.raises(ServiceError, match=r"Refused are .*\. Nothing was downloaded"):
+        pull([file], tmp_path / "out", Mock(), Mock())
+
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_no_more_than_was_announced_is_written(tmp_path: Path) -> None:
+    sent = 0
+
+    @contextmanager
+    def endless(*_: Any) -> Iterator[tuple[bool, Iterator[bytes]]]:
+        def chunks() -> Iterator[bytes]:
+            nonlocal sent
+            while sent < 1000:
+                sent += 1
+                yield b"12345"
+
+        yield False, chunks()
+
+    file = Artifact(name="x", bytes=5, sha256="0" * 64, href="")
+    with pytest.raises(ServiceError, match="is not what the service says it is"):
+        pull([file], tmp_path / "out", endless, Mock())
+
+    assert sent == 2
+
+
+def test_a_link_in_the_store_is_not_followed(
+    client: TestClient, pruned: str, store: Path, tmp_path: Path
+) -> None:
+    (path,) = store.rglob("model.safetensors")
+    (tmp_path / "secret").write_text("a secret")
+    path.unlink()
+    path.symlink_to(tmp_path / "secret")
+
+    assert client.get(f"{pruned}/artifacts/model.safetensors").status_code == 503
 
 
 def test_pages_lead_to_the_files(client: TestClient, submit: Any, hand: Any, prune: Any) -> None:

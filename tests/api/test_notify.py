@@ -4,11 +4,14 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from fastapi.testclient import TestClient
@@ -17,9 +20,10 @@ from sqlalchemy import select, text
 
 from pho_service.api.operations import tell_next
 from pho_service.errors import InvalidInput
+from pho_service.host import webhooks
 from pho_service.host.settings import read_settings
 from pho_service.host.webhooks import NotDelivered, WebhookRules, is_public, send, signature
-from storage.jobs import GIVE_UP_AFTER, take
+from storage.jobs import GIVE_UP_AFTER, LEASE_S, take
 from storage.records import JobState
 from storage.tables import notifications
 
@@ -169,6 +173,43 @@ def test_a_receiver_that_stumbles_once_is_asked_again_within_seconds(received: A
 
     assert received["asked"] == 2
     assert slept == [0.5]
+
+
+def test_a_receiver_that_drips_is_given_up_in_time(
+    received: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each read ends soon, and the answer never: the whole request has a time."""
+
+    def drip(handler: BaseHTTPRequestHandler) -> bool:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+        with suppress(OSError):
+            for _ in range(40):
+                handler.wfile.write(b"a")
+                time.sleep(0.05)
+        return True
+
+    received["before"] = drip
+    monkeypatch.setattr("pho_service.host.webhooks.TIMEOUT_S", 0.3)
+    with pytest.raises(NotDelivered, match=r"has not answered within 0\.3 s"):
+        send(RULES, received["url"], "an-id", b"{}", sleep=Mock())
+
+    assert received["asked"] == 3
+    assert 3 * (webhooks.TIMEOUT_S + 10) < LEASE_S  # nobody else takes it meanwhile
+
+
+def test_a_host_that_is_slow_holds_up_its_own_messages_alone(
+    client: TestClient, submit: Any, hand: Any, received: Any
+) -> None:
+    service = client.app.state.service  # type: ignore[attr-defined]
+    slow = received["url"].replace("localhost", "LOCALHOST") + "?of=another"
+    for url in (received["url"], slow):
+        hand.bring(submit(notify=url)["id"], JobState.CANCELLED)
+    told = []
+    received["before"] = lambda _: bool(told.append(tell_next(service)))
+
+    assert tell_next(service)
+    assert told == [False]  # the other one is not sent while this one is
+    assert tell_next(service)
 
 
 def test_other_webhooks_are_refused(client_of: Any, refusal: Any) -> None:
