@@ -530,13 +530,21 @@ def submit(
 
 
 @router.post("/new/check")
-def check(request: Request, fields: Fields, service: ServiceParam, caller: CallerParam) -> Response:
+async def check(
+    request: Request, fields: Fields, service: ServiceParam, caller: CallerParam
+) -> Response:
     """
     Show the form again with what is wrong, or with what the job would take; submit nothing.
 
     A script that asks while somebody types says ``quiet``: then errors are not told yet, and the
     hub is not asked for a model's configuration.
     """
+    return await service.planning.run(_checked, request, fields, service, caller)
+
+
+def _checked(
+    request: Request, fields: dict[str, str], service: Service, caller: Caller
+) -> Response:
     filled = Filled.of(fields, service)
     quiet = "quiet" in fields
     wrong = not filled.is_right and not quiet

@@ -24,7 +24,7 @@ Memory = Annotated[int | None, Query(ge=10**9, le=2**50, description="Bytes; by 
 
 
 @router.post("", response_model=PlanAnswer, responses=documented(413, 422))
-def plan(
+async def plan(
     spec: JobSpec,
     service: ServiceParam,
     caller: CallerParam,
@@ -36,9 +36,14 @@ def plan(
 ) -> PlanAnswer:
     """Estimate what a job takes, by the headers of its (first) model's files alone."""
     del caller
+    machine = named_machine(card).resized(device_memory, main_memory)
+    return await service.planning.run(_checked, spec, service, machine)
+
+
+def _checked(spec: JobSpec, service: Service, machine: Machine) -> PlanAnswer:
     for check in checks(spec, service):
         check()
-    return planned(spec, service, named_machine(card).resized(device_memory, main_memory))
+    return planned(spec, service, machine)
 
 
 def planned(spec: JobSpec, service: Service, machine: Machine) -> PlanAnswer:

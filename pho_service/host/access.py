@@ -39,22 +39,43 @@ def check_model_folder(folder: Path) -> None:
 
 def check_names(file: Path) -> None:
     """Check the names in one of these files, wherever it lies; its name says what it is."""
-    document = _read(file)
-    if file.name.endswith(".index.json"):
+    try:
+        with file.open("rb") as opened:
+            content = opened.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ModelError(f"{file.name} cannot be read: {error.strerror}.") from error
+    _checked(content, file.name)
+
+
+def shards_of(content: bytes, file: str) -> list[str]:
+    """The files that an index names, in order."""
+    shards = sorted(_checked(content, file))
+    if len(shards) > _IN_A_MODEL:
+        raise ModelError(f"{file} names {len(shards)} files, and {_IN_A_MODEL} are the most.")
+    return shards
+
+
+def _checked(content: bytes, file: str) -> list[str]:
+    """The names in one of these files, each of which is plain."""
+    document = _parsed(content, file)
+    if file.endswith(".index.json"):
         names = _of_index(document, file)
-    elif file.name == "tokenizer_config.json":
+    elif file == "tokenizer_config.json":
         names = _of_tokenizer(document)
     else:
         weights = document.get("transformers_weights")
         names = iter([] if weights is None else [("transformers_weights", weights)])
+    found = []
     for key, name in names:
         if not is_plain(name):
             raise InvalidInput(
-                f"{file.name} names {shown(str(name))!r} ({shown(key)}): a model's files may only "
+                f"{file} names {shown(str(name))!r} ({shown(key)}): a model's files may only "
                 "name files that lie in the same folder, by their plain names, without '/', '\\', "
                 "':' and '..'. Put the file into the model's folder and write its plain name, or "
                 "take the entry out."
             )
+        found.append(str(name))
+    return found
 
 
 def is_plain(name: object) -> bool:
@@ -62,32 +83,27 @@ def is_plain(name: object) -> bool:
     return isinstance(name, str) and name not in (".", "..") and bool(_PLAIN.fullmatch(name))
 
 
-def _read(file: Path) -> Mapping[str, Any]:
+def _parsed(content: bytes, file: str) -> Mapping[str, Any]:
     """A small JSON object."""
-    try:
-        with file.open("rb") as opened:
-            content = opened.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise ModelError(f"{file.name} cannot be read: {error.strerror}.") from error
     if len(content) > MAX_BYTES:
-        raise ModelError(f"{file.name} is larger than {MAX_BYTES >> 20} MiB, which no model's is.")
+        raise ModelError(f"{file} is larger than {MAX_BYTES >> 20} MiB, which no model's is.")
     try:
         document = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ModelError(
-            f"{file.name} is not JSON: {shown(str(error))}. The download is not complete, or the "
+            f"{file} is not JSON: {shown(str(error))}. The download is not complete, or the "
             "file is damaged: get it again."
         ) from error
     if not isinstance(document, dict):
-        raise ModelError(f"{file.name} is not a JSON object. Get the model again.")
+        raise ModelError(f"{file} is not a JSON object. Get the model again.")
     return document
 
 
-def _of_index(document: Mapping[str, Any], file: Path) -> Iterator[tuple[str, object]]:
+def _of_index(document: Mapping[str, Any], file: str) -> Iterator[tuple[str, object]]:
     """Which file each tensor is in; the first tensor of each file stands for it."""
     weight_map = document.get("weight_map")
     if not isinstance(weight_map, dict):
-        raise ModelError(f"{file.name} has no weight_map. Get the model again.")
+        raise ModelError(f"{file} has no weight_map. Get the model again.")
     seen: set[object] = set()
     for tensor, name in weight_map.items():
         if not isinstance(name, str):

@@ -185,6 +185,8 @@ class Work:
     stream: bool  # Whether its weights stay on disk
     batch: int = 1  # Windows that are run at once
     corrections: int = 0  # Allocations that are compared with the dense model
+    validated: int = 0  # Candidates that say how far the proxy can be trusted
+    by_perplexity: bool = False  # Whether candidates are rated by perplexity, not by the proxy
 
     @property
     def fisher_samples(self) -> int:
@@ -207,6 +209,8 @@ def stage_seconds(shapes: ModelShapes, work: Work, machine: Machine) -> dict[str
     }
     if work.corrections:
         stages[f"correct, {work.corrections} allocations"] = costs.correction()
+    if work.validated:
+        stages[f"validate, {work.validated} candidates"] = work.validated * costs.measured()
     if work.finalists:
         stages["confirm by perplexity"] = costs.confirmation()
     stages["prune"] = costs.pruning(work.steps) + costs.reconstruction()
@@ -294,7 +298,9 @@ class _Costs:
         return FLOAT * (sampled * (2 + len(settings.kernel_sizes)) + roots)
 
     def search(self) -> float:
-        """Each candidate reads its share of the bundle."""
+        """Each candidate reads its share of the bundle, or runs through the model."""
+        if self.work.by_perplexity:
+            return self.work.trials * (TRIAL_S + self.measured())
         rating = READINGS * self.bundle() / (2 + len(self.work.calibration.kernel_sizes)) * 2
         curves = 8.0 if self.work.steps.allocation.method == "curves" else 1.0
         return self.work.trials * (TRIAL_S + curves * rating / self.machine.bandwidth)
@@ -305,11 +311,20 @@ class _Costs:
         compared = self.forward(corrected_windows(context) * context, context, head=True)
         return (1 + self.work.corrections) * (compared + self.masks())
 
+    def perplexity(self) -> float:
+        """The model over the windows that perplexities are measured on."""
+        context = self.work.calibration.context_length
+        measured = self.forward(self.work.windows * context, context, head=True)
+        return measured + self.streaming(1)
+
+    def measured(self) -> float:
+        """The perplexity of a candidate, which is pruned for it."""
+        return self.perplexity() + self.pruning(self.work.steps.before_reconstruction)
+
     def confirmation(self) -> float:
         """A race where it pays, otherwise perplexities; and what the result is judged by."""
         context = self.work.calibration.context_length
-        measured = self.forward(self.work.windows * context, context, head=True)
-        measured += self.streaming(1)
+        measured = self.perplexity()
         steps = self.work.steps.before_reconstruction
         pruned, winner = self.pruning(steps), 0.0
         if self.work.steps.reconstruction.wanted:

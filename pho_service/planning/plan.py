@@ -33,7 +33,7 @@ FREE = 0.95  # of a card that can be used: the rest is lost between blocks
 # What `pho pack` leaves of a kept weight's sign and exponent and of a removed weight, in bytes, in
 # bfloat16.
 PACKED_BYTE, PACKED_ZERO = 0.53, 0.36
-_AT_EACH_PATTERN = ("search", "correct", "confirm by perplexity")  # stages
+_AT_EACH_PATTERN = ("search", "correct", "validate", "confirm by perplexity")  # stages
 SEARCHED = 3  # times its bundle that a search holds at its peak
 
 
@@ -137,6 +137,8 @@ def plan_job(spec: JobSpec, header: Header, machine: Machine) -> Plan:
         dtype=_dtype(spec, shapes, machine),
         stream=spec.stream,
         corrections=spec.corrections,
+        validated=spec.validation.candidates if spec.validation else 0,
+        by_perplexity=spec.objective.name == "perplexity",
     )
     for width in {linear.in_features for linear in shapes.linears}:
         work.pattern.check_width(width, spec.model)
@@ -253,6 +255,9 @@ def _peaks(
         peaks["correct"] = _confirmation(footprint, place, rated, card)
     if work.finalists:
         peaks["confirm by perplexity"] = _confirmation(footprint, place, work, card)
+        peaks["validate"] = peaks["confirm by perplexity"]
+        if work.by_perplexity:
+            peaks["search"] = peaks["search"].with_(peaks["validate"])
     return peaks
 
 

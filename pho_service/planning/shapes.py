@@ -2,23 +2,26 @@
 The shapes of a model's weights, from the headers of its files: no weights, no torch.
 """
 
+import asyncio
 import json
 import re
 import struct
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import gguf
 import numpy as np
 
 from pho_service.errors import InvalidInput, ModelError, shown
-from pho_service.host.access import check_names, is_path
+from pho_service.host.access import MAX_BYTES, is_path, shards_of
+
+_T = TypeVar("_T")
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
@@ -85,16 +88,16 @@ class ModelShapes:
     context: int | None  # longest window that it can read, if its configuration says so
     activations: int  # see ACTIVATIONS
 
-    @property
-    def linears(self) -> Iterator[LinearShape]:
+    @cached_property
+    def linears(self) -> tuple[LinearShape, ...]:
         """What can be pruned, of all blocks."""
-        return (linear for block in self.blocks for linear in block.linears)
+        return tuple(linear for block in self.blocks for linear in block.linears)
 
-    @property
+    @cached_property
     def prunable(self) -> int:
         return sum(linear.weights for linear in self.linears)
 
-    @property
+    @cached_property
     def active(self) -> float:
         """Weights of the blocks that a token is multiplied by, twice that are its FLOP."""
         return sum(linear.share * linear.weights for linear in self.linears)
@@ -111,7 +114,9 @@ def model_shapes(name: str, header: Header) -> ModelShapes:
     layers = _number(name, config, "num_hidden_layers", "n_layer", "num_layers", "n_layers")
     chosen = _number(name, config, "num_experts_per_tok", "num_experts_per_token")
     inside, outside = _split(header.tensors, layers)
+    _check_bound(name, "layers", len(inside), MOST_LAYERS)
     linears = [_linears(name, block, chosen) for block in inside]
+    _check_bound(name, "linears", sum(map(len, linears)), MOST_LINEARS)
     if not linears or not all(linears):
         raise InvalidInput(
             f"{name}: its weights are not linears of numbered blocks, as in model.layers.0, so it "
@@ -146,6 +151,14 @@ def model_shapes(name: str, header: Header) -> ModelShapes:
         context=context,
         activations=ACTIVATIONS.get(str(activation), 0),
     )
+
+
+def _check_bound(name: str, what: str, count: int, most: int) -> None:
+    if count > most:
+        raise InvalidInput(
+            f"{name} has {count} {what}, and {most} are the most that are planned for. Check that "
+            "its files are those of a language model."
+        )
 
 
 def _number(name: str, config: Mapping[str, Any], *fields: str) -> int | None:
@@ -227,6 +240,7 @@ def _linears(name: str, block: _Tensors, chosen: int | None) -> list[LinearShape
             bias = block.get(f"{path}.bias", TensorHeader((), "")).shape
             # GPT-2 keeps its weights as (in, out): the bias has the size of what comes out.
             found[path] = _linear(path, shape if bias in ((), shape[:1]) else shape[::-1])
+    _check_bound(name, "experts of a linear", max(experts.values(), default=0), MOST_EXPERTS)
     routers = {each for where, count in experts.items() for each in _routers(found, where, count)}
     return [
         replace(li, share=min(1.0, (chosen or li.count) / li.count)) if li.count > 1 else li
@@ -303,8 +317,10 @@ def _read_by_norm(norm: str, size: int, linears: Mapping[str, list[LinearShape]]
 # hub's.
 MOST_BYTES = 2**22  # of a configuration; those of the hub have some kilobytes
 MOST_HEADER = 2**24  # bytes of a safetensors header; a hundred thousand tensors have 12 MB
-MOST_TENSORS = 2**20  # of a model
-TIMEOUT_S = 10.0
+MOST_TENSORS = 2**18  # of a model; Kimi K2 has 70,000
+# Of a model: its blocks, the linears of all (those of experts once), the experts of a linear.
+MOST_LAYERS, MOST_LINEARS, MOST_EXPERTS = 1_000, 5_000, 10_000
+TIMEOUT_S = 20.0  # for the hub's answer to a question, with all its headers
 CONFIG = "config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -378,7 +394,10 @@ def _config(name: str, folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ModelError(f"{name} has no config.json, so it is not a Hugging Face model folder.")
     with file.open("rb") as opened:
-        content = opened.read(MOST_BYTES + 1)
+        return _parsed_config(name, opened.read(MOST_BYTES + 1))
+
+
+def _parsed_config(name: str, content: bytes) -> dict[str, Any]:
     if len(content) > MOST_BYTES:
         raise ModelError(f"{name}: its config.json has more than {MOST_BYTES} bytes.")
     try:
@@ -397,30 +416,38 @@ def _of_folder(name: str, folder: Path) -> dict[str, TensorHeader]:
         index = folder / _INDEX
         if not index.is_file():
             raise _without_weights(name)
-        check_names(index)
-        named = json.loads(index.read_bytes())["weight_map"].values()
-        files = [folder / each for each in sorted({*named})]
+        with index.open("rb") as opened:
+            content = opened.read(MAX_BYTES + 1)
+        files = [folder / each for each in shards_of(content, _INDEX)]
     tensors: dict[str, TensorHeader] = {}
     for file in files:
         if not file.is_file():
-            raise ModelError(f"{name} has no {file.name}, which its index names. Get it again.")
-        tensors |= _of_safetensors(name, file)
+            raise _without_shard(name, file.name)
+        with file.open("rb") as opened:
+            content = opened.read(8)
+            content += opened.read(_header_end(content) - 8)
+        tensors |= _tensors(name, file.name, content)
         _check_number(name, tensors)
     return tensors
 
 
-def _of_safetensors(name: str, file: Path) -> dict[str, TensorHeader]:
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = opened.read(length) if length <= MOST_HEADER else b""
+def _header_end(begin: bytes | bytearray) -> int:
+    """Where the header of a safetensors file ends, by its first bytes; if it is far, before."""
+    return 8 + min(int.from_bytes(begin[:8], "little") if len(begin) >= 8 else 0, MOST_HEADER)
+
+
+def _tensors(name: str, file: str, content: bytes) -> dict[str, TensorHeader]:
+    """What the header of a safetensors file says, by the file's first bytes."""
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length]
     if not 0 < length == len(header):
-        raise _damaged(name, file.name, "it has no header, or one that is cut short")
+        raise _damaged(name, file, "it has no header, or one that is cut short")
     try:
         document = json.loads(header)
         document.pop("__metadata__", None)
         return {key: _stored(entry["shape"], entry["dtype"]) for key, entry in document.items()}
     except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
-        raise _damaged(name, file.name, f"its header cannot be read: {error}") from error
+        raise _damaged(name, file, f"its header cannot be read: {error}") from error
 
 
 def _stored(shape: Any, dtype: Any) -> TensorHeader:
@@ -433,6 +460,10 @@ def _stored(shape: Any, dtype: Any) -> TensorHeader:
 
 def _damaged(name: str, file: str, reason: str) -> ModelError:
     return ModelError(f"{name}: {file} is damaged: {shown(reason)}. Get the file again.")
+
+
+def _without_shard(name: str, file: str) -> ModelError:
+    return ModelError(f"{name} has no {file}, which its index names. Get it again.")
 
 
 def _without_weights(name: str) -> ModelError:
@@ -463,35 +494,21 @@ def _cached(name: str, revision: str | None) -> Path | None:
 
 def _of_hub(name: str, revision: str | None) -> Header:
     """What the hub has of a model; where it cannot be asked, what its cache has."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     away: type[BaseException] = HfHubHTTPError.__bases__[0]  # of its HTTP library
     try:
-        # hf_hub_download alone would ask a hub that is away for 23 seconds.
-        about = get_hf_file_metadata(hf_hub_url(name, CONFIG, revision=revision), timeout=TIMEOUT_S)
-        if (about.size or 0) > MOST_BYTES:
-            raise ModelError(f"{name}: its config.json has more than {MOST_BYTES} bytes.")
-        commit = about.commit_hash or revision
-        folder = Path(hf_hub_download(name, CONFIG, revision=commit)).parent
-        config = _config(name, folder)
-        if (folder / _WEIGHTS).is_file():
-            return Header(config=config, tensors=_of_folder(name, folder))
+        content, commit = asyncio.run(_within_time(_config_on_hub(name, revision)))
+        config = _parsed_config(name, content)
+        kept = _cached(name, commit)
+        if kept is not None and (kept / _WEIGHTS).is_file():
+            return Header(config=config, tensors=_of_folder(name, kept))
         return Header(config=config, tensors=_on_hub(name, commit))
     except HFValidationError as error:
         raise ModelError(
             f"{name!r} is neither a folder or file here nor a name on the hub, which looks like "
             "org/name. Check the spelling."
         ) from error
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", 0)
-        if status in (401, 403, 404):
-            raise ModelError(
-                f"{name}: the hub has no such model or revision, or it is private or gated. Check "
-                "the spelling, accept its licence on the hub and set HF_TOKEN, or give a local "
-                "folder."
-            ) from error
-        raise ModelError(f"{name}: the hub answered {status}. Try again later.") from error
     except (OSError, away) as error:
         kept = _cached(name, revision)
         if kept is not None and any(kept.glob("model*.safetensors")):
@@ -502,25 +519,92 @@ def _of_hub(name: str, revision: str | None) -> Header:
         ) from error
 
 
+async def _within_time(asked: Coroutine[Any, Any, _T]) -> _T:
+    async with asyncio.timeout(TIMEOUT_S):  # each read alone could wait as often as it likes
+        return await asked
+
+
+async def _config_on_hub(name: str, revision: str | None) -> tuple[bytes, str | None]:
+    """A model's configuration, and the commit that it is of."""
+    from huggingface_hub import get_async_session
+
+    async with get_async_session() as session:
+        found = await _from_hub(session, name, CONFIG, revision, lambda _: MOST_BYTES + 1)
+    if found is None:
+        raise ModelError(
+            f"{name}: the hub has no such model or revision, or it is private or gated. Check "
+            "the spelling, accept its licence on the hub and set HF_TOKEN, or give a local "
+            "folder."
+        )
+    return found[0], found[1] or revision
+
+
 @lru_cache(maxsize=16)
 def _on_hub(name: str, commit: str | None) -> dict[str, TensorHeader]:
     """The tensors of a model's files on the hub, whose headers alone are asked for."""
-    from huggingface_hub import get_safetensors_metadata
-    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+    return asyncio.run(_within_time(_tensors_on_hub(name, commit)))
 
-    try:
-        files = get_safetensors_metadata(name, revision=commit).files_metadata.values()
-        tensors = {
-            key: _stored(info.shape, info.dtype)
-            for file in files
-            for key, info in file.tensors.items()
-        }
-    except NotASafetensorsRepoError as error:
-        raise _without_weights(name) from error
-    except (SafetensorsParsingError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise _damaged(name, "one of its files", str(error)) from error
-    _check_number(name, tensors)
+
+async def _tensors_on_hub(name: str, commit: str | None) -> dict[str, TensorHeader]:
+    from huggingface_hub import get_async_session
+
+    tensors: dict[str, TensorHeader] = {}
+    at_once = asyncio.Semaphore(8)
+    async with get_async_session() as session:
+
+        async def read(file: str) -> bool:
+            async with at_once:
+                found = await _from_hub(session, name, file, commit, _header_end)
+            if found is None:
+                return False
+            tensors.update(_tensors(name, file, found[0]))
+            _check_number(name, tensors)
+            return True
+
+        if await read(_WEIGHTS):
+            return tensors
+        index = await _from_hub(session, name, _INDEX, commit, lambda _: MAX_BYTES + 1)
+        if index is None:
+            raise _without_weights(name)
+        files = shards_of(index[0], _INDEX)
+        there = await asyncio.gather(*map(read, files))
+    if not all(there):
+        raise _without_shard(name, files[there.index(False)])
     return tensors
+
+
+async def _from_hub(
+    session: Any, name: str, file: str, revision: str | None, end: Callable[[bytearray], int]
+) -> tuple[bytes, str | None] | None:
+    """The first bytes of a file, up to where they say that is enough; and its commit."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
+
+    headers = {**build_hf_headers(), "accept-encoding": "identity"}  # nothing grows on the way
+    request = session.build_request(
+        "GET", hf_hub_url(name, file, revision=revision), headers=headers
+    )
+    hub, commit, content = (request.url.host, request.url.port), None, bytearray()
+    for _ in range(5):
+        answer = await session.send(request, stream=True, follow_redirects=False)
+        try:
+            commit = commit or answer.headers.get("x-repo-commit")
+            if answer.status_code in (401, 403, 404):
+                return None
+            if answer.next_request is None and answer.status_code == 200:
+                async for chunk in answer.aiter_raw():
+                    content += chunk
+                    if len(content) >= end(content):
+                        break
+                return bytes(content), commit
+        finally:
+            await answer.aclose()
+        request = answer.next_request  # without the token, if it goes to another host
+        if request is None:
+            break
+        if request.url.scheme != "https" and hub != (request.url.host, request.url.port):
+            raise ModelError(f"{name}: the hub leads {file} to an address without https.")
+    raise ModelError(f"{name}: the hub answered {answer.status_code}. Try again later.")
 
 
 def _of_gguf(name: str, file: Path) -> Header:

@@ -1,8 +1,10 @@
 """Where headers come from: folders, GGUF files, a stand-in of the hub; and odd ones."""
 
+import contextlib
 import json
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -47,12 +49,23 @@ class Hub(BaseHTTPRequestHandler):
     """Serves one model, to who has the token."""
 
     asked: ClassVar[list[str]] = []
+    written: ClassVar[int] = 0
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
         content = FILES.get(self.path.rpartition("/")[2])
         private = "private" in self.path and self.headers.get("authorization") != "Bearer right"
         status = 401 if private else 500 if "broken" in self.path else 200 if content else 404
+        if "elsewhere" in self.path:
+            self.send_response(302)
+            self.send_header("location", "http://127.0.0.1:9/secret")
+            self.end_headers()
+            return
+        if "odd" in self.path:
+            self.send_response(200)
+            self.end_headers()
+            self.write_on(b" " * 2**20 if "endless" in self.path else b" ")
+            return
         self.send_response(status)
         self.send_header("content-length", str(len(content or b"") if status == 200 else 0))
         self.send_header("etag", '"x"')
@@ -62,6 +75,13 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(content or b"")
 
     do_HEAD = do_GET  # noqa: N815
+
+    def write_on(self, content: bytes) -> None:
+        """Write until nobody reads, or the test is over."""
+        with contextlib.suppress(OSError):
+            for _ in range(100):
+                Hub.written += self.wfile.write(content)
+                time.sleep(0.02)
 
     def log_message(self, *_: object) -> None:
         """Nothing."""
@@ -87,7 +107,7 @@ def point(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
 @pytest.fixture
 def hub(away: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     del away
-    Hub.asked = []
+    Hub.asked, Hub.written = [], 0
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         point(monkeypatch, f"http://127.0.0.1:{server.server_port}")
@@ -176,7 +196,7 @@ def test_hub(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_header("org/private").tensors == TENSORS
     assert "/org/name/resolve/main/config.json" in hub.asked
     assert "/org/name/resolve/v2/config.json" in hub.asked
-    assert hub.asked.count(f"/org/name/resolve/{COMMIT}/model.safetensors") == 2  # HEAD and GET
+    assert hub.asked.count(f"/org/name/resolve/{COMMIT}/model.safetensors") == 1
 
 
 @pytest.mark.usefixtures("hub")
@@ -185,12 +205,42 @@ def test_hub(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("org/private", "private or gated"),
         ("org/broken", "answered 500"),
+        ("org/elsewhere", "to an address without https"),
+        ("org/odd-endless", f"has more than {MOST_BYTES} bytes"),
+        ("org/odd-drip", r"cannot be reached \(TimeoutError\)"),
         ("a b", "neither a folder or file here nor a name on the hub"),
     ],
 )
-def test_what_the_hub_says_is_said_in_words(name: str, words: str) -> None:
+def test_what_the_hub_says_is_said_in_words(
+    name: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pho_service.planning.shapes.TIMEOUT_S", 1.0)
     with pytest.raises(ModelError, match=words):
         read_header(name)
+
+    assert Hub.written < 4 * MOST_BYTES  # the rest is not waited for
+
+
+def test_a_revision_leads_nowhere_but_to_the_model(hub: type[Hub]) -> None:
+    read_header("org/name", revision="../../../../api/whoami-v2?x=")
+
+    (asked,) = (path for path in hub.asked if path.endswith("config.json"))
+    assert asked == "/org/name/resolve/..%2F..%2F..%2F..%2Fapi%2Fwhoami-v2%3Fx%3D/config.json"
+
+
+@pytest.mark.usefixtures("hub")
+def test_the_headers_of_all_shards_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = NAME.replace("up", "down")
+    index = {"weight_map": {NAME: "a.safetensors", other: "b.safetensors"}}
+    shards = {"a.safetensors": safetensors({NAME: ENTRY}), "b.safetensors": None}
+    monkeypatch.setitem(FILES, "model.safetensors.index.json", json.dumps(index).encode())
+    for name, content in {**shards, "model.safetensors": None}.items():
+        monkeypatch.setitem(FILES, name, content)
+    with pytest.raises(ModelError, match=r"has no b\.safetensors, which its index names"):
+        read_header("org/sharded")
+    monkeypatch.setitem(FILES, "b.safetensors", safetensors({other: ENTRY}))
+
+    assert read_header("org/sharded").tensors.keys() == {NAME, other}
 
 
 @pytest.mark.usefixtures("away")

@@ -226,3 +226,34 @@ def test_known_cards_are_listed_a_memory_without_a_unit_is_not_believed() -> Non
         named_machine("K80")
     with pytest.raises(InvalidInput, match="a memory of 80 bytes"):
         H100.resized(80)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ({f"layers.{i}.up_proj": (8, 8) for i in range(1001)}, "has 1001 layers, and 1000"),
+        ({f"layers.0.p{i}.up_proj": (8, 8) for i in range(5001)}, "has 5001 linears, and 5000"),
+        ({"layers.0.experts.up_proj": (10_001, 8, 8)}, "has 10001 experts of a linear"),
+    ],
+)
+def test_a_model_that_would_take_minutes_to_plan_is_refused(
+    shapes: dict[str, tuple[int, ...]], words: str
+) -> None:
+    tensors = {f"model.{n}.weight": TensorHeader(shape, "BF16") for n, shape in shapes.items()}
+    spec = JobSpec.model_validate({"model": "org/m", "pattern": "0.5"})
+    with pytest.raises(InvalidInput, match=words):
+        plan_job(spec, Header(config={"model_type": "llama"}, tensors=tensors), H100)
+
+
+def test_every_perplexity_that_is_asked_for_is_planned() -> None:
+    """Those that candidates are rated by, and those of a validation, cost what they cost."""
+    confirm = {"candidates": 5, "windows": 64}
+    proxy = planned(confirm=confirm)
+    validated = planned(confirm=confirm, validation={"candidates": 1000})
+    rated = planned(confirm=confirm, objective={"name": "perplexity"}, trials=1000)
+    (stage,) = (each for each in validated.stages if each.title == "validate, 1000 candidates")
+    (search,) = (each for each in rated.stages if each.title == "search, 1000 trials")
+
+    assert middle(validated) > 10 * middle(proxy)
+    assert search.seconds == pytest.approx(stage.seconds, rel=0.1)
+    assert search.peak.device >= stage.peak.device
