@@ -21,6 +21,7 @@ from pho_service.library import Entry, ModelFacts, Wanted, rank, stored_file
 from pho_service.models.calibration import cut, measure_shard
 from pho_service.models.saving import RECIPE
 from pho_service.models.tasks import LoadedTasks
+from pho_service.pipeline.curve import check_patterns
 from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.prune import blocks_kept, prune_in_place, prune_job
 from pho_service.pipeline.rating import ReportText
@@ -424,7 +425,7 @@ def transfer_piece(
         ),
         spec.found(),
         search=_own_search(spec),
-        run=Run(device=run.device, progress=run.progress, look=run.look),  # its study is not kept
+        run=Run(device=run.device, progress=run.progress, look=watch.look),  # its study is not kept
     )
     inputs.model(target, seal)  # its files were read all the time, also if it was not streamed
     return transfer
@@ -460,6 +461,7 @@ def calibrate_piece(
     if spec.tasks is not None and harness_folder() is not None:
         inputs.tasks(spec)
     seal = inputs.seal(spec, Seal() if before is None else Seal(**before.inputs))
+    check_patterns(inputs.model(spec, seal), whole.points, whole.plan(0).steps.linears)
     text = inputs.calibration_text(spec, seal)
     if before is None and not inputs.bundles.has(text.bundle_key):
         shards = len(cut(text, spec.calibration.settings(), stream=spec.stream))
@@ -469,8 +471,6 @@ def calibrate_piece(
             )
     bundle = inputs.calibrate(spec, seal, run.progress)
     inputs.model(spec, seal)  # its files were read all the time
-    for pattern in whole.points:
-        bundle.choose(whole.plan(0).steps.linears, pattern)
     return Calibration(
         provenance=dict(bundle.provenance),
         inputs=seal.to_dict(),

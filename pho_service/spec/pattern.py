@@ -10,7 +10,8 @@ from difflib import get_close_matches
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
+from math import prod
 from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field
@@ -205,7 +206,9 @@ class Coefficients(JsonDocument):
 REGULAR = "re:"  # begins a regular expression
 LONGEST = 512  # characters of a pattern
 MOST = 256  # patterns of each kind
-SECONDS = 1.0  # that a regular expression may take for all names of a model
+REPEATS = 1_000  # product of the counts of a regular expression, which are written out to match
+SECONDS = 1.0  # that all regular expressions may take for the names of a model
+_COUNT = re.compile(r"\{(\d*),?(\d*)\}")
 _NEAR = 3  # names that a message lists
 
 
@@ -302,29 +305,14 @@ class Linears(JsonDocument):
         """Find out which linears of a model are meant."""
         if not self:
             return ChosenLinears(shared=tuple(names), own={})
-        of = f"of the {len(names)} linears of {model}"
-        targets = _matched("targets", self.targets, names, of) if self.targets else set(names)
-        pruned = targets - _matched("ignore", self.ignore, names, of)
-        if not pruned:
-            raise InvalidInput(
-                f"targets and ignore leave none {of} to prune. Leave a pattern of ignore out."
-            )
-        rest = [name for name in names if name in pruned]
-        among = of if len(rest) == len(names) else f"of the {len(rest)} pruned linears of {model}"
-        given: dict[str, str] = {}
-        own: dict[str, Pattern] = {}
-        for text, value in self.sparsities.items():
-            for name in _matched("sparsities", [text], rest, among):
-                if name in given:
-                    raise InvalidInput(
-                        f"{name} has two sparsities by hand: {given[name]!r} and {text!r} both "
-                        "match it. Give each linear one."
-                    )
-                given[name] = text
-                own[name] = _own(text, value, pattern)
+        rest, given = _named(self, tuple(names), model)
         return ChosenLinears(
-            shared=tuple(name for name in rest if name not in own),
-            own={name: own[name] for name in rest if name in own},
+            shared=tuple(name for name in rest if name not in given),
+            own={
+                name: _own(given[name], self.sparsities[given[name]], pattern)
+                for name in rest
+                if name in given
+            },
         )
 
     def _patterns(self) -> Iterator[tuple[str, Sequence[str]]]:
@@ -353,6 +341,15 @@ def _check(kind: str, pattern: str) -> None:
                 f"{kind} has {pattern!r}, which is not a regular expression: {error}. For a glob, "
                 f"leave {REGULAR} out."
             ) from error
+        # Spaces do not count in an expression that says so. Where one count is inside of another,
+        # the expression is as long as their product.
+        counts = _COUNT.findall(pattern.replace(" ", ""))
+        repeats = prod(max(1, *(int(count or 1) for count in both)) for both in counts)
+        if repeats > REPEATS:
+            raise InvalidInput(
+                f"{kind} has {pattern!r}, whose counted repeats come to {repeats} together, and "
+                f"{REPEATS} are the most. Write * or + instead, or give several patterns."
+            )
 
 
 def _own(name: str, value: float | str, pattern: Pattern | None) -> Pattern:
@@ -372,35 +369,66 @@ def _own(name: str, value: float | str, pattern: Pattern | None) -> Pattern:
     return replace(own, scope=pattern.scope)
 
 
-def _matched(kind: str, patterns: Iterable[str], names: Sequence[str], of: str) -> set[str]:
+@lru_cache(maxsize=16)  # all points and candidates of a job ask the same
+def _named(
+    linears: Linears, names: tuple[str, ...], model: str
+) -> tuple[list[str], dict[str, str]]:
+    """The names of those that are pruned, and what gives some of them a sparsity of their own."""
+    end = time.monotonic() + SECONDS
+    of = f"of the {len(names)} linears of {model}"
+    targets = set(names)
+    if linears.targets:
+        targets = _matched("targets", linears.targets, names, of, end)
+    pruned = targets - _matched("ignore", linears.ignore, names, of, end)
+    if not pruned:
+        raise InvalidInput(
+            f"targets and ignore leave none {of} to prune. Leave a pattern of ignore out."
+        )
+    rest = [name for name in names if name in pruned]
+    among = of if len(rest) == len(names) else f"of the {len(rest)} pruned linears of {model}"
+    given: dict[str, str] = {}
+    for text in linears.sparsities:
+        for name in _matched("sparsities", [text], rest, among, end):
+            if name in given:
+                raise InvalidInput(
+                    f"{name} has two sparsities by hand: {given[name]!r} and {text!r} both "
+                    "match it. Give each linear one."
+                )
+            given[name] = text
+    return rest, given
+
+
+def _matched(
+    kind: str, patterns: Iterable[str], names: Sequence[str], of: str, end: float
+) -> set[str]:
     """The names that one of the patterns matches; each must match some."""
     found: set[str] = set()
     for pattern in patterns:
-        matched = _matches(kind, pattern, names)
+        matched = _matches(kind, pattern, names, end)
         if not matched:
             raise InvalidInput(f"{kind}: {pattern!r} matches none {of}. {_nearest(pattern, names)}")
         found |= matched
     return found
 
 
-def _matches(kind: str, pattern: str, names: Sequence[str]) -> set[str]:
+def _matches(kind: str, pattern: str, names: Sequence[str], end: float) -> set[str]:
     if not pattern.startswith(REGULAR):
         return {name for name in names if fnmatchcase(name, pattern)}
     import regex  # only where models are; Python's own cannot be stopped, and holds all threads
 
-    end = time.monotonic() + SECONDS
+    found = set()
     try:
-        expression = regex.compile(pattern.removeprefix(REGULAR))
-        return {
-            name
-            for name in names
-            if expression.fullmatch(name, timeout=max(end - time.monotonic(), 1e-3))
-        }
+        expression = regex.compile(pattern.removeprefix(REGULAR), cache_pattern=False)
+        for name in names:
+            # One without time left stops at its first look at the clock.
+            if expression.fullmatch(name, timeout=max(end - time.monotonic(), 1e-9)):
+                found.add(name)
     except TimeoutError as error:
         raise InvalidInput(
-            f"{kind}: {pattern!r} takes more than {SECONDS:g} s on {len(names)} names. Write it "
-            "without repeats in repeats, or as globs."
+            f"the regular expressions up to {pattern!r} of {kind} take more than {SECONDS:g} s on "
+            f"{len(names)} names. Write them without repeats in repeats, or as globs."
         ) from error
+    return found
 
 
 def _nearest(pattern: str, names: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """Which linears are pruned: names, globs and regular expressions, and sparsities by hand."""
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -117,8 +118,28 @@ def test_a_sparsity_fits_the_pattern(pattern: str, value: float | str, rule: str
 def test_a_slow_expression_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pho_service.spec.pattern.SECONDS", 0.05)
 
-    with pytest.raises(InvalidInput, match=r"takes more than 0.05 s on 9 names"):
+    with pytest.raises(InvalidInput, match=r"take more than 0.05 s on 9 names"):
         Linears(ignore=["re:(?:.|.|..)*(?<=v_proj)"]).choose(NAMES, HALF)
+
+
+def test_all_expressions_of_a_job_have_one_time_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of them takes long; all of them, at each pattern of a curve, would."""
+    monkeypatch.setattr("pho_service.spec.pattern.SECONDS", 0.3)
+    slow = [f"re:(?:(?:a{{10}}b|.){{30}}.{{3}}{i}?)*.*" for i in range(256)]
+    began = time.monotonic()
+    with pytest.raises(InvalidInput, match="regular expressions up to"):
+        Linears(targets=slow, sparsities=dict.fromkeys(slow, 0.3)).choose(NAMES, HALF)
+
+    assert time.monotonic() - began < 3
+
+
+def test_an_expression_that_would_be_written_out_to_gigabytes_is_refused() -> None:
+    nested = "(?:(?:(?:(?:a{999}){999}){999}){999})|.*"
+    for pattern in (nested, "(a{31}){33}", "(?x)(?:a{9 9}){9 9}", "a{,1001}", "a{1001,}"):
+        with pytest.raises(InvalidInput, match=r"counted repeats come to .* and 1000 are"):
+            Linears(targets=[f"re:{pattern}"])
+
+    assert Linears(targets=["re:.*\\.[0-9]{1,3}\\.mlp.{5,}"])
 
 
 def test_what_is_said_is_read_back_where_nothing_is_said_nothing_is_written() -> None:

@@ -4,12 +4,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from click.testing import CliRunner
 from transformers import LlamaForCausalLM
 
+from pho_service.errors import InvalidInput
 from pho_service.models.bundle_file import write_bundle
 from pho_service.models.calibration import bundle_path
 from pho_service.spec.job import island_seed
@@ -242,6 +244,15 @@ def test_what_cannot_be_done_fails_before_the_search(
 
     assert (error["type"], error["stage"]) == ("InvalidInput", "calibrate")
     assert message in error["message"]
+
+
+def test_a_pattern_that_matches_nothing_costs_no_calibration(
+    hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.inputs.WorkerInputs.calibrate", Mock(side_effect=AssertionError))
+    job = hand.submit(small(steps={"linears": {"targets": ["re:.*\\.none"]}}))
+    with pytest.raises(InvalidInput, match=r"matches none of the .* linears"):
+        hand.step(job)
 
 
 def test_an_error_in_a_layer_keeps_the_layer(desk: Any, spec_of: Any, folder: Path) -> None:
