@@ -33,13 +33,14 @@ from storage.rows import (
     claimed_job,
     enqueue_again,
     find_job,
+    first_of_others,
     found_columns,
+    give_way,
     interval,
     lock_stage,
     put_down,
     set_state,
     settle,
-    something_waits,
     take_out,
     take_out_waiting,
     update_stage,
@@ -228,10 +229,10 @@ class ClaimStore:
         """Whether another job, of this priority or a higher one, waits for a worker of kinds."""
         job = claim.job
         with self.database.transaction() as connection:
-            return something_waits(connection, kinds, priority=job.priority, but_of=job.id)
+            return first_of_others(connection, kinds, job) is not None
 
-    def end_turn(self, claim: Claim) -> bool:
-        """Put a search down unfinished, behind whatever waits by now; other islands, too."""
+    def end_turn(self, claim: Claim, kinds: Sequence[StageKind] = tuple(StageKind)) -> bool:
+        """Put a stage down unfinished, behind whatever waits by now; others of its kind, too."""
         with self.database.transaction() as connection:
             job = claimed_job(connection, claim)
             put_down(connection, job, claim.stage.id, claim.stage.failures)
@@ -242,6 +243,7 @@ class ClaimStore:
                 assert row is not None  # its job is locked
                 if stage.id == claim.stage.id or take_out_waiting(connection, row.queue_id):
                     enqueue_again(connection, job, stage, behind=True)
+            give_way(connection, kinds, job)
             return False
 
     def give_up(self, claim: Claim) -> None:
@@ -328,8 +330,9 @@ class OutcomeStore(ClaimStore):
         library: Sequence[Entry] = (),
         spec: Mapping[str, Any] | None = None,
         seen: JobRecord | None = None,
+        way_for: Sequence[StageKind] = (),
     ) -> bool:
-        """Store what a stage gave, and what follows from it."""
+        """Store what a stage gave, and what follows; stages of others may come before that."""
         with self.database.transaction() as connection:
             job = claimed_job(connection, claim)
             if seen is not None and _moved(seen, job):
@@ -361,6 +364,8 @@ class OutcomeStore(ClaimStore):
                 set_state(connection, job, JobState.SUCCEEDED, told=_good(best))
             else:
                 settle(connection, job)
+            if way_for:
+                give_way(connection, way_for, job)
             return True
 
 

@@ -42,6 +42,8 @@ from storage.tables import events, jobs, notifications, stages
 # The queue: one procrastinate task, ``run_stage``, which carries the number of a stage.
 TASK = "run_stage"
 
+_PLACES = len(StageKind) + 1  # of each priority: one for each rank, and one that is before all
+
 # Never opened: entries are written on the connection of the caller's transaction.
 _app = App(connector=SyncPsycopgConnector())
 
@@ -56,7 +58,7 @@ def enqueue(
     behind: bool = False,
 ) -> int:
     """Put a stage into the queue, in the caller's transaction."""
-    lowest = priority * len(StageKind)
+    lowest = priority * _PLACES
     place = lowest + kind.rank
     if behind:
         query = text(
@@ -75,23 +77,37 @@ def enqueue(
     return int(task.defer(stage_id=stage_id))
 
 
-def something_waits(
-    connection: Connection, kinds: Sequence[StageKind], *, priority: int, but_of: uuid.UUID
-) -> bool:
-    """Tell whether a stage of another job is in the queue that a worker could take now."""
+def first_of_others(
+    connection: Connection, kinds: Sequence[StageKind], job: JobRecord
+) -> Row[Any] | None:
+    """
+    The entry of another job, of this priority or a higher one, that a worker could take now.
+    """
     query = text(
-        "SELECT EXISTS (SELECT FROM procrastinate_jobs entry"
+        "SELECT entry.id, jobs.priority FROM procrastinate_jobs entry"
         " JOIN pho.stages ON stages.queue_id = entry.id"
         " JOIN pho.jobs ON jobs.id = stages.job_id"
         " WHERE entry.status = 'todo' AND entry.queue_name = ANY(:kinds)"
         " AND jobs.state = ANY(:states) AND jobs.priority >= :priority AND jobs.id <> :but_of"
         " AND (entry.scheduled_at IS NULL OR entry.scheduled_at <= now())"
         " AND NOT EXISTS (SELECT FROM procrastinate_jobs other"
-        "  WHERE other.lock = entry.lock AND other.status = 'doing'))"
+        "  WHERE other.lock = entry.lock AND other.status = 'doing')"
+        " ORDER BY jobs.owner_id IS NOT DISTINCT FROM CAST(:owner AS uuid),"
+        "  entry.priority DESC, entry.id LIMIT 1"
     )
     states = [state for state in JobState if state.may_work]
-    values = {"kinds": [*kinds], "states": states, "priority": priority, "but_of": but_of}
-    return bool(connection.scalar(query, values))
+    values = {"kinds": [*kinds], "states": states, "priority": job.priority, "but_of": job.id}
+    return connection.execute(query, {**values, "owner": job.owner_id}).first()
+
+
+def give_way(connection: Connection, kinds: Sequence[StageKind], job: JobRecord) -> None:
+    """Let what waits of another key, or else of another job, be what a worker takes next."""
+    first = first_of_others(connection, kinds, job)
+    if first is not None:
+        connection.execute(
+            text("UPDATE procrastinate_jobs SET priority = :top WHERE id = :id"),
+            {"top": (first.priority + 1) * _PLACES - 1, "id": first.id},
+        )
 
 
 def take_out(connection: Connection, queue_id: int) -> None:

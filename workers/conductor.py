@@ -145,9 +145,10 @@ class Conductor:
 
     def run(self, claim: Claim) -> None:
         """Do a stage, and store what it gave and what follows."""
+        self.turns.begin(claim.job)
         watch = Watch(self.store, claim, self.stopping, self.turns)
         with faults_told(), ExitStack() as stack:
-            job = _Job(self.store, self.inputs, claim, watch, stack)
+            job = _Job(self.store, self.inputs, claim, watch, self.turns, stack)
             while True:
                 try:
                     job.conduct()
@@ -166,11 +167,21 @@ class _Job:
     _opened: "Opened"  # once it is calibrated
 
     def __init__(
-        self, store: JobStore, inputs: WorkerInputs, claim: Claim, watch: Watch, stack: ExitStack
+        self,
+        store: JobStore,
+        inputs: WorkerInputs,
+        claim: Claim,
+        watch: Watch,
+        turns: Turns,
+        stack: ExitStack,
     ) -> None:
         self._store, self._inputs, self._watch, self._stack = store, inputs, watch, stack
+        self._turns = turns
         run = Run(
-            device=str(inputs.device), progress=watch.progress, look=watch.look, fence=self._fence
+            device=str(inputs.device),
+            progress=watch.progress,
+            look=watch.look_between,
+            fence=self._fence,
         )
         self._journal = StoredJournal(claim, run)
 
@@ -202,15 +213,20 @@ class _Job:
         if self._claim.stage.kind is StageKind.TRANSFER:
             journal.mine = check_report(journal.mine, job)
             library = _of_transfer(job.spec["configuration"], journal.mine)
+        over = self._turns.is_over
         try:
-            return self._store.complete(
+            done = self._store.complete(
                 self._claim, journal.mine, then=then, ended=ended, found=journal.found,
                 library=library, spec=journal.spec, seen=job,
+                way_for=self._turns.kinds if over else (),
             )  # fmt: skip
         except LostClaim:
             if self._claim.stage.kind is StageKind.PRUNE:
                 remove_if_deleted(self._store, self._inputs, job)
             raise
+        if done and over:
+            self._turns.renew()
+        return done
 
     def conduct(self) -> None:
         """Go through the job from the top."""

@@ -5,6 +5,7 @@ Whether a stage may go on, what it logs, and how it is let go of by force.
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pho_service.errors import plain_line
 from pho_service.host.logs import is_about, redact
 from pho_service.progress import Advance
 from storage.jobs import JobStore
-from storage.records import Claim, LostClaim, StageKind
+from storage.records import Claim, JobRecord, LostClaim, StageKind
 from storage.studies import DatabaseGone, StorageError
 
 logger = logging.getLogger(__name__)
@@ -30,15 +31,31 @@ class HandBack(Exception):
 
 
 class TurnOver(HandBack):
-    """The search is put down for the stage of another job, and waits behind it."""
+    """The stage is put down for that of another job, and waits behind it."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Turns:
-    """The turns in which searches share a worker."""
+    """The turns in which keys, and jobs of a key, share a worker."""
 
-    seconds: float = 0.0  # That one keeps it while another job waits; 0 means until it is done
+    seconds: float = 0.0  # That one keeps it while another waits; 0 means until it is done
     kinds: tuple[StageKind, ...] = tuple(StageKind)  # Stages that the worker does
+    _whose: uuid.UUID | None = None  # The key, or where none is needed the job
+    _ends: float = 0.0
+
+    def begin(self, job: JobRecord) -> None:
+        """Go on with the turn that a job, or another one of its key, has; or begin its turn."""
+        whose = job.owner_id or job.id
+        if whose != self._whose:
+            self._whose = whose
+            self.renew()
+
+    def renew(self) -> None:
+        self._ends = time.monotonic() + self.seconds
+
+    @property
+    def is_over(self) -> bool:
+        return self.seconds > 0 and time.monotonic() >= self._ends
 
 
 class Watch:
@@ -57,7 +74,7 @@ class Watch:
         self._looked = time.monotonic()
         self._step: dict[str, Any] | None = None
         self._turns = turns
-        self._turn_ends: float | None = None  # once the search rates
+        self._turn_ends: float | None = None  # that of this stage, once it has something to keep
         self._other_waited = False
 
     def look(self, *, now: bool = False) -> None:
@@ -77,9 +94,10 @@ class Watch:
 
     def look_for_others(self) -> None:
         """
-        Raise TurnOver if the search has had its turn, and another job still waits for the worker.
+        Raise TurnOver if the stage has had its turn, and another job still waits for the worker.
         """
-        # Called between trials. A worker that is free has a second to take what waits.
+        # Called between what is kept: trials, measurements. A worker that is free has a second to
+        # take what waits.
         now = time.monotonic()
         if self._turn_ends is None:
             self._turn_ends = now + self._turns.seconds
@@ -88,8 +106,14 @@ class Watch:
         self._turn_ends = now + LOOK_EVERY_S
         waits = self._store.another_waits(self._claim, self._turns.kinds)
         if waits and self._other_waited:
+            self._turns.renew()
             raise TurnOver
         self._other_waited = waits
+
+    def look_between(self) -> None:
+        """Between two pieces of a stage: raise if it may not go on, or its turn is over."""
+        self.look()
+        self.look_for_others()
 
     @contextmanager
     def progress(self, title: str, steps: int) -> Iterator[Advance]:

@@ -299,7 +299,7 @@ class _Worker:
             return None, 0.0
         except TurnOver:
             logger.info("%s of job %s waits for its next turn", claim.stage.kind, claim.job.id)
-            return functools.partial(self._store.end_turn, claim), 0.0
+            return functools.partial(self._store.end_turn, claim, self._options.kinds), 0.0
         except (HandBack, DatabaseGone):
             return functools.partial(self._store.hand_back, claim), 0.0
         except DeviceLost as error:

@@ -78,7 +78,7 @@ class Settings(BaseSettings):
     # How long `pho serve` waits for workers when it stops.
     stop_after_s: Seconds = Field(default=60.0, gt=0)
     retry_after_s: Seconds = Field(default=5.0, ge=0)  # Before a failed stage is tried again
-    # How long a search keeps a worker while another job waits; 0 means to its end.
+    # How long a key or a job keeps a worker while another waits; 0 means until its stages end.
     turn_s: Seconds = Field(default=60.0, ge=0)
     # ``text`` for people, ``json`` for programs; for the service and its workers.
     log_format: LogFormat = "text"

@@ -401,6 +401,7 @@ class _Steps:
         study, key, note = self._record(piece.number)
 
         def make() -> dict[str, Any]:
+            run.look()
             known = {} if trial is None else known_losses(self._islands, trial, text.key)
             with run.progress("Measuring", len(text.windows)) as advance:
                 advance(len(known))

@@ -15,6 +15,7 @@ from sqlalchemy.engine import URL, make_url
 from storage.claims import Found
 from storage.database import Database
 from storage.jobs import JobStore
+from storage.keys import KeyStore
 from storage.records import (
     Claim,
     JobRecord,
@@ -213,6 +214,36 @@ class TestOrder:
 
         assert in_order(database) == [waiting.stages[0].id, islands[0].id, islands[2].id]
 
+    def test_after_its_turn_a_keys_next_stages_and_its_other_jobs_let_another_key_in(
+        self, database: Database
+    ) -> None:
+        store = JobStore(database)
+        mine, yours = (KeyStore(database).create(n, sees_all=False)[0].id for n in "ab")
+        job, other = (submitted(store, 0, owner_id=mine) for _ in range(2))
+        paused, theirs, later = (submitted(store, 0, owner_id=yours) for _ in range(3))
+        store.ask(paused.id, "pause")
+        entry, claim = taken(store, job)
+        points = [NewStage(kind=StageKind.POINT, number=i) for i in range(2)]
+        store.complete(claim, {}, then=points, way_for=[CALIBRATE])
+        finish(database, entry)
+        first, second = (stage.id for stage in store.get(job.id).of_kind(StageKind.POINT))
+
+        assert in_order(database) == [
+            theirs.stages[0].id, first, second,
+            *(each.stages[0].id for each in (other, paused, later)),
+        ]  # fmt: skip
+
+    def test_without_another_key_it_lets_its_other_job_in(self, database: Database) -> None:
+        store = JobStore(database)
+        job = submitted(store, 0)
+        entry, claim = taken(store, job)
+        other = submitted(store, 0)
+        store.complete(claim, {}, then=[NewStage(kind=StageKind.POINT)], way_for=[CALIBRATE])
+        finish(database, entry)
+        (point,) = store.get(job.id).of_kind(StageKind.POINT)
+
+        assert in_order(database) == [other.stages[0].id, point.id]
+
     @pytest.mark.parametrize("verb", ["pause", "cancel"])
     def test_its_search_is_put_down_and_nothing_waits(self, database: Database, verb: str) -> None:
         store = JobStore(database)
@@ -262,11 +293,18 @@ class TestOrder:
 
 
 def submitted(
-    store: JobStore, priority: int, *, kind: StageKind = CALIBRATE, lock: str | None = None
+    store: JobStore,
+    priority: int,
+    *,
+    kind: StageKind = CALIBRATE,
+    lock: str | None = None,
+    owner_id: uuid.UUID | None = None,
 ) -> JobRecord:
     """A job whose first stage is in the queue."""
     first = NewStage(kind=kind, lock=lock)
-    return store.submit({}, name="n", first=first, trials=1, max_attempts=1, priority=priority)[0]
+    return store.submit(
+        {}, name="n", first=first, trials=1, max_attempts=1, priority=priority, owner_id=owner_id
+    )[0]
 
 
 def taken(store: JobStore, job: JobRecord) -> tuple[int, Claim]:

@@ -1,18 +1,21 @@
 """Jobs with several patterns: each point is what a search of it alone finds, whatever happens."""
 
-from threading import Barrier, Thread
+from threading import Barrier, Event, Thread
 from typing import Any
+from unittest.mock import Mock
 
 import optuna
 import pytest
 from optuna.trial import create_trial
 
 from pho_service.errors import TargetMissed
+from pho_service.pipeline import rating
 from pho_service.tuning.search import add_point
 from storage.jobs import JobStore
 from storage.records import Claim, JobRecord, JobState, LostClaim, NewStage, StageKind
 from storage.studies import open_storage, open_study, pareto_study_name, study_name
-from workers.conductor import pareto_of_job
+from workers.conductor import Conductor, pareto_of_job
+from workers.watch import TurnOver, Turns
 
 TARGET = {"perplexity_rise": 0.02, "step": 0.2, "lowest": 0.1, "highest": 0.9}
 
@@ -193,3 +196,48 @@ def test_lost(hand: Any, claims: list[Claim]) -> None:
         names = optuna.get_all_study_names(storage)
 
     assert pareto_study_name(claims[0].job.name) not in names
+
+
+def test_after_its_turn_a_curve_lets_another_job_in_before_its_next_point(
+    hand: Any, small: Any
+) -> None:
+    job = hand.until(
+        hand.submit(small(pattern=None, patterns=["0.3", "0.5"], preset="score")), StageKind.POINT
+    )
+    other = hand.submit(small())
+    Conductor(hand.store, hand.inputs, Event(), Turns(seconds=1e-9)).run(hand.take(job, 0))
+    with hand.store.database.transaction() as connection:
+        query = "SELECT args FROM procrastinate_jobs ORDER BY priority DESC, id LIMIT 1"
+        (first,) = connection.exec_driver_sql(query).one()
+
+    assert hand.store.get(job.id).of_kind(StageKind.POINT)[0].result
+    assert first["stage_id"] == other.stages[0].id
+
+
+def test_a_point_gives_its_worker_away_between_its_perplexities_and_goes_on_there(
+    hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = hand.until(
+        hand.submit(small(pattern=None, patterns=["0.3", "0.5"], preset="score")), StageKind.POINT
+    )
+    hand.submit(small())
+    monkeypatch.setattr("workers.pieces.IslandSearch._advance", Mock())  # not in its search
+    monkeypatch.setattr("workers.watch.LOOK_EVERY_S", 0.0)
+    measured, given_away = [], 0
+    measure = rating.measure
+    monkeypatch.setattr(
+        "pho_service.pipeline.rating.measure",
+        lambda subject, candidate, *rest, **more: (
+            measured.append(candidate) or measure(subject, candidate, *rest, **more)
+        ),
+    )
+    while not hand.store.get(job.id).of_kind(StageKind.POINT)[0].result:
+        claim = hand.take(job, 0)
+        try:
+            Conductor(hand.store, hand.inputs, Event(), Turns(seconds=1e-9)).run(claim)
+        except TurnOver:
+            given_away += 1
+            hand.store.end_turn(claim)
+
+    assert given_away
+    assert len({str(each) for each in measured}) == len(measured)  # none of them twice
