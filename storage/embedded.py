@@ -115,14 +115,18 @@ def _made() -> pwd.struct_passwd:
 
 # One PostgreSQL server on a folder, from the programs of a wheel: made, started, stopped and
 # found.
-_SUPERUSER = "postgres"
+_OWNER = "pho"  # of the database: no superuser, so that no dump and no query runs a program
+_MAKE_OWNER = f"""\
+CREATE ROLE {_OWNER} LOGIN CREATEDB CREATEROLE;
+ALTER DATABASE postgres OWNER TO {_OWNER};
+"""
 _COPIES = Path("/var/lib/pho")  # of programs that lie where that user may not go
 _SOCKET = ".s.PGSQL.5432"
 _LONGEST_SOCKET = 103 if sys.platform == "darwin" else 107  # bytes
 _START_S = 120.0  # a server that crashed reads its log first
 _RULES = f"""\
 # Written by PHO at each start. Only who runs the service may come in, by the socket alone.
-local all {_SUPERUSER},{READER} peer map=pho
+local all {_OWNER},{READER} peer map=pho
 """
 
 
@@ -141,8 +145,8 @@ class Postmaster:
 
     @property
     def url(self) -> str:
-        """As the superuser of the server, who needs no password on its socket."""
-        return self._url(_SUPERUSER)
+        """As the owner of the database, who needs no password on its socket."""
+        return self._url(_OWNER)
 
     @property
     def reading_url(self) -> str:
@@ -256,22 +260,24 @@ class Postmaster:
         new.mkdir(mode=0o700)
         os.chown(new, user.number, user.group, follow_symlinks=False)
         with user.reaching(new) as (name, descriptor):
-            done = subprocess.run(  # noqa: S603 - a program of the wheel
-                [
-                    _bin(self._version(), user) / "initdb", "--auth=peer", "--encoding=utf8",
-                    "--no-instructions", "-U", _SUPERUSER, "-D", name,
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                check=False,
-                **user.rights(descriptor),
-            )  # fmt: skip
-        if done.returncode:
-            shutil.rmtree(new, ignore_errors=True)
-            said = [line for line in done.stdout.splitlines() if "error:" in line]
-            raise self._does_not_start(" ".join(said) or done.stdout.strip()[-300:])
+            options = ["--auth=peer", "--encoding=utf8", "--no-instructions", "-U", "postgres"]
+            for program, *arguments in (
+                ["initdb", *options, "-D", name],
+                ["postgres", "--single", "-D", name, "postgres"],
+            ):
+                done = subprocess.run(  # noqa: S603 - a program of the wheel
+                    [_bin(self._version(), user) / program, *arguments],
+                    input=_MAKE_OWNER,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    check=False,
+                    **user.rights(descriptor),
+                )
+                if done.returncode:
+                    shutil.rmtree(new, ignore_errors=True)
+                    said = [line for line in done.stdout.splitlines() if "error:" in line]
+                    raise self._does_not_start(" ".join(said) or done.stdout.strip()[-300:])
         if self.folder.exists():
             self.folder.rmdir()  # an empty one
         new.rename(self.folder)
@@ -408,7 +414,7 @@ def _check_name(folder: Path) -> None:
 def _names() -> str:
     """Which users of the system may be which role: who runs the service, both."""
     who = name_of(os.geteuid()).replace('"', '""')
-    return "".join(f'pho "{who}" {role}\n' for role in (_SUPERUSER, READER))
+    return "".join(f'pho "{who}" {role}\n' for role in (_OWNER, READER))
 
 
 def _works_in(process: int, folder: Path) -> bool:

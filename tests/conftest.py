@@ -9,6 +9,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -320,9 +321,9 @@ def postgresql() -> Iterator[str]:
         admin = Database(url)
         # The tests may lose their data, and their databases, of which there are hundreds, are soon
         # left alone.
-        for setting in ("fsync", "autovacuum"):
-            _run_alone(admin, f"ALTER SYSTEM SET {setting} = off")
-        _run_alone(admin, "SELECT pg_reload_conf()")
+        server = folder / "postgresql"
+        (server / "postgresql.auto.conf").write_text("fsync = off\nautovacuum = off\n")
+        os.kill(int((server / "postmaster.pid").read_text().split()[0]), signal.SIGHUP)
         _run_alone(admin, "CREATE DATABASE template")
         template = Database(_named(url, "template"))
         template.migrate()

@@ -352,7 +352,7 @@ def test_json_logs(place: Place, database: Database, database_url: str) -> None:
     """Every line is JSON and says what it is about, no secret is in any; a given database stays."""
     with database.transaction() as connection:
         before = connection.execute(_TABLES).all()
-    url = database_url.replace("//postgres@", "//postgres:planted-password@")
+    url = database_url.replace("//pho@", "//pho:planted-password@")
     _, secret = KeyStore(database).create("laptop", sees_all=False)
     place.environment |= {
         "PHO_LOG_FORMAT": "json", "PHO_DATABASE_URL": url, "HF_TOKEN": "hf_plantedplantedplanted",

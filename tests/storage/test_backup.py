@@ -106,6 +106,27 @@ def test_only_ours(filled: Database, empty_database: Database, tmp_path: Path) -
     assert b"theirs" not in (tmp_path / "dump").read_bytes()
 
 
+def test_what_a_dump_brings_along_runs_no_program(
+    filled: Database, empty_database: Database, tmp_path: Path
+) -> None:
+    ran = tmp_path / "ran"
+    body = "CREATE OR REPLACE FUNCTION pho.f() RETURNS bool LANGUAGE plpgsql AS $$ BEGIN {} $$"
+    with filled.transaction() as connection:
+        for statement in (
+            body.format("RETURN true; END"),
+            "CREATE TABLE pho.evil (a text CHECK (pho.f()))",
+            "INSERT INTO pho.evil VALUES ('a')",
+            body.format(f"COPY pho.evil FROM PROGRAM 'touch {ran}'; RETURN true; END"),
+        ):
+            connection.execute(text(statement))
+    back_up(filled, tmp_path / "dump")
+    with pytest.raises(StorageError, match=r"nothing was: .*permission denied"):
+        restore(empty_database, tmp_path / "dump")
+
+    assert not ran.exists()
+    assert schemas(empty_database) == set()
+
+
 def test_nothing_is_restored_over_what_is_there(filled: Database, tmp_path: Path) -> None:
     back_up(filled, tmp_path / "dump")
     before = contents(filled)
@@ -170,13 +191,13 @@ def test_something_else_is_refused_with_what_it_should_be(
 def test_password(database_url: str, fake: Callable[[int], Path], tmp_path: Path) -> None:
     """Programs get the password by their environment: the command line is for all to see."""
     log = fake(18)
-    database = Database(database_url.replace("//postgres@", "//postgres:hidden@"))
+    database = Database(database_url.replace("//pho@", "//pho:hidden@"))
     with pytest.raises(StorageError, match="pg_dump of PostgreSQL fails: this is not the real one"):
         back_up(database, tmp_path / "dump")
     database.close()
     command, password = log.read_text().splitlines()
 
-    assert "user=postgres" in command
+    assert "user=pho" in command
     assert "hidden" not in command
     assert password.endswith(" hidden")
 

@@ -138,7 +138,7 @@ class TestOnlyItsOwners:
             database = Database(url)
             found = rules(database)
             modes = [mode(p) for p in (folder, data, data / SOCKET, data.parent / "lock")]
-            server = f"host={data} user=postgres"
+            server = f"host={data} user=pho"
             stranger = as_another(COME_IN, server, may="dac_override")
             reader = as_another(COME_IN, f"host={data} user=pho_reader", may="dac_override")
             shut_out = as_another(COME_IN, server, may="dac_read_search")
@@ -149,7 +149,7 @@ class TestOnlyItsOwners:
         for refused in (stranger, reader):
             assert "Peer authentication failed" in refused.stderr
         assert "Permission denied" in shut_out.stderr
-        assert "postgres" not in stranger.stdout + reader.stdout + shut_out.stdout
+        assert "pho" not in stranger.stdout + reader.stdout + shut_out.stdout
 
     def test_a_second_user_runs_a_service_beside_the_first_ones_they_share_no_lock_and_no_folder(
         self,
