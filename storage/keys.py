@@ -14,6 +14,7 @@ from storage.database import Database
 from storage.tables import configurations, jobs, keys, sessions
 
 _PREFIX = "pho_"
+MOST_LOGINS = 20  # of a key
 _SHOWN = 10  # characters of a key that tell it apart from others
 
 
@@ -189,10 +190,14 @@ class SessionStore:
         self.database = database
 
     def begin(self, key_id: uuid.UUID, *, hours: float) -> str:
-        """Log in with a key, and forget the logins that have expired."""
+        """Log in with a key, and forget the logins that have expired, and the oldest of many."""
         token = secrets.token_urlsafe(32)
+        mine = sessions.c.key_id == key_id
+        newest = sessions.c.expires_at.desc()
+        many = select(sessions.c.sha256).where(mine).order_by(newest).offset(MOST_LOGINS - 1)
         with self.database.transaction() as connection:
             connection.execute(delete(sessions).where(sessions.c.expires_at <= func.now()))
+            connection.execute(delete(sessions).where(sessions.c.sha256.in_(many)))
             connection.execute(
                 insert(sessions).values(
                     sha256=key_digest(token),

@@ -335,6 +335,9 @@ def _prune(
     from pho_service.pruning.reconstruction import summary
 
     check_free(folder)
+    given = Path(name).expanduser()
+    if given.is_dir() and folder.expanduser().resolve().is_relative_to(given.resolve()):
+        raise InvalidInput(f"{folder} would lie in {name}, which is pruned. Give another place.")
     check_models([name], inputs.revision)
     if statistics.bundle is not None:
         check_bundle(statistics.bundle)

@@ -236,6 +236,12 @@ def prunable_linears(model: PreTrainedModel) -> dict[str, PrunableLinear]:
         )
     if not linears:
         raise ModelError(f"{type(model).__name__} has no linears in its blocks: nothing to prune.")
+    for each in linears.values():
+        if not each.weight.numel():
+            raise ModelError(
+                f"{each.name} has no weights: its shape is {tuple(each.weight.shape)}. Check the "
+                "sizes in the model's config.json."
+            )
     return linears
 
 

@@ -27,6 +27,9 @@ from pho_service.pruning.hardware import format_bytes
 _WRITTEN_BY = b"pho pack 1"  # the comment of the archive
 _LEVEL = 3
 _CHUNK = 2**22  # bytes that are in memory at a time
+_MOST_BESIDE = 2**28  # bytes of a file that holds no weights
+# Weights of which one in a thousand is left are hundreds of times smaller; so are small models.
+_MOST_RATIO, _SMALL = 1_000, 2**26
 _HEADER = 18  # bytes of zstandard's largest header
 _WAY_OUT = "Get the file again, or pack the model again with `pho pack`."
 
@@ -77,6 +80,8 @@ def pack(folder: str | Path, out: str | Path, *, progress: bool = False) -> Size
                     raise ModelError(
                         f"{folder / name} has changed while it was packed. Pack the folder again."
                     ) from error
+        archive.close()
+        _check(sizes, partial.stat().st_size, out)
     return Size(before=sum(sizes.values()), after=out.stat().st_size)
 
 
@@ -182,7 +187,24 @@ def _sizes(archive: ZipFile, path: Path) -> dict[str, int]:
         if size < 0 or name in sizes:
             raise ValueError(f"{shown(name)} has no size of its own")
         sizes[name] = size
+    _check(sizes, path.stat().st_size, path)
     return sizes
+
+
+def _check(sizes: dict[str, int], packed: int, path: Path) -> None:
+    """Refuse what would fill a disk from a file that is small."""
+    for name, size in sizes.items():
+        if size > _MOST_BESIDE and not name.endswith(".safetensors"):
+            raise ModelError(
+                f"{path}: {shown(name)} has {format_bytes(size)}, and a file beside the weights "
+                f"may have {format_bytes(_MOST_BESIDE)}. Leave it out of the model's folder."
+            )
+    whole = sum(sizes.values())
+    if whole > _SMALL + _MOST_RATIO * packed:
+        raise ModelError(
+            f"{path} has {format_bytes(packed)} and would be unpacked to {format_bytes(whole)}, "
+            f"more than {_MOST_RATIO} times as much, which the weights of no model are."
+        )
 
 
 def _write(archive: ZipFile, sizes: dict[str, int], folder: Path, progress: Progress) -> None:

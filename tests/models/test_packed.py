@@ -182,3 +182,32 @@ def test_an_interrupted_packing_leaves_the_old_file_as_it_was_and_nothing_beside
 
     assert packed.read_bytes() == before
     assert {*tmp_path.iterdir()} == there
+
+
+def test_a_small_file_that_would_fill_a_disk_is_refused(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MOST_BESIDE", 2**20)
+    monkeypatch.setattr(module, "_SMALL", 2**22)
+    for name, size, words in (
+        ("README.md", 2**20 + 1, "README.md has 1 MiB, and a file beside the weights may have"),
+        ("model-2.safetensors", 2**29, "would be unpacked to 512 MiB, more than 1000 times"),
+    ):
+        bad = tmp_path / "bad.pho"
+        with ZipFile(packed) as good, ZipFile(bad, "w") as archive:
+            archive.comment = good.comment
+            archive.writestr(f"{name}.zst", zstandard.ZstdCompressor().compress(bytes(size)))
+        with pytest.raises(ModelError, match=words):
+            unpack(bad, tmp_path / "out")
+
+        assert not (tmp_path / "out").exists()
+
+
+def test_what_could_not_be_unpacked_is_not_packed(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MOST_BESIDE", 100)
+    with pytest.raises(ModelError, match=r"config\.json has .* Leave it out of the model's folder"):
+        pack(model_folder, tmp_path / "big.pho")
+
+    assert [*tmp_path.glob("*.pho")] == []

@@ -11,7 +11,7 @@ from sqlalchemy import delete, func, select, update
 from storage.configurations import ConfigurationStore
 from storage.database import Database
 from storage.jobs import JobStore
-from storage.keys import KeyStore, NoSuchKey, SessionStore, key_digest
+from storage.keys import MOST_LOGINS, KeyStore, NoSuchKey, SessionStore, key_digest
 from storage.records import NewStage, StageKind
 from storage.rows import JobFilter
 from storage.tables import configurations, jobs, keys
@@ -92,6 +92,17 @@ def test_a_revoked_key_opens_nothing_and_stays_revoked(store: KeyStore, by: str)
     assert revoked.revoked_at is not None
     assert store.revoke(key.prefix) == revoked
     assert store.exist()  # so the service stays closed
+
+
+def test_a_key_has_so_many_logins_the_oldest_ends(store: KeyStore, database: Database) -> None:
+    sessions, (key, _), (other, _) = (
+        SessionStore(database), *(store.create(name, sees_all=False) for name in "ab")
+    )  # fmt: skip
+    theirs = sessions.begin(other.id, hours=1)
+    tokens = [sessions.begin(key.id, hours=1) for _ in range(MOST_LOGINS + 2)]
+    open_ones = [sessions.find(key_digest(token)) is not None for token in (theirs, *tokens)]
+
+    assert open_ones == [True, False, False, *[True] * MOST_LOGINS]
 
 
 def test_a_key_opens_nothing_from_its_expiry_on_nor_does_a_login_by_it(store: KeyStore) -> None:
