@@ -52,7 +52,7 @@ def _paused(target: Target, **fields: object) -> str:
 def _mixed(target: Target, job: str) -> str | None:
     """After it goes on: failed in words, or one text and one set of weights in the result."""
     if target.get(f"/v1/jobs/{job}").json()["state"] == "succeeded":
-        return None  # it was over before anything changed
+        return "the job was over before anything changed, so nothing was tried"
     httpx.post(f"{target.url}/v1/jobs/{job}:resume", timeout=30)
     ended = target.wait(job)
     if ended["state"] == "failed":
@@ -91,7 +91,7 @@ def _model_gone(target: Target) -> str | None:
     httpx.post(f"{target.url}/v1/jobs/{job}:resume", timeout=30)
     ended = target.wait(job)
     if ended["state"] == "succeeded":
-        return None  # the worker had it still
+        return "the worker had it still, so nothing was tried"
     said = str(ended.get("error", {}).get("message", ended["state"]))
     return f"it was asked of the hub: {said[:200]}" if "hub" in said.lower() else None
 

@@ -57,18 +57,17 @@ def _bomb(target: Target) -> str | None:
     indices = pa.array([0] * 20_000, pa.int32())
     column = pa.DictionaryArray.from_arrays(indices, pa.array(["a " * 500_000]))
     pq.write_table(pa.table({"text": column}), path, compression="zstd")
-    answer = target.submit(**_text(target, path.name))
-    if answer.status_code != 202:
-        return None
-    job = target.wait(str(answer.json()["id"]))
+    job = target.wait(target.job(**_text(target, path.name)))
     peaks = [_peak(process.pid) for process in target.service.all_workers()]
     most = max([peak for peak in peaks if peak is not None], default=0)
     if most > MOST_BYTES:
         return f"a worker took {most / 2**30:.1f} GiB"
     if job["state"] == "succeeded":
         return None  # a part of it is a text like any other
-    failed = job["error"]["attempts"] if job.get("error") else None
-    return None if failed in (None, 1) else f"it was tried {failed} times"
+    error = job.get("error") or {}
+    if "bytes" not in str(error.get("message")):
+        return f"it is {job['state']}, not for its size: {error.get('message')}"
+    return None if error["attempts"] == 1 else f"it was tried {error['attempts']} times"
 
 
 def _peak(pid: int) -> int | None:

@@ -92,7 +92,7 @@ class Attack:
         name: For the table, and for ``--only``.
         about: What is tried.
         run: Tries it; gives what did not hold, or nothing.
-        health: Whether health checks must be answered within a second meanwhile.
+        health: Whether health checks must be answered meanwhile as soon as without it, nearly.
     """
 
     name: str

@@ -543,7 +543,7 @@ async def check(
 
 
 def _checked(
-    request: Request, fields: dict[str, str], service: Service, caller: Caller
+    request: Request, fields: Mapping[str, str], service: Service, caller: Caller
 ) -> Response:
     filled = Filled.of(fields, service)
     quiet = "quiet" in fields
