@@ -118,7 +118,7 @@ def unfuse_experts(model: nn.Module) -> None:
                 gate = ExpertLinear(module, "gate_up_proj", index, slice(0, width))
                 up = ExpertLinear(module, "gate_up_proj", index, slice(width, None))
                 down = ExpertLinear(module, "down_proj", index, slice(None))
-                module.add_module(str(index), Expert(module, gate, up, down))
+                _add_expert(module, index, gate, up, down)
             module.forward = partial(_forward, _Owner(module))
 
 
@@ -133,10 +133,15 @@ def separate_experts(model: nn.Module) -> None:
             new = partial(nn.Linear, bias=False, device=down_proj.device, dtype=down_proj.dtype)
             for index in range(count):
                 matrices = new(hidden, width), new(hidden, width), new(width, hidden)
-                module.add_module(str(index), Expert(module, *matrices))
+                _add_expert(module, index, *matrices)
             del module.gate_up_proj, module.down_proj
             vars(module)["_is_hf_initialized"] = True  # so transformers does not look for them
             module.forward = partial(_forward, _Owner(module))
+
+
+def _add_expert(module: nn.Module, index: int, *matrices: nn.Module) -> None:
+    # New modules are in training mode, and what is part of a model is as the model is.
+    module.add_module(str(index), Expert(module, *matrices).train(module.training))
 
 
 def experts_of(module: nn.Module) -> list[Expert]:

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+import pho_service as pho
 from pho_service.models.architecture import decoder_blocks, footprint_of, prunable_linears
 from pho_service.pruning.masks import model_masks, pruned
 from pho_service.pruning.perplexity import frozen, rate_perplexity, recomputed, run_backward
@@ -300,3 +301,20 @@ def test_round_trip(network: PreTrainedModel, windows: Tensor, tmp_path: Path) -
         assert torch.equal(tensor, expected[name])
     for name, linear in prunable_linears(loaded).items():
         assert torch.equal(linear.weight != 0, masks[name])
+
+
+def test_in_memory_from_the_calibration_to_a_folder_that_can_be_loaded(
+    network: PreTrainedModel, windows: Tensor, model_folder: Path, tmp_path: Path
+) -> None:
+    bundle = pho.calibrate(network, None, windows[:2], rows_per_layer=2, kernel_sizes=(3,))
+    found = pho.search(
+        bundle, "0.5", preset="crepe", model=network, confirm=windows[2:], trials=6, finalists=1
+    )
+    pruned = pho.prune(network, found, bundle)
+    pho.save(network, AutoTokenizer.from_pretrained(model_folder), pruned, tmp_path / "pruned")
+    loaded = pho.load_model(str(tmp_path / "pruned"))
+
+    assert found.perplexities is not None
+    assert pruned.sparsity == pytest.approx(0.5, abs=0.02)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(windows).logits, network(windows).logits)
