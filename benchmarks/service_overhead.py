@@ -53,13 +53,13 @@ def main(trials: int, rounds: int, tiny: bool) -> None:
         with service(folder, workers=1) as url, Client(url) as client:
             wait_for_workers(url, 1)
             first = client.submit({**spec, "seed": 100})
-            client.wait(first.id, show_progress=False)  # makes the bundle
+            client.wait(first.id, progress=False)  # makes the bundle
             (bundle,) = (folder / "data" / "artifacts" / "bundles").glob("*.safetensors")
             print("| round | through the service, s | pho search, s | ratio |")
             print("| --- | --- | --- | --- |")
             for seed in range(rounds):
                 began = time.perf_counter()
-                done = client.wait(client.submit({**spec, "seed": seed}).id, show_progress=False)
+                done = client.wait(client.submit({**spec, "seed": seed}).id, progress=False)
                 served = time.perf_counter() - began
                 assert done.state == "succeeded", done.error
                 began = time.perf_counter()

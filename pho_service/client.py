@@ -35,16 +35,17 @@ from pho_service.api.answers import (
     JobPage,
     PlanAnswer,
     Problem,
+    Submitted,
     Trial,
     TrialPage,
     Worker,
     WorkerList,
 )
 from pho_service.errors import InvalidInput, ServiceError, ServiceUnavailable
-from pho_service.host.download import File, bar, pull
+from pho_service.host.download import File, pull
 from pho_service.host.settings import read_settings
 from pho_service.library import LibraryFile, TransferFile, parse_library_file
-from pho_service.progress import empty_bars
+from pho_service.progress import empty_bars, watched
 from pho_service.spec.configuration import Configuration
 
 # How the client talks to a service: requests, refusals in words, and waiting where it is asked to.
@@ -315,9 +316,9 @@ class Client:
         """Close the connections."""
         self._service.close()
 
-    def submit(self, spec: Mapping[str, Any], *, idempotency_key: str | None = None) -> Job:
+    def submit(self, spec: Mapping[str, Any], *, idempotency_key: str | None = None) -> Submitted:
         """
-        Submit a job document; docs/service.md describes it.
+        Submit a job document; docs/service.md describes it. The answer has the job's ``id``.
 
         Args:
             spec: At least ``model``, and ``pattern``, ``patterns`` or ``target``.
@@ -329,7 +330,7 @@ class Client:
             answer = self._service.request("POST", "/jobs", json=dict(spec), headers=headers)
         except (TypeError, ValueError, RecursionError) as error:
             raise InvalidInput(f"the job document cannot be sent as JSON: {error}.") from error
-        return read(Job, answer)
+        return read(Submitted, answer)
 
     def job(self, job_id: uuid.UUID | str) -> Job:
         """A job with its progress."""
@@ -442,7 +443,7 @@ class Client:
         )
 
     def pull(
-        self, job_id: uuid.UUID | str, folder: str | Path, *, show_progress: bool = False
+        self, job_id: uuid.UUID | str, folder: str | Path, *, progress: bool | None = None
     ) -> Path:
         """
         Download the pruned model of a job, and check every file by its hash.
@@ -453,7 +454,7 @@ class Client:
         Args:
             job_id: Which.
             folder: New or empty.
-            show_progress: Draw a bar on stderr.
+            progress: Draw bars on stderr; None draws them in terminals and notebooks.
 
         Raises:
             OutputError: The folder is in use, or cannot be written.
@@ -461,8 +462,10 @@ class Client:
         """
         files = self.artifacts(job_id).files
         path = self._service.job_path(job_id, "/artifacts")
-        with bar("Downloading", sum(f.bytes for f in files), shown=show_progress) as advance:
-            return pull(files, Path(folder), partial(self._service.part, path), advance)
+        with empty_bars(shown=watched(progress), of_bytes=True) as bars:
+            task = bars.add_task("Downloading", total=sum(each.bytes for each in files))
+            part = partial(self._service.part, path)
+            return pull(files, Path(folder), part, partial(bars.advance, task))
 
     def extend(self, job_id: uuid.UUID | str, *, trials: int) -> Job:
         """Give each island of a search more trials."""
@@ -576,7 +579,7 @@ class Client:
         job_id: uuid.UUID | str,
         *,
         timeout_s: float | None = None,
-        show_progress: bool = True,
+        progress: bool | None = None,
     ) -> Job:
         """
         Wait until a job is over. Outages of up to five minutes are waited out.
@@ -584,7 +587,7 @@ class Client:
         Args:
             job_id: Which.
             timeout_s: Give up after so long.
-            show_progress: Draw bars on stderr.
+            progress: Draw bars on stderr; None draws them in terminals and notebooks.
 
         Raises:
             TimeoutError: The job is not over after ``timeout_s``; it goes on.
@@ -598,7 +601,7 @@ class Client:
             reraise=True,
         )
         began = time.monotonic()
-        with empty_bars(shown=show_progress) as bars:
+        with empty_bars(shown=watched(progress)) as bars:
             search = bars.add_task("queued", total=None)
             confirmation = bars.add_task("perplexities", total=None, visible=False)
             while True:

@@ -5,9 +5,11 @@ What goes with long-running work: where it runs, who is told how far it is, who 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress as RichProgress
 
 Advance = Callable[[int], None]  # so many more steps are done
@@ -37,33 +39,48 @@ class Run:
     fence: Fence = nullcontext
 
 
-def empty_bars(*, shown: bool = True) -> "RichProgress":
-    """A place on stderr for bars with the time that was taken and that is left."""
+def console() -> "Console":
+    """Where bars are drawn: stderr; in a notebook without widgets as plain text, too."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
+    here = Console(stderr=True)
+    if here.is_jupyter and find_spec("ipywidgets") is None:
+        return Console(stderr=True, force_jupyter=False, force_terminal=True, width=100)
+    return here
+
+
+def empty_bars(*, shown: bool = True, of_bytes: bool = False) -> "RichProgress":
+    """A place on stderr for bars with the time that was taken and that is left."""
+    from rich import progress as rich
+    from rich.table import Column
+
+    whole = Column(no_wrap=True)  # what is narrow makes the bar shorter
+    count = rich.DownloadColumn if of_bytes else rich.MofNCompleteColumn
     columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        rich.TextColumn("{task.description}"), rich.BarColumn(bar_width=30),
+        count(table_column=whole), rich.TimeElapsedColumn(table_column=whole),
+        rich.TextColumn("left"), rich.TimeRemainingColumn(table_column=whole),
     )  # fmt: skip
-    return Progress(*columns, console=Console(stderr=True), disable=not shown)
+    return rich.Progress(*columns, console=console(), disable=not shown)
 
 
 @contextmanager
 def bar(title: str, steps: int) -> Iterator[Advance]:
-    """Show a bar with the time left, on stderr."""
+    """Show a bar with the time left, on stderr, which is full when the work ends before its end."""
     with empty_bars() as shown:
         task = shown.add_task(title, total=steps)
         yield lambda count: shown.advance(task, count)
+        shown.update(task, completed=steps)
 
 
-def bars(wanted: bool) -> Progress:
+def watched(wanted: bool | None) -> bool:
+    """Whether bars are drawn; None draws them where somebody can see them."""
+    if wanted is None:
+        here = console()
+        return here.is_interactive or here.is_jupyter
+    return wanted
+
+
+def bars(wanted: bool | None) -> Progress:
     """Give bars, or silence."""
-    return bar if wanted else silent
+    return bar if watched(wanted) else silent

@@ -137,7 +137,7 @@ def test_after_its_time_waiting_gives_up_the_job_goes_on(client: Client) -> None
     job = client.submit(SPEC).id
     began = time.monotonic()
     with pytest.raises(TimeoutError, match=r"is queued after 0\.3 s"):
-        client.wait(job, timeout_s=0.3, show_progress=False)
+        client.wait(job, timeout_s=0.3, progress=False)
 
     assert time.monotonic() - began < 30
     assert client.job(job).state == "queued"
@@ -146,7 +146,7 @@ def test_after_its_time_waiting_gives_up_the_job_goes_on(client: Client) -> None
 def test_waiting_survives_an_outage(client: Client, service: Service, store: JobStore) -> None:
     job = client.submit(SPEC).id
     with meanwhile(service.stop, lambda: succeed(store, job, FOUND), service.start):
-        ended = client.wait(job, timeout_s=PATIENCE_S, show_progress=False)
+        ended = client.wait(job, timeout_s=PATIENCE_S, progress=False)
 
     assert ended.state == "succeeded"
 
@@ -159,7 +159,7 @@ def test_nor_does_an_outage_go_beyond_the_time_that_the_caller_has(
     service.stop()
     began = time.monotonic()
     with pytest.raises((TimeoutError, ServiceUnavailable)):
-        client.wait(job, timeout_s=1.0, show_progress=False)
+        client.wait(job, timeout_s=1.0, progress=False)
     took_s = time.monotonic() - began
     service.start()  # for the fixture to stop
 
@@ -191,7 +191,7 @@ def test_a_job_that_is_not_there_is_an_error_at_once(client: Client) -> None:
     """Its events are no empty stream."""
     began = time.monotonic()
     for call in (
-        lambda: client.wait(uuid.uuid4(), show_progress=False),
+        lambda: client.wait(uuid.uuid4(), progress=False),
         lambda: next(client.events(uuid.uuid4())),
     ):
         with pytest.raises(ServiceError, match="No job has this id") as raised:

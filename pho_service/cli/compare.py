@@ -17,6 +17,7 @@ from pho_service.cli.options import (
     check_models,
     device_options,
     json_option,
+    methods_beginning,
     report_options,
     report_spec,
     text_source,
@@ -240,6 +241,7 @@ _OF_SEARCHES = (
     "--method",
     "methods",
     multiple=True,
+    shell_complete=methods_beginning,
     help="A published method to show; may be given several times; all shows every one.  "
     "[default: those that take minutes]",
 )
@@ -308,6 +310,7 @@ def compare(
         common_linears,
         compare_over_seeds,
     )
+    from pho_service.pipeline.curve import check_patterns
     from pho_service.pipeline.tasks import also_tasks
     from pho_service.spec.configuration import read_configuration
 
@@ -337,6 +340,7 @@ def compare(
     report_source = text_source(measured, measured=True)
     source = calibration_source(calibration)
     loaded = inputs.model(model)
+    check_patterns(loaded, [pattern], linears)
     for path, configuration in named:
         check_family(configuration, loaded, path, other_family=other_family)
     text = inputs.report(loaded, report_source, settings, measured.windows)
@@ -475,12 +479,11 @@ def bench(
     from pho_service.pipeline.bench import COLUMNS, NOTE, BenchSettings, row, title
     from pho_service.pipeline.bench import bench as measure
 
-    at_least(1, batch=batch, prompt=prompt, new_tokens=new_tokens, rounds=rounds)
-    check_models(models)
-    disable_progress_bar()  # ours is shown
     settings = BenchSettings(
         batch=batch, prompt=prompt, new_tokens=new_tokens, rounds=rounds, seed=seed
     )
+    check_models(models)
+    disable_progress_bar()  # ours is shown
     found = measure(models, settings, device=device, dtype=dtype, progress=progress)
     if as_json:
         print_json(

@@ -1,6 +1,5 @@
 """`pho configurations`: the library of what was found."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -177,7 +176,7 @@ def export_files(ids: tuple[str, ...], out: str, url: str | None, as_json: bool)
     Example:
       pho configurations export --out shared
     """
-    from pho_service.host.files import new_file
+    from pho_service.host.files import write_json
 
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
@@ -193,9 +192,7 @@ def export_files(ids: tuple[str, ...], out: str, url: str | None, as_json: bool)
             name = f"{found.model.get('name', 'model')} {found.pattern} {found.scope}"
             path = folder / f"{_file_name(Path(name).name)}-{entry_id[:8]}.json"
             _make(folder)
-            with new_file(path) as partial:
-                document = json.dumps(file.to_dict(str(entry_id)), indent=2)
-                partial.write_text(document + "\n", encoding="utf-8")
+            write_json(path, file.to_dict(str(entry_id)))
             written.append(str(path))
     if as_json:
         print_json(written)

@@ -15,6 +15,7 @@ import click
 from pho_service.cli.terminal import progress, say, working
 from pho_service.errors import BundleError, InvalidInput, TextError
 from pho_service.host.data_sets import USUAL_TEXTS
+from pho_service.host.files import write_text
 from pho_service.pipeline.inputs import Calibrated, Inputs
 from pho_service.progress import Run
 
@@ -46,6 +47,15 @@ def all_options(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+
+
+def methods_beginning(_: click.Context, __: click.Parameter, beginning: str) -> list[str]:
+    """The names of published methods that begin so, for the completion of a shell."""
+    from pho_service.spec.baselines import named_baselines
+    from pho_service.spec.pattern import Pattern
+
+    names = {*named_baselines(Pattern.parse("0.5")), *named_baselines(Pattern.parse("2:4"))}
+    return sorted(name for name in names if name.startswith(beginning))
 
 
 def device_options(function: F) -> F:
@@ -329,7 +339,7 @@ def plot_validation(result: "Validation", path: Path, title: str) -> None:
     drawn = validation_charts(result.proxies, result.perplexity, result.qualities)
     count = f"{len(result.candidates)} random candidates, rated by each proxy and by perplexity."
     section = Section(id="proxies", title="Proxies against perplexity", texts=[count], charts=drawn)
-    _write(path, page(title, [section]))
+    write_text(path, page(title, [section]))
 
 
 def plot_transfer(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
@@ -339,18 +349,11 @@ def plot_transfer(records: Sequence[dict[str, Any]], path: Path, title: str) -> 
 
     if all("error" in record for record in records):
         raise InvalidInput("there is nothing to plot: no model could be measured.")
-    _write(path, page(title, [transfer_section(records)]))
+    write_text(path, page(title, [transfer_section(records)]))
 
 
 def plot_curve(document: dict[str, Any], path: Path) -> None:
     """Write a page with perplexity against sparsity, and the table of the points."""
     from pho_service.shown.page import curve_page
 
-    _write(path, curve_page(document))
-
-
-def _write(path: Path, text: str) -> None:
-    from pho_service.host.files import new_file
-
-    with new_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_text(path, curve_page(document))

@@ -4,14 +4,17 @@ The verbs that ask a service: submit, jobs, show, watch, best, transfer-job and 
 
 import json
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from pho_service.cli import library
 from pho_service.cli.document import DocumentCommand, Given, GroupedCommand
 from pho_service.cli.options import (
+    all_options,
     at_least,
     json_option,
     out_file,
@@ -29,7 +32,7 @@ from pho_service.cli.terminal import (
     tell,
     verb,
 )
-from pho_service.errors import InvalidInput, ServiceError
+from pho_service.errors import InvalidInput, PhoError, ServiceError
 from pho_service.spec.document import number, percent
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 
 
 # Jobs in words and tables, as the verbs for jobs print them.
+_COMPLETED = 50  # ids that a shell is given at most
 _SHORTEST = 8  # characters of an id, as in the names that jobs have by default
 
 
@@ -131,11 +135,27 @@ def short_ids(ids: Iterable[str]) -> dict[str, str]:
     return {each: each for each in known}
 
 
+def _ids(ctx: click.Context, _: click.Parameter, beginning: str) -> list[CompletionItem]:
+    """The ids of jobs that begin so, for the completion of a shell."""
+    try:
+        with open_client(ctx.params.get("url")) as client:
+            jobs = islice(client.jobs(name=beginning or None), _COMPLETED)
+            return [
+                CompletionItem(str(job.id), help=f"{job.name}, {job.state}")
+                for job in jobs
+                if str(job.id).startswith(beginning)
+            ]
+    except PhoError:
+        return []  # a shell has no place for it
+
+
+job_argument = click.argument("job_id", shell_complete=_ids)
 url_option = click.option(
     "--url", help="Address of the service.  [default: PHO_API_URL, or http://127.0.0.1:8000]"
 )
 
 
+of_a_job = all_options(job_argument, url_option, json_option, verb)
 pattern_option = click.option("--pattern", help="Which, of a job with several patterns.")
 
 
@@ -215,10 +235,7 @@ def jobs(
 
 
 @click.command()
-@click.argument("job_id")
-@url_option
-@json_option
-@verb
+@of_a_job
 def show(job_id: str, url: str | None, as_json: bool) -> None:
     """
     Show a job with its progress; of a transfer, what it has measured so far.
@@ -255,10 +272,7 @@ def show(job_id: str, url: str | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("job_id")
-@url_option
-@json_option
-@verb
+@of_a_job
 def watch(job_id: str, url: str | None, as_json: bool) -> None:
     """
     Wait for a job, with progress bars. Exit code 1 if it failed or was cancelled.
@@ -272,7 +286,7 @@ def watch(job_id: str, url: str | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("job_id")
+@job_argument
 @pattern_option
 @click.option("--out", help="A file to write.  [default: stdout]")
 @url_option
@@ -300,7 +314,7 @@ def best(job_id: str, pattern: str | None, out: str | None, url: str | None, as_
 
 
 @click.command()
-@click.argument("job_id")
+@job_argument
 @click.option("--out", required=True, help="A new or empty folder.")
 @click.option("--prune", is_flag=True, help="Have the job pruned first, if it is not, and wait.")
 @pattern_option
@@ -334,7 +348,7 @@ def pull(
             job = client.wait(client.prune(job_id, pattern=pattern).id)
             if job.state != "succeeded":
                 end(client, job, as_json=False)
-        folder = client.pull(job_id, out, show_progress=True)
+        folder = client.pull(job_id, out, progress=True)
         files = client.artifacts(job_id)
     if as_json:
         print_json({"out": str(folder), **files.model_dump(mode="json")})
@@ -342,59 +356,28 @@ def pull(
     say(f"{out}: {len(files.files)} files, {files.bytes} bytes; all hashes are right")
 
 
-@click.command()
-@click.argument("job_id")
-@url_option
-@json_option
-@verb
-def cancel(job_id: str, url: str | None, as_json: bool) -> None:
-    """
-    Cancel a job for good. A worker that is busy with it stops at the next generation.
+def _change(name: str, about: str) -> click.Command:
+    """A verb that says what is to become of a job."""
 
-    \b
-    Example:
-      pho cancel d5aed9d3-7b7c-40f9-9896-b5f528363229
-    """
-    with open_client(url) as client:
-        _tell(client.cancel(job_id), as_json)
+    @of_a_job
+    def change(job_id: str, url: str | None, as_json: bool) -> None:
+        with open_client(url) as client:
+            _tell(getattr(client, name)(job_id), as_json)
+
+    example = f"pho {name} d5aed9d3-7b7c-40f9-9896-b5f528363229"
+    return click.command(name, help=f"{about}\n\n\b\nExample:\n  {example}")(change)
 
 
-@click.command()
-@click.argument("job_id")
-@url_option
-@json_option
-@verb
-def pause(job_id: str, url: str | None, as_json: bool) -> None:
-    """
-    Pause a job; `pho resume` continues it.
-
-    \b
-    Example:
-      pho pause d5aed9d3-7b7c-40f9-9896-b5f528363229
-    """
-    with open_client(url) as client:
-        _tell(client.pause(job_id), as_json)
+cancel = _change(
+    "cancel",
+    "Cancel a job for good. A worker that is busy with it stops at the next generation.",
+)
+pause = _change("pause", "Pause a job; `pho resume` continues it.")
+resume = _change("resume", "Continue a job that is paused or has failed, from what is stored.")
 
 
 @click.command()
-@click.argument("job_id")
-@url_option
-@json_option
-@verb
-def resume(job_id: str, url: str | None, as_json: bool) -> None:
-    """
-    Continue a job that is paused or has failed, from what is stored.
-
-    \b
-    Example:
-      pho resume d5aed9d3-7b7c-40f9-9896-b5f528363229
-    """
-    with open_client(url) as client:
-        _tell(client.resume(job_id), as_json)
-
-
-@click.command()
-@click.argument("job_id")
+@job_argument
 @click.option("--trials", type=int, required=True, help="How many more, for each island.")
 @url_option
 @json_option
@@ -414,10 +397,7 @@ def extend(job_id: str, trials: int, url: str | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("job_id")
-@url_option
-@json_option
-@verb
+@of_a_job
 def delete(job_id: str, url: str | None, as_json: bool) -> None:
     """
     Delete a job that is over or paused, with its studies. Bundles stay for other jobs.
@@ -492,7 +472,7 @@ def end(client: "Client", job: "Job", as_json: bool) -> None:
         raise ServiceError(f"job {job.id} {job.state}: {reason}")
 
 
-@click.command(cls=DocumentCommand, fields=("",))
+@click.command(cls=DocumentCommand, fields=("",), needed="--patterns, --within or --job")
 @click.argument("models", metavar="[MODEL...]", nargs=-1)
 @click.option("--job", "job_file", help="A job document as a JSON file; - reads stdin.")
 @click.option("--idempotency-key", help="The same key twice makes one job.")
@@ -579,7 +559,7 @@ def _read_document(path: str) -> dict[str, Any]:
 
 
 @click.command("transfer-job", cls=GroupedCommand)
-@click.argument("job_id")
+@job_argument
 @click.argument("models", metavar="[MODEL...]", nargs=-1)
 @pattern_option
 @report_options
@@ -632,7 +612,7 @@ def transfer_job(
       pho transfer-job d5aed9d3-7b7c-40f9-9896-b5f528363229 org/other \\
           --report-text texts/report.jsonl --search --watch
     """
-    from pho_service.host.files import new_file
+    from pho_service.host.files import write_json
 
     at_least(1, trials=trials)
     measured_on = report_spec(report)
@@ -677,8 +657,7 @@ def transfer_job(
             job = client.wait(job.id)
         measured = client.transferred(job.id).model_dump(mode="json")
         if path is not None:
-            with new_file(path) as partial:
-                partial.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+            write_json(path, measured)
             say(f"written {path}")
         if picture is not None:
             found = measured["configuration"]

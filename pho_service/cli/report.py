@@ -1,6 +1,7 @@
 """`pho report`."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ def report(
       pho report d5aed9d3-7b7c-40f9-9896-b5f528363229 --out report.html
       pho report "SmolLM2-135M 0.5 global" --study sqlite:///study.db --config config.json
     """
-    from pho_service.host.files import new_file
+    from pho_service.host.files import write_text
 
     path = out_file(out)
     if config is not None and study is None:
@@ -58,8 +59,7 @@ def report(
             page = client.report(name)
     else:
         page = _of_study(name, study, config)
-    with new_file(path) as partial:
-        partial.write_text(page, encoding="utf-8")
+    write_text(path, page)
     say(f"written {path}")
     if as_json:
         print_json({"out": str(path)})
@@ -113,21 +113,10 @@ def _load(name: str, storage: Any, url: str) -> "optuna.Study":
 def _collected(
     study: "optuna.Study", url: str, file: "LibraryFile | None", config: str | None
 ) -> "Report":
-    from optuna.study import StudyDirection
-
-    from pho_service.shown import words
-    from pho_service.shown.page import (
-        MeasuredTrials,
-        importances,
-        measured_in,
-        trials_of,
-        with_measurements,
-    )
-    from pho_service.shown.report import Report
-    from pho_service.tuning.result import chosen_in
+    from pho_service.shown.page import study_report
     from storage.studies import record_of
 
-    known, recorded = record_of(study), study.get_trials(deepcopy=False)
+    known = record_of(study)
     if "pattern" not in known:
         raise StudyError(f"study {study.study_name!r} is not one of `pho search`.")
     configuration = None if file is None else file.configuration
@@ -136,27 +125,11 @@ def _collected(
             f"--config is of study {configuration.search.get('study')!r}, not of "
             f"{study.study_name!r}. Give the one that this search wrote, or none."
         )
-    maximised = study.direction is StudyDirection.MAXIMIZE
-    times = [trial.datetime_complete for trial in recorded if trial.datetime_complete]
-    calibration = known.get("calibration", {})
-    measured = measured_in(study) if configuration is None else MeasuredTrials()
-    return Report(
-        title=study.study_name,
-        subject="study",
-        asked=words.study_in_words(known),
-        configuration=configuration,
-        objective=str(known.get("objective", "objective")),
-        maximised=maximised,
-        trials=with_measurements(trials_of([recorded], 1), measured, configuration),
-        chosen=chosen_in(study),
-        importance=importances([recorded], maximised=maximised),
+    return replace(
+        study_report(study, configuration),
         transfers=[] if file is None else [t.model_dump(mode="json") for t in file.targets],
-        recorded=(min(times), max(times)) if times else None,
-        commands=[_again(known, len(recorded), url)],
+        commands=[_again(known, len(study.get_trials(deepcopy=False)), url)],
         prune_commands=[] if config is None else _prunes(known, config),
-        versions=calibration.get("versions", {})
-        if configuration is None
-        else configuration.versions,
     )
 
 

@@ -30,7 +30,7 @@ _ENDLESS = 100_000  # characters of a line that is never folded
 _LEAST_FOLDED = 16  # characters of a column that is folded
 # With its unit, and what may follow: its share of another, an interval, the end of a range.
 _NUMBER = re.compile(
-    r"[+-]?(\d[\d,]*(\.\d+)?(e[+-]?\d+)?|nan|inf)( ?(%|[KMGT]i?B|m?s|min|h|x))?"
+    r"[+±-]?(\d[\d,]*(\.\d+)?(e[+-]?\d+)?|nan|inf)( ?(%|[KMGT]i?B|m?s|min|h|x))?"
     r"(/\d+| ± .*| to .*| \(.*\))?"
 )
 

@@ -209,12 +209,11 @@ class _Document:
 
     def add(self, transfer: "Transfer") -> dict[str, Any]:
         """Keep a target's numbers, in the file at once."""
-        from pho_service.host.files import new_file
+        from pho_service.host.files import write_json
 
         record = transfer.to_dict()
         self.values["targets"].append(record)
-        with new_file(self.path) as partial:
-            partial.write_text(json.dumps(self.values, indent=2) + "\n", encoding="utf-8")
+        write_json(self.path, self.values)
         return record
 
 

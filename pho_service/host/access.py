@@ -2,6 +2,7 @@
 What jobs may name: models and texts below certain folders, and certain names on the hub.
 """
 
+import difflib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +169,14 @@ class Access:
             return _on_hub(name, self.hub_models, "model", "PHO_HUB_MODELS")
         return str(_local(name, self.model_roots, "model", "PHO_MODEL_ROOTS", _model_files))
 
+    def near_model(self, name: str) -> str | None:
+        """The name of a local model that one of the hub is nearly spelt like."""
+        if is_path(name) or _below(name, self.model_roots, _no_files) is not None:
+            return None
+        places = filter(None, (_resolved(root, name) for root in self.model_roots))
+        near = next(filter(None, map(near_name, places)), None)
+        return near and str(Path(name).with_name(near))
+
     def placed_model(self, name: str) -> str:
         """Return the name as a job keeps it: ``./name`` of a model that is local now."""
         # Only a path is never asked of the hub, where somebody else may have the same name when the
@@ -243,6 +253,16 @@ def is_path(name: str) -> bool:
         or "\\" in name
         or name.endswith(("/", ".gguf", ".safetensors", PACKED_SUFFIX))
     )
+
+
+def near_name(path: Path) -> str | None:
+    """What lies where a path leads and is nearly spelt like it, if nothing is there."""
+    try:
+        with os.scandir(path.parent) as entries:
+            names = [entry.name for entry in islice(entries, _IN_A_MODEL)]
+    except OSError:
+        return None
+    return next(iter(difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)), None)
 
 
 def is_packed(path: Path) -> bool:

@@ -6,7 +6,7 @@ import hashlib
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -117,20 +117,3 @@ def _check(files: Sequence[File]) -> None:
             f"the service lists a file {shown(file.name)!r} of {file.bytes} bytes with the SHA-256 "
             f"{shown(file.sha256[:80])!r}. Refused are {rule}. Nothing was downloaded."
         )
-
-
-@contextmanager
-def bar(title: str, total: int, *, shown: bool) -> Iterator[Advance]:
-    """A bar of bytes on stderr, if it is to be shown."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bars:
-        task = bars.add_task(title, total=total)
-        yield lambda step: bars.advance(task, step)

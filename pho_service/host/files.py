@@ -26,32 +26,40 @@ def new_file(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, document: object) -> None:
     """Write JSON values as they are read best."""
+    write_text(path, json.dumps(document, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     with new_file(path) as partial:
-        partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder beside ``path``; it takes its place if all went well."""
-    check_free(path)
+def new_folder(path: Path, *, replacing: str | None = None) -> Iterator[Path]:
+    """Give a temporary folder; it takes the place of ``path``, or of what has ``replacing``."""
+    check_free(path, replacing=replacing)
     path = path.expanduser().resolve()  # "." can be replaced by its own name alone
     with _reported(path):
         partial = Path(tempfile.mkdtemp(prefix=".pho-", dir=path.parent))
         try:
             yield partial
             partial.chmod(0o755)
-            if path.is_dir():
-                path.rmdir()
-            partial.replace(path)
+            with tempfile.TemporaryDirectory(prefix=".pho-", dir=path.parent) as old:
+                if path.is_dir():
+                    path.replace(Path(old) / path.name)
+                partial.replace(path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_free(path: Path) -> None:
+def check_free(path: Path, *, replacing: str | None = None) -> None:
     """Raise OutputError if :func:`new_folder` could not make ``path``: see before long work."""
     path = path.expanduser()
-    if path.is_dir() and any(path.iterdir()):
-        raise OutputError(f"{path} is in use: it holds files. Give a new or an empty folder.")
+    if path.is_dir() and any(path.iterdir()) and not (replacing and (path / replacing).is_file()):
+        without = f", but no {replacing}" if replacing else ""
+        raise OutputError(
+            f"{path} is in use: it holds files{without}. Give a new or an empty folder."
+        )
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file. Give the name of a new folder.")
     _check_parent(path)

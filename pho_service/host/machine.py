@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import requires, version
+from importlib.metadata import distributions, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,24 @@ def versions(*packages: str) -> dict[str, str]:
     }
 
 
-# What to install when a package is missing that only some parts of PHO need.
-_EXTRAS = ("worker", "api", "eval")  # what both bring is missed first where a model is to be run
+# What to install when a package is missing that only some parts of PHO need; what several bring
+# is missed first where a model is to be run.
+EXTRAS = {
+    "worker": "to run models: calibrate, search, prune",
+    "api": "to serve jobs",
+    "eval": "for zero-shot tasks",
+}
+
+
+def _packages_of(extra: str) -> list[str]:
+    matched = re.compile(rf"([\w.-]+).*extra == ['\"]{extra}['\"]").fullmatch
+    return [found[1] for each in requires("pho-service") or () if (found := matched(each))]
+
+
+def missing_of(extra: str) -> list[str]:
+    """The packages of an extra that are not installed."""
+    there = {each.name.lower() for each in distributions()}
+    return [name for name in _packages_of(extra) if name.lower() not in there]
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:
@@ -48,12 +64,27 @@ def missing_extra(error: ModuleNotFoundError) -> str | None:
     if error.name is None:
         return None
     module = error.name.partition(".")[0]
-    for extra in _EXTRAS:
-        for requirement in requires("pho-service") or ():
-            found = re.fullmatch(rf"([\w.-]+).*extra == ['\"]{extra}['\"]", requirement)
-            if found is not None and re.sub(r"[.-]", "_", found[1]) == module:
-                return f"needs {module}: pip install 'pho-service[{extra}]'"
+    for extra in EXTRAS:
+        if module in (re.sub(r"[.-]", "_", name) for name in _packages_of(extra)):
+            return f"needs {module}: pip install 'pho-service[{extra}]'"
     return None
+
+
+PATIENCE_S = 5.0  # with a hub that does not answer, before it counts as away
+
+
+def hub_answers() -> bool:
+    """Whether the Hugging Face hub can be reached from here, and may be."""
+    import httpx
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        httpx.head(constants.ENDPOINT, timeout=PATIENCE_S)
+    except httpx.HTTPError:
+        return False
+    return True
 
 
 # What goes wrong with the machine rather than with the input, told in words.

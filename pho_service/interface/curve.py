@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 
 from pho_service.errors import TextError
-from pho_service.host.files import new_file, write_json
+from pho_service.host.files import write_json, write_text
 from pho_service.interface.inputs import Model, calibrated, opened_bundle, opened_for, run_on
 from pho_service.interface.search import Given, SearchArguments, arguments
 from pho_service.pipeline.curve import (
@@ -72,8 +72,10 @@ class Curve(Shown):
         """
         from pho_service.shown.page import curve_page
 
-        with new_file(Path(path)) as partial:
-            partial.write_text(curve_page(self.document), encoding="utf-8")
+        write_text(Path(path), curve_page(self.document))
+
+    def _records(self) -> Sequence[Mapping[str, Any]]:
+        return [each.to_dict() for each in self.points]
 
     def _shown(self) -> Table:
         return _table(self.points)
@@ -86,6 +88,9 @@ class Within(Shown, TargetFound):
 
     ``found.result`` is what the search at the answer has found, for ``pho.prune``.
     """
+
+    def _records(self) -> Sequence[Mapping[str, Any]]:
+        return [each.to_dict() for each in self.points]
 
     def _shown(self) -> Table:
         shown = _table(self.points)
@@ -218,7 +223,7 @@ def _subject(asked: PointsArguments, requests: Sequence[SearchRequest]) -> Subje
 
 @contextmanager
 def _points(
-    subject: Subject, requests: Sequence[SearchRequest], study: str | None, progress: bool
+    subject: Subject, requests: Sequence[SearchRequest], study: str | None, progress: bool | None
 ) -> Iterator[tuple[CurvePoints, optuna.Study]]:
     """What finds the points, and the study that has the trials of all of them."""
     record: Callable[[SearchRequest], AbstractContextManager[optuna.Study]]

@@ -3,7 +3,7 @@ What the functions of the API take: models and texts, by name or in memory.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -42,15 +42,7 @@ def opened(model: Model, tokenizer: Any = None) -> LanguageModel:
         kept = model.tokenizer if tokenizer is None else tokenizer
         # What it was may have changed since; a streamed one's weights are in its files.
         known = model if model.stream else given_model(model.model, kept)
-        return LanguageModel(
-            name=model.name,
-            revision=model.revision,
-            model=model.model,
-            tokenizer=kept,
-            stored_dtype=model.stored_dtype,
-            linears=known.linears,
-            streamed_to=model.streamed_to,
-        )
+        return replace(model, tokenizer=kept, linears=known.linears)
     if not isinstance(model, (str, Path)):
         raise InvalidInput(
             f"model is a {type(model).__name__}, not a model of transformers. Give a "
@@ -60,7 +52,7 @@ def opened(model: Model, tokenizer: Any = None) -> LanguageModel:
     return loaded if tokenizer is None else opened(loaded, tokenizer)
 
 
-def run_on(model: LanguageModel | None, progress: bool) -> Run:
+def run_on(model: LanguageModel | None, progress: bool | None) -> Run:
     """Rate candidates for a model on its GPU if it has one, and show bars if they are wanted."""
     device = torch.device("cpu") if model is None else model.device
     return Run(device=str(device) if device.type == "cuda" else "cpu", progress=bars(progress))
@@ -210,11 +202,14 @@ class _Column:
             yield document
 
 
-def length_of(texts: "Texts", asked: int | None, default: int) -> int:
-    """The tokens of a window: as asked for, as the windows have that are given, or the default."""
+def length_of(model: LanguageModel, texts: "Texts", asked: int | None) -> int:
+    """The tokens of a window: as asked for, as given windows have, or 2048 or what fits."""
     if asked is not None:
         return asked
-    return texts.shape[-1] if isinstance(texts, Tensor) else default
+    if isinstance(texts, Tensor):
+        return texts.shape[-1]
+    usual = CalibrationSettings.context_length
+    return usual if model.longest is None else min(usual, model.longest)
 
 
 def measured_text(

@@ -3,7 +3,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from pho_service.pipeline import bench as pipeline
 from pho_service.pipeline.compare import (
     Compared,
     ComparisonRequest,
+    ComparisonRow,
     check_family,
     common_linears,
     compare_over_seeds,
@@ -74,7 +75,7 @@ class Evaluation(Shown):
         text_sha256: Hash of the text; of windows that were given, of their tokens.
         model: Name, family, number of parameters, revision, hash of the weights, dtype.
         device: Where it was measured.
-        tasks: A score for each task and metric; ``pandas.DataFrame(evaluation.tasks)`` takes them.
+        tasks: A score for each task and metric.
     """
 
     perplexity: float | None
@@ -123,7 +124,7 @@ def evaluate(
     context_length: int | None = None,
     max_windows: int | None = None,
     bos: Bos = _DEFAULT.bos,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Evaluation:
     """
     Measure the perplexity of a model on a text, or its zero-shot tasks, as `pho evaluate` does.
@@ -136,10 +137,11 @@ def evaluate(
         tasks: Names in lm-evaluation-harness, which comes with the extra ``eval``.
         tasks_dir: Folder with task files of one's own. What they name as ``!function`` is run.
         limit: Only the first so many examples of each task; None takes all.
-        context_length: Tokens of a window; None is 2048, or the length of windows that are given.
+        context_length: Tokens of a window; None is 2048 or what the model reads, or the length of
+            windows that are given.
         max_windows: Only the first so many; None takes all.
         bos: Whether windows and questions start with BOS: ``auto``, ``always``, ``never``.
-        progress: Show a bar on stderr.
+        progress: Show bars on stderr; None shows them in terminals and notebooks.
 
     Raises:
         InvalidInput, ModelError, TextError: As of ``pho.calibrate``; there is neither a text nor a
@@ -184,7 +186,7 @@ def _perplexity(
     max_windows: int | None,
     progress: Progress,
 ) -> dict[str, Any]:
-    length = length_of(texts, context_length, _DEFAULT.context_length)
+    length = length_of(loaded, texts, context_length)
     how = replace(_DEFAULT, context_length=length, bos=bos)
     text = measured_text(loaded, texts, how, max_windows)
     with progress("Measuring perplexity", len(text.windows)) as advance:
@@ -204,9 +206,11 @@ class Comparison(Shown, Compared):
     """
     Perplexities of one model on one text: dense, the published methods, and what was found.
 
-    ``pandas.DataFrame(comparison.rows)`` takes its rows; ``comparison.configurations[seed][name]``
-    is what a search found.
+    ``comparison.configurations[seed][name]`` is what a search found.
     """
+
+    def _records(self) -> Sequence[ComparisonRow]:
+        return self.rows
 
     def _shown(self) -> Table:
         return replace(self.table, title=f"{self.title}: {self.summary}")
@@ -249,7 +253,7 @@ class CompareArguments(SearchOptions, LinearArguments):
         tasks_dir: Folder with task files of one's own.
         limit: Only the first so many examples of each task; None takes all.
         other_family: Compare configurations that were found on another family of models.
-        progress: Show a bar on stderr.
+        progress: Show bars on stderr; None shows them in terminals and notebooks.
     """
 
     model: Model = field(kw_only=False)
@@ -274,7 +278,7 @@ class CompareArguments(SearchOptions, LinearArguments):
     tasks_dir: str | Path | None = None
     limit: int | None = None
     other_family: bool = False
-    progress: bool = False
+    progress: bool | None = None
 
     def search(self, preset: str, pattern: Pattern, linears: Linears) -> SearchRequest:
         """A preset's search, with the defaults for all else."""
@@ -333,7 +337,7 @@ def compare(asked: CompareArguments) -> Comparison:
 
     if known is None:
         assert texts is not None
-        length = length_of(texts, asked.context_length, _DEFAULT.context_length)
+        length = length_of(loaded, texts, asked.context_length)
         bos: Bos = "never" if isinstance(texts, Tensor) else _DEFAULT.bos  # as pho.calibrate
         how = replace(_DEFAULT, context_length=length, bos=bos)
         numbers = [*asked.seeds] or [asked.seed]
@@ -397,7 +401,7 @@ def bench(
     seed: int = _BENCH_DEFAULT.seed,
     device: str = "auto",
     dtype: str = "auto",
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Bench:
     """
     Measure how fast models load, read a prompt and write, beside each other, as `pho bench`.
@@ -412,7 +416,7 @@ def bench(
         seed: Seed of the prompts' tokens.
         device: ``auto`` takes a GPU if torch sees one.
         dtype: ``auto`` is the stored one on a GPU and float32 on the CPU.
-        progress: Show bars on stderr.
+        progress: Show bars on stderr; None shows them in terminals and notebooks.
 
     Raises:
         InvalidInput: A number is below 1, a model is given twice, or reads fewer tokens.
@@ -424,9 +428,6 @@ def bench(
     settings = pipeline.BenchSettings(
         batch=batch, prompt=prompt, new_tokens=new_tokens, rounds=rounds, seed=seed
     )
-    for name, value in asdict(settings).items():
-        if name != "seed" and value < 1:
-            raise InvalidInput(f"{name}={value} is not at least 1.")
     found = pipeline.bench(
         [str(each) for each in given], settings, device=device, dtype=dtype,
         progress=bars(progress),

@@ -158,10 +158,10 @@ def objective(asked: ObjectiveArguments) -> ProxyObjective:
         InvalidInput: An option breaks a rule.
         BundleError: The bundle cannot be read.
     """
-    if asked.objective == "perplexity":
+    if asked.objective == "perplexity" or callable(asked.objective):
         raise InvalidInput(
-            "the objective 'perplexity' needs a model, and this one rates on a bundle. Use "
-            "pho.search(..., objective='perplexity', model=...)."
+            f"the objective {asked.objective!r} needs a model or is a function, and this one rates "
+            "by a proxy of a bundle. Use pho.search(..., objective=...)."
         )
     bundle = opened_bundle(asked.bundle)
     return ProxyObjective(bundle, asked.request(asked.pattern), asked.device)
@@ -222,11 +222,10 @@ def _bounds(space: Mapping[str, Any]) -> dict[str, Any]:
 
 def _objective_of(study: optuna.Study) -> Objective:
     label = study.user_attrs.get("objective")
-    for name in OBJECTIVES:
-        for weighting in WEIGHTINGS:
-            found = Objective(name=name, weighting=weighting)
-            if found.label == label:
-                return found
+    every = (Objective(name=name, weighting=each) for name in OBJECTIVES for each in WEIGHTINGS)
+    for found in every:
+        if found.label == label:
+            return found
     raise StudyError(
         f"study {study.study_name!r} is rated by {label}, which a single bundle does not know. "
         "Use the configuration that its search gave."

@@ -2,7 +2,7 @@
 `pho.prune`, `pho.save`, `pho.pack` and their like: pruned models in memory and on disk.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from pho_service.errors import InvalidInput, ModelError
+from pho_service.errors import InvalidInput, ModelError, OutputError
 from pho_service.host.files import check_free
 from pho_service.interface.inputs import (
     Choice,
@@ -25,7 +25,7 @@ from pho_service.interface.inputs import (
 )
 from pho_service.models.architecture import decoder_blocks
 from pho_service.models.loading import LanguageModel, load_model, sha256_each
-from pho_service.models.saving import save_pruned
+from pho_service.models.saving import RECIPE, save_pruned
 from pho_service.pipeline import prune as pipeline
 from pho_service.pipeline.bench import Conversion, check_gpu, convert_
 from pho_service.pipeline.compare import check_family
@@ -51,6 +51,9 @@ class Pruned(Shown, pipeline.PrunedFolder):
 
     model: PreTrainedModel
     tokenizer: Any = None
+
+    def _records(self) -> Sequence[dict[str, Any]]:
+        return [{"linear": name, "sparsity": each} for name, each in self.layers.items()]
 
     def _shown(self) -> Table:
         kinds: dict[str, list[float]] = {}
@@ -80,7 +83,7 @@ def prune(
     tokenizer: Any = None,
     deployable: bool = False,
     other_family: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Pruned:
     """
     Prune a model in place: weights that are removed become exact zeros.
@@ -98,7 +101,7 @@ def prune(
         deployable: Permute only channels whose order can be folded into the weights, so that no
             runtime has to, also if the configuration was found otherwise.
         other_family: Prune with a configuration that was found on another family of models.
-        progress: Show a bar on stderr.
+        progress: Show bars on stderr; None shows them in terminals and notebooks.
 
     Raises:
         ModelError: The model has been pruned already, or the tokenizer is of another model.
@@ -144,7 +147,12 @@ def _dense_if_it_fails(model: LanguageModel) -> Iterator[None]:
 
 
 def save(
-    model: PreTrainedModel, tokenizer: Any, pruned: pipeline.PrunedFolder, folder: str | Path
+    model: PreTrainedModel,
+    tokenizer: Any,
+    pruned: pipeline.PrunedFolder,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
 ) -> None:
     """
     Write a pruned model as `pho prune` writes it: a Hugging Face folder with masks and recipe.
@@ -154,14 +162,20 @@ def save(
         tokenizer: Its own.
         pruned: What :func:`prune` gave.
         folder: New or empty.
+        overwrite: Replace a pruned model that is in the folder, and nothing else.
 
     Raises:
         InvalidInput: There is no tokenizer, or ``model`` is not in memory.
         ModelError: Its weights are not those that the pruning left.
         OutputError: The folder is in use, or cannot be written.
     """
-    path = Path(folder)
-    check_free(path)
+    path = Path(folder).expanduser()
+    if not overwrite and (path / RECIPE).is_file():
+        raise OutputError(
+            f"{path} is in use: it has a pruned model. Give overwrite=True to replace it, or "
+            "another folder."
+        )
+    check_free(path, replacing=RECIPE if overwrite else None)
     if not isinstance(model, PreTrainedModel):
         raise InvalidInput(
             f"model is a {type(model).__name__}, but the pruned model in memory is saved: the one "
@@ -188,7 +202,7 @@ def save(
                 "not be true. Save a model right after it was pruned; one that was trained or "
                 "cast since is saved with its own save_pretrained."
             )
-    save_pruned(loaded, path, pruned.masks.items(), pruned.recipe)
+    save_pruned(loaded, path, pruned.masks.items(), pruned.recipe, overwrite=overwrite)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
@@ -214,7 +228,7 @@ class SemiStructured(Shown, Conversion):
 
 
 def load_semi_structured(
-    folder: str | Path, *, device: str = "cuda", dtype: str = "auto", progress: bool = False
+    folder: str | Path, *, device: str = "cuda", dtype: str = "auto", progress: bool | None = None
 ) -> SemiStructured:
     """
     Load a 2:4 model with torch's semi-structured tensors in place of its weights.
@@ -227,7 +241,7 @@ def load_semi_structured(
         folder: What ``pho.save`` or ``pho.pack`` wrote; or any folder whose zeros are 2:4.
         device: A GPU of the Ampere generation or newer: ``cuda`` or ``cuda:N``.
         dtype: ``auto`` is the stored one; ``bfloat16`` or ``float16``.
-        progress: Show a bar on stderr.
+        progress: Show bars on stderr; None shows them in terminals and notebooks.
 
     Raises:
         InvalidInput: There is no such GPU, or the weights are in float32.

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
-from functools import wraps
+from functools import cached_property, wraps
 from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_args, get_type_hints
@@ -18,6 +18,7 @@ from optuna.samplers import BaseSampler
 from pydantic.fields import FieldInfo
 
 from pho_service.errors import InvalidInput, StudyError
+from pho_service.host.files import write_text
 from pho_service.interface.inputs import (
     Choice,
     Model,
@@ -34,9 +35,10 @@ from pho_service.interface.inputs import (
 from pho_service.models.bundle_file import write_bundle
 from pho_service.models.calibration import CalibrationText, calibration_text
 from pho_service.models.calibration import calibrate as make_bundle
+from pho_service.models.loading import LanguageModel
 from pho_service.models.texts import GivenWindows
 from pho_service.pipeline.inputs import Calibrated
-from pho_service.pipeline.objectives import only_one
+from pho_service.pipeline.objectives import OwnObjective, only_one
 from pho_service.pipeline.search import (
     Bundles,
     by_name,
@@ -48,8 +50,9 @@ from pho_service.pipeline.search import (
 )
 from pho_service.progress import bars
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.shown.parts import Shown, Table
-from pho_service.shown.report import Report
+from pho_service.shown.report import LayerCell, Report, layer_cells
 from pho_service.shown.tables import configuration_rows, results_table
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.configuration import (
@@ -205,7 +208,9 @@ class MethodArguments(LinearArguments):
             ``row`` for N:M.
         preset: ``score``, ``crepe``, ``crepe-plus`` or ``best``.
         objective: What candidates are rated by. With ``gini``, a study of one's own is to be
-            created with ``direction="maximize"``.
+            created with ``direction="maximize"``. Or a function of a candidate and its rating,
+            which has the proxies as ``rating.fisher`` and so on, and of the pruned model, if it
+            has a third parameter: low values are good.
         weighting: How activation reconstruction adds up the errors of layers and rows.
         space: Bounds of the search by name, ``{"row_share": (0.2, 0.8), "kernel_sizes": (3, 5)}``;
             one number fixes a value.
@@ -216,7 +221,7 @@ class MethodArguments(LinearArguments):
 
     scope: str | None = None
     preset: str = DEFAULT_PRESET
-    objective: ObjectiveName = _OBJECTIVE.name
+    objective: ObjectiveName | Callable[..., float] = _OBJECTIVE.name
     weighting: Weighting = _OBJECTIVE.weighting
     space: Mapping[str, Any] | None = None
     steps: Mapping[str, Any] | None = None
@@ -232,7 +237,11 @@ class MethodArguments(LinearArguments):
         """The request for a pattern, with more of its fields as ``options``."""
         parts = parsed(pattern, self.scope)
         preset = Preset.of(self.preset, parts).changed(self._steps(), self._bounds())
-        asked = Objective(name=self.objective, weighting=self.weighting, over=over)
+        asked = (
+            OwnObjective.of(self.objective)
+            if callable(self.objective)
+            else Objective(name=self.objective, weighting=self.weighting, over=over)
+        )
         return SearchRequest(
             pattern=parts,
             objective=asked.over_models(bundles),
@@ -285,14 +294,14 @@ class SearchArguments(SearchOptions, MethodArguments):
         texts: The calibration's text, for steps that run it through the model; not needed with a
             bundle that ``pho.calibrate`` gave.
         confirm_windows: Windows of the text for the final perplexities.
-        progress: Show bars on stderr.
+        progress: Show bars on stderr; None shows them in terminals and notebooks.
     """
 
     tokenizer: Any = None
     confirm: "Texts | None" = None
     texts: "Texts | None" = None
     confirm_windows: int = 16
-    progress: bool = False
+    progress: bool | None = None
 
     def request(self, pattern: str | float | Pattern, **more: Any) -> SearchRequest:
         """The request for a pattern, with the options of the search."""
@@ -360,9 +369,6 @@ def plain_bundle(bundle: ProxyBundle) -> ProxyBundle:
     return ProxyBundle(layers=bundle.layers, inputs=bundle.inputs, provenance=bundle.provenance)
 
 
-if TYPE_CHECKING:
-    pass
-
 _ASKED = SearchRequest(pattern=Pattern(sparsity=0.5))  # for its defaults
 
 
@@ -394,11 +400,13 @@ class Found(Shown, SearchResult):
 
     Attributes:
         study: The record of the search.
-        table: Dense, Wanda, RIA and the finalists; ``pandas.DataFrame(found.table)`` takes it.
+        table: Dense, Wanda, RIA and the finalists, also as ``found.to_dataframe()``.
+        bundles: What candidates were rated on, by the names of their models.
     """
 
     study: optuna.Study
     table: Sequence[FoundRow]
+    bundles: Mapping[str, ProxyBundle]
 
     @property
     def perplexities(self) -> Perplexities | None:
@@ -417,6 +425,31 @@ class Found(Shown, SearchResult):
             OutputError: The file cannot be written.
         """
         write_configuration(self.configuration, Path(path))
+
+    @cached_property
+    def layers(self) -> dict[str, list[LayerCell]]:
+        """Sparsity and error of each model's linears by block and kind, before later steps."""
+        found, candidate = {}, self.configuration.candidate()
+        for name, bundle in self.bundles.items():
+            evaluator = ProxyEvaluator(bundle)
+            errors = evaluator.layer_errors(candidate)
+            found[name] = layer_cells(errors, evaluator.layer_sparsities(candidate))
+        return found
+
+    def plot(self, path: str | Path) -> None:
+        """
+        Write the page of `pho report`: the trials, and a map of sparsity and error by layer.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
+        from pho_service.shown.page import render, study_report
+
+        report = replace(study_report(self.study, self.configuration), layers=self.layers)
+        write_text(Path(path), render(report))
+
+    def _records(self) -> Sequence[FoundRow]:
+        return self.table
 
     def _shown(self) -> Table:
         found = self.configuration
@@ -453,7 +486,8 @@ class FoundArguments(SearchArguments):
         warm_start: What was found elsewhere in the same pattern and scope: rated first.
         study: The record: one of Optuna, or the URL of a database, is gone on with. None: a new
             one in memory.
-        callbacks: As Optuna's: called with the study and a frozen trial after each new trial.
+        callbacks: As Optuna's: called with the study and a frozen trial after each new trial;
+            ``study.stop()`` ends the search early.
     """
 
     bundle: Given | Mapping[str, Given] = field(kw_only=False)
@@ -519,7 +553,7 @@ def _searched(
     study: optuna.Study | str | None,
     known: Calibrated,
     callbacks: Sequence[Callback],
-    progress: bool,
+    progress: bool | None,
 ) -> Found:
     record: AbstractContextManager[optuna.Study]
     if isinstance(study, str):
@@ -540,7 +574,7 @@ def _searched(
         _note_ratings(kept, result.configuration)
     parts = {part.name: getattr(result, part.name) for part in fields(SearchResult)}
     table = _table(result.configuration, result.trial)
-    return Found(**parts, study=kept, table=table)
+    return Found(**parts, study=kept, table=table, bundles=by_name(bundles))
 
 
 def _note_ratings(study: optuna.Study, found: Configuration) -> None:
@@ -635,25 +669,26 @@ class CalibrateArguments(CalibrationSettings):
             library ``datasets`` with a column ``text``; or token windows, (windows,
             context_length), whole numbers, which are taken in their order.
         samples: Windows of text for the forward pass; fewer if the text is short.
-        context_length: Tokens of a window; None is 2048, or the length of windows that are given.
+        context_length: Tokens of a window; None is 2048 or what the model reads, or the length of
+            windows that are given.
         bos: Whether windows start with BOS: ``auto`` (as the tokenizer does), ``always``,
             ``never``. Windows that are given as tokens are not changed.
-        progress: Show a bar on stderr.
+        progress: Show bars on stderr; None shows them in terminals and notebooks.
     """
 
     model: Model = field(kw_only=False)
     tokenizer: Any = field(kw_only=False)
     texts: "Texts" = field(kw_only=False)
     context_length: int | None = None  # type: ignore[assignment]  # until the texts are seen
-    progress: bool = False
+    progress: bool | None = None
 
     def __post_init__(self) -> None:
         """Leave the checks to :meth:`settings`."""
 
-    def settings(self, **known: Any) -> CalibrationSettings:
-        """The settings alone, with what the texts say."""
+    def settings(self, model: LanguageModel, **known: Any) -> CalibrationSettings:
+        """The settings alone, with what the model and the texts say."""
         given = {each.name: getattr(self, each.name) for each in fields(CalibrationSettings)}
-        length = length_of(self.texts, self.context_length, CalibrationSettings.context_length)
+        length = length_of(model, self.texts, self.context_length)
         sizes = tuple(self.kernel_sizes)
         return CalibrationSettings(
             **{**given, "context_length": length, "kernel_sizes": sizes, **known}
@@ -665,7 +700,8 @@ def calibrate(asked: CalibrateArguments) -> Bundle:
     """
     Run a dense model once over a text, and keep what a search needs of it.
 
-    The model stays as it is. The same model, text and settings give the bundle of
+    The model computes what it did; fused experts get modules of their own, which see the same
+    weights. The same model, text and settings give the bundle of
     `pho calibrate`.
 
     Raises:
@@ -683,9 +719,9 @@ def calibrate(asked: CalibrateArguments) -> Bundle:
             "bos='always' has no effect on windows that are given as tokens. Put BOS into "
             "them, or give the text."
         )
-    # Nothing is put before windows that are given.
-    settings = asked.settings(bos="never") if given else asked.settings()
     loaded = opened(asked.model, asked.tokenizer)
+    # Nothing is put before windows that are given.
+    settings = asked.settings(loaded, **({"bos": "never"} if given else {}))
     text = calibration_text(loaded, source, settings)
     bundle = make_bundle(loaded, text, settings, bars(asked.progress))
     parts = {part.name: getattr(bundle, part.name) for part in fields(bundle)}

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from pho_service.errors import ModelError, OutputError
-from pho_service.host.files import new_file
+from pho_service.host.files import new_file, write_text
 from pho_service.host.settings import Settings
 from pho_service.models.texts import SEPARATOR, TextSource, read_documents
 from pho_service.progress import Progress, silent
@@ -84,10 +84,9 @@ def write_parts(folder: Path, documents: Mapping[str, str]) -> dict[str, Path]:
     paths = {}
     for index, part in enumerate(PARTS):
         paths[part] = folder / f"{part}.jsonl"
-        with new_file(paths[part]) as partial:
-            chosen = names[index :: len(PARTS)]
-            lines = [json.dumps({"topic": name, "text": documents[name]}) for name in chosen]
-            partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        chosen = names[index :: len(PARTS)]
+        lines = [json.dumps({"topic": name, "text": documents[name]}) for name in chosen]
+        write_text(paths[part], "\n".join(lines) + "\n")
     return paths
 
 

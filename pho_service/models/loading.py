@@ -16,7 +16,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import httpx
 import huggingface_hub
 import torch
 from accelerate import infer_auto_device_map
@@ -42,8 +41,9 @@ from pho_service.host.access import (
     check_names,
     is_packed,
     is_path,
+    near_name,
 )
-from pho_service.host.machine import device_is_lost, ran_out_of_memory
+from pho_service.host.machine import device_is_lost, hub_answers, ran_out_of_memory
 from pho_service.models.architecture import expert_files, prunable_linears, separate_weights
 from pho_service.models.packed import Unpacked, unpacked
 from pho_service.planning.shapes import gguf_read_once
@@ -90,18 +90,12 @@ def spread(
 
 
 # Work with the cache alone while the Hugging Face hub is away, instead of waiting for it.
-PATIENCE_S = 5.0  # with a hub that does not answer, before it counts as away
 
 
 def hub_is_away() -> bool:
     """Return whether nothing may be asked of the hub, or it cannot be reached; asks once."""
-    if any(place.HF_HUB_OFFLINE for place in _places()):  # or HF_DATASETS_OFFLINE
-        return True
-    try:
-        httpx.head(huggingface_hub.constants.ENDPOINT, timeout=PATIENCE_S)
-    except httpx.HTTPError:
-        return True
-    return False
+    offline = any(place.HF_HUB_OFFLINE for place in _places())  # or HF_DATASETS_OFFLINE
+    return offline or not hub_answers()
 
 
 @contextmanager
@@ -181,6 +175,8 @@ def check_local_name(name: str, revision: str | None) -> None:
     beside = path.parent != Path() and path.parent.is_dir()
     though = f", though the folder {path.parent} does" if beside else ""
     hint = f" For the hub's {name} give --revision main." if _HUB_ID.fullmatch(name) else ""
+    near = near_name(path)
+    hint += f" Did you mean {path.with_name(near)}?" if near else ""
     raise ModelError(
         f"{name} does not exist{though}. Give a hub id, a model folder or a .gguf file.{hint}"
     )
@@ -540,13 +536,18 @@ class LanguageModel:
         embedding: Any = self.model.get_input_embeddings()
         return int(embedding.weight.shape[0])
 
+    @property
+    def longest(self) -> int | None:
+        """The tokens that it reads at once; None where its configuration does not say so."""
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return longest if isinstance(longest, int) else None
+
     def check_context(self, context_length: int) -> None:
         """Raise InvalidInput if windows are longer than the model can read."""
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if isinstance(longest, int) and context_length > longest:
+        if self.longest is not None and context_length > self.longest:
             raise InvalidInput(
-                f"context_length={context_length} is more than {self.name} can read: {longest}. "
-                f"Use --context-length {longest} or less."
+                f"context_length={context_length} is more than {self.name} can read: "
+                f"{self.longest}. Use --context-length {self.longest} or less."
             )
 
     def window_prefix(self, bos: str) -> list[int]:

@@ -47,7 +47,7 @@ class Size:
         return self.after / self.before
 
 
-def pack(folder: str | Path, out: str | Path, *, progress: bool = False) -> Size:
+def pack(folder: str | Path, out: str | Path, *, progress: bool | None = None) -> Size:
     """Make a model folder smaller without losing a bit, as `pho pack`."""
     # The same folder gives the same bytes. An old file is replaced only when the new one is whole.
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
@@ -100,7 +100,7 @@ def _files(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def unpack(packed: str | Path, out: str | Path, *, progress: bool = False) -> int:
+def unpack(packed: str | Path, out: str | Path, *, progress: bool | None = None) -> int:
     """Make a packed model's folder again, bit for bit, as `pho unpack`."""
     packed, out = Path(packed).expanduser(), Path(out).expanduser()
     with _opened(packed) as archive, new_folder(out) as partial:

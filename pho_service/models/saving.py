@@ -211,10 +211,12 @@ def save_pruned(
     folder: Path,
     masks: Iterable[tuple[str, PackedMask]],
     recipe: dict[str, Any],
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Write a model whose masks are applied: weights, tokenizer, masks, recipe, and a card."""
     # The folder is made beside its place and moved there when it is complete.
-    with new_folder(folder) as partial, os_errors():
+    with new_folder(folder, replacing=RECIPE if overwrite else None) as partial, os_errors():
         model.model.save_pretrained(partial, max_shard_size=SHARD)
         model.tokenizer.save_pretrained(partial)
         (partial / MASKS).parent.mkdir()

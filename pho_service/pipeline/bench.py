@@ -3,8 +3,8 @@ How fast models are on the machine at hand, and 2:4 models on torch's kernels fo
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -137,6 +137,11 @@ class BenchSettings:
     rounds: int = 5  # How often everything is measured
     seed: int = 0  # Seed of the tokens
 
+    def __post_init__(self) -> None:
+        for name in ("batch", "prompt", "new_tokens", "rounds"):
+            if getattr(self, name) < 1:
+                raise InvalidInput(f"{name}={getattr(self, name)} is not at least 1.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
@@ -216,8 +221,8 @@ def bench(
     sides: list[Side] = []
     with progress("Loading", LOADS * len(models)) as advance:
         seconds = _loads(models, device, dtype, loaded, advance)
+    settings, shorter = _fitted(settings, loaded)
     for name in models:
-        loaded[name].check_context(settings.prompt + settings.new_tokens)
         sides.append(Side(name=name, bytes=_size(Path(name)), load_s=seconds[name]))
     if where.type == "cuda":
         for side in list(sides):
@@ -235,8 +240,25 @@ def bench(
                 advance(1)
     dtypes = {str(model.dtype).removeprefix("torch.") for model in loaded.values()}
     return BenchResult(
-        sides=sides, settings=settings, conditions=_conditions(where, sorted(dtypes))
+        sides=sides, settings=settings, conditions=[*_conditions(where, sorted(dtypes)), *shorter]
     )
+
+
+def _fitted(
+    settings: BenchSettings, loaded: Mapping[str, LanguageModel]
+) -> tuple[BenchSettings, list[str]]:
+    """Prompts that every model has room for beside the new tokens, and why they are shorter."""
+    known = {name: model.longest for name, model in loaded.items() if model.longest is not None}
+    name = min(known, key=known.__getitem__, default=None)
+    if name is None or known[name] >= settings.prompt + settings.new_tokens:
+        return settings, []
+    room, reads = known[name] - settings.new_tokens, f"{name} reads {known[name]} tokens"
+    if room < 1:
+        raise InvalidInput(
+            f"--new-tokens {settings.new_tokens} leaves no room for a prompt: {reads}. Give fewer."
+        )
+    why = f"Prompts have {room} tokens, not {settings.prompt}: {reads}."
+    return replace(settings, prompt=room), [why]
 
 
 def _loads(

@@ -4,11 +4,13 @@ What candidates of a search are rated by: proxies on bundles, perplexity, known 
 
 import hashlib
 import json
+import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 import optuna
 from torch import Tensor
@@ -84,6 +86,60 @@ def rate_by_proxy(evaluator: ProxyEvaluator, objective: Objective) -> Evaluate:
         ]
 
     return rate
+
+
+# Rate candidates by a function of the user's.
+@dataclass(frozen=True, kw_only=True)
+class OwnObjective(Objective):
+    """
+    A function of a candidate and its rating by the proxies, whose low values are good.
+
+    If it has a third parameter, that is the model, pruned with the candidate.
+    """
+
+    name: Any = "own"
+    function: Callable[..., float]
+
+    def __post_init__(self) -> None:
+        if self.over is not None:
+            raise InvalidInput(f"the objective {self.name} rates on one bundle. Give one of them.")
+
+    @classmethod
+    def of(cls, function: Callable[..., float]) -> Self:
+        return cls(name=f"own/{getattr(function, '__name__', 'function')}", function=function)
+
+    def rate(
+        self, evaluator: ProxyEvaluator, model: "LanguageModel | None", calibration: Tensor | None
+    ) -> Evaluate:
+        """A function for the search; by Optuna's rules a trial fails that gives NaN or raises."""
+        with_model = len(signature(self.function).parameters) > 2
+        if with_model and model is None:
+            raise InvalidInput(
+                f"the objective {self.name} takes a pruned model, and there is none. Give model=."
+            )
+
+        def value(candidate: Candidate) -> float:
+            (rating,) = evaluator.evaluate([candidate], with_gini=True)
+            if model is None or not with_model:
+                return float(self.function(candidate, rating))
+            from pho_service.pipeline.pipeline import pruned_model
+
+            with pruned_model(model, evaluator.bundle.statistics(), candidate, calibration):
+                return float(self.function(candidate, rating, model.model))
+
+        def rate(candidates: Sequence[Candidate]) -> list[Outcome]:
+            outcomes: list[Outcome] = []
+            for candidate in candidates:
+                try:
+                    found = value(candidate)
+                except Exception as error:
+                    failure = f"{type(error).__name__}: {error}"
+                    return [*outcomes, Outcome(value=None, failure=failure, raised=error)]
+                nan = f"the objective {self.name} gave NaN" if math.isnan(found) else None
+                outcomes.append(Outcome(value=None if nan else found, failure=nan))
+            return outcomes
+
+        return rate
 
 
 # What makes a search over several models one: a candidate's value on all of them, and their
@@ -172,6 +228,8 @@ def objective_function(
         evaluators = {name: ProxyEvaluator(bundle, device) for name, bundle in bundles.items()}
         return rate_jointly(evaluators, plan.pattern, objective, plan.steps.linears)
     bundle = only_one(bundles, f"the objective {objective.name}")
+    if isinstance(objective, OwnObjective):
+        return objective.rate(ProxyEvaluator(bundle, device), model, calibration)
     if objective.name != "perplexity":
         return rate_by_proxy(ProxyEvaluator(bundle, device), objective)
     if model is None or text is None:
@@ -226,8 +284,8 @@ class KnownRatings:
     ) -> None:
         self.taken = 0
         self._known: dict[str, Outcome] = {}
-        if request.objective.name == "perplexity":
-            return  # which depends on all steps
+        if request.objective.name not in ("activation-reconstruction", "gini"):
+            return  # perplexity depends on all steps, a user's function on what nobody knows
         mark = _mark(request, plan, bundles)
         for name in reversed(marked_alike(study, _MARK, mark)[-_STUDIES:]):
             if len(study.get_trials(deepcopy=False)) < plan.trials:

@@ -18,6 +18,7 @@ from torch import Tensor
 from pho_service.errors import BundleError, InvalidInput, NumericalError, StudyError
 from pho_service.pipeline.objectives import (
     KnownRatings,
+    OwnObjective,
     joint_provenance,
     objective_function,
     only_one,
@@ -362,7 +363,7 @@ class _Steps:
         inputs, study = self._inputs, self._inputs.study(piece.number)
         bundles = inputs.bundles()
         model = text = calibration = None
-        if self._by_perplexity:
+        if self._by_perplexity or isinstance(request.objective, OwnObjective):
             model, text, calibration = inputs.model(), inputs.text(), inputs.calibration()
         rate = objective_function(
             request.objective, plan, bundles, model, text, run.device, calibration

@@ -20,6 +20,7 @@ from pho_service.spec.configuration import Configuration
 from pho_service.spec.document import number, seconds
 from pho_service.spec.tasks import TaskScores
 from pho_service.tuning.plan import CORRECTS
+from pho_service.tuning.result import chosen_in
 from storage.studies import quiet_optuna, record_of
 
 # What the studies of a search say: trials, and how much each parameter mattered.
@@ -71,6 +72,30 @@ def with_measurements(
         )
         for trial in trials
     ]
+
+
+def study_report(study: optuna.Study, configuration: Configuration | None) -> Report:
+    """All that a study of a search says, and what was found if it is known."""
+    known, recorded = record_of(study), study.get_trials(deepcopy=False)
+    maximised = study.direction is optuna.study.StudyDirection.MAXIMIZE
+    times = [trial.datetime_complete for trial in recorded if trial.datetime_complete]
+    calibration = known.get("calibration", {})
+    measured = measured_in(study) if configuration is None else MeasuredTrials()
+    return Report(
+        title=study.study_name,
+        subject="study",
+        asked=words.study_in_words(known),
+        configuration=configuration,
+        objective=str(known.get("objective", "objective")),
+        maximised=maximised,
+        trials=with_measurements(trials_of([recorded], 1), measured, configuration),
+        chosen=chosen_in(study),
+        importance=importances([recorded], maximised=maximised),
+        recorded=(min(times), max(times)) if times else None,
+        versions=calibration.get("versions", {})
+        if configuration is None
+        else configuration.versions,
+    )
 
 
 def measured_in(study: optuna.Study) -> MeasuredTrials:

@@ -381,6 +381,21 @@ class Shown(ABC):
     def _shown(self) -> Table:
         """The table."""
 
+    def _records(self) -> Sequence[Any]:
+        """The rows of a data frame: dataclasses, or values by the names of their columns."""
+        table = self._shown()
+        return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+
+    def to_dataframe(self) -> Any:
+        """Give the table as a data frame of pandas, which is to be installed."""
+        try:
+            import pandas  # type: ignore[import-untyped]
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "a data frame needs pandas: pip install pandas", name="pandas"
+            ) from error
+        return pandas.DataFrame(self._records())
+
     def __repr__(self) -> str:
         return str(self._shown())
 

@@ -164,6 +164,12 @@ class Configuration(Document):
     versions: dict[str, str] = Field(default_factory=dict)
     tasks: TaskScores | None = Field(None, exclude_if=lambda value: value is None)
 
+    def __repr__(self) -> str:
+        good = "" if self.perplexities is None else f": {self.perplexities}"
+        return f"<Configuration {self.method} at {self.pattern} in scope {self.scope}{good}>"
+
+    __str__ = __repr__
+
     @model_validator(mode="after")
     def _is_a_pruning(self) -> Self:
         self.candidate()

@@ -196,8 +196,9 @@ def number(value: float | None) -> str:
 
 
 def percent(share: float | None, *, signed: bool = False) -> str:
-    """A share in percent, with one digit after the point."""
-    return "" if share is None else f"{share:{'+' if signed else ''},.1%}"
+    """A share in percent, with one digit after the point; a change that rounds to none is ±0%."""
+    text = "" if share is None else f"{share:{'+' if signed else ''}z,.1%}"
+    return "±0%" if text == "+0.0%" else text
 
 
 def seconds(value: float | None) -> str:

@@ -32,6 +32,7 @@ class Outcome:
     value: float | None  # The objective, finite; None if the rating failed
     attributes: dict[str, Any] = field(default_factory=dict)  # JSON values to record with the trial
     failure: str | None = None  # Why it failed
+    raised: Exception | None = None  # By a function of the user's, to be raised again
 
 
 Evaluate = Callable[[Sequence[Candidate]], list[Outcome]]

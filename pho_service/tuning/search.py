@@ -206,13 +206,15 @@ class _Recorder:
             began = datetime.now()  # as Optuna's times are
             outcomes = evaluate(fresh)
             spans = _spans(began, datetime.now(), outcomes)
-            trials = [
+            trials = [  # fewer than candidates where one of them raised
                 finished_trial(self.plan, *each)
-                for each in zip(fresh, outcomes, spans, strict=True)
+                for each in zip(fresh, outcomes, spans, strict=False)
             ]
             with self.fence():
                 self.study.add_trials(trials)
             self._call(len(trials))
+            if raised := outcomes[-1].raised:
+                raise raised
             values += [outcome.value for outcome in outcomes]
         self.done += len(candidates)
         advance(len(candidates))

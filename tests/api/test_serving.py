@@ -194,7 +194,7 @@ def test_a_bare_folder_leads_to_a_result_whatever_is_killed(place: Place) -> Non
     os.kill(postgresql, signal.SIGKILL)
     until(lambda: place.postgresql not in (None, postgresql), "another one runs")
     until(lambda: httpx.get(f"{served.client.url}/readyz").status_code == 200, "it is ready")
-    ended = served.client.wait(job, timeout_s=PATIENCE_S, show_progress=False)
+    ended = served.client.wait(job, timeout_s=PATIENCE_S, progress=False)
     printed = dict(re.findall(r"^(Jobs|Dashboard|Database|Studies) +(\S+)", served.log, re.M))
     (url,) = shlex.split(printed["Studies"])
     listed = subprocess.run(
@@ -290,7 +290,7 @@ def test_ctrl_c_puts_the_job_down_and_a_kill_leaves_no_worker(place: Place) -> N
     killed.process.wait()
     until(lambda: not lives(worker), "the worker has stopped")
     again = place.serve("--workers", 1)
-    ended = again.client.wait(job, timeout_s=PATIENCE_S, show_progress=False)
+    ended = again.client.wait(job, timeout_s=PATIENCE_S, progress=False)
 
     assert ended.state == "succeeded", (ended.error, again.log)
     assert ended.progress.of("search").done == TRIALS
@@ -326,13 +326,13 @@ def test_what_is_backed_up_while_a_job_runs_is_restored_elsewhere(place: Place) 
     dump, other = place.folder / "dump", place.folder / "elsewhere"
     written = pho("backup", "--out", dump, "--data-dir", place.data)
     again = pho("backup", "--out", dump, "--data-dir", place.data)
-    here = served.client.wait(job, timeout_s=4 * PATIENCE_S, show_progress=False)
+    here = served.client.wait(job, timeout_s=4 * PATIENCE_S, progress=False)
     found = served.client.best(job)
     served.stop(signal.SIGTERM)
     restored = pho("restore", dump, "--data-dir", other)
     elsewhere = place.serve("--workers", 1, "--data-dir", other)
     at_first = elsewhere.client.job(job).progress.of("search").done
-    there = elsewhere.client.wait(job, timeout_s=4 * PATIENCE_S, show_progress=False)
+    there = elsewhere.client.wait(job, timeout_s=4 * PATIENCE_S, progress=False)
 
     assert written.exit_code == 0, written.stderr
     assert "Bundles are not in it" in written.stderr
@@ -361,7 +361,7 @@ def test_json_logs(place: Place, database: Database, database_url: str) -> None:
     served = place.serve("--workers", 1)
     with Client(served.client.url, secret) as client:
         ended = [
-            client.wait(client.submit({**tiny(), **more}).id, show_progress=False)
+            client.wait(client.submit({**tiny(), **more}).id, progress=False)
             for more in ({"trials": 12}, {"model": "short"})
         ]
         headers = {"X-Request-ID": "asked", "Authorization": "Bearer planted-key"}

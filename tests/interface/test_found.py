@@ -191,6 +191,77 @@ def test_options_texts_and_models_that_do_not_fit_are_named(
         pho.search(bundle, "0.5", preset="score", model=tiny_llama)
 
 
+def test_a_function_of_a_candidate_and_its_rating_or_the_pruned_model_is_an_objective(
+    tiny_llama: PreTrainedModel, bundle: Any, weights: Callable[[], bool]
+) -> None:
+    def errors(_: Any, rating: Any) -> float:
+        return 2 * float(rating.blend)
+
+    def zeros(_: Any, rating: Any, model: PreTrainedModel) -> float:
+        sparsities.append(float((model.model.layers[0].mlp.up_proj.weight == 0).float().mean()))
+        return float(rating.blend)
+
+    sparsities: list[float] = []
+    options: dict[str, Any] = {"preset": "crepe", "trials": 12}
+    known = pho.search(bundle, "0.5", **options)
+    mine = pho.search(bundle, "0.5", objective=errors, **options)
+    pho.search(bundle, "0.5", objective=zeros, model=tiny_llama, **options)
+
+    assert mine.configuration.objective["name"] == "own/errors"
+    assert mine.study.best_value == pytest.approx(2 * known.study.best_value)
+    assert sparsities == pytest.approx([0.5] * 12, abs=0.02)
+    assert weights()
+    with pytest.raises(InvalidInput, match="own/zeros takes a pruned model, and there is none"):
+        pho.search(bundle, "0.5", objective=zeros, **options)
+
+
+def test_an_objective_that_gives_nan_fails_its_trial_and_one_that_raises_ends_the_search_too(
+    bundle: Any,
+) -> None:
+    def some(candidate: Any, rating: Any) -> float:
+        return float("nan") if candidate.method == "wanda" else float(rating.blend)
+
+    def broken(candidate: Any, rating: Any) -> float:
+        if candidate.method == "wanda":
+            raise ZeroDivisionError("mine")
+        return float(rating.blend)
+
+    states = optuna.trial.TrialState
+    study = optuna.create_study()
+    found = pho.search(bundle, "0.5", preset="crepe", trials=12, objective=some)
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        pho.search(bundle, "0.5", preset="crepe", trials=12, objective=broken, study=study)
+
+    failed = found.study.get_trials(states=[states.FAIL])
+    assert [trial.user_attrs["failure"] for trial in failed] == ["the objective own/some gave NaN"]
+    assert len(found.study.trials) == 12
+    assert study.trials[-1].state is states.FAIL
+    assert study.trials[-1].user_attrs["failure"] == "ZeroDivisionError: mine"
+
+
+def test_a_callback_of_optuna_stops_a_search_early(bundle: Any) -> None:
+    stop = optuna.study.MaxTrialsCallback(16)
+    found = pho.search(bundle, "0.5", preset="crepe", trials=200, callbacks=[stop])
+
+    assert len(found.study.trials) < 40
+
+
+def test_what_was_found_is_a_data_frame_a_page_with_a_map_of_layers_and_a_short_repr(
+    bundle: Any, tmp_path: Path
+) -> None:
+    found = pho.search(bundle, "0.5", preset="crepe", trials=12)
+    frame = found.to_dataframe()
+    found.plot(tmp_path / "found.html")
+    (cells,) = found.layers.values()
+
+    assert list(frame["method"]) == [row.method for row in found.table]
+    assert frame["proxy"].dtype == float
+    assert len(cells) == 14
+    assert sum(cell.sparsity for cell in cells) / 14 == pytest.approx(0.5, abs=0.02)
+    assert "self_attn.q_proj" in (tmp_path / "found.html").read_text()
+    assert len(repr(found.configuration)) < 200
+
+
 def test_a_study_of_another_search_of_another_bundle_or_of_something_else_is_named_and_stays(
     tiny_llama: PreTrainedModel, tokenizer: Any, bundle: Any, texts: dict[str, Path]
 ) -> None:

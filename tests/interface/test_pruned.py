@@ -168,3 +168,23 @@ def test_bad_saves(tiny_llama: Any, tokenizer: Any, bundle: Any, configuration: 
         pho.save(tiny_llama, tokenizer, pruned, folder)
 
     assert json.loads((folder / "pruning.json").read_text())["sparsity"] == pruned.sparsity
+
+
+def test_overwrite_replaces_a_pruned_model_and_no_other_folder(
+    tiny_llama: Any, tokenizer: Any, bundle: Any, configuration: pho.Configuration, tmp_path: Path
+) -> None:
+    pruned = pho.prune(tiny_llama, configuration, bundle)
+    place, other = tmp_path / "pruned", tmp_path / "other"
+    pho.save(tiny_llama, tokenizer, pruned, place)
+    (place / "of the first").touch()
+    other.mkdir()
+    (other / "thesis.txt").touch()
+    with pytest.raises(errors.OutputError, match="overwrite=True"):
+        pho.save(tiny_llama, tokenizer, pruned, place)
+    with pytest.raises(errors.OutputError, match=r"holds files, but no pruning\.json"):
+        pho.save(tiny_llama, tokenizer, pruned, other, overwrite=True)
+    pho.save(tiny_llama, tokenizer, pruned, place, overwrite=True)
+
+    assert (place / "pruning.json").is_file()
+    assert not (place / "of the first").exists()
+    assert not [*tmp_path.glob(".pho-*")]

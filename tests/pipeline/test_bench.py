@@ -70,12 +70,22 @@ def test_tokens(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (prefill, decode) == (1, 4)
 
 
+def test_a_prompt_is_no_longer_than_a_model_reads(model_folder: Path) -> None:
+    asked = BenchSettings(prompt=10**6, new_tokens=3, rounds=1)
+    found = bench([str(model_folder)], asked, device="cpu")
+    longest = load_model(str(model_folder), device="cpu").longest
+
+    assert longest is not None
+    assert found.settings == replace(asked, prompt=longest - 3)
+    assert found.conditions[-1].startswith(f"Prompts have {longest - 3} tokens, not 1000000")
+
+
 def test_refused(model_folder: Path) -> None:
-    """A model twice, or a prompt that is longer than a model reads, is refused."""
+    """A model twice, or no room for a prompt beside the new tokens, is refused."""
     with pytest.raises(InvalidInput, match="given twice"):
         bench([str(model_folder)] * 2, FEW, device="cpu")
-    with pytest.raises(InvalidInput, match="more than"):
-        bench([str(model_folder)], BenchSettings(prompt=10**6), device="cpu")
+    with pytest.raises(InvalidInput, match="leaves no room for a prompt"):
+        bench([str(model_folder)], BenchSettings(new_tokens=10**6), device="cpu")
     with pytest.raises(InvalidInput, match="rounds=0 is not at least 1"):
         pho.bench(model_folder, rounds=0)
     with pytest.raises(InvalidInput, match="no model is given"):

@@ -8,6 +8,7 @@ import pytest
 
 from pho_service.errors import InvalidInput
 from pho_service.spec.baselines import comparison_baselines, search_baselines
+from pho_service.spec.document import percent
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Coefficients, Pattern, Scope
 from pho_service.spec.steps import Allocation, Candidate, Steps, Update
@@ -313,3 +314,9 @@ def test_steps_say_what_they_do_in_one_line_the_spread_only_where_it_has_an_effe
         "allocation owl within 0.100, permutation none, re-pruning none, update obs, shrinkage 0.5"
     )
     assert "within" not in str(Steps())
+
+
+def test_a_change_that_rounds_to_none_has_both_signs() -> None:
+    assert [percent(share, signed=True) for share in (-0.0004, 0.0, 0.0004)] == ["±0%"] * 3
+    assert percent(-0.0004) == "0.0%"
+    assert [percent(share, signed=True) for share in (-0.003, 12.5)] == ["-0.3%", "+1,250.0%"]
