@@ -59,7 +59,10 @@ def _contexts(command: click.Command, name: str, parent: click.Context) -> Itera
 
 
 def _help(command: click.Command, context: click.Context) -> str:
+    from pho_service.cli.document import WHOLE_HELP
+
     context.terminal_width = WIDTH
+    context.meta[WHOLE_HELP] = True
     return command.get_help(context)
 
 

@@ -158,6 +158,21 @@ class Job(_Answer):
     spec: dict[str, Any] = Field(description="Document that was submitted, with the defaults.")
 
 
+class Submitted(_Answer):
+    """A job that was submitted; `GET /v1/jobs/{id}` has all of it."""
+
+    id: uuid.UUID
+    name: str
+    state: JobState
+    warnings: list[str] = Field(
+        description="What to know before it runs: a shorter context length, a model whose name is "
+        "nearly that of a local one, a hub that cannot be reached."
+    )
+    links: dict[str, str] = Field(
+        description="Paths of the `job`, of its `events`, and of its `page` for a browser."
+    )
+
+
 class Artifact(_Answer):
     """A file of a job's pruned model."""
 

@@ -6,8 +6,10 @@ import asyncio
 import json
 import logging
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from functools import partial
+from contextlib import suppress
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated
 from uuid import UUID
@@ -18,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
-from pho_service.api.answers import Job, JobPage, Trial, TrialPage
+from pho_service.api.answers import Job, JobPage, Submitted, Trial, TrialPage
 from pho_service.api.describe import (
     check_one_pattern,
     check_search,
@@ -37,12 +39,18 @@ from pho_service.api.problems import (
 )
 from pho_service.api.schema import EVENT, PAGE_TOKEN, PATTERN
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
-from pho_service.errors import InvalidInput, OutputError
+from pho_service.errors import InvalidInput, ModelError, OutputError
 from pho_service.host.access import Access
 from pho_service.host.data_sets import check_tasks
+from pho_service.host.machine import hub_answers
 from pho_service.host.settings import Settings
 from pho_service.library import TransferFile, TransferTarget
-from pho_service.planning.shapes import config_at_hand, longest_context
+from pho_service.planning.shapes import (
+    config_at_hand,
+    longest_context,
+    model_shapes,
+    read_header,
+)
 from pho_service.spec.fields import FieldError, check_field
 from pho_service.spec.job import JobSpec
 from pho_service.spec.objective import MAX_TRIALS
@@ -62,6 +70,7 @@ def checks(spec: JobSpec, service: Service) -> Iterator[Callable[[], None]]:
     yield from spec.access_checks(service.access)
     yield partial(spec.check_size, service.limits)
     yield partial(_check_context, spec, service.access)
+    yield partial(_check_linears, spec, service.access)
     if spec.notify is not None:
         yield partial(check_field, "notify", service.webhooks.check, spec.notify)
     if spec.tasks is not None:
@@ -90,6 +99,32 @@ def _check_context(spec: JobSpec, access: Access) -> None:
                 "/calibration/context_length",
                 f"{asked} is more than {name} can read: {longest}. Give {longest} or less.",
             )
+
+
+def _check_linears(spec: JobSpec, access: Access) -> None:
+    """See that what is said of single linears fits the models that lie on this machine."""
+    linears = spec.request(0).steps.linears
+    for name in spec.models if linears else ():
+        found = []
+        with suppress(InvalidInput, ModelError):  # whoever loads it says why
+            place = access.model(name)
+            if Path(place).is_absolute() and Path(place).is_dir():
+                found = [*model_shapes(name, read_header(name, path=place)).linears]
+        if not found or any(each.count > 1 for each in found):
+            continue  # fused experts have other names in a file
+        try:
+            linears.choose([each.name for each in found], spec.points[0], model=name)
+        except InvalidInput as error:
+            raise FieldError("/steps/linears", str(error)) from error
+        except ModuleNotFoundError:
+            continue  # regular expressions need a package that workers have
+
+
+def fitted(spec: JobSpec, access: Access) -> JobSpec:
+    """A job that says no length with windows that its models read, as far as this machine knows."""
+    read = [longest_window(name, access, spec.revision) for name in spec.models]
+    shortest = min((each for each in read if each is not None), default=None)
+    return spec.model_copy(update={"calibration": spec.calibration.fitted(shortest)})
 
 
 def longest_window(name: str, access: Access, revision: str | None = None) -> int | None:
@@ -262,6 +297,7 @@ logger = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
+ASKED_EVERY_S = 60.0  # how often the hub is asked at most whether it answers
 EVENTS_EVERY_S = 0.5  # how often a stream looks for new events
 
 OnePattern = Annotated[
@@ -290,24 +326,59 @@ class Extension(BaseModel):
     trials: int = Field(ge=1, le=MAX_TRIALS, description="Additional trials for each island.")
 
 
-@router.post("", status_code=202, response_model=Job, responses=documented(413, 422))
+@router.post("", status_code=202, response_model=Submitted, responses=documented(413, 422))
 def submit(
     spec: JobSpec,
     service: ServiceParam,
     caller: CallerParam,
     response: Response,
     idempotency_key: IdempotencyKey = None,
-) -> Job:
+) -> Submitted:
     """Submit a search job. The answer comes at once; the job then runs by itself."""
     job = take(spec, service, caller, idempotency_key)
-    response.headers["Location"] = f"/v1/jobs/{job.id}"
-    return describe(job, service.notes(job))
+    place = f"/v1/jobs/{job.id}"
+    response.headers["Location"] = place
+    return Submitted(
+        id=job.id,
+        name=job.name,
+        state=job.state,
+        warnings=[*service.notes(job), *_doubts(spec, job, service.access)],
+        links={"job": place, "events": f"{place}/events", "page": f"/jobs/{job.id}"},
+    )
+
+
+def _doubts(asked: JobSpec, job: stored.JobRecord, access: Access) -> Iterator[str]:
+    """Tell what to know of a job before it runs."""
+    length = job.spec["calibration"]["context_length"]
+    if length != asked.calibration.context_length:
+        yield f"Windows have {length} tokens, since {', '.join(asked.models)} reads no more."
+    for name in asked.models:
+        near = access.near_model(name)
+        if near is not None:
+            yield (
+                f"{name} is not a folder here, so that it is taken for a name on the hub. Did you "
+                f"mean {near}?"
+            )
+    models = [name for name in asked.models if not Path(access.model(name)).is_absolute()]
+    text = asked.calibration.dataset
+    away = [*models, *([text] if text and not Path(access.dataset(text)).is_absolute() else [])]
+    if away and not _hub_answers(int(time.monotonic() / ASKED_EVERY_S)):
+        yield (
+            f"The Hugging Face hub cannot be reached from this service: {', '.join(away)} can only "
+            "be used if the cache of the workers has it."
+        )
+
+
+@lru_cache(maxsize=1)
+def _hub_answers(_: int) -> bool:
+    return hub_answers()
 
 
 def take(
     spec: JobSpec, service: Service, caller: Caller, idempotency_key: str | None
 ) -> stored.JobRecord:
     """Store the job of a document, if it keeps to the rules of this service."""
+    spec = fitted(spec, service.access)
     for check in checks(spec, service):
         check()
     return enter(

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query
 
 from pho_service.api.answers import PlanAnswer
-from pho_service.api.jobs import checks
+from pho_service.api.jobs import checks, fitted
 from pho_service.api.problems import documented
 from pho_service.api.service import CallerParam, Service, ServiceParam
 from pho_service.errors import InvalidInput, ModelError
@@ -41,6 +41,7 @@ async def plan(
 
 
 def _checked(spec: JobSpec, service: Service, machine: Machine) -> PlanAnswer:
+    spec = fitted(spec, service.access)
     for check in checks(spec, service):
         check()
     return planned(spec, service, machine)

@@ -3,6 +3,7 @@ Every error as ``application/problem+json`` (RFC 9457).
 """
 
 import dataclasses
+import difflib
 import logging
 import typing
 from collections.abc import Sequence
@@ -256,7 +257,9 @@ def field_problem(error: dict[str, Any], body: type[BaseModel]) -> dict[str, Any
     detail = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         allowed = _fields_at(body, path[:-1]) if source == "body" else []
-        detail = "unknown field" + (f"; known are {', '.join(allowed)}" if allowed else "")
+        near = difflib.get_close_matches(str(path[-1]), allowed, n=1)
+        known = f"did you mean {near[0]}?" if near else f"known are {', '.join(allowed)}"
+        detail = f"unknown field; {known}" if allowed else "unknown field"
     if error["type"] == "tuple_type":
         detail = "Input should be a valid list"  # as JSON calls it
     if error["type"] == "json_invalid":

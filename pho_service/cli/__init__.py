@@ -26,6 +26,7 @@ LOCAL_VERBS = {
     "transfer": ("transfer", "Measure what a configuration is worth on other models."),
     "report": ("report", "Write a job or a study as one page of HTML that needs no network."),
     "validate": ("calibrate", "Measure how well the proxies rank candidates on a model."),
+    "doctor": ("doctor", "Look at this machine: device, hub, caches, extras, database and disk."),
     "demo": ("demo", "Run the main job on SmolLM2-135M, with built-in texts and settings."),
     "example": ("demo", "Write SmolLM2-135M and three texts to a folder, to try things on."),
 }

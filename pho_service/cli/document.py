@@ -2,6 +2,7 @@
 The document of a job made from the options of a verb, and the sections of a verb's --help.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -43,22 +44,67 @@ _OWN = {
 }  # fmt: skip
 
 
+# What people use of a verb: the first eight that it has, required ones before the others.
+_USED = (
+    "--pattern", "--patterns", "--config", "--method", "--text", "--confirm-text", "--report-text",
+    "--card", "--preset", "--check", "--out", "--samples", "--context-length", "--trials",
+    "--job", "--watch", "--tasks", "--device",
+)  # fmt: skip
+_MOST = 8
+_ALWAYS = ("--json", "--help", "--help-all")
+WHOLE_HELP = "pho.help-all"  # in a context's meta: whether every option is shown
+
+
+def _show_all(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        ctx.meta[WHOLE_HELP] = True
+        click.echo(ctx.get_help(), color=ctx.color)
+        ctx.exit()
+
+
 class GroupedCommand(click.Command):
-    """A verb whose --help has its options in sections."""
+    """A verb whose --help begins with what is used most, and whose --help-all has sections."""
 
     def groups(self) -> Mapping[str, str]:
         """Return the sections of options by the names of their parameters, where they are known."""
         return {name: title for title, names in _OWN.items() for name in names}
 
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        more = click.Option(
+            ["--help-all"], is_flag=True, is_eager=True, expose_value=False, callback=_show_all,
+            help="Show all options, in sections.",
+        )  # fmt: skip
+        *own, shown = super().get_params(ctx)  # --help is the last
+        return [*own, more, shown]
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The first sentence, the options, and then the rest of the text with the example."""
+        first, _, rest = inspect.cleandoc(self.help or "").partition("\n\n")
+        self.format_usage(ctx, formatter)
+        for text, options in ((first, True), (rest, False)):
+            formatter.write_paragraph()
+            with formatter.indentation():
+                formatter.write_text(text)
+            if options:
+                self.format_options(ctx, formatter)
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups = self.groups()
-        for title in TITLES:
-            records = [
-                parameter.get_help_record(ctx)
-                for parameter in self.get_params(ctx)
-                if isinstance(parameter, click.Option)
-                if groups.get(str(parameter.name), "Output") == title
-            ]
+        options = [each for each in self.get_params(ctx) if isinstance(each, click.Option)]
+        if ctx.meta.get(WHOLE_HELP):
+            sections = {
+                title: [o for o in options if groups.get(str(o.name), "Output") == title]
+                for title in TITLES
+            }
+        else:
+            used = [o for name in _USED for o in options if name in o.opts]
+            used.sort(key=lambda option: not option.required)  # stable
+            sections = {
+                "Used most": used[:_MOST],
+                "Other": [o for o in options if {*o.opts} & {*_ALWAYS}],
+            }
+        for title, shown in sections.items():
+            records = [option.get_help_record(ctx) for option in shown]
             rows = [record for record in records if record is not None]
             if rows:
                 with formatter.section(title):
@@ -80,6 +126,23 @@ class Given:
 
     said: Mapping[str, Any]  # What they say, by the paths of their fields
     names: Mapping[str, str]  # What they are called, by the same
+    models: Sequence[str] = ()  # What the verb was given
+
+    @cached_property
+    def longest(self) -> int | None:
+        """The tokens that all models read, if they are few and no length is given; it is told."""
+        from pho_service.cli.terminal import say
+        from pho_service.planning.shapes import longest_of
+        from pho_service.spec.calibration import CalibrationSettings
+
+        if "calibration/context_length" in self.said:
+            return None
+        read = [(longest_of(name, self("revision")), name) for name in self.models]
+        length, name = min((each for each in read if each[0]), default=(None, ""))
+        if length is None or length >= CalibrationSettings.context_length:
+            return None
+        say(f"{name} reads {length} tokens: that is the context length.")
+        return length
 
     def document(self, document: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The document that has what was given, put into another one."""
@@ -111,9 +174,10 @@ class Given:
         from pho_service.spec.job import JobSpec
 
         try:
-            return JobSpec.model_validate(document)
+            spec = JobSpec.model_validate(document)
         except ValidationError as error:
             raise self._refused(error, "") from error
+        return spec.model_copy(update={"calibration": spec.calibration.fitted(self.longest)})
 
     def calibration(self) -> "CalibrationSpec":
         from pydantic import ValidationError
@@ -121,9 +185,10 @@ class Given:
         from pho_service.spec.fields import CalibrationSpec
 
         try:
-            return CalibrationSpec.model_validate(self.document().get("calibration", {}))
+            spec = CalibrationSpec.model_validate(self.document().get("calibration", {}))
         except ValidationError as error:
             raise self._refused(error, "calibration/") from error
+        return spec.fitted(self.longest)
 
     def _refused(self, error: "ValidationError", above: str) -> InvalidInput:
         """What pydantic says, with the options' names instead of the fields'."""
@@ -165,10 +230,12 @@ class DocumentCommand(GroupedCommand):
         fields: Sequence[str],
         names: Mapping[str, str] | None = None,
         required: Sequence[str] = (),
+        needed: str = "",
         of_a_service: bool = True,
         **attributes: Any,
     ) -> None:
         super().__init__(*args, **attributes)
+        self._needed = needed  # Unless what the pattern is required
         self._asked, self._renamed, self._required = fields, names or {}, required
         self._of_a_service = of_a_service
 
@@ -187,6 +254,8 @@ class DocumentCommand(GroupedCommand):
         for field in self.fields:
             name = self._renamed.get(field.path, field.name)
             option = field.option(name, required=field.path in self._required)
+            if field.path == "pattern" and self._needed:
+                option.help = f"{option.help}  [required unless {self._needed}]"
             found[str(option.name)] = (field, option)
         return found
 
@@ -205,7 +274,8 @@ class DocumentCommand(GroupedCommand):
             value = ctx.params.pop(parameter, None)
             if value is not None and value != () and value is not False:
                 said[field.path], names[field.path] = value, option.opts[0]
-        ctx.params["given"] = Given(said=said, names=names)
+        models = ctx.params.get("models") or (ctx.params.get("model"),)
+        ctx.params["given"] = Given(said=said, names=names, models=[*filter(None, models)])
         return rest
 
     def groups(self) -> Mapping[str, str]:

@@ -23,6 +23,7 @@ from pho_service.cli.options import (
     check_models,
     device_options,
     json_option,
+    methods_beginning,
 )
 from pho_service.cli.terminal import print_json, print_table, progress, say, verb
 from pho_service.errors import ConfigurationError, InvalidInput, ModelError
@@ -157,6 +158,7 @@ def push_folder(folder: Path, repository: str, public: bool, as_json: bool) -> N
 @click.option("--config", "config_path", type=click.Path(), help="A configuration.")
 @click.option(
     "--method",
+    shell_complete=methods_beginning,
     help="A published method instead, by its name in `pho compare`, for --pattern: wanda, "
     "sparsegpt.",
 )
@@ -406,6 +408,7 @@ def _opened(
 ) -> "Calibrated":
     """The model, its statistics, and the calibration windows if there is a text."""
     from pho_service.models.bundle_file import read_bundle
+    from pho_service.pipeline.curve import check_patterns
 
     settings = statistics.calibration.settings()
     if not isinstance(model, str):  # the proxy rates what a library has
@@ -415,7 +418,13 @@ def _opened(
     needs_text = any(each.candidate().steps.needs_text for each in configurations)
     named = statistics.named
     if statistics.bundle is None:
-        return inputs.calibrated(model, calibration_source(statistics.calibration), settings)
+
+        def check(loaded: "LanguageModel") -> None:
+            for each in (found.candidate() for found in configurations if isinstance(model, str)):
+                check_patterns(loaded, [each.pattern], each.steps.linears)
+
+        source = calibration_source(statistics.calibration)
+        return inputs.calibrated(model, source, settings, check=check)
     if named and not (needs_text or inputs.stream):  # streamed ones needed it once
         raise InvalidInput("--bundle and a text are both given. Give one of them.")
     if needs_text and not named:

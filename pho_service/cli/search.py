@@ -38,6 +38,7 @@ DOCUMENT, WARM = "document", "warm_start_names"
 @click.command(
     cls=DocumentCommand,
     fields=("",),
+    needed="--within",
     of_a_service=False,
 )
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
@@ -91,7 +92,7 @@ def search(
     target = given_target(given)
     if target is not None:
         answer = within_target.search_within(models, given, target, study, inputs)
-        _finish_target(answer, path, study, as_json)
+        _finish(answer.result, path, study, as_json, answer)
         return
     bundles = _bundles(models, given)
     spec = _asked(models, given, bundles)
@@ -152,11 +153,20 @@ def _opened(
     """The bundles of a search, made of the models that are none; and its only model, if it has."""
     if spec.models == [*bundles]:
         return bundles, Calibrated(bundle=bundles[spec.model])
+    from pho_service.pipeline.curve import check_patterns
+
     found, source = {**bundles}, calibration_source(spec.calibration)
     settings, alone = given.calibration().settings(), not spec.more_models
+    patterns, linears = [spec.pruning()], spec.request(0).steps.linears
     for name in spec.models:
         if name not in bundles:
-            opened = inputs.calibrated(name, source, settings, spec.confirm if alone else None)
+            opened = inputs.calibrated(
+                name,
+                source,
+                settings,
+                spec.confirm if alone else None,
+                check=lambda model: check_patterns(model, patterns, linears),
+            )
             found[name] = opened.bundle
             if alone:
                 return found, opened
@@ -164,12 +174,21 @@ def _opened(
     return {name: found[name] for name in spec.models}, Calibrated(bundle=found[spec.model])
 
 
-def _finish(result: "SearchResult", path: Path, study: str, as_json: bool) -> None:
+def _finish(
+    result: "SearchResult",
+    path: Path,
+    study: str,
+    as_json: bool,
+    target: "TargetFound | None" = None,
+) -> None:
     from pho_service.spec.configuration import write_configuration
 
     write_configuration(result.configuration, path)
     for warning in result.warnings:
         say(f"Note: {warning}")
+    if as_json and target is not None:
+        print_json(within_target.target_document(target, path, study))
+        return
     if as_json:
         print_json(
             {
@@ -183,20 +202,8 @@ def _finish(result: "SearchResult", path: Path, study: str, as_json: bool) -> No
             }
         )
         return
-    click.echo(describe(result, path, study))
-
-
-def _finish_target(found: "TargetFound", path: Path, study: str, as_json: bool) -> None:
-    from pho_service.spec.configuration import write_configuration
-
-    result = found.result
-    write_configuration(result.configuration, path)
-    for warning in result.warnings:
-        say(f"Note: {warning}")
-    if as_json:
-        print_json(within_target.target_document(found, path, study))
-        return
-    within_target.show_target(found)
+    if target is not None:
+        within_target.show_target(target)
     click.echo(describe(result, path, study))
 
 

@@ -121,7 +121,7 @@ def plan_job(spec: JobSpec, header: Header, machine: Machine) -> Plan:
     if spec.several:
         return _of_several(spec, header, machine)
     shapes = model_shapes(spec.model, header)
-    settings = spec.calibration.settings()
+    settings = spec.calibration.fitted(shapes.context).settings()
     if shapes.context is not None and settings.context_length > shapes.context:
         raise InvalidInput(
             f"context_length={settings.context_length} is more than {spec.model} can read: "

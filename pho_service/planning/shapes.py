@@ -8,7 +8,7 @@ import re
 import struct
 from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from math import prod
@@ -20,6 +20,7 @@ import numpy as np
 
 from pho_service.errors import InvalidInput, ModelError, shown
 from pho_service.host.access import MAX_BYTES, is_path, shards_of
+from pho_service.host.machine import hub_answers
 
 _T = TypeVar("_T")
 
@@ -368,6 +369,21 @@ def config_at_hand(
             return _of_gguf(name, place).config if is_gguf else _config(name, place)
     except ModelError:
         return None
+
+
+def longest_of(name: str, revision: str | None = None) -> int | None:
+    """The tokens that a model reads, by its configuration, here or on the hub; None if unknown."""
+    place = Path(name).expanduser()
+    here = place.exists() or is_path(name)
+    config = config_at_hand(name, str(place.resolve()) if here else name, revision=revision)
+    if config is None and not here and hub_answers():
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        with suppress(HfHubHTTPError, HFValidationError, OSError, ModelError):
+            file = hf_hub_download(name, CONFIG, revision=revision, etag_timeout=TIMEOUT_S)
+            config = _config(name, Path(file).parent)
+    return None if config is None else longest_context(config)
 
 
 def longest_context(config: Mapping[str, Any]) -> int | None:

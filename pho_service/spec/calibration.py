@@ -55,7 +55,13 @@ class CalibrationSettings:
         Field(ge=1, le=100_000, description="Number of calibration windows."),
     ] = 128
     context_length: Annotated[
-        Whole, FieldShown(rank=4), Field(ge=8, le=1_000_000, description="Tokens of a window.")
+        Whole,
+        FieldShown(rank=4),
+        Field(
+            ge=8,
+            le=1_000_000,
+            description="Tokens of a window; by default what the model reads, if that is less.",
+        ),
     ] = 2048
     fisher_samples: Annotated[
         Whole | None,

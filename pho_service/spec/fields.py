@@ -178,6 +178,13 @@ class CalibrationSpec(TextSpec, CalibrationSettings):  # pydantic reads a datacl
             self.dataset, self.data_file = C4_DATASET, C4_FILE
         return self
 
+    def fitted(self, longest: int | None) -> Self:
+        """With windows that a model reads, if no length was given; None is any length."""
+        if "context_length" in self.model_fields_set or longest is None:
+            return self
+        shorter = min(self.context_length, longest)
+        return self.model_copy(update={"context_length": shorter})
+
     def settings(self) -> CalibrationSettings:
         """In the form that a calibration takes."""
         return CalibrationSettings(

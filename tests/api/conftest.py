@@ -173,12 +173,12 @@ def operations() -> list[tuple[str, str]]:
 
 @pytest.fixture
 def submit(client: TestClient) -> Callable[..., dict[str, Any]]:
-    """Submit a small document with some values changed; gives the job."""
+    """Submit a small document with some values changed; gives the whole job."""
 
     def ask(*, headers: dict[str, str] | None = None, **changes: Any) -> dict[str, Any]:
         answer = client.post("/v1/jobs", json={**DOCUMENT, **changes}, headers=headers)
         assert answer.status_code == 202, answer.text
-        job = answer.json()
+        job = client.get(answer.json()["links"]["job"], headers=headers).json()
         assert isinstance(job, dict)
         return job
 

@@ -91,12 +91,16 @@ def test_of_thousands_wrong_values_a_hundred_are_told(client: TestClient, refusa
 
 
 def test_an_unknown_field_is_refused_with_the_fields_that_are_known_there(rejected: Any) -> None:
-    for pointer, document in (("/trails", JobSpec), ("/calibration/sample", CalibrationSpec)):
+    for pointer, document in (("/zz", JobSpec), ("/calibration/zz", CalibrationSpec)):
         (error,) = rejected(put(pointer, 1))
 
         assert error["pointer"] == pointer
         known = ", ".join(document.model_fields)
         assert error["detail"].startswith(f"unknown field; known are {known}")
+    for pointer, meant in (("/trails", "trials"), ("/calibration/sample", "samples")):
+        (error,) = rejected(put(pointer, 1))
+
+        assert error["detail"] == f"unknown field; did you mean {meant}?"
 
 
 def test_the_pointer_to_a_field_with_an_odd_name_is_escaped_as_rfc_6901_has_it(

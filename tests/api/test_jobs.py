@@ -2,6 +2,7 @@
 
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,12 @@ def test_what_is_local_stays_local_ever_after(client: TestClient, tmp_path: Path
         (tmp_path / name).mkdir(parents=True)
     headers = {"Idempotency-Key": "a"}
     document = {**DOCUMENT, "calibration": {"dataset": "other"}}
-    job = client.post("/v1/jobs", json=document, headers=headers).json()
+    place = client.post("/v1/jobs", json=document, headers=headers).headers["Location"]
+    job = client.get(place).json()
     shutil.rmtree(tmp_path / "org")
     again = client.post("/v1/jobs", json=document, headers=headers)
-    hub = client.post("/v1/jobs", json={**DOCUMENT, "calibration": {"dataset": "other"}}).json()
+    answer = client.post("/v1/jobs", json={**DOCUMENT, "calibration": {"dataset": "other"}})
+    hub = client.get(answer.headers["Location"]).json()
 
     assert job["spec"]["model"] == "./org/name"
     assert job["spec"]["calibration"]["dataset"] == "./other"
@@ -49,11 +52,16 @@ def test_what_is_local_stays_local_ever_after(client: TestClient, tmp_path: Path
 
 def test_a_submit_is_answered_at_once_with_202_and_the_place(client: TestClient) -> None:
     answer = client.post("/v1/jobs", json=DOCUMENT)
-    job = answer.json()
+    short = answer.json()
+    job = client.get(short["links"]["job"]).json()
 
     assert answer.status_code == 202
-    assert answer.headers["location"] == f"/v1/jobs/{job['id']}"
-    assert client.get(answer.headers["location"]).json() == job
+    assert short.keys() == {"id", "name", "state", "warnings", "links"}
+    assert answer.headers["location"] == short["links"]["job"] == f"/v1/jobs/{job['id']}"
+    assert client.get(short["links"]["page"]).status_code == 200
+    assert {name: job[name] for name in ("id", "name", "state")} == {
+        name: short[name] for name in ("id", "name", "state")
+    }
     assert job["spec"] == JobSpec.model_validate(DOCUMENT).model_dump(mode="json")
     assert job["state"] == "queued"
     assert job["name"] == f"name 0.5 layer {job['id'].replace('-', '')[:12]}"
@@ -66,6 +74,33 @@ def test_a_submit_is_answered_at_once_with_202_and_the_place(client: TestClient)
         ],
         "done": 0, "total": 200, "best_value": None, "seconds_left": None, "step": None,
     }  # fmt: skip
+
+
+def test_a_submit_warns_of_a_near_name_a_hub_that_is_away_and_a_shorter_context(
+    client: TestClient, tmp_path: Path, write_small: Callable[[Path], None]
+) -> None:
+    write_small(tmp_path / "example" / "small-llama")
+    (tmp_path / "text.txt").write_text("text")
+    here = {"model": "example/small-llama", "calibration": {"text": "text.txt"}}
+    typo = {**here, "model": "example/small-lama"}
+    (shorter,) = client.post("/v1/jobs", json={**DOCUMENT, **here}).json()["warnings"]
+    near, away = client.post("/v1/jobs", json={**DOCUMENT, **typo}).json()["warnings"]
+
+    assert shorter == "Windows have 128 tokens, since example/small-llama reads no more."
+    assert near.endswith("Did you mean example/small-llama?")
+    assert "cannot be reached from this service: example/small-lama can only" in away
+
+
+def test_what_matches_no_linear_of_a_local_model_is_refused_at_once(
+    client: TestClient, tmp_path: Path, write_small: Callable[[Path], None], refusal: Any
+) -> None:
+    write_small(tmp_path / "small")
+    steps = {"linears": {"ignore": ["*.o_projj"]}}
+    document = {**DOCUMENT, "model": "small", "steps": steps}
+    (error,) = refusal(client.post("/v1/jobs", json=document), 422)["errors"]
+
+    assert error["pointer"] == "/steps/linears"
+    assert "'*.o_projj' matches none" in error["detail"]
 
 
 def test_the_longest_names_give_studies_names_that_fit(submit: Any, hand: Any) -> None:

@@ -21,10 +21,23 @@ def test_each_verbs_help_has_an_example_json_if_it_has_a_result(pho: Pho, verb: 
     result = pho(verb, "--help")
 
     assert result.exit_code == 0
-    assert re.search(rf"Example:\n\s+pho {verb} ", result.stdout)
+    assert re.search(rf"Example:\n\s+pho {verb}\s", result.stdout)
     assert "--json" in result.stdout or verb in ("serve", "worker", "keys", "backup", "restore")
     short = pho(verb, "-h")
     assert short.stdout == result.stdout, repr(short.exception)
+
+
+def test_help_begins_with_what_is_used_most_and_help_all_has_every_option(pho: Pho) -> None:
+    for verb, first in (("search", "--pattern"), ("compare", "--pattern"), ("prune", "--config")):
+        lines = pho(verb, "--help").stdout.splitlines()
+        whole = pho(verb, "--help-all").stdout
+        options = [line.split()[0] for line in lines if line.startswith("  --")]
+
+        assert next(i for i, line in enumerate(lines) if first in line) < 15
+        assert len(options) <= 8 + 2  # and --json and --help-all
+        assert "required" in " ".join(lines[:10]) or verb == "prune"
+        assert "--calibration-memory" in whole
+        assert "--calibration-memory" not in options
 
 
 def test_the_version_is_that_of_the_installed_distribution(pho: Pho) -> None:

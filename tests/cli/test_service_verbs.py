@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
 from pretended_user import FOUND, SPEC, Pho, succeed, take
 
@@ -133,6 +134,22 @@ def test_what_is_wrong_with_a_job_is_told_with_its_place(remote: Pho, client: Cl
         assert result.stdout == ""
         assert says.lower() in result.stderr.lower()
     assert [*client.jobs()] == []
+
+
+def test_a_shell_completes_the_ids_of_jobs_and_the_names_of_methods(
+    remote: Pho, client: Client
+) -> None:
+    job, other = (str(client.submit(SPEC).id) for _ in range(2))
+
+    del remote  # whose service the verbs ask
+
+    def completed(*words: str) -> list[str]:
+        shell = ShellComplete(main, {}, "pho", "_PHO_COMPLETE")
+        return [item.value for item in shell.get_completions([*words[:-1]], words[-1])]
+
+    assert completed("watch", job[:8]) == [job]
+    assert {job, other} <= {*completed("show", "")}
+    assert "wanda-permuted" in completed("prune", "--method", "wanda")
 
 
 def test_a_job_is_shown_with_its_progress(remote: Pho, client: Client, store: JobStore) -> None:

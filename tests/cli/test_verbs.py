@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from click.testing import CliRunner, Result
 from pretended_user import answer
 
 from pho_service.cli import main
+from pho_service.interface.measured import evaluate
+from pho_service.models.loading import load_model
 from pho_service.spec.baselines import shown_baselines
 from pho_service.spec.document import number
 from pho_service.spec.objective import WEIGHTINGS
@@ -180,3 +183,34 @@ def test_tables(model_folder: Path, texts: dict[str, Path], search_arguments: li
     assert "ria-layer" in compared.stdout
     assert "optuna-dashboard sqlite:///" in searched.stdout
     assert "Calibrating the dense model" in compared.stderr
+
+
+def test_without_a_context_length_windows_are_what_the_model_reads_on_every_face(
+    model_folder: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    short = Path(shutil.copytree(model_folder, tmp_path / "short"))
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 24}))
+    words = ("evaluate", short, "--text", texts["report"], "--device", "cpu")
+    result = pho(*words, "--json")
+    model = load_model(str(short), device="cpu")
+
+    assert f"{short} reads 24 tokens: that is the context length." in result.stderr
+    assert answer(result)["context_length"] == 24
+    assert evaluate(model, None, texts["report"]).context_length == 24
+    assert "48 is more than" in pho(*words, "--context-length", 48).stderr
+
+
+def test_doctor_looks_at_all_and_fails_where_a_folder_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHO_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("PHO_DATA_DIR", str(tmp_path / "data"))
+    well = done("doctor")
+    monkeypatch.setenv("PHO_DATABASE_URL", "postgresql://nobody@127.0.0.1:9/pho")
+    broken = pho("doctor")
+
+    assert {"cpu", "hub", "database", "cache of bundles"} <= {e["what"] for e in well}
+    assert not [each for each in well if each["state"] == "fails"]
+    assert broken.exit_code == 1
+    assert re.search(r"database +fails", broken.stdout)
