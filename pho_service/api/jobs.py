@@ -129,11 +129,9 @@ def fitted(spec: JobSpec, access: Access) -> JobSpec:
 
 def longest_window(name: str, access: Access, revision: str | None = None) -> int | None:
     """The tokens of the longest window that a model reads, by its configuration."""
-    try:
-        config = config_at_hand(name, access.model(name), revision=revision)
-    except InvalidInput:
-        return None
-    return None if config is None else longest_context(config)
+    with suppress(InvalidInput):
+        return longest_context(config_at_hand(name, access.model(name), revision=revision))
+    return None
 
 
 def enter(

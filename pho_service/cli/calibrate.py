@@ -108,7 +108,6 @@ def validate(
           --candidates 40 --plot proxy.html
     """
     from pho_service.pipeline.confirmation import validate_job
-    from pho_service.pipeline.curve import check_patterns
 
     plot_path = plot_file(plot) if plot else None
     spec = given.job(given.document({"model": model, "validation": {}}))
@@ -119,17 +118,14 @@ def validate(
     space = spec.plan(0).space  # of the preset, with its allocation
     settings, source = spec.calibration.settings(), calibration_source(spec.calibration)
     why = "there is no text to measure perplexity on. Give --confirm-text."
-    linears = spec.request(0).steps.linears
-    subject = inputs.calibrated(
-        model, source, settings, confirm, why=why,
-        check=lambda model: check_patterns(model, [parsed], linears),
-    ).subject  # fmt: skip
+    asked = spec.request(0)
+    subject = inputs.calibrated(model, source, settings, confirm, why=why, asked=[asked]).subject
     result = validate_job(
         subject.model,
         subject.bundle,
         subject.text,
         parsed,
-        linears=linears,
+        linears=asked.steps.linears,
         bounds={field.name: getattr(space, field.name) for field in fields(space)},
         count=validation.candidates,
         seed=validation.seed,

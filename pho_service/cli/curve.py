@@ -5,7 +5,6 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,18 +134,15 @@ def open_curve(
     spec: "JobSpec", given: Given, requests: "Sequence[SearchRequest]", inputs: Terminal
 ) -> "Calibrated":
     """Load the model of several searches, see that all patterns fit, and calibrate it."""
-    from pho_service.pipeline.curve import check_patterns
-
     _refuse_bundle(spec.model)
     source, settings = calibration_source(spec.calibration), given.calibration().settings()
-    patterns, linears = [each.pattern for each in requests], requests[0].steps.linears
     return inputs.calibrated(
         spec.model,
         source,
         settings,
         spec.confirm,
         why="there is no text to confirm on. Give --confirm-text or a longer text.",
-        check=lambda model: check_patterns(model, patterns, linears),
+        asked=requests,
     )
 
 
@@ -176,12 +172,10 @@ def opened_points(
 
 
 def show_points(points: "Sequence[CurvePoint]") -> None:
-    from pho_service.shown.tables import points_table, text_of
+    from pho_service.shown.tables import points_table
 
-    text = points[0].configuration.confirmation
-    assert text is not None
-    table = points_table([each.to_dict() for each in points])
-    table = replace(table, notes=(f"Perplexities are of {text_of(text)}.", *table.notes))
+    rows, confirmation = [each.to_dict() for each in points], points[0].configuration.confirmation
+    table = points_table(rows, confirmation)
     show_table(table, spare=("trials", "seconds", "proxy", "scope"))
 
 

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from pho_service.pipeline.rating import ReportText
     from pho_service.spec.calibration import CalibrationSettings
     from pho_service.spec.fields import CalibrationSpec, ConfirmSpec, TextSpec
+    from pho_service.spec.steps import Candidate
     from pho_service.spec.transfer import ReportSpec
+    from pho_service.tuning.plan import SearchRequest
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -272,18 +274,20 @@ class Terminal(Inputs):
         confirm: "ConfirmSpec | None" = None,
         *,
         why: str = "",
-        check: "Callable[[LanguageModel], None]" = lambda _: None,
+        asked: "Sequence[Candidate | SearchRequest]" = (),
     ) -> Calibrated:
         """
         Load a model unless it is, read its texts, and calibrate it or take what is in the cache.
         """
-        # ``check`` sees the model before its text is read; ``why`` is raised if there is no text to
-        # confirm on.
+        # What is ``asked`` is compared with the model before its text is read; ``why`` is raised if
+        # there is no text to confirm on.
         from pho_service.host.settings import Settings
         from pho_service.models.calibration import bundle_path, cached_bundle
+        from pho_service.pipeline.curve import check_patterns
 
         loaded = self.model(model) if isinstance(model, str) else model
-        check(loaded)
+        for each in asked:
+            check_patterns(loaded, [each.pattern], each.steps.linears)
         text = self.windows(loaded, source, settings)
         confirmed = None
         if confirm is not None:

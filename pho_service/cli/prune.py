@@ -408,7 +408,6 @@ def _opened(
 ) -> "Calibrated":
     """The model, its statistics, and the calibration windows if there is a text."""
     from pho_service.models.bundle_file import read_bundle
-    from pho_service.pipeline.curve import check_patterns
 
     settings = statistics.calibration.settings()
     if not isinstance(model, str):  # the proxy rates what a library has
@@ -418,13 +417,9 @@ def _opened(
     needs_text = any(each.candidate().steps.needs_text for each in configurations)
     named = statistics.named
     if statistics.bundle is None:
-
-        def check(loaded: "LanguageModel") -> None:
-            for each in (found.candidate() for found in configurations if isinstance(model, str)):
-                check_patterns(loaded, [each.pattern], each.steps.linears)
-
+        asked = [each.candidate() for each in configurations if isinstance(model, str)]
         source = calibration_source(statistics.calibration)
-        return inputs.calibrated(model, source, settings, check=check)
+        return inputs.calibrated(model, source, settings, asked=asked)
     if named and not (needs_text or inputs.stream):  # streamed ones needed it once
         raise InvalidInput("--bundle and a text are both given. Give one of them.")
     if needs_text and not named:

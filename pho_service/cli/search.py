@@ -153,20 +153,12 @@ def _opened(
     """The bundles of a search, made of the models that are none; and its only model, if it has."""
     if spec.models == [*bundles]:
         return bundles, Calibrated(bundle=bundles[spec.model])
-    from pho_service.pipeline.curve import check_patterns
-
     found, source = {**bundles}, calibration_source(spec.calibration)
     settings, alone = given.calibration().settings(), not spec.more_models
-    patterns, linears = [spec.pruning()], spec.request(0).steps.linears
     for name in spec.models:
         if name not in bundles:
-            opened = inputs.calibrated(
-                name,
-                source,
-                settings,
-                spec.confirm if alone else None,
-                check=lambda model: check_patterns(model, patterns, linears),
-            )
+            confirm, asked = spec.confirm if alone else None, [spec.request(0)]
+            opened = inputs.calibrated(name, source, settings, confirm, asked=asked)
             found[name] = opened.bundle
             if alone:
                 return found, opened

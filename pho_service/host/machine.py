@@ -53,10 +53,14 @@ def _packages_of(extra: str) -> list[str]:
     return [found[1] for each in requires("pho-service") or () if (found := matched(each))]
 
 
+def _module(name: str) -> str:
+    return re.sub(r"[.-]", "_", name)
+
+
 def missing_of(extra: str) -> list[str]:
     """The packages of an extra that are not installed."""
-    there = {each.name.lower() for each in distributions()}
-    return [name for name in _packages_of(extra) if name.lower() not in there]
+    there = {_module(each.name).lower() for each in distributions()}
+    return [name for name in _packages_of(extra) if _module(name).lower() not in there]
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:
@@ -65,7 +69,7 @@ def missing_extra(error: ModuleNotFoundError) -> str | None:
         return None
     module = error.name.partition(".")[0]
     for extra in EXTRAS:
-        if module in (re.sub(r"[.-]", "_", name) for name in _packages_of(extra)):
+        if module in map(_module, _packages_of(extra)):
             return f"needs {module}: pip install 'pho-service[{extra}]'"
     return None
 

@@ -28,7 +28,7 @@ from pho_service.pipeline.curve import (
 from pho_service.pipeline.rating import Subject
 from pho_service.pipeline.search import check_study_url, memory_study, opened_study
 from pho_service.shown.parts import Shown, Table
-from pho_service.shown.tables import points_table, text_of
+from pho_service.shown.tables import points_table
 from pho_service.spec.curve import CURVE_FINALISTS, HIGHEST, LOWEST, STEP, Target, curve_patterns
 from pho_service.spec.document import number, percent
 from pho_service.spec.objective import Sampler
@@ -247,7 +247,4 @@ def _points(
 
 
 def _table(points: Sequence[CurvePoint]) -> Table:
-    confirmation = points[0].configuration.confirmation
-    assert confirmation is not None
-    table = points_table([each.to_dict() for each in points])
-    return replace(table, notes=(f"Perplexities are of {text_of(confirmation)}.", *table.notes))
+    return points_table([each.to_dict() for each in points], points[0].configuration.confirmation)

@@ -600,16 +600,7 @@ def _table(found: Configuration, trial: int) -> list[FoundRow]:
         best, baselines = [], []
     return [
         *references,
-        *(
-            FoundRow(
-                method=each.method,
-                trial=each.trial,
-                perplexity=each.perplexity,
-                divergence=each.divergence,
-                proxy=each.proxy,
-            )
-            for each in [*baselines, *ratings]
-        ),
+        *(FoundRow(**each.model_dump()) for each in [*baselines, *ratings]),
         *best,
     ]
 

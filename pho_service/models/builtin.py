@@ -69,23 +69,29 @@ def gemma3() -> Path:
     return path
 
 
-def write_texts(folder: Path) -> dict[str, Path]:
+def write_texts(folder: Path, *, apart: bool = False) -> dict[str, Path]:
     """Cut Python's documentation into three parts, every third topic each."""
-    return write_parts(folder, topics)
+    return write_parts(folder, topics, apart=apart)
 
 
-def write_parts(folder: Path, documents: Mapping[str, str]) -> dict[str, Path]:
-    """Deal documents into three parts, in the order of their names."""
+def write_parts(
+    folder: Path, documents: Mapping[str, str], *, apart: bool = False
+) -> dict[str, Path]:
+    """Deal documents into three parts by name; ``apart``, a paragraph of one is in no later one."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder} cannot be made: {error.strerror}.") from error
     names = sorted(documents)
-    paths = {}
+    paths, before = {}, set[str]()
     for index, part in enumerate(PARTS):
         paths[part] = folder / f"{part}.jsonl"
-        chosen = names[index :: len(PARTS)]
-        lines = [json.dumps({"topic": name, "text": documents[name]}) for name in chosen]
+        whole = {name: documents[name].split("\n\n") for name in names[index :: len(PARTS)]}
+        kept = {name: [p for p in each if p.strip() not in before] for name, each in whole.items()}
+        if apart:
+            before |= {paragraph.strip() for each in whole.values() for paragraph in each}
+        texts = {name: "\n\n".join(each) for name, each in kept.items() if each}
+        lines = [json.dumps({"topic": name, "text": text}) for name, text in texts.items()]
         write_text(paths[part], "\n".join(lines) + "\n")
     return paths
 
@@ -107,9 +113,9 @@ class SmallLlama:
     learning_rate: float = 3e-3  # Learning rate of AdamW, at its highest
 
 
-# Of `pho example --small`: 86,208 weights, which learn enough in some seconds.
-EXAMPLE = SmallLlama(hidden=64, intermediate=192, blocks=1, batch=8, learning_rate=2e-2)
-EXAMPLE_STEPS = 300
+# Of `pho example --small`: 29,736 weights, few enough that each of them counts.
+EXAMPLE = SmallLlama(hidden=24, intermediate=48, blocks=3, batch=8, learning_rate=1e-2)
+EXAMPLE_STEPS = 400
 EXAMPLE_CONTEXT = 128
 
 

@@ -383,11 +383,13 @@ def longest_of(name: str, revision: str | None = None) -> int | None:
         with suppress(HfHubHTTPError, HFValidationError, OSError, ModelError):
             file = hf_hub_download(name, CONFIG, revision=revision, etag_timeout=TIMEOUT_S)
             config = _config(name, Path(file).parent)
-    return None if config is None else longest_context(config)
+    return longest_context(config)
 
 
-def longest_context(config: Mapping[str, Any]) -> int | None:
+def longest_context(config: Mapping[str, Any] | None) -> int | None:
     """The tokens of the longest window that a model reads; None if its configuration is silent."""
+    if config is None:
+        return None
     text = config.get("text_config")
     values = text if isinstance(text, Mapping) else config
     for name in ("max_position_embeddings", "n_positions"):

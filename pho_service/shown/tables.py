@@ -131,8 +131,11 @@ def results_table(report: Report) -> Table | None:
     ).without_empty()  # fmt: skip
 
 
-def points_table(points: Sequence[Mapping[str, Any]]) -> Table:
+def points_table(
+    points: Sequence[Mapping[str, Any]], measured: Confirmation | None = None
+) -> Table:
     """A row for each sparsity of a curve or a target, with what is measured of it."""
+    on = "" if measured is None else f"Perplexities are of {text_of(measured)}. "
     dense = next((each["dense"] for each in points if each.get("dense")), None)
     return Table(
         (
@@ -158,7 +161,7 @@ def points_table(points: Sequence[Mapping[str, Any]]) -> Table:
         title="Perplexity at each sparsity"
         + (f"; the dense model has {number(dense)}" if dense else ""),
         notes=(
-            "Seconds are of search, confirmation, Wanda and RIA, without the calibration."
+            f"{on}Seconds are of search, confirmation, Wanda and RIA, without the calibration."
             " What was found was chosen on the text that it is measured on.",
         ),
     ).without_empty()  # fmt: skip

@@ -1,8 +1,9 @@
-"""The small model that is trained on the spot."""
+"""The small model that is trained on the spot, and its texts."""
 
+import json
 from pathlib import Path
 
-from pho_service.models.builtin import EXAMPLE, train_small_model
+from pho_service.models.builtin import EXAMPLE, train_small_model, write_parts
 from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource
 
@@ -25,5 +26,16 @@ def test_it_has_the_shape_that_is_asked_for(texts: dict[str, Path], tmp_path: Pa
     train_small_model(source, folder, steps=1, context_length=16, seed=0, shape=EXAMPLE)
     model = load_model(str(folder))
 
-    assert model.linears["model.layers.0.mlp.down_proj"].weight.shape == (64, 192)
+    shape = (EXAMPLE.hidden, EXAMPLE.intermediate)
+    assert model.linears["model.layers.0.mlp.down_proj"].weight.shape == shape
     assert len(model.linears) == 7 * EXAMPLE.blocks
+
+
+def test_of_texts_that_are_apart_none_has_a_paragraph_of_one_before(tmp_path: Path) -> None:
+    documents = {"a": "one\n\ntwo", "b": "two\n\nthree", "c": "one\n\nfive", "d": "two\n\nfour"}
+    paths = write_parts(tmp_path, documents, apart=True)
+    told = {part: path.read_text().splitlines() for part, path in paths.items()}
+
+    assert {part: [json.loads(line)["text"] for line in each] for part, each in told.items()} == {
+        "calibration": ["one\n\ntwo", "two\n\nfour"], "confirmation": ["three"], "report": ["five"],
+    }  # fmt: skip
