@@ -295,7 +295,6 @@ logger = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
-ASKED_EVERY_S = 60.0  # how often the hub is asked at most whether it answers
 EVENTS_EVERY_S = 0.5  # how often a stream looks for new events
 
 OnePattern = Annotated[
@@ -350,26 +349,20 @@ def _doubts(asked: JobSpec, job: stored.JobRecord, access: Access) -> Iterator[s
     length = job.spec["calibration"]["context_length"]
     if length != asked.calibration.context_length:
         yield f"Windows have {length} tokens, since {', '.join(asked.models)} reads no more."
-    for name in asked.models:
-        near = access.near_model(name)
+    for name, near in ((each, access.near_model(each)) for each in asked.models):
         if near is not None:
-            yield (
-                f"{name} is not a folder here, so that it is taken for a name on the hub. Did you "
-                f"mean {near}?"
-            )
+            yield f"{name} is not a folder here, but taken for the hub's. Did you mean {near}?"
     models = [name for name in asked.models if not Path(access.model(name)).is_absolute()]
     text = asked.calibration.dataset
     away = [*models, *([text] if text and not Path(access.dataset(text)).is_absolute() else [])]
-    if away and not _hub_answers(int(time.monotonic() / ASKED_EVERY_S)):
+    if away and not _hub_answers(time.monotonic() // 60):
         yield (
             f"The Hugging Face hub cannot be reached from this service: {', '.join(away)} can only "
             "be used if the cache of the workers has it."
         )
 
 
-@lru_cache(maxsize=1)
-def _hub_answers(_: int) -> bool:
-    return hub_answers()
+_hub_answers = lru_cache(maxsize=1)(lambda _minute: hub_answers())  # once a minute at most
 
 
 def take(

@@ -436,7 +436,9 @@ def show_comparison(compared: "Compared") -> None:
 @click.command()
 @click.argument("models", nargs=-1, required=True)
 @click.option("--batch", default=1, show_default=True, help="Prompts at once.")
-@click.option("--prompt", default=512, show_default=True, help="Tokens of each prompt.")
+@click.option(
+    "--prompt", default=512, show_default=True, help="Tokens of each prompt, or what fits."
+)
 @click.option(
     "--new-tokens", default=32, show_default=True, help="Tokens to write after it, one by one."
 )

@@ -104,9 +104,7 @@ class GroupedCommand(click.Command):
                 "Other": [o for o in options if {*o.opts} & {*_ALWAYS}],
             }
         for title, shown in sections.items():
-            records = [option.get_help_record(ctx) for option in shown]
-            rows = [record for record in records if record is not None]
-            if rows:
+            if rows := [*filter(None, (option.get_help_record(ctx) for option in shown))]:
                 with formatter.section(title):
                     formatter.write_dl(rows)
 

@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 
 # Jobs in words and tables, as the verbs for jobs print them.
-_COMPLETED = 50  # ids that a shell is given at most
 _SHORTEST = 8  # characters of an id, as in the names that jobs have by default
 
 
@@ -139,10 +138,9 @@ def _ids(ctx: click.Context, _: click.Parameter, beginning: str) -> list[Complet
     """The ids of jobs that begin so, for the completion of a shell."""
     try:
         with open_client(ctx.params.get("url")) as client:
-            jobs = islice(client.jobs(name=beginning or None), _COMPLETED)
             return [
                 CompletionItem(str(job.id), help=f"{job.name}, {job.state}")
-                for job in jobs
+                for job in islice(client.jobs(name=beginning or None), 50)
                 if str(job.id).startswith(beginning)
             ]
     except PhoError:

@@ -8,7 +8,7 @@ import platform
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import distributions, requires, version
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 # What to install when a package is missing that only some parts of PHO need; what several bring
 # is missed first where a model is to be run.
-EXTRAS = {
-    "worker": "to run models: calibrate, search, prune",
-    "api": "to serve jobs",
-    "eval": "for zero-shot tasks",
-}
+EXTRAS = {"worker": "to run models", "api": "to serve jobs", "eval": "for zero-shot tasks"}
 
 
 def _packages_of(extra: str) -> list[str]:
@@ -84,11 +80,10 @@ def hub_answers() -> bool:
 
     if constants.HF_HUB_OFFLINE:
         return False
-    try:
+    with suppress(httpx.HTTPError):
         httpx.head(constants.ENDPOINT, timeout=PATIENCE_S)
-    except httpx.HTTPError:
-        return False
-    return True
+        return True
+    return False
 
 
 # What goes wrong with the machine rather than with the input, told in words.

@@ -171,10 +171,7 @@ def save(
     """
     path = Path(folder).expanduser()
     if not overwrite and (path / RECIPE).is_file():
-        raise OutputError(
-            f"{path} is in use: it has a pruned model. Give overwrite=True to replace it, or "
-            "another folder."
-        )
+        raise OutputError(f"{path} has a pruned model. Give overwrite=True, or another folder.")
     check_free(path, replacing=RECIPE if overwrite else None)
     if not isinstance(model, PreTrainedModel):
         raise InvalidInput(

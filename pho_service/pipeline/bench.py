@@ -221,7 +221,7 @@ def bench(
     sides: list[Side] = []
     with progress("Loading", LOADS * len(models)) as advance:
         seconds = _loads(models, device, dtype, loaded, advance)
-    settings, shorter = _fitted(settings, loaded)
+    settings = _fitted(settings, loaded)
     for name in models:
         sides.append(Side(name=name, bytes=_size(Path(name)), load_s=seconds[name]))
     if where.type == "cuda":
@@ -240,25 +240,22 @@ def bench(
                 advance(1)
     dtypes = {str(model.dtype).removeprefix("torch.") for model in loaded.values()}
     return BenchResult(
-        sides=sides, settings=settings, conditions=[*_conditions(where, sorted(dtypes)), *shorter]
+        sides=sides, settings=settings, conditions=_conditions(where, sorted(dtypes))
     )
 
 
-def _fitted(
-    settings: BenchSettings, loaded: Mapping[str, LanguageModel]
-) -> tuple[BenchSettings, list[str]]:
-    """Prompts that every model has room for beside the new tokens, and why they are shorter."""
+def _fitted(settings: BenchSettings, loaded: Mapping[str, LanguageModel]) -> BenchSettings:
+    """Prompts that every model has room for beside the new tokens."""
     known = {name: model.longest for name, model in loaded.items() if model.longest is not None}
     name = min(known, key=known.__getitem__, default=None)
     if name is None or known[name] >= settings.prompt + settings.new_tokens:
-        return settings, []
-    room, reads = known[name] - settings.new_tokens, f"{name} reads {known[name]} tokens"
-    if room < 1:
+        return settings
+    if known[name] <= settings.new_tokens:
         raise InvalidInput(
-            f"--new-tokens {settings.new_tokens} leaves no room for a prompt: {reads}. Give fewer."
+            f"--new-tokens {settings.new_tokens} leaves no room for a prompt: {name} reads "
+            f"{known[name]} tokens. Give fewer."
         )
-    why = f"Prompts have {room} tokens, not {settings.prompt}: {reads}."
-    return replace(settings, prompt=room), [why]
+    return replace(settings, prompt=known[name] - settings.new_tokens)
 
 
 def _loads(

@@ -79,7 +79,6 @@ def study_report(study: optuna.Study, configuration: Configuration | None) -> Re
     known, recorded = record_of(study), study.get_trials(deepcopy=False)
     maximised = study.direction is optuna.study.StudyDirection.MAXIMIZE
     times = [trial.datetime_complete for trial in recorded if trial.datetime_complete]
-    calibration = known.get("calibration", {})
     measured = measured_in(study) if configuration is None else MeasuredTrials()
     return Report(
         title=study.study_name,
@@ -92,7 +91,7 @@ def study_report(study: optuna.Study, configuration: Configuration | None) -> Re
         chosen=chosen_in(study),
         importance=importances([recorded], maximised=maximised),
         recorded=(min(times), max(times)) if times else None,
-        versions=calibration.get("versions", {})
+        versions=known.get("calibration", {}).get("versions", {})
         if configuration is None
         else configuration.versions,
     )

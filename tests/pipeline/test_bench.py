@@ -77,7 +77,6 @@ def test_a_prompt_is_no_longer_than_a_model_reads(model_folder: Path) -> None:
 
     assert longest is not None
     assert found.settings == replace(asked, prompt=longest - 3)
-    assert found.conditions[-1].startswith(f"Prompts have {longest - 3} tokens, not 1000000")
 
 
 def test_refused(model_folder: Path) -> None:
