@@ -418,8 +418,8 @@ def _opened(
     named = statistics.named
     if statistics.bundle is None:
         asked = [each.candidate() for each in configurations if isinstance(model, str)]
-        source = calibration_source(statistics.calibration)
-        return inputs.calibrated(model, source, settings, asked=asked)
+        own_text = calibration_source(statistics.calibration)
+        return inputs.calibrated(model, own_text, settings, asked=asked)
     if named and not (needs_text or inputs.stream):  # streamed ones needed it once
         raise InvalidInput("--bundle and a text are both given. Give one of them.")
     if needs_text and not named:

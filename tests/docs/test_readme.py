@@ -39,7 +39,7 @@ def test_the_block_of_python_runs_as_it_stands_on_a_smaller_model(
     exec(compile(block, "README.md", "exec"), given)  # noqa: S102 - our own page
 
     assert len([line for line in block.splitlines() if line]) <= 10
-    assert given["pruned"].sparsity == pytest.approx(0.5)
+    assert given["pruned"].sparsity == pytest.approx(0.7, abs=0.01)
     assert Path("pruned/pruning.json").is_file()
     printed = capsys.readouterr().out
     assert "dense" in printed
