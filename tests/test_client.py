@@ -279,7 +279,7 @@ def test_no_proxy_comes_in_between(service: Service, monkeypatch: pytest.MonkeyP
     with Client(service.url) as client:
         job = client.submit(SPEC)
 
-        assert client.job(job.id) == job
+        assert client.job(job.id).name == job.name
         client.cancel(job.id)
         assert len([*client.events(job.id)]) == 2
 
@@ -437,7 +437,7 @@ def test_so_is_one_that_hangs_up() -> None:
 
 
 def test_fields_that_a_newer_service_may_add_do_no_harm(client: Client) -> None:
-    job = client.submit(SPEC)
+    job = client.job(client.submit(SPEC).id)
     newer = job.model_dump(mode="json") | {"cost": 5}
     newer["progress"] |= {"eta": "soon"}
     body = json.dumps(newer).encode()
