@@ -369,12 +369,12 @@ def take(
     spec: JobSpec, service: Service, caller: Caller, idempotency_key: str | None
 ) -> stored.JobRecord:
     """Store the job of a document, if it keeps to the rules of this service."""
-    spec = fitted(spec, service.access)
-    for check in checks(spec, service):
+    whole = fitted(spec, service.access)
+    for check in checks(whole, service):
         check()
     return enter(
         service.jobs,
-        spec.placed(service.access),
+        whole.placed(service.access),
         asked=spec,
         owner_id=caller.key_id,
         idempotency_key=idempotency_key,
