@@ -491,13 +491,13 @@ def bench(
         print_json(
             {
                 "conditions": found.conditions,
-                "settings": asdict(settings),
+                "settings": asdict(found.settings),
                 "sides": [asdict(side) for side in found.sides],
             }
         )
         return
     print_table(
-        title(settings),
+        title(found.settings),
         COLUMNS,
         [row(found, side) for side in found.sides],
         caption="\n".join([*found.conditions, NOTE]),
