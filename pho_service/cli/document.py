@@ -233,7 +233,7 @@ class DocumentCommand(GroupedCommand):
         **attributes: Any,
     ) -> None:
         super().__init__(*args, **attributes)
-        self._needed = needed  # Unless what the pattern is required
+        self._needed = needed  # What there may be instead of a pattern
         self._asked, self._renamed, self._required = fields, names or {}, required
         self._of_a_service = of_a_service
 
