@@ -68,10 +68,12 @@ def _help(command: click.Command, context: click.Context) -> str:
 
 def http() -> str:
     """The operations and the schemas of the OpenAPI document."""
+    from pho_service.api.reference import body, words
+
     environment = Environment(  # noqa: S701 - Markdown, of our own words
         loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(words=words, cell=cell, answer=answer)
+    environment.filters.update(words=words, cell=cell, answer=body)
     return environment.get_template("http.md.jinja").render(openapi_document())
 
 
@@ -86,46 +88,6 @@ def openapi_document() -> dict[str, Any]:
         return create_app(database, Settings()).openapi()
     finally:
         database.close()
-
-
-def words(schema: dict[str, Any]) -> str:
-    """What a value may be, in words, with links to other schemas."""
-    if "$ref" in schema:
-        name = schema["$ref"].rpartition("/")[2]
-        return f"[{name}](#{name.lower()})"
-    for several in ("anyOf", "oneOf"):
-        if several in schema:
-            return " or ".join(words(part) for part in schema[several])
-    if "const" in schema:
-        return f"`{schema['const']}`"
-    if "enum" in schema:
-        return ", ".join(f"`{value}`" for value in schema["enum"])
-    kind = str(schema.get("type", "anything"))
-    if kind == "array":
-        return f"list of {words(schema.get('items', {}))}" + _limits(schema, "Items")
-    return schema.get("format", kind) + _limits(schema, "Length") + _limits(schema, "imum")
-
-
-def _limits(schema: dict[str, Any], what: str) -> str:
-    """The bounds of a number, of a text's length, or of how many items there are."""
-    unit = {"Items": " items", "Length": " characters", "imum": ""}[what]
-    bounds = [
-        f"{sign} {schema[key]:,}"
-        for key, sign in (
-            (f"min{what}", "≥"), (f"exclusiveMin{what}", ">"),
-            (f"max{what}", "≤"), (f"exclusiveMax{what}", "<"),
-        )
-        if key in schema
-    ]  # fmt: skip
-    return f", {' and '.join(bounds)}{unit}" if bounds else ""
-
-
-def answer(response: dict[str, Any]) -> str:
-    """What the body of an answer is."""
-    return " or ".join(
-        words(content.get("schema", {})) if "json" in kind else f"`{kind}`"
-        for kind, content in response.get("content", {}).items()
-    )
 
 
 def cell(text: object) -> str:

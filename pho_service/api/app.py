@@ -11,7 +11,6 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from fastapi_offline import FastAPIOffline
 
 from pho_service.api import (
     artifacts,
@@ -24,6 +23,7 @@ from pho_service.api import (
     operations,
     plan,
     problems,
+    reference,
     report,
 )
 from pho_service.api.answers import Problem
@@ -53,15 +53,17 @@ def create_app(database: Database, settings: Settings, *, keys_needed: bool = Fa
         dashboard.close()
         service.close()
 
-    app = FastAPIOffline(  # /docs fetches nothing from elsewhere
+    app = FastAPI(
         title="PHO",
         summary="Searches pruning coefficients for large language models.",
         version=version("pho-service"),
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,  # a page of ours, which fetches nothing from elsewhere
+        redoc_url=None,
     )
     app.state.service = service
-    pages = (job_list, new_job, job_page, guard)
+    pages = (job_list, new_job, job_page, guard, reference)
     parts = (*pages, jobs, artifacts, plan, report, configurations, operations)
     routers = tuple(part.router for part in parts)
     problems.add_handlers(app, [route for router in routers for route in router.routes])

@@ -12,26 +12,18 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from pho_service.api.pages import ours
 from pho_service.api.problems import database_gone, problem
 from pho_service.api.service import Caller, Service
+from pho_service.shown.parts import policy_hash
 from storage.studies import StorageError, StudyStorage, end_connections
 
 # The dashboard's own paths: they are compiled into its pages, so it cannot be moved.
 _PREFIXES = ("/dashboard", "/api/", "/static/", "/csv/", "/artifacts/")
-# What its page lacks: a way back. What it has too much: buttons that create, rename, delete and
-# write notes, all of which are refused here.
-_MORE = b"""
-<style>
-button[aria-label="rename study"], button[aria-label="delete study"],
-button:has([data-testid="AddBoxIcon"]), button:has([data-testid="EditIcon"]) {
-  display: none !important; }
-#pho { position: fixed; right: 1rem; bottom: 1rem; z-index: 2000; padding: .4rem .9rem;
-  border-radius: 6px; font: 15px system-ui, sans-serif; color: #fff; background: #005a8f;
-  text-decoration: none; }
-#pho:focus-visible { outline: 3px solid #8ecdf7; outline-offset: 2px; }
-</style>
-<a id="pho" href="/">PHO: all jobs</a>
-</body>"""
+# What its page lacks: a way back, names that a screen reader can say, and contrast. What it has too
+# much: buttons that create, rename, delete and write notes, all of which are refused here.
+_MORE = ours("dashboard.html")
+_RUNS = f"script-src {policy_hash(ours('dashboard.js'))} "
 
 
 class Dashboard:
@@ -125,12 +117,14 @@ class Dashboard:
 
 async def _send_page(start: Message, body: bytes, send: Send) -> None:
     """Send a page of the dashboard with what it lacks; one without a body stays so."""
-    whole = body.replace(b"</body>", _MORE, 1)
+    whole = body.replace(b"</body>", f"{_MORE}</body>".encode(), 1)
     headers = MutableHeaders(raw=[*start["headers"]])
     if body:
         headers["content-length"] = str(len(whole))
     else:  # of HEAD: the length is that of another body
         del headers["content-length"]
+    policy = headers.get("content-security-policy", "")
+    headers["content-security-policy"] = policy.replace("script-src ", _RUNS)
     for name in ("last-modified", "etag"):  # of the file, which is not what is sent
         del headers[name]
     await send({**start, "headers": headers.raw})

@@ -25,7 +25,7 @@ _SAFE = {
     "X-Frame-Options": "DENY",
 }  # fmt: skip
 _FRAMES = "frame-ancestors 'none'"
-_SAME_FOR_ALL = ("/static/", "/static-offline-docs/", "/favicon.ico")  # may be kept
+_SAME_FOR_ALL = ("/static/", "/favicon.ico")  # may be kept
 _KEPT = ("www-authenticate", "retry-after", "allow")  # of a problem's headers
 
 
@@ -43,7 +43,7 @@ def draw(
     **values: Any,
 ) -> Response:
     html = _environment().get_template(template).render(
-        style=_ours("style.css"), script=None if script is None else _ours(script), **values
+        style=ours("style.css"), script=None if script is None else ours(script), **values
     )  # fmt: skip
     return Response(
         html.encode("utf-8", "replace"),  # JSON can hold half characters, a page cannot
@@ -64,15 +64,15 @@ def content_security_policy(script: str | None = None) -> str:
     """What a browser lets a page do: look as it does, and send its forms here."""
     runs = ""
     if script is not None:
-        runs = f"script-src {policy_hash(_ours(script))}; connect-src 'self'; "
+        runs = f"script-src {policy_hash(ours(script))}; connect-src 'self'; "
     return (
-        f"default-src 'none'; style-src {policy_hash(_ours('style.css'))}; {runs}img-src 'self'; "
+        f"default-src 'none'; style-src {policy_hash(ours('style.css'))}; {runs}img-src 'self'; "
         "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
     )
 
 
 @cache
-def _ours(name: str) -> Markup:
+def ours(name: str) -> Markup:
     """A style or a script of ours, as it stands in a page."""
     return Markup(_environment().get_template(name).render())  # noqa: S704 - ours
 
@@ -85,7 +85,7 @@ def _environment() -> Environment:
 def icon(_request: Request) -> Response:
     """The picture beside a page's title, which browsers ask for by themselves, with no key."""
     return Response(
-        str(_ours("favicon.svg")),
+        str(ours("favicon.svg")),
         media_type="image/svg+xml",
         headers={"Cache-Control": "max-age=86400"},
     )

@@ -19,7 +19,7 @@ from storage.records import JobState, StageKind
 HEAVIEST = 300_000  # bytes of a page that is not a report
 DARK = (  # what is looked at on a phone in the dark mode, too
     "list", "job best", "job failed", "form with a plan", "form with errors", "compare",
-    "report of a search", "login",
+    "report of a search", "login", "API",
 )  # fmt: skip
 SHOWN = ("running", "failed", "best", "transfer", "points")  # each with a page of its own
 UNFOLD = "for (const each of document.querySelectorAll('details')) each.open = true"
@@ -86,6 +86,7 @@ def pages(
         **{f"job {name}": f"/jobs/{jobs[name]}" for name in SHOWN},
         "form": "/new",
         "compare": f"/compare?job={best}&job={jobs['running']}",
+        "API": "/docs",
         "report of a search": f"/v1/jobs/{best}/report",
         "report of a transfer": f"/v1/jobs/{jobs['transfer']}/report",
         "report of a curve": f"/v1/jobs/{jobs['points']}/report",

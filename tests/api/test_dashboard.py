@@ -1,6 +1,7 @@
 """optuna-dashboard below the same host, and what Prometheus sees."""
 
 import json
+import re
 import uuid
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
+from pho_service.shown.parts import policy_hash
 from storage.records import JobState, StageKind
 
 
@@ -26,6 +28,9 @@ def test_the_pages_are_where_their_links_look_for_them(client: TestClient) -> No
     assert 'button[aria-label="delete study"]' in page.text
     assert page.text.rstrip().endswith("</html>")
     assert "last-modified" not in page.headers
+    script = re.search(r"<script>(.*?)</script>", page.text, flags=re.DOTALL)
+    assert script is not None
+    assert policy_hash(script[1]) in page.headers["content-security-policy"]
 
 
 @pytest.mark.parametrize("encoding", [None, "gzip", "gzip;q=0"])
