@@ -6,7 +6,7 @@ import json
 import re
 import secrets
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
@@ -24,13 +24,12 @@ from pho_service.api.jobs import checks, longest_window
 from pho_service.api.operations import workers
 from pho_service.api.pages import Typed as Fields
 from pho_service.api.pages import draw
-from pho_service.api.plan import Card, planned
+from pho_service.api.plan import Card, at_hand, likely_card, planned
 from pho_service.api.problems import TOO_MANY_JOBS, field_problem
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.host.access import list_roots
 from pho_service.planning.costs import named_machine
 from pho_service.planning.plan import format_span
-from pho_service.planning.shapes import config_at_hand
 from pho_service.spec.fields import FieldError
 from pho_service.spec.job import JobSpec
 from pho_service.spec.job_options import (
@@ -49,6 +48,8 @@ from storage.records import IdempotencyKeyReused, TooManyJobs
 
 # The fields of the form that submits a job: made from the fields of the document, in sections.
 MORE = "more"  # takes as JSON what has no field
+
+_NAME = re.compile(r"\b[a-z]+(?:_[a-z]+)+\b")  # of a field of the document, in a message
 
 # Parts whose fields go by their own names where no other field has them.
 _SHORT = ("calibration", "steps")
@@ -163,35 +164,24 @@ def without_field() -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class FormSection:
-    """A group with its fields."""
+    """Fields that are folded up together."""
 
-    title: str  # Title of the group
-    shown: tuple[FormField, ...]  # Fields that are always seen
-    folded: Mapping[str, tuple[FormField, ...]]  # Others, by their heading
-
-    @property
-    def fields(self) -> list[FormField]:
-        """All of them, in their order."""
-        return [*self.shown, *(field for fields in self.folded.values() for field in fields)]
+    title: str
+    fields: Sequence[FormField]
 
 
 @cache
 def sections() -> tuple[FormSection, ...]:
-    """All fields, each in one place."""
-    found = []
-    for title, more in SECTIONS.items():
-        mine = [each for each in form_fields().values() if each.shown.section == title]
-        shown = [each for each in mine if each.shown.rank]
-        folds = dict.fromkeys(each.shown.fold for each in mine if each not in shown)
-        folded = {
-            fold or more: tuple(
-                each for each in mine if each not in shown and each.shown.fold == fold
-            )
-            for fold in sorted(folds, key=lambda fold: not fold)  # the others come last
-        }
-        in_order = tuple(sorted(shown, key=lambda each: each.shown.rank))
-        found.append(FormSection(title=title, shown=in_order, folded=folded))
-    return tuple(found)
+    """All fields, each in one place: first those that are cards, then what More has."""
+    fields = form_fields().values()
+    ranked = sorted((each for each in fields if each.shown.rank), key=lambda each: each.shown.rank)
+    folds: dict[str, list[FormField]] = {}
+    for section, title in SECTIONS.items():
+        for each in fields:
+            if each.shown.section == section and each not in ranked:
+                folds.setdefault(each.shown.fold or title, []).append(each)
+    more = [FormSection(title=title, fields=mine) for title, mine in folds.items()]
+    return (FormSection(title="", fields=ranked), *more)
 
 
 def field_label(path: str) -> str:
@@ -370,7 +360,9 @@ def _rule_in_words(rule: str) -> str:
     words = {"Field required": "This is needed", "Input should": "This should"}
     for theirs, ours in words.items():
         rule = rule.replace(theirs, ours)
-    return f"{rule.rstrip('.')}."
+    labels = {path.rpartition("/")[2]: each.label for path, each in form_fields().items()}
+    named = _NAME.sub(lambda name: f"“{labels[name[0]]}”" if name[0] in labels else name[0], rule)
+    return f"{named.rstrip('.')}."
 
 
 def is_place(pointer: str) -> bool:
@@ -580,7 +572,7 @@ def _page(
         picks={"models": listing.models, "texts": listing.texts, "patterns": PATTERNS},
         all_listed=listing.is_whole,
         beside=_beside(request, service, caller, filled, may_ask_hub=may_ask_hub and not quiet),
-        cards=CARDS,
+        machines=CARDS,
         span=format_span,
     )
 
@@ -589,31 +581,24 @@ def _beside(
     request: Request, service: Service, caller: Caller, filled: Filled, *, may_ask_hub: bool
 ) -> Beside:
     asked = filled.typed.fields.get("card", "")
-    card = asked if asked in CARDS else _likely_card(service, caller)
+    card = asked if asked in CARDS else likely_card(workers(service, caller).workers)
     if filled.spec is None or not filled.is_right:
         told = "Once a model and a pattern are given and nothing is wrong, this says how much time "
         return Beside(card=card, told=f"{told}and memory the job would take.")
     url = str(request.base_url).rstrip("/")
     commands = equivalents(filled.spec, url, with_key=caller.key_id is not None)
     beside = Beside(card=card, commands=commands)
-    spec, path = filled.spec, service.access.model(filled.spec.model)
-    if not may_ask_hub and config_at_hand(spec.model, path, revision=spec.revision) is None:
+    if not (may_ask_hub or at_hand(filled.spec, service)):
         beside.told = "“Check and plan” reads the configuration of the model, and says what the "
         beside.told += "job would take."
         return beside
     try:
-        beside.plan = planned(spec, service, named_machine(card))
+        beside.plan = planned(filled.spec, service, named_machine(card))
     except FieldError as error:
         beside.told = f"No plan can be made. {_in_words(str(error))}"
         return beside
     beside.plan.ways_out = [_in_words(way) for way in beside.plan.ways_out]
     return beside
-
-
-def _likely_card(service: Service, caller: Caller) -> str:
-    """``cpu`` if all workers that report have no card."""
-    devices = {worker.device for worker in workers(service, caller).workers}
-    return "cpu" if devices == {"cpu"} else "H100"
 
 
 def _fit(typed: Typed, service: Service) -> dict[str, str]:

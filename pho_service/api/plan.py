@@ -2,18 +2,19 @@
 ``/v1/plan``: what a job would take, before it is submitted.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 
-from pho_service.api.answers import PlanAnswer
+from pho_service.api.answers import PlanAnswer, Worker
 from pho_service.api.jobs import checks, fitted
 from pho_service.api.problems import documented
 from pho_service.api.service import CallerParam, Service, ServiceParam
 from pho_service.errors import InvalidInput, ModelError
 from pho_service.planning.costs import Machine, named_machine
 from pho_service.planning.plan import plan_job
-from pho_service.planning.shapes import read_header
+from pho_service.planning.shapes import config_at_hand, read_header
 from pho_service.spec.fields import FieldError
 from pho_service.spec.job import JobSpec
 
@@ -45,6 +46,17 @@ def _checked(spec: JobSpec, service: Service, machine: Machine) -> PlanAnswer:
     for check in checks(spec, service):
         check()
     return planned(spec, service, machine)
+
+
+def likely_card(workers: Sequence[Worker]) -> Card:
+    """``cpu`` if all workers that report have no card."""
+    return "cpu" if {worker.device for worker in workers} == {"cpu"} else "H100"
+
+
+def at_hand(spec: JobSpec, service: Service) -> bool:
+    """Whether a plan needs no network."""
+    path = service.access.model(spec.model)
+    return config_at_hand(spec.model, path, revision=spec.revision) is not None
 
 
 def planned(spec: JobSpec, service: Service, machine: Machine) -> PlanAnswer:

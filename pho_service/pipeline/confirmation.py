@@ -427,7 +427,7 @@ def reconstruct_winner(
     if not after < before:
         warning = (
             f"The reconstruction was left out: with it the perplexity is {number(after)}, without "
-            f"it {number(before)}. A lower --reconstruction-rate or more --samples may change that."
+            f"it {number(before)}. A lower learning rate or more samples may change that."
         )
         return replace(result, warnings=[*result.warnings, warning])
     told = confirmation.model_copy(update={"perplexity": after, "before_reconstruction": before})

@@ -299,7 +299,7 @@ class TargetFound:
         if falls:
             told.append(
                 f"The perplexity at {falls[0].pattern} is below that of a lower sparsity, so it "
-                "does not rise everywhere: more --confirm-windows or --trials make it surer."
+                "does not rise everywhere: more windows to confirm on or more trials make it surer."
             )
         return told
 

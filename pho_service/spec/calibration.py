@@ -51,12 +51,10 @@ class CalibrationSettings:
 
     samples: Annotated[
         Whole,
-        FieldShown(rank=3),
         Field(ge=1, le=100_000, description="Number of calibration windows."),
     ] = 128
     context_length: Annotated[
         Whole,
-        FieldShown(rank=4),
         Field(
             ge=8,
             le=1_000_000,

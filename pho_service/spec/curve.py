@@ -46,9 +46,8 @@ class Target(Document):
     perplexity_rise: Annotated[
         float,
         FieldShown(
-            rank=4,
             option="--within",
-            label="Or the most that the perplexity may rise",
+            label="The most that the perplexity may rise",
             help="Instead of --pattern: find the highest sparsity whose perplexity is at most so "
             "much above the dense model's, such as 5%. Several sparsities are searched.",
             kind="rise",
@@ -138,8 +137,8 @@ def one_of(pattern: str | None, patterns: Sequence[str] | None, target: Target |
     said = [name for name, value in given.items() if value is not None]
     if not said:
         raise ValueError(
-            "there is none: give pattern, such as 0.5 or 2:4; patterns, for several; or target, "
-            "for the highest sparsity that is still good enough"
+            "say how sparse the model is to be: give a pattern, such as 0.5 or 2:4; several "
+            "patterns; or a target, for the highest sparsity that is still good enough"
         )
     if len(said) > 1:
         raise ValueError(

@@ -35,7 +35,7 @@ class FieldShown:
     Attributes:
         section: Section of `--help` and of the form; that of the part it is in if there is one.
         fold: What it is folded under in the form, with all that is in it.
-        rank: Place among the fields of its section that the form always shows; 0: it is folded.
+        rank: Place among the fields that the form always shows; 0: it is under More.
         option: Name of its option, if it does not follow from the field's; "" if it has none.
         label: Name in the form, if it does not follow from the path.
         help: Help of its option, if that is not written as the field is.

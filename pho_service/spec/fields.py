@@ -97,10 +97,10 @@ def check_models(names: Mapping[str, str], access: Access) -> None:
 class TextSpec(Document):
     """Where a text is: in a file, or in a data set of the hub or in a folder."""
 
-    text: Annotated[Name | None, FieldShown(rank=1, label="Text file", picks="texts")] = Field(
+    text: Annotated[Name | None, FieldShown(rank=3, label="Text file", picks="texts")] = Field(
         None, description="Text file: .txt, .jsonl or .parquet."
     )
-    dataset: Annotated[Name | None, FieldShown(rank=2, label="Data set")] = Field(
+    dataset: Annotated[Name | None, FieldShown(label="Data set")] = Field(
         None,
         description="Data set instead of a file: hub id or folder; or c4 or wikitext2, for what "
         "papers take.",
@@ -200,13 +200,13 @@ class CalibrationSpec(TextSpec, CalibrationSettings):  # pydantic reads a datacl
 class ConfirmSpec(Document):
     """How the best candidates are confirmed by perplexity."""
 
-    text: Annotated[Name | None, FieldShown(rank=1, option="--confirm-text", picks="texts")] = (
-        Field(None, description="A text file; by default windows that the calibration did not use.")
+    text: Annotated[Name | None, FieldShown(option="--confirm-text", picks="texts")] = Field(
+        None, description="A text file; by default windows that the calibration did not use."
     )
-    candidates: Annotated[int, FieldShown(rank=2, option="--finalists")] = Field(
+    candidates: Annotated[int, FieldShown(option="--finalists")] = Field(
         5, ge=1, le=100, description="Number of candidates that are confirmed beside the baselines."
     )
-    windows: Annotated[int, FieldShown(rank=3, option="--confirm-windows")] = Field(
+    windows: Annotated[int, FieldShown(option="--confirm-windows")] = Field(
         16, ge=1, le=100_000, description="Most windows of that text that are measured on."
     )
 

@@ -200,6 +200,7 @@ PatternText = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(
 # Sections of --help and of the form that several fields name; what names none is of the search.
 _PRUNED, _REPORT = "What to prune", "Confirmation and report"
 _AFTER, _JOB = "After it", "The job itself"
+_SEVERAL = "Several patterns, or the highest sparsity that is good enough"  # a fold of the form
 
 
 class JobSpec(Document):
@@ -218,8 +219,8 @@ class JobSpec(Document):
         list[PatternText] | None,
         FieldShown(
             section=_PRUNED,
-            rank=3,
-            label="Or several patterns",
+            fold=_SEVERAL,
+            label="Several patterns",
             help="Instead of --pattern: several, with commas between, each searched and confirmed.",
             kind="words",
             service=True,  # `pho curve` searches at several
@@ -234,7 +235,7 @@ class JobSpec(Document):
     )
     target: Annotated[
         Target | None,
-        FieldShown(section=_PRUNED, fold="Sparsities that are tried for a rise"),
+        FieldShown(section=_PRUNED, fold=_SEVERAL),
     ] = Field(
         None,
         exclude_if=lambda target: target is None,
@@ -242,19 +243,19 @@ class JobSpec(Document):
         "within it is found.",
     )
     pattern: Annotated[
-        PatternText | None, FieldShown(section=_PRUNED, rank=1, picks="patterns")
+        PatternText | None, FieldShown(section=_PRUNED, rank=2, picks="patterns")
     ] = Field(
         None,
         validate_default=True,
         description="Share of weights to remove (0.5), or N kept of M (2:4).",
     )
-    scope: Annotated[
-        Literal["row", "layer", "global"] | None, FieldShown(section=_PRUNED, rank=2)
-    ] = Field(None, description="Where weights compete; layer by default, row for N:M.")
-    preset: Annotated[PresetName, FieldShown(section=_PRUNED, rank=5)] = Field(
+    scope: Annotated[Literal["row", "layer", "global"] | None, FieldShown(section=_PRUNED)] = Field(
+        None, description="Where weights compete; layer by default, row for N:M."
+    )
+    preset: Annotated[PresetName, FieldShown(section=_PRUNED, rank=4)] = Field(
         DEFAULT_PRESET,
-        description="What is searched, and what candidates go through; steps and search_space "
-        "say more. With score, a cheap look, by the score alone. With crepe, the score as "
+        description="What is searched, and what candidates go through. "
+        "With score, a cheap look, by the score alone. With crepe, the score as "
         "published, without a gradient exponent. With crepe-plus, the best that leaves kept "
         "weights untouched. With best, kept weights are updated, too, and each block of the "
         "winner is trained.",
@@ -302,9 +303,7 @@ class JobSpec(Document):
         None,
         description="Start from what the library has for similar models; {} is enough.",
     )
-    sampler: Annotated[Sampler, FieldShown(rank=3)] = Field(
-        "cmaes", description="Sampler that candidates come from."
-    )
+    sampler: Sampler = Field("cmaes", description="Sampler that candidates come from.")
     search_space: Annotated[
         SearchSpaceSpec,
         FieldShown(
@@ -318,7 +317,7 @@ class JobSpec(Document):
     ] = SearchSpaceSpec()
     trials: Trials = SearchOptions.trials
     # One process is one island.
-    islands: Annotated[int, FieldShown(rank=4, service=True)] = Field(
+    islands: Annotated[int, FieldShown(service=True)] = Field(
         1, ge=1, le=64, description="Number of searches, each with a seed of its own."
     )
     seed: SamplerSeed = SearchOptions.seed
@@ -357,14 +356,14 @@ class JobSpec(Document):
     )
     # `pho prune` does it, with what was found.
     prune: Annotated[
-        bool, FieldShown(section=_AFTER, rank=1, label="Write the pruned model", service=True)
+        bool, FieldShown(section=_AFTER, label="Write the pruned model", service=True)
     ] = Field(
         False,
         exclude_if=lambda wanted: not wanted,
         description="Whether the pruned model is written when the search is over, to be fetched "
         "with `pho pull`.",
     )
-    notify: Annotated[Name | None, FieldShown(section=_AFTER, rank=2, service=True)] = Field(
+    notify: Annotated[Name | None, FieldShown(section=_AFTER, service=True)] = Field(
         None,
         exclude_if=lambda url: url is None,
         description="URL of a webhook that is called when the job has ended; the service must "

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 # The fields of a job's document, one by one: options of the command line and fields of the form
 # are made from them.
-# Sections of --help and of the form, with what the form folds up in each.
+# Sections of --help and of the form, with what the form calls them under More.
 SECTIONS = {
     "Model": "Several models, revision, data type",
-    "Text and calibration": "More about the calibration",
-    "What to prune": "Steps besides the score",
-    "Search": "More about the search",
-    "Confirmation and report": "More about the confirmation",
-    "After it": "Zero-shot tasks",
+    "Text and calibration": "Data set and calibration",
+    "What to prune": "Scope, and steps besides the score",
+    "Search": "Trials, seed, sampler, islands",
+    "Confirmation and report": "Confirmation by perplexity",
+    "After it": "Pruned model, webhook, zero-shot tasks",
     "The job itself": "Name, queue and others",
 }
 

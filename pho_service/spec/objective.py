@@ -106,7 +106,6 @@ CORRECTED_TOKENS = 1024  # of the calibration text, on which pruned models are c
 
 Trials = Annotated[
     Whole,
-    FieldShown(rank=1),
     Field(
         ge=1,
         le=MAX_TRIALS,
@@ -114,7 +113,7 @@ Trials = Annotated[
         "earlier.",
     ),
 ]
-SamplerSeed = Annotated[Seed, FieldShown(rank=2), Field(description="Seed of the sampler.")]
+SamplerSeed = Annotated[Seed, Field(description="Seed of the sampler.")]
 Corrections = Annotated[
     Whole,
     Field(

@@ -217,7 +217,7 @@ def _warnings(
         warnings.append(
             f"The search ended by itself after {ended_after} of {plan.trials} trials: the sampler "
             f"{plan.sampler_name} knows no step that improves its best. More trials change "
-            "nothing; another sampler or another --space may."
+            "nothing; another sampler or another search space may."
         )
     if not confirmed:
         by = "the divergence" if "correction" in configuration.search else "the proxy"
@@ -233,7 +233,7 @@ def _warnings(
     if configuration.method != "crepe":
         warnings.append(
             f"No candidate of the search was better than the baseline {configuration.method}, "
-            "which is the result. More trials or a wider --space may change that."
+            "which is the result. More trials or a wider search space may change that."
         )
     for name in configuration.border:
         values = getattr(plan.space, "kernel_sizes" if name == "kernel_size" else name)

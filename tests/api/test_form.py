@@ -169,6 +169,17 @@ def test_choices_bounds_and_helps_are_those_of_the_document(client: TestClient) 
     assert "<option selected>H100</option>" in text
 
 
+def test_four_fields_come_before_more_and_none_has_a_backtick(client: TestClient) -> None:
+    before, _, after = client.get("/new").text.partition("<summary>More")
+
+    assert [field.path for field in sections()[0].fields] == [
+        "model", "pattern", "calibration/text", "preset",
+    ]  # fmt: skip
+    assert len(re.findall(r"<(input(?! type=.hidden)|select|textarea) ", before)) == 4
+    assert "fetched with <code>pho pull</code>" in after
+    assert "`" not in words(before + after)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_a_job_is_edited_as_it_is_without_its_defaults(document: dict[str, Any]) -> None:
     spec = JobSpec.model_validate(document)
@@ -252,7 +263,8 @@ def test_however_often_a_form_is_sent_it_makes_one_job(client: TestClient) -> No
     ("field", "value", "said"),
     [
         ("model", "", "This is needed."),
-        ("pattern", "", "there is none: give pattern"),
+        ("pattern", "", "say how sparse the model is to be: give a pattern"),
+        ("calibration/fisher_samples", "900", "“Fisher samples” must not be above samples"),
         ("trials", "many", "This should be a valid integer"),
         ("steps/linears/sparsities", "q_proj", "'q_proj' is not NAME = VALUE."),
         ("search_space/row_share", "0.9, 0.1", "0 <= low <= high <= 1 must hold"),

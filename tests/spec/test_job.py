@@ -299,7 +299,7 @@ def test_each_has_the_request_of_a_job_with_it_alone() -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({}, "there is none: give pattern"),
+        ({}, "say how sparse the model is to be: give a pattern"),
         ({"pattern": "0.5", "patterns": ["0.3"]}, "pattern and patterns are given"),
         ({"patterns": ["0.3"], "target": {"perplexity_rise": 0.1}}, "patterns and target are"),
         ({"patterns": ["0.3", "0.30"]}, "0.3 is given twice"),

@@ -33,8 +33,8 @@
     for (const fresh of page.querySelectorAll("input[placeholder]")) {
       const old = document.getElementById(fresh.id);
       old.placeholder = fresh.placeholder;
-      document.getElementById(`${fresh.id}-hint`).textContent =
-        page.getElementById(`${fresh.id}-hint`).textContent;
+      const hint = page.getElementById(`${fresh.id}-hint`);
+      document.getElementById(hint.id).replaceChildren(...hint.childNodes);
     }
   }
 
