@@ -272,7 +272,7 @@ class Event:
 
     Attributes:
         id: Give it to :meth:`Client.events` to go on after it.
-        kind: ``state``, ``stage``, ``progress`` or ``retry``.
+        kind: ``state``, ``stage``, ``progress``, ``retry`` or ``put_down``.
         data: JSON values.
     """
 

@@ -101,8 +101,14 @@ class ClaimStore:
                 .where(jobs.c.id == job.id)
                 .values(stage=stage.kind, started_at=func.coalesce(jobs.c.started_at, func.now()))
             )
-            if job.stage is not stage.kind:
-                add_event(connection, job.id, "stage", {"stage": stage.kind})
+            if stage.state is StageState.RUNNING:
+                lost = {"type": "WorkerLost", "message": "its worker died, or was cut off"}
+                lost |= {"stage": stage.kind, "attempts": failures}
+                add_event(connection, job.id, "retry", lost)
+            if job.stage is not stage.kind or stage.attempt:
+                again = {"attempt": stage.attempt + 1, "failures": failures}
+                told = {"stage": stage.kind, **(again if stage.attempt else {})}
+                add_event(connection, job.id, "stage", told)
             set_state(connection, job, JobState.RUNNING)
             job = find_job(connection, job.id)
             (taken,) = (s for s in job.stages if s.id == stage_id)
@@ -222,6 +228,9 @@ class ClaimStore:
         """Put a stage down unfinished."""
         with self.database.transaction() as connection:
             job = claimed_job(connection, claim)
+            if job.state.may_work:
+                told = {"stage": claim.stage.kind, "why": "stopped"}
+                add_event(connection, job.id, "put_down", told)
             put_down(connection, job, claim.stage.id, claim.stage.failures)
             return job.state.may_work
 
@@ -235,6 +244,8 @@ class ClaimStore:
         """Put a stage down unfinished, behind whatever waits by now; others of its kind, too."""
         with self.database.transaction() as connection:
             job = claimed_job(connection, claim)
+            told = {"stage": claim.stage.kind, "why": "turn"}
+            add_event(connection, job.id, "put_down", told)
             put_down(connection, job, claim.stage.id, claim.stage.failures)
             for stage in find_job(connection, job.id).stages if job.state.may_work else ():
                 if stage.state is not StageState.WAITING or stage.kind is not claim.stage.kind:

@@ -103,6 +103,9 @@ class Point(_Answer):
     state: Literal["waiting", "running", "done", "failed"]
     trials_done: int = Field(description="Number of finished trials of its search.")
     trials: int | None = None
+    method: str | None = Field(
+        None, description="crepe, or the baseline that no candidate was better than."
+    )
     perplexity: float | None = Field(None, description="Perplexity of what was found, confirmed.")
     rise: float | None = Field(None, description="Its rise over dense, as a share of that.")
     dense: float | None = Field(None, description="Perplexity of the dense model.")

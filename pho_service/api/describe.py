@@ -48,6 +48,8 @@ def _point(job: stored.JobRecord, stage: stored.Stage) -> Point:
     text = str(stage.about)
     pattern = Pattern.parse(text, None if ":" in text else job.spec.get("scope"))
     known = {name: value for name, value in (stage.result or {}).items() if name in _MEASURED}
+    if stage.result is not None:
+        known["method"] = stage.result["configuration"]["method"]
     target = job.spec.get("target")
     within = None
     if target is not None and known:
@@ -65,6 +67,28 @@ def _point(job: stored.JobRecord, stage: stored.Stage) -> Point:
 
 
 _MEASURED = ("perplexity", "rise", "dense", "wanda", "ria", "proxy", "trials", "seconds")
+
+
+def measured(job: Job) -> list[Point]:
+    """What is measured of a job: its result, or a point for each of its patterns."""
+    best = job.best
+    done = [each for each in job.points or () if each.perplexity is not None]
+    if best is None or done:
+        answer = [each for each in done if best and each.perplexity == best.perplexity]
+        return answer or done
+    if best.perplexity is None:
+        return []
+    spec, good = job.spec.get("configuration", job.spec), best.perplexities
+    pattern = Pattern.parse(str(spec["pattern"]), spec.get("scope"))
+    known = {} if good is None else {**good.model_dump(exclude={"pruned"}), "rise": good.rise}
+    trials = job.progress.of(StageKind.SEARCH).done
+    return [
+        Point(
+            pattern=str(pattern), scope=pattern.scope.value, sparsity=pattern.sparsity,
+            state="done", trials_done=trials, method=best.method, perplexity=best.perplexity,
+            proxy=best.objective, **known,
+        )
+    ]  # fmt: skip
 
 
 def curve(job: stored.JobRecord) -> dict[str, Any] | None:
@@ -344,16 +368,20 @@ def _seconds_left(job: stored.JobRecord, known: Mapping[StageKind, Pieces]) -> f
     if job.state is not JobState.RUNNING or job.stage not in paced:
         return None
     at_it, counted = job.of_kind(job.stage), known[job.stage]
-    elapsed = sum(
-        each.elapsed_s if job.stage is StageKind.SEARCH else (each.result or {}).get("seconds", 0.0)
-        for each in at_it
-    )
     if not counted.done:
         return None
     left, workers = counted.total - counted.done, max(1, sum(map(_runs, at_it)))
     if job.stage is StageKind.SEARCH:  # a hill climb may have ended early
         left = sum(job.trials - s.done for s in at_it if s.state is not StageState.DONE)
-    return round(elapsed / counted.done * left / workers, 1)
+    return round(worked_s(job, job.stage) / counted.done * left / workers, 1)
+
+
+def worked_s(job: stored.JobRecord, kind: StageKind) -> float:
+    """Seconds of work on the searches, or on the points or perplexities that are done."""
+    stages = job.of_kind(kind)
+    if kind is StageKind.SEARCH:
+        return sum(stage.elapsed_s for stage in stages)
+    return float(sum((stage.result or {}).get("seconds", 0.0) for stage in stages))
 
 
 def _runs(stage: stored.Stage) -> bool:

@@ -5,6 +5,7 @@ The front page: a table of jobs that is filtered, searched and sorted by its que
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from http import HTTPStatus
 from typing import Any, Self
 from urllib.parse import parse_qsl, urlencode
@@ -16,30 +17,33 @@ from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse
 
 from pho_service.api import artifacts, jobs
-from pho_service.api.answers import ArtifactList, Job, Progress
+from pho_service.api.answers import ArtifactList, Job, Point
 from pho_service.api.describe import (
     describe,
     failure,
     is_several,
     is_transfer,
-    step_of,
+    measured,
     studies_in_words,
     study_names,
 )
 from pho_service.api.jobs import page_of, which_jobs
 from pho_service.api.operations import workers
 from pho_service.api.pages import Pairs, draw
+from pho_service.api.plan import likely_card
 from pho_service.api.problems import sentence, wrong_parameter
 from pho_service.api.report import TITLES, collected
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
+from pho_service.api.stepper import StepRow, span, steps, time_left
 from pho_service.errors import OutputError
 from pho_service.shown.charts import best_so_far
 from pho_service.shown.page import sections
 from pho_service.shown.parts import Section
 from pho_service.spec.curve import Target
+from pho_service.spec.document import number, percent
 from pho_service.spec.objective import is_maximised
 from storage import records as stored
-from storage.records import VERBS, JobState, NoSuchJob, StageKind, StageState, StateConflict
+from storage.records import VERBS, JobState, NoSuchJob, StageKind, StateConflict
 from storage.rows import NEWEST, SORTS, Sort
 from storage.studies import read_course, study_ids
 
@@ -89,21 +93,6 @@ def moves(job: Job) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageRow:
-    """
-    All stages of a kind: what they are at, and the part that is done: trials of searches, steps of
-    one stage, or stages of several.
-    """
-
-    title: str
-    state: str
-    done: int
-    total: int
-    at: str
-    attempts: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Logged:
     """Lines that a worker has logged of a stage, and the stage."""
 
@@ -118,7 +107,8 @@ class JobView:
     head: JobHead
     # A word and the number in optuna-dashboard of each, for those who may look there.
     studies: Sequence[tuple[str, int]]
-    stages: Sequence[StageRow]  # By kind, in the order of the work
+    steps: Sequence[StepRow]  # In the order of the work
+    left: str  # How long it takes still in all; empty if that is not known
     first: Sequence[Section]  # Sections of the report that stand above the buttons
     sections: Sequence[Section]  # Those below them
     happened: Section  # The last of them
@@ -133,10 +123,13 @@ def view(service: Service, caller: Caller, job: stored.JobRecord, now: datetime)
         with service.database.transaction() as connection:
             known = study_ids(connection, [*studies_in_words(job)])
     found = {section.id: section for section in sections(collected(service, job))}
+    reporting = workers(service, caller).workers
+    rows = steps(job, head.job.progress, reporting, now)
     return JobView(
         head=head,
         studies=[(w, known[name]) for name, w in studies_in_words(job).items() if name in known],
-        stages=_stages(job, head.job.progress, now),
+        steps=rows,
+        left=time_left(service, job, head.job.progress, rows, likely_card(reporting)),
         first=[found[name] for name in _FIRST if name in found],
         sections=[found[name] for name in _SHOWN if name in found and found[name].is_known],
         happened=Section(id="happened", title="What happened", events=found["happened"].events),
@@ -148,50 +141,8 @@ def view(service: Service, caller: Caller, job: stored.JobRecord, now: datetime)
     )
 
 
-def _stages(job: stored.JobRecord, progress: Progress, now: datetime) -> list[StageRow]:
-    rows = []
-    for kind in dict.fromkeys(stage.kind for stage in job.stages):
-        mine = [stage for stage in job.stages if stage.kind is kind]
-        known = progress.of(kind)
-        done, total = known.done, known.total
-        step = next(filter(None, map(step_of, mine)), None)
-        if step is not None and len(mine) == 1:
-            done, total = step.done, step.steps
-        at = [] if step is None else [step.title]
-        at += _seconds(mine, job.finished_at or now)
-        rows.append(
-            StageRow(
-                title=TITLES.get(kind, kind.value.capitalize()),
-                state=_state(mine),
-                done=done,
-                total=total,
-                at=", ".join(at),
-                attempts=max(stage.attempt for stage in mine),
-            )
-        )
-    return rows
-
-
-def _state(stages: Sequence[stored.Stage]) -> str:
-    """Return the state of several stages: the one that a user must know first."""
-    states = {stage.state for stage in stages}
-    for state in (StageState.FAILED, StageState.RUNNING, StageState.WAITING):
-        if state in states:
-            return state.value
-    return StageState.DONE.value
-
-
-def _seconds(stages: Sequence[stored.Stage], by: datetime) -> list[str]:
-    """How long it took from the first to the last of them, or to this time if they are not done."""
-    begun = [stage.started_at for stage in stages if stage.started_at is not None]
-    if not begun:
-        return []
-    ended = [stage.finished_at or by for stage in stages]
-    return [span((max(ended) - min(begun)).total_seconds())]
-
-
 def _logs(events: Sequence[stored.EventRecord], *, named: bool) -> list[Logged]:
-    """The last lines, those of a kind of stage, a worker and an attempt together."""
+    """The last lines, those of a kind of stage and a worker together."""
     found: dict[str, list[str]] = {}
     left = LOG_LINES
     for event in reversed(events):
@@ -199,8 +150,6 @@ def _logs(events: Sequence[stored.EventRecord], *, named: bool) -> list[Logged]:
         kind = StageKind(data["stage"])
         title = TITLES.get(kind, kind.value.capitalize())
         title += f", {data['worker']}" * named
-        if data["attempt"] > 1:
-            title += f", attempt {data['attempt']}"
         lines = data["lines"][-left:] if left else []
         left -= len(lines)
         if lines:
@@ -220,19 +169,6 @@ def _verbs(job: stored.JobRecord) -> list[str]:
     ):
         found.append("prune")
     return found
-
-
-def span(seconds: float) -> str:
-    """A time in words, as exact as one cares."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if minutes < 90:
-        return f"{minutes} min"
-    hours = round(seconds / 3600)
-    if hours < 72:
-        return f"{minutes // 60} h {minutes % 60} min" if hours < 24 else f"{hours} h"
-    return f"{round(hours / 24)} days"
 
 
 def models_of(job: stored.JobRecord) -> list[str]:
@@ -285,9 +221,14 @@ class JobRow:
     models: Sequence[str]
     pattern: str  # How sparse they are to be, in short
     preset: str  # Its name, or "transfer"
-    gain: float | None  # Share by which its perplexity is below RIA's
+    perplexity: str  # What was measured; of several patterns the lowest and the highest
+    dense: str
+    rise: str  # Of its perplexity over the dense model's
+    gain: str  # Share by which its perplexity is below RIA's
     error: str | None  # Why it failed
-    line: str  # The best objective so far, as the points of a line; empty without two values
+    # The best objective so far, or the perplexity by sparsity, as the points of a line; empty
+    # without two values.
+    line: str
     age: str  # How long ago it was submitted
 
     @property
@@ -305,17 +246,41 @@ def rows(connection: Connection, found: Sequence[stored.JobRecord], now: datetim
 def _row(job: stored.JobRecord, line: str, now: datetime) -> JobRow:
     shown = describe(job)
     spec = job.spec["configuration"] if is_transfer(job) else job.spec
-    good = None if shown.best is None else shown.best.perplexities
+    found = measured(shown)
     return JobRow(
         job=shown,
         title=job.name.rpartition(" ")[0] or job.name,
         models=models_of(job),
         pattern=asked_sparsity(spec)[1],
         preset="transfer" if is_transfer(job) else str(spec.get("preset", "score")),
-        gain=None if good is None or not good.ria else 1 - good.pruned / good.ria,
+        perplexity=_range([each.perplexity for each in found], number),
+        dense=number(found[0].dense) if found else "",
+        rise=_range([each.rise for each in found], partial(percent, signed=True)),
+        gain=_range(
+            [each.ria and 1 - (each.perplexity or 0) / each.ria for each in found], percent
+        ),
         error=failure(job),
-        line=line,
+        line=_curve(found) if shown.points else line,
         age=span((now - job.created_at).total_seconds()),
+    )
+
+
+def _range(values: Sequence[float | None], said: Callable[[float], str]) -> str:
+    """The lowest and the highest value in words, or the only one."""
+    known = [value for value in values if value is not None]
+    return " to ".join(dict.fromkeys([said(min(known)), said(max(known))])) if known else ""
+
+
+def _curve(found: Sequence[Point]) -> str:
+    """Perplexities by sparsity, as the points of a line from the bottom left; N:M stand beside."""
+    points = [(e.sparsity, e.perplexity or 0.0) for e in found if ":" not in e.pattern]
+    if len(points) < 2:
+        return ""
+    (left, right), (low, high) = ((min(each), max(each)) for each in zip(*points, strict=True))
+    return " ".join(
+        f"{WIDTH * (x - left) / (right - left):.4g},"
+        f"{HEIGHT * (high - y) / ((high - low) or 1.0):.3g}"
+        for x, y in points
     )
 
 
@@ -378,7 +343,7 @@ ORDERS: dict[Sort, str] = {
     "pattern": "pattern",
     "state": "state",
     "perplexity": "perplexity, lowest first",
-    "rise": "above dense, lowest first",
+    "rise": "against dense, lowest first",
     "-gain": "below RIA, highest first",
 }
 

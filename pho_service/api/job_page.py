@@ -17,6 +17,8 @@ from pydantic import ValidationError
 from starlette.responses import RedirectResponse
 
 from pho_service.api import artifacts, jobs
+from pho_service.api.answers import Point
+from pho_service.api.describe import measured
 from pho_service.api.job_list import REFRESH_S, JobHead, ListView, draw_list, view
 from pho_service.api.pages import Typed, draw
 from pho_service.api.problems import (
@@ -29,7 +31,9 @@ from pho_service.api.problems import (
 )
 from pho_service.api.report import rated_values
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
-from pho_service.shown.charts import searches_chart
+from pho_service.api.stepper import span
+from pho_service.shown.charts import curves_chart, searches_chart
+from pho_service.shown.tables import result_in_words
 from pho_service.spec.document import number, percent
 from pho_service.spec.fields import FieldError
 from pho_service.spec.transfer import TransferRequest
@@ -213,29 +217,45 @@ def compare(
     found = [service.jobs.get(each, visible_to=caller.visible_to) for each in chosen]
     now = datetime.now(UTC)
     heads = [JobHead.of(each, now) for each in found]
+    curves = {each.job.name: measured(each.job) for each in heads}
+    columns = [(each, point) for each in heads for point in curves[each.job.name] or [None]]
+    charts = [
+        curves_chart([(name, [p.model_dump() for p in some]) for name, some in curves.items()]),
+        searches_chart([(each.name, *rated_values(service, each)) for each in found]),
+    ]
     return draw(
         "compare.html",
         caller=caller,
-        heads=heads,
-        figures=_figures(heads),
+        columns=columns,
+        alone=[(each, None) for each in heads],
+        figures=_figures(columns),
         settings=_settings([each.spec for each in found]),
-        chart=searches_chart([(each.name, *rated_values(service, each)) for each in found]),
+        charts=[chart for chart in charts if chart is not None],
     )
 
 
-def _figures(heads: Sequence[JobHead]) -> list[Line]:
-    measured = [None if each.job.best is None else each.job.best.perplexities for each in heads]
-    rows = [("State", [str(each.job.state) for each in heads])]
+def _figures(columns: Sequence[tuple[JobHead, Point | None]]) -> list[Line]:
+    """What was found, by job; of one with several patterns, in a column for each."""
+    points = [point for _, point in columns]
+    rows = [
+        ("State", [str(head.job.state) for head, _ in columns]),
+        ("Pattern", [point.pattern if point else head.facts[0][1] for head, point in columns]),
+        ("Result", [result_in_words(point and point.method) for point in points]),
+    ]
     for title, name in (
-        ("Perplexity, pruned", "pruned"), ("Dense", "dense"), ("Wanda", "wanda"), ("RIA", "ria"),
+        ("Perplexity, pruned", "perplexity"), ("Dense", "dense"), ("Wanda", "wanda"),
+        ("RIA", "ria"),
     ):  # fmt: skip
-        rows.append((title, [number(getattr(each, name, None)) for each in measured]))
-    rows.append(
-        ("Above dense", [percent(None if e is None else e.rise, signed=True) for e in measured])
-    )
-    rows.append(("Objective", [number(each.job.progress.best_value) for each in heads]))
-    rows.append(("Trials", [f"{e.job.progress.of('search').done}" for e in heads]))
-    rows.append(("Time", [each.time for each in heads]))
+        rows.append((title, [number(getattr(point, name, None)) for point in points]))
+    rises = [percent(point and point.rise, signed=True) for point in points]
+    best = [point.proxy if point else h.job.progress.best_value for h, point in columns]
+    trials = [(point and point.trials) or h.job.progress.of("search").done for h, point in columns]
+    rows += [
+        ("Against dense", rises),
+        ("Objective", [number(value) for value in best]),
+        ("Trials", [f"{count}" for count in trials]),
+        ("Time", [span(p.seconds) if p and p.seconds else head.time for head, p in columns]),
+    ]
     return [Line(name=name, values=values) for name, values in rows if any(values)]
 
 

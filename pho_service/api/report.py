@@ -3,6 +3,7 @@ All that is stored of a job, as a report; ``/v1/jobs/{id}/report`` shows it as o
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from uuid import UUID
 
@@ -37,7 +38,7 @@ from storage.studies import read_trials
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
-EVENTS = 50  # that are shown, the newest
+EVENTS, MOST_EVENTS = 50, 1000  # the newest that are shown, and that are read for them
 TITLES = {
     StageKind.TRANSFER: "Measure on other models",
     StageKind.CALIBRATE: "Calibrate",
@@ -84,16 +85,29 @@ def _page(job_id: UUID, service: Service, caller: Caller, back: str | None) -> s
 def collected(service: Service, job: stored.JobRecord, *, whole: bool = False) -> Report:
     """What is known of a job; the whole also says how much each coefficient mattered."""
     found = _of_transfer(job) if is_transfer(job) else _of_search(service, job, whole=whole)
-    events = service.jobs.history(job.id, limit=EVENTS)
+    events = without_turns(service.jobs.history(job.id, limit=MOST_EVENTS))[:EVENTS]
     return replace(found, happened=[(event.created_at, told(event)) for event in events])
+
+
+def without_turns(events: Sequence[stored.EventRecord]) -> list[stored.EventRecord]:
+    """Leave out all turns of a search but the last: a long one gives up hundreds."""
+    said = [(each.kind, each.data.get("stage"), each.data.get("why")) for each in events]
+    return [
+        event
+        for number, event in enumerate(events)
+        if not {"why", "attempt"} & {*event.data} or number < 2 or said[number] != said[number - 2]
+    ]
 
 
 def told(event: stored.EventRecord) -> str:
     """An event, in words."""
     data = event.data
     if event.kind == "stage":
-        kind = StageKind(data["stage"])
-        return f"began: {TITLES.get(kind, kind.value).lower()}"
+        again = "tried again" if data.get("failures") else "went on"
+        return f"{again if 'attempt' in data else 'began'}: {TITLES[data['stage']].lower()}"
+    if event.kind == "put_down":
+        reason = {"turn": "gave its turn to another job", "stopped": "its worker stopped"}
+        return f"put down: {TITLES[data['stage']].lower()}, {reason[data['why']]}"
     if event.kind == "retry":
         return f"{data['stage']} failed, and is tried again: {data['message']} ({data['type']})"
     error = data.get("error")
@@ -176,7 +190,7 @@ def _of_search(service: Service, job: stored.JobRecord, *, whole: bool) -> Repor
         stages=[_time(stage) for stage in job.stages],
         document=job.spec,
         commands=words.search_commands(),
-        prune_commands=words.prune_commands(str(job.id), spec),
+        prune_commands=words.prune_commands(str(job.id)[:8], spec),
         versions={} if configuration is None else configuration.versions,
     )
 

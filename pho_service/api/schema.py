@@ -31,7 +31,7 @@ EVENT = {
     "type": "object",
     "properties": {
         "id": {"type": "string", "description": "For Last-Event-ID."},
-        "event": {"enum": ["state", "stage", "progress", "retry"]},
+        "event": {"enum": ["state", "stage", "progress", "retry", "put_down"]},
         "data": {"type": "string", "contentMediaType": "application/json"},
     },
     "required": ["id", "event", "data"],

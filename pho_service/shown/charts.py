@@ -256,18 +256,44 @@ def timings_chart(spent: Mapping[str, float]) -> Chart | None:
     )
 
 
+def curves_chart(curves: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> Chart | None:
+    """Perplexity against sparsity of several jobs; None where all have one sparsity."""
+    every = [point for _, points in curves for point in points]
+    if len({point["sparsity"] for point in every}) < 2:
+        return None
+    series = [
+        each
+        for place, (name, points) in enumerate(curves, 1)
+        for each in _joined(points, name, f"line-{place}", "perplexity")
+    ]
+    return Chart(
+        id="curves",
+        title="Perplexity by sparsity",
+        text="What each job has found at each of its patterns. Perplexities of other texts or "
+        "models do not compare.",
+        drawing=plot(series, x="weights removed", y="perplexity", log_y=True, percent_x=True),
+    )
+
+
+def _joined(points: Sequence[Mapping[str, Any]], name: str, look: str, key: str) -> list[Series]:
+    """A line through the points of ratios, and those of N:M beside it."""
+    ratios, groups = (
+        _marks([each for each in points if (":" in each["pattern"]) is of_groups], name, key)
+        for of_groups in (False, True)
+    )
+    found = [Series(name=name, look=look, points=ratios, line="straight")] if ratios else []
+    if groups:
+        found.append(Series(name=f"{name}, N:M", look=look, points=groups, mark="cross"))
+    return found
+
+
 def curve_chart(points: Sequence[Mapping[str, Any]], dense: float) -> Chart:
     """Perplexity against sparsity: a line through the ratios, N:M beside it."""
-    ratios = [each for each in points if ":" not in each["pattern"]]
-    groups = [each for each in points if ":" in each["pattern"]]
-    series = []
-    for name, key in (("found", "perplexity"), ("wanda", "wanda"), ("ria", "ria")):
-        if ratios:
-            marks = _marks(ratios, name, key)
-            series.append(Series(name=name, look=name, points=marks, line="straight"))
-        if groups:
-            marks = _marks(groups, name, key)
-            series.append(Series(name=f"{name}, N:M", look=name, points=marks, mark="cross"))
+    series = [
+        each
+        for name, key in (("found", "perplexity"), ("wanda", "wanda"), ("ria", "ria"))
+        for each in _joined(points, name, name, key)
+    ]
     ends = [min(0.0, *(p["sparsity"] for p in points)), max(p["sparsity"] for p in points)]
     level = [(end, dense, "") for end in ends]
     series.append(Series(name="dense", look="dense", points=level, mark=None, line="straight"))

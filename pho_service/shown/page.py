@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import PurePath
 from typing import Any
 
@@ -17,7 +18,7 @@ from pho_service.shown import charts, tables, words
 from pho_service.shown.parts import Chart, Section, Table, page, pairs_table
 from pho_service.shown.report import Report, ReportTrial
 from pho_service.spec.configuration import Configuration
-from pho_service.spec.document import number, seconds
+from pho_service.spec.document import number, percent, seconds
 from pho_service.spec.tasks import TaskScores
 from pho_service.tuning.plan import CORRECTS
 from pho_service.tuning.result import chosen_in
@@ -214,8 +215,7 @@ def _result(report: Report) -> Section:
     elif found is None:
         best = report.rated[:1]
         texts.append(
-            "There is no configuration yet."
-            + "".join(f" Best objective so far: {number(trial.value)}." for trial in best)
+            "There is no configuration yet." + "".join(map(partial(_so_far, report), best))
             if report.subject == "search"
             else "Without its configuration (--config) it is not known what was chosen: the first "
             "row of the finalists is the best of what the study holds."
@@ -231,6 +231,15 @@ def _result(report: Report) -> Section:
         tables=[] if good is None else [tables.verdict_table(good)],
         commands=report.prune_commands if found is not None else (),
     )
+
+
+def _so_far(report: Report, trial: ReportTrial) -> str:
+    """The best objective of a search that is not over, beside RIA's."""
+    gain = report.gain(trial, "proxy")
+    beside = ""
+    if gain is not None and gain.share:
+        beside = f", {percent(abs(gain.share))} {'below' if gain.share > 0 else 'above'} RIA's"
+    return f" Best objective so far: {number(trial.value)}{beside}."
 
 
 def _how_good(report: Report) -> list[str]:

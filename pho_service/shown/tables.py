@@ -131,32 +131,39 @@ def results_table(report: Report) -> Table | None:
     ).without_empty()  # fmt: skip
 
 
+def result_in_words(method: str | None) -> str:
+    """What a result is: found by the search, or a baseline that no candidate was better than."""
+    return {None: "", "crepe": "found"}.get(method, f"{method}, a baseline")
+
+
 def points_table(
     points: Sequence[Mapping[str, Any]], measured: Confirmation | None = None
 ) -> Table:
     """A row for each sparsity of a curve or a target, with what is measured of it."""
     on = "" if measured is None else f"Perplexities are of {text_of(measured)}. "
+    chosen = [each.get("configuration") or each for each in points]
     dense = next((each["dense"] for each in points if each.get("dense")), None)
     return Table(
         (
-            "pattern", "scope", "state", "found", "rise", "Wanda", "RIA", "within", "proxy",
-            "trials", "seconds",
+            "pattern", "perplexity", "rise", "Wanda", "RIA", "result", "scope", "state", "within",
+            "proxy", "trials", "seconds",
         ),
         [
             (
                 each["pattern"],
-                each["scope"],
-                each.get("state"),
                 number(each["perplexity"]),
                 percent(each["rise"], signed=True),
                 number(each["wanda"]),
                 number(each["ria"]),
+                result_in_words(found.get("method")),
+                found["scope"],
+                each.get("state"),
                 {True: "yes", False: "no"}.get(each.get("within")),  # type: ignore[arg-type]
                 number(each["proxy"]),
                 each["trials"],
                 seconds(each["seconds"]),
             )
-            for each in points
+            for each, found in zip(points, chosen, strict=True)
         ],
         title="Perplexity at each sparsity"
         + (f"; the dense model has {number(dense)}" if dense else ""),

@@ -19,7 +19,7 @@ from storage.records import JobState, StageKind
 HEAVIEST = 300_000  # bytes of a page that is not a report
 DARK = (  # what is looked at on a phone in the dark mode, too
     "list", "job best", "job failed", "form with a plan", "form with errors", "compare",
-    "report of a search", "login", "API",
+    "report of a search", "login", "job points", "API",
 )  # fmt: skip
 SHOWN = ("running", "failed", "best", "transfer", "points")  # each with a page of its own
 UNFOLD = "for (const each of document.querySelectorAll('details')) each.open = true"
@@ -85,7 +85,7 @@ def pages(
         "nothing": "/?state=queued&name=nothing&model=org/name",
         **{f"job {name}": f"/jobs/{jobs[name]}" for name in SHOWN},
         "form": "/new",
-        "compare": f"/compare?job={best}&job={jobs['running']}",
+        "compare": f"/compare?job={best}&job={jobs['running']}&job={jobs['points']}",
         "API": "/docs",
         "report of a search": f"/v1/jobs/{best}/report",
         "report of a transfer": f"/v1/jobs/{jobs['transfer']}/report",

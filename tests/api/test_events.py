@@ -64,7 +64,8 @@ def test_the_stream_of_a_job_that_is_over_tells_all(client: TestClient, history:
         (e.kind, e.data.get("state") or e.data.get("done") or e.data.get("stage")) for e in events
     ] == [
         ("state", "queued"), ("stage", "calibrate"), ("state", "running"), ("retry", "calibrate"),
-        ("state", "paused"), ("state", "queued"), ("state", "running"), ("stage", "search"),
+        ("state", "paused"), ("state", "queued"), ("stage", "calibrate"), ("state", "running"),
+        ("stage", "search"),
         ("progress", 8), ("progress", 16), ("progress", 40), ("stage", "finish"),
         ("state", "succeeded"),
     ]  # fmt: skip
@@ -74,6 +75,7 @@ def test_the_stream_of_a_job_that_is_over_tells_all(client: TestClient, history:
     told = "OSError", "disk: ü\n\nx", 1
     assert (retry["type"], retry["message"], retry["attempts"]) == told
     assert (progress["number"], progress["best_value"]) == (0, 0.125)
+    assert [e.data.get("attempt") for e in events if e.kind == "stage"] == [None, 2, None, None]
     assert all(datetime.fromisoformat(e.data["at"]).tzinfo for e in events)
 
 

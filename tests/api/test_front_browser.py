@@ -93,6 +93,8 @@ def test_keys_alone_submit_a_job_whose_plan_follows_them(page: Page, store: JobS
     write(page, "Model (needed)", "small")
     write(page, "Pattern", "2:4")
     page.keyboard.press("Escape")  # closes the suggestions
+    for fold in ("More", "Trials, seed"):
+        page.locator("summary", has_text=fold).press("Enter")
     write(page, "Trials", "60")
     expect(page.locator("#plan")).to_contain_text("search, 60 trials")
     same = "pho submit small --pattern 2:4 --context-length 128 --trials 60"
@@ -259,7 +261,9 @@ def test_on_a_phone_no_page_is_wider(page: Page, store: JobStore, job_of: Any, s
     page.set_viewport_size({"width": WIDTH, "height": HEIGHT})
     page.emulate_media(color_scheme=scheme)
     beyond = {}
-    for path in ("/", "/new", f"/jobs/{job.id}", f"/jobs/{job.id}/delete", "/new?"):
+    several = job_of(page, pattern=None, patterns=["0.3", "0.5", "0.7", "2:4"])
+    pages = ("/", "/new", f"/jobs/{job.id}", f"/jobs/{job.id}/delete", f"/jobs/{several.id}")
+    for path in (*pages, f"/compare?job={job.id}&job={several.id}", "/docs", "/new?"):
         page.goto(path)
         if path == "/new?":
             page.get_by_label("Model (needed)").fill("../" + "x" * 300)

@@ -57,6 +57,44 @@ def test_patterns(client: TestClient, begin: Any, measure: Any, hand: Any, refus
     assert "+20.0%" in report
 
 
+def test_the_list_and_the_comparison_have_each_pattern(
+    client: TestClient, begin: Any, measure: Any, submit: Any, hand: Any
+) -> None:
+    job, one = begin(["0.3", "0.5", "2:4"], patterns=["0.3", "0.5", "2:4"]), submit()["id"]
+    for number, perplexity in enumerate((22.0, 24.0, 26.0)):
+        measure(job, number, perplexity)
+    hand.succeed(one, perplexities={"dense": 20.0, "pruned": 23.0, "ria": 25.0})
+    listed = client.get("/").text
+    compared = client.get("/compare", params={"job": [job, one]}).text
+    rows = re.findall(r'<th scope="row">(.*?)</th>(.*?)</tr>', compared)
+    cells = {name: re.findall(r"<td>(.*?)</td>", values) for name, values in rows}
+
+    assert "22.00 to 26.00</td>" in listed
+    assert "+10.0% to +30.0%</td>" in listed
+    assert f'aria-label="Perplexity by sparsity of {hand.store.get(uuid.UUID(job)).name}"' in listed
+    assert cells["Pattern"] == ["0.3", "0.5", "2:4", "0.5"]
+    assert cells["Perplexity, pruned"] == ["22.00", "24.00", "26.00", "17.25"]
+    assert cells["Against dense"] == ["+10.0%", "+20.0%", "+30.0%", "+15.0%"]
+    assert 'id="curves"' in compared
+
+
+def test_a_point_that_a_baseline_wins_says_so(
+    client: TestClient, begin: Any, hand: Any, point: Any
+) -> None:
+    job = begin(["0.3", "0.5"], patterns=["0.3", "0.5"])
+    for number, method in enumerate(("ria-row", "crepe")):
+        claim = hand.take(job, StageKind.POINT, number)
+        result = point(claim.stage.about, 22.0 + number)
+        result["configuration"]["method"] = method
+        hand.store.complete(claim, result, then=[])
+    points = client.get(f"/v1/jobs/{job}").json()["points"]
+    page = client.get(f"/jobs/{job}").text
+
+    assert [each["method"] for each in points] == ["ria-row", "crepe"]
+    assert "<td>ria-row, a baseline</td>" in page
+    assert "<td>found</td>" in page
+
+
 def test_a_page_leads_to_all_studies_of_a_job(client: TestClient, begin: Any, hand: Any) -> None:
     job, older = (client.get(f"/v1/jobs/{begin(PATTERNS, patterns=PATTERNS)}").json() for _ in "12")
     hand.record(older, 1)

@@ -75,6 +75,12 @@ def test_the_page_begins_with_how_good_the_result_is(page_of: Any, report_of: An
     assert "pho pull 1 --prune --out pruned" in page.text["result"]
 
 
+def test_a_search_at_work_is_beside_ria(page_of: Any) -> None:
+    page = page_of(configuration=None)
+
+    assert "Best objective so far: 0.4000, 60.0% below RIA's." in page.text["result"]
+
+
 def test_where_nothing_was_measured_the_proxy_counts(page_of: Any, report_of: Any) -> None:
     trials = [replace(t, perplexity=None, divergence=None) for t in report_of().trials]
     found = report_of().configuration.model_copy(update={"candidates": [], "confirmation": None})

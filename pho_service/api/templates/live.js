@@ -105,7 +105,7 @@
     }
   }
 
-  for (const kind of ["state", "stage", "progress", "retry"]) {
+  for (const kind of ["state", "stage", "progress", "retry", "put_down"]) {
     if (events !== null) events.addEventListener(kind, () => soon(300));
   }
   soon(every());

@@ -1,0 +1,132 @@
+"""The stages of a job on its page: all from the first to the last, and what one waits for."""
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from pho_service.api.job_list import view
+from pho_service.api.service import Caller
+from pho_service.api.stepper import StepRow
+from storage.records import JobState, StageKind
+
+ADMIN = Caller(key_id=None, sees_all=True)
+
+
+@pytest.fixture
+def shown(client: TestClient, hand: Any) -> Any:
+    """What the page of a job shows, by its id."""
+    service = client.app.state.service  # type: ignore[attr-defined]  # FastAPI's
+
+    def of(job: str) -> Any:
+        record = hand.store.get(uuid.UUID(job))
+        return view(service, ADMIN, record, record.created_at)
+
+    return of
+
+
+@pytest.fixture
+def steps(shown: Any) -> Any:
+    """The steps of a job by their stage."""
+
+    def of(job: str) -> dict[str, StepRow]:
+        return {str(row.kind): row for row in shown(job).steps}
+
+    return of
+
+
+def test_all_stages_are_there_from_the_beginning(submit: Any, steps: Any, hand: Any) -> None:
+    plain, tested = submit(), submit(prune=True, tasks=["boolq"], confirm=None)
+    several = submit(pattern=None, patterns=["0.3", "2:4"])
+    rows = steps(plain["id"])
+    hand.succeed(plain["id"])
+
+    assert [*rows] == ["calibrate", "search", "confirm", "perplexity", "finish"]
+    assert [row.state for row in rows.values()] == ["waiting", *["to come"] * 4]
+    assert [*steps(tested["id"])] == ["calibrate", "search", "confirm", "finish", "tasks", "prune"]
+    assert [*steps(several["id"])] == ["calibrate", "point", "finish"]
+    assert {row.state for row in steps(plain["id"]).values()} == {"done"}
+
+
+def test_a_job_that_failed_says_what_it_has_not_reached(submit: Any, steps: Any, hand: Any) -> None:
+    job = submit()["id"]
+    hand.fail(job)
+
+    assert [row.state for row in steps(job).values()] == ["failed", *["not reached"] * 4]
+
+
+def test_a_stage_says_what_it_waits_for(submit: Any, steps: Any, hand: Any) -> None:
+    job, other = submit()["id"], submit()["id"]
+
+    def waits() -> str:
+        return str(steps(job)["calibrate"].at)
+
+    def enter(*kinds: StageKind, device: str = "cpu") -> None:
+        hand.worker_id = uuid.uuid4()
+        hand.store.enter_worker(hand.worker_id, name="host:1", device=device, kinds=[*kinds])
+
+    nobody = waits()
+    enter(StageKind.SEARCH)
+    no_gpu = waits()
+    enter(StageKind.SEARCH, device="cuda:0")
+    unable = waits()
+    enter(*StageKind)
+    free = waits()
+    hand.take(other, StageKind.CALIBRATE)
+    busy = waits()
+    hand.bring(job, JobState.PAUSED)
+
+    assert nobody == "no worker reports"
+    assert no_gpu == "no worker that does this reports, and none with a GPU"
+    assert unable == "no worker that does this reports"
+    assert free == "for a worker to take it up"
+    assert busy == "all workers that do this are busy"
+    assert waits() == "until it is resumed"
+
+
+def test_turns_and_second_attempts_have_names(
+    client: TestClient, submit: Any, shown: Any, hand: Any
+) -> None:
+    job, other = submit()["id"], submit()["id"]
+    hand.store.enter_worker(hand.worker_id, name="host:1", device="cpu", kinds=[*StageKind])
+    hand.calibrate(job)
+    for _ in range(3):  # a long search has hundreds
+        hand.store.end_turn(hand.take(job, StageKind.SEARCH))
+    hand.take(other, StageKind.CALIBRATE)
+    view_of, page = shown(job), client.get(f"/jobs/{job}").text
+    told = [text for _, text in view_of.happened.events]
+    hand.take(job, StageKind.SEARCH)
+    hand.take(job, StageKind.SEARCH)  # whose worker has died
+    failed = [text for _, text in shown(job).happened.events]
+
+    assert {str(row.kind): row.at for row in view_of.steps}["search"].startswith(
+        "another job's turn, "
+    )
+    assert "running, search waits</span>" in page
+    assert told[:3] == [
+        "put down: search, gave its turn to another job", "went on: search", "began: search",
+    ]  # fmt: skip
+    assert failed[:2] == [
+        "tried again: search",
+        "search failed, and is tried again: its worker died, or was cut off (WorkerLost)",
+    ]
+
+
+def test_the_time_left_counts_the_stages_to_come(
+    submit: Any, shown: Any, hand: Any, tmp_path: Path, write_small: Any
+) -> None:
+    write_small(tmp_path / "small")
+    asked = {"model": "small", "trials": 100, "calibration": {"context_length": 128}}
+    known, unknown = submit(**asked), submit()
+    hand.store.enter_worker(hand.worker_id, name="host:1", device="cpu", kinds=[*StageKind])
+    before = shown(known["id"]).left
+    hand.calibrate(known["id"])
+    claim = hand.take(known["id"], StageKind.SEARCH)
+    hand.store.progress(claim, done=50, elapsed_s=36_000.0, best_value=0.5)
+    during = shown(known["id"]).left
+
+    assert before.endswith((" s", " min"))
+    assert " h" in during or "days" in during  # ten hours of the search, and more in proportion
+    assert shown(unknown["id"]).left == ""
