@@ -574,6 +574,17 @@ class Client:
         """The workers that reported lately."""
         return read(WorkerList, self._service.request("GET", "/workers")).workers
 
+    def drain(self, worker_id: uuid.UUID | str, *, now: bool = False) -> Worker:
+        """
+        Have a worker take no more stages, and end.
+
+        Args:
+            worker_id: Which, as :meth:`workers` gives it.
+            now: Hand back the stage that it has in hand, instead of finishing it first.
+        """
+        path = f"/workers/{worker_id}:drain"
+        return read(Worker, self._service.request("POST", path, params={"now": now}))
+
     def wait(
         self,
         job_id: uuid.UUID | str,

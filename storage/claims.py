@@ -5,18 +5,19 @@ The workers' half of the store of jobs: taking stages, and storing what they gav
 import platform
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from optuna.storages import RDBStorage
-from sqlalchemy import Connection, delete, func, select, update
+from sqlalchemy import Connection, delete, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 
 from storage.configurations import keep, keep_transfer
 from storage.database import Database
 from storage.records import (
     Claim,
+    Drain,
     JobRecord,
     JobState,
     LostClaim,
@@ -46,7 +47,7 @@ from storage.rows import (
     update_stage,
 )
 from storage.studies import written_on
-from storage.tables import jobs, stages, workers
+from storage.tables import jobs, service, stages, workers
 
 _LONGEST_MESSAGE = 5000  # characters of an error; those of libraries may hold whole files
 
@@ -114,33 +115,27 @@ class ClaimStore:
             (taken,) = (s for s in job.stages if s.id == stage_id)
             return Claim(job=job, stage=taken)
 
+    def stalled(self, alive_s: float) -> list[int]:
+        """Entries that workers took which the queue has not heard of in the last seconds."""
+        query = text(
+            "SELECT entry.id FROM procrastinate_jobs entry"
+            " LEFT JOIN procrastinate_workers worker ON worker.id = entry.worker_id"
+            " WHERE entry.status = 'doing' AND (worker.id IS NULL"
+            "  OR worker.last_heartbeat < now() - make_interval(secs => :alive_s))"
+        )
+        with self.database.transaction() as connection:
+            return [*connection.execute(query, {"alive_s": alive_s}).scalars()]
+
     def give_again(self, queue_id: int, *, alive_s: float) -> bool:
-        """Put the stage of a dead worker's entry into the queue again."""
-        # The old entry stands for nothing then: if the worker was only frozen, what it does to its
-        # entry when it wakes harms nobody.
+        """Put the stage of a dead worker's entry into the queue again, as another entry."""
+        # If the worker was only frozen, what it does to its entry when it wakes harms nobody.
         with self.database.transaction() as connection:
             mine = stages.c.queue_id == queue_id
             row = connection.execute(select(stages.c.id, stages.c.job_id).where(mine)).first()
-            if row is None:
-                return True
-            try:
-                job = find_job(connection, row.job_id, lock=True)
-            except NoSuchJob:
-                return True
-            stage = lock_stage(connection, row.id)
-            if (
-                stage is None
-                or stage.queue_id != queue_id
-                or stage.state not in (StageState.WAITING, StageState.RUNNING)
-            ):
-                return True
-            if stage.state is StageState.RUNNING and _reports(connection, stage.worker_id, alive_s):
-                return False
-            if job.state.may_work:
-                enqueue_again(connection, job, stage)
-            else:
-                failures = stage.failures + (stage.state is StageState.RUNNING)
-                put_down(connection, job, stage.id, failures)
+            with suppress(NoSuchJob):
+                if row is not None and not _given(connection, queue_id, row, alive_s):
+                    return False
+            take_out(connection, queue_id)
             return True
 
     @contextmanager
@@ -271,21 +266,30 @@ class ClaimStore:
                 enqueue_again(connection, job, claim.stage)
 
     def enter_worker(
-        self, worker_id: uuid.UUID, *, name: str, device: str, kinds: Sequence[StageKind]
-    ) -> None:
-        """Note that a worker is there, or is there still."""
-        values = {"id": worker_id, "name": name, "device": device, "stages": [*kinds]}
+        self,
+        worker_id: uuid.UUID,
+        *,
+        name: str,
+        device: str,
+        kinds: Sequence[StageKind],
+        store: str | None = None,
+    ) -> tuple[Drain | None, str | None]:
+        """Note that a worker is there; tell how it should end, and which store the API sees."""
+        values = {"name": name, "device": device, "stages": [*kinds], "store": store}
         with self.database.transaction() as connection:
-            connection.execute(
+            row = connection.execute(
                 pg_insert(workers)
-                .values(values)
+                .values(id=worker_id, **values)
                 .on_conflict_do_update(
-                    index_elements=[workers.c.id], set_={"heartbeat_at": func.now()}
+                    index_elements=[workers.c.id],
+                    set_={"heartbeat_at": func.now(), "store": store},
                 )
-            )
+                .returning(workers.c.drain, select(service.c.store).scalar_subquery())
+            ).one()
             connection.execute(
                 delete(workers).where(workers.c.heartbeat_at < func.now() - interval(24 * 3600))
             )
+        return row[0], row[1]
 
     def remove_worker(self, worker_id: uuid.UUID) -> None:
         """Note that a worker has gone in order."""
@@ -300,6 +304,22 @@ class ClaimStore:
 
 def worker_name(process: int) -> str:
     return f"{platform.node()}:{process}"
+
+
+def _given(connection: Connection, queue_id: int, row: Any, alive_s: float) -> bool:
+    """Put a stage into the queue again, unless its entry stands for nothing or its worker lives."""
+    job = find_job(connection, row.job_id, lock=True)
+    stage = lock_stage(connection, row.id)
+    unfinished = (StageState.WAITING, StageState.RUNNING)
+    if stage is None or stage.queue_id != queue_id or stage.state not in unfinished:
+        return True
+    if stage.state is StageState.RUNNING and _reports(connection, stage.worker_id, alive_s):
+        return False
+    if job.state.may_work:
+        enqueue_again(connection, job, stage)
+    else:
+        put_down(connection, job, stage.id, stage.failures + (stage.state is StageState.RUNNING))
+    return True
 
 
 def _reports(connection: Connection, worker_id: uuid.UUID | None, alive_s: float) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from optuna.storages import RDBStorage
-from sqlalchemy import Connection, and_, delete, func, select, update
+from sqlalchemy import Connection, and_, delete, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 
 from storage.claims import OutcomeStore
@@ -19,6 +19,7 @@ from storage.database import Database
 from storage.records import (
     PATTERN,
     VERBS,
+    Drain,
     EventRecord,
     IdempotencyKeyReused,
     JobRecord,
@@ -55,7 +56,7 @@ from storage.rows import (
     update_stage,
 )
 from storage.studies import written_on
-from storage.tables import events, jobs, notifications, stages, workers
+from storage.tables import events, jobs, notifications, service, stages, workers
 
 
 class JobStore(OutcomeStore):
@@ -277,6 +278,26 @@ class JobStore(OutcomeStore):
             found = {row.id: WorkerRecord(**row._mapping) for row in rows}
         return [*found.values()]
 
+    def drain(self, worker_id: uuid.UUID, how: Drain, *, alive_s: float) -> WorkerRecord | None:
+        """Ask a worker to take no more stages and to end; None if it does not report."""
+        with self.database.transaction() as connection:
+            connection.execute(update(workers).where(workers.c.id == worker_id).values(drain=how))
+        return next((w for w in self.workers(alive_s=alive_s) if w.id == worker_id), None)
+
+    def stores(self, alive_s: float) -> tuple[str | None, list[str | None]]:
+        """Ids of the artifact stores that the API and the workers that reported lately see."""
+        with self.database.transaction() as connection:
+            own = connection.scalar(select(service.c.store))
+            alive = workers.c.heartbeat_at > func.now() - interval(alive_s)
+            return own, [*connection.execute(select(workers.c.store).where(alive)).scalars()]
+
+    def set_artifact_store(self, store: str) -> None:
+        """Note which artifact store the API sees."""
+        new = pg_insert(service).values(id=1, store=store)
+        again = new.on_conflict_do_update(index_elements=[service.c.id], set_={"store": store})
+        with self.database.transaction() as connection:
+            connection.execute(again)
+
     def counts(self) -> tuple[dict[JobState, int], dict[tuple[StageKind, StageState], int]]:
         """How many jobs are in each state, and how many stages of jobs that may work."""
         with self.database.transaction() as connection:
@@ -418,6 +439,17 @@ def pruned_for(database: Database, days: float, limit: int = 100) -> list[uuid.U
     )
     with database.transaction() as connection:
         return [*connection.execute(query).scalars()]
+
+
+def clear_queue(database: Database, days: float) -> int:
+    """Remove entries of the queue that have been over for so many days; tell how many."""
+    query = text(
+        "DELETE FROM procrastinate_jobs entry WHERE status NOT IN ('todo', 'doing')"
+        " AND NOT EXISTS (SELECT FROM procrastinate_events event WHERE event.job_id = entry.id"
+        "  AND event.at > now() - make_interval(secs => :seconds))"
+    )
+    with database.transaction() as connection:
+        return connection.execute(query, {"seconds": days * 86_400}).rowcount
 
 
 # Messages that a job has ended: kept until they are delivered, or given up.

@@ -58,6 +58,13 @@ class StageKind(StrEnum):
         return list(StageKind).index(self)
 
 
+class Drain(StrEnum):
+    """How a worker that takes no more stages ends."""
+
+    FINISH = "finish"  # once the stage that it has in hand is done
+    NOW = "now"  # the stage that it has in hand is handed back
+
+
 class StageState(StrEnum):
     """State of a stage."""
 
@@ -288,5 +295,7 @@ class WorkerRecord:
     stages: list[str]
     started_at: datetime
     heartbeat_at: datetime
+    store: str | None  # Id of the artifact store that it sees: see :meth:`ClaimStore.enter_worker`
+    drain: Drain | None
     job_id: uuid.UUID | None
     stage: StageKind | None

@@ -31,7 +31,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY
 
-from storage.records import JobState, StageKind, StageState
+from storage.records import Drain, JobState, StageKind, StageState
 
 SCHEMA = "pho"
 READER = "pho_reader"  # the role that reads studies, and nothing else
@@ -134,6 +134,15 @@ workers = Table(
     Column("stages", JSON, nullable=False),
     Column("started_at", _utc, nullable=False, server_default=_now),
     Column("heartbeat_at", _utc, nullable=False, server_default=_now),
+    Column("store", Text),  # id of the artifact store that it sees; "": one without; null: unknown
+    Column("drain", _Word(Drain)),  # null: it takes stages
+)
+
+service = Table(  # one row
+    "service",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("store", Text, nullable=False),  # id of the artifact store that the API sees
 )
 
 stages = Table(

@@ -89,6 +89,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Front ends write the mark of their artifact store here, if a test gives no other place."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PHO_DATA_DIR", str(tmp_path_factory.mktemp("pho")))
+        yield
+
+
 @contextmanager
 def _limited_disk(size: int) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+from typing import Any
 
 import click
 
@@ -28,12 +29,13 @@ from storage.studies import StorageError
     help="auto, cpu, cuda, cuda:N, or all: every GPU, for models that are larger than one.",
 )
 @click.option("--stages", "kinds", help=f"Some of {','.join(StageKind)}.  [default: all it can]")
+@click.option("--exit-when-idle", "exit_when_idle_s", default=0.0, help="In seconds; 0: never.")
 @click.option("--parent", type=int, default=0, hidden=True, help="Stop when it is gone.")
-def main(database_url: str | None, device: str, kinds: str | None, parent: int) -> None:
+def main(database_url: str | None, kinds: str | None, **options: Any) -> None:
     """Take stages of jobs out of the queue and do them, until SIGTERM or Ctrl-C."""
     warnings.simplefilter("ignore")
     try:
-        _run(database_url, device, kinds, parent)
+        _run(database_url, kinds, options)
     except InvalidInput as error:
         click.echo(f"pho worker: {error}", err=True)
         sys.exit(2)
@@ -51,7 +53,7 @@ def main(database_url: str | None, device: str, kinds: str | None, parent: int) 
 _TALKATIVE = ("procrastinate", "optuna", "transformers", "datasets", "huggingface_hub", "alembic")
 
 
-def _run(database_url: str | None, device: str, kinds: str | None, parent: int) -> None:
+def _run(database_url: str | None, kinds: str | None, options: dict[str, Any]) -> None:
     settings = read_settings(database_url=database_url)
     if database_url is not None:
         os.environ["PHO_DATABASE_URL"] = database_url  # for a process that takes this one's place
@@ -72,8 +74,8 @@ def _run(database_url: str | None, device: str, kinds: str | None, parent: int) 
     adopt_loggers(_TALKATIVE, logging.ERROR)
     disable_progress_bar()  # in a log, a line that nobody can read
 
-    options = WorkerOptions(device=device, kinds=chosen, parent=parent)
-    run_worker(settings.database_url.get_secret_value(), settings, options)
+    worker = WorkerOptions(kinds=chosen, **options)
+    run_worker(settings.database_url.get_secret_value(), settings, worker)
     gc.freeze()  # Python's last collections, over all that torch holds, take seconds
 
 

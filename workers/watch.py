@@ -200,16 +200,19 @@ class Hold:
         self._log: StageLog | None = None
         self._claim: Claim | None = None
         self._late_since: float | None = None  # when it was seen that it should be put down
+        self.idle_since: float | None = time.monotonic()  # None while a thread works on a stage
 
     @contextmanager
     def of(self, claim: Claim) -> Iterator[None]:
         """Inside, a thread works on a stage, and what it logs is kept with the job."""
-        self._late_since, self._claim = None, claim
+        self._late_since = self.idle_since = None
+        self._claim = claim
         try:
             with StageLog(self._store, claim, self._worker) as self._log:
                 yield
         finally:
             self._log = self._claim = None
+            self.idle_since = time.monotonic()
 
     def is_stuck(self) -> bool:
         """Tell whether the stage should have been put down a few seconds ago; store its log."""

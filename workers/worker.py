@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -21,7 +22,6 @@ import psycopg_pool
 import torch
 from procrastinate import BaseRetryStrategy, JobContext, RetryDecision
 from procrastinate.jobs import Job as QueueEntry
-from procrastinate.jobs import Status
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -34,7 +34,14 @@ from tenacity import (
 )
 from tenacity.wait import wait_exponential
 
-from pho_service.errors import DeviceLost, OutOfMemory, PhoError, renamed
+from pho_service.errors import (
+    DeviceLost,
+    InvalidInput,
+    OutOfMemory,
+    OutputError,
+    PhoError,
+    renamed,
+)
 from pho_service.host.access import Access
 from pho_service.host.artifacts import PrunedStore, store_url
 from pho_service.host.logs import about, span
@@ -44,7 +51,7 @@ from pho_service.spec.job_options import document_fields
 from storage.claims import worker_name
 from storage.database import Database, taking_turns
 from storage.jobs import JobStore
-from storage.records import Claim, LostClaim, StageKind
+from storage.records import Claim, Drain, LostClaim, StageKind
 from storage.rows import TASK
 from storage.studies import DatabaseGone, StorageError
 from workers.conductor import Conductor
@@ -54,8 +61,7 @@ from workers.watch import PATIENCE_S, HandBack, Hold, TurnOver, Turns
 
 logger = logging.getLogger(__name__)
 
-UPKEEP = "upkeep"  # a queue beside those of the stages
-_FIRST = 1_000_000  # before every stage
+_BEAT_S = 2.0  # at most, between two signs of life
 _GIVE_UP_AFTER_S = 600.0  # a stage whose database is away
 _LAST_S = 3.0  # for the report of a worker that ends by force
 _LOST_DEVICES = 10  # attempts of a stage; from then on it counts as its own fault
@@ -86,6 +92,7 @@ class WorkerOptions:
     # ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``all``: see :func:`take_device`.
     device: str = "auto"
     kinds: tuple[StageKind, ...] = tuple(StageKind)  # Stages that this worker does
+    exit_when_idle_s: float = 0.0  # End after so long without a stage; 0 for never
     parent: int = 0  # Stop when this process is no longer our parent; 0 for never
 
     def arguments(self, device: torch.device) -> list[str]:
@@ -94,14 +101,17 @@ class WorkerOptions:
         name = "cuda" if self.device == "auto" and device.type == "cuda" else self.device
         return [
             "--device", name, "--stages", ",".join(self.kinds), "--parent", str(self.parent),
+            "--exit-when-idle", str(self.exit_when_idle_s),
         ]  # fmt: skip
 
 
 def run_worker(database_url: str, settings: Settings, options: WorkerOptions) -> None:
-    """Work until SIGTERM or SIGINT."""
+    """Work until SIGTERM or SIGINT, or until it is drained or idle for too long."""
     # Where this process can do no more, because its GPU failed or it cannot put down a stage, a new
     # one takes its place: see :func:`start_anew`.
     idle_limit_s = max(10.0, settings.stalled_after_s)
+    if settings.liveness_file is not None:
+        settings = settings.model_copy(update={"liveness_file": _touched(settings.liveness_file)})
     database = Database(database_url, pool=4, idle_limit_s=idle_limit_s)
     try:
         with (
@@ -124,7 +134,7 @@ def run_worker(database_url: str, settings: Settings, options: WorkerOptions) ->
                 os.chdir("/")
     finally:
         database.close()
-    if worker.device_lost:
+    if worker.device_lost and not worker.draining:
         start_anew(options.arguments(device))
 
 
@@ -142,7 +152,11 @@ class _Worker:
         self._hold = Hold(self._store, worker_name(os.getpid()))
         self._ended = threading.Event()
         self.device_lost = False  # a new process should take this one's place
+        self.draining = False  # no new process should
         self._entered = False  # once the tables are there
+        self._store_seen: str | None = None  # id of the artifact store; None: not looked for yet
+        self._store_expected: str | None = None  # that of the API; None: there was no API yet
+        self._heal_after = 0.0  # when those who live have had the time to say so after an outage
         self._inputs = inputs
         turns = Turns(seconds=settings.turn_s, kinds=options.kinds)
         self._conductor = Conductor(self._store, inputs, self._stopping, turns)
@@ -151,7 +165,9 @@ class _Worker:
         loop = asyncio.get_running_loop()
         working = asyncio.create_task(self._work_through_outages())
         self._stop = functools.partial(loop.call_soon_threadsafe, self._stop_once, working)
-        beating = asyncio.create_task(self._beat())
+        beating = asyncio.create_task(self._beat(working))
+        touching = asyncio.create_task(self._show_life())
+        threading.Thread(target=self._heal, daemon=True).start()
 
         # The loop's own handlers would be gone before the process is: a late SIGTERM would kill it.
         _on_signals(lambda *_: self._stop())
@@ -162,14 +178,15 @@ class _Worker:
         finally:
             _on_signals(signal.SIG_IGN)
             beating.cancel()
+            touching.cancel()
             await asyncio.to_thread(self._leave)
             self._ended.set()
 
     def _stop_once(self, working: "asyncio.Task[None]") -> None:
-        """Told again, procrastinate would forget the stage that is being handed back."""
         if not self._stopping.is_set():
             self._stopping.set()
-            working.cancel()
+            if not self.draining:  # told again, procrastinate would forget the stage in hand
+                working.cancel()
             threading.Thread(target=self._see_to_the_end, daemon=True).start()
 
     def _see_to_the_end(self) -> None:
@@ -191,14 +208,16 @@ class _Worker:
             logger.warning("the database is away: the worker's entry stays until it is stale")
 
     async def _work_through_outages(self) -> None:
-        """Take entries out of the queue; when the database goes, wait for it to come back."""
-        outage = (DatabaseGone, procrastinate.exceptions.ConnectorException)
+        """Take entries out of the queue; wait while the database or the artifact store is away."""
+        outage = (DatabaseGone, OutputError, procrastinate.exceptions.ConnectorException)
         async for attempt in AsyncRetrying(
             retry=retry_if_exception_type(outage),
             wait=wait_exponential(multiplier=0.2, max=5),
             before_sleep=_say_why,
         ):
             with attempt:
+                if self.draining or self._stopping.is_set():  # the outage came meanwhile
+                    return
                 await asyncio.to_thread(self._database.check_migrated)
                 await self._work()
                 if not self._stopping.is_set():
@@ -209,7 +228,12 @@ class _Worker:
             conninfo=self._database.conninfo, min_size=1, max_size=4, timeout=10
         )
         app = procrastinate.App(connector=connector)
-        self._add_tasks(app)
+
+        @app.task(name=TASK, pass_context=True, retry=_WhenAsked(self._settings.retry_after_s))
+        def run_stage(context: JobContext, stage_id: int) -> None:
+            assert context.job.id is not None
+            self._run_stage(stage_id, context.job.id)
+
         try:
             await app.open_async()
         except psycopg_pool.PoolTimeout as error:
@@ -219,7 +243,7 @@ class _Worker:
             await asyncio.to_thread(self._enter_anew)
             logger.info("working on %s", ", ".join(self._options.kinds))
             await app.run_worker_async(
-                queues=[*self._options.kinds, UPKEEP],
+                queues=[*self._options.kinds],
                 concurrency=1,
                 fetch_job_polling_interval=2.0,
                 update_heartbeat_interval=self._settings.heartbeat_s,
@@ -230,41 +254,28 @@ class _Worker:
         finally:
             await app.close_async()
 
-    def _add_tasks(self, app: procrastinate.App) -> None:
-        stalled_after_s = self._settings.stalled_after_s
-        give_again = functools.partial(self._store.give_again, alive_s=stalled_after_s)
-        # After an outage, those who live must be able to say so first.
-        patient_until = time.monotonic() + (stalled_after_s if self._entered else 0.0)
+    def _heal(self) -> None:
+        """Now and then, put stages of dead workers into the queue again, whatever we work on."""
+        # Not by an entry of the queue: workers that are all busy would not take it, and searches
+        # give way to nothing but what is in the queue.
+        alive_s = self._settings.stalled_after_s
+        while not self._ended.wait(max(0.3, min(30.0, alive_s / 3))):
+            if not self._entered or time.monotonic() < self._heal_after:
+                continue
+            try:
+                for entry in self._store.stalled(alive_s):
+                    self._give_again(entry, alive_s)
+            except StorageError as error:
+                logger.warning("stages of dead workers wait: %s", error)
+                self._heal_after = time.monotonic() + alive_s
 
-        @app.task(name=TASK, pass_context=True, retry=_WhenAsked(self._settings.retry_after_s))
-        def run_stage(context: JobContext, stage_id: int) -> None:
-            assert context.job.id is not None
-            self._run_stage(stage_id, context.job.id)
-
-        # procrastinate's recipe, but with new entries: by themselves those of dead workers do not
-        # come back, and the old ones are finished by a worker that was only frozen.
-        every_s = max(1, min(30, round(stalled_after_s / 3)))
-
-        @app.periodic(cron=f"* * * * * */{every_s}")
-        @app.task(name="retry_stalled", queue=UPKEEP, queueing_lock=UPKEEP, priority=_FIRST)
-        async def retry_stalled(timestamp: int) -> None:
-            del timestamp
-            if time.monotonic() < patient_until:
-                return
-            for entry in await app.job_manager.get_stalled_jobs(
-                seconds_since_heartbeat=stalled_after_s
-            ):
-                assert entry.id is not None
-                if not await asyncio.to_thread(give_again, entry.id):
-                    continue  # its worker lives, and reports to us if not to the queue
-                logger.warning("stage of a dead worker comes again", extra={"entry": entry.id})
-                try:
-                    await app.job_manager.finish_job(entry, Status.FAILED, delete_job=True)
-                except procrastinate.exceptions.ConnectorException as error:
-                    # Another worker was faster; after an outage, the entry is found again.
-                    logger.info(
-                        "entry %d was not taken out: %s", entry.id, error.__cause__ or error
-                    )
+    def _give_again(self, entry: int, alive_s: float) -> None:
+        """Put one into the queue again; what is wrong with it keeps no other from coming again."""
+        try:
+            if self._store.give_again(entry, alive_s=alive_s):
+                logger.warning("stage of a dead worker comes again", extra={"entry": entry})
+        except StorageError as error:
+            logger.warning("entry %d does not come again yet: %s", entry, error)
 
     def _run_stage(self, stage_id: int, queue_id: int) -> None:
         """Do what an entry of the queue stands for."""
@@ -348,30 +359,68 @@ class _Worker:
 
     def _enter_anew(self) -> None:
         """As another worker: what this one has left undone in an outage is not its work now."""
+        if self._entered:
+            self._heal_after = time.monotonic() + self._settings.stalled_after_s
         self._store.remove_worker(self._id)
         self._id = uuid.uuid4()
         self._enter()
         self._entered = True
+        if self._store_expected not in (None, self._store_seen):
+            raise OutputError(
+                f"PHO_ARTIFACTS={store_url(self._settings)} is not the artifact store that the API "
+                f"sees: its file store-id says {self._store_seen or 'nothing'}, that of the API's "
+                f"{self._store_expected}. Give both the same folder, volume or URL. No stage is "
+                "taken until then."
+            )
+        self._hold.idle_since = time.monotonic()
 
-    def _enter(self) -> None:
-        self._store.enter_worker(
+    def _enter(self) -> Drain | None:
+        drain, self._store_expected = self._store.enter_worker(
             self._id,
             name=worker_name(os.getpid()),
             device=_device_name(self._inputs.device, spread=self._inputs.spread),
             kinds=self._options.kinds,
+            store=self._store_seen,
         )
+        if self._store_expected not in (None, self._store_seen):
+            try:
+                self._store_seen = self._inputs.pruned.id()  # told with the next report
+            except OutputError as error:
+                self._store_seen = ""
+                logger.warning("%s", error)
+        return drain
 
-    async def _beat(self) -> None:
-        """Say now and then that we live; stop with our parent, if we are to."""
+    async def _show_life(self) -> None:
+        """Touch the file of the probes, as long as the loop of events turns."""
+        file = self._settings.liveness_file
+        while file is not None:
+            file.touch()
+            await asyncio.sleep(_BEAT_S)
+
+    def _drain(self, working: "asyncio.Task[None]", why: str) -> None:
+        """End once the stage in hand, if there is one, is done."""
+        if not (self.draining or self._stopping.is_set()):
+            logger.info("%s: no more stages are taken, and this worker ends", why)
+            self.draining = True
+            working.cancel()
+
+    async def _beat(self, working: "asyncio.Task[None]") -> None:
+        """Say now and then that we live; end with our parent, without work, or when drained."""
+        idle_limit_s = self._options.exit_when_idle_s
         while True:
-            await asyncio.sleep(min(self._settings.heartbeat_s, 2.0))
+            await asyncio.sleep(min(self._settings.heartbeat_s, _BEAT_S))
+            since = self._hold.idle_since
+            if idle_limit_s and since and time.monotonic() - since > idle_limit_s:
+                self._drain(working, f"no stage came for {idle_limit_s:g} s")
             if self._options.parent and os.getppid() != self._options.parent:
                 logger.warning("the process that started this worker has gone: stopping")
                 self._stop()
                 return
             try:
-                if self._entered:
-                    await asyncio.to_thread(self._enter)
+                if self._entered and (asked := await asyncio.to_thread(self._enter)):
+                    self._drain(working, "drained")
+                    if asked is Drain.NOW:
+                        self._stop()
                 stuck = await asyncio.to_thread(self._hold.is_stuck)
             except StorageError as error:
                 logger.warning("no heartbeat: %s", error)
@@ -379,7 +428,22 @@ class _Worker:
             if stuck and not self._stopping.is_set():
                 await asyncio.to_thread(self._hold.give_up)
                 await asyncio.to_thread(self._leave)
+                if self.draining:
+                    os._exit(0)
                 start_anew(self._options.arguments(self._inputs.device))
+
+
+def _touched(file: Path) -> Path:
+    """A file that can be touched from every folder."""
+    try:
+        file = file.expanduser().resolve()
+        file.touch()
+    except OSError as error:
+        raise InvalidInput(
+            f"PHO_LIVENESS_FILE={file} cannot be written: {error.strerror or error}. Give a file "
+            "in a folder that this worker may write to."
+        ) from error
+    return file
 
 
 def _on_signals(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
@@ -389,7 +453,7 @@ def _on_signals(handler: Callable[[int, FrameType | None], object] | signal.Hand
 
 def _say_why(state: RetryCallState) -> None:
     assert state.outcome is not None
-    logger.warning("waiting for the database: %s", state.outcome.exception())
+    logger.warning("waiting: %s", state.outcome.exception())
 
 
 def _device_name(device: torch.device, *, spread: bool) -> str:

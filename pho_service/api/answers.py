@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pho_service.library import ModelFacts
 from pho_service.spec.configuration import Perplexities, ProxyQuality
 from pho_service.spec.tasks import TaskScores
-from storage.records import JobState, StageKind
+from storage.records import Drain, JobState, StageKind
 
 
 class _Answer(BaseModel):
@@ -233,6 +233,16 @@ class Worker(_Answer):
     stage: StageKind | None
     started_at: datetime
     heartbeat_at: datetime
+    drain: Drain | None = Field(
+        None,
+        description="It takes no more stages, and ends: `finish`, when the one in hand is done; "
+        "`now`, when that one is handed back.",
+    )
+    other_store: bool = Field(
+        False,
+        description="It sees another artifact store than the API. If it started so, it takes no "
+        "stages.",
+    )
 
 
 class WorkerList(_Answer):
@@ -382,3 +392,4 @@ class Health(_Answer):
     """State of the service and of what it needs."""
 
     status: Literal["ok"]
+    warnings: list[str] = Field([], description="Faults that do not keep the service from working.")

@@ -29,7 +29,7 @@ from pho_service.api import (
 from pho_service.api.answers import Problem
 from pho_service.api.dashboard import Dashboard
 from pho_service.api.guard import KeyGuard
-from pho_service.api.operations import AT_ONCE, keep_telling, keep_up
+from pho_service.api.operations import AT_ONCE, keep_store_noted, keep_telling, keep_up
 from pho_service.api.pages import Pages, SafeHeaders, icon
 from pho_service.api.requests import BodyLimit, RequestLog
 from pho_service.api.schema import without_null
@@ -45,7 +45,11 @@ def create_app(database: Database, settings: Settings, *, keys_needed: bool = Fa
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        tasks = [keep_up(service), *(keep_telling(service) for _ in range(AT_ONCE))]
+        tasks = [
+            keep_store_noted(service),
+            keep_up(service),
+            *(keep_telling(service) for _ in range(AT_ONCE)),
+        ]
         running = [asyncio.create_task(task) for task in tasks]
         yield
         for task in running:

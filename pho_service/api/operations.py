@@ -15,17 +15,24 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Response
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
-from starlette.concurrency import run_in_threadpool
 
 from pho_service.api.answers import Health, Worker, WorkerList
 from pho_service.api.artifacts import remove_files
 from pho_service.api.jobs import forget
-from pho_service.api.problems import documented, problem
+from pho_service.api.problems import documented, problem, sentence
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.errors import InvalidInput, OutputError
 from pho_service.host.webhooks import NotDelivered, send
-from storage.jobs import Notification, end, pruned_for, put_off, take
-from storage.records import JobState, NoSuchJob, StageKind, StageState, StateConflict
+from storage.jobs import Notification, clear_queue, end, pruned_for, put_off, take
+from storage.records import (
+    Drain,
+    JobState,
+    NoSuchJob,
+    StageKind,
+    StageState,
+    StateConflict,
+    WorkerRecord,
+)
 from storage.studies import StorageError
 
 logger = logging.getLogger(__name__)
@@ -44,13 +51,53 @@ def workers(service: ServiceParam, caller: CallerParam) -> WorkerList:
     found = []
     records = service.jobs.workers(alive_s=service.settings.stalled_after_s)
     for number, record in enumerate(records, start=1):
-        worker = Worker.model_validate(record, from_attributes=True)
+        worker = _shown(service, record)
         if not caller.sees_all:
             worker.name = f"worker {number}"
             if worker.job_id is not None and not _visible(service, worker.job_id, caller):
                 worker.job_id = worker.stage = None
         found.append(worker)
     return WorkerList(workers=found)
+
+
+def _shown(service: Service, record: WorkerRecord) -> Worker:
+    worker = Worker.model_validate(record, from_attributes=True)
+    return worker.model_copy(update={"other_store": service.sees_other(record.store)})
+
+
+@router.post(
+    "/v1/workers/{worker_id:uuid}:drain",
+    status_code=202,
+    response_model=Worker,
+    responses=documented(404, 422),
+)
+def drain(
+    worker_id: UUID, service: ServiceParam, caller: CallerParam, now: bool = False
+) -> Worker | Response:
+    """
+    Have a worker take no more stages, and end once the one that it has in hand is done.
+
+    With `now` it hands that stage back instead, and another worker goes on with it. It takes a key
+    that sees all jobs. A process that starts its workers again, such as a Deployment of Kubernetes,
+    starts another one.
+    """
+    if not caller.sees_all:
+        return _needs_all("Workers serve")
+    how = Drain.NOW if now else Drain.FINISH
+    record = service.jobs.drain(worker_id, how, alive_s=service.settings.stalled_after_s)
+    if record is None:
+        said = "No worker with this id has reported lately. GET /v1/workers lists those that have."
+        return problem(404, "no_such_worker", said)
+    return _shown(service, record)
+
+
+def _needs_all(who: str) -> Response:
+    return problem(
+        403,
+        "not_for_this_key",
+        f"{who} the jobs of all keys, but this key sees its own jobs alone. "
+        "`pho keys create --all-jobs` makes one that sees all.",
+    )
 
 
 def _visible(service: Service, job_id: UUID, caller: Caller) -> bool:
@@ -67,11 +114,33 @@ async def healthz() -> Health:
     return Health(status="ok")
 
 
-@router.get("/readyz", response_model=Health, responses={503: documented()[503]})
+@router.get(
+    "/readyz",
+    response_model=Health,
+    response_model_exclude_defaults=True,
+    responses={503: documented()[503]},
+)
 async def readyz(service: ServiceParam) -> Health:
-    """Check that the service can work: its database answers within a second."""
-    await service.probe.check()
-    return Health(status="ok")
+    """
+    Check that the service can work: its database answers in a second, and workers see its store.
+
+    `warnings` says if some see another artifact store. They take no stages; if all do, it is 503.
+    """
+    own, stores = await service.probe.check()
+    if isinstance(service.store, OutputError):
+        raise service.store
+    others = sum(map(service.sees_other, stores))
+    if others == 0 and not service.sees_other(own):
+        return Health(status="ok")
+    who = f"{others} of {len(stores)} workers see" if others else "another process of the API sees"
+    said = (
+        f"{who} another artifact store than this process of the API. Give the API and all workers "
+        "the same PHO_ARTIFACTS; in containers, mount the same volume there. Then start them "
+        "again. `pho workers` shows which workers it is."
+    )
+    if others < len(stores):
+        return Health(status="ok", warnings=[sentence(said)])
+    raise OutputError(said)
 
 
 @router.get(
@@ -86,12 +155,7 @@ async def readyz(service: ServiceParam) -> Health:
 def metrics(service: ServiceParam, caller: CallerParam) -> Response:
     """Count the jobs of all keys, stages and workers, for Prometheus with a key that sees all."""
     if not caller.sees_all:
-        return problem(
-            403,
-            "not_for_this_key",
-            "The metrics count the jobs of all keys, but this key sees its own jobs alone. "
-            "`pho keys create --all-jobs` makes one that sees all.",
-        )
+        return _needs_all("The metrics count")
     registry = CollectorRegistry()
     registry.register(_Counts(service))
     return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
@@ -129,14 +193,25 @@ class _Counts:
 # What the service deletes by itself: jobs and library entries that are older than the settings
 # keep.
 EVERY_S = 3600.0
+STORE_EVERY_S = 10.0
+QUEUE_DAYS = 7.0  # of entries of the queue that are over
+
+
+async def keep_store_noted(service: Service) -> None:
+    """Find out which artifact store the API sees, as soon as the store can be used."""
+    while True:
+        try:
+            return await run_sync(service.note_store, abandon_on_cancel=True)
+        except (StorageError, OutputError) as error:
+            logger.warning("the artifact store is not known yet: %s", error)
+        await asyncio.sleep(STORE_EVERY_S)
 
 
 async def keep_up(service: Service) -> None:
     """Delete what is too old, now and every hour, until this is cancelled."""
-    kept = service.settings
-    while kept.keep_jobs_days or kept.keep_configurations_days or kept.keep_pruned_days:
+    while True:
         try:
-            await run_in_threadpool(sweep, service)
+            await run_sync(sweep, service, abandon_on_cancel=True)
         except (StorageError, OutputError) as error:
             logger.warning("what is too old stays for now: %s", error)
         await asyncio.sleep(EVERY_S)
@@ -162,6 +237,7 @@ def sweep(service: Service) -> None:
                 continue
     days = service.settings.keep_configurations_days
     entries = service.configurations.delete_older(days) if days else 0
+    clear_queue(service.database, QUEUE_DAYS)
     if deleted or entries or removed:
         logger.info(
             "deleted %d jobs, %d library entries and %d pruned models of old age",

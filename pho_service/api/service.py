@@ -33,6 +33,7 @@ AT_ONCE = 2
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Stores = tuple[str | None, list[str | None]]
 
 
 class Heavy:
@@ -48,7 +49,7 @@ class Heavy:
         return await run_sync(partial(work, *args, **kwargs), limiter=self._threads)
 
 
-# Whether the database answers, asked beside all other requests.
+# Whether the database answers, and which stores are in use, asked beside all other requests.
 ANSWER_S = 0.8  # for who asks whether all is well, and takes a second for a no
 
 
@@ -60,33 +61,33 @@ class Probe:
     # However many requests wait for the threads and connections of the others, and however long a
     # server that is frozen does not answer, who asks gets to know within a second.
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, alive_s: float) -> None:
         url = database.url.render_as_string(hide_password=False)
-        self._database = Database(url, pool=1)
-        self._asked: Future[None] | None = None
+        self._jobs = JobStore(Database(url, pool=1))
+        self._alive_s = alive_s
+        self._asked: Future[Stores] | None = None
 
-    async def check(self) -> None:
+    async def check(self) -> Stores:
+        """What :meth:`JobStore.stores` tells."""
         if self._asked is None or self._asked.done():
             self._asked = Future()
             # A daemon: the process need not wait for a server that is frozen.
             threading.Thread(target=self._ask, args=(self._asked,), daemon=True).start()
         asked = asyncio.wrap_future(self._asked)
         try:
-            await asyncio.wait_for(asyncio.shield(asked), ANSWER_S)
+            return await asyncio.wait_for(asyncio.shield(asked), ANSWER_S)
         except TimeoutError:
             asked.add_done_callback(lambda done: done.cancelled() or done.exception())  # heard
             raise DatabaseGone(f"the database has not answered for {ANSWER_S:g} s") from None
 
     def close(self) -> None:
-        self._database.close()
+        self._jobs.database.close()
 
-    def _ask(self, asked: "Future[None]") -> None:
+    def _ask(self, asked: "Future[Stores]") -> None:
         try:
-            self._database.check()
+            asked.set_result(self._jobs.stores(self._alive_s))
         except BaseException as error:
             asked.set_exception(error)
-        else:
-            asked.set_result(None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,8 @@ class Service:
         self.webhooks = WebhookRules.of(settings)
         self.receivers: set[str] = set()  # Hosts that a webhook is being sent to
         self.choosing = threading.Lock()  # Held while the next webhook is chosen
-        self.probe = Probe(database)
+        self.probe = Probe(database, alive_s=settings.stalled_after_s)
+        self.store: str | OutputError | None = None  # its id, or why it is away; None: unknown
         self.heavy = Heavy()
         self.planning = Heavy()  # which waits for the hub, too
 
@@ -130,6 +132,19 @@ class Service:
             return PrunedStore.of(self.settings)
         except InvalidInput as error:
             raise OutputError(str(error)) from error
+
+    def sees_other(self, store: str | None) -> bool:
+        """Tell whether who sees this artifact store sees another one than this process."""
+        return isinstance(self.store, str) and store is not None and store != self.store
+
+    def note_store(self) -> None:
+        """Find out which artifact store this process sees, so that workers can compare theirs."""
+        try:
+            self.store = self.pruned.id(new=True)
+        except OutputError as error:
+            self.store = error
+            raise
+        self.jobs.set_artifact_store(self.store)
 
     def notes(self, job: JobRecord) -> list[str]:
         """What a job waits for that nobody gives at present."""

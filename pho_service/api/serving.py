@@ -188,7 +188,7 @@ def _listening(settings: Settings) -> Iterator[socket.socket]:
 
 
 class _Workers:
-    """Local worker processes; one that dies is started again."""
+    """Local worker processes; one that dies is started again, but not one that was told to end."""
 
     def __init__(self, settings: Settings, url: str) -> None:
         self._settings = settings
@@ -228,6 +228,9 @@ class _Workers:
                 pass
             if self._stopping.is_set():
                 self._stop(process)
+                return
+            if process.returncode == 0:
+                logger.info("worker %d was drained, and no other starts", process.pid)
                 return
             quick = time.monotonic() - began < _QUICK_S
             wait_s = min(_SLOWEST_S, max(1.0, 2 * wait_s)) if quick else 0.0

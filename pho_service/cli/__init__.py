@@ -53,7 +53,7 @@ SERVICE_VERBS = {
     "configurations": (
         "configurations", "Find what was found before, for other models; import and export it.",
     ),
-    "workers": ("remote", "List the workers of a service."),
+    "workers": ("remote", "List the workers of a service, or have one end."),
 }  # fmt: skip
 VERBS = LOCAL_VERBS | SERVICE_VERBS
 

@@ -422,24 +422,28 @@ def _tell(job: "Job", as_json: bool, *, with_trials: bool = False) -> None:
     )
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @url_option
 @json_option
+@click.pass_context
 @verb
-def workers(url: str | None, as_json: bool) -> None:
+def workers(context: click.Context, url: str | None, as_json: bool) -> None:
     """
-    List the workers of a service.
+    List the workers of a service, or have one end.
 
     \b
     Example:
       pho workers --url http://pho.example:8000
+      pho workers drain gpu-node-7:4711
     """
+    if context.invoked_subcommand is not None:
+        return
     with open_client(url) as client:
         found = client.workers()
     if as_json:
         print_json([worker.model_dump(mode="json") for worker in found])
         return
-    columns = ["name", "device", "works on", "stage", "heartbeat"]
+    columns = ["name", "device", "works on", "stage", "takes stages", "heartbeat"]
     short = short_ids(str(worker.job_id) for worker in found if worker.job_id)
     rows = [
         [
@@ -447,11 +451,44 @@ def workers(url: str | None, as_json: bool) -> None:
             worker.device,
             worker.job_id if table_width() is None else short.get(str(worker.job_id)),
             worker.stage,
+            "no: ends" if worker.drain else "no: other store" if worker.other_store else "yes",
             f"{worker.heartbeat_at:%H:%M:%S}",
         ]
         for worker in found
     ]
     print_table("Workers", columns, rows, spare=("heartbeat",))
+
+
+@workers.command("drain")
+@click.argument("name")
+@click.option(
+    "--now", is_flag=True, help="Hand back the stage that it has in hand, instead of finishing it."
+)
+@url_option
+@json_option
+@verb
+def drain_worker(name: str, now: bool, url: str | None, as_json: bool) -> None:
+    """
+    Have the worker NAME take no more stages, and end.
+
+    It finishes the stage that it has in hand first, which may take an hour;
+    a search that must give way to another job ends with its turn. With --now
+    it hands the stage back, and another worker goes on with it.
+    """
+    with open_client(url) as client:
+        found = [w for w in client.workers() if name in (w.name, str(w.id))]
+        if len(found) != 1:
+            raise InvalidInput(
+                f"{len(found)} workers that reported lately are called {name!r}. `pho workers` "
+                "shows the names, `pho workers --json` the ids, which also do."
+            )
+        worker = client.drain(found[0].id, now=now)
+    if as_json:
+        print_json(worker.model_dump(mode="json"))
+        return
+    first = "hands back" if now else "finishes"
+    work = f"{first} {worker.stage} of job {worker.job_id}" if worker.stage else "has no stage"
+    say(f"{worker.name} {work}, takes no more, and ends.")
 
 
 def end(client: "Client", job: "Job", as_json: bool) -> None:

@@ -133,7 +133,16 @@ def serve(
     "--stages",
     help=f"Only some of {','.join(StageKind)}.  [default: all it can: tasks need the extra eval]",
 )
-def worker(database_url: str | None, device: str, stages: str | None) -> None:
+@click.option(
+    "--exit-when-idle",
+    type=click.FloatRange(0.0, 1e6),
+    default=0.0,
+    metavar="SECONDS",
+    help="End with exit code 0 after so long without a stage.  [default: never]",
+)
+def worker(
+    database_url: str | None, device: str, stages: str | None, exit_when_idle: float
+) -> None:
     """
     Work for a service, from any machine that reaches its database.
 
@@ -145,9 +154,11 @@ def worker(database_url: str | None, device: str, stages: str | None) -> None:
     \b
     Example:
       pho worker --database-url postgresql://pho:secret@db.example/pho --device cuda:0
+      pho worker --exit-when-idle 300
     """
     # A process of its own image: the front end's code never loads the workers'.
     command = [sys.executable, "-m", "workers", "--device", device]
+    command += ["--exit-when-idle", str(exit_when_idle)]
     if database_url is not None:
         os.environ["PHO_DATABASE_URL"] = database_url  # not on the command line, where all see it
     if stages is not None:

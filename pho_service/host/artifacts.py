@@ -3,6 +3,8 @@ The artifact store: a folder, or an object store behind an fsspec URL, that the 
 
 Bundles are in it (:mod:`workers.inputs`), and the pruned models of jobs, which the API hands out:
 ``pruned/JOB/KEY/`` has the files of one, ``KEY`` naming the configuration that it was pruned with.
+``store-id`` tells the stores of several machines apart: the API makes it, and workers look whether
+they see the same.
 """
 
 import os
@@ -17,6 +19,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pho_service.errors import InvalidInput, OutputError
 from pho_service.host.settings import Settings
+
+_ID = "store-id"
 
 
 def open_store(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -49,6 +53,23 @@ class PrunedStore:
     @classmethod
     def of(cls, settings: Settings) -> Self:
         return cls(store_url(settings), settings.cache_dir.expanduser().resolve())
+
+    def id(self, *, new: bool = False) -> str:
+        """What tells this store from others; empty if nothing does yet and no new id is made."""
+        place = f"{self._root}/{_ID}"
+        try:
+            if not self._files.exists(place):
+                if not new:
+                    return ""
+                self._files.makedirs(self._root, exist_ok=True)
+                self._files.pipe_file(place, uuid.uuid4().hex.encode())
+            return bytes(self._files.cat_file(place)).decode("ascii", "replace").strip()
+        except OSError as error:
+            raise OutputError(
+                f"PHO_ARTIFACTS={self._root}: {_ID} cannot be read or written there: "
+                f"{error.strerror or error}. See that the artifact store is mounted, and that the "
+                "API may write to it."
+            ) from error
 
     def workplace(self, job_id: uuid.UUID, key: str) -> Path:
         """Where a worker puts a model together; after :meth:`keep` it is in the store."""

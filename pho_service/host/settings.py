@@ -73,6 +73,8 @@ class Settings(BaseSettings):
     notify_secret: SecretStr | None = None
     notify_private: bool = False  # Whether webhooks may go to addresses that are not public
     heartbeat_s: Seconds = Field(default=10.0, gt=0)  # How often a worker reports
+    # A file that a worker touches every two seconds, for probes of containers.
+    liveness_file: Path | None = None
     # Without a report for so long, a worker's stage is given to another.
     stalled_after_s: Seconds = Field(default=30.0, gt=0)
     # How long `pho serve` waits for workers when it stops.

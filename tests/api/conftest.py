@@ -98,7 +98,9 @@ def database_url(database: Database, url_of_file: str) -> str:
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     """Models and texts lie below the test's folder."""
-    return read_settings(model_roots=(tmp_path,), text_roots=(tmp_path,))
+    return read_settings(
+        model_roots=(tmp_path,), text_roots=(tmp_path,), artifacts=str(tmp_path / "artifacts")
+    )
 
 
 @pytest.fixture
@@ -162,7 +164,10 @@ def operations() -> list[tuple[str, str]]:
     documented = create_app(database, read_settings()).openapi()["paths"]
     database.close()
     found = [
-        (method.upper(), path.format(job_id="{}", configuration_id=NOBODY, name="x"))
+        (
+            method.upper(),
+            path.format(job_id="{}", configuration_id=NOBODY, worker_id=NOBODY, name="x"),
+        )
         for path, operation in documented.items()
         for method in operation
         if path not in ("/healthz", "/readyz")

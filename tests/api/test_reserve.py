@@ -30,7 +30,7 @@ def frozen(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[Test
         raise DatabaseGone("it was frozen")
 
     monkeypatch.setattr(service.keys, "exist", wait)
-    monkeypatch.setattr(service.probe._database, "check", wait)
+    monkeypatch.setattr(service.probe._jobs, "stores", wait)
     threads = [
         threading.Thread(target=client.get, args=("/v1/jobs",), daemon=True) for _ in range(60)
     ]

@@ -42,6 +42,31 @@ def test_what_is_too_old_goes_the_rest_stays(client_of: Any, hand: Any, database
     assert client.get("/v1/configurations").json()["considered"] == 0
 
 
+def test_entries_of_the_queue_that_have_been_over_for_a_week_are_removed(
+    client_of: Any, database: Database
+) -> None:
+    service = client_of().app.state.service
+    with database.transaction() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO procrastinate_jobs (id, queue_name, task_name, status) VALUES"
+            " (1, 'q', 't', 'todo'), (2, 'q', 't', 'doing'), (3, 'q', 't', 'todo'),"
+            " (4, 'q', 't', 'doing'), (5, 'q', 't', 'doing')"
+        )
+        # What happened to them is noted by triggers.
+        connection.exec_driver_sql(
+            "UPDATE procrastinate_jobs SET status = 'cancelled' WHERE id = 3"
+        )
+        connection.exec_driver_sql("UPDATE procrastinate_jobs SET status = 'failed' WHERE id > 3")
+        connection.exec_driver_sql(
+            "UPDATE procrastinate_events SET at = now() - interval '8 days' WHERE job_id <> 5"
+        )
+    sweep(service)
+    with database.transaction() as connection:
+        left = connection.exec_driver_sql("SELECT id FROM procrastinate_jobs ORDER BY id")
+
+        assert [*left.scalars()] == [1, 2, 5]
+
+
 def test_a_service_that_starts_looks_at_once(client_of: Any, hand: Any, database: Database) -> None:
     client = client_of()
     job = client.post("/v1/jobs", json=DOCUMENT).json()["id"]

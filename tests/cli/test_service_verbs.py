@@ -263,6 +263,21 @@ def test_workers_are_listed_with_device_and_stage(remote: Pho, store: JobStore) 
     assert "cuda:1" in table
 
 
+def test_a_worker_is_drained_by_its_name(remote: Pho, store: JobStore, client: Client) -> None:
+    worker = uuid.uuid4()
+    store.enter_worker(worker, name="host:7", device="cuda:1", kinds=[StageKind.SEARCH])
+    wrong = remote("workers", "drain", "host:8")
+    told = remote("workers", "drain", "host:7")
+    (drained,) = client.workers()
+    by_id = json.loads(remote("workers", "drain", worker, "--now", "--json").stdout)
+
+    assert (wrong.exit_code, "0 workers" in wrong.stderr) == (2, True)
+    assert told.stderr == "host:7 has no stage, takes no more, and ends.\n"
+    assert drained.drain == "finish"
+    assert "no: ends" in remote("workers").stdout
+    assert by_id["drain"] == "now"
+
+
 def test_best_gives_the_bytes_of_pho_search(remote: Pho, client: Client, store: JobStore) -> None:
     job = client.submit(SPEC).id
     succeed(store, job, FOUND)

@@ -499,6 +499,30 @@ class TestClaim:
         assert store.give_again(entry, alive_s=60.0)  # it stands for nothing any more
         assert runnable(store) == [stage]
 
+    def test_an_entry_is_stalled_once_its_worker_is_silent_or_gone(self, store: JobStore) -> None:
+        first = begun(store)
+        searches = [NewStage(kind=StageKind.SEARCH, number=i) for i in range(2)]
+        store.complete(first, {"provenance": {}}, then=searches)
+        found = store.get(first.job.id).of_kind(StageKind.SEARCH)
+        entries = [queue_id(store, stage.id) for stage in found]
+        with store.database.transaction() as connection:
+            run = connection.exec_driver_sql
+            ids = [*run("SELECT procrastinate_register_worker_v1() FROM generate_series(1, 2)")]
+            for entry, (worker,) in zip(entries, ids, strict=True):
+                values = {"entry": entry, "worker": worker}
+                run("UPDATE procrastinate_jobs SET status = 'doing', worker_id = %(worker)s"
+                    " WHERE id = %(entry)s", values)  # fmt: skip
+            run("UPDATE procrastinate_workers SET last_heartbeat = now() - interval '9 s'"
+                " WHERE id = %(worker)s", values)  # fmt: skip
+        silent = store.stalled(5.0)
+        with store.database.transaction() as connection:
+            connection.exec_driver_sql("DELETE FROM procrastinate_workers")
+
+        assert silent == entries[1:]
+        assert sorted(store.stalled(5.0)) == entries
+        assert store.give_again(entries[0], alive_s=0.0)
+        assert store.stalled(5.0) == entries[1:]  # the old entry is out of the queue
+
     def test_a_worker_that_is_silent_too_long_has_lost_its_stage(self, store: JobStore) -> None:
         stage = begun(store).stage.id
         store.enter_worker(WORKER, name="worker", device="cpu", kinds=[CALIBRATE.kind])

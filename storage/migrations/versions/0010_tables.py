@@ -41,7 +41,16 @@ def upgrade() -> None:
         sa.Column("stages", sa.JSON(), nullable=False),
         sa.Column("started_at", time, server_default=now, nullable=False),
         sa.Column("heartbeat_at", time, server_default=now, nullable=False),
+        sa.Column("store", sa.Text(), nullable=True),
+        sa.Column("drain", sa.Text(), nullable=True),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_workers")),
+        schema="pho",
+    )
+    op.create_table(
+        "service",
+        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("store", sa.Text(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_service")),
         schema="pho",
     )
     op.create_table(

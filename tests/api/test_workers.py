@@ -1,0 +1,117 @@
+"""Workers as the API sees them: which artifact store they see, and that they can be drained."""
+
+import asyncio
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from pho_service.errors import OutputError
+from storage.jobs import JobStore
+from storage.records import Drain, StageKind
+
+
+@pytest.fixture
+def client(client_of: Any, monkeypatch: pytest.MonkeyPatch) -> TestClient:
+    """A front end that has made the id of its store, and noted it, once."""
+    monkeypatch.setattr("pho_service.api.app.keep_store_noted", lambda _: asyncio.sleep(0))
+    client = client_of()
+    client.app.state.service.note_store()
+    assert isinstance(client, TestClient)
+    return client
+
+
+def enter(store: JobStore, worker: uuid.UUID, *, sees: str | None = None) -> Drain | None:
+    """A worker reports, with the id of the artifact store that it sees."""
+    kinds = [StageKind.SEARCH]
+    return store.enter_worker(worker, name="host:7", device="cpu", kinds=kinds, store=sees)[0]
+
+
+def test_readyz_compares_the_store_of_the_api_with_those_of_its_workers(
+    client: TestClient, hand: Any, settings: Any, refusal: Any
+) -> None:
+    own = Path(settings.artifacts, "store-id").read_text()
+    first, second = uuid.uuid4(), uuid.uuid4()
+    answers = []
+    for seen in ((None, own), (own, "other"), ("", "other")):
+        enter(hand.store, first, sees=seen[0])
+        enter(hand.store, second, sees=seen[1])
+        answers.append(client.get("/readyz"))
+    same, one, both = answers
+    shown = client.get("/v1/workers").json()["workers"]
+
+    assert hand.store.stores(0.0) == (own, [])
+    assert same.json() == {"status": "ok"}
+    assert one.status_code == 200
+    (warning,) = one.json()["warnings"]
+    assert warning.startswith("1 of 2 workers see another artifact store")
+    detail = refusal(both, 503, "artifact_store_unavailable")["detail"]
+    assert detail.startswith("2 of 2 workers see another artifact store")
+    assert "the same PHO_ARTIFACTS; in containers, mount the same volume" in detail
+    assert [worker["other_store"] for worker in shown] == [True, True]
+    assert "sees another artifact store than the API" in client.get("/").text
+
+
+def test_readyz_of_an_api_that_cannot_use_its_store_or_sees_another_than_the_rest_says_so(
+    client: TestClient, client_of: Any, tmp_path: Path, refusal: Any
+) -> None:
+    moved = client_of(artifacts=str(tmp_path / "elsewhere"))
+    moved.app.state.service.note_store()
+    differs = refusal(client.get("/readyz"), 503, "artifact_store_unavailable")["detail"]
+    (tmp_path / "file").touch()
+    broken = client_of(artifacts=str(tmp_path / "file"))
+    with pytest.raises(OutputError):
+        broken.app.state.service.note_store()
+    answer = broken.get("/readyz")
+
+    assert "nother process of the API sees another artifact store" in differs
+    assert moved.get("/readyz").json() == {"status": "ok"}
+    detail = refusal(answer, 503, "artifact_store_unavailable")["detail"]
+    assert "store-id cannot be read or written there" in detail
+
+
+def test_an_api_that_starts_notes_which_artifact_store_it_sees(
+    client_of: Any, hand: Any, settings: Any
+) -> None:
+    client_of()
+    while (noted := hand.store.stores(0.0)[0]) is None:
+        pass
+
+    assert noted == Path(settings.artifacts, "store-id").read_text()
+
+
+def test_a_worker_that_is_drained_hears_of_it_with_its_next_report(
+    client: TestClient, hand: Any, submit: Any
+) -> None:
+    enter(hand.store, hand.worker_id)
+    job = submit()["id"]
+    hand.take(job, StageKind.CALIBRATE)
+    path = f"/v1/workers/{hand.worker_id}:drain"
+    asked = client.post(path)
+    heard = enter(hand.store, hand.worker_id)
+    (listed,) = client.get("/v1/workers").json()["workers"]
+    page = client.get("/").text
+    client.post(path, params={"now": True})
+
+    assert asked.status_code == 202
+    assert (asked.json()["drain"], asked.json()["job_id"]) == ("finish", job)
+    assert listed["drain"] == "finish"
+    assert heard is Drain.FINISH
+    assert ", then ends" in page
+    assert enter(hand.store, hand.worker_id) is Drain.NOW
+
+
+def test_only_who_sees_all_jobs_drains_and_only_a_worker_that_reports(
+    client: TestClient, hand: Any, bearer_of: Any, refusal: Any
+) -> None:
+    enter(hand.store, hand.worker_id)
+    path = f"/v1/workers/{hand.worker_id}:drain"
+    ordinary, admin = bearer_of("a"), bearer_of("admin", sees_all=True)
+
+    refusal(client.post(path, headers=ordinary), 403, "not_for_this_key")
+    assert enter(hand.store, hand.worker_id) is None
+    unknown = f"/v1/workers/{uuid.uuid4()}:drain"
+    refusal(client.post(unknown, headers=admin), 404, "no_such_worker")
+    assert client.post(path, headers=admin).status_code == 202
