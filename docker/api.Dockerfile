@@ -15,7 +15,8 @@ COPY . .
 RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheel .
 
 FROM ${BASE}
-RUN useradd --uid 10001 --create-home pho && install --directory --owner=pho --group=pho /data
+RUN useradd --uid 10001 --create-home pho \
+    && install --directory --owner=pho --group=pho /data /var/lib/pho/bundles
 # Dependencies in a layer of their own, which a change of the code leaves as it is. Each file is
 # compared with its hash.
 RUN --mount=type=bind,source=requirements/api.txt,target=/requirements.txt \
@@ -27,6 +28,7 @@ RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
 # The hub's library keeps the configurations that plans are made from in HF_HOME.
 ENV PYTHONUNBUFFERED=1 \
     HF_HOME=/tmp/huggingface \
+    PHO_ARTIFACTS=/var/lib/pho/bundles \
     PHO_HOST=0.0.0.0 \
     PHO_WORKERS=0
 USER 10001

@@ -51,7 +51,7 @@ ENV PYTHONUNBUFFERED=1 \
 USER 10001
 # Models and texts that jobs may name lie below the folder that the worker is started in.
 WORKDIR /data
-# It serves nothing that could be asked: the service sees by its heartbeat whether it works.
+# It serves nothing that could be asked: who mounts a place for it sets PHO_LIVENESS_FILE.
 HEALTHCHECK NONE
 ENTRYPOINT ["pho"]
 CMD ["worker"]

@@ -1,15 +1,25 @@
 """The container files: what schemas and linters say of them, and what must fit the code."""
 
+import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import uuid
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
 
-from pho_service.host.settings import Settings
+from pho_service.api.app import create_app
+from pho_service.host.settings import Settings, read_settings
+from storage.database import Database
+from storage.jobs import JobStore
+from storage.records import NewStage, StageKind
 
 DOCKER = Path(__file__).parents[1] / "docker"
 IMAGES = ("api", "worker")
@@ -24,11 +34,15 @@ def run(*command: object) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([program, *words], capture_output=True, text=True, check=False)
 
 
-def objects() -> dict[str, Any]:
-    """What kubernetes.yaml describes, by kind and name."""
+def read(file: str) -> list[Any]:
+    """The documents of a YAML file."""
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed: see extra dev")
-    found = yaml.safe_load_all((DOCKER / "kubernetes.yaml").read_text())
-    return {f"{item['kind']}/{item['metadata']['name']}": item for item in found}
+    return list(yaml.safe_load_all((DOCKER / file).read_text()))
+
+
+def objects(file: str = "kubernetes.yaml") -> dict[str, Any]:
+    """What a manifest describes, by kind and name."""
+    return {f"{item['kind']}/{item['metadata']['name']}": item for item in read(file)}
 
 
 def container(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -70,10 +84,130 @@ def test_the_compose_files_follow_the_compose_specification(tmp_path: Path) -> N
     assert result.returncode == 0, result.stdout
 
 
-def test_the_manifest_follows_kubernetes_own_schemas_without_unknown_fields() -> None:
-    result = run("kubernetes-validate", "--strict", DOCKER / "kubernetes.yaml")
+def test_the_manifest_and_the_job_of_keda_follow_kubernetes_own_schemas_without_unknown_fields(
+    tmp_path: Path,
+) -> None:
+    job = tmp_path / "job.json"  # which is YAML, too
+    spec = objects("keda.yaml")["ScaledJob/pho-worker"]["spec"]["jobTargetRef"]
+    metadata = {"name": "pho-worker"}
+    document = {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
+    job.write_text(json.dumps(document))
+    result = run("kubernetes-validate", "--strict", DOCKER / "kubernetes.yaml", job)
 
     assert result.returncode == 0, result.stdout
+
+
+def test_a_worker_of_keda_is_one_of_the_deployment_but_ends_by_itself() -> None:
+    pod, only = container("pho-worker")
+    job = objects("keda.yaml")["ScaledJob/pho-worker"]["spec"]["jobTargetRef"]
+    own = job["template"]["spec"]
+    args = only.pop("args")
+
+    assert "activeDeadlineSeconds" not in job  # it would kill a worker in the midst of its work
+    assert own.pop("restartPolicy") == "Never"
+    assert own["containers"][0].pop("args") == [*args, "--exit-when-idle", "120"]
+    assert own == pod
+
+
+def test_keda_counts_the_stages_that_could_be_worked_on_at_once_with_the_rights_that_it_has(
+    store: JobStore,
+) -> None:
+    text = (DOCKER / "keda.yaml").read_text()
+    (trigger,) = objects("keda.yaml")["ScaledJob/pho-worker"]["spec"]["triggers"]
+    rights = re.findall(r"^#   ((?:CREATE|GRANT) .*;)$", text, re.MULTILINE)
+    calibrate = partial(NewStage, kind=StageKind.CALIBRATE)
+    firsts = [calibrate(), calibrate(lock="a"), calibrate(lock="a"), NewStage(kind=StageKind.TASKS)]
+    jobs = [
+        store.submit({}, name="n", first=first, trials=1, max_attempts=1)[0] for first in firsts
+    ]
+    counts = []
+    with store.database.transaction() as connection:
+        for statement in rights:
+            connection.exec_driver_sql(statement)
+        connection.exec_driver_sql("SET LOCAL ROLE keda")
+        counts.append(connection.exec_driver_sql(trigger["metadata"]["query"]).scalar())
+        connection.exec_driver_sql("RESET ROLE")
+        connection.exec_driver_sql("DROP OWNED BY keda; DROP ROLE keda")
+    store.ask(jobs[0].id, "pause")
+    with store.database.transaction() as connection:
+        stage = connection.exec_driver_sql(
+            "SELECT id, queue_id FROM pho.stages WHERE job_id = %s", (jobs[1].id,)
+        ).one()
+    store.claim(stage.id, stage.queue_id, uuid.uuid4())
+    with store.database.transaction() as connection:
+        counts.append(connection.exec_driver_sql(trigger["metadata"]["query"]).scalar())
+
+    assert len(rights) == 4
+    assert counts == [2, 1]
+
+
+def test_the_metric_that_keda_may_go_by_instead_is_one_of_the_service(database: Database) -> None:
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed: see extra dev")
+    text = (DOCKER / "keda.yaml").read_text()
+    commented = re.findall(r"^    # (- type: prometheus\n(?:    # .*\n)+)", text, re.MULTILINE)[0]
+    (trigger,) = yaml.safe_load(commented.replace("    # ", ""))
+    query = trigger["metadata"]["query"]
+    name, labels = re.fullmatch(r"sum\((\w+)\{(.*)\}\)", query).groups()  # type: ignore[union-attr]
+    wanted = dict(re.findall(r'(\w+)(?:=~|!=)"([^"]*)"', labels))
+    with TestClient(create_app(database, read_settings()), "http://localhost") as client:
+        metrics = text_string_to_metric_families(client.get("/metrics").text)
+    (family,) = (family for family in metrics if family.name == name)
+    known = {
+        label: {sample.labels[label] for sample in family.samples} for label in ("kind", "state")
+    }
+
+    assert {*wanted} == {*known}
+    assert {*wanted["state"].split("|")} <= known["state"]
+    assert wanted["kind"] in known["kind"]
+
+
+@pytest.mark.parametrize("name", ["compose", "kubernetes"])
+def test_api_and_workers_mount_the_same_artifact_store_to_write_to_it(name: str) -> None:
+    if name == "kubernetes":
+        containers = [container(f"pho-{image}") for image in IMAGES]
+        place = objects()["ConfigMap/pho-settings"]["data"]["PHO_ARTIFACTS"]
+        mounted = [
+            next(v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"]
+                 if v["name"] == next(m["name"] for m in only["volumeMounts"]
+                                      if m["mountPath"] == place and "readOnly" not in m))
+            for pod, only in containers
+        ]  # fmt: skip
+        settings = [only["envFrom"] for _, only in containers]
+    else:
+        services = [read("compose.yaml")[0]["services"][image] for image in IMAGES]
+        settings = [service["environment"]["PHO_ARTIFACTS"] for service in services]
+        mounted = [next(v for v in s["volumes"] if v.endswith(f":{settings[0]}")) for s in services]
+
+    assert mounted[0] == mounted[1]
+    assert settings[0] == settings[1]
+
+
+def test_the_slurm_script_hands_its_arguments_to_a_worker_of_each_gpu(tmp_path: Path) -> None:
+    stand_in = tmp_path / "srun"
+    stand_in.write_text('#!/bin/sh\necho "$OMP_NUM_THREADS: $*"\n')
+    stand_in.chmod(0o755)
+    needed = {"PHO_DATABASE_URL": "postgresql://db/pho", "PHO_ARTIFACTS": "/shared"}
+    words = ["bash", str(DOCKER / "worker.slurm"), "--exit-when-idle", "300"]
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    ran, refused = (
+        subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+        for env in ({"PATH": path, "SLURM_CPUS_PER_TASK": "8", **needed}, {"PATH": path})
+    )
+
+    command = "pho worker --device cuda:0 --exit-when-idle 300"
+    assert ran.stdout == f"8: --cpus-per-task=8 --kill-on-bad-exit=0 {command}\n"
+    assert refused.returncode == 1
+    assert "PHO_DATABASE_URL: is not set" in refused.stderr
+
+
+def test_the_task_of_skypilot_starts_a_worker_that_ends_by_itself() -> None:
+    (task,) = read("skypilot.yaml")
+
+    assert {*task} == {"name", "workdir", "resources", "envs", "secrets", "setup", "run"}
+    assert "pho worker --device cuda:0 --exit-when-idle" in task["run"]
+    assert (
+        task["envs"]["PHO_ARTIFACTS"] is task["secrets"]["PHO_DATABASE_URL"] is None
+    )  # must be given
 
 
 def test_the_api_is_probed_by_its_paths_and_a_worker_has_one_gpu() -> None:
@@ -81,6 +215,8 @@ def test_the_api_is_probed_by_its_paths_and_a_worker_has_one_gpu() -> None:
 
     assert api["livenessProbe"]["httpGet"]["path"] == "/healthz"
     assert api["readinessProbe"]["httpGet"]["path"] == "/readyz"
+    touched = next(e["value"] for e in worker["env"] if e["name"] == "PHO_LIVENESS_FILE")
+    assert f"find {touched} " in worker["livenessProbe"]["exec"]["command"][-1]
     assert worker["resources"]["limits"]["nvidia.com/gpu"] == 1
 
 
@@ -94,8 +230,7 @@ def test_a_pod_is_not_roots_gains_no_rights(name: str) -> None:
 
 
 def test_only_nginx_is_reached_and_it_accepts_its_configuration(tmp_path: Path) -> None:
-    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed: see extra dev")
-    services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+    services = read("compose.yaml")[0]["services"]
     published = [name for name, service in services.items() if "ports" in service]
     service = objects()["Service/pho"]["spec"]
 
@@ -133,7 +268,7 @@ def test_every_pho_variable_in_a_container_file_is_one_that_the_service_reads() 
     assert named <= {f"PHO_{name.upper()}" for name in Settings.model_fields}
 
 
-@pytest.mark.parametrize("file", ["compose.yaml", "kubernetes.yaml"])
+@pytest.mark.parametrize("file", ["compose.yaml", "kubernetes.yaml", "keda.yaml", "skypilot.yaml"])
 def test_no_database_url_in_a_file_that_is_committed_has_a_password(file: str) -> None:
     lines = [line for line in (DOCKER / file).read_text().splitlines() if not line.startswith("#")]
 
