@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pho_service.interface.pruned import load_semi_structured as load_semi_structured
     from pho_service.interface.pruned import prune as prune
     from pho_service.interface.pruned import save as save
+    from pho_service.interface.recovered import recover as recover
     from pho_service.interface.search import calibrate as calibrate
     from pho_service.interface.search import search as search
     from pho_service.models.bundle_file import read_bundle as read_bundle
@@ -59,6 +60,7 @@ _HOME = {
     "push": "models.saving",
     "read_bundle": "models.bundle_file",
     "read_configuration": "spec.configuration",
+    "recover": "interface.recovered",
     "save": "interface.pruned",
     "search": "interface.search",
     "search_within": "interface.curve",

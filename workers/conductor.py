@@ -28,7 +28,7 @@ from pho_service.pipeline.curve import (
     point_warnings,
     target_found,
 )
-from pho_service.pipeline.rating import ReportText, Subject
+from pho_service.pipeline.rating import RecoveryText, ReportText, Subject
 from pho_service.pipeline.search import Asked, Journal, Piece, SearchInputs, conduct, origin_of
 from pho_service.progress import Run
 from pho_service.pruning.bundle import ProxyBundle
@@ -430,6 +430,9 @@ class Opened:
     def calibration(self) -> Tensor:
         """The windows that the bundle was made of."""
         return self._inputs.calibration_text(self.spec, self._seals[0]).calibration
+
+    def recovery_text(self) -> RecoveryText:
+        return self._inputs.recovery_text(self.spec, self._seals[0])
 
     def subject(self) -> Subject:
         """All of it together, of a job that is confirmed."""

@@ -28,7 +28,7 @@ from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.tasks import LoadedTasks, load_tasks
 from pho_service.models.texts import Text, TextSource
 from pho_service.pipeline import inputs
-from pho_service.pipeline.rating import ReportText, windows_key
+from pho_service.pipeline.rating import RecoveryText, ReportText, windows_key
 from pho_service.progress import Advance, Progress
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.statistics import Sums
@@ -346,21 +346,22 @@ class WorkerInputs(inputs.Inputs):
         def key(revision: str | None) -> Hashable:
             return source, revision, spec.dtype, spec.stream, state
 
-        spread = self.spread and not spec.stream and Path(source).suffix != ".gguf"
         model = self._model.get(
             key(revision),
-            lambda: load_model(
-                source,
-                revision=revision,
-                device="cuda" if spread else str(self.device),
-                dtype=spec.dtype,
-                stream=spec.stream,
-                device_map="auto" if spread else None,
-            ),
+            lambda: load_model(source, revision=revision, stream=spec.stream, **self.placing(spec)),
             alias=lambda loaded: key(loaded.revision),  # the commit, from the hub
         )
         seal.check_model(spec.model, partial(self._hash_of, model))
         return model
+
+    def placing(self, spec: JobSpec) -> dict[str, Any]:
+        """Where the model of a job lies, and in which data type."""
+        spread = self.spread and not spec.stream and not spec.model.endswith(".gguf")
+        return {
+            "device": "cuda" if spread else str(self.device),
+            "dtype": spec.dtype,
+            "device_map": "auto" if spread else None,
+        }
 
     def _hash_of(self, model: LanguageModel, dtype: str | None) -> str:
         """Return the hash of the weights in this dtype, computed once."""
@@ -397,12 +398,26 @@ class WorkerInputs(inputs.Inputs):
         drawn = self.calibration_text(spec, seal)
         source = None
         if confirm.text is not None:
-            source = TextSource(path=self.access.text(confirm.text))
+            source = self._file(confirm.text)
         model = self.model(spec, seal)
         text = self.confirmation(model, source, calibration, confirm.windows, drawn)
         assert text is not None  # or nothing_left raises
         seal.check_confirmation(confirm.text or calibration.text or str(calibration.dataset), text)
         return text
+
+    def recovery_text(self, spec: JobSpec, seal: Seal) -> RecoveryText:
+        """What a pruned model is recovered on: nothing that it was calibrated or is measured on."""
+        assert spec.recovery is not None
+        own = spec.recovery.text
+        measured = None if spec.confirm is None else self.confirmation_text(spec, seal)
+        calibration = self.calibration_text(spec, seal).calibration
+        return RecoveryText(
+            source=self._source(spec.calibration) if own is None else self._file(own),
+            context_length=spec.calibration.context_length,
+            bos=spec.calibration.bos,
+            unlike=calibration if measured is None else torch.cat([calibration, measured.windows]),
+            measured=measured,
+        )
 
     def nothing_left(self) -> None:
         """Names the fields that give a text."""
@@ -470,6 +485,9 @@ class WorkerInputs(inputs.Inputs):
                 "again."
             )
         return bundle
+
+    def _file(self, name: str) -> TextSource:
+        return TextSource(path=self.access.text(name))
 
     def _source(self, spec: TextSpec) -> TextSource:
         if spec.data_file is not None:

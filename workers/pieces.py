@@ -19,7 +19,8 @@ from pho_service.errors import ChangedInput, OutputError, PhoError
 from pho_service.host.data_sets import harness_folder
 from pho_service.library import Entry, ModelFacts, Wanted, rank, stored_file
 from pho_service.models.calibration import cut, measure_shard
-from pho_service.models.saving import RECIPE
+from pho_service.models.loading import LanguageModel
+from pho_service.models.saving import RECIPE, recipe_document, save_pruned
 from pho_service.models.tasks import LoadedTasks
 from pho_service.pipeline.curve import check_patterns
 from pho_service.pipeline.inputs import Calibrated
@@ -39,6 +40,7 @@ from pho_service.spec.configuration import Configuration
 from pho_service.spec.document import number
 from pho_service.spec.fields import WarmPoint
 from pho_service.spec.job import JobSpec
+from pho_service.spec.recovery import Recovered, Recovery
 from pho_service.spec.results import Calibration, Gathered, TasksMeasured, Transfer, Written
 from pho_service.spec.steps import Candidate
 from pho_service.spec.tasks import TaskScore
@@ -227,15 +229,26 @@ def prune_piece(
     # reconstruction had trained.
     began = time.monotonic()
     found = chosen(claim.job, claim.stage.about)
-    key = configuration_key(found)
+    recovery = opened.spec.recovery
+    told = found if recovery is None else {**found, "recovery": recovery.model_dump(mode="json")}
+    key = configuration_key(told)
     folder = inputs.pruned.workplace(claim.job.id, key)
-    if not (folder / RECIPE).is_file():
+    before = inputs.pruned.workplace(claim.job.id, configuration_key(found))
+    if not (folder / RECIPE).is_file() and not (before / RECIPE).is_file():
         configuration = Configuration.model_validate(claim.job.with_tasks(found))
-        _prune(opened, inputs, configuration, folder, run)
+        _prune(opened, inputs, configuration, before, run)
+    if recovery is not None and not (folder / RECIPE).is_file():
+        _recover(opened, inputs, recovery.settings(), before, folder, run)
+    recovered = recipe_document(folder).get("recovery")
     files = described(folder, run)
     watch.look(now=True)
     inputs.pruned.keep(claim.job.id, key, [file["name"] for file in files])
-    return Written(key=key, files=files, seconds=round(time.monotonic() - began, 3))
+    return Written(
+        key=key,
+        files=files,
+        recovery=None if recovered is None else Recovered.from_dict(recovered),
+        seconds=round(time.monotonic() - began, 3),
+    )
 
 
 def configuration_key(configuration: Mapping[str, Any]) -> str:
@@ -276,6 +289,34 @@ def _prune(
             )
     finally:
         inputs.clear()  # the model is not dense any more
+
+
+def _recover(
+    opened: "Opened",
+    inputs: WorkerInputs,
+    settings: Recovery,
+    before: Path,
+    folder: Path,
+    run: Run,
+) -> None:
+    """Train a pruned folder towards the job's dense model, and write what it is then."""
+    from pho_service.pipeline.recover import PrunedModel, Workplace, recover_model  # slow to import
+
+    @contextmanager
+    def dense() -> Iterator[LanguageModel]:
+        yield opened.model()
+        inputs.clear()  # the room is needed
+
+    text = opened.recovery_text()
+    pruned = PrunedModel.read(before, **inputs.placing(opened.spec))
+    place = Workplace(folder.with_name(f".{folder.name}.recovery"))
+    with store_faults_told():
+        recovered = recover_model(
+            pruned, dense, text, settings, place.folder, progress=run.progress
+        )
+        found = pruned.after(recovered)
+        save_pruned(pruned.model, folder, found.masks.items(), found.recipe)
+        place.remove()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pho_service.library import ModelFacts
 from pho_service.spec.configuration import Perplexities, ProxyQuality
+from pho_service.spec.recovery import Recovered
 from pho_service.spec.tasks import TaskScores
 from storage.records import Drain, JobState, StageKind
 
@@ -144,6 +145,9 @@ class Job(_Answer):
         None,
         description="What the dense model and the pruned one scored in zero-shot tasks; null: not "
         "asked for, or not measured yet.",
+    )
+    recovery: Recovered | None = Field(
+        None, description="What the recovery of the pruned model came to; null: none, or not yet."
     )
     pruned: Literal["waiting", "done", "removed"] | None = Field(
         None,

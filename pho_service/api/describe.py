@@ -13,6 +13,7 @@ from pho_service.errors import InvalidInput
 from pho_service.spec.configuration import ProxyQuality
 from pho_service.spec.curve import Target
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.recovery import Recovered
 from pho_service.spec.tasks import TaskScores
 from storage import records as stored
 from storage.jobs import REMOVED, chosen
@@ -182,6 +183,7 @@ def describe(job: stored.JobRecord, notes: Sequence[str] = ()) -> Job:
         points=points(job),
         validation=_validation(job),
         tasks=None if job.tasks is None else TaskScores.model_validate(job.tasks),
+        recovery=recovery(job),
         pruned=_pruned(job),
         pruned_pattern=None if job.pruning is None else job.pruning.about,
         error=None if job.error is None else JobError.model_validate(job.error),
@@ -284,6 +286,12 @@ def _validation(job: stored.JobRecord) -> dict[str, ProxyQuality] | None:
         if found is not None:
             return _QUALITIES.validate_python(found)
     return None
+
+
+def recovery(job: stored.JobRecord) -> Recovered | None:
+    """What the recovery of a job's pruned model came to."""
+    result = (job.pruning.result if job.pruning else None) or {}
+    return Recovered.from_dict(found) if (found := result.get("recovery")) else None
 
 
 def _pruned(job: stored.JobRecord) -> Literal["waiting", "done", "removed"] | None:

@@ -52,7 +52,7 @@ LOGS = 100  # parts of logs that are shown, the newest
 LOG_LINES = 300  # the newest
 _ASKED_HERE = ("pause", "resume", "cancel")  # with a button; the others need more than that
 _FIRST = ("result", "curve")  # above the buttons
-_SHOWN = ("tasks", "search", "finalists", "layers", "transfer")
+_SHOWN = ("tasks", "recovery", "search", "finalists", "layers", "transfer")
 
 
 @dataclass(frozen=True, kw_only=True)

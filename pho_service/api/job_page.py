@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 from urllib.parse import parse_qsl
 from uuid import UUID
 
@@ -218,7 +218,11 @@ def compare(
     now = datetime.now(UTC)
     heads = [JobHead.of(each, now) for each in found]
     curves = {each.job.name: measured(each.job) for each in heads}
-    columns = [(each, point) for each in heads for point in curves[each.job.name] or [None]]
+    columns = [
+        (each, point)
+        for each in heads
+        for point in cast("list[Point | None]", curves[each.job.name]) or [None]
+    ]
     charts = [
         curves_chart([(name, [p.model_dump() for p in some]) for name, some in curves.items()]),
         searches_chart([(each.name, *rated_values(service, each)) for each in found]),
@@ -240,14 +244,14 @@ def _figures(columns: Sequence[tuple[JobHead, Point | None]]) -> list[Line]:
     rows = [
         ("State", [str(head.job.state) for head, _ in columns]),
         ("Pattern", [point.pattern if point else head.facts[0][1] for head, point in columns]),
-        ("Result", [result_in_words(point and point.method) for point in points]),
+        ("Result", [result_in_words(point.method if point else None) for point in points]),
     ]
     for title, name in (
         ("Perplexity, pruned", "perplexity"), ("Dense", "dense"), ("Wanda", "wanda"),
         ("RIA", "ria"),
     ):  # fmt: skip
         rows.append((title, [number(getattr(point, name, None)) for point in points]))
-    rises = [percent(point and point.rise, signed=True) for point in points]
+    rises = [percent(point.rise if point else None, signed=True) for point in points]
     best = [point.proxy if point else h.job.progress.best_value for h, point in columns]
     trials = [(point and point.trials) or h.job.progress.of("search").done for h, point in columns]
     rows += [

@@ -19,6 +19,7 @@ from pho_service.api.describe import (
     is_transfer,
     islands,
     points,
+    recovery,
     study_names,
 )
 from pho_service.api.problems import documented
@@ -176,6 +177,7 @@ def _of_search(service: Service, job: stored.JobRecord, *, whole: bool) -> Repor
         error=failure(job),
         warnings=[*(job.warnings or ()), *service.notes(job)],
         configuration=configuration,
+        recovery=recovery(job),
         objective=objective.label,
         maximised=maximised,
         trials=with_measurements(

@@ -69,8 +69,10 @@ def outcome(job: "Job") -> list[str]:
     return [*lines, *(f"note         {warning}" for warning in job.warnings)]
 
 
-def show_tasks(job: "Job") -> None:
-    """What the dense model and the pruned one of a job scored in tasks."""
+def show_after(job: "Job") -> None:
+    """What a job did with its pruned model: the recovery, and the scores in tasks."""
+    if job.recovery is not None:
+        say(f"Recovery: {job.recovery}.")
     if job.tasks is not None:
         from pho_service.shown.tables import tasks_table
 
@@ -266,7 +268,7 @@ def show(job_id: str, url: str | None, as_json: bool) -> None:
     ]
     tell("\n".join([*lines, *outcome(job)]))
     show_points(job)
-    show_tasks(job)
+    show_after(job)
 
 
 @click.command()
@@ -501,7 +503,7 @@ def end(client: "Client", job: "Job", as_json: bool) -> None:
     else:
         tell("\n".join([f"{job.name}: {job.state}", *outcome(job)]))
         show_points(job)
-        show_tasks(job)
+        show_after(job)
     if job.state != "succeeded":
         reason = job.error.message if job.error else "it was cancelled."
         raise ServiceError(f"job {job.id} {job.state}: {reason}")

@@ -34,12 +34,14 @@ from pho_service.pruning.reconstruction import Reconstructed, summary
 from pho_service.shown.report import Report
 from pho_service.shown.tables import (
     configuration_rows,
+    recovered_table,
     results_table,
     tasks_table,
     text_of,
     verdict_table,
 )
 from pho_service.spec.configuration import Configuration
+from pho_service.spec.recovery import Recovered
 
 # What a recipe says to others: of files of this machine their names, not where they lie.
 _ROOTED = re.compile(r"[/\\~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]")
@@ -122,7 +124,8 @@ def is_hub_id(name: str) -> bool:
 
 def model_card(recipe: Mapping[str, Any], licence: Mapping[str, str]) -> str:
     name = str(recipe["model"]["name"])
-    found = Configuration.model_validate(recipe["configuration"])
+    asked = recipe["configuration"]
+    found = None if asked is None else Configuration.model_validate(asked)  # None: elsewhere
     on_hub = is_hub_id(name) and not Path(name).exists()
     base = name if on_hub else PurePath(name).name or "a model in memory"
     known: dict[str, Any] = {"license": "unknown", **licence}
@@ -131,19 +134,19 @@ def model_card(recipe: Mapping[str, Any], licence: Mapping[str, str]) -> str:
         base_model=name if on_hub else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["pho", "pruned", "sparse", f"sparsity-{found.pattern}"],
+        tags=["pho", "pruned", "sparse", *([f"sparsity-{found.pattern}"] if found else [])],
     ).to_yaml()
     parts = [
         f"---\n{head}\n---\n\n# {base}, pruned\n",
         f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`",
         f"with {recipe['sparsity']:.2%} of the weights of {len(recipe['layers'])} linears set to "
-        "zero by PHO.\n",
+        f"zero{' by PHO' if found else ''}.\n",
         "## How it was pruned\n",
         *(f"* {line}" for line in _how(recipe, found)),
         "\n`pruning.json` has the whole recipe, `pruning/masks.safetensors` the masks; "
         "`pho prune --check FOLDER` compares the weights with both.\n",
         "## How good it is\n",
-        *_how_good(found),
+        *_how_good(recipe, found),
         "\n## How to load it\n",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained(".")  # this folder, or its name on the hub\n'
@@ -156,32 +159,46 @@ def model_card(recipe: Mapping[str, Any], licence: Mapping[str, str]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _how(recipe: Mapping[str, Any], found: Configuration) -> Iterator[str]:
+def _how(recipe: Mapping[str, Any], found: Configuration | None) -> Iterator[str]:
     """The method, its numbers, and the text."""
-    for name, value in configuration_rows(found):
-        if name in _TOLD:
-            yield f"{name.capitalize()}: `{value}`"
-    yield f"Calibration: {_text(recipe.get('calibration') or {})}"
+    if found is None:
+        yield "By another tool than PHO, which has its masks from the zeros"
+    else:
+        for name, value in configuration_rows(found):
+            if name in _TOLD:
+                yield f"{name.capitalize()}: `{value}`"
+        yield f"Calibration: {_text(recipe.get('calibration') or {})}"
     if blocks := recipe.get("blocks"):
         trained = {name: Reconstructed(**block) for name, block in blocks.items()}
         yield f"Training: {summary(trained)}"
     if few := recipe.get("few_tokens"):
         yield f"Take care: {few}"
+    if recovery := recipe.get("recovery"):
+        recovered = Recovered.from_dict(recovery)
+        yield f"Recovery on {_text({'text': recovered.text})}: {recovered}"
     yield f"PHO {recipe['versions'].get('pho-service', '')}"
 
 
-def _how_good(found: Configuration) -> Iterator[str]:
-    if found.confirmation is None:
-        yield "Its perplexity was not measured."
+def _how_good(recipe: Mapping[str, Any], found: Configuration | None) -> Iterator[str]:
+    recovery = recipe.get("recovery")
+    recovered = None if recovery is None else Recovered.from_dict(recovery)
+    if recovered is not None and recovered.perplexities:
+        yield f"{recovered_table(recovered).markdown()}\n"
+    elif recovered is not None:
+        yield "The perplexity after the recovery was not measured.\n"
+    before = "" if recovered is None else ", before the recovery"
+    if found is None or found.confirmation is None:
+        if recovered is None:
+            yield "Its perplexity was not measured."
     else:
-        yield f"Measured when it was found, on {text_of(found.confirmation)}.\n"
+        yield f"Measured when it was found, on {text_of(found.confirmation)}{before}.\n"
         good = found.perplexities
         table = results_table(Report.of(found)) if good is None else verdict_table(good)
         yield "" if table is None else table.markdown()
-    if found.tasks is not None:
+    if found is not None and found.tasks is not None:
         limit = found.tasks.limit
         asked = "" if limit is None else f", the first {limit} examples of each"
-        yield f"\nBy lm-evaluation-harness{asked}:\n\n{tasks_table(found.tasks).markdown()}"
+        yield f"\nBy lm-evaluation-harness{asked}{before}:\n\n{tasks_table(found.tasks).markdown()}"
 
 
 def _text(about: Mapping[str, Any]) -> str:
@@ -295,6 +312,13 @@ class BlockRecord(_Document):
     kept: bool  # Whether the trained weights were taken
 
 
+class RecoveryRecord(_Document):
+    """What is looked at of a :class:`~pho_service.spec.recovery.Recovered`."""
+
+    train: Literal["kept", "norms", "lora"]
+    kept: bool  # Whether the trained weights were taken
+
+
 class PatternRecord(_Document):
     """What of the configuration is looked at."""
 
@@ -306,7 +330,7 @@ class Recipe(_Document):
 
     format: Literal["pho-pruning"]
     version: Literal[2]
-    configuration: PatternRecord
+    configuration: PatternRecord | None  # None of a model that was pruned elsewhere
     model: ModelRecord
     updated: bool  # Weights that stayed were changed
     folded: Annotated[list[Folded], FailFast()]
@@ -316,6 +340,7 @@ class Recipe(_Document):
     dense: dict[str, str] = Field(default_factory=dict)
     # What the reconstruction of each block came to, if there was one.
     blocks: dict[str, BlockRecord] = Field(default_factory=dict)
+    recovery: RecoveryRecord | None = None  # What the whole model was trained for, if it was
     calibration: dict[str, Any]
     versions: dict[str, str]
 
@@ -445,7 +470,9 @@ def push(folder: str | Path, repository: str, *, public: bool = False) -> str:
         commit = api.create_commit(
             repo_id=repository,
             operations=[_added(folder, path) for path in _files(folder)],
-            commit_message=f"Pruned to {recipe.configuration.pattern} with PHO",
+            commit_message=f"Pruned to {recipe.configuration.pattern} with PHO"
+            if recipe.configuration
+            else "Recovered with PHO",
         )
     except HFValidationError as error:
         raise InvalidInput(f"{repository!r} is not a name of the hub: {error}") from error

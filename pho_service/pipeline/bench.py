@@ -105,7 +105,8 @@ def _reasons(folder: Path) -> Callable[[str], str]:
         if record is None:
             return "it was left dense"
         if (record.keep, record.group) != (KEEP, GROUP):
-            cut = f"{record.keep}:{record.group}" if record.group else recipe.configuration.pattern
+            asked = recipe.configuration.pattern if recipe.configuration else "no groups"
+            cut = f"{record.keep}:{record.group}" if record.group else asked
             return f"it was pruned at {cut}, and GPUs have kernels for {KEEP}:{GROUP}"
         if name in masks.shapes and masks.mask(name).order is not None:
             return (

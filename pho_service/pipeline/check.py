@@ -28,7 +28,7 @@ def recipe_problems(recipe: Recipe, linears: Mapping[str, PrunableLinear]) -> li
     problems = [f"{name} is not in it" for name in linears if name not in {*said}]
     problems += [f"the model has no {name}" for name in said if name not in linears]
     problems += [f"{name} is both pruned and dense" for name in recipe.dense.keys() & recipe.layers]
-    if ":" in recipe.configuration.pattern:
+    if recipe.configuration is not None and ":" in recipe.configuration.pattern:
         problems += [
             f"{name} has no groups, but the pattern is {recipe.configuration.pattern}"
             for name, record in recipe.layers.items()
@@ -207,7 +207,7 @@ def _check_weights(
         checks += [
             report.check("kept weights", _kept_detail(recipe)),
             *(report.check(name, f"{len(recipe.dense)} as in the original") for name in dense),
-            _check_others(model, original, rows),
+            _check_others(recipe, model, original, rows),
         ]
     return [*checks, _semi_structured_check(report)]
 
@@ -327,12 +327,15 @@ def _kept_detail(recipe: Recipe) -> str:
 
 
 def _check_others(
-    model: LanguageModel, original: LanguageModel, rows: Mapping[str, Tensor]
+    recipe: Recipe, model: LanguageModel, original: LanguageModel, rows: Mapping[str, Tensor]
 ) -> Check:
     """Whether embeddings, norms and biases were left alone; a folded writer's bias moves along."""
+    trained = recipe.recovery is not None and recipe.recovery.train == "norms"
     before, after = _beside_linears(original), _beside_linears(model)
     problems = [f"{name} is only in one of the models" for name in before.keys() ^ after.keys()]
     for name in before.keys() & after.keys():
+        if trained and after[name].dim() == 1:
+            continue
         linear, _, field = name.rpartition(".")
         expected = before[name].cpu()
         if field == "bias" and linear in rows:
@@ -342,7 +345,8 @@ def _check_others(
             expected, found = expected.to(model.stored_dtype), found.to(model.stored_dtype)
         if not torch.equal(expected, found):
             problems.append(f"{name} was changed")
-    return _check("other parameters", sorted(problems), f"{len(after)} as in the original")
+    but = ", norms and biases aside, which were trained" if trained else ""
+    return _check("other parameters", sorted(problems), f"{len(after)} as in the original{but}")
 
 
 def _beside_linears(model: LanguageModel) -> dict[str, Tensor]:

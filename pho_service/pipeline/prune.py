@@ -42,7 +42,8 @@ class PrunedFolder:
         """How many linears have which order of channels; None where none was permuted."""
         # ``folded`` into the stored weights; to be ``gathered`` by a runtime in the order of the
         # masks; or ``kept`` as the model has it.
-        if self.recipe["configuration"]["steps"]["permutation"] == "none":
+        asked = self.recipe["configuration"]
+        if asked is None or asked["steps"]["permutation"] == "none":
             return None
         folded = len(self.recipe["folded"])
         gathered = sum(mask.order is not None for mask in self.masks.values())

@@ -18,7 +18,7 @@ from torch import Tensor
 from pho_service.errors import InvalidInput, NumericalError
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
-from pho_service.models.texts import TextRecord, record_to_dict
+from pho_service.models.texts import Text, TextRecord, record_to_dict
 from pho_service.pipeline.pipeline import pruned_model, rate_streamed, whole_masks
 from pho_service.progress import Advance
 from pho_service.pruning.bundle import ProxyBundle
@@ -70,6 +70,17 @@ class ReportText:
     def to_dict(self) -> dict[str, Any]:
         """What is stored with every perplexity."""
         return record_to_dict(self.record, windows=len(self.windows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryText:
+    """What a model is recovered on, and how it is cut into windows."""
+
+    source: Text
+    context_length: int
+    bos: str = "auto"
+    unlike: Tensor | None = None  # Windows that none of it may overlap with
+    measured: ReportText | None = None  # What perplexities are measured on, before and after
 
 
 def rate_pruned(

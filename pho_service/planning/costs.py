@@ -15,6 +15,7 @@ from pho_service.planning.shapes import DTYPE_BYTES, LinearShape, ModelShapes
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.objective import corrected_windows
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.recovery import Recovery
 from pho_service.spec.steps import Steps
 
 # What machines can do: named GPUs by their makers' sheets, this CPU by a measurement of a moment.
@@ -187,6 +188,7 @@ class Work:
     corrections: int = 0  # Allocations that are compared with the dense model
     validated: int = 0  # Candidates that say how far the proxy can be trusted
     by_perplexity: bool = False  # Whether candidates are rated by perplexity, not by the proxy
+    recovery: Recovery | None = None  # Of the pruned model
 
     @property
     def fisher_samples(self) -> int:
@@ -215,8 +217,20 @@ def stage_seconds(shapes: ModelShapes, work: Work, machine: Machine) -> dict[str
         stages["confirm by perplexity"] = costs.confirmation()
     stages["prune"] = costs.pruning(work.steps) + costs.reconstruction()
     stages["prune"] += costs.streaming(0 if work.steps.needs_text else 1)
+    if work.recovery is not None:
+        stages["recover"] = costs.recovery(work.recovery)
     stages["save"] = costs.saving()
     return stages
+
+
+def recovered_tokens(shapes: ModelShapes, work: Work, machine: Machine) -> int:
+    """Tokens that a recovery trains on: as many as asked for, or as its time allows."""
+    assert work.recovery is not None
+    if work.recovery.tokens is not None:
+        return work.recovery.tokens
+    context = work.calibration.context_length
+    each = _Costs(shapes, work, machine).recovered(context)
+    return context * max(1, int(work.recovery.time_s / each))
 
 
 class _Costs:
@@ -341,6 +355,17 @@ class _Costs:
         """One candidate's, by its score alone."""
         moved = SCORED * (1 + 3 * (not self.work.steps.allocation.is_even))
         return self.shapes.prunable * moved / self.machine.bandwidth
+
+    def recovery(self, asked: Recovery) -> float:
+        """What it may take; or the dense model, and the steps of the pruned one."""
+        return asked.time_s if asked.tokens is None else self.recovered(asked.tokens)
+
+    def recovered(self, tokens: int) -> float:
+        """A pass of the dense model; two forward and one backward, with what Adam moves."""
+        context = self.work.calibration.context_length
+        steps = max(1, tokens // context)
+        moved = steps * TRAINED * self.shapes.prunable / self.machine.bandwidth
+        return 5 * self.forward(tokens, context, head=True) + moved
 
     def reconstruction(self) -> float:
         """The dense model's stream, and the passes that train; nothing where none is asked for."""

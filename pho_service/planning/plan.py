@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pho_service.errors import InvalidInput
-from pho_service.planning.costs import Machine, Work, stage_seconds
+from pho_service.planning.costs import Machine, Work, recovered_tokens, stage_seconds
 from pho_service.planning.shapes import DTYPE_BYTES, Header, ModelShapes, model_shapes
 from pho_service.planning.stage_memory import (
     MOST,
@@ -18,6 +18,7 @@ from pho_service.planning.stage_memory import (
     choose_run,
     confirmation_peak,
     pruning_peak,
+    recovery_peak,
     saving_peak,
     shapes_footprint,
     states_fit,
@@ -139,6 +140,7 @@ def plan_job(spec: JobSpec, header: Header, machine: Machine) -> Plan:
         corrections=spec.corrections,
         validated=spec.validation.candidates if spec.validation else 0,
         by_perplexity=spec.objective.name == "perplexity",
+        recovery=None if spec.recovery is None else spec.recovery.settings(),
     )
     for width in {linear.in_features for linear in shapes.linears}:
         work.pattern.check_width(width, spec.model)
@@ -199,6 +201,11 @@ def _plan(shapes: ModelShapes, work: Work, machine: Machine) -> Plan:
     )  # fmt: skip
     work = replace(work, batch=calibration.run.windows)
     peaks = _peaks(footprint, place, work, calibration, card, DTYPE_BYTES[shapes.dtype])
+    if work.recovery is not None:
+        peaks["recover"] = recovery_peak(
+            footprint, place, work.recovery.train, tokens=work.calibration.context_length,
+            asked=recovered_tokens(shapes, work, machine),
+        )  # fmt: skip
     stages = tuple(
         StagePlan(
             title=title,
@@ -328,7 +335,10 @@ def _ways_out(plan: Plan) -> Iterator[str]:
         yield f"take shorter windows (--context-length {shorter})"
     if DTYPE_BYTES[work.dtype] > 2 and not work.stream and fits(dtype="bfloat16"):
         yield "load it in 16 bits (--dtype bfloat16)"
-    if not work.stream and fits(stream=True, dtype=plan.shapes.dtype):
+    recovery = work.recovery
+    if recovery is not None and fits(recovery=replace(recovery, train="lora")):
+        yield "train a low-rank change of each linear (--recover-train lora)"
+    if not work.stream and recovery is None and fits(stream=True, dtype=plan.shapes.dtype):
         yield "leave the weights on disk (--stream, for safetensors)"
     if not work.stream and machine.is_gpu:
         cards = _cards(plan)

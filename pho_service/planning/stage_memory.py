@@ -8,6 +8,7 @@ from typing import Self
 
 from pho_service.planning.shapes import DTYPE_BYTES, BlockShape, LinearShape, ModelShapes
 from pho_service.spec.calibration import CalibrationSettings
+from pho_service.spec.recovery import RANK, Trains
 from pho_service.spec.steps import Steps
 
 # What a model's passes, statistics and bundle take, in bytes, from its shapes alone.
@@ -367,6 +368,31 @@ def pruning_peak(
     if steps.reconstruction.wanted and not keep_dense:
         disk += (footprint.itemsize + 1) * footprint.prunable  # finished blocks, until it is saved
     return Peak.at(place, device=there + work, host=host, disk=disk)
+
+
+PREDICTED = 512 * 8  # bytes of what the dense model predicts of a token, and how likely that is
+
+
+def recovery_peak(
+    footprint: Footprint, place: Place, train: Trains, *, tokens: int, asked: int
+) -> Peak:
+    """A recovery: the pruned model in training; or with the dense one, which is asked before."""
+    half = footprint.itemsize != FLOAT and place.on_gpu
+    if train == "kept":
+        trained, beside = footprint.prunable, FLOAT - footprint.itemsize if half else 0
+    else:
+        sides = sum(li.count * (li.in_features + li.out_features) for li in footprint.linears)
+        trained, beside = RANK * sides if train == "lora" else sides // 4, 0
+    weights = footprint.weights + trained * beside
+    state = 3 * FLOAT * trained  # gradients, and Adam's two moments
+    passes = footprint.backward(tokens, 1, recompute=True)
+    both = footprint.weights + weights + passes
+    return Peak.at(
+        place,
+        device=max(both, weights + state + passes),
+        host=PREDICTED * asked,
+        disk=3 * 3 * FLOAT * trained,  # the best and the last state, and the first weights
+    )
 
 
 def _training(footprint: Footprint, tokens: int) -> int:

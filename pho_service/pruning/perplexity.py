@@ -271,7 +271,7 @@ class DenseReference:
 
     Attributes:
         windows: (windows, context_length), int64: the text.
-        tokens: (windows, context_length - 1, k), int64: ids, on the CPU.
+        tokens: (windows, context_length - 1, k), int32: ids, on the CPU.
         log_probabilities: The same shape, float32: theirs.
     """
 
@@ -286,7 +286,12 @@ class DenseReference:
 
 
 def dense_reference(
-    model: nn.Module, windows: Tensor, *, top_k: int = TOP_K, most: int = MOST
+    model: nn.Module,
+    windows: Tensor,
+    *,
+    top_k: int = TOP_K,
+    most: int = MOST,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> DenseReference:
     """
     Keep what the dense model predicts, to compare pruned ones with.
@@ -294,8 +299,9 @@ def dense_reference(
     Args:
         model: Dense, in evaluation mode.
         windows: (windows, context_length), int64.
-        top_k: Tokens kept at each position, 12 bytes each; all if the vocabulary is smaller.
+        top_k: Tokens kept at each position, 8 bytes each; all if the vocabulary is smaller.
         most: Windows that may be run at once: see :func:`window_logits`.
+        advance: Called with 1 after each window.
 
     Raises:
         NumericalError: A logit is NaN or infinite.
@@ -305,8 +311,9 @@ def dense_reference(
         for logits in window_logits(model, windows, most=most):
             for _, all_logs in log_probabilities(logits[:-1]):
                 top = all_logs.topk(min(top_k, all_logs.shape[1]), dim=-1)
-                tokens.append(top.indices.cpu())
+                tokens.append(top.indices.int().cpu())
                 logs.append(top.values.cpu())
+            advance(1)
     shape = (len(windows), windows.shape[1] - 1, -1)
     kept = torch.cat(logs)
     require_finite_loss(float(kept[:, 0].sum()))
@@ -368,15 +375,15 @@ def window_divergence(logits: Tensor, reference: DenseReference, number: int) ->
         reference: Reference from the dense model.
         number: Which of its windows.
     """
-    tokens = reference.tokens[number].to(logits.device)
+    tokens = reference.tokens[number].to(logits.device, torch.int64)
     dense = reference.log_probabilities[number].to(logits.device)
     return sum(
-        float(_divergence(dense[rows], logs.gather(1, tokens[rows])).sum())
+        float(divergence(dense[rows], logs.gather(1, tokens[rows])).sum())
         for rows, logs in log_probabilities(logits[:-1])
     )
 
 
-def _divergence(dense: Tensor, pruned: Tensor) -> Tensor:
+def divergence(dense: Tensor, pruned: Tensor) -> Tensor:
     """Return the divergence at each position, by the formula of :func:`rate_divergence`."""
     log_p, log_q = dense.double(), pruned.double()
     p = log_p.exp()
@@ -401,7 +408,12 @@ def run_decoder(model: nn.Module, batch: Tensor) -> None:
         model.base_model(input_ids=batch, use_cache=False)  # type: ignore[operator]
 
 
-def run_backward(model: nn.Module, batch: Tensor) -> None:
+# The summed loss of some positions: their logits, (windows, positions, vocabulary), and the first
+# and the last but one of them.
+Loss = Callable[[Tensor, int, int], Tensor]
+
+
+def run_backward(model: nn.Module, batch: Tensor, loss: Loss | None = None) -> float:
     """
     Run a model forward, and the loss of every predicted token backward.
 
@@ -411,10 +423,22 @@ def run_backward(model: nn.Module, batch: Tensor) -> None:
     Args:
         model: A causal language model of transformers.
         batch: (windows, tokens), int64.
+        loss: Loss of some positions; that of the next token by default.
+
+    Returns:
+        The loss summed over all positions.
 
     Raises:
         ModelError: Its logits do not come from what its decoder gives.
     """
+    if loss is None:
+
+        def loss(logits: Tensor, start: int, stop: int) -> Tensor:
+            following = batch[:, start + 1 : stop + 1].flatten()
+            return cross_entropy(
+                logits.flatten(end_dim=1).float(), following.to(logits.device), reduction="sum"
+            )
+
     decoder = cast(Any, model).get_decoder()
     outputs: list[Any] = []
     handle = decoder.register_forward_hook(lambda _module, _args, output: outputs.append(output))
@@ -423,11 +447,19 @@ def run_backward(model: nn.Module, batch: Tensor) -> None:
     finally:
         handle.remove()
     (output,) = outputs
-    output.last_hidden_state.backward(_loss_gradient(model, decoder, output, batch))
+    total, gradient = _loss_gradient(model, decoder, output, batch, loss)
+    output.last_hidden_state.backward(gradient)
+    return total
 
 
-def _loss_gradient(model: nn.Module, decoder: nn.Module, output: Any, batch: Tensor) -> Tensor:
-    """(windows, tokens, hidden): of the summed loss, by the hidden states in a decoder's output."""
+def _loss_gradient(
+    model: nn.Module, decoder: nn.Module, output: Any, batch: Tensor, loss: Loss
+) -> tuple[float, Tensor]:
+    """
+    The summed loss, and its gradient by the hidden states in a decoder's output, (windows, tokens,
+    hidden).
+    """
+    total = 0.0
     hidden = output.last_hidden_state.detach()
     gradient = torch.zeros_like(hidden)
     windows, tokens = batch.shape
@@ -438,12 +470,8 @@ def _loss_gradient(model: nn.Module, decoder: nn.Module, output: Any, batch: Ten
         given = type(output)(**{**output, "last_hidden_state": leaf})
         with forward_replaced(decoder, lambda *_args, given=given, **_kwargs: given):
             logits = model(input_ids=batch[:, start:stop], use_cache=False).logits
-        loss = cross_entropy(
-            logits.flatten(end_dim=1).float(),  # (windows * step, vocabulary)
-            batch[:, start + 1 : stop + 1].flatten(),
-            reduction="sum",
-        )
-        (found,) = torch.autograd.grad(loss, leaf, allow_unused=True)
+        summed = loss(logits, start, stop)
+        (found,) = torch.autograd.grad(summed, leaf, allow_unused=True)
         if found is None:
             raise ModelError(
                 f"{type(model).__name__}: its logits do not come from what its decoder "
@@ -451,7 +479,8 @@ def _loss_gradient(model: nn.Module, decoder: nn.Module, output: Any, batch: Ten
                 "model's architecture is not supported."
             )
         gradient[:, start:stop] = found
-    return gradient
+        total += float(summed.detach())
+    return total, gradient
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from pho_service.shown.parts import Chart, Section, Table, page, pairs_table
 from pho_service.shown.report import Report, ReportTrial
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.document import number, percent, seconds
+from pho_service.spec.recovery import Recovered
 from pho_service.spec.tasks import TaskScores
 from pho_service.tuning.plan import CORRECTS
 from pho_service.tuning.result import chosen_in
@@ -200,6 +201,7 @@ def sections(report: Report) -> list[Section]:
     if report.subject != "transfer":
         scores = None if report.configuration is None else report.configuration.tasks
         parts += [] if scores is None else [_tasks(scores)]
+        parts += [] if report.recovery is None else [_recovery(report.recovery)]
         parts += [_search(report), _finalists(report), _layers(report), _importances(report)]
     return [*parts, _transfers(report), _settings(report), _happened(report)]
 
@@ -260,6 +262,17 @@ def _how_good(report: Report) -> list[str]:
     elif report.subject == "search":
         texts.append("No perplexity was measured: the result is the best by the proxy.")
     return texts
+
+
+def _recovery(recovered: Recovered) -> Section:
+    """What the pruned model gained by training towards the dense one."""
+    said = str(recovered)
+    table = [tables.recovered_table(recovered)] if recovered.perplexities else []
+    texts = [
+        f"{said[0].upper()}{said[1:]}. The text was {recovered.text['source']}.",
+        "All other numbers here are of the pruned model as it was before.",
+    ]
+    return Section(id="recovery", title="Recovery", texts=texts, tables=table)
 
 
 def _tasks(scores: TaskScores) -> Section:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 
 from pho_service.library import Gain, MeasuredBy
 from pho_service.spec.configuration import Configuration, Perplexities
+from pho_service.spec.recovery import Recovered
 
 # What a configuration does to each linear, by block and kind: small enough to be kept with a job.
 _DIGITS = 6  # that are kept
@@ -108,6 +109,7 @@ class Report:
     error: str | None = None
     warnings: Sequence[str] = ()
     configuration: Configuration | None = None  # What was found; of a transfer, what is transferred
+    recovery: Recovered | None = None  # What the recovery of the pruned model came to
     objective: str = "objective"  # Its label: ``activation-reconstruction/blend``
     maximised: bool = False
     trials: Sequence[ReportTrial] = ()  # Trials of all islands, by number

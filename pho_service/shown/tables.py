@@ -11,6 +11,7 @@ from pho_service.shown.parts import Table
 from pho_service.shown.report import Report, ReportTrial, StageTime, gain_over
 from pho_service.spec.configuration import Configuration, Confirmation, Perplexities
 from pho_service.spec.document import listed, number, percent, seconds
+from pho_service.spec.recovery import Recovered
 from pho_service.spec.tasks import TaskScore, TaskScores, mean_accuracy
 
 MEASURES: tuple[Literal["perplexity", "proxy"], ...] = ("perplexity", "proxy")
@@ -85,6 +86,24 @@ def verdict_table(good: Perplexities) -> Table:
         ),
         marked=1,
     ).without_empty()
+
+
+def recovered_table(recovered: Recovered) -> Table:
+    """The dense model, the pruned one, and what it was after its recovery."""
+    found = recovered.perplexities
+    dense = found.get("dense")
+    return Table(
+        ("model", "perplexity", "above dense"),
+        [
+            (name, number(found[name]), percent(found[name] / dense - 1, signed=True))
+            if dense and name != "dense"
+            else (name, number(found[name]), "")
+            for name in ("dense", "pruned", "recovered")
+            if name in found
+        ],
+        title="Perplexity: lower is better",
+        marked=2,
+    )
 
 
 def results_table(report: Report) -> Table | None:

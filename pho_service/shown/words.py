@@ -33,6 +33,7 @@ def search_in_words(spec: JobSpec) -> dict[str, str]:
             else {"warm start": f"with {spec.warm_start.count} of the library"}
         ),
         **({} if spec.tasks is None else {"tasks": _tasks(spec)}),
+        **({} if spec.recovery is None else {"recovery": str(spec.recovery.settings())}),
         **(
             {}
             if spec.validation is None

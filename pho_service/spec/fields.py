@@ -15,6 +15,7 @@ from pho_service.host.settings import Settings
 from pho_service.spec.calibration import C4_DATASET, C4_FILE, CalibrationSettings
 from pho_service.spec.document import Document, FieldShown, Name, Seed
 from pho_service.spec.pattern import Coefficients
+from pho_service.spec.recovery import Recovery
 from pho_service.spec.steps import Allocation
 
 
@@ -209,6 +210,27 @@ class ConfirmSpec(Document):
     windows: Annotated[int, FieldShown(option="--confirm-windows")] = Field(
         16, ge=1, le=100_000, description="Most windows of that text that are measured on."
     )
+
+
+class RecoverySpec(Document, Recovery):
+    """How the pruned model is recovered, and on what text."""
+
+    text: Annotated[
+        Name | None, FieldShown(option="--recover-text", picks="texts", service=True)
+    ] = Field(
+        None,
+        description="A text file; by default windows that neither the calibration nor the "
+        "confirmation used.",
+    )
+
+    @model_validator(mode="after")
+    def _can_be_done(self) -> Self:
+        self.settings()
+        return self
+
+    def settings(self) -> Recovery:
+        """In the form that a recovery takes."""
+        return Recovery(**{each.name: getattr(self, each.name) for each in fields(Recovery)})
 
 
 class ValidationSpec(Document):

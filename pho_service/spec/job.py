@@ -28,6 +28,7 @@ from pho_service.spec.fields import (
     CalibrationSpec,
     ConfirmSpec,
     JobLimits,
+    RecoverySpec,
     ValidationSpec,
     WarmStartSpec,
     check_field,
@@ -166,6 +167,15 @@ def of_tasks(value: Any, info: ValidationInfo) -> Any:
     """What says how tasks are measured needs some."""
     if value is not None and info.data.get("tasks", ()) is None:
         raise ValueError("it is of tasks, but none is named: give tasks, or leave it out")
+    return value
+
+
+def of_pruned(value: RecoverySpec | None, info: ValidationInfo) -> RecoverySpec | None:
+    """A pruned model is recovered, in memory."""
+    if value is not None and not info.data.get("prune", True):
+        raise ValueError("the pruned model is recovered, and none is written: give prune, too")
+    if value is not None and info.data.get("stream"):
+        raise ValueError("a streamed model cannot be trained: leave it out, or do not stream")
     return value
 
 
@@ -363,6 +373,12 @@ class JobSpec(Document):
         description="Whether the pruned model is written when the search is over, to be fetched "
         "with `pho pull`.",
     )
+    recovery: Annotated[RecoverySpec | None, FieldShown(section=_AFTER, service=True)] = Field(
+        None,
+        exclude_if=lambda recovery: recovery is None,
+        description="How the pruned model is recovered before it is written: trained towards the "
+        "dense one, masks fixed.",
+    )
     notify: Annotated[Name | None, FieldShown(section=_AFTER, service=True)] = Field(
         None,
         exclude_if=lambda url: url is None,
@@ -401,6 +417,7 @@ class JobSpec(Document):
     _each_task_once = field_validator("tasks")(each_task_once)
     _of_tasks = field_validator("tasks_dir", "tasks_limit")(of_tasks)
     _has_one_model = field_validator("prune", "tasks")(has_one_model)
+    _of_pruned = field_validator("recovery")(of_pruned)
     _differ = field_validator("islands")(differ)
     _in_memory = field_validator("corrections")(in_memory)
 
@@ -528,6 +545,8 @@ class JobSpec(Document):
         yield partial(self.calibration.check_text, "calibration", access)
         if self.confirm is not None and self.confirm.text is not None:
             yield partial(check_field, "confirm/text", access.text, self.confirm.text)
+        if self.recovery is not None and self.recovery.text is not None:
+            yield partial(check_field, "recovery/text", access.text, self.recovery.text)
         if self.tasks_dir is not None:
             yield partial(check_field, "tasks_dir", access.task_folder, self.tasks_dir)
 
@@ -558,6 +577,9 @@ class JobSpec(Document):
         length = self.calibration.context_length
         tokens += points * self.corrections * corrected_windows(length) * length
         limits.check_tokens("/corrections", tokens)
+        if self.recovery is not None:
+            tokens += self.recovery.tokens or 0
+            limits.check_tokens("/recovery/tokens", tokens)
 
     def placed(self, access: Access) -> "JobSpec":
         changes = {

@@ -10,6 +10,7 @@ from pydantic import Field, TypeAdapter
 
 from pho_service.spec.configuration import ProxyQuality
 from pho_service.spec.document import number
+from pho_service.spec.recovery import Recovered
 from pho_service.spec.tasks import TaskScore
 
 
@@ -155,11 +156,13 @@ class Written:
     Attributes:
         key: Names the configuration that it was pruned with.
         files: Name, size in bytes and SHA-256 of each.
+        recovery: What its recovery came to, if there was one.
         seconds: What it took.
     """
 
     key: str
     files: list[dict[str, Any]]
+    recovery: Recovered | None = None
     seconds: float = 0.0
 
 

@@ -69,7 +69,7 @@ def leaves(document: Mapping[str, Any], above: str = "") -> set[str]:
 def test_each_field_of_a_jobs_document_has_an_option_but_for_the_models() -> None:
     parts = {
         "calibration": {"dataset": "org/texts", "dataset_config": "en"}, "validation": {},
-        "prune": True, "tasks": ["boolq"], "tasks_dir": "tasks", "tasks_limit": 100,
+        "prune": True, "recovery": {}, "tasks": ["boolq"], "tasks_dir": "tasks", "tasks_limit": 100,
         "notify": "https://hooks.example/pho", "warm_start": {},
         "steps": {
             "allocation": {"offsets": {"q_proj": 0.5}, "depth": [0.5]},

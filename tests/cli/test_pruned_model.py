@@ -47,6 +47,27 @@ def test_the_folder_has_to_the_last_bit_the_perplexity_that_the_search_confirmed
     assert rated["bos"] is (folder == "bos_folder")
 
 
+def test_a_recovered_folder_is_better_and_passes_its_check(
+    pho: Pho, model_folder: Path, texts: dict[str, Path]
+) -> None:
+    length = ("--context-length", 32)
+    pho("prune", model_folder, "--method", "wanda", "--pattern", "2:4", "--text",
+        texts["calibration"], *SMALL, "--out", "pruned")  # fmt: skip
+    done = pho("recover", "pruned", "--teacher", model_folder, "--text", texts["report"], *length,
+               "--tokens", 640, "--rate", 2e-3, "--confirm-text", texts["confirmation"],
+               "--out", "recovered")  # fmt: skip
+    checked = pho("prune", model_folder, "--check", "recovered")
+    again = pho("recover", "pruned", "--teacher", model_folder, "--text", texts["report"],
+                "--out", "recovered")  # fmt: skip
+
+    assert done.exit_code == 0
+    assert "divergence from the dense model" in done.stdout
+    assert "recovered" in done.stdout
+    assert not Path(".recovered.recovery").exists()
+    assert checked.exit_code == 0
+    assert "in use" in again.stderr
+
+
 def test_pruned_with_another_text_than_the_searchs_the_user_is_told(
     pho: Pho, model_folder: Path, bundle_file: Path, texts: dict[str, Path]
 ) -> None:

@@ -197,3 +197,24 @@ def test_from_a_question_to_a_model(hand: Any, tmp_path: Path) -> None:
     assert all(check.passed for check in check_folder(tmp_path / "pruned.pho", original=dense))
     assert len(texts[0][0]) > 8
     assert texts[0] == texts[1]
+
+
+def test_a_recovered_model_is_what_is_kept_and_the_report_says_what_it_gained(
+    hand: Any, small: Any
+) -> None:
+    spec = small(prune=True, recovery={"tokens": 640, "rate": 2e-3})
+    job = hand.done(spec)
+    folder = folder_of(hand, job)
+    recovered = job.pruning.result["recovery"]
+    app = create_app(hand.store.database, read_settings())
+    with TestClient(app, "http://127.0.0.1:8000") as client:
+        shown = client.get(f"/v1/jobs/{job.id}").json()
+        page = client.get(f"/jobs/{job.id}").text
+
+    assert recovered["after"] <= recovered["before"]
+    assert recovered["tokens"] == 768  # in eight equal parts
+    assert recovered["perplexities"].keys() == {"dense", "pruned", "recovered"}
+    assert shown["recovery"] == recovered
+    assert 'id="recovery"' in page
+    assert all(check.passed for check in check_folder(folder, original=None))
+    assert [each.name for each in folder.parent.iterdir()] == [folder.name]

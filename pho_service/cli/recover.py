@@ -1,0 +1,134 @@
+"""
+`pho recover`: train a pruned model towards the dense one, masks fixed.
+"""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import click
+
+from pho_service.cli.document import DocumentCommand, Given
+from pho_service.cli.options import (
+    Terminal,
+    calibration_source,
+    check_models,
+    device_options,
+    file_source,
+    json_option,
+)
+from pho_service.cli.terminal import print_json, progress, say, show_table, verb
+from pho_service.errors import InvalidInput
+
+_TEXT = (
+    "text",
+    "dataset",
+    "dataset_config",
+    "data_file",
+    "split",
+    "field",
+    "context_length",
+    "bos",
+)
+_NAMES = {
+    f"recovery/{name}": f"--{name}" for name in ("train", "minutes", "tokens", "rate", "seed")
+}
+
+
+@click.command(
+    cls=DocumentCommand,
+    fields=(
+        *(f"calibration/{name}" for name in _TEXT), *_NAMES, "confirm/windows", "revision", "dtype",
+    ),
+    names=_NAMES,
+)  # fmt: skip
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--teacher", required=True, help="The dense model that FOLDER was pruned from.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
+@click.option(
+    "--confirm-text",
+    help="Text file to measure perplexities on: dense, pruned, recovered. Not trained on.",
+)
+@device_options
+@json_option
+@verb
+def recover(
+    folder: Path,
+    given: Given,
+    teacher: str,
+    out: Path,
+    confirm_text: str | None,
+    inputs: Terminal,
+    as_json: bool,
+) -> None:
+    """
+    Train what FOLDER keeps towards what the dense model predicts, masks fixed.
+
+    FOLDER is a pruned model: of `pho prune`, or of any tool that writes exact
+    zeros. Any text will do, as no labels are needed; it should be other text
+    than the calibration's, and more of it. Every eighth window, 16 at most, is held
+    out: it says when to stop, and whether the result is taken. Zeros stay zeros,
+    so an N:M pattern holds. An interrupted run goes on with the same command.
+
+    --minutes is the time for all of it; the number of tokens that fit into it is
+    measured at the start, and the same --tokens later give the same weights.
+
+    \b
+    Example:
+      pho recover pruned --teacher HuggingFaceTB/SmolLM2-135M --text book.txt \\
+          --context-length 512 --minutes 10 --out recovered
+    """
+    from pho_service.host.files import check_free
+    from pho_service.models.saving import save_pruned
+    from pho_service.pipeline.rating import RecoveryText
+    from pho_service.pipeline.recover import (
+        PrunedModel,
+        Workplace,
+        check_trainable,
+        recover_model,
+    )
+    from pho_service.shown.tables import recovered_table
+    from pho_service.spec.recovery import Recovery
+
+    settings = Recovery.from_dict(given.document().get("recovery", {}))
+    how = given.calibration()
+    check_free(out)
+    if not folder.expanduser().exists():
+        raise InvalidInput(f"{folder} does not exist. Give the folder of a pruned model.")
+    check_models([teacher], given("revision"), confirm_text)
+    source = calibration_source(how)
+    pruned = PrunedModel.read(
+        folder, dtype=given("dtype"), device=inputs.device, device_map=inputs.device_map
+    )
+    check_trainable(pruned, settings)
+    if "calibration/context_length" not in given.said:
+        how = how.fitted(pruned.model.longest)
+    measured = None
+    if confirm_text is not None:
+        windows = given("confirm/windows")
+        measured = inputs.report(pruned.model, file_source(confirm_text), how, windows)
+    place = out.expanduser().resolve().with_name(f".{out.name}.recovery")
+    recovered = recover_model(
+        pruned,
+        lambda: nullcontext(inputs.model(teacher)),
+        RecoveryText(
+            source=source,
+            context_length=how.context_length,
+            bos=how.bos,
+            unlike=None if measured is None else measured.windows,
+            measured=measured,
+        ),
+        settings,
+        place,
+        progress=progress,
+    )
+    found = pruned.after(recovered)
+    save_pruned(pruned.model, out, found.masks.items(), found.recipe)
+    Workplace(place).remove()
+    if as_json:
+        print_json({"out": str(out), **recovered.to_dict()})
+        return
+    click.echo(f"{out}: {recovered}")
+    if recovered.perplexities:
+        show_table(recovered_table(recovered))
+    elif recovered.kept:
+        say("Measure it: `pho evaluate`; give --confirm-text to see perplexities here.")

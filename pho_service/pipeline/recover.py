@@ -1,0 +1,523 @@
+"""
+Recover what pruning lost: train a pruned model towards the dense model's predictions.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_scheduler,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from pho_service.errors import InvalidInput, ModelError, NumericalError, OutOfMemory, TextError
+from pho_service.host.machine import (
+    first_words,
+    let_go_of_memory,
+    ran_out_of_memory,
+    versions,
+)
+from pho_service.models.architecture import decoder_blocks
+from pho_service.models.blockwise import measure_perplexity
+from pho_service.models.loading import LanguageModel, load_model, sha256_each
+from pho_service.models.mask_file import MASKS, LayerMask, PackedMask, read_masks
+from pho_service.models.packed import as_folder
+from pho_service.models.saving import RECIPE, read_recipe, recipe_document
+from pho_service.models.texts import apart, record_to_dict, sample_windows
+from pho_service.pipeline.prune import PrunedFolder
+from pho_service.pipeline.rating import RecoveryText, ReportText
+from pho_service.progress import Advance, Progress, silent
+from pho_service.pruning.masks import model_sparsity
+from pho_service.pruning.perplexity import DenseReference, dense_reference, rate_divergence
+from pho_service.pruning.recovery import Recovering, mixed, recovering
+from pho_service.spec.document import number, percent
+from pho_service.spec.recovery import Recovered, Recovery
+
+TOP_K = 512  # of the dense model's predictions; all other tokens are one event
+HELD_OUT = 16  # windows at most, or one of eight
+LEAST_WINDOWS = 4
+PASSES = 2  # over the windows at most: later ones learn them by heart
+CHECKS = 8  # how often the held-out windows are looked at
+_PATIENCE = 2  # checks in a row that are no better end it
+_WARM = 8  # steps until the rate is at its highest
+_OTHER = 0.2  # share of the time for what is beside the dense model and the steps
+_GROUPS = (4, 8, 16, 32)  # M of N:M that is looked for in a model that was pruned elsewhere
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunedModel:
+    """A pruned model with its masks and its recipe."""
+
+    model: LanguageModel
+    masks: Mapping[str, PackedMask]
+    recipe: Mapping[str, Any] | None  # None of one that was pruned elsewhere
+
+    @classmethod
+    def read(
+        cls,
+        folder: Path,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        device_map: str | None = None,
+    ) -> "PrunedModel":
+        """A folder of `pho prune`; or any whose linears have zeros."""
+        folder = folder.expanduser()
+        with as_folder(folder) as small:
+            recipe = recipe_document(small) if (small / RECIPE).is_file() else None
+            masks = {}
+            if recipe is not None:
+                read_recipe(small)  # all of it is as it should be
+                file = read_masks(small / MASKS)
+                masks = {name: PackedMask.of(file.mask(name)) for name in file.names}
+        model = load_model(str(folder), dtype=dtype, device=device, device_map=device_map)
+        return cls.of(model, masks=masks, recipe=recipe)
+
+    @classmethod
+    def of(
+        cls,
+        model: LanguageModel,
+        *,
+        masks: Mapping[str, PackedMask] | None = None,
+        recipe: Mapping[str, Any] | None = None,
+    ) -> "PrunedModel":
+        """A model whose linears have zeros, which are its masks if it has no others."""
+        if recipe is None:
+            keeps = {name: linear.weight != 0 for name, linear in model.linears.items()}
+            found = {name: keep for name, keep in keeps.items() if not bool(keep.all())}
+            if not found:
+                raise ModelError(
+                    f"{model.name} has no zeros in its {len(keeps)} linears: it is not pruned, and "
+                    "there is nothing to recover. Give the pruned model, and the dense one as its "
+                    "teacher."
+                )
+            masks = {name: PackedMask.of(LayerMask(keep=keep)) for name, keep in found.items()}
+        return cls(model=model, masks=masks or {}, recipe=recipe)
+
+    def after(self, recovered: Recovered) -> PrunedFolder:
+        """The model as it is now, with its recipe."""
+        linears = self.model.linears
+        hashes = sha256_each(linear.weight for linear in linears.values())
+        sha256 = dict(zip(linears, hashes, strict=True))
+        recipe = dict(self.recipe or self._elsewhere(recovered))
+        layers = {
+            name: {**layer, "weights_sha256": sha256[name]}
+            for name, layer in recipe["layers"].items()
+        }
+        changed = recovered.kept and recovered.train != "norms"
+        recipe |= {
+            "layers": layers,
+            **(
+                {"dense": {n: sha256[n] for n in linears if n not in layers}}
+                if "dense" in recipe
+                else {}
+            ),
+            "updated": recipe["updated"] or changed,
+            "recovery": recovered.to_dict(),
+            "versions": versions("torch", "transformers", "accelerate"),
+        }
+        return PrunedFolder(
+            sparsity=recipe["sparsity"],
+            layers={name: layer["sparsity"] for name, layer in layers.items()},
+            masks=dict(self.masks),
+            recipe=recipe,
+        )
+
+    def _elsewhere(self, recovered: Recovered) -> dict[str, Any]:
+        """What is known of a model that was pruned elsewhere."""
+        shares = {name: 1 - float(mask.keep.float().mean()) for name, mask in self.masks.items()}
+        layers = {}
+        for name, mask in self.masks.items():
+            keep, group = groups_of(mask.keep)
+            layers[name] = {"sparsity": shares[name], "keep": keep, "group": group}
+        return {
+            "format": "pho-pruning",
+            "version": 2,
+            "configuration": None,
+            "model": recovered.teacher,
+            "calibration": {},
+            "updated": True,  # whoever pruned it may have changed what stayed
+            "folded": [],
+            "sparsity": model_sparsity(self.model.linears, shares),
+            "layers": layers,
+            **({"dense": {}} if len(layers) < len(self.model.linears) else {}),
+        }
+
+
+def groups_of(keep: Tensor) -> tuple[int | None, int | None]:
+    """N and M of a mask, (out_features, in_features), that keeps N of each M; None of others."""
+    for group in _GROUPS:
+        if keep.shape[1] % group == 0:
+            counts = keep.reshape(-1, group).sum(dim=1)
+            if bool((counts == counts[0]).all()):
+                return int(counts[0]), group
+    return None, None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What the dense model predicts."""
+
+    reference: DenseReference  # On the windows to train on
+    held_out: DenseReference
+    steps: int
+    teacher: dict[str, Any]
+    text: dict[str, Any]
+    perplexity: float | None
+
+
+def recover_model(
+    pruned: PrunedModel,
+    dense: Callable[[], AbstractContextManager[LanguageModel]],
+    text: RecoveryText,
+    settings: Recovery,
+    workplace: Path,
+    *,
+    progress: Progress = silent,
+) -> Recovered:
+    """
+    Train a pruned model in place. What an interrupted one left in ``workplace`` is gone on with.
+    """
+    # ``dense`` gives the dense model, which is let go of before the training begins.
+    began = time.monotonic()
+    check_trainable(pruned, settings)
+    model = pruned.model
+    if model.device.type == "cpu":
+        model.model.float()
+    perplexities = (
+        {} if text.measured is None else {"pruned": _perplexity(model, text.measured, progress)}
+    )
+    blocks = [block for _, block in decoder_blocks(model.model)]
+    linears = {name: model.linears[name] for name in pruned.masks}
+    place = Workplace(workplace)
+    with (
+        _shortage_told(model, text, settings),
+        recovering(model.model, blocks, linears, settings.train, settings.seed) as trained,
+        mixed(model.device),
+    ):
+        with dense() as teacher:
+            asked = _ask(model, teacher, trained, text, settings, place, progress)
+        del teacher
+        let_go_of_memory()
+        before = rate_divergence(model.model, asked.held_out)
+        place.keep_initial(trained)
+        training = _Training(trained, asked, before, progress)
+        _train(training, settings, place)
+        trained.round_(model.stored_dtype)
+        after = rate_divergence(model.model, asked.held_out)
+        kept = after < before
+        if not kept:
+            place.restore_initial(trained)
+    model.model.to(model.stored_dtype)  # type: ignore[arg-type]  # as in loading.py
+    if text.measured is not None:
+        perplexities |= {"recovered": _perplexity(model, text.measured, progress)}
+        perplexities |= {} if asked.perplexity is None else {"dense": asked.perplexity}
+    return Recovered(
+        train=settings.train,
+        before=before,
+        after=after if kept else before,
+        kept=kept,
+        tokens=training.done * text.context_length,
+        windows=len(asked.reference.windows),
+        held_out=len(asked.held_out.windows),
+        context_length=text.context_length,
+        rate=settings.first_rate,
+        seed=settings.seed,
+        teacher={
+            key: asked.teacher[key] for key in ("name", "revision", "weights_sha256", "dtype")
+        },
+        text=asked.text,
+        perplexities=perplexities,
+        seconds=round(time.monotonic() - began, 3),
+    )
+
+
+@contextmanager
+def _shortage_told(model: LanguageModel, text: RecoveryText, settings: Recovery) -> Iterator[None]:
+    """Inside, memory that runs out raises OutOfMemory with the ways out."""
+    try:
+        yield
+    except Exception as error:
+        if not ran_out_of_memory(error):
+            raise
+        less = "" if settings.train != "kept" else ", or train less (--train lora or norms)"
+        raise OutOfMemory(
+            f"the recovery of {model.name} on windows of {text.context_length} tokens ran out of "
+            f"memory{first_words(error)}. Take shorter windows (--context-length){less}. `pho "
+            "plan` says what a recovery takes."
+        ) from error
+
+
+def check_trainable(pruned: PrunedModel, settings: Recovery) -> None:
+    """See that a model can be trained as it is, before anything long."""
+    model = pruned.model
+    if model.stream:
+        raise InvalidInput(
+            f"{model.name} is streamed, and what is trained must be in memory. Load it without "
+            "streaming."
+        )
+    if settings.train == "norms" and all(p.dim() != 1 for p in model.model.parameters()):
+        raise InvalidInput(
+            f"{model.name} has neither norms with weights nor biases. Train kept or lora."
+        )
+
+
+def _perplexity(model: LanguageModel, text: ReportText, progress: Progress) -> float:
+    with progress("Measuring perplexity", len(text.windows)) as advance:
+        return measure_perplexity(model, text.windows, advance=advance).perplexity
+
+
+def _ask(
+    pruned: LanguageModel,
+    teacher: LanguageModel,
+    trained: Recovering,
+    text: RecoveryText,
+    settings: Recovery,
+    place: "Workplace",
+    progress: Progress,
+) -> _Asked:
+    """Draw windows, as many as are needed, and keep what the dense model predicts on them."""
+    check_teacher(pruned, teacher)
+    identity = [pruned.to_dict(), teacher.to_dict(), asdict(settings), str(text.source)]
+    place.begin([*identity, text.context_length, text.bos])
+    steps = place.once("steps", lambda: _steps(trained, teacher, settings, text))
+    more = 0 if text.unlike is None else len(text.unlike)
+    windows, record = sample_windows(
+        pruned, text.source, count=steps + HELD_OUT + more, context_length=text.context_length,
+        bos=text.bos, seed=settings.seed,
+    )  # fmt: skip
+    windows = windows if text.unlike is None else apart(windows, text.unlike)
+    if len(windows) < LEAST_WINDOWS:
+        raise TextError(
+            f"the text {text.source} has {len(windows)} windows of {text.context_length} tokens "
+            f"to recover on, and {LEAST_WINDOWS} are the least, of which one is held out. Give a "
+            "longer text, or a smaller --context-length."
+        )
+    held_out = min(HELD_OUT, len(windows) // 8 or 1)
+    steps = min(steps, PASSES * (len(windows) - held_out))
+    steps = steps // CHECKS * CHECKS or steps  # as many between any two checks
+    windows = windows[: held_out + steps]
+    with progress("Asking the dense model", len(windows)) as advance:
+        held = dense_reference(teacher.model, windows[:held_out], top_k=TOP_K, advance=advance)
+        asked = dense_reference(teacher.model, windows[held_out:], top_k=TOP_K, advance=advance)
+    return _Asked(
+        reference=asked,
+        held_out=held,
+        steps=steps,
+        teacher=teacher.to_dict(),
+        text=record_to_dict(record),
+        perplexity=None if text.measured is None else _perplexity(teacher, text.measured, progress),
+    )
+
+
+def check_teacher(pruned: LanguageModel, teacher: LanguageModel) -> None:
+    """See that two models are one before and after a pruning."""
+    theirs = {name: tuple(linear.weight.shape) for name, linear in teacher.linears.items()}
+    for name, linear in pruned.linears.items():
+        shape = tuple(linear.weight.shape)
+        if theirs.get(name) != shape:
+            has = f"it has {theirs[name]}" if name in theirs else "there is none"
+            raise ModelError(
+                f"the teacher {teacher.name} is of another architecture than {pruned.name}: {name} "
+                f"has the shape {shape}, and there {has}. Give the dense model that was pruned."
+            )
+    ours, its = pruned.tokenizer, teacher.tokenizer
+    known = ours is not None and its is not None
+    if pruned.vocabulary != teacher.vocabulary or (known and ours.get_vocab() != its.get_vocab()):
+        raise ModelError(
+            f"the teacher {teacher.name} has another vocabulary than {pruned.name} "
+            f"({teacher.vocabulary} tokens and {pruned.vocabulary}), so what they predict cannot "
+            "be compared. Give the dense model that was pruned."
+        )
+
+
+def _steps(
+    trained: Recovering, teacher: LanguageModel, settings: Recovery, text: RecoveryText
+) -> int:
+    """How many windows are trained on: as many tokens as asked for, or as the time allows."""
+    if settings.tokens is not None:
+        steps = -(-settings.tokens // text.context_length)
+        return steps if steps < CHECKS else -(-steps // CHECKS) * CHECKS
+    generator = torch.Generator().manual_seed(settings.seed)
+    window = torch.randint(teacher.vocabulary, (1, text.context_length), generator=generator)
+    took = []
+    for _ in range(2):  # the first one is slower
+        start = time.monotonic()
+        trained.backward(dense_reference(teacher.model, window, top_k=TOP_K), 0)
+        trained.zero_grad()
+        took.append(time.monotonic() - start)
+    steps = int((1 - _OTHER) * settings.time_s / min(took))
+    if steps < 1:
+        raise InvalidInput(
+            f"{settings.time_s / 60:g} minutes are too few: one window of {text.context_length} "
+            f"tokens takes {min(took):.1f} s. Give more, or shorter windows (--context-length)."
+        )
+    return steps
+
+
+class Workplace:
+    """A folder with all that an interrupted training goes on from."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file, self._initial = folder / "plan.json", folder / "initial.safetensors"
+        self._known: dict[str, Any] = {}
+
+    def begin(self, identity: list[Any]) -> None:
+        """Go on with what is there if it is of the same training."""
+        key = hashlib.sha256(json.dumps(identity, default=str).encode()).hexdigest()
+        try:
+            self._known = json.loads(self._file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self._known = {}
+        if self._known.get("key") != key:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self._known = {"key": key}
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """A value that is found out once."""
+        if name not in self._known:
+            self._known[name] = make()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial = self._file.with_suffix(".partial")
+            partial.write_text(json.dumps(self._known), encoding="utf-8")
+            partial.replace(self._file)
+        return self._known[name]
+
+    def keep_initial(self, trained: Recovering) -> None:
+        save_file(trained.state_dict(), self._initial)
+
+    def restore_initial(self, trained: Recovering) -> None:
+        trained.load_state_dict(load_file(self._initial))
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class _Training(TrainerCallback):
+    """What is trained on what, and how far it is."""
+
+    def __init__(
+        self, trained: Recovering, asked: _Asked, before: float, progress: Progress
+    ) -> None:
+        self.trained, self.asked = trained, asked
+        self.checks = min(CHECKS, asked.steps)
+        self.done = 0  # steps
+        self._before, self._now = before, before
+        self._progress, self._stack = progress, ExitStack()
+        self._advance: Advance = lambda _: None
+
+    def check(self) -> float:
+        """The divergence on the held-out windows; infinite of a model that has come apart."""
+        try:
+            self._now = rate_divergence(self.trained.model, self.asked.held_out)
+        except NumericalError:
+            self._now = math.inf
+        return self._now
+
+    def _show(self, steps: int) -> None:
+        """Begin a bar for the steps until the next check, which says what the last one found."""
+        self._stack.close()
+        found = f"divergence {number(self._now)}"
+        if self._now != self._before:
+            found += f", {percent(self._now / self._before - 1, signed=True)}"
+        self._advance = self._stack.enter_context(self._progress(f"Recovering ({found})", steps))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        del state, control
+        self._show(args.eval_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        del args, control
+        self.done = state.global_step
+        self._advance(1)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step < state.max_steps and not control.should_training_stop:
+            self._show(args.eval_steps)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        del args, state, control
+        self._stack.close()
+
+
+class _Trainer(Trainer):
+    """A trainer whose loss is a divergence, computed some positions at a time."""
+
+    training: _Training
+
+    def training_step(self, _model: Any, inputs: Any, _count: Any = None) -> Tensor:
+        (window,) = inputs["window"].tolist()
+        value = self.training.trained.backward(self.training.asked.reference, window)
+        return torch.tensor(value)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        found = {"eval_divergence": self.training.check()}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
+
+class _Numbers(Dataset[dict[str, int]]):
+    """The numbers of windows."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, int]:
+        return {"window": index}
+
+
+def _train(training: _Training, settings: Recovery, place: Workplace) -> None:
+    trained, asked = training.trained, training.asked
+    steps, every = asked.steps, asked.steps // training.checks
+    device = next(trained.parameters()).device
+    groups = trained.groups(settings.first_rate)
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.95), foreach=False)  # no copies of all at once
+    schedule = get_scheduler(
+        "linear", adam, num_warmup_steps=min(_WARM, steps // 8), num_training_steps=steps
+    )
+    arguments = TrainingArguments(
+        output_dir=str(place.folder),
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        max_grad_norm=1.0,
+        seed=settings.seed,
+        eval_strategy="steps", eval_steps=every,
+        save_strategy="steps", save_steps=every, save_total_limit=1,
+        load_best_model_at_end=True, metric_for_best_model="divergence", greater_is_better=False,
+        use_cpu=device.type == "cpu",
+        remove_unused_columns=False, dataloader_pin_memory=False,
+        report_to=[], disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+    trainer = _Trainer(
+        model=trained,
+        args=arguments,
+        train_dataset=_Numbers(len(asked.reference.windows)),
+        eval_dataset=_Numbers(1),
+        optimizers=(adam, schedule),
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=_PATIENCE), training],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.training = training
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(place.folder)))

@@ -1,0 +1,176 @@
+"""
+What a pruned model is recovered with, and what that came to.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field
+
+from pho_service.errors import InvalidInput
+from pho_service.spec.document import (
+    STRICT,
+    FieldShown,
+    JsonDocument,
+    Number,
+    Seed,
+    Whole,
+    check_choice,
+    check_number,
+    check_seed,
+    number,
+    percent,
+)
+
+Trains = Literal["kept", "norms", "lora"]
+TRAINS: tuple[Trains, ...] = get_args(Trains)
+MINUTES = 30.0
+MOST_MINUTES = 100_000.0
+MOST_TOKENS = 10**11
+RANK = 16  # of the matrices that ``lora`` trains
+RATES: dict[Trains, float] = {"kept": 5e-4, "norms": 5e-3, "lora": 1e-3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery(JsonDocument):
+    """
+    How a pruned model is trained towards what the dense one predicts; masks stay as they are.
+
+    The loss is the Kullback-Leibler divergence of the next-token distributions. Every eighth window
+    is held out, and says when to stop, and which weights are taken.
+    """
+
+    __pydantic_config__ = STRICT
+
+    train: Annotated[
+        Trains,
+        FieldShown(option="--recover-train", service=True),
+        Field(
+            description="What is trained. kept: all weights of the linears that the masks keep. "
+            "norms: norms and biases alone, which takes the least memory. lora: a low-rank change "
+            "of each linear, merged under its mask, for models whose weights cannot be trained "
+            "in memory."
+        ),
+    ] = "kept"
+    minutes: Annotated[
+        Number | None,
+        FieldShown(option="--recover-minutes", default=f"{MINUTES:g}", service=True),
+        Field(
+            gt=0,
+            le=MOST_MINUTES,
+            description="Time that all of it may take. It is turned into a number of tokens by "
+            "measuring a step; the result says how many.",
+        ),
+    ] = None
+    tokens: Annotated[
+        Whole | None,
+        FieldShown(option="--recover-tokens", service=True),
+        Field(
+            ge=1,
+            le=MOST_TOKENS,
+            description="Tokens to train on, instead of a time: the same number gives the same "
+            "weights. More than seven windows are rounded up to eighths of whole ones.",
+        ),
+    ] = None
+    rate: Annotated[
+        Number | None,
+        FieldShown(
+            option="--recover-rate",
+            default=", ".join(f"{rate:g} for {what}" for what, rate in RATES.items()),
+            service=True,
+        ),
+        Field(
+            gt=0,
+            le=1,
+            description="Learning rate of Adam in the first step, as a share of the root mean "
+            "square of a parameter's weights; it falls to 0.",
+        ),
+    ] = None
+    seed: Annotated[
+        Seed,
+        FieldShown(option="--recover-seed", service=True),
+        Field(description="Seed of the windows and their order."),
+    ] = 0
+
+    def __post_init__(self) -> None:
+        check_choice("train", self.train, TRAINS)
+        if self.minutes is not None and self.tokens is not None:
+            raise InvalidInput(
+                f"minutes={self.minutes:g} and tokens={self.tokens} both say how long to train. "
+                "Give one of them."
+            )
+        if self.minutes is not None:
+            check_number("minutes", self.minutes, 1e-3, MOST_MINUTES)
+        if self.tokens is not None:
+            check_number("tokens", self.tokens, 1, MOST_TOKENS)
+        if self.rate is not None:
+            check_number("rate", self.rate, 1e-9, 1)
+        check_seed(self.seed)
+
+    def __str__(self) -> str:
+        """In a few words, for people."""
+        counted = "" if self.tokens is None else f"{self.tokens:,} tokens"
+        return f"{counted or f'{self.time_s / 60:g} minutes'}, training {self.train}"
+
+    @property
+    def time_s(self) -> float:
+        """Seconds that all of it may take, where the number of tokens is not given."""
+        return 60 * (self.minutes or MINUTES)
+
+    @property
+    def first_rate(self) -> float:
+        return RATES[self.train] if self.rate is None else self.rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovered(JsonDocument):
+    """
+    Result of a recovery.
+
+    Attributes:
+        train: What was trained.
+        before: Divergence from the dense model on the held-out windows, in nats a token.
+        after: The same of the model that was left.
+        kept: Whether the trained weights were taken; otherwise the model is as it was before.
+        tokens: Tokens that it was trained on, those of a second pass counted again.
+        windows: Windows to train on.
+        held_out: Windows that were held out.
+        context_length: Tokens of a window.
+        rate: Learning rate of the first step, as a share.
+        seed: Seed of the windows and their order.
+        teacher: The dense model, as results have it.
+        text: What it was trained on: source and hash.
+        perplexities: Of the models ``dense``, ``pruned`` and ``recovered``, where there was a text
+            to measure them on.
+        seconds: What it took.
+    """
+
+    __pydantic_config__ = STRICT
+
+    train: Trains
+    before: Number
+    after: Number
+    kept: bool
+    tokens: Whole
+    windows: Whole
+    held_out: Whole
+    context_length: Whole
+    rate: Number
+    seed: Whole
+    teacher: dict[str, str | int | None]
+    text: dict[str, str | int | None]
+    perplexities: dict[str, Number] = field(default_factory=dict)
+    seconds: Number
+
+    def __str__(self) -> str:
+        """In a sentence, for people."""
+        how = f"{self.tokens:,} tokens in {self.seconds / 60:.1f} minutes, training {self.train}"
+        if not self.kept:
+            return (
+                f"recovery over {how}, brought the divergence of held-out windows nowhere below "
+                f"{number(self.before)} nats; the weights are those from before"
+            )
+        return (
+            f"divergence from the dense model {number(self.before)} → {number(self.after)} nats "
+            f"({percent(self.after / self.before - 1, signed=True)}) on held-out windows, by {how}"
+        )

@@ -1,0 +1,266 @@
+"""A recovery makes a pruned model better or leaves it alone, keeps zeros, and can be resumed."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from pho_service.errors import InvalidInput, ModelError, OutOfMemory, TextError
+from pho_service.models.loading import LanguageModel, given_model, load_model
+from pho_service.models.saving import read_recipe, save_pruned
+from pho_service.models.texts import GivenWindows, TextSource
+from pho_service.pipeline.check import check_folder
+from pho_service.pipeline.prune import prune_job
+from pho_service.pipeline.rating import RecoveryText
+from pho_service.pipeline.recover import PrunedModel, Workplace, groups_of, recover_model
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.recovery import Recovering
+from pho_service.spec.configuration import published
+from pho_service.spec.recovery import Recovered, Recovery, Trains
+
+LENGTH = 32
+SETTINGS = Recovery(tokens=24 * LENGTH, rate=2e-3)
+
+
+@pytest.fixture
+def text(texts: dict[str, Path]) -> RecoveryText:
+    """What is trained on: other words than those of the calibration."""
+    return RecoveryText(source=TextSource(path=str(texts["report"])), context_length=LENGTH)
+
+
+@pytest.fixture
+def pruned_folder(model_folder: Path, bundle: ProxyBundle, tmp_path: Path) -> Callable[[str], Path]:
+    """Prunes the tiny model by Wanda."""
+
+    def prune(pattern: str) -> Path:
+        folder = tmp_path / "pruned"
+        dense = load_model(str(model_folder), device="cpu")
+        prune_job(dense, bundle, published("wanda", pattern), folder)
+        return folder
+
+    return prune
+
+
+@pytest.fixture
+def recover(
+    original: LanguageModel, text: RecoveryText, tmp_path: Path
+) -> Callable[..., Recovered]:
+    """Recovers a model, towards the dense one."""
+
+    def run(
+        pruned: PrunedModel,
+        settings: Recovery = SETTINGS,
+        *,
+        on: RecoveryText = text,
+        teacher: LanguageModel = original,
+        **more: Any,
+    ) -> Recovered:
+        place = tmp_path / "workplace"
+        return recover_model(pruned, lambda: nullcontext(teacher), on, settings, place, **more)
+
+    return run
+
+
+def weights(model: LanguageModel) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.model.named_parameters()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("train", ["kept", "norms", "lora"])
+def test_a_recovered_folder_passes_its_check(
+    train: Trains,
+    pruned_folder: Callable[[str], Path],
+    recover: Callable[..., Recovered],
+    original: LanguageModel,
+    tmp_path: Path,
+) -> None:
+    pruned = PrunedModel.read(pruned_folder("2:4"), device="cpu")
+    recovered = recover(pruned, replace(SETTINGS, train=train))
+    after = pruned.after(recovered)
+    save_pruned(pruned.model, tmp_path / "out", after.masks.items(), after.recipe)
+    checks = check_folder(tmp_path / "out", original=original)
+
+    assert recovered.kept
+    assert recovered.after < recovered.before
+    assert [check for check in checks if not check.passed] == []
+    recipe = read_recipe(tmp_path / "out")
+    assert recipe.recovery is not None
+    assert recipe.updated is (train != "norms")
+    assert "divergence from the dense model" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_same_tokens_give_the_same_bits_also_after_a_kill(
+    pruned_folder: Callable[[str], Path], recover: Callable[..., Recovered], tmp_path: Path
+) -> None:
+    folder = pruned_folder("0.5")
+    whole = PrunedModel.read(folder, device="cpu")
+    first = recover(whole)
+    Workplace(tmp_path / "workplace").remove()
+    bars: list[str] = []
+
+    @contextmanager
+    def killed(title: str, steps: int) -> Iterator[Callable[[int], None]]:
+        del steps
+        bars.append(title)
+        if len(bars) == 5:
+            raise KeyboardInterrupt
+        yield lambda _: None
+
+    cut = PrunedModel.read(folder, device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        recover(cut, progress=killed)
+    resumed = PrunedModel.read(folder, device="cpu")
+    second = recover(resumed, progress=killed)
+
+    assert same(weights(whole.model), weights(resumed.model))
+    assert replace(first, seconds=0) == replace(second, seconds=0)
+    assert len(bars) < 2 * 9  # what was done is not done again
+    assert "divergence" in bars[-1]
+
+
+def test_a_rate_that_breaks_the_model_is_taken_back(
+    pruned_folder: Callable[[str], Path], recover: Callable[..., Recovered]
+) -> None:
+    pruned = PrunedModel.read(pruned_folder("0.5"), device="cpu")
+    before = weights(pruned.model)
+    recovered = recover(pruned, replace(SETTINGS, rate=1.0))
+
+    assert not recovered.kept
+    assert recovered.after == recovered.before
+    assert same(before, weights(pruned.model))
+    assert "the weights are those from before" in str(recovered)
+
+
+def test_perplexities_before_and_after_are_of_windows_that_are_not_trained_on(
+    pruned_folder: Callable[[str], Path],
+    recover: Callable[..., Recovered],
+    read_report: Callable[..., Any],
+    text: RecoveryText,
+) -> None:
+    pruned = PrunedModel.read(pruned_folder("0.5"), device="cpu")
+    measured = read_report(pruned.model, 4, LENGTH)
+    alone = recover(pruned, on=replace(text, unlike=measured.windows, measured=measured))
+
+    assert alone.perplexities.keys() == {"dense", "pruned", "recovered"}
+    every = read_report(pruned.model, 1000, LENGTH)
+    again = PrunedModel.of(pruned.model)
+    with pytest.raises(TextError, match=r"has [0-3] windows of 32 tokens to recover on, and 4 are"):
+        recover(again, on=replace(text, unlike=every.windows))
+
+
+def test_a_model_that_was_pruned_elsewhere_has_its_masks_from_its_zeros(
+    model_folder: Path,
+    recover: Callable[..., Recovered],
+    original: LanguageModel,
+    tmp_path: Path,
+) -> None:
+    elsewhere = load_model(str(model_folder), device="cpu")
+    for name, linear in elsewhere.linears.items():
+        if "mlp" in name:
+            groups = linear.weight.view(-1, 4)
+            groups.scatter_(1, groups.abs().topk(2, largest=False).indices, 0)
+    elsewhere.model.save_pretrained(tmp_path / "theirs")
+    elsewhere.tokenizer.save_pretrained(tmp_path / "theirs")
+    pruned = PrunedModel.read(tmp_path / "theirs", device="cpu")
+    after = pruned.after(recover(pruned))
+    save_pruned(pruned.model, tmp_path / "out", after.masks.items(), after.recipe)
+
+    assert [c for c in check_folder(tmp_path / "out", original=original) if not c.passed] == []
+    recipe = read_recipe(tmp_path / "out")
+    assert recipe.configuration is None
+    assert all("mlp" in name and each.group == 4 for name, each in recipe.layers.items())
+    assert len(recipe.dense) == 8
+    assert "By another tool" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_groups_are_found_only_where_each_keeps_as_many() -> None:
+    keep = torch.tensor([[1, 1, 0, 0, 1, 0, 1, 0]]).bool()
+    odd = torch.tensor([[1, 1, 1, 0, 1, 0, 0, 0, 1, 1, 1, 1]]).bool()
+
+    assert groups_of(keep) == (2, 4)
+    assert groups_of(odd) == (None, None)
+
+
+def test_a_time_is_turned_into_tokens_that_give_the_same_weights(
+    pruned_folder: Callable[[str], Path], recover: Callable[..., Recovered]
+) -> None:
+    folder = pruned_folder("0.5")
+    timed, counted = (PrunedModel.read(folder, device="cpu") for _ in range(2))
+    first = recover(timed, Recovery(minutes=0.1, rate=2e-3))
+    second = recover(counted, Recovery(tokens=first.tokens, rate=2e-3))
+
+    assert second.tokens == first.tokens
+    assert same(weights(timed.model), weights(counted.model))
+
+
+def test_bad_input_is_named_before_anything_is_trained(
+    pruned_folder: Callable[[str], Path],
+    recover: Callable[..., Recovered],
+    original: LanguageModel,
+    text: RecoveryText,
+    tmp_path: Path,
+) -> None:
+    pruned = PrunedModel.read(pruned_folder("0.5"), device="cpu")
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    wide = LlamaForCausalLM(LlamaConfig(vocab_size=256, hidden_size=64, **sizes)).eval()
+    config = LlamaConfig(vocab_size=257, hidden_size=32, intermediate_size=64, **sizes)
+    wordy = LlamaForCausalLM(config).eval()
+    few = GivenWindows(tokens=torch.zeros(2, LENGTH, dtype=torch.int64))
+
+    with pytest.raises(ModelError, match=r"has no zeros in its 14 linears: it is not pruned"):
+        PrunedModel.of(original)
+    with pytest.raises(ModelError, match=r"of another architecture .* has the shape"):
+        recover(pruned, teacher=given_model(wide))
+    with pytest.raises(ModelError, match=r"another vocabulary .* Give the dense model"):
+        recover(pruned, teacher=given_model(wordy))
+    with pytest.raises(TextError, match=r"has 2 windows .* 4 are the least, of which one is held"):
+        recover(pruned, on=replace(text, source=few))
+    with pytest.raises(InvalidInput, match=r"minutes are too few: one window of 32 tokens takes"):
+        recover(pruned, Recovery(minutes=1e-3, train="lora"))
+    with pytest.raises(InvalidInput, match=r"both say how long to train"):
+        Recovery(minutes=1, tokens=1)
+    assert not (tmp_path / "workplace" / "initial.safetensors").exists()
+
+
+def test_memory_that_runs_out_is_told_with_the_ways_out(
+    pruned_folder: Callable[[str], Path],
+    recover: Callable[..., Recovered],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: Any) -> float:
+        raise MemoryError
+
+    monkeypatch.setattr(Recovering, "backward", full)
+    with pytest.raises(OutOfMemory, match=r"of 32 tokens ran out of memory.*--train lora or norms"):
+        recover(PrunedModel.read(pruned_folder("0.5"), device="cpu"))
+
+
+def test_a_transposed_linear_is_trained_too(text: RecoveryText, tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=2, n_positions=LENGTH)
+    model = GPT2LMHeadModel(config).eval()
+    dense = GPT2LMHeadModel(config).eval()
+    dense.load_state_dict(model.state_dict())
+    given = given_model(model)
+    for linear in given.linears.values():
+        linear.weight.masked_fill_(linear.weight.abs() < linear.weight.abs().median(), 0)
+    zeros = {name: linear.weight == 0 for name, linear in given.linears.items()}
+    tokens = torch.randint(40, (40, LENGTH), generator=torch.Generator().manual_seed(0))
+    recovered = recover_model(
+        PrunedModel.of(given),
+        lambda: nullcontext(given_model(dense)),
+        replace(text, source=GivenWindows(tokens=tokens), bos="never"),
+        SETTINGS,
+        tmp_path / "workplace",
+    )
+
+    assert recovered.kept
+    assert all(torch.equal(linear.weight == 0, zeros[n]) for n, linear in given.linears.items())

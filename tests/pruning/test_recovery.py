@@ -1,0 +1,103 @@
+"""The gradients of a recovery are those of the divergence, and no removed weight has one."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from pho_service.models.architecture import decoder_blocks
+from pho_service.pruning.perplexity import DenseReference, dense_reference, rate_divergence
+from pho_service.pruning.recovery import recovering
+from pho_service.pruning.statistics import PrunableLinear
+from pho_service.spec.recovery import TRAINS, Trains
+
+TOP = 7
+
+
+def half_pruned(linears: dict[str, PrunableLinear]) -> None:
+    """Remove the smaller half of each linear."""
+    for linear in linears.values():
+        linear.weight.masked_fill_(linear.weight.abs() < linear.weight.abs().median(), 0)
+
+
+@pytest.fixture
+def reference(
+    tiny_llama: LlamaForCausalLM, linears: dict[str, PrunableLinear], windows: Tensor
+) -> DenseReference:
+    """What the dense model predicts; it is pruned then."""
+    found = dense_reference(tiny_llama, windows, top_k=TOP)
+    half_pruned(linears)
+    return found
+
+
+def in_double(model: LlamaForCausalLM, reference: DenseReference, window: int) -> Tensor:
+    """The divergence of a window, by its formula in float64."""
+    logs = model(reference.windows[window : window + 1]).logits[0, :-1].log_softmax(dim=-1)
+    q = logs.exp().gather(1, reference.tokens[window].long())
+    p = reference.log_probabilities[window].double().exp()
+    rest_p, rest_q = 1 - p.sum(dim=1), 1 - q.sum(dim=1)
+    return ((p * (p / q).log()).sum(dim=1) + rest_p * (rest_p / rest_q).log()).mean()
+
+
+def blocks_of(model: LlamaForCausalLM) -> list[torch.nn.Module]:
+    return [block for _, block in decoder_blocks(model)]
+
+
+def test_the_gradient_is_that_of_the_formula_in_float64(
+    tiny_llama: LlamaForCausalLM,
+    linears: dict[str, PrunableLinear],
+    reference: DenseReference,
+) -> None:
+    with recovering(tiny_llama, blocks_of(tiny_llama), linears, "kept", 0) as trained:
+        value = trained.backward(reference, 1)
+        found = {n: p.grad for n, p in tiny_llama.named_parameters() if p.grad is not None}
+    double = tiny_llama.double()
+    double.zero_grad()
+    expected = in_double(double, reference, 1)
+    expected.backward()
+    parameters = dict(double.named_parameters())
+
+    assert value == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert found.keys() == {f"{name}.weight" for name in linears}
+    for name, gradient in found.items():
+        kept = parameters[name] != 0
+        own = parameters[name].grad
+        assert own is not None
+        torch.testing.assert_close(gradient.double()[kept], own[kept], rtol=1e-3, atol=1e-7)
+        assert not gradient[~kept].any()
+
+
+@pytest.mark.parametrize("what", TRAINS)
+def test_a_step_lowers_the_divergence_and_removes_and_restores_nothing(
+    what: Trains,
+    tiny_llama: LlamaForCausalLM,
+    linears: dict[str, PrunableLinear],
+    reference: DenseReference,
+) -> None:
+    kept = {name: linear.weight != 0 for name, linear in linears.items()}
+    before = rate_divergence(tiny_llama, reference)
+    with recovering(tiny_llama, blocks_of(tiny_llama), linears, what, 0) as trained:
+        adam = torch.optim.Adam(trained.groups(3e-3))  # type: ignore[arg-type]
+        for window in range(len(reference.windows)):
+            trained.backward(reference, window)
+            adam.step()
+            adam.zero_grad()
+
+    assert rate_divergence(tiny_llama, reference) < before
+    assert all(torch.equal(linear.weight != 0, kept[n]) for n, linear in linears.items())
+
+
+def test_low_rank_changes_are_rounded_as_the_weights_are_stored(
+    tiny_llama: LlamaForCausalLM,
+    linears: dict[str, PrunableLinear],
+    reference: DenseReference,
+) -> None:
+    del reference
+    with recovering(tiny_llama, blocks_of(tiny_llama), linears, "lora", 0) as trained:
+        for each in trained.trained:
+            each.data.fill_(0.1)
+        trained.round_(torch.bfloat16)
+
+    for linear in linears.values():
+        assert torch.equal(linear.weight, linear.weight.bfloat16().float())
+        assert linear.weight.dtype is torch.float32
