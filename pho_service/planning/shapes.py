@@ -596,9 +596,7 @@ async def _from_hub(
 ) -> tuple[bytes, str | None] | None:
     """The first bytes of a file, up to where they say that is enough; and its commit."""
     from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import (
-        build_hf_headers,  # type: ignore[attr-defined]  # documented, not exported
-    )
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented
 
     headers = {**build_hf_headers(), "accept-encoding": "identity"}  # nothing grows on the way
     request = session.build_request(
