@@ -289,7 +289,7 @@ def _validation(job: stored.JobRecord) -> dict[str, ProxyQuality] | None:
 
 
 def recovery(job: stored.JobRecord) -> Recovered | None:
-    """What the recovery of a job's pruned model came to."""
+    """Result of the recovery of a job's pruned model; None without one."""
     result = (job.pruning.result if job.pruning else None) or {}
     return Recovered.from_dict(found) if (found := result.get("recovery")) else None
 

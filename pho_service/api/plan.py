@@ -54,7 +54,7 @@ def likely_card(workers: Sequence[Worker]) -> Card:
 
 
 def at_hand(spec: JobSpec, service: Service) -> bool:
-    """Whether a plan needs no network."""
+    """Return whether a plan needs no network."""
     path = service.access.model(spec.model)
     return config_at_hand(spec.model, path, revision=spec.revision) is not None
 

@@ -74,7 +74,7 @@ def _limits(schema: dict[str, Any], what: str) -> str:
 
 
 def body(content: dict[str, Any]) -> str:
-    """What the body of a request or of an answer is."""
+    """Say what the body of a request or of an answer is."""
     return " or ".join(
         words(each.get("schema", {})) if "json" in kind else f"`{kind}`"
         for kind, each in content.get("content", {}).items()

@@ -84,7 +84,7 @@ def recover(
             ``lora``: a low-rank change of each linear, merged under its mask.
         rate: Learning rate of Adam in the first step, as a share of the root mean square of a
             parameter's weights; 5e-4, 5e-3 and 1e-3 by default.
-        seed: Of the windows and their order.
+        seed: Seed of the windows and their order.
         context_length: Tokens of a window; by default 2,048 or what the model reads.
         bos: Whether windows begin with BOS: ``auto``, ``always``, ``never``.
         confirm: A text to measure perplexities on: dense, pruned, recovered. None of it is trained

@@ -173,7 +173,7 @@ def groups_of(keep: Tensor) -> tuple[int | None, int | None]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Asked:
-    """What the dense model predicts."""
+    """Predictions of the dense model, and what they are of."""
 
     reference: DenseReference  # On the windows to train on
     held_out: DenseReference

@@ -140,8 +140,8 @@ class Recovered(JsonDocument):
         seed: Seed of the windows and their order.
         teacher: The dense model, as results have it.
         text: What it was trained on: source and hash.
-        perplexities: Of the models ``dense``, ``pruned`` and ``recovered``, where there was a text
-            to measure them on.
+        perplexities: Those of the models ``dense``, ``pruned`` and ``recovered``, where there was a
+            text to measure them on.
         seconds: What it took.
     """
 
