@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ from transformers import (
 from pho_service.models.architecture import prunable_linears
 from pho_service.planning.shapes import Header, TensorHeader
 from pho_service.pruning.statistics import PrunableLinear, Statistics, collect_statistics
+from storage import embedded
 from storage.database import Database
 from storage.embedded import embedded_postgresql
 from storage.jobs import JobStore
@@ -325,7 +327,10 @@ def browser(chromium: str) -> Iterator[Any]:
 def postgresql() -> Iterator[str]:
     """The URL of an embedded PostgreSQL with a migrated database ``template``."""
     folder = Path(tempfile.mkdtemp(prefix="pho"))  # pytest's own may be too long for a socket
-    with embedded_postgresql(folder) as url:
+    # Tests that share a database empty it without regard to what refers to what.
+    may_empty = "GRANT SET ON PARAMETER session_replication_role TO pho;\n"
+    made = embedded._MAKE_OWNER + may_empty
+    with patch.object(embedded, "_MAKE_OWNER", made), embedded_postgresql(folder) as url:
         admin = Database(url)
         # The tests may lose their data, and their databases, of which there are hundreds, are soon
         # left alone.
