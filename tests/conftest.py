@@ -264,7 +264,7 @@ def write_header(
             for name, tensor in header.tensors.items()
         }
         text = json.dumps(listed).encode()
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(header.config))
         (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
 
