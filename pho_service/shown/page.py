@@ -269,7 +269,7 @@ def _recovery(recovered: Recovered) -> Section:
     said = str(recovered)
     table = [tables.recovered_table(recovered)] if recovered.perplexities else []
     texts = [
-        f"{said[0].upper()}{said[1:]}. The text was {recovered.text['source']}.",
+        f"{said[0].upper()}{said[1:]}. The text was {tables.name_of(recovered.text)}.",
         "All other numbers here are of the pruned model as it was before.",
     ]
     return Section(id="recovery", title="Recovery", texts=texts, tables=table)

@@ -57,9 +57,14 @@ def configuration_rows(found: Configuration) -> list[tuple[str, str]]:
 def text_of(how: Confirmation | Mapping[str, Any]) -> str:
     """What perplexities were measured on, without the folder that it lay in."""
     known = how if isinstance(how, Mapping) else vars(how)
-    source = str(known["text"].get("source", "a text"))
-    name = PurePath(source).name if source.startswith(("/", ".", "~")) else source
+    name = name_of(known["text"])
     return f"{known['tokens']} tokens of {name}, in windows of {known['context_length']}"
+
+
+def name_of(text: Mapping[str, Any]) -> str:
+    """The name of a text, without the folder that it lay in."""
+    source = str(text.get("source", "a text"))
+    return PurePath(source).name if source.startswith(("/", ".", "~")) else source
 
 
 def verdict_table(good: Perplexities) -> Table:
