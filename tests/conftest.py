@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -60,6 +59,15 @@ SLOWEST = (
     "test_images", "docs/test_tutorial", "docs/test_notebook", "pretended/test_whole_product",
     "api/test_serving", "api/test_openapi", "workers/test_kills", "workers/test_jobs_run",
 )  # fmt: skip
+
+
+# Tests that share a database empty it without regard to what refers to what, and one reads who may
+# come in; the owner of the database is no superuser.
+embedded._MAKE_OWNER += """\
+GRANT SET ON PARAMETER session_replication_role TO pho;
+GRANT SELECT ON pg_hba_file_rules TO pho;
+GRANT EXECUTE ON FUNCTION pg_hba_file_rules() TO pho;
+"""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -327,10 +335,7 @@ def browser(chromium: str) -> Iterator[Any]:
 def postgresql() -> Iterator[str]:
     """The URL of an embedded PostgreSQL with a migrated database ``template``."""
     folder = Path(tempfile.mkdtemp(prefix="pho"))  # pytest's own may be too long for a socket
-    # Tests that share a database empty it without regard to what refers to what.
-    may_empty = "GRANT SET ON PARAMETER session_replication_role TO pho;\n"
-    made = embedded._MAKE_OWNER + may_empty
-    with patch.object(embedded, "_MAKE_OWNER", made), embedded_postgresql(folder) as url:
+    with embedded_postgresql(folder) as url:
         admin = Database(url)
         # The tests may lose their data, and their databases, of which there are hundreds, are soon
         # left alone.

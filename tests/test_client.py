@@ -123,7 +123,7 @@ def test_wait(client: Client, store: JobStore, capsys: pytest.CaptureFixture[str
     """Waiting gives the job as it ended, and draws how far it is."""
     job = client.submit({**SPEC, "trials": 40}).id
     with meanwhile(lambda: succeed(store, job, FOUND)):
-        ended = client.wait(job, timeout_s=PATIENCE_S)
+        ended = client.wait(job, timeout_s=PATIENCE_S, progress=True)
     out, err = capsys.readouterr()
 
     assert (ended.state, ended.warnings) == ("succeeded", ["the best lies on the border"])

@@ -124,6 +124,7 @@ def test_keda_counts_the_stages_that_could_be_worked_on_at_once_with_the_rights_
     with store.database.transaction() as connection:
         for statement in rights:
             connection.exec_driver_sql(statement)
+        connection.exec_driver_sql("GRANT keda TO CURRENT_USER")  # who is no superuser
         connection.exec_driver_sql("SET LOCAL ROLE keda")
         counts.append(connection.exec_driver_sql(trigger["metadata"]["query"]).scalar())
         connection.exec_driver_sql("RESET ROLE")

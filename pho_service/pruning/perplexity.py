@@ -413,7 +413,7 @@ def run_decoder(model: nn.Module, batch: Tensor) -> None:
 Loss = Callable[[Tensor, int, int], Tensor]
 
 
-def run_backward(model: nn.Module, batch: Tensor, loss: Loss | None = None) -> float:
+def run_backward(model: nn.Module, batch: Tensor, loss: Loss | None = None) -> Tensor:
     """
     Run a model forward, and the loss of every predicted token backward.
 
@@ -426,7 +426,7 @@ def run_backward(model: nn.Module, batch: Tensor, loss: Loss | None = None) -> f
         loss: Loss of some positions; that of the next token by default.
 
     Returns:
-        The loss summed over all positions.
+        The loss summed over all positions, on the device of the logits.
 
     Raises:
         ModelError: Its logits do not come from what its decoder gives.
@@ -454,12 +454,12 @@ def run_backward(model: nn.Module, batch: Tensor, loss: Loss | None = None) -> f
 
 def _loss_gradient(
     model: nn.Module, decoder: nn.Module, output: Any, batch: Tensor, loss: Loss
-) -> tuple[float, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """
     The summed loss, and its gradient by the hidden states in a decoder's output, (windows, tokens,
     hidden).
     """
-    total = 0.0
+    losses = []
     hidden = output.last_hidden_state.detach()
     gradient = torch.zeros_like(hidden)
     windows, tokens = batch.shape
@@ -479,8 +479,8 @@ def _loss_gradient(
                 "model's architecture is not supported."
             )
         gradient[:, start:stop] = found
-        total += float(summed.detach())
-    return total, gradient
+        losses.append(summed.detach())  # nobody waits for it here
+    return torch.stack(losses).sum(), gradient
 
 
 @contextmanager

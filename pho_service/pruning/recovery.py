@@ -72,7 +72,7 @@ class Recovering(nn.Module):
         with frozen(model), recomputed(blocks, nullcontext), mixed(batch.device):
             for each in self.trained:
                 each.requires_grad_(True)
-            value = run_backward(model, batch, loss)
+            value = float(run_backward(model, batch, loss))
         for each in self.trained:
             if self.zeros_stay and each.grad is not None and each.dim() > 1:
                 each.grad.mul_(each.detach() != 0)

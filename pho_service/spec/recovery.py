@@ -100,7 +100,7 @@ class Recovery(JsonDocument):
                 "Give one of them."
             )
         if self.minutes is not None:
-            check_number("minutes", self.minutes, 1e-3, MOST_MINUTES)
+            check_number("minutes", self.minutes, 1e-9, MOST_MINUTES)
         if self.tokens is not None:
             check_number("tokens", self.tokens, 1, MOST_TOKENS)
         if self.rate is not None:

@@ -237,7 +237,10 @@ def test_a_client_that_gave_up_keeps_what_it_has_and_asks_for_the_rest_later(
     job, out = pruned.rpartition("/")[2], tmp_path / "out"
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
     with monkeypatch.context() as broken:
-        broken.setattr("pho_service.api.artifacts._read", lambda *_: iter([WEIGHTS[:1]]))
+        broken.setattr(
+            "pho_service.api.artifacts._read",
+            lambda content, *_: content.close() or iter([WEIGHTS[:1]]),
+        )
         with pytest.raises(ServiceUnavailable, match="cut after 6 of 10240 bytes"):
             pho.pull(job, out)
     (place,) = (tmp_path / ".out.pull").iterdir()
@@ -331,6 +334,6 @@ def test_pages_lead_to_the_files(client: TestClient, submit: Any, hand: Any, pru
     assert answer.status_code == 200
     assert button not in after
     assert f'href="/jobs/{job}/files"' in after
-    assert f"pho pull {job} --out" in files
+    assert f"pho pull {job[:8]} --out" in files
     assert all(f"/v1/jobs/{job}/artifacts/{name}" in files for name in FILES)
     assert client.get(f"/jobs/{uuid.uuid4()}/files").status_code == 404

@@ -88,8 +88,8 @@ def test_the_result_is_beside_dense_and_baselines(
     text = source(client, job_id)
 
     assert section(text, "result").startswith(
-        "Result Perplexity: lower is better model perplexity above dense dense 20.00 pruned 25.00 "
-        "+25.0% Wanda 40.00 +100.0% RIA none"
+        "Result Perplexity: lower is better model perplexity against dense dense 20.00 pruned "
+        "25.00 +25.0% Wanda 40.00 +100.0% RIA none"
     )
     assert "Take care." in section(text, "result")
     assert "model.layers.0.mlp.up_proj: 0.1000" in section(text, "layers")

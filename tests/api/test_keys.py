@@ -54,7 +54,7 @@ def test_anonymous(client: TestClient, refusal: Any, operations: Operations) -> 
 def test_probes_need_no_key_and_may_come_often_by_any_name(client_of: Any) -> None:
     client = client_of(keys_needed=True, max_requests_per_minute=1)
     for path in ("/healthz", "/readyz"):
-        assert client.get(path).json() == {"status": "ok"}
+        assert client.get(path).json()["status"] == "ok"
         assert client.get(path, headers={"Host": "10.1.2.3:8000"}).status_code == 200
 
 

@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 
 from pho_service.api import jobs
 from pho_service.api.answers import Job
-from pho_service.cli.remote import show_tasks
+from pho_service.cli.remote import show_after
 from pho_service.host import data_sets
 from pho_service.spec.configuration import Configuration, published
 from storage.claims import Found
@@ -56,7 +56,7 @@ def test_once_both_models_are_measured_all_that_shows_a_job_has_the_scores(
         ("words", "acc", "75.00 ± 12.50", "50.00 ± 12.50", "-25.00", "8"),
         ("words", "acc_norm", "87.50 ± 12.50", "62.50 ± 12.50", "-25.00", "8"),
     ]
-    show_tasks(Job.model_validate(job))
+    show_after(Job.model_validate(job))
     shown = capsys.readouterr().out
 
     assert [(each["state"], each["tasks"]) for each in states] == [("running", None)] * 2

@@ -164,7 +164,7 @@ def test_bad_saves(tiny_llama: Any, tokenizer: Any, bundle: Any, configuration: 
             pho.save(model, given, pruned, folder)
         assert not folder.exists()
     pho.save(tiny_llama, tokenizer, pruned, folder)
-    with pytest.raises(errors.OutputError, match="in use"):
+    with pytest.raises(errors.OutputError, match="Give overwrite=True"):
         pho.save(tiny_llama, tokenizer, pruned, folder)
 
     assert json.loads((folder / "pruning.json").read_text())["sparsity"] == pruned.sparsity

@@ -225,7 +225,7 @@ def test_bad_input_is_named_before_anything_is_trained(
     with pytest.raises(TextError, match=r"has 2 windows .* 4 are the least, of which one is held"):
         recover(pruned, on=replace(text, source=few))
     with pytest.raises(InvalidInput, match=r"minutes are too few: one window of 32 tokens takes"):
-        recover(pruned, Recovery(minutes=1e-3, train="lora"))
+        recover(pruned, Recovery(minutes=1e-6, train="lora"))
     with pytest.raises(InvalidInput, match=r"both say how long to train"):
         Recovery(minutes=1, tokens=1)
     assert not (tmp_path / "workplace" / "initial.safetensors").exists()

@@ -66,7 +66,7 @@ def test_the_page_begins_with_how_good_the_result_is(page_of: Any, report_of: An
     page = page_of(configuration=found)
 
     assert next(iter(page.tables.values())) == [
-        ["model", "perplexity", "above dense", "gain in perplexity"],
+        ["model", "perplexity", "against dense", "gain in perplexity"],
         ["dense", "16.00", "", ""], ["pruned", "20.00", "+25.0%", "50.0%"],
         ["Wanda", "28.00", "+75.0%", "30.0%"], ["RIA", "40.00", "+150.0%", ""],
     ]  # fmt: skip
@@ -264,7 +264,7 @@ def test_what_was_asked_commands_documents_versions_and_events_are_there(page_of
             {
                 "result": "Without its configuration (--config)",
                 "layers": "A study does not keep the errors",
-                "transfer": "`pho transfer` measures it",
+                "transfer": "pho transfer measures it",
                 "happened": "The time of each stage is not known",
             },
         ),
@@ -276,7 +276,7 @@ def test_missing(page_of: Any, empty: Any, subject: str, missing: dict[str, str]
 
     assert {name: text for name, text in missing.items() if text not in page.text[name]} == {}
     assert page.figures == page.tables == {}
-    assert "`pho transfer-job` does it" in page_of(transfers=[]).text["transfer"]
+    assert "pho transfer-job does it" in page_of(transfers=[]).text["transfer"]
 
 
 def test_why_a_job_failed_stands_at_the_top(page_of: Any, empty: Any) -> None:

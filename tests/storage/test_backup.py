@@ -160,7 +160,7 @@ def test_a_file_that_lacks_its_end_restores_nothing_at_all(
     [
         ("DROP TABLE pho.alembic_version", "is a dump, but not one of PHO"),
         ("UPDATE pho.alembic_version SET version_num = '4711'",
-         r"dump was written by a newer PHO.*4711.*up to 0010\. Install"),
+         r"dump was written by a newer PHO.*4711.*up to 0011\. Install"),
         ("UPDATE pho.alembic_version SET version_num = '0004'",
          r"dump has tables of version 0004.*before the first release.*those of version 0010"),
         ("UPDATE optuna.alembic_version SET version_num = 'v9.0.0.a'",

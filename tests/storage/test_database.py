@@ -2,6 +2,7 @@
 
 import socket
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
@@ -10,11 +11,13 @@ import psycopg
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, insert, select, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import Session, scoped_session
 
+from storage import tables
 from storage.database import Database
+from storage.records import JobState, StageKind, StageState
 from storage.studies import (
     DatabaseFull,
     DatabaseGone,
@@ -89,6 +92,33 @@ def test_tables_of_a_version_that_is_not_known_are_not_touched(
         asked(database)
     with database.transaction() as connection:
         assert connection.scalar(text("SELECT version_num FROM pho.alembic_version")) == version
+
+
+def test_tables_before_fields_were_left_out(database: Database) -> None:
+    now = {"preset": "best", "calibration": {"samples": 6}, "warm_start": {"count": 3}}
+    then = {
+        "preset": "best-reconstructed", "preset_meaning": {"of": "best"},
+        "calibration": {"samples": 6, "stop": "early"},
+        "warm_start": {"count": 3, "compare_cold": True},
+    }  # fmt: skip
+    sealed = {"local": True, "documents": "d", "weights_scheme": 2}
+    with database.transaction() as connection:
+        connection.exec_driver_sql("UPDATE pho.alembic_version SET version_num = '0010'")
+        values = {"id": uuid.uuid4(), "name": "old", "spec": then, "state": JobState.QUEUED,
+                  "priority": 0, "trials": 1, "max_attempts": 1, "fingerprint": b""}  # fmt: skip
+        connection.execute(insert(tables.jobs).values(values))
+        stage = {"job_id": values["id"], "kind": StageKind.CALIBRATE, "number": 0,
+                 "state": StageState.DONE, "result": {"inputs": sealed}}  # fmt: skip
+        connection.execute(insert(tables.stages).values(stage))
+    database.migrate()
+    with database.transaction() as connection:
+        found = connection.scalar(select(tables.jobs.c.spec))
+        params, result = connection.execute(
+            select(tables.stages.c.params, tables.stages.c.result)
+        ).one()
+
+    assert found == now
+    assert (params, result) == (None, {"inputs": {"local": True}})
 
 
 def test_a_database_that_no_service_has_seen_is_waited_for(postgresql: str) -> None:

@@ -199,15 +199,19 @@ def test_lost(hand: Any, claims: list[Claim]) -> None:
 
 
 def test_after_its_turn_a_curve_lets_another_job_in_before_its_next_point(
-    hand: Any, small: Any
+    hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("workers.watch.Watch.look_between", Mock())  # not within a point
     job = hand.until(
         hand.submit(small(pattern=None, patterns=["0.3", "0.5"], preset="score")), StageKind.POINT
     )
     other = hand.submit(small())
     Conductor(hand.store, hand.inputs, Event(), Turns(seconds=1e-9)).run(hand.take(job, 0))
     with hand.store.database.transaction() as connection:
-        query = "SELECT args FROM procrastinate_jobs ORDER BY priority DESC, id LIMIT 1"
+        query = (
+            "SELECT args FROM procrastinate_jobs WHERE status = 'todo'"
+            " ORDER BY priority DESC, id LIMIT 1"
+        )
         (first,) = connection.exec_driver_sql(query).one()
 
     assert hand.store.get(job.id).of_kind(StageKind.POINT)[0].result
