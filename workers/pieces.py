@@ -20,7 +20,7 @@ from pho_service.host.data_sets import harness_folder
 from pho_service.library import Entry, ModelFacts, Wanted, rank, stored_file
 from pho_service.models.calibration import cut, measure_shard
 from pho_service.models.loading import LanguageModel
-from pho_service.models.saving import RECIPE, recipe_document, save_pruned
+from pho_service.models.saving import RECIPE, recipe_document, save_pruned, shareable
 from pho_service.models.tasks import LoadedTasks
 from pho_service.pipeline.curve import check_patterns
 from pho_service.pipeline.inputs import Calibrated
@@ -246,7 +246,7 @@ def prune_piece(
     return Written(
         key=key,
         files=files,
-        recovery=None if recovered is None else Recovered.from_dict(recovered),
+        recovery=None if recovered is None else Recovered.from_dict(shareable(recovered)),
         seconds=round(time.monotonic() - began, 3),
     )
 

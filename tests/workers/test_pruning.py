@@ -212,6 +212,7 @@ def test_a_recovered_model_is_what_is_kept_and_the_report_says_what_it_gained(
         page = client.get(f"/jobs/{job.id}").text
 
     assert recovered["after"] <= recovered["before"]
+    assert recovered["text"]["source"] == "calibration.jsonl"  # not where it lies on the worker
     assert recovered["tokens"] == 768  # in eight equal parts
     assert recovered["perplexities"].keys() == {"dense", "pruned", "recovered"}
     assert shown["recovery"] == recovered
