@@ -98,7 +98,7 @@ def recovered_table(recovered: Recovered) -> Table:
     found = recovered.perplexities
     dense = found.get("dense")
     return Table(
-        ("model", "perplexity", "above dense"),
+        ("model", "perplexity", "against dense"),
         [
             (name, number(found[name]), percent(found[name] / dense - 1, signed=True))
             if dense and name != "dense"
