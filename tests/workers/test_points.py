@@ -12,7 +12,7 @@ from pho_service.errors import TargetMissed
 from pho_service.pipeline import rating
 from pho_service.tuning.search import add_point
 from storage.jobs import JobStore
-from storage.records import Claim, JobRecord, JobState, LostClaim, NewStage, StageKind
+from storage.records import Claim, JobRecord, JobState, LostClaim, NewStage, StageKind, StageState
 from storage.studies import open_storage, open_study, pareto_study_name, study_name
 from workers.conductor import Conductor, pareto_of_job
 from workers.watch import TurnOver, Turns
@@ -202,17 +202,22 @@ def test_after_its_turn_a_curve_lets_another_job_in_before_its_next_point(
     hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workers.watch.Watch.look_between", Mock())  # not within a point
+    with hand.store.database.transaction() as connection:  # what other tests left waits no more
+        left = "UPDATE procrastinate_jobs SET status = 'cancelled' WHERE status = 'todo'"
+        connection.exec_driver_sql(left)
     job = hand.until(
         hand.submit(small(pattern=None, patterns=["0.3", "0.5"], preset="score")), StageKind.POINT
     )
     other = hand.submit(small())
     Conductor(hand.store, hand.inputs, Event(), Turns(seconds=1e-9)).run(hand.take(job, 0))
+    known = [stage for each in (job, other) for stage in hand.store.get(each.id).stages]
+    mine = [stage.id for stage in known if stage.state is StageState.WAITING]
     with hand.store.database.transaction() as connection:
         query = (
             "SELECT args FROM procrastinate_jobs WHERE status = 'todo'"
-            " ORDER BY priority DESC, id LIMIT 1"
+            " AND (args->>'stage_id')::int = ANY(%s) ORDER BY priority DESC, id LIMIT 1"
         )
-        (first,) = connection.exec_driver_sql(query).one()
+        (first,) = connection.exec_driver_sql(query, (mine,)).one()
 
     assert hand.store.get(job.id).of_kind(StageKind.POINT)[0].result
     assert first["stage_id"] == other.stages[0].id
