@@ -415,7 +415,7 @@ class WorkerInputs(inputs.Inputs):
             source=self._source(spec.calibration) if own is None else self._file(own),
             context_length=spec.calibration.context_length,
             bos=spec.calibration.bos,
-            unlike=calibration if measured is None else torch.cat([calibration, measured.windows]),
+            unlike=calibration,
             measured=measured,
         )
 

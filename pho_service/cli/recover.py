@@ -114,7 +114,6 @@ def recover(
             source=source,
             context_length=how.context_length,
             bos=how.bos,
-            unlike=None if measured is None else measured.windows,
             measured=measured,
         ),
         settings,

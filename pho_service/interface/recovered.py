@@ -4,7 +4,7 @@
 
 import tempfile
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +42,7 @@ class RecoveredModel(Shown, PrunedFolder):
     recovered: Recovered
 
     def _shown(self) -> Table:
-        table = recovered_table(self.recovered)
-        return Table(table.columns, table.rows, title=str(self.recovered), marked=table.marked)
+        return replace(recovered_table(self.recovered), title=str(self.recovered))
 
 
 def recover(
@@ -122,7 +121,6 @@ def recover(
                 source=text_of(texts),
                 context_length=length,
                 bos=bos,
-                unlike=None if measured is None else measured.windows,
                 measured=measured,
             ),
             settings,

@@ -79,7 +79,7 @@ class RecoveryText:
     source: Text
     context_length: int
     bos: str = "auto"
-    unlike: Tensor | None = None  # Windows that none of it may overlap with
+    unlike: Tensor | None = None  # Other windows than those measured on that are not trained on
     measured: ReportText | None = None  # What perplexities are measured on, before and after
 
 

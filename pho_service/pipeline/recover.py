@@ -298,12 +298,15 @@ def _ask(
     identity = [pruned.to_dict(), teacher.to_dict(), asdict(settings), str(text.source)]
     place.begin([*identity, text.context_length, text.bos])
     steps = place.once("steps", lambda: _steps(trained, teacher, settings, text))
-    more = 0 if text.unlike is None else len(text.unlike)
+    apart_from = [] if text.unlike is None else [text.unlike]
+    apart_from += [] if text.measured is None else [text.measured.windows]
+    more = sum(map(len, apart_from))
     windows, record = sample_windows(
         pruned, text.source, count=steps + HELD_OUT + more, context_length=text.context_length,
         bos=text.bos, seed=settings.seed,
     )  # fmt: skip
-    windows = windows if text.unlike is None else apart(windows, text.unlike)
+    for seen in apart_from:
+        windows = apart(windows, seen)
     if len(windows) < LEAST_WINDOWS:
         raise TextError(
             f"the text {text.source} has {len(windows)} windows of {text.context_length} tokens "
