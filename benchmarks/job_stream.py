@@ -207,13 +207,13 @@ class Person:
         self.invariants.check(
             "the same Idempotency-Key makes one job", again.id == job.id, f"{job.id}, {again.id}"
         )
-        return self._sent(job, name, key)
+        return self._sent(job.id, name, key, trials=document["trials"])
 
     def transfer(self, source: Sent, target: str) -> Sent:
         """Measure what a job has found on another model."""
         key = uuid.uuid4().hex
         job = self.patient(lambda: self.client.transfer(source.id, [target], idempotency_key=key))
-        return self._sent(job, f"transfer of {source.name} {source.trials}", key)
+        return self._sent(job.id, f"transfer of {source.name} {source.trials}", key)
 
     def refresh(self) -> None:
         """See in which state each job is."""
@@ -277,9 +277,9 @@ class Person:
         answer.raise_for_status()
         return answer
 
-    def _sent(self, job: Job, name: str, key: str) -> Sent:
-        sent = Sent(id=job.id, name=name, key=key, trials=int(job.spec.get("trials", 0)))
-        self.jobs[job.id] = sent
+    def _sent(self, job_id: uuid.UUID, name: str, key: str, *, trials: int = 0) -> Sent:
+        sent = Sent(id=job_id, name=name, key=key, trials=trials)
+        self.jobs[job_id] = sent
         return sent
 
     def _there(self) -> list[Sent]:

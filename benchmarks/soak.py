@@ -415,7 +415,7 @@ class Soak:
             part.name: sum(f.stat().st_size for f in part.rglob("*") if f.is_file())
             for part in (folder / "data" / "postgresql", folder / "data" / "artifacts")
         }
-        litter = [p for p in bundles.iterdir() if p.name.startswith(".pho-")]
+        litter = [*bundles.glob(".pho-*")]
         self.facts["litter"] = len(litter)
         for log in sorted(folder.glob("*.log")):
             for trace in _tracebacks(log.read_text()):
