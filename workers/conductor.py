@@ -22,6 +22,7 @@ from pho_service.errors import DeviceLost, PhoError
 from pho_service.host.machine import faults_told
 from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.curve import (
+    DENSE_MEASURED,
     CurvePoint,
     CurvePoints,
     find_points,
@@ -49,7 +50,7 @@ from pho_service.tuning.search import pareto_study
 from storage.claims import Entry, Found
 from storage.jobs import JobStore
 from storage.records import Claim, JobRecord, LostClaim, NewStage, StageKind, StageState
-from storage.studies import open_storage, open_study, pareto_study_name, study_name
+from storage.studies import kept, open_storage, open_study, pareto_study_name, study_name
 from workers.inputs import Seal, WorkerInputs
 from workers.pieces import (
     DENSE,
@@ -334,17 +335,18 @@ class _Job:
         def find(request: SearchRequest, title: str) -> CurvePoint:
             # The study holds whatever another attempt has done.
             one = spec.of_pattern(request.pattern)
-            known = [each.result for each in claim.job.of_kind(StageKind.POINT) if each.result]
+            points = claim.job.of_kind(StageKind.POINT)
+            known = next((opened.study(each.number) for each in points if each.result), None)
             study = opened.study(claim.stage.number)
-            points = CurvePoints(
+            finder = CurvePoints(
                 opened.subject(),
                 lambda _: nullcontext(study),
                 pareto=pareto_of_job(self._store, claim, self._storage),
-                dense=known[0]["dense"] if known else None,
+                dense=None if known is None else kept(known, DENSE_MEASURED, {}),
                 search=self._island_search(one),
                 run=run,
             )
-            point = points.find(request, title)
+            point = finder.find(request, title)
             with run.fence():
                 show_result(study, one, point.configuration)
             opened.check()

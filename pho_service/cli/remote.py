@@ -50,7 +50,7 @@ def outcome(job: "Job") -> list[str]:
     lines = []
     if job.best is not None:
         if job.best.perplexities is not None:
-            lines.append(f"result       {job.best.perplexities} (perplexities)")
+            lines.append(f"result       {job.best.perplexities.sentence}")
         lines.append(
             f"best         {job.best.method}, objective {number(job.best.objective)}, "
             f"perplexity {number(job.best.perplexity) or 'not measured'}"

@@ -207,7 +207,7 @@ def describe(result: "SearchResult", path: Path, study: str) -> str:
     found = result.configuration
     good = found.perplexities
     lines = [
-        *([] if good is None else [f"result       {good} (perplexities)"]),
+        *([] if good is None else [f"result       {good.sentence}"]),
         *(f"{name:<12} {value}" for name, value in configuration_rows(found)),
     ]
     if result.validation is not None:

@@ -24,6 +24,7 @@ from pho_service.progress import Advance, Run
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.hardware import peak_memory
 from pho_service.pruning.masks import model_sparsity
+from pho_service.pruning.perplexity import Perplexity
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.pruning.statistics import Statistics
 from pho_service.shown.parts import Table
@@ -35,10 +36,11 @@ from pho_service.spec.baselines import (
     step_by_step,
 )
 from pho_service.spec.configuration import Configuration, in_words
-from pho_service.spec.document import number, seconds
+from pho_service.spec.document import number, percent, seconds
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Linears, Pattern
 from pho_service.spec.steps import Candidate
+from pho_service.tuning.finalists import paired_error
 from pho_service.tuning.plan import SearchRequest
 
 
@@ -56,6 +58,9 @@ class ComparisonRow:
     memory_bytes: int | None
     # Standard deviation of the perplexity over the calibrations; None for one alone.
     deviation: float | None = None
+    # Standard error of its rise over dense, as a share of that, by the windows of the text; None
+    # for dense, and for the mean of several calibrations, which has the deviation instead.
+    error: float | None = None
     calibrations: int = 1  # How many the row is the mean of
     # What else was measured of the pruned model, by name.
     extra: Mapping[str, float] = field(default_factory=dict)
@@ -129,11 +134,15 @@ def compare_candidates(
     objective = objective or Objective()
     total = len(candidates) + (dense is None)
     with run.progress("Measuring perplexities", total * len(report.windows)) as advance:
-        rows = [dense or _dense_row(model, report, also, advance)]
+        if dense is None:
+            dense, losses = _dense_row(model, report, also, advance)
+        else:  # of another calibration
+            losses = ()
+        rows = [dense]
         for name, candidate in candidates:
             started = time.perf_counter()
             with peak_memory(*model.devices) as peak:
-                perplexity, sparsity, extra = _measured(
+                rating, sparsity, extra = _measured(
                     model, statistics, candidate, report, calibration, also, advance
                 )
             seconds = time.perf_counter() - started
@@ -141,7 +150,8 @@ def compare_candidates(
                 ComparisonRow(
                     method=name,
                     scope=candidate.pattern.scope.value,
-                    perplexity=perplexity,
+                    perplexity=rating.perplexity,
+                    error=_against(dense, losses, rating),
                     sparsity=sparsity,
                     proxy=_proxy(evaluator, candidate, objective),
                     seconds=seconds,
@@ -154,15 +164,22 @@ def compare_candidates(
 
 def _dense_row(
     model: LanguageModel, report: ReportText, also: Also | None, advance: Advance
-) -> ComparisonRow:
+) -> tuple[ComparisonRow, Sequence[float]]:
     started = time.perf_counter()
     with peak_memory(*model.devices) as peak:
         dense = measure_perplexity(model, report.windows, advance=advance)
         extra = also(model) if also else {}
-    return ComparisonRow(
+    row = ComparisonRow(
         method="dense", scope=None, perplexity=dense.perplexity, sparsity=0.0, proxy=None,
         seconds=time.perf_counter() - started, memory_bytes=peak(), extra=extra,
     )  # fmt: skip
+    return row, dense.losses
+
+
+def _against(dense: ComparisonRow, losses: Sequence[float], rating: Perplexity) -> float | None:
+    """The standard error of a rise over dense."""
+    error = paired_error(rating.losses, losses, rating.tokens)
+    return None if error is None else error * rating.perplexity / dense.perplexity
 
 
 def _measured(
@@ -173,20 +190,20 @@ def _measured(
     calibration: Tensor | None,
     also: Also | None,
     advance: Advance,
-) -> tuple[float, float, Mapping[str, float]]:
+) -> tuple[Perplexity, float, Mapping[str, float]]:
     """Perplexity, sparsity, and what else is measured of the model pruned with a candidate."""
     if also is None:
         result, sparsity = rate_pruned(
             model, statistics, candidate, report.windows, advance, calibration=calibration
         )
-        return result.perplexity, sparsity, {}
+        return result, sparsity, {}
 
     def pruned(_: int) -> None:
         advance(0)
 
     with pruned_model(model, statistics, candidate, calibration, pruned) as shares:
-        perplexity = measure_perplexity(model, report.windows, advance=advance).perplexity
-        return perplexity, model_sparsity(model.linears, shares), also(model)
+        result = measure_perplexity(model, report.windows, advance=advance)
+        return result, model_sparsity(model.linears, shares), also(model)
 
 
 def _proxy(evaluator: ProxyEvaluator, candidate: Candidate, objective: Objective) -> float | None:
@@ -311,7 +328,8 @@ class Compared:
             if name != "dense" and name not in known and ": " not in name  # no row of an ablation
         }
         ria = means.get("ria-layer", means.get("ria-row"))
-        return in_words(means["dense"], found, {"wanda": means.get("wanda"), "ria": ria})
+        errors = {row.method: row.error for row in self.rows}
+        return in_words(means["dense"], found, {"wanda": means.get("wanda"), "ria": ria}, errors)
 
     @property
     def extra(self) -> list[str]:
@@ -324,14 +342,15 @@ class Compared:
         """All rows, with the conditions of the numbers."""
         return Table(
             (
-                "method", "scope", "perplexity", *self.extra, "sparsity", "proxy", "seconds",
-                "peak memory",
+                "method", "scope", "perplexity", "against dense", *self.extra, "sparsity", "proxy",
+                "seconds", "peak memory",
             ),
             [
                 [
                     row.method,
                     row.scope,
                     _with_error(row.perplexity, row.deviation),
+                    self._rise(row),
                     *(_with_error(row.extra.get(n), row.extra.get(n + STDERR)) for n in self.extra),
                     f"{row.sparsity:.4%}",
                     number(row.proxy),
@@ -344,12 +363,20 @@ class Compared:
             notes=(self.caption,),
         )  # fmt: skip
 
+    def _rise(self, row: ComparisonRow) -> str:
+        dense = self.rows[0].perplexity
+        if row.method == "dense":
+            return ""
+        return percent(row.perplexity / dense - 1, signed=True, error=row.error)
+
     @property
     def caption(self) -> str:
         of_all = (
             f"; mean ± standard deviation over calibrations with the seeds "
             f"{', '.join(map(str, self.seeds))}"
             if len(self.seeds) > 1
+            else "; ± is a standard error, of paired differences from dense"
+            if any(row.error is not None for row in self.rows)
             else ""
         )
         return (
@@ -507,6 +534,7 @@ def _mean(rows: Sequence[ComparisonRow]) -> ComparisonRow:
         rows[0],
         perplexity=fmean(row.perplexity for row in rows),
         deviation=None if rows[0].method == "dense" else stdev(row.perplexity for row in rows),
+        error=None,
         sparsity=fmean(row.sparsity for row in rows),
         proxy=fmean(proxies) if len(proxies) == len(rows) else None,
         seconds=fmean(row.seconds for row in rows),

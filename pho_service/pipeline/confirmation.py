@@ -5,7 +5,7 @@ From the best by the proxy to the result: corrections, the race, the validation.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from functools import cached_property
 from typing import Any, Final
@@ -32,7 +32,12 @@ from pho_service.pipeline.rating import (
 from pho_service.progress import Advance, Fence, Run
 from pho_service.pruning.allocation import bounds
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.perplexity import DenseReference, dense_reference, rate_divergence
+from pho_service.pruning.perplexity import (
+    DenseReference,
+    Perplexity,
+    dense_reference,
+    rate_divergence,
+)
 from pho_service.pruning.proxy import AllocationProxy, ProxyEvaluator
 from pho_service.pruning.statistics import Statistics
 from pho_service.spec.configuration import ProxyQuality
@@ -416,7 +421,7 @@ def reconstruct_winner(
     if subject is None or confirmation is None:
         return replace(result, configuration=rebuilt)
     before = confirmation.perplexity
-    after = measured_once(
+    measured = measured_once(
         study,
         subject,
         rebuilt.candidate(),
@@ -424,6 +429,7 @@ def reconstruct_winner(
         kept="reconstructed",
         title="Reconstructing the best",
     )
+    after = measured.perplexity
     if not after < before:
         warning = (
             f"The reconstruction was left out: with it the perplexity is {number(after)}, without "
@@ -431,7 +437,8 @@ def reconstruct_winner(
         )
         return replace(result, warnings=[*result.warnings, warning])
     told = confirmation.model_copy(update={"perplexity": after, "before_reconstruction": before})
-    return replace(result, configuration=rebuilt.model_copy(update={"confirmation": told}))
+    configuration = rebuilt.model_copy(update={"confirmation": told})
+    return replace(result, configuration=configuration, losses=measured.losses)
 
 
 def measured_once(
@@ -442,17 +449,18 @@ def measured_once(
     *,
     kept: str,
     title: str,
-) -> float:
+) -> Perplexity:
     """The perplexity that the study holds; measured and kept at once if it is not there."""
     about = {"candidate": candidate.to_dict(), "text_sha256": subject.text.key}
 
-    def make() -> dict[str, float]:
-        return {"perplexity": _measure(subject, candidate, run, title)}
+    def make() -> dict[str, Any]:
+        return asdict(_measure(subject, candidate, run, title))
 
-    return float(once(study, kept, about, make, fence=run.fence)["perplexity"])
+    stored = once(study, kept, about, make, fence=run.fence)
+    return Perplexity(**{each.name: stored[each.name] for each in fields(Perplexity)})
 
 
-def _measure(subject: Subject, candidate: Candidate, run: Run, title: str) -> float:
+def _measure(subject: Subject, candidate: Candidate, run: Run, title: str) -> Perplexity:
     chosen = subject.bundle.choose(candidate.steps.linears, candidate.pattern)
     with (
         run.progress(title, len(chosen.names)) as advance,
@@ -460,10 +468,7 @@ def _measure(subject: Subject, candidate: Candidate, run: Run, title: str) -> fl
             subject.model, subject.bundle.statistics(), candidate, subject.calibration, advance
         ),
     ):
-        measured = measure_perplexity(
-            subject.model, subject.text.windows, advance=lambda _: advance(0)
-        )
-    return measured.perplexity
+        return measure_perplexity(subject.model, subject.text.windows, advance=lambda _: advance(0))
 
 
 # What it costs a search to permute only channels whose order can be folded into the weights.
@@ -485,7 +490,7 @@ def priced(
     free = replace(configuration.candidate(), steps=replace(steps, deployable=False))
     perplexity = measured_once(
         study, subject, free, run, kept="any_order", title="Pruning in any order"
-    )
+    ).perplexity
     sentence = (
         f"Deployable: {given_up} of {len(chosen.names)} linears keep the model's own order of "
         "channels, since no other one can be folded into their weights. The perplexity is "

@@ -33,9 +33,10 @@ from pho_service.tuning.plan import SearchRequest
 from pho_service.tuning.result import SearchResult
 from pho_service.tuning.search import add_point, pareto_name, pareto_study
 from storage.records import PATTERN
-from storage.studies import StorageError, keep_record, once, open_storage, record_of
+from storage.studies import StorageError, keep_record, kept, once, open_storage, record_of
 
 FORMAT = "pho-curve"
+DENSE_MEASURED = "reference:dense"  # record of a study: what was measured of the dense model
 _TIME = "curve_time"  # record of a study
 
 # Opens the study of a search, which may hold a part of it already.
@@ -90,7 +91,7 @@ class CurvePoints:
         *,
         pareto: optuna.Study | None = None,
         run: Run = Run(),
-        dense: float | None = None,
+        dense: Mapping[str, Any] | None = None,
         search: IslandSearch | None = None,
     ) -> None:
         self._subject, self._record, self._pareto = subject, record, pareto
@@ -100,9 +101,10 @@ class CurvePoints:
         """Search, confirm, and measure the published methods beside."""
         subject = self._subject
         with self._record(request) as study:
-            if self._dense is not None:  # as another search has measured it on these windows
-                about = {"text_sha256": subject.text.key}
-                once(study, "reference:dense", about, lambda: {"perplexity": self._dense})
+            about = {"text_sha256": subject.text.key}
+            known = self._dense
+            if known:  # what another search's study has of the dense model on these windows
+                once(study, DENSE_MEASURED, about, lambda: known)
             with _timed(study, request, subject.text.key) as seconds:
                 result = search_job(
                     request,
@@ -119,7 +121,7 @@ class CurvePoints:
                 add_point(self._pareto, study, pattern.sparsity, str(pattern), self._run.fence)
         found = result.configuration
         assert found.perplexities is not None  # there is a text
-        self._dense = found.perplexities.dense
+        self._dense = kept(study, DENSE_MEASURED, about)
         return CurvePoint(
             pattern=found.pattern,
             scope=request.pattern.scope.value,

@@ -147,6 +147,7 @@ def measure(
         sparsity=sparsity,
         seconds=round(time.monotonic() - started, 3),
         measured_on=subject.text.measured_on(),
+        losses=[*rating.losses],
         text_sha256=subject.text.key,
     )
 

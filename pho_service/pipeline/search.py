@@ -34,7 +34,7 @@ from pho_service.spec.fields import ValidationSpec
 from pho_service.spec.results import Chosen, Measured, Searched, Wanted
 from pho_service.spec.steps import Allocation, Candidate
 from pho_service.tuning.correction import Correction
-from pho_service.tuning.finalists import Divergences
+from pho_service.tuning.finalists import Divergences, paired_error
 from pho_service.tuning.plan import Evaluate, RatedCandidate, SearchPlan, SearchRequest
 from pho_service.tuning.result import SearchResult, describe_study, mark_chosen, search_result
 from pho_service.tuning.search import Callback, Islands, run_search, searched
@@ -195,11 +195,22 @@ def without_perplexity(name: str, error: NumericalError) -> str:
     return f"The result is not compared with {name}, which has no perplexity here: {error}"
 
 
-def with_perplexities(result: SearchResult, measured: Mapping[str, float | str]) -> SearchResult:
+def with_perplexities(
+    result: SearchResult,
+    measured: Mapping[str, float | str],
+    losses: Mapping[str, Sequence[float]],
+) -> SearchResult:
     """A confirmed result with the perplexities that it is judged by, or why there is none."""
     confirmation = result.configuration.confirmation
     values = {name: value for name, value in measured.items() if not isinstance(value, str)}
-    found = confirmation and Perplexities.of(confirmation.perplexity, values)
+    if confirmation is None:
+        return result
+    errors = {
+        name: paired_error(result.losses, losses.get(name, ()), confirmation.tokens)
+        for name in values
+    }
+    known = {name: error for name, error in errors.items() if error is not None}
+    found = Perplexities.of(confirmation.perplexity, values, known)
     if not found:
         return result
     return replace(
@@ -415,7 +426,8 @@ class _Steps:
                     name = NAMES[piece.number - REFERENCE_NUMBERS]
                     return {"perplexity": None, "failure": without_perplexity(name, error)}
             self._inputs.check()  # before it is kept
-            return {name: getattr(found, name) for name in ("perplexity", "sparsity", "seconds")}
+            names = ("perplexity", "sparsity", "seconds", "losses")
+            return {name: getattr(found, name) for name in names}
 
         stored = once(study, key, {"text_sha256": text.key}, make, fence=run.fence, note=note)
         names = [each.name for each in fields(Measured) if each.name in stored]
@@ -557,8 +569,10 @@ class _Steps:
         search = {**result.configuration.search, **more}
         configuration = result.configuration.model_copy(update={"search": search})
         result = replace(result, configuration=configuration, trial=number)
+        if best.number in own:
+            result = replace(result, losses=own[best.number].losses)
         result = self._looked_at_again(result, run)
-        result = with_perplexities(result, self._judged_by(found, perplexities, own))
+        result = with_perplexities(result, *self._judged_by(found, perplexities, own))
         for each in islands.studies:
             with run.fence():
                 mark_chosen(each, result.configuration, result.study_name, result.trial)
@@ -587,16 +601,21 @@ class _Steps:
         found: Sequence[RatedCandidate],
         perplexities: Mapping[int, float],
         own: Mapping[int, Measured],
-    ) -> dict[str, float | str]:
-        """The perplexities of what a result is judged by, or why there is none, by name."""
+    ) -> tuple[dict[str, float | str], dict[str, Sequence[float]]]:
+        """
+        The perplexities of what a result is judged by, or why there is none, and their losses.
+        """
         known: dict[str, float | str] = {}
+        losses: dict[str, Sequence[float]] = {}
         for i, each in enumerate(references(self._plan, found)):
             value = own.get(REFERENCE_NUMBERS + i)
             if each.trial is not None and each.trial in perplexities:
                 known[each.name] = perplexities[each.trial]
+                value = own.get(each.trial)
             elif value is not None:
                 known[each.name] = value.perplexity or str(value.failure)
-        return known
+            losses[each.name] = () if value is None else value.losses
+        return known, losses
 
     def _looked_at_again(self, result: SearchResult, run: Run) -> SearchResult:
         """With what orders that fold cost it, and reconstructed, if that makes it better."""

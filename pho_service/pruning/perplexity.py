@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 CHUNK = 2**21  # log-probabilities that are computed at a time: 8 MiB, which caches hold
 BLOCK = 64  # tokens whose losses are added up before they are looked at
+FEW = 16  # windows below which runs of tokens, not windows, are what chance is judged by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +35,14 @@ class Perplexity:
         perplexity: exp of the mean loss over predicted tokens.
         tokens: Predicted tokens: every window predicts all but its first.
         windows: Windows rated.
+        losses: The loss of each window, or where there are fewer than 16 of each run of 64
+            tokens, summed over its tokens, in nats: what chance is judged by.
     """
 
     perplexity: float
     tokens: int
     windows: int
+    losses: tuple[float, ...] = ()
 
 
 def cut_windows(tokens: Tensor, context_length: int, prefix: list[int]) -> Tensor:
@@ -240,7 +244,13 @@ def perplexity_of(losses: Sequence[Sequence[float]], predicted: int) -> Perplexi
     """
     tokens = len(losses) * predicted
     mean = require_finite_loss(sum(sum(blocks) for blocks in losses) / tokens)
-    return Perplexity(perplexity=math.exp(min(mean, 700.0)), tokens=tokens, windows=len(losses))
+    runs = losses if len(losses) < FEW else [[sum(blocks)] for blocks in losses]
+    return Perplexity(
+        perplexity=math.exp(min(mean, 700.0)),
+        tokens=tokens,
+        windows=len(losses),
+        losses=tuple(float(f"{each:.7g}") for blocks in runs for each in blocks),
+    )
 
 
 def require_finite_loss(mean: float) -> float:

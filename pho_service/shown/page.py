@@ -248,8 +248,9 @@ def _how_good(report: Report) -> list[str]:
     """Sentences on the result of a search: its gain, its sparsity, and how it was measured."""
     found = report.configuration
     assert found is not None
-    gain, how = measured_gain(found), found.confirmation
+    gain, how, good = measured_gain(found), found.confirmation, found.perplexities
     texts = [] if gain is None else [f"The result is {gain}."]
+    texts += [] if good is None else [f"{good.sentence}."]
     texts.append(f"Pattern {words.pattern_in_words(found.pattern)}, scope {found.scope}.")
     if how is not None:
         before = how.before_reconstruction

@@ -74,20 +74,23 @@ def verdict_table(good: Perplexities) -> Table:
         ("dense", good.dense), ("pruned", good.pruned), ("Wanda", good.wanda), ("RIA", good.ria),
     ):  # fmt: skip
         gain = rise = None
+        errors: tuple[float | None, float | None] = (None, None)
         if name != "dense" and perplexity is not None:
             rise = perplexity / good.dense - 1
             gain = None if name == "RIA" else gain_over("perplexity", good.ria, perplexity)
+        if name == "pruned":
+            errors = (good.error("dense"), good.error("ria"))
         share = None if gain is None else gain.share
-        rows.append(
-            (name, number(perplexity) or "none", percent(rise, signed=True), percent(share))
-        )
+        against = percent(rise, signed=True, error=errors[0])
+        rows.append((name, number(perplexity) or "none", against, percent(share, error=errors[1])))
     return Table(
         ("model", "perplexity", "against dense", GAINS["perplexity"]),
         rows,
         title="Perplexity: lower is better",
         notes=(
             "Wanda and RIA are as published, in the same pattern. The gain is the share of RIA's "
-            "perplexity that is saved.",
+            "perplexity that is saved."
+            + (" ± is a standard error, of paired differences on the text." if good.errors else ""),
         ),
         marked=1,
     ).without_empty()

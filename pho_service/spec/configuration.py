@@ -3,9 +3,11 @@ config.json: a pruning that was found, how good it is, and all that is needed to
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import FailFast, Field, ValidationError, model_validator
@@ -35,38 +37,83 @@ class Perplexities(Document):
             search's steps and, at N:M, in the model's own channel order. None if it has none:
             its model gives NaN.
         ria: The same of RIA, in the widest scope of the pattern that is not global.
+        errors: Standard errors of the logarithm of ``pruned / dense``, ``pruned / wanda`` and
+            ``pruned / ria``, by these names: of paired differences of windows, or where there are
+            fewer than 16 of runs of 64 tokens. Those that are not known are missing.
     """
 
     dense: float
     pruned: float
     wanda: float | None = None
     ria: float | None = None
+    errors: dict[str, float] = Field(default_factory=dict, exclude_if=lambda errors: not errors)
 
     @classmethod
-    def of(cls, pruned: float, references: Mapping[str, float | None]) -> Self | None:
+    def of(
+        cls,
+        pruned: float,
+        references: Mapping[str, float | None],
+        errors: Mapping[str, float] = MappingProxyType({}),
+    ) -> Self | None:
         """Those of a result; None where the dense model was not measured."""
         dense = references.get("dense")
         if dense is None:
             return None
         found: dict[str, Any] = {name: references.get(name) for name in REFERENCES}
-        return cls(pruned=pruned, **found)
+        return cls(pruned=pruned, errors=dict(errors), **found)
 
     @property
     def rise(self) -> float:
         """Share by which pruning raises the perplexity."""
         return self.pruned / self.dense - 1
 
+    def error(self, name: str) -> float | None:
+        """Standard error of the result's perplexity, as a share of that of ``dense`` and others."""
+        error, other = self.errors.get(name), getattr(self, name)
+        return None if error is None or other is None else error * self.pruned / other
+
+    def against(self, name: str) -> str:
+        """``22.6 ± 0.4% above dense``; ``not told apart from Wanda`` within two standard errors."""
+        other, title = getattr(self, name), _TITLES.get(name, name)
+        error = self.errors.get(name)
+        if self.pruned == other:
+            return f"the same as {title}"
+        if error is not None and abs(math.log(self.pruned / other)) < 2 * error:
+            return f"not told apart from {title} ({number(other)})"
+        share = self.pruned / other - 1
+        side = "above" if share > 0 else "below"
+        return f"{percent(abs(share), error=self.error(name))} {side} {title} ({number(other)})"
+
+    @property
+    def sentence(self) -> str:
+        """
+        ``Perplexity 27.70: 22.6 ± 0.4% above dense (22.60), 30.6 ± 0.3% below Wanda (39.90)``.
+        """
+        told = [self.against(name) for name in REFERENCES if getattr(self, name) is not None]
+        return f"Perplexity {number(self.pruned)}: {', '.join(told)}"
+
     def __str__(self) -> str:
-        """In one line: ``22.60 dense, 27.70 pruned (+22.6%), Wanda 39.90, RIA 41.20``."""
-        return in_words(self.dense, {"pruned": self.pruned}, {"wanda": self.wanda, "ria": self.ria})
+        """In one line: ``22.60 dense, 27.70 pruned (+22.6 ± 0.4%), Wanda 39.90, RIA 41.20``."""
+        methods = {"wanda": self.wanda, "ria": self.ria}
+        return in_words(
+            self.dense, {"pruned": self.pruned}, methods, {"pruned": self.error("dense")}
+        )
 
 
-def in_words(dense: float, found: Mapping[str, float], methods: Mapping[str, float | None]) -> str:
+def in_words(
+    dense: float,
+    found: Mapping[str, float],
+    methods: Mapping[str, float | None],
+    errors: Mapping[str, float | None] = MappingProxyType({}),
+) -> str:
     """
-    Perplexities of one text in a line: of results, with their rise over dense, and of ``wanda``,
-    ``ria`` or others, where they have one.
+    Perplexities of one text in a line: of results, with their rise over dense and its standard
+    error, and of ``wanda``, ``ria`` or others, where they have one.
     """
-    rises = {name: percent(each / dense - 1, signed=True) for name, each in found.items()}
+    rises = {
+        name: percent(each / dense - 1, signed=True, error=errors.get(name))
+        for name, each in found.items()
+    }
     return ", ".join(
         [
             f"{number(dense)} dense",

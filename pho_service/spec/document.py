@@ -195,9 +195,14 @@ def number(value: float | None) -> str:
     return f"{value:#.4g}" if value else "0"
 
 
-def percent(share: float | None, *, signed: bool = False) -> str:
-    """A share in percent, with one digit after the point; a change that rounds to none is ±0%."""
+def percent(share: float | None, *, signed: bool = False, error: float | None = None) -> str:
+    """
+    A share in percent, with one digit after the point, and its standard error: ``+22.6 ± 0.4%``;
+    a change that rounds to none is ``±0%``.
+    """
     text = "" if share is None else f"{share:{'+' if signed else ''}z,.1%}"
+    if text and error is not None:
+        return f"{text[:-1]} ± {error:.1%}"
     return "±0%" if text == "+0.0%" else text
 
 

@@ -98,6 +98,8 @@ class Measured:
         sparsity: The share removed of all prunable weights.
         seconds: What pruning and measuring took.
         measured_on: The fields of a confirmation that say what on.
+        losses: Losses of the windows or of runs of tokens, in nats; see
+            :class:`~pho_service.pruning.perplexity.Perplexity`.
         text_sha256: Hash of the windows.
         failure: Why a published method has no perplexity.
         weights_sha256: Hash of the dense model's weights, in a service.
@@ -107,6 +109,7 @@ class Measured:
     sparsity: float | None = None
     seconds: float = 0.0
     measured_on: dict[str, Any] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
     text_sha256: str | None = None
     failure: str | None = None
     weights_sha256: str | None = None

@@ -124,6 +124,19 @@ def still_racing(
     ]
 
 
+def paired_error(mine: Blocks, other: Blocks, tokens: int) -> float | None:
+    """
+    The standard error of the difference of two models' mean losses on one text, in nats a token.
+
+    That is, of the logarithm of the ratio of their perplexities. Losses are summed over windows or
+    runs of tokens, the same for both; None where they are not known, or only one.
+    """
+    if len(mine) != len(other) or len(mine) < 2:
+        return None
+    differences = np.subtract(mine, other)
+    return float(differences.std(ddof=1)) * math.sqrt(len(mine)) / tokens
+
+
 def is_behind(
     differences: NDArray[np.float64], seen: int, *, windows: int, level: float = LEVEL
 ) -> bool:

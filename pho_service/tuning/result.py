@@ -3,7 +3,7 @@ What a search found, as a configuration and in plain sentences.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ class SearchResult:
     trial: int  # The number of the best in it
     warnings: list[str]  # Plain sentences that a user must read
     rated_before: int = 0  # How many ratings were taken from other studies
+    losses: Sequence[float] = ()  # Of the best on the text of its confirmation, as measured
     # How well each proxy ranks, by name, if that was asked for.
     validation: Mapping[str, ProxyQuality] | None = None
 

@@ -15,7 +15,14 @@ from pho_service.pipeline.rating import ReportText, rate_pruned
 from pho_service.pipeline.search import memory_study, search_job
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.baselines import reference_methods
-from pho_service.spec.configuration import WIDER, Perplexities, ProxyQuality, in_words, published
+from pho_service.spec.configuration import (
+    REFERENCES,
+    WIDER,
+    Perplexities,
+    ProxyQuality,
+    in_words,
+    published,
+)
 from pho_service.spec.fields import ValidationSpec
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
@@ -71,8 +78,10 @@ def test_they_are_wanda_and_ria_as_published_whatever_the_steps_none_is_measured
     assert good == Perplexities(
         dense=measure_perplexity(model, report.windows).perplexity,
         pruned=found.confirmation.perplexity,
+        errors=good.errors,
         **alone,
     )
+    assert [*good.errors] == ([] if objective == "perplexity" else [*REFERENCES])
     finalists = {b.method for b in found.baselines if b.perplexity is not None}
     names = ["dense", *(each.method for each in methods.values())]
     judges = [name for name in names if not (same and name in finalists)]
@@ -108,6 +117,13 @@ def test_in_words() -> None:
     good = Perplexities(dense=22.6, pruned=27.71, wanda=39.9, ria=41.24)
 
     assert str(good) == "22.60 dense, 27.71 pruned (+22.6%), Wanda 39.90, RIA 41.24"
+    known = good.model_copy(update={"errors": {"dense": 0.004, "wanda": 0.2, "ria": 0.01}})
+    assert "pruned (+22.6 ± 0.5%)" in str(known)
+    assert known.sentence == (
+        "Perplexity 27.71: 22.6 ± 0.5% above dense (22.60), not told apart from Wanda (39.90), "
+        "32.8 ± 0.7% below RIA (41.24)"
+    )
+    assert good.model_copy(update={"ria": 27.71}).sentence.endswith(", the same as RIA")
     assert "22.50 pruned (-0.4%)" in str(good.model_copy(update={"pruned": 22.5}))
     assert in_words(5.5, {"a": 12345.6}, {"wanda": 3e7, "ria": None}) == (
         "5.500 dense, 12,346 a (+224,365.5%), Wanda 3.000e+07"

@@ -40,6 +40,7 @@ def test_matches_transformers(tiny_llama: LlamaForCausalLM, windows: Tensor) -> 
 
     assert rated.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
     assert (rated.tokens, rated.windows) == (6 * 23, 6)
+    assert rated.losses == pytest.approx([23 * loss for loss in losses], rel=1e-5)
 
 
 def test_uniform_model(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:

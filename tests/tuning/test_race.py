@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from pho_service.tuning.finalists import Losses, is_behind, race_looks, race_order, still_racing
+from pho_service.tuning.finalists import (
+    Losses,
+    is_behind,
+    paired_error,
+    race_looks,
+    race_order,
+    still_racing,
+)
 
 WINDOWS, BLOCKS = 16, 8
 MEANS = (3.0, 3.01, 3.02, 3.03, 3.05, 3.08, 3.1, 3.15, 3.2, 3.3, 3.5, 4.0)  # nats a token
@@ -93,3 +100,11 @@ def test_looks_come_after_ever_more_windows(windows: int, first: int, looks: lis
 
     assert found[: len(looks)] == looks
     assert found[-1] == windows
+
+
+def test_the_standard_error_of_a_difference_is_that_of_paired_losses() -> None:
+    mine, other = [10.0, 12.0, 17.0], [9.0, 12.0, 13.0]
+
+    assert paired_error(mine, other, 60) == pytest.approx(2.0817 * 3**0.5 / 60, rel=1e-4)
+    assert paired_error(mine, [], 60) is None
+    assert paired_error([1.0], [2.0], 60) is None
