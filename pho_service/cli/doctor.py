@@ -66,7 +66,8 @@ def _device(_: Settings) -> Iterator[Checked]:
         return
     import torch
 
-    from pho_service.pruning.hardware import available_memory, format_bytes, free_memory, gpus
+    from pho_service.pruning.hardware import available_memory, free_memory, gpus
+    from pho_service.spec.document import format_bytes
 
     yield "cpu", "ok", f"{machine()}, {format_bytes(available_memory())} of memory free"
     for card in gpus():

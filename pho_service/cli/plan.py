@@ -9,12 +9,10 @@ from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import json_option
 from pho_service.cli.remote import job_document, open_client
 from pho_service.cli.terminal import print_json, print_table, verb
-from pho_service.spec.document import parse_bytes
+from pho_service.spec.document import format_bytes, format_count, parse_bytes
 
 if TYPE_CHECKING:
     from pho_service.planning.costs import Machine
-
-GIB = 2**30
 
 
 @click.command(cls=DocumentCommand, fields=("",))
@@ -108,24 +106,21 @@ def _show(found: PlanAnswer, name: str) -> None:
         for stage in found.stages
     ]
     rows.append(("all of it", format_span(*found.seconds), *_sizes(found.peak, gpu=machine.gpu)))
-    columns = ["stage", "time", *(["GPU, GiB"] if machine.gpu else []), "main, GiB", "disk, GiB"]
+    columns = ["stage", "time", *(["GPU"] if machine.gpu else []), "main memory", "disk"]
     how = "streamed from its files" if found.stream else f"{found.windows_at_once} at once"
     rates = "measured for a moment" if machine.measured else "from its data sheet, not measured"
     print_table(
-        f"{name}: {model.parameters / 1e9:.3g} billion parameters ({model.family}), "
-        f"{model.weights_bytes / GIB:.1f} GiB in {model.dtype}",
+        f"{name}: {format_count(model.parameters)} parameters ({model.family}), "
+        f"{format_bytes(model.weights_bytes)} in {model.dtype}",
         columns,
         rows,
-        caption=f"on {machine.name} with {machine.memory_bytes / GIB:.0f} GiB"
-        f"{f' and {machine.main_bytes / GIB:.0f} GiB of main memory' if machine.gpu else ''}, "
+        caption=f"on {machine.name} with {format_bytes(machine.memory_bytes)}"
+        f"{f' and {format_bytes(machine.main_bytes)} of main memory' if machine.gpu else ''}, "
         f"rates {rates}; windows of the calibration: {how}"
         f"{', blocks run twice' if found.recompute and not found.stream else ''}",
     )
-    saved, packed = found.pruned.saved_bytes / GIB, found.pruned.packed_bytes / GIB
-    click.echo(
-        f"The pruned model takes {saved:.2f} GiB on a disk, and about {packed:.2f} GiB once it is "
-        "packed."
-    )
+    saved, packed = map(format_bytes, (found.pruned.saved_bytes, found.pruned.packed_bytes))
+    click.echo(f"The pruned model takes {saved} on a disk, and about {packed} once it is packed.")
     if found.fits:
         click.echo("It fits.")
         return
@@ -135,5 +130,4 @@ def _show(found: PlanAnswer, name: str) -> None:
 
 
 def _sizes(peak: Any, *, gpu: bool) -> list[str]:
-    sizes = [*([peak.device] if gpu else []), peak.host, peak.disk]
-    return [f"{size / GIB:.1f}" for size in sizes]
+    return [format_bytes(s) for s in (*([peak.device] if gpu else []), peak.host, peak.disk)]

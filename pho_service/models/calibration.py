@@ -33,9 +33,10 @@ from pho_service.planning.stage_memory import (
 )
 from pho_service.progress import Advance, Progress, silent
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
-from pho_service.pruning.hardware import available_memory, format_bytes, free_memory, memory_in_use
+from pho_service.pruning.hardware import available_memory, free_memory, memory_in_use
 from pho_service.pruning.statistics import Collector, Statistics, Sums, gather, shard_seed
 from pho_service.spec.calibration import CalibrationSettings
+from pho_service.spec.document import format_bytes
 
 # How a calibration stays within a memory: planned before the work starts.
 USED = 0.9  # of what is free; the rest is lost between blocks of torch's allocator

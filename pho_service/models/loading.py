@@ -47,10 +47,10 @@ from pho_service.host.machine import device_is_lost, hub_answers, ran_out_of_mem
 from pho_service.models.architecture import expert_files, prunable_linears, separate_weights
 from pho_service.models.packed import Unpacked, unpacked
 from pho_service.planning.shapes import gguf_read_once
-from pho_service.pruning.hardware import format_bytes, free_memory, gpus, pick_device
+from pho_service.pruning.hardware import free_memory, gpus, pick_device
 from pho_service.pruning.permutation import foldable
 from pho_service.pruning.statistics import PrunableLinear
-from pho_service.spec.document import check_choice
+from pho_service.spec.document import check_choice, format_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from pho_service.host.access import PACKED_SUFFIX, is_packed, is_plain
 from pho_service.host.files import new_file, new_folder
 from pho_service.models.scratch import scratch_folder
 from pho_service.progress import Progress, bars, silent
-from pho_service.pruning.hardware import format_bytes
+from pho_service.spec.document import format_bytes
 
 _WRITTEN_BY = b"pho pack 1"  # the comment of the archive
 _LEVEL = 3

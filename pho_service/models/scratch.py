@@ -18,9 +18,9 @@ from pho_service.errors import OutputError
 from pho_service.host.files import new_file
 from pho_service.host.settings import Settings
 from pho_service.models.bundle_file import os_errors
-from pho_service.pruning.hardware import format_bytes
 from pho_service.pruning.masks import LinearMask
 from pho_service.pruning.statistics import PrunableLinear
+from pho_service.spec.document import format_bytes
 
 
 def scratch_folder(needed: int) -> Path:

@@ -25,6 +25,7 @@ from pho_service.planning.stage_memory import (
     windows_at_once,
 )
 from pho_service.spec.curve import first_of_kinds
+from pho_service.spec.document import format_bytes
 from pho_service.spec.job import JobSpec
 from pho_service.spec.steps import Steps
 
@@ -358,11 +359,6 @@ def _cards(plan: Plan) -> int | None:
         if _plan(plan.shapes, plan.work, together).fits:
             return count
     return None
-
-
-def format_bytes(count: int) -> str:
-    """In GiB: ``9.3 GiB``."""
-    return f"{count / 2**30:.1f} GiB"
 
 
 def format_span(low: float, high: float) -> str:

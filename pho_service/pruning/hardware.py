@@ -81,11 +81,6 @@ def available_memory() -> int:
     return min(available, max(0, limit - used))
 
 
-def format_bytes(count: int) -> str:
-    """In GiB, or MiB below one: ``9.31 GiB``."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
-
-
 # Independent pieces of work in as many threads as torch has, none of which starts others.
 Piece = TypeVar("Piece")
 Done = TypeVar("Done")

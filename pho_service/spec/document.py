@@ -206,6 +206,22 @@ def percent(share: float | None, *, signed: bool = False, error: float | None = 
     return "±0%" if text == "+0.0%" else text
 
 
+def format_bytes(count: int) -> str:
+    """With one digit after the point, in the largest unit: ``9.3 GiB``, ``116.2 KiB``."""
+    if not count:
+        return "0"
+    power = min(max(0, count.bit_length() - 1) // 10, 4)
+    return f"{count / 2 ** (10 * power):.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def format_count(count: int) -> str:
+    """With three digits: ``135 million``, ``29.7 thousand``."""
+    for name, size in (("billion", 10**9), ("million", 10**6), ("thousand", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {name}"
+    return str(count)
+
+
 def seconds(value: float | None) -> str:
     """A duration, with one digit after the point."""
     return "" if value is None else f"{value:,.1f}"

@@ -122,7 +122,7 @@ def test_no_room(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     free = module.shutil.disk_usage(tmp_path)._replace(free=2**22)  # type: ignore[attr-defined]
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: free)  # type: ignore[attr-defined]
     monkeypatch.setattr(module, "_write", None)
-    with pytest.raises(OutputError, match="has room for 4 MiB"):
+    with pytest.raises(OutputError, match=r"has room for 4\.0 MiB"):
         unpack(large, tmp_path / "back")
     with pytest.raises(OutputError, match="PHO_CACHE_DIR"):
         pho.load_packed(large, device="cpu")
@@ -190,8 +190,8 @@ def test_a_small_file_that_would_fill_a_disk_is_refused(
     monkeypatch.setattr(module, "_MOST_BESIDE", 2**20)
     monkeypatch.setattr(module, "_SMALL", 2**22)
     for name, size, words in (
-        ("README.md", 2**20 + 1, "README.md has 1 MiB, and a file beside the weights may have"),
-        ("model-2.safetensors", 2**29, "would be unpacked to 512 MiB, more than 1000 times"),
+        ("README.md", 2**20 + 1, "README.md has 1.0 MiB, and a file beside the weights may have"),
+        ("model-2.safetensors", 2**29, "would be unpacked to 512.0 MiB, more than 1000 times"),
     ):
         bad = tmp_path / "bad.pho"
         with ZipFile(packed) as good, ZipFile(bad, "w") as archive:

@@ -8,6 +8,7 @@ from pho_service.errors import InvalidInput
 from pho_service.planning.costs import CARDS, Machine, named_machine
 from pho_service.planning.plan import Plan, plan_job
 from pho_service.planning.shapes import Header, TensorHeader
+from pho_service.spec.document import format_bytes, format_count
 from pho_service.spec.job import JobSpec
 
 GIB = 2**30
@@ -257,3 +258,12 @@ def test_every_perplexity_that_is_asked_for_is_planned() -> None:
     assert middle(validated) > 10 * middle(proxy)
     assert search.seconds == pytest.approx(stage.seconds, rel=0.1)
     assert search.peak.device >= stage.peak.device
+
+
+def test_sizes_are_in_the_largest_unit_and_counts_in_words() -> None:
+    sizes = (0, 1000, 2**20 - 1, 2**33, 2**42)
+
+    assert [*map(format_bytes, sizes)] == ["0", "1000.0 B", "1024.0 KiB", "8.0 GiB", "4.0 TiB"]
+    assert [*map(format_count, (29_736, 134_515_008, 7 * 10**9))] == [
+        "29.7 thousand", "135 million", "7 billion"
+    ]  # fmt: skip
