@@ -302,6 +302,11 @@ def _below(name: str, roots: tuple[Path, ...], files: Files) -> Path | None:
 def _model_files(folder: Path, name: str) -> Iterator[os.DirEntry[str]]:
     """What a loader of models opens: the folder's own files, and none below it but templates."""
     yield from _entries(folder, _IN_A_MODEL, f"model {name!r}", "the model's folder alone")
+    if not (folder / "config.json").is_file():
+        raise InvalidInput(
+            f"model {name!r} has no config.json, so it is not a Hugging Face model folder. Give "
+            "the folder that has one, or a .gguf file."
+        )
     if (folder / _TEMPLATES).is_dir():
         yield from _entries(folder / _TEMPLATES, _IN_A_MODEL, f"model {name!r}", "fewer templates")
     naming = [*folder.glob("*.index.json"), *(folder / file for file in NAMING_FILES)]

@@ -35,6 +35,7 @@ def ids(answer: Any) -> list[str]:
 def test_what_is_local_stays_local_ever_after(client: TestClient, tmp_path: Path) -> None:
     for name in ("org/name", "other"):
         (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
     headers = {"Idempotency-Key": "a"}
     document = {**DOCUMENT, "calibration": {"dataset": "other"}}
     place = client.post("/v1/jobs", json=document, headers=headers).headers["Location"]

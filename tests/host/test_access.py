@@ -12,11 +12,16 @@ from pho_service.host.access import Access, check_data_file
 from pho_service.host.settings import Settings
 
 
+def model_folder(path: Path) -> None:
+    path.mkdir(parents=True)
+    (path / "config.json").write_text("{}")
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
     """Two roots, ``models`` and ``texts``, a secret beside them, and links of all kinds."""
     models, texts = tmp_path / "models", tmp_path / "texts"
-    (models / "org" / "local").mkdir(parents=True)
+    model_folder(models / "org" / "local")
     (models / "weights.gguf").touch()
     (models / "out").symlink_to(tmp_path)
     (models / "in").symlink_to(models / "org")
@@ -60,7 +65,7 @@ def test_paths_below_a_root_are_named_from_there_the_rest_stays(access: Access, 
     model, text = str(disk / "models" / "org" / "local"), str(disk / "texts" / "gone.txt")
     document = {"model": {"name": model}, "texts": [text, 7, None], "other": "/elsewhere/x"}
     shown = access.without_places(document)
-    (disk / "models-too" / "org" / "local").mkdir(parents=True)
+    model_folder(disk / "models-too" / "org" / "local")
     two = replace(access, model_roots=(disk / "models-too", disk / "models"))
 
     assert shown == {
@@ -134,6 +139,9 @@ def test_what_is_no_hub_id_does_not_reach_the_hub(access: Access, name: str) -> 
 
 def test_a_folder_below_a_root_goes_before_the_hub(access: Access, disk: Path) -> None:
     assert access.model("org/local") == str(disk / "models" / "org" / "local")
+    (disk / "models" / "org" / "local" / "config.json").unlink()
+    with pytest.raises(InvalidInput, match=r"has no config\.json"):
+        access.model("org/local")
     (disk / "models" / "org" / "local").rmdir()
     assert access.model("org/local") == "org/local"
 
@@ -202,7 +210,8 @@ def test_many_files(access: Access, disk: Path, monkeypatch: pytest.MonkeyPatch)
         "os.scandir", lambda path: looked_at.append(Path(path)) or scandir(path)
     )  # fmt: skip
     deep = disk / "models" / "big" / "checkpoints"
-    deep.mkdir(parents=True)
+    model_folder(disk / "models" / "big")
+    deep.mkdir()
     (deep / "out").symlink_to(disk)
 
     assert access.model("./big") == str(disk / "models" / "big")
