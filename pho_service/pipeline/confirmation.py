@@ -25,7 +25,6 @@ from pho_service.pipeline.rating import (
     ReportText,
     Subject,
     compared_count,
-    racing_pays,
     rate_pruned,
     windows_key,
 )
@@ -42,7 +41,7 @@ from pho_service.pruning.proxy import AllocationProxy, ProxyEvaluator
 from pho_service.pruning.statistics import Statistics
 from pho_service.spec.configuration import ProxyQuality
 from pho_service.spec.document import number
-from pho_service.spec.objective import WEIGHTINGS, Objective, corrected_windows
+from pho_service.spec.objective import IN_FULL, WEIGHTINGS, Objective, corrected_windows
 from pho_service.spec.pattern import Linears, Pattern
 from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import (
@@ -96,26 +95,58 @@ def choose_finalists(
     # They are measured a few windows at a time, in an order that the search's seed gives, and
     # whoever is behind the leader beyond chance is dropped, see
     # :mod:`pho_service.tuning.finalists`. What was measured is kept at once, so that another
-    # attempt goes on. Where a race saves nothing, all finalists get a perplexity, see
-    # :func:`~pho_service.pipeline.rating.racing_pays`.
+    # attempt goes on. A streamed model is read again for each, whatever is measured, so its
+    # finalists are measured on all windows.
+    #
+    # Where a text runs through the model for each pruning, that is what costs: finalists are
+    # compared by their masks alone, and the best of them are pruned in full. At N:M masks alone do
+    # not tell which finalist will be the best, so all are pruned in full.
     #
     # What a shorter search has measured on the same text stays a finalist, beside those that this
     # search would have had from the start.
     before = confirmed_before(islands, rated, text_sha256=subject.text.key)
     pool = united(rated, finalists(rated, count), before, entered)
-    pays = racing_pays([each.candidate for each in pool], stream=subject.model.stream)
-    if len(pool) == 1 or not pays:
+    costly = any(each.candidate.steps.needs_text for each in pool)
+    masks_alone = costly and not islands.plan.pattern.group
+    stream = subject.model.stream
+    if len(pool) <= (IN_FULL if masks_alone else 1) or ((stream or costly) and not masks_alone):
         return Raced(finalists=pool, evaluations=float(len(pool)))
-    race = _Race(islands, pool, subject, run)
+    if stream:
+        left = united(rated, _best_masks(islands, pool, subject, run), before)
+        return Raced(finalists=left, evaluations=float(len(pool) + len(left)))
+    race = _Race(islands, pool, subject, run, masks_alone=masks_alone)
     with run.progress("Racing finalists", len(pool) * race.windows) as advance:
         left = united(rated, race.run(advance), before)
     return Raced(finalists=left, divergences=race.divergences(), evaluations=race.evaluations(left))
 
 
-def known_losses(islands: Islands, number: int, text_sha256: str) -> Losses:
+def _best_masks(
+    islands: Islands, pool: Sequence[RatedCandidate], subject: Subject, run: Run
+) -> list[RatedCandidate]:
+    """The finalists that are pruned in full, by the perplexity of each one's mask alone."""
+    windows, statistics = subject.text.windows, subject.bundle.statistics()
+    found: list[tuple[float, RatedCandidate]] = []
+    with run.progress("Comparing masks", len(pool) * len(windows)) as advance:
+        for each in pool:
+            run.look()
+            study, there = islands.place(each.number)
+            masked = replace(each.candidate, steps=each.candidate.steps.masked)
+
+            def make(masked: Candidate = masked) -> dict[str, float]:
+                with named(masked):
+                    rated, _ = rate_pruned(subject.model, statistics, masked, windows, advance)
+                return {"perplexity": rated.perplexity}
+
+            about = {"text_sha256": subject.text.key}
+            stored = once(study, f"masks:perplexity:{there}", about, make, fence=run.fence)
+            found.append((float(stored["perplexity"]), each))
+    return [each for _, each in sorted(found, key=lambda pair: pair[0])][:IN_FULL]
+
+
+def known_losses(islands: Islands, number: int, text_sha256: str, kind: str = "") -> Losses:
     """Losses of a trial on single windows of a text, as far as a race has measured them."""
     study, there = islands.place(number)
-    stored = kept(study, f"losses:{there}", {"text_sha256": text_sha256})
+    stored = kept(study, f"{kind}losses:{there}", {"text_sha256": text_sha256})
     return {int(window): blocks for window, blocks in stored.get("losses", {}).items()}
 
 
@@ -128,8 +159,12 @@ class _Race:
         pool: Sequence[RatedCandidate],
         subject: Subject,
         run: Run,
+        *,
+        masks_alone: bool,
     ) -> None:
         text = subject.text
+        self.masks_alone = masks_alone
+        self.kept = "masks:" if masks_alone else ""  # begins the names of its records
         self.islands, self.pool, self.text = islands, pool, text
         self.on = run
         self.windows = len(text.windows)
@@ -140,42 +175,47 @@ class _Race:
         self.seen: dict[int, int] = {}  # windows by number of the trial
 
     def run(self, advance: Advance) -> list[RatedCandidate]:
-        """Those that cannot be told from the best before all windows are seen."""
+        """
+        Those that cannot be told from the best before all windows are seen; of masks the best two.
+        """
         looks = race_looks(self.windows, len(self.compared))
         glances = Glances(self.subject, lambda _: advance(0), self.compared)
-        left = [*self.pool]
+        left, enough = [*self.pool], IN_FULL if self.masks_alone else 1
         for windows in looks[:-1]:
-            if len(left) == 1:
+            if len(left) <= enough:
                 break
             seen = self.order[:windows]
             losses = {each.number: self._measured(each, seen, glances, advance) for each in left}
             numbers = still_racing(losses, seen, windows=self.windows)
             advance((len(left) - len(numbers)) * (self.windows - windows))  # not to be run
-            left = [each for each in left if each.number in numbers]
-        return left
+            total = {n: sum(map(sum, losses[n].values())) for n in numbers}
+            left = sorted((e for e in left if e.number in total), key=lambda e: total[e.number])
+        return left[:enough] if self.masks_alone else left
 
     def _measured(
         self, each: RatedCandidate, seen: Sequence[int], glances: Glances, advance: Advance
     ) -> Losses:
         """The losses of a finalist on some windows; those that are not known are measured."""
         key = self.text.key
-        known = known_losses(self.islands, each.number, key)
+        known = known_losses(self.islands, each.number, key, self.kept)
         missing = [number for number in seen if number not in known]
         if missing:
             self.on.look()
-            with named(each.candidate):
-                glance = glances(each.candidate, missing)
+            candidate = each.candidate
+            if self.masks_alone:
+                candidate = replace(candidate, steps=candidate.steps.masked)
+            with named(candidate):
+                glance = glances(candidate, missing)
             known = {**known, **glance.losses}
             study, there = self.islands.place(each.number)
             with self.on.fence():
                 if glance.divergence is not None:
                     about, value = {"text_sha256": self.compared_key}, glance.divergence
-                    once(
-                        study, f"divergence:{there}", about, lambda: {"divergence": value},
-                        note=(there, "divergence"),
-                    )  # fmt: skip
+                    name, note = f"{self.kept}divergence:{there}", (there, "divergence")
+                    once(study, name, about, lambda: {"divergence": value}, note=note)
                 losses = {str(window): list(blocks) for window, blocks in known.items()}
-                keep_record(study, f"losses:{there}", {"text_sha256": key, "losses": losses})
+                stored = {"text_sha256": key, "losses": losses}
+                keep_record(study, f"{self.kept}losses:{there}", stored)
         advance(len(seen) - self.seen.get(each.number, 0))
         self.seen[each.number] = len(seen)
         return known
@@ -185,7 +225,8 @@ class _Race:
         by_number = {}
         for each in self.pool:
             study, there = self.islands.place(each.number)
-            stored = kept(study, f"divergence:{there}", {"text_sha256": self.compared_key})
+            about = {"text_sha256": self.compared_key}
+            stored = kept(study, f"{self.kept}divergence:{there}", about)
             if stored:
                 by_number[each.number] = float(stored["divergence"])
         return Divergences(
@@ -196,6 +237,8 @@ class _Race:
         """What was run and what is still to be run, in perplexities of the whole text."""
         whole = {each.number for each in left}
         dense = len(self.compared) if self.seen else 0  # none for a text of one window
+        if self.masks_alone:
+            return (dense + sum(self.seen.values())) / self.windows + len(left)
         runs = sum(
             self.windows if each.number in whole else self.seen[each.number] for each in self.pool
         )

@@ -152,15 +152,6 @@ def measure(
     )
 
 
-def racing_pays(candidates: Sequence[Candidate], *, stream: bool) -> bool:
-    """
-    Whether finalists are measured a few windows at a time, and the worst of them left out early.
-    """
-    # Not where pruning is what costs, because a text runs through the model for each candidate; nor
-    # with a streamed model, which is read again for each, whatever is measured.
-    return not stream and not any(candidate.steps.needs_text for candidate in candidates)
-
-
 def compared_count(windows: Tensor) -> int:
     """How many windows of a text finalists are compared with the dense model on."""
     # About 512 tokens, at most a quarter of the windows, at least one.

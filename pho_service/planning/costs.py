@@ -13,7 +13,7 @@ import numpy as np
 from pho_service.errors import InvalidInput
 from pho_service.planning.shapes import DTYPE_BYTES, LinearShape, ModelShapes
 from pho_service.spec.calibration import CalibrationSettings
-from pho_service.spec.objective import corrected_windows
+from pho_service.spec.objective import IN_FULL, corrected_windows
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.recovery import Recovery
 from pho_service.spec.steps import Steps
@@ -344,12 +344,18 @@ class _Costs:
         if self.work.steps.reconstruction.wanted:
             winner = self.pruning(self.work.steps) + self.reconstruction() + measured
         winner += REFERENCES * (measured + self.masks())
-        if steps.needs_text or self.work.stream:
-            return self.work.finalists * (measured + pruned) + winner
+        finalists, in_full = self.work.finalists, 0.0
+        masks_alone = steps.needs_text and not self.work.pattern.group
+        if masks_alone:
+            in_full = min(finalists, IN_FULL) * (measured + pruned)
+            pruned = self.masks()
+        if self.work.stream or (steps.needs_text and not masks_alone):
+            return finalists * (measured + pruned) + in_full + winner
         compared = self.forward(max(COMPARED_TOKENS, context), context, head=True)
-        candidates = self.work.finalists + BASELINES
+        if not masks_alone:
+            finalists += BASELINES
         raced = MEASURED * measured + LOOKS * pruned
-        return candidates * (compared + pruned) + raced + winner
+        return finalists * (compared + pruned) + raced + in_full + winner
 
     def masks(self) -> float:
         """One candidate's, by its score alone."""

@@ -127,6 +127,8 @@ def results_table(report: Report) -> Table | None:
     shown += [trial for trial in report.trials if trial.is_baseline]
     rows = [*{trial.number: trial for trial in shown}.values()]
     mark = "chosen" if report.configuration is not None else "best so far"
+    found = report.configuration
+    alone = ", of the masks alone" if found is not None and found.steps.needs_text else ""
     return Table(
         (
             "candidate", "perplexity", GAINS["perplexity"], "divergence", GAINS["divergence"],
@@ -150,7 +152,7 @@ def results_table(report: Report) -> Table | None:
         notes=(
             f"Objective: {report.objective}"
             + (", higher is better. " if report.maximised else ", lower is better. ")
-            + "Divergence: from the dense model, in nats a token. Gains are over RIA: in "
+            + f"Divergence: from the dense model, in nats a token{alone}. Gains are over RIA: in "
             "perplexity, the share of its perplexity that is saved; by divergence, the same as the "
             "divergence tells; in the proxy, the share of its objective.",
         ),

@@ -156,6 +156,10 @@ class SearchOptions:
         }
 
 
+# Finalists that are pruned in full where steps need a text; the rest race on their masks alone.
+IN_FULL = 2
+
+
 def corrected_windows(context_length: int) -> int:
     """How many calibration windows pruned models are compared with the dense one on, at most."""
     return max(1, CORRECTED_TOKENS // context_length)

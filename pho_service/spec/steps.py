@@ -398,6 +398,12 @@ class Steps(JsonDocument):
         return type(self)(linears=self.linears, allocation=self.allocation)
 
     @property
+    def masked(self) -> Self:
+        """The part that gives a mask without a text."""
+        order = "none" if self.permutation == "error" else self.permutation
+        return replace(self.rated, permutation=order, deployable=self.deployable)
+
+    @property
     def changes_weights(self) -> bool:
         """Whether weights that stay have other values afterwards."""
         return self.update != "none" or self.reconstruction.wanted

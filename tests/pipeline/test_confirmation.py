@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from pho_service.errors import NumericalError
 from pho_service.models.loading import LanguageModel
@@ -15,6 +16,7 @@ from pho_service.pipeline.search import search_job
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.steps import Steps
 from pho_service.tuning.finalists import still_racing
 from pho_service.tuning.plan import SearchRequest
 
@@ -68,6 +70,38 @@ def test_race(
     assert {b.trial for b in found.baselines} < {c.trial for c in found.candidates}
     assert all(each.divergence is not None for each in found.candidates)
     assert confirmed.divergence_tokens == 3 * 39
+
+
+def test_where_pruning_takes_a_text_finalists_race_on_their_masks_and_two_are_pruned_in_full(
+    bundle: ProxyBundle, confirming: Any, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(confirmation, "still_racing", lambda losses, *_, **__: [*losses])
+    asked = request_of(finalists=4, steps=Steps(update="obs"))
+    options = {**confirming, "calibration": windows}
+    found = search_job(asked, bundle, **options).configuration
+    in_full = [each for each in found.candidates if each.perplexity is not None]
+    compared = [each for each in found.candidates if each.divergence is not None]
+    monkeypatch.setattr(confirmation, "IN_FULL", 4)
+    everybody = search_job(asked, bundle, **options).configuration
+    spent = found.confirmation.evaluations
+
+    assert (len(in_full), len(compared)) == (2, 4)
+    assert found.steps.update == "obs"
+    assert spent == (3 + 4 * 10) / WINDOWS + 2  # dense, masks at the last look but one, in full
+    assert len([each for each in everybody.candidates if each.perplexity is not None]) == 4
+    assert everybody.confirmation.perplexity <= found.confirmation.perplexity
+
+
+def test_masks_of_a_streamed_model_are_compared_on_all_windows(
+    bundle: ProxyBundle, streamed: LanguageModel, report: ReportText, windows: Tensor
+) -> None:
+    found = search_job(
+        request_of(finalists=3, steps=Steps(update="obs")), bundle,
+        model=streamed, confirm_text=report, calibration=windows,
+    ).configuration  # fmt: skip
+
+    assert len([each for each in found.candidates if each.perplexity is not None]) == 2
+    assert found.confirmation.evaluations == 3 + 2
 
 
 @pytest.mark.usefixtures("eager")
