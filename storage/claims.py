@@ -23,6 +23,7 @@ from storage.records import (
     LostClaim,
     NewStage,
     NoSuchJob,
+    Outcome,
     StageKind,
     StageState,
 )
@@ -32,6 +33,7 @@ from storage.rows import (
     add_stages,
     check_claim,
     claimed_job,
+    end_attempt,
     enqueue_again,
     find_job,
     first_of_others,
@@ -74,6 +76,7 @@ class ClaimStore:
             if stage.state not in (StageState.WAITING, StageState.RUNNING):
                 return None
             failures = stage.failures + (stage.state is StageState.RUNNING)  # its worker died
+            end_attempt(connection, stage_id, Outcome.LOST)
             if not job.state.may_work:
                 put_down(connection, job, stage_id, failures)
                 return None
@@ -94,6 +97,7 @@ class ClaimStore:
                 attempt=stage.attempt + 1,
                 failures=failures,
                 worker_id=worker_id,
+                begun_at=func.now(),
                 step=None,
                 started_at=func.coalesce(stages.c.started_at, func.now()),
             )
@@ -206,12 +210,14 @@ class ClaimStore:
             }  # fmt: skip
             if retry and failures < job.max_attempts:
                 add_event(connection, job.id, "retry", described)
+                end_attempt(connection, claim.stage.id, Outcome.RETRIED)
                 put_down(connection, job, claim.stage.id, failures)
                 return job.state.may_work
             update_stage(
                 connection, claim.stage.id, state=StageState.FAILED, failures=failures,
                 worker_id=None,
             )  # fmt: skip
+            end_attempt(connection, claim.stage.id, Outcome.FAILED)
             if job.state.may_work:
                 set_state(connection, job, JobState.FAILED, error=described)
             else:
@@ -318,6 +324,7 @@ def _given(connection: Connection, queue_id: int, row: Any, alive_s: float) -> b
     if job.state.may_work:
         enqueue_again(connection, job, stage)
     else:
+        end_attempt(connection, stage.id, Outcome.LOST)
         put_down(connection, job, stage.id, stage.failures + (stage.state is StageState.RUNNING))
     return True
 
@@ -397,6 +404,7 @@ class OutcomeStore(ClaimStore):
                 settle(connection, job)
             if way_for:
                 give_way(connection, way_for, job)
+            end_attempt(connection, claim.stage.id, Outcome.DONE)
             return True
 
 

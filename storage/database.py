@@ -17,6 +17,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, func, select, t
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as NoConnectionFree
+from sqlalchemy.pool import QueuePool
 
 from storage.studies import (
     DatabaseFull,
@@ -67,6 +68,8 @@ class Database:
             pool_timeout=30,
         )
 
+        self.waiting = 0  # threads that wait for a connection
+        self._counting = threading.Lock()
         event.listen(self.engine, "handle_error", give_up)  # Optuna writes here, too: see fence()
 
     def close(self) -> None:
@@ -77,7 +80,7 @@ class Database:
     def transaction(self) -> Iterator[Connection]:
         """A transaction: everything in it, or nothing."""
         try:
-            with self.engine.begin() as connection:
+            with self._connect() as connection, connection.begin():
                 yield connection
         except NoConnectionFree as error:
             raise DatabaseGone("all connections are in use") from error
@@ -87,6 +90,29 @@ class Database:
             if isinstance(error, OperationalError) or error.connection_invalidated:
                 raise DatabaseGone(str(error.orig).splitlines()[0]) from error
             raise
+
+    def _connect(self) -> Connection:
+        with self._counting:
+            self.waiting += 1
+        try:
+            return self.engine.connect()
+        finally:
+            with self._counting:
+                self.waiting -= 1
+
+    def pool(self) -> tuple[int, int]:
+        """How many connections are in use, and how many may be."""
+        pool = self.engine.pool
+        assert isinstance(pool, QueuePool)
+        return pool.checkedout(), pool.size()
+
+    def server(self) -> tuple[str, int]:
+        """The server's version, and the bytes of this database there."""
+        size = func.pg_database_size(func.current_database())
+        version = func.current_setting("server_version")
+        with self.transaction() as connection:
+            found = connection.execute(select(version, size)).one()
+        return found[0], found[1]
 
     @property
     def conninfo(self) -> str:

@@ -26,6 +26,7 @@ from storage.records import (
     JobState,
     NewStage,
     NoSuchJob,
+    Outcome,
     Stage,
     StageKind,
     StageState,
@@ -56,7 +57,18 @@ from storage.rows import (
     update_stage,
 )
 from storage.studies import written_on
-from storage.tables import events, jobs, notifications, service, stages, workers
+from storage.tables import events, jobs, notifications, service, stages, tallies, workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tally:
+    """How many attempts have ended alike."""
+
+    kind: StageKind
+    outcome: Outcome
+    up_to_s: float  # of DURATIONS_S: the least that their stages have not worked longer than
+    count: int
+    seconds: float  # that their stages have worked, in all
 
 
 class JobStore(OutcomeStore):
@@ -313,6 +325,32 @@ class JobStore(OutcomeStore):
                 {(kind, state): count for kind, state, count in by_stage},
             )
 
+    def oldest_waiting(self) -> dict[StageKind, float]:
+        """For how many seconds the first of the stages that wait has waited, by kind."""
+        # Since it was last put into the queue, or came back there for another attempt.
+        query = text(
+            "SELECT entry.queue_name, extract(epoch FROM now() - min((SELECT max(event.at)"
+            " FROM procrastinate_events event WHERE event.job_id = entry.id)))::float8"
+            " FROM procrastinate_jobs entry JOIN pho.stages ON stages.queue_id = entry.id"
+            " JOIN pho.jobs ON jobs.id = stages.job_id"
+            " WHERE entry.status = 'todo' AND jobs.state = ANY(:states) GROUP BY 1"
+        )
+        states = [state for state in JobState if state.may_work]
+        with self.database.transaction() as connection:
+            rows = connection.execute(query, {"states": states})
+            return {StageKind(kind): seconds or 0.0 for kind, seconds in rows}
+
+    def tallies(self) -> list[Tally]:
+        """What came of all attempts that have ended."""
+        with self.database.transaction() as connection:
+            return [Tally(**row._mapping) for row in connection.execute(select(tallies))]
+
+    def lost_workers(self, *, alive_s: float) -> int:
+        """How many workers have ended in the last day without a word."""
+        silent = workers.c.heartbeat_at <= func.now() - interval(alive_s)
+        with self.database.transaction() as connection:
+            return connection.execute(select(func.count()).where(silent)).scalar_one()
+
 
 def _take_up(connection: Connection, job: JobRecord) -> None:
     """Put everything that a job has left to do into the queue."""
@@ -348,7 +386,7 @@ def _extend(connection: Connection, job: JobRecord, trials: int) -> None:
             stages.c.kind == StageKind.SEARCH,
             stages.c.state == StageState.DONE,
         )
-        .values(state=StageState.WAITING, finished_at=None)
+        .values(state=StageState.WAITING, finished_at=None, worked_s=0.0)
     )
     if job.state in (JobState.QUEUED, JobState.RUNNING):
         for stage in job.of_kind(StageKind.SEARCH):

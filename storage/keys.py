@@ -24,6 +24,7 @@ class Key:
     name: str
     prefix: str  # How the key begins
     sees_all: bool  # Whether it reaches the jobs of all keys, and the dashboard
+    scrape_only: bool  # Whether it reads the metrics, and nothing else
     created_at: datetime
     revoked_at: datetime | None  # Since when it opens nothing
     expires_at: datetime | None  # From when on it opens nothing; None is never
@@ -40,10 +41,12 @@ class KeyStore:
         self.database = database
 
     def create(
-        self, name: str, *, sees_all: bool, lasts: timedelta | None = None
-    ) -> tuple[Key, str]:
+        self, name: str, *, sees_all: bool, scrape_only: bool = False,
+        lasts: timedelta | None = None,
+    ) -> tuple[Key, str]:  # fmt: skip
+        rights = {"sees_all": sees_all, "scrape_only": scrape_only}
         with self.database.transaction() as connection:
-            return _create(connection, name, sees_all=sees_all, lasts=lasts)
+            return _create(connection, name, rights, lasts=lasts)
 
     def rotate(self, prefix: str, *, lasts: timedelta | None = None) -> tuple[Key, str]:
         """
@@ -54,7 +57,8 @@ class KeyStore:
         if lasts is None and old.expires_at is not None:
             lasts = old.expires_at - old.created_at
         with self.database.transaction() as connection:
-            made = _create(connection, old.name, sees_all=old.sees_all, lasts=lasts)
+            rights = {"sees_all": old.sees_all, "scrape_only": old.scrape_only}
+            made = _create(connection, old.name, rights, lasts=lasts)
             _revoke(connection, old.id)
             _give(connection, old.id, made[0].id)
             return made
@@ -62,7 +66,7 @@ class KeyStore:
     def take_over(self, prefix: str) -> tuple[Key, int]:
         """Give a key the jobs that were submitted without one, and their entries of the library."""
         key = self._chosen(prefix)
-        if key.revoked_at is not None:
+        if key.revoked_at is not None or key.scrape_only:
             raise NoSuchKey(prefix)
         with self.database.transaction() as connection:
             return key, _give(connection, None, key.id)
@@ -116,8 +120,8 @@ class KeyStore:
 
 
 KEY_COLUMNS = (
-    keys.c.id, keys.c.name, keys.c.prefix, keys.c.sees_all, keys.c.created_at, keys.c.revoked_at,
-    keys.c.expires_at,
+    keys.c.id, keys.c.name, keys.c.prefix, keys.c.sees_all, keys.c.scrape_only, keys.c.created_at,
+    keys.c.revoked_at, keys.c.expires_at,
 )  # fmt: skip
 # What holds of a key that is neither revoked nor expired.
 OPENS = and_(
@@ -130,7 +134,7 @@ def key_digest(secret: str) -> bytes:
 
 
 def _create(
-    connection: Connection, name: str, *, sees_all: bool, lasts: timedelta | None
+    connection: Connection, name: str, rights: dict[str, bool], *, lasts: timedelta | None
 ) -> tuple[Key, str]:
     secret = _PREFIX + secrets.token_urlsafe(32)
     values = {
@@ -138,7 +142,7 @@ def _create(
         "name": name,
         "prefix": secret[:_SHOWN],
         "sha256": key_digest(secret),
-        "sees_all": sees_all,
+        **rights,
         "expires_at": None if lasts is None else func.now() + lasts,
     }
     row = connection.execute(insert(keys).values(values).returning(*KEY_COLUMNS)).one()

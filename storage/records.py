@@ -74,6 +74,20 @@ class StageState(StrEnum):
     FAILED = "failed"
 
 
+class Outcome(StrEnum):
+    """How an attempt of a stage has ended."""
+
+    DONE = "done"  # with a result
+    FAILED = "failed"  # and its job with it
+    RETRIED = "retried"  # it failed, and comes again
+    LOST = "lost"  # its worker died, or was cut off
+    HANDED_BACK = "handed_back"  # unfinished: its worker or its job stops, or its turn is over
+
+
+# Upper limits in seconds of what the durations of stages are counted in.
+DURATIONS_S = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 24 * 3600, float("inf"))
+
+
 # What a user may ask for, and what the job is then; from all other states it is a conflict.
 VERBS: dict[str, dict[JobState, JobState]] = {
     "cancel": {

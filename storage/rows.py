@@ -12,10 +12,12 @@ from procrastinate import App, SyncPsycopgConnector
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Float,
     Row,
     Text,
     case,
     cast,
+    extract,
     func,
     insert,
     or_,
@@ -26,18 +28,20 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 
 from storage.records import (
+    DURATIONS_S,
     Claim,
     JobRecord,
     JobState,
     LostClaim,
     NewStage,
     NoSuchJob,
+    Outcome,
     Stage,
     StageKind,
     StageState,
     settled,
 )
-from storage.tables import events, jobs, notifications, stages
+from storage.tables import events, jobs, notifications, stages, tallies
 
 # The queue: one procrastinate task, ``run_stage``, which carries the number of a stage.
 TASK = "run_stage"
@@ -287,8 +291,30 @@ def claimed_job(connection: Connection, claim: Claim) -> JobRecord:
     return job
 
 
+def end_attempt(connection: Connection, stage_id: int, outcome: Outcome) -> None:
+    """Count how the attempt that a worker has in hand ends, if one has; call it late."""
+    # Many workers count in the same rows, each of which is locked to the end of the transaction.
+    took = cast(extract("epoch", func.now() - stages.c.begun_at), Float)
+    worked = 0.0 if outcome is Outcome.LOST else took  # since when it did not is not known
+    ended = connection.execute(
+        update(stages)
+        .where(stages.c.id == stage_id, stages.c.begun_at.is_not(None))
+        .values(worked_s=stages.c.worked_s + worked, begun_at=None)
+        .returning(stages.c.kind, stages.c.worked_s)
+    ).first()
+    if ended is None:
+        return
+    up_to_s = next(limit for limit in DURATIONS_S if ended.worked_s <= limit)
+    one = pg_insert(tallies).values(
+        kind=ended.kind, outcome=outcome, up_to_s=up_to_s, count=1, seconds=ended.worked_s
+    )
+    more = {name: tallies.c[name] + one.excluded[name] for name in ("count", "seconds")}
+    connection.execute(one.on_conflict_do_update(index_elements=[*tallies.primary_key], set_=more))
+
+
 def put_down(connection: Connection, job: JobRecord, stage_id: int, failures: int) -> None:
     """Nobody works on the stage now; the queue may give it out again."""
+    end_attempt(connection, stage_id, Outcome.HANDED_BACK)
     update_stage(connection, stage_id, state=StageState.WAITING, failures=failures, worker_id=None)
     settle(connection, job)
 

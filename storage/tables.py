@@ -31,7 +31,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY
 
-from storage.records import Drain, JobState, StageKind, StageState
+from storage.records import Drain, JobState, Outcome, StageKind, StageState
 
 SCHEMA = "pho"
 READER = "pho_reader"  # the role that reads studies, and nothing else
@@ -73,6 +73,7 @@ keys = Table(
     Column("prefix", Text, nullable=False),  # the first characters, to tell keys apart
     Column("sha256", LargeBinary, nullable=False, unique=True),
     Column("sees_all", Boolean, nullable=False),  # 1: jobs of every key, and the dashboard
+    Column("scrape_only", Boolean, nullable=False),  # it reads the metrics, and nothing else
     Column("created_at", _utc, nullable=False, server_default=_now),
     Column("revoked_at", _utc),
     Column("expires_at", _utc),  # null: never
@@ -165,7 +166,19 @@ stages = Table(
     Column("result", JSON(none_as_null=True)),
     Column("started_at", _utc),
     Column("finished_at", _utc),
+    Column("begun_at", _utc),  # the attempt that a worker has in hand; null: none
+    Column("worked_s", Float, nullable=False, server_default="0"),  # by attempts that have ended
     UniqueConstraint("job_id", "kind", "number"),
+)
+
+tallies = Table(  # of attempts that have ended, also of jobs that are deleted
+    "tallies",
+    metadata,
+    Column("kind", _Word(StageKind), primary_key=True),
+    Column("outcome", _Word(Outcome), primary_key=True),
+    Column("up_to_s", Float, primary_key=True),  # of DURATIONS_S: how long the stage has worked
+    Column("count", BigInteger, nullable=False),
+    Column("seconds", Float, nullable=False),  # how long their stages have worked, in all
 )
 
 events = Table(

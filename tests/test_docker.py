@@ -148,7 +148,7 @@ def test_the_metric_that_keda_may_go_by_instead_is_one_of_the_service(database: 
     commented = re.findall(r"^    # (- type: prometheus\n(?:    # .*\n)+)", text, re.MULTILINE)[0]
     (trigger,) = yaml.safe_load(commented.replace("    # ", ""))
     query = trigger["metadata"]["query"]
-    name, labels = re.fullmatch(r"sum\((\w+)\{(.*)\}\)", query).groups()  # type: ignore[union-attr]
+    name, labels = re.fullmatch(r"sum\(max by \(kind, state\) \((\w+)\{(.*)\}\)\)", query).groups()  # type: ignore[union-attr]
     wanted = dict(re.findall(r'(\w+)(?:=~|!=)"([^"]*)"', labels))
     with TestClient(create_app(database, read_settings()), "http://localhost") as client:
         metrics = text_string_to_metric_families(client.get("/metrics").text)

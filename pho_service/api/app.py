@@ -19,6 +19,7 @@ from pho_service.api import (
     job_list,
     job_page,
     jobs,
+    metrics,
     new_job,
     operations,
     plan,
@@ -29,7 +30,13 @@ from pho_service.api import (
 from pho_service.api.answers import Problem
 from pho_service.api.dashboard import Dashboard
 from pho_service.api.guard import KeyGuard
-from pho_service.api.operations import AT_ONCE, keep_store_noted, keep_telling, keep_up
+from pho_service.api.operations import (
+    AT_ONCE,
+    keep_store_measured,
+    keep_store_noted,
+    keep_telling,
+    keep_up,
+)
 from pho_service.api.pages import Pages, SafeHeaders, icon
 from pho_service.api.requests import BodyLimit, RequestLog
 from pho_service.api.schema import without_null
@@ -47,6 +54,7 @@ def create_app(database: Database, settings: Settings, *, keys_needed: bool = Fa
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         tasks = [
             keep_store_noted(service),
+            keep_store_measured(service),
             keep_up(service),
             *(keep_telling(service) for _ in range(AT_ONCE)),
         ]
@@ -68,7 +76,7 @@ def create_app(database: Database, settings: Settings, *, keys_needed: bool = Fa
     )
     app.state.service = service
     pages = (job_list, new_job, job_page, guard, reference)
-    parts = (*pages, jobs, artifacts, plan, report, configurations, operations)
+    parts = (*pages, jobs, artifacts, plan, report, configurations, operations, metrics)
     routers = tuple(part.router for part in parts)
     problems.add_handlers(app, [route for router in routers for route in router.routes])
     for router in routers:
@@ -78,7 +86,7 @@ def create_app(database: Database, settings: Settings, *, keys_needed: bool = Fa
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(KeyGuard, service=service)
     app.add_middleware(Pages)
-    app.add_middleware(RequestLog)  # around all others
+    app.add_middleware(RequestLog, answers=service.answers)  # around all others
     app.add_middleware(SafeHeaders)  # also of what it answers itself
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's own way
     return app

@@ -32,8 +32,13 @@ from storage.studies import StorageError
 
 OPEN = ("/healthz", "/readyz", "/favicon.ico")  # say nothing of jobs, and are asked for often
 LOGIN = ("/login", "/logout")  # for those who have no key yet
+METRICS = "/metrics"
 SESSION = "pho_session"  # the cookie of a login
 
+_SCRAPE_ONLY = (
+    "This key reads /metrics, and nothing else: it was made with --scrape-only. "
+    "`pho keys create NAME` makes one for jobs."
+)
 _KNOWN = 100_000  # keys that are remembered
 _KNOWN_S = 1.0  # before those that are right are asked for again
 
@@ -113,6 +118,9 @@ class KeyGuard:
         if caller is not None and caller.key_id and not self._requests.count(str(caller.key_id)):
             await self._too_often(str(caller.key_id))(scope, receive, send)
             return
+        if caller is not None and caller.scrape_only and scope["path"] != METRICS:
+            await problem(403, "not_for_this_key", _SCRAPE_ONLY)(scope, receive, send)
+            return
         at_the_door = scope["path"] in LOGIN
         if caller is None and not at_the_door:
             await _no_key(scope, headers, secret)(scope, receive, send)
@@ -164,14 +172,14 @@ class KeyGuard:
             return None
         if len(self._known) < _KNOWN:
             self._known.add(session)
-        return Caller(key_id=key.id, sees_all=key.sees_all, key_prefix=key.prefix, session=session)
+        return Caller.of(key, session=session)
 
     def _caller(self, secret: str | None) -> Caller | None:
         if secret is not None:
             key = self.service.keys.find(secret)
             if key is None:
                 return None
-            return Caller(key_id=key.id, sees_all=key.sees_all, key_prefix=key.prefix)
+            return Caller.of(key)
         if self.service.keys_needed or self.service.keys.exist():
             return None
         return Caller(key_id=None, sees_all=True)
@@ -358,6 +366,8 @@ async def log_in(request: Request, typed: Typed, service: ServiceParam) -> Respo
             "This key is not known, has expired, or was revoked. Check that all of it was pasted."
         )
         return _form(to, wrong=told, status=HTTPStatus.FORBIDDEN)
+    if caller.scrape_only:
+        return _form(to, wrong=_SCRAPE_ONLY, status=HTTPStatus.FORBIDDEN)
     hours = service.settings.login_hours
     token = await run_in_threadpool(service.sessions.begin, caller.key_id, hours=hours)
     answer = RedirectResponse(to, HTTPStatus.SEE_OTHER)

@@ -1,11 +1,10 @@
 """
-For those who look after the service: workers, health, metrics, old jobs, webhooks.
+For those who look after the service: workers, health, old jobs, webhooks.
 """
 
 import asyncio
 import json
 import logging
-from collections.abc import Iterator
 from contextlib import suppress
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -13,8 +12,6 @@ from uuid import UUID
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Response
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
 
 from pho_service.api.answers import Health, Worker, WorkerList
 from pho_service.api.artifacts import remove_files
@@ -26,10 +23,7 @@ from pho_service.host.webhooks import NotDelivered, send
 from storage.jobs import Notification, clear_queue, end, pruned_for, put_off, take
 from storage.records import (
     Drain,
-    JobState,
     NoSuchJob,
-    StageKind,
-    StageState,
     StateConflict,
     WorkerRecord,
 )
@@ -82,7 +76,7 @@ def drain(
     starts another one.
     """
     if not caller.sees_all:
-        return _needs_all("Workers serve")
+        return needs_all("Workers serve")
     how = Drain.NOW if now else Drain.FINISH
     record = service.jobs.drain(worker_id, how, alive_s=service.settings.stalled_after_s)
     if record is None:
@@ -91,12 +85,12 @@ def drain(
     return _shown(service, record)
 
 
-def _needs_all(who: str) -> Response:
+def needs_all(who: str, other: str = "") -> Response:
     return problem(
         403,
         "not_for_this_key",
         f"{who} the jobs of all keys, but this key sees its own jobs alone. "
-        "`pho keys create --all-jobs` makes one that sees all.",
+        f"`pho keys create NAME --all-jobs` makes one that sees all{other and ', and '}{other}.",
     )
 
 
@@ -143,57 +137,11 @@ async def readyz(service: ServiceParam) -> Health:
     raise OutputError(said)
 
 
-@router.get(
-    "/metrics",
-    response_class=Response,
-    responses={
-        200: {"description": "Prometheus' text format", "content": {"text/plain": {"schema": {
-            "type": "string"}}}},
-        **documented(),
-    },
-)  # fmt: skip
-def metrics(service: ServiceParam, caller: CallerParam) -> Response:
-    """Count the jobs of all keys, stages and workers, for Prometheus with a key that sees all."""
-    if not caller.sees_all:
-        return _needs_all("The metrics count")
-    registry = CollectorRegistry()
-    registry.register(_Counts(service))
-    return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
-
-
-class _Counts:
-    """Counts at the moment of asking: any number of front ends tell the same."""
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-
-    def collect(self) -> Iterator[Metric]:
-        by_state, by_stage = self._service.jobs.counts()
-        jobs = GaugeMetricFamily("pho_jobs", "Jobs by state.", labels=["state"])
-        for state in JobState:
-            jobs.add_metric([state.value], by_state.get(state, 0))
-        yield jobs
-        stages = GaugeMetricFamily(
-            "pho_stages", "Stages of jobs that may work, by kind and state.",
-            labels=["kind", "state"],
-        )  # fmt: skip
-        for kind in StageKind:
-            for stage_state in (StageState.WAITING, StageState.RUNNING):
-                count = by_stage.get((kind, stage_state), 0)
-                stages.add_metric([kind.value, stage_state.value], count)
-        yield stages
-        alive = self._service.jobs.workers(alive_s=self._service.settings.stalled_after_s)
-        workers = GaugeMetricFamily("pho_workers", "Workers by state.", labels=["state"])
-        busy = sum(w.job_id is not None for w in alive)
-        workers.add_metric(["busy"], busy)
-        workers.add_metric(["idle"], len(alive) - busy)
-        yield workers
-
-
 # What the service deletes by itself: jobs and library entries that are older than the settings
 # keep.
 EVERY_S = 3600.0
 STORE_EVERY_S = 10.0
+MEASURED_EVERY_S = 600.0  # the artifact store, all of whose files are looked at
 QUEUE_DAYS = 7.0  # of entries of the queue that are over
 
 
@@ -205,6 +153,17 @@ async def keep_store_noted(service: Service) -> None:
         except (StorageError, OutputError) as error:
             logger.warning("the artifact store is not known yet: %s", error)
         await asyncio.sleep(STORE_EVERY_S)
+
+
+async def keep_store_measured(service: Service) -> None:
+    """Measure the artifact store now and then, until this is cancelled."""
+    while True:
+        try:
+            service.stored = await run_sync(lambda: service.pruned.sizes(), abandon_on_cancel=True)
+        except OutputError as error:
+            service.stored = {}
+            logger.warning("%s", error)
+        await asyncio.sleep(MEASURED_EVERY_S)
 
 
 async def keep_up(service: Service) -> None:

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pho_service.api.guard import OPEN
 from pho_service.api.pages import as_page, is_page
 from pho_service.api.problems import problem
+from pho_service.api.service import Answers
 from pho_service.host.logs import about, request_span
 
 logger = logging.getLogger(__name__)
@@ -29,8 +30,9 @@ class RequestLog:
     # A client, or a proxy, may send its own as ``X-Request-ID``. What nobody expected becomes an
     # answer here, while it is known whose it is.
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, answers: Answers) -> None:
         self.app = app
+        self._answers = answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -45,6 +47,7 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                self._answers.add(scope, status, time.perf_counter() - began)
                 MutableHeaders(scope=message)[HEADER] = request
             await send(message)
 

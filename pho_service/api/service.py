@@ -14,6 +14,14 @@ from uuid import UUID
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from fastapi import Depends, Request
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from starlette.types import Scope
 
 from pho_service.errors import InvalidInput, OutputError
 from pho_service.host.access import Access
@@ -24,12 +32,14 @@ from pho_service.spec.fields import JobLimits
 from storage.configurations import ConfigurationStore
 from storage.database import Database
 from storage.jobs import JobStore
-from storage.keys import KeyStore, SessionStore
+from storage.keys import Key, KeyStore, SessionStore
 from storage.records import JobRecord, StageKind, StageState
 from storage.studies import DatabaseGone
 
 # Requests that take seconds of a core: a few at a time, so that the others are answered meanwhile.
 AT_ONCE = 2
+
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -47,6 +57,30 @@ class Heavy:
     async def run(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """What ``work`` gives, done in one of the threads."""
         return await run_sync(partial(work, *args, **kwargs), limiter=self._threads)
+
+
+class Answers:
+    """The requests that this process has answered: by route, never by path."""
+
+    # So that nobody can make more of them, who asks for what is not there is counted as one.
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        disable_created_metrics()  # of each number, when it was begun
+        ProcessCollector(registry=registry)
+        self._count = Counter(
+            "pho_http_requests", "Requests answered, by route, method and class of status.",
+            ["route", "method", "status"], registry=registry,
+        )  # fmt: skip
+        self._seconds = Histogram(
+            "pho_http_request_seconds", "Seconds until an answer began.", ["route"],
+            buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30), registry=registry,
+        )  # fmt: skip
+
+    def add(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "other")
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self._count.labels(route, method, f"{status // 100}xx").inc()
+        self._seconds.labels(route).observe(seconds)
 
 
 # Whether the database answers, and which stores are in use, asked beside all other requests.
@@ -99,6 +133,14 @@ class Caller:
     key_prefix: str | None = None  # How it begins, for the log
     # SHA-256 of the token of a browser's login, which stands for the key.
     session: bytes | None = None
+    scrape_only: bool = False  # Whether the key reads the metrics, and nothing else
+
+    @classmethod
+    def of(cls, key: Key, *, session: bytes | None = None) -> "Caller":
+        return cls(
+            key_id=key.id, sees_all=key.sees_all, key_prefix=key.prefix, session=session,
+            scrape_only=key.scrape_only,
+        )  # fmt: skip
 
     @property
     def visible_to(self) -> UUID | None:
@@ -122,6 +164,9 @@ class Service:
         self.choosing = threading.Lock()  # Held while the next webhook is chosen
         self.probe = Probe(database, alive_s=settings.stalled_after_s)
         self.store: str | OutputError | None = None  # its id, or why it is away; None: unknown
+        self.stored: dict[str, int] = {}  # Bytes of the artifact store, as last measured
+        self.registry = CollectorRegistry()  # What this process counts, for Prometheus
+        self.answers = Answers(self.registry)
         self.heavy = Heavy()
         self.planning = Heavy()  # which waits for the hub, too
 

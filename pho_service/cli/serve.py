@@ -208,6 +208,7 @@ def keys() -> None:
 @keys.command("create")
 @click.argument("name")
 @click.option("--all-jobs", is_flag=True, help="It sees the jobs of all keys, and the dashboard.")
+@click.option("--scrape-only", is_flag=True, help="It reads /metrics, and nothing else.")
 @click.option(
     "--expires", type=_Span(), help="After so long, as 12h, 30d or 52w.  [default: never]"
 )
@@ -216,6 +217,7 @@ def keys() -> None:
 def create_key(
     name: str,
     all_jobs: bool,
+    scrape_only: bool,
     expires: timedelta | None,
     database_url: str | None,
     data_dir: str | None,
@@ -223,9 +225,14 @@ def create_key(
     """Make a key called NAME and print it, this once."""
     if not name.isprintable() or not 1 <= len(name) <= 100:
         raise InvalidInput(f"the key's name {name!r} is not 1 to 100 printable characters.")
+    if all_jobs and scrape_only:
+        raise InvalidInput(
+            "a key reads /metrics alone (--scrape-only), or sees all jobs and /metrics "
+            "(--all-jobs): give one of the two."
+        )
     with _key_store(database_url, data_dir) as store:
-        key, secret = store.create(name, sees_all=all_jobs, lasts=expires)
-        alone = 0 if all_jobs else store.without_key()
+        key, secret = store.create(name, sees_all=all_jobs, scrape_only=scrape_only, lasts=expires)
+        alone = 0 if all_jobs or scrape_only else store.without_key()
     _print_key(key, secret)
     if alone:
         say(
@@ -252,7 +259,7 @@ def list_keys(as_json: bool, database_url: str | None, data_dir: str | None) -> 
         {
             "prefix": key.prefix,
             "name": key.name,
-            "sees": "all jobs" if key.sees_all else "its own jobs",
+            "sees": _sees(key),
             "created_at": _minute(key.created_at),
             "expires_at": _minute(key.expires_at),
             "revoked_at": _minute(key.revoked_at),
@@ -264,6 +271,12 @@ def list_keys(as_json: bool, database_url: str | None, data_dir: str | None) -> 
         return
     columns = ["prefix", "name", "sees", "created_at", "expires_at", "revoked_at"]
     print_table("Keys", columns, [[row[c] for c in columns] for row in rows], spare=("created_at",))
+
+
+def _sees(key: "Key") -> str:
+    if key.scrape_only:
+        return "/metrics"
+    return "all jobs" if key.sees_all else "its own jobs"
 
 
 @keys.command("rotate")

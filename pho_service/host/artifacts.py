@@ -71,6 +71,22 @@ class PrunedStore:
                 "API may write to it."
             ) from error
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the bundles, the pruned models and the rest; in a folder, what is free, too."""
+        found = {"bundles": 0, "pruned": 0, "other": 0}
+        try:
+            files = self._files.find(self._root, detail=True)
+            for place, about in files.items():
+                first = place.removeprefix(self._root).strip("/").partition("/")[0]
+                found[first if first in found else "other"] += about["size"] or 0
+            if self._is_local:
+                found["free"] = shutil.disk_usage(self._root).free
+        except OSError as error:
+            raise OutputError(
+                f"the artifact store {self._root} cannot be measured: {error.strerror or error}."
+            ) from error
+        return found
+
     def workplace(self, job_id: uuid.UUID, key: str) -> Path:
         """Where a worker puts a model together; after :meth:`keep` it is in the store."""
         parent = Path(self._of_job(job_id)) if self._is_local else self._cached(job_id)

@@ -1,4 +1,4 @@
-"""optuna-dashboard below the same host, and what Prometheus sees."""
+"""optuna-dashboard below the same host, and the workers."""
 
 import json
 import re
@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from prometheus_client.parser import text_string_to_metric_families
 
 from pho_service.shown.parts import policy_hash
 from storage.records import JobState, StageKind
@@ -86,44 +85,6 @@ def test_no_path_leads_out_of_the_dashboards_own_files(client: TestClient) -> No
         "/static/%00", "/artifacts/..%2f..%2f..%2fetc/passwd",
     ):  # fmt: skip
         assert client.get(f"http://127.0.0.1:8000{path}").status_code in (400, 403, 404)
-
-
-def counts(client: TestClient) -> dict[tuple[str, ...], float]:
-    """All that is counted, by name and labels; 0 is left out."""
-    answer = client.get("/metrics")
-    assert answer.status_code == 200
-    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
-    return {
-        (sample.name, *sample.labels.values()): sample.value
-        for family in text_string_to_metric_families(answer.text)
-        for sample in family.samples
-        if sample.value
-    }
-
-
-def test_jobs_stages_and_workers_are_counted(client: TestClient, submit: Any, hand: Any) -> None:
-    nothing = {
-        (sample.name, *sample.labels.values()): sample.value
-        for family in text_string_to_metric_families(client.get("/metrics").text)
-        for sample in family.samples
-    }
-    for state in (JobState.QUEUED, JobState.QUEUED, JobState.PAUSED, JobState.FAILED):
-        hand.bring(submit()["id"], state)
-    job = submit(islands=3)["id"]
-    hand.calibrate(job)
-    hand.take(job, StageKind.SEARCH, 1)
-    for worker in (hand.worker_id, uuid.uuid4(), uuid.uuid4()):
-        hand.store.enter_worker(worker, name="w", device="cpu", kinds=list(StageKind))
-
-    assert {*nothing.values()} == {0}
-    assert {("pho_jobs", state) for state in JobState} <= {*nothing}
-    assert {("pho_stages", kind, "waiting") for kind in StageKind} <= {*nothing}
-    assert counts(client) == {
-        ("pho_jobs", "queued"): 2, ("pho_jobs", "paused"): 1, ("pho_jobs", "failed"): 1,
-        ("pho_jobs", "running"): 1, ("pho_stages", "calibrate", "waiting"): 2,
-        ("pho_stages", "search", "waiting"): 2, ("pho_stages", "search", "running"): 1,
-        ("pho_workers", "busy"): 1, ("pho_workers", "idle"): 2,
-    }  # fmt: skip
 
 
 def test_workers_are_listed_as_long_as_they_report(client_of: Any, hand: Any) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from prometheus_client import CollectorRegistry
 
 from pho_service.api.requests import RequestLog
+from pho_service.api.service import Answers
 from storage.keys import KeyStore
 
 ACCESS = "pho_service.api.requests"
@@ -50,7 +52,7 @@ def test_a_request_that_a_service_which_stops_waits_for_no_longer_is_told_so() -
     async def slow(*_: Any) -> None:
         raise asyncio.CancelledError
 
-    answer = TestClient(RequestLog(slow)).get("/v1/jobs")
+    answer = TestClient(RequestLog(slow, Answers(CollectorRegistry()))).get("/v1/jobs")
 
     assert answer.status_code == 503
     assert answer.json()["code"] == "stopping"

@@ -159,3 +159,10 @@ def test_a_kept_line_that_is_not_json_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(ClickException, match=r"kept\.jsonl, line 2 is not JSON.*Delete that line"):
         results.find({"a": 1})
+
+
+def test_scale(benchmark: Benchmark) -> None:
+    table = benchmark("scale", "--workers", 2, "--seconds", 5, "--stage-s", 0.2, "--processes", 1)
+
+    assert len(table["2"]) == len(table["workers"]) == 9
+    assert table["2"][1] == "10.0"

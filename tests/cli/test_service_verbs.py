@@ -429,6 +429,21 @@ def test_keys_are_listed_revoked_ones_too(pho: Pho, keys: Pho, database_url: str
     assert all(prefix in table for prefix in prefixes)
 
 
+def test_a_key_that_scrapes_is_listed_as_one_and_sees_no_jobs(
+    pho: Pho, database: Database, database_url: str
+) -> None:
+    of = ("--database-url", database_url)
+    made = pho("keys", "create", "prometheus", "--scrape-only", *of)
+    both = pho("keys", "create", "x", "--scrape-only", "--all-jobs", *of)
+    (row,) = json.loads(pho("keys", "list", "--json", *of).stdout)
+    key = KeyStore(database).find(made.stdout.strip())
+
+    assert key is not None
+    assert (key.scrape_only, key.sees_all, row["sees"]) == (True, False, "/metrics")
+    assert both.exit_code == 2
+    assert "give one of the two" in both.stderr
+
+
 def test_keys_that_expire(pho: Pho, keys: Pho, database: Database, database_url: str) -> None:
     """A key that expires says when, in the list, too; rotated, it is another that lasts as long."""
     of = ("--database-url", database_url)

@@ -26,6 +26,7 @@ def upgrade() -> None:
         sa.Column("prefix", sa.Text(), nullable=False),
         sa.Column("sha256", sa.LargeBinary(), nullable=False),
         sa.Column("sees_all", sa.Boolean(), nullable=False),
+        sa.Column("scrape_only", sa.Boolean(), nullable=False),
         sa.Column("created_at", time, server_default=now, nullable=False),
         sa.Column("revoked_at", time, nullable=True),
         sa.Column("expires_at", time, nullable=True),
@@ -130,11 +131,23 @@ def upgrade() -> None:
         sa.Column("result", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("started_at", time, nullable=True),
         sa.Column("finished_at", time, nullable=True),
+        sa.Column("begun_at", time, nullable=True),
+        sa.Column("worked_s", sa.Float(), server_default="0", nullable=False),
         sa.ForeignKeyConstraint(
             ["job_id"], ["pho.jobs.id"], name=op.f("fk_stages_job_id"), ondelete="CASCADE"
         ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_stages")),
         sa.UniqueConstraint("job_id", "kind", "number", name=op.f("uq_stages_job_id_kind_number")),
+        schema="pho",
+    )
+    op.create_table(
+        "tallies",
+        sa.Column("kind", sa.Text(), nullable=False),
+        sa.Column("outcome", sa.Text(), nullable=False),
+        sa.Column("up_to_s", sa.Float(), nullable=False),
+        sa.Column("count", sa.BigInteger(), nullable=False),
+        sa.Column("seconds", sa.Float(), nullable=False),
+        sa.PrimaryKeyConstraint("kind", "outcome", "up_to_s", name=op.f("pk_tallies")),
         schema="pho",
     )
     op.create_table(
