@@ -29,6 +29,7 @@ from pho_service.pipeline.rating import (
     rate_pruned,
     windows_key,
 )
+from pho_service.pipeline.writing import written_by
 from pho_service.progress import Advance, Fence, Run
 from pho_service.pruning.allocation import bounds
 from pho_service.pruning.bundle import ProxyBundle
@@ -423,6 +424,7 @@ def reconstruct_winner(
         run,
         kept="reconstructed",
         title="Reconstructing the best",
+        writes=True,
     )
     if not after < before:
         warning = (
@@ -442,17 +444,21 @@ def measured_once(
     *,
     kept: str,
     title: str,
+    writes: bool = False,
 ) -> float:
     """The perplexity that the study holds; measured and kept at once if it is not there."""
+    # So is what the model writes, if that is wanted, since pruning it again would take long.
     about = {"candidate": candidate.to_dict(), "text_sha256": subject.text.key}
 
-    def make() -> dict[str, float]:
-        return {"perplexity": _measure(subject, candidate, run, title)}
+    def make() -> dict[str, Any]:
+        return _measure(subject, candidate, run, title, writes=writes)
 
     return float(once(study, kept, about, make, fence=run.fence)["perplexity"])
 
 
-def _measure(subject: Subject, candidate: Candidate, run: Run, title: str) -> float:
+def _measure(
+    subject: Subject, candidate: Candidate, run: Run, title: str, *, writes: bool
+) -> dict[str, Any]:
     chosen = subject.bundle.choose(candidate.steps.linears, candidate.pattern)
     with (
         run.progress(title, len(chosen.names)) as advance,
@@ -463,7 +469,7 @@ def _measure(subject: Subject, candidate: Candidate, run: Run, title: str) -> fl
         measured = measure_perplexity(
             subject.model, subject.text.windows, advance=lambda _: advance(0)
         )
-    return measured.perplexity
+        return {"perplexity": measured.perplexity, **(written_by(subject) if writes else {})}
 
 
 # What it costs a search to permute only channels whose order can be folded into the weights.
