@@ -52,7 +52,7 @@ LOGS = 100  # parts of logs that are shown, the newest
 LOG_LINES = 300  # the newest
 _ASKED_HERE = ("pause", "resume", "cancel")  # with a button; the others need more than that
 _FIRST = ("result", "curve")  # above the buttons
-_SHOWN = ("tasks", "recovery", "search", "finalists", "layers", "transfer")
+_SHOWN = ("writing", "tasks", "recovery", "search", "finalists", "layers", "transfer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,11 @@ def view(service: Service, caller: Caller, job: stored.JobRecord, now: datetime)
         steps=rows,
         left=time_left(service, job, head.job.progress, rows, likely_card(reporting)),
         first=[found[name] for name in _FIRST if name in found],
-        sections=[found[name] for name in _SHOWN if name in found and found[name].is_known],
+        sections=[
+            found[name]
+            for name in _SHOWN
+            if name in found and (found[name].is_known or name == "writing")
+        ],
         happened=Section(id="happened", title="What happened", events=found["happened"].events),
         logs=_logs(service.jobs.logs(job.id, limit=LOGS), named=caller.sees_all),
         files=artifacts.listed(job) if head.job.pruned == "done" else None,

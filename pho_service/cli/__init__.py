@@ -23,6 +23,7 @@ LOCAL_VERBS = {
     "push": ("prune", "Upload a pruned folder to the Hugging Face hub."),
     "bench": ("compare", "Measure how fast models load, read and write on this machine."),
     "evaluate": ("compare", "Print the perplexity of a model on a text."),
+    "generate": ("compare", "Print how a model goes on with a prompt, beside another one."),
     "compare": ("compare", "Print a table of perplexities: dense, published methods, found."),
     "transfer": ("transfer", "Measure what a configuration is worth on other models."),
     "report": ("report", "Write a job or a study as one page of HTML that needs no network."),

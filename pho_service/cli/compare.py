@@ -1,5 +1,5 @@
 """
-`pho evaluate`, `pho compare` and `pho bench`: models measured beside each other.
+`pho evaluate`, `pho generate`, `pho compare` and `pho bench`: models measured beside each other.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +12,12 @@ import click
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import (
     Terminal,
+    all_options,
     at_least,
     calibration_source,
     check_models,
     device_options,
+    file_source,
     json_option,
     methods_beginning,
     report_options,
@@ -33,6 +35,7 @@ from pho_service.cli.terminal import (
 )
 from pho_service.errors import InvalidInput
 from pho_service.host.data_sets import USUAL_TEXTS
+from pho_service.spec.configuration import NEW_TOKENS
 from pho_service.spec.document import SEEDS, check_choice, number
 from pho_service.spec.objective import SearchOptions, options_of
 from pho_service.spec.pattern import Linears, Pattern
@@ -49,6 +52,15 @@ if TYPE_CHECKING:
     from pho_service.spec.job import JobSpec
 
 
+_where = all_options(
+    click.option(
+        "--dtype",
+        default="auto",
+        show_default=True,
+        help="auto, float32, bfloat16 or float16. auto: the stored one on a GPU, float32 on a CPU.",
+    ),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+)
 _TEXT = ("calibration/text", "calibration/dataset")
 
 TASK_FIELDS = ("tasks", "tasks_dir", "tasks_limit")
@@ -121,6 +133,67 @@ def evaluate(
         _show_perplexity(document)
     if scores:
         _show_scores(document, scores)
+
+
+@click.command()
+@click.argument("model")
+@click.option("--beside", metavar="MODEL", help="Another model that goes on with the same prompts.")
+@click.option("--prompt", "prompts", multiple=True, help="Text to go on with; may be repeated.")
+@click.option("--text", metavar="FILE", help="Text file that three prompts are taken from instead.")
+@click.option("--tokens", default=NEW_TOKENS, show_default=True, help="Most that are written.")
+@_where
+@json_option
+@verb
+def generate(
+    model: str,
+    beside: str | None,
+    prompts: tuple[str, ...],
+    text: str | None,
+    tokens: int,
+    dtype: str,
+    device: str,
+    as_json: bool,
+) -> None:
+    """
+    Print how MODEL goes on with a prompt: each next token is the likeliest.
+
+    MODEL is a folder, packed or not, a hub id or a .gguf file; --beside shows
+    another one next to it, such as the dense model next to the pruned one.
+
+    \b
+    Example:
+      pho generate pruned --beside dense --prompt "The sea is" --tokens 20
+      pho generate pruned --beside dense --text report.txt
+    """
+    at_least(1, tokens=tokens)
+    if bool(prompts) == (text is not None):
+        raise InvalidInput("Give either --prompt, once or more, or --text.")
+    names = [model] if beside is None else [beside, model]
+    if len({*names}) < len(names):
+        raise InvalidInput(f"--beside {beside} is the model itself. Give another one.")
+    check_models(names, text=text)
+    from pho_service.models.loading import load_model
+    from pho_service.models.texts import read_windows
+    from pho_service.pipeline.writing import PROMPT_TOKENS, beginnings, texts_of, write
+    from pho_service.shown.parts import Table
+
+    said, written = [*prompts], []
+    for name in names:
+        with working(f"Loading {name}"):
+            loaded = load_model(name, device=device, dtype=dtype)
+        if text is not None and not said:
+            windows, _ = read_windows(
+                loaded, file_source(text), context_length=PROMPT_TOKENS, bos="never"
+            )
+            said = texts_of(loaded, beginnings(windows))
+        with working(f"Writing with {name}"):
+            written.append(write(loaded, said, tokens))
+    rows = [*zip(said, *written, strict=True)]
+    if as_json:
+        print_json([dict(zip(("prompt", *names), row, strict=True)) for row in rows])
+        return
+    title = f"At most {tokens} tokens, each the likeliest"
+    show_table(Table(("prompt", *names), rows, title=title, numbers=False, texts=True))
 
 
 def _measured_on(given: Given, split: str | None) -> "TextSpec":
@@ -444,13 +517,7 @@ def show_comparison(compared: "Compared") -> None:
 )
 @click.option("--rounds", default=5, show_default=True, help="How often all is measured.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the prompts' tokens.")
-@click.option(
-    "--dtype",
-    default="auto",
-    show_default=True,
-    help="auto, float32, bfloat16 or float16. auto: the stored one on a GPU, float32 on a CPU.",
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@_where
 @json_option
 @verb
 def bench(

@@ -19,7 +19,7 @@ from pho_service.cli.options import (
     json_option,
     out_file,
 )
-from pho_service.cli.terminal import print_json, say, verb
+from pho_service.cli.terminal import print_json, say, show_table, verb
 from pho_service.errors import InvalidInput
 from pho_service.pipeline.inputs import Calibrated
 from pho_service.spec.document import number
@@ -173,6 +173,7 @@ def _finish(
     as_json: bool,
     target: "TargetFound | None" = None,
 ) -> None:
+    from pho_service.shown.tables import continuations_table
     from pho_service.spec.configuration import write_configuration
 
     write_configuration(result.configuration, path)
@@ -196,6 +197,10 @@ def _finish(
         return
     if target is not None:
         within_target.show_target(target)
+    found = result.configuration
+    if found.continuations:
+        show_table(continuations_table(found.continuations))
+        click.echo()
     click.echo(describe(result, path, study))
 
 

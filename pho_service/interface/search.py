@@ -53,11 +53,12 @@ from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.shown.parts import Shown, Table
 from pho_service.shown.report import LayerCell, Report, layer_cells
-from pho_service.shown.tables import configuration_rows, results_table
+from pho_service.shown.tables import configuration_rows, continuations_table, results_table
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.configuration import (
     REFERENCES,
     Configuration,
+    Continuation,
     Perplexities,
     write_configuration,
 )
@@ -393,6 +394,24 @@ class FoundRow:
     proxy: float | None = None
 
 
+@dataclass(frozen=True, repr=False)
+class Written(Shown):
+    """
+    What the dense and the pruned model write, each next token the likeliest.
+
+    Attributes:
+        rows: A ``prompt`` each, and how ``dense`` and ``pruned`` go on.
+    """
+
+    rows: Sequence[Continuation]
+
+    def _records(self) -> Sequence[Any]:
+        return [row.model_dump() for row in self.rows]
+
+    def _shown(self) -> Table:
+        return continuations_table(self.rows)
+
+
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Found(Shown, SearchResult):
     """
@@ -416,6 +435,11 @@ class Found(Shown, SearchResult):
         None where no perplexity was measured; as text it is one line.
         """
         return self.configuration.perplexities
+
+    @property
+    def continuations(self) -> Written:
+        """How the dense and the pruned model go on with three prompts of the confirmation text."""
+        return Written(self.configuration.continuations)
 
     def write(self, path: str | Path) -> None:
         """

@@ -34,6 +34,7 @@ from pho_service.pruning.reconstruction import Reconstructed, summary
 from pho_service.shown.report import Report
 from pho_service.shown.tables import (
     configuration_rows,
+    continuations_table,
     recovered_table,
     results_table,
     tasks_table,
@@ -195,6 +196,8 @@ def _how_good(recipe: Mapping[str, Any], found: Configuration | None) -> Iterato
         good = found.perplexities
         table = results_table(Report.of(found)) if good is None else verdict_table(good)
         yield "" if table is None else table.markdown()
+        written = continuations_table(found.continuations)
+        yield f"\n{written.markdown() if written.rows else written.notes[0]}"
     if found is not None and found.tasks is not None:
         limit = found.tasks.limit
         asked = "" if limit is None else f", the first {limit} examples of each"

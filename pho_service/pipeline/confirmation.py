@@ -28,6 +28,7 @@ from pho_service.pipeline.rating import (
     rate_pruned,
     windows_key,
 )
+from pho_service.pipeline.writing import written_by
 from pho_service.progress import Advance, Fence, Run
 from pho_service.pruning.allocation import bounds
 from pho_service.pruning.bundle import ProxyBundle
@@ -471,6 +472,7 @@ def reconstruct_winner(
         run,
         kept="reconstructed",
         title="Reconstructing the best",
+        writes=True,
     )
     after = measured.perplexity
     if not after < before:
@@ -492,18 +494,22 @@ def measured_once(
     *,
     kept: str,
     title: str,
+    writes: bool = False,
 ) -> Perplexity:
     """The perplexity that the study holds; measured and kept at once if it is not there."""
+    # So is what the model writes, if that is wanted, since pruning it again would take long.
     about = {"candidate": candidate.to_dict(), "text_sha256": subject.text.key}
 
     def make() -> dict[str, Any]:
-        return asdict(_measure(subject, candidate, run, title))
+        return _measure(subject, candidate, run, title, writes=writes)
 
     stored = once(study, kept, about, make, fence=run.fence)
     return Perplexity(**{each.name: stored[each.name] for each in fields(Perplexity)})
 
 
-def _measure(subject: Subject, candidate: Candidate, run: Run, title: str) -> Perplexity:
+def _measure(
+    subject: Subject, candidate: Candidate, run: Run, title: str, *, writes: bool
+) -> dict[str, Any]:
     chosen = subject.bundle.choose(candidate.steps.linears, candidate.pattern)
     with (
         run.progress(title, len(chosen.names)) as advance,
@@ -511,7 +517,10 @@ def _measure(subject: Subject, candidate: Candidate, run: Run, title: str) -> Pe
             subject.model, subject.bundle.statistics(), candidate, subject.calibration, advance
         ),
     ):
-        return measure_perplexity(subject.model, subject.text.windows, advance=lambda _: advance(0))
+        measured = measure_perplexity(
+            subject.model, subject.text.windows, advance=lambda _: advance(0)
+        )
+        return {**asdict(measured), **(written_by(subject) if writes else {})}
 
 
 # What it costs a search to permute only channels whose order can be folded into the weights.

@@ -618,21 +618,22 @@ class _Steps:
         return known, losses
 
     def _looked_at_again(self, result: SearchResult, run: Run) -> SearchResult:
-        """With what orders that fold cost it, and reconstructed, if that makes it better."""
-        steps, study = self._request.steps, self._islands.studies[0]
-        if not (steps.reconstruction.wanted or steps.gives_up_orders):
+        """With what orders that fold cost it, reconstructed if that is better, and writing."""
+        steps, study, subject = self._request.steps, self._islands.studies[0], self._subject
+        if subject is None and not steps.reconstruction.wanted:
             return result
         from pho_service.pipeline.confirmation import (
             priced,  # loads transformers
             reconstruct_winner,
         )
+        from pho_service.pipeline.writing import with_continuations
 
-        subject = self._subject
         if subject is not None:
             result = priced(result, study, subject, run)
         if steps.reconstruction.wanted:
             result = reconstruct_winner(result, steps.reconstruction, study, subject, run)
         if subject is not None:
+            result = with_continuations(result, study, subject, run)
             self._inputs.check()
         return result
 

@@ -13,6 +13,7 @@ import numpy as np
 from pho_service.errors import InvalidInput
 from pho_service.planning.shapes import DTYPE_BYTES, LinearShape, ModelShapes
 from pho_service.spec.calibration import CalibrationSettings
+from pho_service.spec.configuration import NEW_TOKENS
 from pho_service.spec.objective import IN_FULL, corrected_windows
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.recovery import Recovery
@@ -340,7 +341,9 @@ class _Costs:
         context = self.work.calibration.context_length
         measured = self.perplexity()
         steps = self.work.steps.before_reconstruction
-        pruned, winner = self.pruning(steps), 0.0
+        pruned = self.pruning(steps)
+        # The winner is pruned once more, and writes as the dense model does.
+        winner = 0.0 if self.work.stream else pruned + self.written()
         if self.work.steps.reconstruction.wanted:
             winner = self.pruning(self.work.steps) + self.reconstruction() + measured
         winner += REFERENCES * (measured + self.masks())
@@ -356,6 +359,10 @@ class _Costs:
             finalists += BASELINES
         raced = MEASURED * measured + LOOKS * pruned
         return finalists * (compared + pruned) + raced + in_full + winner
+
+    def written(self) -> float:
+        """What two models write: for each token all weights are read."""
+        return 2 * NEW_TOKENS * self.shapes.bytes(self.work.dtype) / self.machine.bandwidth
 
     def masks(self) -> float:
         """One candidate's, by its score alone."""

@@ -199,6 +199,7 @@ def sections(report: Report) -> list[Section]:
         return [found, _settings(report), _happened(report)]
     parts = [_result(report), *curve]
     if report.subject != "transfer":
+        parts += [] if report.configuration is None else [_writing(report.configuration)]
         scores = None if report.configuration is None else report.configuration.tasks
         parts += [] if scores is None else [_tasks(scores)]
         parts += [] if report.recovery is None else [_recovery(report.recovery)]
@@ -263,6 +264,17 @@ def _how_good(report: Report) -> list[str]:
     elif report.subject == "search":
         texts.append("No perplexity was measured: the result is the best by the proxy.")
     return texts
+
+
+def _writing(found: Configuration) -> Section:
+    table = tables.continuations_table(found.continuations)
+    known = bool(found.continuations)
+    return Section(
+        id="writing",
+        title="How it writes",
+        texts=[] if known else table.notes,
+        tables=[table] if known else [],
+    )
 
 
 def _recovery(recovered: Recovered) -> Section:

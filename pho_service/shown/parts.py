@@ -316,6 +316,7 @@ class Table:
     notes: Sequence[str] = ()  # Sentences below
     numbers: bool = True  # Whether all columns but the first are aligned right
     marked: int | None = None  # The row to look at first; None where there is none
+    texts: bool = False  # Whether cells are of people or models, and nothing in them is markup
 
     def __str__(self) -> str:
         cells = [list(self.columns), *self.cells]
@@ -331,11 +332,11 @@ class Table:
         return "\n".join([*filter(None, [self.title]), *lines, *self.notes])
 
     def markdown(self) -> str:
-        rule = "---:" if self.numbers else "---"
+        rule, cell_of = "---:" if self.numbers else "---", _literal if self.texts else _escaped
         lines = [
             f"| {' | '.join(map(_escaped, self.columns))} |",
             f"| {' | '.join(['---', *[rule] * (len(self.columns) - 1)])} |",
-            *(f"| {' | '.join(map(_escaped, row))} |" for row in self.cells),
+            *(f"| {' | '.join(map(cell_of, row))} |" for row in self.cells),
         ]
         title = [f"**{_escaped(self.title)}**", ""] if self.title else []
         notes = ["", *map(_escaped, self.notes)] if self.notes else []
@@ -504,3 +505,8 @@ def as_code(text: str) -> Markup:
 
 def _escaped(text: str) -> str:
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+
+
+def _literal(text: str) -> str:
+    """A text for Markdown in which every sign stands for itself."""
+    return re.sub(r"[!-/:-@\[-`{-~]", r"\\\g<0>", " ".join(text.split()))

@@ -9,7 +9,12 @@ from typing import Any, Literal
 from pho_service.library import MeasuredBy
 from pho_service.shown.parts import Table
 from pho_service.shown.report import Report, ReportTrial, StageTime, gain_over
-from pho_service.spec.configuration import Configuration, Confirmation, Perplexities
+from pho_service.spec.configuration import (
+    Configuration,
+    Confirmation,
+    Continuation,
+    Perplexities,
+)
 from pho_service.spec.document import listed, number, percent, seconds
 from pho_service.spec.recovery import Recovered
 from pho_service.spec.tasks import TaskScore, TaskScores, mean_accuracy
@@ -94,6 +99,22 @@ def verdict_table(good: Perplexities) -> Table:
         ),
         marked=1,
     ).without_empty()
+
+
+def continuations_table(found: Sequence[Continuation]) -> Table:
+    return Table(
+        ("prompt", "dense", "pruned"),
+        [(each.prompt, each.dense, each.pruned) for each in found],
+        title="How the dense and the pruned model go on",
+        notes=(
+            "Each next token is the likeliest. Prompts are from the text of the confirmation."
+            if found
+            else "Nothing was written: that takes a text to confirm on, a tokenizer, and a model "
+            "that is not read block by block.",
+        ),
+        numbers=False,
+        texts=True,
+    )
 
 
 def recovered_table(recovered: Recovered) -> Table:

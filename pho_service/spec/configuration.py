@@ -166,6 +166,17 @@ class Confirmation(Document):
     evaluations: float | None = Field(None, exclude_if=lambda value: value is None)
 
 
+NEW_TOKENS = 40  # that a model writes after a prompt
+
+
+class Continuation(Document):
+    """How the dense and the pruned model go on with a prompt, token by token the likeliest."""
+
+    prompt: str
+    dense: str
+    pruned: str
+
+
 class Configuration(Document):
     """
     The whole file.
@@ -180,6 +191,8 @@ class Configuration(Document):
         scope: Where weights compete.
         objective: What the search minimised or maximised, and the winner's value.
         confirmation: None if no perplexity was measured.
+        continuations: What the dense and the pruned model write after beginnings of the text of the
+            confirmation. Empty without such a text, or if the model is streamed or reads no text.
         candidates: Everything that was confirmed, best first: by perplexity, then what was only
             compared with the dense model, by divergence.
         baselines: The published methods in the same pattern.
@@ -202,6 +215,9 @@ class Configuration(Document):
     scope: Literal["row", "layer", "global"]
     objective: dict[str, Any] = Field(default_factory=dict)
     confirmation: Confirmation | None = None
+    continuations: Annotated[list[Continuation], FailFast()] = Field(
+        default_factory=list, exclude_if=lambda value: not value
+    )
     candidates: Annotated[list[Rating], FailFast()] = Field(default_factory=list)
     baselines: Annotated[list[Rating], FailFast()] = Field(default_factory=list)
     border: Annotated[list[str], FailFast()] = Field(default_factory=list)
@@ -240,7 +256,7 @@ class Configuration(Document):
         return self.model_copy(
             update={
                 "steps": steps, "perplexities": None, "confirmation": None, "candidates": [],
-                "tasks": None,
+                "continuations": [], "tasks": None,
             }
         )  # fmt: skip
 

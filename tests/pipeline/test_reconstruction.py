@@ -202,9 +202,12 @@ def test_winner(
     """Only the winner is trained, once in a study, and only a better perplexity is taken."""
     measured: list[Candidate] = []
 
-    def measure(_subject: Subject, candidate: Candidate, *_: object) -> float:
+    def measure(_: Subject, candidate: Candidate, *_more: object, writes: bool) -> dict[str, Any]:
         measured.append(candidate)
-        return factor * without.confirmation.perplexity
+        assert writes
+        perplexity = factor * without.confirmation.perplexity
+        rated = {"perplexity": perplexity, "tokens": 9, "windows": 3, "losses": []}
+        return {**rated, "written": ["one", "two", "three"]}
 
     monkeypatch.setattr(confirmation, "_measure", measure)
     texts = {**confirming, "calibration": confirming["confirm_text"].windows}
@@ -225,8 +228,10 @@ def test_winner(
                 "before_reconstruction": without.confirmation.perplexity,
             }
         )
+        assert [each.pruned for each in found.continuations] == ["one", "two", "three"]
     else:
         assert (found.steps, found.confirmation) == (without.steps, without.confirmation)
+        assert found.continuations == without.continuations
         assert "The reconstruction was left out" in first.warnings[-1]
 
 

@@ -1,0 +1,125 @@
+"""
+How models go on with a text: what the dense and the pruned one write, token by token the likeliest.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import optuna
+import torch
+from torch import Tensor
+
+from pho_service.errors import InvalidInput, shown
+from pho_service.models.loading import LanguageModel
+from pho_service.pipeline.pipeline import pruned_model
+from pho_service.pipeline.rating import Subject
+from pho_service.progress import Run
+from pho_service.spec.configuration import NEW_TOKENS, Continuation
+from pho_service.tuning.result import SearchResult
+from storage.studies import kept, once
+
+PROMPTS = 3  # beginnings of windows of the text of a confirmation
+PROMPT_TOKENS = 32  # of each
+
+
+def with_continuations(
+    result: SearchResult, study: optuna.Study, subject: Subject, run: Run
+) -> SearchResult:
+    """A confirmed result with what the dense and the pruned model write; the study keeps it."""
+    model, candidate = subject.model, result.configuration.candidate()
+    prompts = prompts_of(subject)
+    if prompts is None:
+        return result
+    text = {"text_sha256": subject.text.key}
+    about = {**text, "candidate": candidate.to_dict()}
+
+    def prune_and_write() -> dict[str, Any]:
+        calibration, statistics = subject.calibration, subject.bundle.statistics()
+        with pruned_model(model, statistics, candidate, calibration, lambda _: advance(0)):
+            return written_by(subject)
+
+    with run.progress("Writing with both models", 2) as advance:
+        run.look()
+        dense = once(study, "written:dense", text, lambda: written_by(subject), fence=run.fence)
+        advance(1)
+        # A winner that was reconstructed has written when it was measured.
+        pruned = kept(study, "reconstructed", about) or once(
+            study, "written", about, prune_and_write, fence=run.fence
+        )
+        advance(1)
+    sides = zip(texts_of(model, prompts), dense["written"], pruned["written"], strict=True)
+    found = [Continuation(prompt=each, dense=dense, pruned=pruned) for each, dense, pruned in sides]
+    told = result.configuration.model_copy(update={"continuations": found})
+    return replace(result, configuration=told)
+
+
+def prompts_of(subject: Subject) -> Tensor | None:
+    """
+    Beginnings of windows from all over a text, (prompts, tokens); None for a model that is
+    streamed, or has no tokenizer.
+    """
+    model, windows = subject.model, subject.text.windows
+    if model.stream or model.tokenizer is None:
+        return None
+    return beginnings(windows)[:, : (model.longest or 2 * PROMPT_TOKENS) // 2]
+
+
+def beginnings(windows: Tensor) -> Tensor:
+    """The first tokens of windows that are spread evenly."""
+    places = {(2 * each + 1) * len(windows) // (2 * PROMPTS) for each in range(PROMPTS)}
+    return windows[sorted(places), :PROMPT_TOKENS]
+
+
+def written_by(subject: Subject) -> dict[str, Any]:
+    """What the model, as it is now, writes after each of the prompts."""
+    prompts = prompts_of(subject)
+    return {} if prompts is None else {"written": continued(subject.model, prompts, NEW_TOKENS)}
+
+
+def continued(model: LanguageModel, prompts: Tensor, tokens: int) -> list[str]:
+    """The likeliest next tokens of each prompt, at most as many as there is room for, as text."""
+    length = prompts.shape[1]
+    room = tokens if model.longest is None else min(tokens, model.longest - length)
+    network: Any = model.model
+    end = network.generation_config.eos_token_id
+    with torch.inference_mode():
+        found = network.generate(
+            prompts.to(model.device),
+            attention_mask=torch.ones_like(prompts).to(model.device),
+            max_new_tokens=room,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            pad_token_id=end[0] if isinstance(end, list) else end or 0,
+        )
+    return texts_of(model, found[:, length:])
+
+
+def texts_of(model: LanguageModel, tokens: Tensor) -> list[str]:
+    """Rows of tokens as texts without what cannot be printed, but for the ends of lines."""
+    texts = [model.tokenizer.decode(row, skip_special_tokens=True) for row in tokens.tolist()]
+    return ["".join(c if c.isprintable() or c == "\n" else " " for c in text) for text in texts]
+
+
+def write(model: LanguageModel, prompts: Sequence[str], tokens: int) -> list[str]:
+    """
+    What a model writes after each prompt, which begins as the model's texts do.
+
+    Raises:
+        InvalidInput: A prompt is empty, or has no room in the model beside what is to be written.
+    """
+    cut = []
+    for prompt in prompts:
+        if not prompt.strip():
+            raise InvalidInput("a prompt is empty. Give it a word to go on from.")
+        begin = torch.tensor(model.window_prefix("auto"), dtype=torch.long)
+        cut.append(torch.cat([begin, model.tokenize(prompt)]))
+        needed = len(cut[-1]) + tokens
+        if model.longest is not None and needed > model.longest:
+            raise InvalidInput(
+                f"the prompt {shown(prompt, 30)!r} has {len(cut[-1])} tokens, which is {needed} "
+                f"with --tokens {tokens}, but {model.name} reads {model.longest}. Shorten the "
+                "prompt, or write fewer tokens."
+            )
+    return [continued(model, each[None], tokens)[0] for each in cut]

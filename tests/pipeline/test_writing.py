@@ -1,0 +1,74 @@
+"""What the dense and the pruned model write after prompts of the text of a confirmation."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from pho_service.errors import InvalidInput
+from pho_service.models.loading import LanguageModel
+from pho_service.pipeline.pipeline import pruned_model
+from pho_service.pipeline.search import search_job
+from pho_service.pipeline.writing import write
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.shown.page import render
+from pho_service.shown.report import Report
+from pho_service.shown.tables import continuations_table
+from pho_service.spec.configuration import Continuation
+from pho_service.spec.pattern import Pattern
+from pho_service.tuning.plan import SearchRequest
+
+REQUEST = SearchRequest(pattern=Pattern.parse("0.5"), trials=8, finalists=1)
+
+
+def likeliest(model: LanguageModel, prompt: torch.Tensor, count: int) -> str:
+    """Each next token from all before it, without a cache."""
+    tokens = prompt[None]
+    with torch.inference_mode():
+        for _ in range(count):
+            following = model.model(tokens, use_cache=False).logits[:, -1].argmax(-1)
+            tokens = torch.cat([tokens, following[None]], dim=1)
+    return model.tokenizer.decode(tokens[0, len(prompt) :], skip_special_tokens=True)
+
+
+def test_a_result_has_what_both_models_write_and_the_study_keeps_it(
+    bundle: ProxyBundle, confirming: Any, searched: Any
+) -> None:
+    model, windows = confirming["model"], confirming["confirm_text"].windows
+    prompts = windows[:, : min(32, model.longest // 2)]
+    count = min(40, model.longest - prompts.shape[1])
+    found = searched(REQUEST, bundle, **confirming).configuration
+    dense = [likeliest(model, prompt, count) for prompt in prompts]
+    with pruned_model(model, bundle.statistics(), found.candidate(), None):
+        after = [likeliest(model, prompt, count) for prompt in prompts]
+    model.model.generate = None  # whoever writes again fails
+    again = searched(REQUEST, bundle, **confirming).configuration
+
+    assert [each.dense for each in found.continuations] == dense
+    assert [each.pruned for each in found.continuations] == after
+    assert again.continuations == found.continuations
+
+
+def test_a_streamed_model_and_a_search_without_a_text_write_nothing_and_the_report_says_so(
+    bundle: ProxyBundle, confirming: Any, streamed: LanguageModel
+) -> None:
+    alone = search_job(REQUEST, bundle).configuration
+    read = search_job(REQUEST, bundle, **{**confirming, "model": streamed}).configuration
+
+    assert alone.continuations == read.continuations == []
+    assert "Nothing was written: that takes a text" in render(Report.of(read))
+
+
+def test_a_prompt_that_is_empty_or_too_long_is_refused(model: LanguageModel) -> None:
+    with pytest.raises(InvalidInput, match="a prompt is empty"):
+        write(model, [" "], 4)
+    with pytest.raises(InvalidInput, match=r"tokens, which is .* reads"):
+        write(model, ["word " * (model.longest or 0)], 4)
+
+
+def test_nothing_in_a_text_is_markup() -> None:
+    texts = Continuation(prompt="<b>|*a*", dense="`x`\n[y](z)", pruned="$1$")
+    table = continuations_table([texts])
+
+    assert r"| \<b\>\|\*a\* | \`x\` \[y\]\(z\) | \$1\$ |" in table.markdown()
+    assert "&lt;b&gt;|*a*" in table.html()
