@@ -195,6 +195,7 @@ class ArtifactList(_Answer):
     job_id: uuid.UUID
     files: list[Artifact]
     bytes: int = Field(description="Bytes of all files.")
+    archive: str = Field(description="Path of all files as one tar.")
 
 
 class JobPage(_Answer):

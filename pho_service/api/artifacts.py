@@ -5,6 +5,7 @@
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from tarfile import BLOCKSIZE, GNU_FORMAT, TarInfo
 from typing import Annotated, Any, BinaryIO
 from urllib.parse import quote
 from uuid import UUID
@@ -80,7 +81,12 @@ def listed(job: stored.JobRecord) -> ArtifactList:
         Artifact(**file, href=f"/v1/jobs/{job.id}/artifacts/{quote(file['name'])}")
         for file in _pruned(job)["files"]
     ]
-    return ArtifactList(job_id=job.id, files=files, bytes=sum(file.bytes for file in files))
+    return ArtifactList(
+        job_id=job.id,
+        files=files,
+        bytes=sum(file.bytes for file in files),
+        archive=f"/v1/jobs/{job.id}/artifacts.tar",
+    )
 
 
 def _pruned(job: stored.JobRecord) -> dict[str, Any]:
@@ -100,6 +106,51 @@ def _pruned(job: stored.JobRecord) -> dict[str, Any]:
             job.state,
         )
     return result
+
+
+@router.get(
+    "/{job_id:uuid}/artifacts.tar",
+    responses={
+        200: {
+            "description": "The archive.",
+            "content": {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}},
+        },
+        **documented(404, 409, 422),
+    },
+    response_class=Response,
+)
+def archive(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Response:
+    """Download a job's pruned model as one tar: a folder with its files, not compressed."""
+    found = _pruned(service.jobs.get(job_id, visible_to=caller.visible_to))
+    folder = f"pruned-{str(job_id)[:8]}"
+    sizes = {file["name"]: int(file["bytes"]) for file in found["files"]}
+    heads = {name: _tar_head(f"{folder}/{name}", size) for name, size in sizes.items()}
+    length = sum(len(heads[name]) + size + -size % BLOCKSIZE for name, size in sizes.items())
+    for name in [*sizes][:1]:  # a store that cannot be read is told before anything is sent
+        service.pruned.open(job_id, found["key"], name).close()
+
+    def content() -> Iterator[bytes]:
+        for name, size in sizes.items():
+            yield heads[name]
+            yield from _read(service.pruned.open(job_id, found["key"], name), 0, size)
+            yield bytes(-size % BLOCKSIZE)
+        yield bytes(2 * BLOCKSIZE)  # the end of an archive
+
+    return StreamingResponse(
+        content(),
+        headers={
+            "Content-Disposition": f'attachment; filename="{folder}.tar"',
+            "Content-Length": str(length + 2 * BLOCKSIZE),
+        },
+        media_type="application/x-tar",
+    )
+
+
+def _tar_head(name: str, size: int) -> bytes:
+    """What stands before a file in an archive."""
+    about = TarInfo(name)
+    about.size = size
+    return about.tobuf(GNU_FORMAT)
 
 
 @router.get(

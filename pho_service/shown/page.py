@@ -251,7 +251,8 @@ def _how_good(report: Report) -> list[str]:
     assert found is not None
     gain, how, good = measured_gain(found), found.confirmation, found.perplexities
     texts = [] if gain is None else [f"The result is {gain}."]
-    texts += [] if good is None else [f"{good.sentence}."]
+    if good is not None:
+        texts = [f"{good.sentence}."]
     texts.append(f"Pattern {words.pattern_in_words(found.pattern)}, scope {found.scope}.")
     if how is not None:
         before = how.before_reconstruction

@@ -2,6 +2,7 @@
 The tables and sentences of a result, for every face.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, Literal
@@ -104,7 +105,13 @@ def verdict_table(good: Perplexities) -> Table:
 def continuations_table(found: Sequence[Continuation]) -> Table:
     return Table(
         ("prompt", "dense", "pruned"),
-        [(each.prompt, each.dense, each.pruned) for each in found],
+        [  # small models write little else than ends of lines
+            tuple(
+                re.sub(r"\n(\s*\n)+", "\n\n", text)
+                for text in (each.prompt, each.dense, each.pruned)
+            )
+            for each in found
+        ],
         title="How the dense and the pruned model go on",
         notes=(
             "Each next token is the likeliest. Prompts are from the text of the confirmation."

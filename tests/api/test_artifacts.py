@@ -1,7 +1,9 @@
 """The pruned model of a job: asked for, listed, downloaded in parts, and deleted in time."""
 
 import hashlib
+import io
 import shutil
+import tarfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,6 +64,20 @@ def pruned(client: TestClient, submit: Any, hand: Any, prune: Any) -> str:
     assert client.post(f"/v1/jobs/{job}:prune").status_code == 202
     prune(job)
     return f"/v1/jobs/{job}"
+
+
+def test_all_files_as_one_archive(client: TestClient, pruned: str, store: Path) -> None:
+    address = client.get(f"{pruned}/artifacts").json()["archive"]
+    answer = client.get(address)
+    folder = f"pruned-{pruned.rpartition('/')[2][:8]}"
+    with tarfile.open(fileobj=io.BytesIO(answer.content)) as archive:
+        found = {each.name: archive.extractfile(each).read() for each in archive}
+
+    assert found == {f"{folder}/{name}": content for name, content in FILES.items()}
+    assert int(answer.headers["content-length"]) == len(answer.content)
+    assert answer.headers["content-disposition"] == f'attachment; filename="{folder}.tar"'
+    shutil.rmtree(store)
+    assert client.get(address).status_code == 503
 
 
 def test_asked_twice(client: TestClient, submit: Any, hand: Any, prune: Any) -> None:

@@ -456,8 +456,9 @@ def test_curl_pho_submit_and_python_send_the_document_of_the_form_without_its_de
     texts = ("it's.txt", "a b.txt")
     for text in texts:
         (tmp_path / text).touch()
-    (tmp_path / "my model").mkdir(exist_ok=True)
-    (tmp_path / "-c").mkdir(exist_ok=True)
+    for model in ("my model", "-c"):
+        (tmp_path / model).mkdir(exist_ok=True)
+        (tmp_path / model / "config.json").write_text("{}")
     document = {name: value for name, value in document.items() if name != "notify"}
     if document.get("more_models"):
         document["more_models"] = ["org/b", "./-c"]

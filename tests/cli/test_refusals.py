@@ -77,7 +77,7 @@ BAD_USAGE = [
     (VALIDATE + " --pattern 0.5 --plot a.png", r"a\.png is not a name of a page.*a\.html"),
     (PRUNE + " --text {text}", "--bundle and a text are both given"),
     (CALIBRATE + " --kernel-sizes x", "not numbers"),
-    (CALIBRATE + " --samples 4 --context-length 24 --calibration-memory 1.5MiB", "take 2 MiB"),
+    (CALIBRATE + " --samples 4 --context-length 24 --calibration-memory 1.5MiB", "take 1.5 MiB"),
     (CALIBRATE + " --device cuda:77", "does not exist"),
     ("transfer {config} {model}", "Give --report-text or --report-dataset, or a bundle"),
     (CURVE + " --patterns 0.5,3:5", "in_features=32 is not a multiple of M=5"),

@@ -20,7 +20,8 @@ TRANSFER = {
     "proxies": {"wanda": 0.4, "ria": 0.5, "transferred": 0.3, "own": None},
 }  # fmt: skip
 SEARCH = [
-    "result", "search", "finalists", "layers", "importances", "transfer", "settings", "happened",
+    "result", "writing", "search", "finalists", "layers", "importances", "transfer", "settings",
+    "happened",
 ]  # fmt: skip
 
 
@@ -70,7 +71,7 @@ def test_the_page_begins_with_how_good_the_result_is(page_of: Any, report_of: An
         ["dense", "16.00", "", ""], ["pruned", "20.00", "+25.0%", "50.0%"],
         ["Wanda", "28.00", "+75.0%", "30.0%"], ["RIA", "40.00", "+150.0%", ""],
     ]  # fmt: skip
-    assert "The result is 50.0% below RIA's perplexity." in page.text["result"]
+    assert "Perplexity 20.00: 25.0% above dense (16.00), 28.6% below Wanda" in page.text["result"]
     assert "50 % of the weights are removed" in page.text["result"]
     assert "pho pull 1 --prune --out pruned" in page.text["result"]
 
