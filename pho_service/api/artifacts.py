@@ -147,7 +147,7 @@ def archive(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Respons
 
 
 def _tar_head(name: str, size: int) -> bytes:
-    """What stands before a file in an archive."""
+    """Make what stands before a file in an archive."""
     about = TarInfo(name)
     about.size = size
     return about.tobuf(GNU_FORMAT)

@@ -232,6 +232,7 @@ def test_a_path_that_is_not_allowed(tmp_path: Path, changes: dict[str, Any], poi
 
 def test_a_model_in_other_letters_is_the_same_model(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
     access = Access.of(Settings(model_roots=(tmp_path,)))
 
     with pytest.raises(FieldError, match=r"'\./m' is the same model as 'm'") as caught:
