@@ -65,6 +65,7 @@ EXPLAINED = re.compile(
     r"|MemoryError|OutOfMemory|[Cc]an(not|'t) allocate memory|can't start new thread"
     r"|std::bad_alloc|failed to map segment|Numba could not be imported"
     r"|error return without exception set"
+    r"|raise ImportError\(msg\) from exc"  # numpy's, which tells the cause after many lines
 )
 
 
