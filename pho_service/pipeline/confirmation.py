@@ -110,8 +110,14 @@ def choose_finalists(
     costly = any(each.candidate.steps.needs_text for each in pool)
     masks_alone = costly and not islands.plan.pattern.group
     stream = subject.model.stream
-    if len(pool) <= (IN_FULL if masks_alone else 1) or ((stream or costly) and not masks_alone):
+    compared = masks_alone or not (stream or costly)
+    if len(pool) <= (IN_FULL if masks_alone else 1) or not compared:
         return Raced(finalists=pool, evaluations=float(len(pool)))
+    if masks_alone:
+        pool = [
+            replace(each, candidate=replace(each.candidate, steps=each.candidate.steps.masked))
+            for each in pool
+        ]
     if stream:
         left = united(rated, _best_masks(islands, pool, subject, run), before)
         return Raced(finalists=left, evaluations=float(len(pool) + len(left)))
@@ -124,16 +130,15 @@ def choose_finalists(
 def _best_masks(
     islands: Islands, pool: Sequence[RatedCandidate], subject: Subject, run: Run
 ) -> list[RatedCandidate]:
-    """The finalists that are pruned in full, by the perplexity of each one's mask alone."""
+    """The finalists that are pruned in full, by the perplexity of each one's mask."""
     windows, statistics = subject.text.windows, subject.bundle.statistics()
     found: list[tuple[float, RatedCandidate]] = []
     with run.progress("Comparing masks", len(pool) * len(windows)) as advance:
         for each in pool:
             run.look()
             study, there = islands.place(each.number)
-            masked = replace(each.candidate, steps=each.candidate.steps.masked)
 
-            def make(masked: Candidate = masked) -> dict[str, float]:
+            def make(masked: Candidate = each.candidate) -> dict[str, float]:
                 with named(masked):
                     rated, _ = rate_pruned(subject.model, statistics, masked, windows, advance)
                 return {"perplexity": rated.perplexity}
@@ -189,8 +194,9 @@ class _Race:
             losses = {each.number: self._measured(each, seen, glances, advance) for each in left}
             numbers = still_racing(losses, seen, windows=self.windows)
             advance((len(left) - len(numbers)) * (self.windows - windows))  # not to be run
-            total = {n: sum(map(sum, losses[n].values())) for n in numbers}
-            left = sorted((e for e in left if e.number in total), key=lambda e: total[e.number])
+            left = [each for each in left if each.number in numbers]
+            if self.masks_alone:  # best first
+                left.sort(key=lambda each: sum(map(sum, losses[each.number].values())))
         return left[:enough] if self.masks_alone else left
 
     def _measured(
@@ -202,11 +208,8 @@ class _Race:
         missing = [number for number in seen if number not in known]
         if missing:
             self.on.look()
-            candidate = each.candidate
-            if self.masks_alone:
-                candidate = replace(candidate, steps=candidate.steps.masked)
-            with named(candidate):
-                glance = glances(candidate, missing)
+            with named(each.candidate):
+                glance = glances(each.candidate, missing)
             known = {**known, **glance.losses}
             study, there = self.islands.place(each.number)
             with self.on.fence():
