@@ -1,21 +1,35 @@
 """
-API keys and logins of browsers: shown once, stored as hashes.
+API keys with their quotas and logins of browsers: shown once, stored as hashes.
 """
 
 import hashlib
 import secrets
 import uuid
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from sqlalchemy import Connection, and_, delete, exists, func, insert, or_, select, update
 
 from storage.database import Database
-from storage.tables import configurations, jobs, keys, sessions
+from storage.tables import configurations, jobs, keys, sessions, work
 
 _PREFIX = "pho_"
 MOST_LOGINS = 20  # of a key
 _SHOWN = 10  # characters of a key that tell it apart from others
+
+
+@dataclass(frozen=True)
+class Quota:
+    """How much work the jobs of a key may plan."""
+
+    tokens: int  # That models are run over, as documents count them
+    span: timedelta  # In any stretch of time that is so long
+
+    def __str__(self) -> str:
+        days = self.span / timedelta(days=1)
+        time = f"{days:g} days" if days >= 2 else f"{days * 24:g} hours"
+        return f"{self.tokens:,} tokens in {time}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +42,34 @@ class Key:
     created_at: datetime
     revoked_at: datetime | None  # Since when it opens nothing
     expires_at: datetime | None  # From when on it opens nothing; None is never
+    quota_tokens: int | None
+    quota_span: timedelta | None
+
+    @property
+    def quota(self) -> Quota | None:
+        """None: its jobs may plan as much as they like."""
+        if self.quota_tokens is None or self.quota_span is None:
+            return None
+        return Quota(self.quota_tokens, self.quota_span)
+
+
+class QuotaExceeded(Exception):
+    """A job would plan more work than the quota of its key leaves."""
+
+    def __init__(
+        self, quota: Quota, *, used: int, asked: int, free_at: datetime | None, name: str
+    ) -> None:
+        when = (
+            "That is more than the whole quota: ask for fewer or shorter windows or fewer "
+            "candidates, or let the operator raise it (pho keys quota)."
+            if free_at is None
+            else f"Enough is free from {free_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC on."
+        )
+        super().__init__(
+            f"the quota of key {name!r} is {quota}. {used:,} are used, and this is planned to take "
+            f"{asked:,}. {when}"
+        )
+        self.free_at = free_at  # None: never
 
 
 class NoSuchKey(LookupError):
@@ -42,9 +84,9 @@ class KeyStore:
 
     def create(
         self, name: str, *, sees_all: bool, scrape_only: bool = False,
-        lasts: timedelta | None = None,
+        lasts: timedelta | None = None, quota: Quota | None = None,
     ) -> tuple[Key, str]:  # fmt: skip
-        rights = {"sees_all": sees_all, "scrape_only": scrape_only}
+        rights = {"sees_all": sees_all, "scrape_only": scrape_only, **_columns(quota)}
         with self.database.transaction() as connection:
             return _create(connection, name, rights, lasts=lasts)
 
@@ -58,10 +100,33 @@ class KeyStore:
             lasts = old.expires_at - old.created_at
         with self.database.transaction() as connection:
             rights = {"sees_all": old.sees_all, "scrape_only": old.scrape_only}
+            rights |= _columns(old.quota)
             made = _create(connection, old.name, rights, lasts=lasts)
             _revoke(connection, old.id)
             _give(connection, old.id, made[0].id)
+            mine = update(work).where(work.c.key_id == old.id)
+            connection.execute(mine.values(key_id=made[0].id))
             return made
+
+    def set_quota(self, prefix: str, quota: Quota | None) -> Key:
+        """Give a key a quota, or none. What was planned while it had none does not count."""
+        key = self._chosen(prefix)
+        if key.scrape_only:
+            raise NoSuchKey(prefix)
+        change = update(keys).where(keys.c.id == key.id).values(**_columns(quota))
+        with self.database.transaction() as connection:
+            return Key(**connection.execute(change.returning(*KEY_COLUMNS)).one()._mapping)
+
+    def used(self) -> dict[uuid.UUID, int]:
+        """How much of its quota each key has used that has one and has used some."""
+        query = (
+            select(work.c.key_id, func.sum(work.c.tokens))
+            .join(keys, keys.c.id == work.c.key_id)
+            .where(work.c.planned_at > func.now() - keys.c.quota_span)
+            .group_by(work.c.key_id)
+        )
+        with self.database.transaction() as connection:
+            return {key_id: int(tokens) for key_id, tokens in connection.execute(query)}
 
     def take_over(self, prefix: str) -> tuple[Key, int]:
         """Give a key the jobs that were submitted without one, and their entries of the library."""
@@ -121,7 +186,7 @@ class KeyStore:
 
 KEY_COLUMNS = (
     keys.c.id, keys.c.name, keys.c.prefix, keys.c.sees_all, keys.c.scrape_only, keys.c.created_at,
-    keys.c.revoked_at, keys.c.expires_at,
+    keys.c.revoked_at, keys.c.expires_at, keys.c.quota_tokens, keys.c.quota_span,
 )  # fmt: skip
 # What holds of a key that is neither revoked nor expired.
 OPENS = and_(
@@ -133,8 +198,44 @@ def key_digest(secret: str) -> bytes:
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
 
 
+def _columns(quota: Quota | None) -> dict[str, Any]:
+    return {"quota_tokens": quota and quota.tokens, "quota_span": quota and quota.span}
+
+
+# Work counts from when it is planned, whatever becomes of its job: else a key that deletes its jobs
+# would have no quota.
+def charge(connection: Connection, key_id: uuid.UUID, job_id: uuid.UUID, tokens: int) -> None:
+    """Count work that is planned now, or raise QuotaExceeded if its key's quota has no room."""
+    mine = select(*KEY_COLUMNS).where(keys.c.id == key_id)
+    # One after the other, so that none slips past the quota.
+    key = Key(**connection.execute(mine.with_for_update(key_share=True)).one()._mapping)
+    if (quota := key.quota) is None:
+        return
+    begins = func.now() - quota.span
+    connection.execute(delete(work).where(work.c.key_id == key_id, work.c.planned_at <= begins))
+    counted = select(work.c.tokens, work.c.planned_at).where(work.c.key_id == key_id)
+    found = connection.execute(counted.order_by(work.c.planned_at, work.c.id)).all()
+    left, free_at = quota.tokens - sum(row.tokens for row in found), None
+    if tokens > left:
+        room = left
+        for row in found:
+            room += row.tokens
+            if room >= tokens:
+                free_at = row.planned_at + quota.span
+                break
+        raise QuotaExceeded(
+            quota, used=quota.tokens - left, asked=tokens, free_at=free_at, name=key.name
+        )
+    connection.execute(insert(work).values(key_id=key_id, job_id=job_id, tokens=tokens))
+
+
+def refund(connection: Connection, job_id: uuid.UUID) -> None:
+    """Count no more what was planned for a job that no worker has begun."""
+    connection.execute(delete(work).where(work.c.job_id == job_id))
+
+
 def _create(
-    connection: Connection, name: str, rights: dict[str, bool], *, lasts: timedelta | None
+    connection: Connection, name: str, rights: dict[str, Any], *, lasts: timedelta | None
 ) -> tuple[Key, str]:
     secret = _PREFIX + secrets.token_urlsafe(32)
     values = {

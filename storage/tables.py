@@ -19,6 +19,7 @@ from sqlalchemy import (
     Identity,
     Index,
     Integer,
+    Interval,
     LargeBinary,
     MetaData,
     Table,
@@ -77,6 +78,19 @@ keys = Table(
     Column("created_at", _utc, nullable=False, server_default=_now),
     Column("revoked_at", _utc),
     Column("expires_at", _utc),  # null: never
+    Column("quota_tokens", BigInteger),  # that its jobs may plan in the span; null: no quota
+    Column("quota_span", Interval),
+)
+
+work = Table(  # what the jobs of keys with a quota were planned to take
+    "work",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("key_id", Uuid, ForeignKey("pho.keys.id", ondelete="CASCADE"), nullable=False),
+    Column("job_id", Uuid, nullable=False),  # no foreign key: a deleted job counts, too
+    Column("tokens", BigInteger, nullable=False),
+    Column("planned_at", _utc, nullable=False, server_default=_now),
+    Index("ix_work_key_id_planned_at", "key_id", "planned_at"),
 )
 
 sessions = Table(  # logins of browsers

@@ -18,6 +18,7 @@ from pho_service.api.describe import check_search, configuration_of, describe, p
 from pho_service.api.jobs import OnePattern
 from pho_service.api.problems import Conflict, documented, problem
 from pho_service.api.service import CallerParam, Service, ServiceParam
+from pho_service.spec.job import JobSpec
 from storage import records as stored
 from storage.jobs import REMOVED, ask_to_prune, note_removed
 from storage.records import JobState
@@ -64,7 +65,10 @@ def asked(
         configuration_of(job, named)  # refuses where one must be named
         if job.pruning is not None and job.pruning.about != named:
             service.pruned.remove(job_id)  # of another pattern
-    return ask_to_prune(service.database, job_id, visible_to=visible_to, pattern=named)
+    tokens = JobSpec.model_validate(job.spec).tokens_to_prune
+    return ask_to_prune(
+        service.database, job_id, visible_to=visible_to, pattern=named, tokens=tokens
+    )
 
 
 @router.get(

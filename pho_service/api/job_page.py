@@ -38,6 +38,7 @@ from pho_service.spec.document import number, percent
 from pho_service.spec.fields import FieldError
 from pho_service.spec.transfer import TransferRequest
 from storage import records as stored
+from storage.keys import QuotaExceeded
 from storage.records import NoSuchJob, StateConflict, TooManyJobs, TooManyTrials
 
 router = APIRouter(include_in_schema=False)
@@ -159,6 +160,8 @@ def _asked(
         told, status = _sentence(str(error)), 409
     except TooManyJobs as error:
         told, status = TOO_MANY_JOBS[error.which], 429
+    except QuotaExceeded as error:
+        told, status = _sentence(str(error)), 429
     return _page(service, caller, job_id, status, told)
 
 

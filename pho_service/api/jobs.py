@@ -63,7 +63,7 @@ from storage.studies import DatabaseGone, open_storage, read_trials, study_name
 
 
 # How a document becomes a job: what it must keep to here, and the stages that it begins with.
-def checks(spec: JobSpec, service: Service) -> Iterator[Callable[[], None]]:
+def checks(spec: JobSpec, service: Service) -> Iterator[Callable[[], object]]:
     """
     What a job must keep to on this service, one by one; each raises FieldError if it does not.
     """
@@ -142,6 +142,7 @@ def enter(
     owner_id: UUID | None = None,
     idempotency_key: str | None = None,
     settings: Settings | None = None,
+    tokens: int = 0,
 ) -> JobRecord:
     """
     Store a job and put its first stages into the queue; it is the one of that time if the
@@ -162,6 +163,7 @@ def enter(
         priority=spec.priority,
         trials=spec.trials if isinstance(spec, JobSpec) else 0,
         max_attempts=spec.max_attempts,
+        tokens=tokens,
         owner_id=owner_id,
         idempotency_key=idempotency_key,
         **limits,
@@ -379,6 +381,7 @@ def take(
         owner_id=caller.key_id,
         idempotency_key=idempotency_key,
         settings=service.settings,
+        tokens=whole.check_size(service.limits),
     )
 
 
@@ -464,7 +467,7 @@ def extend(job_id: UUID, extension: Extension, service: ServiceParam, caller: Ca
     check_search(job)
     check_one_pattern(job)
     spec = JobSpec.model_validate(job.spec)
-    spec.check_size(service.limits, more_trials=extension.trials)
+    tokens = spec.extension(extension.trials, service.limits)
     had_files = job.pruning is not None
     job = service.jobs.ask(
         job_id,
@@ -472,6 +475,7 @@ def extend(job_id: UUID, extension: Extension, service: ServiceParam, caller: Ca
         visible_to=caller.visible_to,
         trials=extension.trials,
         max_trials=min(MAX_TRIALS, service.limits.trials // spec.islands),  # at the same time, too
+        tokens=tokens,
     )
     if had_files:  # of a model that is not the best any more
         try:
@@ -624,7 +628,7 @@ def transfer(
     found = configuration_of(source, pattern)
     request.check_access(service.access)
     asked = TransferSpec.of(request, str(source.id), found, source.spec)
-    asked.check_size(service.limits)
+    tokens = asked.check_size(service.limits)
     if request.notify is not None:
         check_field("notify", service.webhooks.check, request.notify)
     placed = request.placed(service.access)
@@ -635,6 +639,7 @@ def transfer(
         owner_id=caller.key_id,
         idempotency_key=idempotency_key,
         settings=service.settings,
+        tokens=tokens,
     )
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     return describe(job)

@@ -25,7 +25,7 @@ from pho_service.api.operations import workers
 from pho_service.api.pages import Typed as Fields
 from pho_service.api.pages import draw
 from pho_service.api.plan import Card, at_hand, likely_card, planned
-from pho_service.api.problems import TOO_MANY_JOBS, field_problem
+from pho_service.api.problems import TOO_MANY_JOBS, field_problem, sentence
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.host.access import list_roots
 from pho_service.planning.costs import named_machine
@@ -44,6 +44,7 @@ from pho_service.spec.job_options import (
     value_at,
     within,
 )
+from storage.keys import QuotaExceeded
 from storage.records import IdempotencyKeyReused, TooManyJobs
 
 # The fields of the form that submits a job: made from the fields of the document, in sections.
@@ -515,8 +516,9 @@ def submit(
         told = "This form has made a job already, of other values. Submit it again for another job."
         filled.typed.add("", told)
         return _page(request, service, caller, filled, status=422, token=_new_token())
-    except TooManyJobs as error:
-        filled.typed.add("", TOO_MANY_JOBS[error.which])
+    except (TooManyJobs, QuotaExceeded) as error:
+        known = TOO_MANY_JOBS[error.which] if isinstance(error, TooManyJobs) else str(error)
+        filled.typed.add("", sentence(known))
         return _page(request, service, caller, filled, status=429)
     return RedirectResponse(f"/jobs/{job.id}", 303)
 

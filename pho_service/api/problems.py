@@ -5,8 +5,10 @@ Every error as ``application/problem+json`` (RFC 9457).
 import dataclasses
 import difflib
 import logging
+import math
 import typing
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
 
@@ -23,6 +25,7 @@ from pho_service.host.logs import request_id
 from pho_service.spec.fields import FieldError
 from pho_service.spec.job import JobSpec
 from storage.configurations import NoSuchConfiguration
+from storage.keys import QuotaExceeded
 from storage.records import (
     IdempotencyKeyReused,
     JobState,
@@ -181,6 +184,15 @@ def add_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
             TOO_MANY_JOBS[error.which],
             headers={"Retry-After": "60"},
         )
+
+    @app.exception_handler(QuotaExceeded)
+    async def _no_quota(_request: Request, error: QuotaExceeded) -> JSONResponse:
+        told = sentence(str(error))
+        if error.free_at is None:
+            return problem(422, "job_too_large", told, errors=[{"pointer": "", "detail": told}])
+        wait_s = (error.free_at - datetime.now(UTC)).total_seconds()
+        headers = {"Retry-After": str(max(1, math.ceil(wait_s)))}
+        return problem(429, "quota_exceeded", told, headers=headers)
 
     @app.exception_handler(TooManyConfigurations)
     async def _full(_request: Request, error: TooManyConfigurations) -> JSONResponse:

@@ -19,7 +19,7 @@ from storage.records import StageKind
 
 if TYPE_CHECKING:
     from storage.database import Database
-    from storage.keys import Key
+    from storage.keys import Key, Quota
 
 
 def _off_the_command_line(
@@ -168,7 +168,7 @@ def worker(
 
 
 class _Span(click.ParamType[timedelta]):
-    """How long a key lasts: hours, days or weeks."""
+    """A time in hours, days or weeks."""
 
     name = "SPAN"
 
@@ -192,14 +192,41 @@ _UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=
 _LONGEST = timedelta(days=36_500)
 
 
+class _Quota(click.ParamType["Quota | None"]):
+    """So many tokens in a time, or none."""
+
+    name = "TOKENS/SPAN"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> "Quota | None":
+        """Return the quota that `200M/7d` means, say."""
+        from storage.keys import Quota
+
+        if value == "none":
+            return None
+        found = re.fullmatch(r"([1-9][0-9]{0,11})([kMB]?)/(.+)", value)
+        if found is None:
+            self.fail(
+                f"{value!r} is not a number of tokens in a time. Write 200M/7d, say: k, M and B "
+                "are thousands, millions and billions; h, d and w hours, days and weeks.",
+                param,
+                ctx,
+            )
+        return Quota(int(found[1]) * _TIMES[found[2]], _Span().convert(found[3], param, ctx))
+
+
+_TIMES = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}
+
+
 @click.group()
 def keys() -> None:
     """
-    Create, list, rotate and revoke the keys of a service.
+    Create, list, limit, rotate and revoke the keys of a service.
 
     \b
     Example:
-      pho keys create laptop --expires 90d
+      pho keys create laptop --expires 90d --quota 200M/7d
       pho keys rotate pho_AbCdEf
       pho keys revoke pho_AbCdEf
     """
@@ -212,6 +239,12 @@ def keys() -> None:
 @click.option(
     "--expires", type=_Span(), help="After so long, as 12h, 30d or 52w.  [default: never]"
 )
+@click.option(
+    "--quota",
+    type=_Quota(),
+    help="How many tokens its jobs may plan to run models over, in any such time, as 200M/7d.  "
+    "[default: no limit]",
+)
 @service_options
 @verb
 def create_key(
@@ -219,6 +252,7 @@ def create_key(
     all_jobs: bool,
     scrape_only: bool,
     expires: timedelta | None,
+    quota: "Quota | None",
     database_url: str | None,
     data_dir: str | None,
 ) -> None:
@@ -230,8 +264,12 @@ def create_key(
             "a key reads /metrics alone (--scrape-only), or sees all jobs and /metrics "
             "(--all-jobs): give one of the two."
         )
+    if quota is not None and scrape_only:
+        raise InvalidInput("a key that reads /metrics alone (--scrape-only) plans nothing.")
     with _key_store(database_url, data_dir) as store:
-        key, secret = store.create(name, sees_all=all_jobs, scrape_only=scrape_only, lasts=expires)
+        key, secret = store.create(
+            name, sees_all=all_jobs, scrape_only=scrape_only, lasts=expires, quota=quota
+        )
         alone = 0 if all_jobs or scrape_only else store.without_key()
     _print_key(key, secret)
     if alone:
@@ -254,7 +292,7 @@ def list_keys(as_json: bool, database_url: str | None, data_dir: str | None) -> 
       pho keys list --json
     """
     with _key_store(database_url, data_dir) as store:
-        found = store.all()
+        found, used = store.all(), store.used()
     rows = [
         {
             "prefix": key.prefix,
@@ -263,6 +301,9 @@ def list_keys(as_json: bool, database_url: str | None, data_dir: str | None) -> 
             "created_at": _minute(key.created_at),
             "expires_at": _minute(key.expires_at),
             "revoked_at": _minute(key.revoked_at),
+            "quota_tokens": key.quota_tokens,
+            "quota_hours": key.quota and key.quota.span / _UNITS["h"],
+            "used_tokens": key.quota and used.get(key.id, 0),
         }
         for key in found
     ]
@@ -270,7 +311,12 @@ def list_keys(as_json: bool, database_url: str | None, data_dir: str | None) -> 
         print_json(rows)
         return
     columns = ["prefix", "name", "sees", "created_at", "expires_at", "revoked_at"]
-    print_table("Keys", columns, [[row[c] for c in columns] for row in rows], spare=("created_at",))
+    cells = [[row[c] for c in columns] for row in rows]
+    if any(key.quota for key in found):
+        columns += ["quota", "used"]
+        for of, row in zip(found, cells, strict=True):
+            row += [of.quota, f"{used.get(of.id, 0):,}"] if of.quota else [None, None]
+    print_table("Keys", columns, cells, spare=("created_at",))
 
 
 def _sees(key: "Key") -> str:
@@ -300,6 +346,30 @@ def rotate_key(
         key, secret = store.rotate(prefix, lasts=expires)
     say(f"The key that began with {prefix} no longer opens anything; its jobs are the new one's.")
     _print_key(key, secret)
+
+
+@keys.command("quota")
+@click.argument("prefix")
+@click.argument("quota", type=_Quota())
+@service_options
+@verb
+def set_quota(
+    prefix: str, quota: "Quota | None", database_url: str | None, data_dir: str | None
+) -> None:
+    """
+    Limit what the jobs of the key that begins with PREFIX may plan, from now on.
+
+    QUOTA is a number of tokens and a time, as in 200M/7d: the tokens that its
+    jobs may plan to run models over in any seven days. `none` takes it away.
+
+    \b
+    Example:
+      pho keys quota pho_AbCdEf 200M/7d
+      pho keys quota pho_AbCdEf none
+    """
+    with _key_store(database_url, data_dir) as store, _known(prefix):
+        key = store.set_quota(prefix, quota)
+    say(f"Key {key.name!r}: {'no quota' if quota is None else quota}.")
 
 
 @keys.command("take-over")

@@ -554,11 +554,11 @@ class JobSpec(Document):
         for check in self.access_checks(access):
             check()
 
-    def check_size(self, limits: JobLimits, *, more_trials: int = 0) -> None:
+    def check_size(self, limits: JobLimits, *, more_trials: int = 0) -> int:
         """
         Count what a job asks for: trials, and tokens of the calibrations, of every candidate that
         gets a perplexity, and of a reconstruction's passes. Baselines and the dense model are not
-        counted.
+        counted. Returns the tokens.
         """
         trials, points = self.trials + more_trials, self.most_points
         things = "patterns" if self.several else "islands"
@@ -580,6 +580,19 @@ class JobSpec(Document):
         if self.recovery is not None:
             tokens += self.recovery.tokens or 0
             limits.check_tokens("/recovery/tokens", tokens)
+        return tokens
+
+    def extension(self, trials: int, limits: JobLimits) -> int:
+        """Check so many trials more, and count the tokens of what is done for them."""
+        self.check_size(limits, more_trials=trials)
+        alone = self.model_copy(update={"trials": trials}).check_size(limits)
+        return alone - self.calibration.tokens * len(self.models)
+
+    @property
+    def tokens_to_prune(self) -> int:
+        """Those of writing a pruned model when it is asked for by itself."""
+        trained = self.request(0).steps.reconstruction
+        return self.calibration.tokens * (1 + (trained.passes if trained.wanted else 0))
 
     def placed(self, access: Access) -> "JobSpec":
         changes = {

@@ -150,7 +150,7 @@ class TransferSpec(TransferRequest):
             }
         )
 
-    def check_size(self, limits: JobLimits) -> None:
+    def check_size(self, limits: JobLimits) -> int:
         """
         Count what the transfer asks for, as :meth:`JobSpec.check_size` does. A report on a whole
         text is not counted: how long that is, the workers see.
@@ -166,6 +166,7 @@ class TransferSpec(TransferRequest):
         if self.report is not None and self.report.windows is not None:
             each += measured * self.report.windows * calibration.context_length
         limits.check_tokens("/models", each * len(self.models))
+        return each * len(self.models)
 
     def found(self) -> Configuration:
         """Configuration that is measured on other models."""

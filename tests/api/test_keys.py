@@ -10,7 +10,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from pho_service.api import jobs
-from storage.keys import KeyStore
+from pho_service.spec.fields import JobLimits
+from pho_service.spec.job import JobSpec
+from storage.keys import KeyStore, Quota
 from storage.records import StageKind
 
 Headers = dict[str, str]
@@ -49,6 +51,36 @@ def test_anonymous(client: TestClient, refusal: Any, operations: Operations) -> 
         assert "pho keys create" in refusal(answer, 401, "no_key")["detail"]
         assert answer.json()["request_id"] == answer.headers["X-Request-ID"]
         assert answer.headers["www-authenticate"] == scheme
+
+
+def test_a_job_that_the_quota_has_no_room_for(
+    client: TestClient, keys: KeyStore, refusal: Any, hand: Any
+) -> None:
+    """The answer says what is used, what the job would take, and when to come again."""
+    tokens = JobSpec.model_validate(DOCUMENT).check_size(JobLimits(trials=10**6, tokens=10**9))
+    quota = Quota(2 * tokens + 1, timedelta(hours=12))
+    headers = bearer(keys.create("team", sees_all=False, quota=quota)[1])
+    other = bearer(keys.create("other", sees_all=False)[1])
+    job = client.post("/v1/jobs", json=DOCUMENT, headers=headers).json()["id"]
+    client.post("/v1/jobs", json=DOCUMENT, headers=headers)
+    refused = client.post("/v1/jobs", json=DOCUMENT, headers=headers)
+    hand.succeed(job)
+    extended = client.post(f"/v1/jobs/{job}:extend", json={"trials": 1}, headers=headers)
+    pruned = client.post(f"/v1/jobs/{job}:prune", headers=headers)
+    page = client.post("/new", data={"model": "org/name", "pattern": "0.5"}, headers=headers)
+    large = {**DOCUMENT, "calibration": {"samples": 512, "context_length": 2048}}
+
+    told = refusal(refused, 429, "quota_exceeded")["detail"]
+    assert f"The quota of key 'team' is {quota}. {2 * tokens:,} are used" in told
+    assert f"planned to take {tokens:,}. Enough is free from 20" in told
+    assert 11 * 3600 < int(refused.headers["retry-after"]) <= 12 * 3600
+    for answer in (extended, pruned):
+        refusal(answer, 429, "quota_exceeded")
+    assert page.status_code == 429
+    assert "Enough is free from" in page.text
+    never = refusal(client.post("/v1/jobs", json=large, headers=headers), 422, "job_too_large")
+    assert "more than the whole quota" in never["detail"]
+    assert client.post("/v1/jobs", json=DOCUMENT, headers=other).status_code == 202
 
 
 def test_probes_need_no_key_and_may_come_often_by_any_name(client_of: Any) -> None:

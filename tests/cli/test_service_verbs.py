@@ -462,6 +462,41 @@ def test_keys_that_expire(pho: Pho, keys: Pho, database: Database, database_url:
     assert old["revoked_at"] is not None
 
 
+def test_a_key_with_a_quota(pho: Pho, keys: Pho, database: Database, database_url: str) -> None:
+    """A quota is given with the key or later, and the list says what is used of it."""
+    of = ("--database-url", database_url)
+    pho("keys", "create", "free", *of)
+    made = pho("keys", "create", "team", "--quota", "200M/7d", *of)
+    _, key = KeyStore(database).all()
+    first = NewStage(kind=StageKind.CALIBRATE)
+    JobStore(database).submit(
+        {}, name="n", first=first, trials=1, max_attempts=1, owner_id=key.id, tokens=1_234_567
+    )
+    table = keys("list").stdout
+    free, row = json.loads(pho("keys", "list", "--json", *of).stdout)
+    later = pho("keys", "quota", *of, key.prefix, "5k/12h")
+    none = pho("keys", "quota", *of, key.prefix, "none")
+
+    assert made.stdout.startswith(key.prefix)
+    assert "200,000,000 tokens in 7 days" in table
+    assert "1,234,567" in table
+    shown = ("quota_tokens", "quota_hours", "used_tokens")
+    assert [row[name] for name in shown] == [200_000_000, 168.0, 1_234_567]
+    assert [free[name] for name in shown] == [None, None, None]
+    assert "Key 'team': 5,000 tokens in 12 hours." in later.stderr
+    assert "Key 'team': no quota." in none.stderr
+    assert "quota" not in keys("list").stdout
+
+
+def test_a_quota_that_is_none_is_bad_usage(pho: Pho, database: Database, database_url: str) -> None:
+    for quota in ("", "5", "0/7d", "5/7", "5G/7d", "-5/7d", "5M7d", "1e6/7d"):
+        made = pho("keys", "create", "x", f"--quota={quota}", "--database-url", database_url)
+
+        assert made.exit_code == 2, quota
+        assert "200M/7d" in made.stderr or "12h, 30d or 52w" in made.stderr
+    assert KeyStore(database).all() == []
+
+
 def test_a_span_that_is_none_is_bad_usage(pho: Pho, database: Database, database_url: str) -> None:
     for span in ("", "30", "0d", "-1d", "1.5d", "30 d", "36501d", "never", "٣d"):
         result = pho("keys", "create", "x", f"--expires={span}", "--database-url", database_url)

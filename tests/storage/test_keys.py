@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import threading
 import uuid
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from sqlalchemy import delete, func, select, update
@@ -11,10 +12,18 @@ from sqlalchemy import delete, func, select, update
 from storage.configurations import ConfigurationStore
 from storage.database import Database
 from storage.jobs import JobStore
-from storage.keys import MOST_LOGINS, KeyStore, NoSuchKey, SessionStore, key_digest
+from storage.keys import (
+    MOST_LOGINS,
+    KeyStore,
+    NoSuchKey,
+    Quota,
+    QuotaExceeded,
+    SessionStore,
+    key_digest,
+)
 from storage.records import NewStage, StageKind
 from storage.rows import JobFilter
-from storage.tables import configurations, jobs, keys
+from storage.tables import configurations, jobs, keys, stages, work
 
 WEIRD = [
     "", " ", "pho_", "\ud800", "pho_\udfff\ud800", "\0", "pho_" + "a" * 2_000_000, "' OR 1=1 --",
@@ -163,13 +172,135 @@ def test_a_key_gets_the_jobs_of_nobody_and_none_of_anothers(store: KeyStore) -> 
     assert (library.count(key.id), library.count(None)) == (2, 1)
 
 
-def submitted(store: KeyStore, owner: uuid.UUID | None, *, idempotency_key: str) -> uuid.UUID:
+def submitted(
+    store: KeyStore,
+    owner: uuid.UUID | None,
+    *,
+    idempotency_key: str | None = None,
+    tokens: int = 0,
+) -> uuid.UUID:
     """A job of a key, or of nobody; the same for the same Idempotency-Key."""
     job, _ = JobStore(store.database).submit(
         {"model": "org/name"}, name="n", first=NewStage(kind=StageKind.CALIBRATE), trials=1,
-        max_attempts=1, owner_id=owner, idempotency_key=idempotency_key,
+        max_attempts=1, owner_id=owner, idempotency_key=idempotency_key, tokens=tokens,
     )  # fmt: skip
     return job.id
+
+
+WEEK = Quota(100, timedelta(days=7))
+
+
+def aged(store: KeyStore, job: uuid.UUID, by: timedelta) -> None:
+    """Let a job have been submitted earlier."""
+    earlier = update(work).where(work.c.job_id == job).values(planned_at=work.c.planned_at - by)
+    with store.database.transaction() as connection:
+        connection.execute(earlier)
+
+
+def test_a_job_above_the_quota_is_refused_until_enough_of_it_is_free(store: KeyStore) -> None:
+    key, _ = store.create("team", sees_all=False, quota=WEEK)
+    days = [6, 5, 1]
+    for day, tokens in zip(days, (20, 30, 40), strict=True):
+        aged(store, submitted(store, key.id, tokens=tokens), timedelta(days=day))
+    with pytest.raises(QuotaExceeded) as refused:
+        submitted(store, key.id, tokens=60)  # 10 are left; the two oldest give 50 back
+    free_at = refused.value.free_at
+    assert free_at is not None
+    left = free_at - datetime.now(UTC)
+
+    assert timedelta(days=2) - timedelta(minutes=5) < left <= timedelta(days=2)
+    assert str(refused.value) == (
+        "the quota of key 'team' is 100 tokens in 7 days. 90 are used, and this is planned to take "
+        f"60. Enough is free from {free_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC on."
+    )
+    assert store.used() == {key.id: 90}
+    assert submitted(store, key.id, tokens=10)
+
+
+def test_what_is_older_than_the_span_does_not_count(store: KeyStore) -> None:
+    key, _ = store.create("team", sees_all=False, quota=WEEK)
+    aged(store, submitted(store, key.id, tokens=100), timedelta(days=7))
+
+    assert store.used() == {}
+    assert submitted(store, key.id, tokens=100)
+    assert store.used() == {key.id: 100}
+
+
+def test_a_job_above_the_whole_quota_never_has_room(store: KeyStore) -> None:
+    key, _ = store.create("team", sees_all=False, quota=WEEK)
+    submitted(store, key.id, tokens=1)
+    with pytest.raises(QuotaExceeded, match="more than the whole quota") as refused:
+        submitted(store, key.id, tokens=101)
+
+    assert refused.value.free_at is None
+    assert JobStore(store.database).counts()[0] == {"queued": 1}
+
+
+def test_only_what_no_worker_has_begun_is_given_back(store: KeyStore) -> None:
+    key, _ = store.create("team", sees_all=False, quota=WEEK)
+    store_of_jobs = JobStore(store.database)
+    begun, cancelled = (submitted(store, key.id, tokens=n) for n in (30, 50))
+    stage = store_of_jobs.get(begun).stages[0]
+    entry = stage_entry(store, stage.id)
+    assert store_of_jobs.claim(stage.id, entry, uuid.uuid4()) is not None
+    for job in (begun, cancelled):
+        store_of_jobs.ask(job, "cancel")
+    with store_of_jobs.deleting(cancelled):
+        pass
+
+    assert store.used() == {key.id: 30}
+
+
+def stage_entry(store: KeyStore, stage_id: int) -> int:
+    with store.database.transaction() as connection:
+        chosen = select(stages.c.queue_id).where(stages.c.id == stage_id)
+        return int(connection.execute(chosen).scalar_one())
+
+
+def test_a_repeated_request_counts_once(store: KeyStore) -> None:
+    key, _ = store.create("team", sees_all=False, quota=WEEK)
+    twice = {submitted(store, key.id, idempotency_key="one", tokens=60) for _ in range(2)}
+
+    assert len(twice) == 1
+    assert store.used() == {key.id: 60}
+
+
+def test_two_jobs_at_once_do_not_slip_past_the_quota(store: KeyStore) -> None:
+    key, _ = store.create("team", sees_all=False, quota=WEEK)
+    begin, refused = threading.Barrier(4), []
+
+    def submit() -> None:
+        begin.wait(10)
+        try:
+            submitted(store, key.id, tokens=40)
+        except QuotaExceeded as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=submit) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+
+    assert len(refused) == 2
+    assert store.used() == {key.id: 80}
+
+
+def test_a_quota_stays_when_its_key_is_rotated_and_can_be_changed(store: KeyStore) -> None:
+    key, _ = store.create("team", sees_all=False, quota=WEEK)
+    submitted(store, key.id, tokens=60)
+    new, _ = store.rotate(key.prefix)
+    more = store.set_quota(new.prefix, Quota(150, timedelta(days=1)))
+    submitted(store, new.id, tokens=90)
+    scraper, _ = store.create("prometheus", sees_all=False, scrape_only=True)
+
+    assert (new.quota, more.quota) == (WEEK, Quota(150, timedelta(days=1)))
+    assert store.used() == {new.id: 150}
+    assert store.set_quota(new.prefix, None).quota is None
+    assert submitted(store, new.id, tokens=10**9)
+    assert store.used() == {}
+    with pytest.raises(NoSuchKey):
+        store.set_quota(scraper.prefix, WEEK)
 
 
 @pytest.mark.parametrize(
