@@ -404,6 +404,8 @@ class Client:
             with ExitStack() as stack:
                 source = self._service.stream(stack, path, headers)
                 for event in source.iter_sse():
+                    if not event.data:  # the service's sign of life, which httpx-sse gives an id
+                        continue
                     try:
                         found = Event(id=int(event.id), kind=event.event, data=event.json())
                     except ValueError as error:

@@ -15,6 +15,7 @@ import pytest
 from optuna.trial import create_trial
 from pretended_user import FOUND, SPEC, Service, succeed
 from sqlalchemy import delete, update
+from sse_starlette import EventSourceResponse
 
 from pho_service.client import Client
 from pho_service.errors import InvalidInput, PhoError, ServiceError, ServiceUnavailable
@@ -99,6 +100,17 @@ def test_events_come_as_they_happen_until_the_job_is_over(client: Client, store:
         ("state", "queued"), ("stage", "calibrate"), ("state", "running"), ("stage", "finish"),
         ("state", "succeeded"),
     ]  # fmt: skip
+
+
+def test_signs_of_life_between_events_are_none(
+    client: Client, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EventSourceResponse, "DEFAULT_PING_INTERVAL", 0.05)
+    job = client.submit(SPEC).id
+    with meanwhile(lambda: store.ask(job, "cancel"), after_s=1.0):
+        events = [*client.events(job)]
+
+    assert [event.data["state"] for event in events] == ["queued", "cancelled"]
 
 
 def test_a_client_gets_the_events_after_one_that_was_seen(client: Client, store: JobStore) -> None:

@@ -35,6 +35,7 @@ from storage.embedded import Postmaster
 from storage.keys import KeyStore
 
 PATIENCE_S = 240.0
+MANY = 1000  # trials of one that goes on while others start
 TRIALS = 200  # of a job that is stopped: long enough to be at it still
 _TABLES = text("SELECT schemaname, tablename FROM pg_tables ORDER BY 1, 2")
 PHO = [sys.executable, "-c", "from pho_service.cli import main; main()"]
@@ -345,6 +346,135 @@ def test_what_is_backed_up_while_a_job_runs_is_restored_elsewhere(place: Place) 
     assert 8 <= at_first < TRIALS
     assert elsewhere.client.best(job) == found
     assert elsewhere.stop(signal.SIGTERM) == 0
+
+
+@pytest.fixture
+def replicas(place: Place, database: Database, database_url: str) -> tuple[Served, Served, str]:
+    """Two services on one database, of which the second has the worker; and a key."""
+    _, secret = KeyStore(database).create("laptop", sees_all=True)
+    place.environment |= {"PHO_DATABASE_URL": database_url, "PHO_MAX_REQUESTS_PER_MINUTE": "100000"}
+    served = [place.serve("--workers", count) for count in (0, 1)]
+    for each in served:
+        each.client.close()
+        each.client = Client(each.client.url, secret)
+    return served[0], served[1], secret
+
+
+def cut_off(served: Served, job: Any, *, after: int) -> Iterator[Any]:
+    """The events that somebody sees who follows a job at a service which is killed."""
+    with pytest.raises(ServiceError):  # noqa: PT012 - wherever in the stream it comes
+        for event in served.client.events(job, after=after):
+            yield event
+            served.process.kill()
+
+
+def test_what_one_replica_was_told_another_goes_on_with(
+    replicas: tuple[Served, Served, str], database: Database
+) -> None:
+    """Jobs, logins, pages, streams and keys are the database's; one replica is killed meanwhile."""
+    first, second, secret = replicas
+    job = first.client.submit(tiny(), idempotency_key="once").id
+    again = second.client.submit(tiny(), idempotency_key="once").id
+    others = [each.client.submit(tiny()).id for each in (first, second, first)]
+    for other in others:
+        second.client.cancel(other)
+    seen: list[Any] = []
+
+    def follow(served: Served, *, most: int) -> None:
+        after = seen[-1].id if seen else 0
+        for event in served.client.events(job, after=after):
+            seen.append(event)
+            if len(seen) == most:
+                return
+
+    until(lambda: first.client.job(job).progress.of("search").done, "it searches")
+    for served, most in ((first, 3), (second, 5), (first, 7)):
+        follow(served, most=most)
+    pages: list[str] = []
+    token = None
+    for served in (first, second, first, second):
+        params = {"page_size": 1} | ({"page_token": token} if token else {})
+        headers = {"Authorization": f"Bearer {secret}"}
+        page = httpx.get(f"{served.client.url}/v1/jobs", params=params, headers=headers).json()
+        pages += [found["id"] for found in page["jobs"]]
+        token = page["next_page_token"]
+    logged_in = httpx.post(f"{first.client.url}/login", data={"key": secret})
+    cookie = {"Cookie": logged_in.headers["set-cookie"].partition(";")[0]}
+    for event in cut_off(first, job, after=seen[-1].id):
+        seen.append(event)
+    follow(second, most=0)
+    ended = second.client.wait(job, timeout_s=PATIENCE_S, progress=False)
+    whole = [*second.client.events(job)]
+    other = httpx.get(f"{second.client.url}/jobs/{job}", headers=cookie)
+    KeyStore(database).revoke(secret[:10])
+    closed = [
+        httpx.get(f"{second.client.url}/v1/jobs", headers=headers).status_code
+        for headers in (cookie, {"Authorization": f"Bearer {secret}"})
+    ]
+
+    assert again == job
+    assert pages == [*map(str, reversed([job, *others]))]
+    assert token is None
+    assert ended.state == "succeeded", (ended.error, second.log)
+    assert [event.id for event in seen] == [event.id for event in whole]
+    assert other.status_code == 200
+    assert str(job) in other.text
+    assert closed == [401, 401]
+    assert "Traceback" not in second.log
+
+
+@pytest.mark.thorough
+def test_replicas_and_workers_are_replaced_one_by_one_while_jobs_run(
+    place: Place, replicas: tuple[Served, Served, str]
+) -> None:
+    *running, secret = replicas
+    document = {**tiny(), "trials": MANY}
+    job = running[0].client.submit(document).id
+    until(lambda: running[1].client.job(job).progress.of("search").done >= 8, "it searches")
+    late = running[0].client.submit({**tiny(), "trials": 40, "prune": True}).id
+    answers: list[int] = []
+    over = threading.Event()
+
+    def ask() -> None:
+        """As a proxy does: of those that are ready, one."""
+        while not over.wait(0.1):
+            for served in list(running):
+                with suppress(httpx.TransportError):
+                    headers = {"Authorization": f"Bearer {secret}"}
+                    url = f"{served.client.url}/v1/jobs/{job}"
+                    answers.append(httpx.get(url, headers=headers, timeout=60).status_code)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    codes, replaced = [], [*running]
+    for old in replaced:
+        new = place.serve("--workers", 1)
+        new.client.close()
+        new.client = Client(new.client.url, secret)
+        running.append(new)
+        running.remove(old)  # the proxy sends nothing more there
+        codes.append(old.stop(signal.SIGTERM))
+    states = [running[0].client.job(each).state for each in (job, late)]
+    ended = [
+        running[0].client.wait(each, timeout_s=PATIENCE_S, progress=False) for each in (job, late)
+    ]
+    twin = running[1].client.submit(document).id
+    alone = running[1].client.wait(twin, timeout_s=PATIENCE_S, progress=False)
+    over.set()
+    asking.join(PATIENCE_S)
+    best = [running[0].client.best(each).coefficients for each in (job, twin)]
+    artifacts = running[0].client.artifacts(late)
+
+    assert codes == [0, 0]
+    assert "succeeded" not in states  # they were replaced half way
+    assert [each.state for each in ended] == ["succeeded"] * 2, [each.error for each in ended]
+    assert {*answers} == {200}
+    assert alone.state == "succeeded"
+    assert best[0] == best[1]
+    assert [trial.value for trial in running[0].client.trials(job)] == [
+        trial.value for trial in running[1].client.trials(twin)
+    ]
+    assert "config.json" in {file.name for file in artifacts.files}
 
 
 @pytest.mark.thorough

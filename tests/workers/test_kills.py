@@ -298,6 +298,49 @@ def test_postgresql_restarts(
     assert found(job) == undisturbed(spec).configuration
 
 
+def test_an_upgrade_with_jobs_half_way(
+    own_crew: Any, spec_of: Any, undisturbed: Any, found: Any
+) -> None:
+    """All workers end, one by a kill; the database is migrated; new ones end what was begun."""
+    crew = own_crew
+    specs = [
+        spec_of(trials=TRIALS),
+        spec_of(trials=TRIALS, seed=1),
+        spec_of(seed=2),  # waits for a worker
+        spec_of(seed=3),  # is paused
+    ]
+    crew.man(2)
+    jobs = [crew.submit(spec) for spec in specs[:2]]
+    with crew.frozen(jobs[0], StageKind.SEARCH, done=14) as killed:
+        jobs += [crew.submit(spec) for spec in specs[2:]]
+        crew.store.ask(jobs[3].id, "pause")
+        os.kill(killed, signal.SIGKILL)
+    for process in crew.alive - {killed}:
+        os.kill(process, signal.SIGTERM)
+    crew.until(lambda: not crew.alive)
+    with crew.database.transaction() as connection:  # as the version before had left it
+        connection.execute(text("UPDATE pho.alembic_version SET version_num = '0010'"))
+        old = "jsonb_set(spec::jsonb, '{preset_meaning}', '1')::json"
+        connection.execute(text(f"UPDATE pho.jobs SET spec = {old}"))  # noqa: S608 - ours
+        found_then = connection.execute(text("SELECT id, state FROM pho.jobs")).all()
+    states = {row.id: row.state for row in found_then}
+    crew.start()
+    crew.until(lambda: "`pho serve` makes them" in crew.logs())
+    crew.database.migrate()
+    crew.start()
+    crew.store.ask(jobs[3].id, "resume")
+    ended = [crew.succeeded(job) for job in jobs]
+    alone = [undisturbed(spec) for spec in specs]
+
+    assert "succeeded" not in states.values()
+    assert states[jobs[3].id] == "paused"
+    assert [crew.trials(job) for job in ended] == [[each.trials] for each in alone]
+    assert [found(job) for job in ended] == [each.configuration for each in alone]
+    assert not any("preset_meaning" in job.spec for job in ended)
+    (search,) = ended[0].of_kind(StageKind.SEARCH)
+    assert search.attempt > 1
+
+
 def test_started_before_the_service(own_crew: Any, spec_of: Any) -> None:
     """A worker that finds the tables of an older version waits until the service makes its own."""
 
