@@ -6,6 +6,8 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from alembic import command
@@ -33,6 +35,7 @@ _MIGRATION_LOCK = 7_466_446  # any number that nobody else locks in this databas
 _MIGRATIONS = str(Path(__file__).parent / "migrations")
 SCHEMAS = ("pho", "procrastinate", "optuna")
 POOL = 20  # connections of one process
+MANY_DEAD = 100_000  # rows of a table
 
 # A server that is there and says nothing, or a network that swallows what is sent: told in
 # seconds, where libpq would wait for ever or for as long as the system does, which is minutes.
@@ -46,6 +49,19 @@ _PATIENCE = {
 _NO_LIMIT = "-cstatement_timeout=0"
 _DISK_FULL = "53100"  # PostgreSQL's code
 _STATEMENT_S = 120  # a statement that waits longer, say for a lock, is ended by the server
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableState:
+    name: str  # With its schema
+    rows: int  # About, as PostgreSQL counts them
+    dead: int  # Rows that were deleted or replaced and still take space
+    vacuumed_at: datetime | None  # By somebody or by PostgreSQL itself; None: never
+
+    @property
+    def is_swollen(self) -> bool:
+        """Far beyond the fifth of dead rows at which PostgreSQL vacuums by itself."""
+        return self.dead > MANY_DEAD and self.dead > self.rows
 
 
 class Database:
@@ -113,6 +129,17 @@ class Database:
         with self.transaction() as connection:
             found = connection.execute(select(version, size)).one()
         return found[0], found[1]
+
+    def tables(self) -> list[TableState]:
+        """Those of the three schemas; the one with the most dead rows first."""
+        query = text(
+            "SELECT schemaname || '.' || relname AS name, n_live_tup AS rows, n_dead_tup AS dead,"
+            " greatest(last_vacuum, last_autovacuum) AS vacuumed_at FROM pg_stat_user_tables"
+            " WHERE schemaname = ANY(:schemas) ORDER BY n_dead_tup DESC, 1"
+        )
+        with self.transaction() as connection:
+            found = connection.execute(query, {"schemas": [*SCHEMAS]})
+            return [TableState(**row._mapping) for row in found]
 
     @property
     def conninfo(self) -> str:

@@ -5,6 +5,7 @@
 import os
 import shutil
 from collections.abc import Iterator
+from datetime import UTC
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ from pho_service.cli.terminal import print_json, print_table, verb
 from pho_service.errors import plain_line
 from pho_service.host.machine import EXTRAS, hub_answers, machine, missing_of
 from pho_service.host.settings import Settings, read_settings
+from pho_service.spec.document import format_bytes
 
 Checked = tuple[str, str, str]  # what, ``ok``, ``note`` or ``fails``, and what is to be known
 GIB = 2**30
@@ -27,7 +29,7 @@ LITTLE = 5 * GIB  # of free disk: a model of a billion weights is about as large
 @verb
 def doctor(as_json: bool) -> None:
     """
-    Look at this machine: device, hub, caches, extras, database and disk.
+    Look at this machine: device, hub, caches, extras, database, store and disk.
 
     Nothing is changed or downloaded. Exit code 1 if something fails; what is noted works, but with
     less than PHO can do.
@@ -38,7 +40,7 @@ def doctor(as_json: bool) -> None:
     """
     settings = read_settings()
     found: list[Checked] = []
-    for look in (_packages, _device, _hub, _database, _disk):
+    for look in (_packages, _device, _hub, _database, _store, _disk):
         try:
             found += look(settings)
         except Exception as error:  # whatever is wrong with it is what is asked for
@@ -67,7 +69,6 @@ def _device(_: Settings) -> Iterator[Checked]:
     import torch
 
     from pho_service.pruning.hardware import available_memory, free_memory, gpus
-    from pho_service.spec.document import format_bytes
 
     yield "cpu", "ok", f"{machine()}, {format_bytes(available_memory())} of memory free"
     for card in gpus():
@@ -107,10 +108,33 @@ def _database(settings: Settings) -> Iterator[Checked]:
         return
     database = Database(url, pool=1)
     try:
-        database.check()
+        (version, size), tables = database.server(), database.tables()
     finally:
         database.close()
-    yield "database", "ok", "PHO_DATABASE_URL answers" if given else "the embedded one runs"
+    who = "PHO_DATABASE_URL answers" if given else "the embedded one runs"
+    yield "database", "ok", f"{who}: PostgreSQL {version.split()[0]}, {format_bytes(size)}"
+    swollen = [table for table in tables if table.is_swollen]
+    for table in swollen or tables[:1]:
+        at = table.vacuumed_at
+        last = "never" if at is None else f"last at {at.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+        said = f"{table.dead:,} beside {table.rows:,} rows in {table.name}, vacuumed {last}"
+        way = ": is autovacuum off? `VACUUM` it" if table.is_swollen else ", which has the most"
+        yield "dead rows", "note" if table.is_swollen else "ok", said + way
+
+
+def _store(settings: Settings) -> Iterator[Checked]:
+    if find_spec("fsspec") is None:
+        return
+    from pho_service.host.artifacts import PrunedStore, store_url
+
+    if not (settings.artifacts or Path(store_url(settings)).is_dir()):
+        return  # no service has been here
+    sizes = PrunedStore.of(settings).sizes()
+    free = sizes.pop("free", None)
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())
+    left = "" if free is None else f"; {format_bytes(free)} free"
+    state = "ok" if free is None or free >= LITTLE else "note"
+    yield "artifact store", state, f"{store_url(settings)}: {parts}{left}"
 
 
 def _disk(settings: Settings) -> Iterator[Checked]:

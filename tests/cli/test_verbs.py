@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from pretended_user import answer
+from sqlalchemy import text
 
 from pho_service.cli import main
 from pho_service.interface.measured import evaluate
@@ -17,6 +18,7 @@ from pho_service.spec.baselines import shown_baselines
 from pho_service.spec.document import number
 from pho_service.spec.objective import WEIGHTINGS
 from pho_service.spec.pattern import Pattern
+from storage.database import Database
 
 CALIBRATION = (
     "--samples", "8", "--context-length", "24", "--rows-per-layer", "8", "--projection-rows", "16",
@@ -199,6 +201,31 @@ def test_without_a_context_length_windows_are_what_the_model_reads_on_every_face
     assert answer(result)["context_length"] == 24
     assert evaluate(model, None, texts["report"]).context_length == 24
     assert "48 is more than" in pho(*words, "--context-length", 48).stderr
+
+
+def test_doctor_tells_the_size_of_a_service_and_which_table_needs_a_vacuum(
+    tmp_path: Path, database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHO_DATABASE_URL", database_url)
+    monkeypatch.setenv("PHO_ARTIFACTS", str(tmp_path))
+    (tmp_path / "pruned").mkdir()
+    (tmp_path / "pruned" / "file").write_bytes(bytes(3 * 2**20))
+    with database.transaction() as connection:
+        connection.execute(text("INSERT INTO pho.service VALUES (1, '')"))
+        for _ in range(3):
+            connection.execute(text("UPDATE pho.service SET store = store || 'x'"))
+        connection.execute(text("SELECT pg_stat_force_next_flush()"))
+    first = {each["what"]: each for each in done("doctor")}
+    monkeypatch.setattr("storage.database.MANY_DEAD", 2)
+    second = {each["what"]: each for each in done("doctor")}
+
+    assert re.search(r"PostgreSQL \d\d.*MiB$", first["database"]["detail"])
+    assert "pruned 3.0 MiB" in first["artifact store"]["detail"]
+    told = "3 beside 1 rows in pho.service, vacuumed never"
+    assert first["dead rows"]["state"] == "ok"
+    assert first["dead rows"]["detail"] == f"{told}, which has the most"
+    assert second["dead rows"]["state"] == "note"
+    assert second["dead rows"]["detail"] == f"{told}: is autovacuum off? `VACUUM` it"
 
 
 def test_doctor_looks_at_all_and_fails_where_a_folder_cannot_be_written(
