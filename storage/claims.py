@@ -279,16 +279,19 @@ class ClaimStore:
         device: str,
         kinds: Sequence[StageKind],
         store: str | None = None,
+        memory: tuple[int, int] | None = None,
     ) -> tuple[Drain | None, str | None]:
         """Note that a worker is there; tell how it should end, and which store the API sees."""
-        values = {"name": name, "device": device, "stages": [*kinds], "store": store}
+        used, total = memory or (None, None)
+        report = {"store": store, "memory_used": used, "memory_total": total}
+        values = {"name": name, "device": device, "stages": [*kinds], **report}
         with self.database.transaction() as connection:
             row = connection.execute(
                 pg_insert(workers)
                 .values(id=worker_id, **values)
                 .on_conflict_do_update(
                     index_elements=[workers.c.id],
-                    set_={"heartbeat_at": func.now(), "store": store},
+                    set_={"heartbeat_at": func.now(), **report},
                 )
                 .returning(workers.c.drain, select(service.c.store).scalar_subquery())
             ).one()

@@ -311,5 +311,7 @@ class WorkerRecord:
     heartbeat_at: datetime
     store: str | None  # Id of the artifact store that it sees: see :meth:`ClaimStore.enter_worker`
     drain: Drain | None
+    memory_used: int | None  # Bytes of its GPUs, by whomever; None before it has used one
+    memory_total: int | None
     job_id: uuid.UUID | None
     stage: StageKind | None

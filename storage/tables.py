@@ -151,6 +151,8 @@ workers = Table(
     Column("heartbeat_at", _utc, nullable=False, server_default=_now),
     Column("store", Text),  # id of the artifact store that it sees; "": one without; null: unknown
     Column("drain", _Word(Drain)),  # null: it takes stages
+    Column("memory_used", BigInteger),  # bytes of its GPUs; null: it has none, or not used one yet
+    Column("memory_total", BigInteger),
 )
 
 service = Table(  # one row

@@ -47,6 +47,7 @@ from pho_service.host.artifacts import PrunedStore, store_url
 from pho_service.host.logs import about, span
 from pho_service.host.machine import let_go_of_memory
 from pho_service.host.settings import Settings
+from pho_service.pruning.hardware import cards_memory, gpus
 from pho_service.spec.job_options import document_fields
 from storage.claims import worker_name
 from storage.database import Database, taking_turns
@@ -381,6 +382,7 @@ class _Worker:
             device=_device_name(self._inputs.device, spread=self._inputs.spread),
             kinds=self._options.kinds,
             store=self._store_seen,
+            memory=cards_memory(gpus() if self._inputs.spread else [self._inputs.device]),
         )
         if self._store_expected not in (None, self._store_seen):
             try:

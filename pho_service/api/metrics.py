@@ -78,6 +78,16 @@ class _Stored:
             "pho_workers", "Workers by state; lost are those that fell silent in the last day.",
             ["state"], ((("busy",), busy), (("idle",), len(alive) - busy), (("lost",), lost)),
         )  # fmt: skip
+        memory = [(w, w.memory_used, w.memory_total) for w in alive]
+        yield _gauge(
+            "pho_gpu_memory_bytes", "Memory of the GPUs of each worker, used by whomever or free.",
+            ["worker", "device", "state"],
+            (
+                ((w.name, w.device, state), size)
+                for w, used, total in memory if used is not None and total is not None
+                for state, size in (("used", used), ("free", total - used))
+            ),
+        )  # fmt: skip
         yield from self._attempts()
         used, most = database.pool()
         yield _gauge(

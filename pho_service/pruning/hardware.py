@@ -68,6 +68,17 @@ def free_memory(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
+def cards_memory(devices: Sequence[torch.device]) -> tuple[int, int] | None:
+    """Bytes of GPUs that are used, by whomever, and that there are; None before torch uses one."""
+    if devices[0].type != "cuda" or not torch.cuda.is_initialized():
+        return None
+    try:
+        free, total = map(sum, zip(*map(torch.cuda.mem_get_info, devices), strict=True))
+    except RuntimeError:  # a card that fails: who works with it says so
+        return None
+    return total - free, total
+
+
 def available_memory() -> int:
     """Bytes of main memory that can be had: the system's, or what is left to this container."""
     available = int(psutil.virtual_memory().available)

@@ -64,6 +64,21 @@ def test_jobs_stages_and_workers_are_counted(client: TestClient, submit: Any, ha
     }  # fmt: skip
 
 
+def test_the_memory_of_gpus_is_told_of_workers_that_report_it(
+    client: TestClient, hand: Any
+) -> None:
+    for device, memory in (("cpu", None), ("cuda:0", (30, 80)), ("cuda:0", (50, 80))):
+        worker = hand.worker_id if device == "cuda:0" else uuid.uuid4()
+        hand.store.enter_worker(
+            worker, name=f"host:{device}", device=device, kinds=[StageKind.SEARCH], memory=memory
+        )
+
+    assert told(client, "pho_gpu_memory_bytes") == {
+        ("pho_gpu_memory_bytes", "cuda:0", "used", "host:cuda:0"): 50,
+        ("pho_gpu_memory_bytes", "cuda:0", "free", "host:cuda:0"): 30,
+    }
+
+
 def test_attempts_are_counted_by_how_they_end_and_stay_when_their_job_is_deleted(
     client: TestClient, submit: Any, hand: Any
 ) -> None:
@@ -219,8 +234,10 @@ def expressions() -> dict[str, str]:
 
 
 def test_the_dashboard_and_the_alerts_ask_for_metrics_of_the_service_with_labels_that_they_have(
-    client: TestClient,
+    client: TestClient, hand: Any
 ) -> None:
+    report = {"name": "w", "device": "cuda:0", "kinds": [StageKind.SEARCH], "memory": (1, 2)}
+    hand.store.enter_worker(hand.worker_id, **report)
     labels: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(client.get("/metrics").text):
         for sample in family.samples:

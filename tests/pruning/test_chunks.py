@@ -4,7 +4,7 @@ import pytest
 import torch
 from pretended_cards import Card
 
-from pho_service.pruning.hardware import chunk_size
+from pho_service.pruning.hardware import cards_memory, chunk_size
 
 
 def test_nothing_is_asked_of_a_machine_without_a_gpu() -> None:
@@ -26,3 +26,23 @@ def test_what_torch_keeps_is_free(pretended_gpu: Card) -> None:
 
     assert pretended_gpu.free < 8 << 30 < pretended_gpu.free + pretended_gpu.reserved
     assert chunk_size(pretended_gpu.device, 1 << 18) == 1 << 27
+
+
+def test_memory_of_cards_is_told_once_one_is_used(
+    pretended_gpu: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretended_gpu.others = 70 << 30
+    told = cards_memory([pretended_gpu.device])
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    unused = cards_memory([pretended_gpu.device])
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", _fails)
+
+    assert told == (70 << 30, pretended_gpu.memory_bytes)
+    assert unused is None
+    assert cards_memory([pretended_gpu.device]) is None
+    assert cards_memory([torch.device("cpu")]) is None
+
+
+def _fails(_device: object) -> None:
+    raise RuntimeError("CUDA error: device-side assert triggered")

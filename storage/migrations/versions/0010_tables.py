@@ -60,6 +60,8 @@ def upgrade() -> None:
         sa.Column("heartbeat_at", time, server_default=now, nullable=False),
         sa.Column("store", sa.Text(), nullable=True),
         sa.Column("drain", sa.Text(), nullable=True),
+        sa.Column("memory_used", sa.BigInteger(), nullable=True),
+        sa.Column("memory_total", sa.BigInteger(), nullable=True),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_workers")),
         schema="pho",
     )
