@@ -37,7 +37,9 @@ def write_plots(folder: Path) -> dict[str, Path]:
 
 
 DOMAINS: dict[str, Callable[[Path], dict[str, Path]]] = {"docs": write_texts, "plots": write_plots}
+BOTH = "both"  # a calibration that takes half of its windows from each
 TITLES = {
+    BOTH: "Python's documentation and plots of films, half of the windows each",
     "docs": "Python's documentation",
     "plots": f"plots of films (in the package {PLOTS_PACKAGE.replace('==', ' ')})",
 }

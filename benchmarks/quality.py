@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from domains import DOMAINS
+from domains import BOTH, DOMAINS
 from kept_results import KeptResults
 from quality_conditions import CONTEXT_LENGTH, Conditions, Place
 from quality_tables import print_tables, write_tables
@@ -83,8 +83,8 @@ def _seeds(_context: click.Context, _option: click.Parameter, words: str) -> tup
 @click.option("--out", default="quality.jsonl", show_default=True, help="Where results are kept.")
 @click.option("--samples", default=16, show_default=True, help="Windows of calibration text.")
 @click.option(
-    "--source", default="docs", show_default=True, type=click.Choice([*DOMAINS]),
-    help="Domain of the calibration and confirmation text.",
+    "--source", default="docs", show_default=True, type=click.Choice([*DOMAINS, BOTH]),
+    help="Domain of the calibration and confirmation text; both confirms on the documentation.",
 )  # fmt: skip
 @click.option(
     "--other", default="plots", show_default=True,

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 import torch
-from domains import TITLES
+from domains import BOTH, TITLES
 from kept_results import KeptResults
 from quality_conditions import CONTEXT_LENGTH, Conditions
 
@@ -177,7 +177,7 @@ def _percent(pattern: str) -> str:
 def _caption(conditions: Conditions, text: str) -> str:
     c = conditions
     windows = c.report_windows if text == "docs" else c.other_windows
-    domain = "the same" if text == c.source else "another"
+    domain = "the same" if c.source in (text, BOTH) else "another"
     confirmed = "" if c.confirm_steps else " where no step needs a text"
     return (
         "Perplexity: mean ± standard deviation over calibrations, or of one calibration. "

@@ -5,14 +5,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from domains import DOMAINS
+from domains import BOTH, DOMAINS
 from torch import Tensor
 
 from pho_service.cli.terminal import progress
 from pho_service.models.builtin import gemma3, smollm2
 from pho_service.models.calibration import bundle_path, cached_bundle, calibration_text
 from pho_service.models.loading import LanguageModel, load_model
-from pho_service.models.texts import TextSource, read_windows
+from pho_service.models.texts import TextSource, mixed_text, read_windows
 from pho_service.pipeline.rating import ReportText
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.calibration import CalibrationSettings
@@ -74,20 +74,22 @@ def load_subject(
         context_length: Tokens of every window.
         dtype: Of the weights of a model that is loaded here.
         seed: Of the calibration, and so of its windows.
-        source: A key of :data:`domains.DOMAINS`.
+        source: A key of :data:`domains.DOMAINS`; ``both`` calibrates on both, half and half.
         cache: Where bundles are kept for the next time.
         calibrating: Entered around the calibration alone, where the bundle is not in the cache.
     """
     if isinstance(model, str):
         model = load_benchmark_model(model, dtype)
-    texts = DOMAINS[source](folder / source)
+    sources = [*DOMAINS] if source == BOTH else [source]
+    texts, *more = [DOMAINS[each](folder / each) for each in sources]
+    files = [TextSource(path=str(each["calibration"])) for each in (texts, *more)]
     settings = CalibrationSettings(
         samples=samples,
         context_length=context_length,
         fisher_samples=max(1, samples // 4),
         seed=seed,
     )
-    text = calibration_text(model, TextSource(path=str(texts["calibration"])), settings)
+    text = calibration_text(model, mixed_text(files), settings)
     cache = cache or folder / "cache"
     kept = bundle_path(cache, text.bundle_key).is_file()
     with nullcontext() if kept or calibrating is None else calibrating:

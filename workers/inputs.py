@@ -26,14 +26,14 @@ from pho_service.models.bundle_file import read_sums, write_sums
 from pho_service.models.calibration import CalibrationText, bundle_path, cached_bundle, kept_bundle
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.tasks import LoadedTasks, load_tasks
-from pho_service.models.texts import Text, TextSource
+from pho_service.models.texts import MixedText, Text, TextSource, mixed_text
 from pho_service.pipeline import inputs
 from pho_service.pipeline.rating import RecoveryText, ReportText, windows_key
 from pho_service.progress import Advance, Progress
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.statistics import Sums
 from pho_service.spec.calibration import CalibrationSettings
-from pho_service.spec.fields import TextSpec
+from pho_service.spec.fields import CalibrationSpec, TextSpec
 from pho_service.spec.job import JobSpec
 from pho_service.spec.transfer import ReportSpec
 
@@ -298,8 +298,10 @@ class _Last(Generic[T]):
         self._value = None
 
 
-def _state(source: TextSource | str) -> Hashable:
+def _state(source: TextSource | MixedText | str) -> Hashable:
     """Tells whether a file, or a folder's files, are those of last time."""
+    if isinstance(source, MixedText):
+        return tuple(_state(each) for each in source.texts if isinstance(each, TextSource))
     path = Path(source if isinstance(source, str) else source.path or str(source.dataset))
     found = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
     return tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in found)
@@ -384,11 +386,11 @@ class WorkerInputs(inputs.Inputs):
     def calibration_text(self, spec: JobSpec, seal: Seal = UNSEALED) -> CalibrationText:
         """The windows to calibrate on, and those that are left, if they are those of before."""
         model = self.model(spec, seal)
-        source = self._source(spec.calibration)
+        source = self._calibration_source(spec.calibration)
         settings = spec.calibration.settings()
         key = (model.weights_sha256, spec.stream, source, settings, _state(source))
         text = self._calibration.get(key, lambda: self.windows(model, source, settings))
-        seal.check_calibration(spec.calibration.text or str(spec.calibration.dataset), text)
+        seal.check_calibration(spec.calibration.named, text)
         return text
 
     def confirmation_text(self, spec: JobSpec, seal: Seal = UNSEALED) -> ReportText:
@@ -402,7 +404,7 @@ class WorkerInputs(inputs.Inputs):
         model = self.model(spec, seal)
         text = self.confirmation(model, source, calibration, confirm.windows, drawn)
         assert text is not None  # or nothing_left raises
-        seal.check_confirmation(confirm.text or calibration.text or str(calibration.dataset), text)
+        seal.check_confirmation(confirm.text or calibration.named, text)
         return text
 
     def recovery_text(self, spec: JobSpec, seal: Seal) -> RecoveryText:
@@ -412,7 +414,7 @@ class WorkerInputs(inputs.Inputs):
         measured = None if spec.confirm is None else self.confirmation_text(spec, seal)
         calibration = self.calibration_text(spec, seal).calibration
         return RecoveryText(
-            source=self._source(spec.calibration) if own is None else self._file(own),
+            source=self._calibration_source(spec.calibration) if own is None else self._file(own),
             context_length=spec.calibration.context_length,
             bos=spec.calibration.bos,
             unlike=calibration,
@@ -488,6 +490,9 @@ class WorkerInputs(inputs.Inputs):
 
     def _file(self, name: str) -> TextSource:
         return TextSource(path=self.access.text(name))
+
+    def _calibration_source(self, spec: CalibrationSpec) -> TextSource | MixedText:
+        return mixed_text([*map(self._source, spec.parts.values())], spec.shares)
 
     def _source(self, spec: TextSpec) -> TextSource:
         if spec.data_file is not None:

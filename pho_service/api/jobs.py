@@ -355,8 +355,9 @@ def _doubts(asked: JobSpec, job: stored.JobRecord, access: Access) -> Iterator[s
         if near is not None:
             yield f"{name} is not a folder here, but taken for the hub's. Did you mean {near}?"
     models = [name for name in asked.models if not Path(access.model(name)).is_absolute()]
-    text = asked.calibration.dataset
-    away = [*models, *([text] if text and not Path(access.dataset(text)).is_absolute() else [])]
+    parts = asked.calibration.parts.values()
+    sets = [part.dataset for part in parts if part.dataset is not None]
+    away = [*models, *(each for each in sets if not Path(access.dataset(each)).is_absolute())]
     if away and not _hub_answers(time.monotonic() // 60):
         yield (
             f"The Hugging Face hub cannot be reached from this service: {', '.join(away)} can only "

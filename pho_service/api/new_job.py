@@ -218,7 +218,7 @@ Errors = dict[str, list[str]]
 # What the rules of this machine look at: checked also where other fields are wrong.
 _PLACES = (
     "model", "more_models", "calibration/text", "calibration/dataset", "calibration/data_file",
-    "calibration/context_length", "confirm/text", "notify",
+    "calibration/more_texts", "calibration/context_length", "confirm/text", "notify",
 )  # fmt: skip
 
 
@@ -624,7 +624,7 @@ def _fit(typed: Typed, service: Service) -> dict[str, str]:
 
 def _in_words(text: str) -> str:
     """A message with the names of fields instead of options: ``--dtype bfloat16``."""
-    names = {each.name: path for path, each in document_fields().items()}
+    names = {each.name: path for path, each in reversed(document_fields().items())}
 
     def said(option: re.Match[str]) -> str:
         path = names.get(option[1])

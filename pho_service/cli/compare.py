@@ -44,7 +44,7 @@ from pho_service.spec.tasks import TaskScore, task_names
 if TYPE_CHECKING:
     from pho_service.models.loading import LanguageModel
     from pho_service.models.tasks import LoadedTasks
-    from pho_service.models.texts import TextSource
+    from pho_service.models.texts import MixedText, TextSource
     from pho_service.pipeline.compare import Compared
     from pho_service.pipeline.inputs import Calibrated
     from pho_service.pipeline.rating import ReportText
@@ -483,7 +483,7 @@ def _seeds(seeds: str | None, given: Given) -> list[int]:
 
 def _calibration(
     model: "LanguageModel",
-    source: "TextSource",
+    source: "TextSource | MixedText",
     spec: "CalibrationSpec",
     seed: int,
     search: "JobSpec | None",

@@ -109,6 +109,8 @@ class GroupedCommand(click.Command):
                     formatter.write_dl(rows)
 
 
+_AGAIN = "may be given several times."
+
 # Rules of pydantic in the words of the other messages.
 _RULES = {
     "greater_than_equal": "is below {ge}",
@@ -236,6 +238,8 @@ class DocumentCommand(GroupedCommand):
         self._needed = needed  # What there may be instead of a pattern
         self._asked, self._renamed, self._required = fields, names or {}, required
         self._of_a_service = of_a_service
+        # Fields that an option is about when it is given again, by its parameter.
+        self._again: dict[str, Field] = {}
 
     @cached_property
     def fields(self) -> list[Field]:
@@ -248,12 +252,18 @@ class DocumentCommand(GroupedCommand):
 
     @cached_property
     def _options(self) -> dict[str, tuple[Field, click.Option]]:
-        found = {}
+        found: dict[str, tuple[Field, click.Option]] = {}
         for field in self.fields:
             name = self._renamed.get(field.path, field.name)
             option = field.option(name, required=field.path in self._required)
             if field.path == "pattern" and self._needed:
                 option.help = f"{option.help}  [required unless {self._needed}]"
+            if same := [row for row in found.values() if name in row[1].opts]:
+                of, first = same[0]  # given again, it is this field's
+                option.name, option.help = first.name, f"{str(first.help)[:-1]}; {_AGAIN}"
+                found[str(first.name)] = (of, option)
+                self._again[str(first.name)] = field
+                continue
             found[str(option.name)] = (field, option)
         return found
 
@@ -267,9 +277,14 @@ class DocumentCommand(GroupedCommand):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read the arguments; what is of the document becomes the argument ``given``."""
         rest = super().parse_args(ctx, args)
-        said, names = {}, {}
+        said: dict[str, Any] = {}
+        names: dict[str, str] = {}
         for parameter, (field, option) in self._options.items():
             value = ctx.params.pop(parameter, None)
+            if value and (again := self._again.get(parameter)):
+                value, *more = value
+                said |= {again.path: tuple(more)} if more else {}
+                names[again.path] = option.opts[0]
             if value is not None and value != () and value is not False:
                 said[field.path], names[field.path] = value, option.opts[0]
         models = ctx.params.get("models") or (ctx.params.get("model"),)

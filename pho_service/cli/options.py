@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pho_service.cli.document import Given
     from pho_service.models.calibration import CalibrationText
     from pho_service.models.loading import LanguageModel
-    from pho_service.models.texts import Text, TextSource
+    from pho_service.models.texts import MixedText, Text, TextSource
     from pho_service.pipeline.confirmation import Validation
     from pho_service.pipeline.inputs import Cut
     from pho_service.pipeline.rating import ReportText
@@ -133,13 +133,14 @@ def text_source(spec: "TextSpec", *, measured: bool = False) -> "TextSource":
         return check_text(source, measured=measured)
 
 
-def calibration_source(calibration: "CalibrationSpec") -> "TextSource":
-    """The text that ``--text`` or ``--dataset`` names; C4 if neither does, which is said."""
+def calibration_source(calibration: "CalibrationSpec") -> "TextSource | MixedText":
+    """What ``--text`` and ``--dataset`` name; C4 if neither does, which is said."""
+    from pho_service.models.texts import mixed_text
     from pho_service.spec.calibration import C4_DATASET, C4_FILE
 
     if (calibration.dataset, calibration.data_file) == (C4_DATASET, C4_FILE):
         say(f"No --text given: using {C4_DATASET} {C4_FILE} {calibration.split}.")
-    return text_source(calibration)
+    return mixed_text([*map(text_source, calibration.parts.values())], calibration.shares)
 
 
 def file_source(path: str) -> "TextSource":
@@ -239,7 +240,7 @@ class Terminal(Inputs):
             )
 
     def windows(
-        self, model: "LanguageModel", source: "Text", settings: "CalibrationSettings"
+        self, model: "LanguageModel", source: "Text | MixedText", settings: "CalibrationSettings"
     ) -> "CalibrationText":
         """Says so if the text had fewer windows than asked for."""
         with working(f"Reading {source}"):
@@ -269,7 +270,7 @@ class Terminal(Inputs):
     def calibrated(
         self,
         model: "LanguageModel | str",
-        source: "TextSource",
+        source: "TextSource | MixedText",
         settings: "CalibrationSettings",
         confirm: "ConfirmSpec | None" = None,
         *,

@@ -26,6 +26,8 @@ _TEXT = (
     "data_file",
     "split",
     "field",
+    "more_texts",
+    "shares",
     "context_length",
     "bos",
 )

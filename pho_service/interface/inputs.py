@@ -16,7 +16,14 @@ from pho_service.host.data_sets import USUAL_TEXTS
 from pho_service.models.bundle_file import read_bundle
 from pho_service.models.calibration import CalibrationText, drawn_windows
 from pho_service.models.loading import LanguageModel, given_model, load_model
-from pho_service.models.texts import GivenText, GivenWindows, Text, TextSource
+from pho_service.models.texts import (
+    GivenText,
+    GivenWindows,
+    MixedText,
+    Text,
+    TextSource,
+    mixed_text,
+)
 from pho_service.pipeline.inputs import Calibrated, Inputs
 from pho_service.pipeline.rating import ReportText
 from pho_service.progress import Run, bars
@@ -147,8 +154,20 @@ if TYPE_CHECKING:
     Texts: TypeAlias = (
         str | Path | Sequence[str] | Tensor | datasets.Dataset | datasets.IterableDataset
     )
+    # What a calibration takes: one, or several with their shares.
+    MixedTexts: TypeAlias = Texts | list[tuple[Texts, float]]
 
 FIELD = "text"  # column of a data set in memory
+
+
+def calibration_text_of(texts: "MixedTexts") -> Text | MixedText:
+    """Take a text, or pairs of texts and their shares."""
+    given: Any = texts
+    if not isinstance(given, list) or not given or not isinstance(given[0], tuple):
+        return text_of(given)
+    if wrong := [each for each in given if not isinstance(each, tuple) or len(each) != 2]:
+        raise InvalidInput(f"{wrong[0]!r} is not a pair of a text and its share.")
+    return mixed_text([text_of(text) for text, _ in given], [share for _, share in given])
 
 
 def text_of(texts: "Texts") -> Text:
@@ -202,7 +221,7 @@ class _Column:
             yield document
 
 
-def length_of(model: LanguageModel, texts: "Texts", asked: int | None) -> int:
+def length_of(model: LanguageModel, texts: "MixedTexts", asked: int | None) -> int:
     """The tokens of a window: as asked for, as given windows have, or 2048 or what fits."""
     if asked is not None:
         return asked
@@ -243,7 +262,7 @@ def opened_for(bundle: ProxyBundle, model: Model, tokenizer: Any) -> LanguageMod
 def calibrated(
     model: LanguageModel,
     bundle: ProxyBundle,
-    texts: "Texts | None",
+    texts: "MixedTexts | None",
     confirm: "Texts | None" = None,
     windows: int | None = None,
 ) -> Calibrated:
@@ -258,7 +277,8 @@ def calibrated(
     calibration = None if drawn is None else drawn.calibration
     if texts is not None:
         settings = settings_of(bundle)
-        calibration = drawn_windows(model, text_of(texts), settings)[0][: settings.samples]
+        source = calibration_text_of(texts)
+        calibration = drawn_windows(model, source, settings)[0][: settings.samples]
     text = None
     if windows is not None and confirm is not None:
         text = measured_text(model, confirm, settings_of(bundle), windows, calibration)

@@ -53,7 +53,7 @@ from pho_service.spec.tasks import TaskScore, task_names
 from pho_service.tuning.plan import SearchRequest
 
 if TYPE_CHECKING:
-    from pho_service.interface.inputs import Texts
+    from pho_service.interface.inputs import MixedTexts, Texts
 
 
 _DEFAULT = CalibrationSettings()
@@ -260,7 +260,7 @@ class CompareArguments(SearchOptions, LinearArguments):
     tokenizer: Any = field(kw_only=False)
     pattern: str | Pattern = field(kw_only=False)
     report: "Texts"
-    texts: "Texts | None" = None
+    texts: "MixedTexts | None" = None
     bundle: ProxyBundle | str | Path | None = None
     configurations: Mapping[str, Choice] | None = None
     methods: Sequence[str] | None = None
@@ -356,7 +356,7 @@ def compare(asked: CompareArguments) -> Comparison:
 
 
 def _known_bundle(
-    texts: "Texts | None", bundle: ProxyBundle | str | Path | None, seeds: Sequence[int]
+    texts: "MixedTexts | None", bundle: ProxyBundle | str | Path | None, seeds: Sequence[int]
 ) -> ProxyBundle | None:
     """The bundle, if there is one."""
     if bundle is None and texts is None:

@@ -36,7 +36,7 @@ from pho_service.pruning.reconstruction import summary
 from pho_service.shown.parts import Shown, Table
 
 if TYPE_CHECKING:
-    from pho_service.interface.inputs import Texts
+    from pho_service.interface.inputs import MixedTexts
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
@@ -79,7 +79,7 @@ def prune(
     configuration: Choice,
     bundle: ProxyBundle | str | Path,
     *,
-    texts: "Texts | None" = None,
+    texts: "MixedTexts | None" = None,
     tokenizer: Any = None,
     deployable: bool = False,
     other_family: bool = False,

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from pho_service.interface.inputs import Model, length_of, measured_text, opened, text_of
+from pho_service.interface.inputs import (
+    Model,
+    calibration_text_of,
+    length_of,
+    measured_text,
+    opened,
+)
 from pho_service.interface.pruned import Pruned
 from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.prune import PrunedFolder
@@ -23,7 +29,7 @@ from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.recovery import Recovered, Recovery, Trains
 
 if TYPE_CHECKING:
-    from pho_service.interface.inputs import Texts
+    from pho_service.interface.inputs import MixedTexts, Texts
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
@@ -48,7 +54,7 @@ class RecoveredModel(Shown, PrunedFolder):
 def recover(
     pruned: "Model | Pruned",
     teacher: Model,
-    texts: "Texts",
+    texts: "MixedTexts",
     *,
     minutes: float | None = None,
     tokens: int | None = None,
@@ -118,7 +124,7 @@ def recover(
             given,
             dense,
             RecoveryText(
-                source=text_of(texts),
+                source=calibration_text_of(texts),
                 context_length=length,
                 bos=bos,
                 measured=measured,

@@ -23,6 +23,7 @@ from pho_service.interface.inputs import (
     Choice,
     Model,
     calibrated,
+    calibration_text_of,
     chosen,
     length_of,
     opened,
@@ -30,7 +31,6 @@ from pho_service.interface.inputs import (
     opened_for,
     parsed,
     run_on,
-    text_of,
 )
 from pho_service.models.bundle_file import write_bundle
 from pho_service.models.calibration import CalibrationText, calibration_text
@@ -82,7 +82,7 @@ from pho_service.tuning.search import Callback
 from storage.studies import note_trial, record_of
 
 if TYPE_CHECKING:
-    from pho_service.interface.inputs import Texts
+    from pho_service.interface.inputs import MixedTexts, Texts
 
 
 # What a search is asked for in Python: the arguments of its functions, each said once, as the
@@ -300,7 +300,7 @@ class SearchArguments(SearchOptions, MethodArguments):
 
     tokenizer: Any = None
     confirm: "Texts | None" = None
-    texts: "Texts | None" = None
+    texts: "MixedTexts | None" = None
     confirm_windows: int = 16
     progress: bool | None = None
 
@@ -682,7 +682,8 @@ class CalibrateArguments(CalibrationSettings):
             loaded by its name.
         texts: The path of a .txt, .jsonl or .parquet file; a list of documents; a data set of the
             library ``datasets`` with a column ``text``; or token windows, (windows,
-            context_length), whole numbers, which are taken in their order.
+            context_length), whole numbers, which are taken in their order. Or several with their
+            shares of the windows: ``[("a.jsonl", 3), ("b.jsonl", 1)]``.
         samples: Windows of text for the forward pass; fewer if the text is short.
         context_length: Tokens of a window; None is 2048 or what the model reads, or the length of
             windows that are given.
@@ -693,7 +694,7 @@ class CalibrateArguments(CalibrationSettings):
 
     model: Model = field(kw_only=False)
     tokenizer: Any = field(kw_only=False)
-    texts: "Texts" = field(kw_only=False)
+    texts: "MixedTexts" = field(kw_only=False)
     context_length: int | None = None  # type: ignore[assignment]  # until the texts are seen
     progress: bool | None = None
 
@@ -727,7 +728,7 @@ def calibrate(asked: CalibrateArguments) -> Bundle:
         NumericalError: A weight, an activation or a gradient is NaN or infinite.
         OutOfMemory: It does not fit.
     """
-    source = text_of(asked.texts)
+    source = calibration_text_of(asked.texts)
     given = isinstance(source, GivenWindows)
     if given and asked.bos == "always":
         raise InvalidInput(

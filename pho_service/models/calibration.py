@@ -22,7 +22,14 @@ from pho_service.models.blockwise import collect_statistics_blockwise, measure_p
 from pho_service.models.bundle_file import read_bundle, write_bundle
 from pho_service.models.loading import LanguageModel
 from pho_service.models.scratch import scratch_folder
-from pho_service.models.texts import Text, TextRecord, apart, record_to_dict, sample_windows
+from pho_service.models.texts import (
+    MixedText,
+    Text,
+    TextRecord,
+    apart,
+    record_to_dict,
+    sample_windows,
+)
 from pho_service.planning.stage_memory import (
     CalibrationPlan,
     CalibrationRun,
@@ -239,7 +246,7 @@ class CalibrationText:
 
 
 def calibration_text(
-    model: LanguageModel, source: Text, settings: CalibrationSettings
+    model: LanguageModel, source: Text | MixedText, settings: CalibrationSettings
 ) -> CalibrationText:
     windows, record = drawn_windows(model, source, settings)
     calibration = windows[: settings.samples]
@@ -265,13 +272,14 @@ def calibration_text(
 
 
 def drawn_windows(
-    model: LanguageModel, source: Text, settings: CalibrationSettings
+    model: LanguageModel, source: Text | MixedText, settings: CalibrationSettings
 ) -> tuple[Tensor, TextRecord]:
     """Draw the windows of a calibration, and after them those that are held out."""
     return sample_windows(
         model,
         source,
-        count=settings.samples + HELD_OUT,
+        count=settings.samples,
+        beside=HELD_OUT,
         context_length=settings.context_length,
         bos=settings.bos,
         seed=settings.seed,

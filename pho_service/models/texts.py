@@ -4,11 +4,12 @@ Texts for calibration, confirmation and reports: a file, a data set by name, or 
 
 import hashlib
 import itertools
+import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from pho_service.models.data_sets import (
 )
 from pho_service.models.loading import LanguageModel
 from pho_service.pruning.perplexity import cut_windows
-from pho_service.spec.calibration import C4_DATASET, C4_FILE
+from pho_service.spec.calibration import C4_DATASET, C4_FILE, windows_of, with_shares
 
 # Texts that a program has in memory: documents, or windows that are cut already.
 SHORTEST = 8  # tokens of a window
@@ -172,6 +173,49 @@ class TextSource:
 
 
 Text = TextSource | GivenText | GivenWindows
+T = TypeVar("T", TextSource, Text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedText:
+    """Several texts, each of which gives its share of the windows of a calibration."""
+
+    texts: tuple[Text, ...]
+    shares: tuple[float, ...]  # Only their proportions count
+
+    def __post_init__(self) -> None:
+        if len(self.texts) != len(self.shares):
+            raise InvalidInput(
+                f"there are {len(self.shares)} shares of {len(self.texts)} texts. Give as many."
+            )
+        seen: set[object] = set()
+        for text, share in zip(self.texts, self.shares, strict=True):
+            if not 0 < share < math.inf:
+                raise InvalidInput(
+                    f"the share of {text} is {share}. Give a number above 0, or leave the text out."
+                )
+            own: object = id(text)
+            if isinstance(text, TextSource):
+                own = Path(text.path).expanduser().resolve() if text.path else text
+            if own in seen:
+                raise InvalidInput(f"the text {text} is given twice. Give each text once.")
+            seen.add(own)
+
+    def __str__(self) -> str:
+        return with_shares(map(str, self.texts), self.shares)
+
+    @property
+    def parts(self) -> list[tuple[Text, float]]:
+        """Each text with the share of all windows that it gives."""
+        return [(t, s / sum(self.shares)) for t, s in zip(self.texts, self.shares, strict=True)]
+
+
+def mixed_text(texts: Sequence[T], shares: Sequence[float] = ()) -> T | MixedText:
+    """Return the text if it is one; without shares, each of several gives as many windows."""
+    if len(texts) == 1 and len(shares) < 2:
+        return texts[0]
+    return MixedText(texts=tuple(texts), shares=tuple(shares or [1.0] * len(texts)))
+
 
 C4 = TextSource(dataset=C4_DATASET, data_file=C4_FILE)
 
@@ -181,8 +225,11 @@ class TextRecord:
     """What a number was measured on, to be stored with it."""
 
     source: str  # As :class:`TextSource` prints itself
-    sha256: str  # SHA-256 of the documents that were read, joined by two newlines
+    # SHA-256 of the documents that were read, joined by two newlines; of several texts, of theirs.
+    sha256: str
     documents: int  # How many were read
+    # Of several texts: each with its share of the windows.
+    texts: tuple[tuple["TextRecord", float], ...] = ()
 
 
 def read_documents(
@@ -300,20 +347,26 @@ def read_windows(
 
 def sample_windows(
     model: LanguageModel,
-    source: Text,
+    source: Text | MixedText,
     *,
     count: int,
+    beside: int = 0,
     context_length: int,
     bos: str,
     seed: int,
 ) -> tuple[Tensor, TextRecord]:
     """Draw windows that do not overlap from a text, at random, without replacement."""
-    # Windows that are given as tokens are taken in their order.
+    # After ``count`` windows as many as there are of ``beside`` more, which are held out. Windows
+    # that are given as tokens are taken in their order.
     #
     # Documents of the first 20,000 (fewer if they are longer than ``PHO_MAX_TEXT_BYTES`` together)
     # are shuffled and joined until they hold enough tokens, so short documents are used as well as
     # long ones.
     model.check_context(context_length)
+    if isinstance(source, MixedText):
+        how = {"context_length": context_length, "bos": bos, "seed": seed}
+        return _sample_mixed(model, source, count, beside, **how)
+    count += beside
     if isinstance(source, GivenWindows):
         windows, record = _given(model, source, context_length)
         return windows[:count], record
@@ -339,6 +392,68 @@ def sample_windows(
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(windows), generator=generator)
     return windows[order[:count]], _record(source, used)
+
+
+def _sample_mixed(
+    model: LanguageModel, source: MixedText, count: int, beside: int, **how: Any
+) -> tuple[Tensor, TextRecord]:
+    """Draw windows of several texts, of each its share of ``count`` to the window."""
+    # Every beginning of them nearly has these shares, too: what is run backward, or measured on,
+    # is the first windows.
+    drawn: list[list[Tensor]] = [[], []]
+    records: list[tuple[TextRecord, float]] = []
+    for (text, share), needed, more in zip(
+        source.parts,
+        windows_of(source.shares, count),
+        windows_of(source.shares, beside),
+        strict=True,
+    ):
+        if count and not needed:
+            raise InvalidInput(
+                f"the text {text} gets none of {count} windows. Give it a larger share, more "
+                "windows, or leave it out."
+            )
+        try:
+            windows, record = sample_windows(model, text, count=needed, beside=more, **how)
+        except TextError as error:  # which of them it is
+            named = str(text) in str(error)
+            raise error if named else TextError(f"{text}: {error}") from error
+        if len(windows) < needed:
+            raise TextError(
+                f"the text {text} fills {len(windows)} windows of {windows.shape[1]} tokens, but "
+                f"its share of {count} is {needed}. Give a longer text, a smaller share of it, or "
+                "take fewer windows (--samples)."
+            )
+        for other, _ in records:
+            if record.sha256 == other.sha256:
+                raise TextError(
+                    f"the text {text} has the documents of {other.source}. Give each text once."
+                )
+        drawn[0].append(windows[:needed])
+        drawn[1].append(windows[needed:])
+        records.append((record, share))
+    together = "\n".join(f"{record.sha256} {share:.6f}" for record, share in records)
+    return torch.cat([*map(_in_turns, drawn)]), TextRecord(
+        source=with_shares((_short(each.source) for each, _ in records), source.shares),
+        sha256=hashlib.sha256(together.encode()).hexdigest(),
+        documents=sum(record.documents for record, _ in records),
+        texts=tuple(records),
+    )
+
+
+def _in_turns(windows: list[Tensor]) -> Tensor:
+    """Those of several texts, spread evenly."""
+    order = sorted(
+        ((place + 0.5) / len(own), number, place)
+        for number, own in enumerate(windows)
+        for place in range(len(own))
+    )
+    return torch.cat([windows[0][:0], *(windows[n][p : p + 1] for _, n, p in order)])
+
+
+def _short(source: str) -> str:
+    """A text without the folder that it lay in."""
+    return Path(source).name if source.startswith(("/", ".", "~")) else source
 
 
 def _given(
@@ -373,4 +488,6 @@ def _record(source: TextSource | GivenText, documents: list[str]) -> TextRecord:
 
 def record_to_dict(record: TextRecord, **more: Any) -> dict[str, Any]:
     """JSON values of a record, with ``more`` beside them."""
-    return {"source": record.source, "sha256": record.sha256, **more}
+    parts = [{**record_to_dict(each), "share": round(share, 6)} for each, share in record.texts]
+    several = {"texts": parts} if parts else {}
+    return {"source": record.source, "sha256": record.sha256, **several, **more}

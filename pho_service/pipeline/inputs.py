@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from pho_service.models.calibration import CalibrationText
     from pho_service.models.loading import LanguageModel
-    from pho_service.models.texts import Text
+    from pho_service.models.texts import MixedText, Text
     from pho_service.pipeline.rating import ReportText, Subject
     from pho_service.pruning.bundle import ProxyBundle
     from pho_service.spec.calibration import CalibrationSettings
@@ -51,7 +51,7 @@ class Inputs:
     """Reads texts for a model; who asks adds where they may lie, what is said, what is kept."""
 
     def windows(
-        self, model: "LanguageModel", source: "Text", settings: "CalibrationSettings"
+        self, model: "LanguageModel", source: "Text | MixedText", settings: "CalibrationSettings"
     ) -> "CalibrationText":
         """The windows to calibrate on, and those that are left."""
         from pho_service.models.calibration import calibration_text

@@ -18,7 +18,7 @@ from torch import Tensor
 from pho_service.errors import InvalidInput, NumericalError
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
-from pho_service.models.texts import Text, TextRecord, record_to_dict
+from pho_service.models.texts import MixedText, Text, TextRecord, record_to_dict
 from pho_service.pipeline.pipeline import pruned_model, rate_streamed, whole_masks
 from pho_service.progress import Advance
 from pho_service.pruning.bundle import ProxyBundle
@@ -76,7 +76,7 @@ class ReportText:
 class RecoveryText:
     """What a model is recovered on, and how it is cut into windows."""
 
-    source: Text
+    source: Text | MixedText
     context_length: int
     bos: str = "auto"
     unlike: Tensor | None = None  # Other windows than those measured on that are not trained on

@@ -302,7 +302,8 @@ def _ask(
     apart_from += [] if text.measured is None else [text.measured.windows]
     more = sum(map(len, apart_from))
     windows, record = sample_windows(
-        pruned, text.source, count=steps + HELD_OUT + more, context_length=text.context_length,
+        pruned, text.source, count=0, beside=steps + HELD_OUT + more,
+        context_length=text.context_length,
         bos=text.bos, seed=settings.seed,
     )  # fmt: skip
     for seen in apart_from:

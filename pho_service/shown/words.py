@@ -157,13 +157,24 @@ def study_document(known: Mapping[str, Any], trials: int) -> dict[str, Any]:
         "sampler": known.get("sampler"),
         "seed": known.get("seed"),
         "trials": trials,
-        "calibration": {**settings, **_source(str(text.get("source", "")))},
+        "calibration": {**settings, **_texts(text)},
         **({"confirm": None} if others else {}),
     }
 
 
 # Tells a file of a data set from a configuration.
 _FILE = re.compile(r"[/*]|\.(jsonl?|ndjson|parquet|txt|[ct]sv|gz|bz2|xz|zst)$")
+
+
+def _texts(text: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a record's text, or of its several texts."""
+    parts = [_dict(each) for each in text.get("texts") or [text]]
+    first, *more = [_source(str(each.get("source", ""))) for each in parts]
+    if not more:
+        return first
+    shares = [each.get("share") for each in parts]
+    return {**first, "more_texts": [m.get("text") or m.get("dataset") for m in more],
+            "shares": shares}  # fmt: skip
 
 
 def _source(text: str) -> dict[str, Any]:
@@ -218,7 +229,7 @@ def _space(bounds: Mapping[str, Any]) -> str:
 
 def _calibration(calibration: CalibrationSpec) -> str:
     return (
-        f"{calibration.text or calibration.dataset or 'C4'}, {calibration.samples} windows of "
+        f"{calibration.named}, {calibration.samples} windows of "
         f"{calibration.context_length} tokens, seed {calibration.seed}"
     )
 

@@ -2,7 +2,7 @@
 How a model is calibrated.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
@@ -20,6 +20,24 @@ C4_DATASET = USUAL_TEXTS["c4"].dataset
 C4_FILE = USUAL_TEXTS["c4"].calibration.data_file
 SHARDS = 8  # parts of a calibration
 SHARDED_FROM = 2**17  # tokens: half of the default's
+
+
+def windows_of(shares: Sequence[float], count: int) -> list[int]:
+    """How many of ``count`` windows each share gets, by the largest remainders."""
+    quotas = [share * count / sum(shares) for share in shares]
+    counts = [int(quota) for quota in quotas]
+    order = sorted(range(len(shares)), key=lambda number: counts[number] - quotas[number])
+    for number in order[: count - sum(counts)]:
+        counts[number] += 1
+    return counts
+
+
+def with_shares(names: Iterable[str], shares: Sequence[float]) -> str:
+    """Several texts in words: ``a.jsonl (75%) and b.jsonl (25%)``."""
+    total = sum(shares)
+    return " and ".join(
+        f"{name} ({100 * share / total:.3g}%)" for name, share in zip(names, shares, strict=True)
+    )
 
 
 def odd_sizes(value: Sequence[int]) -> tuple[int, ...]:

@@ -10,10 +10,16 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pho_service.errors import InvalidInput
 from pho_service.host.access import Access, check_data_file
-from pho_service.host.data_sets import check_usual
+from pho_service.host.data_sets import USUAL_TEXTS, check_usual
 from pho_service.host.settings import Settings
-from pho_service.spec.calibration import C4_DATASET, C4_FILE, CalibrationSettings
-from pho_service.spec.document import Document, FieldShown, Name, Seed
+from pho_service.spec.calibration import (
+    C4_DATASET,
+    C4_FILE,
+    CalibrationSettings,
+    windows_of,
+    with_shares,
+)
+from pho_service.spec.document import Document, FieldShown, Name, Number, Seed
 from pho_service.spec.pattern import Coefficients
 from pho_service.spec.recovery import Recovery
 from pho_service.spec.steps import Allocation
@@ -152,18 +158,82 @@ class TextSpec(Document):
         if self.data_file is not None:
             check_field(f"{field}/data_file", check_data_file, self.data_file)
 
+    def place(self, access: Access) -> str:
+        """Where the text lies: a path, or the id of a data set."""
+        return (
+            access.text(self.text) if self.text is not None else access.dataset(str(self.dataset))
+        )
+
     def placed(self, access: Access) -> Self:
         if self.dataset is None:
             return self
         return self.model_copy(update={"dataset": access.placed_dataset(self.dataset)})
 
 
+TEXT_FILES = (".txt", ".jsonl", ".parquet")
+
+
 class CalibrationSpec(TextSpec, CalibrationSettings):  # pydantic reads a dataclass's fields
     """
-    How a model is calibrated, and on what: a text file, or a data set (C4 if nothing is said).
+    How a model is calibrated, and on what: a text file, or a data set (C4 if nothing is said), or
+    several of them.
     """
 
     split: Name = Field("train", description="Split of the data set.")
+    more_texts: Annotated[
+        list[Name], FieldShown(option="--text", label="More texts", picks="texts")
+    ] = Field(
+        [],
+        max_length=15,
+        exclude_if=lambda texts: not texts,
+        description="Other texts that windows are taken from, too: text files, or data sets by "
+        "their names.",
+    )
+    shares: Annotated[
+        list[Annotated[Number, Field(ge=0, le=1e6)]], FieldShown(label="Shares of the texts")
+    ] = Field(
+        [],
+        validate_default=True,
+        max_length=16,
+        exclude_if=lambda shares: not shares,
+        description="Share of the windows that each text gets, in the order of the texts; 3,1 is "
+        "three of four. By default all get as many.",
+    )
+
+    @field_validator("more_texts")
+    @classmethod
+    def _each_text_once(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        first = info.data.get("text") or info.data.get("dataset")
+        if value and first is None:
+            raise ValueError("there is no first text that these are beside: give text or dataset")
+        for number, name in enumerate(value):
+            if name in (first, *value[:number]):
+                raise ValueError(f"{name} is given twice")
+        return value
+
+    @field_validator("shares")
+    @classmethod
+    def _windows_for_each(cls, value: list[float], info: ValidationInfo) -> list[float]:
+        if not {"samples", "more_texts"} <= info.data.keys():
+            return value
+        first = info.data.get("text") or info.data.get("dataset") or C4_DATASET
+        names = [first, *info.data["more_texts"]]
+        if value and len(value) != len(names):
+            raise ValueError(
+                f"{len(value)} shares are given for {', '.join(names)}: give one for "
+                "each of several texts"
+            )
+        if 0 in value:
+            name = names[value.index(0)]
+            raise ValueError(f"the share of {name} is 0: give it a larger one, or leave it out")
+        samples = info.data["samples"]
+        counts = windows_of(value or [1.0] * len(names), samples)
+        if 0 in counts:
+            raise ValueError(
+                f"{names[counts.index(0)]} gets none of {samples} windows: give it a larger "
+                "share, take more samples, or leave it out"
+            )
+        return value
 
     @field_validator("fisher_samples")
     @classmethod
@@ -178,6 +248,45 @@ class CalibrationSpec(TextSpec, CalibrationSettings):  # pydantic reads a datacl
         if self.text is None and self.dataset is None:
             self.dataset, self.data_file = C4_DATASET, C4_FILE
         return self
+
+    @property
+    def parts(self) -> dict[str, TextSpec]:
+        """The texts by the fields that name them; a file among the further ones by its ending."""
+        found: dict[str, TextSpec] = {"text" if self.dataset is None else "dataset": self}
+        for number, name in enumerate(self.more_texts):
+            if name.endswith(TEXT_FILES):
+                part = TextSpec(text=name, field=self.field)
+            else:
+                split = None if name in USUAL_TEXTS else "train"
+                part = TextSpec(dataset=name, split=split, field=self.field)
+            found[f"more_texts/{number}"] = part
+        return found
+
+    @property
+    def named(self) -> str:
+        """The texts, for a message."""
+        names = [self.text or str(self.dataset), *self.more_texts]
+        return with_shares(names, self.shares or [1.0] * len(names)) if names[1:] else names[0]
+
+    def check_text(self, field: str, access: Access) -> None:
+        super().check_text(field, access)
+        seen: dict[str, str] = {}
+        for pointer, part in self.parts.items():
+
+            def once(name: str, part: TextSpec = part) -> None:
+                place = part.place(access)
+                if place in seen:
+                    raise InvalidInput(f"{name} is the same text as {seen[place]}. Give each once.")
+                seen[place] = name
+
+            check_field(f"{field}/{pointer}", once, part.text or str(part.dataset))
+
+    def placed(self, access: Access) -> Self:
+        more = [
+            name if name.endswith(TEXT_FILES) else access.placed_dataset(name)
+            for name in self.more_texts
+        ]
+        return super().placed(access).model_copy(update={"more_texts": more})
 
     def fitted(self, longest: int | None) -> Self:
         """With windows that a model reads, if no length was given; None is any length."""

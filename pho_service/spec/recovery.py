@@ -3,7 +3,7 @@ What a pruned model is recovered with, and what that came to.
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -158,7 +158,7 @@ class Recovered(JsonDocument):
     rate: Number
     seed: Whole
     teacher: dict[str, str | int | None]
-    text: dict[str, str | int | None]
+    text: dict[str, Any]
     perplexities: dict[str, Number] = field(default_factory=dict)
     seconds: Number
 

@@ -43,6 +43,7 @@ def given(verb: str, *words: str) -> Given:
 def shown(verb: str) -> dict[str, dict[str, Any]]:
     """What --help says of each field's option, by the field."""
     made = command(verb)._options.values()
+    again = command(verb)._again  # fields that an option is about when it is given again
     return {
         field.path: {
             "names": option.opts,
@@ -51,7 +52,8 @@ def shown(verb: str) -> dict[str, dict[str, Any]]:
             "help": option.help,
             "section": field.shown.section,
         }
-        for field, option in made
+        for own, option in made
+        for field in [own, *filter(None, [again.get(str(option.name))])]
     }
 
 
@@ -68,7 +70,11 @@ def leaves(document: Mapping[str, Any], above: str = "") -> set[str]:
 
 def test_each_field_of_a_jobs_document_has_an_option_but_for_the_models() -> None:
     parts = {
-        "calibration": {"dataset": "org/texts", "dataset_config": "en"}, "validation": {},
+        "calibration": {
+            "dataset": "org/texts", "dataset_config": "en", "more_texts": ["b.txt"],
+            "shares": [3, 1],
+        },
+        "validation": {},
         "prune": True, "recovery": {}, "tasks": ["boolq"], "tasks_dir": "tasks", "tasks_limit": 100,
         "notify": "https://hooks.example/pho", "warm_start": {},
         "steps": {
@@ -86,6 +92,30 @@ def test_each_field_of_a_jobs_document_has_an_option_but_for_the_models() -> Non
     assert paths - options == {"model", "more_models"}
     assert options <= paths
     assert document_fields()["confirm"].name == "--no-confirm"
+
+
+@pytest.mark.parametrize("verb", ["search", "submit", "calibrate", "recover"])
+def test_text_given_again_is_another_text(verb: str) -> None:
+    model = {"search": ["m", "--pattern", "0.5"], "submit": ["m"], "calibrate": ["m", "--out", "b"]}
+    folder = ["m", "--teacher", "t", "--out", "o"]
+    words = [*model.get(verb, folder), "--shares", "2,1,1"]
+    for name in ("a.txt", "b.txt", "c4"):
+        words += ["--text", name]
+    context = command(verb).make_context(verb, words, parent=PARENT)
+    document = context.params["given"].document()
+
+    assert document["calibration"] == {
+        "text": "a.txt", "more_texts": ["b.txt", "c4"], "shares": [2, 1, 1],
+    }  # fmt: skip
+
+
+def test_several_texts_are_said_by_the_command_that_asks_again() -> None:
+    calibration = {"text": "a.txt", "more_texts": ["b.txt", "c4"], "shares": [2, 1, 1]}
+    document = {"model": "m", "pattern": "0.5", "calibration": calibration}
+
+    assert submit_command(document) == (
+        "pho submit m --pattern 0.5 --text a.txt --text b.txt --text c4 --shares 2,1,1"
+    )
 
 
 def test_pho_search_and_pho_submit_have_the_same_option_for_a_field() -> None:

@@ -13,6 +13,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import pho_service as pho
 from pho_service.errors import BundleError, InvalidInput, ModelError, NumericalError, TextError
+from pho_service.interface.inputs import opened
+from pho_service.models.calibration import calibration_text
+from pho_service.models.texts import MixedText, TextSource
+from pho_service.spec.calibration import CalibrationSettings
 
 SMALL = {"samples": 6, "context_length": 32, "rows_per_layer": 4, "kernel_sizes": (3, 5)}
 
@@ -31,6 +35,30 @@ def test_a_path_a_list_of_strings_and_data_sets_of_the_same_documents_give_the_s
 
         assert made.key == bundle.key
         assert made.contents_sha256 == bundle.contents_sha256
+
+
+def test_several_texts_with_their_shares_are_pairs(
+    tiny_llama: PreTrainedModel,
+    tokenizer: Any,
+    texts: dict[str, Path],
+    sentences: dict[str, list[str]],
+) -> None:
+    pairs = [(texts["calibration"], 2), (sentences["report"], 1)]
+    bundle = pho.calibrate(tiny_llama, tokenizer, pairs, **SMALL)
+    files = MixedText(
+        texts=tuple(TextSource(path=str(texts[name])) for name in ("calibration", "report")),
+        shares=(4, 2),
+    )
+    model = opened(tiny_llama, tokenizer)
+    settings = CalibrationSettings(samples=6, context_length=32)
+    windows = calibration_text(model, files, settings).calibration
+
+    assert torch.equal(bundle.text.calibration, windows)
+    assert "a text in memory (33.3%)" in str(bundle)
+    with pytest.raises(InvalidInput, match="is not a pair of a text and its share"):
+        pho.calibrate(tiny_llama, tokenizer, [("a.txt", 1), "b.txt"], **SMALL)
+    with pytest.raises(InvalidInput, match="texts is a list, which is not a text"):
+        pho.evaluate(tiny_llama, tokenizer, pairs)
 
 
 def test_a_folder_gives_the_bundle_of_the_model_in_memory_with_or_without_a_tokenizer_of_its_own(

@@ -10,9 +10,16 @@ import pytest
 import torch
 
 from pho_service.errors import InvalidInput, PhoError, TextError
-from pho_service.models.calibration import calibration_text
+from pho_service.models.calibration import calibrate, calibration_text
 from pho_service.models.loading import LanguageModel
-from pho_service.models.texts import TextSource, read_documents, read_windows, sample_windows
+from pho_service.models.texts import (
+    GivenText,
+    MixedText,
+    TextSource,
+    read_documents,
+    read_windows,
+    sample_windows,
+)
 from pho_service.spec.calibration import CalibrationSettings
 
 DOCUMENTS = ["the first text", "a second text", "the last text"]
@@ -138,6 +145,99 @@ def test_sample(model: LanguageModel, texts: dict[str, Path]) -> None:
     assert len(everything) == tokens // 16
     assert len(everything.unique(dim=0)) == len(everything)
     assert sample(5, 0, "always")[:, 0].tolist() == [1] * 5
+
+
+def of(texts: dict[str, Path], *names: str, shares: tuple[float, ...]) -> MixedText:
+    sources = tuple(TextSource(path=str(texts[name])) for name in names)
+    return MixedText(texts=sources, shares=shares)
+
+
+def whose(windows: torch.Tensor, everything: dict[str, set[tuple[int, ...]]]) -> list[str]:
+    """Which text each window is of."""
+    return [
+        next(name for name, known in everything.items() if tuple(window) in known)
+        for window in windows.tolist()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shares", "counts", "held_out"),
+    [((1, 1), (6, 6), (8, 8)), ((3, 1), (9, 3), (12, 4)), ((0.9, 0.3), (9, 3), (12, 4)),
+     ((2, 0.2), (11, 1), (15, 1))],
+)  # fmt: skip
+def test_several_texts_give_their_shares_to_the_window_spread_evenly(
+    model: LanguageModel,
+    texts: dict[str, Path],
+    shares: tuple[float, ...],
+    counts: tuple[int, int],
+    held_out: tuple[int, int],
+) -> None:
+    settings = CalibrationSettings(samples=12, context_length=16)
+    mixed = of(texts, "calibration", "report", shares=shares)
+    text = calibration_text(model, mixed, settings)
+    known = {
+        name: {*map(tuple, sample_windows(model, TextSource(path=str(texts[name])), count=10_000,
+                                          context_length=16, bos="auto", seed=0)[0].tolist())}
+        for name in ("calibration", "report")
+    }  # fmt: skip
+    drawn, beside = whose(text.calibration, known), whose(text.beside, known)
+
+    assert (drawn.count("calibration"), drawn.count("report")) == counts
+    assert (beside.count("calibration"), beside.count("report")) == held_out
+    for end in range(1, 13):  # those that are run backward are the first
+        share = counts[0] / 12
+        assert abs(drawn[:end].count("calibration") - share * end) < 1
+    assert len(text.calibration.unique(dim=0)) == 12
+    assert torch.equal(calibration_text(model, mixed, settings).calibration, text.calibration)
+
+
+def test_a_record_has_each_of_several_texts_with_its_hash_and_share(
+    model: LanguageModel, texts: dict[str, Path]
+) -> None:
+    settings = CalibrationSettings(samples=4, context_length=16)
+    text = calibration_text(model, of(texts, "calibration", "report", shares=(3, 1)), settings)
+    alone = calibration_text(model, TextSource(path=str(texts["report"])), settings)
+    provenance = calibrate(model, text, settings).provenance["text"]
+
+    assert provenance["source"] == "calibration.jsonl (75%) and report.jsonl (25%)"
+    assert [each["source"] for each in provenance["texts"]] == [
+        str(texts["calibration"]), str(texts["report"]),
+    ]  # fmt: skip
+    assert [each["share"] for each in provenance["texts"]] == [0.75, 0.25]
+    assert provenance["texts"][1]["sha256"] != provenance["sha256"]
+    assert "texts" not in calibrate(model, alone, settings).provenance["text"]
+
+
+def test_what_is_wrong_with_one_of_several_texts_names_it(
+    model: LanguageModel, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = CalibrationSettings(samples=4, context_length=16)
+    good = TextSource(path=str(texts["calibration"]))
+    tiny, copy = write(tmp_path / "tiny.jsonl"), tmp_path / "copy.jsonl"
+    short = GivenText(documents=["the model " * 10], name="short")
+    copy.write_bytes(texts["calibration"].read_bytes())
+    (tmp_path / "link.jsonl").symlink_to(texts["calibration"])
+
+    def draw(other: TextSource | GivenText, share: float = 1) -> None:
+        mixed = MixedText(texts=(good, other), shares=(1, share))
+        calibration_text(model, mixed, settings)
+
+    with pytest.raises(InvalidInput, match=r"the share of short is 0\. Give"):
+        draw(short, 0)
+    with pytest.raises(InvalidInput, match="the text short gets none of 4 windows"):
+        draw(short, 0.01)
+    with pytest.raises(TextError, match=r"the text short fills \d windows of 16 .* of 4 is 3"):
+        draw(short, 3)
+    with pytest.raises(TextError, match=r"tiny\.jsonl: the text has 9 tokens"):
+        draw(TextSource(path=str(tiny)))
+    with pytest.raises(TextError, match=r"no\.jsonl does not exist"):
+        draw(TextSource(path=str(tmp_path / "no.jsonl")))
+    with pytest.raises(TextError, match=r"copy\.jsonl has the documents of .*calibration\.jsonl"):
+        draw(TextSource(path=str(copy)))
+    with pytest.raises(InvalidInput, match=r"link\.jsonl is given twice"):
+        draw(TextSource(path=str(tmp_path / "link.jsonl")))
+    with pytest.raises(InvalidInput, match="there are 1 shares of 2 texts"):
+        MixedText(texts=(good, short), shares=(1,))
 
 
 def test_held_out(model: LanguageModel, texts: dict[str, Path]) -> None:

@@ -217,17 +217,69 @@ def test_jobs_share_a_bundle_unless_they_differ_in_the_model_or_the_calibration(
         ({"calibration": {"text": "/etc/passwd"}}, "/calibration/text"),
         ({"calibration": {"dataset": "x/y"}}, "/calibration/dataset"),
         ({"calibration": {"dataset": "a/b", "data_file": "x::y"}}, "/calibration/data_file"),
+        ({"calibration": {"text": "a.txt", "more_texts": ["../x.txt"]}},
+         "/calibration/more_texts/0"),
+        ({"calibration": {"text": "a.txt", "more_texts": ["b.txt", "x/y"]}},
+         "/calibration/more_texts/1"),
+        ({"calibration": {"text": "a.txt", "more_texts": ["./a.txt"]}},
+         "/calibration/more_texts/0"),
         ({"confirm": {"text": "../x"}}, "/confirm/text"),
     ],
-)
+)  # fmt: skip
 def test_a_path_that_is_not_allowed(tmp_path: Path, changes: dict[str, Any], pointer: str) -> None:
     roots = (tmp_path,)
     settings = Settings(model_roots=roots, text_roots=roots, hub_datasets=("a/*", "allenai/*"))
     access = Access.of(settings)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).touch()
 
     with pytest.raises(FieldError) as caught:
         spec_of(**changes).check_access(access)
     assert caught.value.pointer == pointer
+
+
+@pytest.mark.parametrize(
+    ("calibration", "field", "message"),
+    [
+        ({"text": "a.txt", "more_texts": ["a.txt"]}, "more_texts", "a.txt is given twice"),
+        ({"dataset": "c4", "more_texts": ["b.txt", "b.txt"]}, "more_texts", "b.txt is given twice"),
+        ({"more_texts": ["b.txt"]}, "more_texts", "no first text"),
+        ({"text": "a.txt", "more_texts": ["b.txt"], "shares": [1, 0]}, "shares",
+         "the share of b.txt is 0"),
+        ({"text": "a.txt", "more_texts": ["b.txt"], "shares": [1]}, "shares",
+         "1 shares are given for a.txt, b.txt"),
+        ({"text": "a.txt", "more_texts": ["b.txt"], "shares": [1, 99], "samples": 16}, "shares",
+         "a.txt gets none of 16 windows"),
+        ({"text": "a.txt", "more_texts": ["b.txt"], "samples": 1}, "shares",
+         "b.txt gets none of 1 windows"),
+    ],
+)  # fmt: skip
+def test_several_texts_that_cannot_be_are_named(
+    calibration: dict[str, Any], field: str, message: str
+) -> None:
+    with pytest.raises(ValidationError) as caught:
+        spec_of(calibration=calibration)
+    (error,) = caught.value.errors()
+    assert error["loc"] == ("calibration", field)
+    assert message in error["msg"]
+
+
+def test_one_text_is_stored_as_if_there_could_not_be_several() -> None:
+    stored = spec_of(calibration={"text": "a.txt"}).model_dump(mode="json")["calibration"]
+
+    assert not {"more_texts", "shares"} & {*stored}
+
+
+def test_a_data_set_among_the_further_texts_is_kept_by_the_place_where_it_lies(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "a.txt").touch()
+    access = Access.of(Settings(text_roots=(tmp_path,), hub_datasets=("Salesforce/*",)))
+    calibration = {"text": "a.txt", "more_texts": ["rows", "wikitext2"]}
+    placed = spec_of(calibration=calibration).placed(access).calibration
+
+    assert placed.more_texts == ["./rows", "wikitext2"]
 
 
 def test_a_model_in_other_letters_is_the_same_model(tmp_path: Path) -> None:

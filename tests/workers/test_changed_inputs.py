@@ -83,11 +83,14 @@ BY_PERPLEXITY = {"objective": {"name": "perplexity"}, "trials": 6}
         # windows that the calibration left
         ({"confirm": {"text": None}}, StageKind.CONFIRM, "calibration", "calibration text"),
         ({"confirm": {"text": None}}, StageKind.PERPLEXITY, "calibration", "calibration text"),
+        ({"calibration": {"more_texts": ["confirmation.jsonl"]}, "confirm": {"text": None}},
+         StageKind.PERPLEXITY, "confirmation",
+         r"calibration text calibration\.jsonl \(50%\) and confirmation\.jsonl \(50%\)"),
         (BY_PERPLEXITY, StageKind.SEARCH, "model", "model"),
         (BY_PERPLEXITY, StageKind.SEARCH, "confirmation", "text"),
         (BY_PERPLEXITY, StageKind.FINISH, "confirmation", r"confirmation\.jsonl"),
     ],
-)
+)  # fmt: skip
 def test_what_is_replaced_after_the_calibration_is_neither_compared_nor_measured(
     hand: Any, small: Any, changes: Any, kind: StageKind, what: str, said: str, restarted: bool
 ) -> None:

@@ -199,6 +199,28 @@ def test_from_a_question_to_a_model(hand: Any, tmp_path: Path) -> None:
     assert texts[0] == texts[1]
 
 
+def test_a_job_on_several_texts_says_them_and_their_shares_where_it_says_its_text(
+    hand: Any, small: Any
+) -> None:
+    calibration = {"more_texts": ["report.jsonl"], "shares": [2, 1]}
+    spec = small(prune=True, recovery={"tokens": 640}, calibration=calibration)
+    job = hand.done(spec)
+    names = "calibration.jsonl (66.7%) and report.jsonl (33.3%)"
+    card = (folder_of(hand, job) / "README.md").read_text()
+    app = create_app(hand.store.database, read_settings())
+    with TestClient(app, "http://127.0.0.1:8000") as client:
+        shown = client.get(f"/v1/jobs/{job.id}/report").text
+        text = client.get(f"/v1/jobs/{job.id}/best").json()["calibration"]["text"]
+
+    assert text["source"] == names
+    assert [Path(each["source"]).name for each in text["texts"]] == [
+        "calibration.jsonl", "report.jsonl",
+    ]  # fmt: skip
+    assert job.pruning.result["recovery"]["text"]["source"] == names
+    assert card.count(names) == 2
+    assert names in shown
+
+
 def test_a_recovered_model_is_what_is_kept_and_the_report_says_what_it_gained(
     hand: Any, small: Any
 ) -> None:
