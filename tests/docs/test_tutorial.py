@@ -83,6 +83,9 @@ def test_every_command_of_the_page_succeeds_and_prints_what_the_page_shows(folde
         if not same(shown, output)
     ]
     assert not others, "\n\n".join(others)
+    rise = re.search(r"(\S+) ± \S+% above dense", outputs[1])
+    assert rise, outputs[1]
+    assert float(rise[1]) > 10  # the example loses what one can see
 
 
 def same(shown: str, printed: str) -> bool:
