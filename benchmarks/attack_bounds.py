@@ -235,7 +235,7 @@ def _hostile_dump(target: Target) -> str | None:
 def _fair_share(target: Target) -> str | None:
     """A curve of many patterns; a small job of another key begins within a turn and a piece."""
     mine, yours = _keys(target)
-    confirm = {"confirm": {"text": "confirm.txt", "candidates": 2, "windows": 4}}
+    confirm = {"confirm": {"text": "confirm.txt", "finalists": 2, "windows": 4}}
     patterns = [f"{number / 100:g}" for number in range(20, 52)]
     spec = {**target.spec, **confirm, "pattern": None, "patterns": patterns, "trials": 60}
     write_text(target.folder / "confirm.txt", seed=target.seed)

@@ -16,7 +16,7 @@ from local_service import WORDS
 
 READY_S = 60.0
 STOPPED_S = 15.0  # ten seconds for the service, and some for a busy machine
-CONFIRMED = {"confirm": {"text": "confirm.txt", "candidates": 3, "windows": 8}}
+CONFIRMED = {"confirm": {"text": "confirm.txt", "finalists": 3, "windows": 8}}
 
 
 def _ready(target: Target) -> bool:

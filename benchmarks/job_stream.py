@@ -63,7 +63,7 @@ def documents(
         text: One that is replaced now and then.
     """
     few = {**spec, "trials": 14, "max_attempts": 20}  # more workers than are killed in one stage
-    confirmed = {**few, "confirm": {"candidates": 2, "windows": 2}}
+    confirmed = {**few, "confirm": {"finalists": 2, "windows": 2}}
     calibration = spec["calibration"]
     point = {
         "coefficients": {

@@ -315,8 +315,8 @@ def transferred_gain(target: TransferTarget) -> Gain | None:
 
 def _own_rating(configuration: Configuration) -> Rating:
     """What was measured of the configuration itself: it is the first that was confirmed."""
-    if configuration.candidates and configuration.confirmation is not None:
-        return configuration.candidates[0]
+    if configuration.finalists and configuration.confirmation is not None:
+        return configuration.finalists[0]
     proxy = _number(configuration.objective.get("value"))
     return Rating(method=configuration.method, trial=0, proxy=proxy)
 

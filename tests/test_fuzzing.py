@@ -128,7 +128,7 @@ CONFIGURATION = Configuration(
     pattern="2:4",
     scope="row",
     objective={"name": "activation-reconstruction/blend", "value": 0.01},
-    candidates=[{"method": "crepe", "trial": 7, "proxy": 0.01, "perplexity": 17.0}],  # type: ignore[list-item]
+    finalists=[{"method": "crepe", "trial": 7, "proxy": 0.01, "perplexity": 17.0}],  # type: ignore[list-item]
     baselines=[{"method": "wanda", "trial": 0}],  # type: ignore[list-item]
     search={"trials": 40, "space": {"row_share": [0, 1]}},
     model={"name": "org/name", "weights_sha256": "ab"},
@@ -170,7 +170,7 @@ PLANNED = {
 JOB = {
     "model": "org/name", "pattern": "0.5", "scope": "layer", "name": "n", "seed": 1, "trials": 40,
     "calibration": {"dataset": "org/d", "samples": 8, "kernel_sizes": [3, 5]},
-    "confirm": {"candidates": 3, "windows": 4}, "search_space": {"row_share": [0, 1]},
+    "confirm": {"finalists": 3, "windows": 4}, "search_space": {"row_share": [0, 1]},
     "objective": {"weighting": "fisher"}, "steps": {"allocation": {"method": "owl"}},
     "warm_start": {"count": 2, "found": [{"coefficients": CONFIGURATION["coefficients"]}]},
 }  # fmt: skip
@@ -411,7 +411,7 @@ HOSTILE = {
     "descriptions": ("m.gguf", b"GGUF" + struct.pack("<IQQ", 3, 2**62, 0)),
     "lists": ("c.json", b"[" * 2**21),
     "recipe": ("pruning.json", b"[" + b"[]," * 2**20 + b"[]]"),
-    "faults": ("c.json", json.dumps({**CONFIGURATION, "candidates": [1] * 300_000}).encode()),
+    "faults": ("c.json", json.dumps({**CONFIGURATION, "finalists": [1] * 300_000}).encode()),
 }  # fmt: skip
 
 

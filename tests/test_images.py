@@ -402,7 +402,7 @@ def test_a_job_through_both(
                 "text": "calibration.jsonl", "samples": 6, "context_length": 32,
                 "rows_per_layer": 4, "projection_rows": 16, "kernel_sizes": [3, 5],
             },
-            "confirm": {"text": "confirmation.jsonl", "windows": 3, "candidates": 2},
+            "confirm": {"text": "confirmation.jsonl", "windows": 3, "finalists": 2},
         }  # fmt: skip
         job = client.post("/v1/jobs", json=document).json()["id"]
 

@@ -485,7 +485,7 @@ def _own_search(spec: TransferSpec) -> SearchRequest | None:
     return own_search(
         spec.found(),
         spec.search,
-        finalists=spec.search.confirm.candidates,
+        finalists=spec.search.confirm.finalists,
     )
 
 

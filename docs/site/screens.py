@@ -33,7 +33,7 @@ PAGES = (
 )  # fmt: skip
 MODEL = "SmolLM2-135M.gguf"
 CALIBRATION = {"text": "calibration.jsonl", "samples": 16, "context_length": 128}
-CONFIRM = {"text": "confirmation.jsonl", "candidates": 2, "windows": 2}
+CONFIRM = {"text": "confirmation.jsonl", "finalists": 2, "windows": 2}
 JOB = {"model": MODEL, "preset": "crepe", "calibration": CALIBRATION, "confirm": CONFIRM}
 
 

@@ -51,8 +51,8 @@ from storage.studies import read_course, study_ids
 LOGS = 100  # parts of logs that are shown, the newest
 LOG_LINES = 300  # the newest
 _ASKED_HERE = ("pause", "resume", "cancel")  # with a button; the others need more than that
-_FIRST = ("result", "curve")  # above the buttons
-_SHOWN = ("writing", "tasks", "recovery", "search", "finalists", "layers", "transfer")
+_FIRST = ("result", "curve", "writing")  # above the buttons
+_SHOWN = ("tasks", "recovery", "search", "finalists", "layers", "transfer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +131,7 @@ def view(service: Service, caller: Caller, job: stored.JobRecord, now: datetime)
         steps=rows,
         left=time_left(service, job, head.job.progress, rows, likely_card(reporting)),
         first=[found[name] for name in _FIRST if name in found],
-        sections=[
-            found[name]
-            for name in _SHOWN
-            if name in found and (found[name].is_known or name == "writing")
-        ],
+        sections=[found[name] for name in _SHOWN if name in found and found[name].is_known],
         happened=Section(id="happened", title="What happened", events=found["happened"].events),
         logs=_logs(service.jobs.logs(job.id, limit=LOGS), named=caller.sees_all),
         files=artifacts.listed(job) if head.job.pruned == "done" else None,

@@ -460,7 +460,7 @@ _verb("resume", "Continue a job that is paused or has failed, from what is store
 )
 def extend(job_id: UUID, extension: Extension, service: ServiceParam, caller: CallerParam) -> Job:
     """
-    Give a search more trials. Confirmed candidates stay finalists, so the result cannot get worse.
+    Give a search more trials. Finalists stay finalists, so the result cannot get worse.
 
     The files of its pruned model are deleted; `prune` in its document writes the new one's.
     """

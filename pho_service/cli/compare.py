@@ -289,7 +289,7 @@ def _show_scores(document: dict[str, Any], scores: "Sequence[TaskScore]") -> Non
 # The seed is the calibration's.
 _OF_SEARCHES = (
     *(name for name in options_of(SearchOptions()) if name != "seed"),
-    "confirm/text", "confirm/windows", "confirm/candidates",
+    "confirm/text", "confirm/windows", "confirm/finalists",
 )  # fmt: skip
 
 

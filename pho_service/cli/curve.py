@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     cls=DocumentCommand,
     fields=(
         "scope", "preset", "steps", "search_space", "calibration", "confirm/text",
-        "confirm/windows", "confirm/candidates", "validation", "objective", "sampler", "revision",
+        "confirm/windows", "confirm/finalists", "validation", "objective", "sampler", "revision",
         "dtype", "stream", *options_of(SearchOptions()),
     ),
 )  # fmt: skip
@@ -125,7 +125,7 @@ def curve(
 def point_spec(model: str, given: Given, pattern: Pattern) -> "JobSpec":
     """The document of one point's search."""
     scope = {} if pattern.group else {"scope": pattern.scope.value}
-    document = given.document({"model": model, "confirm": {"candidates": CURVE_FINALISTS}})
+    document = given.document({"model": model, "confirm": {"finalists": CURVE_FINALISTS}})
     document.pop("scope", None)
     return given.job({**document, "pattern": str(pattern), **scope})
 

@@ -153,7 +153,7 @@ def demo(given: Given, out: str, pattern: str, scope: str | None, as_json: bool)
         "confirm": {
             "text": texts["confirmation"],
             "windows": CONFIRMATION_WINDOWS,
-            "candidates": 2,
+            "finalists": 2,
         },
     }
     specs = {name: given.job({**document, **more}) for name, document in asked.items()}

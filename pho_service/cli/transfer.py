@@ -38,7 +38,7 @@ METHODS = ("wanda", "ria", "transferred", "own")
 @click.command(
     cls=DocumentCommand,
     fields=(
-        "calibration", "confirm/text", "confirm/windows", "confirm/candidates", "trials", "seed",
+        "calibration", "confirm/text", "confirm/windows", "confirm/finalists", "trials", "seed",
         "revision", "dtype", "stream",
     ),
 )  # fmt: skip
@@ -120,7 +120,7 @@ def transfer(
     request = None
     if search:
         asked = SearchOptions(trials=given("trials"), seed=given("seed"))
-        request = own_search(found, asked, finalists=given("confirm/candidates"))
+        request = own_search(found, asked, finalists=given("confirm/finalists"))
         check_study_url(study)
     whole = [name for name in models if not is_bundle(name)]
     if whole and measured_on is None:

@@ -29,6 +29,15 @@ PACKED_SUFFIX = ".pho"  # suffix of a file that `pho pack` writes
 _PLAIN = re.compile(r"[^\\/:\x00-\x1f\x7f]{1,255}")
 
 
+def check_config(folder: Path, name: str) -> None:
+    """Raise ModelError where a folder holds no model of Hugging Face."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{name} has no config.json, so it is not a Hugging Face model folder. Give the folder "
+            "that has one, or a .gguf file."
+        )
+
+
 def check_model_folder(folder: Path) -> None:
     """Check the names in ``*.index.json``, ``config.json`` and ``tokenizer_config.json``."""
     # Nothing else in the folder is looked at, and no weights are read: this takes milliseconds, and
@@ -302,20 +311,16 @@ def _below(name: str, roots: tuple[Path, ...], files: Files) -> Path | None:
 def _model_files(folder: Path, name: str) -> Iterator[os.DirEntry[str]]:
     """What a loader of models opens: the folder's own files, and none below it but templates."""
     yield from _entries(folder, _IN_A_MODEL, f"model {name!r}", "the model's folder alone")
-    if not (folder / "config.json").is_file():
-        raise InvalidInput(
-            f"model {name!r} has no config.json, so it is not a Hugging Face model folder. Give "
-            "the folder that has one, or a .gguf file."
-        )
     if (folder / _TEMPLATES).is_dir():
         yield from _entries(folder / _TEMPLATES, _IN_A_MODEL, f"model {name!r}", "fewer templates")
     naming = [*folder.glob("*.index.json"), *(folder / file for file in NAMING_FILES)]
-    # Larger ones are left to the worker, whose loader looks at them in any case.
-    if sum(file.stat().st_size for file in naming if file.is_file()) <= _NAMES_BYTES:
-        try:
+    try:
+        check_config(folder, "it")
+        # Larger ones are left to the worker, whose loader looks at them in any case.
+        if sum(file.stat().st_size for file in naming if file.is_file()) <= _NAMES_BYTES:
             check_model_folder(folder)
-        except PhoError as error:
-            raise InvalidInput(f"model {name!r}: {error}") from error
+    except PhoError as error:
+        raise InvalidInput(f"model {name!r}: {error}") from error
 
 
 def _dataset_files(folder: Path, name: str) -> Iterator[os.DirEntry[str]]:

@@ -271,7 +271,7 @@ class CompareArguments(SearchOptions, LinearArguments):
     scope: str | None = None
     samples: int = _DEFAULT.samples
     context_length: int | None = None
-    finalists: int = ConfirmSpec().candidates
+    finalists: int = ConfirmSpec().finalists
     confirm_windows: int = ConfirmSpec().windows
     report_windows: int | None = None
     tasks: str | Sequence[str] = ()

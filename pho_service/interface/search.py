@@ -604,7 +604,7 @@ def _searched(
 def _note_ratings(study: optuna.Study, found: Configuration) -> None:
     """Give trials that were searched by perplexity what was measured of them."""
     trials = study.get_trials(deepcopy=False)
-    for rating in found.candidates:
+    for rating in found.finalists:
         for what in ("perplexity", "divergence"):
             value = getattr(rating, what)
             if value is not None and trials[rating.trial].user_attrs.get(what) != value:
@@ -613,7 +613,7 @@ def _note_ratings(study: optuna.Study, found: Configuration) -> None:
 
 def _table(found: Configuration, trial: int) -> list[FoundRow]:
     """The references, and every finalist; where nothing was measured, the baselines instead."""
-    ratings, good = found.candidates, found.perplexities
+    ratings, good = found.finalists, found.perplexities
     references = [
         FoundRow(method=name, perplexity=getattr(good, name)) for name in REFERENCES if good
     ]

@@ -37,6 +37,7 @@ from transformers.utils.hub import cached_file
 from pho_service.errors import ChangedInput, InvalidInput, ModelError, NumericalError, PhoError
 from pho_service.host.access import (
     NAMING_FILES,
+    check_config,
     check_model_folder,
     check_names,
     is_packed,
@@ -317,8 +318,7 @@ def _pinned(name: str, revision: str | None) -> dict[str, str]:
 
 def _check_folder(path: Path) -> None:
     """Raise ModelError unless the folder has a config and safetensors."""
-    if not (path / "config.json").is_file():
-        raise ModelError(f"{path} has no config.json, so it is not a Hugging Face model folder.")
+    check_config(path, str(path))
     if any(path.glob("*.safetensors")):
         return
     pickled = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern)]

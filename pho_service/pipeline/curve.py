@@ -22,6 +22,7 @@ from pho_service.pipeline.search import (
     Journal,
     Piece,
     name_of_study,
+    reference_record,
     search_job,
 )
 from pho_service.progress import Advance, Run
@@ -36,7 +37,7 @@ from storage.records import PATTERN
 from storage.studies import StorageError, keep_record, kept, once, open_storage, record_of
 
 FORMAT = "pho-curve"
-DENSE_MEASURED = "reference:dense"  # record of a study: what was measured of the dense model
+DENSE_MEASURED = reference_record("dense")
 _TIME = "curve_time"  # record of a study
 
 # Opens the study of a search, which may hold a part of it already.

@@ -169,6 +169,11 @@ class Reference:
     trial: int | None = None
 
 
+def reference_record(name: str) -> str:
+    """The record of a study that holds what was measured of the dense model, Wanda or RIA."""
+    return f"reference:{name}"
+
+
 def references(plan: SearchPlan, rated: Sequence[RatedCandidate]) -> list[Reference]:
     """What the result of a search is judged by; published baselines may be trials of it."""
     methods = reference_methods(plan.pattern, plan.steps.linears)
@@ -440,7 +445,7 @@ class _Steps:
         """Where a perplexity is kept: the study, the name, and the trial that it is of."""
         first = self._islands.studies[0]
         if number >= REFERENCE_NUMBERS:
-            return first, f"reference:{NAMES[number - REFERENCE_NUMBERS]}", None
+            return first, reference_record(NAMES[number - REFERENCE_NUMBERS]), None
         if number >= VALIDATION:
             assert self._request.validation is not None
             seed = self._request.validation.seed

@@ -134,7 +134,7 @@ def plan_job(spec: JobSpec, header: Header, machine: Machine) -> Plan:
         pattern=spec.pruning(),
         steps=spec.request(0).steps,
         trials=spec.trials * spec.islands,
-        finalists=spec.confirm.candidates if spec.confirm else 0,
+        finalists=spec.confirm.finalists if spec.confirm else 0,
         windows=spec.confirm.windows if spec.confirm else 0,
         dtype=_dtype(spec, shapes, machine),
         stream=spec.stream,

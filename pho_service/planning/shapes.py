@@ -19,7 +19,7 @@ import gguf
 import numpy as np
 
 from pho_service.errors import InvalidInput, ModelError, shown
-from pho_service.host.access import MAX_BYTES, is_path, shards_of
+from pho_service.host.access import MAX_BYTES, check_config, is_path, shards_of
 from pho_service.host.machine import hub_answers
 
 _T = TypeVar("_T")
@@ -408,10 +408,8 @@ def _readable(name: str) -> Iterator[None]:
 
 
 def _config(name: str, folder: Path) -> dict[str, Any]:
-    file = folder / CONFIG
-    if not file.is_file():
-        raise ModelError(f"{name} has no config.json, so it is not a Hugging Face model folder.")
-    with file.open("rb") as opened:
+    check_config(folder, name)
+    with (folder / CONFIG).open("rb") as opened:
         return _parsed_config(name, opened.read(MOST_BYTES + 1))
 
 

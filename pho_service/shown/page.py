@@ -61,7 +61,7 @@ def with_measurements(
     """Trials with what was measured of them; what a configuration says goes before."""
     perplexities, divergences = {**measured.perplexities}, {**measured.divergences}
     if configuration is not None:
-        for rating in (*configuration.baselines, *configuration.candidates):
+        for rating in (*configuration.baselines, *configuration.finalists):
             if rating.perplexity is not None:
                 perplexities[rating.trial] = rating.perplexity
             if rating.divergence is not None:

@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from pho_service.spec.document import number, percent
+from pho_service.spec.document import format_count, number, percent
 
 # Charts as SVG: scales, axes, marks, bars and maps, as shapes that a page's template puts in.
 WIDTH, HEIGHT = 480.0, 300.0  # of a chart, in the units of its view box
@@ -494,7 +494,9 @@ def template_environment(*folder: str) -> Environment:
         lstrip_blocks=True,
         auto_reload=False,
     )
-    environment.filters |= {"number": number, "percent": percent, "code": as_code}
+    environment.filters |= {
+        "number": number, "percent": percent, "quantity": format_count, "code": as_code,
+    }  # fmt: skip
     return environment
 
 

@@ -150,8 +150,8 @@ class Report:
     @property
     def winner(self) -> ReportTrial | None:
         """What was chosen; or what would be now, while nothing is."""
-        if self.configuration is not None and self.configuration.candidates:
-            return self._trial(self.configuration.candidates[0].trial)
+        if self.configuration is not None and self.configuration.finalists:
+            return self._trial(self.configuration.finalists[0].trial)
         if self.chosen is not None:
             return self._trial(self.chosen)
         best = [*self.measured, *self.rated]
@@ -177,7 +177,7 @@ class Report:
     @classmethod
     def of(cls, found: Configuration) -> Self:
         """The report of a configuration alone: what it says of its finalists and baselines."""
-        ratings = {each.trial: each for each in (*found.baselines, *found.candidates)}
+        ratings = {each.trial: each for each in (*found.baselines, *found.finalists)}
         return cls(
             title=found.method,
             subject="search",

@@ -56,7 +56,7 @@ def configuration_rows(found: Configuration) -> list[tuple[str, str]]:
             before = number(how.before_reconstruction)
             rows.append(("", f"{before} before the reconstruction of its blocks"))
         if how.divergence_tokens is not None:
-            rows.append(("", f"the best of {len(found.candidates)} finalists and baselines"))
+            rows.append(("", f"the best of {len(found.finalists)} finalists, baselines included"))
     return rows
 
 

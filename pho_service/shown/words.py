@@ -238,7 +238,7 @@ def _confirmation(confirm: ConfirmSpec | None) -> str:
     if confirm is None:
         return "none: the best by the objective alone"
     text = confirm.text or "what the calibration leaves of its text"
-    return f"{confirm.candidates} candidates on {confirm.windows} windows of {text}"
+    return f"{confirm.finalists} finalists on {confirm.windows} windows of {text}"
 
 
 def _words(name: str) -> str:

@@ -193,8 +193,8 @@ class Configuration(Document):
         confirmation: None if no perplexity was measured.
         continuations: What the dense and the pruned model write after beginnings of the text of the
             confirmation. Empty without such a text, or if the model is streamed or reads no text.
-        candidates: Everything that was confirmed, best first: by perplexity, then what was only
-            compared with the dense model, by divergence.
+        finalists: All that was confirmed, baselines included, best first: by perplexity, then what
+            was only compared with the dense model, by divergence.
         baselines: The published methods in the same pattern.
         border: Coefficients that lie on the border of the search space.
         search: Sampler, trials, seed, space, study.
@@ -218,7 +218,7 @@ class Configuration(Document):
     continuations: Annotated[list[Continuation], FailFast()] = Field(
         default_factory=list, exclude_if=lambda value: not value
     )
-    candidates: Annotated[list[Rating], FailFast()] = Field(default_factory=list)
+    finalists: Annotated[list[Rating], FailFast()] = Field(default_factory=list)
     baselines: Annotated[list[Rating], FailFast()] = Field(default_factory=list)
     border: Annotated[list[str], FailFast()] = Field(default_factory=list)
     search: dict[str, Any] = Field(default_factory=dict)
@@ -255,7 +255,7 @@ class Configuration(Document):
             return self
         return self.model_copy(
             update={
-                "steps": steps, "perplexities": None, "confirmation": None, "candidates": [],
+                "steps": steps, "perplexities": None, "confirmation": None, "finalists": [],
                 "continuations": [], "tasks": None,
             }
         )  # fmt: skip

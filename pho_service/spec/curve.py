@@ -167,7 +167,7 @@ def first_of_kinds(patterns: Sequence[Pattern]) -> list[Pattern]:
 
 def curve_confirmation(confirm: Any) -> Any:
     """How each of several patterns is confirmed, with its own default."""
-    return {"candidates": CURVE_FINALISTS, **confirm} if isinstance(confirm, dict) else confirm
+    return {"finalists": CURVE_FINALISTS, **confirm} if isinstance(confirm, dict) else confirm
 
 
 def check_several(spec: "JobSpec") -> None:

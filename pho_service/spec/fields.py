@@ -308,13 +308,16 @@ class CalibrationSpec(TextSpec, CalibrationSettings):  # pydantic reads a datacl
 
 
 class ConfirmSpec(Document):
-    """How the best candidates are confirmed by perplexity."""
+    """How the finalists are confirmed by perplexity."""
 
     text: Annotated[Name | None, FieldShown(option="--confirm-text", picks="texts")] = Field(
         None, description="A text file; by default windows that the calibration did not use."
     )
-    candidates: Annotated[int, FieldShown(option="--finalists")] = Field(
-        5, ge=1, le=100, description="Number of candidates that are confirmed beside the baselines."
+    finalists: Annotated[int, FieldShown(option="--finalists")] = Field(
+        5,
+        ge=1,
+        le=100,
+        description="Number of finalists: the best found, measured beside the baselines.",
     )
     windows: Annotated[int, FieldShown(option="--confirm-windows")] = Field(
         16, ge=1, le=100_000, description="Most windows of that text that are measured on."

@@ -299,8 +299,7 @@ class JobSpec(Document):
         ),
     ] = Field(
         ConfirmSpec(),
-        description="How the best candidates are confirmed; null takes the best by the objective "
-        "alone.",
+        description="How the finalists are confirmed; null takes the best by the objective alone.",
     )
     validation: Annotated[ValidationSpec | None, FieldShown(section=_REPORT)] = Field(
         None,
@@ -426,7 +425,7 @@ class JobSpec(Document):
     def _confirmed_otherwise(cls, values: Any) -> Any:
         """
         Several models are not confirmed: there is no text that all of them are measured on. With
-        several patterns, fewer candidates of each are.
+        several patterns, each has fewer finalists.
         """
         if isinstance(values, dict) and values.get("more_models"):
             return {"confirm": None, **values}
@@ -496,7 +495,7 @@ class JobSpec(Document):
             steps=preset.steps,
             sampler=self.sampler,
             **{**options_of(self), "seed": island_seed(self.seed, island)},
-            finalists=self.confirm.candidates if self.confirm else 1,
+            finalists=self.confirm.finalists if self.confirm else 1,
             warm_start=self._warm_points(preset.steps),
             validation=self.validation,
         )
@@ -566,7 +565,7 @@ class JobSpec(Document):
         tokens = self.calibration.tokens * len(self.models)
         limits.check_tokens("/calibration/samples", tokens)
         if self.confirm is not None:
-            measured = self.confirm.candidates
+            measured = self.confirm.finalists
             if self.validation is not None:
                 measured = WIDER * measured + self.validation.candidates
             measured += trials * self.islands if self.objective.name == "perplexity" else 0

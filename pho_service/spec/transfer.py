@@ -161,7 +161,7 @@ class TransferSpec(TransferRequest):
         if self.search is not None:
             limits.check_trials("/search/trials", self.search.trials, len(self.models), "models")
             confirm = self.search.confirm
-            each += confirm.candidates * confirm.windows * calibration.context_length
+            each += confirm.finalists * confirm.windows * calibration.context_length
             measured += 1
         if self.report is not None and self.report.windows is not None:
             each += measured * self.report.windows * calibration.context_length

@@ -135,7 +135,7 @@ def search_result(
             "value": best.value,
         },
         confirmation=confirmation,
-        candidates=[rating(candidate) for candidate in confirmed[:20]],
+        finalists=[rating(candidate) for candidate in confirmed[:20]],
         baselines=[
             rating(c)
             for c in sorted(rated, key=lambda c: c.number)

@@ -38,7 +38,7 @@ WHOLE = {
                     "field": "body", "samples": 64, "context_length": 512, "fisher_samples": 8,
                     "rows_per_layer": 4, "projection_rows": 0, "kernel_sizes": [3, 7],
                     "bos": "never", "seed": 3, "mixed_precision": True, "memory_bytes": 10**9},
-    "confirm": {"text": "a b.txt", "candidates": 2, "windows": 3},
+    "confirm": {"text": "a b.txt", "finalists": 2, "windows": 3},
     "validation": {"candidates": 9, "seed": 4},
     "objective": {"name": "perplexity", "weighting": "fisher"},
     "warm_start": {"count": 2},
@@ -52,7 +52,7 @@ DOCUMENTS = [
     TYPED,
     WHOLE,
     {**TYPED, "pattern": "2:4", "preset": "score", "steps": {"permutation": "error"}},
-    {"model": "org/name", "patterns": ["0.5", "2:4"], "confirm": {"candidates": 5}},
+    {"model": "org/name", "patterns": ["0.5", "2:4"], "confirm": {"finalists": 5}},
     {"model": "org/name", "target": {"perplexity_rise": 0.05, "step": 0.05}},
     {**TYPED, "more_models": ["org/b", "-c"], "objective": {"over": "worst"}},
     {**TYPED, "confirm": None},
@@ -399,7 +399,7 @@ def test_a_plan_is_shown_and_nothing_stored(client: TestClient, model: str) -> N
     assert answer.status_code == 200
     assert re.search(r"\d+ to \d+ s on 4090, by its data sheet. It fits.", shown)
     assert "search, 200 trials" in shown
-    assert "0.119 million parameters (llama)" in shown
+    assert "119 thousand parameters (llama)" in shown
     assert "<option selected>4090</option>" in answer.text
     assert client.get("/v1/jobs").json()["jobs"] == []
 

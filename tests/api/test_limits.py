@@ -37,14 +37,14 @@ def limited(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> TestClient:
     [
         ({"trials": 501, "islands": 2}, "/trials", "501 trials on 2 islands are 1002"),
         ({"more_models": [f"org/m{i}" for i in range(10)]}, "/calibration/samples", "11000"),
-        ({"confirm": {"candidates": 10, "windows": 10}}, "/confirm/windows", "11000"),
+        ({"confirm": {"finalists": 10, "windows": 10}}, "/confirm/windows", "11000"),
         (
-            {"confirm": {"candidates": 1, "windows": 2}, "validation": {"candidates": 45}},
+            {"confirm": {"finalists": 1, "windows": 2}, "validation": {"candidates": 45}},
             "/confirm/windows",
             "10800",
         ),
         (
-            {"confirm": {"candidates": 1, "windows": 1}, "objective": {"name": "perplexity"},
+            {"confirm": {"finalists": 1, "windows": 1}, "objective": {"name": "perplexity"},
              "trials": 50, "islands": 2},
             "/confirm/windows",
             "11100",
@@ -66,7 +66,7 @@ def test_a_job_that_is_too_large_is_refused_at_the_field_with_the_limit(
 
 
 def test_just_as_much_as_is_allowed_is_taken(limited: TestClient) -> None:
-    for changes in ({"trials": 500, "islands": 2}, {"confirm": {"candidates": 9, "windows": 10}}):
+    for changes in ({"trials": 500, "islands": 2}, {"confirm": {"finalists": 9, "windows": 10}}):
         answer = limited.post("/v1/jobs", json={**DOCUMENT, **SMALL, **changes})
 
         assert answer.status_code == 202, answer.text
@@ -79,7 +79,7 @@ def test_extensions_have_limits(client_of: Any, refusal: Any, objective: str, mo
     client = client_of(max_trials=100, max_tokens=6000)
     document = {
         **DOCUMENT, **SMALL, "trials": 40, "objective": {"name": objective},
-        "confirm": {"candidates": 2, "windows": 1},
+        "confirm": {"finalists": 2, "windows": 1},
     }  # fmt: skip
     url = f"/v1/jobs/{client.post('/v1/jobs', json=document).json()['id']}:extend"
     refused = client.post(url, json={"trials": most - 40 + 1})
@@ -109,9 +109,9 @@ def test_transfers_have_limits(client_of: Any, refusal: Any, hand: Any, tmp_path
     client = client_of(max_trials=100, max_tokens=10_000)
     job = client.post("/v1/jobs", json={**DOCUMENT, **SMALL, "trials": 40}).json()["id"]
     hand.bring(job, JobState.SUCCEEDED)
-    url, confirm = f"/v1/jobs/{job}:transfer", {"candidates": 9, "windows": 10}
+    url, confirm = f"/v1/jobs/{job}:transfer", {"finalists": 9, "windows": 10}
     for pointer, most, more in (
-        ("/search/trials", {"search": {"trials": 50, "confirm": {"candidates": 1, "windows": 1}},
+        ("/search/trials", {"search": {"trials": 50, "confirm": {"finalists": 1, "windows": 1}},
          "models": ["org/a", "org/b"]}, {"models": ["org/a", "org/b", "org/c"]}),
         ("/models", {"models": [f"org/m{i}" for i in range(10)]},
          {"models": [f"org/m{i}" for i in range(11)]}),

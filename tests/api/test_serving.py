@@ -172,7 +172,7 @@ def tiny() -> dict[str, Any]:
             "text": "calibration.jsonl", "samples": 6, "context_length": 32, "rows_per_layer": 4,
             "projection_rows": 16, "kernel_sizes": [3, 5],
         },
-        "confirm": {"text": "confirmation.jsonl", "windows": 3, "candidates": 2},
+        "confirm": {"text": "confirmation.jsonl", "windows": 3, "finalists": 2},
         "trials": TRIALS,
         "max_attempts": 20,  # on a busy machine, a worker that lives may be taken for dead
     }  # fmt: skip

@@ -112,7 +112,7 @@ def test_with_json_stdout_is_what_the_api_would_answer(pho: Pho, folder: Path) -
 @pytest.mark.parametrize(
     ("changes", "shown"),
     [
-        ({"candidates": [{"method": "crepe", "trial": 1, "divergence": 0.3}],
+        ({"finalists": [{"method": "crepe", "trial": 1, "divergence": 0.3}],
           "baselines": [{"method": "ria-layer", "trial": 3, "divergence": 0.5}]}, "by divergence"),
         ({"confirmation": None, "objective": {"value": 0.03},
           "baselines": [{"method": "ria-layer", "trial": 3, "proxy": 0.04}]}, "in the proxy"),

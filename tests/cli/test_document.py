@@ -160,7 +160,7 @@ WHOLE = {
                     "context_length": 512, "fisher_samples": 8,
                     "rows_per_layer": 4, "projection_rows": 0, "kernel_sizes": [3, 7],
                     "bos": "never", "seed": 3, "mixed_precision": True, "memory_bytes": 10**9},
-    "confirm": {"text": "a b.txt", "candidates": 2, "windows": 3},
+    "confirm": {"text": "a b.txt", "finalists": 2, "windows": 3},
     "objective": {"name": "perplexity", "weighting": "fisher"},
     "warm_start": {"count": 2},
     "sampler": "tpe", "trials": 50, "seed": 7,

@@ -66,7 +66,7 @@ def test_with_json_stdout_is_the_answer_of_the_service(remote: Pho, client: Clie
 
 
 def test_a_document_comes_from_a_file_options_change_it(remote: Pho, client: Client) -> None:
-    document = {**SPEC, "trials": 40, "confirm": {"candidates": 3}, "search_space": {
+    document = {**SPEC, "trials": 40, "confirm": {"finalists": 3}, "search_space": {
         "row_share": [0.5, 0.5]}}  # fmt: skip
     Path("job.json").write_text(json.dumps(document))
     remote("submit", "--job", "job.json")
@@ -76,7 +76,7 @@ def test_a_document_comes_from_a_file_options_change_it(remote: Pho, client: Cli
 
     assert plain.spec == JobSpec.model_validate(document).model_dump(mode="json")
     assert (changed.spec["model"], changed.spec["trials"]) == ("org/other", 50)
-    assert changed.spec["confirm"]["candidates"] == 4
+    assert changed.spec["confirm"]["finalists"] == 4
     assert changed.spec["search_space"]["row_share"] == [0.5, 0.5]
     assert changed.spec["search_space"]["gradient_exponent"] == [0.0, 0.0]
 

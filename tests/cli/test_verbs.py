@@ -84,11 +84,11 @@ def test_a_search_from_a_bundle_says_that_nothing_is_confirmed(
 
 def test_the_lowest_perplexity_wins_baselines_included(search_arguments: list[object]) -> None:
     found = done(*search_arguments)["configuration"]
-    measured = [c["perplexity"] for c in found["candidates"] if c["perplexity"] is not None]
+    measured = [c["perplexity"] for c in found["finalists"] if c["perplexity"] is not None]
 
     assert found["confirmation"]["perplexity"] == min(measured) == measured[0]
-    assert all(c["divergence"] > 0 for c in found["candidates"])
-    assert {b["method"] for b in found["baselines"]} <= {c["method"] for c in found["candidates"]}
+    assert all(c["divergence"] > 0 for c in found["finalists"])
+    assert {b["method"] for b in found["baselines"]} <= {c["method"] for c in found["finalists"]}
     assert found["confirmation"]["text"]["sha256"]
 
 

@@ -106,7 +106,7 @@ def order(*entries: Entry, **wanted: Any) -> list[str]:
         (
             {
                 "confirmation": CONFIRMED,
-                "candidates": [rated("crepe", perplexity=18.0, divergence=9.0)],
+                "finalists": [rated("crepe", perplexity=18.0, divergence=9.0)],
                 "baselines": [
                     rated("ria-row", perplexity=36.0, proxy=1.0),
                     rated("ria-layer", perplexity=24.0, proxy=1.0, divergence=0.1),
@@ -126,7 +126,7 @@ def order(*entries: Entry, **wanted: Any) -> list[str]:
         (
             {
                 "confirmation": CONFIRMED,
-                "candidates": [rated("crepe", perplexity=18.0, divergence=0.3)],
+                "finalists": [rated("crepe", perplexity=18.0, divergence=0.3)],
                 "baselines": [rated("ria-layer", divergence=0.5, proxy=1.0)],
             },
             0.18126924692201818,
@@ -427,7 +427,7 @@ _documents = st.builds(
         {}, optional={"value": _values, "relative_to_ria": _values, "direction": _values}
     ),
     confirmation=st.none() | st.builds(lambda p: {**CONFIRMED, "perplexity": p}, _measured),
-    candidates=_ratings,
+    finalists=_ratings,
     baselines=_ratings,
     model=_model | st.builds(lambda models: {"models": models}, st.lists(_model, max_size=2)),
 )

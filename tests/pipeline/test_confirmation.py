@@ -63,15 +63,15 @@ def test_race(
     found = search_job(request_of(finalists=3), bundle, **confirming).configuration
     spent = sum(runs)
     confirmed = found.confirmation
-    rated = [each for each in found.candidates if each.perplexity is not None]
+    rated = [each for each in found.finalists if each.perplexity is not None]
     alone, _ = rate_pruned(model, bundle.statistics(), found.candidate(), report.windows)
 
     assert confirmed.perplexity == rated[0].perplexity == alone.perplexity
     assert confirmed.evaluations == spent / WINDOWS
-    assert spent < len(found.candidates) * WINDOWS
-    assert 1 <= len(rated) < len(found.candidates)
-    assert {b.trial for b in found.baselines} < {c.trial for c in found.candidates}
-    assert all(each.divergence is not None for each in found.candidates)
+    assert spent < len(found.finalists) * WINDOWS
+    assert 1 <= len(rated) < len(found.finalists)
+    assert {b.trial for b in found.baselines} < {c.trial for c in found.finalists}
+    assert all(each.divergence is not None for each in found.finalists)
     assert confirmed.divergence_tokens == 3 * 39
 
 
@@ -82,8 +82,8 @@ def test_where_pruning_takes_a_text_finalists_race_on_their_masks_and_two_are_pr
     asked = request_of(finalists=4, steps=Steps(update="obs"))
     options = {**confirming, "calibration": windows}
     found = search_job(asked, bundle, **options).configuration
-    in_full = [each for each in found.candidates if each.perplexity is not None]
-    compared = [each for each in found.candidates if each.divergence is not None]
+    in_full = [each for each in found.finalists if each.perplexity is not None]
+    compared = [each for each in found.finalists if each.divergence is not None]
     monkeypatch.setattr(confirmation, "IN_FULL", 4)
     everybody = search_job(asked, bundle, **options).configuration
     spent = found.confirmation.evaluations
@@ -91,7 +91,7 @@ def test_where_pruning_takes_a_text_finalists_race_on_their_masks_and_two_are_pr
     assert (len(in_full), len(compared)) == (2, 4)
     assert found.steps.update == "obs"
     assert spent == (3 + 4 * 10) / WINDOWS + 2  # dense, masks at the last look but one, in full
-    assert len([each for each in everybody.candidates if each.perplexity is not None]) == 4
+    assert len([each for each in everybody.finalists if each.perplexity is not None]) == 4
     assert everybody.confirmation.perplexity <= found.confirmation.perplexity
 
 
@@ -103,7 +103,7 @@ def test_masks_of_a_streamed_model_are_compared_on_all_windows(
         model=streamed, confirm_text=report, calibration=windows,
     ).configuration  # fmt: skip
 
-    assert len([each for each in found.candidates if each.perplexity is not None]) == 2
+    assert len([each for each in found.finalists if each.perplexity is not None]) == 2
     assert found.confirmation.evaluations == 3 + 2
 
 
@@ -135,7 +135,7 @@ def test_another_seed_looks_at_other_windows_first_the_same_one_at_the_same(
     bundle: ProxyBundle, confirming: Any
 ) -> None:
     rated = [
-        search_job(request_of(seed=seed, trials=9), bundle, **confirming).configuration.candidates
+        search_job(request_of(seed=seed, trials=9), bundle, **confirming).configuration.finalists
         for seed in (0, 0, 1)
     ]
     wanda = [next(c.divergence for c in each if c.method == "wanda") for each in rated]

@@ -50,7 +50,7 @@ def test_corrected(bundle: ProxyBundle, options: Any) -> None:
     best = min(trials, key=lambda trial: trial[2])
     nearest = (best[2], best[0]) if best[2] < before else (before, None)
     assert (after, correction["trial"]) == nearest
-    confirmed = {each.trial for each in found.candidates}
+    confirmed = {each.trial for each in found.finalists}
     assert correction["trial"] is None or correction["trial"] in confirmed
     assert confirmed - {correction["trial"]} <= {*range(10)}
 

@@ -219,7 +219,7 @@ def test_winner(
 
     assert second.configuration == found
     assert [each.steps.reconstruction for each in measured] == [TRAINED]
-    assert found.candidates == without.candidates
+    assert found.finalists == without.finalists
     if factor < 1:
         assert found.steps == Steps(reconstruction=TRAINED)
         assert found.confirmation == without.confirmation.model_copy(

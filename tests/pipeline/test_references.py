@@ -200,7 +200,7 @@ def test_confirmation_takes_over(
     plain = search_job(replace(REQUEST, validation=None), bundle, **confirming)
 
     def compared(result: Any) -> int:
-        return sum(each.divergence is not None for each in result.configuration.candidates)
+        return sum(each.divergence is not None for each in result.configuration.finalists)
 
     assert 8 < count == at_once
     assert compared(wide) > compared(plain)

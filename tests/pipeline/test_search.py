@@ -243,12 +243,10 @@ def test_what_a_shorter_search_confirmed_on_the_same_text_stays_a_finalist(
     long = searched(asked, bundle, **confirming)
     own = search_job(asked, bundle, **confirming).configuration
 
-    assert 6 not in {each.trial for each in own.candidates}
+    assert 6 not in {each.trial for each in own.finalists}
     assert long.trial == 6
     assert long.configuration.confirmation.perplexity == 1.5
-    assert {each.trial for each in own.candidates} < {
-        c.trial for c in long.configuration.candidates
-    }
+    assert {each.trial for each in own.finalists} < {c.trial for c in long.configuration.finalists}
 
 
 @pytest.mark.parametrize("confirmed", [False, True])
@@ -293,8 +291,8 @@ def test_no_race_where_pruning_costs(
     found = search_job(asked, bundle, calibration=windows % 30, **confirming).configuration
 
     assert found.confirmation.divergence_tokens is None
-    assert found.confirmation.evaluations == len(found.candidates)
-    assert all(c.perplexity is not None and c.divergence is None for c in found.candidates)
+    assert found.confirmation.evaluations == len(found.finalists)
+    assert all(c.perplexity is not None and c.divergence is None for c in found.finalists)
 
 
 def test_a_study_carries_its_pattern_scope_objective_space_sampler_seed_and_calibration(

@@ -210,7 +210,7 @@ def test_refusals(config: dict[str, Any], fields: dict[str, Any], words: str) ->
 
 
 def test_one_calibration_and_one_model_to_write_search_and_confirmation_at_each_pattern() -> None:
-    found = planned(pattern=None, patterns=["0.3", "0.5", "2:4"], confirm={"candidates": 5})
+    found = planned(pattern=None, patterns=["0.3", "0.5", "2:4"], confirm={"finalists": 5})
     share, kept = planned(pattern="0.3"), planned(pattern="2:4")
     repeated = ("search", "confirm")
     for stage, one, other in zip(found.stages, share.stages, kept.stages, strict=True):
@@ -248,7 +248,7 @@ def test_a_model_that_would_take_minutes_to_plan_is_refused(
 
 def test_every_perplexity_that_is_asked_for_is_planned() -> None:
     """Those that candidates are rated by, and those of a validation, cost what they cost."""
-    confirm = {"candidates": 5, "windows": 64}
+    confirm = {"finalists": 5, "windows": 64}
     proxy = planned(confirm=confirm)
     validated = planned(confirm=confirm, validation={"candidates": 1000})
     rated = planned(confirm=confirm, objective={"name": "perplexity"}, trials=1000)

@@ -23,7 +23,7 @@ CONFIGURATION = Configuration.model_validate(
         "confirmation": {
             "perplexity": 20.0, "tokens": 496, "context_length": 32, "text": {"source": "c.txt"},
         },
-        "candidates": [{"method": "crepe", "trial": 4}, {"method": "crepe", "trial": 5}],
+        "finalists": [{"method": "crepe", "trial": 4}, {"method": "crepe", "trial": 5}],
         "versions": {"optuna": "5.0.0"},
     }
 )  # fmt: skip

@@ -84,7 +84,7 @@ def test_a_search_at_work_is_beside_ria(page_of: Any) -> None:
 
 def test_where_nothing_was_measured_the_proxy_counts(page_of: Any, report_of: Any) -> None:
     trials = [replace(t, perplexity=None, divergence=None) for t in report_of().trials]
-    found = report_of().configuration.model_copy(update={"candidates": [], "confirmation": None})
+    found = report_of().configuration.model_copy(update={"finalists": [], "confirmation": None})
     page = page_of(trials=trials, configuration=found)
 
     assert page.tables["Finalists and baselines"][:3] == [
@@ -97,7 +97,7 @@ def test_where_nothing_was_measured_the_proxy_counts(page_of: Any, report_of: An
 
 def test_a_maximised_objective_has_no_gain_over_ria(page_of: Any, report_of: Any) -> None:
     trials = [replace(t, perplexity=None, divergence=None) for t in report_of().trials]
-    found = report_of().configuration.model_copy(update={"candidates": []})
+    found = report_of().configuration.model_copy(update={"finalists": []})
     page = page_of(objective="gini", maximised=True, trials=trials, configuration=found)
     rows = page.tables["Finalists and baselines"]
 
@@ -303,7 +303,7 @@ def test_whatever_a_name_holds_is_text(page_of: Any, report_of: Any, subject: st
             update={
                 "confirmation": found.confirmation.model_copy(update={"text": {"source": HOSTILE}}),
                 "model": {"name": HOSTILE},
-                "candidates": [Rating(method=HOSTILE, trial=4)],
+                "finalists": [Rating(method=HOSTILE, trial=4)],
             }
         ),
         trials=[*report_of().trials, ReportTrial(number=9, method=HOSTILE, value=1.0)],

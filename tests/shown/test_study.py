@@ -95,8 +95,8 @@ def test_perplexities_of_several_texts_cannot_be_compared_none_counts() -> None:
 
 def test_what_the_configuration_says_goes_before_the_study(report_of: Any) -> None:
     configuration = report_of().configuration
-    rating = configuration.candidates[0].model_copy(update={"perplexity": 19.0})
-    configuration = configuration.model_copy(update={"candidates": [rating]})
+    rating = configuration.finalists[0].model_copy(update={"perplexity": 19.0})
+    configuration = configuration.model_copy(update={"finalists": [rating]})
     trials = [ReportTrial(number=n, method="crepe", value=1.0) for n in (4, 5)]
     measured = MeasuredTrials(perplexities={4: 30.0, 5: 22.0})
 

@@ -24,7 +24,7 @@ def test_all_but_the_model_and_the_pattern_have_defaults() -> None:
 
     assert (spec.calibration.samples, spec.calibration.context_length) == (128, 2048)
     assert spec.confirm is not None
-    assert (spec.confirm.text, spec.confirm.candidates) == (None, 5)
+    assert (spec.confirm.text, spec.confirm.finalists) == (None, 5)
     assert spec.objective == Objective()
     assert spec.pruning() == Pattern.parse("0.5")
     assert (spec.sampler, spec.trials, spec.islands, spec.seed) == ("cmaes", 200, 1, 0)
@@ -345,7 +345,7 @@ def test_each_has_the_request_of_a_job_with_it_alone() -> None:
         mine = spec.of_pattern(Pattern.parse(text, scope))
         assert mine.request(0) == replace(alone.request(0), finalists=2)
         assert JobSpec.model_validate(mine.model_dump()) == mine
-    assert several(patterns=["0.3"], confirm={"candidates": 7}).confirm.candidates == 7  # type: ignore[union-attr]
+    assert several(patterns=["0.3"], confirm={"finalists": 7}).confirm.finalists == 7  # type: ignore[union-attr]
     assert several(target={"perplexity_rise": 0.05}).most_points == 6
 
 

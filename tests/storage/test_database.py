@@ -95,16 +95,22 @@ def test_tables_of_a_version_that_is_not_known_are_not_touched(
 
 
 def test_tables_before_fields_were_left_out(database: Database) -> None:
-    now = {"preset": "best", "calibration": {"samples": 6}, "warm_start": {"count": 3}}
+    now = {
+        "preset": "best", "calibration": {"samples": 6}, "warm_start": {"count": 3},
+        "confirm": {"finalists": 4}, "validation": {"candidates": 9},
+    }  # fmt: skip
     then = {
         "preset": "best-reconstructed", "preset_meaning": {"of": "best"},
         "calibration": {"samples": 6, "stop": "early"},
         "warm_start": {"count": 3, "compare_cold": True},
+        "confirm": {"candidates": 4}, "validation": {"candidates": 9},
     }  # fmt: skip
+    best = {"format": "pho-configuration", "candidates": [1], "pattern": "0.5"}
     sealed = {"local": True, "documents": "d", "weights_scheme": 2}
     with database.transaction() as connection:
         connection.exec_driver_sql("UPDATE pho.alembic_version SET version_num = '0010'")
-        values = {"id": uuid.uuid4(), "name": "old", "spec": then, "state": JobState.QUEUED,
+        values = {"id": uuid.uuid4(), "name": "old", "spec": then, "best": best,
+                  "state": JobState.QUEUED,
                   "priority": 0, "trials": 1, "max_attempts": 1, "fingerprint": b""}  # fmt: skip
         connection.execute(insert(tables.jobs).values(values))
         stage = {"job_id": values["id"], "kind": StageKind.CALIBRATE, "number": 0,
@@ -112,12 +118,13 @@ def test_tables_before_fields_were_left_out(database: Database) -> None:
         connection.execute(insert(tables.stages).values(stage))
     database.migrate()
     with database.transaction() as connection:
-        found = connection.scalar(select(tables.jobs.c.spec))
+        found, best = connection.execute(select(tables.jobs.c.spec, tables.jobs.c.best)).one()
         params, result = connection.execute(
             select(tables.stages.c.params, tables.stages.c.result)
         ).one()
 
     assert found == now
+    assert list(best) == ["format", "finalists", "pattern"]
     assert (params, result) == (None, {"inputs": {"local": True}})
 
 

@@ -728,7 +728,7 @@ def small(spec_of: Any) -> Callable[..., JobSpec]:
         calibration = {"text": "calibration.jsonl", **changes.pop("calibration", {})}
         confirm = changes.pop("confirm", {})
         if confirm is not None:
-            confirm = {"text": "confirmation.jsonl", "candidates": 2, **confirm}
+            confirm = {"text": "confirmation.jsonl", "finalists": 2, **confirm}
         given = {"model": "./model", "trials": 10, **changes}
         return spec_of(calibration=calibration, confirm=confirm, **given)
 

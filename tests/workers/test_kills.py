@@ -71,7 +71,7 @@ def test_killed_in_any_stage_a_worker_is_replaced_by_another_which_ends_with_the
 def test_killed_while_it_searches_one_of_several_patterns_too(
     crew: Any, spec_of: Any, undisturbed: Any
 ) -> None:
-    asked = {"trials": TRIALS, "confirm": {"candidates": 2}}
+    asked = {"trials": TRIALS, "confirm": {"finalists": 2}}
     crew.man(2)
     for _ in range(10):
         job = crew.submit(spec_of(pattern=None, patterns=["0.5"], **asked))

@@ -43,7 +43,7 @@ def measured(job: JobRecord) -> dict[int, float]:
 @pytest.mark.thorough
 def test_extended(hand: Any, small: Any) -> None:
     """What was confirmed before an extension stays a finalist, and so no result gets worse."""
-    spec = small(confirm={"candidates": 1, "windows": 1}, trials=7, stream=True)
+    spec = small(confirm={"finalists": 1, "windows": 1}, trials=7, stream=True)
     job = hand.done(spec)
     found = max(measured(job))  # streamed, each finalist gets one, and not the baselines alone
     own = hand.done(spec.model_copy(update={"trials": 29}))
@@ -53,7 +53,7 @@ def test_extended(hand: Any, small: Any) -> None:
 
     assert found not in measured(own)
     assert job.best["confirmation"]["perplexity"] == 1.5
-    assert job.best["candidates"][0]["trial"] == found
+    assert job.best["finalists"][0]["trial"] == found
     assert {*measured(own)} < {*measured(job)}
 
 

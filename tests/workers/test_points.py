@@ -65,7 +65,7 @@ def test_each_patterns_configuration_is_that_of_pho_search_at_it_after_one_calib
     """Also where a worker was killed at the end of a point."""
     spec = spec_of(
         pattern=None, patterns=["2:4", "0.3"], preset="crepe-plus", trials=10,
-        confirm={"candidates": 2},
+        confirm={"finalists": 2},
     )  # fmt: skip
     job = desk.until(desk.submit(spec), StageKind.POINT)
     complete, desk.store.complete = desk.store.complete, _killed

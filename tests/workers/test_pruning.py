@@ -174,7 +174,7 @@ def test_from_a_question_to_a_model(hand: Any, tmp_path: Path) -> None:
             "text": "calibration.jsonl", "samples": 6, "context_length": 32, "rows_per_layer": 4,
             "projection_rows": 16, "kernel_sizes": [3, 5],
         },
-        "confirm": {"text": "confirmation.jsonl", "candidates": 1, "windows": 3},
+        "confirm": {"text": "confirmation.jsonl", "finalists": 1, "windows": 3},
     }  # fmt: skip
     with TestClient(app, "http://127.0.0.1:8000/v1") as http, Client("http://x") as client:
         client._service._http = http

@@ -66,7 +66,7 @@ def measured(job: Any) -> list[dict[str, Any]]:
 def test_the_numbers_are_those_of_pho_transfer_for_the_same_model_and_texts(
     desk: Any, transfer_of: Any, other: Path, calibrated: Any
 ) -> None:
-    spec = transfer_of(other, search={"trials": 14, "confirm": {"candidates": 2, "windows": 3}})
+    spec = transfer_of(other, search={"trials": 14, "confirm": {"finalists": 2, "windows": 3}})
     (mine,) = measured(desk.done(spec))
     target = spec.target(0)
     model, text, bundle = calibrated(target)
@@ -87,7 +87,7 @@ def test_the_numbers_are_those_of_pho_transfer_for_the_same_model_and_texts(
         confirm=ReportText(windows=held_out, record=text.record),
         report=ReportText(windows=windows, record=record),
     )
-    search = own_search(found, spec.search, finalists=spec.search.confirm.candidates)
+    search = own_search(found, spec.search, finalists=spec.search.confirm.finalists)
 
     assert set(mine["perplexities"]) == {"dense", "wanda", "ria", "transferred", "own"}
     assert mine == transfer_job(given, found, search=search).to_dict()

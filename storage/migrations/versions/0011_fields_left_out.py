@@ -1,5 +1,5 @@
 """
-Documents without the fields that the document of a job and the seal of its inputs no longer have.
+Documents without the fields that are gone, and with finalists under their name.
 """
 
 from typing import Any
@@ -14,7 +14,11 @@ depends_on = None
 
 
 def upgrade() -> None:
-    for table, columns in (("jobs", ("spec",)), ("stages", ("params", "result"))):
+    for table, columns in (
+        ("jobs", ("spec", "best")),
+        ("stages", ("params", "result")),
+        ("configurations", ("document",)),
+    ):
         stored = sa.table(
             table,
             sa.column("id"),
@@ -22,7 +26,7 @@ def upgrade() -> None:
             schema="pho",
         )
         for row in op.get_bind().execute(sa.select(stored)).mappings().all():
-            now = {name: _left_out(row[name]) for name in columns}
+            now = {name: _named(_left_out(row[name])) for name in columns}
             if any(now[name] != row[name] for name in columns):
                 op.execute(sa.update(stored).where(stored.c.id == row["id"]).values(now))
 
@@ -41,3 +45,19 @@ def _left_out(document: Any) -> Any:
         if isinstance(now.get(part), dict):
             now[part] = {name: value for name, value in now[part].items() if name not in names}
     return {**now, "preset": "best"} if now.get("preset") == "best-reconstructed" else now
+
+
+def _named(document: Any) -> Any:
+    """What was called candidates in a confirmation and in a configuration is finalists."""
+    if isinstance(document, list):
+        return [_named(each) for each in document]
+    if not isinstance(document, dict):
+        return document
+    now = {name: _named(value) for name, value in document.items()}
+    if isinstance(now.get("confirm"), dict):
+        now["confirm"] = _renamed(now["confirm"])
+    return _renamed(now) if now.get("format") == "pho-configuration" else now
+
+
+def _renamed(document: dict[str, Any]) -> dict[str, Any]:
+    return {"finalists" if n == "candidates" else n: value for n, value in document.items()}
