@@ -20,13 +20,13 @@ import httpx
 import zstandard
 from attack_files import _refused
 from attack_target import Attack, Target
+from hostile_dump import write_hostile_dump
 from local_service import write_text
-from sqlalchemy import text
 
 from pho_service.client import Client
 from pho_service.errors import PhoError
 from pho_service.models.packed import pack
-from storage.backup import back_up, restore
+from storage.backup import restore
 from storage.database import Database
 from storage.embedded import embedded_postgresql
 from storage.keys import MOST_LOGINS, KeyStore
@@ -205,21 +205,12 @@ def _packed_bomb(target: Target) -> str | None:
 def _hostile_dump(target: Target) -> str | None:
     """A dump whose table checks its rows by a function that runs a program."""
     ran, dump = target.folder / "ran", target.folder / "evil.dump"
-    body = "CREATE OR REPLACE FUNCTION pho.f() RETURNS bool LANGUAGE plpgsql AS $$ BEGIN {} $$"
     with tempfile.TemporaryDirectory(prefix="pho-", ignore_cleanup_errors=True) as name:
         Path(name).chmod(0o755)
         with embedded_postgresql(Path(name) / "from") as url:
             database = Database(url)
             database.migrate()
-            with database.transaction() as connection:
-                for statement in (
-                    body.format("RETURN true; END"),
-                    "CREATE TABLE pho.evil (a text CHECK (pho.f()))",
-                    "INSERT INTO pho.evil VALUES ('a')",
-                    body.format(f"COPY pho.evil FROM PROGRAM 'touch {ran}'; RETURN true; END"),
-                ):
-                    connection.execute(text(statement))
-            back_up(database, dump)
+            write_hostile_dump(database, dump, ran)
             database.close()
         with embedded_postgresql(Path(name) / "to") as url:
             database = Database(url)

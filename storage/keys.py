@@ -178,6 +178,12 @@ class KeyStore:
         with self.database.transaction() as connection:
             return {bytes(row.sha256) for row in connection.execute(query)}
 
+    def let_in(self) -> bool:
+        """Whether a key opens the jobs of anybody: those that only scrape do not."""
+        query = select(keys.c.id).where(OPENS, ~keys.c.scrape_only).limit(1)
+        with self.database.transaction() as connection:
+            return connection.execute(query).first() is not None
+
     def exist(self) -> bool:
         """Whether a key was ever made, even if all are revoked or have expired."""
         with self.database.transaction() as connection:

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -143,9 +143,11 @@ class StageLog(logging.Handler):
 
     # Nothing is stored while a line is logged: who logs may hold a row that would be waited for.
 
-    def __init__(self, store: JobStore, claim: Claim, worker: str) -> None:
+    def __init__(
+        self, store: JobStore, claim: Claim, worker: str, hide: Callable[[str], str] = str
+    ) -> None:
         super().__init__(logging.INFO)
-        self._store, self._claim, self._worker = store, claim, worker
+        self._store, self._claim, self._worker, self._hide = store, claim, worker, hide
         self._lines: list[str] = []
         self._count = 0
         self._storing = threading.Lock()
@@ -164,7 +166,7 @@ class StageLog(logging.Handler):
         self._count += 1
         at = datetime.fromtimestamp(record.created, UTC)
         said = record.getMessage().replace(f" of job {self._claim.job.id}", "")
-        said = plain_line(redact(" ".join([said, *_more(record)])))[:_LONGEST]
+        said = plain_line(self._hide(redact(" ".join([said, *_more(record)]))))[:_LONGEST]
         if self._count > MOST_LINES:
             said = "... The worker's own log has the rest."
         self._lines.append(f"{at:%H:%M:%S} {record.levelname} {said}")
@@ -195,8 +197,8 @@ PATIENCE_S = 5.0  # with a stage that should be put down
 class Hold:
     """At most one stage at a time."""
 
-    def __init__(self, store: JobStore, worker: str) -> None:
-        self._store, self._worker = store, worker
+    def __init__(self, store: JobStore, worker: str, hide: Callable[[str], str] = str) -> None:
+        self._store, self._worker, self._hide = store, worker, hide
         self._log: StageLog | None = None
         self._claim: Claim | None = None
         self._late_since: float | None = None  # when it was seen that it should be put down
@@ -208,7 +210,7 @@ class Hold:
         self._late_since = self.idle_since = None
         self._claim = claim
         try:
-            with StageLog(self._store, claim, self._worker) as self._log:
+            with StageLog(self._store, claim, self._worker, self._hide) as self._log:
                 yield
         finally:
             self._log = self._claim = None

@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import signal
+import tempfile
 import threading
 import time
 import uuid
@@ -150,7 +151,7 @@ class _Worker:
         self._store = JobStore(database)
         self._stopping = threading.Event()
         self._stop: Callable[[], object] = self._stopping.set  # and what else, once it runs
-        self._hold = Hold(self._store, worker_name(os.getpid()))
+        self._hold = Hold(self._store, worker_name(os.getpid()), self._hide)
         self._ended = threading.Event()
         self.device_lost = False  # a new process should take this one's place
         self.draining = False  # no new process should
@@ -320,24 +321,46 @@ class _Worker:
             self._stop()
             if claim.attempt < _LOST_DEVICES:  # no fault of the job
                 return functools.partial(self._store.hand_back, claim), after_s
-            described = _described(error, claim)
+            described = self._described(error, claim)
             return functools.partial(self._store.fail, claim, described, retry=True), after_s
         except PhoError as error:
             logger.warning("%s of job %s failed: %s", claim.stage.kind, claim.job.id, error)
             if isinstance(error, OutOfMemory):
                 self._inputs.clear()
-            described = _described(error, claim)
+            described = self._described(error, claim)
             report = functools.partial(self._store.fail, claim, described, retry=False)
         except Exception as error:
             logger.exception("%s of job %s failed", claim.stage.kind, claim.job.id)
             self._inputs.clear()
-            described = _described(error, claim)
+            described = self._described(error, claim)
             return functools.partial(self._store.fail, claim, described, retry=True), after_s
         else:
             logger.info("%s of job %s done", claim.stage.kind, claim.job.id)
             return None, 0.0
         let_go_of_memory()  # after the error, which holds on to what was computed
         return report, 0.0
+
+    def _hide(self, message: str) -> str:
+        """A message without where things lie on this machine."""
+        kept = {
+            store_url(self._settings): "artifact store",
+            str(self._settings.cache_dir.expanduser().resolve()): "cache",
+            tempfile.gettempdir(): "temporary folder",
+        }
+        return self._inputs.access.hide_places(message, kept)
+
+    def _described(self, error: Exception, claim: Claim) -> dict[str, Any]:
+        """An error as the job's owner is told of it."""
+        described: dict[str, Any] = {
+            "type": type(error).__name__,
+            "message": self._hide(renamed(str(error), _fields())) or type(error).__name__,
+        }
+        known = {
+            "layer": getattr(error, "layer", None),
+            "candidate": getattr(error, "candidate", None)
+            or (claim.stage.params or {}).get("candidate"),
+        }
+        return {**described, **{name: value for name, value in known.items() if value is not None}}
 
     def _when_possible(self, report: Callable[[], bool]) -> bool:
         """What a report says: now, or when the database is back, unless the worker stops."""
@@ -472,16 +495,3 @@ def _fields() -> dict[str, str]:
         field.name.removeprefix("--"): path.replace("/", ".")
         for path, field in document_fields().items()
     }
-
-
-def _described(error: Exception, claim: Claim) -> dict[str, Any]:
-    described: dict[str, Any] = {
-        "type": type(error).__name__,
-        "message": renamed(str(error), _fields()) or type(error).__name__,
-    }
-    known = {
-        "layer": getattr(error, "layer", None),
-        "candidate": getattr(error, "candidate", None)
-        or (claim.stage.params or {}).get("candidate"),
-    }
-    return {**described, **{name: value for name, value in known.items() if value is not None}}

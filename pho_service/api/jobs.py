@@ -122,9 +122,14 @@ def _check_linears(spec: JobSpec, access: Access) -> None:
 
 def fitted(spec: JobSpec, access: Access) -> JobSpec:
     """A job that says no length with windows that its models read, as far as this machine knows."""
-    read = [longest_window(name, access, spec.revision) for name in spec.models]
-    shortest = min((each for each in read if each is not None), default=None)
+    shortest = shortest_window(spec.models, access, spec.revision)
     return spec.model_copy(update={"calibration": spec.calibration.fitted(shortest)})
+
+
+def shortest_window(names: Sequence[str], access: Access, revision: str | None) -> int | None:
+    """The tokens of the longest window that all of some models read; None if none tells."""
+    read = [longest_window(name, access, revision) for name in names]
+    return min((each for each in read if each is not None), default=None)
 
 
 def longest_window(name: str, access: Access, revision: str | None = None) -> int | None:

@@ -20,7 +20,7 @@ from starlette.responses import RedirectResponse
 from pho_service.api import jobs
 from pho_service.api.answers import PlanAnswer
 from pho_service.api.describe import check_search
-from pho_service.api.jobs import checks, longest_window
+from pho_service.api.jobs import checks, shortest_window
 from pho_service.api.operations import workers
 from pho_service.api.pages import Typed as Fields
 from pho_service.api.pages import draw
@@ -610,12 +610,11 @@ def _fit(typed: Typed, service: Service) -> dict[str, str]:
         return {}
     more, revision = typed.document.get("more_models"), typed.document.get("revision")
     names = [typed.document.get("model"), *(more if isinstance(more, list) else ())]
-    read = [
-        longest_window(name, service.access, revision if isinstance(revision, str) else None)
-        for name in names
-        if isinstance(name, str)
-    ]
-    shortest = min((length for length in read if length is not None), default=None)
+    shortest = shortest_window(
+        [name for name in names if isinstance(name, str)],
+        service.access,
+        revision if isinstance(revision, str) else None,
+    )
     if shortest is None or shortest >= form_fields()[_CONTEXT].default:
         return {}
     typed.document["calibration"] = {**calibration, "context_length": shortest}

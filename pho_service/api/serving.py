@@ -56,11 +56,11 @@ def serve(settings: Settings, say: Callable[[str], None]) -> None:
     ):
         database.migrate()
         keys_needed = not is_local(settings.host)
-        if keys_needed and not KeyStore(database).digests():
+        if keys_needed and not KeyStore(database).let_in():
             raise InvalidInput(
                 f"--host {settings.host} lets other machines in, and no key opens anything: there "
-                "is none, or all were revoked or have expired. Make one with `pho keys create "
-                "NAME`, or serve on 127.0.0.1."
+                "is none, or all were revoked, have expired or read the metrics alone. Make one "
+                "with `pho keys create NAME`, or serve on 127.0.0.1."
             )
         if settings.database_url is None:
             database.let_read()

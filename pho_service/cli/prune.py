@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 
 # Where `pho prune` has its configuration from: a file, a published method, a library.
+ROUNDED = 0.005  # that a sparsity may be below what was asked for without a word
 TRIED = 5  # configurations of a library that are rated by the proxy, the most promising first
 
 
@@ -386,6 +387,13 @@ def _prune(
         )
         return
     click.echo(f"{folder}: {result.sparsity:.4%} of {len(result.layers)} linears removed")
+    candidate = configuration.candidate()
+    asked, rows = candidate.pattern, candidate.pattern.scope == "row"
+    if rows and not candidate.steps.linears and asked.sparsity - result.sparsity > ROUNDED:
+        say(
+            f"{asked} was asked for: of each row a whole number of weights is removed, and rows "
+            "are short here."
+        )
     if result.orders:
         click.echo(orders_in_words(result.orders))
     if result.blocks:

@@ -230,6 +230,18 @@ class Access:
             return document
         return _named_below(document, self.model_roots, self.text_roots)
 
+    def hide_places(self, message: str, kept: Mapping[str, str]) -> str:
+        """
+        Return a message for people elsewhere: what lies in a root as it is named from there, and
+        ``[cache]/...`` for what lies in a folder that ``kept`` calls "cache".
+        """
+        roots = (*self.model_roots, *self.text_roots, *self.task_roots)
+        places = {**kept, **{str(root): "" for root in roots if root != root.parent}}
+        for place in sorted(places, key=len, reverse=True):
+            word = f"[{places[place]}]/" if places[place] else ""
+            message = re.sub(rf"(?<![\w./~-]){re.escape(place)}/", word, message)
+        return message
+
 
 def check_data_file(data_file: str) -> None:
     if not _DATA_FILE.fullmatch(data_file) or ".." in data_file.split("/"):

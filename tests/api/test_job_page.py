@@ -170,14 +170,18 @@ def test_logs_of_a_deleted_job(client: TestClient, hand: Any, submit: Any) -> No
     assert hand.store.logs(uuid.UUID(job_id), limit=5) == []
 
 
+def _hide(message: str) -> str:
+    return message.replace("/x", "[x]")
+
+
 def test_logging(client: TestClient, hand: Any, submit: Any, caplog: Any) -> None:
     """Lines about a stage are kept, without secrets and folders; of too many the first."""
     job_id = submit()["id"]
     claim = hand.take(job_id, StageKind.CALIBRATE)
     logger = logging.getLogger("pho_service.test")
     caplog.set_level(logging.INFO, "pho_service.test")
-    with about(job=job_id), StageLog(hand.store, claim, "host:1") as log:
-        logger.info("begins, password=secret", extra={"steps": 3, "model": "/srv/models/x"})
+    with about(job=job_id), StageLog(hand.store, claim, "host:1", _hide) as log:
+        logger.info("/x begins, password=secret", extra={"steps": 3, "model": "/srv/models/x"})
         log.store()
         with about(job=NOBODY):
             logger.info("of another job")
@@ -186,7 +190,7 @@ def test_logging(client: TestClient, hand: Any, submit: Any, caplog: Any) -> Non
     logger.info("afterwards")
     first, rest = (event.data["lines"] for event in hand.store.logs(uuid.UUID(job_id), limit=5))
 
-    assert [line[9:] for line in first] == ["INFO begins, password=*** steps=3"]
+    assert [line[9:] for line in first] == ["INFO [x] begins, password=*** steps=3"]
     assert [line[9:] for line in rest[:2]] == ["INFO line 0", "INFO line 1"]
     assert len(rest) == MOST_LINES
     assert rest[-1].endswith("The worker's own log has the rest.")

@@ -102,3 +102,26 @@ def test_dataset(pho: Pho, model_folder: Path, texts: dict[str, Path], tmp_path:
 
     assert data["perplexity"] == file["perplexity"]
     assert data["text_sha256"] == file["text_sha256"]
+
+
+def test_the_pruned_model_does_not_lie_in_the_one_that_is_pruned(
+    pho: Pho, model_folder: Path, texts: dict[str, Path]
+) -> None:
+    before = sorted(model_folder.rglob("*"))
+    method = ("--pattern", "0.5", "--method", "wanda", *SMALL, "--text", texts["calibration"])
+    result = pho("prune", model_folder, *method, "--out", model_folder / "pruned")
+
+    assert result.exit_code == 2
+    assert "would lie in" in result.stderr
+    assert sorted(model_folder.rglob("*")) == before
+
+
+def test_a_share_that_short_rows_cannot_have_is_explained(
+    pho: Pho, model_folder: Path, texts: dict[str, Path]
+) -> None:
+    method = ("--method", "wanda", *SMALL, "--text", texts["calibration"])
+    fine = pho("prune", model_folder, "--pattern", "0.5", *method, "--out", "half")
+    short = pho("prune", model_folder, "--pattern", "0.9999", *method, "--out", "most")
+
+    assert "was asked for" not in fine.stderr
+    assert "0.9999 was asked for: of each row a whole number" in " ".join(short.stderr.split())

@@ -557,10 +557,11 @@ def test_a_port_that_is_taken_is_bad_usage_and_named_with_the_way_out(serve: Pho
 
 @pytest.mark.parametrize("host", ["0.0.0.0", ""])  # noqa: S104 - must be refused
 def test_others_without_keys(serve: Pho, database: Database, host: str) -> None:
-    """Where others can come in, nothing is served before there is a key that is not revoked."""
+    """Where others can come in, nothing is served before there is a key that opens jobs."""
     first = serve("--host", host, "--port", 0)
     store = KeyStore(database)
     store.revoke(store.create("old", sees_all=True)[0].prefix)
+    store.create("prometheus", sees_all=False, scrape_only=True)
     second = serve("--host", "::", "--port", 0)
 
     for result in (first, second):

@@ -75,6 +75,25 @@ def test_paths_below_a_root_are_named_from_there_the_rest_stays(access: Access, 
     assert two.without_places([model, str(disk / "models")]) == [model, str(disk / "models")]
 
 
+def test_a_message_for_people_elsewhere_names_no_place_of_this_machine() -> None:
+    access = Access(
+        model_roots=(Path("/srv/models"),), text_roots=(Path("/srv/models/texts"), Path("/")),
+        hub_models=(), hub_datasets=(),
+    )  # fmt: skip
+    kept = {"/srv": "artifact store", "/var": "temporary folder"}
+    told = {
+        "/srv/models/org/x has no config.json": "org/x has no config.json",
+        "'/srv/models/texts/a.txt', /srv/models/b": "'a.txt', b",
+        "/srv/bundles/1 was not written": "[artifact store]/bundles/1 was not written",
+        "/var/a/srv/models/b": "[temporary folder]/a/srv/models/b",
+        "org/srv/models, https://x/srv/models/y, /srvx/y": None,
+        "no place: 1/2": None,
+    }  # fmt: skip
+
+    for message, found in told.items():
+        assert access.hide_places(message, kept) == (found or message)
+
+
 TRICKS = [
     "..", "../secret.txt", "org/../../secret.txt", "a/b/../../../secret.txt", "/", "/etc",
     "//etc/passwd", "~", "~/x", "~root/x",

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -107,19 +108,11 @@ def test_only_ours(filled: Database, empty_database: Database, tmp_path: Path) -
 
 
 def test_what_a_dump_brings_along_runs_no_program(
-    filled: Database, empty_database: Database, tmp_path: Path
+    filled: Database, empty_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     ran = tmp_path / "ran"
-    body = "CREATE OR REPLACE FUNCTION pho.f() RETURNS bool LANGUAGE plpgsql AS $$ BEGIN {} $$"
-    with filled.transaction() as connection:
-        for statement in (
-            body.format("RETURN true; END"),
-            "CREATE TABLE pho.evil (a text CHECK (pho.f()))",
-            "INSERT INTO pho.evil VALUES ('a')",
-            body.format(f"COPY pho.evil FROM PROGRAM 'touch {ran}'; RETURN true; END"),
-        ):
-            connection.execute(text(statement))
-    back_up(filled, tmp_path / "dump")
+    import_module("hostile_dump").write_hostile_dump(filled, tmp_path / "dump", ran)
     with pytest.raises(StorageError, match=r"nothing was: .*permission denied"):
         restore(empty_database, tmp_path / "dump")
 

@@ -251,6 +251,7 @@ def test_a_full_disk_fails_the_job_clearly_with_space_again_it_is_resumed_and_en
     assert failed.state is JobState.FAILED
     assert (failed.error["type"], failed.error["stage"]) == ("OutputError", "calibrate")
     assert "the disk is full" in failed.error["message"]
+    assert str(small_disk.parent) not in failed.error["message"]  # every key may read it
     assert left == []
     assert found(job) == undisturbed(spec_of()).configuration
 
