@@ -13,7 +13,7 @@ a cell, so that an interrupted run goes on where it was, and several may fill on
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,20 @@ from searched import searched
 from subject import MODELS, Subject, first_windows, load_benchmark_model, load_subject
 from torch import Tensor
 
-from pho_service.cli.terminal import say
+from pho_service.cli.terminal import progress, say
 from pho_service.errors import PhoError
 from pho_service.host.settings import Settings
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
+from pho_service.models.texts import TextSource
 from pho_service.pipeline.pipeline import pruned_model
+from pho_service.pipeline.rating import RecoveryText
+from pho_service.pipeline.recover import PrunedModel, recover_model
 from pho_service.pruning.hardware import peak_memory
 from pho_service.pruning.masks import model_sparsity
 from pho_service.spec.baselines import comparison_baselines, named_baselines
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.recovery import Recovery
 from pho_service.spec.space import PRESETS
 from pho_service.spec.steps import Candidate
 
@@ -101,6 +105,11 @@ def _seeds(_context: click.Context, _option: click.Parameter, words: str) -> tup
     help="Confirm searches whose steps need a text, too; else their best by the proxy is shown.",
 )
 @click.option("--confirm-windows", default=4, show_default=True)
+@click.option(
+    "--recover-tokens", default=0, show_default=True,
+    help="Recover what searches found, on so many tokens of the calibration text beyond the "
+    "windows used; a row of its own.",
+)  # fmt: skip
 @click.option("--dtype", default="float32", show_default=True)
 @click.option(
     "--cache", default=None, type=click.Path(path_type=Path),
@@ -258,10 +267,37 @@ class Bench:
                         "sparsity": model_sparsity(self.model.linears, shares),
                         "perplexity": self.perplexities(),
                     }
+                    if method in PRESETS and self.conditions.recover_tokens:
+                        found |= {"recovered": self._recovered(subject, seed)}
         except PhoError as error:  # a cell that cannot be had is no reason to leave the others
             say(f"left out: {error}")
             return
         self.kept.keep(self.conditions.cell(self.name, *place), {**cell, **found})
+
+    def _recovered(self, subject: Subject, seed: int) -> dict[str, Any]:
+        """Recover the model as it is now, in place: what that brought, and what it took."""
+        text = DOMAINS[self.conditions.source](self.folder / self.conditions.source)["calibration"]
+        with peak_memory(self.model.device) as peak, tempfile.TemporaryDirectory() as place:
+            recovered = recover_model(
+                PrunedModel.of(self.model),
+                lambda: nullcontext(load_benchmark_model(self.name, self.conditions.dtype)),
+                RecoveryText(
+                    source=TextSource(path=str(text)),
+                    context_length=CONTEXT_LENGTH,
+                    unlike=subject.calibration,
+                ),
+                Recovery(tokens=self.conditions.recover_tokens, seed=seed),
+                Path(place),
+                progress=progress,
+            )
+            return {
+                "seconds": recovered.seconds,
+                "memory_bytes": peak(),
+                "perplexity": self.perplexities(),
+                "divergence": [recovered.before, recovered.after],
+                "tokens": recovered.tokens,
+                "windows": recovered.windows,
+            }
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ class Conditions:
         other, report_windows, other_windows: The second report text, and what is read of both.
         dtype: Of the weights.
         trials, finalists, confirm_steps, confirm_windows: Of searches alone.
+        recover_tokens: What the models of searches are recovered on; 0 for none.
     """
 
     samples: int
@@ -35,6 +36,7 @@ class Conditions:
     finalists: int
     confirm_steps: bool
     confirm_windows: int
+    recover_tokens: int = 0
 
     def dense(self, model: str) -> dict[str, Any]:
         """What the cell of the dense model is found again by."""
@@ -56,6 +58,7 @@ class Conditions:
         names = ["samples", "source", "other", "report_windows", "other_windows", "dtype"]
         if method in PRESETS:
             names += ["trials", "finalists", "confirm_steps", "confirm_windows"]
+            names += ["recover_tokens"] if self.recover_tokens else []
             key["preset_steps"] = Preset.of(method, Pattern.parse(pattern)).steps.to_dict()
         return {**key, **self._named(names)}
 

@@ -24,6 +24,7 @@ METHOD_TITLES = {
     "dsnot": "Wanda + DSnoT", "owl-wanda": "OWL + Wanda", "owl-sparsegpt": "OWL + SparseGPT",
     "sparsegpt": "SparseGPT", "admm": "ADMM", "alps": "ALPS",
 }  # fmt: skip
+RECOVERED = "-recovered"
 NOTHING = "\N{EN DASH}"  # a cell that was not measured, or that does not exist
 
 Cells = dict[tuple[str, str], dict[int, dict[str, Any]]]  # of a pattern and a method, by seed
@@ -69,6 +70,7 @@ def tables(
             found = {seed: kept.find(place) for seed, place in places.items()}
             cells[pattern, method] = {seed: cell for seed, cell in found.items() if cell}
     methods = [method for method in methods if any(cells[p, method] for p in patterns)]
+    methods = _with_recovered(cells, methods, patterns)
     dense = (kept.find(conditions.dense(name)) or {}).get("perplexity", {})
     model = MODEL_TITLES.get(name, Path(name).name)
     header = ("method", *patterns)
@@ -80,6 +82,21 @@ def tables(
         ratios = _ratios(cells, methods, patterns, text)
         shown.append((title, [header, *first, *rows, *ratios], _caption(conditions, text)))
     return [*shown, _costs(kept, conditions, name, cells, header, methods, seeds)]
+
+
+def _with_recovered(cells: Cells, methods: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """Add rows of what was recovered to those of the methods that it was pruned by."""
+    shown = []
+    for method in methods:
+        for pattern in patterns:
+            found = cells[pattern, method].items()
+            cells[pattern, method + RECOVERED] = {
+                seed: {**cell, **cell["recovered"]} for seed, cell in found if "recovered" in cell
+            }
+        shown.append(method)
+        if any(cells[pattern, method + RECOVERED] for pattern in patterns):
+            shown.append(method + RECOVERED)
+    return shown
 
 
 def _by_method(
@@ -142,7 +159,7 @@ def _costs(
         f"{model}, seconds and peak memory",
         [header, *rows],
         "Means of the seeds: search, confirmation and pruning, without loading, measuring, and "
-        f"calibrating{once}. {_machine()}.",
+        f"calibrating{once}; what is recovered takes its row's time more. {_machine()}.",
     )
 
 
@@ -164,7 +181,7 @@ def _spread(values: list[float], form: str = ".2f", unit: str = "") -> str:
 
 
 def _title(method: str) -> str:
-    for ending in (PERMUTED, SEQUENTIAL):
+    for ending in (PERMUTED, SEQUENTIAL, RECOVERED):
         if method.endswith(ending):
             return f"{_title(method.removesuffix(ending))}, {ending.removeprefix('-')}"
     return METHOD_TITLES.get(method, f"`{method}`")
