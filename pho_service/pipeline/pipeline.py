@@ -32,7 +32,13 @@ from pho_service.pruning.masks import (
     pruned,
 )
 from pho_service.pruning.perplexity import Perplexity
-from pho_service.pruning.reconstruction import Reconstructed, Trainable, check_windows, reconstruct
+from pho_service.pruning.reconstruction import (
+    Held,
+    Reconstructed,
+    Trainable,
+    check_windows,
+    reconstruct,
+)
 from pho_service.pruning.statistics import PrunableLinear, Statistics
 from pho_service.pruning.steps import InputMoments, ScoredLinear, finish
 from pho_service.spec.steps import Candidate, Reconstruction
@@ -70,15 +76,23 @@ def trainables(
     module: nn.Module, linears: Mapping[str, PrunableLinear], masks: Mapping[str, Tensor]
 ) -> list[Trainable]:
     """Find the parameters that hold linears' weights, and which of their elements may change."""
-    parameters = [*module.parameters()]
+    held = held_weights(module, {name: linears[name] for name in masks})
     return [
-        Trainable(
-            parameter=next(each for each in parameters if _holds(each, linears[name].weight)),
-            weight=linears[name].weight,
-            keep=mask,
-        )
-        for name, mask in masks.items()
+        Trainable(parameter=each.parameter, weight=each.weight, keep=masks[name])
+        for name, each in held.items()
     ]
+
+
+def held_weights(module: nn.Module, linears: Mapping[str, PrunableLinear]) -> dict[str, Held]:
+    """Find the parameters of a module that hold linears' weights."""
+    parameters = [*module.parameters()]
+    return {
+        name: Held(
+            parameter=next(each for each in parameters if _holds(each, linear.weight)),
+            weight=linear.weight,
+        )
+        for name, linear in linears.items()
+    }
 
 
 def _holds(parameter: nn.Parameter, weight: Tensor) -> bool:

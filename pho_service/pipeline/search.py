@@ -497,7 +497,7 @@ class _Steps:
     def _corrected(self, rated: Sequence[RatedCandidate], run: Run) -> Correction | None:
         if not self._plan.corrections:
             return None
-        from pho_service.pipeline.confirmation import correct_best  # loads transformers
+        from pho_service.pipeline.correction import correct_best  # loads transformers
 
         inputs = self._inputs
         model, calibration = inputs.model(), inputs.calibration()

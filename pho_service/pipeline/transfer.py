@@ -23,7 +23,7 @@ from pho_service.spec.objective import Objective, SearchOptions, options_of
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.results import Transfer
 from pho_service.spec.space import SearchSpace
-from pho_service.spec.steps import Steps
+from pho_service.spec.steps import Allocation, Candidate, Steps
 from pho_service.tuning.plan import SearchRequest
 
 
@@ -67,11 +67,21 @@ def own_search(
 
 
 def _uncorrected(configuration: Configuration) -> Steps:
-    """The steps without offsets that were found on the configuration's own model."""
+    """The steps with the allocation that was corrected on the configuration's own model."""
     steps = configuration.steps
     if "correction" not in configuration.search:
         return steps
-    return replace(steps, allocation=replace(steps.allocation, offsets={}, depth=()))
+    before = configuration.search["correction"].get("allocation", {})
+    return replace(steps, allocation=Allocation(**before))
+
+
+def _transferred(configuration: Configuration, bundle: ProxyBundle) -> Candidate:
+    """What is transferred: offsets of single linears only where the model has all of them."""
+    candidate = configuration.candidate()
+    names = {layer.name for layer in bundle.layers}
+    if all(name in names for name in candidate.steps.allocation.offsets if "." in name):
+        return candidate
+    return replace(candidate, steps=_uncorrected(configuration))
 
 
 def transfer_key(
@@ -103,7 +113,7 @@ def proxies_of(
     """
     What a model's bundle says of a configuration, in milliseconds: as :attr:`Transfer.proxies`.
     """
-    candidate = configuration.candidate()
+    candidate = _transferred(configuration, bundle)
     bundle.choose(candidate.steps.linears, candidate.pattern)
     evaluator = ProxyEvaluator(bundle, device)
     candidates = {
@@ -135,7 +145,7 @@ def transfer_job(
     """
     Rate a configuration on a model that it was not found on, beside Wanda, RIA and the own best.
     """
-    candidate = configuration.candidate()
+    candidate = _transferred(configuration, target.bundle)
     candidates = {
         **reference_methods(candidate.pattern, candidate.steps.linears),
         "transferred": candidate,

@@ -14,7 +14,7 @@ from pho_service.errors import InvalidInput
 from pho_service.planning.shapes import DTYPE_BYTES, LinearShape, ModelShapes
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.configuration import NEW_TOKENS
-from pho_service.spec.objective import IN_FULL, corrected_windows
+from pho_service.spec.objective import IN_FULL, corrected_windows, shared_windows
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.recovery import Recovery
 from pho_service.spec.steps import Steps
@@ -186,7 +186,7 @@ class Work:
     dtype: str  # That the model computes in
     stream: bool  # Whether its weights stay on disk
     batch: int = 1  # Windows that are run at once
-    corrections: int = 0  # Allocations that are compared with the dense model
+    corrections: int = 0  # Steps that share the sparsity out anew
     validated: int = 0  # Candidates that say how far the proxy can be trusted
     by_perplexity: bool = False  # Whether candidates are rated by perplexity, not by the proxy
     recovery: Recovery | None = None  # Of the pruned model
@@ -321,10 +321,14 @@ class _Costs:
         return self.work.trials * (TRIAL_S + curves * rating / self.machine.bandwidth)
 
     def correction(self) -> float:
-        """Masks by score and the divergence from the dense model, for each allocation."""
-        context = self.work.calibration.context_length
+        """Each step's backward pass, the divergence of what it proposes, and the masks of both."""
+        context, windows = self.work.calibration.context_length, self.work.calibration.samples
         compared = self.forward(corrected_windows(context) * context, context, head=True)
-        return (1 + self.work.corrections) * (compared + self.masks())
+        learned = shared_windows(windows, context) * context
+        asked = self.forward(learned, context, head=True)
+        # Two forward passes, as blocks are run again, and one backward, which is two of them.
+        steps = self.work.corrections * (4 * asked + compared + 2 * self.masks())
+        return asked + compared + self.masks() + steps
 
     def perplexity(self) -> float:
         """The model over the windows that perplexities are measured on."""

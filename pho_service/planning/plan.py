@@ -260,7 +260,12 @@ def _peaks(
     }
     if work.corrections:
         rated = replace(work, steps=work.steps.rated, windows=1)
-        peaks["correct"] = _confirmation(footprint, place, rated, card)
+        measured = _confirmation(footprint, place, rated, card)
+        run_back = footprint.backward(settings.context_length, 1, recompute=True)
+        on_gpu, on_cpu = (run_back, 0) if place.on_gpu else (0, run_back)
+        peaks["correct"] = replace(
+            measured, device=measured.device + on_gpu, host=measured.host + on_cpu
+        )
     if work.finalists:
         peaks["confirm by perplexity"] = _confirmation(footprint, place, work, card)
         peaks["validate"] = peaks["confirm by perplexity"]

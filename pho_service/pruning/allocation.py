@@ -90,7 +90,13 @@ def _kept_more(names: Sequence[str], allocations: Sequence[Allocation]) -> Tenso
     legendre = torch.stack([depth, (3 * depth**2 - 1) / 2])
     heights = [[*each.depth, 0.0, 0.0][: len(legendre)] for each in allocations]
     curves = torch.tensor(heights, dtype=torch.float64) @ legendre
-    offsets = [[each.offsets.get(kind, 0.0) for kind in kinds] for each in allocations]
+    offsets = [
+        [
+            each.offsets.get(kind, 0.0) + (each.offsets.get(name, 0.0) if name != kind else 0.0)
+            for name, kind in zip(names, kinds, strict=True)
+        ]
+        for each in allocations
+    ]
     return torch.tensor(offsets, dtype=torch.float64) + curves
 
 

@@ -462,6 +462,30 @@ def run_backward(model: nn.Module, batch: Tensor, loss: Loss | None = None) -> T
     return total
 
 
+def window_backward(model: nn.Module, reference: DenseReference, window: int) -> float:
+    """
+    Run the divergence from the dense model backward, on one window.
+
+    Args:
+        model: Pruned, in evaluation mode; what has a gradient says that it wants one.
+        reference: What the dense model predicts.
+        window: Number of one of its windows.
+
+    Returns:
+        The mean over its predicted tokens, in nats, as :func:`rate_divergence`.
+    """
+    batch = reference.windows[window : window + 1].to(next(model.parameters()).device)
+    tokens, dense = reference.tokens[window], reference.log_probabilities[window]
+
+    def loss(logits: Tensor, start: int, stop: int) -> Tensor:
+        rows = slice(start, stop)
+        logs = logits[0].log_softmax(dim=-1, dtype=torch.float32)  # (positions, vocabulary)
+        mine = logs.gather(1, tokens[rows].to(logs.device, torch.int64))  # (positions, k)
+        return divergence(dense[rows].to(logs.device), mine).sum() / len(tokens)
+
+    return float(run_backward(model, batch, loss))
+
+
 def _loss_gradient(
     model: nn.Module, decoder: nn.Module, output: Any, batch: Tensor, loss: Loss
 ) -> tuple[Tensor, Tensor]:

@@ -26,26 +26,36 @@ _NAMED = 4  # blocks that a sentence names
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trainable:
+class Held:
     """
-    A linear of a block, and which of its weights may change.
+    The weights of a linear, and the parameter that holds them.
 
     Attributes:
         parameter: Contiguous, floating point. It may hold the weights of many linears, such as all
             experts of a mixture.
-        weight: (out_features, in_features), a view of the parameter's memory. Changed in place.
-        keep: Mask of the same shape, bool. What is False stays as it is, to the bit.
+        weight: (out_features, in_features), a view of the parameter's memory.
     """
 
     parameter: nn.Parameter
     weight: Tensor
-    keep: Tensor
 
     def of(self, gradient: Tensor) -> Tensor:
         """The part of the parameter's gradient that is this weight's."""
         first = self.weight.data_ptr() - self.parameter.data_ptr()
         place = first // self.parameter.element_size()
         return gradient.contiguous().as_strided(self.weight.shape, self.weight.stride(), place)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainable(Held):
+    """
+    A linear of a block, and which of its weights may change in place.
+
+    Attributes:
+        keep: Mask, (out_features, in_features), bool. What is False stays as it is, to the bit.
+    """
+
+    keep: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,13 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from pho_service.pruning.perplexity import (
-    DenseReference,
-    divergence,
-    frozen,
-    recomputed,
-    run_backward,
-)
+from pho_service.pruning.perplexity import DenseReference, frozen, recomputed, window_backward
 from pho_service.pruning.statistics import PrunableLinear
 from pho_service.spec.recovery import RANK, Trains
 
@@ -60,19 +54,11 @@ class Recovering(nn.Module):
             :func:`~pho_service.pruning.perplexity.rate_divergence`.
         """
         model, blocks = self._model
-        batch = reference.windows[window : window + 1].to(next(model.parameters()).device)
-        tokens, dense = reference.tokens[window], reference.log_probabilities[window]
-
-        def loss(logits: Tensor, start: int, stop: int) -> Tensor:
-            rows = slice(start, stop)
-            logs = logits[0].log_softmax(dim=-1, dtype=torch.float32)  # (positions, vocabulary)
-            mine = logs.gather(1, tokens[rows].to(logs.device, torch.int64))  # (positions, k)
-            return divergence(dense[rows].to(logs.device), mine).sum() / len(tokens)
-
-        with frozen(model), recomputed(blocks, nullcontext), mixed(batch.device):
+        device = next(model.parameters()).device
+        with frozen(model), recomputed(blocks, nullcontext), mixed(device):
             for each in self.trained:
                 each.requires_grad_(True)
-            value = float(run_backward(model, batch, loss))
+            value = window_backward(model, reference, window)
         for each in self.trained:
             if self.zeros_stay and each.grad is not None and each.dim() > 1:
                 each.grad.mul_(each.detach() != 0)

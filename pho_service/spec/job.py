@@ -44,6 +44,7 @@ from pho_service.spec.objective import (
     Trials,
     corrected_windows,
     options_of,
+    shared_windows,
 )
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import DEFAULT_PRESET, Preset, PresetName, SearchSpaceSpec
@@ -574,7 +575,8 @@ class JobSpec(Document):
             tokens += points * trained.passes * self.calibration.tokens if trained.wanted else 0
             limits.check_tokens("/confirm/windows", tokens)
         length = self.calibration.context_length
-        tokens += points * self.corrections * corrected_windows(length) * length
+        corrected = corrected_windows(length) + shared_windows(self.calibration.samples, length)
+        tokens += points * self.corrections * corrected * length
         limits.check_tokens("/corrections", tokens)
         if self.recovery is not None:
             tokens += self.recovery.tokens or 0

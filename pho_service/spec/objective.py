@@ -102,6 +102,7 @@ MAX_TRIALS = 10_000  # of an island; the dashboard draws every trial
 MAX_CORRECTIONS = 1_000  # each takes as long as the model takes for some windows
 _LENGTHS = ("trials", "corrections")
 CORRECTED_TOKENS = 1024  # of the calibration text, on which pruned models are compared with it
+SHARED_TOKENS = 8192  # of the rest of it, which each correction runs backward
 
 
 Trials = Annotated[
@@ -119,9 +120,9 @@ Corrections = Annotated[
     Field(
         ge=0,
         le=MAX_CORRECTIONS,
-        description="Number of allocations that are compared with the dense model on calibration "
-        "windows after the search, to correct the best one where the proxy is wrong; 0 leaves it "
-        "as it is.",
+        description="Steps after the search that move sparsity between linears: by the gradient of "
+        "the divergence from the dense model, those where one more weight costs more lose fewer. "
+        "0 leaves the best allocation as it is.",
     ),
 ]
 
@@ -163,6 +164,11 @@ IN_FULL = 2
 def corrected_windows(context_length: int) -> int:
     """How many calibration windows pruned models are compared with the dense one on, at most."""
     return max(1, CORRECTED_TOKENS // context_length)
+
+
+def shared_windows(windows: int, context_length: int) -> int:
+    """How many of the other windows a correction learns from."""
+    return min(windows, max(1, SHARED_TOKENS // context_length))
 
 
 def options_of(source: object) -> dict[str, Any]:

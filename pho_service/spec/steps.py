@@ -23,7 +23,7 @@ from pho_service.spec.document import (
     check_seed,
     optional,
 )
-from pho_service.spec.pattern import LONGEST, MOST, Coefficients, Linears, Pattern, Scope
+from pho_service.spec.pattern import LONGEST, Coefficients, Linears, Pattern, Scope
 
 # How the sparsity is spread over the linears of a model.
 AllocationMethod = Literal["uniform", "owl", "fisher", "curves"]
@@ -31,16 +31,17 @@ AllocationUnit = Literal["linear", "block"]
 ALLOCATIONS: tuple[AllocationMethod, ...] = get_args(AllocationMethod)
 ALLOCATION_UNITS: tuple[AllocationUnit, ...] = get_args(AllocationUnit)
 MOST_SHIFT = 10.0  # of log-odds: 1 / 22,000 of a linear
+MOST_OFFSETS = 32_768  # the largest mixtures have 20,000 linears
 MOST_DEPTHS = 2  # numbers of a curve over depth
 Shift = Annotated[Number, Field(ge=-MOST_SHIFT, le=MOST_SHIFT)]
 
 
 def _check_kind(kind: str) -> None:
-    """Raise InvalidInput if no linear can be of this kind."""
-    if not kind.isprintable() or not 0 < len(kind) <= LONGEST or {*"./* "} & {*kind}:
+    """Raise InvalidInput if no linear can be of this kind, or have this name."""
+    if not kind.isprintable() or not 0 < len(kind) <= LONGEST or {*"/* "} & {*kind}:
         raise InvalidInput(
-            f"allocation offset {kind!r} is not the last part of a linear's name. Give q_proj for "
-            "all linears of that kind, not a full name and not a pattern."
+            f"allocation offset {kind!r} is not the name of a linear. Give q_proj for all linears "
+            "of that kind, or a full name (model.layers.3.mlp.up_proj), not a pattern."
         )
 
 
@@ -94,10 +95,10 @@ class Allocation(JsonDocument):
         dict[str, Shift],
         FieldShown(option="--allocation-offset"),
         Field(
-            max_length=MOST,
+            max_length=MOST_OFFSETS,
             description="Added to the log-odds of the share that linears keep, by the last part "
-            "of their names (q_proj): above 0 they keep more. Kinds that a model does not have "
-            "are ignored.",
+            "of their names (q_proj), and by their full names: above 0 they keep more. Names that "
+            "a model does not have are ignored.",
             exclude_if=lambda offsets: not offsets,
         ),
     ] = field(default_factory=dict, hash=False)
@@ -131,7 +132,7 @@ class Allocation(JsonDocument):
                 "one sparsity. Take unit 'linear', or leave the offsets out."
             )
         for what, count, most in (
-            ("offsets", len(self.offsets), MOST), ("depth", len(self.depth), MOST_DEPTHS),
+            ("offsets", len(self.offsets), MOST_OFFSETS), ("depth", len(self.depth), MOST_DEPTHS),
         ):  # fmt: skip
             if count > most:
                 raise InvalidInput(
@@ -151,7 +152,10 @@ class Allocation(JsonDocument):
     def __str__(self) -> str:
         """In a few words, for people."""
         spread = "" if self.is_even else f" within {self.spread:.3f}"
-        offsets = [f"{kind} {value:+.2f}" for kind, value in self.offsets.items()]
+        by_kind = {name: value for name, value in self.offsets.items() if "." not in name}
+        offsets = [f"{kind} {value:+.2f}" for kind, value in by_kind.items()]
+        if one_by_one := len(self.offsets) - len(by_kind):
+            offsets.append(f"{one_by_one} linears one by one")
         depth = ["depth " + " ".join(f"{value:+.2f}" for value in self.depth)] if self.depth else []
         shifts = f" ({', '.join([*offsets, *depth])})" if offsets or depth else ""
         return f"{self.method}{spread}{shifts}"

@@ -155,6 +155,11 @@ class SearchRequest(SearchOptions):
                 f"row: at {pattern} in scope {pattern.scope.value} nothing is shared out among the "
                 "linears that could be corrected. Give corrections=0."
             )
+        if self.steps.allocation.unit == "block":
+            raise InvalidInput(
+                f"corrections={self.corrections} shifts single linears, and allocation unit "
+                "'block' gives those of a block one sparsity. Take unit 'linear', or corrections=0."
+            )
         if self.objective.name != "activation-reconstruction" or self.objective.over is not None:
             raise InvalidInput(
                 f"corrections={self.corrections} is for activation reconstruction on one model, "

@@ -10,10 +10,9 @@ from pho_service.errors import InvalidInput
 from pho_service.interface.objective import configuration
 from pho_service.pipeline.search import search_job
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.proxy import AllocationProxy, ProxyEvaluator
 from pho_service.spec.objective import Objective
-from pho_service.spec.pattern import Coefficients, Linears, Pattern
-from pho_service.spec.steps import Allocation, Candidate, Steps
+from pho_service.spec.pattern import Linears, Pattern
+from pho_service.spec.steps import Allocation, Steps
 from pho_service.tuning.plan import SearchRequest
 
 PATTERN = Pattern.parse("0.6", "layer")
@@ -44,7 +43,7 @@ def test_corrected(bundle: ProxyBundle, options: Any) -> None:
     trials, correction = corrections(study), found.search["correction"]
 
     assert [number for number, *_ in trials] == [10, 11, 12]
-    assert {*trials[0][3]["allocation"]["offsets"]} == {layer.kind for layer in bundle.layers}
+    assert {*trials[0][3]["allocation"]["offsets"]} == {layer.name for layer in bundle.layers}
     assert correction["count"] == 3
     before, after = correction["divergences"]
     best = min(trials, key=lambda trial: trial[2])
@@ -103,6 +102,7 @@ def test_without_perplexities(bundle: ProxyBundle, options: Any) -> None:
             {"pattern": Pattern.parse("0.5", "global"), "steps": Steps()},
             "in scope global nothing is shared out",
         ),
+        ({"steps": Steps(allocation=Allocation(unit="block"))}, "one sparsity. Take unit 'linear'"),
         ({"objective": Objective(name="gini")}, "the objective is gini"),
     ],
 )
@@ -123,30 +123,8 @@ def test_a_bundle_alone_cannot_be_corrected_nor_sparsities_by_hand(
         search_job(replace(REQUEST, steps=steps), bundle, **options)
 
 
-def test_error_curves_give_what_rating_each_allocation_gives_within_the_sampled_rows_rounding(
-    bundle: ProxyBundle,
+def test_a_calibration_of_one_window_has_none_to_measure_a_correction_on(
+    bundle: ProxyBundle, options: Any
 ) -> None:
-    evaluator = ProxyEvaluator(bundle)
-    candidate = Candidate(
-        method="crepe",
-        coefficients=Coefficients(row=1, column=1, neighbourhood=1),
-        pattern=PATTERN,
-        steps=Steps(allocation=Allocation(method="fisher")),
-    )
-    proxies = {
-        weighting: AllocationProxy(evaluator, candidate, weighting)
-        for weighting in ("blend", "geometric", "relative")
-    }
-    even = proxies["blend"].allocation
-    allocations = [
-        replace(even, offsets={"q_proj": 0.4, "up_proj": -0.3}, depth=(0.2, -0.1)),
-        replace(even, offsets={"down_proj": 0.5}),
-        even,
-    ]
-    rated = evaluator.evaluate(
-        [replace(candidate, steps=Steps(allocation=each)) for each in allocations]
-    )
-
-    for weighting, proxy in proxies.items():
-        expected = [getattr(each, weighting) for each in rated]
-        assert proxy.rate(allocations) == pytest.approx(expected, rel=0.03)
+    with pytest.raises(InvalidInput, match=r"only one\. Give 2"):
+        search_job(REQUEST, bundle, **{**options, "calibration": options["calibration"][:1]})

@@ -217,15 +217,16 @@ def test_the_own_best_is_searched_for_in_the_configurations_space_and_with_its_s
 @pytest.mark.parametrize("corrected", [True, False])
 def test_own_search_is_uncorrected(corrected: bool) -> None:
     """Offsets that a correction found are of its model; those that were asked for are kept."""
-    allocation = Allocation(method="fisher", offsets={"q_proj": 0.5}, depth=(0.1, 0.0))
-    search = {"correction": {}} if corrected else {}
+    allocation = Allocation(offsets={"model.layers.0.mlp.up_proj": 0.5})
+    before = Allocation(method="fisher", spread=0.1, depth=(0.1, 0.0))
+    search = {"correction": {"allocation": before.to_dict()}} if corrected else {}
     configuration = GOOD.model_copy(
         update={"steps": Steps(allocation=allocation), "search": search}
     )
 
     found = own_search(configuration, SearchOptions(), finalists=2).steps.allocation
 
-    assert found == (Allocation(method="fisher") if corrected else allocation)
+    assert found == (before if corrected else allocation)
 
 
 @pytest.mark.parametrize("space", [{"rows": [0, 1]}, {"row_share": [2, 3]}, {"row_share": 7}, [1]])
