@@ -109,6 +109,7 @@ class Point(_Answer):
     )
     perplexity: float | None = Field(None, description="Perplexity of what was found, confirmed.")
     rise: float | None = Field(None, description="Its rise over dense, as a share of that.")
+    rise_error: float | None = Field(None, description="Standard error of that rise.")
     dense: float | None = Field(None, description="Perplexity of the dense model.")
     wanda: float | None = None
     ria: float | None = None

@@ -67,7 +67,9 @@ def _point(job: stored.JobRecord, stage: stored.Stage) -> Point:
     )
 
 
-_MEASURED = ("perplexity", "rise", "dense", "wanda", "ria", "proxy", "trials", "seconds")
+_MEASURED = (
+    "perplexity", "rise", "rise_error", "dense", "wanda", "ria", "proxy", "trials", "seconds",
+)  # fmt: skip
 
 
 def measured(job: Job) -> list[Point]:
@@ -81,7 +83,10 @@ def measured(job: Job) -> list[Point]:
         return []
     spec, good = job.spec.get("configuration", job.spec), best.perplexities
     pattern = Pattern.parse(str(spec["pattern"]), spec.get("scope"))
-    known = {} if good is None else {**good.model_dump(exclude={"pruned"}), "rise": good.rise}
+    known = {} if good is None else {
+        **good.model_dump(include={"dense", "wanda", "ria"}),
+        "rise": good.rise, "rise_error": good.error("dense"),
+    }  # fmt: skip
     trials = job.progress.of(StageKind.SEARCH).done
     return [
         Point(

@@ -247,14 +247,14 @@ def _figures(columns: Sequence[tuple[JobHead, Point | None]]) -> list[Line]:
     rows = [
         ("State", [str(head.job.state) for head, _ in columns]),
         ("Pattern", [point.pattern if point else head.facts[0][1] for head, point in columns]),
-        ("Result", [result_in_words(point.method if point else None) for point in points]),
+        ("Result", [result_in_words(vars(point)) if point else "" for point in points]),
     ]
     for title, name in (
         ("Perplexity, pruned", "perplexity"), ("Dense", "dense"), ("Wanda", "wanda"),
         ("RIA", "ria"),
     ):  # fmt: skip
         rows.append((title, [number(getattr(point, name, None)) for point in points]))
-    rises = [percent(point.rise if point else None, signed=True) for point in points]
+    rises = [percent(p.rise, signed=True, error=p.rise_error) if p else "" for p in points]
     best = [point.proxy if point else h.job.progress.best_value for h, point in columns]
     trials = [(point and point.trials) or h.job.progress.of("search").done for h, point in columns]
     rows += [

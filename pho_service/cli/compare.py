@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from pho_service.models.texts import MixedText, TextSource
     from pho_service.pipeline.compare import Compared
     from pho_service.pipeline.inputs import Calibrated
-    from pho_service.pipeline.rating import ReportText
     from pho_service.spec.fields import CalibrationSpec, TextSpec
     from pho_service.spec.job import JobSpec
 
@@ -116,10 +115,11 @@ def evaluate(
     loaded = inputs.model(model)
     document: dict[str, Any] = {"model": loaded.to_dict(), "device": str(loaded.device)}
     if source is not None:
-        document = {
-            **_perplexity(loaded, inputs.report(loaded, source, how, max_windows), how),
-            **document,
-        }
+        from pho_service.pipeline.rating import evaluated
+
+        text = inputs.report(loaded, source, how, max_windows)
+        bos = bool(loaded.window_prefix(how.bos))
+        document = {**evaluated(loaded, text, progress), "bos": bos, **document}
     scores: Sequence[TaskScore] = ()
     if loaded_tasks is not None:
         from pho_service.pipeline.tasks import measure_tasks, tasks_document
@@ -238,25 +238,6 @@ def load_asked_tasks(given: Given) -> "LoadedTasks | None":
         from pho_service.models.tasks import load_tasks
 
         return load_tasks(names, None if folder is None else Path(folder))
-
-
-def _perplexity(
-    loaded: "LanguageModel", text: "ReportText", how: "CalibrationSpec"
-) -> dict[str, Any]:
-    """The perplexity, with all that it depends on."""
-    from pho_service.models.blockwise import measure_perplexity
-
-    with progress("Measuring perplexity", len(text.windows)) as advance:
-        result = measure_perplexity(loaded, text.windows, advance=advance)
-    return {
-        "perplexity": result.perplexity,
-        "tokens": result.tokens,
-        "windows": result.windows,
-        "context_length": how.context_length,
-        "bos": bool(loaded.window_prefix(how.bos)),
-        "text": text.record.source,
-        "text_sha256": text.record.sha256,
-    }
 
 
 def _show_perplexity(document: dict[str, Any]) -> None:

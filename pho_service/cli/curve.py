@@ -22,7 +22,7 @@ from pho_service.cli.options import (
 from pho_service.cli.terminal import print_json, say, show_table, tell, verb
 from pho_service.errors import InvalidInput, OutputError
 from pho_service.spec.curve import CURVE_FINALISTS, Target, curve_patterns
-from pho_service.spec.document import number, percent
+from pho_service.spec.document import number
 from pho_service.spec.objective import SearchOptions, options_of
 from pho_service.spec.pattern import Pattern
 
@@ -242,6 +242,8 @@ def _spec(model: str, given: Given, sparsity: float) -> "JobSpec":
 
 
 def show_target(found: "TargetFound") -> None:
+    from pho_service.shown.tables import rise_of
+
     answer, limit = found.answer, found.target.limit(found.answer.dense)
     show_points(found.points)
     told = "" if found.outside is None else (
@@ -250,7 +252,7 @@ def show_target(found: "TargetFound") -> None:
     tell(
         f"target       at most {number(limit)}, {found.target}\n"
         f"answer       {answer.pattern}, with {number(answer.perplexity)} "
-        f"({percent(answer.rise, signed=True)}){told}; "
+        f"({rise_of(answer)}){told}; "
         f"steps of {found.target.step:g} were looked at"
     )
 

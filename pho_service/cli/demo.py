@@ -23,6 +23,7 @@ from pho_service.progress import Run
 if TYPE_CHECKING:
     from pho_service.pipeline.compare import ComparisonRow
     from pho_service.pipeline.rating import ReportText, Subject
+    from pho_service.pruning.perplexity import Perplexity
     from pho_service.spec.configuration import Configuration
     from pho_service.spec.job import JobSpec
     from pho_service.tuning.result import SearchResult
@@ -73,8 +74,18 @@ class _Place:
         from pho_service.pipeline.prune import prune_in_place
         from pho_service.pruning.hardware import peak_memory
         from pho_service.spec.configuration import Confirmation
+        from pho_service.tuning.finalists import paired_error
 
         model, confirm, started = self.subject.model, self.subject.text, time.perf_counter()
+
+        def measured(title: str) -> "list[Perplexity]":
+            with progress(title, len(self.report.windows) + len(confirm.windows)) as advance:
+                return [
+                    measure_perplexity(model, text.windows, advance=advance)
+                    for text in (self.report, confirm)
+                ]
+
+        dense = measured("Measuring the dense model")
         with peak_memory(*model.devices) as peak:
             pruned = prune_in_place(
                 model,
@@ -83,20 +94,22 @@ class _Place:
                 calibration=self.subject.calibration,
                 progress=progress,
             )
-            windows = len(self.report.windows) + len(confirm.windows)
-            with progress("Measuring what was pruned", windows) as advance:
-                measured, confirmed = (
-                    measure_perplexity(model, text.windows, advance=advance).perplexity
-                    for text in (self.report, confirm)
-                )
+            after = measured("Measuring what was pruned")
+        mine, confirmed = (each.perplexity for each in after)
+        error, confirmed_error = (
+            paired_error(each.losses, before.losses, each.tokens)
+            for each, before in zip(after, dense, strict=True)
+        )
         others = judged_by.perplexities
-        good = None if others is None else others.model_copy(update={"pruned": confirmed})
+        known = {} if confirmed_error is None else {"dense": confirmed_error}
+        good = others and others.model_copy(update={"pruned": confirmed, "errors": known})
         confirmation = Confirmation(perplexity=confirmed, **confirm.measured_on())
         found = found.model_copy(update={"confirmation": confirmation, "perplexities": good})
         recipe = {**pruned.recipe, "configuration": found.model_dump(mode="json")}
         save_pruned(model, folder, pruned.masks.items(), recipe)
         return found, ComparisonRow(
-            method="best", scope=found.scope, perplexity=measured, sparsity=pruned.sparsity,
+            method="best", scope=found.scope, perplexity=mine, sparsity=pruned.sparsity,
+            error=error and error * mine / dense[0].perplexity,
             proxy=found.objective["value"], seconds=time.perf_counter() - started,
             memory_bytes=peak(),
         )  # fmt: skip

@@ -28,9 +28,9 @@ from pho_service.pipeline.curve import (
 from pho_service.pipeline.rating import Subject
 from pho_service.pipeline.search import check_study_url, memory_study, opened_study
 from pho_service.shown.parts import Shown, Table
-from pho_service.shown.tables import points_table
+from pho_service.shown.tables import points_table, rise_of
 from pho_service.spec.curve import CURVE_FINALISTS, HIGHEST, LOWEST, STEP, Target, curve_patterns
-from pho_service.spec.document import number, percent
+from pho_service.spec.document import number
 from pho_service.spec.objective import Sampler
 from pho_service.spec.pattern import Pattern
 from pho_service.tuning.plan import SearchRequest
@@ -95,7 +95,7 @@ class Within(Shown, TargetFound):
     def _shown(self) -> Table:
         shown = _table(self.points)
         answer = (
-            f"answer: {self.answer.pattern}, {percent(self.answer.rise, signed=True)}, within "
+            f"answer: {self.answer.pattern}, {rise_of(self.answer)}, within "
             f"{self.target}; at most {number(self.target.limit(self.answer.dense))} was wanted"
         )
         return replace(

@@ -26,7 +26,6 @@ from pho_service.interface.inputs import (
     settings_of,
 )
 from pho_service.interface.search import LinearArguments, MethodArguments, arguments, calibrate
-from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
 from pho_service.models.tasks import LoadedTasks, load_tasks
 from pho_service.pipeline import bench as pipeline
@@ -39,6 +38,7 @@ from pho_service.pipeline.compare import (
     compare_over_seeds,
 )
 from pho_service.pipeline.inputs import Calibrated
+from pho_service.pipeline.rating import evaluated
 from pho_service.pipeline.tasks import also_tasks, measure_tasks
 from pho_service.progress import Progress, bars
 from pho_service.pruning.bundle import ProxyBundle
@@ -189,16 +189,7 @@ def _perplexity(
     length = length_of(loaded, texts, context_length)
     how = replace(_DEFAULT, context_length=length, bos=bos)
     text = measured_text(loaded, texts, how, max_windows)
-    with progress("Measuring perplexity", len(text.windows)) as advance:
-        result = measure_perplexity(loaded, text.windows, advance=advance)
-    return {
-        "perplexity": result.perplexity,
-        "tokens": result.tokens,
-        "windows": result.windows,
-        "context_length": text.windows.shape[1],
-        "text": text.record.source,
-        "text_sha256": text.record.sha256,
-    }
+    return evaluated(loaded, text, progress)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

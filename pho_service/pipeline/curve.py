@@ -53,6 +53,7 @@ class CurvePoint:
     sparsity: float  # The share of the weights that the pattern removes
     perplexity: float  # Perplexity of the best that was found, as it was confirmed
     rise: float  # Rise of the perplexity over the dense model's, as a share of that
+    rise_error: float | None = None  # Standard error of the rise, of paired differences
     # Perplexity of the dense model, on the same windows. wanda, ria: Perplexities of these methods
     # on the same windows; None where one gives NaN.
     dense: float
@@ -129,6 +130,7 @@ class CurvePoints:
             sparsity=request.pattern.sparsity,
             perplexity=found.perplexities.pruned,
             rise=found.perplexities.rise,
+            rise_error=found.perplexities.error("dense"),
             dense=found.perplexities.dense,
             wanda=found.perplexities.wanda,
             ria=found.perplexities.ria,

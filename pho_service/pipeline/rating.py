@@ -20,7 +20,7 @@ from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
 from pho_service.models.texts import MixedText, Text, TextRecord, record_to_dict
 from pho_service.pipeline.pipeline import pruned_model, rate_streamed, whole_masks
-from pho_service.progress import Advance
+from pho_service.progress import Advance, Progress
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import model_sparsity, pack, pruned, unpack
 from pho_service.pruning.perplexity import (
@@ -81,6 +81,20 @@ class RecoveryText:
     bos: str = "auto"
     unlike: Tensor | None = None  # Other windows than those measured on that are not trained on
     measured: ReportText | None = None  # What perplexities are measured on, before and after
+
+
+def evaluated(model: LanguageModel, text: ReportText, progress: Progress) -> dict[str, Any]:
+    """The perplexity of a model on a text, with all of the text that it depends on."""
+    with progress("Measuring perplexity", len(text.windows)) as advance:
+        result = measure_perplexity(model, text.windows, advance=advance)
+    return {
+        "perplexity": result.perplexity,
+        "tokens": result.tokens,
+        "windows": result.windows,
+        "context_length": text.windows.shape[1],
+        "text": text.record.source,
+        "text_sha256": text.record.sha256,
+    }
 
 
 def rate_pruned(

@@ -45,10 +45,16 @@ from pho_service.pipeline.prune import PrunedFolder
 from pho_service.pipeline.rating import RecoveryText, ReportText
 from pho_service.progress import Advance, Progress, silent
 from pho_service.pruning.masks import model_sparsity
-from pho_service.pruning.perplexity import DenseReference, dense_reference, rate_divergence
+from pho_service.pruning.perplexity import (
+    DenseReference,
+    Perplexity,
+    dense_reference,
+    rate_divergence,
+)
 from pho_service.pruning.recovery import Recovering, mixed, recovering
 from pho_service.spec.document import number, percent
 from pho_service.spec.recovery import Recovered, Recovery
+from pho_service.tuning.finalists import paired_error
 
 TOP_K = 512  # of the dense model's predictions; all other tokens are one event
 HELD_OUT = 16  # windows at most, or one of eight
@@ -180,7 +186,7 @@ class _Asked:
     steps: int
     teacher: dict[str, Any]
     text: dict[str, Any]
-    perplexity: float | None
+    perplexity: Perplexity | None
 
 
 def recover_model(
@@ -201,7 +207,7 @@ def recover_model(
     model = pruned.model
     if model.device.type == "cpu":
         model.model.float()
-    perplexities = (
+    measured = (
         {} if text.measured is None else {"pruned": _perplexity(model, text.measured, progress)}
     )
     blocks = [block for _, block in decoder_blocks(model.model)]
@@ -227,8 +233,8 @@ def recover_model(
             place.restore_initial(trained)
     model.model.to(model.stored_dtype)  # type: ignore[arg-type]  # as in loading.py
     if text.measured is not None:
-        perplexities |= {"recovered": _perplexity(model, text.measured, progress)}
-        perplexities |= {} if asked.perplexity is None else {"dense": asked.perplexity}
+        measured |= {"recovered": _perplexity(model, text.measured, progress)}
+        measured |= {} if asked.perplexity is None else {"dense": asked.perplexity}
     return Recovered(
         train=settings.train,
         before=before,
@@ -244,7 +250,8 @@ def recover_model(
             key: asked.teacher[key] for key in ("name", "revision", "weights_sha256", "dtype")
         },
         text=asked.text,
-        perplexities=perplexities,
+        perplexities={name: each.perplexity for name, each in measured.items()},
+        errors=_errors(measured),
         seconds=round(time.monotonic() - began, 3),
     )
 
@@ -279,9 +286,19 @@ def check_trainable(pruned: PrunedModel, settings: Recovery) -> None:
         )
 
 
-def _perplexity(model: LanguageModel, text: ReportText, progress: Progress) -> float:
+def _perplexity(model: LanguageModel, text: ReportText, progress: Progress) -> Perplexity:
     with progress("Measuring perplexity", len(text.windows)) as advance:
-        return measure_perplexity(model, text.windows, advance=advance).perplexity
+        return measure_perplexity(model, text.windows, advance=advance)
+
+
+def _errors(measured: Mapping[str, Perplexity]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for mine, other in (("pruned", "dense"), ("recovered", "dense"), ("recovered", "pruned")):
+        if mine in measured and other in measured:
+            one = measured[mine]
+            error = paired_error(one.losses, measured[other].losses, one.tokens)
+            found |= {} if error is None else {f"{mine}/{other}": error}
+    return found
 
 
 def _ask(

@@ -561,6 +561,7 @@ class _Steps:
             confirmed,
             confirmation,
             Divergences(by_number=chosen.divergences, tokens=chosen.divergence_tokens),
+            errors=self._behind(best, own, confirmation),
             ended_after=finished if finished < islands.asked and not out_of_time else None,
             correction=correction,
         )
@@ -587,6 +588,23 @@ class _Steps:
             validation=chosen.validation,
             warnings=[*result.warnings, *([chosen.doubt] if chosen.doubt else [])],
         )
+
+    def _behind(
+        self,
+        best: RatedCandidate,
+        own: Mapping[int, Measured],
+        confirmation: Confirmation | None,
+    ) -> dict[int, float]:
+        """By trial, how sure it is by how much a finalist is behind the best."""
+        if confirmation is None or best.number not in own:
+            return {}
+        losses, tokens = own[best.number].losses, confirmation.tokens
+        errors = {
+            number: paired_error(each.losses, losses, tokens)
+            for number, each in own.items()
+            if number != best.number
+        }
+        return {number: error for number, error in errors.items() if error is not None}
 
     def _perplexities(
         self, found: Sequence[RatedCandidate], chosen: Chosen, own: Mapping[int, Measured]
@@ -619,6 +637,18 @@ class _Steps:
                 value = own.get(each.trial)
             elif value is not None:
                 known[each.name] = value.perplexity or str(value.failure)
+            # Of a method's published variants the best that was measured, so that none wins
+            # against itself.
+            variants = {
+                r.number: perplexities[r.number]
+                for r in found
+                if r.number in perplexities and r.candidate.method.startswith(each.name)
+                if each.candidate is not None and r.candidate.steps == each.candidate.steps
+            }
+            before = known.get(each.name)
+            if variants and isinstance(before, float) and min(variants.values()) < before:
+                number = min(variants, key=lambda n: (variants[n], n))
+                known[each.name], value = variants[number], own.get(number)
             losses[each.name] = () if value is None else value.losses
         return known, losses
 

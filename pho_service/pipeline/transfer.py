@@ -171,7 +171,7 @@ def transfer_job(
         candidates["own"] = own.candidate()
         evaluator = ProxyEvaluator(target.bundle, run.device)
         proxies["own"] = mask_proxy(evaluator, candidates["own"], Objective())
-    perplexities = {}
+    perplexities, errors = {}, {}
     if target.model is not None and target.report is not None:
         from pho_service.pipeline.compare import compare_candidates  # loads transformers
 
@@ -184,10 +184,12 @@ def transfer_job(
             run=run,
         )
         perplexities = {row.method: row.perplexity for row in rows}
+        errors = {row.method: row.error for row in rows if row.error is not None}
     return Transfer(
         target=target.name,
         key=transfer_key(target, configuration, search),
         perplexities=perplexities,
+        errors=errors,
         proxies=proxies,
         own=None if own is None else own.model_dump(mode="json"),
         model=target.bundle.provenance.get("model", {}),

@@ -15,6 +15,7 @@ from pho_service.spec.configuration import (
     Confirmation,
     Continuation,
     Perplexities,
+    Rating,
 )
 from pho_service.spec.document import listed, number, percent, seconds
 from pho_service.spec.recovery import Recovered
@@ -29,6 +30,7 @@ GAINS: dict[MeasuredBy, str] = {
     "proxy": "gain in the proxy",
 }
 _KEYS = {"perplexity": "perplexities", "proxy": "proxies"}
+_ERROR = " ± is a standard error, of paired differences on the text."
 MOST = 20  # measured trials that are shown
 BEST = 5  # rated trials that are shown where nothing was measured
 
@@ -55,6 +57,8 @@ def configuration_rows(found: Configuration) -> list[tuple[str, str]]:
         if how.before_reconstruction is not None:
             before = number(how.before_reconstruction)
             rows.append(("", f"{before} before the reconstruction of its blocks"))
+        if found.beside_the_next:
+            rows.append(("", found.beside_the_next))
         if how.divergence_tokens is not None:
             rows.append(("", f"the best of {len(found.finalists)} finalists, baselines included"))
     return rows
@@ -95,8 +99,7 @@ def verdict_table(good: Perplexities) -> Table:
         title="Perplexity: lower is better",
         notes=(
             "Wanda and RIA are as published, in the same pattern. The gain is the share of RIA's "
-            "perplexity that is saved."
-            + (" ± is a standard error, of paired differences on the text." if good.errors else ""),
+            "perplexity that is saved." + (_ERROR if good.errors else ""),
         ),
         marked=1,
     ).without_empty()
@@ -126,20 +129,29 @@ def continuations_table(found: Sequence[Continuation]) -> Table:
 
 def recovered_table(recovered: Recovered) -> Table:
     """The dense model, the pruned one, and what it was after its recovery."""
-    found = recovered.perplexities
-    dense = found.get("dense")
+    found, errors = recovered.perplexities, recovered.errors
+
+    def against(name: str, other: str) -> str:
+        if not {name, other} <= found.keys():
+            return ""
+        return compared(found[name], found[other], errors.get(f"{name}/{other}"))
+
     return Table(
-        ("model", "perplexity", "against dense"),
+        ("model", "perplexity", "against dense", "against pruned"),
         [
-            (name, number(found[name]), percent(found[name] / dense - 1, signed=True))
-            if dense and name != "dense"
-            else (name, number(found[name]), "")
+            (
+                name,
+                number(found[name]),
+                "" if name == "dense" else against(name, "dense"),
+                against(name, "pruned") if name == "recovered" else "",
+            )
             for name in ("dense", "pruned", "recovered")
             if name in found
         ],
         title="Perplexity: lower is better",
+        notes=(_ERROR.strip(),) if errors else (),
         marked=2,
-    )
+    ).without_empty()
 
 
 def results_table(report: Report) -> Table | None:
@@ -156,17 +168,19 @@ def results_table(report: Report) -> Table | None:
     rows = [*{trial.number: trial for trial in shown}.values()]
     mark = "chosen" if report.configuration is not None else "best so far"
     found = report.configuration
+    behind = {} if found is None else _behind(found.finalists)
     alone = ", of the masks alone" if found is not None and found.steps.needs_text else ""
     return Table(
         (
-            "candidate", "perplexity", GAINS["perplexity"], "divergence", GAINS["divergence"],
-            "objective", GAINS["proxy"], "trial",
+            "candidate", "perplexity", "against the best", GAINS["perplexity"], "divergence",
+            GAINS["divergence"], "objective", GAINS["proxy"], "trial",
         ),
         [
             (
                 (trial.method if trial.is_baseline else "found")
                 + (f" ({mark})" if trial == winner else ""),
                 number(trial.perplexity),
+                behind.get(trial.number, ""),
                 _gain(report, trial, "perplexity"),
                 number(trial.divergence),
                 _gain(report, trial, "divergence"),
@@ -188,9 +202,33 @@ def results_table(report: Report) -> Table | None:
     ).without_empty()  # fmt: skip
 
 
-def result_in_words(method: str | None) -> str:
+def _behind(finalists: Sequence[Rating]) -> dict[int, str]:
+    """How far finalists are behind the best of them, by trial: ``+1.2 ± 0.4%``."""
+    known = [(c.trial, c.perplexity, c.error) for c in finalists if c.perplexity is not None]
+    return {trial: compared(mine, known[0][1], error) for trial, mine, error in known[1:]}
+
+
+def compared(mine: float, other: float, error: float | None) -> str:
+    """The share by which a perplexity is above another one; the error is that of its logarithm."""
+    share = None if error is None else error * mine / other
+    return percent(mine / other - 1, signed=True, error=share)
+
+
+def result_in_words(point: Mapping[str, Any]) -> str:
     """What a result is: found by the search, or a baseline that no candidate was better than."""
-    return {None: "", "crepe": "found"}.get(method, f"{method}, a baseline")
+    # With the search's steps it is not the published method that stands beside it.
+    method = point.get("method")
+    if method in (None, "crepe"):
+        return "" if method is None else "found"
+    published = point.get(str(method).partition("-")[0])
+    if published is not None and published != point.get("perplexity"):
+        return f"{method}, with the search's steps"
+    return f"{method}, a baseline"
+
+
+def rise_of(point: Any) -> str:
+    """The rise of a point over the dense model, with its standard error: ``+5.1 ± 0.4%``."""
+    return percent(point.rise, signed=True, error=point.rise_error)
 
 
 def points_table(
@@ -209,10 +247,10 @@ def points_table(
             (
                 each["pattern"],
                 number(each["perplexity"]),
-                percent(each["rise"], signed=True),
+                percent(each["rise"], signed=True, error=each.get("rise_error")),
                 number(each["wanda"]),
                 number(each["ria"]),
-                result_in_words(found.get("method")),
+                result_in_words({**each, "method": found.get("method")}),
                 found["scope"],
                 each.get("state"),
                 {True: "yes", False: "no"}.get(each.get("within")),  # type: ignore[arg-type]
@@ -226,7 +264,8 @@ def points_table(
         + (f"; the dense model has {number(dense)}" if dense else ""),
         notes=(
             f"{on}Seconds are of search, confirmation, Wanda and RIA, without the calibration."
-            " What was found was chosen on the text that it is measured on.",
+            " What was found was chosen on the text that it is measured on."
+            + (_ERROR if any(each.get("rise_error") for each in points) else ""),
         ),
     ).without_empty()  # fmt: skip
 
@@ -279,13 +318,15 @@ def transfer_table(
             (
                 name,
                 *(number(values.get(method)) for method in shown),
+                _rise(values, target) if what == "perplexity" else "",
                 percent(None if gain is None else gain.share),
                 percent(regret) if isinstance(regret, (int, float)) else "",
             )
         )
     return Table(
         (
-            "model", *({"own": "own best"}.get(method, method) for method in shown), GAINS[what],
+            "model", *({"own": "own best"}.get(method, method) for method in shown),
+            "against dense", GAINS[what],
             f"regret in {what}",
         ),
         table,
@@ -297,6 +338,14 @@ def transfer_table(
         if any(row[-1] for row in table)
         else (),
     ).without_empty()  # fmt: skip
+
+
+def _rise(values: Mapping[str, float | None], target: Mapping[str, Any]) -> str:
+    """The rise of what was transferred over the dense model, with its standard error."""
+    mine, dense = values.get("transferred"), values.get("dense")
+    errors = target.get("errors")  # of files that others may have written
+    error = errors.get("transferred") if isinstance(errors, dict) else None
+    return percent(mine / dense - 1, signed=True, error=error) if mine and dense else ""
 
 
 def failed_transfers(targets: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -36,7 +36,8 @@ class Perplexities(Document):
         wanda: Perplexity of Wanda in the pattern of the search, as published: without the
             search's steps and, at N:M, in the model's own channel order. None if it has none:
             its model gives NaN.
-        ria: The same of RIA, in the widest scope of the pattern that is not global.
+        ria: The same of RIA, in the widest scope of the pattern that is not global, or in that of
+            its rows where that was measured, too, and is better.
         errors: Standard errors of the logarithm of ``pruned / dense``, ``pruned / wanda`` and
             ``pruned / ria``, by these names: of paired differences of windows, or where there are
             fewer than 16 of runs of 64 tokens. Those that are not known are missing.
@@ -74,15 +75,8 @@ class Perplexities(Document):
 
     def against(self, name: str) -> str:
         """``22.6 ± 0.4% above dense``; ``not told apart from Wanda`` within two standard errors."""
-        other, title = getattr(self, name), _TITLES.get(name, name)
-        error = self.errors.get(name)
-        if self.pruned == other:
-            return f"the same as {title}"
-        if error is not None and abs(math.log(self.pruned / other)) < 2 * error:
-            return f"not told apart from {title} ({number(other)})"
-        share = self.pruned / other - 1
-        side = "above" if share > 0 else "below"
-        return f"{percent(abs(share), error=self.error(name))} {side} {title} ({number(other)})"
+        title = _TITLES.get(name, name)
+        return against(self.pruned, getattr(self, name), self.errors.get(name), title)
 
     @property
     def sentence(self) -> str:
@@ -98,6 +92,18 @@ class Perplexities(Document):
         return in_words(
             self.dense, {"pruned": self.pruned}, methods, {"pruned": self.error("dense")}
         )
+
+
+def against(mine: float, other: float, error: float | None, title: str) -> str:
+    """A perplexity beside another one, in words; the error is that of their ratio's logarithm."""
+    if mine == other:
+        return f"the same as {title}"
+    if error is not None and abs(math.log(mine / other)) < 2 * error:
+        return f"not told apart from {title} ({number(other)})"
+    share = mine / other - 1
+    side = "above" if share > 0 else "below"
+    known = None if error is None else error * mine / other
+    return f"{percent(abs(share), error=known)} {side} {title} ({number(other)})"
 
 
 def in_words(
@@ -139,6 +145,8 @@ class Rating(Document):
     proxy: float | None = None
     perplexity: float | None = None
     divergence: float | None = None
+    # Standard error of the logarithm of its perplexity over the best one's, by paired differences.
+    error: float | None = Field(None, exclude_if=lambda error: error is None)
 
 
 class Confirmation(Document):
@@ -248,6 +256,20 @@ class Configuration(Document):
             pattern=str(candidate.pattern),
             scope=candidate.pattern.scope.value,
         )
+
+    @property
+    def beside_the_next(self) -> str:
+        """
+        ``0.4 ± 0.1% below the next finalist (27.80)``, or that they are not told apart; empty where
+        fewer than two were measured.
+        """
+        known = [(c.perplexity, c.error) for c in self.finalists if c.perplexity is not None]
+        if len(known) < 2:
+            return ""
+        (best, _), (other, error) = known[:2]
+        told = against(best, other, error, "the next finalist")
+        rebuilt = self.confirmation and self.confirmation.before_reconstruction
+        return f"{told}, before the reconstruction" if rebuilt else told
 
     def deployable(self) -> Self:
         steps = replace(self.steps, deployable=True)

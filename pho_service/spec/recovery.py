@@ -142,6 +142,8 @@ class Recovered(JsonDocument):
         text: What it was trained on: source and hash.
         perplexities: Those of the models ``dense``, ``pruned`` and ``recovered``, where there was a
             text to measure them on.
+        errors: Standard errors of the logarithms of their ratios, by paired differences on that
+            text: ``pruned/dense``, ``recovered/dense`` and ``recovered/pruned``.
         seconds: What it took.
     """
 
@@ -160,6 +162,7 @@ class Recovered(JsonDocument):
     teacher: dict[str, str | int | None]
     text: dict[str, Any]
     perplexities: dict[str, Number] = field(default_factory=dict)
+    errors: dict[str, Number] = field(default_factory=dict)
     seconds: Number
 
     def __str__(self) -> str:

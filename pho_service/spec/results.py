@@ -183,6 +183,7 @@ class Transfer:
         model: Name, revision, hash of the weights, dtype.
         perplexities: On the report text, by method: ``dense``, ``wanda``, ``ria``,
             ``transferred``, and ``own``, if it was searched for; empty without a model.
+        errors: Standard errors of how far these are above dense, as shares, by method.
         proxies: By the same methods but ``dense``, lower is better; None where no proxy knows what
             happens to the mask.
         gain: By how much RIA's perplexity is above the transferred configuration's.
@@ -199,6 +200,9 @@ class Transfer:
     key: str
     model: dict[str, Any] = field(default_factory=dict)
     perplexities: dict[str, float] = field(default_factory=dict)
+    errors: Annotated[dict[str, float], Field(exclude_if=lambda errors: not errors)] = field(
+        default_factory=dict
+    )
     proxies: dict[str, float | None] = field(default_factory=dict)
     gain: float | None = None
     regret: float | None = None

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import optuna
@@ -100,6 +101,7 @@ def search_result(
     confirmation: Confirmation | None,
     divergences: Divergences = Divergences(),  # noqa: B008 - frozen
     *,
+    errors: Mapping[int, float] = MappingProxyType({}),
     ended_after: int | None = None,
     correction: Correction | None = None,
 ) -> SearchResult:
@@ -115,6 +117,7 @@ def search_result(
             proxy=candidate.value,
             perplexity=by_number.get(candidate.number),
             divergence=divergences.by_number.get(candidate.number),
+            error=errors.get(candidate.number),
         )
 
     only_compared = sorted(

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi.testclient import TestClient
 
+from pho_service.shown.tables import result_in_words
 from pho_service.tuning.search import add_point, pareto_study
 from storage.records import JobState, NewStage, StageKind
 from storage.rows import add_stages
@@ -93,6 +94,16 @@ def test_a_point_that_a_baseline_wins_says_so(
     assert [each["method"] for each in points] == ["ria-row", "crepe"]
     assert "<td>ria-row, a baseline</td>" in page
     assert "<td>found</td>" in page
+
+
+def test_a_result_says_what_it_is_and_a_baseline_with_steps_is_not_the_published_one() -> None:
+    ria = {"perplexity": 25.0, "ria": 25.0, "wanda": 30.0}
+
+    assert result_in_words({"method": "crepe"}) == "found"
+    assert result_in_words({**ria, "method": "ria-row"}) == "ria-row, a baseline"
+    assert result_in_words({**ria, "method": "wanda"}) == "wanda, with the search's steps"
+    assert result_in_words({**ria, "method": "magnitude"}) == "magnitude, a baseline"
+    assert result_in_words({"method": None}) == ""
 
 
 def test_a_page_leads_to_all_studies_of_a_job(client: TestClient, begin: Any, hand: Any) -> None:

@@ -48,6 +48,7 @@ def test_points_are_what_pho_search_finds_measured_once(pho: Pho, small: list[st
     assert points["0.6"]["configuration"] == json.loads(Path("config.json").read_text())
     assert document["dense"] == pytest.approx(rows["dense"], rel=1e-6)
     assert points["0.6"]["wanda"] == pytest.approx(rows["wanda"], rel=1e-6)
+    assert points["0.3"]["rise_error"] > 0
     assert points["0.3"]["rise"] == points["0.3"]["perplexity"] / document["dense"] - 1
     assert document["calibration"].pop("seconds") > 0
     assert again["calibration"].pop("seconds") is None

@@ -21,6 +21,7 @@ from pho_service.pipeline.rating import RecoveryText
 from pho_service.pipeline.recover import PrunedModel, Workplace, groups_of, recover_model
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.recovery import Recovering
+from pho_service.shown.tables import recovered_table
 from pho_service.spec.configuration import published
 from pho_service.spec.recovery import Recovered, Recovery, Trains
 
@@ -151,6 +152,11 @@ def test_perplexities_before_and_after_are_of_windows_that_are_not_trained_on(
     alone = recover(pruned, on=replace(text, unlike=measured.windows, measured=measured))
 
     assert alone.perplexities.keys() == {"dense", "pruned", "recovered"}
+    assert alone.errors.keys() == {"pruned/dense", "recovered/dense", "recovered/pruned"}
+    assert all(0 < error < 1 for error in alone.errors.values())
+    table = recovered_table(alone)
+    assert [*table.columns] == ["model", "perplexity", "against dense", "against pruned"]
+    assert " ± " in table.rows[2][3]
     every = read_report(pruned.model, 1000, LENGTH)
     again = PrunedModel.of(pruned.model)
     with pytest.raises(TextError, match=r"has [0-3] windows of 32 tokens to recover on, and 4 are"):

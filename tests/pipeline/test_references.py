@@ -1,9 +1,11 @@
 """What a result is judged by: published methods on its own windows; and whether its proxy ranks."""
 
+import math
 import re
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pho_service.errors import InvalidInput, NumericalError
@@ -14,12 +16,14 @@ from pho_service.pipeline import confirmation, rating
 from pho_service.pipeline.rating import ReportText, rate_pruned
 from pho_service.pipeline.search import memory_study, search_job
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.shown.tables import configuration_rows
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.configuration import (
     REFERENCES,
     WIDER,
     Perplexities,
     ProxyQuality,
+    Rating,
     in_words,
     published,
 )
@@ -29,6 +33,7 @@ from pho_service.spec.pattern import Pattern
 from pho_service.spec.steps import Steps
 from pho_service.tuning.plan import SearchRequest
 from pho_service.tuning.validation import finalists_wanted
+from storage.studies import record_of
 
 
 @pytest.fixture
@@ -74,6 +79,13 @@ def test_they_are_wanda_and_ria_as_published_whatever_the_steps_none_is_measured
         for name, each in methods.items()
     }
     good = found.perplexities
+    if same:  # then finalists are published methods, of which RIA has two
+        measured_ria = [
+            each.perplexity
+            for each in found.baselines
+            if each.method.startswith("ria") and each.perplexity is not None
+        ]
+        alone["ria"] = min([alone["ria"], *measured_ria])
 
     assert good == Perplexities(
         dense=measure_perplexity(model, report.windows).perplexity,
@@ -88,6 +100,51 @@ def test_they_are_wanda_and_ria_as_published_whatever_the_steps_none_is_measured
     assert measured[len(measured) - len(judges) :] == judges
     assert again == found
     assert pruned_with == measured  # nothing is measured twice
+
+
+def test_finalists_say_how_far_they_are_behind_the_best_and_whether_that_may_be_chance(
+    bundle: ProxyBundle, model: LanguageModel, report: ReportText
+) -> None:
+    asked = SearchRequest(pattern=Pattern.parse("0.5"), trials=8, finalists=2)
+    study = memory_study(asked, bundle, report)
+    found = search_job(asked, bundle, model=model, confirm_text=report, study=study).configuration
+    measured = [each for each in found.finalists if each.perplexity is not None]
+    losses = [np.array(record_of(study)[f"perplexity:{each.trial}"]["losses"]) for each in measured]
+    best, other = found.finalists[:2]
+    behind, tokens = losses[1] - losses[0], found.confirmation.tokens
+    error = behind.std(ddof=1) * math.sqrt(len(behind)) / tokens
+
+    assert best.error is None
+    assert other.error == pytest.approx(error)
+    told = abs(math.log(other.perplexity / best.perplexity)) >= 2 * error
+    assert ("not told apart from the next finalist" in found.beside_the_next) is not told
+    assert found.beside_the_next in [value for _, value in configuration_rows(found)]
+
+
+def test_the_next_finalist_in_words() -> None:
+    ratings = [Rating(method="crepe", trial=n, perplexity=p, error=e)
+               for n, p, e in ((3, 20.0, None), (1, 21.0, 0.01), (2, None, None))]  # fmt: skip
+    found = published("wanda", "0.5").model_copy(update={"finalists": ratings})
+    near = found.model_copy(
+        update={"finalists": [ratings[0], ratings[1].model_copy(update={"error": 0.03})]}
+    )
+
+    assert found.beside_the_next == "4.8 ± 1.0% below the next finalist (21.00)"
+    assert near.beside_the_next == "not told apart from the next finalist (21.00)"
+    assert published("wanda", "0.5").beside_the_next == ""
+    assert "error" not in ratings[0].model_dump()
+
+
+def test_a_published_method_never_wins_against_a_worse_variant_of_itself(
+    bundle: ProxyBundle, model: LanguageModel, report: ReportText
+) -> None:
+    asked = SearchRequest(
+        pattern=Pattern.parse("0.5"), trials=8, objective=Objective(name="perplexity")
+    )
+    found = search_job(asked, bundle, model=model, confirm_text=report).configuration
+    rows = {each.method: each.perplexity for each in found.baselines}
+
+    assert found.perplexities.ria == min(rows["ria-row"], rows["ria-layer"])
 
 
 def test_without_a_perplexity(

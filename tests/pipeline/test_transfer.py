@@ -21,8 +21,10 @@ from pho_service.pipeline.transfer import (
 )
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
+from pho_service.shown.tables import transfer_table
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.configuration import Configuration
+from pho_service.spec.document import percent
 from pho_service.spec.objective import Objective, SearchOptions
 from pho_service.spec.pattern import Coefficients, Pattern
 from pho_service.spec.results import Transfer, regret
@@ -99,6 +101,10 @@ def test_model(
 
     assert list(done.perplexities) == ["dense", "wanda", "ria", "transferred", "own"]
     assert done.perplexities["transferred"] == perplexity(GOOD)
+    assert done.errors.keys() == {"wanda", "ria", "transferred", "own"}
+    rise = done.perplexities["transferred"] / done.perplexities["dense"] - 1
+    shown = percent(rise, signed=True, error=done.errors["transferred"])
+    assert shown in transfer_table([done.to_dict()], "perplexity").rows[0]
     assert done.perplexities["own"] == perplexity(Configuration.model_validate(done.own))
     assert done.regret == regret(done.perplexities)
     assert done.report["tokens"] == 3 * 31

@@ -200,9 +200,9 @@ def test_what_was_measured_on_other_models_is_a_table_and_bars(page_of: Any) -> 
     page = page_of(transfers=[TRANSFER, {"target": "b", "warnings": ["b: no weights"]}])
 
     assert page.tables["On other models, by perplexity"] == [
-        ["model", "dense", "wanda", "ria", "transferred", "own best", "gain in perplexity",
-         "regret in perplexity"],
-        ["other", "10.00", "24.00", "25.00", "20.50", "20.00", "18.0%", "10.0%"],
+        ["model", "dense", "wanda", "ria", "transferred", "own best", "against dense",
+         "gain in perplexity", "regret in perplexity"],
+        ["other", "10.00", "24.00", "25.00", "20.50", "20.00", "+105.0%", "18.0%", "10.0%"],
     ]  # fmt: skip
     assert page.tables["On other models, by proxy"][1] == [
         "other", "0.4000", "0.5000", "0.3000", "40.0%",
