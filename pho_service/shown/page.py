@@ -163,7 +163,8 @@ def render(report: Report) -> str:
 def curve_page(document: Mapping[str, Any]) -> str:
     """The curve of `pho curve`, its JSON values given, as one page of HTML."""
     name = PurePath(str(document["model"].get("name", "the model"))).name
-    return page(f"{name}: perplexity against sparsity", [curve_section(document)])
+    parts = [curve_section(document), *_writing_at_each(document)]
+    return page(f"{name}: perplexity against sparsity", parts)
 
 
 def curve_section(
@@ -196,7 +197,7 @@ def sections(report: Report) -> list[Section]:
     curve = [] if report.points is None else [curve_section(report.curve, report.points)]
     if report.points is not None and report.configuration is None:
         found = replace(curve[0], texts=[*curve[0].texts, *report.warnings])
-        return [found, _settings(report), _happened(report)]
+        return [found, *_writing_at_each(report.curve), _settings(report), _happened(report)]
     parts = [_result(report), *curve]
     if report.subject != "transfer":
         parts += [] if report.configuration is None else [_writing(report.configuration)]
@@ -276,6 +277,17 @@ def _writing(found: Configuration) -> Section:
         texts=[] if known else table.notes,
         tables=[table] if known else [],
     )
+
+
+def _writing_at_each(curve: Mapping[str, Any] | None) -> list[Section]:
+    """What is written at each point of a curve, the highest sparsity last."""
+    if curve is None:
+        return []
+    found = [Configuration.model_validate(each["configuration"]) for each in curve["points"]]
+    each_table = {f.pattern: tables.continuations_table(f.continuations) for f in found}
+    known = [replace(t, title=f"At {p}", notes=()) for p, t in each_table.items() if t.rows]
+    notes = tables.continuations_table([c for f in found for c in f.continuations]).notes
+    return [Section(id="writing", title="How it writes", texts=notes, tables=known)]
 
 
 def _recovery(recovered: Recovered) -> Section:

@@ -348,6 +348,7 @@ def point(configuration: Any) -> Any:
             "configuration": {
                 **document, "pattern": pattern, "scope": "row" if ":" in pattern else "layer",
                 "confirmation": confirmation, "search": {**document["search"], "study": study},
+                "continuations": [{"prompt": "If", "dense": "so", "pruned": f"so at {pattern}"}],
             },
         }  # fmt: skip
 

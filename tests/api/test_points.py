@@ -51,11 +51,14 @@ def test_patterns(client: TestClient, begin: Any, measure: Any, hand: Any, refus
     assert "<dt>Patterns</dt> <dd>2:4, 0.3</dd>" in page
     assert f"/v1/jobs/{job}/best?pattern=2:4" in page
     assert "Extend" not in page
+    assert re.findall(r"<caption>(At [^<]*)<", page) == ["At 0.3", "At 2:4"]
+    assert page.count("so at 2:4") == 1
     form = client.get(f"/new?job={job}").text
     assert "&#34;patterns&#34;: [" in form
     report = client.get(f"{path}/report").text
     assert "Perplexity against sparsity" in report
     assert "+20.0%" in report
+    assert "so at 2:4" in report
 
 
 def test_the_list_and_the_comparison_have_each_pattern(
