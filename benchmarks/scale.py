@@ -17,6 +17,8 @@ does not work through it, but look for them every two seconds.
 
 import asyncio
 import os
+import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -283,9 +285,17 @@ def bounced(program: Path, url: str, folder: Path, pool_mode: str) -> Iterator[s
         "track_extra_parameters = search_path\n"  # reported by PostgreSQL 18 and newer
         "ignore_startup_parameters = statement_timeout,idle_in_transaction_session_timeout\n"
     )
-    log = place / "log"
+    log, command = place / "log", [str(program), str(place / "pgbouncer.ini")]
+    if os.geteuid() == 0:  # PgBouncer does not run as root, as PostgreSQL does not
+        shutil.chown(place, "pgserver")
+        command[1:1] = ["-u", "pgserver"]
+        data = folder / "data" / "postgresql"
+        with (data / "pg_ident.conf").open("a") as names:
+            names.write(f"pho pgserver {server.username}\n")
+        os.kill(int((data / "postmaster.pid").read_text().split()[0]), signal.SIGHUP)
+        time.sleep(1)
     with log.open("w") as written:
-        process = subprocess.Popen([program, place / "pgbouncer.ini"], stderr=written)
+        process = subprocess.Popen(command, stderr=written)
         try:
             while not (place / ".s.PGSQL.5432").exists():
                 if process.poll() is not None:
@@ -294,7 +304,7 @@ def bounced(program: Path, url: str, folder: Path, pool_mode: str) -> Iterator[s
             query = {**server.query, "host": str(place)}
             yield server.set(query=query).render_as_string(hide_password=False)
         finally:
-            process.terminate()
+            process.send_signal(signal.SIGQUIT)  # SIGTERM waits for those who are connected
             process.wait()
 
 

@@ -104,7 +104,11 @@ class ClaimStore:
             connection.execute(
                 update(jobs)
                 .where(jobs.c.id == job.id)
-                .values(stage=stage.kind, started_at=func.coalesce(jobs.c.started_at, func.now()))
+                .values(
+                    stage=stage.kind,
+                    started_at=func.coalesce(jobs.c.started_at, func.now()),
+                    served_at=func.now(),
+                )
             )
             if stage.state is StageState.RUNNING:
                 lost = {"type": "WorkerLost", "message": "its worker died, or was cut off"}

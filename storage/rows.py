@@ -85,19 +85,24 @@ def first_of_others(
     connection: Connection, kinds: Sequence[StageKind], job: JobRecord
 ) -> Row[Any] | None:
     """
-    The entry of another job, of this priority or a higher one, that a worker could take now.
+    The entry of another job, of this priority or a higher one, that a worker could take now: of
+    the key, or where none is needed the job, that no worker has served for longest.
     """
+    # The oldest entry would always be one of the same two keys, which would give way to each other.
     query = text(
-        "SELECT entry.id, jobs.priority FROM procrastinate_jobs entry"
+        "WITH served AS (SELECT coalesce(owner_id, id) AS whose, max(served_at) AS at"
+        " FROM pho.jobs GROUP BY 1)"
+        " SELECT entry.id, jobs.priority FROM procrastinate_jobs entry"
         " JOIN pho.stages ON stages.queue_id = entry.id"
         " JOIN pho.jobs ON jobs.id = stages.job_id"
+        " JOIN served ON served.whose = coalesce(jobs.owner_id, jobs.id)"
         " WHERE entry.status = 'todo' AND entry.queue_name = ANY(:kinds)"
         " AND jobs.state = ANY(:states) AND jobs.priority >= :priority AND jobs.id <> :but_of"
         " AND (entry.scheduled_at IS NULL OR entry.scheduled_at <= now())"
         " AND NOT EXISTS (SELECT FROM procrastinate_jobs other"
         "  WHERE other.lock = entry.lock AND other.status = 'doing')"
         " ORDER BY jobs.owner_id IS NOT DISTINCT FROM CAST(:owner AS uuid),"
-        "  entry.priority DESC, entry.id LIMIT 1"
+        "  jobs.priority DESC, served.at NULLS FIRST, entry.priority DESC, entry.id LIMIT 1"
     )
     states = [state for state in JobState if state.may_work]
     values = {"kinds": [*kinds], "states": states, "priority": job.priority, "but_of": job.id}

@@ -128,6 +128,7 @@ jobs = Table(
     Column("created_at", _utc, nullable=False, server_default=_now),
     Column("started_at", _utc),
     Column("finished_at", _utc),
+    Column("served_at", _utc),  # when a worker last took a stage of it
     Index(
         "uq_jobs_idempotency",
         text("coalesce(owner_id, '00000000-0000-0000-0000-000000000000'::uuid)"),

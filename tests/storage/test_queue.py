@@ -233,6 +233,26 @@ class TestOrder:
             *(each.stages[0].id for each in (other, paused, later)),
         ]  # fmt: skip
 
+    def test_of_the_other_keys_the_one_is_let_in_that_was_not_served_for_longest(
+        self, database: Database
+    ) -> None:
+        """So that two keys with old jobs do not give way to each other, and to nobody else."""
+        store = JobStore(database)
+        keys = [KeyStore(database).create(n, sees_all=False)[0].id for n in "abcd"]
+        for key in keys:
+            for _ in range(3):
+                submitted(store, 0, owner_id=key)
+        served = []
+        while (given := fetch(database)) is not None:
+            claim = store.claim(given[1], given[0], uuid.uuid4())
+            assert claim is not None
+            assert claim.job.owner_id is not None
+            served.append(keys.index(claim.job.owner_id))
+            store.complete(claim, {}, ended=True, way_for=[CALIBRATE])
+            finish(database, given[0])
+
+        assert served == [0, 1, 2, 3] * 3
+
     def test_without_another_key_it_lets_its_other_job_in(self, database: Database) -> None:
         store = JobStore(database)
         job = submitted(store, 0)

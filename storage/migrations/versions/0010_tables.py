@@ -97,6 +97,7 @@ def upgrade() -> None:
         sa.Column("created_at", time, server_default=now, nullable=False),
         sa.Column("started_at", time, nullable=True),
         sa.Column("finished_at", time, nullable=True),
+        sa.Column("served_at", time, nullable=True),
         sa.ForeignKeyConstraint(["owner_id"], ["pho.keys.id"], name=op.f("fk_jobs_owner_id")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_jobs")),
         sa.UniqueConstraint("number", name=op.f("uq_jobs_number")),
