@@ -34,7 +34,7 @@ class Machine:
     float_products: float  # FLOP/s of matrix products in float32
     bandwidth: float  # Bytes/s that are read or written where the model lies
     copies: float  # Bytes/s between the card and main memory; on a CPU as its bandwidth
-    launch_s: float  # What starting an operation takes at least
+    launch_s: float  # What starting an operation takes; a card computes meanwhile, a CPU does not
     disk: float  # Bytes/s of the files
     cores: int  # Cores of the host
     main_bytes: int  # Main memory of the host
@@ -113,7 +113,7 @@ def this_cpu() -> Machine:
     """This machine's CPU, measured for about half a second."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     matrix = np.ones((768, 768), dtype=np.float32)
-    products = 2 * 768**3 / _fastest(lambda: matrix @ matrix)
+    products = REACHED * 2 * 768**3 / _fastest(lambda: matrix @ matrix)
     block = np.ones(2**24, dtype=np.float32)
     target = np.empty_like(block)
     bandwidth = 2 * block.nbytes / _fastest(lambda: np.copyto(target, block))
@@ -126,7 +126,7 @@ def this_cpu() -> Machine:
         float_products=products,
         bandwidth=bandwidth,
         copies=bandwidth,
-        launch_s=5e-6,
+        launch_s=10e-6,
         disk=1e9,
         cores=cores or 1,
         main_bytes=memory,
@@ -144,6 +144,10 @@ def _fastest(work: Callable[[], object], rounds: int = 4) -> float:
     return best
 
 
+# The constants were fitted to what jobs on a CPU took: benchmarks/planned.py.
+STARTED_S = 6.0  # until a process has its libraries
+WINDOWS_S = 0.25  # until a text of some hundred kilobytes is cut into windows
+REACHED = 0.7  # of a CPU's products that a model's own reach
 FLOAT = 4  # bytes of statistics and scores
 HASHED = 1.2e9  # bytes/s of SHA-256 on a core
 BASELINES = 6  # that a search begins with and confirms beside what it finds
@@ -151,10 +155,13 @@ COMPARED_TOKENS = 512  # that finalists are compared with the dense model on
 MEASURED = 3  # perplexities that the race of finalists takes after its first look
 REFERENCES = 3  # perplexities that a result is judged by: dense, Wanda, RIA
 LOOKS = 12  # at which those that are left are pruned once more
-READINGS = 4.0  # of its bundle that the rating of a candidate costs, on a CPU
-TRIAL_S = 0.006  # writing a trial to its study
+READINGS = 8.0  # of its bundle that the rating of a candidate costs, on a CPU
+RATED_S = 0.6e-4  # of the host for a linear of a candidate that is rated
+BEGUN_S = 0.5  # until a search rates its first candidate
+TRIAL_S = 0.0035  # writing a trial to its study
+BACKWARD = 3.0  # forward passes with their head that one to and fro takes
 SCORED = 60.0  # bytes that scoring and selecting a weight moves
-SWAPPED = 15e3  # the same for exact swaps, in some fifty rounds
+SWAPPED = 8e3  # the same for exact swaps, in some fifty rounds
 REFINED = 1.2e3  # the same for DSnoT
 UPDATED = 700.0  # the same for OBS
 OBS_LAUNCHES = 0.6  # a column, sixteen of them solved for at once
@@ -252,7 +259,7 @@ class _Costs:
     def reading(self) -> float:
         """Its files, to the card."""
         size = self.shapes.bytes()
-        return 3 + size / self.machine.disk + size / self.machine.copies
+        return STARTED_S + size / self.machine.disk + size / self.machine.copies
 
     def streaming(self, passes: float) -> float:
         """The weights of a streamed model, read and copied again in each pass."""
@@ -269,14 +276,16 @@ class _Costs:
         batches = max(1, tokens // (context * self.work.batch))
         reads = batches * self.shapes.bytes(self.work.dtype) / self.machine.bandwidth
         launches = batches * len(self.shapes.blocks) * BLOCK_LAUNCHES * self.machine.launch_s
+        if not self.machine.is_gpu:
+            return max(flops / self.products, reads) + launches
         return max(flops / self.products, reads, launches)
 
     def calibration(self) -> float:
         """Forward and backward passes, and the sums over the inputs of linears."""
         settings, context = self.work.calibration, self.work.calibration.context_length
         backward = self.work.fisher_samples * context
-        seconds = self.forward(self.work.tokens, context, head=False)
-        seconds += 1.2 * self.forward(backward, context, head=True)
+        seconds = WINDOWS_S + self.forward(self.work.tokens, context, head=False)
+        seconds += BACKWARD * self.forward(backward, context, head=True)
         seconds += self.forward(backward, context, head=False) * self.work.stream  # run again
         if settings.projection_rows:
             moved = sum(8 * FLOAT * i.in_features * i.share * i.count for i in self.inputs())
@@ -318,7 +327,10 @@ class _Costs:
             return self.work.trials * (TRIAL_S + self.measured())
         rating = READINGS * self.bundle() / (2 + len(self.work.calibration.kernel_sizes)) * 2
         curves = 8.0 if self.work.steps.allocation.method == "curves" else 1.0
-        return self.work.trials * (TRIAL_S + curves * rating / self.machine.bandwidth)
+        rating = (
+            RATED_S * sum(li.count for li in self.shapes.linears) + rating / self.machine.bandwidth
+        )
+        return BEGUN_S + self.work.trials * (TRIAL_S + curves * rating)
 
     def correction(self) -> float:
         """Each step's backward pass, the divergence of what it proposes, and the masks of both."""
