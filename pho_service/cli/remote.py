@@ -52,7 +52,7 @@ def outcome(job: "Job") -> list[str]:
         if job.best.perplexities is not None:
             lines.append(f"result       {job.best.perplexities.sentence}")
         lines.append(
-            f"best         {job.best.method}, objective {number(job.best.objective)}, "
+            f"chosen       {job.best.method}, objective {number(job.best.objective)}, "
             f"perplexity {number(job.best.perplexity) or 'not measured'}"
         )
         lines.append(f"configuration: pho best {job.id} --out config.json")

@@ -165,7 +165,7 @@ def test_a_job_is_shown_with_its_progress(remote: Pho, client: Client, store: Jo
     assert "best so far  none yet\n" in before
     assert "search       0 of 40 trials\n" in before
     assert "state        succeeded, stage finish\n" in after
-    assert "best         crepe, objective 0.01230, perplexity 17.25\n" in after
+    assert "chosen       crepe, objective 0.01230, perplexity 17.25\n" in after
     assert f"pho best {job.id}" in after
     shown = json.loads(remote("show", job.id, "--json").stdout)
     assert shown == client.job(job.id).model_dump(mode="json")
