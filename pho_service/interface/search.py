@@ -385,6 +385,7 @@ class FoundRow:
         divergence: Mean Kullback-Leibler divergence from the dense model, in nats; None where it
             was not measured.
         proxy: The objective's value; None where the study has none.
+        error: Standard error of the logarithm of a finalist's perplexity over the best one's.
     """
 
     method: str
@@ -392,6 +393,7 @@ class FoundRow:
     perplexity: float | None = None
     divergence: float | None = None
     proxy: float | None = None
+    error: float | None = None
 
 
 @dataclass(frozen=True, repr=False)
