@@ -21,6 +21,7 @@ from torch import Tensor
 from pho_service.errors import DeviceLost, PhoError
 from pho_service.host.machine import faults_told
 from pho_service.models.loading import LanguageModel
+from pho_service.models.scratch import KeptBlocks
 from pho_service.pipeline.curve import (
     DENSE_MEASURED,
     CurvePoint,
@@ -43,6 +44,7 @@ from pho_service.spec.results import (
     Transfer,
     Written,
 )
+from pho_service.spec.steps import Candidate
 from pho_service.spec.transfer import TransferSpec
 from pho_service.tuning.plan import SearchRequest
 from pho_service.tuning.result import SearchResult
@@ -71,6 +73,7 @@ from workers.pieces import (
     show_result,
     started,
     tasks_piece,
+    trained_blocks,
     transfer_piece,
     warmed,
 )
@@ -222,7 +225,7 @@ class _Job:
                 way_for=self._turns.kinds if over else (),
             )  # fmt: skip
         except LostClaim:
-            if self._claim.stage.kind is StageKind.PRUNE:
+            if self._claim.stage.kind in _WRITE:
                 remove_if_deleted(self._store, self._inputs, job)
             raise
         if done and over:
@@ -262,6 +265,7 @@ class _Job:
                     calibration=opened.calibration,
                     study=opened.study,
                     check=opened.check,
+                    blocks=opened.blocks,
                 ),
                 self._journal,
                 self._island_search(spec),
@@ -444,6 +448,12 @@ class Opened:
             model=self.model(), bundle=self.bundle(), text=text, calibration=self.calibration()
         )
 
+    def blocks(self, candidate: Candidate) -> KeptBlocks | None:
+        """Where the winner's trained blocks wait for what is done with the pruned model."""
+        if not (self.spec.prune or self.spec.tasks):
+            return None
+        return trained_blocks(self, self._inputs, self._job, candidate)
+
     def study(self, number: int) -> optuna.Study:
         """The record of an island, or of a pattern."""
         direction = self.spec.request(0).objective.direction
@@ -455,6 +465,10 @@ class Opened:
         # pages, and change with it when somebody writes into it.
         self.model()
         return self._seals[0].weights_sha256
+
+
+# Kinds of pieces that may leave files of their job in the artifact store.
+_WRITE = (StageKind.FINISH, StageKind.TASKS, StageKind.PRUNE)
 
 
 def _of_models(specs: Sequence[JobSpec]) -> list[Piece]:

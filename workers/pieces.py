@@ -19,8 +19,15 @@ from pho_service.errors import ChangedInput, OutputError, PhoError
 from pho_service.host.data_sets import harness_folder
 from pho_service.library import Entry, ModelFacts, Wanted, rank, stored_file
 from pho_service.models.calibration import cut, measure_shard
-from pho_service.models.loading import LanguageModel
-from pho_service.models.saving import RECIPE, recipe_document, save_pruned, shareable
+from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.saving import (
+    RECIPE,
+    recipe_document,
+    save_pruned,
+    shareable,
+    with_configuration,
+)
+from pho_service.models.scratch import KeptBlocks
 from pho_service.models.tasks import LoadedTasks
 from pho_service.pipeline.curve import check_patterns
 from pho_service.pipeline.inputs import Calibrated
@@ -229,16 +236,10 @@ def prune_piece(
     # reconstruction had trained.
     began = time.monotonic()
     found = chosen(claim.job, claim.stage.about)
-    recovery = opened.spec.recovery
-    told = found if recovery is None else {**found, "recovery": recovery.model_dump(mode="json")}
-    key = configuration_key(told)
-    folder = inputs.pruned.workplace(claim.job.id, key)
-    before = inputs.pruned.workplace(claim.job.id, configuration_key(found))
-    if not (folder / RECIPE).is_file() and not (before / RECIPE).is_file():
-        configuration = Configuration.model_validate(claim.job.with_tasks(found))
-        _prune(opened, inputs, configuration, before, run)
-    if recovery is not None and not (folder / RECIPE).is_file():
-        _recover(opened, inputs, recovery.settings(), before, folder, run)
+    folder = _written(opened, inputs, claim.job, found, run)
+    key = folder.name
+    if opened.spec.recovery is not None:  # tasks are measured on the folder, once it is written
+        with_configuration(folder, claim.job.with_tasks(found))
     recovered = recipe_document(folder).get("recovery")
     files = described(folder, run)
     watch.look(now=True)
@@ -249,6 +250,22 @@ def prune_piece(
         recovery=None if recovered is None else Recovered.from_dict(shareable(recovered)),
         seconds=round(time.monotonic() - began, 3),
     )
+
+
+def _written(
+    opened: "Opened", inputs: WorkerInputs, job: JobRecord, found: Mapping[str, Any], run: Run
+) -> Path:
+    """The folder of the pruned model, recovered if that is asked for, made unless it is there."""
+    recovery = opened.spec.recovery
+    told = found if recovery is None else {**found, "recovery": recovery.model_dump(mode="json")}
+    folder = inputs.pruned.workplace(job.id, configuration_key(told))
+    before = inputs.pruned.workplace(job.id, configuration_key(found))
+    if not (folder / RECIPE).is_file() and not (before / RECIPE).is_file():
+        configuration = Configuration.model_validate(job.with_tasks(found))
+        _prune(opened, inputs, job, configuration, before, run)
+    if recovery is not None and not (folder / RECIPE).is_file():
+        _recover(opened, inputs, recovery.settings(), before, folder, run)
+    return folder
 
 
 def configuration_key(configuration: Mapping[str, Any]) -> str:
@@ -271,8 +288,27 @@ def described(folder: Path, run: Run) -> list[dict[str, Any]]:
     return found
 
 
+def trained_blocks(
+    opened: "Opened", inputs: WorkerInputs, job: JobRecord, candidate: Candidate
+) -> KeptBlocks | None:
+    """Where the pieces of a job keep and find the blocks that a reconstruction has trained."""
+
+    def folder(key: str) -> Path:
+        place = inputs.pruned.workplace(job.id, key[:16])
+        with store_faults_told():
+            place.parent.mkdir(parents=True, exist_ok=True)
+        return place.with_name(f".{place.name}.blocks")
+
+    return blocks_kept(opened.model(), opened.bundle(), candidate, opened.calibration(), folder)
+
+
 def _prune(
-    opened: "Opened", inputs: WorkerInputs, configuration: Configuration, folder: Path, run: Run
+    opened: "Opened",
+    inputs: WorkerInputs,
+    job: JobRecord,
+    configuration: Configuration,
+    folder: Path,
+    run: Run,
 ) -> None:
     try:
         with store_faults_told():
@@ -285,6 +321,7 @@ def _prune(
                 configuration,
                 folder,
                 calibration=opened.calibration(),
+                done=trained_blocks(opened, inputs, job, configuration.candidate()),
                 progress=run.progress,
             )
     finally:
@@ -383,13 +420,14 @@ def _pruned(
     opened: "Opened", inputs: WorkerInputs, job: JobRecord, tasks: LoadedTasks, run: Run
 ) -> dict[str, Any]:
     found, calibration = chosen(job, None), opened.calibration()
+    if opened.spec.recovery is not None:  # that model is what the user gets
+        folder = _written(opened, inputs, job, found, run)
+        inputs.clear()  # the room is needed
+        recovered = load_model(str(folder), **inputs.placing(opened.spec))
+        return _measured(recovered, opened.spec, tasks, run)
     configuration = Configuration.model_validate(found)
     bundle, model = opened.bundle(), opened.model()
-    folder = inputs.pruned.workplace(job.id, configuration_key(found))
-    blocks, dtype = blocks_kept(model, bundle, configuration, folder, calibration), model.dtype
-    if blocks is not None:
-        with store_faults_told():
-            folder.parent.mkdir(parents=True, exist_ok=True)
+    blocks, dtype = trained_blocks(opened, inputs, job, configuration.candidate()), model.dtype
     try:
         prune_in_place(
             model,

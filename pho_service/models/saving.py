@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from pho_service.errors import ConfigurationError, InvalidInput, ModelError, ServiceError, shown
-from pho_service.host.files import new_folder
+from pho_service.host.files import new_folder, write_text
 from pho_service.models.bundle_file import os_errors
 from pho_service.models.loading import LanguageModel
 from pho_service.models.mask_file import MASKS, PackedMask, write_masks
@@ -201,7 +201,7 @@ def _how_good(recipe: Mapping[str, Any], found: Configuration | None) -> Iterato
     if found is not None and found.tasks is not None:
         limit = found.tasks.limit
         asked = "" if limit is None else f", the first {limit} examples of each"
-        yield f"\nBy lm-evaluation-harness{asked}{before}:\n\n{tasks_table(found.tasks).markdown()}"
+        yield f"\nBy lm-evaluation-harness{asked}:\n\n{tasks_table(found.tasks).markdown()}"
 
 
 def _text(about: Mapping[str, Any]) -> str:
@@ -248,6 +248,15 @@ def save_pruned(
         (partial / RECIPE).write_text(text, encoding="utf-8")
         card = model_card(recipe, licence_of(model.name, model.revision))
         (partial / CARD).write_text(card, encoding="utf-8")
+
+
+def with_configuration(folder: Path, configuration: Mapping[str, Any]) -> None:
+    """Write a folder's recipe and card again, with what its configuration says by now."""
+    recipe = {**recipe_document(folder), "configuration": dict(configuration)}
+    model = recipe["model"]
+    card = model_card(recipe, licence_of(model["name"], model["revision"]))
+    write_text(folder / CARD, card)
+    write_text(folder / RECIPE, json.dumps(recipe, indent=2) + "\n")
 
 
 # The recipe of a pruned folder, ``pruning.json``: what was done to each linear, read with care.

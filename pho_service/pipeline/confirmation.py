@@ -271,6 +271,8 @@ def reconstruct_winner(
     )
     after = measured.perplexity
     if not after < before:
+        if kept := subject.blocks(rebuilt.candidate()):
+            kept.remove()
         warning = (
             f"The reconstruction was left out: with it the perplexity is {number(after)}, without "
             f"it {number(before)}. A lower learning rate or more samples may change that."
@@ -309,7 +311,12 @@ def _measure(
     with (
         run.progress(title, len(chosen.names)) as advance,
         pruned_model(
-            subject.model, subject.bundle.statistics(), candidate, subject.calibration, advance
+            subject.model,
+            subject.bundle.statistics(),
+            candidate,
+            subject.calibration,
+            advance,
+            subject.blocks(candidate),
         ),
     ):
         measured = measure_perplexity(

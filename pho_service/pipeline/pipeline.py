@@ -306,6 +306,7 @@ def pruned_model(
     candidate: Candidate,
     calibration: Tensor | None,
     advance: Advance = lambda _: None,
+    done: KeptBlocks | None = None,
 ) -> Iterator[Mapping[str, float]]:
     """A model pruned with a candidate, and dense again afterwards."""
     if not (candidate.steps.needs_text or model.stream):
@@ -315,7 +316,7 @@ def pruned_model(
             yield sparsity
         return
     with dense_afterwards(model):
-        yield prune_model(model, statistics, candidate, calibration, advance)
+        yield prune_model(model, statistics, candidate, calibration, advance, done=done)
 
 
 def rate_streamed(

@@ -4,7 +4,7 @@ Prune a model for good and save it.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from pho_service.pruning.masks import LinearMask, model_sparsity
 from pho_service.pruning.permutation import fold_order
 from pho_service.pruning.reconstruction import Reconstructed
 from pho_service.spec.configuration import Configuration
+from pho_service.spec.steps import Candidate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +91,14 @@ def prune_job(
     *,
     origin: Mapping[str, Any] | None = None,
     calibration: Tensor | None = None,
+    done: KeptBlocks | None = None,
     progress: Progress = silent,
 ) -> PrunedFolder:
     """Prune with a configuration, and write a Hugging Face folder with masks and recipe."""
-    done = blocks_kept(model, bundle, configuration, folder, calibration)
+    # ``done`` has what a confirmation has pruned and trained already, if it is not lost.
+    if done is None:
+        own = folder.expanduser().resolve().with_name(f".{folder.name}.blocks")
+        done = blocks_kept(model, bundle, configuration.candidate(), calibration, lambda _: own)
     pruned = prune_in_place(
         model,
         bundle,
@@ -112,26 +117,23 @@ def prune_job(
 def blocks_kept(
     model: LanguageModel,
     bundle: ProxyBundle,
-    configuration: Configuration,
-    folder: Path,
+    candidate: Candidate,
     calibration: Tensor | None,
+    folder: Callable[[str], Path],
 ) -> KeptBlocks | None:
     """
-    Where :func:`prune_job` keeps the blocks that a reconstruction has trained; None without one.
+    Where the blocks are kept that a reconstruction has trained, by their key; None without one.
     """
-    if not configuration.steps.reconstruction.wanted or calibration is None:
+    if not candidate.steps.reconstruction.wanted or calibration is None:
         return None
-    return KeptBlocks(
-        folder=folder.expanduser().resolve().with_name(f".{folder.name}.blocks"),
-        key=_identity(model, bundle, configuration, calibration),
-    )
+    key = _identity(model, bundle, candidate, calibration)
+    return KeptBlocks(folder=folder(key), key=key)
 
 
 def _identity(
-    model: LanguageModel, bundle: ProxyBundle, configuration: Configuration, calibration: Tensor
+    model: LanguageModel, bundle: ProxyBundle, candidate: Candidate, calibration: Tensor
 ) -> str:
     """Hash of all that the weights of a pruned block follow from."""
-    candidate = configuration.candidate()
     parts = [
         model.to_dict(), str(model.device.type), str(candidate.pattern), candidate.to_dict(),
         bundle.contents_sha256, windows_key(calibration), versions("torch", "transformers"),

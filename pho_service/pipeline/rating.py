@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -18,6 +18,7 @@ from torch import Tensor
 from pho_service.errors import InvalidInput, NumericalError
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
+from pho_service.models.scratch import KeptBlocks
 from pho_service.models.texts import MixedText, Text, TextRecord, record_to_dict
 from pho_service.pipeline.pipeline import pruned_model, rate_streamed, whole_masks
 from pho_service.progress import Advance, Progress
@@ -127,6 +128,8 @@ class Subject:
     bundle: ProxyBundle  # Bundle of the model
     text: ReportText  # To measure on
     calibration: Tensor | None = None  # Windows for candidates whose steps need a text
+    # Where the trained blocks of the winner are kept for what prunes the model later.
+    blocks: Callable[[Candidate], KeptBlocks | None] = lambda _: None
 
 
 def measure(

@@ -53,6 +53,7 @@ from storage.studies import (
 
 if TYPE_CHECKING:
     from pho_service.models.loading import LanguageModel
+    from pho_service.models.scratch import KeptBlocks
     from pho_service.pipeline.rating import ReportText, Subject
 
 
@@ -309,6 +310,8 @@ class SearchInputs:
     study: Callable[[int], optuna.Study]  # The record of an island
     # Refuses files that have changed meanwhile; gives the hash of the weights, if known.
     check: Callable[[], str | None] = lambda: None
+    # Where the trained blocks of the winner are kept, if something prunes the model later.
+    blocks: "Callable[[Candidate], KeptBlocks | None]" = lambda _: None
 
 
 def conduct(
@@ -371,7 +374,10 @@ class _Steps:
 
         bundle = only_one(self._inputs.bundles(), "a model")
         calibration = self._inputs.calibration()
-        return Subject(model=model, bundle=bundle, text=text, calibration=calibration)
+        blocks = self._inputs.blocks
+        return Subject(
+            model=model, bundle=bundle, text=text, calibration=calibration, blocks=blocks
+        )
 
     def search(self, piece: Piece, run: Run) -> Searched:
         """Search on one island, or go on with it."""

@@ -197,6 +197,7 @@ class Work:
     validated: int = 0  # Candidates that say how far the proxy can be trusted
     by_perplexity: bool = False  # Whether candidates are rated by perplexity, not by the proxy
     recovery: Recovery | None = None  # Of the pruned model
+    kept: bool = False  # Whether the blocks that the confirmation has trained are kept for pruning
 
     @property
     def fisher_samples(self) -> int:
@@ -223,7 +224,9 @@ def stage_seconds(shapes: ModelShapes, work: Work, machine: Machine) -> dict[str
         stages[f"validate, {work.validated} candidates"] = work.validated * costs.measured()
     if work.finalists:
         stages["confirm by perplexity"] = costs.confirmation()
-    stages["prune"] = costs.pruning(work.steps) + costs.reconstruction()
+    stages["prune"] = (
+        costs.again() if work.kept else costs.pruning(work.steps) + costs.reconstruction()
+    )
     stages["prune"] += costs.streaming(0 if work.steps.needs_text else 1)
     if work.recovery is not None:
         stages["recover"] = costs.recovery(work.recovery)
@@ -406,6 +409,11 @@ class _Costs:
         moved = settings.passes * windows * TRAINED * self.shapes.prunable
         forward = self.forward(self.work.tokens, context, head=False)
         return passes * forward + moved / self.machine.bandwidth
+
+    def again(self) -> float:
+        """The dense stream and the pruned one through blocks that are trained already."""
+        context = self.work.calibration.context_length
+        return 2 * self.forward(self.work.tokens, context, head=False)
 
     def pruning(self, steps: Steps) -> float:
         """One candidate's masks, and its weights where a step before a reconstruction does."""

@@ -142,6 +142,7 @@ def plan_job(spec: JobSpec, header: Header, machine: Machine) -> Plan:
         validated=spec.validation.candidates if spec.validation else 0,
         by_perplexity=spec.objective.name == "perplexity",
         recovery=None if spec.recovery is None else spec.recovery.settings(),
+        kept=bool(spec.prune and spec.confirm and spec.request(0).steps.reconstruction.wanted),
     )
     for width in {linear.in_features for linear in shapes.linears}:
         work.pattern.check_width(width, spec.model)
@@ -155,7 +156,8 @@ def _of_several(spec: JobSpec, header: Header, machine: Machine) -> Plan:
     first of its kind. The model that is pruned in the end is that of the first.
     """
     points, kinds = spec.points, first_of_kinds(spec.points)
-    plans = [plan_job(spec.of_pattern(each), header, machine) for each in kinds]
+    one = spec.model_copy(update={"prune": False})  # nothing is kept of so many winners
+    plans = [plan_job(one.of_pattern(each), header, machine) for each in kinds]
     shapes = plans[0].shapes
     for width in {linear.in_features for linear in shapes.linears}:
         for each in points:
@@ -258,6 +260,9 @@ def _peaks(
         "prune": pruning,
         "save": saving_peak(footprint, place, stored_itemsize=stored_itemsize),
     }
+    if work.kept:  # weights and masks, of a byte each
+        trained = footprint.prunable * (stored_itemsize + 1)
+        peaks["prune"] = replace(pruning, disk=pruning.disk + trained)
     if work.corrections:
         rated = replace(work, steps=work.steps.rated, windows=1)
         measured = _confirmation(footprint, place, rated, card)

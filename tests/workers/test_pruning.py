@@ -19,6 +19,7 @@ from pho_service.host.settings import read_settings
 from pho_service.models.bundle_file import read_bundle
 from pho_service.models.calibration import bundle_path, calibration_text
 from pho_service.models.loading import load_model
+from pho_service.models.scratch import KeptBlocks
 from pho_service.models.texts import TextSource
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.prune import prune_job
@@ -76,6 +77,37 @@ def test_as_pho_prune(hand: Any, small: Any, tmp_path: Path) -> None:
     assert {file["name"]: file["sha256"] for file in stored} == sums(tmp_path / "local")
     assert sums(folder_of(hand, job)) == sums(tmp_path / "local")
     assert all(check.passed for check in check_folder(folder_of(hand, job), original=None))
+
+
+def test_blocks_that_the_confirmation_has_trained_are_not_trained_again_for_the_same_bytes(
+    hand: Any, small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = {"update": "least-squares", "reconstruction": {"method": "block"}}
+    spec = small(prune=True, pattern="0.5", preset="crepe", steps=steps)
+    trained: list[str] = []
+    really = KeptBlocks.keep
+
+    def keep(self: KeptBlocks, name: str, block: Any) -> None:
+        trained.append(name)
+        really(self, name, block)
+
+    monkeypatch.setattr(KeptBlocks, "keep", keep)
+    job = hand.until(hand.submit(spec), StageKind.PRUNE)
+    waiting = [*hand.bundles.glob(f"pruned/{job.id}/.*.blocks/*.safetensors")]
+    job = hand.until(job, None)
+    model = load_model(str(hand.folder / "model"), device="cpu")
+    source = TextSource(path=str(hand.folder / "calibration.jsonl"))
+    text = calibration_text(model, source, spec.calibration.settings())
+    bundle = read_bundle(bundle_path(hand.bundles, text.bundle_key))
+    found = Configuration.model_validate(job.best)
+    kept = found.steps.reconstruction.wanted  # where it makes the model better
+
+    assert len(waiting) == len(trained) * kept
+    assert trained == ["model.layers.0", "model.layers.1"]
+    monkeypatch.undo()
+    prune_job(model, bundle, found, tmp_path / "local", calibration=text.calibration)
+    assert kept
+    assert sums(folder_of(hand, job)) == sums(tmp_path / "local")
 
 
 def test_cut_off_at_the_end(hand: Any, job: Any, monkeypatch: pytest.MonkeyPatch) -> None:

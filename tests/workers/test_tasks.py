@@ -14,6 +14,7 @@ from pho_service.cli import main
 from pho_service.errors import ChangedInput, InvalidInput
 from pho_service.models import tasks as task_files
 from pho_service.models.scratch import KeptBlocks
+from pho_service.pipeline.check import check_folder
 from pho_service.shown.tables import tasks_table
 from pho_service.spec.configuration import Configuration
 from storage.records import JobState, StageKind
@@ -93,6 +94,30 @@ def test_as_pho_evaluate(hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch)
     recipe = json.loads((pruned / "pruning.json").read_text())
     assert recipe["configuration"]["tasks"] == job.tasks
     assert tasks_table(found.tasks).markdown() in (pruned / "README.md").read_text()
+
+
+def test_a_recovered_model_is_what_the_tasks_are_measured_on(hand: Any, small: Any) -> None:
+    write_task(hand.folder / "tasks", [0] * len(QUESTIONS))
+    spec = small(
+        tasks=["words"], tasks_dir="./", prune=True, pattern="0.9",
+        recovery={"tokens": 640, "rate": 2e-3},
+    )  # fmt: skip
+    job = hand.until(hand.submit(spec), StageKind.PRUNE)
+    (written,) = (p for p in (hand.bundles / "pruned" / str(job.id)).iterdir()
+                  if "recovery" in json.loads((p / "pruning.json").read_text()))  # fmt: skip
+    before = (written / "model.safetensors").read_bytes()
+    job = hand.until(job, None)
+    (folder,) = (hand.bundles / "pruned" / str(job.id)).iterdir()
+    recipe = json.loads((folder / "pruning.json").read_text())
+    found = Configuration.model_validate(job.with_tasks(job.best))
+
+    assert job.pruning.result["recovery"]["kept"]
+    assert job.tasks["pruned"] == evaluated(folder, hand.folder / "tasks")
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert recipe["configuration"]["tasks"] == job.tasks
+    assert recipe["recovery"] == json.loads((written / "pruning.json").read_text())["recovery"]
+    assert tasks_table(found.tasks).markdown() in (folder / "README.md").read_text()
+    assert all(check.passed for check in check_folder(folder, original=None))
 
 
 def test_target(hand: Any, small: Any) -> None:
