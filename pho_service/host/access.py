@@ -233,13 +233,16 @@ class Access:
     def hide_places(self, message: str, kept: Mapping[str, str]) -> str:
         """
         Return a message for people elsewhere: what lies in a root as it is named from there, and
-        ``[cache]/...`` for what lies in a folder that ``kept`` calls "cache".
+        ``[cache]/...`` for what lies in a folder that ``kept`` calls "cache". A root itself is
+        ``[folder]``.
         """
         roots = (*self.model_roots, *self.text_roots, *self.task_roots)
         places = {**kept, **{str(root): "" for root in roots if root != root.parent}}
         for place in sorted(places, key=len, reverse=True):
             word = f"[{places[place]}]/" if places[place] else ""
             message = re.sub(rf"(?<![\w./~-]){re.escape(place)}/", word, message)
+            alone = f"[{places[place] or 'folder'}]"
+            message = re.sub(rf"(?<![\w./~-]){re.escape(place)}(?![\w-]|\.\w)", alone, message)
         return message
 
 

@@ -86,6 +86,9 @@ def test_a_message_for_people_elsewhere_names_no_place_of_this_machine() -> None
         "'/srv/models/texts/a.txt', /srv/models/b": "'a.txt', b",
         "/srv/bundles/1 was not written": "[artifact store]/bundles/1 was not written",
         "/var/a/srv/models/b": "[temporary folder]/a/srv/models/b",
+        "it is not below /srv/models. Nor in /srv.": "it is not below [folder]. Nor in "
+        "[artifact store].",
+        "/srv/models.old, /srv/models-2": "[artifact store]/models.old, [artifact store]/models-2",
         "org/srv/models, https://x/srv/models/y, /srvx/y": None,
         "no place: 1/2": None,
     }  # fmt: skip
