@@ -160,6 +160,7 @@ class Bench:
             bundle=cached_bundle(
                 model, text, settings, Settings().cache_dir.expanduser(), progress
             ),
+            source=source,
             calibration=text.calibration,
             confirmation=ReportText(windows=held_out, record=text.record),
             report=ReportText(windows=windows, record=record),

@@ -32,7 +32,6 @@ from pho_service.errors import PhoError
 from pho_service.host.settings import Settings
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
-from pho_service.models.texts import TextSource
 from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pipeline.rating import RecoveryText
 from pho_service.pipeline.recover import PrunedModel, recover_model
@@ -276,13 +275,12 @@ class Bench:
 
     def _recovered(self, subject: Subject, seed: int) -> dict[str, Any]:
         """Recover the model as it is now, in place: what that brought, and what it took."""
-        text = DOMAINS[self.conditions.source](self.folder / self.conditions.source)["calibration"]
         with peak_memory(self.model.device) as peak, tempfile.TemporaryDirectory() as place:
             recovered = recover_model(
                 PrunedModel.of(self.model),
                 lambda: nullcontext(load_benchmark_model(self.name, self.conditions.dtype)),
                 RecoveryText(
-                    source=TextSource(path=str(text)),
+                    source=subject.source,
                     context_length=CONTEXT_LENGTH,
                     unlike=subject.calibration,
                 ),

@@ -12,7 +12,7 @@ from pho_service.cli.terminal import progress
 from pho_service.models.builtin import gemma3, smollm2
 from pho_service.models.calibration import bundle_path, cached_bundle, calibration_text
 from pho_service.models.loading import LanguageModel, load_model
-from pho_service.models.texts import TextSource, mixed_text, read_windows
+from pho_service.models.texts import MixedText, Text, TextSource, mixed_text, read_windows
 from pho_service.pipeline.rating import ReportText
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.calibration import CalibrationSettings
@@ -26,13 +26,15 @@ class Subject:
     Attributes:
         model: Dense.
         bundle: Of the calibration part of the texts.
-        calibration: The windows of that part.
+        source: That part, as a text.
+        calibration: The windows of it that the bundle is of.
         confirmation: Windows that searches choose on.
         report: Windows that nothing is chosen on.
     """
 
     model: LanguageModel
     bundle: ProxyBundle
+    source: Text | MixedText
     calibration: Tensor
     confirmation: ReportText
     report: ReportText
@@ -89,7 +91,8 @@ def load_subject(
         fisher_samples=max(1, samples // 4),
         seed=seed,
     )
-    text = calibration_text(model, mixed_text(files), settings)
+    calibrated_on = mixed_text(files)
+    text = calibration_text(model, calibrated_on, settings)
     cache = cache or folder / "cache"
     kept = bundle_path(cache, text.bundle_key).is_file()
     with nullcontext() if kept or calibrating is None else calibrating:
@@ -97,6 +100,7 @@ def load_subject(
     return Subject(
         model=model,
         bundle=bundle,
+        source=calibrated_on,
         calibration=text.calibration,
         confirmation=first_windows(model, texts["confirmation"], confirm_windows, context_length),
         report=first_windows(model, texts["report"], report_windows, context_length),

@@ -25,19 +25,14 @@ from pho_service.pipeline.rating import (
 from pho_service.pipeline.writing import written_by
 from pho_service.progress import Advance, Run
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.perplexity import (
-    Perplexity,
-)
+from pho_service.pruning.perplexity import Perplexity
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.configuration import ProxyQuality
 from pho_service.spec.document import number
 from pho_service.spec.objective import IN_FULL, WEIGHTINGS, Objective
 from pho_service.spec.pattern import Linears, Pattern
 from pho_service.spec.space import SearchSpace
-from pho_service.spec.steps import (
-    Candidate,
-    Reconstruction,
-)
+from pho_service.spec.steps import Candidate, Reconstruction
 from pho_service.tuning.finalists import (
     Divergences,
     Losses,

@@ -29,7 +29,7 @@ from pho_service.pruning.sharing import Border, fairer, slopes
 from pho_service.pruning.statistics import Statistics
 from pho_service.spec.objective import Objective, corrected_windows, shared_windows
 from pho_service.spec.pattern import Scope
-from pho_service.spec.steps import MOST_SHIFT, Allocation, Candidate, Steps
+from pho_service.spec.steps import MOST_SHIFT, Allocation, Candidate
 from pho_service.tuning.correction import Correction
 from pho_service.tuning.plan import CORRECTS, Evaluate, Outcome, RatedCandidate
 from pho_service.tuning.search import Islands, finished_trial
@@ -89,8 +89,7 @@ def correct_best(
                 shared = sharing.fairer(current, number, lambda: advance(0))
                 trials.append(record.add(shared, divergence))
             if trials[number].state is TrialState.COMPLETE:
-                steps = Steps.from_dict(trials[number].user_attrs["steps"])
-                current = replace(current, method="crepe", steps=steps)
+                current = Candidate.from_dict(trials[number].user_attrs, islands.plan.pattern)
             advance(1)
     return record.outcome(trials, float(stored[DIVERGENCE]), divergence.tokens)
 

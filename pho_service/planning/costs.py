@@ -193,7 +193,7 @@ class Work:
     dtype: str  # That the model computes in
     stream: bool  # Whether its weights stay on disk
     batch: int = 1  # Windows that are run at once
-    corrections: int = 0  # Steps that share the sparsity out anew
+    corrections: int = 0  # Steps that move sparsity between linears
     validated: int = 0  # Candidates that say how far the proxy can be trusted
     by_perplexity: bool = False  # Whether candidates are rated by perplexity, not by the proxy
     recovery: Recovery | None = None  # Of the pruned model

@@ -51,11 +51,11 @@ def offset(
     names: Sequence[str],
     sizes: Tensor,
     sparsity: Tensor,
-    allocations: Sequence[Allocation],
+    allocation: Allocation,
     pattern: Pattern,
 ) -> Tensor:
     """
-    What units should lose after the offsets of each of several allocations.
+    What units should lose after the offsets of an allocation.
 
     They are added to the log-odds of the share that each unit keeps, and one number is taken from
     all of them, so that within the bounds the model loses what the pattern says.
@@ -63,41 +63,36 @@ def offset(
     Args:
         names: Names of the units, in the model's order; a block has the name of one of its linears.
         sizes: (units,), float64: weights of each.
-        sparsity: (units,), float64, by the method of all the allocations.
-        allocations: A of them, of one spread.
+        sparsity: (units,), float64, by the method of the allocation.
+        allocation: Its offsets, depth and spread.
         pattern: What the whole model loses.
 
     Returns:
-        (A, units), float64, weights.
+        (units,), float64, weights.
     """
-    low, high = bounds(pattern, allocations[0].spread)
-    kept_more = _kept_more(names, allocations)
-    odds = sparsity.clamp(1 - MAX_SPARSITY, MAX_SPARSITY).logit() - kept_more  # (A, units)
+    low, high = bounds(pattern, allocation.spread)
+    kept_more = _kept_more(names, allocation)
+    odds = sparsity.clamp(1 - MAX_SPARSITY, MAX_SPARSITY).logit() - kept_more  # (units,)
     target = float(sizes.sum()) * pattern.sparsity
 
     def lost(shift: Tensor) -> Tensor:
         return (odds + shift).sigmoid().clamp(low, high) * sizes
 
-    reach = odds.abs().amax(dim=1, keepdim=True) + _SATURATED
+    reach = odds.abs().amax(dim=0, keepdim=True) + _SATURATED
     return shifted(lost, -reach, reach, target)
 
 
-def _kept_more(names: Sequence[str], allocations: Sequence[Allocation]) -> Tensor:
-    """(A, units), float64: what allocations add to the log-odds of the share that is kept."""
-    kinds = [kind_of(name) for name in names]
+def _kept_more(names: Sequence[str], allocation: Allocation) -> Tensor:
+    """(units,), float64: what an allocation adds to the log-odds of the share that is kept."""
     blocks = torch.tensor(numbered([block_of(name) for name in names]), dtype=torch.float64)
     depth = blocks / blocks.max().clamp_min(1) * 2 - 1  # -1 .. 1
     legendre = torch.stack([depth, (3 * depth**2 - 1) / 2])
-    heights = [[*each.depth, 0.0, 0.0][: len(legendre)] for each in allocations]
-    curves = torch.tensor(heights, dtype=torch.float64) @ legendre
+    heights = [[*allocation.depth, 0.0, 0.0][: len(legendre)]]
+    curve = (torch.tensor(heights, dtype=torch.float64) @ legendre)[0]
     offsets = [
-        [
-            each.offsets.get(kind, 0.0) + (each.offsets.get(name, 0.0) if name != kind else 0.0)
-            for name, kind in zip(names, kinds, strict=True)
-        ]
-        for each in allocations
+        sum(allocation.offsets.get(key, 0.0) for key in {kind_of(name), name}) for name in names
     ]
-    return torch.tensor(offsets, dtype=torch.float64) + curves
+    return torch.tensor(offsets, dtype=torch.float64) + curve
 
 
 def shifted(lost: Callable[[Tensor], Tensor], less: Tensor, more: Tensor, target: float) -> Tensor:
@@ -207,7 +202,7 @@ def allocate(views: Views, pattern: Pattern, allocation: Allocation) -> dict[str
         model, wanted = _curves(views, pattern, allocation)
     if allocation.offsets or allocation.depth:
         firsts = [model.names[members[0]] for members in model.members]
-        (wanted,) = offset(firsts, model.sizes, wanted / model.sizes, [allocation], pattern)
+        wanted = offset(firsts, model.sizes, wanted / model.sizes, allocation, pattern)
     if pattern.group:
         return _whole_groups(model, wanted, pattern, allocation.spread)
     sparsity = (wanted / model.sizes).tolist()

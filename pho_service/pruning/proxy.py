@@ -119,18 +119,9 @@ class ProxyEvaluator:
             BundleError, InvalidInput: As :meth:`evaluate`.
         """
         dense = dict.fromkeys((layer.name for layer in self.bundle.layers), 0.0)
-        return {**dense, **self.layer_losses(candidate, "relative")}
-
-    def layer_losses(self, candidate: Candidate, weighting: Weighting) -> dict[str, float]:
-        """
-        What each pruned linear adds to a rating of this name, by its name.
-
-        Raises:
-            BundleError, InvalidInput: As :meth:`evaluate`.
-        """
         layers, (sums,) = self._sums([candidate], with_gini=False)
-        losses = _losses(layers, sums)[weighting].tolist()
-        return {layer.name: loss for layer, loss in zip(layers, losses, strict=True)}
+        errors = _losses(layers, sums)["relative"].tolist()
+        return {**dense, **{la.name: error for la, error in zip(layers, errors, strict=True)}}
 
     def layer_sparsities(self, candidate: Candidate) -> dict[str, float]:
         """
