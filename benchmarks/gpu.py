@@ -65,7 +65,6 @@ HALF, GROUPS = Pattern.parse("0.5", "layer"), Pattern.parse("2:4")
 SCORE = Coefficients(row=1, column=0.5, neighbourhood=0.5)
 STEPS: tuple[tuple[str, Pattern, Steps], ...] = (
     ("permutation score, 2:4", GROUPS, Steps(permutation="score", update="obs")),
-    ("permutation error, 2:4", GROUPS, Steps(permutation="error")),
     ("re-pruning dsnot", HALF, Steps(repruning="dsnot")),
     ("re-pruning swaps", HALF, Steps(repruning="swaps")),
     ("re-pruning swaps, 2:4", GROUPS, Steps(repruning="swaps")),

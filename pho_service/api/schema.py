@@ -165,7 +165,6 @@ def _trained_or_empty() -> dict[str, Any]:
 def _shrunk_or_not() -> dict[str, Any]:
     """A shrinkage is of second moments that a step looks at."""
     looking: dict[str, list[str]] = {
-        "permutation": ["error"],
         "repruning": ["swaps", "admm"],
         "update": [update for update in UPDATES if update != "none"],
     }

@@ -432,9 +432,9 @@ def _opened(
         raise InvalidInput("--bundle and a text are both given. Give one of them.")
     if needs_text and not named:
         raise InvalidInput(
-            "a bundle is not enough to permute by error, re-prune or update weights. Give the "
-            "calibration text too: --text with the --samples and --context-length of the search. "
-            "What --preset score finds needs none."
+            "a bundle is not enough to re-prune or update weights. Give the calibration text too: "
+            "--text with the --samples and --context-length of the search. What --preset score "
+            "finds needs none."
         )
     bundle = read_bundle(Path(statistics.bundle))
     source = calibration_source(statistics.calibration) if named else None

@@ -95,8 +95,8 @@ def prune(
         model: In memory and dense; or its name, which is loaded: see ``model`` of the result.
         configuration: What ``pho.search`` found, a configuration, or the path of a config.json.
         bundle: Bundle of this model: what ``pho.calibrate`` gave, or the path of its file.
-        texts: The calibration's text, for configurations that update weights, re-prune or permute
-            by error; not needed with the bundle that ``pho.calibrate`` gave.
+        texts: The calibration's text, for configurations that update weights or re-prune; not
+            needed with the bundle that ``pho.calibrate`` gave.
         tokenizer: That of the model, for ``texts``; not needed with such a bundle either.
         deployable: Permute only channels whose order can be folded into the weights, so that no
             runtime has to, also if the configuration was found otherwise.

@@ -25,7 +25,6 @@ from pho_service.progress import Advance
 from pho_service.pruning.masks import (
     LinearMask,
     Losses,
-    layer_score,
     linear_losses,
     linear_masks,
     masks_of,
@@ -40,7 +39,7 @@ from pho_service.pruning.reconstruction import (
     reconstruct,
 )
 from pho_service.pruning.statistics import PrunableLinear, Statistics
-from pho_service.pruning.steps import InputMoments, ScoredLinear, finish
+from pho_service.pruning.steps import InputMoments, MaskedLinear, finish
 from pho_service.spec.steps import Candidate, Reconstruction
 
 logger = logging.getLogger(__name__)
@@ -244,7 +243,7 @@ def _pruned_block(
         known = with_norms(statistics, moments, input_of)
     masks = masks_of(block.linears, known, candidate, losses)
     for name, mask, weight in finished_block(
-        block.linears, known, candidate, masks, moments, input_of, losses.may_move
+        block.linears, known, candidate, masks, moments, input_of
     ):
         block.linears[name].weight.copy_(weight)
         yield name, mask
@@ -275,28 +274,21 @@ def finished_block(
     masks: Iterable[tuple[str, LinearMask]],
     moments: Sequence[InputMoments],
     input_of: Mapping[str, int],
-    may_move: Callable[[Iterable[str]], bool] = lambda _names: True,
 ) -> Iterator[tuple[str, LinearMask, Tensor]]:
     """Take the linears of a block through a candidate's steps, those of one input together."""
-    readers: dict[int, list[ScoredLinear]] = {}
+    readers: dict[int, list[MaskedLinear]] = {}
     for name, mask in masks:
         linear = linears[name]
         readers.setdefault(input_of[name], []).append(
-            ScoredLinear(
+            MaskedLinear(
                 name=name,
                 weight=linear.weight.float(),
-                score=layer_score(linears, statistics, name, candidate.coefficients)
-                if candidate.steps.permutation == "error"
-                else None,
                 fisher=statistics.fisher[name].to(linear.weight.device),
                 mask=mask,
             )
         )
     for index, of_input in readers.items():
-        steps = candidate.steps
-        if not may_move([linear.name for linear in of_input]):
-            steps = replace(steps, permutation="none")
-        yield from finish(of_input, moments[index], candidate.pattern, steps)
+        yield from finish(of_input, moments[index], candidate.pattern, candidate.steps)
 
 
 @contextmanager

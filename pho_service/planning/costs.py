@@ -420,8 +420,7 @@ class _Costs:
         machine = self.machine
         seconds = self.masks()
         if steps.permutation != "none":
-            orders = 2 if steps.permutation == "error" else 1
-            seconds += orders * self.assignments()
+            seconds += self.assignments()
         if not steps.needs_text:
             return seconds
         context = self.work.calibration.context_length

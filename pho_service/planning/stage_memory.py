@@ -176,7 +176,7 @@ SCORES = 10  # of a linear's size in float32, while it is scored and its weights
 # Of a linear's size in float32, in each of the steps: as measured at commit 7b7fffb.
 STEPS = {
     "none": 1,
-    "score": 4, "error": 8,
+    "score": 4,
     "swaps": 14, "dsnot": 8,
     "obs": 4, "least-squares": 11, "sparsegpt": 4, "admm": 10, "alps": 12,
 }  # fmt: skip
@@ -409,9 +409,8 @@ def _text_steps(footprint: Footprint, steps: Steps, scoring: int) -> int:
         widest = block.width
         grams = FLOAT * sum(li.count * li.in_features**2 for li in block.linears)
         grams += FLOAT * widest**2 if steps.shrinkage else 0
-        # Weights in float32 and masks of all linears that read an input, or their scores.
+        # Weights in float32 and masks of all linears that read an input.
         copies = 0 if footprint.itemsize == FLOAT else FLOAT * block.prunable
-        scores = FLOAT * block.prunable if steps.permutation == "error" else 0
         factor = max(STEPS[step] for step in (steps.permutation, steps.repruning, steps.update))
         working = FLOAT * factor * block.largest
         if steps.repruning == "admm":
@@ -420,7 +419,7 @@ def _text_steps(footprint: Footprint, steps: Steps, scoring: int) -> int:
             inverse = SPECTRUM if steps.update == "alps" else INVERSE
             held = {"alps": 6, "admm": 2}.get(steps.update, 1)
             working = max(working + held * FLOAT * widest**2, inverse * FLOAT * widest**2)
-        most = max(most, grams + block.prunable + max(scoring, copies + scores + working))
+        most = max(most, grams + block.prunable + max(scoring, copies + working))
     return most
 
 

@@ -103,8 +103,7 @@ def linear_masks(
 
     Linears that read one input come together, and their scores are held at a
     time. In scope ``global``, and with an allocation, all linears are gone
-    through at once, before anything is given. Permutation ``error`` needs more than statistics and
-    comes later: see :func:`pho_service.pruning.steps.finish`. ``movable`` is as of :class:`Losses`.
+    through at once, before anything is given. ``movable`` is as of :class:`Losses`.
 
     Raises:
         InvalidInput: N:M does not divide an input width, or what the candidate says of linears

@@ -1,5 +1,5 @@
 """
-What follows the score: permutation by error, re-pruning, weight updates, one linear at a time.
+What follows the mask: re-pruning and weight updates, one linear at a time.
 
 All of it needs the full second moment of the linear's input, which a proxy
 bundle has only as a projection.
@@ -23,8 +23,7 @@ from pho_service.pruning.admm import (
     admm_refine,
     alps,
 )
-from pho_service.pruning.masks import LinearMask, Support, mask_of
-from pho_service.pruning.permutation import PermutedLinear, permute_for_error
+from pho_service.pruning.masks import LinearMask, Support
 from pho_service.pruning.repruning import dsnot_refine, swap_refine
 from pho_service.pruning.scores import TINY
 from pho_service.pruning.weight_update import (
@@ -40,21 +39,19 @@ _CG_STEPS = 10  # of conjugate gradients from OBS on; 20 lowered the error by 1 
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoredLinear:
+class MaskedLinear:
     """
-    A linear between its score and the further steps.
+    A linear between its first mask and the further steps.
 
     Attributes:
         name: For messages.
         weight: (out_features, in_features), float32, dense.
-        score: Score of the same shape; None where no step looks at it.
         fisher: (out_features,), float32.
         mask: What score, allocation and permutation remove.
     """
 
     name: str
     weight: Tensor
-    score: Tensor | None
     fisher: Tensor
     mask: LinearMask
 
@@ -100,16 +97,16 @@ class InputMoments:
 
 
 def finish(
-    linears: list[ScoredLinear], moments: InputMoments, pattern: Pattern, steps: Steps
+    linears: list[MaskedLinear], moments: InputMoments, pattern: Pattern, steps: Steps
 ) -> Iterator[tuple[str, LinearMask, Tensor]]:
     """
-    Take the linears that read one input through the steps after the score.
+    Take the linears that read one input through the steps after the mask.
 
     Args:
         linears: All that read it.
         moments: Second moments of the input, as the pruned model before it gives it.
         pattern: What is pruned.
-        steps: Permutation ``error``, re-pruning and update are done here.
+        steps: Re-pruning and update are done here.
 
     Yields:
         Name, final mask and final weights (float32, zero where the mask is False).
@@ -118,8 +115,6 @@ def finish(
         NumericalError: The second moment cannot be inverted; names the layer.
     """
     moments = moments.shrunk(steps.shrinkage)
-    if steps.permutation == "error":
-        linears = _permuted(linears, moments, pattern)
     order = linears[0].mask.order  # one for all that read the input
     ordered = moments if order is None else _reordered(moments, order)
     solver = _Solver(ordered, steps, linears[0].name)
@@ -135,7 +130,7 @@ def finish(
         yield linear.name, mask, _natural(changed, order)
 
 
-def _masked(linear: ScoredLinear, order: Tensor | None, pattern: Pattern) -> Masked:
+def _masked(linear: MaskedLinear, order: Tensor | None, pattern: Pattern) -> Masked:
     """A linear in the channel order of its groups, with what its mask may change."""
     keep = _columns(linear.mask.keep, order)
     by_row = pattern.scope is Scope.ROW
@@ -145,25 +140,6 @@ def _masked(linear: ScoredLinear, order: Tensor | None, pattern: Pattern) -> Mas
         support=Support.of(keep, by_row=by_row, keep=linear.mask.group_keep, group=pattern.group),
         importance=None if by_row else linear.fisher.sqrt(),  # by them whole, 2 % worse
     )
-
-
-def _permuted(
-    linears: list[ScoredLinear], moments: InputMoments, pattern: Pattern
-) -> list[ScoredLinear]:
-    scores = [linear.score for linear in linears if linear.score is not None]
-    order = permute_for_error(
-        [
-            PermutedLinear(weight=linear.weight, score=score, fisher=linear.fisher)
-            for linear, score in zip(linears, scores, strict=True)
-        ],
-        moments.gram,
-        keep=pattern.keep,
-        group=pattern.group,
-    )
-    return [
-        replace(linear, mask=mask_of(score, pattern, linear.mask.group_keep, order))
-        for linear, score in zip(linears, scores, strict=True)
-    ]
 
 
 def _repruned(

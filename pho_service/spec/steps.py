@@ -244,7 +244,7 @@ class Reconstruction:
 
 
 NormSource = Literal["dense", "sequential"]
-Permutation = Literal["none", "score", "error"]
+Permutation = Literal["none", "score"]
 Repruning = Literal["none", "dsnot", "swaps", "admm"]
 Update = Literal["none", "obs", "least-squares", "sparsegpt", "admm", "alps"]
 NORM_SOURCES: tuple[NormSource, ...] = get_args(NormSource)
@@ -291,7 +291,7 @@ class Steps(JsonDocument):
         Permutation,
         Field(
             description="Order of the input channels before N:M groups are cut: none; score keeps "
-            "the most score; error gives the least error of the outputs."
+            "the most score."
         ),
     ] = "none"
     deployable: Annotated[
@@ -362,19 +362,15 @@ class Steps(JsonDocument):
         check_number("shrinkage", self.shrinkage, 0, MOST_SHRINKAGE)
         if self.shrinkage and not self.reads_moments:
             raise InvalidInput(
-                f"shrinkage={self.shrinkage:g} has nothing to shrink: only permutation 'error', "
-                "repruning 'swaps' and 'admm' and an update look at second moments. Take one of "
-                "them, or leave it out."
+                f"shrinkage={self.shrinkage:g} has nothing to shrink: only repruning 'swaps' "
+                "and 'admm' and an update look at second moments. Take one of them, or leave it "
+                "out."
             )
 
     @property
     def reads_moments(self) -> bool:
         """Whether a step looks at more of the second moments than their diagonal."""
-        return (
-            self.permutation == "error"
-            or self.repruning in ("swaps", "admm")
-            or self.update != "none"
-        )
+        return self.repruning in ("swaps", "admm") or self.update != "none"
 
     @property
     def needs_text(self) -> bool:
@@ -404,8 +400,7 @@ class Steps(JsonDocument):
     @property
     def masked(self) -> Self:
         """The part that gives a mask without a text."""
-        order = "none" if self.permutation == "error" else self.permutation
-        return replace(self.rated, permutation=order, deployable=self.deployable)
+        return replace(self.rated, permutation=self.permutation, deployable=self.deployable)
 
     @property
     def changes_weights(self) -> bool:

@@ -51,7 +51,7 @@ WHOLE = {
 DOCUMENTS = [
     TYPED,
     WHOLE,
-    {**TYPED, "pattern": "2:4", "preset": "score", "steps": {"permutation": "error"}},
+    {**TYPED, "pattern": "2:4", "preset": "score", "steps": {"permutation": "score"}},
     {"model": "org/name", "patterns": ["0.5", "2:4"], "confirm": {"finalists": 5}},
     {"model": "org/name", "target": {"perplexity_rise": 0.05, "step": 0.05}},
     {**TYPED, "more_models": ["org/b", "-c"], "objective": {"over": "worst"}},

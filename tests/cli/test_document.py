@@ -179,7 +179,7 @@ WHOLE = {
         {**MINE, "calibration": {"text": "it's.txt"}, "preset": "crepe-plus"},
         {
             **MINE, "pattern": "2:4", "preset": "score",
-            "steps": {"permutation": "error", "update": "sparsegpt"},
+            "steps": {"permutation": "score", "update": "sparsegpt"},
         },
         {**MINE, "steps": {"allocation": {"method": "uniform"}}},
         {**MINE, "steps": {"allocation": {"offsets": {"q_proj": -0.5}, "depth": [-0.5, 0.25]}}},

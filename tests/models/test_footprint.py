@@ -24,7 +24,7 @@ from pho_service.spec.steps import Steps
 
 GPU = Place(on_gpu=True)
 GB = 10**9
-BEST = Steps(permutation="error", repruning="swaps", update="least-squares", shrinkage=1.0)
+BEST = Steps(permutation="score", repruning="swaps", update="least-squares", shrinkage=1.0)
 
 
 def empty(config: LlamaConfig) -> PreTrainedModel:

@@ -26,10 +26,9 @@ from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import broken_groups
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.baselines import reference_methods
-from pho_service.spec.configuration import Configuration
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Coefficients, Linears, Pattern
-from pho_service.spec.steps import Allocation, Candidate, Permutation, Steps
+from pho_service.spec.steps import Allocation, Candidate, Steps
 from pho_service.tuning.plan import SearchRequest
 from pho_service.tuning.result import SearchResult
 
@@ -39,7 +38,7 @@ STEPS = [
     ("0.5", Steps()),
     ("0.5", Steps(allocation=Allocation(method="fisher", spread=0.3), update="obs")),
     ("0.5", Steps(update="sparsegpt")),
-    ("2:4", Steps(permutation="error", repruning="swaps", update="least-squares")),
+    ("2:4", Steps(permutation="score", repruning="swaps", update="least-squares")),
 ]
 
 
@@ -144,14 +143,6 @@ def test_over_models(bundle: ProxyBundle) -> None:
 PERMUTED = pho.baseline("wanda-permuted", "2:4")
 
 
-def permuted_by(permutation: Permutation, *, deployable: bool) -> Configuration:
-    """Wanda's score with channels in an order that keeps the most score, or the least error."""
-    steps = replace(PERMUTED.steps, permutation=permutation)
-    found = PERMUTED.model_copy(update={"steps": steps})
-    return found.deployable() if deployable else found
-
-
-@pytest.mark.parametrize("permutation", ["score", "error"])
 @pytest.mark.parametrize("deployable", [True, False])
 def test_stored_order(
     model: LanguageModel,
@@ -159,11 +150,10 @@ def test_stored_order(
     report: ReportText,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    permutation: Permutation,
     deployable: bool,
 ) -> None:
     """Every linear is 2:4 as it is stored, and only the MLPs' readers are permuted."""
-    found = permuted_by(permutation, deployable=deployable)
+    found = PERMUTED.deployable() if deployable else PERMUTED
     pruned = prune_job(model, bundle, found, tmp_path / "out", calibration=report.windows)
     stored = load_model(str(tmp_path / "out"), device="cpu", dtype="bfloat16")
     broken = {name for name, each in stored.linears.items() if broken_groups(each.weight)}

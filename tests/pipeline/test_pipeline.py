@@ -104,7 +104,7 @@ STEPS = [
     ("0.5", Steps(allocation=Allocation(method="curves"), repruning="dsnot")),
     ("0.5", Steps(update="sparsegpt")),
     ("2:4", Steps(permutation="score")),
-    ("2:4", Steps(permutation="error", repruning="swaps", update="obs")),
+    ("2:4", Steps(permutation="score", repruning="swaps", update="obs")),
     ("2:4", Steps(allocation=Allocation(method="fisher", spread=0.25), permutation="score")),
 ]
 

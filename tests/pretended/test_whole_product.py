@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from pho_service.models.calibration import calibrate, measure, plan_calibration
 from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pipeline.rating import rate_pruned
 from pho_service.planning.stage_memory import CalibrationPlan
-from pho_service.pruning.permutation import permute_for_error
 from pho_service.pruning.perplexity import dense_reference, rate_divergence
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.pruning.statistics import Statistics
@@ -186,10 +184,7 @@ def test_every_combination_of_steps_prunes_to_the_pattern_and_the_model_is_dense
     pattern: str,
     repruning: str,
     update: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    quick = partial(permute_for_error, sweeps=1, rounds=1)  # of several that are alike
-    monkeypatch.setattr("pho_service.pruning.steps.permute_for_error", quick)
     subject, parsed = subject_of(name), Pattern.parse(*pattern.split())
     permutations = PERMUTATIONS if parsed.group else PERMUTATIONS[:1]
     every = name == "llama" and (repruning, update) in FEW
