@@ -1,8 +1,8 @@
 """
 Make the pictures of the pages in docs/screens anew: `make screens`, some minutes.
 
-A service of its own runs small jobs on SmolLM2-135M, one of which fails, one of which is still
-at work, and one of which waits; Chromium then opens each page wide, narrow, and in the dark mode.
+A service of its own runs small jobs on SmolLM2-135M, one of which has several patterns, one fails,
+one is still at work, and one waits; Chromium then opens each page wide, narrow, and in dark mode.
 """
 
 import shutil
@@ -29,7 +29,8 @@ COLOURS = 128
 DRAWN_MS = 10_000  # that the dashboard may take for its charts
 ENOUGH = 60  # trials of the job that is at work
 PAGES = (
-    "list", "job-running", "job-succeeded", "job-failed", "form", "compare", "report", "dashboard"
+    "list", "job-running", "job-succeeded", "job-patterns", "job-failed", "form", "compare",
+    "report", "dashboard"
 )  # fmt: skip
 MODEL = "SmolLM2-135M.gguf"
 CALIBRATION = {"text": "calibration.jsonl", "samples": 16, "context_length": 128}
@@ -71,6 +72,7 @@ def submit_all(client: Client) -> dict[str, Any]:
         ),
         "other": submit(JobState.SUCCEEDED, pattern="0.5", trials=60, scope="row"),
         "succeeded": submit(JobState.SUCCEEDED, pattern="0.5", trials=120),
+        "patterns": submit(JobState.SUCCEEDED, patterns=["0.5", "0.6", "2:4"], trials=60),
         "running": submit(JobState.RUNNING, pattern="0.6", trials=2000),
         "waiting": submit(JobState.QUEUED, pattern="0.7", priority=-1),
     }
@@ -104,7 +106,7 @@ def opened(url: str) -> Iterator[Iterator[tuple[str, Page]]]:
 
 def show(page: Page, name: str, jobs: dict[str, Any]) -> None:
     """Open one of ``PAGES``."""
-    best, other = jobs["succeeded"].id, jobs["other"].id
+    best, other, curve = (jobs[each].id for each in ("succeeded", "other", "patterns"))
     if name.startswith("job-"):
         page.goto(f"/jobs/{jobs[name.removeprefix('job-')].id}")
     elif name == "form":
@@ -120,7 +122,7 @@ def show(page: Page, name: str, jobs: dict[str, Any]) -> None:
     else:
         addresses: dict[str, str] = {
             "list": "/",
-            "compare": f"/compare?job={best}&job={other}",
+            "compare": f"/compare?job={best}&job={other}&job={curve}",
             "report": f"/v1/jobs/{best}/report",
         }
         page.goto(addresses[name])

@@ -261,7 +261,7 @@ def _figures(columns: Sequence[tuple[JobHead, Point | None]]) -> list[Line]:
         ("Against dense", rises),
         ("Objective", [number(value) for value in best]),
         ("Trials", [f"{count}" for count in trials]),
-        ("Time", [span(p.seconds) if p and p.seconds else head.time for head, p in columns]),
+        ("Time", [f"took {span(p.seconds)}" if p and p.seconds else h.time for h, p in columns]),
     ]
     return [Line(name=name, values=values) for name, values in rows if any(values)]
 

@@ -77,8 +77,9 @@ def _step(
     ):
         at.append("its worker does not report")
     failures = max((stage.failures for stage in mine), default=0)
-    if failures and state != StageState.DONE:
-        at.append(f"attempt {failures + 1}")
+    attempt = failures + (state != StageState.FAILED)
+    if attempt > 1 and state != StageState.DONE:
+        at.append(f"attempt {attempt}")
     return StepRow(
         kind=kind,
         title=TITLES[kind],

@@ -25,6 +25,7 @@ from pho_service.cli.options import (
     text_source,
 )
 from pho_service.cli.terminal import (
+    loading,
     print_json,
     print_table,
     progress,
@@ -179,7 +180,7 @@ def generate(
 
     said, written = [*prompts], []
     for name in names:
-        with working(f"Loading {name}"):
+        with loading(name):
             loaded = load_model(name, device=device, dtype=dtype)
         if text is not None and not said:
             windows, _ = read_windows(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from pho_service.cli.terminal import progress, say, working
+from pho_service.cli.terminal import loading, progress, say, working
 from pho_service.errors import BundleError, InvalidInput, TextError
 from pho_service.host.data_sets import USUAL_TEXTS
 from pho_service.host.files import write_text
@@ -224,12 +224,9 @@ class Terminal(Inputs):
         return Run(device=str(device), progress=progress)
 
     def model(self, name: str) -> "LanguageModel":
-        with working(f"Loading {name}"):
-            from transformers.utils.logging import disable_progress_bar
-
+        with loading(name):
             from pho_service.models.loading import load_model
 
-            disable_progress_bar()  # ours is shown
             return load_model(
                 name,
                 revision=self.revision,

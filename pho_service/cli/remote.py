@@ -220,7 +220,7 @@ def jobs(
     rows = [
         [
             str(job.id) if table_width() is None else short[str(job.id)],
-            job.name.removesuffix(f" {str(job.id)[:8]}"),
+            job.name.removesuffix(f" {job.id.hex[:12]}"),
             job.state,
             done(job),
             *good(job),
@@ -229,7 +229,8 @@ def jobs(
         for job in found
     ]
     columns = [
-        "id", "name", "state", "trials", "dense", "perplexity", "rise", "Wanda", "RIA", "objective"
+        "id", "name", "state", "trials", "dense", "perplexity", "against dense", "Wanda", "RIA",
+        "objective",
     ]  # fmt: skip
     print_table("Jobs", columns, rows, spare=("objective", "RIA", "Wanda", "dense"))
 

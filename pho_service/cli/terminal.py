@@ -101,6 +101,16 @@ def working(title: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """A line while a model is loaded, in place of transformers' bars."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    with working(f"Loading {name}"):
+        yield
+
+
 def table_width() -> int | None:
     """Return how wide tables may be: as the terminal, or as COLUMNS says; None in a pipe."""
     from rich.console import Console

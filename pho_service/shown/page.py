@@ -182,7 +182,8 @@ def curve_section(
     texts = [f"Perplexities are of {tables.text_of(document['confirmation'])}."]
     spent = document["calibration"]["seconds"]
     if spent is not None:
-        texts.append(f"The calibration took {seconds(spent)} s, once for all points.")
+        took = f"took {seconds(spent)} s" if spent >= 1 else "took under a second"
+        texts.append(f"The calibration {took}, once for all points.")
     return Section(
         id="curve",
         title="Perplexity against sparsity",

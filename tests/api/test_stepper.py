@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from pho_service.api.job_list import view
 from pho_service.api.service import Caller
 from pho_service.api.stepper import StepRow
-from storage.records import JobState, StageKind
+from storage.records import JobState, StageKind, StageState
 
 ADMIN = Caller(key_id=None, sees_all=True)
 
@@ -112,6 +112,16 @@ def test_turns_and_second_attempts_have_names(
         "tried again: search",
         "search failed, and is tried again: its worker died, or was cut off (WorkerLost)",
     ]
+
+
+def test_the_first_attempt_that_fails_for_good_is_no_second(
+    submit: Any, steps: Any, hand: Any
+) -> None:
+    job = submit()["id"]
+    hand.fail(job)
+
+    assert steps(job)["calibrate"].state == StageState.FAILED
+    assert "attempt" not in steps(job)["calibrate"].at
 
 
 def test_the_time_left_counts_the_stages_to_come(

@@ -217,6 +217,8 @@ def test_jobs_are_listed_newest_first(remote: Pho, client: Client, store: JobSto
     places = [table.index(f"{job.id}") for job in jobs]
     assert places == sorted(places, reverse=True)
     assert "17.25" in table
+    assert "number 0 " in table
+    assert jobs[0].id.hex[:12] not in table
     assert listed(remote("jobs", "--json")) == [job.id for job in jobs[::-1]]
     assert listed(remote("jobs", "--json", "--limit", 2)) == [jobs[2].id, jobs[1].id]
     states = ("--state", "succeeded", "--state", "failed")
