@@ -56,6 +56,8 @@ Sample = tuple[float, float, float]  # when, seconds of the claim, seconds since
 class Worker:
     """Does what a worker does to the database, and sleeps instead of working."""
 
+    heartbeat_s = 10.0  # of the queue
+
     def __init__(self, url: str, stage_s: float) -> None:
         self._stage_s = stage_s
         self._id = uuid.uuid4()
@@ -99,7 +101,7 @@ class Worker:
             working = asyncio.create_task(
                 self.app.run_worker_async(
                     concurrency=1, fetch_job_polling_interval=2.0, delete_jobs="successful",
-                    install_signal_handlers=False, update_heartbeat_interval=10,
+                    install_signal_handlers=False, update_heartbeat_interval=self.heartbeat_s,
                 )
             )  # fmt: skip
             while not stop.is_set() and not working.done():

@@ -36,17 +36,18 @@ from storage.rows import (
     end_attempt,
     enqueue_again,
     find_job,
-    first_of_others,
     found_columns,
     give_way,
     interval,
     lock_stage,
     put_down,
+    put_first,
     set_state,
     settle,
     take_out,
     take_out_waiting,
     update_stage,
+    waits,
 )
 from storage.studies import written_on
 from storage.tables import jobs, service, stages, workers
@@ -241,11 +242,18 @@ class ClaimStore:
 
     def another_waits(self, claim: Claim, kinds: Sequence[StageKind]) -> bool:
         """Whether another job, of this priority or a higher one, waits for a worker of kinds."""
-        job = claim.job
         with self.database.transaction() as connection:
-            return first_of_others(connection, kinds, job) is not None
+            return waits(connection, kinds, claim.job, another=True)
 
-    def end_turn(self, claim: Claim, kinds: Sequence[StageKind] = tuple(StageKind)) -> bool:
+    def next_turn(
+        self, kinds: Sequence[StageKind], job: JobRecord | None = None, *, over: bool = False
+    ) -> None:
+        """Let other keys in, unless a stage of a worker's job waits whose turn is not over."""
+        with self.database.transaction() as connection:
+            if job is None or over or not waits(connection, kinds, job, another=False):
+                give_way(connection, kinds, job, over=over)
+
+    def end_turn(self, claim: Claim) -> bool:
         """Put a stage down unfinished, behind whatever waits by now; others of its kind, too."""
         with self.database.transaction() as connection:
             job = claimed_job(connection, claim)
@@ -259,7 +267,6 @@ class ClaimStore:
                 assert row is not None  # its job is locked
                 if stage.id == claim.stage.id or take_out_waiting(connection, row.queue_id):
                     enqueue_again(connection, job, stage, behind=True)
-            give_way(connection, kinds, job)
             return False
 
     def give_up(self, claim: Claim) -> None:
@@ -330,6 +337,7 @@ def _given(connection: Connection, queue_id: int, row: Any, alive_s: float) -> b
         return False
     if job.state.may_work:
         enqueue_again(connection, job, stage)
+        put_first(connection, stage.id, job.priority)  # or it would wait behind all that came since
     else:
         end_attempt(connection, stage.id, Outcome.LOST)
         put_down(connection, job, stage.id, stage.failures + (stage.state is StageState.RUNNING))
@@ -375,9 +383,8 @@ class OutcomeStore(ClaimStore):
         library: Sequence[Entry] = (),
         spec: Mapping[str, Any] | None = None,
         seen: JobRecord | None = None,
-        way_for: Sequence[StageKind] = (),
     ) -> bool:
-        """Store what a stage gave, and what follows; stages of others may come before that."""
+        """Store what a stage gave, and what follows."""
         with self.database.transaction() as connection:
             job = claimed_job(connection, claim)
             if seen is not None and _moved(seen, job):
@@ -409,8 +416,6 @@ class OutcomeStore(ClaimStore):
                 set_state(connection, job, JobState.SUCCEEDED, told=_good(best))
             else:
                 settle(connection, job)
-            if way_for:
-                give_way(connection, way_for, job)
             end_attempt(connection, claim.stage.id, Outcome.DONE)
             return True
 

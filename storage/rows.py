@@ -81,42 +81,68 @@ def enqueue(
     return int(task.defer(stage_id=stage_id))
 
 
-def first_of_others(
-    connection: Connection, kinds: Sequence[StageKind], job: JobRecord
-) -> Row[Any] | None:
-    """
-    The entry of another job, of this priority or a higher one, that a worker could take now: of
-    the key, or where none is needed the job, that no worker has served for longest.
-    """
-    # The oldest entry would always be one of the same two keys, which would give way to each other.
-    query = text(
-        "WITH served AS (SELECT coalesce(owner_id, id) AS whose, max(served_at) AS at"
-        " FROM pho.jobs GROUP BY 1)"
-        " SELECT entry.id, jobs.priority FROM procrastinate_jobs entry"
-        " JOIN pho.stages ON stages.queue_id = entry.id"
-        " JOIN pho.jobs ON jobs.id = stages.job_id"
-        " JOIN served ON served.whose = coalesce(jobs.owner_id, jobs.id)"
-        " WHERE entry.status = 'todo' AND entry.queue_name = ANY(:kinds)"
-        " AND jobs.state = ANY(:states) AND jobs.priority >= :priority AND jobs.id <> :but_of"
-        " AND (entry.scheduled_at IS NULL OR entry.scheduled_at <= now())"
-        " AND NOT EXISTS (SELECT FROM procrastinate_jobs other"
-        "  WHERE other.lock = entry.lock AND other.status = 'doing')"
-        " ORDER BY jobs.owner_id IS NOT DISTINCT FROM CAST(:owner AS uuid),"
-        "  jobs.priority DESC, served.at NULLS FIRST, entry.priority DESC, entry.id LIMIT 1"
-    )
+# Entries that a worker could take now.
+_WAITING = (
+    "SELECT entry.id, entry.priority AS place, (jobs.priority + 1) * :places - 1 AS top,"
+    " jobs.id AS job, coalesce(jobs.owner_id::text, '') AS whose, jobs.priority, jobs.served_at"
+    " FROM procrastinate_jobs entry"
+    " JOIN pho.stages ON stages.queue_id = entry.id"
+    " JOIN pho.jobs ON jobs.id = stages.job_id"
+    " WHERE entry.status = 'todo' AND entry.queue_name = ANY(:kinds) AND jobs.state = ANY(:states)"
+    " AND (entry.scheduled_at IS NULL OR entry.scheduled_at <= now())"
+    " AND NOT EXISTS (SELECT FROM procrastinate_jobs other"
+    "  WHERE other.lock = entry.lock AND other.status = 'doing')"
+)
+
+
+def waits(
+    connection: Connection, kinds: Sequence[StageKind], job: JobRecord, *, another: bool
+) -> bool:
+    """Whether a job waits for a worker; or another one, of its priority or a higher one, does."""
+    which = "job <> :job AND priority >= :priority" if another else "job = :job"
+    query = text(f"SELECT EXISTS (SELECT FROM ({_WAITING}) AS waiting WHERE {which})")  # noqa: S608 - ours
+    more = {"priority": job.priority} if another else {}
+    return bool(connection.execute(query, {**_given(kinds), "job": job.id, **more}).scalar_one())
+
+
+def _given(kinds: Sequence[StageKind]) -> dict[str, Any]:
     states = [state for state in JobState if state.may_work]
-    values = {"kinds": [*kinds], "states": states, "priority": job.priority, "but_of": job.id}
-    return connection.execute(query, {**values, "owner": job.owner_id}).first()
+    return {"kinds": [*kinds], "states": states, "places": _PLACES}
 
 
-def give_way(connection: Connection, kinds: Sequence[StageKind], job: JobRecord) -> None:
-    """Let what waits of another key, or else of another job, be what a worker takes next."""
-    first = first_of_others(connection, kinds, job)
-    if first is not None:
-        connection.execute(
-            text("UPDATE procrastinate_jobs SET priority = :top WHERE id = :id"),
-            {"top": (first.priority + 1) * _PLACES - 1, "id": first.id},
-        )
+def give_way(
+    connection: Connection, kinds: Sequence[StageKind], job: JobRecord | None, *, over: bool
+) -> None:
+    """
+    Let what a worker takes next be of the key that no worker has served for longest, the job's own
+    last; if the job's turn is over, of the job of that key for which this holds.
+    """
+    # The oldest entry would always be one of the same keys. Those that were let in and still wait
+    # count as served, or workers that begin at once would all let in the same key.
+    query = text(
+        "WITH let_in AS (SELECT *,"  # noqa: S608 - all of it is ours
+        "  count(*) FILTER (WHERE place = top) OVER (PARTITION BY whose) AS so_many"
+        f" FROM ({_WAITING}) AS waiting WHERE job IS DISTINCT FROM CAST(:job AS uuid)),"
+        " served AS (SELECT coalesce(owner_id::text, '') AS whose, max(served_at) AS at"
+        "  FROM pho.jobs GROUP BY 1),"
+        " first AS (SELECT id, top FROM let_in JOIN served USING (whose) WHERE place < top"
+        "  ORDER BY priority DESC, whose = CAST(:own AS text), so_many, at NULLS FIRST,"
+        "  CASE WHEN :over THEN served_at END NULLS FIRST, place DESC, id LIMIT 1)"
+        " UPDATE procrastinate_jobs entry SET priority = first.top FROM first"
+        " WHERE entry.id = first.id AND entry.status = 'todo'"
+    )
+    own = None if job is None else str(job.owner_id or "")
+    values = {"job": None if job is None else job.id, "own": own, "over": over}
+    connection.execute(query, {**_given(kinds), **values})
+
+
+def put_first(connection: Connection, stage_id: int, priority: int) -> None:
+    """Let a stage that is in the queue be the next of those of its priority."""
+    query = text(
+        "UPDATE procrastinate_jobs entry SET priority = :top FROM pho.stages"
+        " WHERE stages.queue_id = entry.id AND stages.id = :stage"
+    )
+    connection.execute(query, {"top": (priority + 1) * _PLACES - 1, "stage": stage_id})
 
 
 def take_out(connection: Connection, queue_id: int) -> None:

@@ -152,7 +152,7 @@ class Conductor:
         self.turns.begin(claim.job)
         watch = Watch(self.store, claim, self.stopping, self.turns)
         with faults_told(), ExitStack() as stack:
-            job = _Job(self.store, self.inputs, claim, watch, self.turns, stack)
+            job = _Job(self.store, self.inputs, claim, watch, stack)
             while True:
                 try:
                     job.conduct()
@@ -176,11 +176,9 @@ class _Job:
         inputs: WorkerInputs,
         claim: Claim,
         watch: Watch,
-        turns: Turns,
         stack: ExitStack,
     ) -> None:
         self._store, self._inputs, self._watch, self._stack = store, inputs, watch, stack
-        self._turns = turns
         run = Run(
             device=str(inputs.device),
             progress=watch.progress,
@@ -217,20 +215,15 @@ class _Job:
         if self._claim.stage.kind is StageKind.TRANSFER:
             journal.mine = check_report(journal.mine, job)
             library = _of_transfer(job.spec["configuration"], journal.mine)
-        over = self._turns.is_over
         try:
-            done = self._store.complete(
+            return self._store.complete(
                 self._claim, journal.mine, then=then, ended=ended, found=journal.found,
                 library=library, spec=journal.spec, seen=job,
-                way_for=self._turns.kinds if over else (),
             )  # fmt: skip
         except LostClaim:
             if self._claim.stage.kind in _WRITE:
                 remove_if_deleted(self._store, self._inputs, job)
             raise
-        if done and over:
-            self._turns.renew()
-        return done
 
     def conduct(self) -> None:
         """Go through the job from the top."""

@@ -36,18 +36,17 @@ class TurnOver(HandBack):
 
 @dataclass(kw_only=True)
 class Turns:
-    """The turns in which keys, and jobs of a key, share a worker."""
+    """The turns in which jobs share a worker."""
 
     seconds: float = 0.0  # That one keeps it while another waits; 0 means until it is done
     kinds: tuple[StageKind, ...] = tuple(StageKind)  # Stages that the worker does
-    _whose: uuid.UUID | None = None  # The key, or where none is needed the job
+    _job: uuid.UUID | None = None
     _ends: float = 0.0
 
     def begin(self, job: JobRecord) -> None:
-        """Go on with the turn that a job, or another one of its key, has; or begin its turn."""
-        whose = job.owner_id or job.id
-        if whose != self._whose:
-            self._whose = whose
+        """Go on with the turn that a job has, or begin its turn."""
+        if job.id != self._job:
+            self._job = job.id
             self.renew()
 
     def renew(self) -> None:
@@ -106,7 +105,6 @@ class Watch:
         self._turn_ends = now + LOOK_EVERY_S
         waits = self._store.another_waits(self._claim, self._turns.kinds)
         if waits and self._other_waited:
-            self._turns.renew()
             raise TurnOver
         self._other_waited = waits
 

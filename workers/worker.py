@@ -53,7 +53,7 @@ from pho_service.spec.job_options import document_fields
 from storage.claims import worker_name
 from storage.database import Database, taking_turns
 from storage.jobs import JobStore
-from storage.records import Claim, Drain, LostClaim, StageKind
+from storage.records import Claim, Drain, JobRecord, LostClaim, StageKind
 from storage.rows import TASK
 from storage.studies import DatabaseGone, StorageError
 from workers.conductor import Conductor
@@ -160,8 +160,8 @@ class _Worker:
         self._store_expected: str | None = None  # that of the API; None: there was no API yet
         self._heal_after = 0.0  # when those who live have had the time to say so after an outage
         self._inputs = inputs
-        turns = Turns(seconds=settings.turn_s, kinds=options.kinds)
-        self._conductor = Conductor(self._store, inputs, self._stopping, turns)
+        self._turns = Turns(seconds=settings.turn_s, kinds=options.kinds)
+        self._conductor = Conductor(self._store, inputs, self._stopping, self._turns)
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -292,7 +292,20 @@ class _Worker:
             "worker": worker_name(os.getpid()),
         }
         with about(**fields), span(claim.stage.kind.value, **fields):
-            self._run_claimed(claim)
+            try:
+                self._run_claimed(claim)
+            finally:
+                self._next_turn(claim.job)
+
+    def _next_turn(self, job: JobRecord) -> None:
+        """Let other keys in, if there is nothing more to do of a job, or its turn is over."""
+        over = self._turns.is_over
+        try:
+            self._store.next_turn(self._options.kinds, job, over=over)
+        except StorageError as error:
+            logger.warning("no other key was let in: %s", error)
+        if over:
+            self._turns.renew()
 
     def _run_claimed(self, claim: Claim) -> None:
         with self._hold.of(claim):
@@ -312,7 +325,7 @@ class _Worker:
             return None, 0.0
         except TurnOver:
             logger.info("%s of job %s waits for its next turn", claim.stage.kind, claim.job.id)
-            return functools.partial(self._store.end_turn, claim, self._options.kinds), 0.0
+            return functools.partial(self._store.end_turn, claim), 0.0
         except (HandBack, DatabaseGone):
             return functools.partial(self._store.hand_back, claim), 0.0
         except DeviceLost as error:
@@ -396,6 +409,7 @@ class _Worker:
                 f"{self._store_expected}. Give both the same folder, volume or URL. No stage is "
                 "taken until then."
             )
+        self._store.next_turn(self._options.kinds)  # or the oldest job has all new workers
         self._hold.idle_since = time.monotonic()
 
     def _enter(self) -> Drain | None:

@@ -224,7 +224,8 @@ class TestOrder:
         store.ask(paused.id, "pause")
         entry, claim = taken(store, job)
         points = [NewStage(kind=StageKind.POINT, number=i) for i in range(2)]
-        store.complete(claim, {}, then=points, way_for=[CALIBRATE])
+        store.complete(claim, {}, then=points)
+        store.next_turn([CALIBRATE], claim.job, over=True)
         finish(database, entry)
         first, second = (stage.id for stage in store.get(job.id).of_kind(StageKind.POINT))
 
@@ -233,10 +234,10 @@ class TestOrder:
             *(each.stages[0].id for each in (other, paused, later)),
         ]  # fmt: skip
 
-    def test_of_the_other_keys_the_one_is_let_in_that_was_not_served_for_longest(
+    def test_when_a_job_ends_the_key_is_let_in_that_was_not_served_for_longest(
         self, database: Database
     ) -> None:
-        """So that two keys with old jobs do not give way to each other, and to nobody else."""
+        """However soon: a key with many small jobs has no turn to spend on all of them."""
         store = JobStore(database)
         keys = [KeyStore(database).create(n, sees_all=False)[0].id for n in "abcd"]
         for key in keys:
@@ -248,7 +249,8 @@ class TestOrder:
             assert claim is not None
             assert claim.job.owner_id is not None
             served.append(keys.index(claim.job.owner_id))
-            store.complete(claim, {}, ended=True, way_for=[CALIBRATE])
+            store.complete(claim, {}, ended=True)
+            store.next_turn([CALIBRATE], claim.job)
             finish(database, given[0])
 
         assert served == [0, 1, 2, 3] * 3
@@ -258,11 +260,102 @@ class TestOrder:
         job = submitted(store, 0)
         entry, claim = taken(store, job)
         other = submitted(store, 0)
-        store.complete(claim, {}, then=[NewStage(kind=StageKind.POINT)], way_for=[CALIBRATE])
+        store.complete(claim, {}, then=[NewStage(kind=StageKind.POINT)])
+        store.next_turn([CALIBRATE], claim.job, over=True)
         finish(database, entry)
         (point,) = store.get(job.id).of_kind(StageKind.POINT)
 
         assert in_order(database) == [other.stages[0].id, point.id]
+
+    def test_its_jobs_are_let_in_one_after_the_other(self, database: Database) -> None:
+        """One that waits for its first turn comes before the later stages of one that had some."""
+        store = JobStore(database)
+        begun = [submitted(store, 0) for _ in range(3)]
+        for i, job in enumerate(begun[:2]):
+            entry, claim = taken(store, job)
+            store.complete(claim, {}, then=[NewStage(kind=StageKind.POINT)])
+            store.next_turn([*StageKind], claim.job, over=True)
+            finish(database, entry)
+
+            assert (fetch(database) or ())[1:] == (begun[i + 1].stages[0].id,)
+            with database.transaction() as connection:
+                connection.exec_driver_sql("UPDATE procrastinate_jobs SET status = 'todo'")
+
+    def test_a_job_goes_on_while_its_turn_lasts(self, database: Database) -> None:
+        store = JobStore(database)
+        mine, yours = (KeyStore(database).create(n, sees_all=False)[0].id for n in "ab")
+        job = submitted(store, 0, owner_id=mine)
+        entry, claim = taken(store, job)
+        theirs = submitted(store, 0, owner_id=yours)
+        store.complete(claim, {}, then=[NewStage(kind=SEARCH)])
+        store.next_turn([*StageKind], claim.job)
+        finish(database, entry)
+        (search,) = store.get(job.id).of_kind(SEARCH)
+
+        assert in_order(database) == [search.id, theirs.stages[0].id]
+
+    def test_but_not_for_a_worker_that_cannot_do_what_is_left_of_it(
+        self, database: Database
+    ) -> None:
+        store = JobStore(database)
+        keys = [KeyStore(database).create(n, sees_all=False)[0].id for n in "ab"]
+        first, _, theirs = (submitted(store, 0, owner_id=key) for key in [keys[0], *keys])
+        entry, claim = taken(store, first)
+        store.complete(claim, {}, then=[NewStage(kind=SEARCH)])
+        store.next_turn([CALIBRATE], claim.job)
+        finish(database, entry)
+
+        assert (fetch(database, CALIBRATE) or ())[1:] == (theirs.stages[0].id,)
+
+    def test_workers_that_begin_at_once_let_in_a_key_each(self, database: Database) -> None:
+        """And what they let in is next, though they are killed before they take it."""
+        store = JobStore(database)
+        keys = [KeyStore(database).create(n, sees_all=False)[0].id for n in "abc"]
+        of_keys = [[submitted(store, 0, owner_id=key) for _ in range(4)] for key in keys]
+        for _ in range(6):
+            store.next_turn([CALIBRATE])
+        order = in_order(database)
+
+        assert sorted(order[:6]) == sorted(job.stages[0].id for own in of_keys for job in own[:2])
+
+    def test_no_key_is_let_in_before_a_more_urgent_job(self, database: Database) -> None:
+        store = JobStore(database)
+        keys = [KeyStore(database).create(n, sees_all=False)[0].id for n in "ab"]
+        low, high = (submitted(store, i, owner_id=key) for i, key in enumerate(keys))
+        for _ in range(3):
+            store.next_turn([CALIBRATE])
+
+        assert in_order(database) == [high.stages[0].id, low.stages[0].id]
+
+    def test_keys_are_served_in_turn_though_every_worker_is_killed(
+        self, database: Database
+    ) -> None:
+        store = JobStore(database)
+        keys = [KeyStore(database).create(n, sees_all=False)[0].id for n in "abc"]
+        for key in keys:
+            for _ in range(3):
+                submitted(store, 0, owner_id=key)
+        served = []
+        for _ in range(9):
+            store.next_turn([CALIBRATE])  # as a worker does that begins
+            given = fetch(database)
+            assert given is not None
+            claim = store.claim(given[1], given[0], uuid.uuid4())
+            assert claim is not None
+            assert claim.job.owner_id is not None
+            served.append(keys.index(claim.job.owner_id))
+
+        assert served == [0, 1, 2] * 3
+
+    def test_a_dead_workers_stage_is_the_next(self, database: Database) -> None:
+        store = JobStore(database)
+        entry, claim = taken(store, submitted(store, 0))
+        since, urgent = submitted(store, 0), submitted(store, 1)
+        store.give_again(entry, alive_s=0.0)
+
+        assert in_order(database) == [
+            each.stages[0].id for each in (urgent, claim.job, since)
+        ]  # fmt: skip
 
     @pytest.mark.parametrize("verb", ["pause", "cancel"])
     def test_its_search_is_put_down_and_nothing_waits(self, database: Database, verb: str) -> None:

@@ -5,10 +5,15 @@ import os
 import signal
 import threading
 import time
+import uuid
 from types import SimpleNamespace
 from typing import Any
 
-from storage.records import JobState, StageKind
+from sqlalchemy import text
+
+from pho_service.host.settings import read_settings
+from storage.keys import KeyStore
+from storage.records import JobState, NewStage, StageKind
 from storage.studies import DatabaseGone
 from workers.worker import WorkerOptions, _Worker
 
@@ -90,6 +95,29 @@ def test_stopped_while_it_loads(own_crew: Any, spec_of: Any) -> None:
     assert own_crew.queued(job) == ["todo"]
     assert own_crew.at_work() == {}
     assert own_crew.store.get(job.id).stages[0].failures == 0
+
+
+def test_a_worker_that_starts_lets_in_the_key_that_was_not_served_for_longest(desk: Any) -> None:
+    """Or those that are killed before their first turn is over would all serve the oldest job."""
+    store, kinds = desk.store, (StageKind.TRANSFER,)
+    keys = [KeyStore(store.database).create(n, sees_all=False)[0].id for n in "ab"]
+    urgent = {"first": NewStage(kind=kinds[0]), "priority": 99, "trials": 1, "max_attempts": 9}
+    waiting = [store.submit({}, name="n", owner_id=key, **urgent)[0] for key in keys for _ in "12"]
+    served = []
+    for _ in range(3):
+        worker = _Worker(store.database, read_settings(), WorkerOptions(kinds=kinds), desk.inputs)
+        worker._enter_anew()
+        with store.database.transaction() as connection:
+            fetched = text(
+                "SELECT id, (args->>'stage_id')::int FROM procrastinate_fetch_job_v2(:kinds, NULL)"
+            )
+            entry, stage = connection.execute(fetched, {"kinds": [*kinds]}).one()
+        served.append(keys.index(store.claim(stage, entry, uuid.uuid4()).job.owner_id))
+        worker._leave()
+    for job in waiting:
+        store.ask(job.id, "cancel")
+
+    assert served == [0, 1, 0]
 
 
 def test_told_to_stop_in_an_outage_a_worker_waits_no_more_and_leaves_its_stage_in_the_queue() -> (

@@ -209,7 +209,7 @@ def test_after_its_turn_a_curve_lets_another_job_in_before_its_next_point(
         hand.submit(small(pattern=None, patterns=["0.3", "0.5"], preset="score")), StageKind.POINT
     )
     other = hand.submit(small())
-    Conductor(hand.store, hand.inputs, Event(), Turns(seconds=1e-9)).run(hand.take(job, 0))
+    hand.work(job, turn_s=1e-9, most=1)
     known = [stage for each in (job, other) for stage in hand.store.get(each.id).stages]
     mine = [stage.id for stage in known if stage.state is StageState.WAITING]
     with hand.store.database.transaction() as connection:

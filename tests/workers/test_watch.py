@@ -112,25 +112,17 @@ def test_turns(clock: Any) -> None:
     assert not store.waiting
 
 
-def test_jobs_of_a_key_have_one_turn_together(clock: Any) -> None:
+def test_stages_of_a_job_have_one_turn_together(clock: Any) -> None:
     turns = Turns(seconds=60)
-    mine, yours = (SimpleNamespace(owner_id=uuid.uuid4(), id=uuid.uuid4()) for _ in range(2))
+    mine, other = (SimpleNamespace(id=uuid.uuid4()) for _ in range(2))
     turns.begin(mine)
     clock.now = 150.0
-    turns.begin(SimpleNamespace(owner_id=mine.owner_id, id=uuid.uuid4()))
+    turns.begin(mine)
     before, clock.now = turns.is_over, 160.0
     over = turns.is_over
-    turns.begin(yours)
+    turns.begin(other)
 
     assert (before, over, turns.is_over) == (False, True, False)
-
-
-def test_without_keys_each_job_has_a_turn(clock: Any) -> None:
-    turns = Turns(seconds=60)
-    for clock.now in (100.0, 150.0, 200.0):
-        turns.begin(SimpleNamespace(owner_id=None, id=uuid.uuid4()))
-
-    assert not turns.is_over
 
 
 def test_with_0_seconds_a_search_never_asks(clock: Any) -> None:
