@@ -110,6 +110,10 @@ class Point(_Answer):
     perplexity: float | None = Field(None, description="Perplexity of what was found, confirmed.")
     rise: float | None = Field(None, description="Its rise over dense, as a share of that.")
     rise_error: float | None = Field(None, description="Standard error of that rise.")
+    errors: dict[str, float] = Field(
+        default_factory=dict,
+        description="Standard errors of the logarithms of ratios, as those of `perplexities`.",
+    )
     dense: float | None = Field(None, description="Perplexity of the dense model.")
     wanda: float | None = None
     ria: float | None = None

@@ -68,7 +68,8 @@ def _point(job: stored.JobRecord, stage: stored.Stage) -> Point:
 
 
 _MEASURED = (
-    "perplexity", "rise", "rise_error", "dense", "wanda", "ria", "proxy", "trials", "seconds",
+    "perplexity", "rise", "rise_error", "errors", "dense", "wanda", "ria", "proxy", "trials",
+    "seconds",
 )  # fmt: skip
 
 
@@ -84,7 +85,7 @@ def measured(job: Job) -> list[Point]:
     spec, good = job.spec.get("configuration", job.spec), best.perplexities
     pattern = Pattern.parse(str(spec["pattern"]), spec.get("scope"))
     known = {} if good is None else {
-        **good.model_dump(include={"dense", "wanda", "ria"}),
+        **good.model_dump(include={"dense", "wanda", "ria"}), "errors": good.errors,
         "rise": good.rise, "rise_error": good.error("dense"),
     }  # fmt: skip
     trials = job.progress.of(StageKind.SEARCH).done

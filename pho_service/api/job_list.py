@@ -39,6 +39,7 @@ from pho_service.errors import OutputError
 from pho_service.shown.charts import best_so_far
 from pho_service.shown.page import sections
 from pho_service.shown.parts import Section
+from pho_service.shown.tables import rise_of
 from pho_service.spec.curve import Target
 from pho_service.spec.document import number, percent
 from pho_service.spec.objective import is_maximised
@@ -255,7 +256,9 @@ def _row(job: stored.JobRecord, line: str, now: datetime) -> JobRow:
         preset="transfer" if is_transfer(job) else str(spec.get("preset", "score")),
         perplexity=_range([each.perplexity for each in found], number),
         dense=number(found[0].dense) if found else "",
-        rise=_range([each.rise for each in found], partial(percent, signed=True)),
+        rise=rise_of(found[0])
+        if len(found) == 1
+        else _range([each.rise for each in found], partial(percent, signed=True)),
         gain=_range(
             [each.ria and 1 - (each.perplexity or 0) / each.ria for each in found], percent
         ),

@@ -36,8 +36,8 @@ from pho_service.cli.terminal import (
 )
 from pho_service.errors import InvalidInput
 from pho_service.host.data_sets import USUAL_TEXTS
-from pho_service.spec.configuration import NEW_TOKENS
-from pho_service.spec.document import SEEDS, check_choice, number
+from pho_service.spec.configuration import NEW_TOKENS, beside_in_words
+from pho_service.spec.document import SEEDS, check_choice, with_error
 from pho_service.spec.objective import SearchOptions, options_of
 from pho_service.spec.pattern import Linears, Pattern
 from pho_service.spec.tasks import TaskScore, task_names
@@ -82,12 +82,14 @@ TASK_FIELDS = ("tasks", "tasks_dir", "tasks_limit")
     "--split", help="Split of the data set.  [default: test, or the only one that there is]"
 )
 @click.option("--max-windows", type=int, help="Rate only the first N windows.")
+@click.option("--beside", metavar="MODEL", help="Another model that the perplexity stands beside.")
 @device_options
 @json_option
 @verb
 def evaluate(
     model: str,
     given: Given,
+    beside: str | None,
     split: str | None,
     max_windows: int | None,
     inputs: Terminal,
@@ -101,9 +103,13 @@ def evaluate(
     dropped. tokens counts the predicted ones, all but the first of a window.
     With --tasks, a perplexity is measured only if a text is given, too.
 
+    ± is the standard error as of other texts of the same kind. --beside tells
+    how far MODEL is from another model on this text, which is far surer.
+
     \b
     Example:
       pho evaluate pruned --text report.txt --context-length 512
+      pho evaluate pruned --beside dense --text report.txt
       pho evaluate pruned --dataset wikitext2
       pho evaluate pruned --tasks boolq,arc_easy --limit 200
     """
@@ -111,22 +117,31 @@ def evaluate(
     loaded_tasks, limit = load_asked_tasks(given), given("tasks_limit")
     how = given.calibration()
     check_models([model], given("revision"))
+    check_models([] if beside is None else [beside])
     measured = loaded_tasks is None or any(field in given.said for field in _TEXT)
+    if beside is not None and not measured:
+        raise InvalidInput("--beside compares perplexities, and no text is given. Add --text.")
     source = text_source(_measured_on(given, split), measured=True) if measured else None
     loaded = inputs.model(model)
     document: dict[str, Any] = {"model": loaded.to_dict(), "device": str(loaded.device)}
     if source is not None:
-        from pho_service.pipeline.rating import evaluated
+        from pho_service.pipeline import rating
 
         text = inputs.report(loaded, source, how, max_windows)
         bos = bool(loaded.window_prefix(how.bos))
-        document = {**evaluated(loaded, text, progress), "bos": bos, **document}
+        found = rating.perplexity_on(text, loaded, progress)
+        document = {**rating.evaluated(text, found), "bos": bos, **document}
     scores: Sequence[TaskScore] = ()
     if loaded_tasks is not None:
         from pho_service.pipeline.tasks import measure_tasks, tasks_document
 
         scores = measure_tasks(loaded, loaded_tasks, bos=how.bos, limit=limit, progress=progress)
         document |= tasks_document(loaded, scores, bos=how.bos, limit=limit)
+    if source is not None and beside is not None:
+        del loaded  # which the other one may need the memory of
+        other = replace(inputs, revision=None).model(beside)
+        its = inputs.report(other, source, how, max_windows)
+        document["beside"] = rating.beside(found, text, other, its, progress)
     if as_json:
         print_json(document)
         return
@@ -243,12 +258,14 @@ def load_asked_tasks(given: Given) -> "LoadedTasks | None":
 
 def _show_perplexity(document: dict[str, Any]) -> None:
     click.echo(
-        f"perplexity {number(document['perplexity'])}\n"
+        f"perplexity {with_error(document['perplexity'], document['error'])}\n"
         f"tokens     {document['tokens']} in {document['windows']} windows of "
         f"{document['context_length']}, {'with' if document['bos'] else 'without'} BOS\n"
         f"text       {document['text']}\n"
         f"sha256     {document['text_sha256']}"
     )
+    if beside := document.get("beside"):
+        click.echo(f"beside     {beside_in_words(document['perplexity'], beside)}")
 
 
 def _show_scores(document: dict[str, Any], scores: "Sequence[TaskScore]") -> None:

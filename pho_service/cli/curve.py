@@ -247,7 +247,8 @@ def show_target(found: "TargetFound") -> None:
     answer, limit = found.answer, found.target.limit(found.answer.dense)
     show_points(found.points)
     told = "" if found.outside is None else (
-        f"; {found.outside.pattern} is outside, with {number(found.outside.perplexity)}"
+        f"; {found.outside.pattern} is outside, with {number(found.outside.perplexity)} "
+        f"({rise_of(found.outside)})"
     )  # fmt: skip
     tell(
         f"target       at most {number(limit)}, {found.target}\n"

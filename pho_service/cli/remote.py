@@ -115,7 +115,7 @@ def good(job: "Job") -> list[str]:
         return ["", number(found), "", "", ""]
     good = job.best.perplexities
     dense, pruned, wanda, ria = map(number, (good.dense, good.pruned, good.wanda, good.ria))
-    return [dense, pruned, percent(good.rise, signed=True), wanda, ria]
+    return [dense, pruned, percent(good.rise, signed=True, error=good.error("dense")), wanda, ria]
 
 
 def done(job: "Job") -> str:

@@ -26,9 +26,9 @@ from pho_service.interface.inputs import (
     settings_of,
 )
 from pho_service.interface.search import LinearArguments, MethodArguments, arguments, calibrate
-from pho_service.models.loading import LanguageModel
 from pho_service.models.tasks import LoadedTasks, load_tasks
 from pho_service.pipeline import bench as pipeline
+from pho_service.pipeline import rating
 from pho_service.pipeline.compare import (
     Compared,
     ComparisonRequest,
@@ -38,14 +38,14 @@ from pho_service.pipeline.compare import (
     compare_over_seeds,
 )
 from pho_service.pipeline.inputs import Calibrated
-from pho_service.pipeline.rating import evaluated
 from pho_service.pipeline.tasks import also_tasks, measure_tasks
-from pho_service.progress import Progress, bars
+from pho_service.progress import bars
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.shown.parts import Shown, Table
 from pho_service.shown.tables import scores_table
 from pho_service.spec.calibration import Bos, CalibrationSettings
-from pho_service.spec.document import number
+from pho_service.spec.configuration import beside_in_words
+from pho_service.spec.document import with_error
 from pho_service.spec.fields import ConfirmSpec
 from pho_service.spec.objective import SearchOptions, options_of
 from pho_service.spec.pattern import Linears, Pattern
@@ -67,6 +67,7 @@ class Evaluation(Shown):
     Attributes:
         perplexity: exp of the mean loss over predicted tokens; like all that is of the text,
             None if tasks alone were measured.
+        error: Standard error of the perplexity, as of other texts of this kind.
         tokens: Predicted tokens: every window predicts all but its first.
         windows: How many were measured.
         context_length: Tokens of a window.
@@ -76,9 +77,13 @@ class Evaluation(Shown):
         model: Name, family, number of parameters, revision, hash of the weights, dtype.
         device: Where it was measured.
         tasks: A score for each task and metric.
+        beside: The model that this one stands beside, its ``perplexity`` and ``error`` on the same
+            windows, and ``rise``, the share by which this one's perplexity is above it, with
+            ``rise_error``, its standard error, of paired differences.
     """
 
     perplexity: float | None
+    error: float | None
     tokens: int | None
     windows: int | None
     context_length: int | None
@@ -88,14 +93,16 @@ class Evaluation(Shown):
     model: dict[str, Any]
     device: str
     tasks: Sequence[TaskScore] = ()
+    beside: dict[str, Any] | None = None
 
     def _shown(self) -> Table:
         where = f"{self.model['name']}, {self.model['dtype']} on {self.device}"
         if self.tasks:
             return self._scores(where)
         return Table(
-            ("perplexity", number(self.perplexity)),
+            ("perplexity", with_error(self.perplexity, self.error)),
             [
+                *([] if self.beside is None else [("beside", self._beside)]),
                 ("tokens", f"{self.tokens} in {self.windows} windows of {self.context_length}"),
                 ("BOS", "with" if self.bos else "without"),
                 ("text", f"{self.text}, sha256 {(self.text_sha256 or '')[:12]}"),
@@ -108,9 +115,20 @@ class Evaluation(Shown):
         table = scores_table(self.tasks)
         return replace(
             table,
-            title="" if self.perplexity is None else f"perplexity {number(self.perplexity)}",
+            title="" if self.perplexity is None else self._perplexity,
             notes=(*table.notes, where),
         )
+
+    @property
+    def _perplexity(self) -> str:
+        beside = f", {self._beside}" if self.beside else ""
+        return f"perplexity {with_error(self.perplexity, self.error)}{beside}"
+
+    @property
+    def _beside(self) -> str:
+        assert self.perplexity is not None
+        assert self.beside is not None
+        return beside_in_words(self.perplexity, self.beside)
 
 
 def evaluate(
@@ -124,6 +142,7 @@ def evaluate(
     context_length: int | None = None,
     max_windows: int | None = None,
     bos: Bos = _DEFAULT.bos,
+    beside: Model | None = None,
     progress: bool | None = None,
 ) -> Evaluation:
     """
@@ -141,24 +160,37 @@ def evaluate(
             windows that are given.
         max_windows: Only the first so many; None takes all.
         bos: Whether windows and questions start with BOS: ``auto``, ``always``, ``never``.
+        beside: Another model, or its name, whose perplexity is measured on the same windows: such
+            as the dense one beside the pruned one. A name has its own tokenizer.
         progress: Show bars on stderr; None shows them in terminals and notebooks.
 
     Raises:
         InvalidInput, ModelError, TextError: As of ``pho.calibrate``; there is neither a text nor a
-            task, or a task is not known or cannot be read.
+            task, or a task is not known or cannot be read; ``beside`` has no text, or another
+            tokenizer.
         ModuleNotFoundError: The extra ``eval`` is not installed.
         NumericalError: A loss is NaN or infinite.
     """
     if texts is None and not tasks:
         raise InvalidInput("there is nothing to measure. Give texts, tasks, or both.")
+    if texts is None and beside is not None:
+        raise InvalidInput("beside compares perplexities, and no text is given. Give texts.")
     loaded_tasks = _tasks(tasks, tasks_dir)
     loaded = opened(model, tokenizer)
     measured: dict[str, Any] = dict.fromkeys(
-        ("perplexity", "tokens", "windows", "context_length", "text", "text_sha256")
+        ("perplexity", "error", "tokens", "windows", "context_length", "text", "text_sha256")
     )
     given = isinstance(texts, Tensor)
     if texts is not None:
-        measured = _perplexity(loaded, texts, context_length, bos, max_windows, bars(progress))
+        length = length_of(loaded, texts, context_length)
+        how = replace(_DEFAULT, context_length=length, bos=bos)
+        text = measured_text(loaded, texts, how, max_windows)
+        found = rating.perplexity_on(text, loaded, bars(progress))
+        measured = rating.evaluated(text, found)
+        if beside is not None:
+            other = opened(beside, None if isinstance(beside, (str, Path)) else tokenizer)
+            its = measured_text(other, texts, how, max_windows)
+            measured["beside"] = rating.beside(found, text, other, its, bars(progress))
     scores: Sequence[TaskScore] = ()
     if loaded_tasks is not None:
         scores = measure_tasks(loaded, loaded_tasks, bos=bos, limit=limit, progress=bars(progress))
@@ -176,20 +208,6 @@ def _tasks(tasks: str | Sequence[str], folder: str | Path | None) -> LoadedTasks
     if not tasks:
         return None
     return load_tasks(task_names(tasks), Path(folder).expanduser() if folder else None)
-
-
-def _perplexity(
-    loaded: LanguageModel,
-    texts: "Texts",
-    context_length: int | None,
-    bos: Bos,
-    max_windows: int | None,
-    progress: Progress,
-) -> dict[str, Any]:
-    length = length_of(loaded, texts, context_length)
-    how = replace(_DEFAULT, context_length=length, bos=bos)
-    text = measured_text(loaded, texts, how, max_windows)
-    return evaluated(loaded, text, progress)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -35,8 +35,8 @@ from pho_service.spec.baselines import (
     shown_baselines,
     step_by_step,
 )
-from pho_service.spec.configuration import Configuration, in_words
-from pho_service.spec.document import number, percent, seconds
+from pho_service.spec.configuration import Configuration, compared, in_words
+from pho_service.spec.document import number, percent, seconds, with_error
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Linears, Pattern
 from pho_service.spec.steps import Candidate
@@ -61,6 +61,9 @@ class ComparisonRow:
     # Standard error of its rise over dense, as a share of that, by the windows of the text; None
     # for dense, and for the mean of several calibrations, which has the deviation instead.
     error: float | None = None
+    # Standard error of the logarithm of its perplexity over that of the best row; None for this
+    # one, for dense, and for the mean of several calibrations.
+    behind: float | None = None
     calibrations: int = 1  # How many the row is the mean of
     # What else was measured of the pruned model, by name.
     extra: Mapping[str, float] = field(default_factory=dict)
@@ -138,7 +141,7 @@ def compare_candidates(
             dense, losses = _dense_row(model, report, also, advance)
         else:  # of another calibration
             losses = ()
-        rows = [dense]
+        rows, rated = [dense], [losses]
         for name, candidate in candidates:
             started = time.perf_counter()
             with peak_memory(*model.devices) as peak:
@@ -146,6 +149,7 @@ def compare_candidates(
                     model, statistics, candidate, report, calibration, also, advance
                 )
             seconds = time.perf_counter() - started
+            rated.append(rating.losses)
             rows.append(
                 ComparisonRow(
                     method=name,
@@ -159,7 +163,14 @@ def compare_candidates(
                     extra=extra,
                 )
             )
-    return rows
+    if len(rows) < 3:
+        return rows
+    best = min(range(1, len(rows)), key=lambda number: rows[number].perplexity)
+    tokens = len(report.windows) * (report.windows.shape[1] - 1)
+    return [
+        row if number in (0, best) else replace(row, behind=paired_error(its, rated[best], tokens))
+        for number, (row, its) in enumerate(zip(rows, rated, strict=True))
+    ]
 
 
 def _dense_row(
@@ -342,16 +353,17 @@ class Compared:
         """All rows, with the conditions of the numbers."""
         return Table(
             (
-                "method", "scope", "perplexity", "against dense", *self.extra, "sparsity", "proxy",
-                "seconds", "peak memory",
+                "method", "scope", "perplexity", "against dense", "against the best", *self.extra,
+                "sparsity", "proxy", "seconds", "peak memory",
             ),
             [
                 [
                     row.method,
                     row.scope,
-                    _with_error(row.perplexity, row.deviation),
+                    with_error(row.perplexity, row.deviation),
                     self._rise(row),
-                    *(_with_error(row.extra.get(n), row.extra.get(n + STDERR)) for n in self.extra),
+                    self._behind(row),
+                    *(with_error(row.extra.get(n), row.extra.get(n + STDERR)) for n in self.extra),
                     f"{row.sparsity:.4%}",
                     number(row.proxy),
                     seconds(row.seconds),
@@ -361,7 +373,7 @@ class Compared:
             ],
             title=self.title,
             notes=(self.caption,),
-        )  # fmt: skip
+        ).without_empty()  # fmt: skip
 
     def _rise(self, row: ComparisonRow) -> str:
         dense = self.rows[0].perplexity
@@ -369,13 +381,19 @@ class Compared:
             return ""
         return percent(row.perplexity / dense - 1, signed=True, error=row.error)
 
+    def _behind(self, row: ComparisonRow) -> str:
+        if row.behind is None:
+            return ""
+        best = min(each.perplexity for each in self.rows if each.method != "dense")
+        return compared(row.perplexity, best, row.behind)
+
     @property
     def caption(self) -> str:
         of_all = (
             f"; mean ± standard deviation over calibrations with the seeds "
             f"{', '.join(map(str, self.seeds))}"
             if len(self.seeds) > 1
-            else "; ± is a standard error, of paired differences from dense"
+            else "; ± is a standard error, of paired differences"
             if any(row.error is not None for row in self.rows)
             else ""
         )
@@ -385,10 +403,6 @@ class Compared:
             f"{self.model['dtype']} on {self.device}{of_all}"
             + "".join(f". {note.removesuffix('.')}" for note in self.notes)
         )
-
-
-def _with_error(value: float | None, error: float | None) -> str:
-    return number(value) + ("" if error is None else f" ± {number(error)}")
 
 
 def compare_over_seeds(
@@ -535,6 +549,7 @@ def _mean(rows: Sequence[ComparisonRow]) -> ComparisonRow:
         perplexity=fmean(row.perplexity for row in rows),
         deviation=None if rows[0].method == "dense" else stdev(row.perplexity for row in rows),
         error=None,
+        behind=None,
         sparsity=fmean(row.sparsity for row in rows),
         proxy=fmean(proxies) if len(proxies) == len(rows) else None,
         seconds=fmean(row.seconds for row in rows),

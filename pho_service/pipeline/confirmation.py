@@ -27,7 +27,7 @@ from pho_service.progress import Advance, Run
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.perplexity import Perplexity
 from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.spec.configuration import ProxyQuality
+from pho_service.spec.configuration import Confirmation, ProxyQuality
 from pho_service.spec.document import number
 from pho_service.spec.objective import IN_FULL, WEIGHTINGS, Objective
 from pho_service.spec.pattern import Linears, Pattern
@@ -38,6 +38,7 @@ from pho_service.tuning.finalists import (
     Losses,
     confirmed_before,
     finalists,
+    paired_error,
     race_looks,
     race_order,
     still_racing,
@@ -273,9 +274,19 @@ def reconstruct_winner(
             f"it {number(before)}. A lower learning rate or more samples may change that."
         )
         return replace(result, warnings=[*result.warnings, warning])
-    told = confirmation.model_copy(update={"perplexity": after, "before_reconstruction": before})
+    told = with_error_of(
+        confirmation.model_copy(update={"perplexity": after, "before_reconstruction": before}),
+        "before_reconstruction",
+        paired_error(measured.losses, result.losses, confirmation.tokens),
+    )
     configuration = rebuilt.model_copy(update={"confirmation": told})
     return replace(result, configuration=configuration, losses=measured.losses)
+
+
+def with_error_of(told: Confirmation, name: str, error: float | None) -> Confirmation:
+    """With the standard error of how far its perplexity is from another one that it tells."""
+    known = {} if error is None else {name: error}
+    return told.model_copy(update={"errors": {**told.errors, **known}})
 
 
 def measured_once(
@@ -337,16 +348,20 @@ def priced(
     if not given_up:
         return result
     free = replace(configuration.candidate(), steps=replace(steps, deployable=False))
-    perplexity = measured_once(
+    measured = measured_once(
         study, subject, free, run, kept="any_order", title="Pruning in any order"
-    ).perplexity
+    )
+    told = with_error_of(
+        confirmation.model_copy(update={"any_order": measured.perplexity}),
+        "any_order",
+        paired_error(result.losses, measured.losses, confirmation.tokens),
+    )
     sentence = (
         f"Deployable: {given_up} of {len(chosen.names)} linears keep the model's own order of "
         "channels, since no other one can be folded into their weights. The perplexity is "
-        f"{number(confirmation.perplexity)}; permuted as well, which a runtime would have to do, "
-        f"it would be {number(perplexity)}."
+        f"{number(told.perplexity)}; permuted as well, which a runtime would have to do, it would "
+        f"be {told.beside('any_order')}."
     )
-    told = confirmation.model_copy(update={"any_order": perplexity})
     return replace(
         result,
         configuration=configuration.model_copy(update={"confirmation": told}),

@@ -5,7 +5,7 @@ Several sparsities of one model, and the highest that is still good enough.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ class CurvePoint:
     perplexity: float  # Perplexity of the best that was found, as it was confirmed
     rise: float  # Rise of the perplexity over the dense model's, as a share of that
     rise_error: float | None = None  # Standard error of the rise, of paired differences
+    errors: Mapping[str, float] = field(default_factory=dict)  # As of ``Perplexities``
     # Perplexity of the dense model, on the same windows. wanda, ria: Perplexities of these methods
     # on the same windows; None where one gives NaN.
     dense: float
@@ -115,6 +116,7 @@ class CurvePoints:
                     model=subject.model,
                     confirm_text=subject.text,
                     calibration=subject.calibration,
+                    blocks=subject.blocks,
                     search=self._search,
                     run=_titled(self._run, title),
                 )
@@ -131,6 +133,7 @@ class CurvePoints:
             perplexity=found.perplexities.pruned,
             rise=found.perplexities.rise,
             rise_error=found.perplexities.error("dense"),
+            errors=found.perplexities.errors,
             dense=found.perplexities.dense,
             wanda=found.perplexities.wanda,
             ria=found.perplexities.ria,
@@ -295,6 +298,14 @@ class TargetFound:
     def warnings(self) -> list[str]:
         """Plain sentences that a user must read."""
         told = [ASSUMED]
+        for each in (self.answer, self.outside):
+            if each is None or each.rise_error is None:
+                continue
+            if abs(each.rise - self.target.perplexity_rise) < 2 * each.rise_error:
+                told.append(
+                    f"The perplexity at {each.pattern} is not told apart from the target, "
+                    f"{self.target}: more windows to confirm on make it surer."
+                )
         if self.outside is None:
             told.append(
                 f"{self.answer.pattern} is the highest sparsity that was tried, and it is within "
@@ -314,7 +325,7 @@ class TargetFound:
 def next_sparsity(target: Target, points: Sequence[CurvePoint]) -> float | None:
     """The sparsity that the bisection asks for next; None if the points say the answer."""
     sparsities = target.sparsities
-    inside = {sparsities.index(each.sparsity): _is_inside(target, each) for each in points}
+    inside = {sparsities.index(each.sparsity): is_inside(target, each) for each in points}
     number = next_asked(len(sparsities), inside)
     return None if number is None else sparsities[number]
 
@@ -322,7 +333,7 @@ def next_sparsity(target: Target, points: Sequence[CurvePoint]) -> float | None:
 def target_found(target: Target, points: Sequence[CurvePoint]) -> TargetFound:
     """The answer that the points say, after the last one that :func:`next_sparsity` asks for."""
     ordered = sorted(points, key=lambda each: each.sparsity)
-    inside = [each for each in ordered if _is_inside(target, each)]
+    inside = [each for each in ordered if is_inside(target, each)]
     if not inside:
         raise TargetMissed(_missed(target, ordered))
     sparser = (each for each in ordered if each.sparsity > inside[-1].sparsity)
@@ -344,7 +355,7 @@ def next_asked(count: int, inside: Mapping[int, bool]) -> int | None:
     return None
 
 
-def _is_inside(target: Target, point: CurvePoint) -> bool:
+def is_inside(target: Target, point: CurvePoint) -> bool:
     return point.perplexity <= target.limit(point.dense)
 
 

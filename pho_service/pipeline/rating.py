@@ -37,7 +37,7 @@ from pho_service.pruning.perplexity import (
 from pho_service.pruning.statistics import Statistics
 from pho_service.spec.results import Measured
 from pho_service.spec.steps import Candidate
-from pho_service.tuning.finalists import Losses
+from pho_service.tuning.finalists import Losses, paired_error
 from pho_service.tuning.plan import Evaluate, Outcome
 
 COMPARED_TOKENS = 512  # of the text that finalists are compared with the dense model on
@@ -84,17 +84,48 @@ class RecoveryText:
     measured: ReportText | None = None  # What perplexities are measured on, before and after
 
 
-def evaluated(model: LanguageModel, text: ReportText, progress: Progress) -> dict[str, Any]:
-    """The perplexity of a model on a text, with all of the text that it depends on."""
+def perplexity_on(text: ReportText, model: LanguageModel, progress: Progress) -> Perplexity:
     with progress("Measuring perplexity", len(text.windows)) as advance:
-        result = measure_perplexity(model, text.windows, advance=advance)
+        return measure_perplexity(model, text.windows, advance=advance)
+
+
+def evaluated(text: ReportText, result: Perplexity) -> dict[str, Any]:
+    """The perplexity of a model on a text, with all of the text that it depends on."""
     return {
         "perplexity": result.perplexity,
+        "error": result.error,
         "tokens": result.tokens,
         "windows": result.windows,
         "context_length": text.windows.shape[1],
         "text": text.record.source,
         "text_sha256": text.record.sha256,
+    }
+
+
+def beside(
+    mine: Perplexity, text: ReportText, other: LanguageModel, its: ReportText, progress: Progress
+) -> dict[str, Any]:
+    """
+    What another model gives on the same windows, and how far the first one is above it.
+
+    Raises:
+        InvalidInput: The other model cuts the text into other tokens.
+    """
+    if its.key != text.key:
+        raise InvalidInput(
+            f"{other.name} cuts {its.record.source} into other tokens than the model that it "
+            "stands beside, so that their perplexities do not compare. Give a model with the same "
+            "tokenizer."
+        )
+    found = perplexity_on(text, other, progress)
+    error = paired_error(mine.losses, found.losses, mine.tokens)
+    ratio = mine.perplexity / found.perplexity
+    return {
+        "model": other.to_dict(),
+        "perplexity": found.perplexity,
+        "error": found.error,
+        "rise": ratio - 1,
+        "rise_error": None if error is None else error * ratio,
     }
 
 

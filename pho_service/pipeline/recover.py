@@ -35,14 +35,13 @@ from pho_service.host.machine import (
     versions,
 )
 from pho_service.models.architecture import decoder_blocks
-from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel, load_model, sha256_each
 from pho_service.models.mask_file import MASKS, LayerMask, PackedMask, read_masks
 from pho_service.models.packed import as_folder
 from pho_service.models.saving import RECIPE, read_recipe, recipe_document
 from pho_service.models.texts import apart, record_to_dict, sample_windows
 from pho_service.pipeline.prune import PrunedFolder
-from pho_service.pipeline.rating import RecoveryText, ReportText
+from pho_service.pipeline.rating import RecoveryText, perplexity_on
 from pho_service.progress import Advance, Progress, silent
 from pho_service.pruning.masks import model_sparsity
 from pho_service.pruning.perplexity import (
@@ -208,7 +207,7 @@ def recover_model(
     if model.device.type == "cpu":
         model.model.float()
     measured = (
-        {} if text.measured is None else {"pruned": _perplexity(model, text.measured, progress)}
+        {} if text.measured is None else {"pruned": perplexity_on(text.measured, model, progress)}
     )
     blocks = [block for _, block in decoder_blocks(model.model)]
     linears = {name: model.linears[name] for name in pruned.masks}
@@ -233,7 +232,7 @@ def recover_model(
             place.restore_initial(trained)
     model.model.to(model.stored_dtype)  # type: ignore[arg-type]  # as in loading.py
     if text.measured is not None:
-        measured |= {"recovered": _perplexity(model, text.measured, progress)}
+        measured |= {"recovered": perplexity_on(text.measured, model, progress)}
         measured |= {} if asked.perplexity is None else {"dense": asked.perplexity}
     return Recovered(
         train=settings.train,
@@ -284,11 +283,6 @@ def check_trainable(pruned: PrunedModel, settings: Recovery) -> None:
         raise InvalidInput(
             f"{model.name} has neither norms with weights nor biases. Train kept or lora."
         )
-
-
-def _perplexity(model: LanguageModel, text: ReportText, progress: Progress) -> Perplexity:
-    with progress("Measuring perplexity", len(text.windows)) as advance:
-        return measure_perplexity(model, text.windows, advance=advance)
 
 
 def _errors(measured: Mapping[str, Perplexity]) -> dict[str, float]:
@@ -344,7 +338,9 @@ def _ask(
         steps=steps,
         teacher=teacher.to_dict(),
         text=record_to_dict(record),
-        perplexity=None if text.measured is None else _perplexity(teacher, text.measured, progress),
+        perplexity=None
+        if text.measured is None
+        else perplexity_on(text.measured, teacher, progress),
     )
 
 

@@ -211,10 +211,10 @@ def with_perplexities(
     values = {name: value for name, value in measured.items() if not isinstance(value, str)}
     if confirmation is None:
         return result
-    errors = {
-        name: paired_error(result.losses, losses.get(name, ()), confirmation.tokens)
-        for name in values
-    }
+    pairs = {name: (result.losses, losses.get(name, ())) for name in values}
+    for one, other in (("wanda", "dense"), ("ria", "dense"), ("wanda", "ria")):
+        pairs[f"{one}/{other}"] = losses.get(one, ()), losses.get(other, ())
+    errors = {name: paired_error(*pair, confirmation.tokens) for name, pair in pairs.items()}
     known = {name: error for name, error in errors.items() if error is not None}
     found = Perplexities.of(confirmation.perplexity, values, known)
     if not found:
@@ -241,6 +241,7 @@ def search_job(
     calibration: Tensor | None = None,
     callbacks: Sequence[Callback] = (),
     search: "IslandSearch | None" = None,
+    blocks: "Callable[[Candidate], KeptBlocks | None]" = lambda _: None,
     run: Run = Run(),
 ) -> SearchResult:
     """
@@ -279,6 +280,7 @@ def search_job(
             text=lambda: confirm_text,
             calibration=lambda: calibration,
             study=lambda _: record,
+            blocks=blocks,
         ),
         Journal(run),
         search or at_once,

@@ -44,6 +44,24 @@ class Perplexity:
     windows: int
     losses: tuple[float, ...] = ()
 
+    @property
+    def error(self) -> float | None:
+        """
+        Standard error of the perplexity, as of texts of this kind of which these losses are a
+        sample. None of fewer than two losses. A difference of two models on the same text is far
+        surer than either: see :func:`pho_service.tuning.finalists.paired_error`.
+        """
+        count = len(self.losses)
+        if count < 2:
+            return None
+        predicted = self.tokens // self.windows
+        sizes = [predicted] * count
+        if count != self.windows:  # runs, of which the last one of a window may be shorter
+            sizes = [min(BLOCK, predicted - at) for at in range(0, predicted, BLOCK)] * self.windows
+        mean = sum(self.losses) / self.tokens
+        squares = ((x - mean * n) ** 2 for x, n in zip(self.losses, sizes, strict=True))
+        return self.perplexity * math.sqrt(sum(squares) * count / (count - 1)) / self.tokens
+
 
 def cut_windows(tokens: Tensor, context_length: int, prefix: list[int]) -> Tensor:
     """

@@ -257,9 +257,10 @@ def _how_good(report: Report) -> list[str]:
         texts = [f"{good.sentence}."]
     texts.append(f"Pattern {words.pattern_in_words(found.pattern)}, scope {found.scope}.")
     if how is not None:
-        before = how.before_reconstruction
         rebuilt = (
-            "" if before is None else f" Before its blocks were reconstructed: {number(before)}."
+            ""
+            if how.before_reconstruction is None
+            else f" Before its blocks were reconstructed: {how.beside('before_reconstruction')}."
         )
         texts.append(
             f"Confirmed by perplexity, {number(how.perplexity)} on {tables.text_of(how)}.{rebuilt}"

@@ -16,6 +16,7 @@ from pho_service.spec.configuration import (
     Continuation,
     Perplexities,
     Rating,
+    compared,
 )
 from pho_service.spec.document import listed, number, percent, seconds
 from pho_service.spec.recovery import Recovered
@@ -55,8 +56,8 @@ def configuration_rows(found: Configuration) -> list[tuple[str, str]]:
     if how is not None:
         rows.append(("perplexity", f"{number(how.perplexity)} on {text_of(how)}"))
         if how.before_reconstruction is not None:
-            before = number(how.before_reconstruction)
-            rows.append(("", f"{before} before the reconstruction of its blocks"))
+            before = how.beside("before_reconstruction")
+            rows.append(("", f"before the reconstruction of its blocks {before}"))
         if found.beside_the_next:
             rows.append(("", found.beside_the_next))
         if how.divergence_tokens is not None:
@@ -84,15 +85,13 @@ def verdict_table(good: Perplexities) -> Table:
         ("dense", good.dense), ("pruned", good.pruned), ("Wanda", good.wanda), ("RIA", good.ria),
     ):  # fmt: skip
         gain = rise = None
-        errors: tuple[float | None, float | None] = (None, None)
         if name != "dense" and perplexity is not None:
             rise = perplexity / good.dense - 1
             gain = None if name == "RIA" else gain_over("perplexity", good.ria, perplexity)
-        if name == "pruned":
-            errors = (good.error("dense"), good.error("ria"))
-        share = None if gain is None else gain.share
-        against = percent(rise, signed=True, error=errors[0])
-        rows.append((name, number(perplexity) or "none", against, percent(share, error=errors[1])))
+        share, of = None if gain is None else gain.share, name.lower()
+        against = percent(rise, signed=True, error=good.error("dense", of))
+        saved = percent(share, error=good.error("ria", of))
+        rows.append((name, number(perplexity) or "none", against, saved))
     return Table(
         ("model", "perplexity", "against dense", "below RIA"),
         rows,
@@ -208,12 +207,6 @@ def _behind(finalists: Sequence[Rating]) -> dict[int, str]:
     return {trial: compared(mine, known[0][1], error) for trial, mine, error in known[1:]}
 
 
-def compared(mine: float, other: float, error: float | None) -> str:
-    """The share by which a perplexity is above another one; the error is that of its logarithm."""
-    share = None if error is None else error * mine / other
-    return percent(mine / other - 1, signed=True, error=share)
-
-
 def result_in_words(point: Mapping[str, Any]) -> str:
     """What a result is: found by the search, or a baseline that no candidate was better than."""
     # With the search's steps it is not the published method that stands beside it.
@@ -229,6 +222,14 @@ def result_in_words(point: Mapping[str, Any]) -> str:
 def rise_of(point: Any) -> str:
     """The rise of a point over the dense model, with its standard error: ``+5.1 ± 0.4%``."""
     return percent(point.rise, signed=True, error=point.rise_error)
+
+
+def _beside(point: Mapping[str, Any], method: str) -> str:
+    """The perplexity of a published method, and how far the point's result is from it."""
+    mine, other = point["perplexity"], point[method]
+    if not mine or not other:
+        return number(other)
+    return f"{number(other)} ({compared(mine, other, (point.get('errors') or {}).get(method))})"
 
 
 def points_table(
@@ -248,8 +249,8 @@ def points_table(
                 each["pattern"],
                 number(each["perplexity"]),
                 percent(each["rise"], signed=True, error=each.get("rise_error")),
-                number(each["wanda"]),
-                number(each["ria"]),
+                _beside(each, "wanda"),
+                _beside(each, "ria"),
                 result_in_words({**each, "method": found.get("method")}),
                 found["scope"],
                 each.get("state"),
@@ -264,7 +265,8 @@ def points_table(
         + (f"; the dense model has {number(dense)}" if dense else ""),
         notes=(
             f"{on}Seconds are of search, confirmation, Wanda and RIA, without the calibration."
-            " What was found was chosen on the text that it is measured on."
+            " What was found was chosen on the text that it is measured on. In brackets: the "
+            "result against Wanda and RIA."
             + (_ERROR if any(each.get("rise_error") for each in points) else ""),
         ),
     ).without_empty()  # fmt: skip

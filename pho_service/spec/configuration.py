@@ -39,8 +39,9 @@ class Perplexities(Document):
         ria: The same of RIA, in the widest scope of the pattern that is not global, or in that of
             its rows where that was measured, too, and is better.
         errors: Standard errors of the logarithm of ``pruned / dense``, ``pruned / wanda`` and
-            ``pruned / ria``, by these names: of paired differences of windows, or where there are
-            fewer than 16 of runs of 64 tokens. Those that are not known are missing.
+            ``pruned / ria``, by the names of the latter: of paired differences of windows, or where
+            there are fewer than 16 of runs of 64 tokens. Also of ``wanda/dense``, ``ria/dense`` and
+            ``wanda/ria``, by these names. Those that are not known are missing.
     """
 
     dense: float
@@ -68,10 +69,11 @@ class Perplexities(Document):
         """Share by which pruning raises the perplexity."""
         return self.pruned / self.dense - 1
 
-    def error(self, name: str) -> float | None:
+    def error(self, name: str, of: str = "pruned") -> float | None:
         """Standard error of the result's perplexity, as a share of that of ``dense`` and others."""
-        error, other = self.errors.get(name), getattr(self, name)
-        return None if error is None or other is None else error * self.pruned / other
+        error = self.errors.get(name if of == "pruned" else f"{of}/{name}")
+        mine, other = getattr(self, of), getattr(self, name)
+        return None if error is None or not mine or not other else error * mine / other
 
     def against(self, name: str) -> str:
         """``22.6 ± 0.4% above dense``; ``not told apart from Wanda`` within two standard errors."""
@@ -94,6 +96,12 @@ class Perplexities(Document):
         )
 
 
+def compared(mine: float, other: float, error: float | None) -> str:
+    """The share by which a perplexity is above another one; the error is that of its logarithm."""
+    share = None if error is None else error * mine / other
+    return percent(mine / other - 1, signed=True, error=share)
+
+
 def against(mine: float, other: float, error: float | None, title: str) -> str:
     """A perplexity beside another one, in words; the error is that of their ratio's logarithm."""
     if mine == other:
@@ -104,6 +112,13 @@ def against(mine: float, other: float, error: float | None, title: str) -> str:
     side = "above" if share > 0 else "below"
     known = None if error is None else error * mine / other
     return f"{percent(abs(share), error=known)} {side} {title} ({number(other)})"
+
+
+def beside_in_words(mine: float, beside: Mapping[str, Any]) -> str:
+    """What :func:`pho_service.pipeline.rating.beside` gives, in words."""
+    other, error = beside["perplexity"], beside["rise_error"]
+    error = None if error is None else error * other / mine
+    return against(mine, other, error, Path(beside["model"]["name"]).name)
 
 
 def in_words(
@@ -162,6 +177,8 @@ class Confirmation(Document):
             where they were not.
         evaluations: What choosing the winner took, in perplexities of this text: windows that were
             run, over all finalists and the dense model, by the windows of the text.
+        errors: Standard errors of the logarithm of the perplexity over ``any_order`` and
+            ``before_reconstruction``, by these names, of paired differences.
     """
 
     perplexity: float
@@ -172,6 +189,12 @@ class Confirmation(Document):
     any_order: float | None = Field(None, exclude_if=lambda value: value is None)
     before_reconstruction: float | None = Field(None, exclude_if=lambda value: value is None)
     evaluations: float | None = Field(None, exclude_if=lambda value: value is None)
+    errors: dict[str, float] = Field(default_factory=dict, exclude_if=lambda errors: not errors)
+
+    def beside(self, name: str) -> str:
+        """``any_order`` or ``before_reconstruction``, and how far the perplexity is from it."""
+        other = getattr(self, name)
+        return f"{number(other)} ({compared(self.perplexity, other, self.errors.get(name))})"
 
 
 NEW_TOKENS = 40  # that a model writes after a prompt

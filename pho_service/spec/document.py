@@ -195,6 +195,14 @@ def number(value: float | None) -> str:
     return f"{value:#.4g}" if value else "0"
 
 
+def with_error(value: float | None, error: float | None) -> str:
+    """A number and its standard error, to the same digit: ``27.70 ± 0.85``."""
+    text = number(value)
+    if not text or error is None:
+        return text
+    return f"{text} ± {error:,.{len(text.partition('.')[2])}f}"
+
+
 def percent(share: float | None, *, signed: bool = False, error: float | None = None) -> str:
     """
     A share in percent, with one digit after the point, and its standard error: ``+22.6 ± 0.4%``;

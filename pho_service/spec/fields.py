@@ -263,9 +263,13 @@ class CalibrationSpec(TextSpec, CalibrationSettings):  # pydantic reads a datacl
         return found
 
     @property
+    def names(self) -> list[str]:
+        return [self.text or str(self.dataset), *self.more_texts]
+
+    @property
     def named(self) -> str:
         """The texts, for a message."""
-        names = [self.text or str(self.dataset), *self.more_texts]
+        names = self.names
         return with_shares(names, self.shares or [1.0] * len(names)) if names[1:] else names[0]
 
     def check_text(self, field: str, access: Access) -> None:

@@ -113,6 +113,7 @@ def test_a_perplexity_says_all_it_depends_on(bos_folder: Path, texts: dict[str, 
     assert rated["bos"] is True
     assert len(rated["text_sha256"]) == 64
     assert 1 < rated["perplexity"] < 1000
+    assert 0 < rated["error"] < rated["perplexity"]
 
 
 @pytest.mark.usefixtures("found_from_bundle")

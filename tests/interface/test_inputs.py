@@ -83,6 +83,35 @@ def test_token_windows_need_no_tokenizer(tiny_llama: PreTrainedModel, windows: T
     assert torch.equal(bundle.text.beside, windows[4:])
     assert (measured.windows, measured.context_length, measured.tokens) == (6, 24, 6 * 23)
     assert not measured.bos
+    assert f"± {measured.error:.1f}" in repr(measured)
+
+
+def test_a_model_stands_beside_another_one_on_the_same_windows(
+    tiny_llama: PreTrainedModel, model_folder: Path, tokenizer: Any, texts: dict[str, Path]
+) -> None:
+    how = {"context_length": 24, "max_windows": 6}
+    dense = pho.evaluate(model_folder, None, texts["report"], **how)
+    with torch.no_grad():
+        tiny_llama.get_parameter("model.layers.0.mlp.down_proj.weight").mul_(1.5)
+    found = pho.evaluate(tiny_llama, tokenizer, texts["report"], beside=model_folder, **how)
+    alike = pho.evaluate(model_folder, None, texts["report"], beside=model_folder, **how)
+
+    assert found.beside is not None
+    assert found.beside["perplexity"] == dense.perplexity
+    assert found.beside["error"] == dense.error
+    assert found.beside["rise"] == pytest.approx(found.perplexity / dense.perplexity - 1)
+    assert 0 < found.beside["rise_error"] < found.error / dense.perplexity  # it is paired
+    assert alike.beside["rise"] == alike.beside["rise_error"] == 0
+    assert "the same as" in repr(alike)
+
+
+def test_models_with_other_tokens_do_not_stand_beside_each_other(
+    tiny_llama: PreTrainedModel, tokenizer: Any, bos_folder: Path, texts: dict[str, Path]
+) -> None:
+    with pytest.raises(InvalidInput, match="into other tokens than the model that it stands"):
+        pho.evaluate(tiny_llama, tokenizer, texts["report"], beside=bos_folder, context_length=24)
+    with pytest.raises(InvalidInput, match="no text is given"):
+        pho.evaluate(tiny_llama, tokenizer, tasks="words", beside=bos_folder)
 
 
 def test_calibration_changes_no_weight_leaves_no_gradient_and_no_hook_and_keeps_what_needs_one(

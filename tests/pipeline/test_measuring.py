@@ -291,6 +291,10 @@ def test_methods_by_name(model: LanguageModel, bundle: ProxyBundle, report: Repo
     assert seen[1] == seen[2] == sum(each.weight.numel() for each in model.linears.values()) // 2
     assert [row.extra["zeros"] for row in more] == seen
 
+    best, other = sorted(rows[1:], key=lambda row: row.perplexity)
+    assert rows[0].behind is best.behind is None
+    assert 0 < other.behind < 1
+
 
 def test_method_without_its_text(
     model: LanguageModel, bundle: ProxyBundle, report: ReportText

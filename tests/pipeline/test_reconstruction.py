@@ -206,13 +206,15 @@ def test_winner(
         measured.append(candidate)
         assert writes
         perplexity = factor * without.confirmation.perplexity
-        rated = {"perplexity": perplexity, "tokens": 9, "windows": 3, "losses": []}
+        losses = [each * (factor if number else 1) for number, each in enumerate(before.losses)]
+        rated = {"perplexity": perplexity, "tokens": 9, "windows": 3, "losses": losses}
         return {**rated, "written": ["one", "two", "three"]}
 
     monkeypatch.setattr(confirmation, "_measure", measure)
     texts = {**confirming, "calibration": confirming["confirm_text"].windows}
     request = SearchRequest(pattern=Pattern.parse("0.5"), trials=10, finalists=1)
-    without: Any = searched(request, bundle, **texts).configuration
+    before = searched(request, bundle, **texts)
+    without: Any = before.configuration
     asked = replace(request, steps=Steps(reconstruction=TRAINED))
     first, second = (searched(asked, bundle, **texts) for _ in range(2))
     found = first.configuration
@@ -226,8 +228,10 @@ def test_winner(
             update={
                 "perplexity": factor * without.confirmation.perplexity,
                 "before_reconstruction": without.confirmation.perplexity,
+                "errors": found.confirmation.errors,
             }
         )
+        assert 0 < found.confirmation.errors["before_reconstruction"] < 1
         assert [each.pruned for each in found.continuations] == ["one", "two", "three"]
     else:
         assert (found.steps, found.confirmation) == (without.steps, without.confirmation)

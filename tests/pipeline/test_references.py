@@ -16,11 +16,12 @@ from pho_service.pipeline import confirmation, rating
 from pho_service.pipeline.rating import ReportText, rate_pruned
 from pho_service.pipeline.search import memory_study, search_job
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.shown.tables import configuration_rows
+from pho_service.shown.tables import configuration_rows, verdict_table
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.configuration import (
     REFERENCES,
     WIDER,
+    Confirmation,
     Perplexities,
     ProxyQuality,
     Rating,
@@ -34,6 +35,8 @@ from pho_service.spec.steps import Steps
 from pho_service.tuning.plan import SearchRequest
 from pho_service.tuning.validation import finalists_wanted
 from storage.studies import record_of
+
+BESIDE = ("wanda/dense", "ria/dense", "wanda/ria")  # other errors that are told
 
 
 @pytest.fixture
@@ -93,7 +96,7 @@ def test_they_are_wanda_and_ria_as_published_whatever_the_steps_none_is_measured
         errors=good.errors,
         **alone,
     )
-    assert [*good.errors] == ([] if objective == "perplexity" else [*REFERENCES])
+    assert [*good.errors] == ([] if objective == "perplexity" else [*REFERENCES, *BESIDE])
     finalists = {b.method for b in found.baselines if b.perplexity is not None}
     names = ["dense", *(each.method for each in methods.values())]
     judges = [name for name in names if not (same and name in finalists)]
@@ -174,16 +177,32 @@ def test_in_words() -> None:
     good = Perplexities(dense=22.6, pruned=27.71, wanda=39.9, ria=41.24)
 
     assert str(good) == "22.60 dense, 27.71 pruned (+22.6%), Wanda 39.90, RIA 41.24"
-    known = good.model_copy(update={"errors": {"dense": 0.004, "wanda": 0.2, "ria": 0.01}})
+    errors = {"dense": 0.004, "wanda": 0.2, "ria": 0.01, "wanda/dense": 0.004, "wanda/ria": 0.01}
+    known = good.model_copy(update={"errors": errors})
     assert "pruned (+22.6 ± 0.5%)" in str(known)
     assert known.sentence == (
         "Perplexity 27.71: 22.6 ± 0.5% above dense (22.60), not told apart from Wanda (39.90), "
         "32.8 ± 0.7% below RIA (41.24)"
     )
+    assert [row[2:] for row in verdict_table(known).rows] == [
+        ["", ""], ["+22.6 ± 0.5%", "32.8 ± 0.7%"], ["+76.5 ± 0.7%", "3.2 ± 1.0%"], ["+82.5%", ""],
+    ]  # fmt: skip
     assert good.model_copy(update={"ria": 27.71}).sentence.endswith(", the same as RIA")
     assert "22.50 pruned (-0.4%)" in str(good.model_copy(update={"pruned": 22.5}))
     assert in_words(5.5, {"a": 12345.6}, {"wanda": 3e7, "ria": None}) == (
         "5.500 dense, 12,346 a (+224,365.5%), Wanda 3.000e+07"
+    )
+
+
+def test_what_it_was_before_in_words() -> None:
+    found = Confirmation(
+        perplexity=20.0, tokens=9, context_length=4, text={}, before_reconstruction=25.0,
+        errors={"before_reconstruction": 0.01},
+    )  # fmt: skip
+
+    assert found.beside("before_reconstruction") == "25.00 (-20.0 ± 0.8%)"
+    assert found.model_copy(update={"errors": {}}).beside("before_reconstruction") == (
+        "25.00 (-20.0%)"
     )
 
 

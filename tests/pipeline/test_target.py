@@ -20,6 +20,7 @@ class Formula:
     """Points of a model whose perplexity is a formula of the sparsity; dense it is 10."""
 
     bend: float = 0.0
+    error: float | None = None
     asked: list[float] = field(default_factory=list)
 
     def find(self, request: SearchRequest, title: str) -> CurvePoint:
@@ -30,9 +31,9 @@ class Formula:
         perplexity = 10 * (1 + sparsity**2 + (self.bend if 0.2 < sparsity < 0.3 else 0))
         return CurvePoint(
             pattern=str(request.pattern), scope="layer", sparsity=sparsity, perplexity=perplexity,
-            rise=perplexity / 10 - 1, dense=10.0, wanda=perplexity + 1, ria=perplexity + 1,
-            proxy=0.0, trials=1, seconds=0.0, study="s", trial=0,
-            configuration=cast(Configuration, None), warnings=[],
+            rise=perplexity / 10 - 1, rise_error=self.error, dense=10.0,
+            wanda=perplexity + 1, ria=perplexity + 1, proxy=0.0, trials=1, seconds=0.0, study="s",
+            trial=0, configuration=cast(Configuration, None), warnings=[],
         )  # fmt: skip
 
 
@@ -54,6 +55,19 @@ def test_answer() -> None:
     assert [each.sparsity for each in found.points] == sorted(formula.asked)
     assert len(formula.asked) <= 6
     assert len(found.warnings) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "patterns"), [(0.001, []), (0.006, ["0.5"]), (0.01, ["0.5", "0.525"])]
+)
+def test_a_point_that_chance_may_have_put_on_its_side_is_told(
+    error: float, patterns: list[str]
+) -> None:
+    """Of a rise of 26 %, 0.5 is 1 % away and 0.525 is 1.6 %."""
+    found = run(Formula(error=error), perplexity_rise=0.26)
+
+    assert [warning.split()[3] for warning in found.warnings[1:]] == patterns
+    assert all("not told apart from the target, 26 %" in each for each in found.warnings[1:])
 
 
 def test_highest() -> None:

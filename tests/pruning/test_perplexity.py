@@ -12,6 +12,7 @@ from pho_service.pruning.perplexity import (
     batch_size,
     cut_windows,
     log_probabilities,
+    perplexity_of,
     rate_perplexity,
 )
 
@@ -41,6 +42,33 @@ def test_matches_transformers(tiny_llama: LlamaForCausalLM, windows: Tensor) -> 
     assert rated.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
     assert (rated.tokens, rated.windows) == (6 * 23, 6)
     assert rated.losses == pytest.approx([23 * loss for loss in losses], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("count", "predicted"), [(6, 100), (16, 100), (3, 64), (20, 23)]
+)  # runs of 64 and 36 tokens; whole windows
+def test_its_standard_error_is_that_of_a_ratio_of_sums(count: int, predicted: int) -> None:
+    """The jackknife, which leaves out one run of tokens after the other, says the same."""
+    generator = torch.Generator().manual_seed(count)
+    sizes = [size for size in (64, predicted - 64) if size > 0] if predicted > 64 else [predicted]
+    losses = [
+        [size * (3 + 0.2 * float(torch.randn((), generator=generator))) for size in sizes]
+        for _ in range(count)
+    ]
+    rated = perplexity_of(losses, predicted)
+    parts = [(sum(window), predicted) for window in losses]
+    if count < 16:
+        parts = [part for window in losses for part in zip(window, sizes, strict=True)]
+    total, tokens = (sum(each) for each in zip(*parts, strict=True))
+    left = [(total - loss) / (tokens - size) for loss, size in parts]
+    mean = sum(left) / len(left)
+    jackknife = math.sqrt(sum((x - mean) ** 2 for x in left) * (len(left) - 1) / len(left))
+
+    assert rated.error == pytest.approx(jackknife * rated.perplexity, rel=0.05)
+
+
+def test_a_single_loss_has_no_standard_error() -> None:
+    assert perplexity_of([[30.0]], 10).error is None
 
 
 def test_uniform_model(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
