@@ -27,6 +27,7 @@ from pho_service.pipeline.curve import (
     CurvePoint,
     CurvePoints,
     find_points,
+    is_inside,
     point_warnings,
     target_found,
 )
@@ -35,6 +36,7 @@ from pho_service.pipeline.search import Asked, Journal, Piece, SearchInputs, con
 from pho_service.progress import Run
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.calibration import SHARDS
+from pho_service.spec.curve import Target
 from pho_service.spec.job import JobSpec
 from pho_service.spec.results import (
     Calibration,
@@ -347,12 +349,24 @@ class _Job:
             with run.fence():
                 show_result(study, one, point.configuration)
             opened.check()
-            if spec.target is None:
+            if spec.target is not None:
+                before = [_POINT.validate_python(e.result) for e in points if e.result]
+                self._forget_blocks(spec.target, [*before, point])
+            else:
                 self._journal.library = [Entry(point.configuration.model_dump(mode="json"))]
             return point
 
         requests = [spec.of_pattern(pattern).request(0) for pattern in spec.points]
         return find_points(find, requests, spec.target, self._journal)
+
+    def _forget_blocks(self, target: Target, points: Sequence[CurvePoint]) -> None:
+        """Keep only those trained blocks that the answer of a target may be made of."""
+        inside = [each for each in points if is_inside(target, each)]
+        answer = max(inside, key=lambda each: each.sparsity, default=None)
+        for each in points:
+            blocks = self._opened.blocks(each.configuration.candidate())
+            if each is not answer and blocks is not None:
+                blocks.remove()
 
     def _finish_points(self, spec: JobSpec, points: Sequence[CurvePoint]) -> Finished:
         """A target has an answer, patterns have one each; TargetMissed if there is no answer."""
@@ -438,7 +452,11 @@ class Opened:
         text = self.text()
         assert text is not None
         return Subject(
-            model=self.model(), bundle=self.bundle(), text=text, calibration=self.calibration()
+            model=self.model(),
+            bundle=self.bundle(),
+            text=text,
+            calibration=self.calibration(),
+            blocks=self.blocks,
         )
 
     def blocks(self, candidate: Candidate) -> KeptBlocks | None:
@@ -460,8 +478,9 @@ class Opened:
         return self._seals[0].weights_sha256
 
 
+_POINT = TypeAdapter(CurvePoint)
 # Kinds of pieces that may leave files of their job in the artifact store.
-_WRITE = (StageKind.FINISH, StageKind.TASKS, StageKind.PRUNE)
+_WRITE = (StageKind.POINT, StageKind.FINISH, StageKind.TASKS, StageKind.PRUNE)
 
 
 def _of_models(specs: Sequence[JobSpec]) -> list[Piece]:

@@ -6,7 +6,7 @@ import logging
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -48,6 +48,7 @@ class Seal:
     weights_sha256: str | None = None  # Hash of the weights, as loaded
     dtype: str | None = None  # Type that the weights were loaded in
     calibration: str | None = None  # Hash of the calibration windows
+    texts: Sequence[str] = ()  # Hashes of the calibration texts, where there are several
     confirmation: str | None = None  # Hash of the windows that perplexities are measured on
 
     @classmethod
@@ -66,6 +67,7 @@ class Seal:
             weights_sha256=model.weights_sha256,
             dtype=model.to_dict()["dtype"],
             calibration=windows_key(text.calibration),
+            texts=_hashes(text),
             confirmation=None if confirmation is None else confirmation.key,
         )
 
@@ -87,17 +89,24 @@ class Seal:
         if self.weights_sha256 is not None:
             _compare(f"the model {name}", self.weights_sha256, weights_sha256(self.dtype))
 
-    def check_calibration(self, name: str, text: CalibrationText) -> None:
+    def check_calibration(self, spec: CalibrationSpec, text: CalibrationText) -> None:
         """Raise ChangedInput if these are not the windows that the job was calibrated on."""
-        if self.calibration is not None:
-            now = windows_key(text.calibration)
-            _compare(f"the calibration text {name}", self.calibration, now)
+        if self.calibration is None:
+            return
+        for name, before, now in zip(spec.names, self.texts, _hashes(text), strict=False):
+            _compare(f"the calibration text {name}", before, now)
+        now = windows_key(text.calibration)
+        _compare(f"the calibration text {spec.named}", self.calibration, now)
 
     def check_confirmation(self, name: str, text: ReportText) -> None:
         """Raise ChangedInput if these are not the windows that the job began with."""
         if self.confirmation is not None:
             _compare(f"the text {name}, which perplexities are measured on,", self.confirmation,
                      text.key)  # fmt: skip
+
+
+def _hashes(text: CalibrationText) -> list[str]:
+    return [each.sha256 for each, _ in text.record.texts]
 
 
 def _compare(what: str, before: str, now: str) -> None:
@@ -390,7 +399,7 @@ class WorkerInputs(inputs.Inputs):
         settings = spec.calibration.settings()
         key = (model.weights_sha256, spec.stream, source, settings, _state(source))
         text = self._calibration.get(key, lambda: self.windows(model, source, settings))
-        seal.check_calibration(spec.calibration.named, text)
+        seal.check_calibration(spec.calibration, text)
         return text
 
     def confirmation_text(self, spec: JobSpec, seal: Seal = UNSEALED) -> ReportText:

@@ -86,6 +86,33 @@ def test_killed_while_it_searches_one_of_several_patterns_too(
     assert found == undisturbed(spec_of(**asked)).configuration
 
 
+def test_killed_while_it_prunes_with_blocks_that_the_confirmation_trained_the_bytes_are_the_same(
+    crew: Any, spec_of: Any
+) -> None:
+    steps = {"update": "least-squares", "reconstruction": {"method": "block"}}
+    spec = spec_of(preset="crepe", trials=10, confirm={"finalists": 1}, steps=steps, prune=True)
+
+    def weights(job: Any) -> dict[str, str]:
+        files = crew.succeeded(job).pruning.result["files"]
+        return {f["name"]: f["sha256"] for f in files if f["name"].endswith(".safetensors")}
+
+    def waiting() -> bool:
+        pruned = crew.folder / "data/artifacts/pruned" / str(job.id)
+        return len([*pruned.glob(".*.blocks/*.safetensors")]) == 2
+
+    crew.man(2)
+    alone = weights(crew.submit(spec))
+    for _ in range(10):
+        job = crew.submit(spec)
+        with suppress(crew.JobIsOver):
+            crew.kill(job, StageKind.PRUNE, when=waiting)
+            break
+
+    assert weights(job) == alone
+    assert crew.store.get(job.id).pruning.attempt > 1
+    assert len(alone) == 2  # the weights and the masks
+
+
 def test_killed_in_the_midst_of_recording_a_generation_too(
     crew: Any, job: Any, ends_right: Any
 ) -> None:

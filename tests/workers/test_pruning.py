@@ -79,35 +79,73 @@ def test_as_pho_prune(hand: Any, small: Any, tmp_path: Path) -> None:
     assert all(check.passed for check in check_folder(folder_of(hand, job), original=None))
 
 
-def test_blocks_that_the_confirmation_has_trained_are_not_trained_again_for_the_same_bytes(
-    hand: Any, small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps = {"update": "least-squares", "reconstruction": {"method": "block"}}
-    spec = small(prune=True, pattern="0.5", preset="crepe", steps=steps)
-    trained: list[str] = []
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The blocks that are trained from now on."""
+    names: list[str] = []
     really = KeptBlocks.keep
 
     def keep(self: KeptBlocks, name: str, block: Any) -> None:
-        trained.append(name)
+        names.append(name)
         really(self, name, block)
 
     monkeypatch.setattr(KeptBlocks, "keep", keep)
+    return names
+
+
+TRAINED = {
+    "prune": True, "preset": "crepe",
+    "steps": {"update": "least-squares", "reconstruction": {"method": "block"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_blocks_that_the_confirmation_has_trained_are_not_trained_again_for_the_same_bytes(
+    hand: Any, small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[str],
+    killed: bool,
+) -> None:  # fmt: skip
+    """Also where a worker was killed when it had taken up the first of them."""
+    spec = small(pattern="0.5", **TRAINED)
     job = hand.until(hand.submit(spec), StageKind.PRUNE)
     waiting = [*hand.bundles.glob(f"pruned/{job.id}/.*.blocks/*.safetensors")]
+    if killed:
+        read = KeptBlocks.read
+        with monkeypatch.context() as patch:
+            patch.setattr(KeptBlocks, "read", lambda s, n: _killed() if "1" in n else read(s, n))
+            with pytest.raises(SystemExit):
+                hand.step(job)
+        hand.inputs = hand.new_inputs()
     job = hand.until(job, None)
     model = load_model(str(hand.folder / "model"), device="cpu")
     source = TextSource(path=str(hand.folder / "calibration.jsonl"))
     text = calibration_text(model, source, spec.calibration.settings())
     bundle = read_bundle(bundle_path(hand.bundles, text.bundle_key))
     found = Configuration.model_validate(job.best)
-    kept = found.steps.reconstruction.wanted  # where it makes the model better
 
-    assert len(waiting) == len(trained) * kept
+    assert found.steps.reconstruction.wanted  # it makes the model better
+    assert len(waiting) == 2
     assert trained == ["model.layers.0", "model.layers.1"]
-    monkeypatch.undo()
+    assert job.pruning.attempt == 1 + killed
     prune_job(model, bundle, found, tmp_path / "local", calibration=text.calibration)
-    assert kept
     assert sums(folder_of(hand, job)) == sums(tmp_path / "local")
+
+
+def test_of_a_target_only_the_blocks_of_its_answer_wait_and_they_are_not_trained_again(
+    hand: Any, small: Any, trained: list[str]
+) -> None:
+    target = {"perplexity_rise": 9.0, "step": 0.1, "lowest": 0.4, "highest": 0.6}
+    job = hand.until(hand.submit(small(pattern=None, target=target, **TRAINED)), StageKind.PRUNE)
+    waiting = [*hand.bundles.glob(f"pruned/{job.id}/.*.blocks")]
+    points = job.of_kind(StageKind.POINT)
+    before = [*trained]
+    job = hand.until(job, None)
+
+    assert [point.about for point in points] == ["0.5", "0.6"]
+    assert job.best["pattern"] == "0.6"
+    assert job.best["steps"]["reconstruction"]["method"] == "block"
+    assert len(waiting) == 1
+    assert trained == before == 2 * ["model.layers.0", "model.layers.1"]
+    assert (folder_of(hand, job) / "model.safetensors").is_file()
 
 
 def test_cut_off_at_the_end(hand: Any, job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
