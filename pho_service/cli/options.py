@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pho_service.cli.document import Given
     from pho_service.models.calibration import CalibrationText
     from pho_service.models.loading import LanguageModel
+    from pho_service.models.scratch import KeptBlocks
     from pho_service.models.texts import MixedText, Text, TextSource
     from pho_service.pipeline.confirmation import Validation
     from pho_service.pipeline.inputs import Cut
@@ -259,6 +260,15 @@ class Terminal(Inputs):
     ) -> "ReportText":
         with working(f"Reading {source}"):
             return super().report(model, source, how, most, unlike)
+
+    def blocks(self, opened: Calibrated, winner: "Candidate") -> "KeptBlocks | None":
+        """Where the trained blocks of a search's winner are kept for `pho prune`."""
+        from pho_service.host.settings import Settings
+        from pho_service.pipeline.prune import cached_blocks
+
+        cache_dir = self.cache_dir or Settings().cache_dir
+        assert opened.model is not None
+        return cached_blocks(cache_dir, opened.model, opened.bundle, winner, opened.calibration)
 
     def nothing_left(self) -> None:
         """Says which option gives a text."""

@@ -365,6 +365,7 @@ def _prune(
     if source.deployable:
         configuration = configuration.deployable()
     assert opened.model is not None
+    trained = inputs.blocks(opened, configuration.candidate())
     result = prune_job(
         opened.model,
         opened.bundle,
@@ -372,6 +373,7 @@ def _prune(
         folder,
         origin=found.origin if found else None,
         calibration=opened.calibration,
+        done=trained if trained and trained.folder.is_dir() else None,
         progress=progress,
     )
     if as_json:

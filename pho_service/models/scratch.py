@@ -3,6 +3,7 @@ Tensors and finished blocks that are kept on disk for a while: what does not fit
 """
 
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,8 @@ from pho_service.models.bundle_file import os_errors
 from pho_service.pruning.masks import LinearMask
 from pho_service.pruning.statistics import PrunableLinear
 from pho_service.spec.document import format_bytes
+
+logger = logging.getLogger(__name__)
 
 
 def scratch_folder(needed: int) -> Path:
@@ -97,6 +100,7 @@ class KeptBlocks:
 
     folder: Path  # Made when the first block is kept
     key: str  # Names all that a block depends on. A file with another key is not read
+    spare: bool = False  # Where they cannot be written, work goes on without them
 
     def read(self, name: str) -> KeptBlock | None:
         """A block by its name; None if it is not there, of another key, or broken."""
@@ -121,6 +125,14 @@ class KeptBlocks:
 
     def keep(self, name: str, block: KeptBlock) -> None:
         """Write a block, whole or not at all."""
+        try:
+            self._write(name, block)
+        except OutputError as error:
+            if not self.spare:
+                raise
+            logger.warning("a trained block is not kept: %s", error)
+
+    def _write(self, name: str, block: KeptBlock) -> None:
         tensors = {}
         for linear, mask in block.masks.items():
             tensors[f"{linear}:weight"] = block.weights[linear]
@@ -133,7 +145,7 @@ class KeptBlocks:
             "record": dict(block.record),
         }
         try:
-            self.folder.mkdir(exist_ok=True)
+            self.folder.mkdir(parents=self.spare, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{self.folder} cannot be made: {error.strerror}.") from error
         with new_file(self._path(name)) as partial, os_errors():

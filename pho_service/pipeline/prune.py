@@ -4,7 +4,9 @@ Prune a model for good and save it.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,29 @@ def blocks_kept(
         return None
     key = _identity(model, bundle, candidate, calibration)
     return KeptBlocks(folder=folder(key), key=key)
+
+
+_SETS = 3  # of trained blocks that the cache of this machine holds
+
+
+def cached_blocks(
+    cache_dir: Path,
+    model: LanguageModel,
+    bundle: ProxyBundle,
+    candidate: Candidate,
+    calibration: Tensor | None,
+) -> KeptBlocks | None:
+    """Where `pho search` keeps the trained blocks of its winner for `pho prune`: the last few."""
+    place = cache_dir.expanduser().resolve() / "blocks"
+    found = blocks_kept(model, bundle, candidate, calibration, lambda key: place / key[:16])
+    if found is None:
+        return None
+    others = [each for each in place.glob("*") if each != found.folder]
+    with suppress(OSError):  # somebody else has removed one
+        others.sort(key=lambda each: each.stat().st_mtime)
+        for old in others[: -(_SETS - 1)]:
+            shutil.rmtree(old, ignore_errors=True)
+    return replace(found, spare=True)
 
 
 def _identity(

@@ -27,7 +27,14 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from pho_service.errors import InvalidInput, ModelError, NumericalError, OutOfMemory, TextError
+from pho_service.errors import (
+    InvalidInput,
+    ModelError,
+    NumericalError,
+    OutOfMemory,
+    PhoError,
+    TextError,
+)
 from pho_service.host.machine import (
     first_words,
     let_go_of_memory,
@@ -86,6 +93,7 @@ class PrunedModel:
         """A folder of `pho prune`; or any whose linears have zeros."""
         folder = folder.expanduser()
         with as_folder(folder) as small:
+            _check_plain(small)
             recipe = recipe_document(small) if (small / RECIPE).is_file() else None
             masks = {}
             if recipe is not None:
@@ -166,6 +174,21 @@ class PrunedModel:
         }
 
 
+def _check_plain(folder: Path) -> None:
+    """Raise ModelError for a folder whose weights are quantised, whatever could load it."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        how = config.get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return  # whoever loads it says so
+    if how:
+        method = how.get("quant_method", "unknown") if isinstance(how, dict) else how
+        raise ModelError(
+            f"{folder.name} has quantised weights ({method}), which cannot be trained. Recover the "
+            "model before it is quantised."
+        )
+
+
 def groups_of(keep: Tensor) -> tuple[int | None, int | None]:
     """N and M of a mask, (out_features, in_features), that keeps N of each M; None of others."""
     for group in _GROUPS:
@@ -217,16 +240,22 @@ def recover_model(
         recovering(model.model, blocks, linears, settings.train, settings.seed) as trained,
         mixed(model.device),
     ):
-        with dense() as teacher:
-            asked = _ask(model, teacher, trained, text, settings, place, progress)
-        del teacher
-        let_go_of_memory()
-        before = rate_divergence(model.model, asked.held_out)
+        with place.nothing_left():
+            with dense() as teacher:
+                asked = _ask(model, teacher, trained, text, settings, place, progress)
+            del teacher
+            let_go_of_memory()
+            before = rate_divergence(model.model, asked.held_out)
+            if not before:
+                raise ModelError(
+                    f"the teacher {asked.teacher['name']} predicts exactly what {model.name} does, "
+                    "so there is nothing to recover. Give the dense model that was pruned."
+                )
         place.keep_initial(trained)
         training = _Training(trained, asked, before, progress)
         _train(training, settings, place)
         trained.round_(model.stored_dtype)
-        after = rate_divergence(model.model, asked.held_out)
+        after = training.check()
         kept = after < before
         if not kept:
             place.restore_initial(trained)
@@ -282,6 +311,16 @@ def check_trainable(pruned: PrunedModel, settings: Recovery) -> None:
     if settings.train == "norms" and all(p.dim() != 1 for p in model.model.parameters()):
         raise InvalidInput(
             f"{model.name} has neither norms with weights nor biases. Train kept or lora."
+        )
+    places: dict[int, list[str]] = {}
+    for name, parameter in model.model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), []).append(name)
+    weights = [places[id(model.linears[name].module.weight)] for name in pruned.masks]
+    tied = next((names for names in weights if len(names) > 1), None)
+    if settings.train == "lora" and tied is not None:
+        raise InvalidInput(
+            f"{model.name} has one weight in several places, {' and '.join(tied)}, which a "
+            "low-rank change of one of them would part. Train kept or norms."
         )
 
 
@@ -347,17 +386,20 @@ def _ask(
 def check_teacher(pruned: LanguageModel, teacher: LanguageModel) -> None:
     """See that two models are one before and after a pruning."""
     theirs = {name: tuple(linear.weight.shape) for name, linear in teacher.linears.items()}
-    for name, linear in pruned.linears.items():
-        shape = tuple(linear.weight.shape)
-        if theirs.get(name) != shape:
-            has = f"it has {theirs[name]}" if name in theirs else "there is none"
+    mine = {name: tuple(linear.weight.shape) for name, linear in pruned.linears.items()}
+    for name in [*mine, *theirs]:
+        if theirs.get(name) != mine.get(name):
+            ours, its = (
+                f"has the shape {shapes[name]}" if name in shapes else "is missing"
+                for shapes in (mine, theirs)
+            )
             raise ModelError(
                 f"the teacher {teacher.name} is of another architecture than {pruned.name}: {name} "
-                f"has the shape {shape}, and there {has}. Give the dense model that was pruned."
+                f"{ours}, and there it {its}. Give the dense model that was pruned."
             )
-    ours, its = pruned.tokenizer, teacher.tokenizer
-    known = ours is not None and its is not None
-    if pruned.vocabulary != teacher.vocabulary or (known and ours.get_vocab() != its.get_vocab()):
+    one, other = pruned.tokenizer, teacher.tokenizer
+    known = one is not None and other is not None
+    if pruned.vocabulary != teacher.vocabulary or (known and one.get_vocab() != other.get_vocab()):
         raise ModelError(
             f"the teacher {teacher.name} has another vocabulary than {pruned.name} "
             f"({teacher.vocabulary} tokens and {pruned.vocabulary}), so what they predict cannot "
@@ -407,6 +449,16 @@ class Workplace:
         if self._known.get("key") != key:
             shutil.rmtree(self.folder, ignore_errors=True)
             self._known = {"key": key}
+
+    @contextmanager
+    def nothing_left(self) -> Iterator[None]:
+        """Inside, an error leaves no folder, unless a training lies in it."""
+        try:
+            yield
+        except PhoError:
+            if not self._initial.exists():
+                self.remove()
+            raise
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """A value that is found out once."""

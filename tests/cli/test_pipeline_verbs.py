@@ -10,6 +10,8 @@ from click.testing import Result
 from pretended_user import Pho, answer
 from safetensors.torch import load_file, save_file
 
+from pho_service.models.scratch import KeptBlock, KeptBlocks
+
 SMALL = ("--context-length", 32, "--samples", 6, "--kernel-sizes", "3,5")
 
 
@@ -47,6 +49,68 @@ def test_what_a_presets_search_confirms_is_what_is_pruned_to_the_last_bit_and_pa
     assert rated["perplexity"] == pytest.approx(found["confirmation"]["perplexity"], rel=1e-5)
     assert checked.exit_code == 0, checked.output
     assert all(checks(checked).values())
+
+
+TRAINED = (
+    "--preset", "score", "--pattern", "0.5", "--update", "least-squares",
+    "--reconstruction", "block",
+)  # fmt: skip
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty one."""
+    monkeypatch.setenv("PHO_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_blocks_that_a_search_has_trained_are_not_trained_again(
+    pho: Pho, model_folder: Path, texts: dict[str, Path], cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Also by a search that was killed between two blocks; other text, and they are not taken."""
+    trained: list[str] = []
+    keep, read = KeptBlocks.keep, KeptBlocks.read
+
+    def noted(self: KeptBlocks, name: str, block: KeptBlock) -> None:
+        trained.append(name)
+        keep(self, name, block)
+
+    def killed(self: KeptBlocks, name: str) -> KeptBlock | None:
+        if "1" in name:
+            raise KeyboardInterrupt
+        return read(self, name)
+
+    monkeypatch.setattr(KeptBlocks, "keep", noted)
+    with monkeypatch.context() as patch:
+        patch.setattr(KeptBlocks, "read", killed)
+        pho("search", model_folder, *TRAINED, "--trials", 12, "--finalists", 1, *SMALL,
+            "--text", texts["calibration"], "--confirm-text", texts["confirmation"],
+            "--confirm-windows", 3)  # fmt: skip
+    found = searched(pho, model_folder, texts, *TRAINED)
+    words = ("prune", model_folder, "--config", "config.json", *SMALL)
+    other = pho(*words, "--text", texts["report"], "--out", "other")
+    own = ["model.layers.0", "model.layers.1"]
+    there = trained == [*own, *own]
+    pruned = pho(*words, "--text", texts["calibration"], "--out", "a")
+    left = [*(cache / "blocks").iterdir()]
+    again = pho(*words, "--text", texts["calibration"], "--out", "b")
+
+    assert [other.exit_code, pruned.exit_code, again.exit_code] == [0, 0, 0]
+    assert found["steps"]["reconstruction"]["method"] == "block"
+    assert there
+    assert trained == 3 * own  # the last time there were none any more
+    assert left == []
+    assert Path("a/model.safetensors").read_bytes() == Path("b/model.safetensors").read_bytes()
+
+
+def test_a_full_cache_ends_no_search(
+    pho: Pho, model_folder: Path, texts: dict[str, Path], cache: Path
+) -> None:
+    cache.mkdir()
+    (cache / "blocks").write_text("in the way")
+
+    assert searched(pho, model_folder, texts, *TRAINED)["confirmation"]
 
 
 def test_check_finds_a_changed_weight(pho: Pho, model_folder: Path, texts: dict[str, Path]) -> None:

@@ -1,5 +1,6 @@
 """Blocks that are trained after they are pruned."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +18,7 @@ from pho_service.models.scratch import KeptBlocks
 from pho_service.pipeline import confirmation
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.pipeline import prune_model
-from pho_service.pipeline.prune import prune_job
+from pho_service.pipeline.prune import cached_blocks, prune_job
 from pho_service.pipeline.rating import ReportText, Subject
 from pho_service.pipeline.search import search_job
 from pho_service.pruning.bundle import ProxyBundle
@@ -247,3 +248,19 @@ def test_without_a_text_to_confirm_on_the_reconstruction_is_added_as_asked_for(
     )
 
     assert search_job(request, bundle).configuration.steps.reconstruction == TRAINED
+
+
+def test_the_cache_holds_the_blocks_of_the_last_three_searches(
+    model: LanguageModel, bundle: ProxyBundle, tmp_path: Path
+) -> None:
+    windows = torch.arange(64).view(2, 32)
+    kept = []
+    for number in range(5):
+        pattern = Pattern.parse(f"0.{number + 1}")
+        candidate = replace(CANDIDATE, pattern=pattern, steps=Steps(reconstruction=TRAINED))
+        found = cached_blocks(tmp_path, model, bundle, candidate, windows)
+        found.folder.mkdir(parents=True)
+        os.utime(found.folder, (number, number))
+        kept.append(found.folder)
+
+    assert sorted((tmp_path / "blocks").iterdir()) == sorted(kept[2:])

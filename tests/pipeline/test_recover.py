@@ -1,5 +1,6 @@
 """A recovery makes a pruned model better or leaves it alone, keeps zeros, and can be resumed."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from pho_service.errors import InvalidInput, ModelError, OutOfMemory, TextError
+from pho_service.errors import InvalidInput, ModelError, NumericalError, OutOfMemory, TextError
 from pho_service.models.loading import LanguageModel, given_model, load_model
 from pho_service.models.saving import read_recipe, save_pruned
 from pho_service.models.texts import GivenWindows, TextSource
@@ -20,6 +21,7 @@ from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.rating import RecoveryText
 from pho_service.pipeline.recover import PrunedModel, Workplace, groups_of, recover_model
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.perplexity import rate_divergence
 from pho_service.pruning.recovery import Recovering
 from pho_service.shown.tables import recovered_table
 from pho_service.spec.configuration import published
@@ -141,6 +143,29 @@ def test_a_rate_that_breaks_the_model_is_taken_back(
     assert "the weights are those from before" in str(recovered)
 
 
+def test_a_model_that_predicts_nothing_any_more_is_taken_back_too(
+    pruned_folder: Callable[[str], Path],
+    recover: Callable[..., Recovered],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pruned = PrunedModel.read(pruned_folder("0.5"), device="cpu")
+    before = weights(pruned.model)
+    measured: list[float] = []
+
+    def first_alone(model: Any, reference: Any) -> float:
+        if measured:
+            raise NumericalError("the loss is NaN or infinite")
+        measured.append(rate_divergence(model, reference))
+        return measured[0]
+
+    monkeypatch.setattr("pho_service.pipeline.recover.rate_divergence", first_alone)
+    recovered = recover(pruned)
+
+    assert not recovered.kept
+    assert recovered.after == recovered.before == measured[0]
+    assert same(before, weights(pruned.model))
+
+
 def test_perplexities_before_and_after_are_of_windows_that_are_not_trained_on(
     pruned_folder: Callable[[str], Path],
     recover: Callable[..., Recovered],
@@ -220,12 +245,18 @@ def test_bad_input_is_named_before_anything_is_trained(
     wide = LlamaForCausalLM(LlamaConfig(vocab_size=256, hidden_size=64, **sizes)).eval()
     config = LlamaConfig(vocab_size=257, hidden_size=32, intermediate_size=64, **sizes)
     wordy = LlamaForCausalLM(config).eval()
+    config = LlamaConfig(**{**original.model.config.to_dict(), "num_hidden_layers": 3})
+    deep = LlamaForCausalLM(config).eval()
     few = GivenWindows(tokens=torch.zeros(2, LENGTH, dtype=torch.int64))
 
     with pytest.raises(ModelError, match=r"has no zeros in its 14 linears: it is not pruned"):
         PrunedModel.of(original)
     with pytest.raises(ModelError, match=r"of another architecture .* has the shape"):
         recover(pruned, teacher=given_model(wide))
+    with pytest.raises(ModelError, match=r"layers\.2\.\S+ is missing, and there it has the shape"):
+        recover(pruned, teacher=given_model(deep))
+    with pytest.raises(ModelError, match=r"predicts exactly what .*Give the dense model"):
+        recover(pruned, teacher=PrunedModel.read(tmp_path / "pruned", device="cpu").model)
     with pytest.raises(ModelError, match=r"another vocabulary .* Give the dense model"):
         recover(pruned, teacher=given_model(wordy))
     with pytest.raises(TextError, match=r"has 2 windows .* 4 are the least, of which one is held"):
@@ -234,7 +265,39 @@ def test_bad_input_is_named_before_anything_is_trained(
         recover(pruned, Recovery(minutes=1e-6, train="lora"))
     with pytest.raises(InvalidInput, match=r"both say how long to train"):
         Recovery(minutes=1, tokens=1)
-    assert not (tmp_path / "workplace" / "initial.safetensors").exists()
+    assert not (tmp_path / "workplace").exists()
+
+
+def test_quantised_weights_are_named_before_anything_is_loaded(
+    pruned_folder: Callable[[str], Path],
+) -> None:
+    folder = pruned_folder("0.5")
+    file = folder / "config.json"
+    how = {"quant_method": "gptq", "bits": 4}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": how}))
+
+    with pytest.raises(ModelError, match=r"pruned has quantised weights \(gptq\)"):
+        PrunedModel.read(folder, device="cpu")
+
+
+def test_tied_weights_stay_tied_and_masked_or_are_refused(
+    pruned_folder: Callable[[str], Path], recover: Callable[..., Recovered], original: LanguageModel
+) -> None:
+    tied = []
+    for given in (PrunedModel.read(pruned_folder("0.5"), device="cpu").model, original):
+        first, second = (block.mlp for block in given.model.model.layers)
+        second.down_proj.weight = first.down_proj.weight
+        tied.append(given_model(given.model, given.tokenizer))
+    pruned, teacher = tied
+    zeros = pruned.linears["model.layers.1.mlp.down_proj"].weight == 0
+    recovered = recover(PrunedModel.of(pruned), teacher=teacher)
+    first, second = (block.mlp.down_proj.weight for block in pruned.model.model.layers)
+
+    assert recovered.kept
+    assert first is second
+    assert torch.equal(second == 0, zeros)
+    with pytest.raises(InvalidInput, match=r"0\.mlp\.down_proj\.weight and .*low-rank change"):
+        recover(PrunedModel.of(pruned), replace(SETTINGS, train="lora"), teacher=teacher)
 
 
 def test_memory_that_runs_out_is_told_with_the_ways_out(
