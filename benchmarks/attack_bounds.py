@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,12 @@ from local_service import write_text
 from pho_service.client import Client
 from pho_service.errors import PhoError
 from pho_service.models.packed import pack
+from pho_service.spec.fields import JobLimits
+from pho_service.spec.job import JobSpec
 from storage.backup import restore
 from storage.database import Database
 from storage.embedded import embedded_postgresql
-from storage.keys import MOST_LOGINS, KeyStore
+from storage.keys import MOST_LOGINS, KeyStore, Quota
 from storage.studies import StorageError
 
 PLANNED_S = 60.0  # for eight plans at once, of which two are made at a time
@@ -280,6 +283,42 @@ def _two_keys(target: Target) -> str | None:
     return ", ".join(wrong)
 
 
+def _quotas(target: Target) -> str | None:
+    """Two keys spend their quotas from many threads at once, which are changed meanwhile."""
+    limits = JobLimits(trials=10**6, tokens=10**9)
+    tokens = JobSpec.model_validate(target.spec).check_size(limits)
+    database = Database(target.service.database_url, pool=1)
+    secrets = KeyStore(database)
+
+    def quota(jobs: int) -> Quota:
+        return Quota(jobs * tokens + tokens // 2, timedelta(days=1))
+
+    keys = [secrets.create(n, sees_all=False, quota=quota(1)) for n in "ab"]
+    wrong, accepted = [], [0, 0]
+
+    def submit(number: int) -> tuple[int, int]:
+        headers = {"authorization": f"Bearer {keys[number][1]}"}
+        url = f"{target.url}/v1/jobs"
+        return number, httpx.post(url, json=target.spec, headers=headers, timeout=120).status_code
+
+    with ThreadPoolExecutor(24) as pool:
+        for rooms in ((3, 2), (5, 1), (9, 4)):
+            before = pool.map(submit, [0, 1] * 6)  # while the quotas are changed
+            for number, room in enumerate(rooms):
+                secrets.set_quota(keys[number][0].prefix, quota(room))
+            found = [*before, *pool.map(submit, [0, 1] * 12)]
+            for number, room in enumerate(rooms):
+                codes = [code for whose, code in found if whose == number]
+                accepted[number] += codes.count(202)
+                if not {*codes} <= {202, 429}:
+                    wrong.append(f"answers {sorted({*codes})}")
+                most = max(room, accepted[number] - codes.count(202))
+                if accepted[number] != most:
+                    wrong.append(f"{accepted[number]} jobs were accepted instead of {most}")
+    database.close()
+    return ", ".join(wrong)
+
+
 def _logins(target: Target) -> str | None:
     """A hundred logins of one key."""
     secret = _keys(target)[0]["authorization"].removeprefix("Bearer ")
@@ -319,6 +358,7 @@ BOUNDS = (
 # Those with keys come last: from then on nobody is let in without one.
 WITH_KEYS = (
     Attack(name="two keys", about="a job of another key, 11 ways", run=_two_keys),
+    Attack(name="quotas", about="108 jobs of 2 keys at once, 6 changes", run=_quotas),
     Attack(name="logins", about=f"{MOST_LOGINS + 10} of one key", run=_logins),
     Attack(name="fair share", about="32 patterns, and another key's job", run=_fair_share),
 )

@@ -18,10 +18,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 import pho_service as pho
+from pho_service.errors import ModelError
 from pho_service.models.architecture import decoder_blocks, footprint_of, prunable_linears
 from pho_service.pruning.masks import model_masks, pruned
 from pho_service.pruning.perplexity import frozen, rate_perplexity, recomputed, run_backward
@@ -181,6 +188,16 @@ def test_linears(network: PreTrainedModel, family: str) -> None:
     assert set(linears) == names
     assert all(linear.name == name for name, linear in linears.items())
     assert sum(linear.weight.numel() for linear in linears.values()) == in_blocks
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_linear_without_weights_is_refused_by_its_name() -> None:
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=0, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match=r"mlp\.gate_proj has no weights: its shape is \(0, 8\)"):
+        prunable_linears(LlamaForCausalLM(config))
 
 
 def test_statistics(network: PreTrainedModel, windows: Tensor) -> None:

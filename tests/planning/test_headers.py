@@ -1,10 +1,12 @@
 """Where headers come from: folders, GGUF files, a stand-in of the hub; and odd ones."""
 
 import contextlib
+import gzip
 import json
 import struct
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -63,7 +65,12 @@ class Hub(BaseHTTPRequestHandler):
             return
         if "odd" in self.path:
             self.send_response(200)
+            if "bomb" in self.path:
+                self.send_header("content-encoding", "gzip")
             self.end_headers()
+            if "bomb" in self.path:
+                self.wfile.write(FILES["bomb"])
+                return
             self.write_on(b" " * 2**20 if "endless" in self.path else b" ")
             return
         self.send_response(status)
@@ -219,6 +226,18 @@ def test_what_the_hub_says_is_said_in_words(
         read_header(name)
 
     assert Hub.written < 4 * MOST_BYTES  # the rest is not waited for
+
+
+@pytest.mark.usefixtures("hub")
+def test_what_the_hub_packs_unasked_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FILES, "bomb", gzip.compress(bytes(2**26), 1))
+    tracemalloc.start()
+    with pytest.raises(ModelError, match=r"its config\.json is not JSON"):
+        read_header("org/odd-bomb")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert most < 4 * MOST_BYTES
 
 
 def test_a_revision_leads_nowhere_but_to_the_model(hub: type[Hub]) -> None:
