@@ -32,7 +32,6 @@ from pho_service.pipeline import rating
 from pho_service.pipeline.compare import (
     Compared,
     ComparisonRequest,
-    ComparisonRow,
     check_family,
     common_linears,
     compare_over_seeds,
@@ -94,6 +93,13 @@ class Evaluation(Shown):
     device: str
     tasks: Sequence[TaskScore] = ()
     beside: dict[str, Any] | None = None
+
+    def _records(self) -> Sequence[Any]:
+        if self.tasks:
+            return self.tasks
+        row = {**vars(self), "model": self.model["name"]}
+        del row["tasks"], row["beside"]
+        return [row | {f"beside_{name}": value for name, value in (self.beside or {}).items()}]
 
     def _shown(self) -> Table:
         where = f"{self.model['name']}, {self.model['dtype']} on {self.device}"
@@ -218,8 +224,9 @@ class Comparison(Shown, Compared):
     ``comparison.configurations[seed][name]`` is what a search found.
     """
 
-    def _records(self) -> Sequence[ComparisonRow]:
-        return self.rows
+    def _records(self) -> Sequence[dict[str, Any]]:
+        rows = [{**vars(each), **each.extra} for each in self.rows]
+        return [{name: row[name] for name in row if name != "extra"} for row in rows]
 
     def _shown(self) -> Table:
         return replace(self.table, title=f"{self.title}: {self.summary}")

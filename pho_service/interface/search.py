@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from functools import cached_property, wraps
 from pathlib import Path
 from textwrap import wrap
@@ -118,6 +119,9 @@ def arguments(asked: Callable[P, A]) -> Callable[[Callable[[A], R]], Callable[P,
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            for name in kwargs.keys() - signature.parameters.keys():
+                near = "".join(f" Did you mean {n}?" for n in get_close_matches(name, types, 1))
+                raise TypeError(f"{function.__name__}() has no argument {name!r}.{near}")
             return function(asked(*args, **kwargs))
 
         asked.__init__.__qualname__ = function.__name__  # for TypeErrors

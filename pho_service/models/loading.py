@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -429,10 +429,10 @@ class LanguageModel:
 
     name: str  # As the user gave it
     revision: str | None  # Commit hash on the hub, or None for local files
-    model: PreTrainedModel
-    tokenizer: Any  # Its own; None where only tokens are given, never text
+    model: PreTrainedModel = field(repr=False)
+    tokenizer: Any = field(repr=False)  # Its own; None where only tokens are given, never text
     stored_dtype: torch.dtype  # Dtype of the weights on disk, to save them as they came
-    linears: dict[str, PrunableLinear]  # What can be pruned, by name, in the model's order
+    linears: dict[str, PrunableLinear] = field(repr=False)  # What can be pruned, in its order
     # Where a streamed model computes, block by block; None for a model that lies on its device as a
     # whole.
     streamed_to: torch.device | None = None

@@ -42,8 +42,8 @@ def test_every_field_of_a_calibration_and_of_a_search_is_an_argument_that_is_des
 
 
 def test_an_argument_that_is_not_known_is_refused_with_the_name_of_the_function() -> None:
-    with pytest.raises(TypeError, match=r"^search\(\) got an unexpected .* 'trails'"):
-        pho.search(None, "0.5", trails=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"^search\(\) .* 'n_trials'\. Did you mean trials\?$"):
+        pho.search(None, "0.5", n_trials=3)  # type: ignore[call-arg]
 
 
 def test_as_pho_search(model_folder: Path, texts: dict[str, Path], tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ def test_token_windows_need_no_tokenizer(tiny_llama: PreTrainedModel, windows: T
     assert (measured.windows, measured.context_length, measured.tokens) == (6, 24, 6 * 23)
     assert not measured.bos
     assert f"± {measured.error:.1f}" in repr(measured)
+    (row,) = measured.to_dataframe().to_dict("records")
+    assert (row["perplexity"], row["tokens"]) == (measured.perplexity, 6 * 23)
 
 
 def test_a_model_stands_beside_another_one_on_the_same_windows(

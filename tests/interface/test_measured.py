@@ -20,6 +20,9 @@ def test_with_the_bundle_that_was_made_neither_a_text_nor_a_tokenizer_is_needed_
     assert weights()
     assert [row.method for row in found.rows][-1] == "sparsegpt-permuted"  # which needs windows
     assert found.report["context_length"] == 32
+    frame = found.to_dataframe()
+    assert list(frame["method"]) == [row.method for row in found.rows]
+    assert "extra" not in frame
 
 
 def test_a_configuration_of_another_pattern_or_family_and_a_comparison_on_nothing(

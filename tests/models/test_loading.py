@@ -23,6 +23,7 @@ def test_folder(model_folder: Path, tiny_llama: LlamaForCausalLM) -> None:
 
     assert not loaded.model.training
     assert loaded.revision is None
+    assert "Embedding" not in repr(loaded)
     assert list(loaded.linears) == list(prunable_linears(tiny_llama))
     for name, linear in prunable_linears(tiny_llama).items():
         assert torch.equal(loaded.linears[name].weight, linear.weight)
