@@ -330,7 +330,7 @@ class Compared:
 
     @property
     def summary(self) -> str:
-        """How good what was found is, in a line: dense, found, Wanda and RIA."""
+        """How good what was found is, in a line: dense, found, and the best of Wanda and RIA."""
         means = {row.method: row.perplexity for row in self.rows}
         known = named_baselines(Pattern.parse(self.pattern))
         found = {
@@ -338,9 +338,14 @@ class Compared:
             for name, value in means.items()
             if name != "dense" and name not in known and ": " not in name  # no row of an ablation
         }
-        ria = means.get("ria-layer", means.get("ria-row"))
+        methods = {}
+        for family in ("wanda", "ria"):
+            variants = [name for name in means if name in known and name.startswith(family)]
+            if variants:  # by its own name: of which norms and scope it is
+                best = min(variants, key=lambda name: means[name])
+                methods[best] = means[best]
         errors = {row.method: row.error for row in self.rows}
-        return in_words(means["dense"], found, {"wanda": means.get("wanda"), "ria": ria}, errors)
+        return in_words(means["dense"], found, methods, errors)
 
     @property
     def extra(self) -> list[str]:

@@ -402,8 +402,12 @@ def check_teacher(pruned: LanguageModel, teacher: LanguageModel) -> None:
     if pruned.vocabulary != teacher.vocabulary or (known and one.get_vocab() != other.get_vocab()):
         raise ModelError(
             f"the teacher {teacher.name} has another vocabulary than {pruned.name} "
-            f"({teacher.vocabulary} tokens and {pruned.vocabulary}), so what they predict cannot "
-            "be compared. Give the dense model that was pruned."
+            + (
+                "(as many tokens, but others)"
+                if teacher.vocabulary == pruned.vocabulary
+                else f"({teacher.vocabulary} tokens and {pruned.vocabulary})"
+            )
+            + ", so what they predict cannot be compared. Give the dense model that was pruned."
         )
 
 

@@ -41,6 +41,7 @@ from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.spec.baselines import OWL_AT_NM, comparison_baselines, named_baselines
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.configuration import Configuration
+from pho_service.spec.document import number
 from pho_service.spec.pattern import Coefficients, Pattern
 from pho_service.spec.space import Preset
 from pho_service.spec.steps import Allocation, Candidate, Steps
@@ -348,6 +349,20 @@ def test_seeds(
     assert found.configurations[3]["crepe"].search["seed"] == 3
     assert "±" in found.table.cells[2][2]
     assert "seeds 0, 3" in found.caption
+
+
+def test_the_summary_names_the_best_published_variant_by_its_own_name(
+    model: LanguageModel, bundle: ProxyBundle, report: ReportText
+) -> None:
+    names = ["wanda", "wanda-sequential", "ria-row", "ria-layer"]
+    request = ComparisonRequest(pattern=HALF, methods=names)
+    given = Calibrated(bundle=bundle, calibration=report.windows)
+    found = compare_over_seeds(model, report, request, {0: lambda: given})
+    values = {row.method: row.perplexity for row in found.rows}
+    best = [min(names[:2], key=values.__getitem__), min(names[2:], key=values.__getitem__)]
+    said = found.summary.replace("Wanda", "wanda").split(", ")
+
+    assert said[1:] == [f"{name} {number(values[name])}" for name in best]
 
 
 def test_owl_is_left_out_with_a_sentence(
