@@ -70,6 +70,8 @@ class Dashboard:
             await database_gone(StorageError("optuna-dashboard failed"))(scope, receive, send)
 
     def close(self) -> None:
+        if "_app" in self.__dict__:
+            self._app.executor.shutdown(wait=False)
         if "_storage" in self.__dict__:
             self._storage.remove_session()
             end_connections(self._storage.engine)

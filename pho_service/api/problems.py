@@ -269,7 +269,10 @@ def field_problem(error: dict[str, Any], body: type[BaseModel]) -> dict[str, Any
     detail = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         allowed = _fields_at(body, path[:-1]) if source == "body" else []
-        near = difflib.get_close_matches(str(path[-1]), allowed, n=1)
+        name = str(path[-1])
+        parts = [part for part in allowed if name in _fields_at(body, [*path[:-1], part])]
+        near = [f"{part}.{name}" for part in parts]
+        near = near or difflib.get_close_matches(name, allowed, n=1)
         known = f"did you mean {near[0]}?" if near else f"known are {', '.join(allowed)}"
         detail = f"unknown field; {known}" if allowed else "unknown field"
     if error["type"] == "tuple_type":
@@ -284,8 +287,8 @@ def field_problem(error: dict[str, Any], body: type[BaseModel]) -> dict[str, Any
             "detail": "the body is not a JSON object: send one with Content-Type: application/json",
         }
     if source == "body":
-        parts = (str(p).replace("~", "~0").replace("/", "~1") for p in path)
-        return {"pointer": "".join(f"/{p}" for p in parts), "detail": detail}
+        steps = (str(p).replace("~", "~0").replace("/", "~1") for p in path)
+        return {"pointer": "".join(f"/{p}" for p in steps), "detail": detail}
     return {"parameter": str(path[0]) if path else str(source), "detail": detail}
 
 

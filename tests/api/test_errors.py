@@ -97,7 +97,10 @@ def test_an_unknown_field_is_refused_with_the_fields_that_are_known_there(reject
         assert error["pointer"] == pointer
         known = ", ".join(document.model_fields)
         assert error["detail"].startswith(f"unknown field; known are {known}")
-    for pointer, meant in (("/trails", "trials"), ("/calibration/sample", "samples")):
+    for pointer, meant in (
+        ("/trails", "trials"), ("/calibration/sample", "samples"),
+        ("/samples", "calibration.samples"), ("/context_length", "calibration.context_length"),
+    ):  # fmt: skip
         (error,) = rejected(put(pointer, 1))
 
         assert error["detail"] == f"unknown field; did you mean {meant}?"
