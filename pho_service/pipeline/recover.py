@@ -539,7 +539,7 @@ class _Trainer(Trainer):
     def training_step(self, _model: Any, inputs: Any, _count: Any = None) -> Tensor:
         (window,) = inputs["window"].tolist()
         value = self.training.trained.backward(self.training.asked.reference, window)
-        return torch.tensor(value)
+        return torch.tensor(value, device=self.args.device)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         found = {"eval_divergence": self.training.check()}
@@ -582,6 +582,8 @@ def _train(training: _Training, settings: Recovery, place: Workplace) -> None:
         remove_unused_columns=False, dataloader_pin_memory=False,
         report_to=[], disable_tqdm=True, logging_strategy="no",
     )  # fmt: skip
+    assert arguments.device  # which counts the cards
+    arguments._n_gpu = 1  # or as many windows as there are cards would be one step
     trainer = _Trainer(
         model=trained,
         args=arguments,

@@ -22,8 +22,6 @@ class Recovering(nn.Module):
     What is trained of a pruned model: as a module it has those parameters alone, in float32.
     """
 
-    # For a trainer: it stays where it is, on several devices if it is there.
-    model_parallel = is_parallelizable = True
     zeros_stay = True  # Of what is trained, what is zero was removed
 
     def __init__(
@@ -37,6 +35,11 @@ class Recovering(nn.Module):
     def model(self) -> nn.Module:
         """The whole model."""
         return self._model[0]
+
+    @property
+    def hf_device_map(self) -> dict[str, torch.device]:
+        """For a trainer: all of it stays where it is, on several devices if it is there."""
+        return {f"{number}": each.device for number, each in enumerate(self.trained)}
 
     def groups(self, rate: float) -> list[dict[str, object]]:
         """Each parameter, with a learning rate that is a share of its size."""

@@ -172,6 +172,18 @@ def _generator(cards: Cards) -> type[torch.Generator]:
     return Generator
 
 
+def _grouped(lists: list[list[torch.Tensor]]) -> dict[Any, Any]:
+    """Lists of tensors by the device and dtype of the first list's: torch asks in C++."""
+    found: dict[Any, Any] = {}
+    for number, tensor in enumerate(lists[0]):
+        key = tensor.device, tensor.dtype
+        groups, numbers = found.setdefault(key, ([[] for _ in lists], []))
+        for group, tensors in zip(groups, lists, strict=True):
+            group.append(tensors[number])
+        numbers.append(number)
+    return found
+
+
 @contextmanager
 def stand_ins(cards: Cards) -> Iterator[None]:
     """
@@ -201,6 +213,8 @@ def stand_ins(cards: Cards) -> Iterator[None]:
     with ExitStack() as stack:
         for name, stand_in in cuda_of(cards).items():
             stack.enter_context(patch.object(torch.cuda, name, stand_in))
+            if name in ("get_rng_state", "set_rng_state"):  # where a trainer asks for them
+                stack.enter_context(patch.object(torch.cuda.random, name, stand_in))
         # As in torch's builds for the CPU: in others, optimizers ask the driver for a stream.
         none = patch.object(torch.accelerator, "current_accelerator", lambda *_, **__: None)
         stack.enter_context(none)
@@ -212,6 +226,8 @@ def stand_ins(cards: Cards) -> Iterator[None]:
         stack.enter_context(patch.object(threading.Thread, "run", run_in_modes))
         saved = torch.autograd.graph.saved_tensors_hooks
         stack.enter_context(patch.object(saved, "__init__", hooks_in_modes))
+        clipping = torch.nn.utils.clip_grad
+        stack.enter_context(patch.object(clipping, "_group_tensors_by_device_and_dtype", _grouped))
         # Functions in Python ask whether a mode is around, and would hide it from what they call.
         for module in (torch.autograd, torch.functional, torch.nn.functional):
             for name in HIDING & vars(module).keys():

@@ -259,6 +259,12 @@ def test_every_verb_that_runs_a_model_as_a_user_calls_it_some_of_them_on_the_sec
         "--method", "wanda")  # fmt: skip
     pho("prune", model, "--config", "config.json", *calibration, "--out", "out")
     pho("prune", model, "--check", "out")
+    for train, where in (("norms", ()), ("kept", second), ("lora", ("--device-map", "auto"))):
+        used = cards[1].counts.launches
+        pho("recover", "out", "--teacher", model, "--text", texts["report"], "--tokens", 240,
+            "--context-length", 24, "--train", train, "--out", train, *where)  # fmt: skip
+        pho("prune", model, "--check", train)
+        assert (cards[1].counts.launches > used) is bool(where)
 
 
 @pytest.mark.thorough
