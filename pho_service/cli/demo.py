@@ -102,6 +102,7 @@ class _Place:
         )
         others = judged_by.perplexities
         known = {} if confirmed_error is None else {"dense": confirmed_error}
+        known |= {k: e for k, e in (others.errors if others else {}).items() if "/" in k}
         good = others and others.model_copy(update={"pruned": confirmed, "errors": known})
         confirmation = Confirmation(perplexity=confirmed, **confirm.measured_on())
         found = found.model_copy(update={"confirmation": confirmation, "perplexities": good})

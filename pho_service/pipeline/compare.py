@@ -128,9 +128,11 @@ def compare_candidates(
     objective: Objective | None = None,
     also: Also | None = None,
     dense: ComparisonRow | None = None,
+    beside: str | None = None,
     run: Run = Run(),
 ) -> list[ComparisonRow]:
     """A row for the dense model, and one for each (name, candidate); see :func:`compare_job`."""
+    # ``behind`` of the rows is against the row that is called ``beside``, or else the best one.
     bundle.check_model(model.linears)
     evaluator = ProxyEvaluator(bundle, run.device)
     statistics = bundle.statistics()
@@ -166,6 +168,8 @@ def compare_candidates(
     if len(rows) < 3:
         return rows
     best = min(range(1, len(rows)), key=lambda number: rows[number].perplexity)
+    if beside is not None:
+        best = [row.method for row in rows].index(beside)
     tokens = len(report.windows) * (report.windows.shape[1] - 1)
     return [
         row if number in (0, best) else replace(row, behind=paired_error(its, rated[best], tokens))

@@ -181,10 +181,14 @@ def transfer_job(
             target.report,
             list(candidates.items()),
             calibration=target.calibration,
+            beside="ria",
             run=run,
         )
         perplexities = {row.method: row.perplexity for row in rows}
         errors = {row.method: row.error for row in rows if row.error is not None}
+        behind = {row.method: row.behind for row in rows if row.behind is not None}
+        if "transferred" in behind:
+            errors["transferred/ria"] = behind["transferred"]
     return Transfer(
         target=target.name,
         key=transfer_key(target, configuration, search),

@@ -322,7 +322,10 @@ def transfer_table(
                 name,
                 *(number(values.get(method)) for method in shown),
                 _rise(values, target) if what == "perplexity" else "",
-                percent(None if gain is None else gain.share),
+                percent(
+                    None if gain is None else gain.share,
+                    error=_saved_error(values, target) if what == "perplexity" else None,
+                ),
                 percent(regret) if isinstance(regret, (int, float)) else "",
             )
         )
@@ -346,9 +349,21 @@ def transfer_table(
 def _rise(values: Mapping[str, float | None], target: Mapping[str, Any]) -> str:
     """The rise of what was transferred over the dense model, with its standard error."""
     mine, dense = values.get("transferred"), values.get("dense")
-    errors = target.get("errors")  # of files that others may have written
-    error = errors.get("transferred") if isinstance(errors, dict) else None
+    error = _error(target, "transferred")
     return percent(mine / dense - 1, signed=True, error=error) if mine and dense else ""
+
+
+def _saved_error(values: Mapping[str, float | None], target: Mapping[str, Any]) -> float | None:
+    """The standard error of the share of RIA's perplexity that is saved."""
+    mine, ria = values.get("transferred"), values.get("ria")
+    error = _error(target, "transferred/ria")
+    return error * mine / ria if error and mine and ria else None
+
+
+def _error(target: Mapping[str, Any], name: str) -> float | None:
+    errors = target.get("errors")  # of files that others may have written
+    error = errors.get(name) if isinstance(errors, dict) else None
+    return error if isinstance(error, float) else None
 
 
 def failed_transfers(targets: Sequence[Mapping[str, Any]]) -> list[str]:

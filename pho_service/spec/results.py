@@ -183,7 +183,8 @@ class Transfer:
         model: Name, revision, hash of the weights, dtype.
         perplexities: On the report text, by method: ``dense``, ``wanda``, ``ria``,
             ``transferred``, and ``own``, if it was searched for; empty without a model.
-        errors: Standard errors of how far these are above dense, as shares, by method.
+        errors: Standard errors of how far these are above dense, as shares, by method; and of the
+            logarithm of ``transferred/ria``.
         proxies: By the same methods but ``dense``, lower is better; None where no proxy knows what
             happens to the mask.
         gain: By how much RIA's perplexity is above the transferred configuration's.

@@ -101,10 +101,13 @@ def test_model(
 
     assert list(done.perplexities) == ["dense", "wanda", "ria", "transferred", "own"]
     assert done.perplexities["transferred"] == perplexity(GOOD)
-    assert done.errors.keys() == {"wanda", "ria", "transferred", "own"}
+    assert done.errors.keys() == {"wanda", "ria", "transferred", "own", "transferred/ria"}
     rise = done.perplexities["transferred"] / done.perplexities["dense"] - 1
     shown = percent(rise, signed=True, error=done.errors["transferred"])
     assert shown in transfer_table([done.to_dict()], "perplexity").rows[0]
+    mine, ria = done.perplexities["transferred"], done.perplexities["ria"]
+    saved = percent(1 - mine / ria, error=done.errors["transferred/ria"] * mine / ria)
+    assert saved in transfer_table([done.to_dict()], "perplexity").rows[0]
     assert done.perplexities["own"] == perplexity(Configuration.model_validate(done.own))
     assert done.regret == regret(done.perplexities)
     assert done.report["tokens"] == 3 * 31
