@@ -536,6 +536,9 @@ class _Trainer(Trainer):
 
     training: _Training
 
+    def _move_model_to_device(self, *_: Any) -> None:
+        """What is trained stays where it is, and nobody needs to be told."""
+
     def training_step(self, _model: Any, inputs: Any, _count: Any = None) -> Tensor:
         (window,) = inputs["window"].tolist()
         value = self.training.trained.backward(self.training.asked.reference, window)

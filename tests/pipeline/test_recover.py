@@ -1,6 +1,7 @@
 """A recovery makes a pruned model better or leaves it alone, keeps zeros, and can be resumed."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -85,9 +86,13 @@ def test_a_recovered_folder_passes_its_check(
     recover: Callable[..., Recovered],
     original: LanguageModel,
     tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     pruned = PrunedModel.read(pruned_folder("2:4"), device="cpu")
     recovered = recover(pruned, replace(SETTINGS, train=train))
+    assert "device" not in caplog.text  # of what transformers has to say
     after = pruned.after(recovered)
     save_pruned(pruned.model, tmp_path / "out", after.masks.items(), after.recipe)
     checks = check_folder(tmp_path / "out", original=original)
