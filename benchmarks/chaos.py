@@ -74,7 +74,7 @@ class Service:
     def __enter__(self) -> "Service":
         self.start_api()
         for number in range(self.outside):
-            self._crew.append(self._start_worker(number))
+            self._crew.append(self.start_worker(number))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -121,7 +121,7 @@ class Service:
         """Start workers that have ended again, and note which processes there are."""
         for number, worker in enumerate(self._crew):
             if worker.poll() is not None:
-                self._crew[number] = self._start_worker(number)
+                self._crew[number] = self.start_worker(number)
         with suppress(psutil.Error):
             assert self._api is not None
             api = psutil.Process(self._api.pid)
@@ -223,10 +223,12 @@ class Service:
             "TMPDIR": str(temporary),
         }
 
-    def _start_worker(self, number: int) -> subprocess.Popen[bytes]:
+    def start_worker(self, number: int, *options: str) -> subprocess.Popen[bytes]:
+        """Start `pho worker`, with options."""
         environment = {**self._environment(), "PHO_DATABASE_URL": self.database_url}
         with (self.folder / f"worker-{number}.log").open("a") as log:
-            return subprocess.Popen([*PHO, "worker"], env=environment, stdout=log, stderr=log)
+            command = [*PHO, "worker", *options]
+            return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
 
 def _end(process: "subprocess.Popen[str] | subprocess.Popen[bytes]", number: int) -> None:

@@ -41,7 +41,6 @@ from storage.rows import (
     interval,
     lock_stage,
     put_down,
-    put_first,
     set_state,
     settle,
     take_out,
@@ -266,7 +265,7 @@ class ClaimStore:
                 row = lock_stage(connection, stage.id)
                 assert row is not None  # its job is locked
                 if stage.id == claim.stage.id or take_out_waiting(connection, row.queue_id):
-                    enqueue_again(connection, job, stage, behind=True)
+                    enqueue_again(connection, job, stage, "behind")
             return False
 
     def give_up(self, claim: Claim) -> None:
@@ -336,8 +335,7 @@ def _given(connection: Connection, queue_id: int, row: Any, alive_s: float) -> b
     if stage.state is StageState.RUNNING and _reports(connection, stage.worker_id, alive_s):
         return False
     if job.state.may_work:
-        enqueue_again(connection, job, stage)
-        put_first(connection, stage.id, job.priority)  # or it would wait behind all that came since
+        enqueue_again(connection, job, stage, "first")  # or it would wait behind all others
     else:
         end_attempt(connection, stage.id, Outcome.LOST)
         put_down(connection, job, stage.id, stage.failures + (stage.state is StageState.RUNNING))

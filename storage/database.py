@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 from alembic import command
@@ -62,6 +62,12 @@ class TableState:
     def is_swollen(self) -> bool:
         """Far beyond the fifth of dead rows at which PostgreSQL vacuums by itself."""
         return self.dead > MANY_DEAD and self.dead > self.rows
+
+    def __str__(self) -> str:
+        at = self.vacuumed_at
+        last = "never" if at is None else f"last at {at.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+        way = ": is autovacuum off? `VACUUM` it" if self.is_swollen else ", which has the most"
+        return f"{self.dead:,} beside {self.rows:,} rows in {self.name}, vacuumed {last}{way}"
 
 
 class Database:
@@ -131,7 +137,7 @@ class Database:
         return found[0], found[1]
 
     def tables(self) -> list[TableState]:
-        """Those of the three schemas; the one with the most dead rows first."""
+        """Those of the three schemas that need a vacuum, or the one with the most dead rows."""
         query = text(
             "SELECT schemaname || '.' || relname AS name, n_live_tup AS rows, n_dead_tup AS dead,"
             " greatest(last_vacuum, last_autovacuum) AS vacuumed_at FROM pg_stat_user_tables"
@@ -139,7 +145,8 @@ class Database:
         )
         with self.transaction() as connection:
             found = connection.execute(query, {"schemas": [*SCHEMAS]})
-            return [TableState(**row._mapping) for row in found]
+            all_of_them = [TableState(**row._mapping) for row in found]
+        return [table for table in all_of_them if table.is_swollen] or all_of_them[:1]
 
     @property
     def conninfo(self) -> str:

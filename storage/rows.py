@@ -46,6 +46,7 @@ from storage.tables import events, jobs, notifications, stages, tallies
 # The queue: one procrastinate task, ``run_stage``, which carries the number of a stage.
 TASK = "run_stage"
 
+Where = Literal["by rank", "first", "behind"]  # among those of a priority; behind all that wait
 _PLACES = len(StageKind) + 1  # of each priority: one for each rank, and one that is before all
 
 # Never opened: entries are written on the connection of the caller's transaction.
@@ -59,12 +60,12 @@ def enqueue(
     *,
     priority: int,
     lock: str | None,
-    behind: bool = False,
+    where: Where = "by rank",
 ) -> int:
     """Put a stage into the queue, in the caller's transaction."""
     lowest = priority * _PLACES
-    place = lowest + kind.rank
-    if behind:
+    place = lowest + (_PLACES - 1 if where == "first" else kind.rank)
+    if where == "behind":
         query = text(
             "SELECT min(priority) FROM procrastinate_jobs"
             " WHERE status = 'todo' AND priority BETWEEN :lowest AND :place"
@@ -84,7 +85,8 @@ def enqueue(
 # Entries that a worker could take now.
 _WAITING = (
     "SELECT entry.id, entry.priority AS place, (jobs.priority + 1) * :places - 1 AS top,"
-    " jobs.id AS job, coalesce(jobs.owner_id::text, '') AS whose, jobs.priority, jobs.served_at"
+    " stages.id AS stage, jobs.id AS job, coalesce(jobs.owner_id::text, '') AS whose,"
+    " jobs.priority, jobs.served_at"
     " FROM procrastinate_jobs entry"
     " JOIN pho.stages ON stages.queue_id = entry.id"
     " JOIN pho.jobs ON jobs.id = stages.job_id"
@@ -114,35 +116,29 @@ def give_way(
     connection: Connection, kinds: Sequence[StageKind], job: JobRecord | None, *, over: bool
 ) -> None:
     """
-    Let what a worker takes next be of the key that no worker has served for longest, the job's own
-    last; if the job's turn is over, of the job of that key for which this holds.
+    Let in the key that no worker has served for longest, the job's own last; if the job's turn is
+    over, of its other jobs the one for which this holds.
     """
-    # The oldest entry would always be one of the same keys. Those that were let in and still wait
-    # count as served, or workers that begin at once would all let in the same key.
+    # The oldest entry would always be one of the same keys. Those that are let in are taken in this
+    # order, and none twice before it is taken: workers may die before they take what they let in.
     query = text(
         "WITH let_in AS (SELECT *,"  # noqa: S608 - all of it is ours
-        "  count(*) FILTER (WHERE place = top) OVER (PARTITION BY whose) AS so_many"
+        "  bool_or(place = top) OVER (PARTITION BY whose, priority) AS already"
         f" FROM ({_WAITING}) AS waiting WHERE job IS DISTINCT FROM CAST(:job AS uuid)),"
         " served AS (SELECT coalesce(owner_id::text, '') AS whose, max(served_at) AS at"
-        "  FROM pho.jobs GROUP BY 1),"
-        " first AS (SELECT id, top FROM let_in JOIN served USING (whose) WHERE place < top"
-        "  ORDER BY priority DESC, whose = CAST(:own AS text), so_many, at NULLS FIRST,"
-        "  CASE WHEN :over THEN served_at END NULLS FIRST, place DESC, id LIMIT 1)"
-        " UPDATE procrastinate_jobs entry SET priority = first.top FROM first"
-        " WHERE entry.id = first.id AND entry.status = 'todo'"
+        "  FROM pho.jobs GROUP BY 1)"
+        " SELECT id, stage, job FROM let_in JOIN served USING (whose) WHERE NOT already"
+        " ORDER BY priority DESC, whose = CAST(:own AS text), at NULLS FIRST,"
+        " CASE WHEN :over THEN served_at END NULLS FIRST, place DESC, id LIMIT 1"
     )
     own = None if job is None else str(job.owner_id or "")
     values = {"job": None if job is None else job.id, "own": own, "over": over}
-    connection.execute(query, {**_given(kinds), **values})
-
-
-def put_first(connection: Connection, stage_id: int, priority: int) -> None:
-    """Let a stage that is in the queue be the next of those of its priority."""
-    query = text(
-        "UPDATE procrastinate_jobs entry SET priority = :top FROM pho.stages"
-        " WHERE stages.queue_id = entry.id AND stages.id = :stage"
-    )
-    connection.execute(query, {"top": (priority + 1) * _PLACES - 1, "stage": stage_id})
+    first = connection.execute(query, {**_given(kinds), **values}).first()
+    stage = None if first is None else lock_stage(connection, first.stage)
+    if stage is None or first is None or stage.queue_id != first.id:
+        return
+    if take_out_waiting(connection, first.id):
+        enqueue_again(connection, find_job(connection, first.job), stage, "first")
 
 
 def take_out(connection: Connection, queue_id: int) -> None:
@@ -232,20 +228,19 @@ def enqueue_stage(
     stage_id: int,
     kind: StageKind,
     lock: str | None,
-    *,
-    behind: bool = False,
+    where: Where = "by rank",
 ) -> None:
     """Put a stage into the queue; an entry that it had before stands for nothing."""
-    queue_id = enqueue(connection, stage_id, kind, priority=job.priority, lock=lock, behind=behind)
+    queue_id = enqueue(connection, stage_id, kind, priority=job.priority, lock=lock, where=where)
     update_stage(connection, stage_id, queue_id=queue_id)
 
 
 def enqueue_again(
-    connection: Connection, job: JobRecord, stage: Stage | Row[Any], *, behind: bool = False
+    connection: Connection, job: JobRecord, stage: Stage | Row[Any], where: Where = "by rank"
 ) -> None:
     """Put a stage that was in the queue into it again, with the lock that it had."""
     lock = (stage.params or {})["lock"]
-    enqueue_stage(connection, job, stage.id, stage.kind, lock, behind=behind)
+    enqueue_stage(connection, job, stage.id, stage.kind, lock, where)
 
 
 def update_stage(connection: Connection, stage_id: int, **values: Any) -> None:

@@ -403,3 +403,6 @@ class Health(_Answer):
 
     status: Literal["ok"]
     warnings: list[str] = Field([], description="Faults that do not keep the service from working.")
+    details: list[str] = Field(
+        [], description="With `?verbose`: sizes, as `pho doctor` tells them."
+    )

@@ -11,7 +11,7 @@ from uuid import UUID
 
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from pho_service.api.answers import Health, Worker, WorkerList
 from pho_service.api.artifacts import remove_files
@@ -20,6 +20,7 @@ from pho_service.api.problems import documented, problem, sentence
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.errors import InvalidInput, OutputError
 from pho_service.host.webhooks import NotDelivered, send
+from pho_service.spec.document import format_bytes, sizes_told
 from storage.jobs import Notification, clear_queue, end, pruned_for, put_off, take
 from storage.records import (
     Drain,
@@ -112,14 +113,37 @@ async def healthz() -> Health:
     "/readyz",
     response_model=Health,
     response_model_exclude_defaults=True,
-    responses={503: documented()[503]},
+    responses=documented(),
 )
-async def readyz(service: ServiceParam) -> Health:
+async def readyz(
+    request: Request, service: ServiceParam, verbose: str | None = None
+) -> Health | Response:
     """
     Check that the service can work: its database answers in a second, and workers see its store.
 
     `warnings` says if some see another artifact store. They take no stages; if all do, it is 503.
+    With `?verbose`, which takes a key that sees all jobs, `details` has the sizes of the database
+    and of the artifact store, and which tables have many dead rows.
     """
+    if verbose is None:
+        return await _ready(service)
+    caller = getattr(request.state, "caller", None)
+    if caller is None or not caller.sees_all:
+        return needs_all("The sizes count")
+    health = await _ready(service)
+    return health.model_copy(update={"details": await run_sync(_sizes, service)})
+
+
+def _sizes(service: Service) -> list[str]:
+    (version, size), tables = service.database.server(), service.database.tables()
+    return [
+        f"PostgreSQL {version.split()[0]}, {format_bytes(size)}",
+        *(f"dead rows: {table}" for table in tables),
+        f"artifact store: {sizes_told(service.stored) or 'not measured yet'}",
+    ]
+
+
+async def _ready(service: Service) -> Health:
     own, stores = await service.probe.check()
     if isinstance(service.store, OutputError):
         raise service.store

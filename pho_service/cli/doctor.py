@@ -5,7 +5,6 @@
 import os
 import shutil
 from collections.abc import Iterator
-from datetime import UTC
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +16,7 @@ from pho_service.cli.terminal import print_json, print_table, verb
 from pho_service.errors import plain_line
 from pho_service.host.machine import EXTRAS, hub_answers, machine, missing_of
 from pho_service.host.settings import Settings, read_settings
-from pho_service.spec.document import format_bytes
+from pho_service.spec.document import format_bytes, sizes_told
 
 Checked = tuple[str, str, str]  # what, ``ok``, ``note`` or ``fails``, and what is to be known
 GIB = 2**30
@@ -113,13 +112,8 @@ def _database(settings: Settings) -> Iterator[Checked]:
         database.close()
     who = "PHO_DATABASE_URL answers" if given else "the embedded one runs"
     yield "database", "ok", f"{who}: PostgreSQL {version.split()[0]}, {format_bytes(size)}"
-    swollen = [table for table in tables if table.is_swollen]
-    for table in swollen or tables[:1]:
-        at = table.vacuumed_at
-        last = "never" if at is None else f"last at {at.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
-        said = f"{table.dead:,} beside {table.rows:,} rows in {table.name}, vacuumed {last}"
-        way = ": is autovacuum off? `VACUUM` it" if table.is_swollen else ", which has the most"
-        yield "dead rows", "note" if table.is_swollen else "ok", said + way
+    for table in tables:
+        yield "dead rows", "note" if table.is_swollen else "ok", str(table)
 
 
 def _store(settings: Settings) -> Iterator[Checked]:
@@ -130,11 +124,8 @@ def _store(settings: Settings) -> Iterator[Checked]:
     if not (settings.artifacts or Path(store_url(settings)).is_dir()):
         return  # no service has been here
     sizes = PrunedStore.of(settings).sizes()
-    free = sizes.pop("free", None)
-    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())
-    left = "" if free is None else f"; {format_bytes(free)} free"
-    state = "ok" if free is None or free >= LITTLE else "note"
-    yield "artifact store", state, f"{store_url(settings)}: {parts}{left}"
+    state = "ok" if sizes.get("free", LITTLE) >= LITTLE else "note"
+    yield "artifact store", state, f"{store_url(settings)}: {sizes_told(sizes)}"
 
 
 def _disk(settings: Settings) -> Iterator[Checked]:

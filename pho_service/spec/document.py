@@ -222,6 +222,13 @@ def format_bytes(count: int) -> str:
     return f"{count / 2 ** (10 * power):.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
+def sizes_told(sizes: Mapping[str, int]) -> str:
+    """Bytes by what takes them, and those that are free, in words."""
+    parts = [f"{name} {format_bytes(size)}" for name, size in sizes.items() if name != "free"]
+    left = f"; {format_bytes(sizes['free'])} free" if "free" in sizes else ""
+    return ", ".join(parts) + left
+
+
 def format_count(count: int) -> str:
     """With three digits: ``135 million``, ``29.7 thousand``."""
     for name, size in (("billion", 10**9), ("million", 10**6), ("thousand", 10**3)):

@@ -1,6 +1,7 @@
 """Workers as the API sees them: which artifact store they see, and that they can be drained."""
 
 import asyncio
+import re
 import uuid
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from fastapi.testclient import TestClient
 
 from pho_service.errors import OutputError
 from storage.jobs import JobStore
+from storage.keys import KeyStore
 from storage.records import Drain, StageKind
 
 
@@ -52,6 +54,29 @@ def test_readyz_compares_the_store_of_the_api_with_those_of_its_workers(
     assert "the same PHO_ARTIFACTS; in containers, mount the same volume" in detail
     assert [worker["other_store"] for worker in shown] == [True, True]
     assert "sees another artifact store than the API" in client.get("/").text
+
+
+def test_readyz_tells_sizes_to_a_key_that_sees_all_jobs(
+    client: TestClient, keys: KeyStore, refusal: Any
+) -> None:
+    client.app.state.service.stored = {"pruned": 3 * 2**20, "free": 2**30}  # type: ignore[attr-defined]
+    anybody = client.get("/readyz?verbose")
+    ours, all_jobs = (
+        {"Authorization": f"Bearer {keys.create(name, sees_all=sees_all)[1]}"}
+        for name, sees_all in (("ours", False), ("all", True))
+    )
+    told = client.get("/readyz?verbose", headers=all_jobs)
+
+    for answer in (anybody, told):
+        version, *tables, store = answer.json()["details"]
+        assert re.fullmatch(r"PostgreSQL \d\d\S*, .*iB", version)
+        assert tables
+        assert all(re.match(r"dead rows: \d+ beside \d+ rows in ", each) for each in tables)
+        assert store == "artifact store: pruned 3.0 MiB; 1.0 GiB free"
+    refusal(client.get("/readyz?verbose"), 401, "no_key")
+    refusal(client.get("/readyz?verbose", headers=ours), 403, "not_for_this_key")
+    refusal(client.get("/readyz?%76erbose"), 403, "not_for_this_key")
+    assert client.get("/readyz").json() == {"status": "ok"}
 
 
 def test_readyz_of_an_api_that_cannot_use_its_store_or_sees_another_than_the_rest_says_so(

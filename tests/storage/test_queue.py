@@ -316,7 +316,29 @@ class TestOrder:
             store.next_turn([CALIBRATE])
         order = in_order(database)
 
-        assert sorted(order[:6]) == sorted(job.stages[0].id for own in of_keys for job in own[:2])
+        assert order[:4] == [own[number].stages[0].id for number in (0, 1) for own in of_keys][:4]
+
+    def test_what_was_let_in_first_is_taken_first_however_many_are_killed_before(
+        self, database: Database
+    ) -> None:
+        """The oldest jobs do not come first again and again."""
+        store = JobStore(database)
+        keys = [KeyStore(database).create(n, sees_all=False)[0].id for n in "abcd"]
+        for key in keys:
+            for _ in range(8):
+                submitted(store, 0, owner_id=key)
+        served = []
+        for _ in range(12):
+            for _ in range(3):
+                store.next_turn([CALIBRATE])  # of workers that are killed, and of one that is not
+            given = fetch(database)
+            assert given is not None
+            claim = store.claim(given[1], given[0], uuid.uuid4())
+            assert claim is not None
+            assert claim.job.owner_id is not None
+            served.append(keys.index(claim.job.owner_id))
+
+        assert served == [0, 1, 2, 3] * 3
 
     def test_no_key_is_let_in_before_a_more_urgent_job(self, database: Database) -> None:
         store = JobStore(database)
