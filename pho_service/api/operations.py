@@ -113,7 +113,7 @@ async def healthz() -> Health:
     "/readyz",
     response_model=Health,
     response_model_exclude_defaults=True,
-    responses=documented(),
+    responses=documented(422),
 )
 async def readyz(
     request: Request, service: ServiceParam, verbose: str | None = None
