@@ -197,7 +197,8 @@ def demo(given: Given, out: str, pattern: str, scope: str | None, as_json: bool)
     found["best"], row = place.pruned(found["best"], found["score"], folder / "pruned")
     compared = replace(
         compared,
-        rows=[*compared.rows, row],
+        # The lowest of the others is not that of all.
+        rows=[*(replace(each, behind=None) for each in compared.rows), row],
         seeds={seed: [*rows, row] for seed, rows in compared.seeds.items()},
     )
     config = folder / "config.json"

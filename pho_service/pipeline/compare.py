@@ -362,7 +362,7 @@ class Compared:
         """All rows, with the conditions of the numbers."""
         return Table(
             (
-                "method", "scope", "perplexity", "against dense", "against the best", *self.extra,
+                "method", "scope", "perplexity", "against dense", "above the lowest", *self.extra,
                 "sparsity", "proxy", "seconds", "peak memory",
             ),
             [

@@ -172,7 +172,7 @@ def results_table(report: Report) -> Table | None:
     alone = ", of the masks alone" if found is not None and found.steps.needs_text else ""
     return Table(
         (
-            "candidate", "perplexity", "against the best", GAINS["perplexity"], "divergence",
+            "candidate", "perplexity", "above the lowest", GAINS["perplexity"], "divergence",
             GAINS["divergence"], "objective", GAINS["proxy"], "trial",
         ),
         [
