@@ -92,7 +92,8 @@ def _patterns(target: Target) -> str | None:
     answer = target.submit(steps={"linears": {"targets": [nested]}})
     if answer.status_code != 422 or "repeats" not in answer.text:
         return f"nested counts: {answer.status_code} {answer.text[:200]}"
-    slow = [f"re:(?:.|.|..)*(?<={i}v_proj)" for i in range(256)]
+    # Each matches after all: one that matches nothing would be refused before the next is tried.
+    slow = [f"re:(?:.|.|..)*(?<={i}v_proj)|.*" for i in range(256)]
     return _refused(target, "regular expressions", "take more than", **{
         "steps": {"linears": {"targets": slow}}
     })  # fmt: skip
@@ -113,7 +114,8 @@ def _hostile_pull(target: Target) -> str | None:
             nonlocal sent
             if self.path.endswith("/artifacts"):
                 job = "d5aed9d3-7b7c-40f9-9896-b5f528363229"
-                body = json.dumps({"job_id": job, "files": [listed], "bytes": 5}).encode()
+                files = {"files": [listed], "bytes": 5, "archive": "/x"}
+                body = json.dumps({"job_id": job, **files}).encode()
                 self.send_response(200)
                 self.send_header("content-type", "application/json")
                 self.send_header("content-length", str(len(body)))
@@ -124,7 +126,8 @@ def _hostile_pull(target: Target) -> str | None:
             self.end_headers()
             with suppress(OSError):
                 for _ in range(1000):
-                    sent += self.wfile.write(bytes(2**20))
+                    sent += 1  # before the other side may hang up
+                    self.wfile.write(bytes(2**20))
 
     wrong, right = [], {"name": "file", "bytes": 5, "sha256": hashlib.sha256().hexdigest()}
     odd: tuple[dict[str, Any], ...] = (
