@@ -169,6 +169,11 @@ class Job(_Answer):
     finished_at: datetime | None
     spec: dict[str, Any] = Field(description="Document that was submitted, with the defaults.")
 
+    @property
+    def title(self) -> str:
+        """Its name without the part of its id, which stands beside it."""
+        return self.name.removesuffix(f" {self.id.hex[:12]}")
+
 
 class Submitted(_Answer):
     """A job that was submitted; `GET /v1/jobs/{id}` has all of it."""

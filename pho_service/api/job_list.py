@@ -218,7 +218,6 @@ class JobRow:
     """A job."""
 
     job: Job  # As the API shows it
-    title: str  # Its name without the part of its id
     models: Sequence[str]
     pattern: str  # How sparse they are to be, in short
     preset: str  # Its name, or "transfer"
@@ -250,7 +249,6 @@ def _row(job: stored.JobRecord, line: str, now: datetime) -> JobRow:
     found = measured(shown)
     return JobRow(
         job=shown,
-        title=job.name.rpartition(" ")[0] or job.name,
         models=models_of(job),
         pattern=asked_sparsity(spec)[1],
         preset="transfer" if is_transfer(job) else str(spec.get("preset", "score")),

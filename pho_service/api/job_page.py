@@ -33,8 +33,8 @@ from pho_service.api.report import rated_values
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.api.stepper import span
 from pho_service.shown.charts import curves_chart, searches_chart
-from pho_service.shown.tables import result_in_words
-from pho_service.spec.document import number, percent
+from pho_service.shown.tables import result_in_words, rise_of
+from pho_service.spec.document import number
 from pho_service.spec.fields import FieldError
 from pho_service.spec.transfer import TransferRequest
 from storage import records as stored
@@ -254,7 +254,7 @@ def _figures(columns: Sequence[tuple[JobHead, Point | None]]) -> list[Line]:
         ("RIA", "ria"),
     ):  # fmt: skip
         rows.append((title, [number(getattr(point, name, None)) for point in points]))
-    rises = [percent(p.rise, signed=True, error=p.rise_error) if p else "" for p in points]
+    rises = [rise_of(point) if point else "" for point in points]
     best = [point.proxy if point else h.job.progress.best_value for h, point in columns]
     trials = [(point and point.trials) or h.job.progress.of("search").done for h, point in columns]
     rows += [

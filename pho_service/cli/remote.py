@@ -220,7 +220,7 @@ def jobs(
     rows = [
         [
             str(job.id) if table_width() is None else short[str(job.id)],
-            job.name.removesuffix(f" {job.id.hex[:12]}"),
+            job.title,
             job.state,
             done(job),
             *good(job),

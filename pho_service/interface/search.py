@@ -119,7 +119,7 @@ def arguments(asked: Callable[P, A]) -> Callable[[Callable[[A], R]], Callable[P,
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            for name in kwargs.keys() - signature.parameters.keys():
+            for name in [each for each in kwargs if each not in signature.parameters]:
                 near = "".join(f" Did you mean {n}?" for n in get_close_matches(name, types, 1))
                 raise TypeError(f"{function.__name__}() has no argument {name!r}.{near}")
             return function(asked(*args, **kwargs))

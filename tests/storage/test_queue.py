@@ -331,12 +331,7 @@ class TestOrder:
         for _ in range(12):
             for _ in range(3):
                 store.next_turn([CALIBRATE])  # of workers that are killed, and of one that is not
-            given = fetch(database)
-            assert given is not None
-            claim = store.claim(given[1], given[0], uuid.uuid4())
-            assert claim is not None
-            assert claim.job.owner_id is not None
-            served.append(keys.index(claim.job.owner_id))
+            served.append(keys.index(taken_next(store).owner_id))
 
         assert served == [0, 1, 2, 3] * 3
 
@@ -360,12 +355,7 @@ class TestOrder:
         served = []
         for _ in range(9):
             store.next_turn([CALIBRATE])  # as a worker does that begins
-            given = fetch(database)
-            assert given is not None
-            claim = store.claim(given[1], given[0], uuid.uuid4())
-            assert claim is not None
-            assert claim.job.owner_id is not None
-            served.append(keys.index(claim.job.owner_id))
+            served.append(keys.index(taken_next(store).owner_id))
 
         assert served == [0, 1, 2] * 3
 
@@ -425,6 +415,16 @@ class TestOrder:
         assert store.claim(given[1], given[0], uuid.uuid4()) is None
         finish(database, given[0])
         assert in_order(database) == [waiting.stages[0].id]
+
+
+def taken_next(store: JobStore) -> JobRecord:
+    """The job whose stage a worker gets and claims."""
+    given = fetch(store.database)
+    assert given is not None
+    claim = store.claim(given[1], given[0], uuid.uuid4())
+    assert claim is not None
+    assert claim.job.owner_id is not None
+    return claim.job
 
 
 def submitted(
