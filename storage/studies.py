@@ -3,7 +3,7 @@ Optuna studies as the record of searches, and their trials a page at a time.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,8 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError, S
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
+_PAGE = 500  # trials that are read at once
+_NO_ID = 2**31 - 1  # which no trial's number in the database exceeds
 _RECORD = "pho:"  # begins the names of the system attributes that are ours
 
 
@@ -55,6 +57,9 @@ class StudyStorage(RDBStorage):
     # takes more time than rating a candidate does. Trials that have the parameters of the one
     # before them are written at once here; the first of a study, and all that is out of the
     # ordinary, by Optuna itself.
+    #
+    # Optuna reads all trials of a study at once, with an object for every parameter and attribute:
+    # 40 KiB a trial, which the process keeps. They are read a page at a time here.
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._written: dict[int, dict[str, str]] = {}  # distributions by study
@@ -109,6 +114,29 @@ class StudyStorage(RDBStorage):
         )
         trial.number = trial.count_past_trials(session)
         return trial
+
+    def _get_trials(
+        self,
+        study_id: int,
+        states: Container[TrialState] | None,
+        included_trial_ids: set[int],
+        trial_id_greater_than: int,
+    ) -> list[FrozenTrial]:
+        column = models.TrialModel.trial_id
+        query = select(column).where(models.TrialModel.study_id == study_id).order_by(column)
+        with _create_scoped_session(self.scoped_session) as session:
+            models.StudyModel.find_or_raise_by_id(study_id, session)
+            found = session.execute(query).scalars()
+            ids = [i for i in found if i > trial_id_greater_than or i in included_trial_ids]
+        known: dict[str, BaseDistribution] = {}
+        trials = []
+        for first in range(0, len(ids), _PAGE):
+            page = {*ids[first : first + _PAGE]}
+            for trial in super()._get_trials(study_id, states, page, _NO_ID):
+                for name, each in trial.distributions.items():  # one of each for all trials
+                    trial.distributions[name] = known.setdefault(repr(each), each)
+                trials.append(trial)
+        return trials
 
 
 def _ordinary(trial: FrozenTrial) -> bool:

@@ -30,7 +30,8 @@ from pho_service.api.service import Caller, Service, ServiceParam
 from storage.keys import key_digest
 from storage.studies import StorageError
 
-OPEN = ("/healthz", "/readyz", "/favicon.ico")  # say nothing of jobs, and are asked for often
+READY = "/readyz"
+OPEN = ("/healthz", READY, "/favicon.ico")  # say nothing of jobs, and are asked for often
 LOGIN = ("/login", "/logout")  # for those who have no key yet
 METRICS = "/metrics"
 SESSION = "pho_session"  # the cookie of a login
@@ -91,8 +92,9 @@ class KeyGuard:
         self._tried: Counter[str] = Counter()  # keys that are being looked up, by host
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_open = scope.get("path") in OPEN and b"verbose" not in scope["query_string"]
-        if scope["type"] != "http" or is_open:
+        path = scope.get("path")
+        told_more = path == READY and b"verbose" in scope["query_string"]
+        if scope["type"] != "http" or (path in OPEN and not told_more):
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)

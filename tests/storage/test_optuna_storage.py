@@ -25,6 +25,7 @@ class TestOptunaStorage(StorageTestCase):
         """Opened as the workers open it; copies that a test unpickles are closed as well."""
         with database.transaction() as connection:
             connection.exec_driver_sql("TRUNCATE optuna.studies CASCADE")
+        monkeypatch.setattr("storage.studies._PAGE", 2)  # so that several are read
         copies: list[RDBStorage] = []
         unpickle = RDBStorage.__setstate__
 

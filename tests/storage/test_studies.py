@@ -1,13 +1,16 @@
 """The study's database: opened with care, failing with words."""
 
+import gc
 import sqlite3
 from contextlib import closing, nullcontext
 from pathlib import Path
+from weakref import WeakSet
 
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.storages import RDBStorage
+from optuna.storages._rdb.models import TrialModel
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import event
 
@@ -58,6 +61,38 @@ def test_a_study_in_few_statements_reads_as_optunas_own(tmp_path: Path) -> None:
 
     assert read[0] == read[1]
     assert [t.number for t in read[0]] == [0, 1, 2, 3, 4]
+
+
+def test_trials_are_read_a_page_at_a_time_and_share_their_distributions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.studies._PAGE", 3)
+    alive: WeakSet[TrialModel] = WeakSet()
+    at_once = []
+
+    def loaded(trial: TrialModel, _context: object) -> None:
+        alive.add(trial)
+        gc.collect()
+        at_once.append(len(alive))
+
+    with open_storage(f"sqlite:///{tmp_path / 'study.db'}") as storage:
+        study = open_study(storage, "a", direction="minimize")
+        open_study(storage, "b", direction="minimize").add_trials([finished(9)])
+        study.add_trials([finished(i, failed=i == 2) for i in range(8)])
+        event.listen(TrialModel, "load", loaded)
+        try:
+            trials = open_study(storage, "a", direction="minimize").trials
+        finally:
+            event.remove(TrialModel, "load", loaded)
+        whole = RDBStorage(f"sqlite:///{tmp_path / 'study.db'}")
+        optunas = optuna.load_study(study_name="a", storage=whole).trials
+        whole.remove_session()
+        whole.engine.dispose()
+
+    assert trials == optunas
+    assert max(at_once) == 3
+    for name in ("x", "k", "method"):
+        assert len({id(trial.distributions[name]) for trial in trials}) == 1
 
 
 def test_from_the_second_trial_on_all_is_written_together(tmp_path: Path) -> None:
