@@ -27,7 +27,6 @@ from pho_service.pipeline.curve import (
     CurvePoint,
     CurvePoints,
     find_points,
-    is_inside,
     point_warnings,
     target_found,
 )
@@ -36,7 +35,6 @@ from pho_service.pipeline.search import Asked, Journal, Piece, SearchInputs, con
 from pho_service.progress import Run
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.calibration import SHARDS
-from pho_service.spec.curve import Target
 from pho_service.spec.job import JobSpec
 from pho_service.spec.results import (
     Calibration,
@@ -344,29 +342,19 @@ class _Job:
                 dense=None if known is None else kept(known, DENSE_MEASURED, {}),
                 search=self._island_search(one),
                 run=run,
+                target=spec.target,
+                before=[_POINT.validate_python(each.result) for each in points if each.result],
             )
             point = finder.find(request, title)
             with run.fence():
                 show_result(study, one, point.configuration)
             opened.check()
-            if spec.target is not None:
-                before = [_POINT.validate_python(e.result) for e in points if e.result]
-                self._forget_blocks(spec.target, [*before, point])
-            else:
+            if spec.target is None:
                 self._journal.library = [Entry(point.configuration.model_dump(mode="json"))]
             return point
 
         requests = [spec.of_pattern(pattern).request(0) for pattern in spec.points]
         return find_points(find, requests, spec.target, self._journal)
-
-    def _forget_blocks(self, target: Target, points: Sequence[CurvePoint]) -> None:
-        """Keep only those trained blocks that the answer of a target may be made of."""
-        inside = [each for each in points if is_inside(target, each)]
-        answer = max(inside, key=lambda each: each.sparsity, default=None)
-        for each in points:
-            blocks = self._opened.blocks(each.configuration.candidate())
-            if each is not answer and blocks is not None:
-                blocks.remove()
 
     def _finish_points(self, spec: JobSpec, points: Sequence[CurvePoint]) -> Finished:
         """A target has an answer, patterns have one each; TargetMissed if there is no answer."""

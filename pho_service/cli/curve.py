@@ -148,7 +148,11 @@ def open_curve(
 
 @contextmanager
 def opened_points(
-    opened: "Calibrated", study: str, specs: "Sequence[JobSpec]", inputs: Terminal
+    opened: "Calibrated",
+    study: str,
+    specs: "Sequence[JobSpec]",
+    inputs: Terminal,
+    target: Target | None = None,
 ) -> "Iterator[tuple[CurvePoints, str]]":
     """What finds the points, and the name of the study that has the trials of all of them."""
     # The study of each point, in the database ``study``, keeps the document of its search.
@@ -168,7 +172,8 @@ def opened_points(
 
     with opened_pareto(study, [each.request(0) for each in specs], subject) as pareto:
         run = inputs.run(subject.model)
-        yield CurvePoints(subject, record, pareto=pareto, run=run), pareto.study_name
+        points = CurvePoints(subject, record, pareto=pareto, run=run, target=target)
+        yield points, pareto.study_name
 
 
 def show_points(points: "Sequence[CurvePoint]") -> None:
@@ -231,7 +236,7 @@ def search_within(
     specs = {each: _spec(models[0], given, each) for each in target.sparsities}
     of_all = [spec.request(0) for spec in specs.values()]
     opened = open_curve(specs[target.sparsities[0]], given, of_all, inputs)
-    with opened_points(opened, study, [*specs.values()], inputs) as (points, _):
+    with opened_points(opened, study, [*specs.values()], inputs, target) as (points, _):
         return target_found(target, find_points(points.find, of_all, target))
 
 

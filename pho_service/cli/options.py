@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from pho_service.cli.document import Given
     from pho_service.models.calibration import CalibrationText
     from pho_service.models.loading import LanguageModel
-    from pho_service.models.scratch import KeptBlocks
     from pho_service.models.texts import MixedText, Text, TextSource
     from pho_service.pipeline.confirmation import Validation
     from pho_service.pipeline.inputs import Cut
@@ -261,14 +260,12 @@ class Terminal(Inputs):
         with working(f"Reading {source}"):
             return super().report(model, source, how, most, unlike)
 
-    def blocks(self, opened: Calibrated, winner: "Candidate") -> "KeptBlocks | None":
-        """Where the trained blocks of a search's winner are kept for `pho prune`."""
+    @property
+    def cache(self) -> Path:
+        """The folder of bundles and of trained blocks."""
         from pho_service.host.settings import Settings
-        from pho_service.pipeline.prune import cached_blocks
 
-        cache_dir = self.cache_dir or Settings().cache_dir
-        assert opened.model is not None
-        return cached_blocks(cache_dir, opened.model, opened.bundle, winner, opened.calibration)
+        return self.cache_dir or Settings().cache_dir
 
     def nothing_left(self) -> None:
         """Says which option gives a text."""
@@ -289,7 +286,6 @@ class Terminal(Inputs):
         """
         # What is ``asked`` is compared with the model before its text is read; ``why`` is raised if
         # there is no text to confirm on.
-        from pho_service.host.settings import Settings
         from pho_service.models.calibration import bundle_path, cached_bundle
         from pho_service.pipeline.curve import check_patterns
 
@@ -303,10 +299,9 @@ class Terminal(Inputs):
             confirmed = self.confirmation(loaded, other, settings, confirm.windows, text)
             if confirmed is None and why:
                 raise TextError(why)
-        cache_dir = self.cache_dir or Settings().cache_dir
-        kept = bundle_path(cache_dir, text.bundle_key).is_file()
+        kept = bundle_path(self.cache, text.bundle_key).is_file()
         started = time.monotonic()
-        bundle = cached_bundle(loaded, text, settings, cache_dir, progress)
+        bundle = cached_bundle(loaded, text, settings, self.cache, progress)
         return Calibrated(
             bundle=bundle,
             name=loaded.name,
@@ -315,6 +310,7 @@ class Terminal(Inputs):
             confirm=confirmed,
             left=len(text.held_out),
             seconds=None if kept else round(time.monotonic() - started, 3),
+            cache_dir=self.cache,
         )
 
 

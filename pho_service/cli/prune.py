@@ -365,7 +365,7 @@ def _prune(
     if source.deployable:
         configuration = configuration.deployable()
     assert opened.model is not None
-    trained = inputs.blocks(opened, configuration.candidate())
+    trained = opened.blocks(configuration.candidate())
     result = prune_job(
         opened.model,
         opened.bundle,
@@ -443,7 +443,10 @@ def _opened(
     loaded = inputs.model(model) if isinstance(model, str) else model
     text = None if source is None else inputs.windows(loaded, source, settings)
     return Calibrated(
-        bundle=bundle, model=loaded, calibration=None if text is None else text.calibration
+        bundle=bundle,
+        model=loaded,
+        calibration=None if text is None else text.calibration,
+        cache_dir=inputs.cache,
     )
 
 

@@ -111,7 +111,7 @@ def search(
             model=opened.model,
             confirm_text=opened.confirm,
             calibration=opened.calibration,
-            blocks=lambda winner: inputs.blocks(opened, winner),
+            blocks=opened.blocks,
             run=inputs.run(opened.model),
         )
     _finish(result, path, study, as_json)

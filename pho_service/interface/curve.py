@@ -203,7 +203,7 @@ def search_within(asked: WithinArguments) -> Within:
     target = Target.of(**{name: getattr(asked, name) for name in Target.model_fields})
     of_all = [asked.request(each) for each in target.sparsities]
     subject = _subject(asked, of_all)
-    with _points(subject, of_all, asked.study, asked.progress) as (points, _):
+    with _points(subject, of_all, asked.study, asked.progress, target) as (points, _):
         found = target_found(target, find_points(points.find, of_all, target))
     return Within(**{part.name: getattr(found, part.name) for part in fields(TargetFound)})
 
@@ -223,7 +223,11 @@ def _subject(asked: PointsArguments, requests: Sequence[SearchRequest]) -> Subje
 
 @contextmanager
 def _points(
-    subject: Subject, requests: Sequence[SearchRequest], study: str | None, progress: bool | None
+    subject: Subject,
+    requests: Sequence[SearchRequest],
+    study: str | None,
+    progress: bool | None,
+    target: Target | None = None,
 ) -> Iterator[tuple[CurvePoints, optuna.Study]]:
     """What finds the points, and the study that has the trials of all of them."""
     record: Callable[[SearchRequest], AbstractContextManager[optuna.Study]]
@@ -242,8 +246,8 @@ def _points(
             return opened_study(url, request, subject.bundle, subject.text)
 
     with opening as pareto:
-        points = CurvePoints(subject, record, pareto=pareto, run=run_on(subject.model, progress))
-        yield points, pareto
+        run = run_on(subject.model, progress)
+        yield CurvePoints(subject, record, pareto=pareto, run=run, target=target), pareto
 
 
 def _table(points: Sequence[CurvePoint]) -> Table:

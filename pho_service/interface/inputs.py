@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from pho_service.errors import BundleError, InvalidInput, ModelError, TextError
 from pho_service.host.data_sets import USUAL_TEXTS
+from pho_service.host.settings import Settings
 from pho_service.models.bundle_file import read_bundle
 from pho_service.models.calibration import CalibrationText, drawn_windows
 from pho_service.models.loading import LanguageModel, given_model, load_model
@@ -290,4 +291,5 @@ def calibrated(
         calibration=calibration,
         confirm=text,
         left=None if drawn is None else len(drawn.held_out),
+        cache_dir=Settings().cache_dir,
     )

@@ -121,11 +121,15 @@ def prune(
         pattern.check_width(linear.weight.shape[1], name)
     if texts is not None:
         check_prefix(loaded, taken)
-    windows = calibrated(loaded, taken, texts).calibration
+    known = calibrated(loaded, taken, texts)
+    trained = known.blocks(found.candidate())
     with _dense_if_it_fails(loaded):
         done = pipeline.prune_in_place(
-            loaded, taken, found, calibration=windows, progress=bars(progress)
-        )
+            loaded, taken, found, calibration=known.calibration, done=trained,
+            progress=bars(progress),
+        )  # fmt: skip
+    if trained:
+        trained.remove()
     parts = {part.name: getattr(done, part.name) for part in fields(done)}
     return Pruned(**parts, model=loaded.model, tokenizer=loaded.tokenizer)
 

@@ -598,6 +598,7 @@ def _searched(
             model=known.model,
             confirm_text=known.confirm,
             calibration=known.calibration,
+            blocks=known.blocks,
             run=run_on(known.model, progress),
             callbacks=callbacks,
         )

@@ -96,9 +96,12 @@ class CurvePoints:
         run: Run = Run(),
         dense: Mapping[str, Any] | None = None,
         search: IslandSearch | None = None,
+        target: Target | None = None,
+        before: Sequence[CurvePoint] = (),
     ) -> None:
         self._subject, self._record, self._pareto = subject, record, pareto
         self._run, self._dense, self._search = run, dense, search
+        self._target, self._found = target, [*before]
 
     def find(self, request: SearchRequest, title: str) -> CurvePoint:
         """Search, confirm, and measure the published methods beside."""
@@ -116,7 +119,8 @@ class CurvePoints:
                     model=subject.model,
                     confirm_text=subject.text,
                     calibration=subject.calibration,
-                    blocks=subject.blocks,
+                    # Of many points nobody knows which of them the model is pruned to.
+                    blocks=lambda winner: subject.blocks(winner) if self._target else None,
                     search=self._search,
                     run=_titled(self._run, title),
                 )
@@ -126,7 +130,7 @@ class CurvePoints:
         found = result.configuration
         assert found.perplexities is not None  # there is a text
         self._dense = kept(study, DENSE_MEASURED, about)
-        return CurvePoint(
+        point = CurvePoint(
             pattern=found.pattern,
             scope=request.pattern.scope.value,
             sparsity=request.pattern.sparsity,
@@ -145,6 +149,19 @@ class CurvePoints:
             configuration=found,
             warnings=[*result.warnings],
         )
+        self._found.append(point)
+        if self._target is not None:
+            self._forget_blocks(self._target)
+        return point
+
+    def _forget_blocks(self, target: Target) -> None:
+        """Keep only those trained blocks that the answer of a target may be made of."""
+        inside = [each for each in self._found if is_inside(target, each)]
+        answer = max(inside, key=lambda each: each.sparsity, default=None)
+        for each in self._found:
+            blocks = self._subject.blocks(each.configuration.candidate())
+            if each is not answer and blocks is not None:
+                blocks.remove()
 
 
 def find_points(

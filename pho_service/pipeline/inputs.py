@@ -6,15 +6,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from pho_service.models.calibration import CalibrationText
     from pho_service.models.loading import LanguageModel
+    from pho_service.models.scratch import KeptBlocks
     from pho_service.models.texts import MixedText, Text
     from pho_service.pipeline.rating import ReportText, Subject
     from pho_service.pruning.bundle import ProxyBundle
     from pho_service.spec.calibration import CalibrationSettings
     from pho_service.spec.fields import CalibrationSpec
+    from pho_service.spec.steps import Candidate
 
     Cut: TypeAlias = CalibrationSettings | CalibrationSpec  # how a text is cut into windows
 
@@ -34,6 +38,7 @@ class Calibrated:
     # How many windows of the text were not drawn; None where that is not known.
     left: int | None = None
     seconds: float | None = None  # Duration of the calibration; None if there was one already
+    cache_dir: "Path | None" = None  # Where trained blocks are kept; None: not at all
 
     @property
     def subject(self) -> "Subject":
@@ -43,8 +48,20 @@ class Calibrated:
         assert self.model is not None
         assert self.confirm is not None
         return Subject(
-            model=self.model, bundle=self.bundle, text=self.confirm, calibration=self.calibration
+            model=self.model,
+            bundle=self.bundle,
+            text=self.confirm,
+            calibration=self.calibration,
+            blocks=self.blocks,
         )
+
+    def blocks(self, winner: "Candidate") -> "KeptBlocks | None":
+        """Where the trained blocks of a search's winner are kept, until it is pruned with."""
+        from pho_service.pipeline.prune import cached_blocks
+
+        if self.model is None or self.cache_dir is None:
+            return None
+        return cached_blocks(self.cache_dir, self.model, self.bundle, winner, self.calibration)
 
 
 class Inputs:

@@ -1,15 +1,18 @@
 """`pho.curve` and `pho.search_within` on a model in memory."""
 
+import copy
 import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 import pho_service as pho
 from pho_service.errors import InvalidInput
+from pho_service.models.scratch import KeptBlock, KeptBlocks
 
 ELSEWHERE = {"sampler", "finalists"}
 
@@ -51,6 +54,45 @@ def test_within(tiny_llama: PreTrainedModel, bundle: Any, texts: dict[str, Path]
     assert "answer: " in repr(found)
     with pytest.raises(InvalidInput, match="perplexity_rise: Input should be greater than 0"):
         pho.search_within(bundle, -0.1, **options)
+
+
+def test_blocks_that_a_search_has_trained_are_not_trained_again_by_prune(
+    tiny_llama: PreTrainedModel, bundle: Any, texts: dict[str, Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Those of the answer of a target wait, and no others; a curve keeps none."""
+    monkeypatch.setenv("PHO_CACHE_DIR", str(tmp_path))
+    trained: list[str] = []
+    keep = KeptBlocks.keep
+
+    def noted(self: KeptBlocks, name: str, block: KeptBlock) -> None:
+        trained.append(name)
+        keep(self, name, block)
+
+    monkeypatch.setattr(KeptBlocks, "keep", noted)
+    options: dict[str, Any] = {
+        "model": tiny_llama, "confirm": texts["confirmation"], "trials": 9, "finalists": 1,
+        "steps": {"update": "least-squares", "reconstruction": "block"}, "preset": "crepe",
+    }  # fmt: skip
+    pho.curve(bundle, [0.5], **options)
+    of_curve = [*tmp_path.glob("blocks/*")]
+    found = pho.search_within(bundle, 9.0, step=0.1, lowest=0.4, highest=0.6, **options)
+    waiting = [*tmp_path.glob("blocks/*")]
+    before = [*trained]
+    other = copy.deepcopy(tiny_llama)
+    pho.prune(tiny_llama, found.result, bundle)
+    once = [*trained]
+    pho.prune(other, found.result, bundle)
+
+    assert [point.pattern for point in found.points] == ["0.5", "0.6"]
+    assert found.result.configuration.steps.reconstruction.wanted
+    assert of_curve == []
+    assert len(waiting) == 1
+    assert once == before == 2 * ["model.layers.0", "model.layers.1"]
+    assert len(trained) == 6  # there were none any more
+    assert [*tmp_path.glob("blocks/*")] == []
+    for name, tensor in tiny_llama.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name])
 
 
 @pytest.mark.parametrize("name", ["curve", "search_within"])
