@@ -41,7 +41,7 @@ from pho_service.api.schema import EVENT, PAGE_TOKEN, PATTERN
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.errors import InvalidInput, ModelError, OutputError
 from pho_service.host.access import Access
-from pho_service.host.data_sets import check_tasks
+from pho_service.host.data_sets import check_tasks, near_usual
 from pho_service.host.machine import hub_answers
 from pho_service.host.settings import Settings
 from pho_service.library import TransferFile, TransferTarget
@@ -346,23 +346,30 @@ def submit(
         id=job.id,
         name=job.name,
         state=job.state,
-        warnings=[*service.notes(job), *_doubts(spec, job, service.access)],
+        warnings=[*service.notes(job), *_shorter(spec, job), *doubts(spec, service.access)],
         links={"job": place, "events": f"{place}/events", "page": f"/jobs/{job.id}"},
     )
 
 
-def _doubts(asked: JobSpec, job: stored.JobRecord, access: Access) -> Iterator[str]:
-    """Tell what to know of a job before it runs."""
+def _shorter(asked: JobSpec, job: stored.JobRecord) -> Iterator[str]:
     length = job.spec["calibration"]["context_length"]
     if length != asked.calibration.context_length:
         yield f"Windows have {length} tokens, since {', '.join(asked.models)} reads no more."
+
+
+def doubts(asked: JobSpec, access: Access) -> Iterator[str]:
+    """Tell what a job names that may not be there, before it runs."""
     for name, near in ((each, access.near_model(each)) for each in asked.models):
         if near is not None:
             yield f"{name} is not a folder here, but taken for the hub's. Did you mean {near}?"
     models = [name for name in asked.models if not Path(access.model(name)).is_absolute()]
     parts = asked.calibration.parts.values()
-    sets = [part.dataset for part in parts if part.dataset is not None]
-    away = [*models, *(each for each in sets if not Path(access.dataset(each)).is_absolute())]
+    named = [part.dataset for part in parts if part.dataset is not None]
+    sets = [name for name in named if not Path(access.dataset(name)).is_absolute()]
+    for name, meant in ((each, near_usual(each)) for each in sets):
+        if meant:
+            yield f"{name} is taken for a data set on the hub.{meant}"
+    away = [*models, *sets]
     if away and not _hub_answers(time.monotonic() // 60):
         yield (
             f"The Hugging Face hub cannot be reached from this service: {', '.join(away)} can only "

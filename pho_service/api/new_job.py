@@ -455,6 +455,7 @@ class Filled:
     spec: JobSpec | None  # The job; None if the document is not one
     # Defaults that follow from the model, by field.
     fitted: dict[str, str] = field(default_factory=dict)
+    doubts: Sequence[str] = ()  # What it names that may not be there
 
     @classmethod
     def of(cls, fields: Mapping[str, str], service: Service) -> "Filled":
@@ -540,6 +541,8 @@ def _checked(
     request: Request, fields: Mapping[str, str], service: Service, caller: Caller
 ) -> Response:
     filled = Filled.of(fields, service)
+    if filled.spec is not None:
+        filled.doubts = [*jobs.doubts(filled.spec, service.access)]
     quiet = "quiet" in fields
     wrong = not filled.is_right and not quiet
     status = 422 if wrong else 200
@@ -570,6 +573,7 @@ def _page(
         typed=filled.typed.fields,
         fitted=filled.fitted,
         errors={} if quiet else filled.typed.in_order,
+        doubts=filled.doubts,
         token=token or _token(filled.typed.fields),
         picks={"models": listing.models, "texts": listing.texts, "patterns": PATTERNS},
         all_listed=listing.is_whole,

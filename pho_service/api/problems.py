@@ -268,11 +268,9 @@ def field_problem(error: dict[str, Any], body: type[BaseModel]) -> dict[str, Any
     source, *path = error["loc"]
     detail = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        allowed = _fields_at(body, path[:-1]) if source == "body" else []
-        name = str(path[-1])
-        parts = [part for part in allowed if name in _fields_at(body, [*path[:-1], part])]
-        near = [f"{part}.{name}" for part in parts]
-        near = near or difflib.get_close_matches(name, allowed, n=1)
+        name, part = str(path[-1]), _part_at(body, path[:-1]) if source == "body" else None
+        allowed = list(_fields(part))
+        near = _places(part, name) or difflib.get_close_matches(name, allowed, n=1)
         known = f"did you mean {near[0]}?" if near else f"known are {', '.join(allowed)}"
         detail = f"unknown field; {known}" if allowed else "unknown field"
     if error["type"] == "tuple_type":
@@ -292,19 +290,32 @@ def field_problem(error: dict[str, Any], body: type[BaseModel]) -> dict[str, Any
     return {"parameter": str(path[0]) if path else str(source), "detail": detail}
 
 
-def _fields_at(document: type, path: list[Any]) -> list[str]:
-    """The fields of the part at ``path`` of a document; none if there is no such part."""
-    for part in path:
-        annotation = _fields(document).get(str(part))
-        parts = [each for each in (annotation, *typing.get_args(annotation)) if _fields(each)]
-        if not parts:
-            return []
-        document = parts[0]
-    return list(_fields(document))
+def _part_at(document: Any, path: list[Any]) -> Any:
+    """The part at ``path`` of a document; None if there is no such part."""
+    for name in path:
+        document = next(iter(_parts(_fields(document).get(str(name)))), None)
+    return document
+
+
+def _places(document: Any, name: str) -> list[str]:
+    """Where parts of a document have a field of this name: ``steps.linears.ignore``."""
+    return [
+        f"{field}.{place}"
+        for field, annotation in _fields(document).items()
+        for part in _parts(annotation)
+        for place in ([name] if name in _fields(part) else _places(part, name))
+    ]
+
+
+def _parts(annotation: Any) -> list[Any]:
+    inner = [part for each in typing.get_args(annotation) for part in _parts(each)]
+    return [annotation] if _fields(annotation) else inner
 
 
 def _fields(document: Any) -> dict[str, Any]:
     """The types of the fields of a document or of a dataclass in it; other types have none."""
+    if not isinstance(document, type):
+        return {}
     if dataclasses.is_dataclass(document) and not hasattr(document, "model_fields"):
         return typing.get_type_hints(document)
     return {name: field.annotation for name, field in getattr(document, "model_fields", {}).items()}

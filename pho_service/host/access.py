@@ -289,6 +289,12 @@ def near_name(path: Path) -> str | None:
     return next(iter(difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)), None)
 
 
+def did_you_mean(name: str, *places: Path) -> str:
+    """Ask for what a name nearly is, at the places where it may be: `` Did you mean a/b?``."""
+    near = next(filter(None, map(near_name, places or [Path(name).expanduser()])), None)
+    return f" Did you mean {Path(name).with_name(near)}?" if near else ""
+
+
 def is_packed(path: Path) -> bool:
     """Whether a path is a packed model, by its name alone."""
     return path.suffix == PACKED_SUFFIX and path.is_file()
@@ -390,7 +396,8 @@ def _local(name: str, roots: tuple[Path, ...], thing: str, variable: str, files:
     if found is not None:
         return found
     if any(root.is_dir() for root in roots):
-        raise InvalidInput(f"{thing} {name!r} does not exist below {places}.")
+        meant = did_you_mean(name, *filter(None, allowed))
+        raise InvalidInput(f"{thing} {name!r} does not exist below {places}.{meant}")
     return next(path for path in allowed if path)  # the disk of the workers is another one
 
 

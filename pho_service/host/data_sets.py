@@ -159,6 +159,12 @@ USUAL_TEXTS: Mapping[str, UsualText] = {
 }
 
 
+def near_usual(name: str | None) -> str:
+    """Ask for the usual text whose name a data set's nearly is: `` Did you mean wikitext2?``."""
+    near = difflib.get_close_matches(name or "", USUAL_TEXTS, n=1, cutoff=0.75)
+    return f" Did you mean {near[0]}?" if near and name not in USUAL_TEXTS else ""
+
+
 def separator_of(config: str | None) -> str | None:
     """Return what joins the rows of a data set that are lines of one text, as WikiText's are."""
     return "\n\n" if config is not None and config.startswith("wikitext-") else None

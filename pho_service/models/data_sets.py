@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from pho_service.errors import InvalidInput, TextError, shown
 from pho_service.host.access import is_path
-from pho_service.host.data_sets import CARDS, MOST_BYTES, USUAL_TEXTS, check_card, check_cards
+from pho_service.host.data_sets import (
+    CARDS,
+    MOST_BYTES,
+    USUAL_TEXTS,
+    check_card,
+    check_cards,
+    near_usual,
+)
 from pho_service.host.settings import Settings
 from pho_service.models.loading import hub_is_away
 
@@ -373,7 +380,7 @@ def _cached(dataset: str) -> Path:
             f"the data set {dataset} cannot be read: no folder here has this name, and as a name "
             "on the hub it cannot be looked up: the hub cannot be reached, and no copy is in the "
             "local cache. Check the spelling, the network and HF_ENDPOINT, or give a local file "
-            "with --text."
+            "with --text." + near_usual(dataset)
         ) from error
 
 
@@ -410,5 +417,5 @@ def _readable(source: "TextSource") -> Iterator[None]:
 def _unreadable(source: "TextSource", reason: str) -> TextError:
     return TextError(
         f"the data set {source} cannot be read: {reason}. Check the name, its configuration, file "
-        "and split, and the network; or give a local file with --text."
+        "and split, and the network; or give a local file with --text." + near_usual(source.dataset)
     )

@@ -40,9 +40,9 @@ from pho_service.host.access import (
     check_config,
     check_model_folder,
     check_names,
+    did_you_mean,
     is_packed,
     is_path,
-    near_name,
 )
 from pho_service.host.machine import device_is_lost, hub_answers, ran_out_of_memory
 from pho_service.models.architecture import expert_files, prunable_linears, separate_weights
@@ -176,8 +176,7 @@ def check_local_name(name: str, revision: str | None) -> None:
     beside = path.parent != Path() and path.parent.is_dir()
     though = f", though the folder {path.parent} does" if beside else ""
     hint = f" For the hub's {name} give --revision main." if _HUB_ID.fullmatch(name) else ""
-    near = near_name(path)
-    hint += f" Did you mean {path.with_name(near)}?" if near else ""
+    hint += did_you_mean(name)
     raise ModelError(
         f"{name} does not exist{though}. Give a hub id, a model folder or a .gguf file.{hint}"
     )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pho_service.errors import InvalidInput, TextError
+from pho_service.host.access import did_you_mean
 from pho_service.host.data_sets import USUAL_TEXTS, separator_of
 from pho_service.host.settings import read_settings
 from pho_service.models.data_sets import (
@@ -292,7 +293,10 @@ def _rows(source: TextSource | GivenText, budget: Budget) -> Iterator[str]:
 def _read_file(source: TextSource, budget: Budget) -> Iterator[str]:
     path = Path(str(source.path)).expanduser()
     if not path.is_file():
-        raise TextError(f"the text {path} does not exist. Give a .txt, .jsonl or .parquet file.")
+        raise TextError(
+            f"the text {path} does not exist. Give a .txt, .jsonl or .parquet file."
+            + did_you_mean(str(path))
+        )
     if path.suffix not in (".txt", ".jsonl", ".parquet"):
         raise TextError(
             f"the text {path} has an unknown kind {path.suffix!r}. "

@@ -100,6 +100,7 @@ def test_an_unknown_field_is_refused_with_the_fields_that_are_known_there(reject
     for pointer, meant in (
         ("/trails", "trials"), ("/calibration/sample", "samples"),
         ("/samples", "calibration.samples"), ("/context_length", "calibration.context_length"),
+        ("/ignore", "steps.linears.ignore"),
     ):  # fmt: skip
         (error,) = rejected(put(pointer, 1))
 
@@ -239,3 +240,14 @@ def test_texts_are_not_listed(client: TestClient, refusal: Any, tmp_path: Path) 
     )
 
     assert there["detail"].replace("outside", "nowhere") == gone["detail"]
+
+
+def test_a_text_that_is_nearly_one_of_the_folders_is_asked_for(
+    rejected: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "calibration.txt").write_text("text")
+    (error,) = rejected(put("/calibration/text", "texts/calibraton.txt"))
+
+    assert error["pointer"] == "/calibration/text"
+    assert error["detail"].endswith("Did you mean texts/calibration.txt?")

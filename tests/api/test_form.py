@@ -404,6 +404,16 @@ def test_a_plan_is_shown_and_nothing_stored(client: TestClient, model: str) -> N
     assert client.get("/v1/jobs").json()["jobs"] == []
 
 
+def test_what_may_not_be_there_is_said_beside_the_form_while_one_types(
+    client: TestClient, model: str
+) -> None:
+    typo = f"{model[:-1]}x"
+    quiet = words(send(client, "/new/check", model=typo, quiet="on").text)
+
+    assert f"{typo} is not a folder here, but taken for the hub's. Did you mean {model}?" in quiet
+    assert "The Hugging Face hub cannot be reached from this service" in quiet
+
+
 def test_what_does_not_fit_says_why(client: TestClient, tmp_path: Path, write_header: Any) -> None:
     write_header(tmp_path / "large", LlamaConfig(dtype="float32", max_position_embeddings=4096))
     shown = words(send(client, "/new/check", model="large", card="4090").text)

@@ -87,6 +87,10 @@ def test_a_submit_warns_of_a_near_name_a_hub_that_is_away_and_a_shorter_context(
     (shorter,) = client.post("/v1/jobs", json={**DOCUMENT, **here}).json()["warnings"]
     near, away = client.post("/v1/jobs", json={**DOCUMENT, **typo}).json()["warnings"]
 
+    usual = {**here, "calibration": {"dataset": "wikitxt2"}}
+    warned = client.post("/v1/jobs", json={**DOCUMENT, **usual}).json()["warnings"]
+
+    assert "wikitxt2 is taken for a data set on the hub. Did you mean wikitext2?" in warned
     assert shorter == "Windows have 128 tokens, since example/small-llama reads no more."
     assert near.endswith("Did you mean example/small-llama?")
     assert "cannot be reached from this service: example/small-lama can only" in away
