@@ -68,6 +68,8 @@ def empty_bars(*, shown: bool = True, of_bytes: bool = False) -> "RichProgress":
 def bar(title: str, steps: int) -> Iterator[Advance]:
     """Show a bar with the time left, on stderr, which is full when the work ends before its end."""
     with empty_bars() as shown:
+        room = shown.console.width - len(f" ━━━━ {steps}/{steps} 0:00:00 left 0:00:00")
+        title = title if len(title) <= room else f"{title[: room - 1]}…"  # not the numbers
         task = shown.add_task(title, total=steps)
         yield lambda count: shown.advance(task, count)
         shown.update(task, completed=steps)

@@ -1,6 +1,7 @@
 """Bars: where somebody can see them, and full at their end."""
 
 import io
+import re
 import sys
 
 import pytest
@@ -36,5 +37,11 @@ def test_a_bar_of_work_that_ends_early_is_full_and_its_numbers_are_whole_at_80_c
     with bar("Searching (activation-reconstruction/blend)", 4000) as advance:
         advance(3100)
 
-    assert "4000/4000" in shown.getvalue()
-    assert "…" not in shown.getvalue()
+    short = shown.getvalue()
+    with bar("[0.5, 1 of 2] Searching (activation-reconstruction/blend)", 12) as advance:
+        advance(12)
+
+    assert "4000/4000" in short
+    assert "…" not in short
+    plain = re.sub(r"\x1b\[[\d;?]*\w", "", shown.getvalue())
+    assert "reconstruct… ━━━━ 12/12 0:00:00 left 0:00:00" in plain

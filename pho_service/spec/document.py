@@ -209,9 +209,9 @@ def percent(share: float | None, *, signed: bool = False, error: float | None = 
     a change that rounds to none is ``±0%``.
     """
     text = "" if share is None else f"{share:{'+' if signed else ''}z,.1%}"
-    if text and error is not None:
-        return f"{text[:-1]} ± {error:.1%}"
-    return "±0%" if text == "+0.0%" else text
+    if text and error:
+        text = f"{text[:-1]} ± {error:.1%}"
+    return "±0%" if text in ("+0.0%", "+0.0 ± 0.0%") else text
 
 
 def format_bytes(count: int) -> str:

@@ -319,4 +319,7 @@ def test_steps_say_what_they_do_in_one_line_the_spread_only_where_it_has_an_effe
 def test_a_change_that_rounds_to_none_has_both_signs() -> None:
     assert [percent(share, signed=True) for share in (-0.0004, 0.0, 0.0004)] == ["±0%"] * 3
     assert percent(-0.0004) == "0.0%"
+    assert [percent(0.0, signed=True, error=error) for error in (0.0, 0.001)] == [
+        "±0%", "+0.0 ± 0.1%",
+    ]  # fmt: skip
     assert [percent(share, signed=True) for share in (-0.003, 12.5)] == ["-0.3%", "+1,250.0%"]
