@@ -11,9 +11,9 @@ from typing import Any
 import optuna
 
 from pho_service.errors import TextError
-from pho_service.host.files import write_json, write_text
+from pho_service.host.files import write_json
 from pho_service.interface.inputs import Model, calibrated, opened_bundle, opened_for, run_on
-from pho_service.interface.search import Given, SearchArguments, arguments
+from pho_service.interface.search import Given, SearchArguments, arguments, drawn
 from pho_service.pipeline.curve import (
     CurvePoint,
     CurvePoints,
@@ -27,7 +27,7 @@ from pho_service.pipeline.curve import (
 )
 from pho_service.pipeline.rating import Subject
 from pho_service.pipeline.search import check_study_url, memory_study, opened_study
-from pho_service.shown.parts import Shown, Table
+from pho_service.shown.parts import Drawn, Shown, Table
 from pho_service.shown.tables import points_table, rise_of
 from pho_service.spec.curve import CURVE_FINALISTS, HIGHEST, LOWEST, STEP, Target, curve_patterns
 from pho_service.spec.document import number
@@ -63,16 +63,18 @@ class Curve(Shown):
         """
         write_json(Path(path), self.document)
 
-    def plot(self, path: str | Path) -> None:
+    def plot(self, path: str | Path | None = None) -> Drawn:
         """
-        Write the page with the plot that `pho curve` writes.
+        Draw the page with the plot that `pho curve` writes.
+
+        A notebook shows what is returned; with ``path`` the page is written there, too.
 
         Raises:
             OutputError: The file cannot be written.
         """
         from pho_service.shown.page import curve_page
 
-        write_text(Path(path), curve_page(self.document))
+        return drawn(curve_page(self.document), path)
 
     def _records(self) -> Sequence[Mapping[str, Any]]:
         return [each.to_dict() for each in self.points]

@@ -52,7 +52,7 @@ from pho_service.pipeline.search import (
 from pho_service.progress import bars
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.shown.parts import Shown, Table
+from pho_service.shown.parts import Drawn, Shown, Table
 from pho_service.shown.report import LayerCell, Report, layer_cells
 from pho_service.shown.tables import configuration_rows, continuations_table, results_table
 from pho_service.spec.calibration import CalibrationSettings
@@ -377,6 +377,13 @@ def plain_bundle(bundle: ProxyBundle) -> ProxyBundle:
 _ASKED = SearchRequest(pattern=Pattern(sparsity=0.5))  # for its defaults
 
 
+def drawn(page: str, path: str | Path | None) -> Drawn:
+    """A page for a notebook, written to a path if one is given."""
+    if path is not None:
+        write_text(Path(path), page)
+    return Drawn(page)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FoundRow:
     """
@@ -466,9 +473,11 @@ class Found(Shown, SearchResult):
             found[name] = layer_cells(errors, evaluator.layer_sparsities(candidate))
         return found
 
-    def plot(self, path: str | Path) -> None:
+    def plot(self, path: str | Path | None = None) -> Drawn:
         """
-        Write the page of `pho report`: the trials, and a map of sparsity and error by layer.
+        Draw the page of `pho report`: the trials, and a map of sparsity and error by layer.
+
+        A notebook shows what is returned; with ``path`` the page is written there, too.
 
         Raises:
             OutputError: The file cannot be written.
@@ -476,7 +485,7 @@ class Found(Shown, SearchResult):
         from pho_service.shown.page import render, study_report
 
         report = replace(study_report(self.study, self.configuration), layers=self.layers)
-        write_text(Path(path), render(report))
+        return drawn(render(report), path)
 
     def _records(self) -> Sequence[FoundRow]:
         return self.table

@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from pho_service.spec.document import format_count, number, percent
+from pho_service.spec.document import format_bytes, format_count, number, percent
 
 # Charts as SVG: scales, axes, marks, bars and maps, as shapes that a page's template puts in.
 WIDTH, HEIGHT = 480.0, 300.0  # of a chart, in the units of its view box
@@ -406,6 +406,21 @@ class Shown(ABC):
 
     def _repr_html_(self) -> str:
         return self._shown().html()
+
+
+@dataclass(frozen=True, repr=False)
+class Drawn:
+    """A page of HTML; a notebook shows it."""
+
+    page: str
+
+    def __repr__(self) -> str:
+        size = format_bytes(len(self.page.encode()))
+        return f"<page of {size}: a notebook shows it, plot(path) writes it>"
+
+    def _repr_html_(self) -> str:
+        style = "border: 0; width: 100%; height: 40rem"
+        return f'<iframe srcdoc="{escape(self.page)}" title="plot" style="{style}"></iframe>'
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -251,14 +251,17 @@ def test_what_was_found_is_a_data_frame_a_page_with_a_map_of_layers_and_a_short_
 ) -> None:
     found = pho.search(bundle, "0.5", preset="crepe", trials=12)
     frame = found.to_dataframe()
-    found.plot(tmp_path / "found.html")
+    shown = found.plot()
+    written = found.plot(tmp_path / "found.html").page
     (cells,) = found.layers.values()
 
     assert list(frame["method"]) == [row.method for row in found.table]
     assert frame["proxy"].dtype == float
     assert len(cells) == 14
     assert sum(cell.sparsity for cell in cells) / 14 == pytest.approx(0.5, abs=0.02)
-    assert "self_attn.q_proj" in (tmp_path / "found.html").read_text()
+    assert written == (tmp_path / "found.html").read_text()
+    assert "self_attn.q_proj" in shown._repr_html_()
+    assert "a notebook shows it" in repr(shown)
     assert len(repr(found.configuration)) < 200
 
 
