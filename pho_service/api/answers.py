@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pho_service.library import ModelFacts
 from pho_service.spec.configuration import Perplexities, ProxyQuality
+from pho_service.spec.pattern import Pattern
 from pho_service.spec.recovery import Recovered
 from pho_service.spec.tasks import TaskScores
 from storage.records import Drain, JobState, StageKind
@@ -174,6 +175,36 @@ class Job(_Answer):
         """Its name without the part of its id, which stands beside it."""
         return self.name.removesuffix(f" {self.id.hex[:12]}")
 
+    @property
+    def short(self) -> str:
+        """The beginning of its id, which every verb takes."""
+        return str(self.id)[:8]
+
+    @property
+    def measured(self) -> list[Point]:
+        """What is measured: its result, or a point for each of its patterns."""
+        best = self.best
+        done = [each for each in self.points or () if each.perplexity is not None]
+        if best is None or done:
+            answer = [each for each in done if best and each.perplexity == best.perplexity]
+            return answer or done
+        if best.perplexity is None:
+            return []
+        spec, good = self.spec.get("configuration", self.spec), best.perplexities
+        pattern = Pattern.parse(str(spec["pattern"]), spec.get("scope"))
+        known = {} if good is None else {
+            **good.model_dump(include={"dense", "wanda", "ria"}), "errors": good.errors,
+            "rise": good.rise, "rise_error": good.error("dense"),
+        }  # fmt: skip
+        trials = self.progress.of(StageKind.SEARCH).done
+        return [
+            Point(
+                pattern=str(pattern), scope=pattern.scope.value, sparsity=pattern.sparsity,
+                state="done", trials_done=trials, method=best.method, perplexity=best.perplexity,
+                proxy=best.objective, **known,
+            )
+        ]  # fmt: skip
+
 
 class Submitted(_Answer):
     """A job that was submitted; `GET /v1/jobs/{id}` has all of it."""
@@ -182,8 +213,8 @@ class Submitted(_Answer):
     name: str
     state: JobState
     warnings: list[str] = Field(
-        description="What to know before it runs: a shorter context length, a model whose name is "
-        "nearly that of a local one, a hub that cannot be reached."
+        description="What to know before it runs: a shorter context length, a model or a data set "
+        "whose name is nearly a known one, a hub that cannot be reached."
     )
     links: dict[str, str] = Field(
         description="Paths of the `job`, of its `events`, and of its `page` for a browser."

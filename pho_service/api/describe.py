@@ -73,31 +73,6 @@ _MEASURED = (
 )  # fmt: skip
 
 
-def measured(job: Job) -> list[Point]:
-    """What is measured of a job: its result, or a point for each of its patterns."""
-    best = job.best
-    done = [each for each in job.points or () if each.perplexity is not None]
-    if best is None or done:
-        answer = [each for each in done if best and each.perplexity == best.perplexity]
-        return answer or done
-    if best.perplexity is None:
-        return []
-    spec, good = job.spec.get("configuration", job.spec), best.perplexities
-    pattern = Pattern.parse(str(spec["pattern"]), spec.get("scope"))
-    known = {} if good is None else {
-        **good.model_dump(include={"dense", "wanda", "ria"}), "errors": good.errors,
-        "rise": good.rise, "rise_error": good.error("dense"),
-    }  # fmt: skip
-    trials = job.progress.of(StageKind.SEARCH).done
-    return [
-        Point(
-            pattern=str(pattern), scope=pattern.scope.value, sparsity=pattern.sparsity,
-            state="done", trials_done=trials, method=best.method, perplexity=best.perplexity,
-            proxy=best.objective, **known,
-        )
-    ]  # fmt: skip
-
-
 def curve(job: stored.JobRecord) -> dict[str, Any] | None:
     """The measured points as the curve.json of `pho curve` has them; None without any."""
     results = [s.result for s in job.of_kind(StageKind.POINT) if s.result is not None]

@@ -5,7 +5,6 @@ The front page: a table of jobs that is filtered, searched and sorted by its que
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 from http import HTTPStatus
 from typing import Any, Self
 from urllib.parse import parse_qsl, urlencode
@@ -23,7 +22,6 @@ from pho_service.api.describe import (
     failure,
     is_several,
     is_transfer,
-    measured,
     studies_in_words,
     study_names,
 )
@@ -39,7 +37,7 @@ from pho_service.errors import OutputError
 from pho_service.shown.charts import best_so_far
 from pho_service.shown.page import sections
 from pho_service.shown.parts import Section
-from pho_service.shown.tables import rise_of
+from pho_service.shown.tables import range_of, rises_of
 from pho_service.spec.curve import Target
 from pho_service.spec.document import number, percent
 from pho_service.spec.objective import is_maximised
@@ -246,30 +244,22 @@ def rows(connection: Connection, found: Sequence[stored.JobRecord], now: datetim
 def _row(job: stored.JobRecord, line: str, now: datetime) -> JobRow:
     shown = describe(job)
     spec = job.spec["configuration"] if is_transfer(job) else job.spec
-    found = measured(shown)
+    found = shown.measured
     return JobRow(
         job=shown,
         models=models_of(job),
         pattern=asked_sparsity(spec)[1],
         preset="transfer" if is_transfer(job) else str(spec.get("preset", "score")),
-        perplexity=_range([each.perplexity for each in found], number),
+        perplexity=range_of(each.perplexity for each in found),
         dense=number(found[0].dense) if found else "",
-        rise=rise_of(found[0])
-        if len(found) == 1
-        else _range([each.rise for each in found], partial(percent, signed=True)),
-        gain=_range(
-            [each.ria and 1 - (each.perplexity or 0) / each.ria for each in found], percent
+        rise=rises_of(found),
+        gain=range_of(
+            (each.ria and 1 - (each.perplexity or 0) / each.ria for each in found), percent
         ),
         error=failure(job),
         line=_curve(found) if shown.points else line,
         age=span((now - job.created_at).total_seconds()),
     )
-
-
-def _range(values: Sequence[float | None], said: Callable[[float], str]) -> str:
-    """The lowest and the highest value in words, or the only one."""
-    known = [value for value in values if value is not None]
-    return " to ".join(dict.fromkeys([said(min(known)), said(max(known))])) if known else ""
 
 
 def _curve(found: Sequence[Point]) -> str:

@@ -18,7 +18,6 @@ from starlette.responses import RedirectResponse
 
 from pho_service.api import artifacts, jobs
 from pho_service.api.answers import Point
-from pho_service.api.describe import measured
 from pho_service.api.job_list import REFRESH_S, JobHead, ListView, draw_list, view
 from pho_service.api.pages import Typed, draw
 from pho_service.api.problems import (
@@ -220,12 +219,9 @@ def compare(
     found = [service.jobs.get(each, visible_to=caller.visible_to) for each in chosen]
     now = datetime.now(UTC)
     heads = [JobHead.of(each, now) for each in found]
-    curves = {each.job.name: measured(each.job) for each in heads}
-    columns = [
-        (each, point)
-        for each in heads
-        for point in cast("list[Point | None]", curves[each.job.name]) or [None]
-    ]
+    curves = {each.job.name: each.job.measured for each in heads}
+    points = [(each, cast("list[Point | None]", curves[each.job.name]) or [None]) for each in heads]
+    columns = [(each, point) for each, some in points for point in some]
     charts = [
         curves_chart([(name, [p.model_dump() for p in some]) for name, some in curves.items()]),
         searches_chart([(each.name, *rated_values(service, each)) for each in found]),
@@ -233,8 +229,8 @@ def compare(
     return draw(
         "compare.html",
         caller=caller,
-        columns=columns,
-        alone=[(each, None) for each in heads],
+        columns=[(each.job, len(some)) for each, some in points],
+        alone=[(each.job, 1) for each in heads],
         figures=_figures(columns),
         settings=_settings([each.spec for each in found]),
         charts=[chart for chart in charts if chart is not None],
@@ -245,8 +241,8 @@ def _figures(columns: Sequence[tuple[JobHead, Point | None]]) -> list[Line]:
     """What was found, by job; of one with several patterns, in a column for each."""
     points = [point for _, point in columns]
     rows = [
-        ("State", [str(head.job.state) for head, _ in columns]),
         ("Pattern", [point.pattern if point else head.facts[0][1] for head, point in columns]),
+        ("State", [str(head.job.state) for head, _ in columns]),
         ("Result", [result_in_words(vars(point)) if point else "" for point in points]),
     ]
     for title, name in (

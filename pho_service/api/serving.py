@@ -85,7 +85,7 @@ def serve(settings: Settings, say: Callable[[str], None]) -> None:
             say(f"Database   {_without_password(url)}   (for `pho worker --database-url`)")
             studies = shlex.quote(_studies_url(settings, database))
             say(f"Studies    {studies}   (for `optuna --storage` and `optuna-dashboard`)")
-            say(f"{settings.workers} local workers. Ctrl-C stops everything; jobs go on later.")
+            say(f"Local workers: {settings.workers}. Ctrl-C stops everything; jobs go on later.")
             try:
                 _Server(config, workers.stop).run(sockets=[listener])
             except KeyboardInterrupt:

@@ -33,7 +33,7 @@ from pho_service.cli.terminal import (
     verb,
 )
 from pho_service.errors import InvalidInput, PhoError, ServiceError
-from pho_service.spec.document import number, percent
+from pho_service.spec.document import number
 
 if TYPE_CHECKING:
     from pho_service.api.answers import Job
@@ -55,11 +55,11 @@ def outcome(job: "Job") -> list[str]:
             f"chosen       {job.best.method}, objective {number(job.best.objective)}, "
             f"perplexity {number(job.best.perplexity) or 'not measured'}"
         )
-        lines.append(f"configuration: pho best {job.id} --out config.json")
+        lines.append(f"configuration: pho best {job.short} --out config.json")
     if job.pruned == "done":
-        lines.append(f"pruned model:  pho pull {job.id} --out pruned")
+        lines.append(f"pruned model:  pho pull {job.short} --out pruned")
     elif job.pruned == "removed":
-        lines.append(f"pruned model:  deleted by age; pho pull {job.id} --prune --out pruned")
+        lines.append(f"pruned model:  deleted by age; pho pull {job.short} --prune --out pruned")
     for name, quality in (job.validation or {}).items():
         lines.append(f"rank         {name}: Spearman {quality.spearman:+.2f} with perplexity")
     if job.error is not None:
@@ -87,7 +87,7 @@ def show_points(job: "Job") -> None:
         return
     show_table(points_table([each.model_dump() for each in job.points]), spare=("seconds",))
     if job.best is None and any(each.state == "done" for each in job.points):
-        tell(f"configuration: pho best {job.id} --pattern PATTERN --out config.json")
+        tell(f"configuration: pho best {job.short} --pattern PATTERN --out config.json")
 
 
 def say_transfer(job: "Job", measured: "TransferFile") -> None:
@@ -109,13 +109,15 @@ def say_transfer(job: "Job", measured: "TransferFile") -> None:
 
 
 def good(job: "Job") -> list[str]:
-    """Perplexities: dense, found, how much higher that is, Wanda, RIA."""
-    if job.best is None or job.best.perplexities is None:
-        found = job.best.perplexity if job.best else None
-        return ["", number(found), "", "", ""]
-    good = job.best.perplexities
-    dense, pruned, wanda, ria = map(number, (good.dense, good.pruned, good.wanda, good.ria))
-    return [dense, pruned, percent(good.rise, signed=True, error=good.error("dense")), wanda, ria]
+    """Perplexities: dense, found, how much higher that is, Wanda, RIA; of several, the range."""
+    from pho_service.shown.tables import range_of, rises_of
+
+    found = job.measured
+    dense, pruned, wanda, ria = (
+        range_of(getattr(each, name) for each in found)
+        for name in ("dense", "perplexity", "wanda", "ria")
+    )
+    return [dense, pruned, rises_of(found), wanda, ria]
 
 
 def done(job: "Job") -> str:
@@ -224,7 +226,7 @@ def jobs(
             job.state,
             done(job),
             *good(job),
-            number(job.progress.best_value),
+            "" if job.points else number(job.progress.best_value),  # those of points do not compare
         ]
         for job in found
     ]
@@ -551,7 +553,7 @@ def submit(
             if as_json:
                 print_json(job.model_dump(mode="json"))
             else:
-                say(f"{job.name}: {job.state}. Follow it with: pho watch {job.id}")
+                say(f"{job.name}: {job.state}. Follow it with: pho watch {str(job.id)[:_SHORTEST]}")
                 click.echo(job.id)
             return
         end(client, client.wait(job.id), as_json)
@@ -685,7 +687,7 @@ def transfer_job(
             job = client.transfer(
                 job_id, models, pattern=pattern, idempotency_key=idempotency_key, **document
             )
-            say(f"{job.name}: {job.state}. Follow it with: pho watch {job.id}")
+            say(f"{job.name}: {job.state}. Follow it with: pho watch {job.short}")
             if not (wait or path or picture):
                 if as_json:
                     print_json(job.model_dump(mode="json"))

@@ -3,7 +3,8 @@ The tables and sentences of a result, for every face.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
@@ -223,6 +224,19 @@ def result_in_words(point: Mapping[str, Any]) -> str:
 def rise_of(point: Any) -> str:
     """The rise of a point over the dense model, with its standard error: ``+5.1 ± 0.4%``."""
     return percent(point.rise, signed=True, error=point.rise_error)
+
+
+def rises_of(points: Sequence[Any]) -> str:
+    """The rise of a point, or the lowest and the highest of several."""
+    if len(points) == 1:
+        return rise_of(points[0])
+    return range_of((each.rise for each in points), partial(percent, signed=True))
+
+
+def range_of(values: Iterable[float | None], said: Callable[[float], str] = number) -> str:
+    """The lowest and the highest value in words, or the only one."""
+    known = [value for value in values if value is not None]
+    return " to ".join(dict.fromkeys([said(min(known)), said(max(known))])) if known else ""
 
 
 def _beside(point: Mapping[str, Any], method: str) -> str:

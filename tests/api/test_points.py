@@ -76,6 +76,7 @@ def test_the_list_and_the_comparison_have_each_pattern(
     assert "22.00 to 26.00</td>" in listed
     assert "+10.0% to +30.0%</td>" in listed
     assert f'aria-label="Perplexity by sparsity of {hand.store.get(uuid.UUID(job)).name}"' in listed
+    assert 'scope="colgroup" colspan="3"' in compared
     assert cells["Pattern"] == ["0.3", "0.5", "2:4", "0.5"]
     assert cells["Perplexity, pruned"] == ["22.00", "24.00", "26.00", "17.25"]
     assert cells["Against dense"] == ["+10.0%", "+20.0%", "+30.0%", "+15.0%"]

@@ -15,7 +15,9 @@ from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
 from pretended_user import FOUND, SPEC, Pho, succeed, take
 
+from pho_service.api.answers import Point
 from pho_service.cli import main
+from pho_service.cli.remote import good
 from pho_service.client import Client
 from pho_service.spec.configuration import write_configuration
 from pho_service.spec.job import JobSpec
@@ -44,7 +46,7 @@ def test_a_submit_prints_the_jobs_id_on_stdout(remote: Pho, client: Client) -> N
 
     assert result.exit_code == 0
     assert result.stdout == f"{job.id}\n"
-    assert f"pho watch {job.id}" in result.stderr
+    assert f"pho watch {job.short}" in result.stderr
     assert job.spec == JobSpec.model_validate(SPEC).model_dump(mode="json")
 
 
@@ -166,7 +168,7 @@ def test_a_job_is_shown_with_its_progress(remote: Pho, client: Client, store: Jo
     assert "search       0 of 40 trials\n" in before
     assert "state        succeeded, stage finish\n" in after
     assert "chosen       crepe, objective 0.01230, perplexity 17.25\n" in after
-    assert f"pho best {job.id}" in after
+    assert f"pho best {str(job.id)[:8]} --out" in after
     shown = json.loads(remote("show", job.id, "--json").stdout)
     assert shown == client.job(job.id).model_dump(mode="json")
     assert "note         the best lies on the border\n" in after
@@ -223,6 +225,19 @@ def test_jobs_are_listed_newest_first(remote: Pho, client: Client, store: JobSto
     assert listed(remote("jobs", "--json", "--limit", 2)) == [jobs[2].id, jobs[1].id]
     states = ("--state", "succeeded", "--state", "failed")
     assert listed(remote("jobs", "--json", *states)) == [jobs[1].id]
+
+
+def test_of_several_patterns_the_list_has_the_lowest_and_the_highest(client: Client) -> None:
+    job = client.job(client.submit(SPEC).id)
+    known = {"scope": "layer", "state": "done", "trials_done": 8, "dense": 20.0, "wanda": 30.0}
+    points = [
+        Point(pattern=f"{s}", sparsity=s, perplexity=p, rise=p / 20 - 1, ria=p + 2, **known)
+        for s, p in ((0.3, 22.0), (0.5, 26.0))
+    ]
+
+    assert good(job.model_copy(update={"points": points})) == [
+        "20.00", "22.00 to 26.00", "+10.0% to +30.0%", "30.00", "24.00 to 28.00",
+    ]  # fmt: skip
 
 
 def test_jobs_are_listed_by_model_pattern_and_name(remote: Pho, client: Client) -> None:

@@ -67,7 +67,7 @@ def test_submit(remote: Any, url: str, searched: str, texts: dict[str, Path]) ->
         source = client.job(searched)
 
     assert result.exit_code == 0, result.stderr
-    assert f"pho watch {job.id}" in result.stderr
+    assert f"pho watch {job.short}" in result.stderr
     assert job.kind == "transfer"
     assert job.spec["models"] == ["org/one", "org/two"]
     assert (job.spec["report"]["text"], job.spec["report"]["windows"]) == (text, 3)

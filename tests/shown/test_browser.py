@@ -8,6 +8,7 @@ import pytest
 from playwright.sync_api import Browser
 
 from pho_service.shown.page import render
+from pho_service.spec.configuration import Continuation
 
 
 @pytest.fixture
@@ -48,8 +49,16 @@ def test_a_script_in_a_name_does_not_run(browse: Any) -> None:
     assert page.locator("img").count() == 0
 
 
-def test_on_a_phone_nothing_is_wider_than_the_page_tables_scroll_by_themselves(browse: Any) -> None:
-    page = browse(title="w" * 300, warnings=["m" * 300], commands=["x" * 300])
-    width = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+def test_on_a_phone_nothing_is_wider_than_the_page_tables_scroll_by_themselves(
+    browse: Any, report_of: Any
+) -> None:
+    written = Continuation(prompt="If " * 20, dense="so " * 40, pruned="then " * 40)
+    found = report_of().configuration.model_copy(update={"continuations": [written]})
+    long = {"title": "w" * 300, "warnings": ["m" * 300], "commands": ["x" * 300]}
+    page = browse(configuration=found, **long)
+    width = "each => each.scrollWidth - each.clientWidth"
+    texts = page.locator(".texts td").all()
 
-    assert page.evaluate(width) == 0
+    assert page.locator("html").evaluate(width) == 0
+    assert page.locator(".wide:has(.texts)").evaluate(width) == 0  # texts stand one below the other
+    assert len({each.bounding_box()["x"] for each in texts}) == 1 < len(texts)
