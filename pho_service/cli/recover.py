@@ -32,7 +32,8 @@ _TEXT = (
     "bos",
 )
 _NAMES = {
-    f"recovery/{name}": f"--{name}" for name in ("train", "minutes", "tokens", "rate", "seed")
+    f"recovery/{name}": f"--{name.replace('_', '-')}"
+    for name in ("train", "minutes", "tokens", "rate", "adam_bits", "seed")
 }
 
 

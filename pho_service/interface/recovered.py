@@ -26,7 +26,7 @@ from pho_service.progress import bars
 from pho_service.shown.parts import Shown, Table
 from pho_service.shown.tables import recovered_table
 from pho_service.spec.calibration import CalibrationSettings
-from pho_service.spec.recovery import Recovered, Recovery, Trains
+from pho_service.spec.recovery import AdamBits, Recovered, Recovery, Trains
 
 if TYPE_CHECKING:
     from pho_service.interface.inputs import MixedTexts, Texts
@@ -60,6 +60,7 @@ def recover(
     tokens: int | None = None,
     train: Trains = "kept",
     rate: float | None = None,
+    adam_bits: AdamBits = 32,
     seed: int = 0,
     context_length: int | None = None,
     bos: str = "auto",
@@ -89,6 +90,7 @@ def recover(
             ``lora``: a low-rank change of each linear, merged under its mask.
         rate: Learning rate of Adam in the first step, as a share of the root mean square of a
             parameter's weights; 5e-4, 5e-3 and 1e-3 by default.
+        adam_bits: Bits of each number that Adam remembers, 32 or 8.
         seed: Seed of the windows and their order.
         context_length: Tokens of a window; by default 2,048 or what the model reads.
         bos: Whether windows begin with BOS: ``auto``, ``always``, ``never``.
@@ -108,7 +110,9 @@ def recover(
     Source:
         KL to the dense model as in PERP, Zimmer et al. 2023, arXiv:2312.15230, and its MaskLoRA.
     """
-    settings = Recovery(train=train, minutes=minutes, tokens=tokens, rate=rate, seed=seed)
+    settings = Recovery(
+        train=train, minutes=minutes, tokens=tokens, rate=rate, adam_bits=adam_bits, seed=seed
+    )
     given = _given(pruned, tokenizer)
     length = length_of(given.model, texts, context_length)
     how = CalibrationSettings(context_length=length, bos=bos)  # type: ignore[arg-type]  # checked

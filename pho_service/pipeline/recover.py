@@ -4,10 +4,11 @@ Recover what pruning lost: train a pruned model towards the dense model's predic
 
 import hashlib
 import json
+import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ from pho_service.pruning.perplexity import (
 )
 from pho_service.pruning.recovery import Recovering, mixed, recovering
 from pho_service.spec.document import number, percent
-from pho_service.spec.recovery import Recovered, Recovery
+from pho_service.spec.recovery import AdamBits, Recovered, Recovery
 from pho_service.tuning.finalists import paired_error
 
 TOP_K = 512  # of the dense model's predictions; all other tokens are one event
@@ -68,6 +69,7 @@ LEAST_WINDOWS = 4
 PASSES = 2  # over the windows at most: later ones learn them by heart
 CHECKS = 8  # how often the held-out windows are looked at
 _PATIENCE = 2  # checks in a row that are no better end it
+_BETAS = (0.9, 0.95)  # of Adam
 _WARM = 8  # steps until the rate is at its highest
 _OTHER = 0.2  # share of the time for what is beside the dense model and the steps
 _GROUPS = (4, 8, 16, 32)  # M of N:M that is looked for in a model that was pruned elsewhere
@@ -273,6 +275,7 @@ def recover_model(
         held_out=len(asked.held_out.windows),
         context_length=text.context_length,
         rate=settings.first_rate,
+        adam_bits=settings.adam_bits,
         seed=settings.seed,
         teacher={
             key: asked.teacher[key] for key in ("name", "revision", "weights_sha256", "dtype")
@@ -293,6 +296,8 @@ def _shortage_told(model: LanguageModel, text: RecoveryText, settings: Recovery)
         if not ran_out_of_memory(error):
             raise
         less = "" if settings.train != "kept" else ", or train less (--train lora or norms)"
+        if settings.adam_bits == 32:
+            less += ", or let Adam remember less (--adam-bits 8)"
         raise OutOfMemory(
             f"the recovery of {model.name} on windows of {text.context_length} tokens ran out of "
             f"memory{first_words(error)}. Take shorter windows (--context-length){less}. `pho "
@@ -563,12 +568,21 @@ class _Numbers(Dataset[dict[str, int]]):
         return {"window": index}
 
 
+def _adam(groups: Sequence[dict[str, Any]], bits: AdamBits) -> torch.optim.Optimizer:
+    if bits == 8:
+        # On a CPU it warns that it lacks a package for quantised weights.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        from bitsandbytes.optim.adam import Adam8bit
+
+        return Adam8bit(groups, betas=_BETAS)  # type: ignore[no-untyped-call]
+    return torch.optim.Adam(groups, betas=_BETAS, foreach=False)  # no copies of all at once
+
+
 def _train(training: _Training, settings: Recovery, place: Workplace) -> None:
     trained, asked = training.trained, training.asked
     steps, every = asked.steps, asked.steps // training.checks
     device = next(trained.parameters()).device
-    groups = trained.groups(settings.first_rate)
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.95), foreach=False)  # no copies of all at once
+    adam = _adam(trained.groups(settings.first_rate), settings.adam_bits)
     schedule = get_scheduler(
         "linear", adam, num_warmup_steps=min(_WARM, steps // 8), num_training_steps=steps
     )

@@ -206,7 +206,7 @@ def _plan(shapes: ModelShapes, work: Work, machine: Machine) -> Plan:
     peaks = _peaks(footprint, place, work, calibration, card, DTYPE_BYTES[shapes.dtype])
     if work.recovery is not None:
         peaks["recover"] = recovery_peak(
-            footprint, place, work.recovery.train, tokens=work.calibration.context_length,
+            footprint, place, work.recovery, tokens=work.calibration.context_length,
             asked=recovered_tokens(shapes, work, machine),
         )  # fmt: skip
     stages = tuple(
@@ -347,6 +347,8 @@ def _ways_out(plan: Plan) -> Iterator[str]:
     if DTYPE_BYTES[work.dtype] > 2 and not work.stream and fits(dtype="bfloat16"):
         yield "load it in 16 bits (--dtype bfloat16)"
     recovery = work.recovery
+    if recovery is not None and fits(recovery=replace(recovery, adam_bits=8)):
+        yield "let Adam remember 8 bits a number (--recover-adam-bits 8)"
     if recovery is not None and fits(recovery=replace(recovery, train="lora")):
         yield "train a low-rank change of each linear (--recover-train lora)"
     if not work.stream and recovery is None and fits(stream=True, dtype=plan.shapes.dtype):

@@ -8,7 +8,7 @@ from typing import Self
 
 from pho_service.planning.shapes import DTYPE_BYTES, BlockShape, LinearShape, ModelShapes
 from pho_service.spec.calibration import CalibrationSettings
-from pho_service.spec.recovery import RANK, Trains
+from pho_service.spec.recovery import RANK, Recovery
 from pho_service.spec.steps import Steps
 
 # What a model's passes, statistics and bundle take, in bytes, from its shapes alone.
@@ -374,24 +374,25 @@ PREDICTED = 512 * 8  # bytes of what the dense model predicts of a token, and ho
 
 
 def recovery_peak(
-    footprint: Footprint, place: Place, train: Trains, *, tokens: int, asked: int
+    footprint: Footprint, place: Place, recovery: Recovery, *, tokens: int, asked: int
 ) -> Peak:
     """A recovery: the pruned model in training; or with the dense one, which is asked before."""
     half = footprint.itemsize != FLOAT and place.on_gpu
-    if train == "kept":
+    if recovery.train == "kept":
         trained, beside = footprint.prunable, FLOAT - footprint.itemsize if half else 0
     else:
         sides = sum(li.count * (li.in_features + li.out_features) for li in footprint.linears)
-        trained, beside = RANK * sides if train == "lora" else sides // 4, 0
+        trained, beside = RANK * sides if recovery.train == "lora" else sides // 4, 0
     weights = footprint.weights + trained * beside
-    state = 3 * FLOAT * trained  # gradients, and Adam's two moments
+    moments = 2 * recovery.adam_bits // 8 * trained
+    state = FLOAT * trained + moments  # with the gradients
     passes = footprint.backward(tokens, 1, recompute=True)
     both = footprint.weights + weights + passes
     return Peak.at(
         place,
         device=max(both, weights + state + passes),
         host=PREDICTED * asked,
-        disk=3 * 3 * FLOAT * trained,  # the best and the last state, and the first weights
+        disk=3 * (FLOAT * trained + moments),  # the best state, the last, and the next
     )
 
 

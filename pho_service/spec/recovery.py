@@ -23,6 +23,7 @@ from pho_service.spec.document import (
 )
 
 Trains = Literal["kept", "norms", "lora"]
+AdamBits = Literal[32, 8]
 TRAINS: tuple[Trains, ...] = get_args(Trains)
 MINUTES = 30.0
 MOST_MINUTES = 100_000.0
@@ -86,6 +87,15 @@ class Recovery(JsonDocument):
             "square of a parameter's weights; it falls to 0.",
         ),
     ] = None
+    adam_bits: Annotated[
+        AdamBits,
+        FieldShown(option="--recover-adam-bits", service=True),
+        Field(
+            description="Bits of each number that Adam remembers, two for each weight that is "
+            "trained: with 8 they take a quarter of the memory (bitsandbytes), and end at weights "
+            "that differ a little."
+        ),
+    ] = 32
     seed: Annotated[
         Seed,
         FieldShown(option="--recover-seed", service=True),
@@ -105,6 +115,7 @@ class Recovery(JsonDocument):
             check_number("tokens", self.tokens, 1, MOST_TOKENS)
         if self.rate is not None:
             check_number("rate", self.rate, 1e-9, 1)
+        check_choice("adam_bits", str(self.adam_bits), ("32", "8"))
         check_seed(self.seed)
 
     def __str__(self) -> str:
@@ -137,6 +148,7 @@ class Recovered(JsonDocument):
         held_out: Windows that were held out.
         context_length: Tokens of a window.
         rate: Learning rate of the first step, as a share.
+        adam_bits: Bits of each number that Adam remembered.
         seed: Seed of the windows and their order.
         teacher: The dense model, as results have it.
         text: What it was trained on: source and hash.
@@ -158,6 +170,7 @@ class Recovered(JsonDocument):
     held_out: Whole
     context_length: Whole
     rate: Number
+    adam_bits: Whole = 32
     seed: Whole
     teacher: dict[str, str | int | None]
     text: dict[str, Any]

@@ -5,11 +5,13 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.optim.adam import Adam8bit
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -26,7 +28,7 @@ from pho_service.pruning.perplexity import rate_divergence
 from pho_service.pruning.recovery import Recovering
 from pho_service.shown.tables import recovered_table
 from pho_service.spec.configuration import published
-from pho_service.spec.recovery import Recovered, Recovery, Trains
+from pho_service.spec.recovery import AdamBits, Recovered, Recovery, Trains
 
 LENGTH = 32
 SETTINGS = Recovery(tokens=24 * LENGTH, rate=2e-3)
@@ -106,12 +108,25 @@ def test_a_recovered_folder_passes_its_check(
     assert "divergence from the dense model" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("bits", [32, 8])
 def test_the_same_tokens_give_the_same_bits_also_after_a_kill(
-    pruned_folder: Callable[[str], Path], recover: Callable[..., Recovered], tmp_path: Path
-) -> None:
+    bits: AdamBits, pruned_folder: Callable[[str], Path], recover: Callable[..., Recovered],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    # It leaves smaller linears in 32 bits, and those of this model are.
+    monkeypatch.setattr("bitsandbytes.optim.adam.Adam8bit", partial(Adam8bit, min_8bit_size=256))
+    remembered: set[torch.dtype] = set()
+    step = Adam8bit.step
+
+    def noted(self: Adam8bit, *given: Any) -> None:
+        step(self, *given)
+        remembered.update(state["state1"].dtype for state in self.state.values())
+
+    monkeypatch.setattr(Adam8bit, "step", noted)
+    settings = replace(SETTINGS, adam_bits=bits)
     folder = pruned_folder("0.5")
     whole = PrunedModel.read(folder, device="cpu")
-    first = recover(whole)
+    first = recover(whole, settings)
     Workplace(tmp_path / "workplace").remove()
     bars: list[str] = []
 
@@ -125,10 +140,13 @@ def test_the_same_tokens_give_the_same_bits_also_after_a_kill(
 
     cut = PrunedModel.read(folder, device="cpu")
     with pytest.raises(KeyboardInterrupt):
-        recover(cut, progress=killed)
+        recover(cut, settings, progress=killed)
     resumed = PrunedModel.read(folder, device="cpu")
-    second = recover(resumed, progress=killed)
+    second = recover(resumed, settings, progress=killed)
 
+    assert remembered == ({torch.uint8} if bits == 8 else set())
+    assert first.kept
+    assert first.adam_bits == bits
     assert same(weights(whole.model), weights(resumed.model))
     assert replace(first, seconds=0) == replace(second, seconds=0)
     assert len(bars) < 2 * 9  # what was done is not done again
