@@ -59,11 +59,13 @@ def _serving(handler: type[_Handler]) -> Iterator[str]:
 
 def _deep_plans(target: Target) -> str | None:
     """Eight plans at once of a model of 30,000 blocks, and of one that says 10^8."""
-    blocks = {"deep-plan": 30_000, "lying-plan": 2}
-    for name, count in blocks.items():
+    blocks: dict[str, tuple[int, dict[str, int]]] = {
+        "deep-plan": (30_000, {}), "lying-plan": (2, {"num_hidden_layers": 10**8}),
+    }  # fmt: skip
+    for name, (count, said) in blocks.items():
         folder = target.folder / name
         folder.mkdir(exist_ok=True)
-        config = {"model_type": "llama", "num_hidden_layers": 10**8}
+        config = {"model_type": "llama", **said}
         (folder / "config.json").write_text(json.dumps(config))
         entry = {"dtype": "BF16", "shape": [64, 64], "data_offsets": [0, 8192]}
         header = json.dumps({f"model.layers.{i}.mlp.up_proj.weight": entry for i in range(count)})
@@ -81,8 +83,8 @@ def _deep_plans(target: Target) -> str | None:
     codes = {answer.status_code for answer in answers}
     if codes != {422} or "layers" not in answers[0].text:
         return f"answers {codes}: {answers[0].text[:200]}"
-    if lying.status_code != 200:
-        return f"a number that nothing depends on: {lying.status_code} {lying.text[:200]}"
+    if lying.status_code != 422 or "num_hidden_layers" not in lying.text:
+        return f"one that says 10^8: {lying.status_code} {lying.text[:200]}"
     return f"eight plans took {took:.0f} s" if took > PLANNED_S else None
 
 

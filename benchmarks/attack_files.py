@@ -185,21 +185,15 @@ def _cards(target: Target) -> str | None:
 
 
 def _deep(target: Target) -> str | None:
-    """A model of a million layers: it can be cancelled while it is being loaded."""
-    folder = _model(target, "deep")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1_000_000}))
-    answer = target.submit(model="deep")
-    if answer.status_code == 422:
-        return None
-    job = str(answer.json()["id"])
-    if not target.until(lambda: target.get(f"/v1/jobs/{job}").json()["state"] != "queued"):
-        return "it never began"
-    import httpx
-
-    httpx.post(f"{target.url}/v1/jobs/{job}:cancel", timeout=30)
-    ended = target.wait(job, seconds=60)
-    return None if ended["state"] in ("cancelled", "failed") else f"it is {ended['state']}"
+    """Models that say that they have more layers or experts than could be made."""
+    wrong = []
+    for field in ("num_hidden_layers", "num_local_experts"):
+        folder = _model(target, f"deep-{field}")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, field: 10**8}))
+        found = _refused(target, field, model=folder.name)
+        wrong += [f"{field}: {found}"] if found else []
+    return ", ".join(wrong)
 
 
 def _tokenizer(target: Target) -> str | None:
@@ -243,7 +237,7 @@ FILES = (
     Attack(name="wide table", about="20,000 columns", run=_wide),
     Attack(name="index of weights", about="3 that name files outside", run=_index),
     Attack(name="cards of data sets", about="3 files outside, 1 address", run=_cards),
-    Attack(name="deep model", about="a million layers, cancelled", run=_deep),
+    Attack(name="deep model", about="10^8 layers, 10^8 experts", run=_deep),
     Attack(name="panic", about="a tokenizer's pattern with nested repeats", run=_tokenizer),
     Attack(name="odd weights", about="4 files that are no weights", run=_odd_weights),
 )  # fmt: skip

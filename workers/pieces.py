@@ -349,7 +349,7 @@ def _recover(
     place = Workplace(folder.with_name(f".{folder.name}.recovery"))
     with store_faults_told():
         recovered = recover_model(
-            pruned, dense, text, settings, place.folder, progress=run.progress
+            pruned, dense, text, settings, place.folder, progress=run.progress, look=run.look
         )
         found = pruned.after(recovered)
         save_pruned(pruned.model, folder, found.masks.items(), found.recipe)

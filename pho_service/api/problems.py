@@ -245,7 +245,8 @@ def database_gone(error: Exception) -> JSONResponse:
 
 
 def sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    file = "." in text.partition(" ")[0]  # its name stays as it is
+    return text if file else text[:1].upper() + text[1:]
 
 
 def _methods(request: Request, routes: Sequence[BaseRoute]) -> set[str]:

@@ -23,6 +23,11 @@ from pho_service.host.settings import Settings
 MAX_BYTES = 2**26  # of an index; that of a model with 100,000 tensors has 10 MB
 # Files of a folder that name others, beside its *.index.json.
 NAMING_FILES = ("config.json", "tokenizer_config.json")
+# The most that a configuration may ask for of what makes a module each; Kimi K2 has 384 experts.
+_MOST = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers"), 1_000),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 10_000),
+}
 # What loaders never open, although transformers writes paths into them.
 _NOT_OPENED = frozenset({"special_tokens_map_file"})
 PACKED_SUFFIX = ".pho"  # suffix of a file that `pho pack` writes
@@ -74,6 +79,7 @@ def _checked(content: bytes, file: str) -> list[str]:
     elif file == "tokenizer_config.json":
         names = _of_tokenizer(document)
     else:
+        check_counts(document, file)
         weights = document.get("transformers_weights")
         names = iter([] if weights is None else [("transformers_weights", weights)])
     found = []
@@ -87,6 +93,17 @@ def _checked(content: bytes, file: str) -> list[str]:
             )
         found.append(str(name))
     return found
+
+
+def check_counts(config: Mapping[str, Any], file: str) -> None:
+    """Check how many modules a configuration asks for, before any library makes them."""
+    for values in (config, *config.values()):
+        for field, most in _MOST.items() if isinstance(values, Mapping) else ():
+            if isinstance(value := values.get(field), int) and value > most:
+                raise InvalidInput(
+                    f"{file} says {field}={value}, and {most} are the most that a model may have. "
+                    "Check that it is the file of a language model."
+                )
 
 
 def is_plain(name: object) -> bool:

@@ -38,6 +38,7 @@ from pho_service.errors import ChangedInput, InvalidInput, ModelError, Numerical
 from pho_service.host.access import (
     NAMING_FILES,
     check_config,
+    check_counts,
     check_model_folder,
     check_names,
     did_you_mean,
@@ -241,6 +242,8 @@ class Checkpoint:
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
         loaded: Any
         with loading_errors(self.name), gguf_read_once() if self.is_gguf else nullcontext():
+            if self.is_gguf:  # those of other models are checked in their files
+                check_counts(self.config().to_dict(), self.name)
             loaded = reader.from_pretrained(
                 **self.source,
                 **extra,
@@ -252,8 +255,7 @@ class Checkpoint:
             tokenizer: Any = AutoTokenizer.from_pretrained(**self.source, trust_remote_code=False)
             tokenizer.unpacked = self.unpacked  # some save what they find in its folder
         model, info = loaded  # as output_loading_info asks for
-        missing = sorted(info["missing_keys"])
-        if missing:  # transformers has filled them with random numbers
+        if missing := sorted(info["missing_keys"]):  # filled with random numbers by transformers
             raise ModelError(
                 f"{self.name} lacks {len(missing)} weights that its config asks for: "
                 f"{', '.join(missing[:4])}. The download is not complete, or the config is of "
@@ -612,8 +614,7 @@ def load_model(
             gc.collect()  # a model that lay on several GPUs has circles in it, and may be there
         reader: dict[str, Any] = {}
         if stream:
-            wanted = "auto"
-            reader = _mapped_reader(checkpoint)
+            wanted, reader = "auto", _mapped_reader(checkpoint)
         elif device_map is not None:
             reader = {"device_map": _device_map(checkpoint, wanted)}
         elif target.type == "cuda":  # each tensor on its own, not the model by way of main memory

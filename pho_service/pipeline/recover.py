@@ -50,7 +50,7 @@ from pho_service.models.saving import RECIPE, read_recipe, recipe_document
 from pho_service.models.texts import apart, record_to_dict, sample_windows
 from pho_service.pipeline.prune import PrunedFolder
 from pho_service.pipeline.rating import RecoveryText, perplexity_on
-from pho_service.progress import Advance, Progress, silent
+from pho_service.progress import Advance, Look, Progress, never, silent
 from pho_service.pruning.masks import model_sparsity
 from pho_service.pruning.perplexity import (
     DenseReference,
@@ -221,6 +221,7 @@ def recover_model(
     workplace: Path,
     *,
     progress: Progress = silent,
+    look: Look = never,
 ) -> Recovered:
     """
     Train a pruned model in place. What an interrupted one left in ``workplace`` is gone on with.
@@ -254,7 +255,7 @@ def recover_model(
                     "so there is nothing to recover. Give the dense model that was pruned."
                 )
         place.keep_initial(trained)
-        training = _Training(trained, asked, before, progress)
+        training = _Training(trained, asked, before, progress, look)
         _train(training, settings, place)
         trained.round_(model.stored_dtype)
         after = training.check()
@@ -493,9 +494,9 @@ class _Training(TrainerCallback):
     """What is trained on what, and how far it is."""
 
     def __init__(
-        self, trained: Recovering, asked: _Asked, before: float, progress: Progress
+        self, trained: Recovering, asked: _Asked, before: float, progress: Progress, look: Look
     ) -> None:
-        self.trained, self.asked = trained, asked
+        self.trained, self.asked, self._look = trained, asked, look
         self.checks = min(CHECKS, asked.steps)
         self.done = 0  # steps
         self._before, self._now = before, before
@@ -530,6 +531,11 @@ class _Training(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step < state.max_steps and not control.should_training_stop:
             self._show(args.eval_steps)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        del args
+        if state.global_step < state.max_steps and not control.should_training_stop:
+            self._look()  # another attempt would go on from here
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         del args, state, control
@@ -594,6 +600,7 @@ def _train(training: _Training, settings: Recovery, place: Workplace) -> None:
         seed=settings.seed,
         eval_strategy="steps", eval_steps=every,
         save_strategy="steps", save_steps=every, save_total_limit=1,
+        restore_callback_states_from_checkpoint=True,  # how often it was no better
         load_best_model_at_end=True, metric_for_best_model="divergence", greater_is_better=False,
         use_cpu=device.type == "cpu",
         remove_unused_columns=False, dataloader_pin_memory=False,

@@ -333,7 +333,10 @@ def test_a_link_in_the_store_is_not_followed(
     path.unlink()
     path.symlink_to(tmp_path / "secret")
 
-    assert client.get(f"{pruned}/artifacts/model.safetensors").status_code == 503
+    answer = client.get(f"{pruned}/artifacts/model.safetensors")
+
+    assert answer.status_code == 503
+    assert answer.json()["detail"].startswith("model.safetensors cannot be read")
 
 
 def test_pages_lead_to_the_files(client: TestClient, submit: Any, hand: Any, prune: Any) -> None:

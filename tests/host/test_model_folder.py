@@ -63,6 +63,22 @@ def test_transformers_weights_would_lead_to_an_index_elsewhere(tmp_path: Path) -
         check_model_folder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_hidden_layers": 10**8},
+        {"n_layer": 1001},
+        {"text_config": {"num_hidden_layers": 10**8}},
+        {"num_hidden_layers": 2, "num_local_experts": 10_001},
+    ],
+)
+def test_more_modules_than_any_model_has_are_asked_for_of_no_library(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    with pytest.raises(InvalidInput, match=r"config\.json says n\w+=\d+, and 10+ are the most"):
+        check_model_folder(written(tmp_path, "config.json", config))
+
+
 def test_what_models_on_the_hub_have_in_these_files_passes(tmp_path: Path) -> None:
     shards = {f"layer.{i}.weight": f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
     written(tmp_path, "model.safetensors.index.json", {"metadata": {}, "weight_map": shards})

@@ -4,7 +4,9 @@ import json
 import socket
 from pathlib import Path
 
+import gguf
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -135,6 +137,22 @@ def test_index_of_a_hub_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     with pytest.raises(InvalidInput, match="names '/etc/a"):
         load_model("org/name", device="cpu")
     assert asked == ["config.json", index.name]
+
+
+def test_a_gguf_file_that_asks_for_more_blocks_than_any_model_has_is_refused(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(10**8)
+    writer.add_tensor("token_embd.weight", np.zeros((3, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    with pytest.raises(InvalidInput, match="num_hidden_layers=100000000, and 1000 are the most"):
+        load_model(str(path))
 
 
 def test_a_file_that_only_ends_in_gguf_is_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -151,6 +152,24 @@ def test_the_same_tokens_give_the_same_bits_also_after_a_kill(
     assert replace(first, seconds=0) == replace(second, seconds=0)
     assert len(bars) < 2 * 9  # what was done is not done again
     assert "divergence" in bars[-1]
+
+
+def test_at_a_check_another_job_may_have_its_turn_and_nothing_is_lost(
+    pruned_folder: Callable[[str], Path], recover: Callable[..., Recovered], tmp_path: Path
+) -> None:
+    folder = pruned_folder("0.5")
+    whole = PrunedModel.read(folder, device="cpu")
+    first = recover(whole)
+    Workplace(tmp_path / "workplace").remove()
+    look = Mock(side_effect=[None, None, InterruptedError, *[None] * 8])
+    with pytest.raises(InterruptedError):
+        recover(PrunedModel.read(folder, device="cpu"), look=look)
+    resumed = PrunedModel.read(folder, device="cpu")
+    second = recover(resumed, look=look)
+
+    assert look.call_count == 7  # of eight checks; behind the last one there is nothing to do
+    assert same(weights(whole.model), weights(resumed.model))
+    assert replace(first, seconds=0) == replace(second, seconds=0)
 
 
 def test_a_rate_that_breaks_the_model_is_taken_back(
