@@ -123,11 +123,12 @@ class StudyStorage(RDBStorage):
         trial_id_greater_than: int,
     ) -> list[FrozenTrial]:
         column = models.TrialModel.trial_id
-        query = select(column).where(models.TrialModel.study_id == study_id).order_by(column)
+        newer = select(column).where(
+            models.TrialModel.study_id == study_id, column > trial_id_greater_than
+        )
         with _create_scoped_session(self.scoped_session) as session:
             models.StudyModel.find_or_raise_by_id(study_id, session)
-            found = session.execute(query).scalars()
-            ids = [i for i in found if i > trial_id_greater_than or i in included_trial_ids]
+            ids = sorted({*included_trial_ids, *session.execute(newer).scalars()})
         known: dict[str, BaseDistribution] = {}
         trials = []
         for first in range(0, len(ids), _PAGE):

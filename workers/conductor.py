@@ -362,6 +362,8 @@ class _Job:
         if spec.target is not None:
             found = target_found(spec.target, points).result
             best, warnings = found.configuration.model_dump(mode="json"), found.warnings
+        if not self._opened.keeps_blocks:
+            self._inputs.pruned.remove(self._claim.job.id)
         self._journal.found = Found(best=best, warnings=warnings)
         return Finished()
 
@@ -376,6 +378,8 @@ class _Job:
             warnings=[*result.warnings, *started(spec, configuration)],
         )
         validation = None if result.validation is None else dict(result.validation)
+        if not opened.keeps_blocks:
+            self._inputs.pruned.remove(self._claim.job.id)
         return Finished(layers=layers, validation=validation)
 
     def _tasks(self, piece: Piece, run: Run) -> TasksMeasured:
@@ -403,14 +407,15 @@ class Opened:
         run: Run,
     ) -> None:
         self.spec = spec
-        self._inputs, self._job, self._storage, self._run = inputs, job, storage, run
+        self._inputs, self._job, self._storage, self.run = inputs, job, storage, run
+        self.keeps_blocks = bool(spec.prune or spec.tasks or job.pruning)  # what prunes needs them
         self._keys = [str(each.provenance["key"]) for each in made]
         self._seals = [Seal(**each.inputs) for each in made]
 
     def bundles(self) -> dict[str, ProxyBundle]:
         """The bundles of all models, by name."""
         return {
-            name: self._inputs.bundle(self.spec.of_model(i), seal, key, self._run.progress)
+            name: self._inputs.bundle(self.spec.of_model(i), seal, key, self.run.progress)
             for i, (name, seal, key) in enumerate(
                 zip(self.spec.models, self._seals, self._keys, strict=True)
             )
@@ -449,7 +454,7 @@ class Opened:
 
     def blocks(self, candidate: Candidate) -> KeptBlocks | None:
         """Where the winner's trained blocks wait for what is done with the pruned model."""
-        if not (self.spec.prune or self.spec.tasks):
+        if not candidate.steps.reconstruction.wanted:
             return None
         return trained_blocks(self, self._inputs, self._job, candidate)
 

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -292,14 +293,18 @@ def trained_blocks(
     opened: "Opened", inputs: WorkerInputs, job: JobRecord, candidate: Candidate
 ) -> KeptBlocks | None:
     """Where the pieces of a job keep and find the blocks that a reconstruction has trained."""
+    # If nothing prunes the model later, they are there so that another attempt goes on, or another
+    # job may have its turn.
 
     def folder(key: str) -> Path:
         place = inputs.pruned.workplace(job.id, key[:16])
-        with store_faults_told():
-            place.parent.mkdir(parents=True, exist_ok=True)
+        if opened.keeps_blocks:
+            with store_faults_told():
+                place.parent.mkdir(parents=True, exist_ok=True)
         return place.with_name(f".{place.name}.blocks")
 
-    return blocks_kept(opened.model(), opened.bundle(), candidate, opened.calibration(), folder)
+    kept = blocks_kept(opened.model(), opened.bundle(), candidate, opened.calibration(), folder)
+    return kept and replace(kept, look=opened.run.look, spare=not opened.keeps_blocks)
 
 
 def _prune(

@@ -126,6 +126,8 @@ class PrunedStore:
             ) from error
 
     def remove(self, job_id: uuid.UUID) -> None:
+        if not self._is_local:
+            shutil.rmtree(self._cached(job_id), ignore_errors=True)
         try:
             with suppress(FileNotFoundError):
                 self._files.rm(self._of_job(job_id), recursive=True)

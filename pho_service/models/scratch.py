@@ -19,6 +19,7 @@ from pho_service.errors import OutputError
 from pho_service.host.files import new_file
 from pho_service.host.settings import Settings
 from pho_service.models.bundle_file import os_errors
+from pho_service.progress import Look, never
 from pho_service.pruning.masks import LinearMask
 from pho_service.pruning.statistics import PrunableLinear
 from pho_service.spec.document import format_bytes
@@ -101,6 +102,7 @@ class KeptBlocks:
     folder: Path  # Made when the first block is kept
     key: str  # Names all that a block depends on. A file with another key is not read
     spare: bool = False  # Where they cannot be written, work goes on without them
+    look: Look = never  # Called when one is kept, and work could go on behind it later
 
     def read(self, name: str) -> KeptBlock | None:
         """A block by its name; None if it is not there, of another key, or broken."""
@@ -131,6 +133,8 @@ class KeptBlocks:
             if not self.spare:
                 raise
             logger.warning("a trained block is not kept: %s", error)
+        else:
+            self.look()
 
     def _write(self, name: str, block: KeptBlock) -> None:
         tensors = {}

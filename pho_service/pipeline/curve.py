@@ -102,6 +102,7 @@ class CurvePoints:
         self._subject, self._record, self._pareto = subject, record, pareto
         self._run, self._dense, self._search = run, dense, search
         self._target, self._found = target, [*before]
+        self._keeps = target is not None or search is not None
 
     def find(self, request: SearchRequest, title: str) -> CurvePoint:
         """Search, confirm, and measure the published methods beside."""
@@ -119,8 +120,9 @@ class CurvePoints:
                     model=subject.model,
                     confirm_text=subject.text,
                     calibration=subject.calibration,
-                    # Of many points nobody knows which of them the model is pruned to.
-                    blocks=lambda winner: subject.blocks(winner) if self._target else None,
+                    # Of many points nobody knows which of them the model is pruned to. A worker
+                    # goes on with those of the point that it has in hand.
+                    blocks=lambda winner: subject.blocks(winner) if self._keeps else None,
                     search=self._search,
                     run=_titled(self._run, title),
                 )
@@ -150,13 +152,14 @@ class CurvePoints:
             warnings=[*result.warnings],
         )
         self._found.append(point)
-        if self._target is not None:
-            self._forget_blocks(self._target)
+        if self._keeps:
+            self._forget_blocks()
         return point
 
-    def _forget_blocks(self, target: Target) -> None:
+    def _forget_blocks(self) -> None:
         """Keep only those trained blocks that the answer of a target may be made of."""
-        inside = [each for each in self._found if is_inside(target, each)]
+        target = self._target
+        inside = [each for each in self._found if target is not None and is_inside(target, each)]
         answer = max(inside, key=lambda each: each.sparsity, default=None)
         for each in self._found:
             blocks = self._subject.blocks(each.configuration.candidate())

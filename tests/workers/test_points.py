@@ -9,13 +9,14 @@ import pytest
 from optuna.trial import create_trial
 
 from pho_service.errors import TargetMissed
+from pho_service.models.scratch import KeptBlock, KeptBlocks
 from pho_service.pipeline import rating
 from pho_service.tuning.search import add_point
 from storage.jobs import JobStore
 from storage.records import Claim, JobRecord, JobState, LostClaim, NewStage, StageKind, StageState
 from storage.studies import open_storage, open_study, pareto_study_name, study_name
 from workers.conductor import Conductor, pareto_of_job
-from workers.watch import TurnOver, Turns
+from workers.watch import TurnOver, Turns, Watch
 
 TARGET = {"perplexity_rise": 0.02, "step": 0.2, "lowest": 0.1, "highest": 0.9}
 
@@ -250,3 +251,36 @@ def test_a_point_gives_its_worker_away_between_its_perplexities_and_goes_on_ther
 
     assert given_away
     assert len({str(each) for each in measured}) == len(measured)  # none of them twice
+
+
+def test_the_training_of_blocks_gives_its_worker_away_and_goes_on_with_those_that_are_trained(
+    hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = {"update": "least-squares", "reconstruction": {"method": "block"}}
+    spec = small(preset="crepe", confirm={"finalists": 1}, steps=steps)
+    job, alone = (hand.until(hand.submit(spec), StageKind.FINISH) for _ in range(2))
+    hand.until(alone, None)
+    keep, trained, given_away = KeptBlocks.keep, [], []
+
+    def kept(self: KeptBlocks, name: str, block: KeptBlock) -> None:
+        trained.append(name)
+        keep(self, name, block)
+
+    def look(_: Watch) -> None:
+        if trained and not given_away:
+            given_away.append(trained[-1])
+            raise TurnOver
+
+    monkeypatch.setattr(Watch, "look_for_others", look)
+    monkeypatch.setattr(KeptBlocks, "keep", kept)
+    claim = hand.take(job)
+    with pytest.raises(TurnOver):
+        Conductor(hand.store, hand.inputs, Event(), Turns()).run(claim)
+    hand.store.end_turn(claim)
+    hand.until(job, None)
+    best, other = (hand.store.get(each.id).best for each in (job, alone))
+
+    assert given_away == ["model.layers.0"]
+    assert trained == ["model.layers.0", "model.layers.1"]  # none of them twice
+    assert without_study(best) == without_study(other)
+    assert not (hand.bundles / "pruned" / str(job.id)).exists()  # what nothing needs any more
