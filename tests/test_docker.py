@@ -211,6 +211,21 @@ def test_the_task_of_skypilot_starts_a_worker_that_ends_by_itself() -> None:
     )  # must be given
 
 
+def test_a_pool_of_skypilot_has_the_cards_and_the_setup_of_its_task_and_runs_nothing_itself() -> (
+    None
+):
+    (task,), (pool,) = read("skypilot.yaml"), read("skypilot-pool.yaml")
+    said = (DOCKER / "skypilot-pool.yaml").read_text()
+
+    assert {*pool} == {"pool", "workdir", "resources", "setup"}
+    assert pool["pool"]["workers"] == 8
+    for part in ("workdir", "resources", "setup"):
+        assert pool[part] == task[part]
+    assert f"'{task['run'].strip()}'" in said
+    for name in (*task["envs"], *task["secrets"]):
+        assert name in said
+
+
 def test_the_api_is_probed_by_its_paths_and_a_worker_has_one_gpu() -> None:
     (_, api), (_, worker) = container("pho-api"), container("pho-worker")
 
@@ -269,7 +284,10 @@ def test_every_pho_variable_in_a_container_file_is_one_that_the_service_reads() 
     assert named <= {f"PHO_{name.upper()}" for name in Settings.model_fields}
 
 
-@pytest.mark.parametrize("file", ["compose.yaml", "kubernetes.yaml", "keda.yaml", "skypilot.yaml"])
+@pytest.mark.parametrize(
+    "file",
+    ["compose.yaml", "kubernetes.yaml", "keda.yaml", "skypilot.yaml", "skypilot-pool.yaml"],
+)
 def test_no_database_url_in_a_file_that_is_committed_has_a_password(file: str) -> None:
     lines = [line for line in (DOCKER / file).read_text().splitlines() if not line.startswith("#")]
 
