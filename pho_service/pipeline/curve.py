@@ -102,7 +102,6 @@ class CurvePoints:
         self._subject, self._record, self._pareto = subject, record, pareto
         self._run, self._dense, self._search = run, dense, search
         self._target, self._found = target, [*before]
-        self._keeps = target is not None or search is not None
 
     def find(self, request: SearchRequest, title: str) -> CurvePoint:
         """Search, confirm, and measure the published methods beside."""
@@ -120,9 +119,7 @@ class CurvePoints:
                     model=subject.model,
                     confirm_text=subject.text,
                     calibration=subject.calibration,
-                    # Of many points nobody knows which of them the model is pruned to. A worker
-                    # goes on with those of the point that it has in hand.
-                    blocks=lambda winner: subject.blocks(winner) if self._keeps else None,
+                    blocks=subject.blocks,
                     search=self._search,
                     run=_titled(self._run, title),
                 )
@@ -152,12 +149,12 @@ class CurvePoints:
             warnings=[*result.warnings],
         )
         self._found.append(point)
-        if self._keeps:
-            self._forget_blocks()
+        self._forget_blocks()
         return point
 
     def _forget_blocks(self) -> None:
         """Keep only those trained blocks that the answer of a target may be made of."""
+        # Of a curve nobody knows which point the model is pruned to.
         target = self._target
         inside = [each for each in self._found if target is not None and is_inside(target, each)]
         answer = max(inside, key=lambda each: each.sparsity, default=None)

@@ -60,7 +60,7 @@ def test_blocks_that_a_search_has_trained_are_not_trained_again_by_prune(
     tiny_llama: PreTrainedModel, bundle: Any, texts: dict[str, Path], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Those of the answer of a target wait, and no others; a curve keeps none."""
+    """Those of the answer of a target wait, and no others; a curve leaves none."""
     monkeypatch.setenv("PHO_CACHE_DIR", str(tmp_path))
     trained: list[str] = []
     keep = KeptBlocks.keep
@@ -76,6 +76,7 @@ def test_blocks_that_a_search_has_trained_are_not_trained_again_by_prune(
     }  # fmt: skip
     pho.curve(bundle, [0.5], **options)
     of_curve = [*tmp_path.glob("blocks/*")]
+    trained.clear()
     found = pho.search_within(bundle, 9.0, step=0.1, lowest=0.4, highest=0.6, **options)
     waiting = [*tmp_path.glob("blocks/*")]
     before = [*trained]
