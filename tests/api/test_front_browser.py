@@ -230,7 +230,7 @@ def test_refresh(page: Page, store: JobStore, job_of: Any, monkeypatch: pytest.M
     page.get_by_role("button", name="Compare").click()
     expect(page.get_by_role("heading", level=1)).to_have_text("2 jobs side by side")
     expect(page.locator(".differs").filter(has_text="State")).to_contain_text("paused")
-    page.get_by_role("link", name=second.name).first.click()
+    page.get_by_role("link", name=f"second {str(second.id)[:8]}").first.click()
     page.get_by_role("link", name="Report").click()
     expect(page.get_by_role("heading", level=1)).to_contain_text(second.name)
     page.get_by_role("link", name="Back to the job").click()
