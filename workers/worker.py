@@ -156,6 +156,8 @@ class _Worker:
         self.device_lost = False  # a new process should take this one's place
         self.draining = False  # no new process should
         self._entered = False  # once the tables are there
+        self._left = False  # no report may come behind the last one
+        self._reporting = threading.Lock()
         self._store_seen: str | None = None  # id of the artifact store; None: not looked for yet
         self._store_expected: str | None = None  # that of the API; None: there was no API yet
         self._heal_after = 0.0  # when those who live have had the time to say so after an outage
@@ -204,8 +206,10 @@ class _Worker:
 
     def _leave(self) -> None:
         try:
-            if self._entered:
-                self._store.remove_worker(self._id)
+            with self._reporting:
+                self._left = True
+                if self._entered:
+                    self._store.remove_worker(self._id)
         except StorageError:
             logger.warning("the database is away: the worker's entry stays until it is stale")
 
@@ -413,14 +417,17 @@ class _Worker:
         self._hold.idle_since = time.monotonic()
 
     def _enter(self) -> Drain | None:
-        drain, self._store_expected = self._store.enter_worker(
-            self._id,
-            name=worker_name(os.getpid()),
-            device=_device_name(self._inputs.device, spread=self._inputs.spread),
-            kinds=self._options.kinds,
-            store=self._store_seen,
-            memory=cards_memory(gpus() if self._inputs.spread else [self._inputs.device]),
-        )
+        with self._reporting:
+            if self._left:
+                return None
+            drain, self._store_expected = self._store.enter_worker(
+                self._id,
+                name=worker_name(os.getpid()),
+                device=_device_name(self._inputs.device, spread=self._inputs.spread),
+                kinds=self._options.kinds,
+                store=self._store_seen,
+                memory=cards_memory(gpus() if self._inputs.spread else [self._inputs.device]),
+            )
         if self._store_expected not in (None, self._store_seen):
             try:
                 self._store_seen = self._inputs.pruned.id()  # told with the next report

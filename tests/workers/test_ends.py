@@ -8,15 +8,21 @@ import pytest
 from storage.records import Drain, StageKind, StageState
 
 LONG = 600  # trials; long enough to be waited for
+SLOW_REPORTS = """
+import time
+from storage.jobs import JobStore
+report = JobStore.enter_worker
+JobStore.enter_worker = lambda *given, **named: (time.sleep(0.5), report(*given, **named))[1]
+"""
 
 
 def test_without_work_for_so_long_a_worker_ends_and_until_then_does_what_comes(
     own_crew: Any, spec_of: Any
 ) -> None:
-    """Meanwhile it touches the file of the probes."""
+    """Meanwhile it touches the file of the probes; a report on its way is not behind the last."""
     alive = own_crew.folder / "alive"
     variable = f"os.environ['PHO_LIVENESS_FILE'] = {str(alive)!r}"
-    worker = own_crew.start("--exit-when-idle", "2", sabotage=variable)
+    worker = own_crew.start("--exit-when-idle", "2", sabotage=f"{variable}\n{SLOW_REPORTS}")
     own_crew.man(1)
     job = own_crew.done(spec_of())
     touched = alive.stat().st_mtime
