@@ -6,7 +6,7 @@ workers begin. Takes about four minutes on 2 cores:
 
     python benchmarks/service_throughput.py
     python benchmarks/service_throughput.py --workers 1 --jobs 2 --trials 8   # tries it out
-    python benchmarks/service_throughput.py --workers 1 --jobs 1 --trials 10000   # memory
+    python benchmarks/service_throughput.py --workers 1 --jobs 2 --trials 10000   # memory
 """
 
 import os
