@@ -77,8 +77,11 @@ def took(spec: JobSpec, texts: dict[str, Path], folder: Path) -> dict[str, float
                 return clock.timed(stage, step, *given)
 
             patched.enter_context(patch.object(search._Steps, name, timed))
+        request = spec.request(0)
+        url = f"sqlite:///{folder / 'study.db'}"  # as `pho search` has it
+        study = patched.enter_context(search.opened_study(url, request, bundle, confirm))
         found = search.search_job(
-            spec.request(0), bundle, model=model, confirm_text=confirm,
+            request, bundle, study=study, model=model, confirm_text=confirm,
             calibration=text.calibration,
         )  # fmt: skip
     pruned = clock.timed(

@@ -146,7 +146,7 @@ def _fastest(work: Callable[[], object], rounds: int = 4) -> float:
 
 # The constants were fitted to what jobs on a CPU took: benchmarks/planned.py.
 STARTED_S = 6.0  # until a process has its libraries
-WINDOWS_S = 0.25  # until a text of some hundred kilobytes is cut into windows
+WINDOWS_S = 0.1  # until a text of some hundred kilobytes is cut into windows
 REACHED = 0.7  # of a CPU's products that a model's own reach
 FLOAT = 4  # bytes of statistics and scores
 HASHED = 1.2e9  # bytes/s of SHA-256 on a core
@@ -158,6 +158,7 @@ LOOKS = 12  # at which those that are left are pruned once more
 READINGS = 8.0  # of its bundle that the rating of a candidate costs, on a CPU
 RATED_S = 0.6e-4  # of the host for a linear of a candidate that is rated
 BEGUN_S = 0.5  # until a search rates its first candidate
+CONFIRMED_S = 0.3  # what a confirmation takes beside the model
 TRIAL_S = 0.0035  # writing a trial to its study
 BACKWARD = 3.0  # forward passes with their head that one to and fro takes
 SCORED = 60.0  # bytes that scoring and selecting a weight moves
@@ -365,7 +366,7 @@ class _Costs:
         winner = 0.0 if self.work.stream else pruned + self.written()
         if self.work.steps.reconstruction.wanted:
             winner = self.pruning(self.work.steps) + self.reconstruction() + measured
-        winner += REFERENCES * (measured + self.masks())
+        winner += CONFIRMED_S + REFERENCES * (measured + self.masks())
         finalists, in_full = self.work.finalists, 0.0
         masks_alone = steps.needs_text and not self.work.pattern.group
         if masks_alone:
