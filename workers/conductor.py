@@ -362,8 +362,7 @@ class _Job:
         if spec.target is not None:
             found = target_found(spec.target, points).result
             best, warnings = found.configuration.model_dump(mode="json"), found.warnings
-        if not self._opened.keeps_blocks:
-            self._inputs.pruned.remove(self._claim.job.id)
+        self._opened.forget_blocks()
         self._journal.found = Found(best=best, warnings=warnings)
         return Finished()
 
@@ -378,8 +377,7 @@ class _Job:
             warnings=[*result.warnings, *started(spec, configuration)],
         )
         validation = None if result.validation is None else dict(result.validation)
-        if not opened.keeps_blocks:
-            self._inputs.pruned.remove(self._claim.job.id)
+        opened.forget_blocks()
         return Finished(layers=layers, validation=validation)
 
     def _tasks(self, piece: Piece, run: Run) -> TasksMeasured:
@@ -457,6 +455,11 @@ class Opened:
         if not candidate.steps.reconstruction.wanted:
             return None
         return trained_blocks(self, self._inputs, self._job, candidate)
+
+    def forget_blocks(self) -> None:
+        """Remove the trained blocks of a job that nothing will prune."""
+        if not self.keeps_blocks:
+            self._inputs.pruned.remove(self._job.id)
 
     def study(self, number: int) -> optuna.Study:
         """The record of an island, or of a pattern."""
