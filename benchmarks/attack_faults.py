@@ -2,17 +2,21 @@
 Faults: inputs that change during a job, a database that dies or falls silent, processes that end.
 """
 
-import json
 import random
 import shutil
 import signal
 import time
 from contextlib import suppress
+from uuid import UUID
 
 import httpx
 import psutil
 from attack_target import Attack, Target
 from local_service import WORDS
+from replaced_files import mixtures
+
+from storage.database import Database
+from storage.jobs import JobStore
 
 READY_S = 60.0
 STOPPED_S = 15.0  # ten seconds for the service, and some for a busy machine
@@ -50,7 +54,7 @@ def _paused(target: Target, **fields: object) -> str:
 
 
 def _mixed(target: Target, job: str) -> str | None:
-    """After it goes on: failed in words, or one text and one set of weights in the result."""
+    """After it goes on: failed in words, or one text and one set of weights in all stages."""
     if target.get(f"/v1/jobs/{job}").json()["state"] == "succeeded":
         return "the job was over before anything changed, so nothing was tried"
     httpx.post(f"{target.url}/v1/jobs/{job}:resume", timeout=30)
@@ -59,8 +63,10 @@ def _mixed(target: Target, job: str) -> str | None:
         return None if "changed" in ended["error"]["message"] else ended["error"]["message"][:200]
     if ended["state"] != "succeeded":
         return f"it is {ended['state']}"
-    known = json.dumps(target.get(f"/v1/jobs/{job}/best").json())
-    return None if known.count('"text_sha256"') <= 1 else "two texts in one result"
+    database = Database(target.service.database_url, pool=1)
+    found = [*mixtures(JobStore(database).get(UUID(job)))]
+    database.close()
+    return "; ".join(found)
 
 
 def _text_swapped(target: Target) -> str | None:

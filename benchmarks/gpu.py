@@ -46,7 +46,7 @@ from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.search import opened_study, search_job
 from pho_service.planning.costs import CARDS, Machine
 from pho_service.planning.plan import Plan, plan_job
-from pho_service.planning.shapes import read_header
+from pho_service.planning.shapes import read_shapes
 from pho_service.progress import Run
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.hardware import pick_device
@@ -178,8 +178,8 @@ class _Job:
                 "confirm": {"windows": len(self.report.windows)},
             }
         )  # fmt: skip
-        header = read_header(self.shape.like, path=str(self.folder / "model"))
-        return plan_job(spec, header, self.machine())
+        shapes = read_shapes(self.shape.like, path=str(self.folder / "model"))
+        return plan_job(spec, shapes, self.machine())
 
     def machine(self) -> Machine:
         """One with this memory; its rates are not looked at."""

@@ -29,7 +29,7 @@ from pho_service.pipeline import search
 from pho_service.pipeline.prune import prune_in_place
 from pho_service.planning import costs
 from pho_service.planning.plan import plan_job
-from pho_service.planning.shapes import read_header
+from pho_service.planning.shapes import read_shapes
 from pho_service.spec.job import JobSpec
 
 T = TypeVar("T")
@@ -131,7 +131,7 @@ def main(
                 },
             }
         )  # fmt: skip
-        plan = plan_job(spec, read_header(path), machine)
+        plan = plan_job(spec, read_shapes(path), machine)
         measured = took(spec, texts, Path(name))
     print(f"\n{preset} at {pattern}\n\n| stage | planned, s | took, s | took / planned |")
     print("| --- | --- | --- | --- |")

@@ -29,7 +29,7 @@ from pho_service.models.mask_file import LayerMask, read_masks, write_masks
 from pho_service.models.saving import read_recipe
 from pho_service.planning.costs import CARDS
 from pho_service.planning.plan import plan_job
-from pho_service.planning.shapes import gguf_read_once, read_header
+from pho_service.planning.shapes import gguf_read_once, read_shapes
 from pho_service.pruning.bundle import LayerSample, ProxyBundle
 from pho_service.pruning.statistics import InputStatistics
 from pho_service.spec.configuration import Configuration, read_configuration, write_configuration
@@ -258,7 +258,7 @@ def _read_plan(path: Path) -> None:
     (path.parent / "config.json").write_text('{"model_type": "llama"}')
     spec = JobSpec.model_validate({"model": "m", "pattern": "0.5", "stream": True})
     try:
-        plan_job(spec, read_header(str(path), path=str(source)), CARDS["H100"])
+        plan_job(spec, read_shapes(str(path), path=str(source)), CARDS["H100"])
     except InvalidInput as error:  # which knows the model's name
         raise InvalidInput(f"{path}: {error}") from error
 

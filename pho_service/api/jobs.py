@@ -48,8 +48,7 @@ from pho_service.library import TransferFile, TransferTarget
 from pho_service.planning.shapes import (
     config_at_hand,
     longest_context,
-    model_shapes,
-    read_header,
+    read_shapes,
 )
 from pho_service.spec.fields import FieldError, check_field
 from pho_service.spec.job import JobSpec
@@ -109,7 +108,7 @@ def _check_linears(spec: JobSpec, access: Access) -> None:
         with suppress(InvalidInput, ModelError):  # whoever loads it says why
             place = access.model(name)
             if Path(place).is_absolute() and Path(place).is_dir():
-                found = [*model_shapes(name, read_header(name, path=place)).linears]
+                found = [*read_shapes(name, path=place).linears]
         if not found or any(each.count > 1 for each in found):
             continue  # fused experts have other names in a file
         try:

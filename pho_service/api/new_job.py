@@ -594,12 +594,13 @@ def _beside(
     url = str(request.base_url).rstrip("/")
     commands = equivalents(filled.spec, url, with_key=caller.key_id is not None)
     beside = Beside(card=card, commands=commands)
-    if not (may_ask_hub or at_hand(filled.spec, service)):
+    place = None if may_ask_hub else at_hand(filled.spec, service)
+    if place is None and not may_ask_hub:
         beside.told = "“Check and plan” reads the configuration of the model, and says what the "
         beside.told += "job would take."
         return beside
     try:
-        beside.plan = planned(filled.spec, service, named_machine(card))
+        beside.plan = planned(filled.spec, service, named_machine(card), place)
     except FieldError as error:
         beside.told = f"No plan can be made. {_in_words(str(error))}"
         return beside

@@ -3,6 +3,7 @@
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
@@ -14,7 +15,7 @@ from pho_service.api.service import CallerParam, Service, ServiceParam
 from pho_service.errors import InvalidInput, ModelError
 from pho_service.planning.costs import Machine, named_machine
 from pho_service.planning.plan import plan_job
-from pho_service.planning.shapes import config_at_hand, read_header
+from pho_service.planning.shapes import place_at_hand, read_shapes
 from pho_service.spec.fields import FieldError
 from pho_service.spec.job import JobSpec
 
@@ -53,17 +54,23 @@ def likely_card(workers: Sequence[Worker]) -> Card:
     return "cpu" if {worker.device for worker in workers} == {"cpu"} else "H100"
 
 
-def at_hand(spec: JobSpec, service: Service) -> bool:
-    """Return whether a plan needs no network."""
+def at_hand(spec: JobSpec, service: Service) -> str | None:
+    """Where a plan finds the model on this machine; None if it has to ask the hub."""
     path = service.access.model(spec.model)
-    return config_at_hand(spec.model, path, revision=spec.revision) is not None
+    place = place_at_hand(path, spec.revision)
+    local = Path(path).is_absolute()
+    found = place is not None and (local or any(place.glob("model*.safetensors")))
+    return str(place) if found else None
 
 
-def planned(spec: JobSpec, service: Service, machine: Machine) -> PlanAnswer:
-    path = service.access.model(spec.model)
+def planned(
+    spec: JobSpec, service: Service, machine: Machine, place: str | None = None
+) -> PlanAnswer:
+    """The plan of a job, by the files at a place of this machine, or wherever they are."""
+    path = place or service.access.model(spec.model)
     try:
-        header = read_header(spec.model, revision=spec.revision, path=path)
-        found = plan_job(spec, header, machine)
+        shapes = read_shapes(spec.model, revision=spec.revision, path=path)
+        found = plan_job(spec, shapes, machine)
     except (InvalidInput, ModelError) as error:
         raise FieldError("/model", str(error)) from error
     return PlanAnswer.model_validate(found.to_dict())

@@ -124,7 +124,7 @@ def _end_if_somebody_waits() -> None:
     for thread in waiting:
         thread.join(max(0.0, deadline - time.monotonic()))
     if any(thread.is_alive() for thread in waiting):
-        logger.warning("requests still wait for the database, and are given up")
+        logger.warning("requests that still wait, or are worked on, are given up")
         logging.shutdown()
         sys.stdout.flush()
         os._exit(0)

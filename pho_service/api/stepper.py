@@ -136,10 +136,11 @@ def time_left(
     if is_transfer(job) or not job.state.may_work:
         return ""
     spec = JobSpec.model_validate(job.spec)
-    if not at_hand(spec, service):
+    place = at_hand(spec, service)
+    if place is None:
         return ""
     try:
-        plan = _by_kind(planned(spec, service, named_machine(card)), spec)
+        plan = _by_kind(planned(spec, service, named_machine(card), place), spec)
     except FieldError:  # its page says why once it fails
         return ""
     searched = StageKind.POINT if spec.several else StageKind.SEARCH

@@ -72,14 +72,14 @@ def _here(spec: dict[str, Any], card: str | None, memory: dict[str, int]) -> Pla
     """The plan, made in this process."""
     from pho_service.planning.costs import named_machine
     from pho_service.planning.plan import plan_job
-    from pho_service.planning.shapes import read_header
+    from pho_service.planning.shapes import read_shapes
     from pho_service.spec.job import JobSpec
 
     job = JobSpec.model_validate(spec)
     machine = named_machine(card) if card else _this_machine()
     machine = machine.resized(memory.get("device_memory"), memory.get("main_memory"))
-    header = read_header(job.model, revision=job.revision)
-    return PlanAnswer.model_validate(plan_job(job, header, machine).to_dict())
+    shapes = read_shapes(job.model, revision=job.revision)
+    return PlanAnswer.model_validate(plan_job(job, shapes, machine).to_dict())
 
 
 def _this_machine() -> "Machine":

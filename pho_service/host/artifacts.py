@@ -7,6 +7,7 @@ Bundles are in it (:mod:`workers.inputs`), and the pruned models of jobs, which 
 they see the same.
 """
 
+import errno
 import os
 import shutil
 import uuid
@@ -114,11 +115,11 @@ class PrunedStore:
 
     def open(self, job_id: uuid.UUID, key: str, name: str) -> BinaryIO:
         """A file of a model, to be read."""
-        place = f"{self._of_job(job_id)}/{key}/{name}"
+        folder, place = f"{self._root}/pruned", f"{job_id}/{key}/{name}"
         try:
-            if self._is_local:  # a link could lead to any file of the API's machine
-                return os.fdopen(os.open(place, os.O_RDONLY | os.O_NOFOLLOW), "rb")
-            return cast(BinaryIO, self._files.open(place, "rb"))
+            if self._is_local:
+                return os.fdopen(_open_real(folder, place), "rb")
+            return cast(BinaryIO, self._files.open(f"{folder}/{place}", "rb"))
         except OSError as error:
             raise OutputError(
                 f"{name} cannot be read from the artifact store: {error.strerror or error}. "
@@ -142,3 +143,10 @@ class PrunedStore:
 
     def _cached(self, job_id: uuid.UUID) -> Path:
         return self._cache_dir / "pruned" / str(job_id)
+
+
+def _open_real(folder: str, place: str) -> int:
+    """Open a file below a folder; a link could lead to any file of the API's machine."""
+    if os.path.realpath(f"{folder}/{place}") != f"{os.path.realpath(folder)}/{place}":
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    return os.open(f"{folder}/{place}", os.O_RDONLY | os.O_NOFOLLOW)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pho_service.errors import InvalidInput
 from pho_service.planning.costs import Machine, Work, recovered_tokens, stage_seconds
-from pho_service.planning.shapes import DTYPE_BYTES, Header, ModelShapes, model_shapes
+from pho_service.planning.shapes import DTYPE_BYTES, ModelShapes
 from pho_service.planning.stage_memory import (
     MOST,
     CalibrationPlan,
@@ -118,11 +118,10 @@ class Plan:
         }
 
 
-def plan_job(spec: JobSpec, header: Header, machine: Machine) -> Plan:
+def plan_job(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> Plan:
     """Plan a search job, and what would make it fit if it does not."""
     if spec.several:
-        return _of_several(spec, header, machine)
-    shapes = model_shapes(spec.model, header)
+        return _of_several(spec, shapes, machine)
     settings = spec.calibration.fitted(shapes.context).settings()
     if shapes.context is not None and settings.context_length > shapes.context:
         raise InvalidInput(
@@ -150,15 +149,14 @@ def plan_job(spec: JobSpec, header: Header, machine: Machine) -> Plan:
     return plan if plan.fits else replace(plan, ways_out=tuple(_ways_out(plan)))
 
 
-def _of_several(spec: JobSpec, header: Header, machine: Machine) -> Plan:
+def _of_several(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> Plan:
     """
     The plan of a job with several patterns: what is done at each of them takes as long as at the
     first of its kind. The model that is pruned in the end is that of the first.
     """
     points, kinds = spec.points, first_of_kinds(spec.points)
     one = spec.model_copy(update={"prune": False})  # nothing is kept of so many winners
-    plans = [plan_job(one.of_pattern(each), header, machine) for each in kinds]
-    shapes = plans[0].shapes
+    plans = [plan_job(one.of_pattern(each), shapes, machine) for each in kinds]
     for width in {linear.in_features for linear in shapes.linears}:
         for each in points:
             each.check_width(width, spec.model)

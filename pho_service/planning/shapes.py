@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import struct
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -324,6 +325,7 @@ MOST_LAYERS, MOST_LINEARS, MOST_EXPERTS = 1_000, 5_000, 10_000
 TIMEOUT_S = 20.0  # for the hub's answer to a question, with all its headers
 CONFIG = "config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_READ = (".json", ".safetensors", ".gguf")
 
 _GGUF_FIELDS = {
     "block_count": "num_hidden_layers",
@@ -355,12 +357,48 @@ def read_header(name: str, *, revision: str | None = None, path: str | None = No
         return Header(config=_config(name, place), tensors=_of_folder(name, place))
 
 
+# Headers of a hundred thousand tensors take seconds, and pages ask for them again and again.
+_READING = threading.Lock()
+
+
+def read_shapes(name: str, *, revision: str | None = None, path: str | None = None) -> ModelShapes:
+    """Read the shapes of a model, those of files on this machine once, however many ask."""
+    place = Path(path or name).expanduser()
+    if not place.exists():
+        return model_shapes(name, read_header(name, revision=revision, path=path))
+    with _readable(name):
+        files = [*place.iterdir()] if place.is_dir() else [place]
+        about = [(file, file.stat()) for file in files if file.suffix in _READ]
+    state = tuple(sorted((file.name, of.st_size, of.st_mtime_ns) for file, of in about))
+    with _READING:
+        found = _shapes_here(name, str(place), state)
+    if isinstance(found, ModelShapes):
+        return found
+    raise type(found)(str(found))
+
+
+@lru_cache(maxsize=32)
+def _shapes_here(
+    name: str, path: str, state: tuple[tuple[str, int, int], ...]
+) -> ModelShapes | InvalidInput | ModelError:
+    del state  # another one is read anew
+    try:
+        return model_shapes(name, read_header(name, path=path))
+    except (InvalidInput, ModelError) as error:
+        return type(error)(str(error))  # without what was read
+
+
+def place_at_hand(path: str, revision: str | None = None) -> Path | None:
+    """Where the files of a model lie on this machine; None if they do not."""
+    return Path(path) if Path(path).is_absolute() else _cached(path, revision)
+
+
 def config_at_hand(
     name: str, path: str, *, revision: str | None = None
 ) -> Mapping[str, Any] | None:
     """Read the configuration of a model if that needs no network."""
     # None if it is not on this machine, or cannot be read: whoever loads the model says why.
-    place = Path(path) if Path(path).is_absolute() else _cached(path, revision)
+    place = place_at_hand(path, revision)
     if place is None:
         return None
     try:

@@ -328,15 +328,21 @@ def test_no_more_than_was_announced_is_written(tmp_path: Path) -> None:
 def test_a_link_in_the_store_is_not_followed(
     client: TestClient, pruned: str, store: Path, tmp_path: Path
 ) -> None:
+    """Nor one in the place of the folder of a job, or of a configuration."""
     (path,) = store.rglob("model.safetensors")
-    (tmp_path / "secret").write_text("a secret")
-    path.unlink()
-    path.symlink_to(tmp_path / "secret")
+    for place in (path, path.parent, path.parent.parent):
+        kept, secret = place.with_name("kept"), tmp_path / "secret" / place.name
+        place.rename(kept)
+        secret.parent.mkdir(exist_ok=True)
+        shutil.copytree(kept, secret) if kept.is_dir() else shutil.copy(kept, secret)
+        place.symlink_to(secret)
+        answer = client.get(f"{pruned}/artifacts/model.safetensors")
+        place.unlink()
+        kept.rename(place)
 
-    answer = client.get(f"{pruned}/artifacts/model.safetensors")
-
-    assert answer.status_code == 503
-    assert answer.json()["detail"].startswith("model.safetensors cannot be read")
+        assert answer.status_code == 503
+        assert answer.json()["detail"].startswith("model.safetensors cannot be read")
+    assert client.get(f"{pruned}/artifacts/model.safetensors").status_code == 200
 
 
 def test_pages_lead_to_the_files(client: TestClient, submit: Any, hand: Any, prune: Any) -> None:

@@ -1,5 +1,8 @@
 """``POST /v1/plan``: a job's document, and what it would take."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
@@ -8,7 +11,10 @@ from fastapi.testclient import TestClient
 from transformers import LlamaConfig
 
 from pho_service.api.plan import Card
+from pho_service.api.service import AT_ONCE
+from pho_service.errors import ModelError
 from pho_service.planning.costs import CARDS
+from storage.records import StageKind
 
 
 def ask(client: TestClient, query: str = "", **fields: Any) -> Any:
@@ -45,3 +51,50 @@ def test_what_cannot_be_planned_is_refused_with_the_rule(client: TestClient, ref
         ("?device_memory=80", {}, "1000000000"),
     ):
         assert words in refusal(ask(client, query, **fields), 422)["errors"][0]["detail"]
+
+
+@pytest.mark.parametrize("path", ["/v1/plan", "/new/check"])
+def test_plans_take_few_threads_whoever_asks(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """The headers of a large model take seconds, and the hub may take twenty."""
+    at_once, most, lock = 0, 0, threading.Lock()
+
+    def read(*_: Any, **__: Any) -> None:
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        time.sleep(0.05)
+        with lock:
+            at_once -= 1
+        raise ModelError("it took long")
+
+    monkeypatch.setattr("pho_service.api.plan.read_shapes", read)
+    document, own = {"model": "org/name", "pattern": "0.5"}, {"Sec-Fetch-Site": "same-origin"}
+    sent = {"json": document} if path == "/v1/plan" else {"data": document, "headers": own}
+    with ThreadPoolExecutor(8) as pool:
+        answers = [*pool.map(lambda _: client.post(path, **sent), range(8))]
+
+    assert ["it took long" in answer.text for answer in answers] == [True] * 8
+    assert most == AT_ONCE
+
+
+def test_pages_plan_what_the_hubs_cache_has_and_ask_nobody(
+    client: TestClient, submit: Any, hand: Any, tmp_path: Path, write_header: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A hub that hangs would hold a thread for twenty seconds at each look at a job."""
+    cache = tmp_path / "hub" / "models--org--cached"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("abc")
+    write_header(cache / "snapshots" / "abc", LlamaConfig(dtype="bfloat16"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    asked: list[str] = []
+    monkeypatch.setattr("pho_service.planning.shapes._of_hub", lambda name, _: asked.append(name))
+    job = submit(model="org/cached")
+    hand.store.enter_worker(hand.worker_id, name="host:1", device="cpu", kinds=[*StageKind])
+
+    assert "left in all" in client.get(f"/jobs/{job['id']}").text
+    assert "Stages of the plan" in client.get(f"/new?job={job['id']}").text
+    assert asked == []

@@ -8,6 +8,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +27,7 @@ from pho_service.planning.shapes import (
     TensorHeader,
     model_shapes,
     read_header,
+    read_shapes,
 )
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 1}
@@ -338,3 +340,34 @@ def test_missing(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as found:
         read_header("m", path=str(tmp_path))
     assert str(tmp_path) not in str(found.value)
+
+
+def test_the_shapes_of_files_here_are_read_once_whoever_asks_until_they_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages ask for them again and again, and a hundred thousand tensors take seconds."""
+    read: list[str] = []
+    monkeypatch.setattr(
+        "pho_service.planning.shapes.read_header",
+        lambda name, **more: read.append(name) or time.sleep(0.05) or read_header(name, **more),
+    )
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    for folder in (good, bad):
+        folder.mkdir()
+        written(folder)
+    written(bad, **{"config.json": b"[1]"})
+
+    def ask(folder: Path) -> Any:
+        try:
+            return read_shapes("m", path=str(folder))
+        except ModelError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = [*pool.map(ask, [good, bad] * 8)]
+    assert len(read) == 2
+    assert answers[:2] * 8 == answers
+    written(bad, **{"config.json": FILES["config.json"] + b" "})
+
+    assert answers[0] == ask(bad) == ask(good)
+    assert len(read) == 3

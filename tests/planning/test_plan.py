@@ -7,7 +7,7 @@ import pytest
 from pho_service.errors import InvalidInput
 from pho_service.planning.costs import CARDS, Machine, named_machine
 from pho_service.planning.plan import Plan, plan_job
-from pho_service.planning.shapes import Header, TensorHeader
+from pho_service.planning.shapes import Header, TensorHeader, model_shapes
 from pho_service.spec.document import format_bytes, format_count
 from pho_service.spec.job import JobSpec
 
@@ -61,7 +61,7 @@ def header(config: dict[str, Any]) -> Header:
 
 def planned(config: dict[str, Any] = LLAMA, machine: Machine = H100, **fields: Any) -> Plan:
     spec = JobSpec.model_validate({"model": "org/m", "pattern": "0.5", "preset": "score", **fields})
-    return plan_job(spec, header(config), machine)
+    return plan_job(spec, model_shapes("org/m", header(config)), machine)
 
 
 def middle(plan: Plan) -> float:
@@ -241,9 +241,8 @@ def test_a_model_that_would_take_minutes_to_plan_is_refused(
     shapes: dict[str, tuple[int, ...]], words: str
 ) -> None:
     tensors = {f"model.{n}.weight": TensorHeader(shape, "BF16") for n, shape in shapes.items()}
-    spec = JobSpec.model_validate({"model": "org/m", "pattern": "0.5"})
     with pytest.raises(InvalidInput, match=words):
-        plan_job(spec, Header(config={"model_type": "llama"}, tensors=tensors), H100)
+        model_shapes("org/m", Header(config={"model_type": "llama"}, tensors=tensors))
 
 
 def test_every_perplexity_that_is_asked_for_is_planned() -> None:
