@@ -245,6 +245,25 @@ def test_a_pod_is_not_roots_gains_no_rights(name: str) -> None:
     assert not pod["enableServiceLinks"]
 
 
+def test_nginx_has_each_limit_that_the_page_on_security_says_it_has() -> None:
+    """The service itself has none for clients that are slow or many."""
+    page = (DOCKER.parent / "docs" / "security.md").read_text()
+    said = page.partition("## What the reverse proxy does")[2].partition("\n## ")[0]
+    conf = (DOCKER / "nginx.conf").read_text()
+    found = dict(re.findall(r"^ *(\w+) ([^;{]+);", conf, re.MULTILINE))
+
+    for name, words in (
+        ("client_header_timeout", "30 s"), ("client_body_timeout", "30 s"),
+        ("send_timeout", "30 s"), ("client_max_body_size", "1 MiB"),
+        ("limit_conn", "200 connections"),
+    ):  # fmt: skip
+        assert f"`{name}`" in said
+        assert words in said
+        assert found[name].split()[-1].rstrip("sm") == words.split()[0]
+    assert found["limit_conn"].split()[0] in found["limit_conn_zone"]
+    assert found["limit_conn_zone"].startswith("$binary_remote_addr ")
+
+
 def test_only_nginx_is_reached_and_it_accepts_its_configuration(tmp_path: Path) -> None:
     services = read("compose.yaml")[0]["services"]
     published = [name for name, service in services.items() if "ports" in service]

@@ -484,8 +484,8 @@ def drain_worker(name: str, now: bool, url: str | None, as_json: bool) -> None:
         found = [w for w in client.workers() if name in (w.name, str(w.id))]
         if len(found) != 1:
             raise InvalidInput(
-                f"{len(found)} workers that reported lately are called {name!r}. `pho workers` "
-                "shows the names, `pho workers --json` the ids, which also do."
+                f"{len(found) or 'no'} workers that reported lately are called {name!r}. `pho "
+                "workers` shows the names, `pho workers --json` the ids, which also do."
             )
         worker = client.drain(found[0].id, now=now)
     if as_json:

@@ -14,7 +14,7 @@ from typing import Protocol
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 from tenacity.wait import wait_exponential
 
-from pho_service.errors import ServiceError, ServiceUnavailable, shown
+from pho_service.errors import OutputError, ServiceError, ServiceUnavailable, shown
 from pho_service.host.files import check_free, new_folder
 from pho_service.progress import Advance
 
@@ -42,6 +42,13 @@ def pull(files: Sequence[File], folder: Path, part: Part, advance: Advance) -> P
     waiting = path.with_name(f".{path.name}.pull")
     with new_folder(folder) as whole:
         waiting.mkdir(exist_ok=True)
+        needed = sum(file.bytes - _size(_place(waiting, file)) for file in files)
+        free = shutil.disk_usage(waiting).free
+        if needed > free:
+            raise OutputError(
+                f"{folder} has room for {free} bytes, and {needed} are to be downloaded. Free some "
+                "space, or give a folder on another disk."
+            )
         for file in files:
             _fetch(file, _place(waiting, file), part, advance)
         for file in files:
@@ -53,7 +60,7 @@ def pull(files: Sequence[File], folder: Path, part: Part, advance: Advance) -> P
 
 def _fetch(file: File, place: Path, part: Part, advance: Advance) -> None:
     """Download a file, or what is missing of it, and check it."""
-    advance(place.stat().st_size if place.exists() else 0)
+    advance(_size(place))
     retrying = Retrying(
         retry=retry_if_exception_type(ServiceUnavailable),
         wait=wait_exponential(multiplier=0.2, max=10),
@@ -74,7 +81,7 @@ def _fetch(file: File, place: Path, part: Part, advance: Advance) -> None:
 
 
 def _fetch_rest(file: File, place: Path, part: Part, advance: Advance) -> None:
-    here = place.stat().st_size if place.exists() else 0
+    here = _size(place)
     if here < file.bytes or not place.exists():
         with part(file, here) as (goes_on, chunks):
             if not goes_on:
@@ -95,6 +102,10 @@ def _fetch_rest(file: File, place: Path, part: Part, advance: Advance) -> None:
 def _place(waiting: Path, file: File) -> Path:
     """Where a file lies until all are there: another content has another place."""
     return waiting / f"{file.sha256[:16]}-{file.name.replace('/', '%2F')}"
+
+
+def _size(place: Path) -> int:
+    return place.stat().st_size if place.exists() else 0
 
 
 def _check(files: Sequence[File]) -> None:

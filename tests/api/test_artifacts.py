@@ -325,6 +325,12 @@ def test_no_more_than_was_announced_is_written(tmp_path: Path) -> None:
     assert sent == 2
 
 
+def test_more_than_the_disk_has_room_for_is_not_begun(tmp_path: Path) -> None:
+    file = Artifact(name="x", bytes=10**18, sha256="0" * 64, href="")
+    with pytest.raises(OutputError, match=r"out has room for .* and 10{18} are to be downloaded"):
+        pull([file], tmp_path / "out", Mock(side_effect=AssertionError), Mock())
+
+
 def test_a_link_in_the_store_is_not_followed(
     client: TestClient, pruned: str, store: Path, tmp_path: Path
 ) -> None:

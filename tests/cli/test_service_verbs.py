@@ -288,7 +288,7 @@ def test_a_worker_is_drained_by_its_name(remote: Pho, store: JobStore, client: C
     (drained,) = client.workers()
     by_id = json.loads(remote("workers", "drain", worker, "--now", "--json").stdout)
 
-    assert (wrong.exit_code, "0 workers" in wrong.stderr) == (2, True)
+    assert (wrong.exit_code, "no workers" in wrong.stderr) == (2, True)
     assert told.stderr == "host:7 has no stage, takes no more, and ends.\n"
     assert drained.drain == "finish"
     assert "no: ends" in remote("workers").stdout
