@@ -595,7 +595,7 @@ class Client:
         progress: bool | None = None,
     ) -> Job:
         """
-        Wait until a job is over. Outages of up to five minutes are waited out.
+        Wait until a job is over; after a first answer, outages of up to five minutes, too.
 
         Args:
             job_id: Which.
@@ -607,18 +607,19 @@ class Client:
             ServiceError: The service says no, or is away for too long.
         """
         patience_s = _OUTAGE_S if timeout_s is None else min(_OUTAGE_S, timeout_s)
-        patient = Retrying(
-            retry=retry_if_exception_type(ServiceUnavailable),
-            wait=wait_exponential(multiplier=0.5, max=10),
-            stop=stop_before_delay(patience_s),
-            reraise=True,
-        )
         began = time.monotonic()
+        job = self.job(job_id)  # at once: whoever asks the wrong place learns it now
         with empty_bars(shown=watched(progress)) as bars:
             search = bars.add_task("queued", total=None)
             confirmation = bars.add_task("perplexities", total=None, visible=False)
+            patient = Retrying(
+                retry=retry_if_exception_type(ServiceUnavailable),
+                wait=wait_exponential(multiplier=0.5, max=10),
+                stop=stop_before_delay(patience_s),
+                before_sleep=lambda _: bars.update(search, description="waiting for the service"),
+                reraise=True,
+            )
             while True:
-                job = patient(self.job, job_id)
                 done = job.progress
                 bars.update(
                     search,
@@ -637,6 +638,7 @@ class Client:
                 if timeout_s is not None and time.monotonic() - began > timeout_s:
                     raise TimeoutError(f"job {job_id} is {job.state} after {timeout_s:g} s.")
                 time.sleep(_POLL_S)
+                job = patient(self.job, job_id)
 
     def _verb(
         self,

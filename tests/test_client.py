@@ -168,14 +168,25 @@ def test_nor_does_an_outage_go_beyond_the_time_that_the_caller_has(
 ) -> None:
     monkeypatch.setattr("pho_service.client._OUTAGE_S", 120.0)
     job = client.submit(SPEC).id
-    service.stop()
     began = time.monotonic()
-    with pytest.raises((TimeoutError, ServiceUnavailable)):
+    with meanwhile(service.stop), pytest.raises((TimeoutError, ServiceUnavailable)):
         client.wait(job, timeout_s=1.0, progress=False)
     took_s = time.monotonic() - began
     service.start()  # for the fixture to stop
 
     assert took_s < 30
+
+
+def test_a_service_that_was_never_there_is_not_waited_for(client: Client, service: Service) -> None:
+    job = client.submit(SPEC).id
+    service.stop()
+    began = time.monotonic()
+    with pytest.raises(ServiceUnavailable, match="cannot be reached"):
+        client.wait(job, progress=False)
+    took_s = time.monotonic() - began
+    service.start()  # for the fixture to stop
+
+    assert took_s < 10
 
 
 def test_the_beginning_of_a_jobs_id_is_enough(client: Client, store: JobStore) -> None:
