@@ -8,8 +8,11 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import optuna
 import pytest
 import uvicorn
+from axe_playwright_python.sync_playwright import Axe
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from playwright.sync_api import Browser, Page, expect
 
 from pho_service.api import job_list
@@ -19,6 +22,7 @@ from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import KeyStore
 from storage.records import JobState, StageKind
+from storage.studies import open_storage
 
 WIDTH, HEIGHT = 390, 800  # of a phone
 MOST_TABS = 60
@@ -276,6 +280,40 @@ def test_on_a_phone_no_page_is_wider(page: Page, store: JobStore, job_of: Any, s
 
     assert set(beyond.values()) == {0}
     assert ground == {"light": "rgb(243, 244, 246)", "dark": "rgb(17, 24, 39)"}[scheme]
+
+
+def test_the_dashboard_pleases_axe_core_and_fits_a_phone(
+    browser: Browser, url: str, database: Database
+) -> None:
+    with open_storage(database.studies_url) as storage:
+        study = optuna.create_study(storage=storage, study_name="s" * 60)
+        for value in (0.25, 0.5, 0.75):
+            study.add_trial(
+                optuna.create_trial(
+                    value=value,
+                    params={"row": value, "method": "crepe"},
+                    distributions={
+                        "row": FloatDistribution(0, 1), "method": CategoricalDistribution(["crepe"])
+                    },
+                    user_attrs={"steps": "x" * 300},
+                )
+            )  # fmt: skip
+        number = study._study_id
+    found = {}
+    page = browser.new_page(base_url=url, viewport={"width": WIDTH, "height": HEIGHT})
+    for path, shown in {
+        f"studies/{number}/analytics": "Slice", f"studies/{number}/trials": "Trial 0 (trial_id=",
+        f"studies/{number}/smartSelection": "Param row", "compare-studies": "min",
+    }.items():  # fmt: skip
+        page.goto(f"/dashboard/{path}")
+        expect(page.get_by_text(shown).first).to_be_visible()
+        bad = Axe().run(page).response["violations"]
+        found[path] = [rule["id"] for rule in bad if rule["impact"] in ("serious", "critical")]
+        if page.evaluate("document.documentElement.scrollWidth") > WIDTH:
+            found[path].append("wider than the window")
+    page.close()
+
+    assert {path: each for path, each in found.items() if each} == {}
 
 
 def test_the_apis_description_asks_no_other_machine_for_anything(page: Page, url: str) -> None:
