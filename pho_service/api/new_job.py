@@ -363,7 +363,7 @@ def _rule_in_words(rule: str) -> str:
         rule = rule.replace(theirs, ours)
     labels = {path.rpartition("/")[2]: each.label for path, each in form_fields().items()}
     named = _NAME.sub(lambda name: f"“{labels[name[0]]}”" if name[0] in labels else name[0], rule)
-    return f"{named.rstrip('.')}."
+    return sentence(f"{named.rstrip('.')}.")
 
 
 def is_place(pointer: str) -> bool:

@@ -244,7 +244,7 @@ def _warnings(
         natural = name.endswith("_share") and values == (0.0, 1.0)
         hope = "a share has no wider one" if natural else "a wider one may hold a better value"
         warnings.append(
-            f"The best {name} lies on the border of its range ({values[0]:g} to {values[-1]:g}); "
-            f"{hope}."
+            f"The best {name.replace('_', ' ')} lies on the border of its range "
+            f"({values[0]:g} to {values[-1]:g}); {hope}."
         )
     return warnings

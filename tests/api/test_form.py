@@ -263,7 +263,7 @@ def test_however_often_a_form_is_sent_it_makes_one_job(client: TestClient) -> No
     ("field", "value", "said"),
     [
         ("model", "", "This is needed."),
-        ("pattern", "", "say how sparse the model is to be: give a pattern"),
+        ("pattern", "", "Say how sparse the model is to be: give a pattern"),
         ("calibration/fisher_samples", "900", "“Fisher samples” must not be above samples"),
         ("trials", "many", "This should be a valid integer"),
         ("steps/linears/sparsities", "q_proj", "'q_proj' is not NAME = VALUE."),
@@ -271,7 +271,7 @@ def test_however_often_a_form_is_sent_it_makes_one_job(client: TestClient) -> No
         ("notify", "https://hooks.example", "this service sends no webhooks"),
         (MORE, "{nonsense", "This is not JSON: Expecting property name"),
         (MORE, "[" * 20_000, "This cannot be read as JSON."),
-        (MORE, '{"nonsense": 1}', "/nonsense: unknown field; known are model,"),
+        (MORE, '{"nonsense": 1}', "/nonsense: Unknown field; known are model,"),
         (MORE, '{"model": "b"}', "/model: is given above, too."),
         (MORE, '{"timeout_s": NaN}', "/timeout_s: This should be"),
     ],

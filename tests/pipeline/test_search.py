@@ -189,7 +189,7 @@ def test_a_best_value_on_the_border_is_named_in_the_result_and_in_a_warning(
     assert result.configuration.method == "crepe"
     assert result.configuration.coefficients.activation_exponent > 3.998
     assert "activation_exponent" in result.configuration.border
-    assert any("activation_exponent lies on the border" in w for w in result.warnings)
+    assert any("activation exponent lies on the border" in w for w in result.warnings)
 
 
 def test_every_candidate_but_the_baselines_lies_in_the_asked_box(
