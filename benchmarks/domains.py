@@ -2,8 +2,11 @@
 Texts of two domains for the benchmarks, each dealt into three parts.
 """
 
+import ast
 import bz2
 import csv
+import json
+import sysconfig
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +37,30 @@ def write_plots(folder: Path) -> dict[str, Path]:
         rows = csv.DictReader(file)
         plots = {row["movie_name"]: row["text"] for row in rows if row["category"] == "plot"}
     return write_parts(folder, plots)
+
+
+def write_docstrings(folder: Path) -> Path:
+    """
+    The docstrings of Python's standard library that have 200 letters or more, a document a module.
+
+    They are another text than the documentation, and ten times as long; tests have none of it.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    left_out = {"site-packages", "dist-packages", "test", "tests", "pydoc_data"}
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    lines = []
+    for path in sorted(library.rglob("*.py")):
+        if left_out.isdisjoint(path.relative_to(library).parts):
+            try:
+                tree = ast.parse(path.read_bytes())
+            except SyntaxError:  # of a template
+                continue
+            found = [ast.get_docstring(each) for each in ast.walk(tree) if isinstance(each, kinds)]
+            text = "\n\n".join(each for each in found if each and len(each) >= 200)
+            lines += [json.dumps({"text": text})] if text else []
+    place = folder / "docstrings.jsonl"
+    place.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return place
 
 
 DOMAINS: dict[str, Callable[[Path], dict[str, Path]]] = {"docs": write_texts, "plots": write_plots}

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from domains import BOTH, DOMAINS
+import torch
+from domains import BOTH, DOMAINS, write_docstrings
 from kept_results import KeptResults
 from quality_conditions import CONTEXT_LENGTH, Conditions, Place
 from quality_tables import print_tables, write_tables
@@ -32,6 +33,7 @@ from pho_service.errors import PhoError
 from pho_service.host.settings import Settings
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
+from pho_service.models.texts import TextSource, mixed_text
 from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pipeline.rating import RecoveryText
 from pho_service.pipeline.recover import PrunedModel, recover_model
@@ -108,6 +110,10 @@ def _seeds(_context: click.Context, _option: click.Parameter, words: str) -> tup
     "--recover-tokens", default=0, show_default=True,
     help="Recover what searches found, on so many tokens of the calibration text beyond the "
     "windows used; a row of its own.",
+)  # fmt: skip
+@click.option(
+    "--recover-docstrings", is_flag=True,
+    help="Take two of three windows from the docstrings of Python's standard library instead.",
 )  # fmt: skip
 @click.option("--dtype", default="float32", show_default=True)
 @click.option(
@@ -275,15 +281,16 @@ class Bench:
 
     def _recovered(self, subject: Subject, seed: int) -> dict[str, Any]:
         """Recover the model as it is now, in place: what that brought, and what it took."""
+        source, unlike = subject.source, subject.calibration
+        if self.conditions.recover_docstrings:
+            more = TextSource(path=str(write_docstrings(self.folder)))
+            source = mixed_text([source, more], (1, 2))
+            unlike = torch.cat([unlike, self.reports["docs"]])
         with peak_memory(self.model.device) as peak, tempfile.TemporaryDirectory() as place:
             recovered = recover_model(
                 PrunedModel.of(self.model),
                 lambda: nullcontext(load_benchmark_model(self.name, self.conditions.dtype)),
-                RecoveryText(
-                    source=subject.source,
-                    context_length=CONTEXT_LENGTH,
-                    unlike=subject.calibration,
-                ),
+                RecoveryText(source=source, context_length=CONTEXT_LENGTH, unlike=unlike),
                 Recovery(tokens=self.conditions.recover_tokens, seed=seed),
                 Path(place),
                 progress=progress,

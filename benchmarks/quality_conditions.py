@@ -23,7 +23,8 @@ class Conditions:
         other, report_windows, other_windows: The second report text, and what is read of both.
         dtype: Of the weights.
         trials, finalists, confirm_steps, confirm_windows: Of searches alone.
-        recover_tokens: What the models of searches are recovered on; 0 for none.
+        recover_tokens, recover_docstrings: What the models of searches are recovered on; 0 for
+            none.
     """
 
     samples: int
@@ -37,6 +38,7 @@ class Conditions:
     confirm_steps: bool
     confirm_windows: int
     recover_tokens: int = 0
+    recover_docstrings: bool = False
 
     def dense(self, model: str) -> dict[str, Any]:
         """What the cell of the dense model is found again by."""
@@ -58,7 +60,7 @@ class Conditions:
         names = ["samples", "source", "other", "report_windows", "other_windows", "dtype"]
         if method in PRESETS:
             names += ["trials", "finalists", "confirm_steps", "confirm_windows"]
-            names += ["recover_tokens"] if self.recover_tokens else []
+            names += [n for n in ("recover_tokens", "recover_docstrings") if asdict(self)[n]]
             key["preset_steps"] = Preset.of(method, Pattern.parse(pattern)).steps.to_dict()
         return {**key, **self._named(names)}
 
