@@ -8,7 +8,7 @@ import struct
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -36,6 +36,7 @@ from storage.keys import MOST_LOGINS, KeyStore, Quota
 from storage.studies import StorageError
 
 PLANNED_S = 60.0  # for eight plans at once, of which two are made at a time
+PAGES_S = 5.0  # for pages that plan what was read before
 SENT_S = 45.0  # for a webhook beside one that drips: a request's 10 s, and a look at the queue
 TURN_S = 5.0  # of the service that is attacked
 
@@ -63,14 +64,7 @@ def _deep_plans(target: Target) -> str | None:
         "deep-plan": (30_000, {}), "lying-plan": (2, {"num_hidden_layers": 10**8}),
     }  # fmt: skip
     for name, (count, said) in blocks.items():
-        folder = target.folder / name
-        folder.mkdir(exist_ok=True)
-        config = {"model_type": "llama", **said}
-        (folder / "config.json").write_text(json.dumps(config))
-        entry = {"dtype": "BF16", "shape": [64, 64], "data_offsets": [0, 8192]}
-        header = json.dumps({f"model.layers.{i}.mlp.up_proj.weight": entry for i in range(count)})
-        content = struct.pack("<Q", len(header)) + header.encode() + bytes(8192)
-        (folder / "model.safetensors").write_bytes(content)
+        _write_headers(target.folder / name, [_names(range(count))], **said)
 
     def ask(name: str) -> httpx.Response:
         spec = {**target.spec, "model": name}
@@ -86,6 +80,42 @@ def _deep_plans(target: Target) -> str | None:
     if lying.status_code != 422 or "num_hidden_layers" not in lying.text:
         return f"one that says 10^8: {lying.status_code} {lying.text[:200]}"
     return f"eight plans took {took:.0f} s" if took > PLANNED_S else None
+
+
+def _write_headers(folder: Path, shards: Sequence[Sequence[str]], **config: int) -> None:
+    """A model of these tensors, of which there are the headers alone."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+    entry = {"dtype": "BF16", "shape": [64, 64], "data_offsets": [0, 8192]}
+    index = {}
+    for number, names in enumerate(shards):
+        file = f"{number}.safetensors" if len(shards) > 1 else "model.safetensors"
+        index |= dict.fromkeys(names, file)
+        header = json.dumps(dict.fromkeys(names, entry)).encode()
+        (folder / file).write_bytes(struct.pack("<Q", len(header)) + header + bytes(8192))
+    if len(shards) > 1:
+        place = folder / "model.safetensors.index.json"
+        place.write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def _names(blocks: Iterable[int], experts: int = 0) -> list[str]:
+    places = [f"experts.{number}." for number in range(experts)] or [""]
+    return [f"model.layers.{i}.mlp.{where}up_proj.weight" for i in blocks for where in places]
+
+
+def _large_pages(target: Target) -> str | None:
+    """A quarter of a million tensors, and the form of a job with them twelve times at once."""
+    shards = [_names(range(first, first + 5), 9_999) for first in range(0, 25, 5)]
+    _write_headers(target.folder / "large-pages", shards)
+    path, started = f"/new?job={target.job(model='large-pages')}", time.monotonic()
+    answers = [target.get(path)]
+    alone = time.monotonic() - started
+    with ThreadPoolExecutor(12) as pool:
+        answers += pool.map(target.get, [path] * 12)
+    took, codes = time.monotonic() - started - alone, {answer.status_code for answer in answers}
+    if codes != {200} or "Stages of the plan" not in answers[0].text:
+        return f"answers {codes}, or without a plan"
+    return f"one took {alone:.1f} s, twelve {took:.1f} s" if took > alone + PAGES_S else None
 
 
 def _patterns(target: Target) -> str | None:
@@ -351,6 +381,7 @@ def _keys(target: Target) -> tuple[dict[str, str], dict[str, str]]:
 
 BOUNDS = (
     Attack(name="deep plans", about="8 of 30,000 blocks, 1 that says 10^8", run=_deep_plans),
+    Attack(name="large pages", about="13 of a model of 250,000 tensors", run=_large_pages),
     Attack(name="patterns", about="counts in counts, 256 slow ones", run=_patterns),
     Attack(name="hostile pull", about="6 lists of a service that lies", run=_hostile_pull),
     Attack(name="dripping receiver", about="6 webhooks to it, 1 beside", run=_dripping_receiver),

@@ -306,7 +306,8 @@ def test_revoked_key_ends_its_streams(
     client = client_of()
     key, secret = keys.create("gone", sees_all=False)
     job = client.post("/v1/jobs", json=DOCUMENT, headers=bearer(secret)).json()["id"]
-    looked = []
+    service = client.app.state.service
+    looked, told, found = [], [], service.jobs.events
 
     def is_open(key_id: Any) -> bool:
         looked.append(key_id)
@@ -314,7 +315,13 @@ def test_revoked_key_ends_its_streams(
             keys.revoke(str(key.id))
         return KeyStore.is_open(keys, key_id)
 
-    monkeypatch.setattr(client.app.state.service.keys, "is_open", is_open)
+    def events(*given: Any, **named: Any) -> Any:
+        told.append(given)
+        assert len(told) < 10, "the stream goes on"
+        return found(*given, **named)
+
+    monkeypatch.setattr(service.keys, "is_open", is_open)
+    monkeypatch.setattr(service.jobs, "events", events)
     answer = client.get(f"/v1/jobs/{job}/events", headers=bearer(secret))
 
     assert answer.text.count("event: state") == 1
