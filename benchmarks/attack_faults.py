@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from contextlib import suppress
+from typing import Any
 from uuid import UUID
 
 import httpx
@@ -20,7 +21,7 @@ from storage.jobs import JobStore
 
 READY_S = 60.0
 STOPPED_S = 15.0  # ten seconds for the service, and some for a busy machine
-CONFIRMED = {"confirm": {"text": "confirm.txt", "finalists": 3, "windows": 8}}
+CONFIRMED = {"confirm": {"text": "confirm.txt", "finalists": 8, "windows": 64}}
 
 
 def _ready(target: Target) -> bool:
@@ -29,7 +30,7 @@ def _ready(target: Target) -> bool:
 
 def _write(target: Target, seed: int) -> None:
     """A text to confirm on, which shares no passage with the one that calibrates."""
-    words = random.Random(seed).choices(WORDS, k=3000)  # noqa: S311 - no secret
+    words = random.Random(seed).choices(WORDS, k=12_000)  # noqa: S311 - no secret
     (target.folder / "confirm.txt").write_text(" ".join(words))
 
 
@@ -40,8 +41,7 @@ def _paused(target: Target, **fields: object) -> str:
 
     def begun() -> bool:
         shown = target.get(f"/v1/jobs/{job}").json()
-        measured = [p["done"] for p in shown["progress"]["pieces"] if p["stage"] == "perplexity"]
-        return any(measured) or shown["state"] in ("succeeded", "failed")
+        return _measured(shown)[0] > 0 or shown["state"] in ("succeeded", "failed")
 
     target.until(begun, seconds=120)
     with suppress(httpx.HTTPError):
@@ -53,10 +53,18 @@ def _paused(target: Target, **fields: object) -> str:
     return job
 
 
+def _measured(shown: dict[str, Any]) -> tuple[int, int]:
+    """The perplexities of a job that are measured, and all of them as far as they are known."""
+    pieces = [p for p in shown["progress"]["pieces"] if p["stage"] == "perplexity"]
+    return sum(p["done"] for p in pieces), sum(p["total"] for p in pieces)
+
+
 def _mixed(target: Target, job: str) -> str | None:
     """After it goes on: failed in words, or one text and one set of weights in all stages."""
-    if target.get(f"/v1/jobs/{job}").json()["state"] == "succeeded":
-        return "the job was over before anything changed, so nothing was tried"
+    shown = target.get(f"/v1/jobs/{job}").json()
+    done, total = _measured(shown)
+    if shown["state"] == "succeeded" or done == total:
+        return "all was measured before anything changed, so nothing was tried"
     httpx.post(f"{target.url}/v1/jobs/{job}:resume", timeout=30)
     ended = target.wait(job)
     if ended["state"] == "failed":
@@ -85,6 +93,9 @@ def _model_swapped(target: Target) -> str | None:
     content = bytearray(weights.read_bytes())
     content[-400:] = bytes(400)
     weights.write_bytes(content)
+    for process in target.service.all_workers():  # another one has to read it anew
+        with suppress(psutil.Error):
+            process.kill()
     return _mixed(target, job)
 
 

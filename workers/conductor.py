@@ -470,8 +470,7 @@ class Opened:
         """Compare the model once more, if its files have changed: they were read all the time."""
         # Not only a streamed model's: on a CPU, weights in their stored type are the file's own
         # pages, and change with it when somebody writes into it.
-        self.model()
-        return self._seals[0].weights_sha256
+        return self._inputs.weights_sha256(self.spec, self._seals[0])
 
 
 _POINT = TypeAdapter(CurvePoint)

@@ -365,6 +365,10 @@ class WorkerInputs(inputs.Inputs):
         seal.check_model(spec.model, partial(self._hash_of, model))
         return model
 
+    def weights_sha256(self, spec: JobSpec, seal: Seal) -> str:
+        """Return the hash of the weights that are in use, in the dtype that the job began with."""
+        return self._hash_of(self.model(spec, seal), seal.dtype)
+
     def placing(self, spec: JobSpec) -> dict[str, Any]:
         """Where the model of a job lies, and in which data type."""
         spread = self.spread and not spec.stream and not spec.model.endswith(".gguf")

@@ -105,6 +105,24 @@ def test_what_is_replaced_after_the_calibration_is_neither_compared_nor_measured
         hand.step(job)
 
 
+def test_a_perplexity_is_stored_with_the_hash_of_what_was_measured_not_of_what_should_have_been(
+    hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that whoever looks for mixtures finds them also if nothing refuses them."""
+    monkeypatch.setattr("workers.inputs._compare", lambda *_: None)
+    job = hand.until(hand.submit(small()), StageKind.PERPLEXITY)
+    swap(hand.folder, "model")
+    swap(hand.folder)
+    hand.inputs = hand.new_inputs()
+    hand.step(job)
+    stages = hand.store.get(job.id).stages
+    (began,) = (s.result["inputs"] for s in stages if s.kind is StageKind.CALIBRATE)
+    (stored,) = (s.result for s in stages if s.kind is StageKind.PERPLEXITY and s.result)
+
+    assert stored["weights_sha256"] != began["weights_sha256"]
+    assert stored["text_sha256"] != began["confirmation"]
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_model_changed_while_it_is_measured(
     hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch, stream: bool
