@@ -5,11 +5,17 @@ The names here are the Python API; each is loaded when it is first used, so that
 `import pho_service` loads neither torch nor transformers.
 """
 
+import os
 from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
 from inspect import isfunction
 from typing import TYPE_CHECKING, Any
+
+# Before torch is loaded. By default OpenMP's threads wait for each other at full speed for
+# milliseconds, so that beside other work everything takes several times as long.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 if TYPE_CHECKING:
     from pho_service.client import Client as Client

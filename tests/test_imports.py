@@ -1,6 +1,7 @@
 """Heavy libraries are loaded where they are needed and nowhere else."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -80,3 +81,19 @@ def test_pho_help_and_the_verbs_modules_load_nothing_that_takes_time() -> None:
 @pytest.mark.thorough
 def test_a_worker_never_loads_the_front_end() -> None:
     assert not loaded_by("import workers.worker") & {"fastapi", "starlette", "uvicorn"}
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
+def test_torchs_threads_wait_for_each_other_briefly_unless_told_otherwise(
+    given: dict[str, str], count: str
+) -> None:
+    code = "import pho_service, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    left = {n: v for n, v in os.environ.items() if n not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    said = subprocess.run(
+        [sys.executable, "-c", code], env={**left, **given}, capture_output=True, text=True
+    )
+
+    assert said.stdout.strip() == count
