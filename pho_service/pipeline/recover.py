@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import (
-    EarlyStoppingCallback,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -27,6 +27,7 @@ from transformers import (
     get_scheduler,
 )
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from pho_service.errors import (
     InvalidInput,
@@ -68,7 +69,8 @@ HELD_OUT = 16  # windows at most, or one of eight
 LEAST_WINDOWS = 4
 PASSES = 2  # over the windows at most: later ones learn them by heart
 CHECKS = 8  # how often the held-out windows are looked at
-_PATIENCE = 2  # checks in a row that are no better end it
+_SLOWER = 1 / 3  # of the rate, after a check that is no better than the best before it
+_MOST_BACK = 3  # such checks end it
 _BETAS = (0.9, 0.95)  # of Adam
 _WARM = 8  # steps until the rate is at its highest
 _OTHER = 0.2  # share of the time for what is beside the dense model and the steps
@@ -486,6 +488,12 @@ class Workplace:
     def restore_initial(self, trained: Recovering) -> None:
         trained.load_state_dict(load_file(self._initial))
 
+    def restore_last(self, trained: Recovering) -> None:
+        """Take the weights of the last check, or those from before if there is none."""
+        last = get_last_checkpoint(str(self.folder))
+        file = self._initial if last is None else Path(last, SAFE_WEIGHTS_NAME)
+        trained.load_state_dict(load_file(file))
+
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -499,7 +507,8 @@ class _Training(TrainerCallback):
         self.trained, self.asked, self._look = trained, asked, look
         self.checks = min(CHECKS, asked.steps)
         self.done = 0  # steps
-        self._before, self._now = before, before
+        self.first_rates: list[float] = []
+        self.before, self._now = before, before
         self._progress, self._stack = progress, ExitStack()
         self._advance: Advance = lambda _: None
 
@@ -515,8 +524,8 @@ class _Training(TrainerCallback):
         """Begin a bar for the steps until the next check, which says what the last one found."""
         self._stack.close()
         found = f"divergence {number(self._now)}"
-        if self._now != self._before:
-            found += f", {percent(self._now / self._before - 1, signed=True)}"
+        if self._now != self.before:
+            found += f", {percent(self._now / self.before - 1, signed=True)}"
         self._advance = self._stack.enter_context(self._progress(f"Recovering ({found})", steps))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -546,6 +555,7 @@ class _Trainer(Trainer):
     """A trainer whose loss is a divergence, computed some positions at a time."""
 
     training: _Training
+    place: Workplace
 
     def _move_model_to_device(self, *_: Any) -> None:
         """What is trained stays where it is, and nobody needs to be told."""
@@ -556,9 +566,26 @@ class _Trainer(Trainer):
         return torch.tensor(value, device=self.args.device)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        found = {"eval_divergence": self.training.check()}
+        value, least = self.training.check(), self.state.best_metric
+        least = self.training.before if least is None else least
+        if value >= least:
+            self._take_back()
+        found = {"eval_divergence": min(value, least)}  # of the weights as they are now
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
+
+    def _take_back(self) -> None:
+        """Go on at a lower rate from the best weights, which are those of the last check."""
+        self.place.restore_last(self.training.trained)
+        adam, schedule = self.optimizer, self.lr_scheduler
+        assert adam is not None
+        assert isinstance(schedule, LambdaLR)
+        adam.state.clear()  # it leads to where it went wrong
+        for group in adam.param_groups:
+            group["lr"] *= _SLOWER
+        schedule.base_lrs = [rate * _SLOWER for rate in schedule.base_lrs]  # kept in checkpoints
+        if schedule.base_lrs[0] < self.training.first_rates[0] * _SLOWER ** (_MOST_BACK - 0.5):
+            self.control.should_training_stop = True
 
 
 class _Numbers(Dataset[dict[str, int]]):
@@ -589,6 +616,7 @@ def _train(training: _Training, settings: Recovery, place: Workplace) -> None:
     steps, every = asked.steps, asked.steps // training.checks
     device = next(trained.parameters()).device
     adam = _adam(trained.groups(settings.first_rate), settings.adam_bits)
+    training.first_rates = [group["lr"] for group in adam.param_groups]
     schedule = get_scheduler(
         "linear", adam, num_warmup_steps=min(_WARM, steps // 8), num_training_steps=steps
     )
@@ -600,8 +628,7 @@ def _train(training: _Training, settings: Recovery, place: Workplace) -> None:
         seed=settings.seed,
         eval_strategy="steps", eval_steps=every,
         save_strategy="steps", save_steps=every, save_total_limit=1,
-        restore_callback_states_from_checkpoint=True,  # how often it was no better
-        load_best_model_at_end=True, metric_for_best_model="divergence", greater_is_better=False,
+        metric_for_best_model="divergence", greater_is_better=False,
         use_cpu=device.type == "cpu",
         remove_unused_columns=False, dataloader_pin_memory=False,
         report_to=[], disable_tqdm=True, logging_strategy="no",
@@ -614,9 +641,9 @@ def _train(training: _Training, settings: Recovery, place: Workplace) -> None:
         train_dataset=_Numbers(len(asked.reference.windows)),
         eval_dataset=_Numbers(1),
         optimizers=(adam, schedule),
-        callbacks=[EarlyStoppingCallback(early_stopping_patience=_PATIENCE), training],
+        callbacks=[training],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.training = training
+    trainer.training, trainer.place = training, place
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(place.folder)))

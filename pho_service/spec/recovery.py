@@ -38,7 +38,7 @@ class Recovery(JsonDocument):
     How a pruned model is trained towards what the dense one predicts; masks stay as they are.
 
     The loss is the Kullback-Leibler divergence of the next-token distributions. Every eighth window
-    is held out, and says when to stop, and which weights are taken.
+    is held out, and says when a lower rate must go on, when to stop, and which weights are taken.
     """
 
     __pydantic_config__ = STRICT
@@ -84,7 +84,8 @@ class Recovery(JsonDocument):
             gt=0,
             le=1,
             description="Learning rate of Adam in the first step, as a share of the root mean "
-            "square of a parameter's weights; it falls to 0.",
+            "square of a parameter's weights. It falls to 0, and to a third after a check that is "
+            "no better than one before.",
         ),
     ] = None
     adam_bits: Annotated[

@@ -33,6 +33,7 @@ from pho_service.spec.recovery import AdamBits, Recovered, Recovery, Trains
 
 LENGTH = 32
 SETTINGS = Recovery(tokens=24 * LENGTH, rate=2e-3)
+HASTY = replace(SETTINGS, rate=0.1)
 
 
 @pytest.fixture
@@ -109,10 +110,10 @@ def test_a_recovered_folder_passes_its_check(
     assert "divergence from the dense model" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize(("bits", "rate"), [(32, 2e-3), (8, 2e-3), (32, HASTY.rate)])
 def test_the_same_tokens_give_the_same_bits_also_after_a_kill(
-    bits: AdamBits, pruned_folder: Callable[[str], Path], recover: Callable[..., Recovered],
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    bits: AdamBits, rate: float, pruned_folder: Callable[[str], Path],
+    recover: Callable[..., Recovered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     # It leaves smaller linears in 32 bits, and those of this model are.
     monkeypatch.setattr("bitsandbytes.optim.adam.Adam8bit", partial(Adam8bit, min_8bit_size=256))
@@ -124,7 +125,7 @@ def test_the_same_tokens_give_the_same_bits_also_after_a_kill(
         remembered.update(state["state1"].dtype for state in self.state.values())
 
     monkeypatch.setattr(Adam8bit, "step", noted)
-    settings = replace(SETTINGS, adam_bits=bits)
+    settings = replace(SETTINGS, adam_bits=bits, rate=rate)
     folder = pruned_folder("0.5")
     whole = PrunedModel.read(folder, device="cpu")
     first = recover(whole, settings)
@@ -172,6 +173,28 @@ def test_at_a_check_another_job_may_have_its_turn_and_nothing_is_lost(
     assert replace(first, seconds=0) == replace(second, seconds=0)
 
 
+def test_after_a_check_that_is_worse_a_third_of_the_rate_goes_on_from_before(
+    pruned_folder: Callable[[str], Path], recover: Callable[..., Recovered]
+) -> None:
+    bars: list[str] = []
+
+    @contextmanager
+    def noted(title: str, steps: int) -> Iterator[Callable[[int], None]]:
+        del steps
+        bars.append(title)
+        yield lambda _: None
+
+    pruned = PrunedModel.read(pruned_folder("0.5"), device="cpu")
+    recovered = recover(pruned, HASTY, progress=noted)
+    found = [float(title.split()[2].strip("(),")) for title in bars[1:]]  # after the first bar
+
+    assert found[2] > found[0] < found[1]  # two checks are worse
+    assert found[3:] == sorted(found[3:], reverse=True)
+    assert recovered.kept
+    assert recovered.tokens == HASTY.tokens
+    assert recovered.after < 0.9 * recovered.before
+
+
 def test_a_rate_that_breaks_the_model_is_taken_back(
     pruned_folder: Callable[[str], Path], recover: Callable[..., Recovered]
 ) -> None:
@@ -180,6 +203,7 @@ def test_a_rate_that_breaks_the_model_is_taken_back(
     recovered = recover(pruned, replace(SETTINGS, rate=1.0))
 
     assert not recovered.kept
+    assert recovered.tokens == 3 * HASTY.tokens // 8  # the third check that is worse ends it
     assert recovered.after == recovered.before
     assert same(before, weights(pruned.model))
     assert "the weights are those from before" in str(recovered)
