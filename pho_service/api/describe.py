@@ -357,9 +357,9 @@ def _seconds_left(job: stored.JobRecord, known: Mapping[StageKind, Pieces]) -> f
     if job.state is not JobState.RUNNING or job.stage not in paced:
         return None
     at_it, counted = job.of_kind(job.stage), known[job.stage]
-    if not counted.done:
+    left, workers = counted.total - counted.done, sum(map(_runs, at_it))
+    if not counted.done or not workers:  # whoever waits for one does not know for how long
         return None
-    left, workers = counted.total - counted.done, max(1, sum(map(_runs, at_it)))
     if job.stage is StageKind.SEARCH:  # a hill climb may have ended early
         left = sum(job.trials - s.done for s in at_it if s.state is not StageState.DONE)
     return round(worked_s(job, job.stage) / counted.done * left / workers, 1)

@@ -250,6 +250,20 @@ def test_progress_of_a_search(client: TestClient, submit: Any, hand: Any) -> Non
     assert client.get(f"/v1/jobs/{job}").json()["progress"]["seconds_left"] is None
 
 
+def test_no_time_is_left_to_tell_while_no_worker_has_the_stage(
+    client: TestClient, submit: Any, hand: Any
+) -> None:
+    job = submit(trials=40)["id"]
+    hand.calibrate(job)
+    claim = hand.take(job, StageKind.SEARCH)
+    hand.store.progress(claim, done=10, elapsed_s=20.0, best_value=0.5)
+    working = client.get(f"/v1/jobs/{job}").json()["progress"]["seconds_left"]
+    assert hand.store.hand_back(claim)
+
+    assert working == 60.0
+    assert client.get(f"/v1/jobs/{job}").json()["progress"]["seconds_left"] is None
+
+
 def test_the_best_of_a_maximum_is_highest(client: TestClient, submit: Any, hand: Any) -> None:
     job = submit(trials=40, islands=2, objective={"name": "gini"})["id"]
     hand.calibrate(job)
