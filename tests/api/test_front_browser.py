@@ -152,7 +152,7 @@ def test_what_is_wrong_has_the_focus_and_leads_to_its_field(page: Page, store: J
     page.keyboard.press("Enter")
     field = page.get_by_role("combobox", name="Pattern")
     expect(field).to_be_focused()
-    expect(field).to_have_accessible_description(re.compile("pattern '3:2' keeps N=3 of M=2"))
+    expect(field).to_have_accessible_description(re.compile("Pattern '3:2' keeps N=3 of M=2"))
     expect(page.get_by_label("Model (needed)")).to_have_value("org/kept")
     page.keyboard.press("ControlOrMeta+a")
     page.keyboard.type("0.5")
