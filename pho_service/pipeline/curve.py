@@ -154,14 +154,19 @@ class CurvePoints:
 
     def _forget_blocks(self) -> None:
         """Keep only those trained blocks that the answer of a target may be made of."""
-        # Of a curve nobody knows which point the model is pruned to.
+        # Of earlier points there are those of the answer until now at most.
+        before, answer = self._answer(self._found[:-1]), self._answer(self._found)
+        for each in (before, self._found[-1]):
+            if each is not None and each is not answer:
+                blocks = self._subject.blocks(each.configuration.candidate())
+                if blocks is not None:
+                    blocks.remove()
+
+    def _answer(self, points: Sequence[CurvePoint]) -> CurvePoint | None:
+        """What a target has of these points; of a curve nobody knows which will be pruned to."""
         target = self._target
-        inside = [each for each in self._found if target is not None and is_inside(target, each)]
-        answer = max(inside, key=lambda each: each.sparsity, default=None)
-        for each in self._found:
-            blocks = self._subject.blocks(each.configuration.candidate())
-            if each is not answer and blocks is not None:
-                blocks.remove()
+        inside = [each for each in points if target is not None and is_inside(target, each)]
+        return max(inside, key=lambda each: each.sparsity, default=None)
 
 
 def find_points(

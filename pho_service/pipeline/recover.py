@@ -507,7 +507,6 @@ class _Training(TrainerCallback):
         self.trained, self.asked, self._look = trained, asked, look
         self.checks = min(CHECKS, asked.steps)
         self.done = 0  # steps
-        self.first_rates: list[float] = []
         self.before, self._now = before, before
         self._progress, self._stack = progress, ExitStack()
         self._advance: Advance = lambda _: None
@@ -584,7 +583,8 @@ class _Trainer(Trainer):
         for group in adam.param_groups:
             group["lr"] *= _SLOWER
         schedule.base_lrs = [rate * _SLOWER for rate in schedule.base_lrs]  # kept in checkpoints
-        if schedule.base_lrs[0] < self.training.first_rates[0] * _SLOWER ** (_MOST_BACK - 0.5):
+        first = adam.param_groups[0]["initial_lr"]  # as the schedule began
+        if schedule.base_lrs[0] < first * _SLOWER ** (_MOST_BACK - 0.5):
             self.control.should_training_stop = True
 
 
@@ -616,7 +616,6 @@ def _train(training: _Training, settings: Recovery, place: Workplace) -> None:
     steps, every = asked.steps, asked.steps // training.checks
     device = next(trained.parameters()).device
     adam = _adam(trained.groups(settings.first_rate), settings.adam_bits)
-    training.first_rates = [group["lr"] for group in adam.param_groups]
     schedule = get_scheduler(
         "linear", adam, num_warmup_steps=min(_WARM, steps // 8), num_training_steps=steps
     )

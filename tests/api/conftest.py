@@ -4,6 +4,7 @@ The front end in this process on a real database, and a hand that does what work
 The tests of a file share a database, which is emptied before each of them that asks for it.
 """
 
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -403,3 +404,25 @@ def refusal() -> Callable[..., dict[str, Any]]:
         return problem
 
     return check
+
+
+class AtOnce:
+    """How many threads are inside of it, and how many were at most."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self.now -= 1
+
+
+@pytest.fixture
+def at_once() -> AtOnce:
+    return AtOnce()

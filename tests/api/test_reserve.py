@@ -51,17 +51,10 @@ def test_probes_are_answered_while_every_thread_waits(frozen: TestClient) -> Non
         assert time.monotonic() - began < 5  # a second and what a loaded machine adds
 
 
-def test_what_takes_long_takes_few_threads_whoever_asks_and_all_get_it() -> None:
-    at_once, most, lock = 0, 0, threading.Lock()
-
+def test_what_takes_long_takes_few_threads_whoever_asks_and_all_get_it(at_once: Any) -> None:
     def work(number: int) -> int:
-        nonlocal at_once, most
-        with lock:
-            at_once += 1
-            most = max(most, at_once)
-        time.sleep(0.005)
-        with lock:
-            at_once -= 1
+        with at_once:
+            time.sleep(0.005)
         return number
 
     async def run() -> list[int]:
@@ -69,7 +62,7 @@ def test_what_takes_long_takes_few_threads_whoever_asks_and_all_get_it() -> None
         return await asyncio.gather(*(heavy.run(work, i) for i in range(20)))
 
     assert asyncio.run(run()) == [*range(20)]
-    assert most == AT_ONCE
+    assert at_once.most == AT_ONCE
 
 
 def test_trials_are_those_of_optuna(submit: Any, hand: Any, database: Database) -> None:
