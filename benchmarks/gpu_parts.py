@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pho_service.models.loading import LanguageModel
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.hardware import peak_memory
-from pho_service.pruning.masks import model_masks
+from pho_service.pruning.masks import linear_masks
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.pruning.statistics import PrunableLinear
 from pho_service.spec.pattern import Pattern
@@ -127,11 +127,11 @@ def masks_apart(
         if candidate.pattern.scope.value == "global":
             continue  # its shares are of all linears
         for (_, here), (_, there) in zip(
-            model_masks(chosen, known, candidate), model_masks(copies, known, candidate),
+            linear_masks(chosen, known, candidate), linear_masks(copies, known, candidate),
             strict=True,
         ):  # fmt: skip
-            differing += int((here.cpu() != there).sum())
-            compared += there.numel()
+            differing += int((here.keep.cpu() != there.keep).sum())
+            compared += there.keep.numel()
     return differing, compared
 
 

@@ -38,7 +38,7 @@ from transformers import (
 
 from pho_service.models.architecture import prunable_linears
 from pho_service.planning.shapes import Header, TensorHeader
-from pho_service.pruning.statistics import PrunableLinear, Statistics, collect_statistics
+from pho_service.pruning.statistics import PrunableLinear, Statistics, gather
 from storage import embedded
 from storage.database import Database
 from storage.embedded import embedded_postgresql
@@ -195,9 +195,9 @@ def statistics(
     tiny_llama: LlamaForCausalLM, linears: dict[str, PrunableLinear], windows: Tensor
 ) -> Statistics:
     """What ``windows`` say about ``linears``, with the full Gram matrices."""
-    return collect_statistics(
+    return gather(
         tiny_llama, linears, windows, fisher_windows=3, projection_rows=0, seed=0
-    )
+    ).statistics(windows)
 
 
 WORDS = """

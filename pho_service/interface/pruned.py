@@ -2,8 +2,7 @@
 `pho.prune`, `pho.save`, `pho.pack` and their like: pruned models in memory and on disk.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +22,8 @@ from pho_service.interface.inputs import (
     opened,
     opened_bundle,
 )
-from pho_service.models.architecture import decoder_blocks
-from pho_service.models.loading import LanguageModel, load_model, sha256_each
+from pho_service.models.blockwise import dense_afterwards
+from pho_service.models.loading import load_model, sha256_each
 from pho_service.models.saving import RECIPE, save_pruned
 from pho_service.pipeline import prune as pipeline
 from pho_service.pipeline.bench import Conversion, check_gpu, convert_
@@ -123,7 +122,7 @@ def prune(
         check_prefix(loaded, taken)
     known = calibrated(loaded, taken, texts)
     trained = known.blocks(found.candidate())
-    with _dense_if_it_fails(loaded):
+    with dense_afterwards(loaded, if_it_fails=True):
         done = pipeline.prune_in_place(
             loaded, taken, found, calibration=known.calibration, done=trained,
             progress=bars(progress),
@@ -132,22 +131,6 @@ def prune(
         trained.remove()
     parts = {part.name: getattr(done, part.name) for part in fields(done)}
     return Pruned(**parts, model=loaded.model, tokenizer=loaded.tokenizer)
-
-
-@contextmanager
-def _dense_if_it_fails(model: LanguageModel) -> Iterator[None]:
-    """Put the weights of all blocks back if anything is raised inside."""
-    parameters = [p for _, block in decoder_blocks(model.model) for p in block.parameters()]
-    dense = [p.data if model.stream else p.data.to("cpu", copy=True) for p in parameters]
-    try:
-        yield
-    except BaseException:
-        for parameter, data in zip(parameters, dense, strict=True):
-            if model.stream:
-                parameter.data = data
-            else:
-                parameter.data.copy_(data)
-        raise
 
 
 def save(

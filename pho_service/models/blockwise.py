@@ -34,7 +34,6 @@ from pho_service.pruning.statistics import (
     PrunableLinear,
     Statistics,
     add_gram_,
-    check_fisher_windows,
     mirrored_,
     require_finite,
     watched,
@@ -518,8 +517,8 @@ def _changed(module: nn.Module, home: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def dense_afterwards(model: LanguageModel) -> Iterator[None]:
-    """Put the weights of all blocks back in the end, whatever was done to them inside."""
+def dense_afterwards(model: LanguageModel, *, if_it_fails: bool = False) -> Iterator[None]:
+    """Put the weights of all blocks back in the end, or only if anything is raised inside."""
     # A streamed model's are still in their files. All blocks of any other model are copied to the
     # CPU first.
     parameters = [p for _, block in decoder_blocks(model.model) for p in block.parameters()]
@@ -527,14 +526,19 @@ def dense_afterwards(model: LanguageModel) -> Iterator[None]:
         dense = [p.data for p in parameters]
     else:
         dense = [p.data.to("cpu", copy=True) for p in parameters]
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for parameter, data in zip(parameters, dense, strict=True):
             if model.stream:
                 parameter.data = data
             else:
                 parameter.data.copy_(data)
+
+    with ExitStack() as stack:
+        stack.callback(put_back)
+        yield
+        if if_it_fails:  # it did not
+            stack.pop_all()
 
 
 def collect_statistics_blockwise(
@@ -548,10 +552,9 @@ def collect_statistics_blockwise(
     states_on_device: bool | None = None,
     advance: Advance = lambda _: None,
 ) -> Statistics:
-    """Gather the same statistics as :func:`collect_statistics`, one block at a time."""
+    """Gather the statistics that a pass of the whole model gives, one block at a time."""
     # The loss's gradient goes back through the blocks in reverse, each of them run again from its
     # stored input.
-    check_fisher_windows(fisher_windows, len(windows))
     collector = Collector(model.linears, projection_rows, seed)
     network = BlockNetwork(model, windows, states_on_device)
     inputs: list[list[Tensor]] = []  # of each block, for each Fisher window

@@ -41,7 +41,7 @@ from pho_service.planning.stage_memory import (
 from pho_service.progress import Advance, Progress, silent
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
 from pho_service.pruning.hardware import available_memory, free_memory, memory_in_use
-from pho_service.pruning.statistics import Collector, Statistics, Sums, gather, shard_seed
+from pho_service.pruning.statistics import APART, Collector, Statistics, Sums, gather
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.document import format_bytes
 
@@ -179,21 +179,21 @@ class CalibrationTry:
             )
 
 
-def within_memory(
+def _within_memory(
     model: LanguageModel,
-    windows: int,
-    fisher_windows: int,
+    text: "CalibrationText",
     settings: CalibrationSettings,
     progress: Progress,
     run: Callable[[CalibrationTry], T],
 ) -> T:
-    """What a run gives, planned to fit; if it does not, tried once more in smaller pieces."""
+    """What a run over a text's windows gives, planned to fit; if not, once more in small pieces."""
     if settings.mixed_precision and model.dtype != torch.float32:
         raise InvalidInput(
             f"mixed precision is for float32 models, but {model.name} is loaded as "
             f"{str(model.dtype).removeprefix('torch.')}, which is as fast. Leave --mixed-precision "
             "out."
         )
+    windows, fisher_windows = len(text.calibration), _fisher_windows(text, settings)
     plan = plan_calibration(model, settings, windows=windows, fisher_windows=fisher_windows)
     logger.info("calibration planned", extra={**asdict(plan.run), **asdict(plan.peak)})
     how, smaller = plan.run, plan.run.halved()
@@ -295,7 +295,7 @@ def cut(text: CalibrationText, settings: CalibrationSettings, *, stream: bool) -
         Shard(
             windows=windows[number::count],
             fisher_windows=len(range(number, fisher, count)),
-            seed=shard_seed(settings.seed, number),
+            seed=settings.seed + number * APART,
         )
         for number in range(count)
     ]
@@ -329,8 +329,7 @@ def measure(
                     else:
                         advance(len(shard.windows))
                     total.add(sums)
-        total.finish_inputs(sequences=count, tokens=text.calibration.numel())
-        return total.finish()
+        return total.statistics(text.calibration)
 
     return _within_memory(model, text, settings, progress, run)
 
@@ -379,18 +378,6 @@ def _fisher_windows(text: CalibrationText, settings: CalibrationSettings) -> int
     return min(asked, len(text.calibration))
 
 
-def _within_memory(
-    model: LanguageModel,
-    text: CalibrationText,
-    settings: CalibrationSettings,
-    progress: Progress,
-    run: Callable[[CalibrationTry], T],
-) -> T:
-    """What a run over the windows of a text gives, in pieces that fit."""
-    fisher = _fisher_windows(text, settings)
-    return within_memory(model, len(text.calibration), fisher, settings, progress, run)
-
-
 def calibrate(
     model: LanguageModel,
     text: CalibrationText,
@@ -407,7 +394,16 @@ def calibrate(
             rows_per_layer=settings.rows_per_layer,
             kernel_sizes=tuple(sorted(set(settings.kernel_sizes))),
             seed=settings.seed,
-            provenance=_provenance(model, text, settings, _dense(model, text)),
+            provenance={
+                "key": text.bundle_key,
+                "model": model.to_dict(),
+                "text": record_to_dict(text.record, windows=len(text.calibration)),
+                "settings": settings.to_dict(),
+                "dense": _dense(model, text),
+                "prefix": model.window_prefix(settings.bos),
+                "device": model.device.type,
+                "versions": versions("torch", "transformers"),
+            },
             advance=advance,
         )
 
@@ -420,24 +416,6 @@ def _dense(model: LanguageModel, text: CalibrationText) -> dict[str, Any]:
         "perplexity": rating.perplexity,
         "tokens": rating.tokens,
         "vocabulary": model.model.config.get_text_config().vocab_size,
-    }
-
-
-def _provenance(
-    model: LanguageModel,
-    text: CalibrationText,
-    settings: CalibrationSettings,
-    dense: dict[str, Any],
-) -> dict[str, Any]:
-    return {
-        "key": text.bundle_key,
-        "model": model.to_dict(),
-        "text": record_to_dict(text.record, windows=len(text.calibration)),
-        "settings": settings.to_dict(),
-        "dense": dense,
-        "prefix": model.window_prefix(settings.bos),
-        "device": model.device.type,
-        "versions": versions("torch", "transformers"),
     }
 
 

@@ -129,7 +129,7 @@ def prune_model(
     elif model.stream:
         masks = _streamed_by_score(model, statistics, candidate)
     else:
-        masks = _by_score(model, statistics, candidate)
+        masks = _zeroed(model.linears, whole_masks(model, statistics, candidate))
     shares = {}
     for name, mask in masks:
         kept(name, mask)
@@ -147,12 +147,6 @@ def _given(calibration: Tensor | None, candidate: Candidate) -> Tensor:
             "its statistics. Give --text."
         )
     return calibration
-
-
-def _by_score(
-    model: LanguageModel, statistics: Statistics, candidate: Candidate
-) -> Iterator[tuple[str, LinearMask]]:
-    yield from _zeroed(model.linears, whole_masks(model, statistics, candidate))
 
 
 def whole_masks(

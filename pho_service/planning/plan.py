@@ -21,7 +21,6 @@ from pho_service.planning.stage_memory import (
     recovery_peak,
     saving_peak,
     shapes_footprint,
-    states_fit,
     windows_at_once,
 )
 from pho_service.spec.curve import first_of_kinds
@@ -309,7 +308,7 @@ def _stay(footprint: Footprint, place: Place, windows: int, work: Work, card: in
     if card is None:
         return False
     free = card - (0 if place.stream else footprint.weights)
-    return states_fit(footprint, windows, work.calibration.context_length, device_free=free)
+    return footprint.states(windows, work.calibration.context_length) <= free // 4
 
 
 def _obstacles(stages: tuple[StagePlan, ...], machine: Machine) -> Iterator[str]:

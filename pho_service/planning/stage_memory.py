@@ -471,11 +471,6 @@ def windows_at_once(logits: int, *, device_size: int, weights: int, most: int) -
     return 1 << max(0, fitting.bit_length() - 1) if fitting > 0 else 1
 
 
-def states_fit(footprint: Footprint, windows: int, tokens: int, *, device_free: int) -> bool:
-    """Whether the hidden states of all windows stay on a GPU with so much free."""
-    return footprint.states(windows, tokens) <= device_free // 4
-
-
 def saving_peak(footprint: Footprint, place: Place, *, stored_itemsize: int) -> Peak:
     """The peak of writing a pruned model and its masks."""
     stored = footprint.weights // footprint.itemsize * stored_itemsize

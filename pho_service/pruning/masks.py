@@ -79,19 +79,6 @@ class LinearMask:
     group_keep: int = 0
 
 
-def model_masks(
-    linears: Mapping[str, PrunableLinear], statistics: Statistics, candidate: Candidate
-) -> Iterator[tuple[str, Tensor]]:
-    """
-    Give the mask of one linear after the other, (out_features, in_features), bool.
-
-    Raises:
-        InvalidInput, NumericalError: As :func:`linear_masks`.
-    """
-    for name, mask in linear_masks(linears, statistics, candidate):
-        yield name, mask.keep
-
-
 def linear_masks(
     linears: Mapping[str, PrunableLinear],
     statistics: Statistics,
@@ -267,21 +254,8 @@ def mask_of(score: Tensor, pattern: Pattern, share: int | None, order: Tensor | 
     lines = score if pattern.scope is Scope.ROW else score.reshape(1, -1)
     if share is None:
         return LinearMask(keep=line_mask(lines, pattern).view(score.shape))
-    return LinearMask(keep=keep_shared(lines, share).view(score.shape))
-
-
-def keep_shared(lines: Tensor, removed: int) -> Tensor:
-    """
-    Remove ``removed`` weights from a layer, the same number from each line or one more.
-
-    Args:
-        lines: (lines, n), float32.
-        removed: From all lines together; the first ones lose the remainder.
-
-    Returns:
-        (lines, n), bool.
-    """
-    return keep_highest(lines, over_rows(torch.tensor([removed]), len(lines)))
+    removed = over_rows(torch.tensor([share]), len(lines))
+    return LinearMask(keep=keep_highest(lines, removed).view(score.shape))
 
 
 def over_rows(removed: Tensor, rows: int) -> Tensor:
@@ -348,8 +322,8 @@ def pruned(
 
     Args:
         linears: Linears of the model, by name. Changed in place; inside, nobody else may do so.
-        masks: (name, mask) pairs, as :func:`model_masks` gives them. They
-            must not depend on weights that were masked before.
+        masks: (name, mask) pairs, as of :func:`linear_masks`. They must
+            not depend on weights that were masked before.
 
     Yields:
         The achieved sparsity of each linear.

@@ -19,6 +19,8 @@ from pho_service.pruning.statistics import PrunableLinear
 _WHOLE = 256  # up to so many candidates all pairs are looked at
 _BEST = 16  # otherwise: pairs that each candidate and each place has at least
 _ROUNDS = 10  # of balancing
+_SWEEPS = 2  # of a permutation
+_ROWS = 1024  # output rows that it looks at
 _TEMPERATURE = 0.3  # of the balance, in standard deviations of the gains
 
 
@@ -88,16 +90,15 @@ def _balanced(gain: Tensor) -> Tensor:
     return net
 
 
-def permute_channels(
-    score: Tensor, *, keep: int, group: int, sweeps: int = 2, max_rows: int = 1024
-) -> Tensor:
+def permute_channels(score: Tensor, *, keep: int, group: int) -> Tensor:
     """
     An order of the input channels under which N:M keeps more of the score.
 
     Channels are first dealt out to the groups by their column sums. Then, in
-    each sweep, every group gives up one channel at a time, and an assignment
-    problem finds the best new group for each of them. Never worse than the
-    channels as they are; the same input gives the same order.
+    each of two sweeps, every group gives up one channel at a time, and an assignment
+    problem finds the best new group for each of them, by 1,024 output rows at
+    most, evenly spaced. A sweep that would lower the retained score is not made:
+    never worse than the channels as they are; the same input gives the same order.
 
     Args:
         score: (out_features, in_features), float32, >= 0, finite, computed in
@@ -105,9 +106,6 @@ def permute_channels(
             scores, one below the other.
         keep: N, weights kept per group. 1 <= keep < group.
         group: M, channels of a group. Divides in_features.
-        sweeps: How often every channel may move, >= 0. One that would lower
-            the retained score is not made.
-        max_rows: Output rows that the assignment looks at, evenly spaced.
 
     Returns:
         (in_features,), int64, on ``score.device``: ``order[p]`` is the channel
@@ -115,7 +113,7 @@ def permute_channels(
         their first channel.
 
     Raises:
-        ValueError: ``keep``, ``group``, ``sweeps`` or ``max_rows`` out of range.
+        ValueError: ``keep`` or ``group`` out of range.
 
     Source:
         Zhang et al. 2024 (RIA), channel permutation: heuristic reallocation and
@@ -127,8 +125,6 @@ def permute_channels(
         raise ValueError(f"keep={keep}, group={group}: 1 <= keep < group must hold")
     if score.shape[1] % group:
         raise ValueError(f"in_features={score.shape[1]} is not a multiple of M={group}")
-    if sweeps < 0 or max_rows < 1:
-        raise ValueError(f"sweeps={sweeps} must be at least 0, max_rows={max_rows} at least 1")
     candidates = [
         torch.arange(score.shape[1], device=score.device),
         _canonical(_dealt_out(score.sum(dim=0), group), group),
@@ -136,10 +132,10 @@ def permute_channels(
     kept = [retained_score(score, order, keep=keep, group=group) for order in candidates]
     best = kept.index(max(kept))
     order, most = candidates[best], kept[best]
-    channels = _sample_rows(score, max_rows).T / score.max().clamp_min(TINY)
+    channels = _sample_rows(score).T / score.max().clamp_min(TINY)
     channels = channels.contiguous()  # (in_features, rows)
     generator = torch.Generator().manual_seed(0)
-    for number in range(sweeps):
+    for number in range(_SWEEPS):
         groups = order.view(-1, group)
         if number:
             groups = _shuffled(groups, generator)
@@ -214,11 +210,11 @@ def moved_scores(channels: Tensor, moving: Tensor, staying: Tensor, keep: int) -
     return alone + hinge
 
 
-def _sample_rows(values: Tensor, max_rows: int) -> Tensor:
-    """At most ``max_rows`` of the rows, evenly spaced."""
-    if len(values) <= max_rows:
+def _sample_rows(values: Tensor) -> Tensor:
+    """As many of the rows as are looked at, evenly spaced."""
+    if len(values) <= _ROWS:
         return values
-    return values[torch.arange(max_rows, device=values.device) * len(values) // max_rows]
+    return values[torch.arange(_ROWS, device=values.device) * len(values) // _ROWS]
 
 
 def _dealt_out(importance: Tensor, group: int) -> Tensor:

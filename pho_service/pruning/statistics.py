@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
-from pho_service.errors import InvalidInput, ModelError, NumericalError
+from pho_service.errors import ModelError, NumericalError
 from pho_service.pruning.hardware import to_device
 from pho_service.pruning.perplexity import frozen, recomputed, run_backward, run_decoder
 
@@ -194,7 +194,9 @@ def square_root(gram: Tensor) -> Tensor:
     return root
 
 
-# The sums of one shard of a calibration's windows, which several shards' are added up from.
+# The sums of one shard of a calibration's windows, which several shards' are added up from. The
+# signs of their tokens must be drawn apart: with the same ones, products of tokens at the same
+# places would not vanish in expectation.
 APART = 2_654_435_761  # between two shards' seeds; torch's generator on the CPU reads 32 bits
 
 
@@ -218,16 +220,6 @@ class Sums:
     moments: list[Tensor]
     fisher: dict[str, Tensor]
     gradient_tokens: dict[str, int]
-
-
-def shard_seed(seed: int, shard: int) -> int:
-    """
-    Return the seed of a shard's projection; the first one's is the calibration's.
-
-    The signs of different shards' tokens must be drawn apart: with the same ones, products of
-    tokens at the same places would not vanish in expectation.
-    """
-    return seed + shard * APART
 
 
 # Groups of linears that read the same input.
@@ -317,62 +309,6 @@ class Statistics:
         return self.inputs[self.input_of[name]].activation_norm
 
 
-def collect_statistics(
-    model: nn.Module,
-    linears: Mapping[str, PrunableLinear],
-    windows: Tensor,
-    *,
-    fisher_windows: int,
-    projection_rows: int,
-    seed: int,
-    batch_windows: int = 1,
-    forward_windows: int | None = None,
-    recompute: Iterable[nn.Module] = (),
-    advance: Callable[[int], None] = lambda _: None,
-) -> Statistics:
-    """
-    Run the dense model over calibration windows and gather statistics.
-
-    The first ``fisher_windows`` windows are run forward and backward, the rest
-    forward only and without the head. Weights stay as they are and get no gradients.
-
-    Args:
-        model: A causal language model, in evaluation mode.
-        linears: The linears to watch, by name.
-        windows: (windows, tokens), int64.
-        fisher_windows: 1 <= fisher_windows <= windows.
-        projection_rows: Rows of the random projection of the activations;
-            0 gathers the full Gram matrix.
-        seed: Seed of the random projection.
-        batch_windows: How many are run at once. It changes rounding only.
-        forward_windows: The same of those that are run forward only, which take less memory;
-            None is ``batch_windows``.
-        recompute: Blocks that run a second time in a backward pass, so that only
-            their inputs are kept for it. It changes nothing else.
-        advance: Called with the number of windows after each batch.
-
-    Raises:
-        InvalidInput: ``fisher_windows`` out of range.
-        ModelError: A linear was never called.
-        NumericalError: An activation or a gradient is NaN or infinite.
-    """
-    check_fisher_windows(fisher_windows, len(windows))
-    collector = gather(
-        model,
-        linears,
-        windows,
-        fisher_windows=fisher_windows,
-        projection_rows=projection_rows,
-        seed=seed,
-        batch_windows=batch_windows,
-        forward_windows=forward_windows,
-        recompute=recompute,
-        advance=advance,
-    )
-    collector.finish_inputs(sequences=len(windows), tokens=windows.numel())
-    return collector.finish()
-
-
 def gather(
     model: nn.Module,
     linears: Mapping[str, PrunableLinear],
@@ -387,12 +323,25 @@ def gather(
     advance: Callable[[int], None] = lambda _: None,
 ) -> "Collector":
     """
-    Do what :func:`collect_statistics` does, but for the end: the sums are not divided yet.
+    Run the dense model over calibration windows, and add up what its linears see.
+
+    The first ``fisher_windows`` windows are run forward and backward, the rest
+    forward only and without the head. Weights stay as they are and get no gradients.
 
     Args:
-        model, linears, windows, projection_rows, seed, batch_windows: As there.
-        forward_windows, recompute, advance: As there.
+        model: A causal language model, in evaluation mode.
+        linears: The linears to watch, by name.
+        windows: (windows, tokens), int64.
         fisher_windows: 0 <= fisher_windows <= windows.
+        projection_rows: Rows of the random projection of the activations;
+            0 gathers the full Gram matrix.
+        seed: Seed of the random projection.
+        batch_windows: How many are run at once. It changes rounding only.
+        forward_windows: The same of those that are run forward only, which take less memory;
+            None is ``batch_windows``.
+        recompute: Blocks that run a second time in a backward pass, so that only
+            their inputs are kept for it. It changes nothing else.
+        advance: Called with the number of windows after each batch.
     """
     collector = Collector(linears, projection_rows, seed)
     device = next(model.parameters()).device
@@ -412,15 +361,6 @@ def gather(
             collector.end_of_window()
             advance(len(batch))
     return collector
-
-
-def check_fisher_windows(fisher_windows: int, windows: int) -> None:
-    """Raise InvalidInput unless 1 <= fisher_windows <= windows."""
-    if not 1 <= fisher_windows <= windows:
-        raise InvalidInput(
-            f"fisher_windows={fisher_windows} is not in 1..{windows}, the number of "
-            "calibration windows."
-        )
 
 
 @contextmanager
@@ -606,6 +546,11 @@ class Collector:
             )
         for name, values in filled.items():
             self.fisher[name], self._gradient_tokens[name] = values, 1
+
+    def statistics(self, windows: Tensor) -> Statistics:
+        """Give what all of these windows have added, as :meth:`finish` does."""
+        self.finish_inputs(sequences=len(windows), tokens=windows.numel())
+        return self.finish()
 
     def finish(self) -> Statistics:
         """

@@ -131,7 +131,6 @@ def sparsegpt(
     keep: int = 0,
     group: int = 0,
     block: int = 128,
-    score: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """
     Choose which weights go while the others make up for those gone before.
@@ -148,9 +147,6 @@ def sparsegpt(
         keep: N of N:M, 1 <= keep < group; 0 for a ratio.
         group: M of N:M, divides in_features; 0 for a ratio.
         block: Columns of a block, >= 1. N:M takes the next lower multiple of M.
-        score: Broadcasts to (out_features, in_features), float32, >= 0: a
-            factor on the scores, such as Fisher row weights (out_features, 1).
-            It only has a say on N:M if it differs within a run.
 
     Returns:
         The new weights, (out_features, in_features), float32, and the mask,
@@ -167,13 +163,10 @@ def sparsegpt(
     """
     out_features, in_features = weight.shape
     _check_counts(weight, removed=removed, keep=keep, group=group)
-    factors = None if score is None else score.float().expand(weight.shape)
     scale = factor.diagonal().square()  # (in_features,)
 
     def chosen(current: Tensor, start: int, stop: int) -> Tensor:
         values = current.square() / scale[start:stop]  # (out_features, stop - start)
-        if factors is not None:
-            values = values * factors[:, start:stop]
         if group:
             return nm_mask(values, keep=keep, group=group)
         share = removed * stop // in_features - removed * start // in_features

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from pho_service.errors import InvalidInput, ModelError, NumericalError, OutputError
+from pho_service.errors import ModelError, NumericalError, OutputError
 from pho_service.models import blockwise
 from pho_service.models.architecture import decoder_blocks, prunable_linears
 from pho_service.models.blockwise import (
@@ -23,7 +23,7 @@ from pho_service.models.blockwise import (
 )
 from pho_service.models.loading import LanguageModel
 from pho_service.pruning.perplexity import rate_perplexity
-from pho_service.pruning.statistics import Statistics, collect_statistics
+from pho_service.pruning.statistics import Statistics, gather
 
 
 def language_model(network: PreTrainedModel) -> LanguageModel:
@@ -107,7 +107,7 @@ def test_statistics_are_those_of_the_whole_model_inputs_groups_projections_and_g
         arguments: dict[str, Any] = {
             "fisher_windows": 3, "projection_rows": projection_rows, "seed": 5,
         }  # fmt: skip
-        expected = collect_statistics(model.model, model.linears, windows, **arguments)
+        expected = gather(model.model, model.linears, windows, **arguments).statistics(windows)
         actual = collect_statistics_blockwise(model, windows, **arguments)
 
         assert_same_statistics(actual, expected)
@@ -296,14 +296,6 @@ def test_a_missing_folder_is_named(llama: LanguageModel, windows: Tensor, tmp_pa
     with pytest.raises(OutputError, match=r"nowhere.*No such file"):
         collect_statistics_blockwise(
             llama, windows, fisher_windows=1, projection_rows=0, seed=0, spill=tmp_path / "nowhere"
-        )
-
-
-@pytest.mark.parametrize("count", [0, 5])
-def test_fisher_windows_are_windows(llama: LanguageModel, windows: Tensor, count: int) -> None:
-    with pytest.raises(InvalidInput, match=f"fisher_windows={count}"):
-        collect_statistics_blockwise(
-            llama, windows, fisher_windows=count, projection_rows=0, seed=0
         )
 
 

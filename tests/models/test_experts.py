@@ -12,7 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from pho_service.errors import ModelError
 from pho_service.models.architecture import Expert, experts_of, prunable_linears, unfuse_experts
-from pho_service.pruning.statistics import collect_statistics
+from pho_service.pruning.statistics import gather
 
 EXPERTS = "model.layers.1.mlp.experts"
 
@@ -205,9 +205,9 @@ def test_an_unreached_expert_has_the_others_mean(window: Tensor, projection_rows
         router[1] = -router[0]  # one of the two is positive,
         router[2:] = 0  # and these two never win
     linears = prunable_linears(model)
-    statistics = collect_statistics(
+    statistics = gather(
         model, linears, window, fisher_windows=1, projection_rows=projection_rows, seed=0
-    )
+    ).statistics(window)
 
     def gram(name: str) -> Tensor:
         root = statistics.inputs[statistics.input_of[name]].root

@@ -30,9 +30,9 @@ from transformers.pytorch_utils import Conv1D
 import pho_service as pho
 from pho_service.errors import ModelError
 from pho_service.models.architecture import decoder_blocks, footprint_of, prunable_linears
-from pho_service.pruning.masks import model_masks, pruned
+from pho_service.pruning.masks import linear_masks, pruned
 from pho_service.pruning.perplexity import frozen, rate_perplexity, recomputed, run_backward
-from pho_service.pruning.statistics import Statistics, collect_statistics
+from pho_service.pruning.statistics import Statistics, gather
 from pho_service.spec.pattern import Coefficients, Pattern
 from pho_service.spec.steps import Candidate
 
@@ -168,9 +168,9 @@ def reference_statistics(
 
 
 def gathered(network: PreTrainedModel, windows: Tensor) -> Statistics:
-    return collect_statistics(
+    return gather(
         network, prunable_linears(network), windows, fisher_windows=3, projection_rows=0, seed=0
-    )
+    ).statistics(windows)
 
 
 def test_linears(network: PreTrainedModel, family: str) -> None:
@@ -257,10 +257,10 @@ def test_more_is_estimated_than_is_taken(network: PreTrainedModel, *, recompute:
 def test_recompute(network: PreTrainedModel, windows: Tensor) -> None:
     """Blocks that run again in the backward pass change no bit, nor do they stay changed."""
     expected = gathered(network, windows)
-    actual = collect_statistics(
+    actual = gather(
         network, prunable_linears(network), windows, fisher_windows=3, projection_rows=0, seed=0,
         recompute=[block for _, block in decoder_blocks(network)],
-    )  # fmt: skip
+    ).statistics(windows)  # fmt: skip
 
     for a, b in zip(actual.inputs, expected.inputs, strict=True):
         assert torch.equal(a.root, b.root)
@@ -272,8 +272,8 @@ def test_recompute(network: PreTrainedModel, windows: Tensor) -> None:
 def test_windows_at_once_give_the_same(network: PreTrainedModel, windows: Tensor) -> None:
     arguments = {"fisher_windows": 3, "projection_rows": 5, "seed": 0}
     linears = prunable_linears(network)
-    expected = collect_statistics(network, linears, windows, **arguments)
-    actual = collect_statistics(network, linears, windows, **arguments, batch_windows=2)
+    expected = gather(network, linears, windows, **arguments).statistics(windows)
+    actual = gather(network, linears, windows, **arguments, batch_windows=2).statistics(windows)
 
     for name in linears:
         a, b = (s.inputs[s.input_of[name]] for s in (actual, expected))
@@ -302,7 +302,7 @@ def test_round_trip(network: PreTrainedModel, windows: Tensor, tmp_path: Path) -
     network.save_pretrained(tmp_path / "dense")
     linears, statistics = prunable_linears(network), gathered(network, windows)
     candidate = Candidate(method="crepe", coefficients=CREPE, pattern=Pattern.parse("2:4"))
-    masks = dict(model_masks(linears, statistics, candidate))
+    masks = {n: m.keep for n, m in linear_masks(linears, statistics, candidate)}
     with pruned(linears, iter(masks.items())):
         network.save_pretrained(tmp_path / "pruned")
         expected = {name: tensor.clone() for name, tensor in network.state_dict().items()}

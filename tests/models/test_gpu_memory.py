@@ -23,7 +23,7 @@ from pho_service.planning.stage_memory import (
     confirmation_peak,
     pruning_peak,
 )
-from pho_service.pruning.statistics import Statistics, collect_statistics
+from pho_service.pruning.statistics import Statistics, gather
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.pattern import Coefficients, Pattern
 from pho_service.spec.steps import Candidate, Reconstruction, Steps
@@ -69,11 +69,11 @@ def test_a_calibration_takes_what_is_planned_or_down_to_two_thirds_of_it_in_both
         windows=WINDOWS, fisher_windows=FISHER,
     )  # fmt: skip
     pretended_gpu.reset_peak()
-    collect_statistics(
+    gather(
         model, linears, windows, fisher_windows=FISHER, projection_rows=rows, seed=0,
         batch_windows=run.windows, forward_windows=run.forward_windows,
         recompute=[block for _, block in decoder_blocks(model)] if run.recompute else (),
-    )  # fmt: skip
+    ).statistics(windows)  # fmt: skip
 
     assert 1 <= (planned.device - LIBRARIES) / pretended_gpu.peak <= 1.5
 
@@ -129,10 +129,10 @@ def test_hidden_states_on_the_card_in_main_memory_and_on_disk_give_the_same_bits
 def waits(card: Card, windows: Tensor, rows: int) -> Counter[str]:
     model = llama(torch.bfloat16).to("cuda")
     with card.counting() as counts:
-        collect_statistics(
+        gather(
             model, prunable_linears(model), windows,
             fisher_windows=len(windows) // 2, projection_rows=rows, seed=0,
-        )  # fmt: skip
+        ).statistics(windows)  # fmt: skip
     return counts.by_cause
 
 
@@ -184,9 +184,9 @@ def test_to_prune_a_model_measure_it_and_make_it_dense_again_takes_what_is_plann
     footprint, place = footprint_of(model.model), Place(on_gpu=True, stream=stream)
     few = windows[:4]
     statistics = streamed_statistics(model, few, on_device=True) if stream else None
-    statistics = statistics or collect_statistics(
+    statistics = statistics or gather(
         model.model, model.linears, few, fisher_windows=2, projection_rows=32, seed=0
-    )
+    ).statistics(few)
     for pattern, each in steps:
         candidate = Candidate(
             method="crepe", coefficients=CREPE, pattern=Pattern.parse(pattern), steps=each

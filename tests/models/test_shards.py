@@ -22,7 +22,7 @@ from pho_service.models.calibration import (
 )
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.texts import TextSource
-from pho_service.pruning.statistics import Collector, Statistics, collect_statistics, gather
+from pho_service.pruning.statistics import Collector, Statistics, gather
 from pho_service.spec.calibration import CalibrationSettings
 
 SETTINGS = CalibrationSettings(
@@ -147,7 +147,7 @@ def test_an_expert_has_what_it_got_in_the_other_shards(mixtral: MixtralForCausal
     linears = prunable_linears(mixtral)
     windows = torch.randint(256, (6, 4), generator=torch.Generator().manual_seed(1))
     known = {"fisher_windows": 6, "projection_rows": 8, "seed": 0}
-    whole = collect_statistics(mixtral, linears, windows, **known)
+    whole = gather(mixtral, linears, windows, **known).statistics(windows)
     total = Collector(linears, 8, 0)
     unseen = set()
     for window in windows.split(1):

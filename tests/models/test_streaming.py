@@ -21,7 +21,7 @@ from pho_service.models.blockwise import (
 )
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.pruning.perplexity import rate_perplexity
-from pho_service.pruning.statistics import collect_statistics
+from pho_service.pruning.statistics import gather
 
 
 @pytest.fixture
@@ -60,9 +60,9 @@ def test_stored_dtype(tiny_llama: LlamaForCausalLM, model_folder: Path) -> None:
 def test_statistics(streamed: LanguageModel, model: LanguageModel, windows: Tensor) -> None:
     """Statistics are those of the loaded model, and the weights are as before."""
     before = streamed.weights_sha256
-    expected = collect_statistics(
+    expected = gather(
         model.model, model.linears, windows, fisher_windows=2, projection_rows=5, seed=3
-    )
+    ).statistics(windows)
     actual = collect_statistics_blockwise(
         streamed, windows, fisher_windows=2, projection_rows=5, seed=3
     )

@@ -36,7 +36,7 @@ from pho_service.pipeline.rating import (
     rate_pruned,
 )
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.masks import LinearMask, model_masks, pruned
+from pho_service.pruning.masks import LinearMask, linear_masks, pruned
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.spec.baselines import OWL_AT_NM, comparison_baselines, named_baselines
 from pho_service.spec.calibration import CalibrationSettings
@@ -109,7 +109,8 @@ def test_glance(model: LanguageModel, bundle: ProxyBundle, report: ReportText) -
     with torch.no_grad():
         first = report.windows[:1]
         dense = model.model(input_ids=first).logits[0, :-1].double().log_softmax(-1)
-        with pruned(model.linears, model_masks(model.linears, statistics, candidate)):
+        masks = linear_masks(model.linears, statistics, candidate)
+        with pruned(model.linears, ((name, mask.keep) for name, mask in masks)):
             other = model.model(input_ids=first).logits[0, :-1].double().log_softmax(-1)
     whole = float((dense.exp() * (dense - other)).sum(dim=-1).mean())
 

@@ -15,8 +15,8 @@ from pho_service.models.loading import LanguageModel, load_model
 from pho_service.pipeline.pipeline import prune_model, pruned_model
 from pho_service.pipeline.rating import ReportText, rate_pruned
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.masks import LinearMask, model_masks
-from pho_service.pruning.statistics import collect_statistics
+from pho_service.pruning.masks import LinearMask, linear_masks
+from pho_service.pruning.statistics import gather
 from pho_service.pruning.weight_update import inverse_factor, obs_update
 from pho_service.spec.pattern import Coefficients, Linears, Pattern
 from pho_service.spec.steps import Allocation, Candidate, Steps
@@ -49,7 +49,7 @@ def gram_at(model: LanguageModel, name: str, windows: Tensor) -> Tensor:
 def test_block_by_block(model: LanguageModel, bundle: ProxyBundle, calibration: Tensor) -> None:
     """A block's weights are updated for the inputs that the pruned blocks before it give."""
     statistics = bundle.statistics()
-    masks = dict(model_masks(model.linears, statistics, OBS))
+    masks = {n: m.keep for n, m in linear_masks(model.linears, statistics, OBS)}
     dense = {name: linear.weight.clone() for name, linear in model.linears.items()}
     prune_model(model, statistics, OBS, calibration)
     updated = {name: linear.weight.clone() for name, linear in model.linears.items()}
@@ -76,7 +76,7 @@ def test_wanda_with_sequential_statistics_is_the_published_loop_norms_then_masks
         steps=Steps(statistics="sequential"),
     )
     dense = {name: linear.weight.clone() for name, linear in model.linears.items()}
-    one_shot = dict(model_masks(model.linears, bundle.statistics(), wanda))
+    one_shot = {n: m.keep for n, m in linear_masks(model.linears, bundle.statistics(), wanda)}
     prune_model(model, bundle.statistics(), wanda, calibration)
     ours = {name: linear.weight == 0 for name, linear in model.linears.items()}
     for name, weight in dense.items():
@@ -169,9 +169,9 @@ def test_parallel_blocks(model_folder: Path, report: ReportText, tmp_path: Path)
         shutil.copy(file, tmp_path / "phi")
     model = load_model(str(tmp_path / "phi"), device="cpu")
     windows = report.windows % 256
-    statistics = collect_statistics(
+    statistics = gather(
         model.model, model.linears, windows, fisher_windows=2, projection_rows=0, seed=0
-    )
+    ).statistics(windows)
     steps = Steps(permutation="score", repruning="swaps", update="least-squares")
     candidate = replace(OBS, pattern=Pattern.parse("2:4"), steps=steps)
     orders = {}

@@ -23,9 +23,9 @@ from pho_service.pipeline.objectives import rate_by_proxy
 from pho_service.pipeline.search import name_of_study, search_job
 from pho_service.progress import Advance
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
-from pho_service.pruning.masks import model_masks
+from pho_service.pruning.masks import linear_masks
 from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.pruning.statistics import collect_statistics
+from pho_service.pruning.statistics import gather
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.objective import WEIGHTINGS, Objective
@@ -166,7 +166,7 @@ def test_whatever_wins_removes_what_was_asked_for_and_is_counted_in_no_wider_sco
     asked = Pattern.parse(pattern, scope)
     configuration = search_job(request_of(pattern=asked), bundle).configuration
     found, searched = configuration.candidate(), configuration.search["space"]
-    masks = dict(model_masks(model.linears, bundle.statistics(), found))
+    masks = {n: m.keep for n, m in linear_masks(model.linears, bundle.statistics(), found)}
     removed = sum(int((~mask).sum()) for mask in masks.values())
     total = sum(mask.numel() for mask in masks.values())
     by_row = asked.scope is Scope.ROW
@@ -460,9 +460,9 @@ def by_hand(tiny_llama: LlamaForCausalLM, windows: Tensor) -> Any:
     def build(factor: float = 1.0, **options: Any) -> ProxyBundle:
         tiny_llama.model.layers[0].mlp.down_proj.weight.data *= factor
         linears = prunable_linears(tiny_llama)
-        statistics = collect_statistics(
+        statistics = gather(
             tiny_llama, linears, windows, fisher_windows=2, projection_rows=16, seed=0
-        )
+        ).statistics(windows)
         return sample_bundle(
             linears, statistics, rows_per_layer=4, kernel_sizes=(3, 5), seed=0, **options
         )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pho_service.errors import InvalidInput
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
-from pho_service.pruning.masks import layer_score, model_masks
+from pho_service.pruning.masks import layer_score, linear_masks
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.pruning.statistics import PrunableLinear, Statistics
 from pho_service.spec.pattern import Coefficients, Linears, Pattern
@@ -56,7 +56,7 @@ def test_the_rest_is_a_model_of_its_own(
     some = candidate_of(pattern, scope, steps, LEFT_OUT)
     alone = candidate_of(pattern, scope, steps, Linears())
     masks, expected = (
-        dict(model_masks(these, statistics, each))
+        {n: m.keep for n, m in linear_masks(these, statistics, each)}
         for these, each in ((linears, some), (rest, alone))
     )
     rating, wanted = (
@@ -78,8 +78,9 @@ def test_a_linear_by_hand_loses_exactly_its_share_its_lowest_scores_the_rest_is_
     by_hand = [name for name in linears if name.endswith("down_proj")]
     some = candidate_of(pattern, scope, steps, Linears(sparsities={"*.down_proj": value}))
     rest = {name: linear for name, linear in linears.items() if name not in by_hand}
-    masks = dict(model_masks(linears, statistics, some))
-    expected = dict(model_masks(rest, statistics, candidate_of(pattern, scope, steps, Linears())))
+    masks = {n: m.keep for n, m in linear_masks(linears, statistics, some)}
+    alone = candidate_of(pattern, scope, steps, Linears())
+    expected = {n: m.keep for n, m in linear_masks(rest, statistics, alone)}
 
     assert all(torch.equal(masks[name], mask) for name, mask in expected.items())
     for name in by_hand:
@@ -117,7 +118,8 @@ def test_with_all_rows_a_rating_is_the_exact_error_of_the_linears_that_are_prune
     before, rating, after = evaluator.evaluate([plain, some, plain])
     expected = dict.fromkeys(linears, 0.0)
     absolute = 0.0
-    for name, mask in model_masks(linears, statistics, some):
+    for name, found in linear_masks(linears, statistics, some):
+        mask = found.keep
         root = statistics.inputs[statistics.input_of[name]].root.double()
         weight = linears[name].weight.double()
         error = float((root @ (weight * ~mask).T).square().sum())
@@ -137,5 +139,5 @@ def test_widths_of_what_is_left_out(linears: Model, statistics: Statistics) -> N
 
     with pytest.raises(InvalidInput, match=r"q_proj: in_features=32 is not a multiple of M=64"):
         ProxyEvaluator(whole).evaluate([wide])
-    assert len(dict(model_masks(linears, statistics, only))) == 2
+    assert len(dict(linear_masks(linears, statistics, only))) == 2
     assert ProxyEvaluator(whole).evaluate([only])[0].absolute > 0

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from pho_service.errors import NumericalError
 from pho_service.pruning.masks import (
-    model_masks,
+    linear_masks,
     model_sparsity,
     plain_score,
     pruned,
@@ -39,7 +39,7 @@ def masks_of(
     candidate = Candidate(
         method="crepe", coefficients=coefficients, pattern=Pattern.parse(pattern, scope)
     )
-    return dict(model_masks(linears, statistics, candidate))
+    return {n: m.keep for n, m in linear_masks(linears, statistics, candidate)}
 
 
 def score_of(
@@ -173,7 +173,8 @@ def test_inside_the_block_exactly_the_masked_weights_are_0_all_others_keep_their
     # They are made while the model is masked, linear by linear.
     candidate = Candidate(method="crepe", coefficients=CREPE, pattern=Pattern.parse(pattern, scope))
 
-    with pruned(linears, model_masks(linears, statistics, candidate)):
+    made = linear_masks(linears, statistics, candidate)
+    with pruned(linears, ((name, mask.keep) for name, mask in made)):
         for name, bits in bits_of(tiny_llama).items():
             wanted = expected[name].view(torch.int32) if name in expected else before[name]
             assert torch.equal(bits, wanted)

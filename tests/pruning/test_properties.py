@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pho_service.errors import NumericalError
 from pho_service.pruning import kernels
-from pho_service.pruning.masks import line_mask, model_masks
+from pho_service.pruning.masks import line_mask, linear_masks
 from pho_service.pruning.scores import importance, layer_importance, plain_combine_terms
 from pho_service.pruning.selection import (
     count_below,
@@ -287,7 +287,7 @@ def test_model(parts: list[Tensor], score: Coefficients, share: str) -> None:
     for scope in ("row", "layer", "global"):
         pattern = Pattern.parse(share, scope)
         candidate = Candidate(method="crepe", coefficients=score, pattern=pattern)
-        masks = dict(model_masks(linears, statistics, candidate))
+        masks = {n: m.keep for n, m in linear_masks(linears, statistics, candidate)}
         if scope == "global":
             total = sum(mask.numel() for mask in masks.values())
             assert sum(int((~m).sum()) for m in masks.values()) == pattern.removed(total)

@@ -10,7 +10,7 @@ from pretended_cards import Card
 from pho_service.errors import BundleError, NumericalError
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
 from pho_service.pruning.layer_errors import BATCH
-from pho_service.pruning.masks import model_masks
+from pho_service.pruning.masks import linear_masks
 from pho_service.pruning.proxy import ProxyEvaluator, ProxyRating
 from pho_service.pruning.scores import layer_importance
 from pho_service.pruning.statistics import PrunableLinear, Statistics
@@ -60,7 +60,8 @@ def slow_rating(linears: Linears, statistics: Statistics, candidate: Candidate) 
     """Mask every linear of the model and add up D H D^T row by row, in float64."""
     fisher = absolute = blend = geometric = 0.0
     relative: dict[str, float] = {}
-    for name, mask in model_masks(linears, statistics, candidate):
+    for name, masked in linear_masks(linears, statistics, candidate):
+        mask = masked.keep
         root = statistics.inputs[statistics.input_of[name]].root.double()
         gram = root.T @ root
         energy = layer_error = layer_fisher = 0.0
@@ -120,9 +121,11 @@ def test_sparsities_are_those_of_the_masks(
     steps = Steps(allocation=Allocation(method=method, spread=0.25))
     candidate = replace(candidate_of("crepe", pattern, scope), steps=steps)
     found = ProxyEvaluator(bundle_of(linears, statistics)).layer_sparsities(candidate)
-    masks = model_masks(linears, statistics, candidate)
+    masks = linear_masks(linears, statistics, candidate)
 
-    assert found == pytest.approx({name: 1 - float(mask.float().mean()) for name, mask in masks})
+    assert found == pytest.approx(
+        {name: 1 - float(mask.keep.float().mean()) for name, mask in masks}
+    )
 
 
 def test_sampled_rows(linears: Linears, statistics: Statistics) -> None:
@@ -170,8 +173,8 @@ def test_gini(linears: Linears, statistics: Statistics, pattern: str, scope: str
     """Gini is that of the scores with removed ones at 0, averaged over layers by weights."""
     candidate = candidate_of("crepe", pattern, scope)
     total = 0.0
-    for name, mask in model_masks(linears, statistics, candidate):
-        weight = linears[name].weight
+    for name, masked in linear_masks(linears, statistics, candidate):
+        mask, weight = masked.keep, linears[name].weight
         score = layer_importance(
             weight, activation_norm=statistics.activation_norm(name), layer=name,
             fisher=statistics.fisher[name], coefficients=candidate.coefficients,

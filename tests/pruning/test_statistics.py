@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from pho_service.errors import ModelError, NumericalError
-from pho_service.pruning.statistics import PrunableLinear, Statistics, collect_statistics
+from pho_service.pruning.statistics import PrunableLinear, Statistics, gather
 
 Linears = dict[str, PrunableLinear]
 
@@ -19,7 +19,7 @@ def collected(
 ) -> Statistics:
     """What the product says, with one Fisher window unless told otherwise."""
     more = {"fisher_windows": 1, "seed": 0, **more}
-    return collect_statistics(model, linears, windows, projection_rows=rows, **more)
+    return gather(model, linears, windows, projection_rows=rows, **more).statistics(windows)
 
 
 def test_readers_of_one_input_share_it(linears: Linears, statistics: Statistics) -> None:
