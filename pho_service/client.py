@@ -48,219 +48,12 @@ from pho_service.library import LibraryFile, TransferFile, parse_library_file
 from pho_service.progress import empty_bars, watched
 from pho_service.spec.configuration import Configuration
 
-# How the client talks to a service: requests, refusals in words, and waiting where it is asked to.
-_PATIENCE_S = 120.0  # with a service that is asked too often
+Answer = TypeVar("Answer", bound=BaseModel)
+Page = TypeVar("Page", JobPage, TrialPage)
 
+_PATIENCE_S = 120.0  # with a service that is asked too often
 _SHORT_ID = re.compile(r"[0-9a-fA-F-]{4,35}")  # the beginning of an id
 _MOST_NAMED = 3  # jobs whose ids begin alike
-
-
-class Connection:
-    """
-    Requests to one service. Errors are ServiceError; an outage is ServiceUnavailable.
-
-    Args:
-        url, key, timeout_s: As of :class:`~pho_service.client.Client`.
-    """
-
-    def __init__(self, url: str | None, key: str | None, timeout_s: float) -> None:
-        settings = read_settings(api_url=url, api_key=key)
-        secret = settings.api_key.get_secret_value() if settings.api_key else None
-        if secret and not (secret.isascii() and secret.isprintable()):
-            raise InvalidInput(
-                "the key has characters that no key has. Copy it again from where `pho keys "
-                "create` printed it."
-            )
-        headers = {"Authorization": f"Bearer {secret}"} if secret else {}
-        self.url = settings.api_url.rstrip("/")
-        try:
-            self._http = httpx.Client(
-                base_url=f"{self.url}/v1",
-                headers=headers,
-                timeout=timeout_s,
-                transport=httpx.HTTPTransport(retries=2),
-            )
-        except httpx.InvalidURL as error:
-            raise InvalidInput(
-                f"the service's URL {self.url!r} is not understood: {error}. Write "
-                "http://127.0.0.1:8000, say."
-            ) from error
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._http.close()
-
-    def job_path(self, given: uuid.UUID | str, rest: str = "") -> str:
-        """
-        The path of a job, or of what is below it.
-
-        Args:
-            given: Its id; the beginning of it is enough if no other job's id begins so.
-            rest: What follows the id.
-
-        Raises:
-            InvalidInput: It is none, no job's id begins so, or those of several do.
-        """
-        begins = str(given)
-        if not _SHORT_ID.fullmatch(begins) or len(begins.replace("-", "")) == 32:
-            return f"/jobs/{path_id(given)}{rest}"
-        params = {"id": begins, "page_size": _MOST_NAMED + 1}
-        found = read(JobPage, self.request("GET", "/jobs", params=params)).jobs
-        if not found:
-            raise InvalidInput(
-                f"no job's id begins with {begins!r}. `pho jobs` shows the ids of all."
-            )
-        if len(found) > 1:
-            named = ", ".join(f"{job.id} ({job.name})" for job in found[:_MOST_NAMED])
-            more = ", and more" if len(found) > _MOST_NAMED else ""
-            raise InvalidInput(
-                f"the ids of several jobs begin with {begins!r}: {named}{more}. Give more of it."
-            )
-        return f"/jobs/{found[0].id}{rest}"
-
-    @contextmanager
-    def part(self, path: str, file: File, first: int) -> Iterator[tuple[bool, Iterator[bytes]]]:
-        """The bytes of a file from the first that is missing; whether they begin there."""
-        etag = f'"{file.sha256}"'
-        headers = {"Accept-Encoding": "identity"}
-        headers |= {"Range": f"bytes={first}-", "If-Range": etag} if first else {}
-        try:
-            url = f"{path}/{quote(file.name)}"
-            with self._http.stream("GET", url, headers=headers) as answer:
-                if not answer.is_success:
-                    answer.read()
-                    raise _refused(answer)
-                yield answer.status_code == 206, answer.iter_raw()
-        except httpx.TransportError as error:
-            raise self.unreachable(error) from error
-
-    def stream(self, stack: ExitStack, path: str, headers: dict[str, str]) -> EventSource:
-        """A stream of events, which is open until the stack ends."""
-        return _retrying()(self._stream_once, stack, path, headers)
-
-    def _stream_once(self, stack: ExitStack, path: str, headers: dict[str, str]) -> EventSource:
-        request = connect_sse(self._http, "GET", path, headers=headers, timeout=None)
-        with ExitStack() as refused:
-            source = refused.enter_context(request)
-            if not source.response.is_success:
-                source.response.read()
-                raise _refused(source.response)
-            stack.push(refused.pop_all())
-        return source
-
-    def request(self, method: str, path: str, **more: Any) -> httpx.Response:
-        """
-        The answer to a request.
-
-        Args:
-            method: HTTP method.
-            path: Below ``/v1``.
-            more: As of ``httpx.Client.request``.
-
-        Raises:
-            ServiceError: The service says no, or cannot be reached.
-        """
-        return _retrying()(self._request_once, method, path, **more)
-
-    def _request_once(self, method: str, path: str, **more: Any) -> httpx.Response:
-        try:
-            answer = self._http.request(method, path, **more)
-        except httpx.TransportError as error:
-            raise self.unreachable(error) from error
-        if not answer.is_success:
-            raise _refused(answer)
-        return answer
-
-    def unreachable(self, error: httpx.TransportError) -> ServiceUnavailable:
-        """What is raised where the service is away."""
-        return ServiceUnavailable(
-            f"the service at {self.url} cannot be reached: {error}. Start it with `pho serve`, or "
-            "set PHO_API_URL."
-        )
-
-
-def _retrying() -> Retrying:
-    """Again, when it may be, what was refused because it came too soon: nothing was done of it."""
-    return Retrying(
-        retry=retry_if_exception(_is_too_soon),
-        wait=_as_told,
-        stop=stop_before_delay(_PATIENCE_S),
-        sleep=time.sleep,
-        reraise=True,
-    )
-
-
-def _is_too_soon(error: BaseException) -> bool:
-    return isinstance(error, ServiceError) and error.code == "too_many_requests"
-
-
-def _as_told(state: RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome else None
-    told = error.retry_after_s if isinstance(error, ServiceError) else None
-    return 1.0 if told is None else told
-
-
-Answer = TypeVar("Answer", bound=BaseModel)
-
-
-def read(kind: type[Answer], answer: httpx.Response) -> Answer:
-    """
-    Return what an answer says.
-
-    Raises:
-        ServiceError: It is not what PHO answers.
-    """
-    try:
-        return kind.model_validate_json(answer.content)
-    except ValidationError as error:
-        raise no_pho() from error
-
-
-def no_pho() -> ServiceError:
-    """What is raised where somebody else answers."""
-    return ServiceError(
-        "the answer is not one that PHO gives: something else listens there, or a service of "
-        "another version. Check PHO_API_URL.",
-        code="unknown",
-    )
-
-
-def path_id(given: uuid.UUID | str, thing: str = "a job", verb: str = "jobs") -> str:
-    """
-    An id for a path.
-
-    Raises:
-        InvalidInput: It is none; says which verb lists those that there are.
-    """
-    try:
-        return str(uuid.UUID(str(given)))
-    except ValueError:
-        raise InvalidInput(
-            f"{str(given)!r} is not {thing}'s id. `pho {verb}` shows the ids of all."
-        ) from None
-
-
-def _refused(answer: httpx.Response) -> ServiceError:
-    try:
-        problem = Problem.model_validate_json(answer.content)
-    except ValidationError:  # a proxy's page, or no service of ours
-        problem = Problem(
-            title="", status=answer.status_code, detail=f"HTTP {answer.status_code}", code="unknown"
-        )
-    lines = [problem.detail]
-    if len(problem.errors or ()) > 1:
-        lines = [f"{e.pointer or e.parameter}: {e.detail}" for e in problem.errors or ()]
-    kind = ServiceUnavailable if problem.status in (502, 503, 504) else ServiceError
-    told = answer.headers.get("Retry-After", "")
-    return kind(
-        "\n".join(lines),
-        status=problem.status,
-        code=problem.code,
-        retry_after_s=float(told) if told.isdecimal() and len(told) < 10 else None,
-    )
-
-
-# A Python client of the service.
 _OUTAGE_S = 300.0  # that waiting for a job bears
 _POLL_S = 1.0
 
@@ -296,12 +89,27 @@ class Client:
     def __init__(
         self, url: str | None = None, key: str | None = None, *, timeout_s: float = 30.0
     ) -> None:
-        self._service = Connection(url, key, timeout_s)
-
-    @property
-    def url(self) -> str:
-        """Address of the service."""
-        return self._service.url
+        settings = read_settings(api_url=url, api_key=key)
+        secret = settings.api_key.get_secret_value() if settings.api_key else None
+        if secret and not (secret.isascii() and secret.isprintable()):
+            raise InvalidInput(
+                "the key has characters that no key has. Copy it again from where `pho keys "
+                "create` printed it."
+            )
+        headers = {"Authorization": f"Bearer {secret}"} if secret else {}
+        self.url = settings.api_url.rstrip("/")
+        try:
+            self._http = httpx.Client(
+                base_url=f"{self.url}/v1",
+                headers=headers,
+                timeout=timeout_s,
+                transport=httpx.HTTPTransport(retries=2),
+            )
+        except httpx.InvalidURL as error:
+            raise InvalidInput(
+                f"the service's URL {self.url!r} is not understood: {error}. Write "
+                "http://127.0.0.1:8000, say."
+            ) from error
 
     def __enter__(self) -> Self:
         return self
@@ -314,7 +122,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connections."""
-        self._service.close()
+        self._http.close()
 
     def submit(self, spec: Mapping[str, Any], *, idempotency_key: str | None = None) -> Submitted:
         """
@@ -327,14 +135,14 @@ class Client:
         """
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
         try:
-            answer = self._service.request("POST", "/jobs", json=dict(spec), headers=headers)
+            answer = self._request("POST", "/jobs", json=dict(spec), headers=headers)
         except (TypeError, ValueError, RecursionError) as error:
             raise InvalidInput(f"the job document cannot be sent as JSON: {error}.") from error
-        return read(Submitted, answer)
+        return _read(Submitted, answer)
 
     def job(self, job_id: uuid.UUID | str) -> Job:
         """A job with its progress."""
-        return read(Job, self._service.request("GET", self._service.job_path(job_id)))
+        return self._get(Job, self._job_path(job_id))
 
     def jobs(
         self,
@@ -356,27 +164,15 @@ class Client:
             sort: As ``GET /v1/jobs`` takes it, such as ``rise`` or ``-gain``; None is newest first.
         """
         params: dict[str, Any] = {"state": [*states], "model": [*models], "pattern": [*patterns]}
-        params |= {key: value for key, value in (("name", name), ("sort", sort)) if value}
-        while True:
-            answer = self._service.request("GET", "/jobs", params=params)
-            page = read(JobPage, answer)
+        params |= {"name": name or None, "sort": sort or None}
+        for page in self._pages(JobPage, "/jobs", params):
             yield from page.jobs
-            if page.next_page_token is None:
-                return
-            params["page_token"] = page.next_page_token
 
     def trials(self, job_id: uuid.UUID | str, *, island: int = 0) -> Iterator[Trial]:
         """The trials of an island by number, page by page."""
-        params: dict[str, Any] = {"island": island}
-        while True:
-            answer = self._service.request(
-                "GET", self._service.job_path(job_id, "/trials"), params=params
-            )
-            page = read(TrialPage, answer)
+        path = self._job_path(job_id, "/trials")
+        for page in self._pages(TrialPage, path, {"island": island}):
             yield from page.trials
-            if page.next_page_token is None:
-                return
-            params["page_token"] = page.next_page_token
 
     def best(self, job_id: uuid.UUID | str, *, pattern: str | None = None) -> Configuration:
         """
@@ -386,35 +182,35 @@ class Client:
             job_id: Which.
             pattern: One of a job with several; of a target, None is the answer.
         """
-        path = self._service.job_path(job_id, "/best")
-        return read(Configuration, self._service.request("GET", path, params=_at(pattern)))
+        path = self._job_path(job_id, "/best")
+        return self._get(Configuration, path, pattern=pattern)
 
     def report(self, job_id: uuid.UUID | str) -> str:
         """A job as one page of HTML that needs no network; of any job in any state."""
-        answer = self._service.request("GET", self._service.job_path(job_id, "/report"))
+        answer = self._request("GET", self._job_path(job_id, "/report"))
         if "PHO report</title>" not in answer.text:
-            raise no_pho()
+            raise _no_pho()
         return answer.text
 
     def events(self, job_id: uuid.UUID | str, *, after: int = 0) -> Iterator[Event]:
         """What happens to a job, from the event after ``after`` to the end of the job."""
         headers = {"Last-Event-ID": str(after)} if after else {}
-        path = self._service.job_path(job_id, "/events")
+        path = self._job_path(job_id, "/events")
         try:
             with ExitStack() as stack:
-                source = self._service.stream(stack, path, headers)
+                source = self._stream(stack, path, headers)
                 for event in source.iter_sse():
                     if not event.data:  # the service's sign of life, which httpx-sse gives an id
                         continue
                     try:
                         found = Event(id=int(event.id), kind=event.event, data=event.json())
                     except ValueError as error:
-                        raise no_pho() from error
+                        raise _no_pho() from error
                     yield found
         except httpx_sse.SSEError as error:
-            raise no_pho() from error
+            raise _no_pho() from error
         except httpx.TransportError as error:
-            raise self._service.unreachable(error) from error
+            raise self._unreachable(error) from error
 
     def cancel(self, job_id: uuid.UUID | str) -> Job:
         """Cancel a job for good."""
@@ -440,9 +236,7 @@ class Client:
 
     def artifacts(self, job_id: uuid.UUID | str) -> ArtifactList:
         """The files of a job's pruned model."""
-        return read(
-            ArtifactList, self._service.request("GET", self._service.job_path(job_id, "/artifacts"))
-        )
+        return self._get(ArtifactList, self._job_path(job_id, "/artifacts"))
 
     def pull(
         self, job_id: uuid.UUID | str, folder: str | Path, *, progress: bool | None = None
@@ -463,10 +257,10 @@ class Client:
             ServiceError: There is no pruned model, or a file is not what the service says it is.
         """
         files = self.artifacts(job_id).files
-        path = self._service.job_path(job_id, "/artifacts")
+        path = self._job_path(job_id, "/artifacts")
         with empty_bars(shown=watched(progress), of_bytes=True) as bars:
             task = bars.add_task("Downloading", total=sum(each.bytes for each in files))
-            part = partial(self._service.part, path)
+            part = partial(self._part, path)
             return pull(files, Path(folder), part, partial(bars.advance, task))
 
     def extend(self, job_id: uuid.UUID | str, *, trials: int) -> Job:
@@ -494,24 +288,22 @@ class Client:
         """
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
         document = {"models": [*models], **options}
-        answer = self._service.request(
+        answer = self._request(
             "POST",
-            self._service.job_path(job_id, ":transfer"),
+            self._job_path(job_id, ":transfer"),
             json=document,
             headers=headers,
             params=_at(pattern),
         )
-        return read(Job, answer)
+        return _read(Job, answer)
 
     def transferred(self, job_id: uuid.UUID | str) -> TransferFile:
         """What a transfer has measured so far."""
-        return read(
-            TransferFile, self._service.request("GET", self._service.job_path(job_id, "/transfer"))
-        )
+        return self._get(TransferFile, self._job_path(job_id, "/transfer"))
 
     def delete(self, job_id: uuid.UUID | str) -> None:
         """Delete a job that is over or paused."""
-        self._service.request("DELETE", self._service.job_path(job_id))
+        self._request("DELETE", self._job_path(job_id))
 
     def configurations(
         self,
@@ -523,31 +315,30 @@ class Client:
         limit: int = 10,
     ) -> list[ConfigurationMatch]:
         """The configurations of the library that are likely to be good, best first."""
-        asked = {"pattern": pattern, "scope": scope, "family": family, "parameters": parameters}
-        params: dict[str, Any] = {k: v for k, v in asked.items() if v is not None}
-        answer = self._service.request("GET", "/configurations", params={**params, "limit": limit})
-        return read(ConfigurationMatches, answer).configurations
+        found = self._get(
+            ConfigurationMatches, "/configurations", pattern=pattern, scope=scope, family=family,
+            parameters=parameters, limit=limit,
+        )  # fmt: skip
+        return found.configurations
 
     def import_configuration(self, file: LibraryFile) -> ConfigurationMatch:
         """Add a configuration that was found elsewhere to the library."""
         document = file.to_dict("import")
-        return read(
-            ConfigurationMatch, self._service.request("POST", "/configurations", json=document)
-        )
+        return _read(ConfigurationMatch, self._request("POST", "/configurations", json=document))
 
     def export_configuration(self, configuration_id: uuid.UUID | str) -> LibraryFile:
         """A configuration of the library, with what it was worth elsewhere."""
-        path = f"/configurations/{path_id(configuration_id, 'a configuration', 'configurations')}"
-        answer = self._service.request("GET", path)
+        path = f"/configurations/{_path_id(configuration_id, 'a configuration', 'configurations')}"
+        answer = self._request("GET", path)
         try:
             return parse_library_file(answer.json(), f"{self.url}/v1{path}")
         except ValueError as error:
-            raise no_pho() from error
+            raise _no_pho() from error
 
     def delete_configuration(self, configuration_id: uuid.UUID | str) -> None:
         """Take a configuration out of the library."""
-        path = path_id(configuration_id, "a configuration", "configurations")
-        self._service.request("DELETE", f"/configurations/{path}")
+        path = _path_id(configuration_id, "a configuration", "configurations")
+        self._request("DELETE", f"/configurations/{path}")
 
     def plan(
         self,
@@ -568,13 +359,11 @@ class Client:
         """
         asked = {"card": card, "device_memory": device_memory, "main_memory": main_memory}
         params = {name: value for name, value in asked.items() if value is not None}
-        return read(
-            PlanAnswer, self._service.request("POST", "/plan", json=dict(spec), params=params)
-        )
+        return _read(PlanAnswer, self._request("POST", "/plan", json=dict(spec), params=params))
 
     def workers(self) -> list[Worker]:
         """The workers that reported lately."""
-        return read(WorkerList, self._service.request("GET", "/workers")).workers
+        return self._get(WorkerList, "/workers").workers
 
     def drain(self, worker_id: uuid.UUID | str, *, now: bool = False) -> Worker:
         """
@@ -585,7 +374,7 @@ class Client:
             now: Hand back the stage that it has in hand, instead of finishing it first.
         """
         path = f"/workers/{worker_id}:drain"
-        return read(Worker, self._service.request("POST", path, params={"now": now}))
+        return _read(Worker, self._request("POST", path, params={"now": now}))
 
     def wait(
         self,
@@ -640,6 +429,18 @@ class Client:
                 time.sleep(_POLL_S)
                 job = patient(self.job, job_id)
 
+    def _get(self, kind: type[Answer], path: str, **params: Any) -> Answer:
+        given = {name: value for name, value in params.items() if value is not None}
+        return _read(kind, self._request("GET", path, params=given))
+
+    def _pages(self, kind: type[Page], path: str, params: dict[str, Any]) -> Iterator[Page]:
+        while True:
+            page = self._get(kind, path, **params)
+            yield page
+            if page.next_page_token is None:
+                return
+            params = {**params, "page_token": page.next_page_token}
+
     def _verb(
         self,
         job_id: uuid.UUID | str,
@@ -647,10 +448,143 @@ class Client:
         document: dict[str, Any] | None = None,
         params: dict[str, str] | None = None,
     ) -> Job:
-        path = self._service.job_path(job_id, f":{verb}")
-        return read(Job, self._service.request("POST", path, json=document, params=params))
+        path = self._job_path(job_id, f":{verb}")
+        return _read(Job, self._request("POST", path, json=document, params=params))
+
+    def _job_path(self, given: uuid.UUID | str, rest: str = "") -> str:
+        """The path of a job, or of what is below it; the beginning of its id is enough."""
+        begins = str(given)
+        if not _SHORT_ID.fullmatch(begins) or len(begins.replace("-", "")) == 32:
+            return f"/jobs/{_path_id(given)}{rest}"
+        found = self._get(JobPage, "/jobs", id=begins, page_size=_MOST_NAMED + 1).jobs
+        if not found:
+            raise InvalidInput(
+                f"no job's id begins with {begins!r}. `pho jobs` shows the ids of all."
+            )
+        if len(found) > 1:
+            named = ", ".join(f"{job.id} ({job.name})" for job in found[:_MOST_NAMED])
+            more = ", and more" if len(found) > _MOST_NAMED else ""
+            raise InvalidInput(
+                f"the ids of several jobs begin with {begins!r}: {named}{more}. Give more of it."
+            )
+        return f"/jobs/{found[0].id}{rest}"
+
+    @contextmanager
+    def _part(self, path: str, file: File, first: int) -> Iterator[tuple[bool, Iterator[bytes]]]:
+        """The bytes of a file from the first that is missing; whether they begin there."""
+        etag = f'"{file.sha256}"'
+        headers = {"Accept-Encoding": "identity"}
+        headers |= {"Range": f"bytes={first}-", "If-Range": etag} if first else {}
+        try:
+            url = f"{path}/{quote(file.name)}"
+            with self._http.stream("GET", url, headers=headers) as answer:
+                if not answer.is_success:
+                    answer.read()
+                    raise _refused(answer)
+                yield answer.status_code == 206, answer.iter_raw()
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+
+    def _stream(self, stack: ExitStack, path: str, headers: dict[str, str]) -> EventSource:
+        """A stream of events, which is open until the stack ends."""
+        return _retrying()(self._stream_once, stack, path, headers)
+
+    def _stream_once(self, stack: ExitStack, path: str, headers: dict[str, str]) -> EventSource:
+        request = connect_sse(self._http, "GET", path, headers=headers, timeout=None)
+        with ExitStack() as refused:
+            source = refused.enter_context(request)
+            if not source.response.is_success:
+                source.response.read()
+                raise _refused(source.response)
+            stack.push(refused.pop_all())
+        return source
+
+    def _request(self, method: str, path: str, **more: Any) -> httpx.Response:
+        return _retrying()(self._request_once, method, path, **more)
+
+    def _request_once(self, method: str, path: str, **more: Any) -> httpx.Response:
+        try:
+            answer = self._http.request(method, path, **more)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        if not answer.is_success:
+            raise _refused(answer)
+        return answer
+
+    def _unreachable(self, error: httpx.TransportError) -> ServiceUnavailable:
+        """What is raised where the service is away."""
+        return ServiceUnavailable(
+            f"the service at {self.url} cannot be reached: {error}. Start it with `pho serve`, or "
+            "set PHO_API_URL."
+        )
 
 
 def _at(pattern: str | None) -> dict[str, str]:
     """A query that names one of several patterns."""
     return {} if pattern is None else {"pattern": pattern}
+
+
+def _retrying() -> Retrying:
+    """Again, when it may be, what was refused because it came too soon: nothing was done of it."""
+    return Retrying(
+        retry=retry_if_exception(_is_too_soon),
+        wait=_as_told,
+        stop=stop_before_delay(_PATIENCE_S),
+        sleep=time.sleep,
+        reraise=True,
+    )
+
+
+def _is_too_soon(error: BaseException) -> bool:
+    return isinstance(error, ServiceError) and error.code == "too_many_requests"
+
+
+def _as_told(state: RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    told = error.retry_after_s if isinstance(error, ServiceError) else None
+    return 1.0 if told is None else told
+
+
+def _read(kind: type[Answer], answer: httpx.Response) -> Answer:
+    try:
+        return kind.model_validate_json(answer.content)
+    except ValidationError as error:
+        raise _no_pho() from error
+
+
+def _no_pho() -> ServiceError:
+    """What is raised where somebody else answers."""
+    return ServiceError(
+        "the answer is not one that PHO gives: something else listens there, or a service of "
+        "another version. Check PHO_API_URL.",
+        code="unknown",
+    )
+
+
+def _path_id(given: uuid.UUID | str, thing: str = "a job", verb: str = "jobs") -> str:
+    try:
+        return str(uuid.UUID(str(given)))
+    except ValueError:
+        raise InvalidInput(
+            f"{str(given)!r} is not {thing}'s id. `pho {verb}` shows the ids of all."
+        ) from None
+
+
+def _refused(answer: httpx.Response) -> ServiceError:
+    try:
+        problem = Problem.model_validate_json(answer.content)
+    except ValidationError:  # a proxy's page, or no service of ours
+        problem = Problem(
+            title="", status=answer.status_code, detail=f"HTTP {answer.status_code}", code="unknown"
+        )
+    lines = [problem.detail]
+    if len(problem.errors or ()) > 1:
+        lines = [f"{e.pointer or e.parameter}: {e.detail}" for e in problem.errors or ()]
+    kind = ServiceUnavailable if problem.status in (502, 503, 504) else ServiceError
+    told = answer.headers.get("Retry-After", "")
+    return kind(
+        "\n".join(lines),
+        status=problem.status,
+        code=problem.code,
+        retry_after_s=float(told) if told.isdecimal() and len(told) < 10 else None,
+    )

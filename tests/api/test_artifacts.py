@@ -224,7 +224,7 @@ def test_files_that_are_too_old_are_deleted_which_is_said_and_can_be_made_again(
 @pytest.fixture
 def pho(client: TestClient) -> Client:
     opened = Client("http://127.0.0.1:8000")
-    opened._service._http = TestClient(client.app, "http://127.0.0.1:8000/v1")
+    opened._http = TestClient(client.app, "http://127.0.0.1:8000/v1")
     return opened
 
 
