@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,70 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pho_service.errors import BundleError, shown
+from pho_service.errors import BundleError, PhoError, shown
 from pho_service.host.files import new_file
 from pho_service.pruning.bundle import LayerSample, ProxyBundle
 from pho_service.pruning.scores import TINY
 from pho_service.pruning.statistics import InputStatistics, Sums
 
-FORMAT = "pho-bundle"
-VERSION = 1
-MAX_DOCUMENT = 16 * 2**20  # characters; a 70B model's has about 100,000
-_WAY_OUT = "Make it again with `pho calibrate`."
+FORMAT, VERSION = "pho-bundle", 1
+MAX_DOCUMENT = 16 * 2**20  # characters; a 70B model's has 100,000, 45,000 experts' masks 4 million
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileKind:
+    """A kind of our safetensors files, whose metadata has one JSON object."""
+
+    format: str  # Its name in the metadata
+    version: int
+    error: type[PhoError]  # Raised where a file is none
+    is_none: str  # What is said of another safetensors file
+    way_out: str
+    of_another_version: str  # What to do with a file of another version
+
+    def damaged(self, path: Path, what: str) -> PhoError:
+        return self.error(f"{path} is damaged: {what}. {self.way_out}")
+
+    @contextmanager
+    def reading(self, path: Path) -> Iterator[None]:
+        """Inside, what safetensors or the disk says is an error of this kind."""
+        try:
+            yield
+        except (SafetensorError, OSError) as error:
+            raise self.error(
+                f"{path} is damaged or truncated: {shown(str(error), 300)}. {self.way_out}"
+            ) from error
+
+    def document(self, file: Any, path: Path) -> dict[str, Any]:
+        """The JSON object, of the version that this PHO reads."""
+        text = (file.metadata() or {}).get(self.format)
+        if text is None:
+            raise self.error(f"{path} is a safetensors file, but {self.is_none}. {self.way_out}")
+        try:
+            document = json.loads(text) if len(text) <= MAX_DOCUMENT else None
+        except (ValueError, RecursionError):
+            document = None
+        if not isinstance(document, dict):
+            raise self.damaged(path, "its header holds no document")
+        if document.get("version") != self.version:
+            raise self.error(
+                f"{path} has format version {shown(document.get('version'))}, but this PHO reads "
+                f"version {self.version}. {self.of_another_version}"
+            )
+        return document
+
+    def lacks(self, path: Path, error: Exception) -> PhoError:
+        return self.damaged(path, f"its header lacks {shown(str(error), 300)}")
+
+
+_BUNDLE = FileKind(
+    format=FORMAT,
+    version=VERSION,
+    error=BundleError,
+    is_none="no proxy bundle",
+    way_out="Make it again with `pho calibrate`.",
+    of_another_version="Make the bundle again, or install the PHO that made it.",
+)
 
 
 def write_bundle(bundle: ProxyBundle, path: Path) -> None:
@@ -84,15 +139,10 @@ def read_bundle(path: str | Path) -> ProxyBundle:
     """
     path = Path(path)
     if not path.is_file():
-        raise BundleError(f"the bundle {path} does not exist. {_WAY_OUT}")
+        raise BundleError(f"the bundle {path} does not exist. {_BUNDLE.way_out}")
     try:
-        with safe_open(path, framework="pt") as file:
-            document = _document(file.metadata() or {}, path)
-            return _assemble(document, _Tensors(file, path))
-    except (SafetensorError, OSError) as error:
-        raise BundleError(
-            f"{path} is damaged or truncated: {shown(str(error), 300)}. {_WAY_OUT}"
-        ) from error
+        with _BUNDLE.reading(path), safe_open(path, framework="pt") as file:
+            return _assemble(_BUNDLE.document(file, path), _Tensors(file, path))
     except (MemoryError, RuntimeError) as error:  # the latter is torch's
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
@@ -100,24 +150,6 @@ def read_bundle(path: str | Path) -> ProxyBundle:
             f"{path} does not fit into the memory: {error}. Give more, or make a smaller bundle: "
             "--rows-per-layer and --projection-rows of `pho calibrate`."
         ) from error
-
-
-def _document(metadata: dict[str, str], path: Path) -> dict[str, Any]:
-    text = metadata.get(FORMAT)
-    if text is None:
-        raise BundleError(f"{path} is a safetensors file, but no proxy bundle. {_WAY_OUT}")
-    try:
-        document = json.loads(text) if len(text) <= MAX_DOCUMENT else None
-    except (ValueError, RecursionError):
-        document = None
-    if not isinstance(document, dict):
-        raise BundleError(f"{path} is damaged: its header holds no document. {_WAY_OUT}")
-    if document.get("version") != VERSION:
-        raise BundleError(
-            f"{path} has format version {shown(document.get('version'))}, but this PHO reads "
-            f"version {VERSION}. Make the bundle again, or install the PHO that made it."
-        )
-    return document
 
 
 class _Tensors:
@@ -131,7 +163,7 @@ class _Tensors:
     def take(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """A tensor of this shape (-1 fits any size), finite."""
         if name not in self.names:
-            raise BundleError(f"{self.path} is damaged: {name} is missing. {_WAY_OUT}")
+            raise _BUNDLE.damaged(self.path, f"{name} is missing")
         view = self.file.get_slice(name)
         actual = view.get_shape()
         fits = len(actual) == len(shape) and all(
@@ -140,12 +172,10 @@ class _Tensors:
         # A copy: what is read stays a map of the file, and dies with the process if it shrinks.
         tensor: Tensor | None = self.file.get_tensor(name).clone() if fits else None
         if tensor is None or tensor.dtype is not dtype or 0 in actual:
-            raise BundleError(
-                f"{self.path} is damaged: {name} is {view.get_dtype()} {shown(actual)}, expected "
-                f"{dtype} {list(shape)}. {_WAY_OUT}"
-            )
+            found = f"{view.get_dtype()} {shown(actual)}"
+            raise _BUNDLE.damaged(self.path, f"{name} is {found}, expected {dtype} {list(shape)}")
         if dtype is torch.float32 and not bool(torch.isfinite(tensor).all()):
-            raise BundleError(f"{self.path} is damaged: {name} has NaN or infinity. {_WAY_OUT}")
+            raise _BUNDLE.damaged(self.path, f"{name} has NaN or infinity")
         return tensor
 
 
@@ -165,20 +195,15 @@ def _assemble(document: dict[str, Any], tensors: _Tensors) -> ProxyBundle:
         provenance = dict(document["provenance"])
         dict(provenance.get("model", {}))  # must be an object too
     except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
-        raise BundleError(
-            f"{tensors.path} is damaged: its header lacks {shown(str(error), 300)}. {_WAY_OUT}"
-        ) from error
+        raise _BUNDLE.lacks(tensors.path, error) from error
     if not layers or not kernel_sizes:
-        raise BundleError(
-            f"{tensors.path} is damaged: it has no layers or kernel sizes. {_WAY_OUT}"
-        )
+        raise _BUNDLE.damaged(tensors.path, "it has no layers or kernel sizes")
     bundle = ProxyBundle(layers=layers, inputs=inputs, provenance=provenance)
     written = document.get("sha256")
     if written != bundle.contents_sha256:
-        raise BundleError(
-            f"{tensors.path} is damaged: its contents have the hash "
-            f"{bundle.contents_sha256[:12]}, but its header says {shown(written)[:12]}. {_WAY_OUT}"
-        )
+        mine = bundle.contents_sha256[:12]
+        said = f"its contents have the hash {mine}, but its header says {shown(written)[:12]}"
+        raise _BUNDLE.damaged(tensors.path, said)
     return bundle
 
 
@@ -191,20 +216,16 @@ def _layer(
 ) -> LayerSample:
     input_index = int(entry["input_index"])
     if not 0 <= input_index < len(inputs):
-        raise BundleError(f"{tensors.path} is damaged: {prefix} reads no input. {_WAY_OUT}")
+        raise _BUNDLE.damaged(tensors.path, f"{prefix} reads no input")
     width = len(inputs[input_index].activation_norm)
     out_features = int(entry["out_features"])
     energy = float(entry["output_energy"])
     if not math.isfinite(energy):
-        raise BundleError(
-            f"{tensors.path} is damaged: {prefix} has an output_energy of {energy}. {_WAY_OUT}"
-        )
+        raise _BUNDLE.damaged(tensors.path, f"{prefix} has an output_energy of {energy}")
     rows = tensors.take(f"{prefix}.rows", -1, width)
     index = tensors.take(f"{prefix}.row_index", len(rows), dtype=torch.int64)
     if int(index.min()) < 0 or int(index.max()) >= out_features:
-        raise BundleError(
-            f"{tensors.path} is damaged: {prefix}.row_index leaves the layer. {_WAY_OUT}"
-        )
+        raise _BUNDLE.damaged(tensors.path, f"{prefix}.row_index leaves the layer")
     return LayerSample(
         name=str(entry["name"]),
         out_features=out_features,

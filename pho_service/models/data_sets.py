@@ -123,11 +123,6 @@ def read_text(file: BinaryIO, where: str, budget: Budget) -> str:
     return _decoded(_whole(file, where, budget), where).replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_lines(file: BinaryIO, where: str, budget: Budget) -> Iterator[str]:
-    for _, line in _lines(file, where, budget):
-        yield line
-
-
 def read_json(
     file: BinaryIO, field: str, where: str, budget: Budget, *, lists: bool = False
 ) -> Iterator[str]:
@@ -137,7 +132,8 @@ def read_json(
             continue
         if lists and number == 1 and line.lstrip().startswith("["):
             rest = _decoded(_whole(file, where, budget), where)
-            yield from _rows_of_list(line + "\n" + rest, field, where)
+            for place, row in enumerate(_parsed(line + "\n" + rest, where), start=1):
+                yield _text_of(row, field, f"{where}, object {place}")
             return
         here = f"{where}, line {number}"
         yield _text_of(_parsed(line, here), field, here)
@@ -242,11 +238,6 @@ def _parsed(text: str, where: str) -> Any:
         raise TextError(f"{where} is not JSON: {shown(str(error))}.") from error
 
 
-def _rows_of_list(text: str, field: str, where: str) -> Iterator[str]:
-    for number, row in enumerate(_parsed(text, where), start=1):
-        yield _text_of(row, field, f"{where}, object {number}")
-
-
 def _text_of(row: Any, field: str, where: str) -> str:
     value = row.get(field) if isinstance(row, dict) else None
     if isinstance(value, str):
@@ -292,7 +283,7 @@ def read_dataset(source: "TextSource", budget: Budget) -> Iterator[str]:
             elif source.field != "text":
                 raise TextError(f"{where} is plain text, whose field is 'text' alone.")
             else:
-                yield from read_lines(content, where, budget)
+                yield from (line for _, line in _lines(content, where, budget))
 
 
 def with_split(source: "TextSource") -> "TextSource":

@@ -23,17 +23,22 @@ from torch import Tensor
 
 from pho_service.errors import ModelError, shown
 from pho_service.host.files import new_file
-from pho_service.models.bundle_file import os_errors
+from pho_service.models.bundle_file import FileKind, os_errors
 from pho_service.models.loading import sha256_each
 from pho_service.pruning.masks import pack, unpack
 
-MASK_FORMAT = "pho-masks"
-MASK_VERSION = 1
 # In a folder of its own: some servers take every *.safetensors beside a model for weights.
 MASKS = "pruning/masks.safetensors"
-MAX_DOCUMENT = 16 * 2**20  # characters; 45,000 experts have about 4 million
 MAX_FEATURES = 2**31  # what an order's int32 can number
-_WAY_OUT = "Prune the model again with `pho prune`."
+MASK_FORMAT = "pho-masks"
+_MASKS = FileKind(
+    format=MASK_FORMAT,
+    version=1,
+    error=ModelError,
+    is_none="holds no masks",
+    way_out="Prune the model again with `pho prune`.",
+    of_another_version="Install the PHO that pruned the model, or prune it again.",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +105,7 @@ def write_masks(
     bits = sha256_each(tensors[f"{name}.keep"] for name in shapes)
     hashes = dict(zip(shapes, bits, strict=True))
     document = {
-        "version": MASK_VERSION,
+        "version": _MASKS.version,
         "layers": [{"name": name, "shape": shape} for name, shape in shapes.items()],
         "metadata": metadata,
     }
@@ -149,10 +154,8 @@ class MaskFile:
             return LayerMask(keep=keep)
         order = self._read(f"{name}.order").long()
         if not is_permutation(order, shape[1]):
-            raise ModelError(
-                f"{self.path} is damaged: {name}.order is not a permutation of {shape[1]} input "
-                f"channels. {_WAY_OUT}"
-            )
+            wrong = f"{name}.order is not a permutation of {shape[1]} input channels"
+            raise _MASKS.damaged(self.path, wrong)
         return LayerMask(keep=keep, order=order)
 
     def sha256(self, name: str) -> str:
@@ -164,7 +167,7 @@ class MaskFile:
             # A copy: what is read stays a map of the file, and dies with the process if it shrinks.
             copy: Tensor = self._file.get_tensor(tensor).clone()
         except SafetensorError as error:
-            raise ModelError(f"{self.path} is damaged: {error}. {_WAY_OUT}") from error
+            raise _MASKS.damaged(self.path, str(error)) from error
         return copy
 
 
@@ -172,38 +175,16 @@ def read_masks(path: Path) -> MaskFile:
     """Open a file of masks and check its header; no mask is read yet."""
     path = path.expanduser()
     if not path.is_file():
-        raise ModelError(f"the masks {path} do not exist. {_WAY_OUT}")
-    try:
+        raise ModelError(f"the masks {path} do not exist. {_MASKS.way_out}")
+    with _MASKS.reading(path):
         file: Any = safe_open(path, framework="pt")
-        document = _document(file.metadata() or {}, path)
+        document = _MASKS.document(file, path)
         shapes = _shapes(document, path)
         _check_tensors(file, shapes, path)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{path} is damaged or truncated: {shown(str(error), 300)}. {_WAY_OUT}"
-        ) from error
     metadata = document.get("metadata")
     if not isinstance(metadata, dict):
-        raise ModelError(f"{path} is damaged: its header lacks metadata. {_WAY_OUT}")
+        raise _MASKS.damaged(path, "its header lacks metadata")
     return MaskFile(path, file, shapes, metadata)
-
-
-def _document(metadata: dict[str, str], path: Path) -> dict[str, Any]:
-    text = metadata.get(MASK_FORMAT)
-    if text is None:
-        raise ModelError(f"{path} is a safetensors file, but holds no masks. {_WAY_OUT}")
-    try:
-        document = json.loads(text) if len(text) <= MAX_DOCUMENT else None
-    except (ValueError, RecursionError):
-        document = None
-    if not isinstance(document, dict):
-        raise ModelError(f"{path} is damaged: its header holds no document. {_WAY_OUT}")
-    if document.get("version") != MASK_VERSION:
-        raise ModelError(
-            f"{path} has format version {shown(document.get('version'))}, but this PHO reads "
-            f"version {MASK_VERSION}. Install the PHO that pruned the model, or prune it again."
-        )
-    return document
 
 
 def _shapes(document: dict[str, Any], path: Path) -> dict[str, tuple[int, int]]:
@@ -213,21 +194,14 @@ def _shapes(document: dict[str, Any], path: Path) -> dict[str, tuple[int, int]]:
         for layer in document["layers"]:
             out_features, in_features = layer["shape"]
             if not (_is_size(out_features) and _is_size(in_features)):
-                raise ModelError(
-                    f"{path} is damaged: {shown(layer['name'])} has the shape "
-                    f"{shown(layer['shape'])}. "
-                    f"{_WAY_OUT}"
-                )
+                wrong = f"{shown(layer['name'])} has the shape {shown(layer['shape'])}"
+                raise _MASKS.damaged(path, wrong)
             shapes[str(layer["name"])] = (out_features, in_features)
         complete = len(shapes) == len(document["layers"]) > 0
     except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(
-            f"{path} is damaged: its header lacks {shown(str(error), 300)}. {_WAY_OUT}"
-        ) from error
+        raise _MASKS.lacks(path, error) from error
     if not complete:
-        raise ModelError(
-            f"{path} is damaged: it has no layers, or a layer twice in its header. {_WAY_OUT}"
-        )
+        raise _MASKS.damaged(path, "it has no layers, or a layer twice in its header")
     return shapes
 
 
@@ -244,16 +218,11 @@ def _check_tensors(file: Any, shapes: dict[str, tuple[int, int]], path: Path) ->
         if f"{name}.order" in found:
             wanted[f"{name}.order"] = ("I32", [in_features])
     if found != set(wanted):
-        odd = sorted(found ^ set(wanted))
-        raise ModelError(
-            f"{path} is damaged: {', '.join(map(shown, odd[:4]))} should not be in it, or is "
-            f"missing. {_WAY_OUT}"
-        )
+        odd = ", ".join(map(shown, sorted(found ^ set(wanted))[:4]))
+        raise _MASKS.damaged(path, f"{odd} should not be in it, or is missing")
     for tensor, (dtype, shape) in wanted.items():
         view = file.get_slice(tensor)
         actual = (str(view.get_dtype()), view.get_shape())
         if actual != (dtype, shape):
-            raise ModelError(
-                f"{path} is damaged: {shown(tensor)} is {actual[0]} {shown(actual[1])}, expected "
-                f"{dtype} {shape}. {_WAY_OUT}"
-            )
+            what = f"{shown(tensor)} is {actual[0]} {shown(actual[1])}, expected {dtype} {shape}"
+            raise _MASKS.damaged(path, what)
