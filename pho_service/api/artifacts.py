@@ -16,7 +16,7 @@ from fastapi.responses import StreamingResponse
 from pho_service.api.answers import Artifact, ArtifactList, Job
 from pho_service.api.describe import check_search, configuration_of, describe, pattern_named
 from pho_service.api.jobs import OnePattern
-from pho_service.api.problems import Conflict, documented, problem
+from pho_service.api.problems import Conflict, documented, documented_file, problem
 from pho_service.api.service import CallerParam, Service, ServiceParam
 from pho_service.spec.job import JobSpec
 from storage import records as stored
@@ -27,7 +27,8 @@ router = APIRouter(prefix="/v1/jobs", tags=["artifacts"])
 
 _CHUNK = 2**20
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
-_BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+_BYTES = {"type": "string", "format": "binary"}
+_PART = {"application/octet-stream": {"schema": _BYTES}}
 
 
 @router.post(
@@ -114,13 +115,9 @@ def _pruned(job: stored.JobRecord) -> dict[str, Any]:
 
 @router.get(
     "/{job_id:uuid}/artifacts.tar",
-    responses={
-        200: {
-            "description": "The archive.",
-            "content": {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}},
-        },
-        **documented(404, 409, 422),
-    },
+    responses=documented_file(
+        "The archive.", 404, 409, 422, kind="application/x-tar", schema=_BYTES
+    ),
     response_class=Response,
 )
 def archive(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Response:
@@ -160,8 +157,8 @@ def _tar_head(name: str, size: int) -> bytes:
 @router.get(
     "/{job_id:uuid}/artifacts/{name:path}",
     responses={
-        200: {"description": "The file.", "content": _BYTES},
-        206: {"description": "The part that Range asks for.", "content": _BYTES},
+        200: {"description": "The file.", "content": _PART},
+        206: {"description": "The part that Range asks for.", "content": _PART},
         304: {"description": "The file that If-None-Match names."},
         **documented(404, 409, 416, 422),
     },

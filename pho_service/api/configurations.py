@@ -2,7 +2,6 @@
 ``/v1/configurations``: the library of what was found, for other models.
 """
 
-import json
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -11,7 +10,13 @@ from fastapi import APIRouter, Body, Query, Response
 from pydantic import Field
 
 from pho_service.api.answers import ConfigurationMatch, ConfigurationMatches, Gains
-from pho_service.api.problems import TooManyConfigurations, documented, wrong_parameter
+from pho_service.api.problems import (
+    TooManyConfigurations,
+    documented,
+    documented_file,
+    json_file,
+    wrong_parameter,
+)
 from pho_service.api.schema import PATTERN, library_document
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.errors import ConfigurationError, InvalidInput
@@ -31,13 +36,6 @@ from pho_service.spec.pattern import Scope
 from storage.configurations import NoSuchConfiguration, StoredConfiguration, StoredFacts
 
 router = APIRouter(prefix="/v1/configurations", tags=["configurations"])
-
-_FILE: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "config.json, or transfer.json if it was measured on other models",
-        "content": {"application/json": {"schema": {"type": "object"}}},
-    }
-}
 
 
 @router.get("", response_model=ConfigurationMatches, responses=documented(422))
@@ -131,14 +129,15 @@ def add(
 
 @router.get(
     "/{configuration_id:uuid}",
-    responses={**_FILE, **documented(404, 422)},
+    responses=documented_file(
+        "config.json, or transfer.json if it was measured on other models", 404, 422
+    ),
     response_class=Response,
 )
 def export(configuration_id: UUID, service: ServiceParam, caller: CallerParam) -> Response:
     """Export a configuration as a file that `pho` reads, and other services import."""
     stored = service.configurations.get(configuration_id, visible_to=caller.visible_to)
-    document = _file(stored).to_dict(str(stored.id))
-    return Response(json.dumps(document, indent=2) + "\n", media_type="application/json")
+    return json_file(_file(stored).to_dict(str(stored.id)))
 
 
 @router.delete(

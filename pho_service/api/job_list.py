@@ -536,7 +536,7 @@ def draw_list(
         next_token=next_token,
         workers=[(w, span((now - w.heartbeat_at).total_seconds())) for w in
                  workers(service, caller).workers],
-        waiting=_waiting(shown),
+        waiting=any(e.job.state in (JobState.QUEUED, JobState.RUNNING) for e in shown),
         now=now,
         problem=problem and sentence(problem),
         details=details,
@@ -564,8 +564,3 @@ def _chosen(
         return service.jobs.get(UUID(view.chosen), visible_to=caller.visible_to).name
     except (ValueError, NoSuchJob):
         return None
-
-
-def _waiting(shown: Sequence[JobRow]) -> bool:
-    """Tell whether somebody must work on one of them."""
-    return any(each.job.state in (JobState.QUEUED, JobState.RUNNING) for each in shown)

@@ -35,6 +35,8 @@ from pho_service.api.problems import (
     Conflict,
     NoSuchIsland,
     documented,
+    documented_file,
+    json_file,
     wrong_parameter,
 )
 from pho_service.api.schema import EVENT, PAGE_TOKEN, PATTERN
@@ -545,13 +547,9 @@ def trials(
 
 @router.get(
     "/{job_id:uuid}/best",
-    responses={
-        200: {"description": "config.json", "content": {"application/json": {"schema": {
-            "type": "object"}}}},
-        **documented(404, 409, 422),
-    },
+    responses=documented_file("config.json", 404, 409, 422),
     response_class=Response,
-)  # fmt: skip
+)
 def best(
     job_id: UUID, service: ServiceParam, caller: CallerParam, pattern: OnePattern = None
 ) -> Response:
@@ -562,18 +560,16 @@ def best(
     Models and texts of the service's folders are named from there, without the path to them.
     """
     job = service.jobs.get(job_id, visible_to=caller.visible_to)
-    found = service.access.without_places(job.with_tasks(configuration_of(job, pattern)))
-    text = json.dumps(found, indent=2) + "\n"
-    return Response(text, media_type="application/json")
+    found = job.with_tasks(configuration_of(job, pattern))
+    return json_file(service.access.without_places(found))
 
 
 @router.get(
     "/{job_id:uuid}/events",
-    responses={
-        200: {"description": "A stream of server-sent events; it ends with the job.",
-              "content": {"text/event-stream": {"schema": EVENT}}},
-        **documented(404, 422),
-    },
+    responses=documented_file(
+        "A stream of server-sent events; it ends with the job.", 404, 422,
+        kind="text/event-stream", schema=EVENT,
+    ),
     response_class=EventSourceResponse,
 )  # fmt: skip
 async def events(
@@ -659,13 +655,9 @@ def transfer(
 
 @router.get(
     "/{job_id:uuid}/transfer",
-    responses={
-        200: {"description": "transfer.json", "content": {"application/json": {"schema": {
-            "type": "object"}}}},
-        **documented(404, 409, 422),
-    },
+    responses=documented_file("transfer.json", 404, 409, 422),
     response_class=Response,
-)  # fmt: skip
+)
 def measured(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Response:
     """Get what a transfer has measured so far: the transfer.json that `pho transfer` writes."""
     job = service.jobs.get(job_id, visible_to=caller.visible_to)
@@ -682,5 +674,4 @@ def measured(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Respon
         configuration=job.spec["configuration"],
         targets=[TransferTarget.model_validate(result) for result in results if result],
     )
-    text = json.dumps(document.model_dump(mode="json"), indent=2) + "\n"
-    return Response(text, media_type="application/json")
+    return json_file(document.model_dump(mode="json"))

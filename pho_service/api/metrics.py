@@ -18,7 +18,7 @@ from prometheus_client.utils import floatToGoString
 
 from pho_service.api.guard import METRICS
 from pho_service.api.operations import needs_all
-from pho_service.api.problems import documented
+from pho_service.api.problems import documented_file
 from pho_service.api.service import CallerParam, Service, ServiceParam
 from storage.records import DURATIONS_S, JobState, Outcome, StageKind, StageState
 
@@ -28,12 +28,10 @@ router = APIRouter(tags=["operations"])
 @router.get(
     METRICS,
     response_class=Response,
-    responses={
-        200: {"description": "Prometheus' text format", "content": {"text/plain": {"schema": {
-            "type": "string"}}}},
-        **documented(),
-    },
-)  # fmt: skip
+    responses=documented_file(
+        "Prometheus' text format", kind="text/plain", schema={"type": "string"}
+    ),
+)
 def metrics(service: ServiceParam, caller: CallerParam) -> Response:
     """
     Count jobs, stages, workers and requests for Prometheus.

@@ -366,18 +366,6 @@ def _rule_in_words(rule: str) -> str:
     return sentence(f"{named.rstrip('.')}.")
 
 
-def is_place(pointer: str) -> bool:
-    """Whether a rule of this machine is broken by what :meth:`Typed.places` has been told."""
-    return any(within(pointer[1:], place) for place in _PLACES)
-
-
-def hint_of_json() -> str:
-    return (
-        "A JSON object, or nothing. All of a job can be given here instead of above; only here: "
-        f"{', '.join(without_field())}."
-    )
-
-
 def _put(document: dict[str, Any], path: str, value: Any) -> None:
     *parts, last = path.split("/")
     for part in parts:
@@ -468,7 +456,7 @@ class Filled:
             try:
                 check()
             except FieldError as error:
-                if spec is not None or is_place(error.pointer):
+                if spec is not None or any(within(error.pointer[1:], each) for each in _PLACES):
                     typed.add_at(error.pointer, str(error))
         return cls(typed=typed, spec=spec, fitted=fitted)
 
@@ -568,7 +556,8 @@ def _page(
         caller=caller,
         sections=sections(),
         label=field_label,
-        hint_of_json=hint_of_json(),
+        hint_of_json="A JSON object, or nothing. All of a job can be given here instead of above; "
+        f"only here: {', '.join(without_field())}.",
         more=MORE,
         typed=filled.typed.fields,
         fitted=filled.fitted,

@@ -4,15 +4,16 @@ Every error as ``application/problem+json`` (RFC 9457).
 
 import dataclasses
 import difflib
+import json
 import logging
 import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
@@ -102,6 +103,19 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
         status: {"description": HTTPStatus(status).phrase, "content": content}
         for status in sorted({401, 403, 429, 503, *statuses})
     }
+
+
+def documented_file(
+    about: str, *statuses: int, kind: str = "application/json", schema: Any = None
+) -> dict[int | str, dict[str, Any]]:
+    """An answer that is a file, of JSON by default, and the errors; for the OpenAPI document."""
+    content = {kind: {"schema": schema or {"type": "object"}}}
+    return {200: {"description": about, "content": content}, **documented(*statuses)}
+
+
+def json_file(document: Mapping[str, Any]) -> Response:
+    """A document as the command line writes it into a file."""
+    return Response(json.dumps(document, indent=2) + "\n", media_type="application/json")
 
 
 def wrong_parameter(name: str, rule: str) -> RequestValidationError:

@@ -22,7 +22,7 @@ from pho_service.api.describe import (
     recovery,
     study_names,
 )
-from pho_service.api.problems import documented
+from pho_service.api.problems import documented_file
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.shown import words
 from pho_service.shown.page import MeasuredTrials, importances, render, trials_of, with_measurements
@@ -56,13 +56,11 @@ MOST_TRIALS = 10_000  # that are read, which takes seconds; of whole islands, th
 
 @router.get(
     "/{job_id:uuid}/report",
-    responses={
-        200: {"description": "One page that needs no network.",
-              "content": {"text/html": {"schema": {"type": "string"}}}},
-        **documented(404, 422),
-    },
+    responses=documented_file(
+        "One page that needs no network.", 404, 422, kind="text/html", schema={"type": "string"}
+    ),
     response_class=HTMLResponse,
-)  # fmt: skip
+)
 async def report(
     job_id: UUID, request: Request, service: ServiceParam, caller: CallerParam
 ) -> HTMLResponse:

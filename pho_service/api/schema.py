@@ -69,50 +69,33 @@ def _configuration() -> dict[str, Any]:
     for name in ("row", "column", "neighbourhood", "activation_exponent", "gradient_exponent"):
         coefficients["properties"][name] |= {"minimum": 0, "maximum": _LARGEST}
     coefficients["properties"]["kernel_size"] = {"enum": [*range(3, 1000, 2)]}
-    coefficients["anyOf"] = [
-        {"properties": {name: {"exclusiveMinimum": 0}}}
-        for name in ("row", "column", "neighbourhood")
-    ]
+    parts = ("row", "column", "neighbourhood")
+    coefficients |= _either(*(_with(**{name: {"exclusiveMinimum": 0}}) for name in parts))
     given: list[str] = [update for update in UPDATES if update not in CHOOSING]
     # N:M is kept within rows, and alone has channels to permute; some updates choose masks.
-    ratio = {"pattern": {"pattern": f"^({SHARE})$"}, "steps": _steps(permutation=["none"])}
-    kept = {
-        "pattern": {"pattern": f"^({KEPT})$"},
-        "scope": {"const": "row"},
-        "steps": {"properties": {"linears": {"properties": {"sparsities": {"maxProperties": 0}}}}},
-    }
+    ratio = _with(pattern={"pattern": f"^({SHARE})$"}, steps=_steps(permutation=["none"]))
+    by_hand = _with(linears=_with(sparsities={"maxProperties": 0}))
+    kept = _with(pattern={"pattern": f"^({KEPT})$"}, scope={"const": "row"}, steps=by_hand)
     steps = fields["steps"]["properties"]
     _describe_linears(steps["linears"]["properties"])
     kinds = {"pattern": KIND, "maxLength": LONGEST}
     steps["allocation"]["properties"]["offsets"]["propertyNames"] = kinds
+    no_offsets = _with(offsets={"maxProperties": 0})
+    even = _with(method={"const": "uniform"}, offsets={"maxProperties": 0}, depth={"maxItems": 0})
+    by_linear = _with(unit={"const": "linear"})
     schema["allOf"] = [
-        {"anyOf": [{"properties": ratio}, {"properties": kept}]},
-        {
-            "anyOf": [
-                {"properties": {"scope": {"enum": ["row", "layer"]}}},
-                {"properties": {"steps": {"properties": {"allocation": _even()}}}},
-            ]
-        },
-        {
-            "anyOf": [
-                {"properties": {"steps": {"properties": {"allocation": _by_linear()}}}},
-                {"properties": {"steps": {"properties": {"allocation": _no_offsets()}}}},
-            ]
-        },
-        {"properties": {"steps": {"properties": {"reconstruction": _trained_or_empty()}}}},
-        {
-            "anyOf": [
-                {"properties": {"steps": _steps(repruning=["none"])}},
-                {"properties": {"steps": _steps(update=given)}},
-            ]
-        },
-        {
-            "anyOf": [
-                {"properties": {"steps": _steps(repruning=["none", "dsnot", "swaps"])}},
-                {"properties": {"steps": _steps(update=["obs", "least-squares"])}},
-            ]
-        },
-        {"properties": {"steps": _shrunk_or_not()}},
+        _either(ratio, kept),
+        _either(_with(scope={"enum": ["row", "layer"]}), _with(steps=_with(allocation=even))),
+        _with(steps=_with(allocation=_either(by_linear, no_offsets))),
+        _with(steps=_with(reconstruction=_trained_or_empty())),
+        _with(steps=_either(_steps(repruning=["none"]), _steps(update=given))),
+        _with(
+            steps=_either(
+                _steps(repruning=["none", "dsnot", "swaps"]),
+                _steps(update=["obs", "least-squares"]),
+            )
+        ),
+        _with(steps=_shrunk_or_not()),
     ]
     return schema
 
@@ -130,36 +113,13 @@ def _describe_linears(fields: dict[str, Any]) -> None:
     }
 
 
-def _even() -> dict[str, Any]:
-    return {
-        "properties": {
-            "method": {"const": "uniform"},
-            "offsets": {"maxProperties": 0},
-            "depth": {"maxItems": 0},
-        }
-    }
-
-
-def _by_linear() -> dict[str, Any]:
-    return {"properties": {"unit": {"const": "linear"}}}
-
-
-def _no_offsets() -> dict[str, Any]:
-    return {"properties": {"offsets": {"maxProperties": 0}}}
-
-
 def _trained_or_empty() -> dict[str, Any]:
-    return {
-        "anyOf": [
-            {"properties": {"method": {"const": "block"}}, "required": ["method"]},
-            {
-                "properties": {"method": {"const": "none"}},
-                "maxProperties": 1,
-                "required": ["method"],
-            },
-            {"maxProperties": 0},
-        ]
-    }
+    named: dict[str, Any] = {"required": ["method"]}
+    return _either(
+        {**_with(method={"const": "block"}), **named},
+        {**_with(method={"const": "none"}), **named, "maxProperties": 1},
+        {"maxProperties": 0},
+    )
 
 
 def _shrunk_or_not() -> dict[str, Any]:
@@ -168,16 +128,23 @@ def _shrunk_or_not() -> dict[str, Any]:
         "repruning": ["swaps", "admm"],
         "update": [update for update in UPDATES if update != "none"],
     }
-    return {
-        "anyOf": [
-            {"properties": {"shrinkage": {"const": 0}}},
-            *({**_steps(**{name: values}), "required": [name]} for name, values in looking.items()),
-        ]
-    }
+    return _either(
+        _with(shrinkage={"const": 0}),
+        *({**_steps(**{name: values}), "required": [name]} for name, values in looking.items()),
+    )
 
 
 def _steps(**allowed: list[str]) -> dict[str, Any]:
-    return {"properties": {name: {"enum": values} for name, values in allowed.items()}}
+    return _with(**{name: {"enum": values} for name, values in allowed.items()})
+
+
+def _with(**fields: dict[str, Any]) -> dict[str, Any]:
+    """An object whose fields, where it has them, keep to these schemas."""
+    return {"properties": fields}
+
+
+def _either(*schemas: dict[str, Any]) -> dict[str, Any]:
+    return {"anyOf": [*schemas]}
 
 
 def _inlined(schema: Mapping[str, Any]) -> dict[str, Any]:
