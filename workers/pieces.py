@@ -45,7 +45,6 @@ from pho_service.shown.report import Report, layer_cells
 from pho_service.shown.tables import configuration_rows, results_table, verdict_table
 from pho_service.spec.calibration import SHARDS
 from pho_service.spec.configuration import Configuration
-from pho_service.spec.document import number
 from pho_service.spec.fields import WarmPoint
 from pho_service.spec.job import JobSpec
 from pho_service.spec.recovery import Recovered, Recovery
@@ -640,12 +639,5 @@ def started(spec: JobSpec, configuration: Configuration) -> list[str]:
             f"Warm start: the library had nothing for {spec.pattern} in this scope; the search "
             "began cold."
         ]
-    points = configuration.search.get("warm_start", [])
-    known = [point for point in points if point["value"] is not None]
-    if not known:
-        return []
-    better = min if configuration.objective["direction"] == "minimize" else max
-    best = better(known, key=lambda point: point["value"])
-    return [
-        f"Warm start: {number(best['value'])} at trial {best['trial']}, the best of {len(points)}."
-    ]
+    found = configuration.warm_start
+    return [f"Warm start: {found}."] if found else []

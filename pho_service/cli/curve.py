@@ -208,12 +208,12 @@ def _folder(name: str) -> Path:
 
 def _write(folder: Path, document: dict[str, Any]) -> None:
     """The plot, the table, and the configuration of each point."""
-    from pho_service.cli.options import plot_curve
-    from pho_service.host.files import write_json
+    from pho_service.host.files import write_json, write_text
+    from pho_service.shown.page import curve_page
 
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "curve.json", document)
-    plot_curve(document, folder / "curve.html")
+    write_text(folder / "curve.html", curve_page(document))
     for point in document["points"]:
         write_json(folder / f"{point['pattern'].replace(':', '-')}.json", point["configuration"])
 

@@ -358,10 +358,3 @@ def plot_transfer(records: Sequence[dict[str, Any]], path: Path, title: str) -> 
     if all("error" in record for record in records):
         raise InvalidInput("there is nothing to plot: no model could be measured.")
     write_text(path, page(title, [transfer_section(records)]))
-
-
-def plot_curve(document: dict[str, Any], path: Path) -> None:
-    """Write a page with perplexity against sparsity, and the table of the points."""
-    from pho_service.shown.page import curve_page
-
-    write_text(path, curve_page(document))

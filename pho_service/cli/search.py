@@ -22,7 +22,6 @@ from pho_service.cli.options import (
 from pho_service.cli.terminal import print_json, say, show_table, verb
 from pho_service.errors import InvalidInput
 from pho_service.pipeline.inputs import Calibrated
-from pho_service.spec.document import number
 
 if TYPE_CHECKING:
     from pho_service.pipeline.curve import TargetFound
@@ -230,24 +229,10 @@ def describe(result: "SearchResult", path: Path, study: str) -> str:
         )
     if "correction" in found.search:
         lines.append(f"correction   {Correction.from_dict(found.search['correction'])}")
-    lines += _started(result)
+    if found.warm_start:
+        lines.append(f"warm start   {found.warm_start}; the result is trial {result.trial}")
     lines += [
         f"written      {path}",
         f"study        {result.study_name!r}; browse it with: optuna-dashboard {study}",
     ]
     return "\n".join(lines)
-
-
-def _started(result: "SearchResult") -> list[str]:
-    """Print what a warm start was worth."""
-    points = result.configuration.search.get("warm_start", [])
-    known = [point for point in points if point["value"] is not None]
-    if not known:
-        return []
-    objective = result.configuration.objective
-    better = min if objective["direction"] == "minimize" else max
-    best = better(known, key=lambda point: point["value"])
-    return [
-        f"warm start   {number(best['value'])} at trial {best['trial']}, the best of "
-        f"{len(points)}; the result is trial {result.trial}"
-    ]

@@ -6,20 +6,21 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from pho_service.cli.options import all_options
 from pho_service.cli.terminal import print_json, print_table, say, verb
 from pho_service.errors import InvalidInput, OutputError
 from storage.records import StageKind
 
 if TYPE_CHECKING:
     from storage.database import Database
-    from storage.keys import Key, Quota
+    from storage.keys import Key, KeyStore, Quota
 
 
 def _off_the_command_line(
@@ -50,20 +51,17 @@ def _off_the_command_line(
     return url
 
 
-def service_options(function: Any) -> Any:
-    """Which service is meant, for verbs that need its database."""
-    for option in (
-        click.option(
-            "--database-url",
-            help="A PostgreSQL to use instead of the embedded one.",
-            callback=_off_the_command_line,
-        ),
-        click.option(
-            "--data-dir", help="Folder of the embedded PostgreSQL.  [default: ~/.local/share/pho]"
-        ),
-    ):
-        function = option(function)
-    return function
+# Which service is meant, for verbs that need its database.
+service_options = all_options(
+    click.option(
+        "--database-url",
+        help="A PostgreSQL to use instead of the embedded one.",
+        callback=_off_the_command_line,
+    ),
+    click.option(
+        "--data-dir", help="Folder of the embedded PostgreSQL.  [default: ~/.local/share/pho]"
+    ),
+)
 
 
 @click.command()
@@ -96,10 +94,8 @@ def serve(
     """
     import logging
 
-    from pho_service.errors import StudyError
     from pho_service.host.logs import adopt_loggers, configure_logs, configure_tracing
     from pho_service.host.settings import read_settings
-    from storage.studies import StorageError
 
     settings = read_settings(
         workers=workers, host=host, port=port, database_url=database_url, data_dir=data_dir
@@ -115,10 +111,8 @@ def serve(
 
     adopt_loggers(quiet, logging.WARNING)
 
-    try:
+    with _storage_told():
         run(settings, click.echo)
-    except StorageError as error:
-        raise StudyError(str(error)) from error
 
 
 @click.command()
@@ -418,23 +412,28 @@ def _minute(time: datetime | None) -> str | None:
     return None if time is None else f"{time.astimezone(UTC):%Y-%m-%d %H:%M}"
 
 
-def _key_store(database_url: str | None, data_dir: str | None) -> Any:
+@contextmanager
+def _key_store(database_url: str | None, data_dir: str | None) -> "Iterator[KeyStore]":
     from pho_service.api.serving import open_database
-    from pho_service.errors import StudyError
     from pho_service.host.settings import read_settings
     from storage.keys import KeyStore
+
+    with _storage_told():
+        settings = read_settings(database_url=database_url, data_dir=data_dir)
+        with open_database(settings) as database:
+            yield KeyStore(database)
+
+
+@contextmanager
+def _storage_told() -> Iterator[None]:
+    """Inside, what the storage says is an error of a verb."""
+    from pho_service.errors import StudyError
     from storage.studies import StorageError
 
-    @contextmanager
-    def opened() -> Any:
-        try:
-            settings = read_settings(database_url=database_url, data_dir=data_dir)
-            with open_database(settings) as database:
-                yield KeyStore(database)
-        except StorageError as error:
-            raise StudyError(str(error)) from error
-
-    return opened()
+    try:
+        yield
+    except StorageError as error:
+        raise StudyError(str(error)) from error
 
 
 @click.command()
@@ -502,18 +501,10 @@ def restore(file: Path, database_url: str | None, data_dir: str | None) -> None:
 def _opened(database_url: str | None, data_dir: str | None) -> "Iterator[Database]":
     """The database of a service as it is, whether one runs on it or not."""
     from pho_service.api.serving import any_database_url
-    from pho_service.errors import StudyError
     from pho_service.host.settings import read_settings
     from storage.database import Database
-    from storage.studies import StorageError
 
-    try:
+    with _storage_told():
         settings = read_settings(database_url=database_url, data_dir=data_dir)
-        with any_database_url(settings) as url:
-            database = Database(url)
-            try:
-                yield database
-            finally:
-                database.close()
-    except StorageError as error:
-        raise StudyError(str(error)) from error
+        with any_database_url(settings) as url, closing(Database(url)) as database:
+            yield database

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from pho_service.spec.configuration import Configuration
     from pho_service.spec.results import Transfer
 
-METHODS = ("wanda", "ria", "transferred", "own")
-
 
 @click.command(
     cls=DocumentCommand,

@@ -111,11 +111,6 @@ def device_is_lost(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "CUDA error:" in str(error)
 
 
-def is_panic(error: BaseException) -> bool:
-    """Whether it is a panic of a library in Rust, which is no :class:`Exception` in Python."""
-    return type(error).__name__ == "PanicException"
-
-
 @contextmanager
 def faults_told() -> Iterator[None]:
     """Inside, what goes wrong with the machine is raised as an error that a user can act on."""
@@ -142,7 +137,7 @@ def _told(error: BaseException) -> PhoError | None:
             f"the GPU failed{said}. A new process may work; if this happens again, see what "
             "nvidia-smi and the kernel's log say of the card, or use another --device."
         )
-    if is_panic(error):
+    if type(error).__name__ == "PanicException":  # of a library in Rust; it is no Exception here
         return ModelError(
             f"a library stopped inside its own code (a panic){said}. It was given something that "
             "it cannot work with: if it is the tokenizer, check the model's tokenizer.json, or "

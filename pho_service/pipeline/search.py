@@ -196,11 +196,6 @@ def _prune_alike(one: Candidate, other: Candidate) -> bool:
     return sized == other.coefficients and steps == other.steps
 
 
-def without_perplexity(name: str, error: NumericalError) -> str:
-    """Why a published method has no perplexity, which is not a fault of the result."""
-    return f"The result is not compared with {name}, which has no perplexity here: {error}"
-
-
 def with_perplexities(
     result: SearchResult,
     measured: Mapping[str, float | str],
@@ -437,7 +432,11 @@ class _Steps:
                     if candidate is None or piece.number < REFERENCE_NUMBERS:
                         raise
                     name = NAMES[piece.number - REFERENCE_NUMBERS]
-                    return {"perplexity": None, "failure": without_perplexity(name, error)}
+                    return {  # no fault of the result
+                        "perplexity": None,
+                        "failure": f"The result is not compared with {name}, which has no "
+                        f"perplexity here: {error}",
+                    }
             self._inputs.check()  # before it is kept
             names = ("perplexity", "sparsity", "seconds", "losses")
             return {name: getattr(found, name) for name in names}

@@ -294,6 +294,17 @@ class Configuration(Document):
         rebuilt = self.confirmation and self.confirmation.before_reconstruction
         return f"{told}, before the reconstruction" if rebuilt else told
 
+    @property
+    def warm_start(self) -> str:
+        """``27.70 at trial 3, the best of 5``: of what the search began with; empty without any."""
+        points = self.search.get("warm_start", [])
+        known = [(point["value"], point["trial"]) for point in points if point["value"] is not None]
+        if not known:
+            return ""
+        better = min if self.objective["direction"] == "minimize" else max
+        value, trial = better(known, key=lambda pair: pair[0])
+        return f"{number(value)} at trial {trial}, the best of {len(points)}"
+
     def deployable(self) -> Self:
         steps = replace(self.steps, deployable=True)
         if self.steps.permutation == "none" or self.steps.deployable:

@@ -165,11 +165,6 @@ def first_of_kinds(patterns: Sequence[Pattern]) -> list[Pattern]:
     return [*kinds.values()]
 
 
-def curve_confirmation(confirm: Any) -> Any:
-    """How each of several patterns is confirmed, with its own default."""
-    return {"finalists": CURVE_FINALISTS, **confirm} if isinstance(confirm, dict) else confirm
-
-
 def check_several(spec: "JobSpec") -> None:
     """See that a job with several patterns asks for nothing that is of one."""
     what = "a target" if spec.patterns is None else "several patterns"

@@ -29,31 +29,21 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, revalidate_instances="a
 
 @dataclass(frozen=True, kw_only=True)
 class FieldShown:
-    """
-    How a field is shown as an option of the command line and in the form, beside its type.
+    """How a field is shown as an option of the command line and in the form, beside its type."""
 
-    Attributes:
-        section: Section of `--help` and of the form; that of the part it is in if there is one.
-        fold: What it is folded under in the form, with all that is in it.
-        rank: Place among the fields that the form always shows; 0: it is under More.
-        option: Name of its option, if it does not follow from the field's; "" if it has none.
-        label: Name in the form, if it does not follow from the path.
-        help: Help of its option, if that is not written as the field is.
-        default: What `--help` calls its default, if that is not the value; "" says nothing.
-        kind: How its option is written, if that does not follow from the type.
-        picks: What the form offers for it: ``models``, ``texts`` or ``patterns``.
-        service: Whether only a service has a use for it, so that `pho search` has no option.
-    """
-
+    # Section of `--help` and of the form; that of the part it is in if there is one
     section: str = ""
-    fold: str = ""
-    rank: int = 0
+    fold: str = ""  # What it is folded under in the form, with all that is in it
+    rank: int = 0  # Place among the fields that the form always shows; 0: it is under More
+    # Name of its option, if it does not follow from the field's; "" if it has none
     option: str | None = None
-    label: str = ""
-    help: str = ""
+    label: str = ""  # Name in the form, if it does not follow from the path
+    help: str = ""  # Help of its option, if that is not written as the field is
+    # What `--help` calls its default, if that is not the value; "" says nothing
     default: str | None = None
-    kind: str = ""
-    picks: str = ""
+    kind: str = ""  # How its option is written, if that does not follow from the type
+    picks: str = ""  # What the form offers for it: ``models``, ``texts`` or ``patterns``
+    # Whether only a service has a use for it, so that `pho search` has no option
     service: bool = False
 
 

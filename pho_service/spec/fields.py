@@ -42,16 +42,10 @@ class FieldError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class JobLimits:
-    """
-    The most of one job.
+    """The most of one job."""
 
-    Attributes:
-        trials: Number of trials of all its islands, or of the searches on all its models.
-        tokens: That models are run over, as the documents count them.
-    """
-
-    trials: int
-    tokens: int
+    trials: int  # Number of trials of all its islands, or of the searches on all its models
+    tokens: int  # That models are run over, as the documents count them
 
     @classmethod
     def of(cls, settings: Settings) -> "JobLimits":

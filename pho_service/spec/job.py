@@ -14,11 +14,11 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 from pho_service.host.access import Access
 from pho_service.spec.configuration import WIDER
 from pho_service.spec.curve import (
+    CURVE_FINALISTS,
     MOST_PATTERNS,
     Target,
     asked_patterns,
     check_several,
-    curve_confirmation,
     curve_patterns,
     first_of_kinds,
     one_of,
@@ -431,7 +431,9 @@ class JobSpec(Document):
         if isinstance(values, dict) and values.get("more_models"):
             return {"confirm": None, **values}
         if isinstance(values, dict) and values.get("patterns"):
-            return {**values, "confirm": curve_confirmation(values.get("confirm", {}))}
+            confirm = values.get("confirm", {})
+            if isinstance(confirm, dict):
+                return {**values, "confirm": {"finalists": CURVE_FINALISTS, **confirm}}
         return values
 
     @model_validator(mode="after")

@@ -39,22 +39,13 @@ _NUMBER = re.compile(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,3})?")
 
 @dataclass(frozen=True, kw_only=True)
 class JobField:
-    """
-    A field of the document.
+    """A field of the document."""
 
-    Attributes:
-        path: Where it stands: ``calibration/samples``.
-        schema: Its JSON schema, without null.
-        default: Its value if nothing is said; None, too, if the part that it is in is null then.
-        nullable: Whether null may be said.
-        shown: How it is shown.
-    """
-
-    path: str
-    schema: Mapping[str, Any]
-    default: Any
-    nullable: bool
-    shown: FieldShown
+    path: str  # Where it stands: ``calibration/samples``
+    schema: Mapping[str, Any]  # Its JSON schema, without null
+    default: Any  # Its value if nothing is said; None, too, if the part that it is in is null then
+    nullable: bool  # Whether null may be said
+    shown: FieldShown  # How it is shown
 
     @property
     def is_part(self) -> bool:

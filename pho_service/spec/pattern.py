@@ -214,16 +214,11 @@ _NEAR = 3  # names that a message lists
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenLinears:
-    """
-    The linears of one model that are pruned.
+    """The linears of one model that are pruned."""
 
-    Attributes:
-        shared: Names of those that lose the pattern's share together, in the order of the model.
-        own: The pattern of each of the others, by name.
-    """
-
+    # Names of those that lose the pattern's share together, in the order of the model
     shared: tuple[str, ...]
-    own: Mapping[str, Pattern]
+    own: Mapping[str, Pattern]  # The pattern of each of the others, by name
 
     @cached_property
     def names(self) -> frozenset[str]:

@@ -16,24 +16,16 @@ from pho_service.spec.tasks import TaskScore
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """
-    Result of the calibration of a model.
+    """Result of the calibration of a model."""
 
-    Attributes:
-        provenance: Provenance of the bundle.
-        inputs: Hashes of everything that was read, which later pieces compare.
-        seconds: What it took.
-        shards: In how many parts it is to be done, if it is large; the parts are added up then.
-        key: Key of the bundle that the parts become.
-        device: Type of the device that gives the same last digits.
-    """
-
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)  # Provenance of the bundle
+    # Hashes of everything that was read, which later pieces compare
     inputs: dict[str, Any] = field(default_factory=dict)
-    seconds: float | None = None
+    seconds: float | None = None  # What it took
+    # In how many parts it is to be done, if it is large; the parts are added up then
     shards: int = 0
-    key: str | None = None
-    device: str | None = None
+    key: str | None = None  # Key of the bundle that the parts become
+    device: str | None = None  # Type of the device that gives the same last digits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,109 +56,72 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """
-    The finalists that are left, and what choosing them took.
+    """The finalists that are left, and what choosing them took."""
 
-    Attributes:
-        finalists: Numbers of the trials that get a perplexity on the whole text.
-        wanted: The perplexities to be measured: of these, and of what the result is judged by.
-        divergences: From the dense model in nats, of all trials that were compared with it.
-        divergence_tokens: Predictions that these are the mean of; None if nothing was compared.
-        evaluations: What choosing and these perplexities take, in perplexities of the whole text.
-        correction: What corrections of the best came to, if there were any.
-        validation: How well each proxy ranks, by name, if that was asked for.
-        doubt: What to know of a proxy that does not rank.
-    """
-
+    # Numbers of the trials that get a perplexity on the whole text
     finalists: list[int] = field(default_factory=list)
+    # The perplexities to be measured: of these, and of what the result is judged by
     wanted: list[Wanted] = field(default_factory=list)
+    # From the dense model in nats, of all trials that were compared with it
     divergences: dict[int, float] = field(default_factory=dict)
+    # Predictions that these are the mean of; None if nothing was compared
     divergence_tokens: int | None = None
+    # What choosing and these perplexities take, in perplexities of the whole text
     evaluations: float = 0.0
+    # What corrections of the best came to, if there were any
     correction: dict[str, Any] | None = None
+    # How well each proxy ranks, by name, if that was asked for
     validation: dict[str, ProxyQuality] | None = None
-    doubt: str | None = None
+    doubt: str | None = None  # What to know of a proxy that does not rank
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """
-    What was measured of a candidate.
+    """What was measured of a candidate."""
 
-    Attributes:
-        perplexity: Perplexity of the pruned model; None if it has none, see ``failure``.
-        sparsity: The share removed of all prunable weights.
-        seconds: What pruning and measuring took.
-        measured_on: The fields of a confirmation that say what on.
-        losses: Losses of the windows or of runs of tokens, in nats; see
-            :class:`~pho_service.pruning.perplexity.Perplexity`.
-        text_sha256: Hash of the windows.
-        failure: Why a published method has no perplexity.
-        weights_sha256: Hash of the dense model's weights, in a service.
-    """
-
-    perplexity: float | None
-    sparsity: float | None = None
-    seconds: float = 0.0
+    perplexity: float | None  # Perplexity of the pruned model; None if it has none, see ``failure``
+    sparsity: float | None = None  # The share removed of all prunable weights
+    seconds: float = 0.0  # What pruning and measuring took
+    # The fields of a confirmation that say what on
     measured_on: dict[str, Any] = field(default_factory=dict)
+    # Losses of the windows or of runs of tokens, in nats; see
+    # :class:`~pho_service.pruning.perplexity.Perplexity`
     losses: list[float] = field(default_factory=list)
-    text_sha256: str | None = None
-    failure: str | None = None
-    weights_sha256: str | None = None
+    text_sha256: str | None = None  # Hash of the windows
+    failure: str | None = None  # Why a published method has no perplexity
+    weights_sha256: str | None = None  # Hash of the dense model's weights, in a service
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """
-    What is shown of a job beside its configuration.
+    """What is shown of a job beside its configuration."""
 
-    Attributes:
-        layers: What the result does to each linear, by model.
-        validation: How well each proxy ranks, by name, if that was asked for.
-    """
-
+    # What the result does to each linear, by model
     layers: dict[str, list[list[Any]]] = field(default_factory=dict)
+    # How well each proxy ranks, by name, if that was asked for
     validation: dict[str, ProxyQuality] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TasksMeasured:
-    """
-    What one of a job's two models scored in tasks.
+    """What one of a job's two models scored in tasks."""
 
-    Attributes:
-        scores: By task and metric.
-        limit: Most examples of a task.
-        bos: Whether a token stands before each text.
-        versions: Versions of the packages that measured it.
-        questions_sha256: Hash of the examples; both models have the same.
-        seconds: What it took.
-    """
-
-    scores: list[TaskScore]
-    limit: int | None
-    bos: bool
-    versions: dict[str, str | None]
-    questions_sha256: str
-    seconds: float = 0.0
+    scores: list[TaskScore]  # By task and metric
+    limit: int | None  # Most examples of a task
+    bos: bool  # Whether a token stands before each text
+    versions: dict[str, str | None]  # Versions of the packages that measured it
+    questions_sha256: str  # Hash of the examples; both models have the same
+    seconds: float = 0.0  # What it took
 
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """
-    A pruned model in the artifact store.
+    """A pruned model in the artifact store."""
 
-    Attributes:
-        key: Names the configuration that it was pruned with.
-        files: Name, size in bytes and SHA-256 of each.
-        recovery: What its recovery came to, if there was one.
-        seconds: What it took.
-    """
-
-    key: str
-    files: list[dict[str, Any]]
-    recovery: Recovered | None = None
-    seconds: float = 0.0
+    key: str  # Names the configuration that it was pruned with
+    files: list[dict[str, Any]]  # Name, size in bytes and SHA-256 of each
+    recovery: Recovered | None = None  # What its recovery came to, if there was one
+    seconds: float = 0.0  # What it took
 
 
 MUCH = 0.5  # of the own best's gain: if more of it is lost, the transfer has a warning
