@@ -97,64 +97,57 @@ class KeyGuard:
         if scope["type"] != "http" or (path in OPEN and not told_more):
             await self.app(scope, receive, send)
             return
+        answer = await self._refusal(scope) or self.app
+        await answer(scope, receive, send)
+
+    async def _refusal(self, scope: Scope) -> ASGIApp | None:
+        """The answer for who may not come in; else None, and the scope says who it is."""
         headers = Headers(scope=scope)
         secret, host = _secret(headers.get("authorization", "")), host_of(scope)
         session = None if _is_bearer(headers) else _session(headers)
         # Who is not known yet is counted before the database is asked.
         unknown = secret is None if session is None else session not in self._known
         if unknown and not self._requests.count(host):
-            await self._too_often(host)(scope, receive, send)
-            return
+            return self._too_often(host)
         try:
             caller = None if session is None else await self._logged_in(session)
             if caller is None:
                 caller = await self.admit(host, secret)
         except HTTPException as error:  # too many wrong keys
-            answer = problem(
-                429, "too_many_wrong_keys", error.detail, headers=dict(error.headers or {})
-            )
-            await answer(scope, receive, send)
-            return
+            headers_of = dict(error.headers or {})
+            return problem(429, "too_many_wrong_keys", error.detail, headers=headers_of)
         except StorageError as error:
-            await database_gone(error)(scope, receive, send)
-            return
+            return database_gone(error)
         if caller is not None and caller.key_id and not self._requests.count(str(caller.key_id)):
-            await self._too_often(str(caller.key_id))(scope, receive, send)
-            return
+            return self._too_often(str(caller.key_id))
         if caller is not None and caller.scrape_only and scope["path"] != METRICS:
-            await problem(403, "not_for_this_key", _SCRAPE_ONLY)(scope, receive, send)
-            return
+            return problem(403, "not_for_this_key", _SCRAPE_ONLY)
         at_the_door = scope["path"] in LOGIN
         if caller is None and not at_the_door:
-            await _no_key(scope, headers, secret)(scope, receive, send)
-            return
+            return _no_key(scope, headers, secret)
         if not _is_bearer(headers) and not _from_own_page(headers, scope):
-            answer = problem(
+            return problem(
                 403,
                 "other_site",
                 "A page of another site has sent this. Use the forms of this service, or send the "
                 "key as Authorization: Bearer KEY.",
             )
-            await answer(scope, receive, send)
-            return
         if (
             caller is not None
             and caller.key_id is None
             and not _from_here(headers, scope["method"])
         ):
-            answer = problem(
+            return problem(
                 403,
                 "other_site",
                 "Without keys, only requests to this machine's own name are answered. Make a key "
                 "with `pho keys create`.",
             )
-            await answer(scope, receive, send)
-            return
         state = scope.setdefault("state", {})
         state["caller"] = caller
         if at_the_door:
             state["admit"] = partial(self.admit, host)
-        await self.app(scope, receive, send)
+        return None
 
     async def admit(self, host: str, secret: str | None) -> Caller | None:
         """Tell whose key a secret is; without one, who may come in without a key."""
