@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from pho_service.models.architecture import prunable_linears
+from pho_service.models.scratch import KeptBlocks
 from pho_service.planning.shapes import Header, TensorHeader
 from pho_service.pruning.statistics import PrunableLinear, Statistics, gather
 from storage import embedded
@@ -410,3 +411,17 @@ def _run_alone(database: Database, statement: str) -> None:
     """Run what PostgreSQL refuses inside of a transaction."""
     with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.exec_driver_sql(statement)
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The blocks that are trained from now on."""
+    names: list[str] = []
+    really = KeptBlocks.keep
+
+    def keep(self: KeptBlocks, name: str, block: Any) -> None:
+        names.append(name)
+        really(self, name, block)
+
+    monkeypatch.setattr(KeptBlocks, "keep", keep)
+    return names

@@ -16,13 +16,6 @@ from pho_service.errors import ConfigurationError, InvalidInput, OutputError
 if TYPE_CHECKING:
     from pho_service.library import LibraryFile
 
-# Headings of what was measured of a configuration; each has a column of its own.
-GAINS = {
-    "perplexity": "gain in perplexity",
-    "divergence": "gain by divergence",
-    "proxy": "gain in the proxy",
-}
-
 
 @click.group(invoke_without_command=True)
 @click.option("--pattern", help="Share of weights to remove (0.5), or N kept of M (2:4).")
@@ -66,6 +59,7 @@ def configurations(
     if context.invoked_subcommand is not None:
         return
     from pho_service.library import Wanted
+    from pho_service.shown.tables import GAINS
 
     at_least(1, limit=limit, parameters=parameters)
     found = matches(library, Wanted.parse(pattern, scope, family, parameters), limit)

@@ -75,13 +75,14 @@ def _uncorrected(configuration: Configuration) -> Steps:
     return replace(steps, allocation=Allocation(**before))
 
 
-def _transferred(configuration: Configuration, bundle: ProxyBundle) -> Candidate:
-    """What is transferred: offsets of single linears only where the model has all of them."""
+def _beside(configuration: Configuration, bundle: ProxyBundle) -> dict[str, Candidate]:
+    """Wanda and RIA, and what is transferred: offsets of single linears if the model has them."""
     candidate = configuration.candidate()
     names = {layer.name for layer in bundle.layers}
-    if all(name in names for name in candidate.steps.allocation.offsets if "." in name):
-        return candidate
-    return replace(candidate, steps=_uncorrected(configuration))
+    if not all(name in names for name in candidate.steps.allocation.offsets if "." in name):
+        candidate = replace(candidate, steps=_uncorrected(configuration))
+    methods = reference_methods(candidate.pattern, candidate.steps.linears)
+    return {**methods, "transferred": candidate}
 
 
 def transfer_key(
@@ -113,13 +114,10 @@ def proxies_of(
     """
     What a model's bundle says of a configuration, in milliseconds: as :attr:`Transfer.proxies`.
     """
-    candidate = _transferred(configuration, bundle)
+    candidates = _beside(configuration, bundle)
+    candidate = candidates["transferred"]
     bundle.choose(candidate.steps.linears, candidate.pattern)
     evaluator = ProxyEvaluator(bundle, device)
-    candidates = {
-        **reference_methods(candidate.pattern, candidate.steps.linears),
-        "transferred": candidate,
-    }
     return {name: mask_proxy(evaluator, each, Objective()) for name, each in candidates.items()}
 
 
@@ -145,11 +143,7 @@ def transfer_job(
     """
     Rate a configuration on a model that it was not found on, beside Wanda, RIA and the own best.
     """
-    candidate = _transferred(configuration, target.bundle)
-    candidates = {
-        **reference_methods(candidate.pattern, candidate.steps.linears),
-        "transferred": candidate,
-    }
+    candidates = _beside(configuration, target.bundle)
     proxies = proxies_of(target.bundle, configuration, run.device)  # refuses what the bundle lacks
     own = None
     if search is not None:

@@ -66,22 +66,16 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_blocks_that_a_search_has_trained_are_not_trained_again(
     pho: Pho, model_folder: Path, texts: dict[str, Path], cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, trained: list[str],
 ) -> None:  # fmt: skip
     """Also by a search that was killed between two blocks; other text, and they are not taken."""
-    trained: list[str] = []
-    keep, read = KeptBlocks.keep, KeptBlocks.read
-
-    def noted(self: KeptBlocks, name: str, block: KeptBlock) -> None:
-        trained.append(name)
-        keep(self, name, block)
+    read = KeptBlocks.read
 
     def killed(self: KeptBlocks, name: str) -> KeptBlock | None:
         if "1" in name:
             raise KeyboardInterrupt
         return read(self, name)
 
-    monkeypatch.setattr(KeptBlocks, "keep", noted)
     with monkeypatch.context() as patch:
         patch.setattr(KeptBlocks, "read", killed)
         pho("search", model_folder, *TRAINED, "--trials", 12, "--finalists", 1, *SMALL,

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 import pho_service as pho
 from pho_service.errors import InvalidInput
-from pho_service.models.scratch import KeptBlock, KeptBlocks
 
 ELSEWHERE = {"sampler", "finalists"}
 
@@ -58,18 +57,10 @@ def test_within(tiny_llama: PreTrainedModel, bundle: Any, texts: dict[str, Path]
 
 def test_blocks_that_a_search_has_trained_are_not_trained_again_by_prune(
     tiny_llama: PreTrainedModel, bundle: Any, texts: dict[str, Path], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, trained: list[str],
 ) -> None:  # fmt: skip
     """Those of the answer of a target wait, and no others; a curve leaves none."""
     monkeypatch.setenv("PHO_CACHE_DIR", str(tmp_path))
-    trained: list[str] = []
-    keep = KeptBlocks.keep
-
-    def noted(self: KeptBlocks, name: str, block: KeptBlock) -> None:
-        trained.append(name)
-        keep(self, name, block)
-
-    monkeypatch.setattr(KeptBlocks, "keep", noted)
     options: dict[str, Any] = {
         "model": tiny_llama, "confirm": texts["confirmation"], "trials": 9, "finalists": 1,
         "steps": {"update": "least-squares", "reconstruction": "block"}, "preset": "crepe",

@@ -79,20 +79,6 @@ def test_as_pho_prune(hand: Any, small: Any, tmp_path: Path) -> None:
     assert all(check.passed for check in check_folder(folder_of(hand, job), original=None))
 
 
-@pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The blocks that are trained from now on."""
-    names: list[str] = []
-    really = KeptBlocks.keep
-
-    def keep(self: KeptBlocks, name: str, block: Any) -> None:
-        names.append(name)
-        really(self, name, block)
-
-    monkeypatch.setattr(KeptBlocks, "keep", keep)
-    return names
-
-
 TRAINED = {
     "prune": True, "preset": "crepe",
     "steps": {"update": "least-squares", "reconstruction": {"method": "block"}},
@@ -247,7 +233,7 @@ def test_from_a_question_to_a_model(hand: Any, tmp_path: Path) -> None:
         "confirm": {"text": "confirmation.jsonl", "finalists": 1, "windows": 3},
     }  # fmt: skip
     with TestClient(app, "http://127.0.0.1:8000/v1") as http, Client("http://x") as client:
-        client._service._http = http
+        client._http = http
         job = client.submit(document)
         hand.until(hand.store.get(job.id), None)
         best = client.best(job.id)
