@@ -101,7 +101,7 @@ class KeyGuard:
         await answer(scope, receive, send)
 
     async def _refusal(self, scope: Scope) -> ASGIApp | None:
-        """The answer for who may not come in; else None, and the scope says who it is."""
+        """The answer for who may not come in; None for others, whom the scope then names."""
         headers = Headers(scope=scope)
         secret, host = _secret(headers.get("authorization", "")), host_of(scope)
         session = None if _is_bearer(headers) else _session(headers)
