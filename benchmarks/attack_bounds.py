@@ -21,7 +21,7 @@ import httpx
 import zstandard
 from attack_files import _refused
 from attack_target import Attack, Target
-from hostile_dump import write_hostile_dump
+from hostile_dump import program, write_hostile_dump
 from local_service import write_text
 
 from pho_service.client import Client
@@ -248,7 +248,7 @@ def _hostile_dump(target: Target) -> str | None:
         with embedded_postgresql(Path(name) / "from") as url:
             database = Database(url)
             database.migrate()
-            write_hostile_dump(database, dump, ran)
+            write_hostile_dump(database, dump, program(ran))
             database.close()
         with embedded_postgresql(Path(name) / "to") as url:
             database = Database(url)

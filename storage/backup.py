@@ -18,6 +18,9 @@ from storage.database import SCHEMAS, Database, check_version
 from storage.embedded import programs
 from storage.studies import StorageError
 
+LEAST_S = 120.0  # that a restore may take, and more for a large file
+SLOWEST = 250_000  # bytes of a file that are restored in a second, at least
+
 
 def back_up(database: Database, file: Path) -> None:
     """Write everything that a database holds for the service, as of one moment."""
@@ -45,7 +48,8 @@ def restore(database: Database, file: Path) -> None:
             f"{revision}, which Optuna {optuna.__version__} does not know. Install that Optuna."
         )
     whole = ("--single-transaction", "--exit-on-error", "--dbname={server}")
-    _run("pg_restore", database, *whole, str(file), file=file)
+    longest_s = LEAST_S + file.stat().st_size / SLOWEST
+    _run("pg_restore", database, *whole, str(file), file=file, longest_s=longest_s)
     database.migrate()
 
 
@@ -65,7 +69,13 @@ def _revision(database: Database, file: Path, schema: str) -> str:
     return found[1]
 
 
-def _run(program: str, database: Database, *arguments: str, file: Path | None = None) -> str:
+def _run(
+    program: str,
+    database: Database,
+    *arguments: str,
+    file: Path | None = None,
+    longest_s: float | None = None,
+) -> str:
     """What a program of PostgreSQL prints, without owners and grants, which are the server's."""
     # Its ``{server}`` is the database, without the password, which all who list processes would
     # see.
@@ -77,16 +87,25 @@ def _run(program: str, database: Database, *arguments: str, file: Path | None = 
         _program(program, database), "--no-owner", "--no-privileges",
         *(a.replace("{server}", server) for a in arguments),
     ]  # fmt: skip
-    done = subprocess.run(  # noqa: S603 - a program of PostgreSQL, without a shell
+    with subprocess.Popen(  # noqa: S603 - a program of PostgreSQL, without a shell
         command,
         env={**os.environ, **({} if password is None else {"PGPASSWORD": password})},
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
-    )
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    ) as running:
+        try:
+            printed, errors = running.communicate(timeout=longest_s)
+        except subprocess.TimeoutExpired as error:
+            running.terminate()  # which ends what it does on the server, too
+            raise StorageError(
+                f"{file} was not restored within {longest_s:.0f} s, and so nothing was. A backup "
+                "of that size takes less: is it what `pho backup` wrote? If so, restore it on the "
+                "machine of the database."
+            ) from error
+    if running.returncode:
+        said = errors.strip().splitlines() or [f"exit code {running.returncode}"]
         reason = next((line for line in said if "error:" in line), said[0])
         reason = reason.removeprefix(f"{program}: ").removeprefix("error: ").rstrip(".")
         raise StorageError(
@@ -95,7 +114,7 @@ def _run(program: str, database: Database, *arguments: str, file: Path | None = 
             else f"{file} cannot be restored, and nothing was: {reason}. Is it what `pho backup` "
             "wrote, all of it?"
         )
-    return done.stdout
+    return printed
 
 
 def _program(name: str, database: Database) -> str:

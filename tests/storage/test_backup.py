@@ -1,6 +1,7 @@
 """All that a database holds as one file, and back: whole or not at all, over nothing."""
 
 import os
+import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -111,12 +112,33 @@ def test_what_a_dump_brings_along_runs_no_program(
     filled: Database, empty_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    ran = tmp_path / "ran"
-    import_module("hostile_dump").write_hostile_dump(filled, tmp_path / "dump", ran)
+    hostile, ran = import_module("hostile_dump"), tmp_path / "ran"
+    hostile.write_hostile_dump(filled, tmp_path / "dump", hostile.program(ran))
     with pytest.raises(StorageError, match=r"nothing was: .*permission denied"):
         restore(empty_database, tmp_path / "dump")
 
     assert not ran.exists()
+    assert schemas(empty_database) == set()
+
+
+def test_a_dump_that_sleeps_is_given_up(
+    filled: Database, empty_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    monkeypatch.setattr("storage.backup.LEAST_S", 2.0)
+    write = import_module("hostile_dump").write_hostile_dump
+    write(filled, tmp_path / "dump", "PERFORM pg_sleep(3600)")
+    with pytest.raises(StorageError, match=r"dump was not restored within 2 s, and so nothing"):
+        restore(empty_database, tmp_path / "dump")
+
+    sleeping = text("SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'COPY pho.evil%'")
+    for _ in range(100):
+        with empty_database.transaction() as connection:
+            if not connection.execute(sleeping).scalar_one():
+                break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("the server still sleeps")
     assert schemas(empty_database) == set()
 
 
