@@ -290,13 +290,14 @@ _OF_SEARCHES = (
     *(name for name in options_of(SearchOptions()) if name != "seed"),
     "confirm/text", "confirm/windows", "confirm/finalists",
 )  # fmt: skip
+_OF_RECOVERIES = tuple(f"recovery/{name}" for name in ("train", "minutes", "tokens", "rate"))
 
 
 @click.command(
     cls=DocumentCommand,
     fields=(
         "pattern", "scope", "steps/linears", "calibration", "revision", "dtype", "stream",
-        *_OF_SEARCHES, *TASK_FIELDS,
+        *_OF_SEARCHES, *TASK_FIELDS, *_OF_RECOVERIES,
     ),
     required=("pattern",),
 )  # fmt: skip
@@ -368,6 +369,9 @@ def compare(
     pruned blocks before, as Wanda and RIA are published. At N:M, one that ends in
     -permuted cuts the groups in the channel order that keeps the most score.
 
+    With --recover-tokens or --recover-minutes, what is found is recovered, too, on
+    windows of the calibration's text that nothing else uses: a row more for each.
+
     \b
     Example:
       pho compare HuggingFaceTB/SmolLM2-135M --pattern 0.5 --text book.txt \\
@@ -383,8 +387,10 @@ def compare(
         compare_over_seeds,
     )
     from pho_service.pipeline.curve import check_patterns
+    from pho_service.pipeline.rating import RecoveryText
     from pho_service.pipeline.tasks import also_tasks
     from pho_service.spec.configuration import read_configuration
+    from pho_service.spec.recovery import Recovery
 
     measured = report_spec(report)
     if measured is None:
@@ -397,6 +403,7 @@ def compare(
     asked = Linears.from_dict(given.document().get("steps", {}).get("linears", {})) or None
     linears = common_linears(named, pattern, asked)
     searches = _searches(model, given, presets, linears)
+    recovery = given.document().get("recovery")
     request = ComparisonRequest(
         pattern=pattern,
         configurations=named,
@@ -404,6 +411,7 @@ def compare(
         searches={name: each.request(0) for name, each in searches.items()},
         linears=linears,
         ablation=ablation,
+        recovery=recovery and Recovery.from_dict(recovery),
     )
     calibration, drawn = given.calibration(), _seeds(seeds, given)
     loaded_tasks = load_asked_tasks(given)
@@ -422,6 +430,7 @@ def compare(
         text,
         request,
         {seed: _calibration(loaded, source, calibration, seed, search, inputs) for seed in drawn},
+        text=RecoveryText(source=source, context_length=settings.context_length, bos=settings.bos),
         also=also_tasks(loaded_tasks, bos=settings.bos, limit=given("tasks_limit")),
         run=inputs.run(loaded),
     )
@@ -445,16 +454,10 @@ def _searches(
             f"{', '.join(options)}: for --preset alone, which searches. Leave it out, or give a "
             "--preset."
         )
+    document = given.document({"steps": {"linears": linears.to_dict()}} if linears else {})
+    document.pop("recovery", None)  # which a job has of what it prunes
     return {
-        name: given.job(
-            given.document(
-                {
-                    "model": model,
-                    "preset": name,
-                    **({"steps": {"linears": linears.to_dict()}} if linears else {}),
-                }
-            )
-        )
+        name: given.job({**document, "model": model, "preset": name})
         for name in dict.fromkeys(presets)
     }
 

@@ -15,6 +15,7 @@ from pho_service.interface.inputs import (
     Choice,
     Model,
     calibrated,
+    calibration_text_of,
     chosen,
     length_of,
     measured_text,
@@ -37,6 +38,7 @@ from pho_service.pipeline.compare import (
     compare_over_seeds,
 )
 from pho_service.pipeline.inputs import Calibrated
+from pho_service.pipeline.rating import RecoveryText
 from pho_service.pipeline.tasks import also_tasks, measure_tasks
 from pho_service.progress import bars
 from pho_service.pruning.bundle import ProxyBundle
@@ -48,6 +50,7 @@ from pho_service.spec.document import with_error
 from pho_service.spec.fields import ConfirmSpec
 from pho_service.spec.objective import SearchOptions, options_of
 from pho_service.spec.pattern import Linears, Pattern
+from pho_service.spec.recovery import Recovery
 from pho_service.spec.tasks import TaskScore, task_names
 from pho_service.tuning.plan import SearchRequest
 
@@ -253,6 +256,8 @@ class CompareArguments(SearchOptions, LinearArguments):
         confirm: Text that the searches are confirmed on; without it, windows of the calibration's
             text are used that were held out.
         ablation: Show configurations step by step: the score alone, then with each step more.
+        recovery: Recover what is found, for a row more each: ``{"tokens": 65_536}``, with the other
+            settings of ``pho.recover`` beside; on windows of ``texts`` that nothing else uses.
         seeds: Repeat all with these seeds of calibration and search, and give means and standard
             deviations; () is ``seed`` alone.
         scope: ``row``, ``layer`` or ``global``: for CRePE with equal coefficients, and searches.
@@ -283,6 +288,7 @@ class CompareArguments(SearchOptions, LinearArguments):
     presets: Sequence[str] = ()
     confirm: "Texts | None" = None
     ablation: bool = False
+    recovery: Mapping[str, Any] | None = None
     seeds: Sequence[int] = ()
     scope: str | None = None
     samples: int = _DEFAULT.samples
@@ -329,7 +335,10 @@ def compare(asked: CompareArguments) -> Comparison:
         searches={name: asked.search(name, pattern, linears) for name in asked.presets},
         linears=linears,
         ablation=asked.ablation,
+        recovery=None if asked.recovery is None else Recovery.from_dict(asked.recovery),
     )
+    if asked.recovery is not None and asked.texts is None:
+        raise InvalidInput("recovery trains on texts beyond the bundle's windows. Give texts, too.")
     loaded_tasks = _tasks(asked.tasks, asked.tasks_dir)
     texts, known = asked.texts, _known_bundle(asked.texts, asked.bundle, asked.seeds)
     loaded = (
@@ -365,6 +374,11 @@ def compare(asked: CompareArguments) -> Comparison:
         measured_text(loaded, asked.report, how, asked.report_windows),
         request,
         {number: partial(drawn, number) for number in numbers},
+        text=None
+        if asked.texts is None
+        else RecoveryText(
+            source=calibration_text_of(asked.texts), context_length=how.context_length, bos=how.bos
+        ),
         also=also_tasks(loaded_tasks, bos=_DEFAULT.bos, limit=asked.limit),
         run=run_on(loaded, asked.progress),
     )

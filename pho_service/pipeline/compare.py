@@ -2,13 +2,17 @@
 The table that every claim rests on: dense, the published methods, and what was found.
 """
 
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pho_service.errors import BundleError, ConfigurationError, InvalidInput
@@ -18,7 +22,7 @@ from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.objectives import mask_proxy
 from pho_service.pipeline.pipeline import pruned_model
-from pho_service.pipeline.rating import ReportText, rate_pruned
+from pho_service.pipeline.rating import RecoveryText, ReportText, rate_pruned
 from pho_service.pipeline.search import search_job
 from pho_service.progress import Advance, Run
 from pho_service.pruning.bundle import ProxyBundle
@@ -39,6 +43,7 @@ from pho_service.spec.configuration import Configuration, compared, in_words
 from pho_service.spec.document import number, percent, seconds, with_error
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Linears, Pattern
+from pho_service.spec.recovery import Recovery
 from pho_service.spec.steps import Candidate
 from pho_service.tuning.finalists import paired_error
 from pho_service.tuning.plan import SearchRequest
@@ -75,6 +80,27 @@ STDERR = " stderr"  # ends the name of a number's standard error, which stands i
 Also = Callable[[LanguageModel], Mapping[str, float]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ThenRecovered:
+    """What is found is recovered, too: rows of their own, on windows that nothing else uses."""
+
+    text: RecoveryText
+    settings: Recovery
+
+    def of(self, dense: LanguageModel, pruned: LanguageModel, run: Run) -> None:
+        """Recover a model, in place."""
+        from pho_service.pipeline.recover import PrunedModel, recover_model  # slow to import
+
+        with tempfile.TemporaryDirectory(prefix="pho-") as place:
+            recover_model(
+                PrunedModel.of(pruned), lambda: nullcontext(dense), self.text, self.settings,
+                Path(place), progress=run.progress,
+            )  # fmt: skip
+
+
+RECOVERED = ", recovered"  # ends the name of a row
+
+
 def compare_job(
     model: LanguageModel,
     bundle: ProxyBundle,
@@ -89,14 +115,19 @@ def compare_job(
     objective: Objective | None = None,
     also: Also | None = None,
     dense: ComparisonRow | None = None,
+    recovery: ThenRecovered | None = None,
     run: Run = Run(),
 ) -> list[ComparisonRow]:
     """Prune with every method and measure the perplexity on one text."""
     linears = common_linears(configurations, pattern, linears)
     shown = shown_baselines(methods, pattern, linears)
     found = [(name, each.candidate()) for name, each in configurations]
+    recovered = {name: f"{name}{RECOVERED}" for name, _ in found}
     if ablation:
-        found = [row for name, candidate in found for row in step_by_step(name, candidate)]
+        apart = {name: step_by_step(name, candidate) for name, candidate in found}
+        found = [row for rows in apart.values() for row in rows]
+        recovered = {rows[0][0]: f"{name}: score + recovery" for name, rows in apart.items()}
+        recovered |= {rows[-1][0]: f"{name}: + recovery" for name, rows in apart.items()}
     candidates = [
         *(
             (c.method, c)
@@ -114,6 +145,8 @@ def compare_job(
         objective=objective,
         also=also,
         dense=dense,
+        recovery=recovery,
+        recovered=recovered if recovery else {},
         run=run,
     )
 
@@ -129,15 +162,19 @@ def compare_candidates(
     also: Also | None = None,
     dense: ComparisonRow | None = None,
     beside: str | None = None,
+    recovery: ThenRecovered | None = None,
+    recovered: Mapping[str, str] | None = None,
     run: Run = Run(),
 ) -> list[ComparisonRow]:
     """A row for the dense model, and one for each (name, candidate); see :func:`compare_job`."""
     # ``behind`` of the rows is against the row that is called ``beside``, or else the best one.
+    # After those that are named in ``recovered`` comes one of the model recovered, by its name.
     bundle.check_model(model.linears)
     evaluator = ProxyEvaluator(bundle, run.device)
     statistics = bundle.statistics()
     objective = objective or Objective()
-    total = len(candidates) + (dense is None)
+    recovered = recovered or {}
+    total = len(candidates) + len(recovered) + (dense is None)
     with run.progress("Measuring perplexities", total * len(report.windows)) as advance:
         if dense is None:
             dense, losses = _dense_row(model, report, also, advance)
@@ -146,25 +183,27 @@ def compare_candidates(
         rows, rated = [dense], [losses]
         for name, candidate in candidates:
             started = time.perf_counter()
+            names = [name] if name not in recovered else [name, recovered[name]]
+            then = recovery if name in recovered else None
             with peak_memory(*model.devices) as peak:
-                rating, sparsity, extra = _measured(
-                    model, statistics, candidate, report, calibration, also, advance
+                found = _measured(
+                    model, statistics, candidate, report, calibration, also, then, advance, run
                 )
-            seconds = time.perf_counter() - started
-            rated.append(rating.losses)
-            rows.append(
-                ComparisonRow(
-                    method=name,
-                    scope=candidate.pattern.scope.value,
-                    perplexity=rating.perplexity,
-                    error=_against(dense, losses, rating),
-                    sparsity=sparsity,
-                    proxy=_proxy(evaluator, candidate, objective),
-                    seconds=seconds,
-                    memory_bytes=peak(),
-                    extra=extra,
-                )
-            )
+                for row, (rating, sparsity, extra) in zip(names, found, strict=True):
+                    rated.append(rating.losses)
+                    rows.append(
+                        ComparisonRow(
+                            method=row,
+                            scope=candidate.pattern.scope.value,
+                            perplexity=rating.perplexity,
+                            error=_against(dense, losses, rating),
+                            sparsity=sparsity,
+                            proxy=_proxy(evaluator, candidate, objective),
+                            seconds=time.perf_counter() - started,
+                            memory_bytes=peak(),
+                            extra=extra,
+                        )
+                    )
     if len(rows) < 3:
         return rows
     best = min(range(1, len(rows)), key=lambda number: rows[number].perplexity)
@@ -204,21 +243,33 @@ def _measured(
     report: ReportText,
     calibration: Tensor | None,
     also: Also | None,
+    recovery: ThenRecovered | None,
     advance: Advance,
-) -> tuple[Perplexity, float, Mapping[str, float]]:
-    """Perplexity, sparsity, and what else is measured of the model pruned with a candidate."""
-    if also is None:
+    run: Run,
+) -> Iterator[tuple[Perplexity, float, Mapping[str, float]]]:
+    """
+    Perplexity, sparsity, and what else is measured of the model pruned with a candidate; then the
+    same of it recovered.
+    """
+    if also is None and recovery is None:
         result, sparsity = rate_pruned(
             model, statistics, candidate, report.windows, advance, calibration=calibration
         )
-        return result, sparsity, {}
+        yield result, sparsity, {}
+        return
 
     def pruned(_: int) -> None:
         advance(0)
 
     with pruned_model(model, statistics, candidate, calibration, pruned) as shares:
         result = measure_perplexity(model, report.windows, advance=advance)
-        return result, model_sparsity(model.linears, shares), also(model)
+        sparsity, extra = model_sparsity(model.linears, shares), also(model) if also else {}
+        copy = deepcopy(model) if recovery else None
+    yield result, sparsity, extra
+    if recovery and copy:
+        recovery.of(model, copy, run)
+        result = measure_perplexity(copy, report.windows, advance=advance)
+        yield result, sparsity, also(copy) if also else {}
 
 
 def _proxy(evaluator: ProxyEvaluator, candidate: Candidate, objective: Objective) -> float | None:
@@ -281,6 +332,7 @@ class ComparisonRequest:
     searches: Mapping[str, SearchRequest] = field(default_factory=dict)
     linears: Linears | None = None  # What all rows prune; None is what the configurations prune
     ablation: bool = False  # Configurations and what is found have a row for each step more
+    recovery: Recovery | None = None  # They have a row recovered, too
 
     def __post_init__(self) -> None:
         linears = common_linears(self.configurations, self.pattern, self.linears)
@@ -290,10 +342,17 @@ class ComparisonRequest:
             if name in taken:
                 raise InvalidInput(f"two rows would be called {name!r}. Give one another name.")
             taken.add(name)
-        if self.ablation and not (self.configurations or self.searches):
+        if self.configurations or self.searches:
+            return
+        if self.ablation:
             raise InvalidInput(
                 "an ablation takes configurations apart, and there is none. Give --config FILE or "
                 "--preset NAME."
+            )
+        if self.recovery:
+            raise InvalidInput(
+                "configurations are recovered, and there is none. Give --config FILE or --preset "
+                "NAME."
             )
 
     @property
@@ -420,10 +479,16 @@ def compare_over_seeds(
     request: ComparisonRequest,
     calibrations: Mapping[int, Callable[[], Calibrated]],
     *,
+    text: RecoveryText | None = None,
     also: Also | None = None,
     run: Run = Run(),
 ) -> Compared:
-    """Compare on each calibration, and give the means."""
+    """Compare on each calibration, and give the means. ``text`` is what is recovered on."""
+    if request.recovery and model.stream:
+        raise InvalidInput(
+            f"{model.name} is streamed, and what is recovered must be in memory. Load it without "
+            "streaming, or leave the recovery out."
+        )
     seeds: dict[int, Sequence[ComparisonRow]] = {}
     configurations: dict[int, dict[str, Configuration]] = {}
     dense = None
@@ -447,10 +512,13 @@ def compare_over_seeds(
             calibration=given.calibration,
             also=also,
             dense=dense,
+            recovery=_then_recovered(request.recovery, text, seed, given, report),
             run=run,
         )
         dense = rows[0]
-        seeds[seed] = [_with_search(row, found.get(row.method)) for row in rows]
+        seeds[seed] = [
+            _with_search(row, found.get(row.method.removesuffix(RECOVERED))) for row in rows
+        ]
         configurations[seed] = {name: each.found for name, each in found.items()}
     return Compared(
         pattern=str(request.pattern),
@@ -467,6 +535,21 @@ def compare_over_seeds(
         seeds=seeds,
         configurations=configurations,
     )
+
+
+def _then_recovered(
+    settings: Recovery | None,
+    text: RecoveryText | None,
+    seed: int,
+    given: Calibrated,
+    report: ReportText,
+) -> ThenRecovered | None:
+    """The recoveries of a calibration."""
+    if settings is None or text is None:
+        return None
+    seen = [report.windows, given.calibration, given.confirm and given.confirm.windows]
+    unlike = torch.cat([each for each in seen if isinstance(each, Tensor)])
+    return ThenRecovered(text=replace(text, unlike=unlike), settings=replace(settings, seed=seed))
 
 
 def _check_texts(request: ComparisonRequest, given: Calibrated, report: ReportText) -> None:

@@ -95,6 +95,7 @@ BAD_USAGE = [
     (COMPARE + " --preset bst", "--preset 'bst' is not one of"),
     (COMPARE + " --method owl-wanda", "OWL has no row at N:M"),
     (COMPARE + " --ablation", "takes configurations apart"),
+    (COMPARE + " --recover-tokens 9", "configurations are recovered, and there is none"),
     ("prune", "MODEL, --out, and one of --config, --method and --from-library are needed"),
     ("prune m --out o --method wanda", "--method needs a --pattern"),
     ("prune m --out o --method wnada --pattern 0.5", "'wnada' is not one of those at 0.5"),

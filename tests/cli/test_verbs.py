@@ -14,7 +14,8 @@ from sqlalchemy import text
 from pho_service.cli import main
 from pho_service.interface.measured import evaluate
 from pho_service.models.loading import load_model
-from pho_service.spec.baselines import shown_baselines
+from pho_service.spec.baselines import baseline, shown_baselines
+from pho_service.spec.configuration import Configuration
 from pho_service.spec.document import number
 from pho_service.spec.objective import WEIGHTINGS
 from pho_service.spec.pattern import Pattern
@@ -173,6 +174,24 @@ def test_validate(model_folder: Path, texts: dict[str, Path], tmp_path: Path) ->
         assert re.findall(r"perplexity ([\d.,e+]+)<", chart) == [
             number(candidate["perplexity"]) for candidate in document["candidates"]
         ]
+
+
+def test_what_is_compared_is_recovered_too(
+    model_folder: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    found = tmp_path / "found.json"
+    found.write_text(
+        Configuration.of(baseline("ria-layer", Pattern.parse("0.5"))).model_dump_json()
+    )
+    compared = done(
+        "compare", model_folder, "--pattern", "0.5", *CALIBRATION, "--method", "wanda",
+        "--config", found, "--text", texts["calibration"], "--report-text", texts["report"],
+        "--recover-tokens", 256, "--recover-rate", 0.02,
+    )  # fmt: skip
+
+    rows = {row["method"]: row["perplexity"] for row in compared["rows"]}
+    assert list(rows) == ["dense", "wanda", str(found), f"{found}, recovered"]
+    assert len({*rows.values()}) == 4
 
 
 def test_tables(model_folder: Path, texts: dict[str, Path], search_arguments: list[object]) -> None:

@@ -39,6 +39,8 @@ def test_a_configuration_of_another_pattern_or_family_and_a_comparison_on_nothin
         compare("0.5", configurations={"mine": elsewhere})
     with pytest.raises(InvalidInput, match="nothing to calibrate on"):
         compare("0.5", bundle=None)
+    with pytest.raises(InvalidInput, match="trains on texts beyond the bundle's windows"):
+        compare("0.5", configurations={"mine": configuration}, recovery={"tokens": 256})
     with pytest.raises(InvalidInput, match="scope 'row' is given beside a pattern"):
         compare(pho.Pattern.parse("0.5"), scope="row")
     with pytest.raises(InvalidInput, match="a float is given for a configuration"):

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from pho_service.pipeline.compare import (
     Compared,
     ComparisonRequest,
     ComparisonRow,
+    ThenRecovered,
     check_family,
     compare_job,
     compare_over_seeds,
@@ -29,6 +31,7 @@ from pho_service.pipeline.pipeline import prune_model
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.rating import (
     Glances,
+    RecoveryText,
     ReportText,
     Subject,
     compared_count,
@@ -43,6 +46,7 @@ from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.document import number
 from pho_service.spec.pattern import Coefficients, Pattern
+from pho_service.spec.recovery import Recovery
 from pho_service.spec.space import Preset
 from pho_service.spec.steps import Allocation, Candidate, Steps
 from pho_service.tuning.plan import SearchRequest
@@ -321,6 +325,39 @@ def test_ablation(model: LanguageModel, bundle: ProxyBundle, report: ReportText)
     assert all(row.seconds > 0 for row in rows)
 
 
+@pytest.mark.parametrize("ablation", [False, True])
+def test_what_was_found_is_recovered_in_rows_of_their_own(
+    model: LanguageModel,
+    bundle: ProxyBundle,
+    report: ReportText,
+    texts: dict[str, Path],
+    ablation: bool,
+) -> None:
+    before = bits(model)
+    source = TextSource(path=str(texts["calibration"]))
+    recovery = ThenRecovered(
+        text=RecoveryText(source=source, context_length=32, unlike=report.windows),
+        settings=Recovery(tokens=256, rate=0.02),
+    )
+    options: dict[str, Any] = {"methods": ["wanda"], "calibration": report.windows}
+    options |= {"ablation": ablation}
+    plain = compare_job(model, bundle, report, HALF, [("mine", MINE)], **options)
+    rows = compare_job(model, bundle, report, HALF, [("mine", MINE)], recovery=recovery, **options)
+    found = {row.method: row for row in rows}
+
+    new = ["mine: score + recovery", "mine: + recovery"] if ablation else ["mine, recovered"]
+    old = ["mine: score", "mine: + update least-squares"] if ablation else ["mine"]
+    assert [name for name in found if name not in new] == [row.method for row in plain]
+    assert [found[row.method].perplexity for row in plain] == [row.perplexity for row in plain]
+    assert rows[-1].method == new[-1]
+    for pruned_alone, recovered in zip(old, new, strict=True):
+        mine, other = found[recovered], found[pruned_alone]
+        assert mine.perplexity != other.perplexity
+        assert (mine.sparsity, mine.proxy) == (other.sparsity, other.proxy)
+        assert mine.seconds > other.seconds
+    assert same(before, bits(model))
+
+
 def test_seeds(
     model: LanguageModel,
     report: ReportText,
@@ -423,6 +460,8 @@ def test_refused(
         compared(replace(given, confirm=None))
     with pytest.raises(InvalidInput, match="must not be reported on it"):
         compared(replace(given, confirm=report))
+    with pytest.raises(InvalidInput, match="configurations are recovered, and there is none"):
+        asked(recovery=Recovery())
     whole = replace(given, left=0)
     with pytest.raises(InvalidInput, match="fills 3 windows, and all of them are drawn"):
         compare_over_seeds(model, report, asked(), {0: lambda: whole, 1: lambda: whole})
