@@ -66,6 +66,7 @@ logger = logging.getLogger(__name__)
 _BEAT_S = 2.0  # at most, between two signs of life
 _GIVE_UP_AFTER_S = 600.0  # a stage whose database is away
 _LAST_S = 3.0  # for the report of a worker that ends by force
+_LONG_S = 10.0  # a stage after which memory is let go of
 _LOST_DEVICES = 10  # attempts of a stage; from then on it counts as its own fault
 
 
@@ -314,7 +315,10 @@ class _Worker:
     def _run_claimed(self, claim: Claim) -> None:
         with self._hold.of(claim):
             logger.info("%s of job %s begins", claim.stage.kind, claim.job.id)
+            began = time.monotonic()
             report, after_s = self._tried(claim)
+            if report is not None or time.monotonic() - began > _LONG_S:
+                let_go_of_memory()  # after the error, which holds on to what was computed
             again = report is not None and self._when_possible(report)
         if again:
             raise Again(after_s)
@@ -354,7 +358,6 @@ class _Worker:
         else:
             logger.info("%s of job %s done", claim.stage.kind, claim.job.id)
             return None, 0.0
-        let_go_of_memory()  # after the error, which holds on to what was computed
         return report, 0.0
 
     def _hide(self, message: str) -> str:

@@ -2,6 +2,7 @@
 This machine: its name, its package versions, missing packages, and its faults in words.
 """
 
+import ctypes
 import gc
 import os
 import platform
@@ -155,8 +156,10 @@ def first_words(error: BaseException) -> str:
 
 
 def let_go_of_memory() -> None:
-    """Release what is no longer in use: cycles of objects, and the cache of torch."""
+    """Release what is no longer in use: cycles, what the heap has spare, the cache of torch."""
     gc.collect()
+    with suppress(AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)  # else many small objects leave a heap full of holes
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
