@@ -30,14 +30,14 @@ from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.calibration import cached_bundle, calibration_text
 from pho_service.models.loading import LanguageModel
 from pho_service.models.tasks import LoadedTasks, load_tasks
-from pho_service.models.texts import C4, TextSource, read_windows
+from pho_service.models.texts import TextSource, read_windows
 from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.tasks import as_extra, measure_tasks
 from pho_service.pruning.hardware import peak_memory
 from pho_service.pruning.masks import model_sparsity
 from pho_service.spec.baselines import named_baselines
-from pho_service.spec.calibration import CalibrationSettings
+from pho_service.spec.calibration import C4_DATASET, C4_FILE, CalibrationSettings
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import PRESETS
 from pho_service.spec.tasks import task_names
@@ -142,7 +142,9 @@ class Bench:
             bos=conditions["bos"],
             seed=conditions["seed"],
         )
-        source = TextSource(path=conditions["text"]) if conditions["text"] else C4
+        named = conditions["text"]
+        c4 = TextSource(dataset=C4_DATASET, data_file=C4_FILE)
+        source = TextSource(path=named) if named else c4
         text = calibration_text(model, source, settings)
         report = conditions["report_text"]
         windows, record = read_windows(

@@ -2,7 +2,7 @@
 `pho calibrate` and `pho validate`: a proxy bundle, and how well it ranks.
 """
 
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,7 +115,6 @@ def validate(
     assert confirm is not None  # the document says so
     assert validation is not None
     check_models([model], given("revision"), confirm.text)
-    space = spec.plan(0).space  # of the preset, with its allocation
     settings, source = spec.calibration.settings(), calibration_source(spec.calibration)
     why = "there is no text to measure perplexity on. Give --confirm-text."
     asked = spec.request(0)
@@ -124,11 +123,8 @@ def validate(
         subject.model,
         subject.bundle,
         subject.text,
-        parsed,
-        linears=asked.steps.linears,
-        bounds={field.name: getattr(space, field.name) for field in fields(space)},
-        count=validation.candidates,
-        seed=validation.seed,
+        spec.plan(0),  # of the preset, with its allocation
+        validation,
         calibration=subject.calibration,
         run=inputs.run(subject.model),
     )

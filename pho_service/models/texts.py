@@ -30,7 +30,7 @@ from pho_service.models.data_sets import (
 )
 from pho_service.models.loading import LanguageModel
 from pho_service.pruning.perplexity import cut_windows
-from pho_service.spec.calibration import C4_DATASET, C4_FILE, windows_of, with_shares
+from pho_service.spec.calibration import windows_of, with_shares
 
 # Texts that a program has in memory: documents, or windows that are cut already.
 SHORTEST = 8  # tokens of a window
@@ -216,9 +216,6 @@ def mixed_text(texts: Sequence[T], shares: Sequence[float] = ()) -> T | MixedTex
     if len(texts) == 1 and len(shares) < 2:
         return texts[0]
     return MixedText(texts=tuple(texts), shares=tuple(shares or [1.0] * len(texts)))
-
-
-C4 = TextSource(dataset=C4_DATASET, data_file=C4_FILE)
 
 
 @dataclass(frozen=True, kw_only=True)

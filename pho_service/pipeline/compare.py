@@ -101,56 +101,6 @@ class ThenRecovered:
 RECOVERED = ", recovered"  # ends the name of a row
 
 
-def compare_job(
-    model: LanguageModel,
-    bundle: ProxyBundle,
-    report: ReportText,
-    pattern: Pattern,
-    configurations: Sequence[tuple[str, Configuration]],
-    *,
-    methods: Sequence[str] | None = None,
-    ablation: bool = False,
-    linears: Linears | None = None,
-    calibration: Tensor | None = None,
-    objective: Objective | None = None,
-    also: Also | None = None,
-    dense: ComparisonRow | None = None,
-    recovery: ThenRecovered | None = None,
-    run: Run = Run(),
-) -> list[ComparisonRow]:
-    """Prune with every method and measure the perplexity on one text."""
-    linears = common_linears(configurations, pattern, linears)
-    shown = shown_baselines(methods, pattern, linears)
-    found = [(name, each.candidate()) for name, each in configurations]
-    recovered = {name: f"{name}{RECOVERED}" for name, _ in found}
-    if ablation:
-        apart = {name: step_by_step(name, candidate) for name, candidate in found}
-        found = [row for rows in apart.values() for row in rows]
-        recovered = {rows[0][0]: f"{name}: score + recovery" for name, rows in apart.items()}
-        recovered |= {rows[-1][0]: f"{name}: + recovery" for name, rows in apart.items()}
-    candidates = [
-        *(
-            (c.method, c)
-            for c in shown
-            if methods is not None or calibration is not None or not c.steps.needs_text
-        ),
-        *found,
-    ]
-    return compare_candidates(
-        model,
-        bundle,
-        report,
-        candidates,
-        calibration=calibration,
-        objective=objective,
-        also=also,
-        dense=dense,
-        recovery=recovery,
-        recovered=recovered if recovery else {},
-        run=run,
-    )
-
-
 def compare_candidates(
     model: LanguageModel,
     bundle: ProxyBundle,
@@ -158,7 +108,6 @@ def compare_candidates(
     candidates: Sequence[tuple[str, Candidate]],
     *,
     calibration: Tensor | None = None,
-    objective: Objective | None = None,
     also: Also | None = None,
     dense: ComparisonRow | None = None,
     beside: str | None = None,
@@ -166,13 +115,12 @@ def compare_candidates(
     recovered: Mapping[str, str] | None = None,
     run: Run = Run(),
 ) -> list[ComparisonRow]:
-    """A row for the dense model, and one for each (name, candidate); see :func:`compare_job`."""
+    """Prune with each candidate and measure the perplexity on one text: a row each, dense first."""
     # ``behind`` of the rows is against the row that is called ``beside``, or else the best one.
     # After those that are named in ``recovered`` comes one of the model recovered, by its name.
     bundle.check_model(model.linears)
     evaluator = ProxyEvaluator(bundle, run.device)
     statistics = bundle.statistics()
-    objective = objective or Objective()
     recovered = recovered or {}
     total = len(candidates) + len(recovered) + (dense is None)
     with run.progress("Measuring perplexities", total * len(report.windows)) as advance:
@@ -198,7 +146,7 @@ def compare_candidates(
                             perplexity=rating.perplexity,
                             error=_against(dense, losses, rating),
                             sparsity=sparsity,
-                            proxy=_proxy(evaluator, candidate, objective),
+                            proxy=_proxy(evaluator, candidate),
                             seconds=time.perf_counter() - started,
                             memory_bytes=peak(),
                             extra=extra,
@@ -272,9 +220,9 @@ def _measured(
         yield result, sparsity, also(copy) if also else {}
 
 
-def _proxy(evaluator: ProxyEvaluator, candidate: Candidate, objective: Objective) -> float | None:
+def _proxy(evaluator: ProxyEvaluator, candidate: Candidate) -> float | None:
     try:
-        return mask_proxy(evaluator, candidate, objective)
+        return mask_proxy(evaluator, candidate, Objective())
     except BundleError:  # no window means for a configuration's kernel size
         return None
 
@@ -354,6 +302,25 @@ class ComparisonRequest:
                 "configurations are recovered, and there is none. Give --config FILE or --preset "
                 "NAME."
             )
+
+    def rows(
+        self, own: Sequence[tuple[str, Configuration]], *, has_text: bool
+    ) -> tuple[list[tuple[str, Candidate]], dict[str, str]]:
+        """
+        The methods, without a text those that need none unless they are named, and ``own``; and how
+        rows of a model recovered are called, by those that they come after.
+        """
+        linears = common_linears(own, self.pattern, self.linears)
+        shown = shown_baselines(self.methods, self.pattern, linears)
+        taken = [c for c in shown if has_text or self.methods is not None or not c.steps.needs_text]
+        found = [(name, each.candidate()) for name, each in own]
+        recovered = {name: f"{name}{RECOVERED}" for name, _ in found}
+        if self.ablation:
+            apart = {name: step_by_step(name, candidate) for name, candidate in found}
+            found = [row for rows in apart.values() for row in rows]
+            recovered = {rows[0][0]: f"{name}: score + recovery" for name, rows in apart.items()}
+            recovered |= {rows[-1][0]: f"{name}: + recovery" for name, rows in apart.items()}
+        return [*((each.method, each) for each in taken), *found], recovered
 
     @property
     def shows_all_at_nm(self) -> bool:
@@ -500,19 +467,19 @@ def compare_over_seeds(
             name: _searched(model, given, replace(each, seed=seed), run)
             for name, each in request.searches.items()
         }
-        rows = compare_job(
+        own = [*request.configurations, *((name, each.found) for name, each in found.items())]
+        candidates, recovered = request.rows(own, has_text=given.calibration is not None)
+        recovery = _then_recovered(request.recovery, text, seed, given, report)
+        rows = compare_candidates(
             model,
             given.bundle,
             report,
-            request.pattern,
-            [*request.configurations, *((name, each.found) for name, each in found.items())],
-            methods=request.methods,
-            ablation=request.ablation,
-            linears=request.linears,
+            candidates,
             calibration=given.calibration,
             also=also,
             dense=dense,
-            recovery=_then_recovered(request.recovery, text, seed, given, report),
+            recovery=recovery,
+            recovered=recovered if recovery else {},
             run=run,
         )
         dense = rows[0]

@@ -2,7 +2,7 @@
 From the best by the proxy to the result: corrections, the race, the validation.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -29,9 +29,8 @@ from pho_service.pruning.perplexity import Perplexity
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.configuration import Confirmation, ProxyQuality
 from pho_service.spec.document import number
+from pho_service.spec.fields import ValidationSpec
 from pho_service.spec.objective import IN_FULL, WEIGHTINGS, Objective
-from pho_service.spec.pattern import Linears, Pattern
-from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Candidate, Reconstruction
 from pho_service.tuning.finalists import (
     Divergences,
@@ -44,10 +43,10 @@ from pho_service.tuning.finalists import (
     still_racing,
     united,
 )
-from pho_service.tuning.plan import RatedCandidate
+from pho_service.tuning.plan import RatedCandidate, SearchPlan
 from pho_service.tuning.result import SearchResult
 from pho_service.tuning.search import Islands
-from pho_service.tuning.validation import qualities, random_candidates
+from pho_service.tuning.validation import planned_candidates, qualities
 from storage.studies import keep_record, kept, once
 
 
@@ -422,24 +421,20 @@ def validate_job(
     model: LanguageModel,
     bundle: ProxyBundle,
     text: ReportText,
-    pattern: Pattern,
+    plan: SearchPlan,
+    asked: ValidationSpec,
     *,
-    linears: Linears = Linears(),
-    bounds: Mapping[str, Any] | None = None,
-    count: int = 40,
-    seed: int = 0,
     calibration: Tensor | None = None,
     run: Run = Run(),
 ) -> Validation:
-    """Rate random candidates both ways."""
+    """Rate random candidates of a search both ways."""
     bundle.check_model(model.linears)
-    space = SearchSpace(**{"kernel_sizes": bundle.kernel_sizes, **(bounds or {})}).fitted(pattern)
-    candidates = random_candidates(space, pattern, count=count, seed=seed, linears=linears)
-    with run.progress("Rating by the proxies", count) as advance:
+    candidates = planned_candidates(plan, asked)
+    with run.progress("Rating by the proxies", len(candidates)) as advance:
         proxies = rate_by_all_proxies(bundle, candidates, device=run.device, advance=advance)
     perplexity = []
     statistics = bundle.statistics()
-    with run.progress("Rating by perplexity", count) as advance:
+    with run.progress("Rating by perplexity", len(candidates)) as advance:
         for candidate in candidates:
             result, _ = rate_pruned(
                 model, statistics, candidate, text.windows, calibration=calibration
@@ -450,5 +445,5 @@ def validate_job(
         candidates=candidates,
         perplexity=perplexity,
         proxies=proxies,
-        qualities=qualities(proxies, perplexity, seed=seed),
+        qualities=qualities(proxies, perplexity, seed=asked.seed),
     )

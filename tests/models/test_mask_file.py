@@ -173,13 +173,6 @@ def rewrite(
     save_file(tensors, file, metadata={MASK_FORMAT: text})
 
 
-def test_another_format_version_is_told_from_damage(file: Path) -> None:
-    rewrite(file, document_of(file) | {"version": 2})
-
-    with pytest.raises(ModelError, match="format version 2, but this PHO reads version 1"):
-        read_masks(file)
-
-
 def test_a_models_weights_are_no_masks(file: Path) -> None:
     save_file({"a": torch.zeros(2)}, file, metadata={"format": "pt"})
 

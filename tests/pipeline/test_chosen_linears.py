@@ -15,7 +15,7 @@ from pho_service.models.saving import read_recipe
 from pho_service.pipeline import bench
 from pho_service.pipeline.bench import convert_
 from pho_service.pipeline.check import check_folder
-from pho_service.pipeline.compare import compare_job
+from pho_service.pipeline.compare import ComparisonRequest, compare_over_seeds
 from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.pipeline import prune_model
 from pho_service.pipeline.prune import orders_in_words, prune_job
@@ -89,7 +89,9 @@ def test_a_searchs_configuration_says_which_linears_a_pruned_folder_of_it_passes
 ) -> None:
     model, report = confirming.values()
     found = search_job(OF_SOME, bundle, **confirming).configuration
-    rows = compare_job(model, bundle, report, Pattern.parse("2:4"), [("found", found)])
+    request = ComparisonRequest(pattern=Pattern.parse("2:4"), configurations=[("found", found)])
+    given = Calibrated(bundle=bundle)
+    rows = compare_over_seeds(model, report, request, {0: lambda: given}).rows
     pruned = prune_job(model, bundle, found, tmp_path / "out")
     recipe = read_recipe(tmp_path / "out")
     good = check_folder(tmp_path / "out", original=original)

@@ -1,7 +1,7 @@
 """The jobs that measure or write: rating, compare, validate, prune; and repeated comparisons."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,7 @@ from pho_service.pipeline.compare import (
     Compared,
     ComparisonRequest,
     ComparisonRow,
-    ThenRecovered,
     check_family,
-    compare_job,
     compare_over_seeds,
     mean_rows,
 )
@@ -45,6 +43,7 @@ from pho_service.spec.baselines import OWL_AT_NM, comparison_baselines, named_ba
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.document import number
+from pho_service.spec.fields import ValidationSpec
 from pho_service.spec.pattern import Coefficients, Pattern
 from pho_service.spec.recovery import Recovery
 from pho_service.spec.space import Preset
@@ -59,6 +58,18 @@ CONFIGURATION = Configuration(
     pattern="0.5",
     scope="global",
 )
+
+
+def compared_on(
+    model: LanguageModel, bundle: ProxyBundle, report: ReportText, pattern: Pattern,
+    configurations: Sequence[tuple[str, Configuration]], *,
+    calibration: Tensor | None = None, also: Any = None, text: RecoveryText | None = None,
+    **asked: Any,
+) -> Sequence[ComparisonRow]:  # fmt: skip
+    """The rows of a comparison on one calibration."""
+    request = ComparisonRequest(pattern=pattern, configurations=configurations, **asked)
+    given = Calibrated(bundle=bundle, model=model, calibration=calibration)
+    return compare_over_seeds(model, report, request, {0: lambda: given}, text=text, also=also).rows
 
 
 def bits(model: LanguageModel) -> dict[str, Tensor]:
@@ -147,7 +158,7 @@ def test_text_key(report: ReportText) -> None:
 def test_compare(model: LanguageModel, bundle: ProxyBundle, report: ReportText) -> None:
     """Each row has its own scope; a configuration keeps its own; the model is given back dense."""
     before = bits(model)
-    rows = compare_job(
+    rows = compared_on(
         model, bundle, report, Pattern.parse("0.5", "layer"), [("mine", CONFIGURATION)]
     )
 
@@ -166,7 +177,7 @@ def test_a_configuration_whose_kernel_size_the_bundle_lacks_has_a_perplexity_but
     document = replace(CONFIGURATION.coefficients, kernel_size=7)
     other = CONFIGURATION.model_copy(update={"coefficients": document})
     mine = [("seven", other)]
-    rows = compare_job(
+    rows = compared_on(
         model, bundle, report, Pattern.parse("0.5", "layer"), mine, methods=["magnitude"]
     )
 
@@ -178,7 +189,9 @@ def test_validate(model: LanguageModel, bundle: ProxyBundle, report: ReportText)
     """Every candidate is rated by every proxy and by perplexity; the seed decides which."""
     before = bits(model)
     pattern = Pattern.parse("2:4")
-    result = validate_job(model, bundle, report, pattern, count=8, seed=2)
+    plan = SearchRequest(pattern=pattern).plan(bundle.kernel_sizes)
+    asked = ValidationSpec(candidates=8, seed=2)
+    result = validate_job(model, bundle, report, plan, asked)
     first, _ = rate_pruned(model, bundle.statistics(), result.candidates[0], report.windows)
 
     assert len(result.candidates) == len(result.perplexity) == 8
@@ -284,8 +297,8 @@ def test_methods_by_name(model: LanguageModel, bundle: ProxyBundle, report: Repo
         return {"zeros": float(seen[-1])}
 
     options = {"methods": names, "calibration": report.windows}
-    rows = compare_job(model, bundle, report, HALF, [], **options)
-    more = compare_job(model, bundle, report, HALF, [], also=zeros, **options)
+    rows = compared_on(model, bundle, report, HALF, [], **options)
+    more = compared_on(model, bundle, report, HALF, [], also=zeros, **options)
     alone, _ = rate_pruned(
         model, bundle.statistics(), named_baselines(HALF)["wanda-sequential"], report.windows,
         calibration=report.windows,
@@ -307,14 +320,14 @@ def test_method_without_its_text(
 ) -> None:
     """A method that needs a text is not left out silently if it was named."""
     with pytest.raises(InvalidInput, match="need a calibration text"):
-        compare_job(model, bundle, report, HALF, [], methods=["sparsegpt"])
+        compared_on(model, bundle, report, HALF, [], methods=["sparsegpt"])
 
 
 def test_ablation(model: LanguageModel, bundle: ProxyBundle, report: ReportText) -> None:
     """Each step has its row, and the last one is the configuration's own."""
     options = {"methods": ["wanda"], "calibration": report.windows}
-    own = compare_job(model, bundle, report, HALF, [("mine", MINE)], **options)
-    rows = compare_job(model, bundle, report, HALF, [("mine", MINE)], ablation=True, **options)
+    own = compared_on(model, bundle, report, HALF, [("mine", MINE)], **options)
+    rows = compared_on(model, bundle, report, HALF, [("mine", MINE)], ablation=True, **options)
 
     assert [row.method for row in rows[2:]] == [
         "mine: score", "mine: + allocation fisher", "mine: + re-pruning swaps",
@@ -335,14 +348,14 @@ def test_what_was_found_is_recovered_in_rows_of_their_own(
 ) -> None:
     before = bits(model)
     source = TextSource(path=str(texts["calibration"]))
-    recovery = ThenRecovered(
-        text=RecoveryText(source=source, context_length=32, unlike=report.windows),
-        settings=Recovery(tokens=256, rate=0.02),
-    )
+    text = RecoveryText(source=source, context_length=32, unlike=report.windows)
+    recovery = Recovery(tokens=256, rate=0.02)
     options: dict[str, Any] = {"methods": ["wanda"], "calibration": report.windows}
     options |= {"ablation": ablation}
-    plain = compare_job(model, bundle, report, HALF, [("mine", MINE)], **options)
-    rows = compare_job(model, bundle, report, HALF, [("mine", MINE)], recovery=recovery, **options)
+    plain = compared_on(model, bundle, report, HALF, [("mine", MINE)], **options)
+    rows = compared_on(
+        model, bundle, report, HALF, [("mine", MINE)], text=text, recovery=recovery, **options
+    )
     found = {row.method: row for row in rows}
 
     new = ["mine: score + recovery", "mine: + recovery"] if ablation else ["mine, recovered"]

@@ -12,16 +12,19 @@ from safetensors.torch import load_file
 
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.pipeline.check import check_folder
-from pho_service.pipeline.compare import compare_job
+from pho_service.pipeline.compare import ComparisonRequest, compare_over_seeds
 from pho_service.pipeline.confirmation import validate_job
+from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.rating import ReportText
 from pho_service.progress import Run
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.configuration import Configuration
+from pho_service.spec.fields import ValidationSpec
 from pho_service.spec.pattern import Coefficients, Pattern
 from pho_service.spec.steps import Allocation, Steps
+from pho_service.tuning.plan import SearchRequest
 
 COEFFICIENTS = Coefficients(
     row=0.2, column=0.3, neighbourhood=0.5, kernel_size=3, activation_exponent=0.5
@@ -109,15 +112,16 @@ def test_so_are_perplexities_and_ratings_by_the_proxies_and_the_model_is_dense_a
 ) -> None:
     before = spread.weights_sha256
     run = Run(device="cuda:0")
+    plan = SearchRequest(pattern=Pattern.parse("2:4")).plan(bundle.kernel_sizes)
     validations = [
-        validate_job(each, bundle, report, Pattern.parse("2:4"), count=8, seed=0, run=run)
+        validate_job(each, bundle, report, plan, ValidationSpec(candidates=8), run=run)
         for each in (model, spread)
     ]
     rows = [
-        compare_job(
-            each, bundle, report, Pattern.parse("0.5"), [],
-            calibration=report.windows, run=run,
-        )
+        compare_over_seeds(
+            each, report, ComparisonRequest(pattern=Pattern.parse("0.5")),
+            {0: lambda: Calibrated(bundle=bundle, calibration=report.windows)}, run=run,
+        ).rows
         for each in (model, spread)
     ]  # fmt: skip
     del spread.__dict__["weights_sha256"]

@@ -17,7 +17,7 @@ from pretended_subjects import SETTINGS, Subject, unchanged
 
 from pho_service.cli import main
 from pho_service.pipeline.check import check_folder
-from pho_service.pipeline.compare import compare_job
+from pho_service.pipeline.compare import ComparisonRequest, compare_over_seeds
 from pho_service.pipeline.confirmation import validate_job
 from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.prune import prune_job
@@ -25,6 +25,7 @@ from pho_service.pipeline.search import search_job
 from pho_service.pipeline.transfer import transfer_job
 from pho_service.progress import Run
 from pho_service.spec.configuration import Configuration, read_configuration
+from pho_service.spec.fields import ValidationSpec
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import Preset
@@ -125,16 +126,16 @@ def test_baselines_of_each_kind_beside_a_configuration(subject: Subject) -> None
     own = "wanda-permuted" if parsed.group else "owl-wanda"
     methods = ["wanda", "wanda-sequential", "ria-layer", own, "sparsegpt"]
     with unchanged(subject.model):
-        rows = compare_job(
-            subject.model,
-            subject.bundle,
-            subject.report(),
-            parsed,
-            [("mine", configuration_of(subject, pattern, "crepe-plus"))],
+        request = ComparisonRequest(
+            pattern=parsed,
+            configurations=[("mine", configuration_of(subject, pattern, "crepe-plus"))],
             methods=methods,
-            calibration=subject.text.calibration,
-            run=Run(device=subject.device),
         )
+        given = Calibrated(bundle=subject.bundle, calibration=subject.text.calibration)
+        rows = compare_over_seeds(
+            subject.model, subject.report(), request, {0: lambda: given},
+            run=Run(device=subject.device),
+        ).rows  # fmt: skip
 
     assert [row.method for row in rows] == ["dense", *methods, "mine"]
     assert all(row.memory_bytes for row in rows)
@@ -146,8 +147,8 @@ def test_random_candidates_by_every_proxy_and_by_perplexity(subject: Subject) ->
         subject.model,
         subject.bundle,
         subject.report(),
-        Pattern.parse("0.5", "global"),
-        count=8,
+        SearchRequest(pattern=Pattern.parse("0.5", "global")).plan(subject.bundle.kernel_sizes),
+        ValidationSpec(candidates=8),
         calibration=subject.text.calibration,
         run=Run(device=subject.device),
     )
