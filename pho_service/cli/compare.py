@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from pho_service.models.loading import LanguageModel
     from pho_service.models.tasks import LoadedTasks
     from pho_service.models.texts import MixedText, TextSource
-    from pho_service.pipeline.compare import Compared
+    from pho_service.pipeline.compare import Comparison
     from pho_service.pipeline.inputs import Calibrated
     from pho_service.spec.fields import CalibrationSpec, TextSpec
     from pho_service.spec.job import JobSpec
@@ -497,7 +497,7 @@ def _calibration(
     return lambda: inputs.calibrated(model, source, settings, confirm)
 
 
-def show_comparison(compared: "Compared") -> None:
+def show_comparison(compared: "Comparison") -> None:
     """How good it is in a line, and the table; what else was measured has one of its own."""
     click.echo(f"Perplexity: {compared.summary}")
     table, extra = compared.table, compared.extra
@@ -547,7 +547,7 @@ def bench(
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from pho_service.pipeline.bench import COLUMNS, NOTE, BenchSettings, row, title
+    from pho_service.pipeline.bench import BenchSettings
     from pho_service.pipeline.bench import bench as measure
 
     settings = BenchSettings(
@@ -565,9 +565,5 @@ def bench(
             }
         )
         return
-    print_table(
-        title(found.settings),
-        COLUMNS,
-        [row(found, side) for side in found.sides],
-        caption="\n".join([*found.conditions, NOTE]),
-    )
+    table = found.table
+    print_table(table.title, table.columns, table.cells, caption="\n".join(table.notes))

@@ -29,7 +29,7 @@ from pho_service.spec.pattern import Pattern
 if TYPE_CHECKING:
     from optuna import Study
 
-    from pho_service.pipeline.curve import CurvePoint, CurvePoints, TargetFound
+    from pho_service.pipeline.curve import CurvePoint, CurvePoints, Within
     from pho_service.pipeline.inputs import Calibrated
     from pho_service.spec.job import JobSpec
     from pho_service.tuning.plan import SearchRequest
@@ -177,11 +177,9 @@ def opened_points(
 
 
 def show_points(points: "Sequence[CurvePoint]") -> None:
-    from pho_service.shown.tables import points_table
+    from pho_service.pipeline.curve import table_of
 
-    rows, confirmation = [each.to_dict() for each in points], points[0].configuration.confirmation
-    table = points_table(rows, confirmation)
-    show_table(table, spare=("trials", "seconds", "proxy", "scope"))
+    show_table(table_of(points), spare=("trials", "seconds", "proxy", "scope"))
 
 
 def _refuse_bundle(name: str) -> None:
@@ -224,7 +222,7 @@ def search_within(
     target: Target,
     study: str,
     inputs: Terminal,
-) -> "TargetFound":
+) -> "Within":
     """Find the highest sparsity that is within a target."""
     from pho_service.pipeline.curve import find_points, target_found
 
@@ -246,7 +244,7 @@ def _spec(model: str, given: Given, sparsity: float) -> "JobSpec":
     return given.job(document)
 
 
-def show_target(found: "TargetFound") -> None:
+def show_target(found: "Within") -> None:
     from pho_service.shown.tables import rise_of
 
     answer, limit = found.answer, found.target.limit(found.answer.dense)
@@ -263,7 +261,7 @@ def show_target(found: "TargetFound") -> None:
     )
 
 
-def target_document(found: "TargetFound", path: Path, study: str) -> dict[str, Any]:
+def target_document(found: "Within", path: Path, study: str) -> dict[str, Any]:
     result = found.result
     return {
         "configuration": result.configuration.model_dump(mode="json"),

@@ -24,7 +24,7 @@ from pho_service.errors import InvalidInput
 from pho_service.pipeline.inputs import Calibrated
 
 if TYPE_CHECKING:
-    from pho_service.pipeline.curve import TargetFound
+    from pho_service.pipeline.curve import Within
     from pho_service.pruning.bundle import ProxyBundle
     from pho_service.spec.job import JobSpec
     from pho_service.tuning.result import SearchResult
@@ -171,7 +171,7 @@ def _finish(
     path: Path,
     study: str,
     as_json: bool,
-    target: "TargetFound | None" = None,
+    target: "Within | None" = None,
 ) -> None:
     from pho_service.shown.tables import continuations_table
     from pho_service.spec.configuration import write_configuration

@@ -4,7 +4,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,19 @@ from pho_service.interface.search import Given, SearchArguments, arguments, draw
 from pho_service.pipeline.curve import (
     CurvePoint,
     CurvePoints,
-    TargetFound,
+    Within,
     check_patterns,
     curve_document,
     find_points,
     opened_pareto,
     pareto_of,
+    table_of,
     target_found,
 )
 from pho_service.pipeline.rating import Subject
 from pho_service.pipeline.search import check_study_url, memory_study, opened_study
 from pho_service.shown.parts import Drawn, Shown, Table
-from pho_service.shown.tables import points_table, rise_of
 from pho_service.spec.curve import CURVE_FINALISTS, HIGHEST, LOWEST, STEP, Target, curve_patterns
-from pho_service.spec.document import number
 from pho_service.spec.objective import Sampler
 from pho_service.spec.pattern import Pattern
 from pho_service.tuning.plan import SearchRequest
@@ -80,29 +79,7 @@ class Curve(Shown):
         return [each.to_dict() for each in self.points]
 
     def _shown(self) -> Table:
-        return _table(self.points)
-
-
-@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
-class Within(Shown, TargetFound):
-    """
-    The highest sparsity that is within a target, and all points that were measured for it.
-
-    ``found.result`` is what the search at the answer has found, for ``pho.prune``.
-    """
-
-    def _records(self) -> Sequence[Mapping[str, Any]]:
-        return [each.to_dict() for each in self.points]
-
-    def _shown(self) -> Table:
-        shown = _table(self.points)
-        answer = (
-            f"answer: {self.answer.pattern}, {rise_of(self.answer)}, within "
-            f"{self.target}; at most {number(self.target.limit(self.answer.dense))} was wanted"
-        )
-        return replace(
-            shown, notes=(answer, *shown.notes, *(f"Note: {each}" for each in self.warnings))
-        )
+        return table_of(self.points)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -206,8 +183,7 @@ def search_within(asked: WithinArguments) -> Within:
     of_all = [asked.request(each) for each in target.sparsities]
     subject = _subject(asked, of_all)
     with _points(subject, of_all, asked.study, asked.progress, target) as (points, _):
-        found = target_found(target, find_points(points.find, of_all, target))
-    return Within(**{part.name: getattr(found, part.name) for part in fields(TargetFound)})
+        return target_found(target, find_points(points.find, of_all, target))
 
 
 def _subject(asked: PointsArguments, requests: Sequence[SearchRequest]) -> Subject:
@@ -250,7 +226,3 @@ def _points(
     with opening as pareto:
         run = run_on(subject.model, progress)
         yield CurvePoints(subject, record, pareto=pareto, run=run, target=target), pareto
-
-
-def _table(points: Sequence[CurvePoint]) -> Table:
-    return points_table([each.to_dict() for each in points], points[0].configuration.confirmation)

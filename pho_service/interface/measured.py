@@ -3,7 +3,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ from pho_service.models.tasks import LoadedTasks, load_tasks
 from pho_service.pipeline import bench as pipeline
 from pho_service.pipeline import rating
 from pho_service.pipeline.compare import (
-    Compared,
+    Comparison,
     ComparisonRequest,
     check_family,
     common_linears,
@@ -219,22 +219,6 @@ def _tasks(tasks: str | Sequence[str], folder: str | Path | None) -> LoadedTasks
     return load_tasks(task_names(tasks), Path(folder).expanduser() if folder else None)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Comparison(Shown, Compared):
-    """
-    Perplexities of one model on one text: dense, the published methods, and what was found.
-
-    ``comparison.configurations[seed][name]`` is what a search found.
-    """
-
-    def _records(self) -> Sequence[dict[str, Any]]:
-        rows = [{**vars(each), **each.extra} for each in self.rows]
-        return [{name: row[name] for name in row if name != "extra"} for row in rows]
-
-    def _shown(self) -> Table:
-        return replace(self.table, title=f"{self.title}: {self.summary}")
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CompareArguments(SearchOptions, LinearArguments):
     """
@@ -369,7 +353,7 @@ def compare(asked: CompareArguments) -> Comparison:
     else:
         how = settings_of(known)
         numbers = [how.seed]
-    found = compare_over_seeds(
+    return compare_over_seeds(
         loaded,
         measured_text(loaded, asked.report, how, asked.report_windows),
         request,
@@ -382,7 +366,6 @@ def compare(asked: CompareArguments) -> Comparison:
         also=also_tasks(loaded_tasks, bos=_DEFAULT.bos, limit=asked.limit),
         run=run_on(loaded, asked.progress),
     )
-    return Comparison(**{part.name: getattr(found, part.name) for part in fields(found)})
 
 
 def _known_bundle(
@@ -406,21 +389,6 @@ def _known_bundle(
 _BENCH_DEFAULT = pipeline.BenchSettings()
 
 
-@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
-class Bench(Shown, pipeline.BenchResult):
-    """
-    A measurement: ``sides`` has the seconds of each load and round, ``conditions`` the machine.
-    """
-
-    def _shown(self) -> Table:
-        return Table(
-            pipeline.COLUMNS,
-            [pipeline.row(self, side) for side in self.sides],
-            title=pipeline.title(self.settings),
-            notes=(*self.conditions, pipeline.NOTE),
-        )
-
-
 def bench(
     models: str | Path | Sequence[str | Path],
     *,
@@ -432,7 +400,7 @@ def bench(
     device: str = "auto",
     dtype: str = "auto",
     progress: bool | None = None,
-) -> Bench:
+) -> pipeline.Bench:
     """
     Measure how fast models load, read a prompt and write, beside each other, as `pho bench`.
 
@@ -458,8 +426,7 @@ def bench(
     settings = pipeline.BenchSettings(
         batch=batch, prompt=prompt, new_tokens=new_tokens, rounds=rounds, seed=seed
     )
-    found = pipeline.bench(
+    return pipeline.bench(
         [str(each) for each in given], settings, device=device, dtype=dtype,
         progress=bars(progress),
     )  # fmt: skip
-    return Bench(**{part.name: getattr(found, part.name) for part in fields(found)})

@@ -583,17 +583,6 @@ def search(asked: FoundArguments) -> Found:
             "a text is given, but no perplexity can be measured without the model. Give model=, "
             "too, or leave the text out."
         )
-    return _searched(request, bundles, study, known, asked.callbacks, asked.progress)
-
-
-def _searched(
-    request: SearchRequest,
-    bundles: Bundles,
-    study: optuna.Study | str | None,
-    known: Calibrated,
-    callbacks: Sequence[Callback],
-    progress: bool | None,
-) -> Found:
     record: AbstractContextManager[optuna.Study]
     if isinstance(study, str):
         record = opened_study(study, request, bundles, known.confirm)
@@ -608,13 +597,13 @@ def _searched(
             confirm_text=known.confirm,
             calibration=known.calibration,
             blocks=known.blocks,
-            run=run_on(known.model, progress),
-            callbacks=callbacks,
+            run=run_on(known.model, asked.progress),
+            callbacks=asked.callbacks,
         )
         _note_ratings(kept, result.configuration)
     parts = {part.name: getattr(result, part.name) for part in fields(SearchResult)}
     table = _table(result.configuration, result.trial)
-    return Found(**parts, study=kept, table=table, bundles=by_name(bundles))
+    return Found(**parts, study=kept, table=table, bundles=named)
 
 
 def _note_ratings(study: optuna.Study, found: Configuration) -> None:

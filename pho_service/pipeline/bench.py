@@ -23,6 +23,7 @@ from pho_service.progress import Advance, Progress, silent
 from pho_service.pruning.hardware import pick_device
 from pho_service.pruning.masks import GROUP, KEEP, broken_groups, to_semi_structured
 from pho_service.pruning.statistics import PrunableLinear
+from pho_service.shown.parts import Shown, Table
 
 # Run a 2:4 model by torch's kernels for it, where the groups hold in the stored order.
 _OLDEST = (8, 0)  # compute capability of Ampere, the first with sparse tensor cores
@@ -118,13 +119,6 @@ def _reasons(folder: Path) -> Callable[[str], str]:
     return reason
 
 
-COLUMNS = (
-    "model", "MB", "load s", "read tokens/s", "times", "written tokens/s", "times", "note",
-)  # fmt: skip
-NOTE = (
-    "Medians; times as fast as the first: median (least to most) of the rounds. Loads with the "
-    "files in the system's memory."
-)
 LOADS = 3  # of each model; the first brings its files into the memory of the system
 
 
@@ -157,9 +151,11 @@ class Side:
     decode_s: list[float] = field(default_factory=list)  # Seconds to write the new tokens, by round
 
 
-@dataclass(frozen=True, kw_only=True)
-class BenchResult:
-    """A measurement."""
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class Bench(Shown):
+    """
+    A measurement: ``sides`` has the seconds of each load and round, ``conditions`` the machine.
+    """
 
     sides: list[Side]  # In the order in which they were given; ratios are to the first
     settings: BenchSettings  # What was run
@@ -181,26 +177,38 @@ class BenchResult:
             sorted(a / b for a, b in zip(first.decode_s, side.decode_s, strict=True)),
         )
 
+    def _row(self, side: Side) -> tuple[str, ...]:
+        read, written = self.tokens_per_s(side)
+        times = ["", ""]
+        if side is not self.sides[0]:
+            times = [f"{median(r):.2f} ({r[0]:.2f}-{r[-1]:.2f})" for r in self.ratios(side)]
+        size = f"{side.bytes / 1e6:.1f}" if side.bytes else ""
+        return (
+            side.name, size, f"{median(side.load_s):.2f}", f"{read:.1f}", times[0],
+            f"{written:.1f}", times[1], side.note,
+        )  # fmt: skip
 
-def title(settings: BenchSettings) -> str:
-    """What was run, in a line."""
-    return (
-        f"{settings.prompt} tokens read and {settings.new_tokens} written, batch {settings.batch}, "
-        f"{settings.rounds} rounds"
-    )
+    @property
+    def table(self) -> Table:
+        """A row for each model, with the conditions of the numbers."""
+        run = self.settings
+        return Table(
+            (
+                "model", "MB", "load s", "read tokens/s", "times", "written tokens/s", "times",
+                "note",
+            ),
+            [self._row(side) for side in self.sides],
+            title=f"{run.prompt} tokens read and {run.new_tokens} written, batch {run.batch}, "
+            f"{run.rounds} rounds",
+            notes=(
+                *self.conditions,
+                "Medians; times as fast as the first: median (least to most) of the rounds. Loads "
+                "with the files in the system's memory.",
+            ),
+        )  # fmt: skip
 
-
-def row(found: BenchResult, side: Side) -> tuple[str, ...]:
-    """A line of a table, under ``COLUMNS``."""
-    read, written = found.tokens_per_s(side)
-    times = ["", ""]
-    if side is not found.sides[0]:
-        times = [f"{median(r):.2f} ({r[0]:.2f}-{r[-1]:.2f})" for r in found.ratios(side)]
-    size = f"{side.bytes / 1e6:.1f}" if side.bytes else ""
-    return (
-        side.name, size, f"{median(side.load_s):.2f}", f"{read:.1f}", times[0], f"{written:.1f}",
-        times[1], side.note,
-    )  # fmt: skip
+    def _shown(self) -> Table:
+        return self.table
 
 
 def bench(
@@ -210,7 +218,7 @@ def bench(
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress = silent,
-) -> BenchResult:
+) -> Bench:
     """Measure models beside each other."""
     # All of them are in memory at once. Every round runs each of them, in one order and then in the
     # other, so that what else the machine does meets them alike. On a GPU a model with 2:4 linears
@@ -240,9 +248,7 @@ def bench(
                     side.decode_s.append(decode)
                 advance(1)
     dtypes = {str(model.dtype).removeprefix("torch.") for model in loaded.values()}
-    return BenchResult(
-        sides=sides, settings=settings, conditions=_conditions(where, sorted(dtypes))
-    )
+    return Bench(sides=sides, settings=settings, conditions=_conditions(where, sorted(dtypes)))
 
 
 def _fitted(settings: BenchSettings, loaded: Mapping[str, LanguageModel]) -> BenchSettings:

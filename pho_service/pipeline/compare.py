@@ -31,7 +31,7 @@ from pho_service.pruning.masks import model_sparsity
 from pho_service.pruning.perplexity import Perplexity
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.pruning.statistics import Statistics
-from pho_service.shown.parts import Table
+from pho_service.shown.parts import Shown, Table
 from pho_service.spec.baselines import (
     ALL,
     OWL_AT_NM,
@@ -328,9 +328,13 @@ class ComparisonRequest:
         return bool(self.pattern.group) and (self.methods is None or ALL in self.methods)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Compared:
-    """Perplexities of one model on one text: dense, the published methods, and what was found."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Comparison(Shown):
+    """
+    Perplexities of one model on one text: dense, the published methods, and what was found.
+
+    ``comparison.configurations[seed][name]`` is what a search found.
+    """
 
     pattern: str  # Pattern of all rows
     rows: Sequence[ComparisonRow]  # As `pho compare` prints them: means over the calibrations
@@ -343,6 +347,13 @@ class Compared:
     seeds: dict[int, Sequence[ComparisonRow]]  # The rows of each calibration, by its seed
     # What the searches of each calibration found, by seed and name.
     configurations: dict[int, dict[str, Configuration]]
+
+    def _records(self) -> Sequence[dict[str, Any]]:
+        rows = [{**vars(each), **each.extra} for each in self.rows]
+        return [{name: row[name] for name in row if name != "extra"} for row in rows]
+
+    def _shown(self) -> Table:
+        return replace(self.table, title=f"{self.title}: {self.summary}")
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON values that `pho compare --json` prints."""
@@ -449,7 +460,7 @@ def compare_over_seeds(
     text: RecoveryText | None = None,
     also: Also | None = None,
     run: Run = Run(),
-) -> Compared:
+) -> Comparison:
     """Compare on each calibration, and give the means. ``text`` is what is recovered on."""
     if request.recovery and model.stream:
         raise InvalidInput(
@@ -487,7 +498,7 @@ def compare_over_seeds(
             _with_search(row, found.get(row.method.removesuffix(RECOVERED))) for row in rows
         ]
         configurations[seed] = {name: each.found for name, each in found.items()}
-    return Compared(
+    return Comparison(
         pattern=str(request.pattern),
         rows=mean_rows([*seeds.values()]),
         report={

@@ -397,18 +397,6 @@ def rate_by_all_proxies(
     }
 
 
-def judge(
-    bundle: ProxyBundle,
-    candidates: Sequence[Candidate],
-    perplexity: Sequence[float],
-    *,
-    seed: int,
-    device: str,
-) -> dict[str, ProxyQuality]:
-    """How well each proxy ranks candidates whose perplexities are known."""
-    return qualities(rate_by_all_proxies(bundle, candidates, device=device), perplexity, seed=seed)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Validation:
     candidates: list[Candidate]  # What was rated

@@ -26,6 +26,8 @@ from pho_service.pipeline.search import (
     search_job,
 )
 from pho_service.progress import Advance, Run
+from pho_service.shown.parts import Shown, Table
+from pho_service.shown.tables import points_table, rise_of
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.curve import Target
 from pho_service.spec.document import number
@@ -289,14 +291,33 @@ ASSUMED = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class TargetFound:
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class Within(Shown):
+    """
+    The highest sparsity that is within a target, and all points that were measured for it.
+
+    ``found.result`` is what the search at the answer has found, for ``pho.prune``.
+    """
+
     target: Target  # What was asked
     points: Sequence[CurvePoint]  # All that were measured, by sparsity
     answer: CurvePoint  # The sparsest of them that is within the target
     # The next sparser one, which is not; None if the answer is the highest sparsity that may be
     # tried.
     outside: CurvePoint | None
+
+    def _records(self) -> Sequence[Mapping[str, Any]]:
+        return [each.to_dict() for each in self.points]
+
+    def _shown(self) -> Table:
+        shown = table_of(self.points)
+        answer = (
+            f"answer: {self.answer.pattern}, {rise_of(self.answer)}, within "
+            f"{self.target}; at most {number(self.target.limit(self.answer.dense))} was wanted"
+        )
+        return replace(
+            shown, notes=(answer, *shown.notes, *(f"Note: {each}" for each in self.warnings))
+        )
 
     @property
     def result(self) -> SearchResult:
@@ -342,6 +363,11 @@ class TargetFound:
         return told
 
 
+def table_of(points: Sequence[CurvePoint]) -> Table:
+    """A row for each point, with the text that its perplexities are of."""
+    return points_table([each.to_dict() for each in points], points[0].configuration.confirmation)
+
+
 # The sparsities of a target are bisected, so that about log2 of them are searched. The answer was
 # measured, and so was the sparsity one step above it, which is outside.
 def next_sparsity(target: Target, points: Sequence[CurvePoint]) -> float | None:
@@ -352,16 +378,14 @@ def next_sparsity(target: Target, points: Sequence[CurvePoint]) -> float | None:
     return None if number is None else sparsities[number]
 
 
-def target_found(target: Target, points: Sequence[CurvePoint]) -> TargetFound:
+def target_found(target: Target, points: Sequence[CurvePoint]) -> Within:
     """The answer that the points say, after the last one that :func:`next_sparsity` asks for."""
     ordered = sorted(points, key=lambda each: each.sparsity)
     inside = [each for each in ordered if is_inside(target, each)]
     if not inside:
         raise TargetMissed(_missed(target, ordered))
     sparser = (each for each in ordered if each.sparsity > inside[-1].sparsity)
-    return TargetFound(
-        target=target, points=ordered, answer=inside[-1], outside=next(sparser, None)
-    )
+    return Within(target=target, points=ordered, answer=inside[-1], outside=next(sparser, None))
 
 
 def next_asked(count: int, inside: Mapping[int, bool]) -> int | None:

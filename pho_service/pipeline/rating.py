@@ -212,7 +212,7 @@ class Glance:
     """Measurements of a candidate on some windows of a text."""
 
     # Losses of each window, by its number; see
-    # :func:`~pho_service.pruning.perplexity.window_losses`.
+    # :func:`~pho_service.pruning.perplexity.block_losses`.
     losses: dict[int, list[float]]
     # From the dense model on these windows, in nats a token; None if it was not asked for.
     divergence: float | None

@@ -38,7 +38,7 @@ from pho_service.tuning.finalists import Divergences, paired_error
 from pho_service.tuning.plan import Evaluate, RatedCandidate, SearchPlan, SearchRequest
 from pho_service.tuning.result import SearchResult, describe_study, mark_chosen, search_result
 from pho_service.tuning.search import Callback, Islands, run_search, searched
-from pho_service.tuning.validation import finalists_wanted, planned_candidates
+from pho_service.tuning.validation import finalists_wanted, planned_candidates, qualities
 from storage.records import REFERENCE_NUMBERS, VALIDATION
 from storage.studies import (
     StorageError,
@@ -520,12 +520,13 @@ class _Steps:
         self, asked: ValidationSpec, validated: Sequence[Measured], run: Run
     ) -> dict[str, ProxyQuality]:
         """How well each proxy ranks the random candidates."""
-        from pho_service.pipeline.confirmation import judge  # loads transformers
+        from pho_service.pipeline.confirmation import rate_by_all_proxies  # loads transformers
 
         bundle = only_one(self._inputs.bundles(), "a validation")
         perplexities = [float(each.perplexity or math.nan) for each in validated]
         candidates = planned_candidates(self._plan, asked)
-        return judge(bundle, candidates, perplexities, seed=asked.seed, device=run.device)
+        proxies = rate_by_all_proxies(bundle, candidates, device=run.device)
+        return qualities(proxies, perplexities, seed=asked.seed)
 
     def _judges(self, rated: Sequence[RatedCandidate], measured: Container[int]) -> list[Wanted]:
         """What a result is judged by, but for trials that have a perplexity or get one."""

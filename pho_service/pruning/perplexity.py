@@ -186,31 +186,17 @@ def log_probabilities(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield rows, logits[rows].log_softmax(dim=-1, dtype=torch.float32)
 
 
-def window_losses(model: nn.Module, windows: Tensor, *, most: int = MOST) -> Iterator[list[float]]:
-    """
-    Measure a causal language model's loss on one window after the other.
-
-    Args:
-        model: In evaluation mode.
-        windows: (windows, context_length), int64.
-        most: Windows that may be run at once: see :func:`window_logits`.
-
-    Yields:
-        For each window, the loss summed over each run of :data:`BLOCK` predicted tokens, in nats;
-        the last run may be shorter. Not necessarily finite.
-    """
-    with torch.inference_mode():
-        for window, logits in zip(windows, window_logits(model, windows, most=most), strict=True):
-            yield block_losses(logits, window)
-
-
 def block_losses(logits: Tensor, window: Tensor) -> list[float]:
     """
-    The losses that :func:`window_losses` gives of a window.
+    The losses of a causal language model on one window.
 
     Args:
         logits: (context_length, vocabulary), any floating dtype.
         window: (context_length,), int64.
+
+    Returns:
+        The loss summed over each run of :data:`BLOCK` predicted tokens, in nats; the last run may
+        be shorter. Not necessarily finite.
     """
     following = window[1:, None].to(logits.device)  # (context_length - 1, 1)
     losses = [-logs.gather(1, following[rows]) for rows, logs in log_probabilities(logits[:-1])]
@@ -243,9 +229,10 @@ def rate_perplexity(
         length, so the mean over windows is the mean over tokens.
     """
     losses = []
-    for blocks in window_losses(model, windows, most=most):
-        losses.append(blocks)
-        advance(1)
+    with torch.inference_mode():
+        for window, logits in zip(windows, window_logits(model, windows, most=most), strict=True):
+            losses.append(block_losses(logits, window))
+            advance(1)
     return perplexity_of(losses, windows.shape[1] - 1)
 
 
@@ -254,7 +241,7 @@ def perplexity_of(losses: Sequence[Sequence[float]], predicted: int) -> Perplexi
     The perplexity that losses of windows make.
 
     Args:
-        losses: What :func:`window_losses` gave of each window, in the order of the text.
+        losses: What :func:`block_losses` gave of each window, in the order of the text.
         predicted: Tokens that each window predicts.
 
     Raises:
@@ -422,18 +409,6 @@ def divergence(dense: Tensor, pruned: Tensor) -> Tensor:
 
 # Forward and backward passes of a causal language model that compute no more than is asked for.
 HEAD_TOKENS = 256  # whose logits are held at a time
-
-
-def run_decoder(model: nn.Module, batch: Tensor) -> None:
-    """
-    Run a model without gradients and without its head, for what hooks see.
-
-    Args:
-        model: A causal language model of transformers.
-        batch: (windows, tokens), int64.
-    """
-    with torch.no_grad():
-        model.base_model(input_ids=batch, use_cache=False)  # type: ignore[operator]
 
 
 # The summed loss of some positions: their logits, (windows, positions, vocabulary), and the first

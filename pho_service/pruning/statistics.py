@@ -14,7 +14,7 @@ from torch.nn.functional import embedding_bag
 
 from pho_service.errors import ModelError, NumericalError
 from pho_service.pruning.hardware import to_device
-from pho_service.pruning.perplexity import frozen, recomputed, run_backward, run_decoder
+from pho_service.pruning.perplexity import frozen, recomputed, run_backward
 
 
 # Sums over the tokens of one input: its activation norm and its second moment.
@@ -357,7 +357,10 @@ def gather(
             collector.end_of_window()
             advance(len(batch))
         for batch in forward.split(forward_windows or batch_windows) if len(forward) else ():
-            run_decoder(model, to_device(batch, device))
+            with torch.no_grad():  # without the head, for what hooks see
+                model.base_model(  # type: ignore[operator]
+                    input_ids=to_device(batch, device), use_cache=False
+                )
             collector.end_of_window()
             advance(len(batch))
     return collector

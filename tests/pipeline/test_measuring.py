@@ -16,7 +16,7 @@ from pho_service.models.calibration import calibrate, calibration_text
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.texts import TextSource
 from pho_service.pipeline.compare import (
-    Compared,
+    Comparison,
     ComparisonRequest,
     ComparisonRow,
     check_family,
@@ -419,7 +419,7 @@ def test_the_summary_names_the_best_published_variant_by_its_own_name(
 def test_owl_is_left_out_with_a_sentence(
     model: LanguageModel, bundle: ProxyBundle, report: ReportText
 ) -> None:
-    def compared(methods: list[str] | None) -> Compared:
+    def compared(methods: list[str] | None) -> Comparison:
         request = ComparisonRequest(pattern=NM, methods=methods)
         return compare_over_seeds(model, report, request, {0: lambda: Calibrated(bundle=bundle)})
 
@@ -455,7 +455,7 @@ def test_refused(
     def asked(**fields: object) -> ComparisonRequest:
         return ComparisonRequest(**{"pattern": HALF, **fields})  # type: ignore[arg-type]
 
-    def compared(given: Calibrated) -> Compared:
+    def compared(given: Calibrated) -> Comparison:
         return compare_over_seeds(
             model, report, asked(searches={"best": search}), {0: lambda: given}
         )

@@ -12,7 +12,7 @@ from pho_service.errors import InvalidInput, NumericalError
 from pho_service.interface.search import validation_of
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
-from pho_service.pipeline import confirmation, rating
+from pho_service.pipeline import rating, search
 from pho_service.pipeline.rating import ReportText, rate_pruned
 from pho_service.pipeline.search import memory_study, search_job
 from pho_service.pruning.bundle import ProxyBundle
@@ -261,7 +261,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return original(*given, **more)
 
     monkeypatch.setattr(rating, "measure", measure)
-    monkeypatch.setattr(confirmation, "judge", lambda *_, **__: {BLEND: quality(0.2)})
+    monkeypatch.setattr(search, "qualities", lambda *_, **__: {BLEND: quality(0.2)})
     return calls
 
 
