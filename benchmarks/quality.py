@@ -112,6 +112,10 @@ def _seeds(_context: click.Context, _option: click.Parameter, words: str) -> tup
     "windows used; a row of its own.",
 )  # fmt: skip
 @click.option(
+    "--recover-written", default=0, show_default=True,
+    help="Of these tokens, how many the dense model writes itself.",
+)  # fmt: skip
+@click.option(
     "--recover-docstrings", is_flag=True,
     help="Take two of three windows from the docstrings of Python's standard library instead.",
 )  # fmt: skip
@@ -291,7 +295,11 @@ class Bench:
                 PrunedModel.of(self.model),
                 lambda: nullcontext(load_benchmark_model(self.name, self.conditions.dtype)),
                 RecoveryText(source=source, context_length=CONTEXT_LENGTH, unlike=unlike),
-                Recovery(tokens=self.conditions.recover_tokens, seed=seed),
+                Recovery(
+                    tokens=self.conditions.recover_tokens,
+                    written=self.conditions.recover_written,
+                    seed=seed,
+                ),
                 Path(place),
                 progress=progress,
             )
@@ -302,6 +310,7 @@ class Bench:
                 "divergence": [recovered.before, recovered.after],
                 "tokens": recovered.tokens,
                 "windows": recovered.windows,
+                "written": recovered.written,
             }
 
 

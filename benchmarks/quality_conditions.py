@@ -23,8 +23,8 @@ class Conditions:
         other, report_windows, other_windows: The second report text, and what is read of both.
         dtype: Of the weights.
         trials, finalists, confirm_steps, confirm_windows: Of searches alone.
-        recover_tokens, recover_docstrings: What the models of searches are recovered on; 0 for
-            none.
+        recover_tokens, recover_written, recover_docstrings: What the models of searches are
+            recovered on; 0 for none.
     """
 
     samples: int
@@ -38,6 +38,7 @@ class Conditions:
     confirm_steps: bool
     confirm_windows: int
     recover_tokens: int = 0
+    recover_written: int = 0
     recover_docstrings: bool = False
 
     def dense(self, model: str) -> dict[str, Any]:
@@ -60,7 +61,7 @@ class Conditions:
         names = ["samples", "source", "other", "report_windows", "other_windows", "dtype"]
         if method in PRESETS:
             names += ["trials", "finalists", "confirm_steps", "confirm_windows"]
-            names += [n for n in ("recover_tokens", "recover_docstrings") if asdict(self)[n]]
+            names += [n for n, value in asdict(self).items() if n.startswith("recover") and value]
             key["preset_steps"] = Preset.of(method, Pattern.parse(pattern)).steps.to_dict()
         return {**key, **self._named(names)}
 

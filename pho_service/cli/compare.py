@@ -290,7 +290,9 @@ _OF_SEARCHES = (
     *(name for name in options_of(SearchOptions()) if name != "seed"),
     "confirm/text", "confirm/windows", "confirm/finalists",
 )  # fmt: skip
-_OF_RECOVERIES = tuple(f"recovery/{name}" for name in ("train", "minutes", "tokens", "rate"))
+_OF_RECOVERIES = tuple(
+    f"recovery/{name}" for name in ("train", "minutes", "tokens", "written", "rate")
+)
 
 
 @click.command(

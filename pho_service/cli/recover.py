@@ -33,7 +33,7 @@ _TEXT = (
 )
 _NAMES = {
     f"recovery/{name}": f"--{name.replace('_', '-')}"
-    for name in ("train", "minutes", "tokens", "rate", "adam_bits", "seed")
+    for name in ("train", "minutes", "tokens", "written", "rate", "adam_bits", "seed")
 }
 
 
@@ -71,6 +71,9 @@ def recover(
     than the calibration's, and more of it. Every eighth window, 16 at most, is held
     out: it says when to stop, and whether the result is taken. Zeros stay zeros,
     so an N:M pattern holds. An interrupted run goes on with the same command.
+
+    --written lets the dense model write windows to train on beside the text, which
+    keeps more of what it knows of other things.
 
     --minutes is the time for all of it; the number of tokens that fit into it is
     measured at the start, and the same --tokens later give the same weights.

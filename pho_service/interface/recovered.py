@@ -58,6 +58,7 @@ def recover(
     *,
     minutes: float | None = None,
     tokens: int | None = None,
+    written: int = 0,
     train: Trains = "kept",
     rate: float | None = None,
     adam_bits: AdamBits = 32,
@@ -86,6 +87,8 @@ def recover(
         minutes: Time for all of it, 30 by default; a step is measured, and the number of tokens
             that fit is in the result.
         tokens: Tokens to train on, instead of a time.
+        written: Tokens that the dense model writes itself, to train on beside the texts; it needs
+            ``tokens``, and takes as long as training on them, or some times longer on a GPU.
         train: ``kept``: the weights that the masks keep; ``norms``: norms and biases alone;
             ``lora``: a low-rank change of each linear, merged under its mask.
         rate: Learning rate of Adam in the first step, as a share of the root mean square of a
@@ -111,7 +114,13 @@ def recover(
         KL to the dense model as in PERP, Zimmer et al. 2023, arXiv:2312.15230, and its MaskLoRA.
     """
     settings = Recovery(
-        train=train, minutes=minutes, tokens=tokens, rate=rate, adam_bits=adam_bits, seed=seed
+        train=train,
+        minutes=minutes,
+        tokens=tokens,
+        written=written,
+        rate=rate,
+        adam_bits=adam_bits,
+        seed=seed,
     )
     given = _given(pruned, tokenizer)
     length = length_of(given.model, texts, context_length)

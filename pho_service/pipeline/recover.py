@@ -61,7 +61,13 @@ from pho_service.pruning.perplexity import (
 )
 from pho_service.pruning.recovery import Recovering, mixed, recovering
 from pho_service.spec.document import number, percent
-from pho_service.spec.recovery import AdamBits, Recovered, Recovery
+from pho_service.spec.recovery import (
+    BEGINNING,
+    WRITTEN_AT_ONCE,
+    AdamBits,
+    Recovered,
+    Recovery,
+)
 from pho_service.tuning.finalists import paired_error
 
 TOP_K = 512  # of the dense model's predictions; all other tokens are one event
@@ -209,6 +215,7 @@ class _Asked:
 
     reference: DenseReference  # On the windows to train on
     held_out: DenseReference
+    written: int  # Windows of those to train on
     steps: int
     teacher: dict[str, Any]
     text: dict[str, Any]
@@ -275,6 +282,7 @@ def recover_model(
         kept=kept,
         tokens=training.done * text.context_length,
         windows=len(asked.reference.windows),
+        written=asked.written,
         held_out=len(asked.held_out.windows),
         context_length=text.context_length,
         rate=settings.first_rate,
@@ -373,6 +381,12 @@ def _ask(
             "longer text, or a smaller --context-length."
         )
     held_out = min(HELD_OUT, len(windows) // 8 or 1)
+    missing = max(0, steps - (len(windows) - held_out))
+    count = min(missing, -(-settings.written // text.context_length))
+    if count:
+        begun = windows[held_out:]
+        added = _written(teacher, begun, count, settings.seed, place, progress)
+        windows = torch.cat([windows, added])
     steps = min(steps, PASSES * (len(windows) - held_out))
     steps = steps // CHECKS * CHECKS or steps  # as many between any two checks
     windows = windows[: held_out + steps]
@@ -382,6 +396,7 @@ def _ask(
     return _Asked(
         reference=asked,
         held_out=held,
+        written=count,
         steps=steps,
         teacher=teacher.to_dict(),
         text=record_to_dict(record),
@@ -389,6 +404,49 @@ def _ask(
         if text.measured is None
         else perplexity_on(text.measured, teacher, progress),
     )
+
+
+def _written(
+    teacher: LanguageModel,
+    windows: Tensor,
+    count: int,
+    seed: int,
+    place: "Workplace",
+    progress: Progress,
+) -> Tensor:
+    """Windows that the dense model writes, each from the beginning of one of the text."""
+    if teacher.stream:
+        raise InvalidInput(
+            f"the teacher {teacher.name} is streamed, and would be read again for each token that "
+            "it writes. Load it without streaming, or leave written out."
+        )
+    length = windows.shape[1]
+    begin = max(1, length // BEGINNING)
+    begins = windows[torch.arange(count) % len(windows), :begin]
+    network: Any = teacher.model
+    cards = [teacher.device] if teacher.device.type == "cuda" else []
+
+    def write() -> list[list[int]]:
+        found: list[list[int]] = []
+        with (
+            progress("The dense model writes", count) as advance,
+            torch.random.fork_rng(cards),
+            torch.inference_mode(),
+        ):
+            torch.manual_seed(seed)
+            for some in begins.split(max(1, WRITTEN_AT_ONCE // length)):
+                rows = network.generate(
+                    some.to(teacher.device),
+                    attention_mask=torch.ones_like(some).to(teacher.device),
+                    do_sample=True, temperature=1.0, top_p=1.0, top_k=TOP_K,
+                    min_new_tokens=length - begin, max_new_tokens=length - begin,
+                    pad_token_id=0,
+                )  # fmt: skip
+                found += rows.tolist()
+                advance(len(some))
+        return found
+
+    return torch.tensor(place.once("written", write))
 
 
 def check_teacher(pruned: LanguageModel, teacher: LanguageModel) -> None:

@@ -16,7 +16,7 @@ from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.configuration import NEW_TOKENS
 from pho_service.spec.objective import IN_FULL, corrected_windows, shared_windows
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.recovery import Recovery
+from pho_service.spec.recovery import BEGINNING, WRITTEN_AT_ONCE, Recovery
 from pho_service.spec.steps import Steps
 
 # What machines can do: named GPUs by their makers' sheets, this CPU by a measurement of a moment.
@@ -391,7 +391,16 @@ class _Costs:
 
     def recovery(self, asked: Recovery) -> float:
         """What it may take; or the dense model, and the steps of the pruned one."""
-        return asked.time_s if asked.tokens is None else self.recovered(asked.tokens)
+        if asked.tokens is None:
+            return asked.time_s
+        return self.recovered(asked.tokens) + self.written_windows(asked.written)
+
+    def written_windows(self, tokens: int) -> float:
+        """What the dense model writes: some windows at once, and for each token all weights."""
+        context = self.work.calibration.context_length
+        reads = -(-tokens // WRITTEN_AT_ONCE) * context * (1 - 1 / BEGINNING)
+        weights = self.shapes.bytes(self.work.dtype) / self.machine.bandwidth
+        return self.forward(tokens, context, head=True) + reads * weights
 
     def recovered(self, tokens: int) -> float:
         """A pass of the dense model; two forward and one backward, with what Adam moves."""

@@ -8,7 +8,7 @@ from typing import Self
 
 from pho_service.planning.shapes import DTYPE_BYTES, BlockShape, LinearShape, ModelShapes
 from pho_service.spec.calibration import CalibrationSettings
-from pho_service.spec.recovery import RANK, Recovery
+from pho_service.spec.recovery import RANK, WRITTEN_AT_ONCE, Recovery
 from pho_service.spec.steps import Steps
 
 # What a model's passes, statistics and bundle take, in bytes, from its shapes alone.
@@ -387,7 +387,9 @@ def recovery_peak(
     moments = 2 * recovery.adam_bits // 8 * trained
     state = FLOAT * trained + moments  # with the gradients
     passes = footprint.backward(tokens, 1, recompute=True)
-    both = footprint.weights + weights + passes
+    # Of each token that is written, keys and values of all blocks.
+    remembered = 2 * footprint.hidden * len(footprint.blocks) * WRITTEN_AT_ONCE
+    both = footprint.weights + weights + max(passes, remembered if recovery.written else 0)
     return Peak.at(
         place,
         device=max(both, weights + state + passes),

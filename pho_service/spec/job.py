@@ -581,7 +581,7 @@ class JobSpec(Document):
         tokens += points * self.corrections * corrected * length
         limits.check_tokens("/corrections", tokens)
         if self.recovery is not None:
-            tokens += self.recovery.tokens or 0
+            tokens += (self.recovery.tokens or 0) + self.recovery.written
             limits.check_tokens("/recovery/tokens", tokens)
         return tokens
 

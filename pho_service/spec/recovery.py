@@ -29,6 +29,8 @@ MINUTES = 30.0
 MOST_MINUTES = 100_000.0
 MOST_TOKENS = 10**11
 RANK = 16  # of the matrices that ``lora`` trains
+WRITTEN_AT_ONCE = 16_384  # tokens that the dense model writes side by side
+BEGINNING = 8  # what it writes begins with an eighth of a window of the text
 RATES: dict[Trains, float] = {"kept": 5e-4, "norms": 5e-3, "lora": 1e-3}
 
 
@@ -73,6 +75,18 @@ class Recovery(JsonDocument):
             "weights. More than seven windows are rounded up to eighths of whole ones.",
         ),
     ] = None
+    written: Annotated[
+        Whole,
+        FieldShown(option="--recover-written", service=True),
+        Field(
+            ge=0,
+            le=MOST_TOKENS,
+            description="Tokens that the dense model writes itself, to train on beside the text: "
+            "windows that begin as those of the text and go on by chance, to many other things. "
+            "Writing takes as long as training or, on a GPU, some times longer. It needs tokens, "
+            "not a time.",
+        ),
+    ] = 0
     rate: Annotated[
         Number | None,
         FieldShown(
@@ -114,6 +128,12 @@ class Recovery(JsonDocument):
             check_number("minutes", self.minutes, 1e-9, MOST_MINUTES)
         if self.tokens is not None:
             check_number("tokens", self.tokens, 1, MOST_TOKENS)
+        check_number("written", self.written, 0, MOST_TOKENS)
+        if self.written and self.tokens is None:
+            raise InvalidInput(
+                f"written={self.written}: what is written is trained on as one of so many tokens, "
+                "and none are given. Give tokens, those of the text included."
+            )
         if self.rate is not None:
             check_number("rate", self.rate, 1e-9, 1)
         check_choice("adam_bits", str(self.adam_bits), ("32", "8"))
@@ -122,6 +142,7 @@ class Recovery(JsonDocument):
     def __str__(self) -> str:
         """In a few words, for people."""
         counted = "" if self.tokens is None else f"{self.tokens:,} tokens"
+        counted += f", {self.written:,} of them written," if self.written else ""
         return f"{counted or f'{self.time_s / 60:g} minutes'}, training {self.train}"
 
     @property
@@ -146,6 +167,7 @@ class Recovered(JsonDocument):
         kept: Whether the trained weights were taken; otherwise the model is as it was before.
         tokens: Tokens that it was trained on, those of a second pass counted again.
         windows: Windows to train on.
+        written: How many of these the dense model wrote.
         held_out: Windows that were held out.
         context_length: Tokens of a window.
         rate: Learning rate of the first step, as a share.
@@ -168,6 +190,7 @@ class Recovered(JsonDocument):
     kept: bool
     tokens: Whole
     windows: Whole
+    written: Whole = 0
     held_out: Whole
     context_length: Whole
     rate: Number
@@ -182,6 +205,8 @@ class Recovered(JsonDocument):
     def __str__(self) -> str:
         """In a sentence, for people."""
         how = f"{self.tokens:,} tokens in {self.seconds / 60:.1f} minutes, training {self.train}"
+        if self.written:
+            how += f"; the dense model wrote {self.written} of {self.windows} windows"
         if not self.kept:
             return (
                 f"recovery over {how}, brought the divergence of held-out windows nowhere below "

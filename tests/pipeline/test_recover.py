@@ -299,6 +299,51 @@ def test_a_time_is_turned_into_tokens_that_give_the_same_weights(
     assert same(weights(timed.model), weights(counted.model))
 
 
+def test_what_the_dense_model_writes_is_trained_on_too_and_written_once(
+    pruned_folder: Callable[[str], Path],
+    recover: Callable[..., Recovered],
+    text: RecoveryText,
+    tmp_path: Path,
+) -> None:
+    folder, few = pruned_folder("0.5"), torch.arange(8 * LENGTH).remainder(251).view(8, LENGTH)
+    settings = replace(SETTINGS, written=10 * LENGTH)
+    place = tmp_path / "workplace"
+    bars: list[str] = []
+
+    @contextmanager
+    def killed(title: str, steps: int) -> Iterator[Callable[[int], None]]:
+        del steps
+        bars.append(title)
+        if title == "Asking the dense model" and bars.count(title) == 1:
+            raise KeyboardInterrupt
+        yield lambda _: None
+
+    def run() -> tuple[Recovered, dict[str, Tensor]]:
+        pruned = PrunedModel.read(folder, device="cpu")
+        on = replace(text, source=GivenWindows(tokens=few), bos="never")
+        return recover(pruned, settings, on=on, progress=killed), weights(pruned.model)
+
+    before = torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    first = run()
+    written = torch.tensor(json.loads((place / "plan.json").read_text())["written"])
+    Workplace(place).remove()
+    second = run()
+
+    assert bars.count("The dense model writes") == 2  # not again after the kill
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (first[0].windows, first[0].written, first[0].held_out) == (17, 10, 1)
+    assert replace(first[0], seconds=0) == replace(second[0], seconds=0)
+    assert same(first[1], second[1])
+    assert written.shape == (10, LENGTH)
+    begins = {tuple(row) for row in few[:, : LENGTH // 8].tolist()}
+    assert {tuple(row) for row in written[:, : LENGTH // 8].tolist()} < begins
+    assert (
+        len({tuple(row) for row in written.tolist()}) == 10
+    )  # the same beginning goes on otherwise
+
+
 def test_bad_input_is_named_before_anything_is_trained(
     pruned_folder: Callable[[str], Path],
     recover: Callable[..., Recovered],
@@ -314,6 +359,7 @@ def test_bad_input_is_named_before_anything_is_trained(
     config = LlamaConfig(**{**original.model.config.to_dict(), "num_hidden_layers": 3})
     deep = LlamaForCausalLM(config).eval()
     few = GivenWindows(tokens=torch.zeros(2, LENGTH, dtype=torch.int64))
+    seven = GivenWindows(tokens=torch.arange(7 * LENGTH).remainder(251).view(7, LENGTH))
 
     with pytest.raises(ModelError, match=r"has no zeros in its 14 linears: it is not pruned"):
         PrunedModel.of(original)
@@ -331,6 +377,13 @@ def test_bad_input_is_named_before_anything_is_trained(
         recover(pruned, Recovery(minutes=1e-6, train="lora"))
     with pytest.raises(InvalidInput, match=r"both say how long to train"):
         Recovery(minutes=1, tokens=1)
+    with pytest.raises(InvalidInput, match=r"written=64: .* none are given. Give tokens"):
+        Recovery(written=64)
+    streamed = load_model(original.name, device="cpu", stream=True)
+    with pytest.raises(InvalidInput, match=r"is streamed, and would be read again for each token"):
+        recover(
+            pruned, replace(SETTINGS, written=64), teacher=streamed, on=replace(text, source=seven)
+        )
     assert not (tmp_path / "workplace").exists()
 
 

@@ -6,10 +6,11 @@ import pytest
 
 from pho_service.errors import InvalidInput
 from pho_service.planning.costs import CARDS, Machine, named_machine
-from pho_service.planning.plan import Plan, plan_job
+from pho_service.planning.plan import Plan, StagePlan, plan_job
 from pho_service.planning.shapes import Header, TensorHeader, model_shapes
 from pho_service.spec.document import format_bytes, format_count
 from pho_service.spec.job import JobSpec
+from pho_service.spec.recovery import WRITTEN_AT_ONCE
 
 GIB = 2**30
 H100 = CARDS["H100"]
@@ -64,7 +65,7 @@ def planned(config: dict[str, Any] = LLAMA, machine: Machine = H100, **fields: A
     return plan_job(spec, model_shapes("org/m", header(config)), machine)
 
 
-def middle(plan: Plan) -> float:
+def middle(plan: Plan | StagePlan) -> float:
     """Seconds between the least and the most, on the scale of both."""
     low, high = plan.seconds
     return (low * high) ** 0.5
@@ -257,6 +258,27 @@ def test_every_perplexity_that_is_asked_for_is_planned() -> None:
     assert middle(validated) > 10 * middle(proxy)
     assert search.seconds == pytest.approx(stage.seconds, rel=0.1)
     assert search.peak.device >= stage.peak.device
+
+
+def test_what_the_dense_model_writes_to_recover_on_costs_time_and_memory() -> None:
+    tokens = 512 * 128
+    calibration = {"context_length": 128, "samples": 8, "projection_rows": 0}
+    first, other = (
+        next(
+            each
+            for each in planned(
+                prune=True, calibration=calibration,
+                recovery={"tokens": tokens, "train": "norms", "written": written},
+            ).stages
+            if each.title == "recover"
+        )
+        for written in (0, tokens)
+    )  # fmt: skip
+
+    assert 1 < middle(other) / middle(first) < 2
+    dense_and_pruned = 2 * 13.5e9
+    remembered = 2 * LLAMA["num_hidden_layers"] * LLAMA["hidden_size"] * 2 * WRITTEN_AT_ONCE
+    assert other.peak.device > dense_and_pruned + remembered > first.peak.device
 
 
 def test_sizes_are_in_the_largest_unit_and_counts_in_words() -> None:
