@@ -14,12 +14,12 @@ from pho_service.cli.options import (
     calibration_source,
     check_models,
     device_options,
-    json_option,
+    json_verb,
     out_file,
     plot_file,
     plot_validation,
 )
-from pho_service.cli.terminal import print_json, print_table, progress, say, verb
+from pho_service.cli.terminal import print_json, print_table, progress, say
 from pho_service.spec.document import number
 from pho_service.spec.objective import Objective
 
@@ -35,8 +35,7 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.option("--out", required=True, type=click.Path(), help="The bundle: a .safetensors file.")
 @device_options
-@json_option
-@verb
+@json_verb
 def calibrate(model: str, given: Given, out: str, inputs: Terminal, as_json: bool) -> None:
     """
     Run MODEL once over a text and write its proxy bundle.
@@ -85,8 +84,7 @@ def calibrate(model: str, given: Given, out: str, inputs: Terminal, as_json: boo
 @click.argument("model")
 @click.option("--plot", type=click.Path(), help="Write scatter plots to this HTML page.")
 @device_options
-@json_option
-@verb
+@json_verb
 def validate(
     model: str,
     given: Given,

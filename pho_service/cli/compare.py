@@ -18,7 +18,7 @@ from pho_service.cli.options import (
     check_models,
     device_options,
     file_source,
-    json_option,
+    json_verb,
     methods_beginning,
     report_options,
     report_spec,
@@ -31,7 +31,6 @@ from pho_service.cli.terminal import (
     progress,
     say,
     show_table,
-    verb,
     working,
 )
 from pho_service.errors import InvalidInput
@@ -84,8 +83,7 @@ TASK_FIELDS = ("tasks", "tasks_dir", "tasks_limit")
 @click.option("--max-windows", type=int, help="Rate only the first N windows.")
 @click.option("--beside", metavar="MODEL", help="Another model that the perplexity stands beside.")
 @device_options
-@json_option
-@verb
+@json_verb
 def evaluate(
     model: str,
     given: Given,
@@ -158,8 +156,7 @@ def evaluate(
 @click.option("--text", metavar="FILE", help="Text file that three prompts are taken from instead.")
 @click.option("--tokens", default=NEW_TOKENS, show_default=True, help="Most that are written.")
 @_where
-@json_option
-@verb
+@json_verb
 def generate(
     model: str,
     beside: str | None,
@@ -343,8 +340,7 @@ _OF_RECOVERIES = tuple(
     help="Compare configurations that were found on another family of models, too.",
 )
 @device_options
-@json_option
-@verb
+@json_verb
 def compare(
     model: str,
     given: Given,
@@ -522,8 +518,7 @@ def show_comparison(compared: "Comparison") -> None:
 @click.option("--rounds", default=5, show_default=True, help="How often all is measured.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the prompts' tokens.")
 @_where
-@json_option
-@verb
+@json_verb
 def bench(
     models: tuple[str, ...],
     batch: int,

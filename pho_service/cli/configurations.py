@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pho_service.cli.library import library_option, matches
-from pho_service.cli.options import at_least, json_option
-from pho_service.cli.remote import open_client, url_option
-from pho_service.cli.terminal import print_json, print_table, say, tell, verb
+from pho_service.cli.options import at_least, json_verb
+from pho_service.cli.remote import open_client, service_verb
+from pho_service.cli.terminal import print_json, print_table, say, tell
 from pho_service.errors import ConfigurationError, InvalidInput, OutputError
 
 if TYPE_CHECKING:
@@ -28,9 +28,8 @@ if TYPE_CHECKING:
 )
 @click.option("--all", "others", is_flag=True, help="Those of another pattern or scope, too.")
 @library_option
-@json_option
 @click.pass_context
-@verb
+@json_verb
 def configurations(
     context: click.Context,
     pattern: str | None,
@@ -113,9 +112,7 @@ def configurations(
 
 @configurations.command("import")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
-@url_option
-@json_option
-@verb
+@service_verb
 def import_files(files: tuple[str, ...], url: str | None, as_json: bool) -> None:
     """
     Put configurations that were found elsewhere into a service's library.
@@ -157,9 +154,7 @@ def _read(path: Path) -> "dict[str, LibraryFile]":
 @configurations.command("export")
 @click.argument("ids", nargs=-1, metavar="[ID...]")
 @click.option("--out", required=True, help="A folder; it is made if it is not there.")
-@url_option
-@json_option
-@verb
+@service_verb
 def export_files(ids: tuple[str, ...], out: str, url: str | None, as_json: bool) -> None:
     """
     Write configurations of a service's library to a folder, a file each; all of them without ID.
@@ -199,9 +194,7 @@ def export_files(ids: tuple[str, ...], out: str, url: str | None, as_json: bool)
 
 @configurations.command("delete")
 @click.argument("configuration_id", metavar="ID")
-@url_option
-@json_option
-@verb
+@service_verb
 def delete_entry(configuration_id: str, url: str | None, as_json: bool) -> None:
     """
     Take a configuration out of a service's library. The job that found it stays.

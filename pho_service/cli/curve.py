@@ -17,9 +17,9 @@ from pho_service.cli.options import (
     check_models,
     device_options,
     is_bundle,
-    json_option,
+    json_verb,
 )
-from pho_service.cli.terminal import print_json, say, show_table, tell, verb
+from pho_service.cli.terminal import print_json, say, show_table, tell
 from pho_service.errors import InvalidInput, OutputError
 from pho_service.spec.curve import CURVE_FINALISTS, Target, curve_patterns
 from pho_service.spec.document import number
@@ -64,8 +64,7 @@ if TYPE_CHECKING:
     help="Folder for the plot, the table and the configurations.",
 )
 @device_options
-@json_option
-@verb
+@json_verb
 def curve(
     model: str,
     given: Given,

@@ -14,9 +14,9 @@ import click
 
 from pho_service.cli.compare import show_comparison
 from pho_service.cli.document import DocumentCommand, Given
-from pho_service.cli.options import Terminal, file_source, json_option, text_source
+from pho_service.cli.options import Terminal, file_source, json_verb, text_source
 from pho_service.cli.search import DOCUMENT, describe
-from pho_service.cli.terminal import print_json, progress, say, verb
+from pho_service.cli.terminal import print_json, progress, say
 from pho_service.host.files import new_file, new_folder
 from pho_service.progress import Run
 
@@ -124,8 +124,7 @@ class _Place:
     type=click.Choice(["row", "layer", "global"]),
     help="Scope in which weights compete.  [default: layer; global for score; row for N:M]",
 )
-@json_option
-@verb
+@json_verb
 def demo(given: Given, out: str, pattern: str, scope: str | None, as_json: bool) -> None:
     """
     Run the main job on SmolLM2-135M, with built-in texts and settings.
@@ -236,8 +235,7 @@ def _asked(
     help="Instead of SmolLM2, train a LLaMA of 29,736 weights on the first text, in less than "
     "twenty seconds: every verb takes seconds on it.",
 )
-@json_option
-@verb
+@json_verb
 def example(out: str, small: bool, as_json: bool) -> None:
     """
     Write SmolLM2-135M and three texts to a folder, to try things on.

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import click
 
-from pho_service.cli.options import json_option
-from pho_service.cli.terminal import print_json, print_table, verb
+from pho_service.cli.options import json_verb
+from pho_service.cli.terminal import print_json, print_table
 from pho_service.errors import plain_line
 from pho_service.host.machine import EXTRAS, hub_answers, machine, missing_of
 from pho_service.host.settings import Settings, read_settings
@@ -24,8 +24,7 @@ LITTLE = 5 * GIB  # of free disk: a model of a billion weights is about as large
 
 
 @click.command()
-@json_option
-@verb
+@json_verb
 def doctor(as_json: bool) -> None:
     """
     Look at this machine: device, hub, caches, extras, database, store and disk.

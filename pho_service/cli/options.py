@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from pho_service.cli.terminal import loading, progress, say, working
+from pho_service.cli.terminal import loading, progress, say, verb, working
 from pho_service.errors import BundleError, InvalidInput, TextError
 from pho_service.host.data_sets import USUAL_TEXTS
 from pho_service.host.files import write_text
@@ -48,7 +48,9 @@ def all_options(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+json_verb = all_options(
+    click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout."), verb
+)
 
 
 def methods_beginning(_: click.Context, __: click.Parameter, beginning: str) -> list[str]:

@@ -6,9 +6,9 @@ import click
 
 from pho_service.api.answers import PlanAnswer
 from pho_service.cli.document import DocumentCommand, Given
-from pho_service.cli.options import json_option
+from pho_service.cli.options import json_verb
 from pho_service.cli.remote import job_document, open_client
-from pho_service.cli.terminal import print_json, print_table, verb
+from pho_service.cli.terminal import print_json, print_table
 from pho_service.spec.document import format_bytes, format_count, parse_bytes
 
 if TYPE_CHECKING:
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 @click.option("--device-memory", help="Memory of another card: 80GiB.")
 @click.option("--main-memory", help="Main memory of the machine: 128GiB.")
 @click.option("--url", help="Ask this service, which knows its models, instead of this machine.")
-@json_option
-@verb
+@json_verb
 def plan(
     models: tuple[str, ...],
     given: Given,

@@ -22,10 +22,10 @@ from pho_service.cli.options import (
     check_bundle,
     check_models,
     device_options,
-    json_option,
+    json_verb,
     methods_beginning,
 )
-from pho_service.cli.terminal import print_json, print_table, progress, say, verb
+from pho_service.cli.terminal import print_json, print_table, progress, say
 from pho_service.errors import ConfigurationError, InvalidInput, ModelError
 from pho_service.pipeline.inputs import Calibrated
 from pho_service.spec.document import number
@@ -122,8 +122,7 @@ public_option = click.option(
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("repository")
 @public_option
-@json_option
-@verb
+@json_verb
 def push(folder: Path, repository: str, public: bool, as_json: bool) -> None:
     """
     Upload a pruned FOLDER to the Hugging Face hub, as REPOSITORY (org/name).
@@ -199,8 +198,7 @@ def push_folder(folder: Path, repository: str, public: bool, as_json: bool) -> N
     "what stayed.",
 )
 @device_options
-@json_option
-@verb
+@json_verb
 def prune(
     model: str | None,
     given: Given,
@@ -486,8 +484,7 @@ def _check(folder: Path, original: str | None, as_json: bool, inputs: Terminal) 
 @click.command()
 @click.argument("folder")
 @click.option("--out", required=True, help="A file whose name ends in .pho.")
-@json_option
-@verb
+@json_verb
 def pack(folder: str, out: str, as_json: bool) -> None:
     """
     Make a model folder smaller, without losing a bit.
@@ -516,8 +513,7 @@ def pack(folder: str, out: str, as_json: bool) -> None:
 @click.command()
 @click.argument("packed")
 @click.option("--out", required=True, help="A new or empty folder.")
-@json_option
-@verb
+@json_verb
 def unpack(packed: str, out: str, as_json: bool) -> None:
     """
     Restore the folder that `pho pack` has packed, bit for bit.

@@ -14,9 +14,9 @@ from pho_service.cli.options import (
     check_models,
     device_options,
     file_source,
-    json_option,
+    json_verb,
 )
-from pho_service.cli.terminal import print_json, progress, say, show_table, verb
+from pho_service.cli.terminal import print_json, progress, say, show_table
 from pho_service.errors import InvalidInput
 
 _TEXT = (
@@ -52,8 +52,7 @@ _NAMES = {
     help="Text file to measure perplexities on: dense, pruned, recovered. Not trained on.",
 )
 @device_options
-@json_option
-@verb
+@json_verb
 def recover(
     folder: Path,
     given: Given,

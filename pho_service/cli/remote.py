@@ -16,7 +16,7 @@ from pho_service.cli.document import DocumentCommand, Given, GroupedCommand
 from pho_service.cli.options import (
     all_options,
     at_least,
-    json_option,
+    json_verb,
     out_file,
     plot_file,
     plot_transfer,
@@ -30,7 +30,6 @@ from pho_service.cli.terminal import (
     show_table,
     table_width,
     tell,
-    verb,
 )
 from pho_service.errors import InvalidInput, PhoError, ServiceError
 from pho_service.spec.document import number
@@ -157,7 +156,8 @@ url_option = click.option(
 )
 
 
-of_a_job = all_options(job_argument, url_option, json_option, verb)
+service_verb = all_options(url_option, json_verb)
+of_a_job = all_options(job_argument, service_verb)
 pattern_option = click.option("--pattern", help="Which, of a job with several patterns.")
 
 
@@ -184,9 +184,7 @@ def open_client(url: str | None) -> "Client":
     "the highest first.  [default: -created]",
 )
 @click.option("--limit", type=int, default=50, show_default=True, help="At most so many.")
-@url_option
-@json_option
-@verb
+@service_verb
 def jobs(
     states: tuple[Any, ...],
     models: tuple[str, ...],
@@ -292,9 +290,7 @@ def watch(job_id: str, url: str | None, as_json: bool) -> None:
 @job_argument
 @pattern_option
 @click.option("--out", help="A file to write.  [default: stdout]")
-@url_option
-@json_option
-@verb
+@service_verb
 def best(job_id: str, pattern: str | None, out: str | None, url: str | None, as_json: bool) -> None:
     """
     Get the best configuration of a job: the config.json that `pho search` writes.
@@ -321,9 +317,7 @@ def best(job_id: str, pattern: str | None, out: str | None, url: str | None, as_
 @click.option("--out", required=True, help="A new or empty folder.")
 @click.option("--prune", is_flag=True, help="Have the job pruned first, if it is not, and wait.")
 @pattern_option
-@url_option
-@json_option
-@verb
+@service_verb
 def pull(
     job_id: str, out: str, prune: bool, pattern: str | None, url: str | None, as_json: bool
 ) -> None:
@@ -382,9 +376,7 @@ resume = _change("resume", "Continue a job that is paused or has failed, from wh
 @click.command()
 @job_argument
 @click.option("--trials", type=int, required=True, help="How many more, for each island.")
-@url_option
-@json_option
-@verb
+@service_verb
 def extend(job_id: str, trials: int, url: str | None, as_json: bool) -> None:
     """
     Give a job more trials. They are those of a job that had them from the start.
@@ -428,10 +420,8 @@ def _tell(job: "Job", as_json: bool, *, with_trials: bool = False) -> None:
 
 
 @click.group(invoke_without_command=True)
-@url_option
-@json_option
 @click.pass_context
-@verb
+@service_verb
 def workers(context: click.Context, url: str | None, as_json: bool) -> None:
     """
     List the workers of a service, or have one end.
@@ -469,9 +459,7 @@ def workers(context: click.Context, url: str | None, as_json: bool) -> None:
 @click.option(
     "--now", is_flag=True, help="Hand back the stage that it has in hand, instead of finishing it."
 )
-@url_option
-@json_option
-@verb
+@service_verb
 def drain_worker(name: str, now: bool, url: str | None, as_json: bool) -> None:
     """
     Have the worker NAME take no more stages, and end.
@@ -517,9 +505,7 @@ def end(client: "Client", job: "Job", as_json: bool) -> None:
 @click.option("--job", "job_file", help="A job document as a JSON file; - reads stdin.")
 @click.option("--idempotency-key", help="The same key twice makes one job.")
 @click.option("--watch", "wait", is_flag=True, help="Wait for it, as `pho watch` does.")
-@url_option
-@json_option
-@verb
+@service_verb
 def submit(
     models: tuple[str, ...],
     given: Given,
@@ -616,9 +602,7 @@ def _read_document(path: str) -> dict[str, Any]:
 @click.option("--watch", "wait", is_flag=True, help="Wait for it, as `pho watch` does.")
 @click.option("--out", help="Write what is measured to this file; implies --watch.")
 @click.option("--plot", help="Draw it on this HTML page; implies --watch.")
-@url_option
-@json_option
-@verb
+@service_verb
 def transfer_job(
     job_id: str,
     models: tuple[str, ...],

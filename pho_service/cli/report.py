@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pho_service.cli.options import json_option, out_file
-from pho_service.cli.remote import open_client, url_option
-from pho_service.cli.terminal import print_json, say, verb
+from pho_service.cli.options import out_file
+from pho_service.cli.remote import open_client, service_verb
+from pho_service.cli.terminal import print_json, say
 from pho_service.errors import InvalidInput, StudyError
 from pho_service.spec.job_options import prune_command, search_command
 
@@ -31,9 +31,7 @@ if TYPE_CHECKING:
     help="With --study: what the search found, a config.json; or a transfer.json, which also says "
     "what that was worth on other models.",
 )
-@url_option
-@json_option
-@verb
+@service_verb
 def report(
     name: str, out: str, study: str | None, config: str | None, url: str | None, as_json: bool
 ) -> None:

@@ -16,10 +16,10 @@ from pho_service.cli.options import (
     check_models,
     device_options,
     is_bundle,
-    json_option,
+    json_verb,
     out_file,
 )
-from pho_service.cli.terminal import print_json, say, show_table, verb
+from pho_service.cli.terminal import print_json, say, show_table
 from pho_service.errors import InvalidInput
 from pho_service.pipeline.inputs import Calibrated
 
@@ -49,8 +49,7 @@ DOCUMENT, WARM = "document", "warm_start_names"
 )
 @click.option("--out", default="config.json", show_default=True, help="The configuration.")
 @device_options
-@json_option
-@verb
+@json_verb
 def search(
     models: tuple[str, ...],
     given: Given,

@@ -16,7 +16,7 @@ from pho_service.cli.options import (
     check_models,
     device_options,
     is_bundle,
-    json_option,
+    json_verb,
     out_file,
     plot_file,
     plot_transfer,
@@ -24,7 +24,7 @@ from pho_service.cli.options import (
     report_spec,
     text_source,
 )
-from pho_service.cli.terminal import print_json, say, show_table, verb
+from pho_service.cli.terminal import print_json, say, show_table
 from pho_service.errors import InvalidInput
 from pho_service.pipeline.inputs import Calibrated
 
@@ -59,8 +59,7 @@ if TYPE_CHECKING:
 @click.option("--out", default="transfer.json", show_default=True, help="All that was measured.")
 @click.option("--plot", type=click.Path(), help="Draw it on this HTML page.")
 @device_options
-@json_option
-@verb
+@json_verb
 def transfer(
     configuration: str,
     models: tuple[str, ...],
