@@ -51,8 +51,8 @@ def _off_the_command_line(
     return url
 
 
-# Which service is meant, for verbs that need its database.
-service_options = all_options(
+# A verb that needs the database of a service, and which service is meant.
+database_verb = all_options(
     click.option(
         "--database-url",
         help="A PostgreSQL to use instead of the embedded one.",
@@ -61,6 +61,7 @@ service_options = all_options(
     click.option(
         "--data-dir", help="Folder of the embedded PostgreSQL.  [default: ~/.local/share/pho]"
     ),
+    verb,
 )
 
 
@@ -68,8 +69,7 @@ service_options = all_options(
 @click.option("--workers", type=int, help="Local worker processes.  [default: 1]")
 @click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
 @click.option("--port", type=int, help="0 takes a free one.  [default: 8000]")
-@service_options
-@verb
+@database_verb
 def serve(
     workers: int | None,
     host: str | None,
@@ -239,8 +239,7 @@ def keys() -> None:
     help="How many tokens its jobs may plan to run models over, in any such time, as 200M/7d.  "
     "[default: no limit]",
 )
-@service_options
-@verb
+@database_verb
 def create_key(
     name: str,
     all_jobs: bool,
@@ -275,8 +274,7 @@ def create_key(
 
 @keys.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
-@service_options
-@verb
+@database_verb
 def list_keys(as_json: bool, database_url: str | None, data_dir: str | None) -> None:
     """
     List all keys.
@@ -325,8 +323,7 @@ def _sees(key: "Key") -> str:
     "--expires", type=_Span(),
     help="After so long.  [default: as long as the old one was to last]",
 )  # fmt: skip
-@service_options
-@verb
+@database_verb
 def rotate_key(
     prefix: str, expires: timedelta | None, database_url: str | None, data_dir: str | None
 ) -> None:
@@ -345,8 +342,7 @@ def rotate_key(
 @keys.command("quota")
 @click.argument("prefix")
 @click.argument("quota", type=_Quota())
-@service_options
-@verb
+@database_verb
 def set_quota(
     prefix: str, quota: "Quota | None", database_url: str | None, data_dir: str | None
 ) -> None:
@@ -368,8 +364,7 @@ def set_quota(
 
 @keys.command("take-over")
 @click.argument("prefix")
-@service_options
-@verb
+@database_verb
 def take_over(prefix: str, database_url: str | None, data_dir: str | None) -> None:
     """Give the key that begins with PREFIX the jobs that were submitted without a key."""
     with _key_store(database_url, data_dir) as store, _known(prefix):
@@ -379,8 +374,7 @@ def take_over(prefix: str, database_url: str | None, data_dir: str | None) -> No
 
 @keys.command("revoke")
 @click.argument("prefix")
-@service_options
-@verb
+@database_verb
 def revoke_key(prefix: str, database_url: str | None, data_dir: str | None) -> None:
     """Close the key that begins with PREFIX. Its jobs stay."""
     with _key_store(database_url, data_dir) as store, _known(prefix):
@@ -438,8 +432,7 @@ def _storage_told() -> Iterator[None]:
 
 @click.command()
 @click.option("--out", "file", required=True, type=click.Path(path_type=Path), help="A new file.")
-@service_options
-@verb
+@database_verb
 def backup(file: Path, database_url: str | None, data_dir: str | None) -> None:
     """
     Write all jobs, studies, keys and the library of a service to one file.
@@ -471,8 +464,7 @@ def backup(file: Path, database_url: str | None, data_dir: str | None) -> None:
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@service_options
-@verb
+@database_verb
 def restore(file: Path, database_url: str | None, data_dir: str | None) -> None:
     """
     Fill an empty database with what `pho backup` wrote to FILE.
