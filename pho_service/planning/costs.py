@@ -166,6 +166,7 @@ SWAPPED = 8e3  # the same for exact swaps, in some fifty rounds
 REFINED = 1.2e3  # the same for DSnoT
 UPDATED = 700.0  # the same for OBS
 OBS_LAUNCHES = 0.6  # a column, sixteen of them solved for at once
+REMEMBERED = 4.0  # numbers moved for one of a hidden state: keys and values, which are copied
 TRAINED = 60.0  # bytes that a step of Adam moves for a weight, its mask included
 INVERSE_FLOPS = 4.0  # times the cube of a width, in float64
 CG_STEPS = 10
@@ -396,11 +397,14 @@ class _Costs:
         return self.recovered(asked.tokens) + self.written_windows(asked.written)
 
     def written_windows(self, tokens: int) -> float:
-        """What the dense model writes: some windows at once, and for each token all weights."""
-        context = self.work.calibration.context_length
-        reads = -(-tokens // WRITTEN_AT_ONCE) * context * (1 - 1 / BEGINNING)
+        """What the dense model writes, a token of some windows at once."""
+        context, blocks = self.work.calibration.context_length, len(self.shapes.blocks)
+        steps = -(-tokens // WRITTEN_AT_ONCE) * context * (1 - 1 / BEGINNING)
         weights = self.shapes.bytes(self.work.dtype) / self.machine.bandwidth
-        return self.forward(tokens, context, head=True) + reads * weights
+        launches = blocks * BLOCK_LAUNCHES * self.machine.launch_s
+        before = REMEMBERED * DTYPE_BYTES[self.work.dtype] * self.shapes.hidden * blocks
+        before *= tokens * context / 2 / self.machine.bandwidth
+        return self.forward(tokens, context, head=True) + steps * (weights + launches) + before
 
     def recovered(self, tokens: int) -> float:
         """A pass of the dense model; two forward and one backward, with what Adam moves."""
