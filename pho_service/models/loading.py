@@ -362,6 +362,10 @@ def _reason(error: Exception) -> str:
             "it has no safetensors weights. Only safetensors and GGUF are accepted, since pickled "
             "weights can run any code when they are read."
         )
+    if isinstance(error, KeyError) and text == "'metadata'":
+        return (
+            'its *.index.json has no "metadata", which transformers asks for: add "metadata": {}.'
+        )
     if "trust_remote_code" in text:
         return "it needs code of its own, and code from a model repository is never run."
     return f"{type(error).__name__}: {text[:500]}"

@@ -123,6 +123,21 @@ def test_no_index_leads_out_of_the_folder(tiny_llama: LlamaForCausalLM, model_fo
         load_model(str(model_folder), device="cpu")
 
 
+def test_an_index_without_metadata_is_told_how_to_be_mended(
+    tiny_llama: LlamaForCausalLM, model_folder: Path
+) -> None:
+    tiny_llama.save_pretrained(model_folder, max_shard_size="40KB")
+    (model_folder / "model.safetensors").unlink(missing_ok=True)
+    path = model_folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({"weight_map": index["weight_map"]}))
+    with pytest.raises(ModelError, match=r'has no "metadata".*: add "metadata": \{\}\.'):
+        load_model(str(model_folder), device="cpu")
+
+    path.write_text(json.dumps({"weight_map": index["weight_map"], "metadata": {}}))
+    load_model(str(model_folder), device="cpu")
+
+
 def test_index_of_a_hub_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "/etc/a.safetensors"}}))
