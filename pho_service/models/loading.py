@@ -404,22 +404,18 @@ def sha256_each(
 
 def _sha256(tensor: Tensor, dtype: torch.dtype | None) -> str:
     digest = hashlib.sha256()
-    _update(digest, tensor if dtype is None else tensor.to(dtype))
-    return digest.hexdigest()
-
-
-def _update(digest: "hashlib._Hash", tensor: Tensor) -> None:
-    """Feed a tensor's bytes to a hash."""
+    tensor = tensor if dtype is None else tensor.to(dtype)
     data = tensor.detach().contiguous().view(-1).view(torch.uint8)
     if data.device.type == "cpu":
         digest.update(data.numpy().data)
-        return
+        return digest.hexdigest()
     with torch.cuda.device(data.device):
         buffer = torch.empty(min(PIECE, len(data)), dtype=torch.uint8, pin_memory=True)
         for piece in data.split(PIECE):
             copied = buffer[: len(piece)].copy_(piece, non_blocking=True)
             torch.cuda.current_stream().synchronize()
             digest.update(copied.numpy().data)
+    return digest.hexdigest()
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
