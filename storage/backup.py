@@ -98,12 +98,13 @@ def _run(
         try:
             printed, errors = running.communicate(timeout=longest_s)
         except subprocess.TimeoutExpired as error:
-            running.terminate()  # which ends what it does on the server, too
             raise StorageError(
                 f"{file} was not restored within {longest_s:.0f} s, and so nothing was. A backup "
                 "of that size takes less: is it what `pho backup` wrote? If so, restore it on the "
                 "machine of the database."
             ) from error
+        finally:
+            running.terminate()  # if it still runs: it ends what it does on the server, too
     if running.returncode:
         said = errors.strip().splitlines() or [f"exit code {running.returncode}"]
         reason = next((line for line in said if "error:" in line), said[0])

@@ -87,7 +87,7 @@ class JobStore(OutcomeStore):
         priority: int = 0,
         trials: int,
         max_attempts: int,
-        tokens: int = 0,
+        work: int = 0,
         asked: Mapping[str, Any] | None = None,
         owner_id: uuid.UUID | None = None,
         idempotency_key: str | None = None,
@@ -144,7 +144,7 @@ class JobStore(OutcomeStore):
             if max_finished is not None and every - unfinished >= max_finished:
                 raise TooManyJobs("finished")
             if owner_id is not None:
-                charge(connection, owner_id, job_id, tokens)
+                charge(connection, owner_id, job_id, work)
             add_event(connection, job_id, "state", {"state": JobState.QUEUED})
             job = find_job(connection, job_id)
             add_stages(connection, job, [first, *more])
@@ -188,7 +188,7 @@ class JobStore(OutcomeStore):
         visible_to: uuid.UUID | None = None,
         trials: int = 0,
         max_trials: int | None = None,
-        tokens: int = 0,
+        work: int = 0,
     ) -> JobRecord:
         """Cancel, pause, resume or extend a job."""
         # What it is already, it may be asked to be again.
@@ -204,7 +204,7 @@ class JobStore(OutcomeStore):
                         "of a job"
                     )
                 if job.owner_id is not None:
-                    charge(connection, job.owner_id, job.id, tokens)
+                    charge(connection, job.owner_id, job.id, work)
                 _extend(connection, job, trials)
                 job = find_job(connection, job_id)
             if verb == "cancel" and not any(s.attempt for s in job.stages):
@@ -441,7 +441,7 @@ def ask_to_prune(
     *,
     visible_to: uuid.UUID | None = None,
     pattern: str | None = None,
-    tokens: int = 0,
+    work: int = 0,
 ) -> JobRecord:
     """Have the pruned model of a job written, if it is not there or on its way already."""
     with database.transaction() as connection:
@@ -454,7 +454,7 @@ def ask_to_prune(
         if job.state is not JobState.SUCCEEDED:
             raise StateConflict("prune", job.state, _WAY_OUT.get(job.state, _LATER))
         if job.owner_id is not None:
-            charge(connection, job.owner_id, job.id, tokens)
+            charge(connection, job.owner_id, job.id, work)
         pruning = (stages.c.job_id == job.id, stages.c.kind == StageKind.PRUNE)
         connection.execute(delete(stages).where(*pruning))
         set_state(connection, job, JobState.QUEUED)

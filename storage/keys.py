@@ -7,7 +7,7 @@ import secrets
 import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import Connection, and_, delete, exists, func, insert, or_, select, update
 
@@ -23,13 +23,20 @@ _SHOWN = 10  # characters of a key that tell it apart from others
 class Quota:
     """How much work the jobs of a key may plan."""
 
-    tokens: int  # That models are run over, as documents count them
+    most: int  # Tokens that models are run over, or seconds of an H100: the most that plans say
     span: timedelta  # In any stretch of time that is so long
+    unit: Literal["tokens", "seconds"] = "tokens"
 
     def __str__(self) -> str:
         days = self.span / timedelta(days=1)
         time = f"{days:g} days" if days >= 2 else f"{days * 24:g} hours"
-        return f"{self.tokens:,} tokens in {time}"
+        return f"{self.told(self.most)} in {time}"
+
+    def told(self, amount: int) -> str:
+        """So much of what it counts, in words."""
+        if self.unit == "tokens":
+            return f"{amount:,} tokens"
+        return f"{amount / 3600:.3g} hours of an H100"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +49,7 @@ class Key:
     created_at: datetime
     revoked_at: datetime | None  # Since when it opens nothing
     expires_at: datetime | None  # From when on it opens nothing; None is never
-    quota_tokens: int | None
-    quota_span: timedelta | None
-
-    @property
-    def quota(self) -> Quota | None:
-        """None: its jobs may plan as much as they like."""
-        if self.quota_tokens is None or self.quota_span is None:
-            return None
-        return Quota(self.quota_tokens, self.quota_span)
+    quota: Quota | None  # None: its jobs may plan as much as they like
 
 
 class QuotaExceeded(Exception):
@@ -66,8 +65,8 @@ class QuotaExceeded(Exception):
             else f"Enough is free from {free_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC on."
         )
         super().__init__(
-            f"the quota of key {name!r} is {quota}. {used:,} are used, and this is planned to take "
-            f"{asked:,}. {when}"
+            f"the quota of key {name!r} is {quota}. {quota.told(used)} are used, and this is "
+            f"planned to take {quota.told(asked)}. {when}"
         )
         self.free_at = free_at  # None: never
 
@@ -109,24 +108,33 @@ class KeyStore:
             return made
 
     def set_quota(self, prefix: str, quota: Quota | None) -> Key:
-        """Give a key a quota, or none. What was planned while it had none does not count."""
+        """Give a key a quota, or none. What was planned before counts if the unit stays."""
         key = self._chosen(prefix)
         if key.scrape_only:
             raise NoSuchKey(prefix)
         change = update(keys).where(keys.c.id == key.id).values(**_columns(quota))
         with self.database.transaction() as connection:
-            return Key(**connection.execute(change.returning(*KEY_COLUMNS)).one()._mapping)
+            if key.quota and (quota is None or quota.unit != key.quota.unit):
+                connection.execute(delete(work).where(work.c.key_id == key.id))
+            return _key(connection.execute(change.returning(*KEY_COLUMNS)).one())
+
+    def quota(self, key_id: uuid.UUID) -> Quota | None:
+        """That of a key; None if it has none."""
+        query = select(*_QUOTA).where(keys.c.id == key_id)
+        with self.database.transaction() as connection:
+            row = connection.execute(query).first()
+        return None if row is None or row.quota is None else Quota(*row)
 
     def used(self) -> dict[uuid.UUID, int]:
         """How much of its quota each key has used that has one and has used some."""
         query = (
-            select(work.c.key_id, func.sum(work.c.tokens))
+            select(work.c.key_id, func.sum(work.c.amount))
             .join(keys, keys.c.id == work.c.key_id)
             .where(work.c.planned_at > func.now() - keys.c.quota_span)
             .group_by(work.c.key_id)
         )
         with self.database.transaction() as connection:
-            return {key_id: int(tokens) for key_id, tokens in connection.execute(query)}
+            return {key_id: int(amount) for key_id, amount in connection.execute(query)}
 
     def take_over(self, prefix: str) -> tuple[Key, int]:
         """Give a key the jobs that were submitted without one, and their entries of the library."""
@@ -146,7 +154,7 @@ class KeyStore:
         """All keys, revoked ones too, oldest first."""
         with self.database.transaction() as connection:
             rows = connection.execute(select(*KEY_COLUMNS).order_by(keys.c.created_at, keys.c.id))
-            return [Key(**row._mapping) for row in rows]
+            return [_key(row) for row in rows]
 
     def revoke(self, prefix: str) -> Key:
         """Close a key. Its jobs stay."""
@@ -164,7 +172,7 @@ class KeyStore:
         query = select(*KEY_COLUMNS).where(keys.c.sha256 == key_digest(secret), OPENS)
         with self.database.transaction() as connection:
             row = connection.execute(query).first()
-            return None if row is None else Key(**row._mapping)
+            return None if row is None else _key(row)
 
     def is_open(self, key_id: uuid.UUID) -> bool:
         """Whether a key is there, and neither revoked nor expired."""
@@ -190,9 +198,10 @@ class KeyStore:
             return connection.execute(select(keys.c.id).limit(1)).first() is not None
 
 
+_QUOTA = (keys.c.quota, keys.c.quota_span, keys.c.quota_unit)
 KEY_COLUMNS = (
     keys.c.id, keys.c.name, keys.c.prefix, keys.c.sees_all, keys.c.scrape_only, keys.c.created_at,
-    keys.c.revoked_at, keys.c.expires_at, keys.c.quota_tokens, keys.c.quota_span,
+    keys.c.revoked_at, keys.c.expires_at, *_QUOTA,
 )  # fmt: skip
 # What holds of a key that is neither revoked nor expired.
 OPENS = and_(
@@ -205,34 +214,42 @@ def key_digest(secret: str) -> bytes:
 
 
 def _columns(quota: Quota | None) -> dict[str, Any]:
-    return {"quota_tokens": quota and quota.tokens, "quota_span": quota and quota.span}
+    values = (None, None, None) if quota is None else (quota.most, quota.span, quota.unit)
+    return {column.name: value for column, value in zip(_QUOTA, values, strict=True)}
+
+
+def _key(row: Any) -> Key:
+    """The key of a row of :data:`KEY_COLUMNS`."""
+    own = dict(row._mapping)
+    most, span, unit = (own.pop(column.name) for column in _QUOTA)
+    return Key(**own, quota=None if most is None else Quota(most, span, unit))
 
 
 # Work counts from when it is planned, whatever becomes of its job: else a key that deletes its jobs
 # would have no quota.
-def charge(connection: Connection, key_id: uuid.UUID, job_id: uuid.UUID, tokens: int) -> None:
+def charge(connection: Connection, key_id: uuid.UUID, job_id: uuid.UUID, amount: int) -> None:
     """Count work that is planned now, or raise QuotaExceeded if its key's quota has no room."""
     mine = select(*KEY_COLUMNS).where(keys.c.id == key_id)
     # One after the other, so that none slips past the quota.
-    key = Key(**connection.execute(mine.with_for_update(key_share=True)).one()._mapping)
+    key = _key(connection.execute(mine.with_for_update(key_share=True)).one())
     if (quota := key.quota) is None:
         return
     begins = func.now() - quota.span
     connection.execute(delete(work).where(work.c.key_id == key_id, work.c.planned_at <= begins))
-    counted = select(work.c.tokens, work.c.planned_at).where(work.c.key_id == key_id)
+    counted = select(work.c.amount, work.c.planned_at).where(work.c.key_id == key_id)
     found = connection.execute(counted.order_by(work.c.planned_at, work.c.id)).all()
-    left, free_at = quota.tokens - sum(row.tokens for row in found), None
-    if tokens > left:
+    left, free_at = quota.most - sum(row.amount for row in found), None
+    if amount > left:
         room = left
         for row in found:
-            room += row.tokens
-            if room >= tokens:
+            room += row.amount
+            if room >= amount:
                 free_at = row.planned_at + quota.span
                 break
         raise QuotaExceeded(
-            quota, used=quota.tokens - left, asked=tokens, free_at=free_at, name=key.name
+            quota, used=quota.most - left, asked=amount, free_at=free_at, name=key.name
         )
-    connection.execute(insert(work).values(key_id=key_id, job_id=job_id, tokens=tokens))
+    connection.execute(insert(work).values(key_id=key_id, job_id=job_id, amount=amount))
 
 
 def refund(connection: Connection, job_id: uuid.UUID) -> None:
@@ -253,7 +270,7 @@ def _create(
         "expires_at": None if lasts is None else func.now() + lasts,
     }
     row = connection.execute(insert(keys).values(values).returning(*KEY_COLUMNS)).one()
-    return Key(**row._mapping), secret
+    return _key(row), secret
 
 
 def _revoke(connection: Connection, key_id: uuid.UUID) -> Key:
@@ -263,7 +280,7 @@ def _revoke(connection: Connection, key_id: uuid.UUID) -> Key:
         .values(revoked_at=func.coalesce(keys.c.revoked_at, func.now()))
         .returning(*KEY_COLUMNS)
     ).one()
-    return Key(**row._mapping)
+    return _key(row)
 
 
 def _give(connection: Connection, giver: uuid.UUID | None, taker: uuid.UUID) -> int:
@@ -331,7 +348,7 @@ class SessionStore:
         )
         with self.database.transaction() as connection:
             row = connection.execute(query).first()
-            return None if row is None else Key(**row._mapping)
+            return None if row is None else _key(row)
 
     def end(self, sha256: bytes) -> None:
         """Log out; a login that is not there has ended already."""

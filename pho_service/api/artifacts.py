@@ -18,7 +18,9 @@ from pho_service.api.describe import check_search, configuration_of, describe, p
 from pho_service.api.jobs import OnePattern
 from pho_service.api.problems import Conflict, documented, documented_file, problem
 from pho_service.api.service import CallerParam, Service, ServiceParam
+from pho_service.planning.plan import SEARCHING
 from pho_service.spec.job import JobSpec
+from pho_service.spec.pattern import Pattern
 from storage import records as stored
 from storage.jobs import REMOVED, ask_to_prune, note_removed
 from storage.records import JobState
@@ -66,10 +68,11 @@ def asked(
         configuration_of(job, named)  # refuses where one must be named
         if job.pruning is not None and job.pruning.about != named:
             service.pruned.remove(job_id)  # of another pattern
-    tokens = JobSpec.model_validate(job.spec).tokens_to_prune
-    return ask_to_prune(
-        service.database, job_id, visible_to=visible_to, pattern=named, tokens=tokens
-    )
+    spec = JobSpec.model_validate(job.spec)
+    one = spec if named is None else spec.of_pattern(Pattern.parse(named))
+    one = one.model_copy(update={"prune": True})
+    work = service.work(job.owner_id, spec.tokens_to_prune, one, without=SEARCHING)
+    return ask_to_prune(service.database, job_id, visible_to=visible_to, pattern=named, work=work)
 
 
 @router.get(

@@ -148,7 +148,7 @@ def enter(
     owner_id: UUID | None = None,
     idempotency_key: str | None = None,
     settings: Settings | None = None,
-    tokens: int = 0,
+    work: int = 0,
 ) -> JobRecord:
     """
     Store a job and put its first stages into the queue; it is the one of that time if the
@@ -169,7 +169,7 @@ def enter(
         priority=spec.priority,
         trials=spec.trials if isinstance(spec, JobSpec) else 0,
         max_attempts=spec.max_attempts,
-        tokens=tokens,
+        work=work,
         owner_id=owner_id,
         idempotency_key=idempotency_key,
         **limits,
@@ -388,6 +388,7 @@ def take(
     whole = fitted(spec, service.access)
     for check in checks(whole, service):
         check()
+    each = [whole.of_model(number) for number in range(len(whole.models))]
     return enter(
         service.jobs,
         whole.placed(service.access),
@@ -395,7 +396,7 @@ def take(
         owner_id=caller.key_id,
         idempotency_key=idempotency_key,
         settings=service.settings,
-        tokens=whole.check_size(service.limits),
+        work=service.work(caller.key_id, whole.check_size(service.limits), *each),
     )
 
 
@@ -482,6 +483,8 @@ def extend(job_id: UUID, extension: Extension, service: ServiceParam, caller: Ca
     check_one_pattern(job)
     spec = JobSpec.model_validate(job.spec)
     tokens = spec.extension(extension.trials, service.limits)
+    more = spec.model_copy(update={"trials": extension.trials})
+    work = service.work(job.owner_id, tokens, more, without=("calibrate",))
     had_files = job.pruning is not None
     job = service.jobs.ask(
         job_id,
@@ -489,7 +492,7 @@ def extend(job_id: UUID, extension: Extension, service: ServiceParam, caller: Ca
         visible_to=caller.visible_to,
         trials=extension.trials,
         max_trials=min(MAX_TRIALS, service.limits.trials // spec.islands),  # at the same time, too
-        tokens=tokens,
+        work=work,
     )
     if had_files:  # of a model that is not the best any more
         try:
@@ -639,6 +642,7 @@ def transfer(
     tokens = asked.check_size(service.limits)
     if request.notify is not None:
         check_field("notify", service.webhooks.check, request.notify)
+    targets = [asked.target(number) for number in range(len(asked.models))]
     placed = request.placed(service.access)
     job = enter(
         service.jobs,
@@ -647,7 +651,7 @@ def transfer(
         owner_id=caller.key_id,
         idempotency_key=idempotency_key,
         settings=service.settings,
-        tokens=tokens,
+        work=service.work(caller.key_id, tokens, *targets),
     )
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     return describe(job)

@@ -24,7 +24,7 @@ from pho_service.api.jobs import checks, shortest_window
 from pho_service.api.operations import workers
 from pho_service.api.pages import Typed as Fields
 from pho_service.api.pages import draw
-from pho_service.api.plan import Card, at_hand, likely_card, planned
+from pho_service.api.plan import Card, at_hand, likely_card
 from pho_service.api.problems import TOO_MANY_JOBS, field_problem, sentence
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.host.access import list_roots
@@ -589,11 +589,12 @@ def _beside(
         beside.told += "job would take."
         return beside
     try:
-        beside.plan = planned(filled.spec, service, named_machine(card), place)
+        plan = service.plan(filled.spec, named_machine(card), place).to_dict()
     except FieldError as error:
         beside.told = f"No plan can be made. {_in_words(str(error))}"
         return beside
-    beside.plan.ways_out = [_in_words(way) for way in beside.plan.ways_out]
+    plan["ways_out"] = [_in_words(way) for way in plan["ways_out"]]
+    beside.plan = PlanAnswer.model_validate(plan)
     return beside
 
 

@@ -12,11 +12,8 @@ from pho_service.api.answers import PlanAnswer, Worker
 from pho_service.api.jobs import checks, fitted
 from pho_service.api.problems import documented
 from pho_service.api.service import CallerParam, Service, ServiceParam
-from pho_service.errors import InvalidInput, ModelError
 from pho_service.planning.costs import Machine, named_machine
-from pho_service.planning.plan import plan_job
-from pho_service.planning.shapes import place_at_hand, read_shapes
-from pho_service.spec.fields import FieldError
+from pho_service.planning.shapes import place_at_hand
 from pho_service.spec.job import JobSpec
 
 router = APIRouter(prefix="/v1/plan", tags=["jobs"])
@@ -46,7 +43,7 @@ def _checked(spec: JobSpec, service: Service, machine: Machine) -> PlanAnswer:
     spec = fitted(spec, service.access)
     for check in checks(spec, service):
         check()
-    return planned(spec, service, machine)
+    return PlanAnswer.model_validate(service.plan(spec, machine).to_dict())
 
 
 def likely_card(workers: Sequence[Worker]) -> Card:
@@ -61,16 +58,3 @@ def at_hand(spec: JobSpec, service: Service) -> str | None:
     local = Path(path).is_absolute()
     found = place is not None and (local or any(place.glob("model*.safetensors")))
     return str(place) if found else None
-
-
-def planned(
-    spec: JobSpec, service: Service, machine: Machine, place: str | None = None
-) -> PlanAnswer:
-    """The plan of a job, by the files at a place of this machine, or wherever they are."""
-    path = place or service.access.model(spec.model)
-    try:
-        shapes = read_shapes(spec.model, revision=spec.revision, path=path)
-        found = plan_job(spec, shapes, machine)
-    except (InvalidInput, ModelError) as error:
-        raise FieldError("/model", str(error)) from error
-    return PlanAnswer.model_validate(found.to_dict())

@@ -3,8 +3,9 @@ State that all operations of the API share: the stores, the settings, and what b
 """
 
 import asyncio
+import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -23,12 +24,16 @@ from prometheus_client import (
 )
 from starlette.types import Scope
 
-from pho_service.errors import InvalidInput, OutputError
+from pho_service.errors import InvalidInput, ModelError, OutputError
 from pho_service.host.access import Access
 from pho_service.host.artifacts import PrunedStore
 from pho_service.host.settings import Settings
 from pho_service.host.webhooks import WebhookRules
-from pho_service.spec.fields import JobLimits
+from pho_service.planning.costs import Machine, named_machine
+from pho_service.planning.plan import PRUNING, Plan, plan_job
+from pho_service.planning.shapes import read_shapes
+from pho_service.spec.fields import FieldError, JobLimits
+from pho_service.spec.job import JobSpec
 from storage.configurations import ConfigurationStore
 from storage.database import Database
 from storage.jobs import JobStore
@@ -205,6 +210,30 @@ class Service:
             "No worker of this service measures tasks at present: they wait for one that has the "
             "extra eval (pip install 'pho-service[eval]')."
         ]
+
+    def plan(self, spec: JobSpec, machine: Machine, place: str | None = None) -> Plan:
+        """The plan of a job, by the files at a place of this machine, or wherever they are."""
+        path = place or self.access.model(spec.model)
+        try:
+            shapes = read_shapes(spec.model, revision=spec.revision, path=path)
+            return plan_job(spec, shapes, machine)
+        except (InvalidInput, ModelError) as error:
+            raise FieldError("/model", str(error)) from error
+
+    def work(
+        self, key_id: UUID | None, tokens: int, *specs: JobSpec, without: Collection[str] = ()
+    ) -> int:
+        """What a quota counts: tokens, or the seconds of the plans of jobs, without some stages."""
+        quota = None if key_id is None else self.keys.quota(key_id)
+        if quota is None or quota.unit == "tokens":
+            return tokens
+        seconds, card = 0.0, named_machine("H100")
+        for spec in specs:
+            left_out = {*without} if spec.prune else {*without, *PRUNING}
+            for stage in self.plan(spec, card).stages:
+                if stage.title.partition(",")[0] not in left_out:
+                    seconds += stage.seconds[1]
+        return math.ceil(seconds)
 
     def close(self) -> None:
         self.probe.close()

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from math import sqrt
 
-from pho_service.api.answers import PlanAnswer, Progress, Worker
+from pho_service.api.answers import Progress, Worker
 from pho_service.api.describe import is_several, is_transfer, step_of, worked_s
-from pho_service.api.plan import Card, at_hand, planned
+from pho_service.api.plan import Card, at_hand
 from pho_service.api.report import TITLES
 from pho_service.api.service import Service
 from pho_service.planning.costs import named_machine
+from pho_service.planning.plan import Plan
 from pho_service.spec.fields import FieldError
 from pho_service.spec.job import JobSpec
 from storage.records import JobRecord, JobState, Stage, StageKind, StageState
@@ -140,7 +141,7 @@ def time_left(
     if place is None:
         return ""
     try:
-        plan = _by_kind(planned(spec, service, named_machine(card), place), spec)
+        plan = _by_kind(service.plan(spec, named_machine(card), place), spec)
     except FieldError:  # its page says why once it fails
         return ""
     searched = StageKind.POINT if spec.several else StageKind.SEARCH
@@ -157,7 +158,7 @@ def time_left(
     return span(left)
 
 
-def _by_kind(plan: PlanAnswer, spec: JobSpec) -> Mapping[StageKind, float]:
+def _by_kind(plan: Plan, spec: JobSpec) -> Mapping[StageKind, float]:
     """Seconds of each kind of stage, between the least and the most that a plan says."""
     found: dict[StageKind, float] = {}
     for stage in plan.stages:

@@ -86,6 +86,7 @@ class ThenRecovered:
 
     text: RecoveryText
     settings: Recovery
+    names: Mapping[str, str]  # What such rows are called, by the rows that they come after
 
     def of(self, dense: LanguageModel, pruned: LanguageModel, run: Run) -> None:
         """Recover a model, in place."""
@@ -112,16 +113,14 @@ def compare_candidates(
     dense: ComparisonRow | None = None,
     beside: str | None = None,
     recovery: ThenRecovered | None = None,
-    recovered: Mapping[str, str] | None = None,
     run: Run = Run(),
 ) -> list[ComparisonRow]:
     """Prune with each candidate and measure the perplexity on one text: a row each, dense first."""
     # ``behind`` of the rows is against the row that is called ``beside``, or else the best one.
-    # After those that are named in ``recovered`` comes one of the model recovered, by its name.
     bundle.check_model(model.linears)
     evaluator = ProxyEvaluator(bundle, run.device)
     statistics = bundle.statistics()
-    recovered = recovered or {}
+    recovered = {} if recovery is None else recovery.names
     total = len(candidates) + len(recovered) + (dense is None)
     with run.progress("Measuring perplexities", total * len(report.windows)) as advance:
         if dense is None:
@@ -292,16 +291,10 @@ class ComparisonRequest:
             taken.add(name)
         if self.configurations or self.searches:
             return
-        if self.ablation:
-            raise InvalidInput(
-                "an ablation takes configurations apart, and there is none. Give --config FILE or "
-                "--preset NAME."
-            )
-        if self.recovery:
-            raise InvalidInput(
-                "configurations are recovered, and there is none. Give --config FILE or --preset "
-                "NAME."
-            )
+        if self.ablation or self.recovery:
+            done = "taken apart" if self.ablation else "recovered"
+            told = f"configurations are {done}, and there is none"
+            raise InvalidInput(f"{told}. Give --config FILE or --preset NAME.")
 
     def rows(
         self, own: Sequence[tuple[str, Configuration]], *, has_text: bool
@@ -479,8 +472,7 @@ def compare_over_seeds(
             for name, each in request.searches.items()
         }
         own = [*request.configurations, *((name, each.found) for name, each in found.items())]
-        candidates, recovered = request.rows(own, has_text=given.calibration is not None)
-        recovery = _then_recovered(request.recovery, text, seed, given, report)
+        candidates, names = request.rows(own, has_text=given.calibration is not None)
         rows = compare_candidates(
             model,
             given.bundle,
@@ -489,8 +481,7 @@ def compare_over_seeds(
             calibration=given.calibration,
             also=also,
             dense=dense,
-            recovery=recovery,
-            recovered=recovered if recovery else {},
+            recovery=_then_recovered(request.recovery, text, names, seed, given, report),
             run=run,
         )
         dense = rows[0]
@@ -518,6 +509,7 @@ def compare_over_seeds(
 def _then_recovered(
     settings: Recovery | None,
     text: RecoveryText | None,
+    names: Mapping[str, str],
     seed: int,
     given: Calibrated,
     report: ReportText,
@@ -527,7 +519,9 @@ def _then_recovered(
         return None
     seen = [report.windows, given.calibration, given.confirm and given.confirm.windows]
     unlike = torch.cat([each for each in seen if isinstance(each, Tensor)])
-    return ThenRecovered(text=replace(text, unlike=unlike), settings=replace(settings, seed=seed))
+    return ThenRecovered(
+        text=replace(text, unlike=unlike), settings=replace(settings, seed=seed), names=names
+    )
 
 
 def _check_texts(request: ComparisonRequest, given: Calibrated, report: ReportText) -> None:

@@ -34,7 +34,9 @@ FREE = 0.95  # of a card that can be used: the rest is lost between blocks
 # What `pho pack` leaves of a kept weight's sign and exponent and of a removed weight, in bytes, in
 # bfloat16.
 PACKED_BYTE, PACKED_ZERO = 0.53, 0.36
-_AT_EACH_PATTERN = ("search", "correct", "validate", "confirm by perplexity")  # stages
+# Stages, by their titles up to the first comma: at each pattern, and what ends in a pruned model.
+SEARCHING = ("search", "correct", "validate", "confirm by perplexity")
+PRUNING = ("prune", "recover", "save")
 SEARCHED = 3  # times its bundle that a search holds at its peak
 
 
@@ -164,7 +166,7 @@ def _of_several(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> Plan:
         counts = [spec.most_points]
     stages = []
     for alike in zip(*(plan.stages for plan in plans), strict=True):
-        repeated = alike[0].title.partition(",")[0] in _AT_EACH_PATTERN
+        repeated = alike[0].title.partition(",")[0] in SEARCHING
         times = counts if repeated else [1] + [0] * (len(plans) - 1)
         low, high = (
             sum(n * stage.seconds[end] for n, stage in zip(times, alike, strict=True))

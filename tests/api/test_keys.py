@@ -71,8 +71,8 @@ def test_a_job_that_the_quota_has_no_room_for(
     large = {**DOCUMENT, "calibration": {"samples": 512, "context_length": 2048}}
 
     told = refusal(refused, 429, "quota_exceeded")["detail"]
-    assert f"The quota of key 'team' is {quota}. {2 * tokens:,} are used" in told
-    assert f"planned to take {tokens:,}. Enough is free from 20" in told
+    assert f"The quota of key 'team' is {quota}. {2 * tokens:,} tokens are used" in told
+    assert f"planned to take {tokens:,} tokens. Enough is free from 20" in told
     assert 11 * 3600 < int(refused.headers["retry-after"]) <= 12 * 3600
     for answer in (extended, pruned):
         refusal(answer, 429, "quota_exceeded")

@@ -1,7 +1,9 @@
 """``POST /v1/plan``: a job's document, and what it would take."""
 
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +15,7 @@ from pho_service.api.plan import Card
 from pho_service.api.service import AT_ONCE
 from pho_service.errors import ModelError
 from pho_service.planning.costs import CARDS
+from storage.keys import KeyStore, Quota
 from storage.records import StageKind
 
 
@@ -52,6 +55,39 @@ def test_what_cannot_be_planned_is_refused_with_the_rule(client: TestClient, ref
         assert words in refusal(ask(client, query, **fields), 422)["errors"][0]["detail"]
 
 
+def test_a_quota_in_hours_counts_what_plans_say(
+    client: TestClient, keys: KeyStore, tmp_path: Path, write_header: Any, refusal: Any, hand: Any
+) -> None:
+    """Of the stages that a request is for; a job that cannot be planned is refused."""
+    write_header(tmp_path / "seven", LlamaConfig(dtype="bfloat16", max_position_embeddings=4096))
+    key, secret = keys.create(
+        "team", sees_all=False, quota=Quota(3600, timedelta(days=7), "seconds")
+    )
+    headers = {"Authorization": f"Bearer {secret}"}
+    document = {"model": "seven", "pattern": "0.5", "preset": "score", "trials": 2000}
+
+    def post(path: str = "/v1/jobs", **changes: Any) -> Any:
+        return client.post(path, json={**document, **changes}, headers=headers)
+
+    planned = post("/v1/plan").json()["stages"]
+    stages = {stage["title"].partition(",")[0]: stage["seconds"][1] for stage in planned}
+    job = post().json()["id"]
+    used = [keys.used()[key.id]]
+    hand.succeed(job)
+    client.post(f"/v1/jobs/{job}:prune", headers=headers)
+    used.append(keys.used()[key.id])
+    large = post(calibration={"samples": 60_000})
+    away = post(model="org/name")
+
+    writing = stages["prune"] + stages["save"]
+    assert used[0] == math.ceil(sum(stages.values()) - writing)
+    reading = stages["read the model"] + stages["hash the weights"] + stages["calibrate"]
+    assert used[1] - used[0] == math.ceil(reading + writing)
+    told = refusal(large, 422, "job_too_large")["detail"]
+    assert "The quota of key 'team' is 1 hours of an H100 in 7 days." in told
+    assert refusal(away, 422)["errors"][0]["pointer"] == "/model"
+
+
 @pytest.mark.parametrize("path", ["/v1/plan", "/new/check"])
 def test_plans_take_few_threads_whoever_asks(
     client: TestClient, monkeypatch: pytest.MonkeyPatch, path: str, at_once: Any
@@ -63,7 +99,7 @@ def test_plans_take_few_threads_whoever_asks(
             time.sleep(0.05)
         raise ModelError("it took long")
 
-    monkeypatch.setattr("pho_service.api.plan.read_shapes", read)
+    monkeypatch.setattr("pho_service.api.service.read_shapes", read)
     document, own = {"model": "org/name", "pattern": "0.5"}, {"Sec-Fetch-Site": "same-origin"}
     sent = {"json": document} if path == "/v1/plan" else {"data": document, "headers": own}
     with ThreadPoolExecutor(8) as pool:

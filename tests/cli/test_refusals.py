@@ -94,7 +94,7 @@ BAD_USAGE = [
     (COMPARE + " --trials 9", "--trials: for --preset alone"),
     (COMPARE + " --preset bst", "--preset 'bst' is not one of"),
     (COMPARE + " --method owl-wanda", "OWL has no row at N:M"),
-    (COMPARE + " --ablation", "takes configurations apart"),
+    (COMPARE + " --ablation", "configurations are taken apart, and there is none"),
     (COMPARE + " --recover-tokens 9", "configurations are recovered, and there is none"),
     ("prune", "MODEL, --out, and one of --config, --method and --from-library are needed"),
     ("prune m --out o --method wanda", "--method needs a --pattern"),

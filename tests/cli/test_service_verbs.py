@@ -487,26 +487,28 @@ def test_a_key_with_a_quota(pho: Pho, keys: Pho, database: Database, database_ur
     _, key = KeyStore(database).all()
     first = NewStage(kind=StageKind.CALIBRATE)
     JobStore(database).submit(
-        {}, name="n", first=first, trials=1, max_attempts=1, owner_id=key.id, tokens=1_234_567
+        {}, name="n", first=first, trials=1, max_attempts=1, owner_id=key.id, work=1_234_567
     )
     table = keys("list").stdout
     free, row = json.loads(pho("keys", "list", "--json", *of).stdout)
     later = pho("keys", "quota", *of, key.prefix, "5k/12h")
+    hours = pho("keys", "quota", *of, key.prefix, "40h/1w")
     none = pho("keys", "quota", *of, key.prefix, "none")
 
     assert made.stdout.startswith(key.prefix)
     assert "200,000,000 tokens in 7 days" in table
     assert "1,234,567" in table
-    shown = ("quota_tokens", "quota_hours", "used_tokens")
-    assert [row[name] for name in shown] == [200_000_000, 168.0, 1_234_567]
-    assert [free[name] for name in shown] == [None, None, None]
+    shown = ("quota", "quota_unit", "quota_hours", "used")
+    assert [row[name] for name in shown] == [200_000_000, "tokens", 168.0, 1_234_567]
+    assert [free[name] for name in shown] == [None, None, None, None]
     assert "Key 'team': 5,000 tokens in 12 hours." in later.stderr
+    assert "Key 'team': 40 hours of an H100 in 7 days." in hours.stderr
     assert "Key 'team': no quota." in none.stderr
     assert "quota" not in keys("list").stdout
 
 
 def test_a_quota_that_is_none_is_bad_usage(pho: Pho, database: Database, database_url: str) -> None:
-    for quota in ("", "5", "0/7d", "5/7", "5G/7d", "-5/7d", "5M7d", "1e6/7d"):
+    for quota in ("", "5", "0/7d", "5/7", "5G/7d", "-5/7d", "5M7d", "1e6/7d", "0h/7d"):
         made = pho("keys", "create", "x", f"--quota={quota}", "--database-url", database_url)
 
         assert made.exit_code == 2, quota

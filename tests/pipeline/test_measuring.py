@@ -467,7 +467,7 @@ def test_refused(
         asked(configurations=[("a", MINE), ("b", other)])
     with pytest.raises(InvalidInput, match="two rows would be called 'wanda'"):
         asked(configurations=[("wanda", MINE)])
-    with pytest.raises(InvalidInput, match="ablation takes configurations apart"):
+    with pytest.raises(InvalidInput, match="configurations are taken apart, and there is none"):
         asked(ablation=True)
     with pytest.raises(InvalidInput, match="confirmed on a text of its own"):
         compared(replace(given, confirm=None))

@@ -182,7 +182,7 @@ def submitted(
     """A job of a key, or of nobody; the same for the same Idempotency-Key."""
     job, _ = JobStore(store.database).submit(
         {"model": "org/name"}, name="n", first=NewStage(kind=StageKind.CALIBRATE), trials=1,
-        max_attempts=1, owner_id=owner, idempotency_key=idempotency_key, tokens=tokens,
+        max_attempts=1, owner_id=owner, idempotency_key=idempotency_key, work=tokens,
     )  # fmt: skip
     return job.id
 
@@ -210,8 +210,8 @@ def test_a_job_above_the_quota_is_refused_until_enough_of_it_is_free(store: KeyS
 
     assert timedelta(days=2) - timedelta(minutes=5) < left <= timedelta(days=2)
     assert str(refused.value) == (
-        "the quota of key 'team' is 100 tokens in 7 days. 90 are used, and this is planned to take "
-        f"60. Enough is free from {free_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC on."
+        "the quota of key 'team' is 100 tokens in 7 days. 90 tokens are used, and this is planned "
+        f"to take 60 tokens. Enough is free from {free_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC on."
     )
     assert store.used() == {key.id: 90}
     assert submitted(store, key.id, tokens=10)
@@ -301,6 +301,20 @@ def test_a_quota_stays_when_its_key_is_rotated_and_can_be_changed(store: KeyStor
     assert store.used() == {}
     with pytest.raises(NoSuchKey):
         store.set_quota(scraper.prefix, WEEK)
+
+
+def test_what_was_planned_in_another_unit_does_not_count(store: KeyStore) -> None:
+    key, _ = store.create("team", sees_all=False, quota=WEEK)
+    submitted(store, key.id, tokens=60)
+    hours = store.set_quota(key.prefix, Quota(2 * 3600, timedelta(days=7), "seconds")).quota
+
+    assert str(hours) == "2 hours of an H100 in 7 days"
+    assert store.quota(key.id) == hours
+    assert store.used() == {}
+    assert submitted(store, key.id, tokens=5400)
+    with pytest.raises(QuotaExceeded, match=r"1\.5 hours of an H100 are used") as refused:
+        submitted(store, key.id, tokens=2000)
+    assert "planned to take 0.556 hours" in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ def upgrade() -> None:
         sa.Column("created_at", time, server_default=now, nullable=False),
         sa.Column("revoked_at", time, nullable=True),
         sa.Column("expires_at", time, nullable=True),
-        sa.Column("quota_tokens", sa.BigInteger(), nullable=True),
+        sa.Column("quota", sa.BigInteger(), nullable=True),
+        sa.Column("quota_unit", sa.Text(), nullable=True),
         sa.Column("quota_span", sa.Interval(), nullable=True),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_keys")),
         sa.UniqueConstraint("sha256", name=op.f("uq_keys_sha256")),
@@ -41,7 +42,7 @@ def upgrade() -> None:
         sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
         sa.Column("key_id", sa.Uuid(), nullable=False),
         sa.Column("job_id", sa.Uuid(), nullable=False),
-        sa.Column("tokens", sa.BigInteger(), nullable=False),
+        sa.Column("amount", sa.BigInteger(), nullable=False),
         sa.Column("planned_at", time, server_default=now, nullable=False),
         sa.ForeignKeyConstraint(
             ["key_id"], ["pho.keys.id"], name=op.f("fk_work_key_id"), ondelete="CASCADE"
