@@ -198,7 +198,7 @@ class Client:
         path = self._job_path(job_id, "/events")
         try:
             with ExitStack() as stack:
-                source = self._stream(stack, path, headers)
+                source = _retrying()(self._stream, stack, path, headers)
                 for event in source.iter_sse():
                     if not event.data:  # the service's sign of life, which httpx-sse gives an id
                         continue
@@ -487,9 +487,6 @@ class Client:
 
     def _stream(self, stack: ExitStack, path: str, headers: dict[str, str]) -> EventSource:
         """A stream of events, which is open until the stack ends."""
-        return _retrying()(self._stream_once, stack, path, headers)
-
-    def _stream_once(self, stack: ExitStack, path: str, headers: dict[str, str]) -> EventSource:
         request = connect_sse(self._http, "GET", path, headers=headers, timeout=None)
         with ExitStack() as refused:
             source = refused.enter_context(request)

@@ -36,7 +36,7 @@ class Quota:
         """So much of what it counts, in words."""
         if self.unit == "tokens":
             return f"{amount:,} tokens"
-        return f"{amount / 3600:.3g} hours of an H100"
+        return f"{amount / 3600:.3g} h of an H100"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -230,7 +230,12 @@ class Service:
         seconds, card = 0.0, named_machine("H100")
         for spec in specs:
             left_out = {*without} if spec.prune else {*without, *PRUNING}
-            for stage in self.plan(spec, card).stages:
+            try:
+                stages = self.plan(spec, card).stages
+            except FieldError as error:
+                told = f"{error} The quota of this key counts hours, so jobs must be planned."
+                raise FieldError(error.pointer, told) from error
+            for stage in stages:
                 if stage.title.partition(",")[0] not in left_out:
                     seconds += stage.seconds[1]
         return math.ceil(seconds)

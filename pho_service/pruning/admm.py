@@ -161,7 +161,8 @@ def admm_refine(
         inverse = moments.inverse(penalty, layer=layer)
         for search in searches:
             if step:
-                search.grow_(growth)
+                # The multiplier is counted in units of the penalty, which has grown.
+                search.state = torch.where(search.keep, search.state, search.state / growth)
             for _ in range(_EVERY):
                 search.iterate_(inverse, penalty)
         del inverse
@@ -183,10 +184,6 @@ class _Search:
             rows = torch.nan_to_num(share, nan=1.0).clamp_min(_LEAST_ROW).sqrt()[:, None]
             dense *= rows
         return cls(dense, linear.keep, linear.support, rows)
-
-    def grow_(self, growth: float) -> None:
-        """The multiplier is counted in units of the penalty, which has grown."""
-        self.state = torch.where(self.keep, self.state, self.state / growth)
 
     def iterate_(self, inverse: Tensor, penalty: float) -> None:
         """B from D and U, then D and U from B."""

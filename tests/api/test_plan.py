@@ -84,8 +84,10 @@ def test_a_quota_in_hours_counts_what_plans_say(
     reading = stages["read the model"] + stages["hash the weights"] + stages["calibrate"]
     assert used[1] - used[0] == math.ceil(reading + writing)
     told = refusal(large, 422, "job_too_large")["detail"]
-    assert "The quota of key 'team' is 1 hours of an H100 in 7 days." in told
-    assert refusal(away, 422)["errors"][0]["pointer"] == "/model"
+    assert "The quota of key 'team' is 1 h of an H100 in 7 days." in told
+    (error,) = refusal(away, 422)["errors"]
+    assert error["pointer"] == "/model"
+    assert "The quota of this key counts hours" in error["detail"]
 
 
 @pytest.mark.parametrize("path", ["/v1/plan", "/new/check"])

@@ -502,7 +502,7 @@ def test_a_key_with_a_quota(pho: Pho, keys: Pho, database: Database, database_ur
     assert [row[name] for name in shown] == [200_000_000, "tokens", 168.0, 1_234_567]
     assert [free[name] for name in shown] == [None, None, None, None]
     assert "Key 'team': 5,000 tokens in 12 hours." in later.stderr
-    assert "Key 'team': 40 hours of an H100 in 7 days." in hours.stderr
+    assert "Key 'team': 40 h of an H100 in 7 days." in hours.stderr
     assert "Key 'team': no quota." in none.stderr
     assert "quota" not in keys("list").stdout
 

@@ -308,13 +308,13 @@ def test_what_was_planned_in_another_unit_does_not_count(store: KeyStore) -> Non
     submitted(store, key.id, tokens=60)
     hours = store.set_quota(key.prefix, Quota(2 * 3600, timedelta(days=7), "seconds")).quota
 
-    assert str(hours) == "2 hours of an H100 in 7 days"
+    assert str(hours) == "2 h of an H100 in 7 days"
     assert store.quota(key.id) == hours
     assert store.used() == {}
     assert submitted(store, key.id, tokens=5400)
-    with pytest.raises(QuotaExceeded, match=r"1\.5 hours of an H100 are used") as refused:
+    with pytest.raises(QuotaExceeded, match=r"1\.5 h of an H100 are used") as refused:
         submitted(store, key.id, tokens=2000)
-    assert "planned to take 0.556 hours" in str(refused.value)
+    assert "planned to take 0.556 h" in str(refused.value)
 
 
 @pytest.mark.parametrize(
