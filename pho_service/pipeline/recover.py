@@ -442,6 +442,7 @@ def _written(
                     do_sample=True, temperature=1.0, top_p=1.0, top_k=TOP_K,
                     min_new_tokens=length - begin, max_new_tokens=length - begin,
                     pad_token_id=0,
+                    cache_implementation="static", disable_compile=True,  # or all before is copied
                 )  # fmt: skip
                 found += rows.tolist()
                 advance(len(some))

@@ -166,7 +166,7 @@ SWAPPED = 8e3  # the same for exact swaps, in some fifty rounds
 REFINED = 1.2e3  # the same for DSnoT
 UPDATED = 700.0  # the same for OBS
 OBS_LAUNCHES = 0.6  # a column, sixteen of them solved for at once
-REMEMBERED = 4.0  # numbers moved for one of a hidden state: keys and values, which are copied
+REMEMBERED = 2.0  # numbers moved for one of a hidden state: keys and values, of a whole window
 TRAINED = 60.0  # bytes that a step of Adam moves for a weight, its mask included
 INVERSE_FLOPS = 4.0  # times the cube of a width, in float64
 CG_STEPS = 10
@@ -403,7 +403,7 @@ class _Costs:
         weights = self.shapes.bytes(self.work.dtype) / self.machine.bandwidth
         launches = blocks * BLOCK_LAUNCHES * self.machine.launch_s
         before = REMEMBERED * DTYPE_BYTES[self.work.dtype] * self.shapes.hidden * blocks
-        before *= tokens * context / 2 / self.machine.bandwidth
+        before *= tokens * context / self.machine.bandwidth
         return self.forward(tokens, context, head=True) + steps * (weights + launches) + before
 
     def recovered(self, tokens: int) -> float:
