@@ -524,16 +524,12 @@ def _at(pattern: str | None) -> dict[str, str]:
 def _retrying() -> Retrying:
     """Again, when it may be, what was refused because it came too soon: nothing was done of it."""
     return Retrying(
-        retry=retry_if_exception(_is_too_soon),
+        retry=retry_if_exception(lambda error: getattr(error, "code", "") == "too_many_requests"),
         wait=_as_told,
         stop=stop_before_delay(_PATIENCE_S),
         sleep=time.sleep,
         reraise=True,
     )
-
-
-def _is_too_soon(error: BaseException) -> bool:
-    return isinstance(error, ServiceError) and error.code == "too_many_requests"
 
 
 def _as_told(state: RetryCallState) -> float:

@@ -136,6 +136,13 @@ class KeyStore:
         with self.database.transaction() as connection:
             return {key_id: int(amount) for key_id, amount in connection.execute(query)}
 
+    def logins(self) -> dict[uuid.UUID, int]:
+        """How many browsers are logged in with each key, if any are."""
+        query = select(sessions.c.key_id, func.count()).join(keys, keys.c.id == sessions.c.key_id)
+        query = query.where(sessions.c.expires_at > func.now(), OPENS).group_by(sessions.c.key_id)
+        with self.database.transaction() as connection:
+            return {row.key_id: int(row[1]) for row in connection.execute(query)}
+
     def take_over(self, prefix: str) -> tuple[Key, int]:
         """Give a key the jobs that were submitted without one, and their entries of the library."""
         key = self._chosen(prefix)

@@ -135,7 +135,7 @@ def _of_transfer(job: stored.JobRecord) -> Report:
         configuration=found,
         transfers=[result for result in results if result],
         stages=[_time(stage) for stage in job.stages],
-        document=words.transfer_document(spec),
+        document=spec.model_dump(mode="json", exclude={"kind", "source", "configuration"}),
         commands=words.transfer_commands(spec),
         versions=found.versions,
     )

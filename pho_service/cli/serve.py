@@ -286,7 +286,7 @@ def list_keys(as_json: bool, database_url: str | None, data_dir: str | None) -> 
       pho keys list --json
     """
     with _key_store(database_url, data_dir) as store:
-        found, used = store.all(), store.used()
+        found, used, logins = store.all(), store.used(), store.logins()
     rows = [
         {
             "prefix": key.prefix,
@@ -295,6 +295,7 @@ def list_keys(as_json: bool, database_url: str | None, data_dir: str | None) -> 
             "created_at": _minute(key.created_at),
             "expires_at": _minute(key.expires_at),
             "revoked_at": _minute(key.revoked_at),
+            "logins": logins.get(key.id, 0),
             "quota": key.quota and key.quota.most,
             "quota_unit": key.quota and key.quota.unit,
             "quota_hours": key.quota and key.quota.span / _UNITS["h"],
@@ -305,7 +306,7 @@ def list_keys(as_json: bool, database_url: str | None, data_dir: str | None) -> 
     if as_json:
         print_json(rows)
         return
-    columns = ["prefix", "name", "sees", "created_at", "expires_at", "revoked_at"]
+    columns = ["prefix", "name", "sees", "created_at", "expires_at", "revoked_at", "logins"]
     cells = [[row[c] for c in columns] for row in rows]
     if any(key.quota for key in found):
         columns += ["quota", "used"]

@@ -98,11 +98,6 @@ def transfer_in_words(spec: TransferSpec) -> dict[str, str]:
     }
 
 
-def transfer_document(spec: TransferSpec) -> dict[str, Any]:
-    """Return what was sent to ``:transfer``."""
-    return spec.model_dump(mode="json", exclude={"kind", "source", "configuration"})
-
-
 def transfer_commands(spec: TransferSpec) -> list[str]:
     """How the same transfer is asked for again."""
     return [

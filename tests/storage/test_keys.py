@@ -112,6 +112,9 @@ def test_a_key_has_so_many_logins_the_oldest_ends(store: KeyStore, database: Dat
     open_ones = [sessions.find(key_digest(token)) is not None for token in (theirs, *tokens)]
 
     assert open_ones == [True, False, False, *[True] * MOST_LOGINS]
+    assert store.logins() == {other.id: 1, key.id: MOST_LOGINS}
+    store.revoke(key.prefix)
+    assert store.logins() == {other.id: 1}
 
 
 def test_a_key_opens_nothing_from_its_expiry_on_nor_does_a_login_by_it(store: KeyStore) -> None:
