@@ -52,7 +52,11 @@ def report(
     if config is not None and study is None:
         raise InvalidInput("--config is for a local study: give --study, too.")
     if study is None:
-        _check_id(name)
+        if not re.fullmatch("[0-9a-fA-F-]{4,36}", name):  # the client looks for the job
+            raise InvalidInput(
+                f"{name!r} is not a job id; `pho jobs` shows those. For a local study give its "
+                "database, too: --study sqlite:///study.db."
+            )
         with open_client(url) as client:
             page = client.report(name)
     else:
@@ -61,14 +65,6 @@ def report(
     say(f"written {path}")
     if as_json:
         print_json({"out": str(path)})
-
-
-def _check_id(name: str) -> None:
-    if not re.fullmatch("[0-9a-fA-F-]{4,36}", name):  # the client looks for the job
-        raise InvalidInput(
-            f"{name!r} is not a job id; `pho jobs` shows those. For a local study give its "
-            "database, too: --study sqlite:///study.db."
-        )
 
 
 def _of_study(name: str, url: str, config: str | None) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -319,6 +320,11 @@ def _shortage_told(model: LanguageModel, text: RecoveryText, settings: Recovery)
 def check_trainable(pruned: PrunedModel, settings: Recovery) -> None:
     """See that a model can be trained as it is, before anything long."""
     model = pruned.model
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InvalidInput(
+            "a recovery is one process, and this is one of several (WORLD_SIZE). Start it without "
+            "accelerate or torchrun; --device-map auto spreads a model over a machine's cards."
+        )
     if model.stream:
         raise InvalidInput(
             f"{model.name} is streamed, and what is trained must be in memory. Load it without "

@@ -4,7 +4,7 @@ The masks of a whole model for one candidate, and a model with them applied.
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
@@ -119,10 +119,6 @@ class Losses:
     own: Mapping[str, Pattern]
     movable: frozenset[str] | None = None
 
-    def may_move(self, names: Iterable[str]) -> bool:
-        """Whether the input that these linears read may be permuted."""
-        return self.movable is None or self.movable.issuperset(names)
-
 
 def linear_losses(
     linears: Mapping[str, PrunableLinear],
@@ -165,7 +161,8 @@ def masks_of(
             name: layer_score(linears, statistics, name, candidate.coefficients) for name in names
         }
         order = None
-        if candidate.steps.permutation == "score" and losses.may_move(names):
+        moves = losses.movable is None or losses.movable.issuperset(names)
+        if candidate.steps.permutation == "score" and moves:
             together = torch.cat(list(scores.values()))  # (all their rows, in_features)
             kept = candidate.pattern.keep
             order = permute_channels(together, keep=kept, group=candidate.pattern.group)
