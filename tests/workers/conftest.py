@@ -51,7 +51,7 @@ from workers.worker import Again, WorkerOptions, _Worker
 PATIENCE_S = 240.0  # then a test fails
 SETTINGS = {
     "PHO_HEARTBEAT_S": "0.3",
-    "PHO_STALLED_AFTER_S": "1.5",
+    "PHO_STALLED_AFTER_S": "3",
     "PHO_RETRY_AFTER_S": "0.2",
     "OMP_NUM_THREADS": "1",
 }

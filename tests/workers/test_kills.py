@@ -142,7 +142,8 @@ def test_a_stage_that_has_killed_max_attempts_workers_fails_its_job_which_can_be
     crew.man(3)
     job = crew.submit(spec_of(trials=TRIALS, max_attempts=2))
     crew.kill(job, StageKind.SEARCH, done=14)
-    crew.kill(job, StageKind.SEARCH, attempt=2)
+    with suppress(crew.JobIsOver):  # a worker that was too slow to report has died, too
+        crew.kill(job, StageKind.SEARCH, attempt=2)
     failed = crew.wait(job)
     crew.store.ask(job.id, "resume")
 
