@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from optuna.storages import RDBStorage
-from sqlalchemy import Connection, and_, delete, func, select, text, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 
 from storage.claims import OutcomeStore
 from storage.database import Database
-from storage.keys import charge, refund
+from storage.keys import NO_WORK, Work, charge, refund
 from storage.records import (
     PATTERN,
     VERBS,
@@ -87,7 +87,7 @@ class JobStore(OutcomeStore):
         priority: int = 0,
         trials: int,
         max_attempts: int,
-        work: int = 0,
+        work: Work = NO_WORK,
         asked: Mapping[str, Any] | None = None,
         owner_id: uuid.UUID | None = None,
         idempotency_key: str | None = None,
@@ -188,7 +188,7 @@ class JobStore(OutcomeStore):
         visible_to: uuid.UUID | None = None,
         trials: int = 0,
         max_trials: int | None = None,
-        work: int = 0,
+        work: Work = NO_WORK,
     ) -> JobRecord:
         """Cancel, pause, resume or extend a job."""
         # What it is already, it may be asked to be again.
@@ -253,36 +253,26 @@ class JobStore(OutcomeStore):
 
     def events(self, job_id: uuid.UUID, *, after: int = 0, limit: int = 500) -> list[EventRecord]:
         """What happened to a job after the event with this id, oldest first; without logs."""
-        query = (
-            select(events.c.id, events.c.kind, events.c.data, events.c.created_at)
-            .where(events.c.job_id == job_id, events.c.id > after, events.c.kind != LOG)
-            .order_by(events.c.id)
-            .limit(limit)
-        )
-        with self.database.transaction() as connection:
-            return [EventRecord(**row._mapping) for row in connection.execute(query)]
+        which = (events.c.id > after, events.c.kind != LOG)
+        return self._events(job_id, *which, order=events.c.id, limit=limit)
 
     def history(self, job_id: uuid.UUID, *, limit: int) -> list[EventRecord]:
         """The last events of a job, newest first, without logs and what tells how far it is."""
-        query = (
-            select(events.c.id, events.c.kind, events.c.data, events.c.created_at)
-            .where(events.c.job_id == job_id, events.c.kind.not_in(["progress", LOG]))
-            .order_by(events.c.id.desc())
-            .limit(limit)
-        )
-        with self.database.transaction() as connection:
-            return [EventRecord(**row._mapping) for row in connection.execute(query)]
+        which = events.c.kind.not_in(["progress", LOG])
+        return self._events(job_id, which, order=events.c.id.desc(), limit=limit)
 
     def logs(self, job_id: uuid.UUID, *, limit: int) -> list[EventRecord]:
         """The last lines that workers have logged of a job's stages, oldest first: see ``log``."""
-        query = (
-            select(events.c.id, events.c.kind, events.c.data, events.c.created_at)
-            .where(events.c.job_id == job_id, events.c.kind == LOG)
-            .order_by(events.c.id.desc())
-            .limit(limit)
-        )
+        which = events.c.kind == LOG
+        return self._events(job_id, which, order=events.c.id.desc(), limit=limit)[::-1]
+
+    def _events(
+        self, job_id: uuid.UUID, *which: ColumnElement[bool], order: ColumnElement[int], limit: int
+    ) -> list[EventRecord]:
+        columns = select(events.c.id, events.c.kind, events.c.data, events.c.created_at)
+        query = columns.where(events.c.job_id == job_id, *which).order_by(order).limit(limit)
         with self.database.transaction() as connection:
-            return [EventRecord(**row._mapping) for row in connection.execute(query)][::-1]
+            return [EventRecord(**row._mapping) for row in connection.execute(query)]
 
     def workers(self, *, alive_s: float) -> list[WorkerRecord]:
         """The workers that reported in the last ``alive_s`` seconds, oldest first."""
@@ -441,7 +431,7 @@ def ask_to_prune(
     *,
     visible_to: uuid.UUID | None = None,
     pattern: str | None = None,
-    work: int = 0,
+    work: Work = NO_WORK,
 ) -> JobRecord:
     """Have the pruned model of a job written, if it is not there or on its way already."""
     with database.transaction() as connection:

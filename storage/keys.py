@@ -5,6 +5,7 @@ API keys with their quotas and logins of browsers: shown once, stored as hashes.
 import hashlib
 import secrets
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
@@ -19,13 +20,18 @@ MOST_LOGINS = 20  # of a key
 _SHOWN = 10  # characters of a key that tell it apart from others
 
 
+Unit = Literal["tokens", "seconds"]  # that models are run over, or of an H100: the most of a plan
+Work = Mapping[Unit, int]  # What a job takes, in the units that it is known in
+NO_WORK: Work = {"tokens": 0, "seconds": 0}
+
+
 @dataclass(frozen=True)
 class Quota:
     """How much work the jobs of a key may plan."""
 
-    most: int  # Tokens that models are run over, or seconds of an H100: the most that plans say
+    most: int
     span: timedelta  # In any stretch of time that is so long
-    unit: Literal["tokens", "seconds"] = "tokens"
+    unit: Unit = "tokens"
 
     def __str__(self) -> str:
         days = self.span / timedelta(days=1)
@@ -50,6 +56,10 @@ class Key:
     revoked_at: datetime | None  # Since when it opens nothing
     expires_at: datetime | None  # From when on it opens nothing; None is never
     quota: Quota | None  # None: its jobs may plan as much as they like
+
+
+class NotPlanned(Exception):
+    """A quota counts work that is not known of a job yet."""
 
 
 class QuotaExceeded(Exception):
@@ -117,13 +127,6 @@ class KeyStore:
             if key.quota and (quota is None or quota.unit != key.quota.unit):
                 connection.execute(delete(work).where(work.c.key_id == key.id))
             return _key(connection.execute(change.returning(*KEY_COLUMNS)).one())
-
-    def quota(self, key_id: uuid.UUID) -> Quota | None:
-        """That of a key; None if it has none."""
-        query = select(*_QUOTA).where(keys.c.id == key_id)
-        with self.database.transaction() as connection:
-            row = connection.execute(query).first()
-        return None if row is None or row.quota is None else Quota(*row)
 
     def used(self) -> dict[uuid.UUID, int]:
         """How much of its quota each key has used that has one and has used some."""
@@ -234,13 +237,15 @@ def _key(row: Any) -> Key:
 
 # Work counts from when it is planned, whatever becomes of its job: else a key that deletes its jobs
 # would have no quota.
-def charge(connection: Connection, key_id: uuid.UUID, job_id: uuid.UUID, amount: int) -> None:
+def charge(connection: Connection, key_id: uuid.UUID, job_id: uuid.UUID, amounts: Work) -> None:
     """Count work that is planned now, or raise QuotaExceeded if its key's quota has no room."""
     mine = select(*KEY_COLUMNS).where(keys.c.id == key_id)
     # One after the other, so that none slips past the quota.
     key = _key(connection.execute(mine.with_for_update(key_share=True)).one())
     if (quota := key.quota) is None:
         return
+    if (amount := amounts.get(quota.unit)) is None:
+        raise NotPlanned
     begins = func.now() - quota.span
     connection.execute(delete(work).where(work.c.key_id == key_id, work.c.planned_at <= begins))
     counted = select(work.c.amount, work.c.planned_at).where(work.c.key_id == key_id)

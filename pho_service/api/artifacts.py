@@ -5,6 +5,7 @@
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import partial
 from tarfile import BLOCKSIZE, GNU_FORMAT, TarInfo
 from typing import Annotated, Any, BinaryIO
 from urllib.parse import quote
@@ -71,8 +72,8 @@ def asked(
     spec = JobSpec.model_validate(job.spec)
     one = spec if named is None else spec.of_pattern(Pattern.parse(named))
     one = one.model_copy(update={"prune": True})
-    work = service.work(job.owner_id, spec.tokens_to_prune, one, without=SEARCHING)
-    return ask_to_prune(service.database, job_id, visible_to=visible_to, pattern=named, work=work)
+    ask = partial(ask_to_prune, service.database, job_id, visible_to=visible_to, pattern=named)
+    return service.charged(ask, spec.tokens_to_prune, [one], without=SEARCHING)
 
 
 @router.get(

@@ -58,6 +58,7 @@ from pho_service.spec.objective import MAX_TRIALS
 from pho_service.spec.transfer import TransferRequest, TransferSpec
 from storage import records as stored
 from storage.jobs import JobStore
+from storage.keys import NO_WORK, Work
 from storage.records import JobRecord, JobState, NewStage, StageKind
 from storage.rows import NEWEST, JobFilter, Sort
 from storage.studies import DatabaseGone, open_storage, read_trials, study_name
@@ -148,7 +149,7 @@ def enter(
     owner_id: UUID | None = None,
     idempotency_key: str | None = None,
     settings: Settings | None = None,
-    work: int = 0,
+    work: Work = NO_WORK,
 ) -> JobRecord:
     """
     Store a job and put its first stages into the queue; it is the one of that time if the
@@ -389,15 +390,11 @@ def take(
     for check in checks(whole, service):
         check()
     each = [whole.of_model(number) for number in range(len(whole.models))]
-    return enter(
-        service.jobs,
-        whole.placed(service.access),
-        asked=spec,
-        owner_id=caller.key_id,
-        idempotency_key=idempotency_key,
-        settings=service.settings,
-        work=service.work(caller.key_id, whole.check_size(service.limits), *each),
-    )
+    store = partial(
+        enter, service.jobs, whole.placed(service.access), asked=spec, owner_id=caller.key_id,
+        idempotency_key=idempotency_key, settings=service.settings,
+    )  # fmt: skip
+    return service.charged(store, whole.check_size(service.limits), each)
 
 
 @router.get("", response_model=JobPage, responses=documented(422))
@@ -484,16 +481,13 @@ def extend(job_id: UUID, extension: Extension, service: ServiceParam, caller: Ca
     spec = JobSpec.model_validate(job.spec)
     tokens = spec.extension(extension.trials, service.limits)
     more = spec.model_copy(update={"trials": extension.trials})
-    work = service.work(job.owner_id, tokens, more, without=("calibrate",))
     had_files = job.pruning is not None
-    job = service.jobs.ask(
-        job_id,
-        "extend",
-        visible_to=caller.visible_to,
-        trials=extension.trials,
-        max_trials=min(MAX_TRIALS, service.limits.trials // spec.islands),  # at the same time, too
-        work=work,
-    )
+    most = min(MAX_TRIALS, service.limits.trials // spec.islands)  # of several at a time, too
+    ask = partial(
+        service.jobs.ask, job_id, "extend", visible_to=caller.visible_to, trials=extension.trials,
+        max_trials=most,
+    )  # fmt: skip
+    job = service.charged(ask, tokens, [more], without=("calibrate",))
     if had_files:  # of a model that is not the best any more
         try:
             service.pruned.remove(job_id)
@@ -643,16 +637,12 @@ def transfer(
     if request.notify is not None:
         check_field("notify", service.webhooks.check, request.notify)
     targets = [asked.target(number) for number in range(len(asked.models))]
-    placed = request.placed(service.access)
-    job = enter(
-        service.jobs,
-        TransferSpec.of(placed, str(source.id), found, source.spec),
-        asked=asked,
-        owner_id=caller.key_id,
-        idempotency_key=idempotency_key,
-        settings=service.settings,
-        work=service.work(caller.key_id, tokens, *targets),
-    )
+    placed = TransferSpec.of(request.placed(service.access), str(source.id), found, source.spec)
+    store = partial(
+        enter, service.jobs, placed, asked=asked, owner_id=caller.key_id,
+        idempotency_key=idempotency_key, settings=service.settings,
+    )  # fmt: skip
+    job = service.charged(store, tokens, targets)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     return describe(job)
 

@@ -5,7 +5,7 @@ State that all operations of the API share: the stores, the settings, and what b
 import asyncio
 import math
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -14,7 +14,7 @@ from uuid import UUID
 
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
-from fastapi import Depends, Request
+from fastapi import Depends, HTTPException, Request
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -37,12 +37,13 @@ from pho_service.spec.job import JobSpec
 from storage.configurations import ConfigurationStore
 from storage.database import Database
 from storage.jobs import JobStore
-from storage.keys import Key, KeyStore, SessionStore
+from storage.keys import Key, KeyStore, NotPlanned, SessionStore
 from storage.records import JobRecord, StageKind, StageState
 from storage.studies import DatabaseGone
 
 # Requests that take seconds of a core: a few at a time, so that the others are answered meanwhile.
 AT_ONCE = 2
+TURN_S = 1.0  # that a submission waits for its turn to be planned
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
@@ -174,6 +175,7 @@ class Service:
         self.answers = Answers(self.registry)
         self.heavy = Heavy()
         self.planning = Heavy()  # which waits for the hub, too
+        self._turns = threading.Semaphore(AT_ONCE)  # to plan in the thread of a submission
 
     @cached_property
     def pruned(self) -> PrunedStore:
@@ -220,24 +222,36 @@ class Service:
         except (InvalidInput, ModelError) as error:
             raise FieldError("/model", str(error)) from error
 
-    def work(
-        self, key_id: UUID | None, tokens: int, *specs: JobSpec, without: Collection[str] = ()
-    ) -> int:
-        """What a quota counts: tokens, or the seconds of the plans of jobs, without some stages."""
-        quota = None if key_id is None else self.keys.quota(key_id)
-        if quota is None or quota.unit == "tokens":
-            return tokens
+    def charged(
+        self, store: Callable[..., T], tokens: int, specs: Sequence[JobSpec],
+        *, without: Collection[str] = (),
+    ) -> T:  # fmt: skip
+        """What ``store`` gives for the work of jobs, which are planned only if a quota asks."""
+        try:
+            return store(work={"tokens": tokens})
+        except NotPlanned:
+            return store(work={"tokens": tokens, "seconds": self._seconds(specs, without)})
+
+    def _seconds(self, specs: Sequence[JobSpec], without: Collection[str]) -> int:
+        """Those of the plans of jobs, without some stages."""
+        if not self._turns.acquire(timeout=TURN_S):
+            raise HTTPException(
+                503,
+                "Other jobs are being planned, which takes long if the hub is slow. Try again.",
+                headers={"Retry-After": "5"},
+            )
         seconds, card = 0.0, named_machine("H100")
-        for spec in specs:
-            left_out = {*without} if spec.prune else {*without, *PRUNING}
-            try:
-                stages = self.plan(spec, card).stages
-            except FieldError as error:
-                told = f"{error} The quota of this key counts hours, so jobs must be planned."
-                raise FieldError(error.pointer, told) from error
-            for stage in stages:
-                if stage.title.partition(",")[0] not in left_out:
-                    seconds += stage.seconds[1]
+        try:
+            for spec in specs:
+                left_out = {*without} if spec.prune else {*without, *PRUNING}
+                for stage in self.plan(spec, card).stages:
+                    if stage.title.partition(",")[0] not in left_out:
+                        seconds += stage.seconds[1]
+        except FieldError as error:
+            told = f"{error} The quota of this key counts hours, so jobs must be planned."
+            raise FieldError(error.pointer, told) from error
+        finally:
+            self._turns.release()
         return math.ceil(seconds)
 
     def close(self) -> None:

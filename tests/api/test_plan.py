@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args
+from unittest.mock import Mock
 
 import pytest
 from fastapi.testclient import TestClient
@@ -56,8 +57,9 @@ def test_what_cannot_be_planned_is_refused_with_the_rule(client: TestClient, ref
 
 
 def test_a_quota_in_hours_counts_what_plans_say(
-    client: TestClient, keys: KeyStore, tmp_path: Path, write_header: Any, refusal: Any, hand: Any
-) -> None:
+    client: TestClient, keys: KeyStore, tmp_path: Path, write_header: Any, refusal: Any, hand: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Of the stages that a request is for; a job that cannot be planned is refused."""
     write_header(tmp_path / "seven", LlamaConfig(dtype="bfloat16", max_position_embeddings=4096))
     key, secret = keys.create(
@@ -76,9 +78,17 @@ def test_a_quota_in_hours_counts_what_plans_say(
     hand.succeed(job)
     client.post(f"/v1/jobs/{job}:prune", headers=headers)
     used.append(keys.used()[key.id])
+    repeat = {"Idempotency-Key": "once"}
+    once = [client.post("/v1/jobs", json=document, headers=headers | repeat)]
+    with monkeypatch.context() as patch:  # what is done already is not planned again
+        patch.setattr("pho_service.api.service.read_shapes", Mock(side_effect=ModelError("away")))
+        once.append(client.post("/v1/jobs", json=document, headers=headers | repeat))
+        pruning = client.post(f"/v1/jobs/{job}:prune", headers=headers)
     large = post(calibration={"samples": 60_000})
     away = post(model="org/name")
 
+    assert once[0].json()["id"] == once[1].json()["id"]
+    assert pruning.status_code == 202
     writing = stages["prune"] + stages["save"]
     assert used[0] == math.ceil(sum(stages.values()) - writing)
     reading = stages["read the model"] + stages["hash the weights"] + stages["calibrate"]
@@ -109,6 +119,31 @@ def test_plans_take_few_threads_whoever_asks(
 
     assert ["it took long" in answer.text for answer in answers] == [True] * 8
     assert at_once.most == AT_ONCE
+
+
+def test_submissions_that_are_planned_take_few_threads_and_others_are_told_to_come_again(
+    client: TestClient, keys: KeyStore, monkeypatch: pytest.MonkeyPatch, at_once: Any, refusal: Any
+) -> None:
+    def read(*_: Any, **__: Any) -> None:
+        with at_once:
+            time.sleep(0.5)
+        raise ModelError("it took long")
+
+    monkeypatch.setattr("pho_service.api.service.read_shapes", read)
+    monkeypatch.setattr("pho_service.api.service.TURN_S", 0.1)
+    quota = Quota(3600, timedelta(days=7), "seconds")
+    _, secret = keys.create("team", sees_all=False, quota=quota)
+    document, own = {"model": "org/name", "pattern": "0.5"}, {"Authorization": f"Bearer {secret}"}
+    with ThreadPoolExecutor(8) as pool:
+        answers = [
+            *pool.map(lambda _: client.post("/v1/jobs", json=document, headers=own), range(8))
+        ]
+
+    assert at_once.most == AT_ONCE
+    late = [answer for answer in answers if answer.status_code != 422]
+    assert len(late) == 8 - AT_ONCE
+    assert "are being planned" in refusal(late[0], 503, "service_unavailable")["detail"]
+    assert late[0].headers["Retry-After"] == "5"
 
 
 def test_pages_plan_what_the_hubs_cache_has_and_ask_nobody(

@@ -487,7 +487,13 @@ def test_a_key_with_a_quota(pho: Pho, keys: Pho, database: Database, database_ur
     _, key = KeyStore(database).all()
     first = NewStage(kind=StageKind.CALIBRATE)
     JobStore(database).submit(
-        {}, name="n", first=first, trials=1, max_attempts=1, owner_id=key.id, work=1_234_567
+        {},
+        name="n",
+        first=first,
+        trials=1,
+        max_attempts=1,
+        owner_id=key.id,
+        work={"tokens": 1_234_567},
     )
     table = keys("list").stdout
     free, row = json.loads(pho("keys", "list", "--json", *of).stdout)
