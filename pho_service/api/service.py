@@ -235,11 +235,8 @@ class Service:
     def _seconds(self, specs: Sequence[JobSpec], without: Collection[str]) -> int:
         """Those of the plans of jobs, without some stages."""
         if not self._turns.acquire(timeout=TURN_S):
-            raise HTTPException(
-                503,
-                "Other jobs are being planned, which takes long if the hub is slow. Try again.",
-                headers={"Retry-After": "5"},
-            )
+            told = "Other jobs are being planned, which takes long if the hub is slow. Try again."
+            raise HTTPException(503, told, headers={"Retry-After": "5"})
         seconds, card = 0.0, named_machine("H100")
         try:
             for spec in specs:

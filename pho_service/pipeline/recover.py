@@ -64,6 +64,8 @@ from pho_service.pruning.recovery import Recovering, mixed, recovering
 from pho_service.spec.document import number, percent
 from pho_service.spec.recovery import (
     BEGINNING,
+    CHECKS,
+    PASSES,
     WRITTEN_AT_ONCE,
     AdamBits,
     Recovered,
@@ -74,8 +76,6 @@ from pho_service.tuning.finalists import paired_error
 TOP_K = 512  # of the dense model's predictions; all other tokens are one event
 HELD_OUT = 16  # windows at most, or one of eight
 LEAST_WINDOWS = 4
-PASSES = 2  # over the windows at most: later ones learn them by heart
-CHECKS = 8  # how often the held-out windows are looked at
 _SLOWER = 1 / 3  # of the rate, after a check that is no better than the best before it
 _MOST_BACK = 3  # such checks end it
 _BETAS = (0.9, 0.95)  # of Adam

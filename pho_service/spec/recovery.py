@@ -30,6 +30,8 @@ MOST_MINUTES = 100_000.0
 MOST_TOKENS = 10**11
 RANK = 16  # of the matrices that ``lora`` trains
 WRITTEN_AT_ONCE = 16_384  # tokens that the dense model writes side by side
+PASSES = 2  # over the windows at most: later ones learn them by heart
+CHECKS = 8  # how often the held-out windows are looked at
 BEGINNING = 8  # what it writes begins with an eighth of a window of the text
 RATES: dict[Trains, float] = {"kept": 5e-4, "norms": 5e-3, "lora": 1e-3}
 
@@ -207,6 +209,8 @@ class Recovered(JsonDocument):
         how = f"{self.tokens:,} tokens in {self.seconds / 60:.1f} minutes, training {self.train}"
         if self.written:
             how += f"; the dense model wrote {self.written} of {self.windows} windows"
+        if self.tokens > self.context_length * max(self.windows, PASSES * self.windows - CHECKS):
+            how += f"; the text's {self.windows} windows give no more, and a longer text would"
         if not self.kept:
             return (
                 f"recovery over {how}, brought the divergence of held-out windows nowhere below "

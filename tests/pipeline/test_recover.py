@@ -332,6 +332,10 @@ def test_what_the_dense_model_writes_is_trained_on_too_and_written_once(
 
     assert bars.count("The dense model writes") == 2  # not again after the kill
     assert (first[0].windows, first[0].written, first[0].held_out) == (17, 10, 2)
+    assert "the text's 17 windows give no more" not in str(first[0])
+    assert "the text's 16 windows give no more" in str(
+        replace(first[0], windows=16, tokens=32 * LENGTH)
+    )
     assert replace(first[0], seconds=0) == replace(second[0], seconds=0)
     assert same(first[1], second[1])
     assert written.shape == (11, LENGTH)  # one of eight more is held out
