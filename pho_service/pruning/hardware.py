@@ -22,16 +22,9 @@ CGROUP = Path("/sys/fs/cgroup")  # of the container that this process runs in
 
 @contextmanager
 def peak_memory(*devices: torch.device) -> Iterator[Callable[[], int | None]]:
-    """
-    Watch the most memory that is in use while the block runs.
-
-    Args:
-        devices: GPUs: their memory that torch handed out, added up. The CPU: resident
-            memory of this process, which Linux alone can start to watch again.
-
-    Yields:
-        Bytes when it is called, or None where the system does not tell.
-    """
+    """Watch the most memory that is in use inside: bytes when called, None if nobody tells."""
+    # Of GPUs what torch handed out, added up; of the CPU what is resident of this process, which
+    # Linux alone can start to watch again.
     if devices[0].type == "cuda":
         for device in devices:
             torch.cuda.reset_peak_memory_stats(device)
@@ -98,20 +91,10 @@ Done = TypeVar("Done")
 
 
 def in_threads(work: Callable[[Piece], Done], pieces: Sequence[Piece]) -> list[Done]:
-    """
-    Do pieces of work on the CPU, side by side.
-
-    In the threads torch itself takes one thread, so a piece gives the same bits
-    however many there are. That is faster than threads within each operation
-    where operations are small, and where some of them are not torch's.
-
-    Args:
-        work: Releases the interpreter most of the time, as torch and compiled loops do.
-        pieces: In the order of their results.
-
-    Raises:
-        Exception: What the first piece that fails raises.
-    """
+    """What work that releases the interpreter, mostly, gives for pieces, done side by side."""
+    # In the threads torch itself takes one thread, so a piece gives the same bits however many
+    # there are. That is faster than threads within each operation where operations are small, and
+    # where some of them are not torch's.
     threads = torch.get_num_threads()
     if threads == 1 or len(pieces) < 2:
         return [work(piece) for piece in pieces]
@@ -138,15 +121,11 @@ BYTES = 64  # of a GPU's free memory for each value; all temporaries of a chunk 
 
 def chunk_size(device: torch.device, on_cpu: int) -> int:
     """
-    Give the number of values of a temporary tensor.
+    Give the number of values of a temporary tensor: ``on_cpu``, or more on a GPU.
 
     A GPU works on so many that a linear of a large model is one piece, for
     each piece costs the same hundreds of launches, whatever its height. Where
     its free memory is short, on a power of two that fits.
-
-    Args:
-        device: Where the tensor is.
-        on_cpu: The answer for any device but a CUDA GPU, and the least for that.
     """
     if device.type != "cuda":
         return on_cpu

@@ -529,11 +529,8 @@ def recomputed(
     blocks: Iterable[nn.Module], again: Callable[[], AbstractContextManager[None]]
 ) -> Iterator[None]:
     """
-    Inside, blocks keep only their inputs for a backward pass, and run again when it comes to them.
-
-    Args:
-        blocks: Modules.
-        again: What their second runs happen in.
+    Inside, blocks keep only their inputs for a backward pass, and run again, inside ``again``,
+    when it comes to them.
     """
     with ExitStack() as stack:
         for block in blocks:
