@@ -11,6 +11,7 @@ held, and the slowest health check of each, and fails if anything did not hold.
 
 import os
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -105,10 +106,12 @@ def main(only: tuple[str, ...], seed: int) -> None:
         folder = Path(name)
         folder.chmod(0o755)  # the database may run as another user
         spec = write_tiny_model(folder)
+        silent = socket.create_server(("127.0.0.1", 0), backlog=500)  # a hub that never answers
         os.environ.setdefault("PHO_MAX_WRONG_KEYS_PER_MINUTE", "60")
         os.environ |= {
             "PHO_TURN_S": f"{TURN_S:g}", "PHO_NOTIFY_HOSTS": "127.0.0.1",
             "PHO_NOTIFY_SECRET": "of the attacks alone", "PHO_NOTIFY_PRIVATE": "true",
+            "HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}",
         }  # fmt: skip
         with Service(folder=folder, workers=1, outside=0) as service:
             target = Target(service=service, folder=folder, spec=spec, seed=seed)

@@ -38,6 +38,7 @@ from storage.studies import StorageError
 PLANNED_S = 60.0  # for eight plans at once, of which two are made at a time
 PAGES_S = 5.0  # for pages that plan what was read before
 SENT_S = 45.0  # for a webhook beside one that drips: a request's 10 s, and a look at the queue
+LISTED_S = 10.0  # for the list of jobs beside a hundred submissions, on a busy machine
 TURN_S = 5.0  # of the service that is attacked
 
 
@@ -354,6 +355,33 @@ def _quotas(target: Target) -> str | None:
     return ", ".join(wrong)
 
 
+def _silent_hub(target: Target) -> str | None:
+    """Jobs of a key whose quota must plan them, and a hub that never answers, as attack.py sets."""
+    database = Database(target.service.database_url, pool=1)
+    secrets = KeyStore(database)
+    hours = Quota(3600, timedelta(days=1), "seconds")
+    keys = [secrets.create(n, sees_all=False, quota=q)[1] for n, q in (("c", hours), ("d", None))]
+    database.close()
+    slow, other = ({"authorization": f"Bearer {secret}"} for secret in keys)
+    spec = {**target.spec, "model": "org/name"}
+
+    def submit(headers: dict[str, str]) -> int:
+        url = f"{target.url}/v1/jobs"
+        return httpx.post(url, json=spec, headers=headers, timeout=120).status_code
+
+    with ThreadPoolExecutor(100) as pool:
+        planned = [pool.submit(submit, slow) for _ in range(60)]
+        stored = [pool.submit(submit, other) for _ in range(40)]
+        started = time.monotonic()
+        found = httpx.get(f"{target.url}/v1/jobs", headers=other, timeout=60).status_code
+        took = time.monotonic() - started
+    codes = sorted({each.result() for each in planned}), {each.result() for each in stored}
+    if took > LISTED_S:
+        return f"the list of another key took {took:.1f} s"
+    right = found == 200 and codes == ([422, 503], {202})
+    return None if right else f"answers {found}, {codes}"
+
+
 def _logins(target: Target) -> str | None:
     """A hundred logins of one key."""
     secret = _keys(target)[0]["authorization"].removeprefix("Bearer ")
@@ -397,4 +425,5 @@ WITH_KEYS = (
     Attack(name="quotas", about="108 jobs of 2 keys at once, 6 changes", run=_quotas),
     Attack(name="logins", about=f"{MOST_LOGINS + 10} of one key", run=_logins),
     Attack(name="fair share", about="32 patterns, and another key's job", run=_fair_share),
+    Attack(name="silent hub", about="100 jobs with a model of it", run=_silent_hub),
 )

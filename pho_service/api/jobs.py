@@ -5,11 +5,13 @@
 import asyncio
 import json
 import logging
+import math
 import re
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 from uuid import UUID
@@ -372,14 +374,29 @@ def doubts(asked: JobSpec, access: Access) -> Iterator[str]:
         if meant:
             yield f"{name} is taken for a data set on the hub.{meant}"
     away = [*models, *sets]
-    if away and not _hub_answers(time.monotonic() // 60):
+    if away and not HUB.answers():
         yield (
             f"The Hugging Face hub cannot be reached from this service: {', '.join(away)} can only "
             "be used if the cache of the workers has it."
         )
 
 
-_hub_answers = lru_cache(maxsize=1)(lambda _minute: hub_answers())  # once a minute at most
+class HubWatch:
+    """Whether the hub answers: one request a minute finds out, others go by what was known."""
+
+    def __init__(self) -> None:
+        self._asking, self._asked, self._answers = threading.Lock(), -math.inf, True
+
+    def answers(self) -> bool:
+        if time.monotonic() - self._asked > HUB_EVERY_S and self._asking.acquire(blocking=False):
+            try:  # a hub that hangs takes seconds
+                self._answers, self._asked = hub_answers(), time.monotonic()
+            finally:
+                self._asking.release()
+        return self._answers
+
+
+HUB, HUB_EVERY_S = HubWatch(), 60.0
 
 
 def take(

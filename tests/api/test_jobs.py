@@ -1,8 +1,10 @@
 """What one can do with jobs over HTTP, and what they tell of themselves."""
 
 import shutil
+import threading
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import update
 
+from pho_service.api.jobs import HubWatch
 from pho_service.spec.configuration import Configuration, write_configuration
 from pho_service.spec.job import JobSpec
 from pho_service.spec.objective import MAX_TRIALS
@@ -94,6 +97,30 @@ def test_a_submit_warns_of_a_near_name_a_hub_that_is_away_and_a_shorter_context(
     assert shorter == "Windows have 128 tokens, since example/small-llama reads no more."
     assert near.endswith("Did you mean example/small-llama?")
     assert "cannot be reached from this service: example/small-lama can only" in away
+
+
+def test_one_submission_waits_for_a_hub_that_hangs_and_no_other(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, over = threading.Event(), threading.Event()
+
+    def hangs() -> bool:
+        asked.set()
+        over.wait(60)
+        return False
+
+    monkeypatch.setattr("pho_service.api.jobs.hub_answers", hangs)
+    monkeypatch.setattr("pho_service.api.jobs.HUB", HubWatch())
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.post, "/v1/jobs", json=DOCUMENT)
+        assert asked.wait(60)
+        others = [client.post("/v1/jobs", json=DOCUMENT).json()["warnings"] for _ in range(2)]
+        over.set()
+    later = client.post("/v1/jobs", json=DOCUMENT).json()["warnings"]
+
+    assert others == [[], []]
+    assert first.result().json()["warnings"] == later
+    assert "cannot be reached" in later[0]
 
 
 def test_what_matches_no_linear_of_a_local_model_is_refused_at_once(
