@@ -236,7 +236,7 @@ class Service:
         """Those of the plans of jobs, without some stages."""
         if not self._turns.acquire(timeout=TURN_S):
             told = "Other jobs are being planned, which takes long if the hub is slow. Try again."
-            raise HTTPException(503, told, headers={"Retry-After": "5"})
+            raise HTTPException(429, told, headers={"Retry-After": "5"})
         seconds, card = 0.0, named_machine("H100")
         try:
             for spec in specs:

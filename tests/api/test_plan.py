@@ -142,7 +142,7 @@ def test_submissions_that_are_planned_take_few_threads_and_others_are_told_to_co
     assert at_once.most == AT_ONCE
     late = [answer for answer in answers if answer.status_code != 422]
     assert len(late) == 8 - AT_ONCE
-    assert "are being planned" in refusal(late[0], 503, "service_unavailable")["detail"]
+    assert "are being planned" in refusal(late[0], 429, "too_many_requests")["detail"]
     assert late[0].headers["Retry-After"] == "5"
 
 
