@@ -275,12 +275,13 @@ def _fair_share(target: Target) -> str | None:
 
     def trials() -> int:
         shown = httpx.get(job, headers=mine, timeout=60).json()
-        return sum(p["done"] for p in shown["progress"]["pieces"] if p["stage"] == "point")
+        return sum(p["done"] for p in shown["progress"]["pieces"] if p["unit"] == "trials")
 
     if not target.until(lambda: trials() > 0, seconds=120):
         return "the curve never began"
     started = time.monotonic()
-    target.until(lambda: trials() > spec["trials"], seconds=300)
+    if not target.until(lambda: trials() > spec["trials"], seconds=300):
+        return "the first point never ended"
     point_s = time.monotonic() - started
     small = httpx.post(f"{target.url}/v1/jobs", json=target.spec, headers=yours, timeout=60).json()
     path, started = f"{target.url}/v1/jobs/{small['id']}", time.monotonic()
