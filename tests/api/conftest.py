@@ -104,6 +104,12 @@ def settings(tmp_path: Path) -> Settings:
     )
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine's database may take seconds to answer a probe."""
+    monkeypatch.setattr("pho_service.api.service.ANSWER_S", 30.0)
+
+
 @pytest.fixture
 def client_of(database_url: str, settings: Settings) -> Iterator[Callable[..., TestClient]]:
     """Make a client of a front end of its own, with some settings changed."""

@@ -10,7 +10,7 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import Connection
 
-from pho_service.api.service import AT_ONCE, Heavy
+from pho_service.api.service import ANSWER_S, AT_ONCE, Heavy
 from storage.database import Database
 from storage.studies import DatabaseGone, read_trials
 
@@ -29,6 +29,7 @@ def frozen(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[Test
         thaw.wait()
         raise DatabaseGone("it was frozen")
 
+    monkeypatch.setattr("pho_service.api.service.ANSWER_S", ANSWER_S)
     monkeypatch.setattr(service.keys, "exist", wait)
     monkeypatch.setattr(service.probe._jobs, "stores", wait)
     threads = [
