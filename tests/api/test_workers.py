@@ -17,8 +17,9 @@ from storage.records import Drain, StageKind
 
 @pytest.fixture
 def client(client_of: Any, monkeypatch: pytest.MonkeyPatch) -> TestClient:
-    """A front end that has made the id of its store, and noted it, once."""
-    monkeypatch.setattr("pho_service.api.app.keep_store_noted", lambda _: asyncio.sleep(0))
+    """A front end that has made the id of its store, noted it once, and does not measure it."""
+    for name in ("noted", "measured"):
+        monkeypatch.setattr(f"pho_service.api.app.keep_store_{name}", lambda _: asyncio.sleep(0))
     client = client_of()
     client.app.state.service.note_store()
     assert isinstance(client, TestClient)
