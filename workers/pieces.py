@@ -33,7 +33,6 @@ from pho_service.models.tasks import LoadedTasks
 from pho_service.pipeline.curve import check_patterns
 from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.prune import blocks_kept, prune_in_place, prune_job
-from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.search import Piece
 from pho_service.pipeline.tasks import measure_tasks, tasks_document
 from pho_service.pipeline.transfer import own_search, transfer_job
@@ -52,7 +51,7 @@ from pho_service.spec.results import Calibration, Gathered, TasksMeasured, Trans
 from pho_service.spec.steps import Candidate
 from pho_service.spec.tasks import TaskScore
 from pho_service.spec.transfer import TransferSpec
-from pho_service.tuning.plan import Evaluate, Outcome, SearchPlan, SearchRequest
+from pho_service.tuning.plan import Evaluate, Outcome, SearchPlan
 from pho_service.tuning.result import CHOSEN
 from pho_service.tuning.search import run_search
 from storage.configurations import ConfigurationStore
@@ -229,9 +228,7 @@ class IslandSearch:
 def prune_piece(
     opened: "Opened", inputs: WorkerInputs, claim: Claim, watch: Watch, run: Run
 ) -> Written:
-    """
-    Prune the model of a job with what it has found, as `pho prune` does it, and keep the files.
-    """
+    """Prune the model of a job with what it found, as `pho prune` does, and keep the files."""
     # What an attempt before has written whole is taken up; so are the blocks that its
     # reconstruction had trained.
     began = time.monotonic()
@@ -491,9 +488,12 @@ def _report_sha256(result: Mapping[str, Any]) -> str | None:
 def transfer_piece(
     spec: TransferSpec, inputs: WorkerInputs, number: int, watch: Watch, run: Run
 ) -> Transfer:
-    target = spec.target(number)
+    target, search = spec.target(number), None
     if spec.search is None:
         target = target.model_copy(update={"confirm": None})  # nothing is confirmed
+    else:
+        finalists = spec.search.confirm.finalists
+        search = own_search(spec.found(), spec.search, finalists=finalists)
     seal = inputs.seal(target)
     bundle = inputs.calibrate(target, seal, run.progress)
     watch.look(now=True)
@@ -504,31 +504,14 @@ def transfer_piece(
             model=inputs.model(target, seal),
             calibration=inputs.calibration_text(target, seal).calibration,
             confirm=inputs.confirmation_text(target, seal) if spec.search else None,
-            report=_report(spec, inputs, number, seal),
+            report=inputs.report_text(target, spec.report, seal) if spec.report else None,
         ),
         spec.found(),
-        search=_own_search(spec),
+        search=search,
         run=Run(device=run.device, progress=run.progress, look=watch.look),  # its study is not kept
     )
     inputs.model(target, seal)  # its files were read all the time, also if it was not streamed
     return transfer
-
-
-def _report(spec: TransferSpec, inputs: WorkerInputs, number: int, seal: Seal) -> ReportText | None:
-    if spec.report is None:
-        return None
-    return inputs.report_text(spec.target(number), spec.report, seal)
-
-
-def _own_search(spec: TransferSpec) -> SearchRequest | None:
-    """How the model's own best is searched for; its study is not kept."""
-    if spec.search is None:
-        return None
-    return own_search(
-        spec.found(),
-        spec.search,
-        finalists=spec.search.confirm.finalists,
-    )
 
 
 # The calibrate stages of a job: one for each model; large ones are shared out in parts.

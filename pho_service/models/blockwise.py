@@ -483,11 +483,9 @@ def walk(
             home.update(_stored(_changed(module, home), store))
 
 
-def changed_blocks(
-    model: LanguageModel, *, store: Path | None = None
-) -> Iterator[dict[str, PrunableLinear]]:
+def changed_blocks(model: LanguageModel) -> Iterator[dict[str, PrunableLinear]]:
     """Give the linears of one block after the other, to be changed in place; no text runs."""
-    store = store or _store_of(model)
+    store = _store_of(model)
     for name, module in decoder_blocks(model.model):
         with weights_on_device(model, module, copy=True) as home:
             yield _linears_of(model, name)

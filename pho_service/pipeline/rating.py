@@ -60,9 +60,9 @@ class ReportText:
         """Hash of exactly these windows."""
         return windows_key(self.windows)
 
-    def measured_on(self, divergence_tokens: int | None = None) -> dict[str, Any]:
+    def measured_on(self) -> dict[str, Any]:
         return {
-            "divergence_tokens": divergence_tokens,
+            "divergence_tokens": None,
             "tokens": self.windows.shape[0] * (self.windows.shape[1] - 1),
             "context_length": self.windows.shape[1],
             "text": self.to_dict(),
@@ -105,12 +105,7 @@ def evaluated(text: ReportText, result: Perplexity) -> dict[str, Any]:
 def beside(
     mine: Perplexity, text: ReportText, other: LanguageModel, its: ReportText, progress: Progress
 ) -> dict[str, Any]:
-    """
-    What another model gives on the same windows, and how far the first one is above it.
-
-    Raises:
-        InvalidInput: The other model cuts the text into other tokens.
-    """
+    """What another model gives on the same windows, and how far the first one is above it."""
     if its.key != text.key:
         raise InvalidInput(
             f"{other.name} cuts {its.record.source} into other tokens than the model that it "
@@ -151,9 +146,7 @@ def rate_pruned(
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """
-    A dense model with all that it takes to prune it with a candidate and to measure the result.
-    """
+    """A dense model with all that it takes to prune it with a candidate and measure the result."""
 
     model: LanguageModel  # Dense; it is given back dense
     bundle: ProxyBundle  # Bundle of the model
@@ -267,9 +260,7 @@ class Glances:
         )
 
     def _masks(self, candidate: Candidate) -> Iterator[tuple[str, Tensor]]:
-        """
-        The masks of a candidate; from the third glance on they are unpacked, not computed again.
-        """
+        """The masks of a candidate; from the third glance on unpacked, not computed again."""
         # Most candidates are dropped before, so few masks are kept: a bit a weight, in main memory.
         key = json.dumps(candidate.to_dict(), sort_keys=True)
         self._glances[key] += 1

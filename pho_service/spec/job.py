@@ -552,10 +552,6 @@ class JobSpec(Document):
         if self.tasks_dir is not None:
             yield partial(check_field, "tasks_dir", access.task_folder, self.tasks_dir)
 
-    def check_access(self, access: Access) -> None:
-        for check in self.access_checks(access):
-            check()
-
     def check_size(self, limits: JobLimits, *, more_trials: int = 0) -> int:
         """
         Count what a job asks for: trials, and tokens of the calibrations, of every candidate that
