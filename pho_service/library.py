@@ -134,9 +134,7 @@ MEASURED_BY: tuple[MeasuredBy, ...] = get_args(MeasuredBy)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """
-    A model, as far as a library knows it.
-    """
+    """A model, as far as a library knows it."""
 
     name: str
     family: Annotated[

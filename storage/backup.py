@@ -119,9 +119,7 @@ def _run(
 
 
 def _program(name: str, database: Database) -> str:
-    """
-    The path of a program for the version of the server, or else of the next newer one there is.
-    """
+    """The path of a program for the server's version, or else for the next newer one there is."""
     # A much newer pg_restore sets what an old server does not know.
     with database.transaction() as connection:
         query = text("SELECT current_setting('server_version_num')::int / 10000")

@@ -161,9 +161,7 @@ class Postmaster:
         return url.render_as_string()
 
     def start(self, stopping: threading.Event | None = None) -> None:
-        """
-        Start it, and wait until it answers. One that another process left running is replaced.
-        """
+        """Start it, and wait until it answers; what another process left running is replaced."""
         stopping = stopping or threading.Event()
         try:
             self.stop()

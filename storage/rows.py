@@ -411,10 +411,7 @@ EVERYTHING = JobFilter()
 
 @dataclass(frozen=True, kw_only=True)
 class Facets:
-    """
-    How many jobs there are of each state, model and pattern; each counted as if it alone were not
-    filtered by.
-    """
+    """How many jobs have each state, model and pattern, each counted without its own filter."""
 
     states: Mapping[JobState, int]  # All that occur
     models: Sequence[tuple[str, int]]  # Those that are filtered by first, then the most frequent

@@ -284,9 +284,7 @@ def once(
     fence: Callable[[], AbstractContextManager[None]] = nullcontext,
     note: tuple[int, str] | None = None,
 ) -> dict[str, Any]:
-    """
-    Return what a study's record of this name holds; if it is not about this, make and keep it.
-    """
+    """Return what a study's record of this name holds; if not about this, make and keep it."""
     found = kept(study, key, about)
     if not found:
         found = {**make(), **about}
@@ -329,9 +327,7 @@ def pareto_study_name(job_name: str) -> str:
 
 
 def study_ids(connection: Connection, names: Sequence[str]) -> dict[str, int]:
-    """
-    The numbers that optuna-dashboard knows a service's studies by; one that has not begun has none.
-    """
+    """The numbers of a service's studies in optuna-dashboard; one that has not begun has none."""
     query = text("SELECT study_name, study_id FROM optuna.studies WHERE study_name = ANY(:names)")
     return {row.study_name: row.study_id for row in connection.execute(query, {"names": [*names]})}
 
@@ -346,9 +342,7 @@ def give_up(context: ExceptionContext) -> None:
 
 
 def end_connections(engine: Engine) -> None:
-    """
-    Close the connections of ``engine`` that are free, and the others once they are given back.
-    """
+    """Close the connections of an engine, those in use once they are given back."""
     # ``Engine.dispose`` alone forgets those that other threads are using, and nobody closes them.
     event.listen(engine, "checkin", _close)
     engine.dispose()

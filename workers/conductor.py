@@ -389,9 +389,7 @@ class _Job:
 
 
 class Opened:
-    """
-    What a job works on: its models, texts, bundles and studies, each opened when it is needed.
-    """
+    """What a job works on: models, texts, bundles and studies, each opened when it is needed."""
 
     # Whatever is read is compared with what the calibrations have read.
 
@@ -493,9 +491,7 @@ def _of_transfer(configuration: Mapping[str, Any], result: Mapping[str, Any]) ->
 
 
 def pareto_of_job(store: JobStore, claim: Claim, storage: RDBStorage) -> optuna.Study | None:
-    """
-    Make or open a job's study of sparsity and objective; None of a job that has one point alone.
-    """
+    """Make or open a job's study of sparsity and objective; None of a job with one point."""
     # The fence makes it whole or not at all, and never for a job that was deleted. Workers that
     # write to it at once wait for each other: Optuna locks the row of a study that trials are added
     # to, until the fence is left.

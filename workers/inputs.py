@@ -60,7 +60,6 @@ class Seal:
         *,
         local: bool,
     ) -> Self:
-        """Write down what was read."""
         return cls(
             local=local,
             revision=model.revision,
@@ -72,7 +71,6 @@ class Seal:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values."""
         return asdict(self)
 
     def check_place(self, name: str, *, local: bool) -> None:
@@ -133,9 +131,7 @@ def _wait(advance: Advance) -> None:
 
 
 class BundleStore:
-    """
-    Bundles by their key, in a folder, or copied to ``cache_dir`` from what fsspec understands.
-    """
+    """Bundles by their key, in a folder, or copied to ``cache_dir`` from what fsspec knows."""
 
     # What ``turns`` gives nobody else is inside of with the same name; it calls its second argument
     # while somebody is.

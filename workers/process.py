@@ -51,9 +51,7 @@ def _remove_if_left(folder: Path) -> None:
 
 
 def start_anew(arguments: Sequence[str]) -> NoReturn:
-    """
-    Become a new worker process, with the same number and parent, whatever this one's threads do.
-    """
+    """Become a new worker process with this one's number and parent, whatever its threads do."""
     # Nothing of this process is left: a model that is being loaded, or a broken context of a GPU.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)

@@ -92,9 +92,7 @@ class Watch:
                 raise HandBack
 
     def look_for_others(self) -> None:
-        """
-        Raise TurnOver if the stage has had its turn, and another job still waits for the worker.
-        """
+        """Raise TurnOver if the stage has had its turn, and another job waits for the worker."""
         # Called between what is kept: trials, measurements. A worker that is free has a second to
         # take what waits.
         now = time.monotonic()

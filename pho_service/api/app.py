@@ -46,7 +46,6 @@ from storage.database import Database
 
 
 def create_app(database: Database, settings: Settings, *, keys_needed: bool = False) -> FastAPI:
-    """Build the front end of a service."""
     service = Service(database, settings, keys_needed=keys_needed)
     dashboard = Dashboard(service)
 

@@ -240,10 +240,7 @@ def study_names(job: stored.JobRecord) -> list[str]:
 
 
 def studies_in_words(job: stored.JobRecord) -> dict[str, str]:
-    """
-    What to call each study of a job, by the study's name: those of its islands, or of its patterns,
-    with the one that has the trials of all of these. Some may not have begun.
-    """
+    """What to call each study of a job, by the study's name; some may not have begun."""
     if is_several(job.spec):
         about = {
             study_name(job.name, each.number): f"Study of {each.about}"

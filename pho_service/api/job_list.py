@@ -101,8 +101,6 @@ class Logged:
 
 @dataclass(frozen=True, kw_only=True)
 class JobView:
-    """A job, whole."""
-
     head: JobHead
     # A word and the number in optuna-dashboard of each, for those who may look there.
     studies: Sequence[tuple[str, int]]
@@ -213,8 +211,6 @@ STEPS = 40  # of a drawing, at most
 
 @dataclass(frozen=True, kw_only=True)
 class JobRow:
-    """A job."""
-
     job: Job  # As the API shows it
     models: Sequence[str]
     pattern: str  # How sparse they are to be, in short

@@ -68,9 +68,7 @@ from storage.studies import DatabaseGone, open_storage, read_trials, study_name
 
 # How a document becomes a job: what it must keep to here, and the stages that it begins with.
 def checks(spec: JobSpec, service: Service) -> Iterator[Callable[[], object]]:
-    """
-    What a job must keep to on this service, one by one; each raises FieldError if it does not.
-    """
+    """What a job must keep to on this service; each raises FieldError if it does not."""
     yield from spec.access_checks(service.access)
     yield partial(spec.check_size, service.limits)
     yield partial(_check_context, spec, service.access)
@@ -153,10 +151,7 @@ def enter(
     settings: Settings | None = None,
     work: Work = NO_WORK,
 ) -> JobRecord:
-    """
-    Store a job and put its first stages into the queue; it is the one of that time if the
-    idempotency key was used before.
-    """
+    """Store a job and queue its first stages; a used idempotency key gives the job of that time."""
     first, *more = first_stages(spec)
     limits = {} if settings is None else {
         "max_unfinished": settings.max_unfinished_jobs,

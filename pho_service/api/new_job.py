@@ -58,8 +58,6 @@ _SHORT = ("calibration", "steps")
 
 @dataclass(frozen=True, kw_only=True)
 class FormField(JobField):
-    """A field of the form."""
-
     @property
     def kind(self) -> str:
         """As of any field, but ``switch`` for a part that may be null."""
@@ -111,9 +109,7 @@ class FormField(JobField):
         return " ".join(filter(None, said))
 
     def read(self, typed: str) -> Any:
-        """
-        The value that a text stands for; what is not of its kind is left to the document's rules.
-        """
+        """The value that a text stands for; what is of another kind is for the document's rules."""
         if self.kind == "switch":
             return {"yes": {}, "no": None}.get(typed, typed)
         if self.kind == "flag" or self.schema.get("type") == "boolean":
@@ -239,8 +235,6 @@ def typed_as(document: Mapping[str, Any]) -> dict[str, str]:
 
 @dataclass(kw_only=True)
 class Typed:
-    """A form that was filled in."""
-
     fields: Mapping[str, str]  # What was typed, by field
     # What that is in a job's document; what cannot be read is not in it.
     document: dict[str, Any] = field(default_factory=dict)

@@ -198,10 +198,7 @@ def _of_search(service: Service, job: stored.JobRecord, *, whole: bool) -> Repor
 def _studies(
     service: Service, job: stored.JobRecord, answer: stored.Stage | None, *, whole: bool
 ) -> list[list[FrozenTrial]]:
-    """
-    Return the trials of the first islands; none for a search that has not begun. With several
-    patterns, they are those of the answer.
-    """
+    """The trials of the first islands that have begun; of several patterns, those of the answer."""
     found: list[list[FrozenTrial]] = []
     names = study_names(job)
     if is_several(job.spec):

@@ -53,9 +53,7 @@ Stores = tuple[str | None, list[str | None]]
 
 
 class Heavy:
-    """
-    Threads for what takes long. Who comes when all are busy waits for a turn, and needs none.
-    """
+    """Threads for what takes long; who comes when all are busy waits without holding one."""
 
     def __init__(self) -> None:
         self._threads = CapacityLimiter(AT_ONCE)
@@ -94,9 +92,7 @@ ANSWER_S = 0.8  # for who asks whether all is well, and takes a second for a no
 
 
 class Probe:
-    """
-    Asks a database in a thread of its own, on a connection of its own, one question at a time.
-    """
+    """Asks a database in a thread and on a connection of its own, one question at a time."""
 
     # However many requests wait for the threads and connections of the others, and however long a
     # server that is frozen does not answer, who asks gets to know within a second.

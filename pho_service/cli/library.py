@@ -30,8 +30,6 @@ library_option = click.option(
 
 @dataclass(frozen=True, kw_only=True)
 class LibraryEntry:
-    """A configuration of a library."""
-
     configuration: "Configuration"  # It
     origin: dict[str, Any]  # Library, id and reasons, for those who want to know where it came from
 

@@ -283,9 +283,7 @@ class Terminal(Inputs):
         why: str = "",
         asked: "Sequence[Candidate | SearchRequest]" = (),
     ) -> Calibrated:
-        """
-        Load a model unless it is, read its texts, and calibrate it or take what is in the cache.
-        """
+        """Load a model unless it is, read its texts, and calibrate it or take what is cached."""
         # What is ``asked`` is compared with the model before its text is read; ``why`` is raised if
         # there is no text to confirm on.
         from pho_service.models.calibration import bundle_path, cached_bundle

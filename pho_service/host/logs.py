@@ -117,9 +117,7 @@ _tracer: "Tracer | None" = None
 
 
 def configure_tracing(service: str) -> None:
-    """
-    Send spans from now on. Where to, OpenTelemetry reads from its own variables, ``OTEL_...``.
-    """
+    """Send spans from now on; OpenTelemetry's own variables, ``OTEL_...``, say where to."""
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource

@@ -320,12 +320,7 @@ def _check_names(what: str, given: Mapping[str, Any], known: Sequence[str]) -> N
 
 
 def check_study_is_of(study: optuna.Study, bundles: Bundles, request: SearchRequest) -> None:
-    """
-    See before anything is written that a study is new, or of this search on these bundles.
-
-    Raises:
-        StudyError: It is of something else.
-    """
+    """See before anything is written that a study is new, or of this search on these bundles."""
     known = record_of(study)
     if "pattern" not in known:
         if study.get_trials(deepcopy=False):
@@ -354,10 +349,7 @@ def check_study_is_of(study: optuna.Study, bundles: Bundles, request: SearchRequ
 
 
 def check_bundle_of(study: optuna.Study, bundles: Bundles) -> None:
-    """
-    Raises:
-        StudyError: A study says that it is of another bundle.
-    """
+    """See that a study does not say that it is of another bundle."""
     named = by_name(bundles)
     key = origin_of([bundle.origin for bundle in named.values()]).get("key")
     known = record_of(study).get("calibration", {}).get("key")

@@ -31,9 +31,7 @@ from pho_service.pruning.statistics import PrunableLinear
 
 # The experts of a mixture, one linear for each matrix.
 class _Owner:
-    """
-    A module that does not live for this: parameters in a circle wait for the garbage collector.
-    """
+    """A module, which this does not keep alive: circles wait for the garbage collector."""
 
     # In a deep copy of the module it is the copy; a copy of less than the module keeps the old one.
 
@@ -105,9 +103,7 @@ class Expert(nn.Module):
 
 
 def unfuse_experts(model: nn.Module) -> None:
-    """
-    Give every fused expert of a model modules of its own, called with the tokens routed to it.
-    """
+    """Give every fused expert modules of its own, called with the tokens routed to it."""
     # Outputs, parameters and state dict stay what they were. An expert that no token is routed to
     # is not called. Doing it again changes nothing. Experts that are stored in another layout are
     # left fused.
@@ -257,9 +253,7 @@ def _matrix_of_all(expert: str) -> str:
 
 
 def _routers(block: nn.Module) -> set[nn.Module]:
-    """
-    The modules that weigh experts: beside them, of one matrix, with a row for each expert or one.
-    """
+    """The modules that weigh experts: of one matrix beside them, a row for each expert or one."""
     # That it is alone tells a router from a shared expert: in Qwen3-Next both have 512 rows.
     routers: set[nn.Module] = set()
     for parent in block.modules():

@@ -136,9 +136,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def is_on_hub(name: str, revision: str | None) -> bool:
-    """
-    Return whether a name is one of the hub: nothing here has it, and it does not look like a path.
-    """
+    """Return whether a name is the hub's: nothing here has it, and it does not look like a path."""
     # What would lie in a folder that is there is missing: somebody else may have its name on the
     # hub, which a revision asks for.
     if Path(name).expanduser().exists() or is_path(name):
@@ -148,9 +146,7 @@ def is_on_hub(name: str, revision: str | None) -> bool:
 
 
 def check_name(name: str, revision: str | None) -> None:
-    """
-    See that a model can be there, before anything long: the hub is asked once whether it answers.
-    """
+    """See that a model can be there, before long work: the hub is asked once if it answers."""
     if not is_on_hub(name, revision):
         check_local_name(name, revision)
         return
@@ -216,9 +212,7 @@ class Checkpoint:
         return dtype if isinstance(dtype, torch.dtype) else None
 
     def stored_names(self) -> list[str]:
-        """
-        The names of the tensors, from the only file of weights or its index; none if it has none.
-        """
+        """The tensors' names, from the only file of weights or its index; none if it has none."""
         source = dict(self.source)
         name = source.pop("pretrained_model_name_or_path")
         with loading_errors(self.name):
@@ -307,9 +301,7 @@ def _check_hub_files(name: str, revision: Mapping[str, str]) -> None:
 
 
 def _pinned(name: str, revision: str | None) -> dict[str, str]:
-    """
-    Return the argument that names one commit of a hub model, so that all its files are of that.
-    """
+    """Return the argument that names one commit of a hub model, for all its files alike."""
     given = {"revision": revision} if revision else {}
     with loading_errors(name):
         config = cached_file(name, "config.json", **given)
@@ -476,10 +468,7 @@ class LanguageModel:
         return weights_sha256(self.model, dtype=dtype)
 
     def check_unchanged(self) -> None:
-        """
-        See that the weights are still those that were hashed, before something is kept under
-        the hash.
-        """
+        """See that the weights are still those that were hashed, before a result is kept."""
         # Weights that were read to a GPU cannot change. Those in main memory are pages of their
         # file, and change with it where it is written into in place.
         if self.device.type == "cuda" and not self.stream:

@@ -126,7 +126,6 @@ def is_permutation(order: Tensor, length: int) -> bool:
 
 
 def _sha256(data: Tensor) -> str:
-    """Hash a 1-D uint8 tensor."""
     return hashlib.sha256(data.numpy().data).hexdigest()
 
 

@@ -70,8 +70,6 @@ _META = "pho-block"
 
 @dataclass(frozen=True, kw_only=True)
 class KeptBlock:
-    """Kept state of a block."""
-
     weights: Mapping[str, Tensor]  # Weights of its pruned linears, (out_features, in_features)
     masks: Mapping[str, LinearMask]  # Their masks
     record: Mapping[str, Any]  # JSON values: what its training came to
@@ -158,7 +156,6 @@ class KeptBlocks:
             save_file(copies, partial, metadata={_META: json.dumps(about)})
 
     def remove(self) -> None:
-        """Remove the folder, if there is one."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, name: str) -> Path:

@@ -55,9 +55,7 @@ def check_gpu(device: torch.device) -> None:
 
 
 def convert_(model: LanguageModel, folder: Path, *, progress: Progress = silent) -> Conversion:
-    """
-    Give every linear that is 2:4 as it stands to torch's kernels; the others stay as they are.
-    """
+    """Give linears that are 2:4 as they stand to torch's kernels; the others stay as they are."""
     check_gpu(model.device)
     if model.dtype is torch.float32:
         raise InvalidInput(

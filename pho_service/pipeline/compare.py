@@ -194,10 +194,7 @@ def _measured(
     advance: Advance,
     run: Run,
 ) -> Iterator[tuple[Perplexity, float, Mapping[str, float]]]:
-    """
-    Perplexity, sparsity, and what else is measured of the model pruned with a candidate; then the
-    same of it recovered.
-    """
+    """Measure the model pruned with a candidate, and then, if asked for, recovered as well."""
     if also is None and recovery is None:
         result, sparsity = rate_pruned(
             model, statistics, candidate, report.windows, advance, calibration=calibration

@@ -160,9 +160,7 @@ class _Race:
         self.seen: dict[int, int] = {}  # windows by number of the trial
 
     def run(self, advance: Advance) -> list[RatedCandidate]:
-        """
-        Those that cannot be told from the best before all windows are seen; of masks the best two.
-        """
+        """Those that are not told from the best before the last window; of masks the best two."""
         looks = race_looks(self.windows, len(self.compared))
         glances = Glances(self.subject, lambda _: advance(0), self.compared)
         left, enough = [*self.pool], IN_FULL if self.masks_alone else 1

@@ -172,9 +172,7 @@ def _log_odds(share: float) -> float:
 
 
 class _Divergence:
-    """
-    Compares candidates with the dense model on calibration windows, as their scores prune them.
-    """
+    """Compares candidates, pruned by their scores, with the dense model on calibration windows."""
 
     def __init__(
         self, model: LanguageModel, statistics: Statistics, windows: Tensor, advance: Advance

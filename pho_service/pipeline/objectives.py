@@ -271,9 +271,7 @@ _STUDIES = 3  # most that are read, the newest first
 
 
 class KnownRatings:
-    """
-    What other studies of the same storage hold; a search by perplexity, or in memory, has none.
-    """
+    """What other studies of a storage hold; none for a search by perplexity, or in memory."""
 
     def __init__(
         self,

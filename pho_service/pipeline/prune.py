@@ -123,9 +123,7 @@ def blocks_kept(
     calibration: Tensor | None,
     folder: Callable[[str], Path],
 ) -> KeptBlocks | None:
-    """
-    Where the blocks are kept that a reconstruction has trained, by their key; None without one.
-    """
+    """Where the blocks are kept that a reconstruction has trained, by key; None without one."""
     if not candidate.steps.reconstruction.wanted or calibration is None:
         return None
     key = _identity(model, bundle, candidate, calibration)

@@ -239,10 +239,7 @@ def search_job(
     blocks: "Callable[[Candidate], KeptBlocks | None]" = lambda _: None,
     run: Run = Run(),
 ) -> SearchResult:
-    """
-    Search, confirm, and say what was found and how good it is. Goes on with a search that the
-    study holds a part of.
-    """
+    """Search, confirm, and say how good what was found is; goes on with what the study holds."""
     # On several bundles, a candidate's value is the mean, or the worst, over the models of its
     # proxy relative to RIA's on the same model: below 1 it is better. Nothing is confirmed then.
     named = by_name(bundles)
@@ -633,9 +630,7 @@ class _Steps:
         perplexities: Mapping[int, float],
         own: Mapping[int, Measured],
     ) -> tuple[dict[str, float | str], dict[str, Sequence[float]]]:
-        """
-        The perplexities of what a result is judged by, or why there is none, and their losses.
-        """
+        """The perplexities that a result is judged by, or why there is none, and their losses."""
         known: dict[str, float | str] = {}
         losses: dict[str, Sequence[float]] = {}
         for i, each in enumerate(references(self._plan, found)):

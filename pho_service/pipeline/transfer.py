@@ -44,9 +44,7 @@ def check_configuration(
 def own_search(
     configuration: Configuration, options: SearchOptions, *, finalists: int
 ) -> SearchRequest:
-    """
-    How a model's own best is searched for: in the pattern, steps and space of a configuration.
-    """
+    """How a model's own best is searched for: in a configuration's pattern, steps and space."""
     # Offsets that a correction found on the configuration's own model are left out.
     candidate = configuration.candidate()
     bounds = configuration.search.get("space", {})
@@ -111,9 +109,7 @@ def transfer_key(
 def proxies_of(
     bundle: ProxyBundle, configuration: Configuration, device: str = "cpu"
 ) -> dict[str, float | None]:
-    """
-    What a model's bundle says of a configuration, in milliseconds: as :attr:`Transfer.proxies`.
-    """
+    """What a bundle says of a configuration, in milliseconds: as :attr:`Transfer.proxies`."""
     candidates = _beside(configuration, bundle)
     candidate = candidates["transferred"]
     bundle.choose(candidate.steps.linears, candidate.pattern)
@@ -140,9 +136,7 @@ def transfer_job(
     study_url: str | None = None,
     run: Run = Run(),
 ) -> Transfer:
-    """
-    Rate a configuration on a model that it was not found on, beside Wanda, RIA and the own best.
-    """
+    """Rate a configuration on another model, beside Wanda, RIA and the model's own best."""
     candidates = _beside(configuration, target.bundle)
     proxies = proxies_of(target.bundle, configuration, run.device)  # refuses what the bundle lacks
     own = None

@@ -55,10 +55,7 @@ def with_continuations(
 
 
 def prompts_of(subject: Subject) -> Tensor | None:
-    """
-    Beginnings of windows from all over a text, (prompts, tokens); None for a model that is
-    streamed, or has no tokenizer.
-    """
+    """(prompts, tokens), from all over a text; None for a streamed model or without a tokenizer."""
     model, windows = subject.model, subject.text.windows
     if model.stream or model.tokenizer is None:
         return None
@@ -103,12 +100,7 @@ def texts_of(model: LanguageModel, tokens: Tensor) -> list[str]:
 
 
 def write(model: LanguageModel, prompts: Sequence[str], tokens: int) -> list[str]:
-    """
-    What a model writes after each prompt, which begins as the model's texts do.
-
-    Raises:
-        InvalidInput: A prompt is empty, or has no room in the model beside what is to be written.
-    """
+    """What a model writes after each prompt, which begins as the model's texts do."""
     cut = []
     for prompt in prompts:
         if not prompt.strip():

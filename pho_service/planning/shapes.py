@@ -742,9 +742,7 @@ class _WithoutArrays(BoundedReader):
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """
-    Read the fields of a header, of an array the number of its values, and the tensors' shapes.
-    """
+    """Read a header's fields, of an array the number of its values, and the tensors' shapes."""
     # What is not a whole GGUF file is a ValueError.
     try:
         reader = _WithoutArrays(path)
@@ -755,9 +753,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
 
 @contextmanager
 def gguf_read_once() -> Iterator[None]:
-    """
-    Inside, the header of a GGUF file is parsed once, and so is the table of its tensors' names.
-    """
+    """Inside, a GGUF file's header and the table of its tensors' names are parsed once."""
     # transformers parses the header (with all tokens, one by one) for the config, the weights and
     # the tokenizer, and makes the table for each module of the model. For a small model that is
     # most of the time that loading takes.

@@ -60,7 +60,6 @@ class Footprint:
 
     @property
     def prunable(self) -> int:
-        """Number of weights of all linears."""
         return sum(block.prunable for block in self.blocks)
 
     def states(self, windows: int, tokens: int) -> int:
@@ -194,8 +193,6 @@ LOGITS_AT_ONCE = 2**21  # log-probabilities that are held at a time, see pruning
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Place where a model runs."""
-
     on_gpu: bool  # On a GPU; otherwise on the CPU
     stream: bool = False  # Its weights stay on disk, and one block at a time is on the device
 
@@ -493,9 +490,7 @@ BATCHED = 0.75  # of a card, for more windows than one at once: so its other use
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationPlan:
-    """
-    Way in which a calibration is run. Its result only differs by rounding; on a CPU it is the same.
-    """
+    """How a calibration is run: results differ by rounding alone, on a CPU not at all."""
 
     run: CalibrationRun  # How
     peak: Peak  # What it takes, the model included

@@ -425,8 +425,6 @@ class Drawn:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A figure."""
-
     id: str
     title: str
     text: str  # What it shows, for those who do not see it

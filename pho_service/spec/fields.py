@@ -49,7 +49,6 @@ class JobLimits:
 
     @classmethod
     def of(cls, settings: Settings) -> "JobLimits":
-        """Read the settings."""
         return cls(trials=settings.max_trials, tokens=settings.max_tokens)
 
     def check_trials(self, pointer: str, count: int, times: int, things: str) -> None:

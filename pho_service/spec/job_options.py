@@ -227,13 +227,10 @@ def _same(document: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Field(JobField):
-    """
-    A field of the document that has an option.
-    """
+    """A field of the document that has an option."""
 
     @property
     def name(self) -> str:
-        """Name of its option."""
         own = self.path.rpartition("/")[2].replace("_", "-")
         return f"--{own}" if self.shown.option is None else self.shown.option
 
@@ -346,9 +343,7 @@ def document_fields() -> dict[str, Field]:
 
 
 def search_command(document: Mapping[str, Any], *more: str) -> str:
-    """
-    The `pho search` that asks for what a document does: each option that differs from its default.
-    """
+    """The `pho search` that asks for what a document does: the options that are not defaults."""
     models = [str(document["model"]), *map(str, document.get("more_models") or ())]
     return shlex.join(["pho", "search", *models, *_said(document, ""), *more])
 

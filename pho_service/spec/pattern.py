@@ -222,7 +222,6 @@ class ChosenLinears:
 
     @cached_property
     def names(self) -> frozenset[str]:
-        """All of them."""
         return frozenset(self.shared) | self.own.keys()
 
 
