@@ -18,6 +18,7 @@ from pho_service.cli.options import (
 )
 from pho_service.cli.terminal import print_json, progress, say, show_table
 from pho_service.errors import InvalidInput
+from pho_service.progress import silent
 
 _TEXT = (
     "text",
@@ -85,12 +86,8 @@ def recover(
     from pho_service.host.files import check_free
     from pho_service.models.saving import save_pruned
     from pho_service.pipeline.rating import RecoveryText
-    from pho_service.pipeline.recover import (
-        PrunedModel,
-        Workplace,
-        check_trainable,
-        recover_model,
-    )
+    from pho_service.pipeline.recover import PrunedModel, Workplace, check_trainable, recover_model
+    from pho_service.pruning.recovery import Processes
     from pho_service.shown.tables import recovered_table
     from pho_service.spec.recovery import Recovery
 
@@ -101,10 +98,11 @@ def recover(
         raise InvalidInput(f"{folder} does not exist. Give the folder of a pruned model.")
     check_models([teacher], given("revision"), confirm_text)
     source = calibration_source(how)
+    processes = Processes()
     pruned = PrunedModel.read(
         folder, dtype=given("dtype"), device=inputs.device, device_map=inputs.device_map
     )
-    check_trainable(pruned, settings)
+    check_trainable(pruned, settings, processes)
     if "calibration/context_length" not in given.said:
         how = how.fitted(pruned.model.longest)
     measured = None
@@ -123,11 +121,15 @@ def recover(
         ),
         settings,
         place,
-        progress=progress,
+        progress=silent if processes.number else progress,
     )
-    found = pruned.after(recovered)
-    save_pruned(pruned.model, out, found.masks.items(), found.recipe)
+    if not processes.number:
+        found = pruned.after(recovered)
+        save_pruned(pruned.model, out, found.masks.items(), found.recipe)
+    processes.wait()
     Workplace(place).remove()
+    if processes.number:
+        return
     if as_json:
         print_json({"out": str(out), **recovered.to_dict()})
         return

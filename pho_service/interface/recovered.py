@@ -77,7 +77,8 @@ def recover(
     The loss is the Kullback-Leibler divergence of the next-token distributions, over the dense
     model's 512 likeliest tokens and the rest as one event. One window of eight, 16 at most, is held
     out: these say when to stop, and the weights are as before if nothing made them better. With the
-    same ``tokens`` and seed, one CPU gives the same weights.
+    same ``tokens`` and seed, one CPU gives the same weights. Processes that torchrun starts each
+    call this: they train together, and all have the whole model after it.
 
     Args:
         pruned: What ``pho.prune`` gave; or a model with exact zeros in its linears, in memory or by

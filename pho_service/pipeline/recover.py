@@ -6,12 +6,11 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ from transformers import (
     TrainingArguments,
     get_scheduler,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from pho_service.errors import (
@@ -60,7 +60,7 @@ from pho_service.pruning.perplexity import (
     dense_reference,
     rate_divergence,
 )
-from pho_service.pruning.recovery import Recovering, mixed, recovering
+from pho_service.pruning.recovery import Processes, Recovering, mixed, recovering
 from pho_service.spec.document import number, percent
 from pho_service.spec.recovery import (
     BEGINNING,
@@ -101,7 +101,12 @@ class PrunedModel:
         device: str = "auto",
         device_map: str | None = None,
     ) -> "PrunedModel":
-        """A folder of `pho prune`; or any whose linears have zeros."""
+        """
+        A folder of `pho prune`; or any whose linears have zeros. One of several processes reads it
+        to the main memory, and takes its part from there.
+        """
+        if Processes().count > 1 and device_map is None:
+            device = "cpu"
         folder = folder.expanduser()
         with as_folder(folder) as small:
             _check_plain(small)
@@ -214,9 +219,10 @@ def groups_of(keep: Tensor) -> tuple[int | None, int | None]:
 class _Asked:
     """Predictions of the dense model, and what they are of."""
 
-    reference: DenseReference  # On the windows to train on
+    reference: DenseReference  # On the windows that this process trains on
     held_out: DenseReference
-    written: int  # Windows of those to train on
+    windows: int  # To train on, in all processes together
+    written: int  # Of these
     steps: int
     teacher: dict[str, Any]
     text: dict[str, Any]
@@ -235,30 +241,35 @@ def recover_model(
 ) -> Recovered:
     """
     Train a pruned model in place. What an interrupted one left in ``workplace`` is gone on with.
+
+    Where several processes train together, each calls this, and all end with the same model.
     """
     # ``dense`` gives the dense model, which is let go of before the training begins.
     began = time.monotonic()
-    check_trainable(pruned, settings)
+    processes = Processes()
+    check_trainable(pruned, settings, processes)
     model = pruned.model
     if model.device.type == "cpu":
         model.model.float()
-    measured = (
-        {} if text.measured is None else {"pruned": perplexity_on(text.measured, model, progress)}
-    )
     blocks = [block for _, block in decoder_blocks(model.model)]
     linears = {name: model.linears[name] for name in pruned.masks}
-    place = Workplace(workplace)
+    identity = [model.to_dict(), asdict(settings), str(text.source), text.context_length, text.bos]
+    place = Workplace(workplace, identity, processes)
+    measured: dict[str, Perplexity] = {}
     with (
         _shortage_told(model, text, settings),
-        recovering(model.model, blocks, linears, settings.train, settings.seed) as trained,
-        mixed(model.device),
+        recovering(model.model, blocks, linears, settings, processes) as trained,
+        mixed(trained.device),
     ):
+        there = replace(model, model=trained.model)  # type: ignore[arg-type]  # or a copy of it
+        if text.measured is not None:
+            measured["pruned"] = perplexity_on(text.measured, there, progress)
         with place.nothing_left():
             with dense() as teacher:
                 asked = _ask(model, teacher, trained, text, settings, place, progress)
             del teacher
             let_go_of_memory()
-            before = rate_divergence(model.model, asked.held_out)
+            before = processes.agreed(rate_divergence(trained.model, asked.held_out))
             if not before:
                 raise ModelError(
                     f"the teacher {asked.teacher['name']} predicts exactly what {model.name} does, "
@@ -266,23 +277,24 @@ def recover_model(
                 )
         place.keep_initial(trained)
         training = _Training(trained, asked, before, progress, look)
-        _train(training, settings, place)
+        with processes.alone():
+            _train(training, settings, place)
         trained.round_(model.stored_dtype)
         after = training.check()
         kept = after < before
         if not kept:
             place.restore_initial(trained)
+        if text.measured is not None:
+            measured["recovered"] = perplexity_on(text.measured, there, progress)
+            measured |= {} if asked.perplexity is None else {"dense": asked.perplexity}
     model.model.to(model.stored_dtype)  # type: ignore[arg-type]  # as in loading.py
-    if text.measured is not None:
-        measured |= {"recovered": perplexity_on(text.measured, model, progress)}
-        measured |= {} if asked.perplexity is None else {"dense": asked.perplexity}
     return Recovered(
         train=settings.train,
         before=before,
         after=after if kept else before,
         kept=kept,
-        tokens=training.done * text.context_length,
-        windows=len(asked.reference.windows),
+        tokens=training.done * processes.count * text.context_length,
+        windows=asked.windows,
         written=asked.written,
         held_out=len(asked.held_out.windows),
         context_length=text.context_length,
@@ -317,13 +329,14 @@ def _shortage_told(model: LanguageModel, text: RecoveryText, settings: Recovery)
         ) from error
 
 
-def check_trainable(pruned: PrunedModel, settings: Recovery) -> None:
+def check_trainable(pruned: PrunedModel, settings: Recovery, processes: Processes) -> None:
     """See that a model can be trained as it is, before anything long."""
     model = pruned.model
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if processes.count > 1 and len(model.devices) > 1:
         raise InvalidInput(
-            "a recovery is one process, and this is one of several (WORLD_SIZE). Start it without "
-            "accelerate or torchrun; --device-map auto spreads a model over a machine's cards."
+            f"{model.name} lies on {len(model.devices)} devices, and is to be trained by "
+            f"{processes.count} processes, of which each has one. Leave --device-map out, or "
+            "start one process."
         )
     if model.stream:
         raise InvalidInput(
@@ -339,10 +352,13 @@ def check_trainable(pruned: PrunedModel, settings: Recovery) -> None:
         places.setdefault(id(parameter), []).append(name)
     weights = [places[id(model.linears[name].module.weight)] for name in pruned.masks]
     tied = next((names for names in weights if len(names) > 1), None)
-    if settings.train == "lora" and tied is not None:
+    if tied is not None and (settings.train == "lora" or processes.count > 1):
+        who, way_out = "a low-rank change of one of them", "kept or norms"
+        if processes.count > 1:
+            who, way_out = "several processes", "it in one process"
         raise InvalidInput(
-            f"{model.name} has one weight in several places, {' and '.join(tied)}, which a "
-            "low-rank change of one of them would part. Train kept or norms."
+            f"{model.name} has one weight in several places, {' and '.join(tied)}, which {who} "
+            f"would part. Train {way_out}."
         )
 
 
@@ -367,9 +383,9 @@ def _ask(
 ) -> _Asked:
     """Draw windows, as many as are needed, and keep what the dense model predicts on them."""
     check_teacher(pruned, teacher)
-    identity = [pruned.to_dict(), teacher.to_dict(), asdict(settings), str(text.source)]
-    place.begin([*identity, text.context_length, text.bos])
-    steps = place.once("steps", lambda: _steps(trained, teacher, settings, text))
+    place.begin(teacher.to_dict())
+    together = trained.processes.count
+    steps = together * place.once("steps", lambda: _steps(trained, teacher, settings, text))
     apart_from = [] if text.unlike is None else [text.unlike]
     apart_from += [] if text.measured is None else [text.measured.windows]
     more = sum(map(len, apart_from))
@@ -394,23 +410,35 @@ def _ask(
         added = _written(teacher, begun, count + also, settings.seed, place, progress)
         windows = torch.cat([windows[:held_out], added[:also], begun, added[also:]])
         held_out += also
-    steps = min(steps, PASSES * (len(windows) - held_out))
-    steps = steps // CHECKS * CHECKS or steps  # as many between any two checks
-    windows = windows[: held_out + steps]
-    with progress("Asking the dense model", len(windows)) as advance:
+    each = steps_of_each(steps, len(windows) - held_out, together)
+    trained_on = windows[held_out:][: each * together]
+    mine = trained_on[trained.processes.number :: together]
+    with progress("Asking the dense model", held_out + len(mine)) as advance:
         held = dense_reference(teacher.model, windows[:held_out], top_k=TOP_K, advance=advance)
-        asked = dense_reference(teacher.model, windows[held_out:], top_k=TOP_K, advance=advance)
+        asked = dense_reference(teacher.model, mine, top_k=TOP_K, advance=advance)
     return _Asked(
         reference=asked,
         held_out=held,
+        windows=len(trained_on),
         written=count,
-        steps=steps,
+        steps=each,
         teacher=teacher.to_dict(),
         text=record_to_dict(record),
         perplexity=None
         if text.measured is None
         else perplexity_on(text.measured, teacher, progress),
     )
+
+
+def steps_of_each(windows: int, there: int, together: int) -> int:
+    """How many windows each of some processes takes of so many, if so many are there."""
+    if there < together:
+        raise TextError(
+            f"{there} windows to recover on are fewer than the {together} processes, of which each "
+            "takes one at a time. Give a longer text, or start fewer processes."
+        )
+    steps = min(windows, PASSES * there) // together
+    return steps // CHECKS * CHECKS or steps  # as many between any two checks
 
 
 def _written(
@@ -430,17 +458,19 @@ def _written(
     length = windows.shape[1]
     begin = max(1, length // BEGINNING)
     begins = windows[torch.arange(count) % len(windows), :begin]
+    processes = place.processes
+    begins = begins[processes.number :: processes.count]
     network: Any = teacher.model
     cards = [teacher.device] if teacher.device.type == "cuda" else []
 
     def write() -> list[list[int]]:
         found: list[list[int]] = []
         with (
-            progress("The dense model writes", count) as advance,
+            progress("The dense model writes", len(begins)) as advance,
             torch.random.fork_rng(cards),
             torch.inference_mode(),
         ):
-            torch.manual_seed(seed)
+            torch.manual_seed(seed + processes.number)
             for some in begins.split(max(1, WRITTEN_AT_ONCE // length)):
                 rows = network.generate(
                     some.to(teacher.device),
@@ -452,7 +482,7 @@ def _written(
                 )  # fmt: skip
                 found += rows.tolist()
                 advance(len(some))
-        return found
+        return [window for share in processes.every(found) for window in share]
 
     return torch.tensor(place.once("written", write))
 
@@ -488,9 +518,9 @@ def check_teacher(pruned: LanguageModel, teacher: LanguageModel) -> None:
 def _steps(
     trained: Recovering, teacher: LanguageModel, settings: Recovery, text: RecoveryText
 ) -> int:
-    """How many windows are trained on: as many tokens as asked for, or as the time allows."""
+    """How many windows one process trains on: its share of the tokens, or as the time allows."""
     if settings.tokens is not None:
-        steps = -(-settings.tokens // text.context_length)
+        steps = -(-settings.tokens // (text.context_length * trained.processes.count))
         return steps if steps < CHECKS else -(-steps // CHECKS) * CHECKS
     generator = torch.Generator().manual_seed(settings.seed)
     window = torch.randint(teacher.vocabulary, (1, text.context_length), generator=generator)
@@ -510,23 +540,31 @@ def _steps(
 
 
 class Workplace:
-    """A folder with all that an interrupted training goes on from."""
+    """A folder with all that an interrupted training goes on from; of several, one a process."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._file, self._initial = folder / "plan.json", folder / "initial.safetensors"
+    def __init__(
+        self, folder: Path, identity: Sequence[Any] = (), processes: Processes | None = None
+    ) -> None:
+        self.processes = processes or Processes()
+        several = self.processes.count > 1
+        self.folder = folder / f"{self.processes.number}" if several else folder
+        self._identity = [*identity, self.processes.count]
+        self._file, self._initial = self.folder / "plan.json", self.folder / "initial.safetensors"
         self._known: dict[str, Any] = {}
 
-    def begin(self, identity: list[Any]) -> None:
+    def begin(self, teacher: Mapping[str, Any]) -> None:
         """Go on with what is there if it is of the same training."""
-        key = hashlib.sha256(json.dumps(identity, default=str).encode()).hexdigest()
+        identity = json.dumps([*self._identity, teacher], default=str)
+        key = hashlib.sha256(identity.encode()).hexdigest()
         try:
             self._known = json.loads(self._file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             self._known = {}
-        if self._known.get("key") != key:
+        everywhere = self.processes.every(self._known.get("key"))
+        if set(everywhere) != {key}:
             shutil.rmtree(self.folder, ignore_errors=True)
             self._known = {"key": key}
+        self._known = self.processes.agreed(self._known)
 
     @contextmanager
     def nothing_left(self) -> Iterator[None]:
@@ -541,7 +579,7 @@ class Workplace:
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """A value that is found out once."""
         if name not in self._known:
-            self._known[name] = make()
+            self._known[name] = self.processes.agreed(make())
             self.folder.mkdir(parents=True, exist_ok=True)
             partial = self._file.with_suffix(".partial")
             partial.write_text(json.dumps(self._known), encoding="utf-8")
@@ -556,12 +594,29 @@ class Workplace:
 
     def restore_last(self, trained: Recovering) -> None:
         """Take the weights of the last check, or those from before if there is none."""
-        last = get_last_checkpoint(str(self.folder))
-        file = self._initial if last is None else Path(last, SAFE_WEIGHTS_NAME)
+        kept = self._checks()
+        file = kept[max(kept)] / SAFE_WEIGHTS_NAME if kept else self._initial
         trained.load_state_dict(load_file(file))
+
+    def _checks(self) -> dict[int, Path]:
+        """What was kept at checks, by their steps."""
+        whole = self.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")  # the last file
+        return {int(file.parent.name.rpartition("-")[2]): file.parent for file in whole}
+
+    def last_check(self) -> str | None:
+        """The last one that all processes have kept whole; what is newer goes."""
+        kept = self._checks()
+        last = min(self.processes.every(max(kept, default=0)))
+        for folder in self.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            if folder != kept.get(last):
+                shutil.rmtree(folder)
+        return str(kept[last]) if last else None
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self.processes.count > 1:
+            with suppress(OSError):  # the others are still there
+                self.folder.parent.rmdir()
 
 
 class _Training(TrainerCallback):
@@ -583,6 +638,7 @@ class _Training(TrainerCallback):
             self._now = rate_divergence(self.trained.model, self.asked.held_out)
         except NumericalError:
             self._now = math.inf
+        self._now = self.trained.processes.agreed(self._now)
         return self._now
 
     def _show(self, steps: int) -> None:
@@ -608,6 +664,7 @@ class _Training(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         del args
+        self.trained.processes.wait()  # so that all have kept one check that is the same
         if state.global_step < state.max_steps and not control.should_training_stop:
             self._look()  # another attempt would go on from here
 
@@ -628,6 +685,7 @@ class _Trainer(Trainer):
     def training_step(self, _model: Any, inputs: Any, _count: Any = None) -> Tensor:
         (window,) = inputs["window"].tolist()
         value = self.training.trained.backward(self.training.asked.reference, window)
+        self.training.trained.clip()
         return torch.tensor(value, device=self.args.device)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -680,7 +738,7 @@ def _adam(groups: Sequence[dict[str, Any]], bits: AdamBits) -> torch.optim.Optim
 def _train(training: _Training, settings: Recovery, place: Workplace) -> None:
     trained, asked = training.trained, training.asked
     steps, every = asked.steps, asked.steps // training.checks
-    device = next(trained.parameters()).device
+    device = trained.device
     adam = _adam(trained.groups(settings.first_rate), settings.adam_bits)
     schedule = get_scheduler(
         "linear", adam, num_warmup_steps=min(_WARM, steps // 8), num_training_steps=steps
@@ -689,10 +747,10 @@ def _train(training: _Training, settings: Recovery, place: Workplace) -> None:
         output_dir=str(place.folder),
         max_steps=steps,
         per_device_train_batch_size=1,
-        max_grad_norm=1.0,
+        max_grad_norm=0,  # which is seen to with the gradients of other processes
         seed=settings.seed,
         eval_strategy="steps", eval_steps=every,
-        save_strategy="steps", save_steps=every, save_total_limit=1,
+        save_strategy="steps", save_steps=every, save_total_limit=min(2, place.processes.count),
         metric_for_best_model="divergence", greater_is_better=False,
         use_cpu=device.type == "cpu",
         remove_unused_columns=False, dataloader_pin_memory=False,
@@ -711,4 +769,4 @@ def _train(training: _Training, settings: Recovery, place: Workplace) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.training, trainer.place = training, place
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(place.folder)))
+        trainer.train(resume_from_checkpoint=place.last_check())

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
@@ -119,6 +120,8 @@ def window_logits(model: nn.Module, windows: Tensor, *, most: int = MOST) -> Ite
     weights: Counter[torch.device] = Counter()
     for parameter in model.parameters():
         weights[parameter.device] += parameter.nbytes
+        if isinstance(parameter, DTensor):
+            most = 1  # processes that share a model run it as often as each other
     begin, size, halved = 0, 1, False
     while begin < len(windows):
         batch = windows[begin : begin + size]

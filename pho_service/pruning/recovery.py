@@ -2,39 +2,165 @@
 Recovery: train what a pruned model keeps towards what the dense model predicts, masks fixed.
 """
 
+import copy
+import logging
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parametrize
 
+from pho_service.errors import InvalidInput
 from pho_service.pruning.perplexity import DenseReference, frozen, recomputed, window_backward
 from pho_service.pruning.statistics import PrunableLinear
-from pho_service.spec.recovery import RANK, Trains
+from pho_service.spec.recovery import RANK, Recovery
 
 LEAST_SIZE = 1e-3  # so that biases of zero have a rate, too
+_LONGEST = 1.0  # norm of all gradients together, above which they are made shorter
+_PATIENCE = timedelta(days=1)  # of a process for the others: whoever ends, ends them all
+
+
+class Processes:
+    """
+    The processes of `torchrun` or `accelerate launch` that train one model together: this one, and
+    how many there are. One by itself if it was started by neither.
+    """
+
+    def __init__(self) -> None:
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.number = int(os.environ.get("RANK", "0")) if self.count > 1 else 0
+        if self.count == 1 or dist.is_initialized():
+            return
+        missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR") if name not in os.environ]
+        if missing:
+            raise InvalidInput(
+                f"WORLD_SIZE is {self.count}, so this is one of several processes, but "
+                f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set. Start "
+                "them by torchrun or accelerate launch, or unset WORLD_SIZE."
+            )
+        # Loaders would leave weights out in all processes but the first.
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(self.device)
+        dist.init_process_group(timeout=_PATIENCE)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes, if it is one of several."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+
+    def agreed(self, value: Any) -> Any:
+        """What the first process found, for all of them."""
+        if self.count == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def every(self, value: Any) -> list[Any]:
+        """What each of them found, in their order."""
+        found = [value] * self.count
+        if self.count > 1:
+            dist.all_gather_object(found, value)
+        return found
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self.every(None)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, a trainer takes this process for the only one: it trains what lies here."""
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+        known = {name: os.environ.pop(name) for name in names if name in os.environ}
+        for name in ("training_args", "trainer_utils"):  # which wonder at that
+            logging.getLogger(f"transformers.{name}").setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            os.environ.update(known)
+
+    @contextmanager
+    def sharing(
+        self, model: nn.Module, blocks: Sequence[nn.Module], trained: Sequence[nn.Parameter]
+    ) -> Iterator[tuple[nn.Module, list[nn.Module], list[nn.Parameter]]]:
+        """
+        Inside, the weights lie in a copy of the model that these processes share: of each block,
+        and of what else is trained, each holds a part. After it, all hold the whole model.
+
+        Source:
+            Zhao et al. 2023, arXiv:2304.11277 (FSDP), by torch's ``fully_shard``.
+        """
+        own, there = dict(model.named_parameters()), {id(each) for each in trained}
+        inside = {id(each) for block in blocks for each in block.parameters()}
+        outside = [
+            module
+            for module in model.modules()
+            if any(id(p) in there - inside for p in module.parameters(recurse=False))
+        ]
+        copied = copy.deepcopy(
+            model, {id(each): each for each in [*own.values(), *model.buffers()]}
+        )
+        twin = dict(zip(model.modules(), copied.modules(), strict=True))
+        mesh = init_device_mesh(self.device.type, (self.count,))
+        for module in (*blocks, *outside):
+            share = fully_shard(twin[module].float(), mesh=mesh, reshard_after_forward=True)
+            share.unshard()  # or the first time in inference mode would forbid gradients
+            share.reshard()
+        shared = dict(copied.to(self.device).named_parameters())
+        for name, each in own.items():
+            if isinstance(shared[name], DTensor):
+                each.data = each.data.new_zeros(()).expand_as(each)  # no memory
+        yield (
+            copied,
+            [twin[block] for block in blocks],
+            [shared[name] for name, each in own.items() if id(each) in there],
+        )
+        for name, each in own.items():
+            if isinstance(shared[name], DTensor):
+                each.data = _whole(shared[name].detach()).cpu()
 
 
 class Recovering(nn.Module):
     """
-    What is trained of a pruned model: as a module it has those parameters alone, in float32.
+    What is trained of a pruned model: as a module it has those parameters alone, in float32, and of
+    a model that is shared by processes what lies here.
     """
 
     zeros_stay = True  # Of what is trained, what is zero was removed
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[nn.Module], trained: Sequence[nn.Parameter]
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        trained: Sequence[nn.Parameter],
+        processes: Processes,
     ) -> None:
         super().__init__()
-        self.trained = nn.ParameterList(trained)
-        self._model = (model, [*blocks])  # not as modules of this one
+        self.processes = processes
+        self.trained = nn.ParameterList([_here(each) for each in trained])
+        self._model = (model, [*blocks], [*trained])  # not as modules of this one
 
     @property
     def model(self) -> nn.Module:
         """The whole model."""
         return self._model[0]
+
+    @property
+    def device(self) -> torch.device:
+        """That of what is trained, or of the first of it."""
+        return next(self.parameters()).device
 
     @property
     def hf_device_map(self) -> dict[str, torch.device]:
@@ -44,11 +170,16 @@ class Recovering(nn.Module):
     def groups(self, rate: float) -> list[dict[str, object]]:
         """Each parameter, with a learning rate that is a share of its size."""
         # Adam moves every weight by about its rate, however large weights are: models differ.
-        return [{"params": [each], "lr": rate * _size(each.detach())} for each in self.trained]
+        sizes = [_size(_whole(each.detach())) for each in self._model[2]]
+        return [
+            {"params": [each], "lr": rate * size}
+            for each, size in zip(self.trained, sizes, strict=True)
+        ]
 
     def backward(self, reference: DenseReference, window: int) -> float:
         """
-        Add the gradients of the divergence of one window to those of the trained parameters.
+        Add the gradients of the divergence of one window to those of the trained parameters; of
+        several processes, their mean.
 
         Weights that were removed have none: what is zero stays zero.
 
@@ -56,16 +187,27 @@ class Recovering(nn.Module):
             The mean over its predicted tokens, in nats: see
             :func:`~pho_service.pruning.perplexity.rate_divergence`.
         """
-        model, blocks = self._model
+        model, blocks, own = self._model
         device = next(model.parameters()).device
         with frozen(model), recomputed(blocks, nullcontext), mixed(device):
-            for each in self.trained:
+            for each in own:
                 each.requires_grad_(True)
             value = window_backward(model, reference, window)
-        for each in self.trained:
-            if self.zeros_stay and each.grad is not None and each.dim() > 1:
-                each.grad.mul_(each.detach() != 0)
+        for mine, each in zip(self.trained, own, strict=True):
+            if isinstance(each, DTensor):
+                mine.grad, each.grad = _here(each.grad), None
+            if self.zeros_stay and mine.grad is not None and mine.dim() > 1:
+                mine.grad.mul_(mine.detach() != 0)
         return value
+
+    def clip(self) -> None:
+        """Make all gradients together no longer than 1."""
+        norm = get_total_norm([each.grad for each in self.trained if each.grad is not None])
+        if self.processes.count > 1:
+            norm = norm.square()
+            dist.all_reduce(norm)
+            norm = norm.sqrt()
+        clip_grads_with_norm_(self.trained, _LONGEST, norm)
 
     def round_(self, dtype: torch.dtype) -> None:
         """Round the weights as they will be stored, so that what is measured is what is saved."""
@@ -86,34 +228,54 @@ def mixed(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, torch.bfloat16)
 
 
+def _here(each: Any) -> Any:
+    """A tensor as it is, or of one that processes share what lies here."""
+    if not isinstance(each, DTensor):
+        return each
+    local = cast(Any, each.detach()).to_local()
+    return nn.Parameter(local) if isinstance(each, nn.Parameter) else local
+
+
+def _whole(each: Tensor) -> Tensor:
+    return each.full_tensor() if isinstance(each, DTensor) else each
+
+
 @contextmanager
 def recovering(
     model: nn.Module,
     blocks: Sequence[nn.Module],
     linears: Mapping[str, PrunableLinear],
-    what: Trains,
-    seed: int,
+    settings: Recovery,
+    processes: Processes,
 ) -> Iterator[Recovering]:
     """Find what is trained of a model. After it, low-rank changes are merged into the weights."""
     weights = {id(linear.module.weight) for linear in linears.values()}
-    named = model.named_parameters()
-    if what != "lora":
-        found = [p for _, p in named if (p.dim() == 1 if what == "norms" else id(p) in weights)]
-        for each in found:
-            each.data = each.data.float()
-        yield Recovering(model, blocks, found)
-        return
-    generator = torch.Generator().manual_seed(seed)
-    places = [name.rpartition(".")[::2] for name, each in named if id(each) in weights]
-    modules = [(model.get_submodule(path), own) for path, own in places]
-    changes = [MaskedLowRank(getattr(module, own).detach(), generator) for module, own in modules]
-    for (module, own), change in zip(modules, changes, strict=True):
-        parametrize.register_parametrization(module, own, change)
-    try:
-        yield _LowRank(model, blocks, changes)
-    finally:
-        for module, own in modules:
-            parametrize.remove_parametrizations(module, own)
+    named = [*model.named_parameters()]
+    with ExitStack() as stack:
+        if settings.train == "lora":
+            generator = torch.Generator().manual_seed(settings.seed)
+            places = [name.rpartition(".")[::2] for name, each in named if id(each) in weights]
+            modules = [(model.get_submodule(path), own) for path, own in places]
+            for module, own in modules:
+                change = MaskedLowRank(getattr(module, own).detach(), generator)
+                parametrize.register_parametrization(module, own, change)
+                stack.callback(parametrize.remove_parametrizations, module, own)
+            found = [each for change in _changes(model) for each in change.parameters()]
+        else:
+            norms = settings.train == "norms"
+            found = [p for _, p in named if (p.dim() == 1 if norms else id(p) in weights)]
+            for each in found:
+                each.data = each.data.float()
+        given = (model, blocks, found)
+        if processes.count > 1:
+            given = stack.enter_context(processes.sharing(*given))
+        yield (_LowRank if settings.train == "lora" else Recovering)(*given, processes)
+        for mine, shared in zip(_changes(model), _changes(given[0]), strict=True):
+            mine.dtype = shared.dtype
+
+
+def _changes(model: nn.Module) -> list["MaskedLowRank"]:
+    return [module for module in model.modules() if isinstance(module, MaskedLowRank)]
 
 
 class MaskedLowRank(nn.Module):
@@ -143,17 +305,11 @@ class _LowRank(Recovering):
 
     zeros_stay = False  # they begin as zeros, and the mask is in the sum
 
-    def __init__(
-        self, model: nn.Module, blocks: Sequence[nn.Module], changes: Sequence[MaskedLowRank]
-    ) -> None:
-        super().__init__(model, blocks, [p for change in changes for p in change.parameters()])
-        self._changes = (changes,)
-
     def groups(self, rate: float) -> list[dict[str, object]]:
         """Rates with which each weight moves by about as much as if it was trained itself."""
-        left = [{"params": [change.left], "lr": rate} for change in self._changes[0]]
-        return [*left, *Recovering.groups(self, rate)[1::2]]
+        found = Recovering.groups(self, rate)
+        return [*({**left, "lr": rate} for left in found[::2]), *found[1::2]]
 
     def round_(self, dtype: torch.dtype) -> None:
-        for change in self._changes[0]:
+        for change in _changes(self.model):
             change.dtype = dtype

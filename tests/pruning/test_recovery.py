@@ -7,9 +7,9 @@ from transformers import LlamaForCausalLM
 
 from pho_service.models.architecture import decoder_blocks
 from pho_service.pruning.perplexity import DenseReference, dense_reference, rate_divergence
-from pho_service.pruning.recovery import recovering
+from pho_service.pruning.recovery import Processes, recovering
 from pho_service.pruning.statistics import PrunableLinear
-from pho_service.spec.recovery import TRAINS, Trains
+from pho_service.spec.recovery import TRAINS, Recovery, Trains
 
 TOP = 7
 
@@ -48,7 +48,7 @@ def test_the_gradient_is_that_of_the_formula_in_float64(
     linears: dict[str, PrunableLinear],
     reference: DenseReference,
 ) -> None:
-    with recovering(tiny_llama, blocks_of(tiny_llama), linears, "kept", 0) as trained:
+    with recovering(tiny_llama, blocks_of(tiny_llama), linears, Recovery(), Processes()) as trained:
         value = trained.backward(reference, 1)
         found = {n: p.grad for n, p in tiny_llama.named_parameters() if p.grad is not None}
     double = tiny_llama.double()
@@ -76,7 +76,9 @@ def test_a_step_lowers_the_divergence_and_removes_and_restores_nothing(
 ) -> None:
     kept = {name: linear.weight != 0 for name, linear in linears.items()}
     before = rate_divergence(tiny_llama, reference)
-    with recovering(tiny_llama, blocks_of(tiny_llama), linears, what, 0) as trained:
+    with recovering(
+        tiny_llama, blocks_of(tiny_llama), linears, Recovery(train=what), Processes()
+    ) as trained:
         adam = torch.optim.Adam(trained.groups(3e-3))  # type: ignore[arg-type]
         for window in range(len(reference.windows)):
             trained.backward(reference, window)
@@ -93,7 +95,9 @@ def test_low_rank_changes_are_rounded_as_the_weights_are_stored(
     reference: DenseReference,
 ) -> None:
     del reference
-    with recovering(tiny_llama, blocks_of(tiny_llama), linears, "lora", 0) as trained:
+    with recovering(
+        tiny_llama, blocks_of(tiny_llama), linears, Recovery(train="lora"), Processes()
+    ) as trained:
         for each in trained.trained:
             each.data.fill_(0.1)
         trained.round_(torch.bfloat16)

@@ -1,0 +1,188 @@
+"""Several processes train one model as one would, and go on after one of them is killed."""
+
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.multiprocessing.spawn import ProcessExitedException
+
+from pho_service.errors import InvalidInput, TextError
+from pho_service.models.architecture import decoder_blocks
+from pho_service.models.loading import LanguageModel, given_model, load_model
+from pho_service.models.texts import GivenWindows
+from pho_service.pipeline.rating import RecoveryText
+from pho_service.pipeline.recover import (
+    PrunedModel,
+    Workplace,
+    check_trainable,
+    recover_model,
+    steps_of_each,
+)
+from pho_service.pruning.perplexity import dense_reference
+from pho_service.pruning.recovery import Processes, recovering
+from pho_service.spec.recovery import TRAINS, Recovered, Recovery, Trains
+
+COUNT = 2
+LENGTH = 32
+KILLED = 9  # what the killed one exits with
+SETTINGS = Recovery(tokens=48 * LENGTH, rate=2e-3)
+
+
+def _one_of_them(number: int, port: int, run: Callable[..., None], *given: object) -> None:
+    os.environ |= {
+        "RANK": f"{number}", "LOCAL_RANK": f"{number}", "WORLD_SIZE": f"{COUNT}",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    run(*given)
+
+
+def together(run: Callable[..., None], *given: object) -> None:
+    """Run a function in each of two processes, as torchrun does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = (port, run, *given)
+    mp.start_processes(_one_of_them, given, nprocs=COUNT, start_method="spawn")
+
+
+@pytest.fixture
+def folder(model_folder: Path, tmp_path: Path) -> Path:
+    """The tiny model without the smaller half of each linear, as another tool leaves it."""
+    dense = load_model(str(model_folder), device="cpu")
+    for linear in dense.linears.values():
+        linear.weight.masked_fill_(linear.weight.abs() < linear.weight.abs().median(), 0)
+    dense.model.save_pretrained(tmp_path / "pruned")
+    dense.tokenizer.save_pretrained(tmp_path / "pruned")
+    return tmp_path / "pruned"
+
+
+def windows(count: int) -> Tensor:
+    return torch.randint(256, (count, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def _step(model: LanguageModel, dense: Path, train: Trains, numbers: list[int]) -> dict[str, Any]:
+    """The weights after one step along the mean of some windows' gradients, and its length."""
+    reference = dense_reference(load_model(str(dense), device="cpu").model, windows(COUNT))
+    blocks = [block for _, block in decoder_blocks(model.model)]
+    with recovering(
+        model.model, blocks, model.linears, Recovery(train=train), Processes()
+    ) as trained:
+        for number in numbers:
+            trained.backward(reference, number)
+        for each in trained.trained:
+            assert each.grad is not None
+            each.grad.div_(len(numbers)).mul_(100)  # longer than 1
+        trained.clip()
+        for each in trained.trained:
+            each.data -= each.grad  # type: ignore[operator]
+    return {name: each.detach().clone() for name, each in model.model.named_parameters()}
+
+
+def _step_together(folder: Path, dense: Path, out: Path) -> None:
+    number = Processes().number
+    for train in TRAINS:
+        model = PrunedModel.read(folder, device="cpu").model
+        save_file(_step(model, dense, train, [number]), out / f"{train}-{number}")
+
+
+def test_a_step_is_along_the_mean_of_all_gradients_and_all_have_the_whole_model(
+    folder: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    together(_step_together, folder, model_folder, tmp_path)
+    for train in TRAINS:
+        model = PrunedModel.read(folder, device="cpu").model
+        before = {name: each.detach().clone() for name, each in model.model.named_parameters()}
+        expected = _step(model, model_folder, train, [*range(COUNT)])
+
+        assert any(not torch.equal(expected[name], each) for name, each in before.items())
+        for number in range(COUNT):
+            found = load_file(tmp_path / f"{train}-{number}")
+            assert found.keys() == expected.keys()
+            for name, each in found.items():
+                torch.testing.assert_close(each, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def _recover(folder: Path, dense: Path, place: Path, out: Path, killed_at: int, count: int) -> None:
+    """Recover, or be killed when the bar of that number begins, if it is the second process."""
+    pruned = PrunedModel.read(folder, device="cpu")
+    teacher = load_model(str(dense), device="cpu")
+    number = Processes().number
+    bars: list[str] = []
+
+    @contextmanager
+    def progress(title: str, steps: int) -> Iterator[Callable[[int], None]]:
+        del steps
+        bars.append(title)
+        if len(bars) == killed_at and number:
+            os._exit(KILLED)
+        yield lambda _: None
+
+    text = RecoveryText(source=GivenWindows(tokens=windows(count)), context_length=LENGTH)
+    recovered = recover_model(
+        pruned, lambda: nullcontext(teacher), text, SETTINGS, place, progress=progress
+    )
+    weights = {name: each.contiguous() for name, each in pruned.model.model.state_dict().items()}
+    save_file(weights, out.with_name(f"{out.name}-{number}"))
+    if not number:
+        out.write_text(json.dumps(recovered.to_dict()))
+    Processes().wait()
+    Workplace(place).remove()
+
+
+def test_it_is_better_keeps_zeros_and_goes_on_to_the_same_bits_after_one_is_killed(
+    folder: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    given, place = (folder, model_folder), tmp_path / "workplace"
+    together(_recover, *given, place, tmp_path / "whole", 0, 40)
+    assert not place.exists()
+    with pytest.raises(ProcessExitedException) as died:
+        together(_recover, *given, place, tmp_path / "killed", 6, 40)
+    kept = {file.parent.name for file in place.glob("*/checkpoint-*/trainer_state.json")}
+    together(_recover, *given, place, tmp_path / "killed", 0, 40)
+    recovered = Recovered.from_dict(json.loads((tmp_path / "whole").read_text()))
+    before = load_model(str(folder), device="cpu").linears
+
+    assert died.value.exit_code == KILLED
+    assert kept  # some steps were not done again
+    assert recovered.kept
+    assert recovered.after < recovered.before
+    assert (recovered.windows, recovered.held_out, recovered.tokens) == (35, 5, 48 * LENGTH)
+    whole = load_file(tmp_path / "whole-0")
+    for name in ("whole-1", "killed-0", "killed-1"):
+        other = load_file(tmp_path / name)
+        assert all(torch.equal(each, other[key]) for key, each in whole.items())
+    for name, linear in before.items():
+        assert torch.equal(whole[f"{name}.weight"] == 0, linear.weight == 0)
+
+
+def test_what_several_processes_cannot_train_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TextError, match=r"3 windows to recover on are fewer than the 4 processes"):
+        steps_of_each(8, 3, 4)
+    several = Mock(spec=Processes, count=2)
+    model = load_model(str(folder), device="cpu").model
+    first, second = (block.mlp for block in model.model.layers)
+    second.down_proj.weight = first.down_proj.weight
+    tied = PrunedModel.of(given_model(model))
+    with pytest.raises(InvalidInput, match=r"several processes would part. Train it in one proc"):
+        check_trainable(tied, SETTINGS, several)
+    pruned = PrunedModel.read(folder, device="cpu")
+    cards = (torch.device("cuda", 0), torch.device("cuda", 1))
+    monkeypatch.setattr(LanguageModel, "devices", cards)
+    with pytest.raises(InvalidInput, match=r"on 2 devices, .* by 2 processes.*--device-map out"):
+        check_trainable(pruned, SETTINGS, several)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InvalidInput, match=r"WORLD_SIZE is 2, .* RANK and LOCAL_RANK and MASTER_"):
+        Processes()
