@@ -298,7 +298,7 @@ def recover_model(
         written=asked.written,
         held_out=len(asked.held_out.windows),
         context_length=text.context_length,
-        rate=settings.first_rate,
+        rate=settings.first_rate(before),
         adam_bits=settings.adam_bits,
         seed=settings.seed,
         teacher={
@@ -739,7 +739,7 @@ def _train(training: _Training, settings: Recovery, place: Workplace) -> None:
     trained, asked = training.trained, training.asked
     steps, every = asked.steps, asked.steps // training.checks
     device = trained.device
-    adam = _adam(trained.groups(settings.first_rate), settings.adam_bits)
+    adam = _adam(trained.groups(settings.first_rate(training.before)), settings.adam_bits)
     schedule = get_scheduler(
         "linear", adam, num_warmup_steps=min(_WARM, steps // 8), num_training_steps=steps
     )

@@ -33,7 +33,7 @@ WRITTEN_AT_ONCE = 16_384  # tokens that the dense model writes side by side
 PASSES = 2  # over the windows at most: later ones learn them by heart
 CHECKS = 8  # how often the held-out windows are looked at
 BEGINNING = 8  # what it writes begins with an eighth of a window of the text
-RATES: dict[Trains, float] = {"kept": 5e-4, "norms": 5e-3, "lora": 1e-3}
+RATES: dict[Trains, float] = {"kept": 2e-3, "norms": 2e-2, "lora": 4e-3}  # a nat of divergence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,8 @@ class Recovery(JsonDocument):
         Number | None,
         FieldShown(
             option="--recover-rate",
-            default=", ".join(f"{rate:g} for {what}" for what, rate in RATES.items()),
+            default=", ".join(f"{rate:g} for {what}" for what, rate in RATES.items())
+            + ", times the divergence before, in nats, or 1",
             service=True,
         ),
         Field(
@@ -152,9 +153,9 @@ class Recovery(JsonDocument):
         """Seconds that all of it may take, where the number of tokens is not given."""
         return 60 * (self.minutes or MINUTES)
 
-    @property
-    def first_rate(self) -> float:
-        return RATES[self.train] if self.rate is None else self.rate
+    def first_rate(self, before: float) -> float:
+        """That of a model with so many nats of divergence."""
+        return RATES[self.train] * min(1.0, before) if self.rate is None else self.rate
 
 
 @dataclass(frozen=True, kw_only=True)

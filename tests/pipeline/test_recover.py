@@ -279,6 +279,13 @@ def test_a_model_that_was_pruned_elsewhere_has_its_masks_from_its_zeros(
     assert "By another tool" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_the_rate_is_that_given_or_grows_with_the_divergence() -> None:
+    assert Recovery().first_rate(0.25) == pytest.approx(5e-4)
+    assert Recovery().first_rate(7.0) == 2e-3
+    assert Recovery(train="lora").first_rate(0.5) == 2e-3
+    assert Recovery(rate=1e-4).first_rate(0.25) == 1e-4
+
+
 def test_groups_are_found_only_where_each_keeps_as_many() -> None:
     keep = torch.tensor([[1, 1, 0, 0, 1, 0, 1, 0]]).bool()
     odd = torch.tensor([[1, 1, 1, 0, 1, 0, 0, 0, 1, 1, 1, 1]]).bool()
