@@ -76,7 +76,7 @@ from pho_service.tuning.finalists import paired_error
 TOP_K = 512  # of the dense model's predictions; all other tokens are one event
 HELD_OUT = 16  # windows at most, or one of eight
 LEAST_WINDOWS = 4
-_SLOWER = 1 / 3  # of the rate, after a check that is no better than the best before it
+_SLOWER = 1 / 3  # of the rate, after a check that is no better than before the training
 _MOST_BACK = 3  # such checks end it
 _BETAS = (0.9, 0.95)  # of Adam
 _WARM = 8  # steps until the rate is at its highest
@@ -283,7 +283,7 @@ def recover_model(
         after = training.check()
         kept = after < before
         if not kept:
-            place.restore_initial(trained)
+            place.restore(trained, None)
         if text.measured is not None:
             measured["recovered"] = perplexity_on(text.measured, there, progress)
             measured |= {} if asked.perplexity is None else {"dense": asked.perplexity}
@@ -589,13 +589,9 @@ class Workplace:
     def keep_initial(self, trained: Recovering) -> None:
         save_file(trained.state_dict(), self._initial)
 
-    def restore_initial(self, trained: Recovering) -> None:
-        trained.load_state_dict(load_file(self._initial))
-
-    def restore_last(self, trained: Recovering) -> None:
-        """Take the weights of the last check, or those from before if there is none."""
-        kept = self._checks()
-        file = kept[max(kept)] / SAFE_WEIGHTS_NAME if kept else self._initial
+    def restore(self, trained: Recovering, step: int | None) -> None:
+        """Take the weights of the check after a step, or those from before if there is none."""
+        file = self._checks()[step] / SAFE_WEIGHTS_NAME if step else self._initial
         trained.load_state_dict(load_file(file))
 
     def _checks(self) -> dict[int, Path]:
@@ -607,8 +603,9 @@ class Workplace:
         """The last one that all processes have kept whole; what is newer goes."""
         kept = self._checks()
         last = min(self.processes.every(max(kept, default=0)))
+        older = {folder for step, folder in kept.items() if step <= last}  # the best is among them
         for folder in self.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-            if folder != kept.get(last):
+            if folder not in older:
                 shutil.rmtree(folder)
         return str(kept[last]) if last else None
 
@@ -689,17 +686,17 @@ class _Trainer(Trainer):
         return torch.tensor(value, device=self.args.device)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        value, least = self.training.check(), self.state.best_metric
-        least = self.training.before if least is None else least
-        if value >= least:
+        value, before, least = self.training.check(), self.training.before, self.state.best_metric
+        if value >= before:
             self._take_back()
-        found = {"eval_divergence": min(value, least)}  # of the weights as they are now
+            value = before if least is None else least
+        found = {"eval_divergence": value}  # of the weights as they are now
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
 
     def _take_back(self) -> None:
-        """Go on at a lower rate from the best weights, which are those of the last check."""
-        self.place.restore_last(self.training.trained)
+        """Go on at a lower rate from the best weights."""
+        self.place.restore(self.training.trained, self.state.best_global_step)
         adam, schedule = self.optimizer, self.lr_scheduler
         assert adam is not None
         assert isinstance(schedule, LambdaLR)
@@ -770,3 +767,4 @@ def _train(training: _Training, settings: Recovery, place: Workplace) -> None:
     trainer.training, trainer.place = training, place
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         trainer.train(resume_from_checkpoint=place.last_check())
+    place.restore(trained, trainer.state.best_global_step)

@@ -102,7 +102,7 @@ class Recovery(JsonDocument):
             le=1,
             description="Learning rate of Adam in the first step, as a share of the root mean "
             "square of a parameter's weights. It falls to 0, and to a third after a check that is "
-            "no better than one before.",
+            "no better than before the training.",
         ),
     ] = None
     adam_bits: Annotated[

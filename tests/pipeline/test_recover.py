@@ -195,6 +195,29 @@ def test_after_a_check_that_is_worse_a_third_of_the_rate_goes_on_from_before(
     assert recovered.after < 0.9 * recovered.before
 
 
+def test_the_weights_of_the_best_check_are_taken(
+    pruned_folder: Callable[[str], Path],
+    recover: Callable[..., Recovered],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pruned = PrunedModel.read(pruned_folder("0.5"), device="cpu")
+    told = [0.9, 0.8, 0.3, 0.6, 0.5, 0.7, 0.6, 0.5, 0.4, 0.35]  # before, eight checks, after
+    at: list[dict[str, Tensor]] = []
+
+    def scripted(model: Any, reference: Any) -> float:
+        del model, reference
+        at.append(weights(pruned.model))
+        return told[len(at) - 1]
+
+    monkeypatch.setattr("pho_service.pipeline.recover.rate_divergence", scripted)
+    recovered = recover(pruned)
+
+    assert len(at) == len(told)
+    assert recovered.tokens == SETTINGS.tokens  # no check was worse than before the training
+    assert same(at[2], weights(pruned.model))
+    assert not same(at[8], at[2])
+
+
 def test_a_rate_that_breaks_the_model_is_taken_back(
     pruned_folder: Callable[[str], Path], recover: Callable[..., Recovered]
 ) -> None:

@@ -35,7 +35,7 @@ from pho_service.spec.recovery import TRAINS, Recovered, Recovery, Trains
 COUNT = 2
 LENGTH = 32
 KILLED = 9  # what the killed one exits with
-SETTINGS = Recovery(tokens=48 * LENGTH, rate=2e-3)
+SETTINGS = Recovery(tokens=16 * LENGTH, rate=2e-3)
 
 
 def _one_of_them(number: int, port: int, run: Callable[..., None], *given: object) -> None:
@@ -140,24 +140,29 @@ def _recover(folder: Path, dense: Path, place: Path, out: Path, killed_at: int, 
     Workplace(place).remove()
 
 
+def _recover_both(folder: Path, dense: Path, place: Path, out: Path) -> None:
+    """What was killed, and all of it once more in another place."""
+    _recover(folder, dense, place, out / "killed", 0, 20)
+    _recover(folder, dense, out / "elsewhere", out / "whole", 0, 20)
+
+
 def test_it_is_better_keeps_zeros_and_goes_on_to_the_same_bits_after_one_is_killed(
     folder: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     given, place = (folder, model_folder), tmp_path / "workplace"
-    together(_recover, *given, place, tmp_path / "whole", 0, 40)
-    assert not place.exists()
     with pytest.raises(ProcessExitedException) as died:
-        together(_recover, *given, place, tmp_path / "killed", 6, 40)
+        together(_recover, *given, place, tmp_path / "killed", 6, 20)
     kept = {file.parent.name for file in place.glob("*/checkpoint-*/trainer_state.json")}
-    together(_recover, *given, place, tmp_path / "killed", 0, 40)
+    together(_recover_both, *given, place, tmp_path)
     recovered = Recovered.from_dict(json.loads((tmp_path / "whole").read_text()))
     before = load_model(str(folder), device="cpu").linears
 
     assert died.value.exit_code == KILLED
     assert kept  # some steps were not done again
+    assert not place.exists()
     assert recovered.kept
     assert recovered.after < recovered.before
-    assert (recovered.windows, recovered.held_out, recovered.tokens) == (35, 5, 48 * LENGTH)
+    assert (recovered.windows, recovered.held_out, recovered.tokens) == (16, 2, 16 * LENGTH)
     whole = load_file(tmp_path / "whole-0")
     for name in ("whole-1", "killed-0", "killed-1"):
         other = load_file(tmp_path / name)
