@@ -93,7 +93,7 @@ def recover(
         train: ``kept``: the weights that the masks keep; ``norms``: norms and biases alone;
             ``lora``: a low-rank change of each linear, merged under its mask.
         rate: Learning rate of Adam in the first step, as a share of the root mean square of a
-            parameter's weights; by default 2e-3, 2e-2 or 4e-3 times the divergence before, in
+            parameter's weights; by default 2e-3, 7.5e-3 or 1.5e-3 times the divergence before, in
             nats, or 1.
         adam_bits: Bits of each number that Adam remembers, 32 or 8.
         seed: Seed of the windows and their order.

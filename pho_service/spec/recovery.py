@@ -33,7 +33,7 @@ WRITTEN_AT_ONCE = 16_384  # tokens that the dense model writes side by side
 PASSES = 2  # over the windows at most: later ones learn them by heart
 CHECKS = 8  # how often the held-out windows are looked at
 BEGINNING = 8  # what it writes begins with an eighth of a window of the text
-RATES: dict[Trains, float] = {"kept": 2e-3, "norms": 2e-2, "lora": 4e-3}  # a nat of divergence
+RATES: dict[Trains, float] = {"kept": 2e-3, "norms": 7.5e-3, "lora": 1.5e-3}  # a nat of divergence
 
 
 @dataclass(frozen=True, kw_only=True)
