@@ -747,7 +747,8 @@ def _train(training: _Training, settings: Recovery, place: Workplace) -> None:
         max_grad_norm=0,  # which is seen to with the gradients of other processes
         seed=settings.seed,
         eval_strategy="steps", eval_steps=every,
-        save_strategy="steps", save_steps=every, save_total_limit=min(2, place.processes.count),
+        save_strategy="steps", save_steps=every,
+        save_total_limit=1 if trained.processes.count == 1 else 3,  # others may lack the last one
         metric_for_best_model="divergence", greater_is_better=False,
         use_cpu=device.type == "cpu",
         remove_unused_columns=False, dataloader_pin_memory=False,
