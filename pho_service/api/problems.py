@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
@@ -127,6 +127,12 @@ def add_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
     """Turn every exception into a problem."""
     # None of them in a thread: those may all wait for the database that an error is about.
 
+    async def _plain(_request: Request, error: Exception) -> JSONResponse:
+        return next(PLAIN[kind] for kind in type(error).__mro__ if kind in PLAIN)(error)
+
+    for kind in PLAIN:
+        app.add_exception_handler(kind, _plain)
+
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         found = error.errors()
@@ -136,21 +142,6 @@ def add_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         return problem(422, "invalid_request", f"{place}: {first['detail']}{more}", errors=errors)
 
-    @app.exception_handler(FieldError)
-    async def _field(_request: Request, error: FieldError) -> JSONResponse:
-        errors = [{"pointer": error.pointer, "detail": str(error)}]
-        place = error.pointer or "the body"
-        return problem(422, error.code, f"{place}: {error}", errors=errors)
-
-    @app.exception_handler(NoSuchConfiguration)
-    async def _not_in_library(_request: Request, _error: NoSuchConfiguration) -> JSONResponse:
-        return problem(
-            404,
-            "no_such_configuration",
-            "No configuration has this id. `pho configurations` or GET /v1/configurations lists "
-            "them.",
-        )
-
     @app.exception_handler(NoSuchJob)
     async def _missing(request: Request, _error: NoSuchJob) -> JSONResponse:
         in_api = request.url.path.startswith("/v1/")
@@ -158,70 +149,6 @@ def add_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
             "`pho jobs` or GET /v1/jobs lists them." if in_api else "It may have been deleted."
         )
         return problem(404, "no_such_job", f"No job has this id. {way_out}")
-
-    @app.exception_handler(NoSuchIsland)
-    async def _no_island(_request: Request, error: NoSuchIsland) -> JSONResponse:
-        return problem(404, "no_such_island", str(error))
-
-    @app.exception_handler(Conflict)
-    async def _not_of_this_job(_request: Request, error: Conflict) -> JSONResponse:
-        return problem(409, error.code, str(error), state=error.state)
-
-    @app.exception_handler(OutputError)
-    async def _no_store(_request: Request, error: OutputError) -> JSONResponse:
-        logger.warning("the artifact store fails: %s", error)
-        return problem(503, "artifact_store_unavailable", sentence(str(error)))
-
-    @app.exception_handler(StateConflict)
-    async def _conflict(_request: Request, error: StateConflict) -> JSONResponse:
-        return problem(409, "state_conflict", sentence(str(error)), state=error.state)
-
-    @app.exception_handler(TooManyTrials)
-    async def _too_long(_request: Request, error: TooManyTrials) -> JSONResponse:
-        errors = [{"pointer": "/trials", "detail": str(error)}]
-        return problem(422, "invalid_request", f"/trials: {error}", errors=errors)
-
-    @app.exception_handler(IdempotencyKeyReused)
-    async def _reused(_request: Request, _error: IdempotencyKeyReused) -> JSONResponse:
-        return problem(
-            422,
-            "idempotency_key_reused",
-            "This Idempotency-Key came with another document before. Use a new one.",
-            errors=[{"parameter": "Idempotency-Key", "detail": "was used for another job"}],
-        )
-
-    @app.exception_handler(TooManyJobs)
-    async def _too_many(_request: Request, error: TooManyJobs) -> JSONResponse:
-        return problem(
-            429,
-            "too_many_jobs" if error.which == "unfinished" else f"too_many_{error.which}_jobs",
-            TOO_MANY_JOBS[error.which],
-            headers={"Retry-After": "60"},
-        )
-
-    @app.exception_handler(QuotaExceeded)
-    async def _no_quota(_request: Request, error: QuotaExceeded) -> JSONResponse:
-        told = sentence(str(error))
-        if error.free_at is None:
-            return problem(422, "job_too_large", told, errors=[{"pointer": "", "detail": told}])
-        wait_s = (error.free_at - datetime.now(UTC)).total_seconds()
-        headers = {"Retry-After": str(max(1, math.ceil(wait_s)))}
-        return problem(429, "quota_exceeded", told, headers=headers)
-
-    @app.exception_handler(TooManyConfigurations)
-    async def _full(_request: Request, error: TooManyConfigurations) -> JSONResponse:
-        return problem(
-            429,
-            "too_many_configurations",
-            f"You have {error} configurations in the library, the most of one key. Delete some; "
-            "the operator sets PHO_MAX_CONFIGURATIONS.",
-            headers={"Retry-After": "60"},
-        )
-
-    @app.exception_handler(DatabaseGone)
-    @app.exception_handler(StorageError)
-    async def _gone(_request: Request, error: StorageError) -> JSONResponse:
-        return database_gone(error)
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
@@ -236,6 +163,26 @@ def add_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         if error.status_code == 405:
             headers["Allow"] = ", ".join(sorted(_methods(request, routes)))
         return problem(error.status_code, code, str(error.detail), headers=headers)
+
+
+def _at(error: Any, code: str, pointer: str) -> JSONResponse:
+    """One place of a document is wrong."""
+    errors = [{"pointer": pointer, "detail": str(error)}]
+    return problem(422, code, f"{pointer or 'the body'}: {error}", errors=errors)
+
+
+def _no_store(error: Exception) -> JSONResponse:
+    logger.warning("the artifact store fails: %s", error)
+    return problem(503, "artifact_store_unavailable", sentence(str(error)))
+
+
+def _no_quota(error: QuotaExceeded) -> JSONResponse:
+    told = sentence(str(error))
+    if error.free_at is None:
+        return problem(422, "job_too_large", told, errors=[{"pointer": "", "detail": told}])
+    wait_s = (error.free_at - datetime.now(UTC)).total_seconds()
+    headers = {"Retry-After": str(max(1, math.ceil(wait_s)))}
+    return problem(429, "quota_exceeded", told, headers=headers)
 
 
 def database_gone(error: Exception) -> JSONResponse:
@@ -261,6 +208,42 @@ def database_gone(error: Exception) -> JSONResponse:
 def sentence(text: str) -> str:
     file = "." in text.partition(" ")[0]  # its name stays as it is
     return text if file else text[:1].upper() + text[1:]
+
+
+_SOON = {"Retry-After": "60"}
+# The errors whose answer depends on nothing of the request.
+PLAIN: dict[type[Exception], Callable[[Any], JSONResponse]] = {
+    FieldError: lambda error: _at(error, error.code, error.pointer),
+    TooManyTrials: lambda error: _at(error, "invalid_request", "/trials"),
+    NoSuchIsland: lambda error: problem(404, "no_such_island", str(error)),
+    NoSuchConfiguration: lambda _: problem(
+        404, "no_such_configuration",
+        "No configuration has this id. `pho configurations` or GET /v1/configurations lists them.",
+    ),
+    Conflict: lambda error: problem(409, error.code, str(error), state=error.state),
+    StateConflict: lambda error: problem(
+        409, "state_conflict", sentence(str(error)), state=error.state
+    ),
+    IdempotencyKeyReused: lambda _: problem(
+        422, "idempotency_key_reused",
+        "This Idempotency-Key came with another document before. Use a new one.",
+        errors=[{"parameter": "Idempotency-Key", "detail": "was used for another job"}],
+    ),
+    TooManyJobs: lambda error: problem(
+        429, f"too_many_{error.which}_jobs".replace("unfinished_", ""), TOO_MANY_JOBS[error.which],
+        headers=_SOON,
+    ),
+    TooManyConfigurations: lambda error: problem(
+        429, "too_many_configurations",
+        f"You have {error} configurations in the library, the most of one key. Delete some; the "
+        "operator sets PHO_MAX_CONFIGURATIONS.",
+        headers=_SOON,
+    ),
+    QuotaExceeded: _no_quota,
+    OutputError: _no_store,
+    DatabaseGone: database_gone,
+    StorageError: database_gone,
+}  # fmt: skip
 
 
 def _methods(request: Request, routes: Sequence[BaseRoute]) -> set[str]:

@@ -204,10 +204,7 @@ def _plan(shapes: ModelShapes, work: Work, machine: Machine) -> Plan:
     work = replace(work, batch=calibration.run.windows)
     peaks = _peaks(footprint, place, work, calibration, card, DTYPE_BYTES[shapes.dtype])
     if work.recovery is not None:
-        peaks["recover"] = recovery_peak(
-            footprint, place, work.recovery, tokens=work.calibration.context_length,
-            asked=recovered_tokens(shapes, work, machine),
-        )  # fmt: skip
+        peaks["recover"] = _recovery(footprint, shapes, work, machine)
     stages = tuple(
         StagePlan(
             title=title,
@@ -224,6 +221,17 @@ def _plan(shapes: ModelShapes, work: Work, machine: Machine) -> Plan:
         stages=stages,
         obstacles=tuple(_obstacles(stages, machine)),
     )
+
+
+def _recovery(
+    footprint: Footprint, shapes: ModelShapes, work: Work, machine: Machine, processes: int = 1
+) -> Peak:
+    assert work.recovery is not None
+    return recovery_peak(
+        footprint, Place(on_gpu=machine.is_gpu, stream=work.stream), work.recovery,
+        tokens=work.calibration.context_length, asked=recovered_tokens(shapes, work, machine),
+        processes=processes,
+    )  # fmt: skip
 
 
 def _with_process(peak: Peak, machine: Machine) -> Peak:
@@ -350,6 +358,11 @@ def _ways_out(plan: Plan) -> Iterator[str]:
         yield "let Adam remember 8 bits a number (--recover-adam-bits 8)"
     if recovery is not None and fits(recovery=replace(recovery, train="lora")):
         yield "train a low-rank change of each linear (--recover-train lora)"
+    streamed = {"stream": True, "dtype": plan.shapes.dtype}
+    for option, changes in (("", {}), (" and with --stream", streamed)):
+        if recovery is not None and machine.is_gpu and fits(recovery=None, **changes):
+            yield from _afterwards(plan, option)
+            break
     if not work.stream and recovery is None and fits(stream=True, dtype=plan.shapes.dtype):
         yield "leave the weights on disk (--stream, for safetensors)"
     if not work.stream and machine.is_gpu:
@@ -361,6 +374,21 @@ def _ways_out(plan: Plan) -> Iterator[str]:
         yield f"take a card with {format_bytes(device)}"
     if host > machine.main_bytes:
         yield f"take a machine with {format_bytes(host)} of main memory"
+
+
+def _afterwards(plan: Plan, option: str) -> Iterator[str]:
+    """The fewest processes that a recovery fits, each with such a card."""
+    footprint = shapes_footprint(plan.shapes, plan.work.dtype)
+    for count in (2, 4, 8, 16):
+        peak = _recovery(footprint, plan.shapes, plan.work, plan.machine, count)
+        if _with_process(peak, plan.machine).device <= plan.machine.memory_bytes:
+            host = format_bytes(peak.host + 3 * count * PROCESS)
+            yield (
+                f"prune without the recovery{option}, and recover the folder on {count} such cards "
+                f"and {host} of main memory (torchrun --nproc-per-node {count} -m pho_service "
+                "recover)"
+            )
+            return
 
 
 def _cards(plan: Plan) -> int | None:

@@ -371,9 +371,18 @@ PREDICTED = 512 * 8  # bytes of what the dense model predicts of a token, and ho
 
 
 def recovery_peak(
-    footprint: Footprint, place: Place, recovery: Recovery, *, tokens: int, asked: int
+    footprint: Footprint,
+    place: Place,
+    recovery: Recovery,
+    *,
+    tokens: int,
+    asked: int,
+    processes: int = 1,
 ) -> Peak:
-    """A recovery: the pruned model in training; or with the dense one, which is asked before."""
+    """
+    A recovery: the pruned model in training; or with the dense one, which is asked before. Where
+    several processes share it, the device is that of one, and the host that of all.
+    """
     half = footprint.itemsize != FLOAT and place.on_gpu
     if recovery.train == "kept":
         trained, beside = footprint.prunable, FLOAT - footprint.itemsize if half else 0
@@ -383,14 +392,21 @@ def recovery_peak(
     weights = footprint.weights + trained * beside
     moments = 2 * recovery.adam_bits // 8 * trained
     state = FLOAT * trained + moments  # with the gradients
-    passes = footprint.backward(tokens, 1, recompute=True)
+    read = gathered = 0
+    if processes > 1:
+        read = processes * weights
+        weights = FLOAT * footprint.prunable // processes + footprint.outside
+        state //= processes
+        # A block, the next one, and the gradients of one.
+        gathered = 3 * FLOAT * max(block.prunable for block in footprint.blocks)
+    passes = gathered + footprint.backward(tokens, 1, recompute=True)
     # Of each token that is written, keys and values of all blocks.
     remembered = 2 * footprint.hidden * len(footprint.blocks) * WRITTEN_AT_ONCE
     both = footprint.weights + weights + max(passes, remembered if recovery.written else 0)
     return Peak.at(
         place,
         device=max(both, weights + state + passes),
-        host=PREDICTED * asked,
+        host=max(read, PREDICTED * asked),
         disk=3 * (FLOAT * trained + moments),  # the best state, the last, and the next
     )
 

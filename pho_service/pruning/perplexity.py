@@ -66,12 +66,8 @@ class Perplexity:
 
 def cut_windows(tokens: Tensor, context_length: int, prefix: list[int]) -> Tensor:
     """
-    Cut a text into windows that do not overlap; the tail is dropped.
-
-    Args:
-        tokens: (tokens,), int64. The whole text, tokenised once.
-        context_length: Tokens of a window, the prefix included.
-        prefix: Token ids that every window starts with (BOS, or nothing).
+    Cut a tokenised text into windows that do not overlap, each with the prefix (BOS, or nothing)
+    before it; the tail is dropped.
 
     Returns:
         (windows, context_length), int64, in the order of the text.
@@ -93,7 +89,7 @@ def cut_windows(tokens: Tensor, context_length: int, prefix: list[int]) -> Tenso
 
 def window_logits(model: nn.Module, windows: Tensor, *, most: int = MOST) -> Iterator[Tensor]:
     """
-    Run a causal language model over windows.
+    Run a causal language model, in evaluation mode, over windows (windows, context_length).
 
     On a CPU windows are run one by one: a window of some hundred tokens keeps
     its cores busy, two at once were not faster, and so nothing depends on the
@@ -103,11 +99,6 @@ def window_logits(model: nn.Module, windows: Tensor, *, most: int = MOST) -> Ite
     eight times the size of their logits in float32, into half of what the model leaves, at most
     ``most``. Only where less than that is free, as many as fit are run. Where they do not fit
     all the same, half as many are tried, once.
-
-    Args:
-        model: In evaluation mode.
-        windows: (windows, context_length), int64.
-        most: Windows that are run at once, on a CUDA device.
 
     Returns:
         The logits of one window after the other, (context_length, vocabulary), in the
@@ -153,15 +144,7 @@ def window_logits(model: nn.Module, windows: Tensor, *, most: int = MOST) -> Ite
 
 
 def batch_size(logits: int, device: torch.device, *, weights: int, most: int) -> int:
-    """
-    How many windows to run at once; the rule is that of :func:`window_logits`.
-
-    Args:
-        logits: Logits of one window: context length times vocabulary.
-        device: Where the model runs.
-        weights: Bytes of the model there.
-        most: The answer is 1 to ``most``; 1 on any device other than CUDA.
-    """
+    """How many windows with so many logits each to run at once, by :func:`window_logits`'s rule."""
     if device.type != "cuda":
         return 1
     _, total = torch.cuda.mem_get_info(device)
@@ -177,9 +160,6 @@ def log_probabilities(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
     In float32 those of a whole window are hundreds of megabytes where the vocabulary is large.
 
-    Args:
-        logits: (positions, vocabulary), any floating dtype.
-
     Returns:
         Which positions, and their log-probabilities: (those positions, vocabulary), float32.
     """
@@ -191,11 +171,8 @@ def log_probabilities(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 def block_losses(logits: Tensor, window: Tensor) -> list[float]:
     """
-    The losses of a causal language model on one window.
-
-    Args:
-        logits: (context_length, vocabulary), any floating dtype.
-        window: (context_length,), int64.
+    The losses of a causal language model on one window, whose logits are (context_length,
+    vocabulary).
 
     Returns:
         The loss summed over each run of :data:`BLOCK` predicted tokens, in nats; the last run may
@@ -240,16 +217,7 @@ def rate_perplexity(
 
 
 def perplexity_of(losses: Sequence[Sequence[float]], predicted: int) -> Perplexity:
-    """
-    The perplexity that losses of windows make.
-
-    Args:
-        losses: What :func:`block_losses` gave of each window, in the order of the text.
-        predicted: Tokens that each window predicts.
-
-    Raises:
-        NumericalError: A loss is NaN or infinite.
-    """
+    """The perplexity of windows of so many tokens, by what :func:`block_losses` gave of each."""
     tokens = len(losses) * predicted
     mean = require_finite_loss(sum(sum(blocks) for blocks in losses) / tokens)
     runs = losses if len(losses) < FEW else [[sum(blocks)] for blocks in losses]
@@ -262,12 +230,7 @@ def perplexity_of(losses: Sequence[Sequence[float]], predicted: int) -> Perplexi
 
 
 def require_finite_loss(mean: float) -> float:
-    """
-    The same.
-
-    Raises:
-        NumericalError: It is NaN or infinite.
-    """
+    """The same, or NumericalError."""
     if not math.isfinite(mean):
         raise NumericalError(
             "the loss is NaN or infinite: the model's weights overflow in this dtype. "
@@ -312,14 +275,8 @@ def dense_reference(
     advance: Callable[[int], None] = lambda _: None,
 ) -> DenseReference:
     """
-    Keep what the dense model predicts, to compare pruned ones with.
-
-    Args:
-        model: Dense, in evaluation mode.
-        windows: (windows, context_length), int64.
-        top_k: Tokens kept at each position, 8 bytes each; all if the vocabulary is smaller.
-        most: Windows that may be run at once: see :func:`window_logits`.
-        advance: Called with 1 after each window.
+    Keep what the dense model predicts, to compare pruned ones with: ``top_k`` tokens at each
+    position, 8 bytes each, or all if the vocabulary is smaller.
 
     Raises:
         NumericalError: A logit is NaN or infinite.
@@ -385,14 +342,7 @@ def rate_divergence(
 
 
 def window_divergence(logits: Tensor, reference: DenseReference, number: int) -> float:
-    """
-    The divergence that :func:`rate_divergence` gives, summed over the tokens of one window.
-
-    Args:
-        logits: (context_length, vocabulary), any floating dtype, of the window.
-        reference: Reference from the dense model.
-        number: Which of its windows.
-    """
+    """That of :func:`rate_divergence`, summed over one window; its logits are (tokens, all)."""
     tokens = reference.tokens[number].to(logits.device, torch.int64)
     dense = reference.log_probabilities[number].to(logits.device)
     return sum(
@@ -426,13 +376,9 @@ def run_backward(model: nn.Module, batch: Tensor, loss: Loss | None = None) -> T
     Logits are made for 256 tokens at a time, each with its way back to the
     head's input, so a large vocabulary takes little memory.
 
-    Args:
-        model: A causal language model of transformers.
-        batch: (windows, tokens), int64.
-        loss: Loss of some positions; that of the next token by default.
-
     Returns:
-        The loss summed over all positions, on the device of the logits.
+        The loss summed over all positions, that of the next token by default, on the device of the
+        logits.
 
     Raises:
         ModelError: Its logits do not come from what its decoder gives.
@@ -460,12 +406,7 @@ def run_backward(model: nn.Module, batch: Tensor, loss: Loss | None = None) -> T
 
 def window_backward(model: nn.Module, reference: DenseReference, window: int) -> float:
     """
-    Run the divergence from the dense model backward, on one window.
-
-    Args:
-        model: Pruned, in evaluation mode; what has a gradient says that it wants one.
-        reference: What the dense model predicts.
-        window: Number of one of its windows.
+    Run the divergence from the dense model backward on one window, to all that want a gradient.
 
     Returns:
         The mean over its predicted tokens, in nats, as :func:`rate_divergence`.

@@ -281,6 +281,21 @@ def test_what_the_dense_model_writes_to_recover_on_costs_time_and_memory() -> No
     assert other.peak.device > dense_and_pruned + remembered > first.peak.device
 
 
+def test_a_recovery_that_fits_no_card_is_offered_several_processes() -> None:
+    fields = {"preset": "best", "pattern": "2:4"}
+    trained = {"prune": True, "recovery": {"tokens": 2_000_000}}
+    small = H100.resized(48 * GIB)
+    whole, half, large = (
+        planned(config, machine, **fields, **trained)
+        for config, machine in ((LLAMA, H100), (LLAMA, small), (LLAMA_70B, H100))
+    )
+
+    assert any("on 2 such cards and 55.2 GiB of main memory" in way for way in whole.ways_out)
+    assert any("torchrun --nproc-per-node 4" in way for way in half.ways_out)
+    assert planned(machine=small, **fields).fits
+    assert not any("torchrun" in way for way in large.ways_out)  # the dense one fits none
+
+
 def test_sizes_are_in_the_largest_unit_and_counts_in_words() -> None:
     sizes = (0, 1000, 2**20 - 1, 2**33, 2**42)
 
