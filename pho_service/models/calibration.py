@@ -63,7 +63,7 @@ def plan_calibration(
     if place.on_gpu:
         size = sum(torch.cuda.mem_get_info(device)[1] for device in model.devices)
         if limit is None:
-            limit = in_use + int(USED * _free(model))
+            limit = in_use + int(USED * free_for(model))
         host_limit = available_memory()
     ours = None if limit is None else limit - in_use + loaded
     plan = choose_run(
@@ -91,13 +91,15 @@ def would_fit(model: LanguageModel, settings: CalibrationSettings, *, fisher_win
     """What would fit, in words, where a plan that should have fitted ran out of memory."""
     footprint = footprint_of(model.model)
     place = Place(on_gpu=model.device.type == "cuda", stream=model.stream)
-    limit = _free(model) if place.on_gpu else available_memory()
+    limit = free_for(model)
     limit += 0 if model.stream else footprint.weights
     return _ways_out(footprint, settings, place, limit, fisher_windows)
 
 
-def _free(model: LanguageModel) -> int:
+def free_for(model: LanguageModel) -> int:
     """Bytes that a model's GPUs have for work that each does as much of: the fullest one counts."""
+    if model.device.type != "cuda":
+        return available_memory()
     return len(model.devices) * min(map(free_memory, model.devices))
 
 

@@ -44,7 +44,8 @@ from pho_service.host.machine import (
     ran_out_of_memory,
     versions,
 )
-from pho_service.models.architecture import decoder_blocks
+from pho_service.models.architecture import decoder_blocks, footprint_of
+from pho_service.models.calibration import USED, free_for
 from pho_service.models.loading import LanguageModel, load_model, sha256_each
 from pho_service.models.mask_file import MASKS, LayerMask, PackedMask, read_masks
 from pho_service.models.packed import as_folder
@@ -52,6 +53,7 @@ from pho_service.models.saving import RECIPE, read_recipe, recipe_document
 from pho_service.models.texts import apart, record_to_dict, sample_windows
 from pho_service.pipeline.prune import PrunedFolder
 from pho_service.pipeline.rating import RecoveryText, perplexity_on
+from pho_service.planning.stage_memory import Place, recovery_peak
 from pho_service.progress import Advance, Look, Progress, never, silent
 from pho_service.pruning.masks import model_sparsity
 from pho_service.pruning.perplexity import (
@@ -256,11 +258,13 @@ def recover_model(
     identity = [model.to_dict(), asdict(settings), str(text.source), text.context_length, text.bos]
     place = Workplace(workplace, identity, processes)
     measured: dict[str, Perplexity] = {}
+    recompute = not _has_room(model, text, settings, processes)
     with (
         _shortage_told(model, text, settings),
         recovering(model.model, blocks, linears, settings, processes) as trained,
         mixed(trained.device),
     ):
+        trained.recompute = recompute
         there = replace(model, model=trained.model)  # type: ignore[arg-type]  # or a copy of it
         if text.measured is not None:
             measured["pruned"] = perplexity_on(text.measured, there, progress)
@@ -309,6 +313,20 @@ def recover_model(
         errors=_errors(measured),
         seconds=round(time.monotonic() - began, 3),
     )
+
+
+def _has_room(
+    model: LanguageModel, text: RecoveryText, settings: Recovery, processes: Processes
+) -> bool:
+    """Whether the activations of all blocks fit, so that none runs twice: a fifth less time."""
+    if settings.train == "lora" or processes.count > 1:  # who have little
+        return False
+    footprint = footprint_of(model.model)
+    place = Place(on_gpu=model.device.type == "cuda")
+    peak = recovery_peak(
+        footprint, place, settings, tokens=text.context_length, asked=0, recompute=False
+    )
+    return peak.device + peak.host - footprint.weights <= USED * free_for(model)
 
 
 @contextmanager

@@ -199,6 +199,7 @@ class Work:
     validated: int = 0  # Candidates that say how far the proxy can be trusted
     by_perplexity: bool = False  # Whether candidates are rated by perplexity, not by the proxy
     recovery: Recovery | None = None  # Of the pruned model
+    recompute: bool = True  # Whether it runs blocks again for the backward pass
     kept: bool = False  # Whether the blocks that the confirmation has trained are kept for pruning
 
     @property
@@ -407,11 +408,12 @@ class _Costs:
         return self.forward(tokens, context, head=True) + steps * (weights + launches) + before
 
     def recovered(self, tokens: int) -> float:
-        """A pass of the dense model; two forward and one backward, with what Adam moves."""
+        """A pass of the dense model; one or two forward and one backward, and what Adam moves."""
         context = self.work.calibration.context_length
         steps = max(1, tokens // context)
         moved = steps * TRAINED * self.shapes.prunable / self.machine.bandwidth
-        return 5 * self.forward(tokens, context, head=True) + moved
+        passes = 5 if self.work.recompute else 4
+        return passes * self.forward(tokens, context, head=True) + moved
 
     def reconstruction(self) -> float:
         """The dense model's stream, and the passes that train; nothing where none is asked for."""

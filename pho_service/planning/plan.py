@@ -204,6 +204,10 @@ def _plan(shapes: ModelShapes, work: Work, machine: Machine) -> Plan:
     work = replace(work, batch=calibration.run.windows)
     peaks = _peaks(footprint, place, work, calibration, card, DTYPE_BYTES[shapes.dtype])
     if work.recovery is not None:
+        plain = replace(work, recompute=work.recovery.train == "lora")
+        peak = _with_process(_recovery(footprint, shapes, plain, machine), machine)
+        if peak.device <= machine.memory_bytes and peak.host <= machine.main_bytes:
+            work = plain
         peaks["recover"] = _recovery(footprint, shapes, work, machine)
     stages = tuple(
         StagePlan(
@@ -230,7 +234,7 @@ def _recovery(
     return recovery_peak(
         footprint, Place(on_gpu=machine.is_gpu, stream=work.stream), work.recovery,
         tokens=work.calibration.context_length, asked=recovered_tokens(shapes, work, machine),
-        processes=processes,
+        processes=processes, recompute=work.recompute,
     )  # fmt: skip
 
 

@@ -76,10 +76,12 @@ class Footprint:
             each += 2 * FLOAT * widest
         return int(windows * (MARGIN * tokens * each + self._mask(tokens)))
 
-    def backward(self, tokens: int, windows: int, *, recompute: bool) -> int:
+    def backward(self, tokens: int, windows: int, *, recompute: bool, trained: bool = False) -> int:
         """Bytes that a pass forward and backward takes at its peak."""
-        # To recompute, blocks keep only their inputs, and run again.
-        kept = [tokens * block.kept for block in self.blocks]
+        # To recompute, blocks keep only their inputs, and run again. Linears that are trained keep
+        # their inputs, too, which are the hidden states twice where nobody else keeps them.
+        inputs = 2 * self.hidden * trained
+        kept = [tokens * (block.kept + inputs) for block in self.blocks]
         attention = FLOAT * ATTENTION * self.heads * tokens * tokens
         running = self._running(tokens) + attention
         head = self.head(tokens, windows) / windows
@@ -378,6 +380,7 @@ def recovery_peak(
     tokens: int,
     asked: int,
     processes: int = 1,
+    recompute: bool = True,
 ) -> Peak:
     """
     A recovery: the pruned model in training; or with the dense one, which is asked before. Where
@@ -399,7 +402,9 @@ def recovery_peak(
         state //= processes
         # A block, the next one, and the gradients of one.
         gathered = 3 * FLOAT * max(block.prunable for block in footprint.blocks)
-    passes = gathered + footprint.backward(tokens, 1, recompute=True)
+    passes = gathered + footprint.backward(tokens, 1, recompute=recompute, trained=True)
+    if not recompute:
+        passes += trained * beside  # in 16 bits, as they are multiplied
     # Of each token that is written, keys and values of all blocks.
     remembered = 2 * footprint.hidden * len(footprint.blocks) * WRITTEN_AT_ONCE
     both = footprint.weights + weights + max(passes, remembered if recovery.written else 0)

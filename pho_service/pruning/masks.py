@@ -104,20 +104,12 @@ def linear_masks(
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """
-    What a candidate says of each linear of a model before any mask is made.
+    """What a candidate says of each linear of a model before any mask is made."""
 
-    Attributes:
-        names: Names of the linears that are pruned.
-        shares: As of :func:`linear_shares`.
-        own: Patterns of linears that have one of their own.
-        movable: The linears whose input channels a permutation may move; None is all.
-    """
-
-    names: frozenset[str]
-    shares: Mapping[str, int]
-    own: Mapping[str, Pattern]
-    movable: frozenset[str] | None = None
+    names: frozenset[str]  # Names of the linears that are pruned
+    shares: Mapping[str, int]  # See linear_shares
+    own: Mapping[str, Pattern]  # Patterns of linears that have one of their own
+    movable: frozenset[str] | None = None  # Whose inputs a permutation may move; None is all
 
 
 def linear_losses(

@@ -247,18 +247,11 @@ TINY = 1e-6  # smallest probability of all other tokens: what float32 leaves of 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseReference:
-    """
-    The dense model's most likely next tokens at every position of a text.
+    """The dense model's most likely next tokens at every position of a text."""
 
-    Attributes:
-        windows: (windows, context_length), int64: the text.
-        tokens: (windows, context_length - 1, k), int32: ids, on the CPU.
-        log_probabilities: The same shape, float32: theirs.
-    """
-
-    windows: Tensor
-    tokens: Tensor
-    log_probabilities: Tensor
+    windows: Tensor  # (windows, context_length), int64: the text
+    tokens: Tensor  # (windows, context_length - 1, k), int32: ids, on the CPU
+    log_probabilities: Tensor  # The same shape, float32: theirs
 
     @property
     def predictions(self) -> int:

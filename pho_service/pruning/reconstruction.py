@@ -48,14 +48,9 @@ class Held:
 
 @dataclass(frozen=True, kw_only=True)
 class Trainable(Held):
-    """
-    A linear of a block, and which of its weights may change in place.
+    """A linear of a block, and which of its weights may change in place."""
 
-    Attributes:
-        keep: Mask, (out_features, in_features), bool. What is False stays as it is, to the bit.
-    """
-
-    keep: Tensor
+    keep: Tensor  # (out_features, in_features), bool. What is False stays as it is, to the bit
 
 
 @dataclass(frozen=True, kw_only=True)

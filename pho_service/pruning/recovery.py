@@ -20,9 +20,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parametrize
 
 from pho_service.errors import InvalidInput
+from pho_service.host.machine import let_go_of_memory, ran_out_of_memory
 from pho_service.pruning.perplexity import DenseReference, frozen, recomputed, window_backward
 from pho_service.pruning.statistics import PrunableLinear
 from pho_service.spec.recovery import RANK, Recovery
+
+logger = logging.getLogger(__name__)
 
 LEAST_SIZE = 1e-3  # so that biases of zero have a rate, too
 _LONGEST = 1.0  # norm of all gradients together, above which they are made shorter
@@ -149,6 +152,7 @@ class Recovering(nn.Module):
     ) -> None:
         super().__init__()
         self.processes = processes
+        self.recompute = True  # blocks keep only their inputs for the backward pass, and run again
         self.trained = nn.ParameterList([_here(each) for each in trained])
         self._model = (model, [*blocks], [*trained])  # not as modules of this one
 
@@ -181,15 +185,31 @@ class Recovering(nn.Module):
         Add the gradients of the divergence of one window to those of the trained parameters; of
         several processes, their mean.
 
-        Weights that were removed have none: what is zero stays zero.
+        Weights that were removed have none: what is zero stays zero. Where memory runs out, blocks
+        are run again from then on.
 
         Returns:
             The mean over its predicted tokens, in nats: see
             :func:`~pho_service.pruning.perplexity.rate_divergence`.
         """
+        try:
+            return self._backward(reference, window)
+        except Exception as error:
+            if self.recompute or not ran_out_of_memory(error):
+                raise
+            logger.warning("memory ran out: blocks run again for the backward pass from here on")
+        # After the error, which holds on to what was computed.
+        self.recompute = True
+        for each in self._model[2]:
+            each.grad = None
+        let_go_of_memory()
+        return self._backward(reference, window)
+
+    def _backward(self, reference: DenseReference, window: int) -> float:
         model, blocks, own = self._model
         device = next(model.parameters()).device
-        with frozen(model), recomputed(blocks, nullcontext), mixed(device):
+        again = blocks if self.recompute else []
+        with frozen(model), recomputed(again, nullcontext), mixed(device):
             for each in own:
                 each.requires_grad_(True)
             value = window_backward(model, reference, window)
@@ -225,7 +245,8 @@ def mixed(device: torch.device) -> AbstractContextManager[object]:
     """On a GPU, products are in bfloat16 whatever the weights are in; on a CPU that is slower."""
     if device.type == "cpu":
         return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+    # Weights are read once a pass, so to keep them in bfloat16, too, is no use.
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
 
 def _here(each: Any) -> Any:

@@ -40,20 +40,12 @@ _CG_STEPS = 10  # of conjugate gradients from OBS on; 20 lowered the error by 1 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedLinear:
-    """
-    A linear between its first mask and the further steps.
+    """A linear between its first mask and the further steps."""
 
-    Attributes:
-        name: For messages.
-        weight: (out_features, in_features), float32, dense.
-        fisher: (out_features,), float32.
-        mask: What score, allocation and permutation remove.
-    """
-
-    name: str
-    weight: Tensor
-    fisher: Tensor
-    mask: LinearMask
+    name: str  # For messages
+    weight: Tensor  # (out_features, in_features), float32, dense
+    fisher: Tensor  # (out_features,), float32
+    mask: LinearMask  # What score, allocation and permutation remove
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -281,6 +281,22 @@ def test_what_the_dense_model_writes_to_recover_on_costs_time_and_memory() -> No
     assert other.peak.device > dense_and_pruned + remembered > first.peak.device
 
 
+def test_a_recovery_runs_its_blocks_once_where_their_activations_fit() -> None:
+    long = {"context_length": 4096, "samples": 8, "projection_rows": 0}
+    fields = {"prune": True, "recovery": {"tokens": 2_000_000, "train": "norms"}}
+    once, twice = (
+        next(
+            each
+            for each in planned(machine=H100.resized(gib * GIB), calibration=long, **fields).stages
+            if each.title == "recover"
+        )
+        for gib in (80, 40)
+    )
+
+    assert twice.peak.device < 40 * GIB < once.peak.device < 80 * GIB
+    assert middle(once) < 0.85 * middle(twice)
+
+
 def test_a_recovery_that_fits_no_card_is_offered_several_processes() -> None:
     fields = {"preset": "best", "pattern": "2:4"}
     trained = {"prune": True, "recovery": {"tokens": 2_000_000}}

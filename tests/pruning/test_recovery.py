@@ -1,5 +1,7 @@
 """The gradients of a recovery are those of the divergence, and no removed weight has one."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -65,6 +67,45 @@ def test_the_gradient_is_that_of_the_formula_in_float64(
         assert own is not None
         torch.testing.assert_close(gradient.double()[kept], own[kept], rtol=1e-3, atol=1e-7)
         assert not gradient[~kept].any()
+
+
+def test_activations_that_do_not_fit_are_computed_again_with_the_same_bits(
+    tiny_llama: LlamaForCausalLM,
+    linears: dict[str, PrunableLinear],
+    reference: DenseReference,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runs: list[int] = []
+    tiny_llama.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *_: runs.append(1))
+
+    def full(*_: Any) -> float:
+        monkeypatch.undo()
+        raise torch.OutOfMemoryError
+
+    def step() -> tuple[list[Tensor | None], int]:
+        """The gradients of a window, and how often a block ran for them."""
+        trained.zero_grad()
+        runs.clear()
+        trained.backward(reference, 0)
+        return [each.grad for each in trained.trained], len(runs)
+
+    with recovering(tiny_llama, blocks_of(tiny_llama), linears, Recovery(), Processes()) as trained:
+        again, twice = step()
+        trained.recompute = False
+        kept, once = step()
+        monkeypatch.setattr("pho_service.pruning.recovery.window_backward", full)
+        after, then = step()
+        monkeypatch.setattr("pho_service.pruning.recovery.window_backward", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            step()  # nothing takes less
+
+    assert (twice, once, then) == (2, 1, 2)
+    for one, other, third in zip(again, kept, after, strict=True):
+        assert one is not None
+        assert other is not None
+        assert third is not None
+        assert torch.equal(one, other)
+        assert torch.equal(one, third)
 
 
 @pytest.mark.parametrize("what", TRAINS)
