@@ -28,6 +28,7 @@ from pho_service.spec.recovery import RANK, Recovery
 logger = logging.getLogger(__name__)
 
 LEAST_SIZE = 1e-3  # so that biases of zero have a rate, too
+_IN_HALVES = ("cuda",)
 _LONGEST = 1.0  # norm of all gradients together, above which they are made shorter
 _PATIENCE = timedelta(days=1)  # of a process for the others: whoever ends, ends them all
 
@@ -243,9 +244,9 @@ def _size(weights: Tensor) -> float:
 
 def mixed(device: torch.device) -> AbstractContextManager[object]:
     """On a GPU, products are in bfloat16 whatever the weights are in; on a CPU that is slower."""
-    if device.type == "cpu":
+    if device.type not in _IN_HALVES:
         return nullcontext()
-    # Weights are read once a pass, so to keep them in bfloat16, too, is no use.
+    # What autocast keeps in bfloat16 of the weights is theirs until it ends, after many steps.
     return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
 

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 from pho_service.models.architecture import decoder_blocks
 from pho_service.pruning.perplexity import DenseReference, dense_reference, rate_divergence
-from pho_service.pruning.recovery import Processes, recovering
+from pho_service.pruning.recovery import Processes, mixed, recovering
 from pho_service.pruning.statistics import PrunableLinear
 from pho_service.spec.recovery import TRAINS, Recovery, Trains
 
@@ -106,6 +106,33 @@ def test_activations_that_do_not_fit_are_computed_again_with_the_same_bits(
         assert third is not None
         assert torch.equal(one, other)
         assert torch.equal(one, third)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_products_in_bfloat16_see_what_each_step_changed(
+    recompute: bool,
+    tiny_llama: LlamaForCausalLM,
+    linears: dict[str, PrunableLinear],
+    reference: DenseReference,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU, where one context is around all steps, and keeps no weights of earlier ones."""
+    monkeypatch.setattr("pho_service.pruning.recovery._IN_HALVES", ("cpu",))
+    exact = float(in_double(tiny_llama, reference, 0).detach())
+    with (
+        recovering(tiny_llama, blocks_of(tiny_llama), linears, Recovery(), Processes()) as trained,
+        mixed(torch.device("cpu")),
+    ):
+        trained.recompute = recompute
+        before = trained.backward(reference, 0)
+        for each in trained.trained:
+            each.data.mul_(0.5)
+        after = trained.backward(reference, 0)
+    halved = float(in_double(tiny_llama, reference, 0).detach())
+
+    assert before == pytest.approx(exact, rel=0.02)
+    assert after == pytest.approx(halved, rel=0.02)
+    assert after != pytest.approx(before, rel=0.1)
 
 
 @pytest.mark.parametrize("what", TRAINS)
