@@ -3,8 +3,9 @@ The whole job on one GPU, on the shapes of published models: `make bench-gpu`.
 
 Random weights and random tokens: what work costs does not depend on what they say. Of each shape:
 loading, hashing, calibration, 200 trials, confirmation, every step of the pipeline on one block,
-Wanda and SparseGPT, pruning and saving, with the peaks of memory beside the plan's; then whether
-two runs are the same bits, ratings and masks those of the CPU, and statistics those of float32.
+Wanda and SparseGPT, pruning, saving and recovery, with the peaks of memory beside the plan's; then
+whether two runs are the same bits, ratings and masks those of the CPU, statistics those of float32,
+and what recoveries of a small model gain as much as on the CPU.
 
     python benchmarks/gpu.py                                  # all shapes, into bench-gpu.json
     python benchmarks/gpu.py --shape llama-2-7b               # ten minutes at most on an H100
@@ -15,7 +16,7 @@ two runs are the same bits, ratings and masks those of the CPU, and statistics t
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from gpu_parts import (
     Clock,
     masks_apart,
     ratings_apart,
+    recovery_gains,
     statistics_apart,
     tensors_apart,
 )
@@ -39,10 +41,12 @@ from pho_service.models.blockwise import Block, walk
 from pho_service.models.bundle_file import read_bundle, write_bundle
 from pho_service.models.calibration import calibrate
 from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.texts import GivenWindows
 from pho_service.pipeline.compare import compare_candidates
 from pho_service.pipeline.pipeline import finished_block
 from pho_service.pipeline.prune import prune_job
-from pho_service.pipeline.rating import ReportText
+from pho_service.pipeline.rating import RecoveryText, ReportText
+from pho_service.pipeline.recover import PrunedModel, recover_model
 from pho_service.pipeline.search import opened_study, search_job
 from pho_service.planning.costs import CARDS, Machine
 from pho_service.planning.plan import Plan, plan_job
@@ -56,6 +60,7 @@ from pho_service.spec.baselines import comparison_baselines
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.job import JobSpec
 from pho_service.spec.pattern import Coefficients, Pattern
+from pho_service.spec.recovery import Recovery, Trains
 from pho_service.spec.space import Preset
 from pho_service.spec.steps import Candidate, Steps
 from pho_service.tuning.plan import SearchRequest
@@ -165,7 +170,7 @@ class _Job:
         text = random_text(confirming, vocabulary)
         self.report = ReportText(windows=text.calibration, record=text.record)
 
-    def plan(self, pattern: str, preset: str) -> Plan:
+    def plan(self, pattern: str, preset: str, **more: Any) -> Plan:
         """What `pho plan` says of this job, on a card of this size."""
         spec = JobSpec.model_validate(
             {
@@ -176,6 +181,7 @@ class _Job:
                     "context_length": self.settings.context_length, "bos": "never",
                 },
                 "confirm": {"windows": len(self.report.windows)},
+                **more,
             }
         )  # fmt: skip
         shapes = read_shapes(self.shape.like, path=str(self.folder / "model"))
@@ -199,14 +205,20 @@ class _Job:
         self._baselines(model, bundle)
         checks = {**self._checks(model, bundle), **self._float32(model)}
         self._part("prune and save, best at 2:4", lambda: self._saved(model, bundle))
+        planned = {"score": self.plan("0.5", "score"), "best at 2:4": self.plan("2:4", "best")}
+        if not model.stream:
+            del model  # its memory is that of the dense one now
+            train, planned["recovered"] = self._largest_recovery()
+            self._part(
+                f"recover, training {train}", lambda: self._recovered(train),
+                tokens=self.text.calibration.numel(),
+            )  # fmt: skip
+            checks |= recovery_gains(self.device, self.folder, seed=self.settings.seed)
         return {
             "parts": self.clock.to_list(),
             "checks": checks,
             "blocks_times": self.shape.times,
-            "planned": {
-                "score": self.plan("0.5", "score").to_dict(),
-                "best at 2:4": self.plan("2:4", "best").to_dict(),
-            },
+            "planned": {name: plan.to_dict() for name, plan in planned.items()},
         }
 
     def _part(self, title: str, work: Callable[[], Any], **about: Any) -> Any:
@@ -315,6 +327,35 @@ class _Job:
         prune_job(
             model, bundle, found.configuration, self.folder / "pruned",
             calibration=self.text.calibration, progress=progress,
+        )  # fmt: skip
+
+    def _largest_recovery(self) -> tuple[Trains, Plan]:
+        """The most that can be trained on this card by the plan."""
+        tokens = self.text.calibration.numel()
+        for train in ("kept", "norms"):
+            recovery = {"tokens": tokens, "train": train}
+            plan = self.plan("2:4", "best", prune=True, recovery=recovery)
+            if plan.fits:
+                break
+        return train, plan
+
+    def _recovered(self, train: Trains) -> None:
+        """The pruned folder, on other random windows; nothing is won with random weights."""
+        other = replace(self.settings, samples=self.settings.samples * 2, seed=7)
+        text = random_text(other, self.shape.config().vocab_size)
+        pruned = PrunedModel.read(
+            self.folder / "pruned", device=str(self.device), dtype=self.shape.dtype
+        )
+        recover_model(
+            pruned,
+            lambda: nullcontext(self._load()),
+            RecoveryText(
+                source=GivenWindows(tokens=text.calibration),
+                context_length=self.settings.context_length, bos="never",
+            ),
+            Recovery(tokens=self.text.calibration.numel(), train=train),
+            self.folder / "recovery",
+            progress=progress,
         )  # fmt: skip
 
 

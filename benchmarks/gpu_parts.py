@@ -4,19 +4,26 @@ The parts of a job that `make bench-gpu` measures, and what it checks beside.
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from pho_service.models.loading import LanguageModel
+from pho_service.models.loading import LanguageModel, given_model
+from pho_service.models.texts import GivenWindows
+from pho_service.pipeline.rating import RecoveryText
+from pho_service.pipeline.recover import PrunedModel, recover_model
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.hardware import peak_memory
 from pho_service.pruning.masks import linear_masks
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.pruning.statistics import PrunableLinear
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.recovery import TRAINS, Recovery
 from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Candidate
 from pho_service.tuning.validation import random_candidates
@@ -150,6 +157,40 @@ def bundle_tensors(bundle: ProxyBundle) -> Iterator[tuple[str, Tensor]]:
         yield f"root {number}", entry.root
     for layer in bundle.layers:
         yield f"fisher {layer.name}", layer.fisher
+
+
+def recovery_gains(device: torch.device, folder: Path, *, seed: int) -> dict[str, float]:
+    """
+    What recoveries of a small model leave of its divergence, as a share, by what is trained: on the
+    device, where products are in bfloat16, and on the CPU.
+    """
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
+        num_attention_heads=4, initializer_range=0.2,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        weights = LlamaForCausalLM(config).state_dict()
+        windows = torch.randint(256, (96, 64))
+    text = RecoveryText(source=GivenWindows(tokens=windows), context_length=64, bos="never")
+    found = {}
+    for train in TRAINS:
+        for where, named in ((device, ""), (torch.device("cpu"), ", on the CPU")):
+            dense, pruned = (LlamaForCausalLM(config).eval() for _ in range(2))
+            for model in (dense, pruned):
+                model.load_state_dict(weights)
+                model.to(where)
+            given = given_model(pruned)
+            for linear in given.linears.values():
+                linear.weight.masked_fill_(linear.weight.abs() < linear.weight.abs().median(), 0)
+            recovered = recover_model(
+                PrunedModel.of(given), lambda dense=dense: nullcontext(given_model(dense)), text,
+                Recovery(tokens=2 * windows.numel(), train=train, rate=0.02, seed=seed),
+                folder / f"{train} on {where.type}",
+            )  # fmt: skip
+            name = f"share of the divergence that training {train} leaves{named}"
+            found[name] = recovered.after / recovered.before
+    return found
 
 
 def tensors_apart(a: ProxyBundle, b: ProxyBundle) -> tuple[int, int]:

@@ -63,8 +63,9 @@ def _planned(found: Mapping[str, Any]) -> dict[str, int]:
         ("score", {"calibrate": "calibrate", "confirm by perplexity": "confirm",
                    "read the model": "load", "search": f"{found['trials']} trials"}),
         ("best at 2:4", {"prune": "prune and save, best at 2:4"}),
+        ("recovered", {"recover": found["parts"][-1]["title"]}),
     ):  # fmt: skip
-        for stage in found["planned"][preset]["stages"]:
+        for stage in found["planned"].get(preset, {"stages": []})["stages"]:
             title = titles.get(stage["title"].partition(",")[0])
             if title is not None:
                 planned[title] = stage["peak"]["device"] or stage["peak"]["host"]

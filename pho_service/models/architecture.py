@@ -60,9 +60,14 @@ class ExpertLinear(nn.Module):
         self.rows = rows
 
     @property
+    def held_by(self) -> nn.Parameter:
+        """(experts, rows, in_features): the weights of all experts."""
+        return self._owner().get_parameter(self.parameter)
+
+    @property
     def weight(self) -> Tensor:
         """(out_features, in_features): a view, cut again each time, so casts and moves are seen."""
-        return self._owner().get_parameter(self.parameter)[self.expert, self.rows]
+        return self.held_by[self.expert, self.rows]
 
     def forward(self, x: Tensor) -> Tensor:
         """(tokens, in_features) to (tokens, out_features)."""

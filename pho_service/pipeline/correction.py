@@ -17,7 +17,7 @@ from pho_service.errors import InvalidInput, NumericalError
 from pho_service.models.architecture import decoder_blocks
 from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.objectives import rate_by_proxy
-from pho_service.pipeline.pipeline import held_weights, pruned_model
+from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pipeline.rating import windows_key
 from pho_service.progress import Advance, Fence, Run
 from pho_service.pruning.allocation import MAX_SPARSITY, bounds
@@ -25,6 +25,7 @@ from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import layer_score, linear_losses
 from pho_service.pruning.perplexity import DenseReference, dense_reference, rate_divergence
 from pho_service.pruning.proxy import ProxyEvaluator
+from pho_service.pruning.reconstruction import Held
 from pho_service.pruning.sharing import Border, fairer, slopes
 from pho_service.pruning.statistics import Statistics
 from pho_service.spec.objective import Objective, corrected_windows, shared_windows
@@ -119,7 +120,10 @@ class _Sharing:
         self._windows = windows
         self._chosen: list[int] = []
         self._reference: DenseReference | None = None
-        self._held = held_weights(model.model, model.linears)
+        self._held = {
+            name: Held(parameter=each.parameter, weight=each.weight)
+            for name, each in model.linears.items()
+        }
 
     def _asked(self, number: int) -> DenseReference:
         """What the dense model predicts on the windows of a step; they take turns."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import cache
 from itertools import islice
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pho_service.errors import InvalidInput
 from pho_service.models.blockwise import (
@@ -31,13 +31,7 @@ from pho_service.pruning.masks import (
     pruned,
 )
 from pho_service.pruning.perplexity import Perplexity
-from pho_service.pruning.reconstruction import (
-    Held,
-    Reconstructed,
-    Trainable,
-    check_windows,
-    reconstruct,
-)
+from pho_service.pruning.reconstruction import Reconstructed, Trainable, check_windows, reconstruct
 from pho_service.pruning.statistics import PrunableLinear, Statistics
 from pho_service.pruning.steps import InputMoments, MaskedLinear, finish
 from pho_service.spec.steps import Candidate, Reconstruction
@@ -67,40 +61,18 @@ class Rebuilding:
             output: Tensor = block.run(window, block.inputs[window])
             return output
 
-        weights = trainables(block.module, block.linears, masks)
+        weights = trainables(block.linears, masks)
         return reconstruct(weights, run, self._dense, self._settings, advance=advance)
 
 
 def trainables(
-    module: nn.Module, linears: Mapping[str, PrunableLinear], masks: Mapping[str, Tensor]
+    linears: Mapping[str, PrunableLinear], masks: Mapping[str, Tensor]
 ) -> list[Trainable]:
-    """Find the parameters that hold linears' weights, and which of their elements may change."""
-    held = held_weights(module, {name: linears[name] for name in masks})
+    """The weights of some linears, and which of their elements may change."""
     return [
-        Trainable(parameter=each.parameter, weight=each.weight, keep=masks[name])
-        for name, each in held.items()
+        Trainable(parameter=linears[name].parameter, weight=linears[name].weight, keep=keep)
+        for name, keep in masks.items()
     ]
-
-
-def held_weights(module: nn.Module, linears: Mapping[str, PrunableLinear]) -> dict[str, Held]:
-    """Find the parameters of a module that hold linears' weights."""
-    parameters = [*module.parameters()]
-    return {
-        name: Held(
-            parameter=next(each for each in parameters if _holds(each, linear.weight)),
-            weight=linear.weight,
-        )
-        for name, linear in linears.items()
-    }
-
-
-def _holds(parameter: nn.Parameter, weight: Tensor) -> bool:
-    """Whether a weight is a part of a contiguous parameter's memory."""
-    first = weight.data_ptr() - parameter.data_ptr()
-    return (
-        parameter.device == weight.device
-        and 0 <= first < parameter.numel() * parameter.element_size()
-    )
 
 
 def prune_model(

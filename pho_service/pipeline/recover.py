@@ -368,15 +368,24 @@ def check_trainable(pruned: PrunedModel, settings: Recovery, processes: Processe
     places: dict[int, list[str]] = {}
     for name, parameter in model.model.named_parameters(remove_duplicate=False):
         places.setdefault(id(parameter), []).append(name)
-    weights = [places[id(model.linears[name].module.weight)] for name in pruned.masks]
-    tied = next((names for names in weights if len(names) > 1), None)
-    if tied is not None and (settings.train == "lora" or processes.count > 1):
+    trained = {name: model.linears[name].parameter for name in pruned.masks}
+    fused = next((name for name, each in trained.items() if each.dim() > 2), None)
+    tied = next((places[id(p)] for p in trained.values() if len(places[id(p)]) > 1), None)
+    if (tied or fused) and (settings.train == "lora" or processes.count > 1):
         who, way_out = "a low-rank change of one of them", "kept or norms"
         if processes.count > 1:
             who, way_out = "several processes", "it in one process"
+        what = "one weight in several places, " + " and ".join(tied or [])
+        if fused:
+            what = f"the experts of a block in one parameter, {fused} among them"
+        raise InvalidInput(f"{model.name} has {what}, which {who} would part. Train {way_out}.")
+    held = {id(each) for each in trained.values()}
+    whole = [name for name, each in model.linears.items() if id(each.parameter) in held]
+    beside = next((name for name in whole if name not in trained), None)
+    if beside is not None and settings.train == "kept":
         raise InvalidInput(
-            f"{model.name} has one weight in several places, {' and '.join(tied)}, which {who} "
-            f"would part. Train {way_out}."
+            f"{beside} of {model.name} is not pruned, and lies in one parameter with experts that "
+            "are, so it would not stay as it is. Train norms."
         )
 
 

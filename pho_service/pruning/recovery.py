@@ -271,7 +271,7 @@ def recovering(
     processes: Processes,
 ) -> Iterator[Recovering]:
     """Find what is trained of a model. After it, low-rank changes are merged into the weights."""
-    weights = {id(linear.module.weight) for linear in linears.values()}
+    weights = {id(linear.parameter) for linear in linears.values()}
     named = [*model.named_parameters()]
     with ExitStack() as stack:
         if settings.train == "lora":

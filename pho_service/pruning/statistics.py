@@ -289,6 +289,13 @@ class PrunableLinear:
         assert isinstance(weight, Tensor)
         return weight.detach().T if self.transposed else weight.detach()
 
+    @property
+    def parameter(self) -> nn.Parameter:
+        """What holds the weight: of a fused expert, the weights of all of them."""
+        found = getattr(self.module, "held_by", self.module.weight)
+        assert isinstance(found, nn.Parameter)
+        return found
+
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:

@@ -96,7 +96,7 @@ def test_gpu(benchmark: Benchmark, shape: str) -> None:
     assert written["card"] == "the CPU, no GPU"
     assert titles[:3] == ["load", "hash the weights", "calibrate"]
     assert {"12 trials", "confirm", "prune and save, best at 2:4"} <= {*titles}
-    assert sum("a block" in title for title in titles) == 10
+    assert sum("a block" in title for title in titles) == 9
     assert all(part["seconds"] > 0 for part in written["parts"])
     assert float(table["total"][0]) >= max(part["seconds"] for part in written["parts"]) - 0.01
     differing, tensors = written["checks"]["tensors that differ in a second calibration"]
@@ -122,6 +122,11 @@ def test_pretended_gpu(benchmark: Benchmark) -> None:
     assert written["checks"]["tensors that differ in a second calibration"][0] == 0
     assert written["checks"]["ratings apart from the CPU's, relative"] < 1e-5
     assert written["checks"]["bits of masks that differ from the CPU's"][0] == 0
+    assert written["parts"][-1]["title"] == "recover, training kept"
+    gains = [each for name, each in written["checks"].items() if name.startswith("share")]
+    for here, there in zip(gains[::2], gains[1::2], strict=True):
+        assert here < 0.9
+        assert here == pytest.approx(there, abs=0.03)
 
 
 @pytest.mark.usefixtures("database")

@@ -14,7 +14,14 @@ import pytest
 import torch
 from bitsandbytes.optim.adam import Adam8bit
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from pho_service.errors import InvalidInput, ModelError, NumericalError, OutOfMemory, TextError
 from pho_service.models.loading import LanguageModel, given_model, load_model
@@ -482,3 +489,47 @@ def test_a_transposed_linear_is_trained_too(text: RecoveryText, tmp_path: Path) 
 
     assert recovered.kept
     assert all(torch.equal(linear.weight == 0, zeros[n]) for n, linear in given.linears.items())
+
+
+@pytest.mark.parametrize("train", ["kept", "norms", "lora"])
+def test_experts_that_lie_in_one_parameter(
+    train: Trains, text: RecoveryText, tmp_path: Path
+) -> None:
+    config = MixtralConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=3, initializer_range=0.2,
+    )  # fmt: skip
+    model, dense = (MixtralForCausalLM(config).eval() for _ in range(2))
+    dense.load_state_dict(model.state_dict())
+    given = given_model(model)
+    experts = {name: each for name, each in given.linears.items() if ".experts." in name}
+    for linear in experts.values():
+        linear.weight.masked_fill_(linear.weight.abs() < linear.weight.abs().median(), 0)
+    before = {name: linear.weight.clone() for name, linear in given.linears.items()}
+    tokens = torch.randint(40, (40, LENGTH), generator=torch.Generator().manual_seed(0))
+
+    def recover(pruned: PrunedModel) -> Recovered:
+        return recover_model(
+            pruned,
+            lambda: nullcontext(given_model(dense)),
+            replace(text, source=GivenWindows(tokens=tokens), bos="never"),
+            replace(SETTINGS, train=train),
+            tmp_path / "workplace",
+        )
+
+    if train == "lora":
+        with pytest.raises(
+            InvalidInput, match=r"experts of a block in one parameter, .*experts\.0"
+        ):
+            recover(PrunedModel.of(given))
+        return
+    assert recover(PrunedModel.of(given)).kept
+    for name, linear in given.linears.items():
+        assert torch.equal(linear.weight == 0, before[name] == 0)
+        trained = name in experts and train == "kept"
+        assert torch.equal(linear.weight, before[name]) is not trained
+    masks = PrunedModel.of(given).masks
+    few = {name: mask for name, mask in masks.items() if "experts.0.up_proj" not in name}
+    if train == "kept":
+        with pytest.raises(InvalidInput, match=r"0\.up_proj of .* is not pruned.*Train norms"):
+            recover(PrunedModel(model=given, masks=few, recipe=None))

@@ -6,8 +6,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from pho_service.models.architecture import decoder_blocks
-from pho_service.pipeline.pipeline import held_weights
 from pho_service.pruning.perplexity import dense_reference, rate_divergence
+from pho_service.pruning.reconstruction import Held
 from pho_service.pruning.sharing import Border, border_places, fairer, slopes
 from pho_service.pruning.statistics import PrunableLinear
 
@@ -43,7 +43,7 @@ def test_a_slope_is_how_the_divergence_rises_when_the_border_goes(
     """Kept weights shrink and removed ones turn against what they were, by a little."""
     model = tiny_llama.double()
     reference = dense_reference(model, windows[:1], top_k=7)
-    held = held_weights(model, linears)
+    held = {n: Held(parameter=each.parameter, weight=each.weight) for n, each in linears.items()}
     dense = {name: linear.weight.clone() for name, linear in linears.items()}
     borders, keeps = {}, {}
     for name, weight in dense.items():
