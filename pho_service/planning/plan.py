@@ -360,11 +360,13 @@ def _ways_out(plan: Plan) -> Iterator[str]:
     recovery = work.recovery
     if recovery is not None and fits(recovery=replace(recovery, adam_bits=8)):
         yield "let Adam remember 8 bits a number (--recover-adam-bits 8)"
-    if recovery is not None and fits(recovery=replace(recovery, train="lora")):
+    # The experts of a block lie in one parameter: neither low-rank changes nor processes part it.
+    parts = all(linear.share == 1 for linear in plan.shapes.linears)
+    if recovery is not None and parts and fits(recovery=replace(recovery, train="lora")):
         yield "train a low-rank change of each linear (--recover-train lora)"
     streamed = {"stream": True, "dtype": plan.shapes.dtype}
     for option, changes in (("", {}), (" and with --stream", streamed)):
-        if recovery is not None and machine.is_gpu and fits(recovery=None, **changes):
+        if recovery and parts and machine.is_gpu and fits(recovery=None, **changes):
             yield from _afterwards(plan, option)
             break
     if not work.stream and recovery is None and fits(stream=True, dtype=plan.shapes.dtype):

@@ -301,15 +301,19 @@ def test_a_recovery_that_fits_no_card_is_offered_several_processes() -> None:
     fields = {"preset": "best", "pattern": "2:4"}
     trained = {"prune": True, "recovery": {"tokens": 2_000_000}}
     small = H100.resized(48 * GIB)
-    whole, half, large = (
+    whole, half, large, experts = (
         planned(config, machine, **fields, **trained)
-        for config, machine in ((LLAMA, H100), (LLAMA, small), (LLAMA_70B, H100))
-    )
+        for config, machine in (
+            (LLAMA, H100), (LLAMA, small), (LLAMA_70B, H100), (MIXTRAL, H100.resized(400 * GIB))
+        )
+    )  # fmt: skip
 
     assert any("on 2 such cards and 55.2 GiB of main memory" in way for way in whole.ways_out)
     assert any("torchrun --nproc-per-node 4" in way for way in half.ways_out)
     assert planned(machine=small, **fields).fits
     assert not any("torchrun" in way for way in large.ways_out)  # the dense one fits none
+    assert not experts.fits
+    assert not any("torchrun" in way or "lora" in way for way in experts.ways_out)
 
 
 def test_sizes_are_in_the_largest_unit_and_counts_in_words() -> None:
