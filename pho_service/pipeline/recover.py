@@ -318,7 +318,7 @@ def recover_model(
 def _has_room(
     model: LanguageModel, text: RecoveryText, settings: Recovery, processes: Processes
 ) -> bool:
-    """Whether the activations of all blocks fit, so that none runs twice: a fifth less time."""
+    """Whether the activations of all blocks fit, so that none runs twice: a sixth less time."""
     if settings.train == "lora" or processes.count > 1:  # who have little
         return False
     footprint = footprint_of(model.model)
