@@ -25,7 +25,6 @@ from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import layer_score, linear_losses
 from pho_service.pruning.perplexity import DenseReference, dense_reference, rate_divergence
 from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.pruning.reconstruction import Held
 from pho_service.pruning.sharing import Border, fairer, slopes
 from pho_service.pruning.statistics import Statistics
 from pho_service.spec.objective import Objective, corrected_windows, shared_windows
@@ -120,10 +119,6 @@ class _Sharing:
         self._windows = windows
         self._chosen: list[int] = []
         self._reference: DenseReference | None = None
-        self._held = {
-            name: Held(parameter=each.parameter, weight=each.weight)
-            for name, each in model.linears.items()
-        }
 
     def _asked(self, number: int) -> DenseReference:
         """What the dense model predicts on the windows of a step; they take turns."""
@@ -143,7 +138,7 @@ class _Sharing:
         lost = {name: removed[name] / size for name, size in sizes.items()}
         borders = {
             name: Border.of(
-                self._held[name],
+                linears[name],
                 layer_score(linears, self._statistics, name, candidate.coefficients),
                 share,
                 by_row=pattern.scope is Scope.ROW,

@@ -69,10 +69,7 @@ def trainables(
     linears: Mapping[str, PrunableLinear], masks: Mapping[str, Tensor]
 ) -> list[Trainable]:
     """The weights of some linears, and which of their elements may change."""
-    return [
-        Trainable(parameter=linears[name].parameter, weight=linears[name].weight, keep=keep)
-        for name, keep in masks.items()
-    ]
+    return [Trainable(linear=linears[name], keep=keep) for name, keep in masks.items()]
 
 
 def prune_model(

@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pho_service.errors import InvalidInput
 from pho_service.progress import Advance
 from pho_service.pruning.scores import TINY
+from pho_service.pruning.statistics import PrunableLinear
 from pho_service.spec.steps import Reconstruction
 
 HELD_OUT = 8  # every so many windows one is held out, and at least one
@@ -26,30 +27,10 @@ _NAMED = 4  # blocks that a sentence names
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
-    """
-    The weights of a linear, and the parameter that holds them.
-
-    Attributes:
-        parameter: Contiguous, floating point. It may hold the weights of many linears, such as all
-            experts of a mixture.
-        weight: (out_features, in_features), a view of the parameter's memory.
-    """
-
-    parameter: nn.Parameter
-    weight: Tensor
-
-    def of(self, gradient: Tensor) -> Tensor:
-        """The part of the parameter's gradient that is this weight's."""
-        first = self.weight.data_ptr() - self.parameter.data_ptr()
-        place = first // self.parameter.element_size()
-        return gradient.contiguous().as_strided(self.weight.shape, self.weight.stride(), place)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trainable(Held):
+class Trainable:
     """A linear of a block, and which of its weights may change in place."""
 
+    linear: PrunableLinear
     keep: Tensor  # (out_features, in_features), bool. What is False stays as it is, to the bit
 
 
@@ -194,9 +175,11 @@ class _Fit:
         self.weights = weights
         self.run = run
         self.targets = targets
-        self.parameters = [*{id(each.parameter): each.parameter for each in weights}.values()]
+        self.parameters = [
+            *{id(each.linear.parameter): each.linear.parameter for each in weights}.values()
+        ]
         self.exact = [
-            each.weight.detach().to(torch.float32, memory_format=torch.contiguous_format)
+            each.linear.weight.detach().to(torch.float32, memory_format=torch.contiguous_format)
             for each in weights
         ]
         # Adam moves every weight by about its rate, however large weights are: models differ.
@@ -235,9 +218,9 @@ class _Fit:
         gradients = torch.autograd.grad(self._error(window), self.parameters, allow_unused=True)
         by_parameter = dict(zip(map(id, self.parameters), gradients, strict=True))
         for exact, each in zip(self.exact, self.weights, strict=True):
-            gradient = by_parameter[id(each.parameter)]
+            gradient = by_parameter[id(each.linear.parameter)]
             # Experts that no token of the window reached have none, or zeros, and stay.
-            mine = None if gradient is None else each.of(gradient).float() * each.keep
+            mine = None if gradient is None else each.linear.part_of(gradient).float() * each.keep
             exact.grad = mine if mine is not None and bool(mine.any()) else None
         for group, size in zip(self.adam.param_groups, self.sizes, strict=True):
             group["lr"] = rate * size
@@ -259,4 +242,4 @@ class _Fit:
     def _write(self) -> None:
         """Into the model; what is not in 16 bits is the model's own tensor."""
         for each, exact in zip(self.weights, self.exact, strict=True):
-            each.weight.detach().copy_(exact)
+            each.linear.weight.detach().copy_(exact)

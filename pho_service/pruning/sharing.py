@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pho_service.pruning.perplexity import DenseReference, frozen, recomputed, window_backward
-from pho_service.pruning.reconstruction import Held
+from pho_service.pruning.statistics import PrunableLinear
 
 _LOOKED_AT = 1 << 20  # scores of a linear, spread over all of it
 _BORDER = 0.1  # share of what is removed, or kept if that is less, on either side of the threshold
@@ -23,23 +23,25 @@ class Border:
     The weights of a linear that are the next to go, and those that would be the first to come back.
 
     Attributes:
-        linear: The parameter that holds the linear's weights, and perhaps those of others.
+        linear: What they are of.
         rows, columns: (weights,), int32.
         dense: (weights,), float32: what they are in the dense model.
     """
 
-    linear: Held
+    linear: PrunableLinear
     rows: Tensor
     columns: Tensor
     dense: Tensor
 
     @classmethod
-    def of(cls, linear: Held, score: Tensor, sparsity: float, *, by_row: bool) -> "Border":
+    def of(
+        cls, linear: PrunableLinear, score: Tensor, sparsity: float, *, by_row: bool
+    ) -> "Border":
         """
         The border of a linear that is dense.
 
         Args:
-            linear: Its weight, (out_features, in_features).
+            linear: Its weight is (out_features, in_features).
             score: The same shape, float32.
             sparsity: Share that it loses.
             by_row: The weights of each output row compete, not those of the linear.
@@ -52,7 +54,7 @@ class Border:
 
     def slope(self, gradient: Tensor) -> float:
         """The mean of -g w, of the parameter's gradient."""
-        own = self.linear.of(gradient)[self.rows, self.columns].float()
+        own = self.linear.part_of(gradient)[self.rows, self.columns].float()
         return -float(own @ self.dense) / max(1, len(self.dense))
 
 

@@ -296,6 +296,12 @@ class PrunableLinear:
         assert isinstance(found, nn.Parameter)
         return found
 
+    def part_of(self, gradient: Tensor) -> Tensor:
+        """The part of the parameter's gradient that is this weight's."""
+        weight, parameter = self.weight, self.parameter
+        place = (weight.data_ptr() - parameter.data_ptr()) // parameter.element_size()
+        return gradient.contiguous().as_strided(weight.shape, weight.stride(), place)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pho_service.pruning.reconstruction import Reconstructed, Trainable, reconstruct, split, summary
+from pho_service.pruning.statistics import PrunableLinear
 from pho_service.spec.steps import Reconstruction
 
 SETTINGS = Reconstruction(method="block", passes=3, learning_rate=0.05)
@@ -28,11 +29,17 @@ def pruned(keep: Tensor) -> tuple[Tensor, nn.Parameter]:
     return dense, nn.Parameter(dense * keep)
 
 
+def trainable(parameter: nn.Parameter, keep: Tensor) -> Trainable:
+    module = nn.Linear(keep.shape[1], keep.shape[0], bias=False)
+    module.weight = parameter
+    return Trainable(linear=PrunableLinear(name="it", module=module), keep=keep)
+
+
 def trained(
     parameter: nn.Parameter, keep: Tensor, inputs: Tensor, targets: Tensor
 ) -> Reconstructed:
     return reconstruct(
-        [Trainable(parameter=parameter, weight=parameter, keep=keep)],
+        [trainable(parameter, keep)],
         lambda window: inputs[window] @ parameter.T,
         [*targets],
         SETTINGS,
@@ -118,7 +125,7 @@ def test_weights_that_are_right_already_stay(inputs: Tensor, keep: Tensor) -> No
 def test_a_pass_that_makes_it_worse_is_taken_back(inputs: Tensor, keep: Tensor) -> None:
     dense, parameter = pruned(keep)
     result = reconstruct(
-        [Trainable(parameter=parameter, weight=parameter, keep=keep)],
+        [trainable(parameter, keep)],
         lambda window: inputs[window] @ parameter.T,
         [*(inputs @ dense.T)],
         replace(SETTINGS, learning_rate=1.0),

@@ -7,7 +7,6 @@ from transformers import LlamaForCausalLM
 
 from pho_service.models.architecture import decoder_blocks
 from pho_service.pruning.perplexity import dense_reference, rate_divergence
-from pho_service.pruning.reconstruction import Held
 from pho_service.pruning.sharing import Border, border_places, fairer, slopes
 from pho_service.pruning.statistics import PrunableLinear
 
@@ -43,12 +42,11 @@ def test_a_slope_is_how_the_divergence_rises_when_the_border_goes(
     """Kept weights shrink and removed ones turn against what they were, by a little."""
     model = tiny_llama.double()
     reference = dense_reference(model, windows[:1], top_k=7)
-    held = {n: Held(parameter=each.parameter, weight=each.weight) for n, each in linears.items()}
     dense = {name: linear.weight.clone() for name, linear in linears.items()}
     borders, keeps = {}, {}
     for name, weight in dense.items():
         score = weight.abs().float()
-        borders[name] = Border.of(held[name], score, SPARSITY, by_row=False)
+        borders[name] = Border.of(linears[name], score, SPARSITY, by_row=False)
         keeps[name] = score > score.flatten().kthvalue(int(SPARSITY * score.numel())).values
         linears[name].weight.mul_(keeps[name])
     blocks = [block for _, block in decoder_blocks(model)]
