@@ -210,7 +210,8 @@ class Recovering(nn.Module):
         model, blocks, own = self._model
         device = next(model.parameters()).device
         again = blocks if self.recompute else []
-        with frozen(model), recomputed(again, nullcontext), mixed(device):
+        products = mixed(device, gradients=True)
+        with frozen(model), recomputed(again, nullcontext), products:
             for each in own:
                 each.requires_grad_(True)
             value = window_backward(model, reference, window)
@@ -242,9 +243,18 @@ def _size(weights: Tensor) -> float:
     return max(LEAST_SIZE, math.sqrt(float(weights.float().square().sum()) / count))
 
 
-def mixed(device: torch.device) -> AbstractContextManager[object]:
-    """On a GPU, products are in bfloat16 whatever the weights are in; on a CPU that is slower."""
-    if device.type not in _IN_HALVES:
+def multiplies_halves() -> bool:
+    """Whether this CPU has units for products in bfloat16 (AMX); older versions of torch say no."""
+    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get("amx_bf16"))
+
+
+def mixed(device: torch.device, *, gradients: bool = False) -> AbstractContextManager[object]:
+    """
+    Products in bfloat16 whatever the weights are in: on a GPU, and for gradients on a CPU that has
+    units for them. On others that is slower, and what decides is measured in float32 there.
+    """
+    if device.type not in _IN_HALVES and not (gradients and multiplies_halves()):
         return nullcontext()
     # What autocast keeps in bfloat16 of the weights is theirs until it ends, after many steps.
     return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
