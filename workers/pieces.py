@@ -527,8 +527,15 @@ def calibrate_piece(
     if spec.tasks is not None and harness_folder() is not None:
         inputs.tasks(spec)
     seal = inputs.seal(spec, Seal() if before is None else Seal(**before.inputs))
-    check_patterns(inputs.model(spec, seal), whole.points, whole.plan(0).steps.linears)
+    model, linears = inputs.model(spec, seal), whole.plan(0).steps.linears
+    check_patterns(model, whole.points, linears)
     text = inputs.calibration_text(spec, seal)
+    if spec.recovery is not None and spec.model == whole.model and before is None:
+        from pho_service.pipeline.recover import check_recoverable  # slow to import
+
+        pruned = linears.choose(list(model.linears), whole.points[0], model=model.name).names
+        trained_on = inputs.recovery_text(spec, seal)
+        check_recoverable(model, pruned, trained_on, spec.recovery.settings())
     if before is None and not inputs.bundles.has(text.bundle_key):
         shards = len(cut(text, spec.calibration.settings(), stream=spec.stream))
         if shards > 1:

@@ -102,7 +102,7 @@ def recover(
     pruned = PrunedModel.read(
         folder, dtype=given("dtype"), device=inputs.device, device_map=inputs.device_map
     )
-    check_trainable(pruned, settings, processes)
+    check_trainable(pruned.model, pruned.masks, settings, processes)
     if "calibration/context_length" not in given.said:
         how = how.fitted(pruned.model.longest)
     measured = None

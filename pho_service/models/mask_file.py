@@ -31,6 +31,7 @@ from pho_service.pruning.masks import pack, unpack
 MASKS = "pruning/masks.safetensors"
 MAX_FEATURES = 2**31  # what an order's int32 can number
 MASK_FORMAT = "pho-masks"
+_GROUPS = (4, 8, 16, 32)  # M of N:M that is looked for in a model that was pruned elsewhere
 _MASKS = FileKind(
     format=MASK_FORMAT,
     version=1,
@@ -225,3 +226,13 @@ def _check_tensors(file: Any, shapes: dict[str, tuple[int, int]], path: Path) ->
         if actual != (dtype, shape):
             what = f"{shown(tensor)} is {actual[0]} {shown(actual[1])}, expected {dtype} {shape}"
             raise _MASKS.damaged(path, what)
+
+
+def groups_of(keep: Tensor) -> tuple[int | None, int | None]:
+    """N and M of a mask, (out_features, in_features), that keeps N of each M; None of others."""
+    for group in _GROUPS:
+        if keep.shape[1] % group == 0:
+            counts = keep.reshape(-1, group).sum(dim=1)
+            if bool((counts == counts[0]).all()):
+                return int(counts[0]), group
+    return None, None

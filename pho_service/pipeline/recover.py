@@ -8,7 +8,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -47,10 +46,10 @@ from pho_service.host.machine import (
 from pho_service.models.architecture import decoder_blocks, footprint_of
 from pho_service.models.calibration import USED, free_for
 from pho_service.models.loading import LanguageModel, load_model, sha256_each
-from pho_service.models.mask_file import MASKS, LayerMask, PackedMask, read_masks
+from pho_service.models.mask_file import MASKS, LayerMask, PackedMask, groups_of, read_masks
 from pho_service.models.packed import as_folder
 from pho_service.models.saving import RECIPE, read_recipe, recipe_document
-from pho_service.models.texts import apart, record_to_dict, sample_windows
+from pho_service.models.texts import TextRecord, apart, record_to_dict, sample_windows
 from pho_service.pipeline.prune import PrunedFolder
 from pho_service.pipeline.rating import RecoveryText, perplexity_on
 from pho_service.planning.stage_memory import Place, recovery_peak
@@ -83,7 +82,6 @@ _MOST_BACK = 3  # such checks end it
 _BETAS = (0.9, 0.95)  # of Adam
 _WARM = 8  # steps until the rate is at its highest
 _OTHER = 0.2  # share of the time for what is beside the dense model and the steps
-_GROUPS = (4, 8, 16, 32)  # M of N:M that is looked for in a model that was pruned elsewhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,16 +205,6 @@ def _check_plain(folder: Path) -> None:
         )
 
 
-def groups_of(keep: Tensor) -> tuple[int | None, int | None]:
-    """N and M of a mask, (out_features, in_features), that keeps N of each M; None of others."""
-    for group in _GROUPS:
-        if keep.shape[1] % group == 0:
-            counts = keep.reshape(-1, group).sum(dim=1)
-            if bool((counts == counts[0]).all()):
-                return int(counts[0]), group
-    return None, None
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Asked:
     """Predictions of the dense model, and what they are of."""
@@ -249,8 +237,8 @@ def recover_model(
     # ``dense`` gives the dense model, which is let go of before the training begins.
     began = time.monotonic()
     processes = Processes()
-    check_trainable(pruned, settings, processes)
     model = pruned.model
+    check_trainable(model, pruned.masks, settings, processes)
     if model.device.type == "cpu":
         model.model.float()
     blocks = [block for _, block in decoder_blocks(model.model)]
@@ -347,9 +335,18 @@ def _shortage_told(model: LanguageModel, text: RecoveryText, settings: Recovery)
         ) from error
 
 
-def check_trainable(pruned: PrunedModel, settings: Recovery, processes: Processes) -> None:
+def check_recoverable(
+    model: LanguageModel, pruned: Collection[str], text: RecoveryText, settings: Recovery
+) -> None:
+    """See before any search that a model can be recovered when some linears of it are pruned."""
+    check_trainable(model, pruned, settings, Processes())
+    _draw(model, text, settings.seed, LEAST_WINDOWS)
+
+
+def check_trainable(
+    model: LanguageModel, pruned: Collection[str], settings: Recovery, processes: Processes
+) -> None:
     """See that a model can be trained as it is, before anything long."""
-    model = pruned.model
     if processes.count > 1 and len(model.devices) > 1:
         raise InvalidInput(
             f"{model.name} lies on {len(model.devices)} devices, and is to be trained by "
@@ -368,7 +365,7 @@ def check_trainable(pruned: PrunedModel, settings: Recovery, processes: Processe
     places: dict[int, list[str]] = {}
     for name, parameter in model.model.named_parameters(remove_duplicate=False):
         places.setdefault(id(parameter), []).append(name)
-    trained = {name: model.linears[name].parameter for name in pruned.masks}
+    trained = {name: model.linears[name].parameter for name in pruned}
     fused = next((name for name, each in trained.items() if each.dim() > 2), None)
     tied = next((places[id(p)] for p in trained.values() if len(places[id(p)]) > 1), None)
     if (tied or fused) and (settings.train == "lora" or processes.count > 1):
@@ -413,22 +410,7 @@ def _ask(
     place.begin(teacher.to_dict())
     together = trained.processes.count
     steps = together * place.once("steps", lambda: _steps(trained, teacher, settings, text))
-    apart_from = [] if text.unlike is None else [text.unlike]
-    apart_from += [] if text.measured is None else [text.measured.windows]
-    more = sum(map(len, apart_from))
-    windows, record = sample_windows(
-        pruned, text.source, count=0, beside=steps + HELD_OUT + more,
-        context_length=text.context_length,
-        bos=text.bos, seed=settings.seed,
-    )  # fmt: skip
-    for seen in apart_from:
-        windows = apart(windows, seen)
-    if len(windows) < LEAST_WINDOWS:
-        raise TextError(
-            f"the text {text.source} has {len(windows)} windows of {text.context_length} tokens "
-            f"to recover on, and {LEAST_WINDOWS} are the least, of which one is held out. Give a "
-            "longer text, or a smaller --context-length."
-        )
+    windows, record = _draw(pruned, text, settings.seed, steps + HELD_OUT)
     held_out = min(HELD_OUT, len(windows) // 8 or 1)
     missing = max(0, steps - (len(windows) - held_out))
     count = min(missing, -(-settings.written // text.context_length))
@@ -455,6 +437,28 @@ def _ask(
         if text.measured is None
         else perplexity_on(text.measured, teacher, progress),
     )
+
+
+def _draw(
+    model: LanguageModel, text: RecoveryText, seed: int, most: int
+) -> tuple[Tensor, TextRecord]:
+    """Windows of a text that are for nothing else."""
+    apart_from = [] if text.unlike is None else [text.unlike]
+    apart_from += [] if text.measured is None else [text.measured.windows]
+    more = sum(map(len, apart_from))
+    windows, record = sample_windows(
+        model, text.source, count=0, beside=most + more,
+        context_length=text.context_length, bos=text.bos, seed=seed,
+    )  # fmt: skip
+    for seen in apart_from:
+        windows = apart(windows, seen)
+    if len(windows) < LEAST_WINDOWS:
+        raise TextError(
+            f"the text {text.source} has {len(windows)} windows of {text.context_length} tokens "
+            f"to recover on, and {LEAST_WINDOWS} are the least, of which one is held out. Give a "
+            "longer text, or a smaller --context-length."
+        )
+    return windows, record
 
 
 def steps_of_each(windows: int, there: int, together: int) -> int:
@@ -736,19 +740,6 @@ class _Trainer(Trainer):
             self.control.should_training_stop = True
 
 
-class _Numbers(Dataset[dict[str, int]]):
-    """The numbers of windows."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> dict[str, int]:
-        return {"window": index}
-
-
 def _adam(groups: Sequence[dict[str, Any]], bits: AdamBits) -> torch.optim.Optimizer:
     if bits == 8:
         # On a CPU it warns that it lacks a package for quantised weights.
@@ -786,8 +777,8 @@ def _train(training: _Training, settings: Recovery, place: Workplace) -> None:
     trainer = _Trainer(
         model=trained,
         args=arguments,
-        train_dataset=_Numbers(len(asked.reference.windows)),
-        eval_dataset=_Numbers(1),
+        train_dataset=[{"window": i} for i in range(len(asked.reference.windows))],
+        eval_dataset=[{"window": 0}],
         optimizers=(adam, schedule),
         callbacks=[training],
     )

@@ -25,18 +25,19 @@ from transformers import (
 
 from pho_service.errors import InvalidInput, ModelError, NumericalError, OutOfMemory, TextError
 from pho_service.models.loading import LanguageModel, given_model, load_model
+from pho_service.models.mask_file import groups_of
 from pho_service.models.saving import read_recipe, save_pruned
 from pho_service.models.texts import GivenWindows, TextSource
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.rating import RecoveryText
-from pho_service.pipeline.recover import PrunedModel, Workplace, groups_of, recover_model
+from pho_service.pipeline.recover import PrunedModel, Workplace, recover_model
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.perplexity import rate_divergence
 from pho_service.pruning.recovery import Recovering
 from pho_service.shown.tables import recovered_table
 from pho_service.spec.configuration import published
-from pho_service.spec.recovery import AdamBits, Recovered, Recovery, Trains
+from pho_service.spec.recovery import PASSES, AdamBits, Recovered, Recovery, Trains
 
 LENGTH = 32
 SETTINGS = Recovery(tokens=24 * LENGTH, rate=2e-3)
@@ -371,7 +372,7 @@ def test_what_the_dense_model_writes_is_trained_on_too_and_written_once(
     assert (first[0].windows, first[0].written, first[0].held_out) == (17, 10, 2)
     assert "the text's 17 windows give no more" not in str(first[0])
     assert "the text's 16 windows give no more" in str(
-        replace(first[0], windows=16, tokens=32 * LENGTH)
+        replace(first[0], windows=16, tokens=PASSES * 16 * LENGTH)
     )
     assert replace(first[0], seconds=0) == replace(second[0], seconds=0)
     assert same(first[1], second[1])

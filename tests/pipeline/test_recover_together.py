@@ -182,12 +182,12 @@ def test_what_several_processes_cannot_train_is_named(
     second.down_proj.weight = first.down_proj.weight
     tied = PrunedModel.of(given_model(model))
     with pytest.raises(InvalidInput, match=r"several processes would part. Train it in one proc"):
-        check_trainable(tied, SETTINGS, several)
+        check_trainable(tied.model, tied.masks, SETTINGS, several)
     pruned = PrunedModel.read(folder, device="cpu")
     cards = (torch.device("cuda", 0), torch.device("cuda", 1))
     monkeypatch.setattr(LanguageModel, "devices", cards)
     with pytest.raises(InvalidInput, match=r"on 2 devices, .* by 2 processes.*--device-map out"):
-        check_trainable(pruned, SETTINGS, several)
+        check_trainable(pruned.model, pruned.masks, SETTINGS, several)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InvalidInput, match=r"WORLD_SIZE is 2, .* RANK and LOCAL_RANK and MASTER_"):
         Processes()

@@ -1,6 +1,7 @@
 """The stage that prunes: what `pho prune` writes, in the artifact store, whatever happens to it."""
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,15 @@ def test_a_job_on_several_texts_says_them_and_their_shares_where_it_says_its_tex
     assert job.pruning.result["recovery"]["text"]["source"] == names
     assert card.count(names) == 2
     assert names in shown
+
+
+def test_a_text_too_short_to_recover_on_is_named_before_the_search(hand: Any, small: Any) -> None:
+    lines = (hand.folder / "report.jsonl").read_text().splitlines()
+    (hand.folder / "short.jsonl").write_text("\n".join(lines[:8]))
+    error = hand.failed(small(prune=True, recovery={"tokens": 640, "text": "short.jsonl"}))
+
+    assert error["stage"] == "calibrate"
+    assert re.search(r"short\.jsonl has [1-3] windows .* to recover on, and 4", error["message"])
 
 
 def test_a_recovered_model_is_what_is_kept_and_the_report_says_what_it_gained(
