@@ -175,9 +175,7 @@ class _Fit:
         self.weights = weights
         self.run = run
         self.targets = targets
-        self.parameters = [
-            *{id(each.linear.parameter): each.linear.parameter for each in weights}.values()
-        ]
+        self.parameters = [*dict.fromkeys(each.linear.parameter for each in weights)]
         self.exact = [
             each.linear.weight.detach().to(torch.float32, memory_format=torch.contiguous_format)
             for each in weights

@@ -210,8 +210,7 @@ class Recovering(nn.Module):
         model, blocks, own = self._model
         device = next(model.parameters()).device
         again = blocks if self.recompute else []
-        products = mixed(device, gradients=True)
-        with frozen(model), recomputed(again, nullcontext), products:
+        with frozen(model), recomputed(again, nullcontext), mixed(device, gradients=True):
             for each in own:
                 each.requires_grad_(True)
             value = window_backward(model, reference, window)

@@ -27,11 +27,11 @@ from pho_service.errors import InvalidInput, ModelError, NumericalError, OutOfMe
 from pho_service.models.loading import LanguageModel, given_model, load_model
 from pho_service.models.mask_file import groups_of
 from pho_service.models.saving import read_recipe, save_pruned
-from pho_service.models.texts import GivenWindows, TextSource
+from pho_service.models.texts import GivenWindows, TextSource, sample_windows
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.rating import RecoveryText
-from pho_service.pipeline.recover import PrunedModel, Workplace, recover_model
+from pho_service.pipeline.recover import PrunedModel, Workplace, check_recoverable, recover_model
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.perplexity import rate_divergence
 from pho_service.pruning.recovery import Recovering
@@ -283,6 +283,26 @@ def test_perplexities_before_and_after_are_of_windows_that_are_not_trained_on(
     again = PrunedModel.of(pruned.model)
     with pytest.raises(TextError, match=r"has [0-3] windows of 32 tokens to recover on, and 4 are"):
         recover(again, on=replace(text, unlike=every.windows))
+
+
+def test_a_text_that_repeats_itself_is_read_to_its_end_before_it_is_called_too_short(
+    original: LanguageModel,
+    texts: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read = texts["report"].read_text().splitlines()
+    often, *others = (str(json.loads(line)["text"]) for line in read)
+    lines = [json.dumps({"text": each}) for each in [*[often] * 400, " ".join(others)]]
+    path = tmp_path / "often.jsonl"
+    path.write_text("\n".join(lines))
+    known = original.tokenize(" ".join([often] * 20))[: 2 * LENGTH].view(2, LENGTH)
+    drawn = Mock(wraps=sample_windows)
+    monkeypatch.setattr("pho_service.pipeline.recover.sample_windows", drawn)
+    text = RecoveryText(source=TextSource(path=str(path)), context_length=LENGTH, unlike=known)
+    check_recoverable(original, [*original.linears], text, SETTINGS)
+
+    assert drawn.call_count == 2
 
 
 def test_a_model_that_was_pruned_elsewhere_has_its_masks_from_its_zeros(
