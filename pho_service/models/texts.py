@@ -333,7 +333,7 @@ def read_windows(
         _require_text(documents, source)
         text = SEPARATOR.join(documents)
         prefix = model.window_prefix(bos)
-        windows = cut_windows(model.tokenize(text), context_length, prefix)
+        windows = cut_windows(model.tokenize(text), context_length, prefix, str(source))
         record = _record(source, documents)
     if unlike is not None:
         windows = apart(windows, unlike, max_windows)
@@ -389,7 +389,7 @@ def sample_windows(
         tokens += len(piece) + len(separator)
         if tokens >= wanted:
             break
-    windows = cut_windows(torch.cat(pieces), context_length, prefix)
+    windows = cut_windows(torch.cat(pieces), context_length, prefix, str(source))
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(windows), generator=generator)
     return windows[order[:count]], _record(source, used)
@@ -414,11 +414,7 @@ def _sample_mixed(
                 f"the text {text} gets none of {count} windows. Give it a larger share, more "
                 "windows, or leave it out."
             )
-        try:
-            windows, record = sample_windows(model, text, count=needed, beside=more, **how)
-        except TextError as error:  # which of them it is
-            named = str(text) in str(error)
-            raise error if named else TextError(f"{text}: {error}") from error
+        windows, record = sample_windows(model, text, count=needed, beside=more, **how)
         if len(windows) < needed:
             raise TextError(
                 f"the text {text} fills {len(windows)} windows of {windows.shape[1]} tokens, but "

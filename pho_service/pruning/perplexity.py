@@ -64,10 +64,12 @@ class Perplexity:
         return self.perplexity * math.sqrt(sum(squares) * count / (count - 1)) / self.tokens
 
 
-def cut_windows(tokens: Tensor, context_length: int, prefix: list[int]) -> Tensor:
+def cut_windows(
+    tokens: Tensor, context_length: int, prefix: list[int], name: str = "given"
+) -> Tensor:
     """
-    Cut a tokenised text into windows that do not overlap, each with the prefix (BOS, or nothing)
-    before it; the tail is dropped.
+    Cut a tokenised text of a name into windows that do not overlap, each with the prefix (BOS, or
+    nothing) before it; the tail is dropped.
 
     Returns:
         (windows, context_length), int64, in the order of the text.
@@ -79,7 +81,7 @@ def cut_windows(tokens: Tensor, context_length: int, prefix: list[int]) -> Tenso
     count = len(tokens) // body
     if count == 0:
         raise TextError(
-            f"the text has {len(tokens)} tokens, which do not fill one window of "
+            f"the text {name} has {len(tokens)} tokens, which do not fill one window of "
             f"{context_length}. Give a longer text, or a smaller --context-length."
         )
     windows = tokens[: count * body].view(count, body)
