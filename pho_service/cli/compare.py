@@ -2,7 +2,7 @@
 `pho evaluate`, `pho generate`, `pho compare` and `pho bench`: models measured beside each other.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -344,7 +344,6 @@ _OF_RECOVERIES = tuple(
 def compare(
     model: str,
     given: Given,
-    report: Mapping[str, Any],
     config_paths: tuple[str, ...],
     methods: tuple[str, ...],
     presets: tuple[str, ...],
@@ -353,6 +352,7 @@ def compare(
     other_family: bool,
     inputs: Terminal,
     as_json: bool,
+    **report: Any,
 ) -> None:
     """
     Print a table of perplexities: dense, the published methods, configurations.
@@ -398,10 +398,10 @@ def compare(
         )
     named = [(path, read_configuration(Path(path))) for path in config_paths]
     pattern = Pattern.parse(given("pattern"), given("scope"))
-    asked = Linears.from_dict(given.document().get("steps", {}).get("linears", {})) or None
+    asked = given.part("steps/linears", Linears) or None
     linears = common_linears(named, pattern, asked)
     searches = _searches(model, given, presets, linears)
-    recovery = given.document().get("recovery")
+    recovers = "recovery" in given.document()
     request = ComparisonRequest(
         pattern=pattern,
         configurations=named,
@@ -409,7 +409,7 @@ def compare(
         searches={name: each.request(0) for name, each in searches.items()},
         linears=linears,
         ablation=ablation,
-        recovery=recovery and Recovery.from_dict(recovery),
+        recovery=given.part("recovery", Recovery) if recovers else None,
     )
     calibration, drawn = given.calibration(), _seeds(seeds, given)
     loaded_tasks = load_asked_tasks(given)

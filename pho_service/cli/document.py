@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from pho_service.errors import InvalidInput
 from pho_service.spec.curve import Target
-from pho_service.spec.job_options import SECTIONS, Field, document_fields, within
+from pho_service.spec.job_options import SECTIONS, Field, document_fields, value_at, within
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -22,11 +22,14 @@ if TYPE_CHECKING:
     from pho_service.spec.job import JobSpec
 
 
+T = TypeVar("T")
+
 # The sections of a verb's --help: what an option is about.
 TITLES = (*SECTIONS, "Machine", "Output")
 
 # Options that are not of the document, by the names of their parameters; others are Output.
 _OWN = {
+    "Model": ("teacher",),
     "Text and calibration": ("split", "bundle_path", "text"),
     "What to prune": (
         "config_path", "config_paths", "method", "methods", "presets", "ablation", "seeds",
@@ -44,11 +47,11 @@ _OWN = {
 }  # fmt: skip
 
 
-# What people use of a verb: the first eight that it has, required ones before the others.
+# What people use of a verb: the first eight that it has, after those that it needs.
 _USED = (
     "--pattern", "--patterns", "--config", "--method", "--text", "--confirm-text", "--report-text",
-    "--card", "--preset", "--check", "--out", "--samples", "--context-length", "--trials",
-    "--job", "--watch", "--tasks", "--device",
+    "--card", "--preset", "--check", "--minutes", "--train", "--out", "--samples",
+    "--context-length", "--trials", "--job", "--watch", "--tasks", "--device",
 )  # fmt: skip
 _MOST = 8
 _ALWAYS = ("--json", "--help", "--help-all")
@@ -97,10 +100,9 @@ class GroupedCommand(click.Command):
                 for title in TITLES
             }
         else:
-            used = [o for name in _USED for o in options if name in o.opts]
-            used.sort(key=lambda option: not option.required)  # stable
+            used = [o for name in _USED for o in options if name in o.opts and not o.required]
             sections = {
-                "Used most": used[:_MOST],
+                "Used most": [*(o for o in options if o.required), *used][:_MOST],
                 "Other": [o for o in options if {*o.opts} & {*_ALWAYS}],
             }
         for title, shown in sections.items():
@@ -180,15 +182,18 @@ class Given:
         return spec.model_copy(update={"calibration": spec.calibration.fitted(self.longest)})
 
     def calibration(self) -> "CalibrationSpec":
-        from pydantic import ValidationError
-
         from pho_service.spec.fields import CalibrationSpec
 
+        return self.part("calibration", CalibrationSpec).fitted(self.longest)
+
+    def part(self, path: str, kind: type[T]) -> T:
+        """A part of the document, by itself."""
+        from pydantic import TypeAdapter, ValidationError
+
         try:
-            spec = CalibrationSpec.model_validate(self.document().get("calibration", {}))
+            return TypeAdapter(kind).validate_python(value_at(self.document(), path, {}))
         except ValidationError as error:
-            raise self._refused(error, "calibration/") from error
-        return spec.fitted(self.longest)
+            raise self._refused(error, f"{path}/") from error
 
     def _refused(self, error: "ValidationError", above: str) -> InvalidInput:
         """What pydantic says, with the options' names instead of the fields'."""

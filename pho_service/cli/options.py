@@ -152,42 +152,31 @@ def file_source(path: str) -> "TextSource":
     return text_source(TextSpec(text=path), measured=True)
 
 
-# Fields of a report's text, and what their options say; `ReportSpec` has the rules.
-_REPORT = {
-    "text": "Text file to measure on; nothing may have been chosen on it.",
-    "dataset": "Data set to measure on instead: hub id or folder; or c4 or wikitext2.",
-    "dataset_config": "Configuration of that data set.",
-    "data_file": "One file of that data set.",
-    "split": "Split of that data set.  [default: test, or the only one that there is]",
-    "field": "Field or column that holds its text.  [default: text]",
-    "windows": "Only the first N windows of what is measured on.",
-}
+# A text to measure on; `ReportSpec` has the rules of its fields. Verbs take them as ``**report``.
+report_options = all_options(
+    *(
+        click.option(f"--report-{name}", type=int if name == "windows" else str, help=what)
+        for name, what in {
+            "text": "Text file to measure on; nothing may have been chosen on it.",
+            "dataset": "Data set to measure on instead: hub id or folder; or c4 or wikitext2.",
+            "dataset-config": "Configuration of that data set.",
+            "data-file": "One file of that data set.",
+            "split": "Split of that data set.  [default: test, or the only one that there is]",
+            "field": "Field or column that holds its text.  [default: text]",
+            "windows": "Only the first N windows of what is measured on.",
+        }.items()
+    )
+)
 
 
-def report_options(function: F) -> F:
-    """The options of a text to measure on; what they say is the argument ``report``."""
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        said = {name: kwargs.pop(f"report_{name}") for name in _REPORT}
-        return function(*args, report=said, **kwargs)
-
-    for name in reversed(_REPORT):
-        option = click.option(
-            f"--report-{name.replace('_', '-')}",
-            type=int if name == "windows" else str,
-            help=_REPORT[name],
-        )
-        run = option(run)
-    return cast("F", run)
-
-
-def report_spec(said: Mapping[str, Any]) -> "ReportSpec | None":
+def report_spec(report: Mapping[str, Any]) -> "ReportSpec | None":
     """The text to measure on that the options name; None if they name none."""
     from pydantic import ValidationError
 
+    from pho_service.spec.document import broken_rule
     from pho_service.spec.transfer import ReportSpec
 
+    said = {name.removeprefix("report_"): value for name, value in report.items()}
     given = {name: value for name, value in said.items() if value is not None}
     if not given:
         return None
@@ -198,8 +187,7 @@ def report_spec(said: Mapping[str, Any]) -> "ReportSpec | None":
         first = error.errors()[0]
         place = "-".join(map(str, first["loc"])).replace("_", "-")
         option = f"--report-{place}" if place else "--report-text or --report-dataset"
-        message = str(first["msg"]).removeprefix("Value error, ").removesuffix(".")
-        raise InvalidInput(f"{option}: {message}.") from error
+        raise InvalidInput(f"{option}: {broken_rule(first).removesuffix('.')}.") from error
 
 
 def is_bundle(name: str) -> bool:

@@ -109,7 +109,7 @@ def given_configuration(
         return read_configuration(Path(path))
     if method is None:
         return None
-    linears = Linears.from_dict(given.document().get("steps", {}).get("linears", {}))
+    linears = given.part("steps/linears", Linears)
     return published(method, str(pattern), scope, linears)
 
 

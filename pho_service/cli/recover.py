@@ -86,12 +86,12 @@ def recover(
     from pho_service.host.files import check_free
     from pho_service.models.saving import save_pruned
     from pho_service.pipeline.rating import RecoveryText
-    from pho_service.pipeline.recover import PrunedModel, Workplace, check_trainable, recover_model
+    from pho_service.pipeline.recover import PrunedModel, Workplace, recover_model
     from pho_service.pruning.recovery import Processes
     from pho_service.shown.tables import recovered_table
     from pho_service.spec.recovery import Recovery
 
-    settings = Recovery.from_dict(given.document().get("recovery", {}))
+    settings = given.part("recovery", Recovery)
     how = given.calibration()
     check_free(out)
     if not folder.expanduser().exists():
@@ -102,7 +102,6 @@ def recover(
     pruned = PrunedModel.read(
         folder, dtype=given("dtype"), device=inputs.device, device_map=inputs.device_map
     )
-    check_trainable(pruned.model, pruned.masks, settings, processes)
     if "calibration/context_length" not in given.said:
         how = how.fitted(pruned.model.longest)
     measured = None

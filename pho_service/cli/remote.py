@@ -3,7 +3,7 @@ The verbs that ask a service: submit, jobs, show, watch, best, transfer-job and 
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -607,7 +607,6 @@ def transfer_job(
     job_id: str,
     models: tuple[str, ...],
     pattern: str | None,
-    report: Mapping[str, Any],
     search: bool,
     trials: int | None,
     seed: int | None,
@@ -623,6 +622,7 @@ def transfer_job(
     plot: str | None,
     url: str | None,
     as_json: bool,
+    **report: Any,
 ) -> None:
     """
     Measure what the job JOB_ID has found on MODEL..., hub ids or paths that the workers see.

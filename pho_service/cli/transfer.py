@@ -1,7 +1,7 @@
 """`pho transfer`."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,13 +66,13 @@ def transfer(
     given: Given,
     pattern: str | None,
     scope: str | None,
-    report: Mapping[str, Any],
     search: bool,
     study: str,
     out: str,
     plot: str | None,
     inputs: Terminal,
     as_json: bool,
+    **report: Any,
 ) -> None:
     """
     Measure what CONFIGURATION is worth on other models.

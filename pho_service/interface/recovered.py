@@ -3,7 +3,7 @@
 """
 
 import tempfile
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,6 @@ from pho_service.interface.inputs import (
     opened,
 )
 from pho_service.interface.pruned import Pruned
-from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.prune import PrunedFolder
 from pho_service.pipeline.rating import RecoveryText
 from pho_service.pipeline.recover import PrunedModel, recover_model
@@ -130,14 +129,10 @@ def recover(
     measured = (
         None if confirm is None else measured_text(given.model, confirm, how, confirm_windows)
     )
-
-    def dense() -> AbstractContextManager[LanguageModel]:
-        return nullcontext(opened(teacher, given.model.tokenizer))
-
     with tempfile.TemporaryDirectory(prefix="pho-") as temporary:
         recovered = recover_model(
             given,
-            dense,
+            lambda: nullcontext(opened(teacher, given.model.tokenizer)),
             RecoveryText(
                 source=calibration_text_of(texts),
                 context_length=length,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.document import Document, FieldShown
+from pho_service.spec.document import Document, FieldShown, broken_rule
 from pho_service.spec.pattern import Pattern
 
 if TYPE_CHECKING:
@@ -86,8 +86,7 @@ class Target(Document):
             return cls(**values)
         except ValidationError as error:
             faults = [
-                f"{'.'.join(map(str, each['loc'])) or 'the range'}: "
-                + str(each["msg"]).removeprefix("Value error, ")
+                f"{'.'.join(map(str, each['loc'])) or 'the range'}: {broken_rule(each)}"
                 for each in error.errors()
             ]
             raise InvalidInput(f"the target breaks a rule: {'; '.join(faults)}.") from error

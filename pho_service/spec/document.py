@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from pho_service.errors import InvalidInput
+from pho_service.errors import InvalidInput, shown
 
 # Of a dataclass. An instance is checked again, so that a whole number where a real one belongs is
 # written as one.
@@ -91,9 +91,15 @@ class JsonDocument:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
             ours = isinstance(first.get("ctx", {}).get("error"), InvalidInput)
-            message = str(first["msg"]).removeprefix("Value error, ")
-            raise InvalidInput(message if ours else f"{place}: {message}.") from error
+            rule = broken_rule(first)
+            raise InvalidInput(rule if ours else f"{place}: {rule}.") from error
         return found
+
+
+def broken_rule(error: Mapping[str, Any]) -> str:
+    """What pydantic says of a value, with the value."""
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return message.replace("Input should", f"{shown(error['input'])} should")
 
 
 Number = Annotated[float, Strict()]

@@ -18,6 +18,7 @@ VALIDATE = "validate {model} --text {text} " + SMALL
 PRUNE = "prune {model} --config {config} --bundle {bundle} --out pruned"
 CURVE = "curve {model} --text {text} " + SMALL
 WITHIN = f"search {{model}} --text {{text}} {SMALL} --within"
+RECOVER = "recover pruned --teacher dense --text a.txt --out o"
 COMPARE = "compare nowhere --pattern 2:4 --report-text r.txt"
 
 
@@ -102,6 +103,8 @@ BAD_USAGE = [
     ("prune m --out o --method wanda --pattern 0.5 --scope layer", "wanda counts in scope row"),
     ("prune m --out o --config c.json --ignore *.o_proj", "--ignore: a configuration has its"),
     ("prune --check out --out other", "--check takes a folder and prunes nothing"),
+    (RECOVER + " --minutes 0", "--minutes 0.0 is not above 0"),
+    (RECOVER + " --minutes 1 --tokens 9", "minutes=1 and tokens=9 both say how long to train"),
     ("plan m --card K80", "'K80' is not known"),
     ("plan m --pattern 4:2", "4:2"),
 ]

@@ -51,7 +51,7 @@ def test_within(tiny_llama: PreTrainedModel, bundle: Any, texts: dict[str, Path]
     assert found.answer.perplexity <= found.target.limit(found.answer.dense)
     assert found.result.configuration.search["target"]["limit"] == found.answer.dense * 1.2
     assert "answer: " in repr(found)
-    with pytest.raises(InvalidInput, match="perplexity_rise: Input should be greater than 0"):
+    with pytest.raises(InvalidInput, match=r"perplexity_rise: -0\.1 should be greater than 0"):
         pho.search_within(bundle, -0.1, **options)
 
 
