@@ -58,7 +58,9 @@ settings.register_profile("fuzz", max_examples=300, deadline=None, database=None
 # `make test` keeps this order. The first line is thorough as a whole.
 SLOWEST = (
     "test_images", "docs/test_tutorial", "docs/test_notebook", "pretended/test_whole_product",
-    "api/test_serving", "api/test_openapi", "workers/test_kills", "workers/test_jobs_run",
+    "workers/test_kills", "api/test_serving", "api/test_openapi", "pipeline/test_recover",
+    "workers/test_ends", "pipeline/test_recover_together", "workers/test_jobs_run",
+    "workers/test_faults", "pretended/test_whole_jobs",
 )  # fmt: skip
 
 
