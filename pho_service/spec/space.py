@@ -206,20 +206,19 @@ class SearchSpace(JsonDocument):
 
     def on_border(self, params: Mapping[str, Any]) -> list[str]:
         """
-        Which values lie within 2 % of an end of their range, or at an extreme kernel size.
-
-        A fixed value has no border.
+        Which values lie within 2 % of an end of their range, or at an extreme kernel size, where
+        there is more beyond it, and they change a mask.
         """
-        names = []
-        for name in _HIGHEST:
+        names, known = [], self.effective(params)
+        for name, highest in _HIGHEST.items():
             low, high = getattr(self, name)
             margin = 0.02 * (high - low)
-            if name == "allocation_spread" and params["allocation"] == "uniform":
-                continue  # it had no effect
-            if margin and not low + margin <= params[name] <= high - margin:
+            below = low > 0 and params[name] < low + margin
+            above = high < highest and params[name] > high - margin
+            if name in known and margin and (below or above):
                 names.append(name)
-        ends = (self.kernel_sizes[0], self.kernel_sizes[-1])
-        if len(self.kernel_sizes) > 1 and params["kernel_size"] in ends:
+        ends = {self.kernel_sizes[0], self.kernel_sizes[-1]} - {3}  # the smallest that there is
+        if len(self.kernel_sizes) > 1 and known.get("kernel_size") in ends:
             names.append("kernel_size")
         return names
 

@@ -241,10 +241,8 @@ def _warnings(
         )
     for name in configuration.border:
         values = getattr(plan.space, "kernel_sizes" if name == "kernel_size" else name)
-        natural = name.endswith("_share") and values == (0.0, 1.0)
-        hope = "a share has no wider one" if natural else "a wider one may hold a better value"
         warnings.append(
             f"The best {name.replace('_', ' ')} lies on the border of its range "
-            f"({values[0]:g} to {values[-1]:g}); {hope}."
+            f"({values[0]:g} to {values[-1]:g}); a wider one may hold a better value."
         )
     return warnings

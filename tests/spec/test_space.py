@@ -90,6 +90,16 @@ def test_values_at_the_ends_of_their_ranges_are_named_a_fixed_value_has_no_borde
     assert space.on_border(at_ends) == ["activation_exponent", "kernel_size"]
 
 
+def test_where_no_wider_range_is_possible_or_nothing_would_change_there_is_no_border() -> None:
+    space = SearchSpace(activation_exponent=(0.5, 4.0), kernel_sizes=(3, 9))
+    least = {**PARAMS, "activation_exponent": 0.5, "row_share": 0.0, "kernel_size": 3}
+
+    assert space.on_border(least) == ["activation_exponent"]
+    assert space.on_border({**least, "activation_exponent": 4.0, "row_share": 1.0}) == []
+    assert space.on_border({**PARAMS, "kernel_size": 9}) == ["kernel_size"]
+    assert space.on_border({**PARAMS, "kernel_size": 9, "neighbourhood_share": 0.0}) == []
+
+
 def test_the_allocation_is_the_points_all_other_steps_are_the_searchs() -> None:
     steps = Steps(allocation=Allocation(unit="block"), repruning="swaps")
     given = SearchSpace().candidate(PARAMS, PATTERN, steps).steps
