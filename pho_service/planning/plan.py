@@ -37,6 +37,7 @@ PACKED_BYTE, PACKED_ZERO = 0.53, 0.36
 # Stages, by their titles up to the first comma: at each pattern, and what ends in a pruned model.
 SEARCHING = ("search", "correct", "validate", "confirm by perplexity")
 PRUNING = ("prune", "recover", "save")
+_CARDS = (2, 4, 8, 16)  # of a machine
 SEARCHED = 3  # times its bundle that a search holds at its peak
 
 
@@ -372,9 +373,11 @@ def _ways_out(plan: Plan) -> Iterator[str]:
     if not work.stream and recovery is None and fits(stream=True, dtype=plan.shapes.dtype):
         yield "leave the weights on disk (--stream, for safetensors)"
     if not work.stream and machine.is_gpu:
-        cards = _cards(plan)
-        if cards is not None:
-            yield f"spread it over {cards} such cards (--device-map auto)"
+        for cards in _CARDS:
+            together = machine.resized(cards * machine.memory_bytes)
+            if _plan(plan.shapes, work, together).fits:
+                yield f"spread it over {cards} such cards (--device-map auto)"
+                break
     device, host = plan.peak.device, plan.peak.host
     if machine.is_gpu and device > machine.memory_bytes:
         yield f"take a card with {format_bytes(device)}"
@@ -385,7 +388,7 @@ def _ways_out(plan: Plan) -> Iterator[str]:
 def _afterwards(plan: Plan, option: str) -> Iterator[str]:
     """The fewest processes that a recovery fits, each with such a card."""
     footprint = shapes_footprint(plan.shapes, plan.work.dtype)
-    for count in (2, 4, 8, 16):
+    for count in _CARDS:
         peak = _recovery(footprint, plan.shapes, plan.work, plan.machine, count)
         if _with_process(peak, plan.machine).device <= plan.machine.memory_bytes:
             host = format_bytes(peak.host + 3 * count * PROCESS)
@@ -395,15 +398,6 @@ def _afterwards(plan: Plan, option: str) -> Iterator[str]:
                 "recover)"
             )
             return
-
-
-def _cards(plan: Plan) -> int | None:
-    """How many cards hold the model with its largest stage; None if more than sixteen do not."""
-    for count in (2, 4, 8, 16):
-        together = plan.machine.resized(count * plan.machine.memory_bytes)
-        if _plan(plan.shapes, plan.work, together).fits:
-            return count
-    return None
 
 
 def format_span(low: float, high: float) -> str:
