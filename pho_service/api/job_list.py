@@ -50,8 +50,8 @@ from storage.studies import read_course, study_ids
 LOGS = 100  # parts of logs that are shown, the newest
 LOG_LINES = 300  # the newest
 _ASKED_HERE = ("pause", "resume", "cancel")  # with a button; the others need more than that
-_FIRST = ("result", "curve", "writing")  # above the buttons
-_SHOWN = ("tasks", "recovery", "search", "finalists", "layers", "transfer")
+_FIRST = ("result", "curve", "recovery", "writing")  # above the buttons
+_SHOWN = ("tasks", "search", "finalists", "layers", "transfer")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,8 @@ def outcome(job: "Job") -> list[str]:
             f"chosen       {job.best.method}, objective {number(job.best.objective)}, "
             f"perplexity {number(job.best.perplexity) or 'not measured'}"
         )
+        if job.recovery is not None:
+            lines.append(f"recovery     {job.recovery}")
         lines.append(f"configuration: pho best {job.short} --out config.json")
     if job.pruned == "done":
         lines.append(f"pruned model:  pho pull {job.short} --out pruned")
@@ -69,9 +71,7 @@ def outcome(job: "Job") -> list[str]:
 
 
 def show_after(job: "Job") -> None:
-    """What a job did with its pruned model: the recovery, and the scores in tasks."""
-    if job.recovery is not None:
-        say(f"Recovery: {job.recovery}.")
+    """What a job's pruned model scores in tasks."""
     if job.tasks is not None:
         from pho_service.shown.tables import tasks_table
 

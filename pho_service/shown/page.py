@@ -200,11 +200,11 @@ def sections(report: Report) -> list[Section]:
         found = replace(curve[0], texts=[*curve[0].texts, *report.warnings])
         return [found, *_writing_at_each(report.curve), _settings(report), _happened(report)]
     parts = [_result(report), *curve]
+    parts += [] if report.recovery is None else [_recovery(report.recovery)]
     if report.subject != "transfer":
         parts += [] if report.configuration is None else [_writing(report.configuration)]
         scores = None if report.configuration is None else report.configuration.tasks
         parts += [] if scores is None else [_tasks(scores)]
-        parts += [] if report.recovery is None else [_recovery(report.recovery)]
         parts += [_search(report), _finalists(report), _layers(report), _importances(report)]
     return [*parts, _transfers(report), _settings(report), _happened(report)]
 

@@ -217,7 +217,14 @@ class Recovered(JsonDocument):
                 f"recovery over {how}, brought the divergence of held-out windows nowhere below "
                 f"{number(self.before)} nats; the weights are those from before"
             )
+        gain = ""
+        was, now = (self.perplexities.get(name) for name in ("pruned", "recovered"))
+        if was and now:
+            error = self.errors.get("recovered/pruned", 0.0) * now / was
+            share = percent(now / was - 1, signed=True, error=error)
+            gain = f"perplexity {number(was)} → {number(now)} ({share}), "
         return (
-            f"divergence from the dense model {number(self.before)} → {number(self.after)} nats "
-            f"({percent(self.after / self.before - 1, signed=True)}) on held-out windows, by {how}"
+            f"{gain}divergence from the dense model {number(self.before)} → {number(self.after)} "
+            f"nats ({percent(self.after / self.before - 1, signed=True)}) on held-out windows, by "
+            f"{how}"
         )

@@ -12,7 +12,9 @@ from fastapi.testclient import TestClient
 from sqlalchemy import delete as sql_delete
 
 import pho_service as pho
+from pho_service.api.answers import Job
 from pho_service.api.app import create_app
+from pho_service.cli.remote import outcome
 from pho_service.client import Client
 from pho_service.errors import OutputError
 from pho_service.host.artifacts import PrunedStore
@@ -26,6 +28,7 @@ from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.prune import prune_job
 from pho_service.progress import silent
 from pho_service.spec.configuration import Configuration
+from pho_service.spec.document import number
 from pho_service.spec.job import JobSpec
 from storage.jobs import ask_to_prune, note_removed
 from storage.records import JobState, LostClaim, StageKind
@@ -304,6 +307,9 @@ def test_a_recovered_model_is_what_is_kept_and_the_report_says_what_it_gained(
     assert recovered["tokens"] == 768  # in eight equal parts
     assert recovered["perplexities"].keys() == {"dense", "pruned", "recovered"}
     assert shown["recovery"] == recovered
-    assert 'id="recovery"' in page
+    assert re.search(r'id="result".*id="recovery".*id="stages"', page, re.DOTALL)
+    (line,) = [each for each in outcome(Job.model_validate(shown)) if "recovery" in each]
+    values = [number(recovered["perplexities"][name]) for name in ("pruned", "recovered")]
+    assert f"perplexity {' → '.join(values)}" in line
     assert all(check.passed for check in check_folder(folder, original=None))
     assert [each.name for each in folder.parent.iterdir()] == [folder.name]
