@@ -351,10 +351,8 @@ class Typed:
 
 
 def _rule_in_words(rule: str) -> str:
-    """A rule as a sentence of the page, which shows the value beside it."""
-    words = {"Field required": "This is needed", "Input should": "This should"}
-    for theirs, ours in words.items():
-        rule = rule.replace(theirs, ours)
+    """A rule as a sentence of the page."""
+    rule = rule.replace("Field required", "This is needed")
     labels = {path.rpartition("/")[2]: each.label for path, each in form_fields().items()}
     named = _NAME.sub(lambda name: f"“{labels[name[0]]}”" if name[0] in labels else name[0], rule)
     return sentence(f"{named.rstrip('.')}.")

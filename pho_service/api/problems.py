@@ -23,6 +23,7 @@ from starlette.routing import BaseRoute, Route
 from pho_service.api.answers import Problem
 from pho_service.errors import OutputError
 from pho_service.host.logs import request_id
+from pho_service.spec.document import broken_rule
 from pho_service.spec.fields import FieldError
 from pho_service.spec.job import JobSpec
 from storage.configurations import NoSuchConfiguration
@@ -264,15 +265,15 @@ def _body_model(request: Request) -> type[BaseModel]:
 def field_problem(error: dict[str, Any], body: type[BaseModel]) -> dict[str, Any]:
     """What pydantic says of a request, in our words."""
     source, *path = error["loc"]
-    detail = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "tuple_type":
+        error = {**error, "msg": "Input should be a valid list"}  # as JSON calls it
+    detail = broken_rule(error)
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         name, part = str(path[-1]), _part_at(body, path[:-1]) if source == "body" else None
         allowed = list(_fields(part))
         near = _places(part, name) or difflib.get_close_matches(name, allowed, n=1)
         known = f"did you mean {near[0]}?" if near else f"known are {', '.join(allowed)}"
         detail = f"unknown field; {known}" if allowed else "unknown field"
-    if error["type"] == "tuple_type":
-        detail = "Input should be a valid list"  # as JSON calls it
     if error["type"] == "json_invalid":
         reason = error.get("ctx", {}).get("error", "")
         detail = f"the body is not JSON: {reason} at character {path[0] if path else 0}"

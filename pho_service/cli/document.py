@@ -3,6 +3,7 @@ The document of a job made from the options of a verb, and the sections of a ver
 """
 
 import inspect
+import reprlib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -223,7 +224,7 @@ class Given:
             return " ".join((self.names[given[0]], *map(str, words))) + ": "
         if path.partition("/")[0] in ("model", "more_models"):
             return "MODEL: "
-        return "" if named or not path else f"/{path} {_short(value)}: "
+        return "" if named or not path else f"/{path} {reprlib.repr(value)}: "
 
 
 class DocumentCommand(GroupedCommand):
@@ -302,12 +303,6 @@ class DocumentCommand(GroupedCommand):
             parameter: field.shown.section for parameter, (field, _) in self._options.items()
         }
         return {**super().groups(), **of_fields}
-
-
-def _short(value: object) -> str:
-    """A value, in a message."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def given_target(given: Given) -> Target | None:

@@ -3,6 +3,7 @@ The base of all documents, and the types of the values in them: sizes, seeds, na
 """
 
 import re
+import reprlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +21,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from pho_service.errors import InvalidInput, shown
+from pho_service.errors import InvalidInput
 
 # Of a dataclass. An instance is checked again, so that a whole number where a real one belongs is
 # written as one.
@@ -98,8 +99,10 @@ class JsonDocument:
 
 def broken_rule(error: Mapping[str, Any]) -> str:
     """What pydantic says of a value, with the value."""
-    message = str(error["msg"]).removeprefix("Value error, ")
-    return message.replace("Input should", f"{shown(error['input'])} should")
+    ours, message = "Value error, ", str(error["msg"])
+    if message.startswith(ours):
+        return message.removeprefix(ours)
+    return re.sub(r"^\w+ should", lambda _: f"{reprlib.repr(error['input'])} should", message)
 
 
 Number = Annotated[float, Strict()]

@@ -265,7 +265,7 @@ def test_however_often_a_form_is_sent_it_makes_one_job(client: TestClient) -> No
         ("model", "", "This is needed."),
         ("pattern", "", "Say how sparse the model is to be: give a pattern"),
         ("calibration/fisher_samples", "900", "“Fisher samples” must not be above samples"),
-        ("trials", "many", "This should be a valid integer"),
+        ("trials", "many", "'many' should be a valid integer"),
         ("steps/linears/sparsities", "q_proj", "'q_proj' is not NAME = VALUE."),
         ("search_space/row_share", "0.9, 0.1", "0 <= low <= high <= 1 must hold"),
         ("notify", "https://hooks.example", "this service sends no webhooks"),
@@ -273,7 +273,7 @@ def test_however_often_a_form_is_sent_it_makes_one_job(client: TestClient) -> No
         (MORE, "[" * 20_000, "This cannot be read as JSON."),
         (MORE, '{"nonsense": 1}', "/nonsense: Unknown field; known are model,"),
         (MORE, '{"model": "b"}', "/model: is given above, too."),
-        (MORE, '{"timeout_s": NaN}', "/timeout_s: This should be"),
+        (MORE, '{"timeout_s": NaN}', "/timeout_s: Nan should be a finite number"),
     ],
 )
 def test_errors(client: TestClient, field: str, value: str, said: str) -> None:
@@ -441,7 +441,7 @@ def test_check(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     quiet = send(client, "/new/check", trials="x", quiet="on")
 
     assert (asked.status_code, quiet.status_code) == (422, 200)
-    assert "This should be a valid integer" in told(asked, "trials")
+    assert "'x' should be a valid integer" in told(asked, "trials")
     assert summary(quiet) == []
     assert "aria-invalid=" not in quiet.text
     assert "Once a model and a pattern are given" in words(quiet.text)

@@ -525,7 +525,7 @@ def test_our_own_forms_are_taken_and_programs_are(client: TestClient, keys: KeyS
         ("GET", "/?state=odd", 422, "state: must be one of queued,"),
         ("GET", "/?page_token=odd", 422, "page_token: is not one of our tokens"),
         ("GET", f"/jobs/{NOBODY}/delete", 404, "No job has this id."),
-        ("POST", f"/jobs/{NOBODY}/explode", 422, "verb: Input should be"),
+        ("POST", f"/jobs/{NOBODY}/explode", 422, "verb: 'explode' should be"),
         ("POST", "/new", 415, "This takes a form"),
         ("POST", "/", 405, "Method Not Allowed"),
     ],

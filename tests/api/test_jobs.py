@@ -222,7 +222,7 @@ def test_a_wrong_parameter_is_named_with_its_rule(client: TestClient, refusal: A
     for params, says in (
         ({"page_token": "x"}, "not one of our tokens"),
         ({"page_token": "9223372036854775808"}, "not one of our tokens"),  # 2**63
-        ({"page_size": "0"}, "greater than or equal to 1"),
+        ({"page_size": "0"}, "'0' should be greater than or equal to 1"),
         ({"state": "done"}, "'queued', 'running', 'pausing'"),
         ({"sort": "size"}, "'created', '-created', 'name'"),
     ):
@@ -471,7 +471,7 @@ def test_a_wrong_extension_is_refused_there(client: TestClient, submit: Any, ref
     url = f"/v1/jobs/{submit()['id']}:extend"
     for document, pointer, says in (
         ({}, "/trials", "required"),
-        ({"trials": 0}, "/trials", "greater than or equal to 1"),
+        ({"trials": 0}, "/trials", "0 should be greater than or equal to 1"),
         ([5], "", "not a JSON object"),
         ({"trials": 1, "islands": 2}, "/islands", "unknown field; known are trials"),
     ):
