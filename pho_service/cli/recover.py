@@ -16,22 +16,14 @@ from pho_service.cli.options import (
     file_source,
     json_verb,
 )
-from pho_service.cli.terminal import print_json, progress, say, show_table
+from pho_service.cli.terminal import loading, print_json, progress, say, show_table
 from pho_service.errors import InvalidInput
 from pho_service.progress import silent
 
 _TEXT = (
-    "text",
-    "dataset",
-    "dataset_config",
-    "data_file",
-    "split",
-    "field",
-    "more_texts",
-    "shares",
-    "context_length",
-    "bos",
-)
+    "text", "dataset", "dataset_config", "data_file", "split", "field", "more_texts", "shares",
+    "context_length", "bos",
+)  # fmt: skip
 _NAMES = {
     f"recovery/{name}": f"--{name.replace('_', '-')}"
     for name in ("train", "minutes", "tokens", "written", "rate", "adam_bits", "seed")
@@ -99,9 +91,10 @@ def recover(
     check_models([teacher], given("revision"), confirm_text)
     source = calibration_source(how)
     processes = Processes()
-    pruned = PrunedModel.read(
-        folder, dtype=given("dtype"), device=inputs.device, device_map=inputs.device_map
-    )
+    with loading(str(folder)):
+        pruned = PrunedModel.read(
+            folder, dtype=given("dtype"), device=inputs.device, device_map=inputs.device_map
+        )
     if "calibration/context_length" not in given.said:
         how = how.fitted(pruned.model.longest)
     measured = None

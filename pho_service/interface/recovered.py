@@ -115,14 +115,9 @@ def recover(
         KL to the dense model as in PERP, Zimmer et al. 2023, arXiv:2312.15230, and its MaskLoRA.
     """
     settings = Recovery(
-        train=train,
-        minutes=minutes,
-        tokens=tokens,
-        written=written,
-        rate=rate,
-        adam_bits=adam_bits,
-        seed=seed,
-    )
+        train=train, minutes=minutes, tokens=tokens, written=written, rate=rate,
+        adam_bits=adam_bits, seed=seed,
+    )  # fmt: skip
     given = _given(pruned, tokenizer)
     length = length_of(given.model, texts, context_length)
     how = CalibrationSettings(context_length=length, bos=bos)  # type: ignore[arg-type]  # checked
