@@ -12,11 +12,12 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
-from pho_service.errors import ConfigurationError, shown
+from pho_service.errors import ConfigurationError
 from pho_service.spec.configuration import (
     TRANSFER_FORMAT,
     Configuration,
     Rating,
+    check_format,
     check_values,
     parse_configuration,
     read_document,
@@ -74,11 +75,8 @@ def parse_library_file(document: Any, name: str) -> LibraryFile:
     check_values(document, name)
     if not isinstance(document, dict) or document.get("format") != TRANSFER_FORMAT:
         return LibraryFile(configuration=parse_configuration(document, name))
-    if document.get("version") != TRANSFER_VERSION:
-        raise ConfigurationError(
-            f"{name} is a transfer of format version {shown(document.get('version'))}, but this "
-            f"PHO reads version {TRANSFER_VERSION}. Install the PHO that wrote it."
-        )
+    kind = (TRANSFER_FORMAT, TRANSFER_VERSION)
+    check_format(document, name, "transfer", kind, "", "transfer the configuration")
     try:
         found = TransferFile.model_validate(document)
     except ValidationError as error:

@@ -31,7 +31,6 @@ from sqlalchemy import (
 from sqlalchemy.engine import ExceptionContext, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import ConnectionPoolEntry
 
 _PAGE = 500  # trials that are read at once
 _NO_ID = 2**31 - 1  # which no trial's number in the database exceeds
@@ -344,12 +343,8 @@ def give_up(context: ExceptionContext) -> None:
 def end_connections(engine: Engine) -> None:
     """Close the connections of an engine, those in use once they are given back."""
     # ``Engine.dispose`` alone forgets those that other threads are using, and nobody closes them.
-    event.listen(engine, "checkin", _close)
+    event.listen(engine, "checkin", lambda _, record: record.invalidate())
     engine.dispose()
-
-
-def _close(_connection: object, record: ConnectionPoolEntry) -> None:
-    record.invalidate()
 
 
 def _set_pragmas(connection: object, _record: object) -> None:

@@ -77,7 +77,8 @@ def serve(settings: Settings, say: Callable[[str], None]) -> None:
             timeout_graceful_shutdown=5,
             lifespan="on",
         )
-        address = f"http://{_printable(settings.host)}:{listener.getsockname()[1]}"
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        address = f"http://{host}:{listener.getsockname()[1]}"
         with _Workers(settings, url) as workers:
             say(f"Jobs       {address}/   (a page with all of them, and a form for new ones)")
             say(f"API        {address}/v1/jobs   (described at {address}/docs)")
@@ -283,10 +284,6 @@ def _studies_url(settings: Settings, database: Database) -> str:
     """Where programs of Optuna's find the studies: of our own server, for reading alone."""
     own = reading_url(settings.data_dir) if settings.database_url is None else None
     return own or database.shown_studies_url
-
-
-def _printable(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 def _without_password(url: str) -> str:

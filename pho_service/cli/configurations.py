@@ -178,8 +178,10 @@ def export_files(ids: tuple[str, ...], out: str, url: str | None, as_json: bool)
         for entry_id in chosen:
             file = client.export_configuration(entry_id)
             found = file.configuration
-            name = f"{found.model.get('name', 'model')} {found.pattern} {found.scope}"
-            path = folder / f"{_file_name(Path(name).name)}-{entry_id[:8]}.json"
+            name = Path(f"{found.model.get('name', 'model')} {found.pattern} {found.scope}").name
+            # Only letters, and so many, that every file system and shell takes.
+            plain = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")[:100] or "configuration"
+            path = folder / f"{plain}-{entry_id[:8]}.json"
             _make(folder)
             write_json(path, file.to_dict(str(entry_id)))
             written.append(str(path))
@@ -226,8 +228,3 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"the folder {folder} was not made: {error.strerror}.") from error
-
-
-def _file_name(text: str) -> str:
-    """Only letters, and so many, that every file system and shell takes."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")[:100] or "configuration"

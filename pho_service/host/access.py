@@ -148,12 +148,8 @@ def _of_tokenizer(document: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
     for key, value in document.items():
         is_file = key.endswith(("_file", "_files")) and key not in _NOT_OPENED
         if is_file or key in ("vocab", "merges", "init_inputs"):
-            yield from ((key, name) for name in _strings(value) if name)
-
-
-def _strings(value: object) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    return [each for each in values if isinstance(each, str)]
+            values = value if isinstance(value, list) else [value]
+            yield from ((key, name) for name in values if name and isinstance(name, str))
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")

@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from pho_service.errors import ConfigurationError, InvalidInput, ModelError, ServiceError, shown
+from pho_service.errors import ConfigurationError, InvalidInput, ModelError, ServiceError
 from pho_service.host.files import new_folder, write_text
 from pho_service.models.bundle_file import os_errors
 from pho_service.models.loading import LanguageModel
@@ -41,7 +41,12 @@ from pho_service.shown.tables import (
     text_of,
     verdict_table,
 )
-from pho_service.spec.configuration import Configuration
+from pho_service.spec.configuration import (
+    Configuration,
+    check_format,
+    read_document,
+    reasons,
+)
 from pho_service.spec.recovery import Recovered
 
 # What a recipe says to others: of files of this machine their names, not where they lie.
@@ -263,9 +268,7 @@ def with_configuration(folder: Path, configuration: Mapping[str, Any]) -> None:
 FORMAT = "pho-pruning"
 VERSION = 2
 MAX_BYTES = 2**28  # a mixture of experts names each expert, and each folded channel
-MAX_CONTAINERS = 2**20  # lists and objects; each takes many times its two bytes in memory
 MAX_GROUP = 64  # M of N:M, as in pho_service.spec.pattern.Pattern
-_SHOWN = 3  # problems of one check that are told in full
 _FAULTS = 100  # wrong records of a recipe that are counted
 _WAY_OUT = "Prune the model again with `pho prune`."
 
@@ -387,44 +390,10 @@ def recipe_document(folder: Path) -> dict[str, Any]:
         raise ConfigurationError(
             f"{folder} has no {RECIPE}, so `pho prune` did not write it. Give a folder that it did."
         )
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise ConfigurationError(f"{path} is larger than {MAX_BYTES} bytes: no recipe.")
-        if content.count(b"[") + content.count(b"{") > MAX_CONTAINERS:
-            raise ConfigurationError(
-                f"{path} has more than {MAX_CONTAINERS} lists and objects: no recipe."
-            )
-        document = json.loads(content.decode())
-    except OSError as error:
-        raise ConfigurationError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{path} is not JSON: {error}. {_WAY_OUT}") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ConfigurationError(
-            f"{path} is not a recipe: its format is not {FORMAT!r}. {_WAY_OUT}"
-        )
-    version = document.get("version")
-    if version != VERSION:
-        raise ConfigurationError(
-            f"{path} has format version {shown(version)}, but this PHO reads version {VERSION}. "
-            "Install the PHO that wrote it, or prune the model again."
-        )
+    document: dict[str, Any] = read_document(path, "recipe", MAX_BYTES, f" {_WAY_OUT}")
+    kind, again = (FORMAT, VERSION), "prune the model"
+    check_format(document, str(path), "recipe", kind, f" {_WAY_OUT}", again)
     return document
-
-
-def reasons(error: ValidationError) -> str:
-    """What is wrong with a document, each fault after its place."""
-    faults = error.errors(include_url=False, include_context=False, include_input=False)
-    problems = (f"{shown('.'.join(map(str, e['loc'])))}: {e['msg']}" for e in faults)
-    return listed(list(problems))
-
-
-def listed(problems: list[str]) -> str:
-    """The first problems in full, and how many more there are."""
-    more = len(problems) - _SHOWN
-    return "; ".join(problems[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
 # A pruned folder on the Hugging Face hub.

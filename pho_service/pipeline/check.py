@@ -15,10 +15,11 @@ from torch import Tensor
 from pho_service.models.loading import DTYPES, LanguageModel, load_model
 from pho_service.models.mask_file import MASKS, LayerMask, MaskFile, read_masks, weight_sha256
 from pho_service.models.packed import as_folder
-from pho_service.models.saving import Folded, LayerRecord, Recipe, listed, reasons, recipe_document
+from pho_service.models.saving import Folded, LayerRecord, Recipe, recipe_document
 from pho_service.progress import Progress, silent
 from pho_service.pruning.masks import to_semi_structured
 from pho_service.pruning.statistics import PrunableLinear
+from pho_service.spec.configuration import first_of, reasons
 
 
 # What of a recipe, and of masks, cannot be true of a model.
@@ -156,7 +157,7 @@ class _Report:
 
 
 def _check(name: str, problems: list[str], detail: str) -> Check:
-    return Check(name=name, passed=not problems, detail=listed(problems) if problems else detail)
+    return Check(name=name, passed=not problems, detail=first_of(problems) if problems else detail)
 
 
 def _check_weights(

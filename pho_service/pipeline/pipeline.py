@@ -61,15 +61,9 @@ class Rebuilding:
             output: Tensor = block.run(window, block.inputs[window])
             return output
 
-        weights = trainables(block.linears, masks)
+        linears = block.linears
+        weights = [Trainable(linear=linears[name], keep=keep) for name, keep in masks.items()]
         return reconstruct(weights, run, self._dense, self._settings, advance=advance)
-
-
-def trainables(
-    linears: Mapping[str, PrunableLinear], masks: Mapping[str, Tensor]
-) -> list[Trainable]:
-    """The weights of some linears, and which of their elements may change."""
-    return [Trainable(linear=linears[name], keep=keep) for name, keep in masks.items()]
 
 
 def prune_model(

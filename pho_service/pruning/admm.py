@@ -339,14 +339,10 @@ def alps(weight: Tensor, spectrum: Spectrum, support: Support) -> tuple[Tensor, 
         elif not changed:
             break
         else:
-            penalty = min(penalty * _growth(changed / stays), 1e6)
+            grows = (growth for share, growth in _GROWTH if changed / stays > share)
+            penalty = min(penalty * next(grows, _LAST_GROWTH), 1e6)
         if iteration > _SETTLED_AFTER and changed < _SETTLED * stays:
             break
         inverse = spectrum.inverse(penalty)
     mask = support.choose(free.square())
     return spectrum.input.unscaled(free * mask), mask
-
-
-def _growth(changed: float) -> float:
-    """What the penalty grows by, when this share of the weights that stay has changed."""
-    return next((factor for share, factor in _GROWTH if changed > share), _LAST_GROWTH)

@@ -4,7 +4,7 @@ config.json: a pruning that was found, how good it is, and all that is needed to
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +16,7 @@ from pho_service.errors import ConfigurationError, InvalidInput
 from pho_service.errors import shown as shown
 from pho_service.host.files import write_json
 from pho_service.spec.baselines import baseline
-from pho_service.spec.document import Document, number, percent
+from pho_service.spec.document import Document, broken_rule, number, percent
 from pho_service.spec.pattern import Coefficients, Linears, Pattern
 from pho_service.spec.steps import Candidate, Steps
 from pho_service.spec.tasks import TaskScores
@@ -149,6 +149,7 @@ TRANSFER_FORMAT = "pho-transfer"  # pho_service.library reads it whole
 VERSION = 2
 MAX_BYTES = 2**20
 DEPTH = 100  # of lists and objects in each other; a search writes fewer than ten
+MAX_CONTAINERS = 2**20  # lists and objects; each takes many times its two bytes in memory
 _SHOWN = 5  # faults of a file that are told
 
 
@@ -362,34 +363,44 @@ def read_configuration(path: str | Path) -> Configuration:
     return parse_configuration(document, str(path))
 
 
-def read_document(path: Path) -> Any:
-    """Read a small JSON file."""
+def read_document(
+    path: Path, what: str = "configuration", most: int = MAX_BYTES, way_out: str = ""
+) -> Any:
+    """Read a JSON file of so many bytes at most."""
     try:
         with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)  # a pipe or a device does not say how long it is
-        if len(content) > MAX_BYTES:
-            raise ConfigurationError(f"{path} is larger than {MAX_BYTES} bytes: no configuration.")
+            content = file.read(most + 1)  # a pipe or a device does not say how long it is
+        if len(content) > most:
+            raise ConfigurationError(f"{path} is larger than {most} bytes: no {what}.")
+        if content.count(b"[") + content.count(b"{") > MAX_CONTAINERS:
+            raise ConfigurationError(
+                f"{path} has more than {MAX_CONTAINERS} lists and objects: no {what}."
+            )
         return json.loads(content.decode())
     except OSError as error:
-        raise ConfigurationError(
-            f"the configuration {path} cannot be read: {error.strerror}."
-        ) from error
+        raise ConfigurationError(f"the {what} {path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{path} is not JSON: {error}.") from error
+        raise ConfigurationError(f"{path} is not JSON: {error}.{way_out}") from error
+
+
+def check_format(
+    document: Any, name: str, what: str, kind: tuple[str, int], way_out: str, again: str
+) -> None:
+    """See that a document is of a format, and of the version of it that this PHO reads."""
+    wanted, version = kind
+    if not isinstance(document, dict) or document.get("format") != wanted:
+        raise ConfigurationError(f"{name} is not a {what}: its format is not {wanted!r}.{way_out}")
+    if document.get("version") != version:
+        raise ConfigurationError(
+            f"{name} has format version {shown(document.get('version'))}, but this PHO reads "
+            f"version {version}. Install the PHO that wrote it, or {again} again."
+        )
 
 
 def parse_configuration(document: Any, name: str) -> Configuration:
     """Check a configuration."""
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ConfigurationError(
-            f"{name} is not a configuration of PHO: its format is not {FORMAT!r}. "
-            "`pho search` writes one with --out."
-        )
-    if document.get("version") != VERSION:
-        raise ConfigurationError(
-            f"{name} has format version {shown(document.get('version'))}, but this PHO reads "
-            f"version {VERSION}. Install the PHO that wrote it, or search again."
-        )
+    way_out = " `pho search` writes one with --out."
+    check_format(document, name, "configuration of PHO", (FORMAT, VERSION), way_out, "search")
     try:
         found = Configuration.model_validate(document)
     except ValidationError as error:
@@ -401,14 +412,19 @@ def parse_configuration(document: Any, name: str) -> Configuration:
 
 
 def reasons(error: ValidationError) -> str:
-    """The first faults of a document, each with its place, and how many more there are."""
-    faults = error.errors(include_url=False, include_context=False, include_input=False)
-    told = [
-        f"{shown('.'.join(map(str, fault['loc'])) or 'file')}: {fault['msg'].rstrip('.')}"
-        for fault in faults[:_SHOWN]
-    ]
+    """The first faults of a document, each with its place and the value."""
+    return first_of(
+        [
+            f"{shown('.'.join(map(str, fault['loc'])) or 'file')}: {broken_rule(fault).rstrip('.')}"
+            for fault in error.errors(include_url=False)
+        ]
+    )
+
+
+def first_of(faults: Sequence[str]) -> str:
+    """The first faults in full, and how many more there are."""
     more = [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
-    return "; ".join(told + more)
+    return "; ".join([*faults[:_SHOWN], *more])
 
 
 def check_values(document: Any, name: str) -> None:

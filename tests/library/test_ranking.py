@@ -501,7 +501,7 @@ def nested(depth: int) -> Any:
     ("values", "message"),
     [
         (document(version=3), "it has format version 3, but this PHO reads version 2"),
-        (transfer(version=2), "it is a transfer of format version 2, but this PHO reads version 1"),
+        (transfer(version=2), "it has format version 2, but this PHO reads version 1"),
         (transfer(TARGET, configuration=transfer()), "it: configuration is not a configuration"),
         (transfer({}), r"breaks the format: targets\.0\.target"),
         (transfer(*[TARGET] * 1001), "breaks the format: targets: .* at most 1000 items"),
