@@ -80,7 +80,7 @@ def recover(
     from pho_service.pipeline.rating import RecoveryText
     from pho_service.pipeline.recover import PrunedModel, Workplace, recover_model
     from pho_service.pruning.recovery import Processes
-    from pho_service.shown.tables import recovered_table
+    from pho_service.shown.tables import continuations_table, recovered_table
     from pho_service.spec.recovery import Recovery
 
     settings = given.part("recovery", Recovery)
@@ -128,5 +128,7 @@ def recover(
     click.echo(f"{out}: {recovered}")
     if recovered.perplexities:
         show_table(recovered_table(recovered))
+        if recovered.continuations:
+            show_table(continuations_table(recovered.continuations))
     elif recovered.kept:
         say("Measure it: `pho evaluate`; give --confirm-text to see perplexities here.")

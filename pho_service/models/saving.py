@@ -190,6 +190,8 @@ def _how_good(recipe: Mapping[str, Any], found: Configuration | None) -> Iterato
     recovered = None if recovery is None else Recovered.from_dict(recovery)
     if recovered is not None and recovered.perplexities:
         yield f"{recovered_table(recovered).markdown()}\n"
+        written = continuations_table(recovered.continuations)
+        yield f"{written.markdown()}\n" if written.rows else ""
     elif recovered is not None:
         yield "The perplexity after the recovery was not measured.\n"
     before = "" if recovered is None else ", before the recovery"
@@ -201,8 +203,9 @@ def _how_good(recipe: Mapping[str, Any], found: Configuration | None) -> Iterato
         good = found.perplexities
         table = results_table(Report.of(found)) if good is None else verdict_table(good)
         yield "" if table is None else table.markdown()
-        written = continuations_table(found.continuations)
-        yield f"\n{written.markdown() if written.rows else written.notes[0]}"
+        if not (recovered and recovered.continuations):
+            written = continuations_table(found.continuations)
+            yield f"\n{written.markdown() if written.rows else written.notes[0]}"
     if found is not None and found.tasks is not None:
         limit = found.tasks.limit
         asked = "" if limit is None else f", the first {limit} examples of each"

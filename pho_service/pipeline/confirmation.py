@@ -325,7 +325,8 @@ def _measure(
         measured = measure_perplexity(
             subject.model, subject.text.windows, advance=lambda _: advance(0)
         )
-        return {**asdict(measured), **(written_by(subject) if writes else {})}
+        said = written_by(subject.model, subject.text.windows) if writes else {}
+        return {**asdict(measured), **said}
 
 
 # What it costs a search to permute only channels whose order can be folded into the weights.

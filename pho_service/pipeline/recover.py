@@ -52,6 +52,7 @@ from pho_service.models.saving import RECIPE, read_recipe, recipe_document
 from pho_service.models.texts import TextRecord, apart, record_to_dict, sample_windows
 from pho_service.pipeline.prune import PrunedFolder
 from pho_service.pipeline.rating import RecoveryText, perplexity_on
+from pho_service.pipeline.writing import side_by_side, written_by
 from pho_service.planning.stage_memory import Place, recovery_peak
 from pho_service.progress import Advance, Look, Progress, never, silent
 from pho_service.pruning.masks import model_sparsity
@@ -247,6 +248,9 @@ def recover_model(
     identity = [model.to_dict(), asdict(settings), str(text.source), text.context_length, text.bos]
     place = Workplace(workplace, identity, processes)
     measured: dict[str, Perplexity] = {}
+    # Several processes do not write: their parts of a model do not lie on one device.
+    prompts = None if text.measured is None or processes.count > 1 else text.measured.windows
+    said = {"pruned": written_by(model, prompts)}
     recompute = not _has_room(model, text, settings, processes)
     with (
         _shortage_told(model, text, settings),
@@ -260,6 +264,7 @@ def recover_model(
         with place.nothing_left():
             with dense() as teacher:
                 asked = _ask(model, teacher, trained, text, settings, place, progress)
+                said["dense"] = written_by(teacher, prompts)
             del teacher
             let_go_of_memory()
             before = processes.agreed(rate_divergence(trained.model, asked.held_out))
@@ -281,6 +286,7 @@ def recover_model(
             measured["recovered"] = perplexity_on(text.measured, there, progress)
             measured |= {} if asked.perplexity is None else {"dense": asked.perplexity}
     model.model.to(model.stored_dtype)  # type: ignore[arg-type]  # as in loading.py
+    said["recovered"] = written_by(model, prompts)
     return Recovered(
         train=settings.train,
         before=before,
@@ -300,6 +306,7 @@ def recover_model(
         text=asked.text,
         perplexities={name: each.perplexity for name, each in measured.items()},
         errors=_errors(measured),
+        continuations=side_by_side(model, prompts, **said),
         seconds=round(time.monotonic() - began, 3),
     )
 

@@ -2,7 +2,7 @@
 How models go on with a text: what the dense and the pruned one write, token by token the likeliest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,8 +28,8 @@ def with_continuations(
 ) -> SearchResult:
     """A confirmed result with what the dense and the pruned model write; the study keeps it."""
     model, candidate = subject.model, result.configuration.candidate()
-    prompts = prompts_of(subject)
-    if prompts is None:
+    windows = subject.text.windows
+    if prompts_of(model, windows) is None:
         return result
     text = {"text_sha256": subject.text.key}
     about = {**text, "candidate": candidate.to_dict()}
@@ -37,27 +37,39 @@ def with_continuations(
     def prune_and_write() -> dict[str, Any]:
         calibration, statistics = subject.calibration, subject.bundle.statistics()
         with pruned_model(model, statistics, candidate, calibration, lambda _: advance(0)):
-            return written_by(subject)
+            return written_by(model, windows)
 
     with run.progress("Writing with both models", 2) as advance:
         run.look()
-        dense = once(study, "written:dense", text, lambda: written_by(subject), fence=run.fence)
+        dense = once(
+            study, "written:dense", text, lambda: written_by(model, windows), fence=run.fence
+        )
         advance(1)
         # A winner that was reconstructed has written when it was measured.
         pruned = kept(study, "reconstructed", about) or once(
             study, "written", about, prune_and_write, fence=run.fence
         )
         advance(1)
-    sides = zip(texts_of(model, prompts), dense["written"], pruned["written"], strict=True)
-    found = [Continuation(prompt=each, dense=dense, pruned=pruned) for each, dense, pruned in sides]
+    found = side_by_side(model, windows, dense=dense, pruned=pruned)
     told = result.configuration.model_copy(update={"continuations": found})
     return replace(result, configuration=told)
 
 
-def prompts_of(subject: Subject) -> Tensor | None:
+def side_by_side(
+    model: LanguageModel, windows: Tensor | None, **sides: Mapping[str, Any]
+) -> list[Continuation]:
+    """What :func:`written_by` gave of models, by their names, after each prompt."""
+    prompts = prompts_of(model, windows)
+    if prompts is None or not all(sides.values()):
+        return []
+    rows = zip(texts_of(model, prompts), *(side["written"] for side in sides.values()), strict=True)
+    names = ("prompt", *sides)
+    return [Continuation(**dict(zip(names, row, strict=True))) for row in rows]
+
+
+def prompts_of(model: LanguageModel, windows: Tensor | None) -> Tensor | None:
     """(prompts, tokens), from all over a text; None for a streamed model or without a tokenizer."""
-    model, windows = subject.model, subject.text.windows
-    if model.stream or model.tokenizer is None:
+    if windows is None or model.stream or model.tokenizer is None:
         return None
     return beginnings(windows)[:, : (model.longest or 2 * PROMPT_TOKENS) // 2]
 
@@ -68,10 +80,10 @@ def beginnings(windows: Tensor) -> Tensor:
     return windows[sorted(places), :PROMPT_TOKENS]
 
 
-def written_by(subject: Subject) -> dict[str, Any]:
+def written_by(model: LanguageModel, windows: Tensor | None) -> dict[str, Any]:
     """What the model, as it is now, writes after each of the prompts."""
-    prompts = prompts_of(subject)
-    return {} if prompts is None else {"written": continued(subject.model, prompts, NEW_TOKENS)}
+    prompts = prompts_of(model, windows)
+    return {} if prompts is None else {"written": continued(model, prompts, NEW_TOKENS)}
 
 
 def continued(model: LanguageModel, prompts: Tensor, tokens: int) -> list[str]:

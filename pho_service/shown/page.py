@@ -202,9 +202,9 @@ def sections(report: Report) -> list[Section]:
     parts = [_result(report), *curve]
     parts += [] if report.recovery is None else [_recovery(report.recovery)]
     if report.subject != "transfer":
-        parts += [] if report.configuration is None else [_writing(report.configuration)]
+        parts += [] if report.configuration is None else [_writing(report)]
         scores = None if report.configuration is None else report.configuration.tasks
-        parts += [] if scores is None else [_tasks(scores)]
+        parts += [] if scores is None else [_tasks(scores, report.recovery)]
         parts += [_search(report), _finalists(report), _layers(report), _importances(report)]
     return [*parts, _transfers(report), _settings(report), _happened(report)]
 
@@ -270,9 +270,9 @@ def _how_good(report: Report) -> list[str]:
     return texts
 
 
-def _writing(found: Configuration) -> Section:
-    table = tables.continuations_table(found.continuations)
-    known = bool(found.continuations)
+def _writing(report: Report) -> Section:
+    written = report.continuations
+    table, known = tables.continuations_table(written), bool(written)
     return Section(
         id="writing",
         title="How it writes",
@@ -298,19 +298,20 @@ def _recovery(recovered: Recovered) -> Section:
     table = [tables.recovered_table(recovered)] if recovered.perplexities else []
     texts = [
         f"{said[0].upper()}{said[1:]}. The text was {tables.name_of(recovered.text)}.",
-        "All other numbers here are of the pruned model as it was before.",
+        "The result, and what its search tells, are of the pruned model as it was before.",
     ]
     return Section(id="recovery", title="Recovery", texts=texts, tables=table)
 
 
-def _tasks(scores: TaskScores) -> Section:
+def _tasks(scores: TaskScores, recovery: Recovered | None) -> Section:
+    other = "pruned" if recovery is None else "recovered"
     asked = "all examples" if scores.limit is None else f"the first {scores.limit} of each task"
     used = ", ".join(f"{name} {version}" for name, version in scores.versions.items())
     return Section(
         id="tasks",
         title="Zero-shot tasks",
         texts=[
-            f"Asked of the dense model and of the pruned one: {asked}, "
+            f"Asked of the dense model and of the {other} one: {asked}, "
             f"{'with' if scores.bos else 'without'} BOS. Measured by {used}."
         ],
         tables=[tables.tasks_table(scores)],

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal, Self
 
 from pho_service.library import Gain, MeasuredBy
-from pho_service.spec.configuration import Configuration, Perplexities
+from pho_service.spec.configuration import Configuration, Continuation, Perplexities
 from pho_service.spec.recovery import Recovered
 
 # What a configuration does to each linear, by block and kind: small enough to be kept with a job.
@@ -133,6 +133,12 @@ class Report:
     # The address of the job's page; None where there is none, as in a file.
     job_page: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def continuations(self) -> Sequence[Continuation]:
+        """What models write after prompts: with the recovered one, where there is one."""
+        recovered = [] if self.recovery is None else self.recovery.continuations
+        return recovered or (self.configuration.continuations if self.configuration else [])
 
     @property
     def rated(self) -> list[ReportTrial]:

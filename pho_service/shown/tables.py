@@ -108,11 +108,11 @@ def verdict_table(good: Perplexities) -> Table:
 
 def continuations_table(found: Sequence[Continuation]) -> Table:
     return Table(
-        ("prompt", "dense", "pruned"),
+        ("prompt", "dense", "pruned", "recovered"),
         [  # small models write little else than ends of lines
             tuple(
                 re.sub(r"\n(\s*\n)+", "\n\n", text)
-                for text in (each.prompt, each.dense, each.pruned)
+                for text in (each.prompt, each.dense, each.pruned, each.recovered or "")
             )
             for each in found
         ],
@@ -125,7 +125,7 @@ def continuations_table(found: Sequence[Continuation]) -> Table:
         ),
         numbers=False,
         texts=True,
-    )
+    ).columns_but([] if any(each.recovered is not None for each in found) else ["recovered"])
 
 
 def recovered_table(recovered: Recovered) -> Table:

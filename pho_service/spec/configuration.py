@@ -202,11 +202,15 @@ NEW_TOKENS = 40  # that a model writes after a prompt
 
 
 class Continuation(Document):
-    """How the dense and the pruned model go on with a prompt, token by token the likeliest."""
+    """
+    How the dense and the pruned model go on with a prompt, token by token the likeliest; after a
+    recovery, also the recovered one.
+    """
 
     prompt: str
     dense: str
     pruned: str
+    recovered: str | None = Field(None, exclude_if=lambda value: value is None)
 
 
 class Configuration(Document):

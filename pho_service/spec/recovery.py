@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field
 
 from pho_service.errors import InvalidInput
+from pho_service.spec.configuration import Continuation
 from pho_service.spec.document import (
     STRICT,
     FieldShown,
@@ -182,6 +183,7 @@ class Recovered(JsonDocument):
             text to measure them on.
         errors: Standard errors of the logarithms of their ratios, by paired differences on that
             text: ``pruned/dense``, ``recovered/dense`` and ``recovered/pruned``.
+        continuations: What each of the three writes after beginnings of that text.
         seconds: What it took.
     """
 
@@ -203,6 +205,7 @@ class Recovered(JsonDocument):
     text: dict[str, Any]
     perplexities: dict[str, Number] = field(default_factory=dict)
     errors: dict[str, Number] = field(default_factory=dict)
+    continuations: list[Continuation] = field(default_factory=list)
     seconds: Number
 
     def __str__(self) -> str:

@@ -32,6 +32,7 @@ from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.rating import RecoveryText
 from pho_service.pipeline.recover import PrunedModel, Workplace, check_recoverable, recover_model
+from pho_service.pipeline.writing import written_by
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.perplexity import rate_divergence
 from pho_service.pruning.recovery import Recovering
@@ -271,7 +272,9 @@ def test_perplexities_before_and_after_are_of_windows_that_are_not_trained_on(
 ) -> None:
     pruned = PrunedModel.read(pruned_folder("0.5"), device="cpu")
     measured = read_report(pruned.model, 4, LENGTH)
+    before = written_by(pruned.model, measured.windows)
     alone = recover(pruned, on=replace(text, unlike=measured.windows, measured=measured))
+    after = written_by(pruned.model, measured.windows)
 
     assert alone.perplexities.keys() == {"dense", "pruned", "recovered"}
     assert alone.errors.keys() == {"pruned/dense", "recovered/dense", "recovered/pruned"}
@@ -279,6 +282,9 @@ def test_perplexities_before_and_after_are_of_windows_that_are_not_trained_on(
     table = recovered_table(alone)
     assert [*table.columns] == ["model", "perplexity", "against dense", "against pruned"]
     assert " ± " in table.rows[2][3]
+    assert [each.pruned for each in alone.continuations] == before["written"]
+    assert [each.recovered for each in alone.continuations] == after["written"] != before["written"]
+    assert all(each.prompt and each.dense != each.pruned for each in alone.continuations)
     every = read_report(pruned.model, 1000, LENGTH)
     again = PrunedModel.of(pruned.model)
     with pytest.raises(TextError, match=r"has [0-3] windows of 32 tokens to recover on, and 4 are"):
