@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 import torch
-from domains import BOTH, DOMAINS, write_docstrings
+from domains import ALSO, BOTH, DOMAINS
 from kept_results import KeptResults
 from quality_conditions import CONTEXT_LENGTH, Conditions, Place
 from quality_tables import print_tables, write_tables
@@ -70,6 +70,13 @@ def _seeds(_context: click.Context, _option: click.Parameter, words: str) -> tup
         raise click.BadParameter(f"{words!r} is not a list of whole numbers like 0,1,2.") from error
 
 
+def _also(_context: click.Context, _option: click.Parameter, value: str) -> str:
+    name, _, share = value.partition(":")
+    if value and (name not in ALSO or not share.isdecimal() or not int(share)):
+        raise click.BadParameter(f"{value} is not one of {', '.join(ALSO)}, and :SHARE after it.")
+    return value
+
+
 @click.command()
 @click.option(
     "--model", "models", multiple=True, help="smollm2, gemma3 or what `pho` takes.  [default: both]"
@@ -116,8 +123,9 @@ def _seeds(_context: click.Context, _option: click.Parameter, words: str) -> tup
     help="Of these tokens, how many the dense model writes itself.",
 )  # fmt: skip
 @click.option(
-    "--recover-docstrings", is_flag=True,
-    help="Take two of three windows from the docstrings of Python's standard library instead.",
+    "--recover-also", default="", metavar="NAME:SHARE", callback=_also,
+    help="For each window of the calibration's text so many of another: docstrings:2 of those of "
+    "Python's standard library, manual:7 of Python's manual.",
 )  # fmt: skip
 @click.option("--dtype", default="float32", show_default=True)
 @click.option(
@@ -286,9 +294,10 @@ class Bench:
     def _recovered(self, subject: Subject, seed: int) -> dict[str, Any]:
         """Recover the model as it is now, in place: what that brought, and what it took."""
         source, unlike = subject.source, subject.calibration
-        if self.conditions.recover_docstrings:
-            more = TextSource(path=str(write_docstrings(self.folder)))
-            source = mixed_text([source, more], (1, 2))
+        if also := self.conditions.recover_also:
+            name, _, share = also.partition(":")
+            more = TextSource(path=str(ALSO[name](self.folder)))
+            source = mixed_text([source, more], (1, int(share)))
             unlike = torch.cat([unlike, self.reports["docs"]])
         with peak_memory(self.model.device) as peak, tempfile.TemporaryDirectory() as place:
             recovered = recover_model(

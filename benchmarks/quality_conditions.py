@@ -23,7 +23,7 @@ class Conditions:
         other, report_windows, other_windows: The second report text, and what is read of both.
         dtype: Of the weights.
         trials, finalists, confirm_steps, confirm_windows: Of searches alone.
-        recover_tokens, recover_written, recover_docstrings: What the models of searches are
+        recover_tokens, recover_written, recover_also: What the models of searches are
             recovered on; 0 for none.
     """
 
@@ -39,7 +39,7 @@ class Conditions:
     confirm_windows: int
     recover_tokens: int = 0
     recover_written: int = 0
-    recover_docstrings: bool = False
+    recover_also: str = ""
 
     def dense(self, model: str) -> dict[str, Any]:
         """What the cell of the dense model is found again by."""
