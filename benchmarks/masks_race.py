@@ -61,7 +61,7 @@ def main(
                     pattern=pattern, steps=preset.steps.before_reconstruction, trials=trials,
                     bounds=preset.bounds, seed=seed, finalists=finalists,
                 )  # fmt: skip
-                # The trials are the same, so they are searched once, before any clock runs.
+                # Both studies have the same trials, which are searched before the clock runs.
                 studies = [
                     memory_study(request, subject.bundle, subject.confirmation) for _ in "ab"
                 ]
