@@ -70,6 +70,7 @@ def write_docstrings(folder: Path) -> Path:
 _MANUAL_PARTS = ("extending", "faq", "howto", "library", "tutorial", "using")
 _IN_TOPICS = {"library/pdb", "library/stdtypes", "library/string"}
 _PIECE = 6_000  # letters of a document of it, or some more: whole paragraphs
+_SHORT_END = 300  # letters of what is left out at the end of a page
 _SPHINX = """
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
@@ -140,17 +141,18 @@ def write_manual(folder: Path) -> Path:
     (source / "index.rst").write_text("Manual\n======\n")
     command = [sys.executable, "-m", "sphinx", "-q", "-b", "text", str(source), str(texts)]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-    lines: list[str] = []
+    pieces: list[list[str]] = []
     for page in sorted(texts.glob("*/*.txt"), key=str):
         piece: list[str] = []
-        for paragraph in [*page.read_text(encoding="utf-8").split("\n\n"), None]:
-            piece += [] if paragraph is None else [paragraph]
-            length = sum(map(len, piece))
-            if length > (_PIECE if paragraph is not None else 300):  # a short end is left out
-                lines.append(json.dumps({"text": "\n\n".join(piece)}))
+        for paragraph in page.read_text(encoding="utf-8").split("\n\n"):
+            piece.append(paragraph)
+            if sum(map(len, piece)) > _PIECE:
+                pieces.append(piece)
                 piece = []
+        pieces += [piece] if sum(map(len, piece)) > _SHORT_END else []
     place = folder / "manual.jsonl"
-    place.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = (json.dumps({"text": "\n\n".join(piece)}) + "\n" for piece in pieces)
+    place.write_text("".join(lines), encoding="utf-8")
     return place
 
 

@@ -41,12 +41,7 @@ from pho_service.shown.tables import (
     text_of,
     verdict_table,
 )
-from pho_service.spec.configuration import (
-    Configuration,
-    check_format,
-    read_document,
-    reasons,
-)
+from pho_service.spec.configuration import Configuration, check_format, read_document, reasons
 from pho_service.spec.recovery import Recovered
 
 # What a recipe says to others: of files of this machine their names, not where they lie.

@@ -249,8 +249,8 @@ def recover_model(
     place = Workplace(workplace, identity, processes)
     measured: dict[str, Perplexity] = {}
     # Several processes do not write: their parts of a model do not lie on one device.
-    prompts = None if text.measured is None or processes.count > 1 else text.measured.windows
-    said = {"pruned": written_by(model, prompts)}
+    windows = None if text.measured is None or processes.count > 1 else text.measured.windows
+    said = {"pruned": written_by(model, windows)}
     recompute = not _has_room(model, text, settings, processes)
     with (
         _shortage_told(model, text, settings),
@@ -264,7 +264,7 @@ def recover_model(
         with place.nothing_left():
             with dense() as teacher:
                 asked = _ask(model, teacher, trained, text, settings, place, progress)
-                said["dense"] = written_by(teacher, prompts)
+                said["dense"] = written_by(teacher, windows)
             del teacher
             let_go_of_memory()
             before = processes.agreed(rate_divergence(trained.model, asked.held_out))
@@ -286,7 +286,7 @@ def recover_model(
             measured["recovered"] = perplexity_on(text.measured, there, progress)
             measured |= {} if asked.perplexity is None else {"dense": asked.perplexity}
     model.model.to(model.stored_dtype)  # type: ignore[arg-type]  # as in loading.py
-    said["recovered"] = written_by(model, prompts)
+    said["recovered"] = written_by(model, windows)
     return Recovered(
         train=settings.train,
         before=before,
@@ -306,7 +306,7 @@ def recover_model(
         text=asked.text,
         perplexities={name: each.perplexity for name, each in measured.items()},
         errors=_errors(measured),
-        continuations=side_by_side(model, prompts, **said),
+        continuations=side_by_side(model, windows, **said),
         seconds=round(time.monotonic() - began, 3),
     )
 

@@ -4,7 +4,7 @@ config.json: a pruning that was found, how good it is, and all that is needed to
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -417,18 +417,18 @@ def parse_configuration(document: Any, name: str) -> Configuration:
 
 def reasons(error: ValidationError) -> str:
     """The first faults of a document, each with its place and the value."""
-    return first_of(
-        [
-            f"{shown('.'.join(map(str, fault['loc'])) or 'file')}: {broken_rule(fault).rstrip('.')}"
-            for fault in error.errors(include_url=False)
-        ]
-    )
+
+    def told(fault: Mapping[str, Any]) -> str:
+        place = ".".join(map(str, fault["loc"])) or "file"
+        return f"{shown(place)}: {broken_rule(fault).rstrip('.')}"
+
+    return first_of(error.errors(include_url=False), told)
 
 
-def first_of(faults: Sequence[str]) -> str:
-    """The first faults in full, and how many more there are."""
+def first_of(faults: Sequence[Any], told: Callable[[Any], str] = str) -> str:
+    """The first faults in full, and how many more there are: of thousands, few are put in words."""
     more = [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
-    return "; ".join([*faults[:_SHOWN], *more])
+    return "; ".join([*map(told, faults[:_SHOWN]), *more])
 
 
 def check_values(document: Any, name: str) -> None:

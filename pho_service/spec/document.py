@@ -99,9 +99,10 @@ class JsonDocument:
 
 def broken_rule(error: Mapping[str, Any]) -> str:
     """What pydantic says of a value, with the value."""
-    ours, message = "Value error, ", re.sub(r" or instance of \w+", "", str(error["msg"]))
+    ours, message = "Value error, ", str(error["msg"])
     if message.startswith(ours):
         return message.removeprefix(ours)
+    message = re.sub(r" or instance of \w+", "", message)
     return re.sub(r"^\w+ should", lambda _: f"{reprlib.repr(error['input'])} should", message)
 
 
