@@ -22,7 +22,7 @@ from pho_service.pipeline.rating import (
     compared_count,
     rate_pruned,
 )
-from pho_service.pipeline.writing import written_by
+from pho_service.pipeline.writing import prompts_of, side_by_side, written_by
 from pho_service.progress import Advance, Run
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.perplexity import Perplexity
@@ -310,23 +310,51 @@ def measured_once(
 def _measure(
     subject: Subject, candidate: Candidate, run: Run, title: str, *, writes: bool
 ) -> dict[str, Any]:
+    model, windows, statistics = subject.model, subject.text.windows, subject.bundle.statistics()
     chosen = subject.bundle.choose(candidate.steps.linears, candidate.pattern)
+    blocks = subject.blocks(candidate)
     with (
         run.progress(title, len(chosen.names)) as advance,
-        pruned_model(
-            subject.model,
-            subject.bundle.statistics(),
-            candidate,
-            subject.calibration,
-            advance,
-            subject.blocks(candidate),
-        ),
+        pruned_model(model, statistics, candidate, subject.calibration, advance, blocks),
     ):
-        measured = measure_perplexity(
-            subject.model, subject.text.windows, advance=lambda _: advance(0)
-        )
-        said = written_by(subject.model, subject.text.windows) if writes else {}
+        measured = measure_perplexity(model, windows, advance=lambda _: advance(0))
+        said = written_by(model, windows) if writes else {}
         return {**asdict(measured), **said}
+
+
+def with_continuations(
+    result: SearchResult,
+    written: Sequence[str],
+    study: optuna.Study,
+    subject: Subject,
+    run: Run = Run(),
+) -> SearchResult:
+    """Add what the dense and the pruned model write, which may be known; the study keeps it."""
+    model, candidate = subject.model, result.configuration.candidate()
+    windows = subject.text.windows
+    if prompts_of(model, windows) is None:
+        return result
+    text = {"text_sha256": subject.text.key}
+    about = {**text, "candidate": candidate.to_dict()}
+
+    def prune_and_write() -> dict[str, Any]:
+        calibration, statistics = subject.calibration, subject.bundle.statistics()
+        with pruned_model(model, statistics, candidate, calibration, lambda _: advance(0)):
+            return written_by(model, windows)
+
+    with run.progress("Writing with both models", 2) as advance:
+        run.look()
+        dense = once(
+            study, "written:dense", text, lambda: written_by(model, windows), fence=run.fence
+        )
+        advance(1)
+        # A winner that was pruned with a text has written when it was measured.
+        known = kept(study, "reconstructed", about) or ({"written": written} if written else {})
+        pruned = known or once(study, "written", about, prune_and_write, fence=run.fence)
+        advance(1)
+    found = side_by_side(model, windows, dense=dense, pruned=pruned)
+    told = result.configuration.model_copy(update={"continuations": found})
+    return replace(result, configuration=told)
 
 
 # What it costs a search to permute only channels whose order can be folded into the weights.

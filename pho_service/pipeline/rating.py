@@ -21,6 +21,7 @@ from pho_service.models.loading import LanguageModel
 from pho_service.models.scratch import KeptBlocks
 from pho_service.models.texts import MixedText, Text, TextRecord, record_to_dict
 from pho_service.pipeline.pipeline import pruned_model, rate_streamed, whole_masks
+from pho_service.pipeline.writing import written_by
 from pho_service.progress import Advance, Progress
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import model_sparsity, pack, pruned, unpack
@@ -132,8 +133,9 @@ def rate_pruned(
     advance: Advance = lambda _: None,
     *,
     calibration: Tensor | None = None,
+    then: Callable[[], None] = lambda: None,
 ) -> tuple[Perplexity, float]:
-    """Prune a model with a candidate, measure its perplexity, and put the weights back."""
+    """Prune a model, measure its perplexity, do what comes ``then``, and put the weights back."""
     if model.stream and not candidate.steps.needs_text:
         result, shares = rate_streamed(model, statistics, candidate, windows, advance)
         return result, model_sparsity(model.linears, shares)
@@ -141,6 +143,7 @@ def rate_pruned(
         model, statistics, candidate, calibration, advance=lambda _: advance(0)
     ) as sparsity:
         result = measure_perplexity(model, windows, advance=advance)
+        then()
     return result, model_sparsity(model.linears, sparsity)
 
 
@@ -162,10 +165,12 @@ def measure(
     advance: Advance = lambda _: None,
     *,
     known: Losses = MappingProxyType({}),
+    writes: bool = False,
 ) -> Measured:
-    """Prune with a candidate, measure the perplexity, and put the weights back."""
+    """Prune with a candidate, measure the perplexity, let it write, and put the weights back."""
     started = time.monotonic()
     windows = subject.text.windows
+    said: dict[str, Any] = {}
     if candidate is None:
         rating, sparsity = measure_perplexity(subject.model, windows, advance=advance), 0.0
     elif known:
@@ -182,6 +187,7 @@ def measure(
             windows,
             advance,
             calibration=subject.calibration,
+            then=lambda: said.update(written_by(subject.model, windows) if writes else {}),
         )
     return Measured(
         perplexity=rating.perplexity,
@@ -190,6 +196,7 @@ def measure(
         measured_on=subject.text.measured_on(),
         losses=[*rating.losses],
         text_sha256=subject.text.key,
+        **said,
     )
 
 

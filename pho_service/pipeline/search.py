@@ -415,6 +415,8 @@ class _Steps:
         assert subject is not None  # else none is wanted
         given, text = piece.about["candidate"], subject.text
         candidate = given and Candidate.from_dict(given, self._plan.pattern)
+        # Each of these may win, and pruning it again only to write would take as long once more.
+        writes = piece.number < VALIDATION and candidate.steps.needs_text
         study, key, note = self._record(piece.number)
 
         def make() -> dict[str, Any]:
@@ -424,7 +426,7 @@ class _Steps:
                 advance(len(known))
                 try:
                     with named(candidate) if candidate else nullcontext():
-                        found = measure(subject, candidate, advance, known=known)
+                        found = measure(subject, candidate, advance, known=known, writes=writes)
                 except NumericalError as error:
                     if candidate is None or piece.number < REFERENCE_NUMBERS:
                         raise
@@ -435,7 +437,7 @@ class _Steps:
                         f"perplexity here: {error}",
                     }
             self._inputs.check()  # before it is kept
-            names = ("perplexity", "sparsity", "seconds", "losses")
+            names = ("perplexity", "sparsity", "seconds", "losses", "written")
             return {name: getattr(found, name) for name in names}
 
         stored = once(study, key, {"text_sha256": text.key}, make, fence=run.fence, note=note)
@@ -580,9 +582,13 @@ class _Steps:
         search = {**result.configuration.search, **more}
         configuration = result.configuration.model_copy(update={"search": search})
         result = replace(result, configuration=configuration, trial=number)
+        written: Sequence[str] = ()
         if best.number in own:
-            result = replace(result, losses=own[best.number].losses)
-        result = self._looked_at_again(result, run)
+            result, written = (
+                replace(result, losses=own[best.number].losses),
+                own[best.number].written,
+            )
+        result = self._looked_at_again(result, written, run)
         result = with_perplexities(result, *self._judged_by(found, perplexities, own))
         for each in islands.studies:
             with run.fence():
@@ -655,7 +661,9 @@ class _Steps:
             losses[each.name] = () if value is None else value.losses
         return known, losses
 
-    def _looked_at_again(self, result: SearchResult, run: Run) -> SearchResult:
+    def _looked_at_again(
+        self, result: SearchResult, written: Sequence[str], run: Run
+    ) -> SearchResult:
         """With what orders that fold cost it, reconstructed if that is better, and writing."""
         steps, study, subject = self._request.steps, self._islands.studies[0], self._subject
         if subject is None and not steps.reconstruction.wanted:
@@ -663,15 +671,15 @@ class _Steps:
         from pho_service.pipeline.confirmation import (
             priced,  # loads transformers
             reconstruct_winner,
+            with_continuations,
         )
-        from pho_service.pipeline.writing import with_continuations
 
         if subject is not None:
             result = priced(result, study, subject, run)
         if steps.reconstruction.wanted:
             result = reconstruct_winner(result, steps.reconstruction, study, subject, run)
         if subject is not None:
-            result = with_continuations(result, study, subject, run)
+            result = with_continuations(result, written, study, subject, run)
             self._inputs.check()
         return result
 

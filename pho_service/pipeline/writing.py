@@ -3,56 +3,17 @@ How models go on with a text: what the dense and the pruned one write, token by 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
-import optuna
 import torch
 from torch import Tensor
 
 from pho_service.errors import InvalidInput, shown
 from pho_service.models.loading import LanguageModel
-from pho_service.pipeline.pipeline import pruned_model
-from pho_service.pipeline.rating import Subject
-from pho_service.progress import Run
 from pho_service.spec.configuration import NEW_TOKENS, Continuation
-from pho_service.tuning.result import SearchResult
-from storage.studies import kept, once
 
 PROMPTS = 3  # beginnings of windows of the text of a confirmation
 PROMPT_TOKENS = 32  # of each
-
-
-def with_continuations(
-    result: SearchResult, study: optuna.Study, subject: Subject, run: Run
-) -> SearchResult:
-    """A confirmed result with what the dense and the pruned model write; the study keeps it."""
-    model, candidate = subject.model, result.configuration.candidate()
-    windows = subject.text.windows
-    if prompts_of(model, windows) is None:
-        return result
-    text = {"text_sha256": subject.text.key}
-    about = {**text, "candidate": candidate.to_dict()}
-
-    def prune_and_write() -> dict[str, Any]:
-        calibration, statistics = subject.calibration, subject.bundle.statistics()
-        with pruned_model(model, statistics, candidate, calibration, lambda _: advance(0)):
-            return written_by(model, windows)
-
-    with run.progress("Writing with both models", 2) as advance:
-        run.look()
-        dense = once(
-            study, "written:dense", text, lambda: written_by(model, windows), fence=run.fence
-        )
-        advance(1)
-        # A winner that was reconstructed has written when it was measured.
-        pruned = kept(study, "reconstructed", about) or once(
-            study, "written", about, prune_and_write, fence=run.fence
-        )
-        advance(1)
-    found = side_by_side(model, windows, dense=dense, pruned=pruned)
-    told = result.configuration.model_copy(update={"continuations": found})
-    return replace(result, configuration=told)
 
 
 def side_by_side(

@@ -88,6 +88,8 @@ class Measured:
     # :class:`~pho_service.pruning.perplexity.Perplexity`
     losses: list[float] = field(default_factory=list)
     text_sha256: str | None = None  # Hash of the windows
+    # How it goes on with prompts of the text, if pruning it once more to write would take long
+    written: list[str] = field(default_factory=list)
     failure: str | None = None  # Why a published method has no perplexity
     weights_sha256: str | None = None  # Hash of the dense model's weights, in a service
 

@@ -1,5 +1,6 @@
 """What the dense and the pruned model write after prompts of the text of a confirmation."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,15 +8,17 @@ import torch
 
 from pho_service.errors import InvalidInput
 from pho_service.models.loading import LanguageModel
+from pho_service.pipeline import confirmation
 from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pipeline.search import search_job
-from pho_service.pipeline.writing import write
+from pho_service.pipeline.writing import write, written_by
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.shown.page import render
 from pho_service.shown.report import Report
 from pho_service.shown.tables import continuations_table
 from pho_service.spec.configuration import Continuation
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.steps import Steps
 from pho_service.tuning.plan import SearchRequest
 
 REQUEST = SearchRequest(pattern=Pattern.parse("0.5"), trials=8, finalists=1)
@@ -47,6 +50,21 @@ def test_a_result_has_what_both_models_write_and_the_study_keeps_it(
     assert [each.dense for each in found.continuations] == dense
     assert [each.pruned for each in found.continuations] == after
     assert again.continuations == found.continuations
+
+
+def test_a_winner_that_takes_a_text_is_pruned_once(
+    bundle: ProxyBundle, confirming: Any, searched: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes when it is measured, and pruned again it writes the same."""
+    texts = {**confirming, "calibration": confirming["confirm_text"].windows}
+    asked = replace(REQUEST, steps=Steps(statistics="sequential"))
+    monkeypatch.setattr(confirmation, "pruned_model", None)  # whoever prunes to write fails
+    found = searched(asked, bundle, **texts).configuration
+    model, windows = confirming["model"], confirming["confirm_text"].windows
+    with pruned_model(model, bundle.statistics(), found.candidate(), texts["calibration"]):
+        after = written_by(model, windows)["written"]
+
+    assert [each.pruned for each in found.continuations] == after
 
 
 def test_a_streamed_model_and_a_search_without_a_text_write_nothing_and_the_report_says_so(
