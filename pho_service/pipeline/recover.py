@@ -435,7 +435,8 @@ def _ask(
     mine = trained_on[trained.processes.number :: together]
     with progress("Asking the dense model", held_out + len(mine)) as advance:
         held = dense_reference(teacher.model, windows[:held_out], top_k=TOP_K, advance=advance)
-        asked = dense_reference(teacher.model, mine, top_k=TOP_K, advance=advance)
+        with mixed(teacher.device, gradients=True):
+            asked = dense_reference(teacher.model, mine, top_k=TOP_K, advance=advance)
     return _Asked(
         reference=asked,
         held_out=held,
@@ -496,10 +497,9 @@ def _written(
             f"the teacher {teacher.name} is streamed, and would be read again for each token that "
             "it writes. Load it without streaming, or leave written out."
         )
-    length = windows.shape[1]
+    processes, length = place.processes, windows.shape[1]
     begin = max(1, length // BEGINNING)
     begins = windows[torch.arange(count) % len(windows), :begin]
-    processes = place.processes
     begins = begins[processes.number :: processes.count]
     network: Any = teacher.model
     cards = [teacher.device] if teacher.device.type == "cuda" else []

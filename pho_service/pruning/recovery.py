@@ -250,8 +250,8 @@ def multiplies_halves() -> bool:
 
 def mixed(device: torch.device, *, gradients: bool = False) -> AbstractContextManager[object]:
     """
-    Products in bfloat16 whatever the weights are in: on a GPU, and for gradients on a CPU that has
-    units for them. On others that is slower, and what decides is measured in float32 there.
+    Products in bfloat16 whatever the weights are in: on a GPU, and for all that gradients come from
+    on a CPU that has units for them. On others that is slower, and what decides is in float32.
     """
     if device.type not in _IN_HALVES and not (gradients and multiplies_halves()):
         return nullcontext()

@@ -213,8 +213,8 @@ class Recovered(JsonDocument):
         how = f"{self.tokens:,} tokens in {self.seconds / 60:.1f} minutes, training {self.train}"
         if self.written:
             how += f"; the dense model wrote {self.written} of {self.windows} windows"
-        if self.tokens > self.context_length * max(self.windows, PASSES * self.windows - CHECKS):
-            how += f"; the text's {self.windows} windows give no more, and a longer text would"
+        if (times := self.tokens / self.context_length / self.windows) > 1:
+            how += f"; each of {self.windows} windows {times:.2g} times: more text would bring more"
         if not self.kept:
             return (
                 f"recovery over {how}, brought the divergence of held-out windows nowhere below "

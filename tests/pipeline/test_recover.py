@@ -34,7 +34,7 @@ from pho_service.pipeline.rating import RecoveryText
 from pho_service.pipeline.recover import PrunedModel, Workplace, check_recoverable, recover_model
 from pho_service.pipeline.writing import written_by
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.perplexity import rate_divergence
+from pho_service.pruning.perplexity import DenseReference, dense_reference, rate_divergence
 from pho_service.pruning.recovery import Recovering
 from pho_service.shown.tables import recovered_table
 from pho_service.spec.configuration import published
@@ -162,6 +162,25 @@ def test_the_same_tokens_give_the_same_bits_also_after_a_kill(
     assert replace(first, seconds=0) == replace(second, seconds=0)
     assert len(bars) < 2 * 9  # what was done is not done again
     assert "divergence" in bars[-1]
+
+
+def test_the_dense_model_is_asked_in_bfloat16_only_for_what_is_trained_on(
+    pruned_folder: Callable[[str], Path], recover: Callable[..., Recovered],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """On a CPU that has units for it, as gradients are: what is held out decides, in float32."""
+    asked: list[tuple[int, bool]] = []
+
+    def noted(model: Any, windows: Tensor, **more: Any) -> DenseReference:
+        asked.append((len(windows), torch.is_autocast_enabled("cpu")))
+        return dense_reference(model, windows, **more)
+
+    monkeypatch.setattr("pho_service.pipeline.recover.dense_reference", noted)
+    monkeypatch.setattr("pho_service.pruning.recovery.multiplies_halves", lambda: True)
+    found = recover(PrunedModel.read(pruned_folder("0.5"), device="cpu"))
+
+    assert asked == [(found.held_out, False), (found.windows, True)]
+    assert found.kept
 
 
 def test_at_a_check_another_job_may_have_its_turn_and_nothing_is_lost(
@@ -396,9 +415,9 @@ def test_what_the_dense_model_writes_is_trained_on_too_and_written_once(
 
     assert bars.count("The dense model writes") == 2  # not again after the kill
     assert (first[0].windows, first[0].written, first[0].held_out) == (17, 10, 2)
-    assert "the text's 17 windows give no more" not in str(first[0])
-    assert "the text's 16 windows give no more" in str(
-        replace(first[0], windows=16, tokens=PASSES * 16 * LENGTH)
+    assert "more text" not in str(replace(first[0], tokens=17 * LENGTH))
+    assert "; each of 17 windows 4 times: more text would bring more" in str(
+        replace(first[0], tokens=PASSES * 17 * LENGTH)
     )
     assert replace(first[0], seconds=0) == replace(second[0], seconds=0)
     assert same(first[1], second[1])
