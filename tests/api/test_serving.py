@@ -295,7 +295,9 @@ def test_ctrl_c_puts_the_job_down_and_a_kill_leaves_no_worker(place: Place) -> N
 
     assert ended.state == "succeeded", (ended.error, again.log)
     assert ended.progress.of("search").done == TRIALS
-    assert httpx.get(f"{again.client.url}/dashboard", follow_redirects=True).status_code == 200
+    dashboard = f"{again.client.url}/dashboard"  # its packages are imported when it is opened
+    opened = httpx.get(dashboard, follow_redirects=True, timeout=PATIENCE_S)
+    assert opened.status_code == 200
     assert again.stop(signal.SIGINT) == 0
     assert "given up" not in again.log  # the dashboard's threads wait for nothing
     assert not place.postgresql  # which the one that was killed had started
