@@ -218,7 +218,7 @@ class Recovered(JsonDocument):
         if not self.kept:
             return (
                 f"recovery over {how}, brought the divergence of held-out windows nowhere below "
-                f"{number(self.before)} nats; the weights are those from before"
+                f"{number(self.before)} nats (a lower rate may); the weights are those from before"
             )
         gain = ""
         was, now = (self.perplexities.get(name) for name in ("pruned", "recovered"))
