@@ -582,13 +582,10 @@ class _Steps:
         search = {**result.configuration.search, **more}
         configuration = result.configuration.model_copy(update={"search": search})
         result = replace(result, configuration=configuration, trial=number)
-        written: Sequence[str] = ()
-        if best.number in own:
-            result, written = (
-                replace(result, losses=own[best.number].losses),
-                own[best.number].written,
-            )
-        result = self._looked_at_again(result, written, run)
+        judged = own.get(best.number)
+        if judged is not None:
+            result = replace(result, losses=judged.losses)
+        result = self._looked_at_again(result, [] if judged is None else judged.written, run)
         result = with_perplexities(result, *self._judged_by(found, perplexities, own))
         for each in islands.studies:
             with run.fence():

@@ -214,7 +214,7 @@ class Recovered(JsonDocument):
         if self.written:
             how += f"; the dense model wrote {self.written} of {self.windows} windows"
         if (times := self.tokens / self.context_length / self.windows) > 1:
-            how += f"; each of {self.windows} windows {times:.2g} times: more text would bring more"
+            how += f" (each of {self.windows} windows {times:.2g} times: more text would do more)"
         if not self.kept:
             return (
                 f"recovery over {how}, brought the divergence of held-out windows nowhere below "

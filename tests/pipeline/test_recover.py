@@ -416,7 +416,7 @@ def test_what_the_dense_model_writes_is_trained_on_too_and_written_once(
     assert bars.count("The dense model writes") == 2  # not again after the kill
     assert (first[0].windows, first[0].written, first[0].held_out) == (17, 10, 2)
     assert "more text" not in str(replace(first[0], tokens=17 * LENGTH))
-    assert "; each of 17 windows 4 times: more text would bring more" in str(
+    assert "(each of 17 windows 4 times: more text would do more)" in str(
         replace(first[0], tokens=PASSES * 17 * LENGTH)
     )
     assert replace(first[0], seconds=0) == replace(second[0], seconds=0)
