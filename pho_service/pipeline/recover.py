@@ -757,7 +757,7 @@ def _adam(groups: Sequence[dict[str, Any]], bits: AdamBits) -> torch.optim.Optim
         from bitsandbytes.optim.adam import Adam8bit
 
         return Adam8bit(groups, betas=_BETAS)  # type: ignore[no-untyped-call]
-    return torch.optim.Adam(groups, betas=_BETAS, foreach=False)  # no copies of all at once
+    return torch.optim.Adam(groups, betas=_BETAS, fused=True)  # and no copies of all at once
 
 
 def _train(training: _Training, settings: Recovery, place: Workplace) -> None:

@@ -432,7 +432,8 @@ def _loss_gradient(
     step = max(1, HEAD_TOKENS // windows)
     for start in range(0, tokens - 1, step):  # the last token predicts nothing
         stop = min(start + step, tokens - 1)
-        leaf = hidden[:, start:stop].clone().requires_grad_()
+        # With strides of its own, or the head would be copied to be multiplied.
+        leaf = hidden[:, start:stop].clone(memory_format=torch.contiguous_format).requires_grad_()
         given = type(output)(**{**output, "last_hidden_state": leaf})
         with forward_replaced(decoder, lambda *_args, given=given, **_kwargs: given):
             logits = model(input_ids=batch[:, start:stop], use_cache=False).logits

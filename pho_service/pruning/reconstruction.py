@@ -185,7 +185,7 @@ class _Fit:
             _size(exact[each.keep]) for exact, each in zip(self.exact, weights, strict=True)
         ]
         groups = [{"params": [exact]} for exact in self.exact]
-        self.adam = torch.optim.Adam(groups, foreach=False)  # no copies of all at once
+        self.adam = torch.optim.Adam(groups, fused=True)  # and no copies of all at once
 
     @contextmanager
     def ready(self) -> Iterator["_Fit"]:

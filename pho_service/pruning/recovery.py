@@ -218,7 +218,7 @@ class Recovering(nn.Module):
             if isinstance(each, DTensor):
                 mine.grad, each.grad = _here(each.grad), None
             if self.zeros_stay and mine.grad is not None and mine.dim() > 1:
-                mine.grad.mul_(mine.detach() != 0)
+                mine.grad.mul_(mine.detach().sign().abs_())
         return value
 
     def clip(self) -> None:

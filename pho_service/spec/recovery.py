@@ -111,8 +111,8 @@ class Recovery(JsonDocument):
         FieldShown(option="--recover-adam-bits", service=True),
         Field(
             description="Bits of each number that Adam remembers, two for each weight that is "
-            "trained: with 8 they take a quarter of the memory (bitsandbytes), and end at weights "
-            "that differ a little."
+            "trained: with 8 they take a quarter of the memory (bitsandbytes), and end a "
+            "little worse: 2 % more perplexity on SmolLM2-135M."
         ),
     ] = 32
     seed: Annotated[
@@ -213,7 +213,7 @@ class Recovered(JsonDocument):
         how = f"{self.tokens:,} tokens in {self.seconds / 60:.1f} minutes, training {self.train}"
         if self.written:
             how += f"; the dense model wrote {self.written} of {self.windows} windows"
-        if (times := self.tokens / self.context_length / self.windows) > 1:
+        if (times := self.tokens / self.context_length / self.windows) >= 1.1:
             how += f" (each of {self.windows} windows {times:.2g} times: more text would do more)"
         if not self.kept:
             return (
