@@ -57,13 +57,12 @@ class Rebuilding:
     def after(
         self, block: Block, masks: Mapping[str, Tensor], advance: Advance = lambda _: None
     ) -> Reconstructed:
-        def run(window: int) -> Tensor:
-            output: Tensor = block.run(window, block.inputs[window])
-            return output
-
-        linears = block.linears
-        weights = [Trainable(linear=linears[name], keep=keep) for name, keep in masks.items()]
-        return reconstruct(weights, run, self._dense, self._settings, advance=advance)
+        inputs, linears = block.inputs, block.linears
+        return reconstruct(
+            [Trainable(linear=linears[name], keep=keep) for name, keep in masks.items()],
+            lambda window: block.run(window, inputs[window]),
+            self._dense, self._settings, advance=advance,
+        )  # fmt: skip
 
 
 def prune_model(

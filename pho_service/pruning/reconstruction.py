@@ -114,8 +114,9 @@ def reconstruct(
         best = before = fit.error_of(held_out)
         weights_then, rate = fit.copies(), settings.learning_rate
         better = worse = 0
+        known = math.isfinite(before)
         generator = torch.Generator().manual_seed(settings.seed)
-        while math.isfinite(before) and better < settings.passes and worse <= _RETRIES:
+        while known and better < settings.passes and worse <= _RETRIES:
             for place, index in enumerate(torch.randperm(len(training), generator=generator)):
                 done = (better + place / len(training)) / settings.passes
                 fit.step(training[int(index)], rate * (1 - done))
@@ -127,7 +128,10 @@ def reconstruct(
                 fit.restore(weights_then)
                 rate, worse = rate * _SLOWER, worse + 1
     return Reconstructed(
-        before=_number(before), after=_number(best), passes=better + worse, kept=better > 0
+        before=before if known else None,
+        after=best if known else None,
+        passes=better + worse,
+        kept=better > 0,
     )
 
 
@@ -152,15 +156,6 @@ def summary(blocks: Mapping[str, Reconstructed]) -> str:
     return sentence
 
 
-def _size(weights: Tensor) -> float:
-    """Root mean square; 0 of no weights."""
-    return float(weights.square().mean().sqrt()) if weights.numel() else 0.0
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 class _Fit:
     """Weights on their way: exact ones in float32, which Adam changes, and the model's own."""
 
@@ -181,8 +176,9 @@ class _Fit:
             for each in weights
         ]
         # Adam moves every weight by about its rate, however large weights are: models differ.
-        self.sizes = [
-            _size(exact[each.keep]) for exact, each in zip(self.exact, weights, strict=True)
+        self.sizes = [  # root mean squares
+            float(exact[each.keep].norm()) / max(1, int(each.keep.sum())) ** 0.5
+            for exact, each in zip(self.exact, weights, strict=True)
         ]
         groups = [{"params": [exact]} for exact in self.exact]
         self.adam = torch.optim.Adam(groups, fused=True)  # and no copies of all at once
