@@ -325,8 +325,9 @@ def chromium() -> str:
 @pytest.fixture(scope="module")
 def browser(chromium: str) -> Iterator[Any]:
     """One for all tests of a file."""
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=30_000)  # ms; 5 s are not enough beside other work
     with sync_playwright() as playwright:
         # Without its sandbox, as root may start it nowhere else; it sees nothing but our pages.
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])

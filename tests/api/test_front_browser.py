@@ -322,5 +322,5 @@ def test_the_apis_description_asks_no_other_machine_for_anything(page: Page, url
     go(page, "API")
     page.keyboard.press("Enter")
 
-    expect(page.get_by_text("/v1/jobs/{job_id}:cancel")).to_be_visible(timeout=30_000)
+    expect(page.get_by_text("/v1/jobs/{job_id}:cancel")).to_be_visible()
     assert [each for each in asked if not each.startswith((url, "data:"))] == []
