@@ -281,7 +281,7 @@ def test_ctrl_c_puts_the_job_down_and_a_kill_leaves_no_worker(place: Place) -> N
     assert postgresql is not None
     assert not lives(worker)
     assert not lives(postgresql)
-    assert "Traceback" not in served.log
+    assert "Traceback" not in served.log, served.log
     killed = place.serve("--workers", 1)
     put_down = killed.client.job(job)
     worker = killed.worker()
