@@ -168,6 +168,7 @@ class _Worker:
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(_say_what_was_lost)
         working = asyncio.create_task(self._work_through_outages())
         self._stop = functools.partial(loop.call_soon_threadsafe, self._stop_once, working)
         beating = asyncio.create_task(self._beat(working))
@@ -503,6 +504,15 @@ def _on_signals(handler: Callable[[int, FrameType | None], object] | signal.Hand
 def _say_why(state: RetryCallState) -> None:
     assert state.outcome is not None
     logger.warning("waiting: %s", state.outcome.exception())
+
+
+def _say_what_was_lost(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    error = context.get("exception")
+    if isinstance(error, procrastinate.exceptions.ConnectorException):  # its entry is another's now
+        reason = str(error.__cause__).partition("\n")[0]
+        logger.warning("the queue did not hear how a stage ended: %s", reason)
+    else:
+        loop.default_exception_handler(context)
 
 
 def _device_name(device: torch.device, *, spread: bool) -> str:

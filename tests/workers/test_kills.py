@@ -164,6 +164,7 @@ def test_frozen_beyond_the_limit_a_worker_has_lost_its_stage_and_writes_nothing_
     crew.man(2)
     time.sleep(1.0)  # for it, to write what it should not
 
+    assert "Traceback" not in crew.logs()
     assert crew.store.get(job.id) == done
     assert ends_right(job)
 
