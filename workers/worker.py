@@ -508,7 +508,7 @@ def _say_why(state: RetryCallState) -> None:
 
 def _say_what_was_lost(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     error = context.get("exception")
-    if isinstance(error, procrastinate.exceptions.ConnectorException):  # its entry is another's now
+    if isinstance(error, procrastinate.exceptions.ConnectorException):  # not ours now, or an outage
         reason = str(error.__cause__).partition("\n")[0]
         logger.warning("the queue did not hear how a stage ended: %s", reason)
     else:
