@@ -117,6 +117,22 @@ def apart(windows: Tensor, others: Tensor, most: int | None = None) -> Tensor:
     return torch.cat([windows[:0], *kept])[:most]
 
 
+def recut(windows: Tensor, count: int, seed: int) -> Tensor:
+    """
+    So many windows of the tokens of some: those, and then the same text in other orders, cut at
+    other places, so that no window comes twice. A first token that all have in common stays first.
+    """
+    first = int(bool((windows[:, 0] == windows[0, 0]).all()))
+    generator = torch.Generator().manual_seed(seed)
+    cuts = -(-count // len(windows))
+    found = [windows]
+    for cut in range(1, cuts):
+        text = windows[torch.randperm(len(windows), generator=generator), first:]
+        moved = text.flatten().roll(text.shape[1] * cut // cuts)
+        found.append(cut_windows(moved, windows.shape[1], windows[0, :first].tolist()))
+    return torch.cat(found)[:count]
+
+
 def _runs(windows: Tensor) -> Tensor:
     """Return a number for each run of tokens: (windows, context_length - run + 1), int64."""
     # The polynomial hash of Rabin and Karp, modulo 2^64, from sums along the window.

@@ -18,13 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    get_scheduler,
-)
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -37,19 +31,14 @@ from pho_service.errors import (
     PhoError,
     TextError,
 )
-from pho_service.host.machine import (
-    first_words,
-    let_go_of_memory,
-    ran_out_of_memory,
-    versions,
-)
+from pho_service.host.machine import first_words, let_go_of_memory, ran_out_of_memory, versions
 from pho_service.models.architecture import decoder_blocks, footprint_of
 from pho_service.models.calibration import USED, free_for
 from pho_service.models.loading import LanguageModel, load_model, sha256_each
 from pho_service.models.mask_file import MASKS, LayerMask, PackedMask, groups_of, read_masks
 from pho_service.models.packed import as_folder
 from pho_service.models.saving import RECIPE, read_recipe, recipe_document
-from pho_service.models.texts import TextRecord, apart, record_to_dict, sample_windows
+from pho_service.models.texts import TextRecord, apart, record_to_dict, recut, sample_windows
 from pho_service.pipeline.prune import PrunedFolder
 from pho_service.pipeline.rating import RecoveryText, perplexity_on
 from pho_service.pipeline.writing import side_by_side, written_by
@@ -152,14 +141,11 @@ class PrunedModel:
             name: {**layer, "weights_sha256": sha256[name]}
             for name, layer in recipe["layers"].items()
         }
+        dense = {name: sha256[name] for name in linears if name not in layers}
         changed = recovered.kept and recovered.train != "norms"
         recipe |= {
             "layers": layers,
-            **(
-                {"dense": {n: sha256[n] for n in linears if n not in layers}}
-                if "dense" in recipe
-                else {}
-            ),
+            **({"dense": dense} if "dense" in recipe else {}),
             "updated": recipe["updated"] or changed,
             "recovery": recovered.to_dict(),
             "versions": versions("torch", "transformers", "accelerate"),
@@ -211,11 +197,10 @@ def _check_plain(folder: Path) -> None:
 class _Asked:
     """Predictions of the dense model, and what they are of."""
 
-    reference: DenseReference  # On the windows that this process trains on
+    reference: DenseReference  # On what this process trains on, a window a step
     held_out: DenseReference
-    windows: int  # To train on, in all processes together
+    windows: int  # That what all processes train on is cut from
     written: int  # Of these
-    steps: int
     teacher: dict[str, Any]
     text: dict[str, Any]
     perplexity: Perplexity | None
@@ -318,10 +303,10 @@ def _has_room(
     if settings.train == "lora" or processes.count > 1:  # who have little
         return False
     footprint = footprint_of(model.model)
-    place = Place(on_gpu=model.device.type == "cuda")
     peak = recovery_peak(
-        footprint, place, settings, tokens=text.context_length, asked=0, recompute=False
-    )
+        footprint, Place(on_gpu=model.device.type == "cuda"), settings,
+        tokens=text.context_length, asked=0, recompute=False,
+    )  # fmt: skip
     return peak.device + peak.host - footprint.weights <= USED * free_for(model)
 
 
@@ -430,9 +415,9 @@ def _ask(
         added = _written(teacher, begun, count + also, settings.seed, place, progress)
         windows = torch.cat([windows[:held_out], added[:also], begun, added[also:]])
         held_out += also
-    each = steps_of_each(steps, len(windows) - held_out, together)
-    trained_on = windows[held_out:][: each * together]
-    mine = trained_on[trained.processes.number :: together]
+    there = len(windows) - held_out
+    taken = steps_of_each(steps, there, together) * together
+    mine = recut(windows[held_out:], taken, settings.seed)[trained.processes.number :: together]
     with progress("Asking the dense model", held_out + len(mine)) as advance:
         held = dense_reference(teacher.model, windows[:held_out], top_k=TOP_K, advance=advance)
         with mixed(teacher.device, gradients=True):
@@ -440,9 +425,8 @@ def _ask(
     return _Asked(
         reference=asked,
         held_out=held,
-        windows=len(trained_on),
+        windows=min(taken, there),
         written=count,
-        steps=each,
         teacher=teacher.to_dict(),
         text=record_to_dict(record),
         perplexity=None
@@ -545,14 +529,12 @@ def check_teacher(pruned: LanguageModel, teacher: LanguageModel) -> None:
     one, other = pruned.tokenizer, teacher.tokenizer
     known = one is not None and other is not None
     if pruned.vocabulary != teacher.vocabulary or (known and one.get_vocab() != other.get_vocab()):
+        sizes = f"{teacher.vocabulary} tokens and {pruned.vocabulary}"
+        if teacher.vocabulary == pruned.vocabulary:
+            sizes = "as many tokens, but others"
         raise ModelError(
-            f"the teacher {teacher.name} has another vocabulary than {pruned.name} "
-            + (
-                "(as many tokens, but others)"
-                if teacher.vocabulary == pruned.vocabulary
-                else f"({teacher.vocabulary} tokens and {pruned.vocabulary})"
-            )
-            + ", so what they predict cannot be compared. Give the dense model that was pruned."
+            f"the teacher {teacher.name} has another vocabulary than {pruned.name} ({sizes}), so "
+            "what they predict cannot be compared. Give the dense model that was pruned."
         )
 
 
@@ -664,7 +646,7 @@ class _Training(TrainerCallback):
         self, trained: Recovering, asked: _Asked, before: float, progress: Progress, look: Look
     ) -> None:
         self.trained, self.asked, self._look = trained, asked, look
-        self.checks = min(CHECKS, asked.steps)
+        self.checks = min(CHECKS, len(asked.reference.windows))
         self.done = 0  # steps
         self.before, self._now = before, before
         self._progress, self._stack = progress, ExitStack()
@@ -687,12 +669,11 @@ class _Training(TrainerCallback):
             found += f", {percent(self._now / self.before - 1, signed=True)}"
         self._advance = self._stack.enter_context(self._progress(f"Recovering ({found})", steps))
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        del state, control
+    def on_train_begin(self, args: Any, *_: Any, **__: Any) -> None:
         self._show(args.eval_steps)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        del args, control
+    def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        del args
         self.done = state.global_step
         self._advance(1)
 
@@ -706,8 +687,7 @@ class _Training(TrainerCallback):
         if state.global_step < state.max_steps and not control.should_training_stop:
             self._look()  # another attempt would go on from here
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        del args, state, control
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         self._stack.close()
 
 
@@ -762,7 +742,8 @@ def _adam(groups: Sequence[dict[str, Any]], bits: AdamBits) -> torch.optim.Optim
 
 def _train(training: _Training, settings: Recovery, place: Workplace) -> None:
     trained, asked = training.trained, training.asked
-    steps, every = asked.steps, asked.steps // training.checks
+    steps = len(asked.reference.windows)
+    every = steps // training.checks
     device = trained.device
     adam = _adam(trained.groups(settings.first_rate(training.before)), settings.adam_bits)
     schedule = get_scheduler(
@@ -787,7 +768,7 @@ def _train(training: _Training, settings: Recovery, place: Workplace) -> None:
     trainer = _Trainer(
         model=trained,
         args=arguments,
-        train_dataset=[{"window": i} for i in range(len(asked.reference.windows))],
+        train_dataset=[{"window": i} for i in range(steps)],
         eval_dataset=[{"window": 0}],
         optimizers=(adam, schedule),
         callbacks=[training],

@@ -169,8 +169,8 @@ class Recovered(JsonDocument):
         before: Divergence from the dense model on the held-out windows, in nats a token.
         after: The same of the model that was left.
         kept: Whether the trained weights were taken; otherwise the model is as it was before.
-        tokens: Tokens that it was trained on, those of a second pass counted again.
-        windows: Windows to train on.
+        tokens: Tokens that it was trained on, those counted again that came again in other windows.
+        windows: Windows that it was trained on, whose tokens may have come again in other cuts.
         written: How many of these the dense model wrote.
         held_out: Windows that were held out.
         context_length: Tokens of a window.
@@ -214,7 +214,8 @@ class Recovered(JsonDocument):
         if self.written:
             how += f"; the dense model wrote {self.written} of {self.windows} windows"
         if (times := self.tokens / self.context_length / self.windows) >= 1.1:
-            how += f" (each of {self.windows} windows {times:.2g} times: more text would do more)"
+            how += f" (each of {self.windows} windows {times:.2g} times, in other cuts: more "
+            how += "text would do more)"
         if not self.kept:
             return (
                 f"recovery over {how}, brought the divergence of held-out windows nowhere below "

@@ -18,6 +18,7 @@ from pho_service.models.texts import (
     TextSource,
     read_documents,
     read_windows,
+    recut,
     sample_windows,
 )
 from pho_service.spec.calibration import CalibrationSettings
@@ -249,6 +250,26 @@ def test_held_out(model: LanguageModel, texts: dict[str, Path]) -> None:
     assert len(text.calibration) == 12
     assert len(text.held_out) == 16
     assert not calibration & {tuple(w) for w in text.held_out.tolist()}
+
+
+@pytest.mark.parametrize("bos", [0, 1])
+def test_a_text_that_is_read_again_is_cut_at_other_places(bos: int) -> None:
+    """Each time all of its tokens, in windows that were not there before; a BOS stays in front."""
+    tokens = torch.arange(5 * 16).reshape(5, 16) + 100
+    windows = torch.cat([torch.ones(5, bos, dtype=torch.int64), tokens], dim=1)
+    found = recut(windows, 13, seed=3)
+    every = recut(windows, 15, seed=3)
+
+    assert torch.equal(found, every[:13])
+    assert torch.equal(recut(windows, 4, seed=3), windows[:4])
+    assert torch.equal(every[:5], windows)
+    assert len(every.unique(dim=0)) == 15
+    assert bool((every[:, :bos] == 1).all())
+    for again in every[:, bos:].split(5):
+        assert torch.equal(again.flatten().sort().values, tokens.flatten())
+        # All but what lies at a cut is followed by what follows it in the text.
+        assert int((again.flatten().diff() == 1).sum()) >= 5 * 16 - 1 - 5
+    assert not torch.equal(every, recut(windows, 15, seed=4))
 
 
 @pytest.mark.parametrize(

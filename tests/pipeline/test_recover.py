@@ -179,8 +179,31 @@ def test_the_dense_model_is_asked_in_bfloat16_only_for_what_is_trained_on(
     monkeypatch.setattr("pho_service.pruning.recovery.multiplies_halves", lambda: True)
     found = recover(PrunedModel.read(pruned_folder("0.5"), device="cpu"))
 
-    assert asked == [(found.held_out, False), (found.windows, True)]
+    assert asked == [(found.held_out, False), (found.tokens // LENGTH, True)]
     assert found.kept
+
+
+def test_a_text_that_is_too_short_comes_again_in_other_windows(
+    pruned_folder: Callable[[str], Path], recover: Callable[..., Recovered],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The dense model says something new of each, and no more than four times as many come."""
+    asked: list[Tensor] = []
+
+    def noted(model: Any, windows: Tensor, **more: Any) -> DenseReference:
+        asked.append(windows)
+        return dense_reference(model, windows, **more)
+
+    monkeypatch.setattr("pho_service.pipeline.recover.dense_reference", noted)
+    settings = replace(SETTINGS, tokens=1000 * LENGTH)
+    found = recover(PrunedModel.read(pruned_folder("0.5"), device="cpu"), settings)
+    held_out, trained_on = asked
+    most = PASSES * found.windows
+
+    assert most - 8 < len(trained_on) <= most  # as many between any two checks
+    assert found.tokens == trained_on.numel()
+    assert len(torch.cat([held_out, trained_on]).unique(dim=0)) == len(held_out) + len(trained_on)
+    assert f"each of {found.windows} windows 3.8 times, in other cuts: more text" in str(found)
 
 
 def test_at_a_check_another_job_may_have_its_turn_and_nothing_is_lost(
@@ -416,7 +439,7 @@ def test_what_the_dense_model_writes_is_trained_on_too_and_written_once(
     assert bars.count("The dense model writes") == 2  # not again after the kill
     assert (first[0].windows, first[0].written, first[0].held_out) == (17, 10, 2)
     assert "more text" not in str(replace(first[0], tokens=17 * LENGTH))
-    assert "(each of 17 windows 4 times: more text would do more)" in str(
+    assert "(each of 17 windows 4 times, in other cuts: more text would do more)" in str(
         replace(first[0], tokens=PASSES * 17 * LENGTH)
     )
     assert replace(first[0], seconds=0) == replace(second[0], seconds=0)
