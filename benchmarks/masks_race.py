@@ -6,6 +6,7 @@ Does a race on masks alone find the winner that pruning all finalists in full fi
 
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -13,7 +14,6 @@ from machine import conditions, software
 from subject import load_subject
 
 from pho_service.cli.terminal import progress
-from pho_service.pipeline import confirmation
 from pho_service.pipeline.search import memory_study, search_job
 from pho_service.progress import Run
 from pho_service.spec.pattern import Pattern
@@ -66,18 +66,14 @@ def main(
                     memory_study(request, subject.bundle, subject.confirmation) for _ in "ab"
                 ]
                 found, took = [], []
-                for study, in_full in zip(
-                    studies, (confirmation.IN_FULL, finalists + 99), strict=True
-                ):
+                for study, in_full in zip(studies, (2, finalists), strict=True):
                     search_job(request, subject.bundle, study=study)
                     began = time.perf_counter()
-                    before, confirmation.IN_FULL = confirmation.IN_FULL, in_full
                     result = search_job(
-                        request, subject.bundle, study=study, model=subject.model,
-                        confirm_text=subject.confirmation, calibration=subject.calibration,
-                        run=Run(progress=progress),
+                        replace(request, in_full=in_full), subject.bundle, study=study,
+                        model=subject.model, confirm_text=subject.confirmation,
+                        calibration=subject.calibration, run=Run(progress=progress),
                     )  # fmt: skip
-                    confirmation.IN_FULL = before
                     took.append(time.perf_counter() - began)
                     found.append(result.configuration)
                 two, everybody = (each.confirmation.perplexity for each in found)

@@ -83,9 +83,9 @@ _ARGUMENTS = {
         name: name.replace("-", "_")
         for name in (
             "bos", "confirm-windows", "context-length", "deployable", "device", "device-map",
-            "dtype", "finalists", "fisher-samples", "kernel-sizes", "limit", "mixed-precision",
-            "objective", "other-family", "pattern", "projection-rows", "revision",
-            "rows-per-layer", "sampler", "samples", "space", "stream", "study", "tasks",
+            "dtype", "finalists", "fisher-samples", "in-full", "kernel-sizes", "limit",
+            "mixed-precision", "objective", "other-family", "pattern", "projection-rows",
+            "revision", "rows-per-layer", "sampler", "samples", "space", "stream", "study", "tasks",
             "tasks-dir", "trials", "validate",
         )
     },

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     cls=DocumentCommand,
     fields=(
         "calibration", "confirm/text", "confirm/windows", "confirm/finalists", "trials", "seed",
-        "revision", "dtype", "stream",
+        "in_full", "revision", "dtype", "stream",
     ),
 )  # fmt: skip
 @click.argument("configuration")
@@ -116,7 +116,7 @@ def transfer(
         settings = replace(settings, kernel_sizes=sizes)
     request = None
     if search:
-        asked = SearchOptions(trials=given("trials"), seed=given("seed"))
+        asked = SearchOptions(**{name: given(name) for name in ("trials", "seed", "in_full")})
         request = own_search(found, asked, finalists=given("confirm/finalists"))
         check_study_url(study)
     whole = [name for name in models if not is_bundle(name)]

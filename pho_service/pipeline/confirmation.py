@@ -15,13 +15,7 @@ from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.objectives import proxy_value
 from pho_service.pipeline.pipeline import pruned_model
-from pho_service.pipeline.rating import (
-    Glances,
-    ReportText,
-    Subject,
-    compared_count,
-    rate_pruned,
-)
+from pho_service.pipeline.rating import Glances, ReportText, Subject, compared_count, rate_pruned
 from pho_service.pipeline.writing import prompts_of, side_by_side, written_by
 from pho_service.progress import Advance, Run
 from pho_service.pruning.bundle import ProxyBundle
@@ -30,7 +24,7 @@ from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.configuration import Confirmation, ProxyQuality
 from pho_service.spec.document import number
 from pho_service.spec.fields import ValidationSpec
-from pho_service.spec.objective import IN_FULL, WEIGHTINGS, Objective
+from pho_service.spec.objective import WEIGHTINGS, Objective
 from pho_service.spec.steps import Candidate, Reconstruction
 from pho_service.tuning.finalists import (
     Divergences,
@@ -79,18 +73,17 @@ def choose_finalists(
     # finalists are measured on all windows.
     #
     # Where a text runs through the model for each pruning, that is what costs: finalists are
-    # compared by their masks alone, and the best of them are pruned in full. At N:M masks alone do
-    # not tell which finalist will be the best, so all are pruned in full.
+    # compared by their masks alone, and the best of them are pruned in full.
     #
     # What a shorter search has measured on the same text stays a finalist, beside those that this
     # search would have had from the start.
     before = confirmed_before(islands, rated, text_sha256=subject.text.key)
     pool = united(rated, finalists(rated, count), before, entered)
     costly = any(each.candidate.steps.needs_text for each in pool)
-    masks_alone = costly and not islands.plan.pattern.group
+    in_full = islands.plan.pruned_in_full(len(pool), islands.plan.pattern)
+    masks_alone = costly and in_full < len(pool)
     stream = subject.model.stream
-    compared = masks_alone or not (stream or costly)
-    if len(pool) <= (IN_FULL if masks_alone else 1) or not compared:
+    if len(pool) <= 1 or (not masks_alone and (stream or costly)):
         return Raced(finalists=pool, evaluations=float(len(pool)))
     if masks_alone:
         pool = [
@@ -98,9 +91,9 @@ def choose_finalists(
             for each in pool
         ]
     if stream:
-        left = united(rated, _best_masks(islands, pool, subject, run), before)
+        left = united(rated, _best_masks(islands, pool, subject, run)[:in_full], before)
         return Raced(finalists=left, evaluations=float(len(pool) + len(left)))
-    race = _Race(islands, pool, subject, run, masks_alone=masks_alone)
+    race = _Race(islands, pool, subject, run, in_full=in_full if masks_alone else None)
     with run.progress("Racing finalists", len(pool) * race.windows) as advance:
         left = united(rated, race.run(advance), before)
     return Raced(finalists=left, divergences=race.divergences(), evaluations=race.evaluations(left))
@@ -109,7 +102,7 @@ def choose_finalists(
 def _best_masks(
     islands: Islands, pool: Sequence[RatedCandidate], subject: Subject, run: Run
 ) -> list[RatedCandidate]:
-    """The finalists that are pruned in full, by the perplexity of each one's mask."""
+    """The finalists by the perplexity of each one's mask, best first."""
     windows, statistics = subject.text.windows, subject.bundle.statistics()
     found: list[tuple[float, RatedCandidate]] = []
     with run.progress("Comparing masks", len(pool) * len(windows)) as advance:
@@ -125,7 +118,7 @@ def _best_masks(
             about = {"text_sha256": subject.text.key}
             stored = once(study, f"masks:perplexity:{there}", about, make, fence=run.fence)
             found.append((float(stored["perplexity"]), each))
-    return [each for _, each in sorted(found, key=lambda pair: pair[0])][:IN_FULL]
+    return [each for _, each in sorted(found, key=lambda pair: pair[0])]
 
 
 def known_losses(islands: Islands, number: int, text_sha256: str, kind: str = "") -> Losses:
@@ -139,17 +132,13 @@ class _Race:
     """A race of finalists over the windows of a text."""
 
     def __init__(
-        self,
-        islands: Islands,
-        pool: Sequence[RatedCandidate],
-        subject: Subject,
-        run: Run,
-        *,
-        masks_alone: bool,
-    ) -> None:
+        self, islands: Islands, pool: Sequence[RatedCandidate], subject: Subject, run: Run,
+        *, in_full: int | None,
+    ) -> None:  # fmt: skip
         text = subject.text
-        self.masks_alone = masks_alone
-        self.kept = "masks:" if masks_alone else ""  # begins the names of its records
+        self.masks_alone = in_full is not None
+        self.enough = in_full or 1  # that may be left before the last window
+        self.kept = "masks:" if self.masks_alone else ""  # begins the names of its records
         self.islands, self.pool, self.text = islands, pool, text
         self.on = run
         self.windows = len(text.windows)
@@ -160,12 +149,12 @@ class _Race:
         self.seen: dict[int, int] = {}  # windows by number of the trial
 
     def run(self, advance: Advance) -> list[RatedCandidate]:
-        """Those that are not told from the best before the last window; of masks the best two."""
+        """Those that are not told from the best before the last window; of masks the best few."""
         looks = race_looks(self.windows, len(self.compared))
         glances = Glances(self.subject, lambda _: advance(0), self.compared)
-        left, enough = [*self.pool], IN_FULL if self.masks_alone else 1
+        left = [*self.pool]
         for windows in looks[:-1]:
-            if len(left) <= enough:
+            if len(left) <= self.enough:
                 break
             seen = self.order[:windows]
             losses = {each.number: self._measured(each, seen, glances, advance) for each in left}
@@ -174,7 +163,7 @@ class _Race:
             left = [each for each in left if each.number in numbers]
             if self.masks_alone:  # best first
                 left.sort(key=lambda each: sum(map(sum, losses[each.number].values())))
-        return left[:enough] if self.masks_alone else left
+        return left[: self.enough] if self.masks_alone else left
 
     def _measured(
         self, each: RatedCandidate, seen: Sequence[int], glances: Glances, advance: Advance
@@ -203,12 +192,10 @@ class _Race:
 
     def divergences(self) -> Divergences:
         """From the dense model, of all finalists."""
-        by_number = {}
+        by_number, about = {}, {"text_sha256": self.compared_key}
         for each in self.pool:
             study, there = self.islands.place(each.number)
-            about = {"text_sha256": self.compared_key}
-            stored = kept(study, f"{self.kept}divergence:{there}", about)
-            if stored:
+            if stored := kept(study, f"{self.kept}divergence:{there}", about):
                 by_number[each.number] = float(stored["divergence"])
         return Divergences(
             by_number=by_number, tokens=len(self.compared) * (self.text.windows.shape[1] - 1)
@@ -216,14 +203,9 @@ class _Race:
 
     def evaluations(self, left: Sequence[RatedCandidate]) -> float:
         """What was run and what is still to be run, in perplexities of the whole text."""
-        whole = {each.number for each in left}
-        dense = len(self.compared) if self.seen else 0  # none for a text of one window
-        if self.masks_alone:
-            return (dense + sum(self.seen.values())) / self.windows + len(left)
-        runs = sum(
-            self.windows if each.number in whole else self.seen[each.number] for each in self.pool
-        )
-        return (dense + runs) / self.windows
+        run = sum(self.seen.values()) + (len(self.compared) if self.seen else 0)  # and the dense
+        begun = 0 if self.masks_alone else sum(self.seen.get(each.number, 0) for each in left)
+        return (run - begun) / self.windows + len(left)
 
 
 @contextmanager
@@ -254,14 +236,9 @@ def reconstruct_winner(
         return replace(result, configuration=rebuilt)
     before = confirmation.perplexity
     measured = measured_once(
-        study,
-        subject,
-        rebuilt.candidate(),
-        run,
-        kept="reconstructed",
-        title="Reconstructing the best",
-        writes=True,
-    )
+        study, subject, rebuilt.candidate(), run,
+        kept="reconstructed", title="Reconstructing the best", writes=True,
+    )  # fmt: skip
     after = measured.perplexity
     if not after < before:
         if kept := subject.blocks(rebuilt.candidate()):

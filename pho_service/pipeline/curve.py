@@ -270,7 +270,7 @@ def _timed(
     study: optuna.Study, request: SearchRequest, text_sha256: str
 ) -> Iterator[Callable[[], float]]:
     """Keep in a study what its point takes; what is interrupted adds up."""
-    of = [request.trials, request.finalists, text_sha256]
+    of = [request.trials, request.finalists, request.in_full, text_sha256]
     kept: Mapping[str, Any] = record_of(study).get(_TIME, {})
     done = kept.get("done") == of
     before, started = float(kept.get("seconds", 0.0)), time.monotonic()

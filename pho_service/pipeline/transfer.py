@@ -93,7 +93,7 @@ def transfer_key(
         plan = search.plan(target.bundle.kernel_sizes)
         own = [
             plan.sampler_name, plan.trials, *plan.identity().values(), search.finalists,
-            search.objective.label,
+            search.objective.label, *([plan.in_full] if plan.in_full else []),
             plan.space.to_dict(), *([plan.corrections] if plan.corrections else []),
             None if target.confirm is None else target.confirm.key,
         ]  # fmt: skip

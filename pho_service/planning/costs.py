@@ -14,7 +14,7 @@ from pho_service.errors import InvalidInput
 from pho_service.planning.shapes import DTYPE_BYTES, LinearShape, ModelShapes
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.configuration import NEW_TOKENS
-from pho_service.spec.objective import IN_FULL, corrected_windows, shared_windows
+from pho_service.spec.objective import corrected_windows, shared_windows
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.recovery import BEGINNING, WRITTEN_AT_ONCE, Recovery
 from pho_service.spec.steps import Steps
@@ -191,6 +191,7 @@ class Work:
     steps: Steps  # What every candidate goes through
     trials: int  # Candidates that the proxy rates, of all islands
     finalists: int  # That are confirmed; 0 if there is no confirmation
+    in_full: int  # Of these, if pruning one runs a text through the model
     windows: int  # That each is confirmed on
     dtype: str  # That the model computes in
     stream: bool  # Whether its weights stay on disk
@@ -370,9 +371,9 @@ class _Costs:
             winner = self.pruning(self.work.steps) + self.reconstruction() + measured
         winner += CONFIRMED_S + REFERENCES * (measured + self.masks())
         finalists, in_full = self.work.finalists, 0.0
-        masks_alone = steps.needs_text and not self.work.pattern.group
+        masks_alone = steps.needs_text and self.work.in_full < finalists
         if masks_alone:
-            in_full = min(finalists, IN_FULL) * (measured + pruned)
+            in_full = self.work.in_full * (measured + pruned)
             pruned = self.masks()
         if self.work.stream or (steps.needs_text and not masks_alone):
             return finalists * (measured + pruned) + in_full + winner

@@ -130,12 +130,14 @@ def plan_job(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> Plan:
             f"context_length={settings.context_length} is more than {spec.model} can read: "
             f"{shapes.context}. Use --context-length {shapes.context} or less."
         )
+    finalists = spec.confirm.finalists if spec.confirm else 0
     work = Work(
         calibration=settings,
         pattern=spec.pruning(),
         steps=spec.request(0).steps,
         trials=spec.trials * spec.islands,
-        finalists=spec.confirm.finalists if spec.confirm else 0,
+        finalists=finalists,
+        in_full=spec.request(0).pruned_in_full(finalists, spec.pruning()),
         windows=spec.confirm.windows if spec.confirm else 0,
         dtype=_dtype(spec, shapes, machine),
         stream=spec.stream,

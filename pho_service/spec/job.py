@@ -37,6 +37,7 @@ from pho_service.spec.fields import (
 from pho_service.spec.objective import (
     MAX_TRIALS,
     Corrections,
+    InFull,
     Objective,
     Sampler,
     SamplerSeed,
@@ -332,6 +333,7 @@ class JobSpec(Document):
     )
     seed: SamplerSeed = SearchOptions.seed
     corrections: Corrections = SearchOptions.corrections
+    in_full: InFull = SearchOptions.in_full
     # `pho evaluate --tasks` measures what was pruned.
     tasks: Annotated[
         list[Name] | None,

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from pho_service.errors import InvalidInput
 from pho_service.spec.document import STRICT, FieldShown, Seed, Whole, check_choice
+from pho_service.spec.pattern import Pattern
 
 ObjectiveName = Literal["activation-reconstruction", "gini", "perplexity"]
 Weighting = Literal["blend", "geometric", "fisher", "relative", "absolute"]
@@ -100,7 +101,7 @@ SAMPLERS: dict[str, int] = {
 }
 MAX_TRIALS = 10_000  # of an island; the dashboard draws every trial
 MAX_CORRECTIONS = 1_000  # each takes as long as the model takes for some windows
-_LENGTHS = ("trials", "corrections")
+_LENGTHS = ("trials", "corrections", "in_full")
 CORRECTED_TOKENS = 1024  # of the calibration text, on which pruned models are compared with it
 SHARED_TOKENS = 8192  # of the rest of it, which each correction runs backward
 
@@ -127,6 +128,16 @@ Corrections = Annotated[
 ]
 
 
+InFull = Annotated[
+    Annotated[Whole, Field(ge=1, le=100)] | None,
+    Field(
+        description="Number of finalists that are pruned in full, where pruning runs a text "
+        "through the model; the others are compared by their masks alone. By default 2 with a "
+        "share, and all at N:M, where masks alone do not tell.",
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions:
     """
@@ -141,12 +152,17 @@ class SearchOptions:
     trials: Trials = 200
     seed: SamplerSeed = 0
     corrections: Corrections = 0
+    in_full: InFull = None
+
+    def pruned_in_full(self, finalists: int, pattern: Pattern) -> int:
+        """How many of the finalists are, where pruning runs a text through the model."""
+        return min(finalists, self.in_full or (finalists if pattern.group else 2))
 
     def identity(self) -> dict[str, Any]:
         """
         Return what makes it another search: the seed, and what differs from its default.
 
-        The numbers of trials and of corrections do not: a longer search goes on with a shorter one.
+        How many trials, corrections and finalists do not: a longer search goes on with a shorter.
         """
         values = options_of(self)
         defaults = {each.name: each.default for each in fields(SearchOptions)}
@@ -155,10 +171,6 @@ class SearchOptions:
             for name, value in values.items()
             if name == "seed" or (name not in _LENGTHS and value != defaults[name])
         }
-
-
-# Finalists that are pruned in full where steps need a text; the rest race on their masks alone.
-IN_FULL = 2
 
 
 def corrected_windows(context_length: int) -> int:

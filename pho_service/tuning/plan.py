@@ -141,8 +141,10 @@ class SearchRequest(SearchOptions):
     validation: ValidationSpec | None = None
 
     def __post_init__(self) -> None:
-        if self.finalists < 1:
-            raise InvalidInput(f"finalists={self.finalists} is below 1.")
+        for name in ("finalists", "in_full"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidInput(f"{name}={value} is below 1.")
         self._check_corrections()
 
     def _check_corrections(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from pho_service.errors import NumericalError
+from pho_service.errors import InvalidInput, NumericalError
 from pho_service.models.loading import LanguageModel
 from pho_service.pipeline import confirmation, search
 from pho_service.pipeline.rating import ReportText, Subject, measure, rate_pruned
@@ -32,6 +32,12 @@ def report(model: LanguageModel, read_report: Callable[..., ReportText]) -> Repo
 def request_of(**changes: Any) -> SearchRequest:
     """A small request with some values changed."""
     return replace(SearchRequest(pattern=Pattern.parse("0.5", "layer"), trials=14), **changes)
+
+
+@pytest.mark.parametrize("name", ["finalists", "in_full"])
+def test_no_finalists_are_refused(name: str) -> None:
+    with pytest.raises(InvalidInput, match=rf"^{name}=0 is below 1\.$"):
+        request_of(**{name: 0})
 
 
 @pytest.fixture
@@ -75,17 +81,20 @@ def test_race(
     assert confirmed.divergence_tokens == 3 * 39
 
 
-def test_where_pruning_takes_a_text_finalists_race_on_their_masks_and_two_are_pruned_in_full(
-    bundle: ProxyBundle, confirming: Any, windows: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("pattern", "given"), [("0.5", None), ("2:4", 2)])
+def test_where_pruning_takes_a_text_finalists_race_on_their_masks_and_few_are_pruned_in_full(
+    pattern: str, given: int | None, bundle: ProxyBundle, confirming: Any, windows: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     monkeypatch.setattr(confirmation, "still_racing", lambda losses, *_, **__: [*losses])
-    asked = request_of(finalists=4, steps=Steps(update="obs"))
+    asked = request_of(
+        pattern=Pattern.parse(pattern), finalists=4, in_full=given, steps=Steps(update="obs")
+    )
     options = {**confirming, "calibration": windows}
     found = search_job(asked, bundle, **options).configuration
     in_full = [each for each in found.finalists if each.perplexity is not None]
     compared = [each for each in found.finalists if each.divergence is not None]
-    monkeypatch.setattr(confirmation, "IN_FULL", 4)
-    everybody = search_job(asked, bundle, **options).configuration
+    everybody = search_job(replace(asked, in_full=9), bundle, **options).configuration
     spent = found.confirmation.evaluations
 
     assert (len(in_full), len(compared)) == (2, 4)
@@ -98,13 +107,15 @@ def test_where_pruning_takes_a_text_finalists_race_on_their_masks_and_two_are_pr
 def test_masks_of_a_streamed_model_are_compared_on_all_windows(
     bundle: ProxyBundle, streamed: LanguageModel, report: ReportText, windows: Tensor
 ) -> None:
-    found = search_job(
-        request_of(finalists=3, steps=Steps(update="obs")), bundle,
-        model=streamed, confirm_text=report, calibration=windows,
-    ).configuration  # fmt: skip
+    asked = request_of(finalists=3, steps=Steps(update="obs"))
+    for given, count in ((None, 2), (1, 1)):
+        found = search_job(
+            replace(asked, in_full=given), bundle,
+            model=streamed, confirm_text=report, calibration=windows,
+        ).configuration  # fmt: skip
 
-    assert len([each for each in found.finalists if each.perplexity is not None]) == 2
-    assert found.confirmation.evaluations == 3 + 2
+        assert len([each for each in found.finalists if each.perplexity is not None]) == count
+        assert found.confirmation.evaluations == 3 + count
 
 
 @pytest.mark.usefixtures("eager")

@@ -260,6 +260,19 @@ def test_every_perplexity_that_is_asked_for_is_planned() -> None:
     assert search.peak.device >= stage.peak.device
 
 
+@pytest.mark.parametrize(("pattern", "by_default"), [("0.5", 2), ("2:4", 5)])
+def test_each_finalist_that_is_pruned_in_full_costs(pattern: str, by_default: int) -> None:
+    """Of five finalists two are with a share, at N:M all."""
+    title = "confirm by perplexity"
+    seconds = [
+        next(each.seconds[0] for each in found.stages if each.title == title)
+        for found in (planned(pattern=pattern, preset="best", in_full=n) for n in (None, 1, 2, 5))
+    ]
+
+    assert seconds[0] == seconds[{2: 2, 5: 3}[by_default]]
+    assert seconds[1] < seconds[2] < seconds[3]
+
+
 def test_what_the_dense_model_writes_to_recover_on_costs_time_and_memory() -> None:
     tokens = 512 * 128
     calibration = {"context_length": 128, "samples": 8, "projection_rows": 0}
