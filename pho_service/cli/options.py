@@ -234,8 +234,8 @@ class Terminal(Inputs):
             text = super().windows(model, source, settings)
         if len(text.calibration) < settings.samples:
             say(
-                f"The text fills {len(text.calibration)} windows of {settings.context_length} "
-                f"tokens, fewer than the {settings.samples} asked for: all of it is used."
+                f"The text fills fewer windows of {settings.context_length} tokens than the "
+                f"{settings.samples} asked for: {len(text.calibration)}. All of it is used."
             )
         return text
 

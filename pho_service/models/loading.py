@@ -251,7 +251,7 @@ class Checkpoint:
         model, info = loaded  # as output_loading_info asks for
         if missing := sorted(info["missing_keys"]):  # filled with random numbers by transformers
             raise ModelError(
-                f"{self.name} lacks {len(missing)} weights that its config asks for: "
+                f"{self.name} lacks weights that its config asks for, {len(missing)} in all: "
                 f"{', '.join(missing[:4])}. The download is not complete, or the config is of "
                 "another model: get it again."
             )

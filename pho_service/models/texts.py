@@ -433,9 +433,9 @@ def _sample_mixed(
         windows, record = sample_windows(model, text, count=needed, beside=more, **how)
         if len(windows) < needed:
             raise TextError(
-                f"the text {text} fills {len(windows)} windows of {windows.shape[1]} tokens, but "
-                f"its share of {count} is {needed}. Give a longer text, a smaller share of it, or "
-                "take fewer windows (--samples)."
+                f"the text {text} fills too few windows of {windows.shape[1]} tokens: "
+                f"{len(windows)}, and its share of {count} is {needed}. Give a longer text, a "
+                "smaller share of it, or take fewer windows (--samples)."
             )
         for other, _ in records:
             if record.sha256 == other.sha256:

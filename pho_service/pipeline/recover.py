@@ -449,9 +449,9 @@ def _draw(
         windows = apart(windows, seen)
     if len(windows) < LEAST_WINDOWS:
         raise TextError(
-            f"the text {text.source} has {len(windows)} windows of {text.context_length} tokens "
-            f"to recover on, and {LEAST_WINDOWS} are the least, of which one is held out. Give a "
-            "longer text, or a smaller --context-length."
+            f"the text {text.source} has too few windows of {text.context_length} tokens to "
+            f"recover on: {len(windows)}, and {LEAST_WINDOWS} are the least, of which one is held "
+            "out. Give a longer text, or a smaller --context-length."
         )
     return windows, record
 

@@ -212,10 +212,7 @@ class CalibrationSpec(TextSpec, CalibrationSettings):  # pydantic reads a datacl
         first = info.data.get("text") or info.data.get("dataset") or C4_DATASET
         names = [first, *info.data["more_texts"]]
         if value and len(value) != len(names):
-            raise ValueError(
-                f"{len(value)} shares are given for {', '.join(names)}: give one for "
-                "each of several texts"
-            )
+            raise ValueError(f"give one share for each of several texts, here {', '.join(names)}")
         if 0 in value:
             name = names[value.index(0)]
             raise ValueError(f"the share of {name} is 0: give it a larger one, or leave it out")

@@ -227,7 +227,7 @@ def test_what_is_wrong_with_one_of_several_texts_names_it(
         draw(short, 0)
     with pytest.raises(InvalidInput, match="the text short gets none of 4 windows"):
         draw(short, 0.01)
-    with pytest.raises(TextError, match=r"the text short fills \d windows of 16 .* of 4 is 3"):
+    with pytest.raises(TextError, match=r"short fills too few windows of 16 .*: \d, .* of 4 is 3"):
         draw(short, 3)
     with pytest.raises(TextError, match=r"the text .*tiny\.jsonl has 9 tokens"):
         draw(TextSource(path=str(tiny)))

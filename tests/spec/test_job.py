@@ -252,7 +252,7 @@ def test_a_path_that_is_not_allowed(tmp_path: Path, changes: dict[str, Any], poi
         ({"text": "a.txt", "more_texts": ["b.txt"], "shares": [1, 0]}, "shares",
          "the share of b.txt is 0"),
         ({"text": "a.txt", "more_texts": ["b.txt"], "shares": [1]}, "shares",
-         "1 shares are given for a.txt, b.txt"),
+         "give one share for each of several texts, here a.txt, b.txt"),
         ({"text": "a.txt", "more_texts": ["b.txt"], "shares": [1, 99], "samples": 16}, "shares",
          "a.txt gets none of 16 windows"),
         ({"text": "a.txt", "more_texts": ["b.txt"], "samples": 1}, "shares",
