@@ -477,7 +477,7 @@ def test_bad_input_is_named_before_anything_is_trained(
         recover(pruned, teacher=PrunedModel.read(tmp_path / "pruned", device="cpu").model)
     with pytest.raises(ModelError, match=r"another vocabulary .* Give the dense model"):
         recover(pruned, teacher=given_model(wordy))
-    with pytest.raises(TextError, match=r"has 2 windows .* 4 are the least, of which one is held"):
+    with pytest.raises(TextError, match=r"too few windows .*: 2, and 4 are the least, of which"):
         recover(pruned, on=replace(text, source=few))
     with pytest.raises(InvalidInput, match=r"minutes are too few: one window of 32 tokens takes"):
         recover(pruned, Recovery(minutes=1e-6, train="lora"))

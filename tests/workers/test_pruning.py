@@ -287,7 +287,7 @@ def test_a_text_too_short_to_recover_on_is_named_before_the_search(hand: Any, sm
     error = hand.failed(small(prune=True, recovery={"tokens": 640, "text": "short.jsonl"}))
 
     assert error["stage"] == "calibrate"
-    assert re.search(r"short\.jsonl has [1-3] windows .* to recover on, and 4", error["message"])
+    assert re.search(r"short\.jsonl has too few windows .* on: [1-3], and 4", error["message"])
 
 
 def test_a_recovered_model_is_what_is_kept_and_the_report_says_what_it_gained(
