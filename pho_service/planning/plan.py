@@ -130,14 +130,14 @@ def plan_job(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> Plan:
             f"context_length={settings.context_length} is more than {spec.model} can read: "
             f"{shapes.context}. Use --context-length {shapes.context} or less."
         )
-    finalists = spec.confirm.finalists if spec.confirm else 0
+    request, finalists = spec.request(0), spec.confirm.finalists if spec.confirm else 0
     work = Work(
         calibration=settings,
-        pattern=spec.pruning(),
-        steps=spec.request(0).steps,
+        pattern=request.pattern,
+        steps=request.steps,
         trials=spec.trials * spec.islands,
         finalists=finalists,
-        in_full=spec.request(0).pruned_in_full(finalists, spec.pruning()),
+        in_full=request.pruned_in_full(finalists, request.pattern),
         windows=spec.confirm.windows if spec.confirm else 0,
         dtype=_dtype(spec, shapes, machine),
         stream=spec.stream,
@@ -145,7 +145,7 @@ def plan_job(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> Plan:
         validated=spec.validation.candidates if spec.validation else 0,
         by_perplexity=spec.objective.name == "perplexity",
         recovery=None if spec.recovery is None else spec.recovery.settings(),
-        kept=bool(spec.prune and spec.confirm and spec.request(0).steps.reconstruction.wanted),
+        kept=bool(spec.prune and spec.confirm and request.steps.reconstruction.wanted),
     )
     for width in {linear.in_features for linear in shapes.linears}:
         work.pattern.check_width(width, spec.model)
