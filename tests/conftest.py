@@ -12,34 +12,28 @@ import shutil
 import signal
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
-from pretended_cards import Card
 from pretended_device import pretend
-from pretended_machine import Cards
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
 
 from pho_service.models.architecture import prunable_linears
 from pho_service.models.scratch import KeptBlocks
 from pho_service.planning.shapes import Header, TensorHeader
-from pho_service.pruning.statistics import PrunableLinear, Statistics, gather
+from pho_service.pruning.statistics import gather
 from storage import embedded
 from storage.database import Database
 from storage.embedded import embedded_postgresql
@@ -73,14 +67,14 @@ GRANT EXECUTE ON FUNCTION pg_hba_file_rules() TO pho;
 """
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser):
     """``--thorough`` runs all tests."""
     parser.addoption(
         "--thorough", action="store_true", help="run the tests that are marked as thorough, too"
     )
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure(config):
     """
     Register examples that are the same each time, and few.
 
@@ -92,7 +86,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config, items):
     """Leave out what is only for ``--thorough``; bring the files of ``SLOWEST`` to the front."""
     if not config.getoption("--thorough"):
         left_out = [item for item in items if item.get_closest_marker("thorough")]
@@ -103,7 +97,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _no_home(tmp_path_factory):
     """Front ends write the mark of their artifact store here, if a test gives no other place."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PHO_DATA_DIR", str(tmp_path_factory.mktemp("pho")))
@@ -111,7 +105,7 @@ def _no_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @contextmanager
-def _limited_disk(size: int) -> Iterator[None]:
+def _limited_disk(size):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -121,13 +115,13 @@ def _limited_disk(size: int) -> Iterator[None]:
 
 
 @pytest.fixture
-def limited_disk() -> Callable[[int], AbstractContextManager[None]]:
+def limited_disk():
     """In its context no file may grow beyond so many bytes: a write fails as on a full disk."""
     return _limited_disk
 
 
 @pytest.fixture
-def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def datasets_cache(tmp_path, monkeypatch):
     """What ``datasets`` makes of examples stays in the test's folder."""
     import datasets
 
@@ -140,24 +134,24 @@ def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 @pytest.fixture
-def pretended_gpu() -> Iterator[Card]:
+def pretended_gpu():
     """A GPU of 80 GiB that is not there, ``cuda:0``: see tests/pretended/pretended_device.py."""
     with pretend() as cards:
         yield cards[0]
 
 
 @pytest.fixture
-def pretended_gpus() -> Iterator[Cards]:
+def pretended_gpus():
     """Two GPUs of 80 GiB that are not there, ``cuda:0`` and ``cuda:1``."""
     with pretend(2) as cards:
         yield cards
 
 
 @pytest.fixture(scope="session")
-def new_llama() -> Callable[[], LlamaForCausalLM]:
+def new_llama():
     """Makes a random float32 Llama in evaluation mode: 2 blocks, 14 linears, 18,432 weights."""
 
-    def make() -> LlamaForCausalLM:
+    def make():
         config = LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=32,
@@ -176,27 +170,25 @@ def new_llama() -> Callable[[], LlamaForCausalLM]:
 
 
 @pytest.fixture
-def tiny_llama(new_llama: Callable[[], LlamaForCausalLM]) -> LlamaForCausalLM:
+def tiny_llama(new_llama):
     """One of a test's own."""
     return new_llama()
 
 
 @pytest.fixture
-def linears(tiny_llama: LlamaForCausalLM) -> dict[str, PrunableLinear]:
+def linears(tiny_llama):
     """The linears of ``tiny_llama``, by name."""
     return prunable_linears(tiny_llama)
 
 
 @pytest.fixture
-def windows() -> Tensor:
+def windows():
     """(6, 24), int64: random tokens of ``tiny_llama``."""
     return torch.randint(VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
-def statistics(
-    tiny_llama: LlamaForCausalLM, linears: dict[str, PrunableLinear], windows: Tensor
-) -> Statistics:
+def statistics(tiny_llama, linears, windows):
     """What ``windows`` say about ``linears``, with the full Gram matrices."""
     return gather(
         tiny_llama, linears, windows, fisher_windows=3, projection_rows=0, seed=0
@@ -209,13 +201,13 @@ slow search find best first last input output error mean sum norm rank value stu
 """.split()  # noqa: SIM905 - easier to read than a list
 
 
-def sentences(count: int, seed: int) -> list[str]:
+def sentences(count, seed):
     """So many sentences of words that the small tokenizer knows."""
     generator = random.Random(seed)
     return [" ".join(generator.choices(WORDS, k=generator.randint(5, 15))) for _ in range(count)]
 
 
-def small_tokenizer(*, adds_bos: bool) -> PreTrainedTokenizerFast:
+def small_tokenizer(*, adds_bos):
     """A word-level tokenizer that knows ``WORDS``."""
     vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
@@ -230,7 +222,7 @@ def small_tokenizer(*, adds_bos: bool) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
-def model_folder(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> Path:
+def model_folder(tiny_llama, tmp_path):
     """``tiny_llama`` as a Hugging Face folder, with a tokenizer that adds no BOS."""
     folder = tmp_path / "model"
     tiny_llama.save_pretrained(folder)
@@ -239,7 +231,7 @@ def model_folder(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def bos_folder(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> Path:
+def bos_folder(tiny_llama, tmp_path):
     """``tiny_llama`` as a Hugging Face folder, with a tokenizer that adds BOS."""
     folder = tmp_path / "model-bos"
     tiny_llama.save_pretrained(folder)
@@ -248,10 +240,10 @@ def bos_folder(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def header_of() -> Callable[[PreTrainedConfig], Header]:
+def header_of():
     """Return the header of the model that transformers builds of a configuration."""
 
-    def header(config: PreTrainedConfig) -> Header:
+    def header(config):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         tensors = {
@@ -263,12 +255,10 @@ def header_of() -> Callable[[PreTrainedConfig], Header]:
 
 
 @pytest.fixture(scope="session")
-def write_header(
-    header_of: Callable[[PreTrainedConfig], Header],
-) -> Callable[[Path, PreTrainedConfig], None]:
+def write_header(header_of):
     """Write a model folder with a configuration, and a file of weights that is a header alone."""
 
-    def write(folder: Path, config: PreTrainedConfig) -> None:
+    def write(folder, config):
         header = header_of(config)
         listed = {
             name: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [0, 0]}
@@ -282,7 +272,7 @@ def write_header(
     return write
 
 
-def _write_texts(folder: Path) -> dict[str, Path]:
+def _write_texts(folder):
     paths = {}
     for seed, name in enumerate(("calibration", "confirmation", "report")):
         paths[name] = folder / f"{name}.jsonl"
@@ -292,13 +282,13 @@ def _write_texts(folder: Path) -> dict[str, Path]:
 
 
 @pytest.fixture
-def texts(tmp_path: Path) -> dict[str, Path]:
+def texts(tmp_path):
     """Three .jsonl texts of different documents: calibration, confirmation, report."""
     return _write_texts(tmp_path)
 
 
 @pytest.fixture(scope="session")
-def texts_of_all(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def texts_of_all(tmp_path_factory):
     """The same texts, and ``tokenizer``, a folder with the tokenizer, to read only."""
     folder = tmp_path_factory.mktemp("texts")
     small_tokenizer(adds_bos=False).save_pretrained(folder / "tokenizer")
@@ -306,14 +296,14 @@ def texts_of_all(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_cache(tmp_path, monkeypatch):
     """No test sees the user's cache, or another test's."""
     monkeypatch.setenv("PHO_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture(scope="session")
-def chromium() -> str:
+def chromium():
     """The browser of this machine; where there is none, its tests are skipped."""
     names = ("chromium", "chromium-browser", "google-chrome")
     found = next(filter(None, map(shutil.which, names)), None)
@@ -323,7 +313,7 @@ def chromium() -> str:
 
 
 @pytest.fixture(scope="module")
-def browser(chromium: str) -> Iterator[Any]:
+def browser(chromium):
     """One for all tests of a file."""
     from playwright.sync_api import expect, sync_playwright
 
@@ -336,7 +326,7 @@ def browser(chromium: str) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def postgresql() -> Iterator[str]:
+def postgresql():
     """The URL of an embedded PostgreSQL with a migrated database ``template``."""
     folder = Path(tempfile.mkdtemp(prefix="pho"))  # pytest's own may be too long for a socket
     with embedded_postgresql(folder) as url:
@@ -357,10 +347,10 @@ def postgresql() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def new_database(postgresql: str) -> Callable[..., str]:
+def new_database(postgresql):
     """Makes a database, a copy of another one of the server, and gives its URL."""
 
-    def make(template: str = "template") -> str:
+    def make(template="template"):
         name = f"test_{uuid.uuid4().hex}"
         admin = Database(postgresql, pool=1)
         _run_alone(admin, f"CREATE DATABASE {name} TEMPLATE {template}")
@@ -371,7 +361,7 @@ def new_database(postgresql: str) -> Callable[..., str]:
 
 
 @pytest.fixture
-def empty_database(new_database: Callable[..., str]) -> Iterator[Database]:
+def empty_database(new_database):
     """A fresh database that nothing was ever done to, open."""
     opened = Database(new_database("template1"))  # PostgreSQL's own
     yield opened
@@ -379,7 +369,7 @@ def empty_database(new_database: Callable[..., str]) -> Iterator[Database]:
 
 
 @pytest.fixture(scope="module")
-def shared_database(new_database: Callable[..., str]) -> Iterator[Database]:
+def shared_database(new_database):
     """A migrated database for all tests of a file: to make one takes longer than they do."""
     opened = Database(new_database())
     yield opened
@@ -387,13 +377,13 @@ def shared_database(new_database: Callable[..., str]) -> Iterator[Database]:
 
 
 @pytest.fixture
-def database_url(new_database: Callable[..., str]) -> str:
+def database_url(new_database):
     """A fresh, migrated database."""
     return new_database()
 
 
 @pytest.fixture
-def database(database_url: str) -> Iterator[Database]:
+def database(database_url):
     """The same, open."""
     opened = Database(database_url)
     yield opened
@@ -401,28 +391,28 @@ def database(database_url: str) -> Iterator[Database]:
 
 
 @pytest.fixture
-def store(database: Database) -> JobStore:
+def store(database):
     """Its jobs, for what workers do."""
     return JobStore(database)
 
 
-def _named(url: str, name: str) -> str:
+def _named(url, name):
     return url.replace("/postgres?", f"/{name}?")
 
 
-def _run_alone(database: Database, statement: str) -> None:
+def _run_alone(database, statement):
     """Run what PostgreSQL refuses inside of a transaction."""
     with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.exec_driver_sql(statement)
 
 
 @pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def trained(monkeypatch):
     """The blocks that are trained from now on."""
-    names: list[str] = []
+    names = []
     really = KeptBlocks.keep
 
-    def keep(self: KeptBlocks, name: str, block: Any) -> None:
+    def keep(self, name, block):
         names.append(name)
         really(self, name, block)
 

@@ -5,10 +5,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
 import optuna
 import pytest
@@ -21,8 +19,6 @@ from pho_service.client import Client
 from pho_service.errors import InvalidInput, PhoError, ServiceError, ServiceUnavailable
 from pho_service.host.settings import read_settings
 from pho_service.spec.job import JobSpec
-from storage.database import Database
-from storage.jobs import JobStore
 from storage.keys import KeyStore
 from storage.records import NewStage, StageKind
 from storage.studies import open_storage
@@ -32,7 +28,7 @@ PATIENCE_S = 120.0
 
 
 @pytest.fixture
-def service(database_url: str) -> Iterator[Service]:
+def service(database_url):
     """It has stopped after the test."""
     running = Service(database_url, read_settings())
     yield running
@@ -40,17 +36,17 @@ def service(database_url: str) -> Iterator[Service]:
 
 
 @pytest.fixture
-def client(service: Service) -> Iterator[Client]:
+def client(service):
     """Of this service."""
     with Client(service.url) as opened:
         yield opened
 
 
 @contextmanager
-def meanwhile(*acts: Callable[[], Any], after_s: float = 0.5) -> Iterator[None]:
+def meanwhile(*acts, after_s=0.5):
     """Do things in another thread, each after a while; they are done afterwards."""
 
-    def run() -> None:
+    def run():
         for act in acts:
             time.sleep(after_s)
             act()
@@ -63,7 +59,7 @@ def meanwhile(*acts: Callable[[], Any], after_s: float = 0.5) -> Iterator[None]:
         thread.join(PATIENCE_S)
 
 
-def test_a_listing_goes_over_all_pages(client: Client, store: JobStore) -> None:
+def test_a_listing_goes_over_all_pages(client, store):
     spec = JobSpec.model_validate(SPEC).model_dump(mode="json")
     first = NewStage(kind=StageKind.CALIBRATE)
     ids = [
@@ -80,7 +76,7 @@ def test_a_listing_goes_over_all_pages(client: Client, store: JobStore) -> None:
     assert [*client.jobs(patterns=["7:8"])] == []
 
 
-def test_trials_come_over_all_pages_by_number(client: Client, store: JobStore) -> None:
+def test_trials_come_over_all_pages_by_number(client, store):
     job = client.submit({**SPEC, "islands": 2})
     with open_storage(store.database.studies_url) as storage:
         study = optuna.create_study(storage=storage, study_name=f"{job.name} island 1")
@@ -91,7 +87,7 @@ def test_trials_come_over_all_pages_by_number(client: Client, store: JobStore) -
     assert [*client.trials(job.id)] == []
 
 
-def test_events_come_as_they_happen_until_the_job_is_over(client: Client, store: JobStore) -> None:
+def test_events_come_as_they_happen_until_the_job_is_over(client, store):
     job = client.submit(SPEC).id
     with meanwhile(lambda: succeed(store, job, FOUND)):
         events = [*client.events(job)]
@@ -102,9 +98,7 @@ def test_events_come_as_they_happen_until_the_job_is_over(client: Client, store:
     ]  # fmt: skip
 
 
-def test_signs_of_life_between_events_are_none(
-    client: Client, store: JobStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_signs_of_life_between_events_are_none(client, store, monkeypatch):
     monkeypatch.setattr(EventSourceResponse, "DEFAULT_PING_INTERVAL", 0.05)
     job = client.submit(SPEC).id
     with meanwhile(lambda: store.ask(job, "cancel"), after_s=1.0):
@@ -113,7 +107,7 @@ def test_signs_of_life_between_events_are_none(
     assert [event.data["state"] for event in events] == ["queued", "cancelled"]
 
 
-def test_a_client_gets_the_events_after_one_that_was_seen(client: Client, store: JobStore) -> None:
+def test_a_client_gets_the_events_after_one_that_was_seen(client, store):
     job = client.submit(SPEC).id
     succeed(store, job, FOUND)
     events = [*client.events(job)]
@@ -122,7 +116,7 @@ def test_a_client_gets_the_events_after_one_that_was_seen(client: Client, store:
         assert [*client.events(job, after=events[seen].id)] == events[seen + 1 :]
 
 
-def test_a_stream_that_the_service_cuts_off_is_an_outage(client: Client, service: Service) -> None:
+def test_a_stream_that_the_service_cuts_off_is_an_outage(client, service):
     job = client.submit(SPEC).id
     with meanwhile(service.stop, service.start), pytest.raises(ServiceUnavailable):
         list(client.events(job))
@@ -131,7 +125,7 @@ def test_a_stream_that_the_service_cuts_off_is_an_outage(client: Client, service
     assert [e.data["state"] for e in client.events(job)] == ["queued", "cancelled"]
 
 
-def test_wait(client: Client, store: JobStore, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wait(client, store, capsys):
     """Waiting gives the job as it ended, and draws how far it is."""
     job = client.submit({**SPEC, "trials": 40}).id
     with meanwhile(lambda: succeed(store, job, FOUND)):
@@ -145,7 +139,7 @@ def test_wait(client: Client, store: JobStore, capsys: pytest.CaptureFixture[str
     assert "/40" in err
 
 
-def test_after_its_time_waiting_gives_up_the_job_goes_on(client: Client) -> None:
+def test_after_its_time_waiting_gives_up_the_job_goes_on(client):
     job = client.submit(SPEC).id
     began = time.monotonic()
     with pytest.raises(TimeoutError, match=r"is queued after 0\.3 s"):
@@ -155,7 +149,7 @@ def test_after_its_time_waiting_gives_up_the_job_goes_on(client: Client) -> None
     assert client.job(job).state == "queued"
 
 
-def test_waiting_survives_an_outage(client: Client, service: Service, store: JobStore) -> None:
+def test_waiting_survives_an_outage(client, service, store):
     job = client.submit(SPEC).id
     with meanwhile(service.stop, lambda: succeed(store, job, FOUND), service.start):
         ended = client.wait(job, timeout_s=PATIENCE_S, progress=False)
@@ -163,9 +157,7 @@ def test_waiting_survives_an_outage(client: Client, service: Service, store: Job
     assert ended.state == "succeeded"
 
 
-def test_nor_does_an_outage_go_beyond_the_time_that_the_caller_has(
-    client: Client, service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nor_does_an_outage_go_beyond_the_time_that_the_caller_has(client, service, monkeypatch):
     monkeypatch.setattr("pho_service.client._OUTAGE_S", 120.0)
     job = client.submit(SPEC).id
     began = time.monotonic()
@@ -177,7 +169,7 @@ def test_nor_does_an_outage_go_beyond_the_time_that_the_caller_has(
     assert took_s < 30
 
 
-def test_a_service_that_was_never_there_is_not_waited_for(client: Client, service: Service) -> None:
+def test_a_service_that_was_never_there_is_not_waited_for(client, service):
     job = client.submit(SPEC).id
     service.stop()
     began = time.monotonic()
@@ -189,7 +181,7 @@ def test_a_service_that_was_never_there_is_not_waited_for(client: Client, servic
     assert took_s < 10
 
 
-def test_the_beginning_of_a_jobs_id_is_enough(client: Client, store: JobStore) -> None:
+def test_the_beginning_of_a_jobs_id_is_enough(client, store):
     first, second = (client.submit(SPEC).id for _ in range(2))
     with store.database.transaction() as connection:
         for of_a_job in (stages, events):
@@ -210,7 +202,7 @@ def test_the_beginning_of_a_jobs_id_is_enough(client: Client, store: JobStore) -
         client.job("abc")
 
 
-def test_a_job_that_is_not_there_is_an_error_at_once(client: Client) -> None:
+def test_a_job_that_is_not_there_is_an_error_at_once(client):
     """Its events are no empty stream."""
     began = time.monotonic()
     for call in (
@@ -224,7 +216,7 @@ def test_a_job_that_is_not_there_is_an_error_at_once(client: Client) -> None:
     assert time.monotonic() - began < 30
 
 
-def test_wrong_values_are_told_with_their_places_one_a_line(client: Client) -> None:
+def test_wrong_values_are_told_with_their_places_one_a_line(client):
     with pytest.raises(ServiceError, match="/pattern: pattern 'half' is neither") as raised:
         client.submit({"model": "org/name", "pattern": "half", "trials": 0, "x": 1})
     lines = str(raised.value).splitlines()
@@ -233,7 +225,7 @@ def test_wrong_values_are_told_with_their_places_one_a_line(client: Client) -> N
     assert [line.split(":")[0] for line in lines] == ["/pattern", "/trials", "/x"]
 
 
-def test_keys(service: Service, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys(service, database, monkeypatch):
     """A key is given, or comes from the environment; without one the error says how to get it."""
     _, secret = KeyStore(database).create("k", sees_all=False)
     with Client(service.url, secret) as client:
@@ -251,14 +243,14 @@ def test_keys(service: Service, database: Database, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("key", ["ключ", "two\nlines", "\x00", "nbsp\u00a0"])
-def test_key_that_cannot_be_sent(key: str) -> None:
+def test_key_that_cannot_be_sent(key):
     with pytest.raises(PhoError) as raised, Client("http://127.0.0.1:1", key) as client:
         client.workers()
 
     assert key not in str(raised.value)
 
 
-def test_if_nothing_listens_the_error_says_where_and_what_to_do() -> None:
+def test_if_nothing_listens_the_error_says_where_and_what_to_do():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with Client(f"http://127.0.0.1:{port}") as client:
@@ -278,14 +270,14 @@ def test_if_nothing_listens_the_error_says_where_and_what_to_do() -> None:
     ["nope", "127.0.0.1:8000", "ftp://127.0.0.1", "http://[", "http://h:99999", "http://a b",
      "", "http://\x00", "http://no.such.host.invalid"],
 )  # fmt: skip
-def test_an_address_that_leads_nowhere_is_an_error_that_names_it(url: str) -> None:
+def test_an_address_that_leads_nowhere_is_an_error_that_names_it(url):
     with pytest.raises(PhoError) as raised, Client(url) as client:
         client.workers()
 
     assert repr(url)[1:-1] in str(raised.value)
 
 
-def test_what_is_no_id_leads_to_no_other_place_of_the_service(client: Client) -> None:
+def test_what_is_no_id_leads_to_no_other_place_of_the_service(client):
     job = client.submit(SPEC).id
     odd = ("x/../../workers", "../workers", "", "?", "#", "x\x00", "a b", "%", "..", "é")
     for job_id in (*odd, *(f"{job}{more}" for more in ("/trials", "?x", "#x", "/", ":cancel"))):
@@ -296,7 +288,7 @@ def test_what_is_no_id_leads_to_no_other_place_of_the_service(client: Client) ->
     assert client.job(job).state == "queued"
 
 
-def test_no_proxy_comes_in_between(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_proxy_comes_in_between(service, monkeypatch):
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     with Client(service.url) as client:
@@ -308,18 +300,12 @@ def test_no_proxy_comes_in_between(service: Service, monkeypatch: pytest.MonkeyP
 
 
 @contextmanager
-def stranger(
-    status: int,
-    body: bytes,
-    content_type: str = "text/html",
-    *,
-    first: Sequence[tuple[bytes, str]] = (),
-) -> Iterator[str]:
+def stranger(status, body, content_type="text/html", *, first=()):
     """The URL of a server that always gives the same answer, but 429 to the first requests."""
     refusals = list(first)
 
     class Handler(BaseHTTPRequestHandler):
-        def _answer(self) -> None:
+        def _answer(self):
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             said, headers = body, {"Content-Type": content_type, "Location": "http://127.0.0.1:1/"}
             if refused := bool(refusals):
@@ -332,7 +318,7 @@ def stranger(
 
         do_GET = do_POST = do_DELETE = _answer  # noqa: N815 - http.server's names
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, *_):
             """Say nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
@@ -361,7 +347,7 @@ def stranger(
         (409, b"null", "application/problem+json"),
     ],
 )
-def test_what_no_pho_answers_is_an_error(status: int, body: bytes, content_type: str) -> None:
+def test_what_no_pho_answers_is_an_error(status, body, content_type):
     with stranger(status, body, content_type) as url, Client(url) as client:
         for call in (
             lambda: client.submit(SPEC),
@@ -379,7 +365,7 @@ def test_what_no_pho_answers_is_an_error(status: int, body: bytes, content_type:
 
 
 @pytest.mark.parametrize("status", [502, 503, 504])
-def test_a_gateway_without_a_service_behind_it_is_an_outage(status: int) -> None:
+def test_a_gateway_without_a_service_behind_it_is_an_outage(status):
     with (
         stranger(status, b"<html>Bad Gateway</html>") as url,
         Client(url) as client,
@@ -390,21 +376,21 @@ def test_a_gateway_without_a_service_behind_it_is_an_outage(status: int) -> None
     assert raised.value.status == status
 
 
-def refusal(code: str) -> bytes:
+def refusal(code):
     """A problem with status 429."""
     problem = {"title": "Too Many Requests", "status": 429, "detail": "Wait.", "code": code}
     return json.dumps(problem).encode()
 
 
 @pytest.fixture
-def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def slept(monkeypatch):
     """How long a client wanted to sleep, each time; it does not."""
-    seconds: list[float] = []
+    seconds = []
     monkeypatch.setattr("time.sleep", seconds.append)
     return seconds
 
 
-def test_who_is_told_to_come_again_later_does_so_for_any_request(slept: list[float]) -> None:
+def test_who_is_told_to_come_again_later_does_so_for_any_request(slept):
     first = [(refusal("too_many_requests"), after) for after in ("3", "1", "soon")]
     event = b"id: 1\nevent: state\ndata: {}\n\n"
     with stranger(200, b'{"workers": []}', first=first) as url, Client(url) as client:
@@ -422,7 +408,7 @@ def test_who_is_told_to_come_again_later_does_so_for_any_request(slept: list[flo
     ("code", "after"),
     [("too_many_requests", "600"), ("too_many_jobs", "60"), ("too_many_urgent_jobs", "5")],
 )
-def test_what_takes_too_long_is_an_error(slept: list[float], code: str, after: str) -> None:
+def test_what_takes_too_long_is_an_error(slept, code, after):
     with (
         stranger(200, b"{}", first=[(refusal(code), after)]) as url,
         Client(url) as client,
@@ -434,17 +420,17 @@ def test_what_takes_too_long_is_an_error(slept: list[float], code: str, after: s
     assert slept == []
 
 
-def test_a_server_that_never_answers_is_an_outage_after_the_time_of_one_request() -> None:
+def test_a_server_that_never_answers_is_an_outage_after_the_time_of_one_request():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         with Client(url, timeout_s=0.3) as client, pytest.raises(ServiceUnavailable):
             client.workers()
 
 
-def test_so_is_one_that_hangs_up() -> None:
+def test_so_is_one_that_hangs_up():
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
-        def hang_up() -> None:
+        def hang_up():
             connection, _ = listener.accept()
             connection.recv(1000)
             connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
@@ -459,7 +445,7 @@ def test_so_is_one_that_hangs_up() -> None:
             client.workers()
 
 
-def test_fields_that_a_newer_service_may_add_do_no_harm(client: Client) -> None:
+def test_fields_that_a_newer_service_may_add_do_no_harm(client):
     job = client.job(client.submit(SPEC).id)
     newer = job.model_dump(mode="json") | {"cost": 5}
     newer["progress"] |= {"eta": "soon"}

@@ -9,7 +9,6 @@ import sys
 import uuid
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -17,15 +16,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pho_service.api.app import create_app
 from pho_service.host.settings import Settings, read_settings
-from storage.database import Database
-from storage.jobs import JobStore
 from storage.records import NewStage, StageKind
 
 DOCKER = Path(__file__).parents[1] / "docker"
 IMAGES = ("api", "worker")
 
 
-def run(*command: object) -> "subprocess.CompletedProcess[str]":
+def run(*command):
     """What a command of this environment answers; skips the test where it is not installed."""
     program = shutil.which(str(command[0]), path=Path(sys.executable).parent)
     if program is None:
@@ -34,32 +31,32 @@ def run(*command: object) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([program, *words], capture_output=True, text=True, check=False)
 
 
-def read(file: str) -> list[Any]:
+def read(file):
     """The documents of a YAML file."""
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed: see extra dev")
     return list(yaml.safe_load_all((DOCKER / file).read_text()))
 
 
-def objects(file: str = "kubernetes.yaml") -> dict[str, Any]:
+def objects(file="kubernetes.yaml"):
     """What a manifest describes, by kind and name."""
     return {f"{item['kind']}/{item['metadata']['name']}": item for item in read(file)}
 
 
-def container(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def container(name):
     """The only pod of a deployment, and its only container."""
     pod = objects()[f"Deployment/{name}"]["spec"]["template"]["spec"]
     (only,) = pod["containers"]
     return pod, only
 
 
-def test_hadolint_finds_nothing_to_say_of_the_dockerfiles() -> None:
+def test_hadolint_finds_nothing_to_say_of_the_dockerfiles():
     result = run("hadolint", *(DOCKER / f"{image}.Dockerfile" for image in IMAGES))
 
     assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize("image", IMAGES)
-def test_an_image_installs_its_own_lock_file_by_hashes_nothing_else_but_torch(image: str) -> None:
+def test_an_image_installs_its_own_lock_file_by_hashes_nothing_else_but_torch(image):
     text = (DOCKER / f"{image}.Dockerfile").read_text()
     commands = re.findall(r"pip install (?:.*\\\n)*.*", text)
     locked = [command for command in commands if "--require-hashes --no-deps" in command]
@@ -75,7 +72,7 @@ def test_an_image_installs_its_own_lock_file_by_hashes_nothing_else_but_torch(im
     ]  # fmt: skip
 
 
-def test_the_compose_files_follow_the_compose_specification(tmp_path: Path) -> None:
+def test_the_compose_files_follow_the_compose_specification(tmp_path):
     copies = [tmp_path / name for name in ("compose.yaml", "compose.cpu.yaml")]
     for copy in copies:  # without Compose's own YAML tag
         copy.write_text((DOCKER / copy.name).read_text().replace("!reset ", ""))
@@ -85,8 +82,8 @@ def test_the_compose_files_follow_the_compose_specification(tmp_path: Path) -> N
 
 
 def test_the_manifest_and_the_job_of_keda_follow_kubernetes_own_schemas_without_unknown_fields(
-    tmp_path: Path,
-) -> None:
+    tmp_path,
+):
     job = tmp_path / "job.json"  # which is YAML, too
     spec = objects("keda.yaml")["ScaledJob/pho-worker"]["spec"]["jobTargetRef"]
     metadata = {"name": "pho-worker"}
@@ -97,7 +94,7 @@ def test_the_manifest_and_the_job_of_keda_follow_kubernetes_own_schemas_without_
     assert result.returncode == 0, result.stdout
 
 
-def test_a_worker_of_keda_is_one_of_the_deployment_but_ends_by_itself() -> None:
+def test_a_worker_of_keda_is_one_of_the_deployment_but_ends_by_itself():
     pod, only = container("pho-worker")
     job = objects("keda.yaml")["ScaledJob/pho-worker"]["spec"]["jobTargetRef"]
     own = job["template"]["spec"]
@@ -109,9 +106,7 @@ def test_a_worker_of_keda_is_one_of_the_deployment_but_ends_by_itself() -> None:
     assert own == pod
 
 
-def test_keda_counts_the_stages_that_could_be_worked_on_at_once_with_the_rights_that_it_has(
-    store: JobStore,
-) -> None:
+def test_keda_counts_the_stages_that_could_be_worked_on_at_once_with_the_rights_that_it_has(store):
     text = (DOCKER / "keda.yaml").read_text()
     (trigger,) = objects("keda.yaml")["ScaledJob/pho-worker"]["spec"]["triggers"]
     rights = re.findall(r"^#   ((?:CREATE|GRANT) .*;)$", text, re.MULTILINE)
@@ -142,7 +137,7 @@ def test_keda_counts_the_stages_that_could_be_worked_on_at_once_with_the_rights_
     assert counts == [2, 1]
 
 
-def test_the_metric_that_keda_may_go_by_instead_is_one_of_the_service(database: Database) -> None:
+def test_the_metric_that_keda_may_go_by_instead_is_one_of_the_service(database):
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed: see extra dev")
     text = (DOCKER / "keda.yaml").read_text()
     commented = re.findall(r"^    # (- type: prometheus\n(?:    # .*\n)+)", text, re.MULTILINE)[0]
@@ -163,7 +158,7 @@ def test_the_metric_that_keda_may_go_by_instead_is_one_of_the_service(database: 
 
 
 @pytest.mark.parametrize("name", ["compose", "kubernetes"])
-def test_api_and_workers_mount_the_same_artifact_store_to_write_to_it(name: str) -> None:
+def test_api_and_workers_mount_the_same_artifact_store_to_write_to_it(name):
     if name == "kubernetes":
         containers = [container(f"pho-{image}") for image in IMAGES]
         place = objects()["ConfigMap/pho-settings"]["data"]["PHO_ARTIFACTS"]
@@ -183,7 +178,7 @@ def test_api_and_workers_mount_the_same_artifact_store_to_write_to_it(name: str)
     assert settings[0] == settings[1]
 
 
-def test_the_slurm_script_hands_its_arguments_to_a_worker_of_each_gpu(tmp_path: Path) -> None:
+def test_the_slurm_script_hands_its_arguments_to_a_worker_of_each_gpu(tmp_path):
     stand_in = tmp_path / "srun"
     stand_in.write_text('#!/bin/sh\necho "$OMP_NUM_THREADS: $*"\n')
     stand_in.chmod(0o755)
@@ -201,7 +196,7 @@ def test_the_slurm_script_hands_its_arguments_to_a_worker_of_each_gpu(tmp_path: 
     assert "PHO_DATABASE_URL: is not set" in refused.stderr
 
 
-def test_the_task_of_skypilot_starts_a_worker_that_ends_by_itself() -> None:
+def test_the_task_of_skypilot_starts_a_worker_that_ends_by_itself():
     (task,) = read("skypilot.yaml")
 
     assert {*task} == {"name", "workdir", "resources", "envs", "secrets", "setup", "run"}
@@ -211,9 +206,7 @@ def test_the_task_of_skypilot_starts_a_worker_that_ends_by_itself() -> None:
     )  # must be given
 
 
-def test_a_pool_of_skypilot_has_the_cards_and_the_setup_of_its_task_and_runs_nothing_itself() -> (
-    None
-):
+def test_a_pool_of_skypilot_has_the_cards_and_the_setup_of_its_task_and_runs_nothing_itself():
     (task,), (pool,) = read("skypilot.yaml"), read("skypilot-pool.yaml")
     said = (DOCKER / "skypilot-pool.yaml").read_text()
 
@@ -226,7 +219,7 @@ def test_a_pool_of_skypilot_has_the_cards_and_the_setup_of_its_task_and_runs_not
         assert name in said
 
 
-def test_the_api_is_probed_by_its_paths_and_a_worker_has_one_gpu() -> None:
+def test_the_api_is_probed_by_its_paths_and_a_worker_has_one_gpu():
     (_, api), (_, worker) = container("pho-api"), container("pho-worker")
 
     assert api["livenessProbe"]["httpGet"]["path"] == "/healthz"
@@ -237,7 +230,7 @@ def test_the_api_is_probed_by_its_paths_and_a_worker_has_one_gpu() -> None:
 
 
 @pytest.mark.parametrize("name", ["pho-api", "pho-worker"])
-def test_a_pod_is_not_roots_gains_no_rights(name: str) -> None:
+def test_a_pod_is_not_roots_gains_no_rights(name):
     pod, only = container(name)
 
     assert pod["securityContext"]["runAsNonRoot"]
@@ -245,7 +238,7 @@ def test_a_pod_is_not_roots_gains_no_rights(name: str) -> None:
     assert not pod["enableServiceLinks"]
 
 
-def test_nginx_has_each_limit_that_the_page_on_security_says_it_has() -> None:
+def test_nginx_has_each_limit_that_the_page_on_security_says_it_has():
     """The service itself has none for clients that are slow or many."""
     page = (DOCKER.parent / "docs" / "security.md").read_text()
     said = page.partition("## What the reverse proxy does")[2].partition("\n## ")[0]
@@ -264,7 +257,7 @@ def test_nginx_has_each_limit_that_the_page_on_security_says_it_has() -> None:
     assert found["limit_conn_zone"].startswith("$binary_remote_addr ")
 
 
-def test_only_nginx_is_reached_and_it_accepts_its_configuration(tmp_path: Path) -> None:
+def test_only_nginx_is_reached_and_it_accepts_its_configuration(tmp_path):
     services = read("compose.yaml")[0]["services"]
     published = [name for name, service in services.items() if "ports" in service]
     service = objects()["Service/pho"]["spec"]
@@ -287,7 +280,7 @@ def test_only_nginx_is_reached_and_it_accepts_its_configuration(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["worker.slurm", "build.sh"])
-def test_bash_and_shellcheck_find_nothing_to_say_of_a_script(name: str) -> None:
+def test_bash_and_shellcheck_find_nothing_to_say_of_a_script(name):
     script = DOCKER / name
     parsed = subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=False)
     linted = run("shellcheck", script)
@@ -296,7 +289,7 @@ def test_bash_and_shellcheck_find_nothing_to_say_of_a_script(name: str) -> None:
     assert linted.returncode == 0, linted.stdout
 
 
-def test_every_pho_variable_in_a_container_file_is_one_that_the_service_reads() -> None:
+def test_every_pho_variable_in_a_container_file_is_one_that_the_service_reads():
     files = [path.read_text() for path in DOCKER.iterdir() if path.is_file()]
     named = set(re.findall(r"\bPHO_[A-Z_]+\b", "\n".join(files)))
 
@@ -307,7 +300,7 @@ def test_every_pho_variable_in_a_container_file_is_one_that_the_service_reads() 
     "file",
     ["compose.yaml", "kubernetes.yaml", "keda.yaml", "skypilot.yaml", "skypilot-pool.yaml"],
 )
-def test_no_database_url_in_a_file_that_is_committed_has_a_password(file: str) -> None:
+def test_no_database_url_in_a_file_that_is_committed_has_a_password(file):
     lines = [line for line in (DOCKER / file).read_text().splitlines() if not line.startswith("#")]
 
     assert not re.search(r"://[^/\s]*:[^/\s]*@", "\n".join(lines))

@@ -10,9 +10,9 @@ import struct
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import gguf
 import pytest
@@ -58,7 +58,7 @@ _values = st.one_of(
 )  # fmt: skip
 
 
-def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+def _places(value):
     """Every container with every key in it."""
     if isinstance(value, (dict, list)):
         for key in [*value] if isinstance(value, dict) else range(len(value)):
@@ -67,7 +67,7 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 @st.composite
-def mutated_json(draw: st.DrawFn, document: Any) -> str:
+def mutated_json(draw, document):
     """A document with some values exchanged, taken out, or given twice."""
     changed = json.loads(json.dumps(document))
     raw = {}
@@ -88,7 +88,7 @@ def mutated_json(draw: st.DrawFn, document: Any) -> str:
 
 
 @st.composite
-def mutated_bytes(draw: st.DrawFn, content: bytes) -> bytes:
+def mutated_bytes(draw, content):
     """A file with bytes flipped, cut off, put in twice, taken out, or made to large numbers."""
     changed = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
@@ -180,7 +180,7 @@ REQUEST = {
 }  # fmt: skip
 
 
-def _bundle() -> ProxyBundle:
+def _bundle():
     """Of two small linears."""
     layers = [
         LayerSample(
@@ -194,14 +194,14 @@ def _bundle() -> ProxyBundle:
     return ProxyBundle(layers=layers, inputs=inputs, provenance={"model": {"name": "m"}})
 
 
-def _written(write: Callable[[Path], object], folder: Path) -> bytes:
+def _written(write, folder):
     path = folder / "valid"
     write(path)
     return path.read_bytes()
 
 
 @st.composite
-def mutated_tensors(draw: st.DrawFn, content: bytes, key: str) -> bytes:
+def mutated_tensors(draw, content, key):
     """A safetensors file with a change in its header, or in the document of its metadata."""
     end = 8 + struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8:end])
@@ -214,33 +214,33 @@ def mutated_tensors(draw: st.DrawFn, content: bytes, key: str) -> bytes:
     return struct.pack("<Q", len(text)) + text.encode() + content[end:]
 
 
-def _read_bundle(path: Path) -> None:
+def _read_bundle(path):
     bundle = read_bundle(path)
     assert bundle.weights > 0
     assert bundle.kernel_sizes
     bundle.statistics()
 
 
-def _read_masks(path: Path) -> None:
+def _read_masks(path):
     masks = read_masks(path)
     for name in masks.names:
         assert masks.mask(name).keep.shape == masks.shapes[name]
         masks.sha256(name)
 
 
-def _read_configuration(path: Path) -> None:
+def _read_configuration(path):
     found = read_configuration(path)
     found.candidate()
     write_configuration(found, path.with_suffix(".again"))
     assert read_configuration(path.with_suffix(".again")) == found
 
 
-def _read_library_file(path: Path) -> None:
+def _read_library_file(path):
     found = read_library_file(path)
     json.dumps(found.to_dict("source"), allow_nan=False, ensure_ascii=False).encode()
 
 
-def _read_gguf(path: Path) -> None:
+def _read_gguf(path):
     """What goes wrong here is a ModelError when a model is loaded: see loading.py."""
     with gguf_read_once(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -252,7 +252,7 @@ def _read_gguf(path: Path) -> None:
             raise PhoError(str(path)) from error
 
 
-def _read_plan(path: Path) -> None:
+def _read_plan(path):
     """What `pho plan` reads of a model."""
     source = path if path.suffix == ".gguf" else path.parent
     (path.parent / "config.json").write_text('{"model_type": "llama"}')
@@ -263,7 +263,7 @@ def _read_plan(path: Path) -> None:
         raise InvalidInput(f"{path}: {error}") from error
 
 
-def _gguf(path: Path) -> None:
+def _gguf(path):
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("small")
     writer.add_array("tokenizer.ggml.tokens", ["a", "b", "c"])
@@ -276,7 +276,7 @@ def _gguf(path: Path) -> None:
     writer.close()
 
 
-def _masks(path: Path) -> None:
+def _masks(path):
     masks = {
         "blocks.1.up": LayerMask(keep=torch.ones(3, 4) > 0, order=torch.tensor([1, 0, 3, 2])),
         "blocks.0.up": LayerMask(keep=torch.eye(5) > 0),
@@ -284,18 +284,18 @@ def _masks(path: Path) -> None:
     write_masks(masks, path, metadata={"model": {"name": "tiny"}})
 
 
-def _json(document: Any) -> tuple[bytes, st.SearchStrategy[bytes]]:
+def _json(document):
     content = json.dumps(document).encode()
     odd = mutated_json(document).map(lambda text: text.encode(errors="surrogatepass"))
     return content, odd | mutated_bytes(content) | st.binary(max_size=300)
 
 
-def _tensors(content: bytes, key: str) -> tuple[bytes, st.SearchStrategy[bytes]]:
+def _tensors(content, key):
     odd = mutated_tensors(content, key) | mutated_bytes(content) | st.binary(max_size=300)
     return content, odd
 
 
-def _header(document: Any) -> tuple[bytes, st.SearchStrategy[bytes]]:
+def _header(document):
     """A file of weights that is a header alone."""
     content = header_of(document)
     odd = mutated_json(document).map(lambda text: text.encode(errors="surrogatepass"))
@@ -303,7 +303,7 @@ def _header(document: Any) -> tuple[bytes, st.SearchStrategy[bytes]]:
     return content, odd | mutated_bytes(content) | st.binary(max_size=300)
 
 
-def _formats(folder: Path) -> dict[str, Format]:
+def _formats(folder):
     gguf_file = _written(_gguf, folder)
     kinds = {
         "configuration": ("c.json", _read_configuration, _json(CONFIGURATION)),
@@ -329,13 +329,13 @@ KINDS = (
 
 
 @pytest.fixture(scope="module")
-def formats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Format]:
+def formats(tmp_path_factory):
     """All of them."""
     return _formats(tmp_path_factory.mktemp("valid"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_valid(formats: dict[str, Format], kind: str, tmp_path: Path) -> None:
+def test_valid(formats, kind, tmp_path):
     """What the others are made of is read."""
     path = tmp_path / formats[kind].name
     path.write_bytes(formats[kind].valid)
@@ -346,7 +346,7 @@ def test_valid(formats: dict[str, Format], kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @fuzzed
 @given(data=st.data())
-def test_file(formats: dict[str, Format], kind: str, tmp_path: Path, data: st.DataObject) -> None:
+def test_file(formats, kind, tmp_path, data):
     """A file of any content is read, or refused with its name, in little memory."""
     path = tmp_path / formats[kind].name
     path.write_bytes(data.draw(formats[kind].mutants))
@@ -362,7 +362,7 @@ def test_file(formats: dict[str, Format], kind: str, tmp_path: Path, data: st.Da
     assert _peak_bytes() - before < MEMORY_BYTES
 
 
-def _peak_bytes() -> int:
+def _peak_bytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -372,8 +372,8 @@ def _peak_bytes() -> int:
 @fuzzed
 @given(data=st.data())
 def test_a_job_document_of_any_content_is_refused_by_its_fields_or_can_be_stored_and_is_the_same(
-    model: type[JobSpec | TransferRequest], document: dict[str, Any], data: st.DataObject
-) -> None:
+    model, document, data
+):
     text = data.draw(mutated_json(document))
     try:
         found = model.model_validate(json.loads(text))
@@ -386,13 +386,13 @@ def test_a_job_document_of_any_content_is_refused_by_its_fields_or_can_be_stored
     assert model.model_validate(json.loads(stored)) == found
 
 
-def header_of(tensors: dict[str, Any]) -> bytes:
+def header_of(tensors):
     """A safetensors file that has a header alone."""
     text = json.dumps(tensors).encode()
     return struct.pack("<Q", len(text)) + text
 
 
-def gguf_header(*parts: bytes) -> bytes:
+def gguf_header(*parts):
     """The beginning of a GGUF file without tensors, with one entry ``a``."""
     start = b"GGUF" + struct.pack("<IQQ", 3, 0, 1)
     return start + struct.pack("<Q", 1) + b"a" + b"".join(parts)
@@ -415,7 +415,7 @@ HOSTILE = {
 }  # fmt: skip
 
 
-def test_declared_terabytes_and_very_many_faults_take_little_memory(tmp_path: Path) -> None:
+def test_declared_terabytes_and_very_many_faults_take_little_memory(tmp_path):
     for name, (file, content) in HOSTILE.items():
         folder = tmp_path / name
         folder.mkdir()
@@ -459,7 +459,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, "KiB", file=s
     assert len(ended.stdout.splitlines()) == len(HOSTILE) + 1
 
 
-def test_what_safetensors_quotes_of_a_header_is_told_in_part(tmp_path: Path) -> None:
+def test_what_safetensors_quotes_of_a_header_is_told_in_part(tmp_path):
     path = tmp_path / "b.safetensors"
     path.write_bytes(header_of({"__metadata__": "x" * 1_000_000}))
     for reader in (read_bundle, read_masks):

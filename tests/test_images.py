@@ -20,7 +20,6 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,7 @@ exec setpriv --no-new-privs --bounding-set=-all,+sys_chroot,+setuid,+setgid --in
 """
 
 
-def run(*words: object, **options: Any) -> str:
+def run(*words, **options):
     """What a command prints; the test fails with what it said if it fails."""
     done = subprocess.run(
         [str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -76,7 +75,7 @@ def run(*words: object, **options: Any) -> str:
     return done.stdout
 
 
-def until(condition: Callable[[], Any], what: Callable[[], str]) -> Any:
+def until(condition, what):
     """The first true value of ``condition``."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
@@ -87,14 +86,14 @@ def until(condition: Callable[[], Any], what: Callable[[], str]) -> Any:
     raise AssertionError(f"waited in vain: {what()}")
 
 
-def free_port() -> int:
+def free_port():
     """One that nobody listens on just now."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
-def store() -> dict[str, str]:
+def store():
     """The environment for buildah: a store of images of its own, that needs no daemon."""
     if os.geteuid() or sys.platform != "linux":
         pytest.skip("images are built and started by root, on Linux")
@@ -126,7 +125,7 @@ def store() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def base(store: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+def base(store, tmp_path_factory):
     """A stand-in for the base image, which cannot be pulled everywhere: Debian with this Python."""
     there = run("buildah", "images", "--quiet", "--filter", f"reference={STAND_IN}", env=store)
     if there.strip():
@@ -151,7 +150,7 @@ def base(store: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str
     return STAND_IN
 
 
-def _copy_python(root: Path) -> None:
+def _copy_python(root):
     """This machine's Python, to where the real base has its own, with the libraries it needs."""
     here, there = Path(sys.base_prefix), root / "usr" / "local"
     number = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -174,7 +173,7 @@ def _copy_python(root: Path) -> None:
     (there / "bin" / "pip").symlink_to("pip3")
 
 
-def settings_of_pip(folder: Path) -> list[str]:
+def settings_of_pip(folder):
     """Volumes by which the pip of a build has this machine's settings: its index, its wheels."""
     said = run(sys.executable, "-m", "pip", "config", "list")
     names = ("cert", "find-links", "constraint", "index-url", "extra-index-url", "timeout")
@@ -192,9 +191,7 @@ def settings_of_pip(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def images(
-    store: dict[str, str], base: str, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, str]:
+def images(store, base, tmp_path_factory):
     """Both, built by `make images` from this checkout; the environment that finds them."""
     wheels = run(sys.executable, "-m", "pip", "config", "list")
     if "find-links" not in wheels:
@@ -215,7 +212,7 @@ def images(
     return store
 
 
-def _hard_limits() -> dict[str, int]:
+def _hard_limits():
     """Which buildah would raise, and may not everywhere."""
     import resource
 
@@ -242,7 +239,7 @@ class Container:
     environment: dict[str, str]
     mounts: list[str]
 
-    def start(self, log: Path, *command: str) -> "subprocess.Popen[bytes]":
+    def start(self, log, *command):
         """Run its command, or another one of its program."""
         image = dict(line.split("=", 1) for line in self.config["Env"])
         words = [*self.config["Entrypoint"], *(command or self.config["Cmd"])]
@@ -255,14 +252,14 @@ class Container:
                 stdin=subprocess.DEVNULL, stdout=file, stderr=file,
             )  # fmt: skip
 
-    def ask(self, log: Path, *command: str) -> tuple[int, str]:
+    def ask(self, log, *command):
         """The exit code of a command, and what it said."""
         process = self.start(log, *command)
         return process.wait(PATIENCE_S), log.read_text()
 
 
 @pytest.fixture(scope="module")
-def postgresql_by_password() -> Iterator[tuple[int, str]]:
+def postgresql_by_password():
     """A PostgreSQL on a port of 127.0.0.1, with a user pho and a password: port and password."""
     user, port, password = server_user(), free_port(), secrets.token_hex(16)
     folder = Path("/tmp", f"pho-{secrets.token_hex(4)}")  # noqa: S108 - the server's user goes there
@@ -282,7 +279,7 @@ def postgresql_by_password() -> Iterator[tuple[int, str]]:
         **user.rights(),
     )  # fmt: skip
 
-    def made() -> bool:
+    def made():
         url = f"postgresql://pho:{password}@127.0.0.1:{port}/postgres"
         try:
             with psycopg.connect(url, autocommit=True) as connection:
@@ -299,23 +296,19 @@ def postgresql_by_password() -> Iterator[tuple[int, str]]:
 
 
 @pytest.fixture
-def container_of(
-    images: dict[str, str],
-    postgresql_by_password: tuple[int, str],
-    tmp_path: Path,
-) -> Iterator[Callable[[str], Container]]:
+def container_of(images, postgresql_by_password, tmp_path):
     """Makes a container of an image, as its service in the Compose file says."""
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed: see extra dev")
     services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
     port, password = postgresql_by_password
-    made: list[str] = []
+    made = []
     secret = tmp_path / "database_password"
     secret.write_text(password + "\n")
     secret.chmod(0o644)
     data = tmp_path / "data"
     data.mkdir()
 
-    def make(name: str) -> Container:
+    def make(name):
         service = services[name]
         assert service["read_only"]
         assert service["cap_drop"] == ["ALL"]
@@ -350,12 +343,7 @@ def container_of(
         subprocess.run(["buildah", "rm", container], env=images, check=False, capture_output=True)
 
 
-def test_a_job_through_both(
-    container_of: Callable[[str], Container],
-    tmp_path: Path,
-    model_folder: Path,
-    texts: dict[str, Path],
-) -> None:
+def test_a_job_through_both(container_of, tmp_path, model_folder, texts):
     """
     The API and a worker start as their user on roots that nobody can write to, and do a job, whose
     pruned model is downloaded and loads.
@@ -379,14 +367,14 @@ def test_a_job_through_both(
     logs = {"api": tmp_path / "api.log", "worker": tmp_path / "worker.log"}
     running = {"api": api.start(logs["api"]), "worker": worker.start(logs["worker"])}
 
-    def all_logs() -> str:
+    def all_logs():
         return "\n".join(f"{name}: {log.read_text()[-3000:]}" for name, log in logs.items())
 
     client = httpx.Client(
         base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {key}"}, timeout=30
     )
 
-    def ready() -> bool:
+    def ready():
         assert running["api"].poll() is None, all_logs()
         try:
             return client.get("/readyz").status_code == 200
@@ -406,7 +394,7 @@ def test_a_job_through_both(
         }  # fmt: skip
         job = client.post("/v1/jobs", json=document).json()["id"]
 
-        def over() -> Any:
+        def over():
             assert running["worker"].poll() is None, all_logs()
             found = client.get(f"/v1/jobs/{job}").json()
             return found if found["state"] in ("succeeded", "failed") else None

@@ -34,32 +34,32 @@ for module in sys.argv[1:]:
 """
 
 
-def run(code: str, *words: str) -> str:
+def run(code, *words):
     """What a fresh interpreter prints."""
     return subprocess.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
     ).stdout
 
 
-def loaded_by(code: str) -> set[str]:
+def loaded_by(code):
     """Top-level modules in a fresh interpreter after ``code``."""
     listing = "import sys; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
     return set(run(f"{code}\n{listing}").split())
 
 
 @pytest.fixture(scope="module")
-def loaded() -> dict[str, list[str]]:
+def loaded():
     """The same after each of ``LIGHT`` alone."""
     return dict(map(json.loads, run(EACH, *LIGHT).splitlines()))
 
 
 @pytest.mark.parametrize("module", LIGHT)
-def test_neither_torch_nor_traces_are_loaded(module: str, loaded: dict[str, list[str]]) -> None:
+def test_neither_torch_nor_traces_are_loaded(module, loaded):
     assert module in loaded[module]
     assert not {*loaded[module]} & {"torch", "transformers", "datasets", "opentelemetry.sdk"}
 
 
-def test_to_search_a_bundle_neither_models_nor_data_sets_are_loaded_which_takes_seconds() -> None:
+def test_to_search_a_bundle_neither_models_nor_data_sets_are_loaded_which_takes_seconds():
     code = (
         "import pho_service.pipeline.search, pho_service.models.bundle_file, "
         "pho_service.pruning.hardware"
@@ -68,7 +68,7 @@ def test_to_search_a_bundle_neither_models_nor_data_sets_are_loaded_which_takes_
     assert not loaded_by(code) & {"transformers", "datasets"}
 
 
-def test_pho_help_and_the_verbs_modules_load_nothing_that_takes_time() -> None:
+def test_pho_help_and_the_verbs_modules_load_nothing_that_takes_time():
     verbs = ", ".join(sorted({module for module, _ in VERBS.values()}))
     heavy = {
         "torch", "transformers", "datasets", "optuna", "scipy", "matplotlib", "rich", "numpy",
@@ -79,7 +79,7 @@ def test_pho_help_and_the_verbs_modules_load_nothing_that_takes_time() -> None:
 
 
 @pytest.mark.thorough
-def test_a_worker_never_loads_the_front_end() -> None:
+def test_a_worker_never_loads_the_front_end():
     assert not loaded_by("import workers.worker") & {"fastapi", "starlette", "uvicorn"}
 
 
@@ -87,9 +87,7 @@ def test_a_worker_never_loads_the_front_end() -> None:
     ("given", "count"),
     [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
 )
-def test_torchs_threads_wait_for_each_other_briefly_unless_told_otherwise(
-    given: dict[str, str], count: str
-) -> None:
+def test_torchs_threads_wait_for_each_other_briefly_unless_told_otherwise(given, count):
     code = "import pho_service, os; print(os.environ.get('GOMP_SPINCOUNT'))"
     left = {n: v for n, v in os.environ.items() if n not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     said = subprocess.run(

@@ -15,7 +15,7 @@ PACKAGES = ("pho_service", "storage", "workers")
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+def wheel(tmp_path_factory):
     """Built from this checkout, without a network."""
     pytest.importorskip("hatchling", reason="the build backend is not installed: see extra dev")
     folder = tmp_path_factory.mktemp("wheel")
@@ -26,11 +26,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 
 @pytest.fixture(scope="module")
-def extras(wheel: zipfile.ZipFile) -> dict[str, dict[str, Requirement]]:
+def extras(wheel):
     """What each extra brings beside the base, by name; the base is ``""``."""
     (name,) = (n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
     metadata = Parser().parsestr(wheel.read(name).decode())
-    found: dict[str, dict[str, Requirement]] = {"": {}}
+    found = {"": {}}
     found |= {extra: {} for extra in metadata.get_all("Provides-Extra", ())}
     for line in metadata.get_all("Requires-Dist", ()):
         requirement = Requirement(line)
@@ -40,12 +40,12 @@ def extras(wheel: zipfile.ZipFile) -> dict[str, dict[str, Requirement]]:
     return found
 
 
-def modules(requirements: dict[str, Requirement]) -> set[str]:
+def modules(requirements):
     """What they are imported as."""
     return {name.replace("-", "_") for name in requirements}
 
 
-def run_without(missing: set[str], code: str) -> "subprocess.CompletedProcess[str]":
+def run_without(missing, code):
     """Run code in a fresh interpreter that finds nothing of ``missing``."""
     script = f"""
 import sys
@@ -65,7 +65,7 @@ sys.meta_path.insert(0, Missing)
     )
 
 
-def test_the_wheel_has_every_file_of_the_packages_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_has_every_file_of_the_packages_and_nothing_else(wheel):
     wanted = {
         file.relative_to(ROOT).as_posix()
         for package in PACKAGES
@@ -77,9 +77,7 @@ def test_the_wheel_has_every_file_of_the_packages_and_nothing_else(wheel: zipfil
     assert wanted == {name for name in wheel.namelist() if ".dist-info/" not in name}
 
 
-def test_each_extra_brings_what_its_part_needs_and_no_more(
-    extras: dict[str, dict[str, Requirement]],
-) -> None:
+def test_each_extra_brings_what_its_part_needs_and_no_more(extras):
     base, api, worker = (modules(extras[name]) for name in ("", "api", "worker"))
 
     assert not base & {"torch", "transformers", "fastapi", "uvicorn", "psycopg"}
@@ -90,7 +88,7 @@ def test_each_extra_brings_what_its_part_needs_and_no_more(
     assert extras["all"] == extras["api"] | extras["worker"] == extras["worker"] | extras["api"]
 
 
-def test_remote_verbs_and_search_need_no_extra(extras: dict[str, dict[str, Requirement]]) -> None:
+def test_remote_verbs_and_search_need_no_extra(extras):
     code = """
 import pho_service.client, pho_service.spec.configuration, pho_service.library
 import pho_service.tuning.search, pho_service.tuning.validation, pho_service.host.settings
@@ -102,14 +100,14 @@ main(["configurations", "--pattern", "2:4", "--library", "."], standalone_mode=F
     assert result.returncode == 0, result.stderr
 
 
-def test_the_front_end_needs_api_alone(extras: dict[str, dict[str, Requirement]]) -> None:
+def test_the_front_end_needs_api_alone(extras):
     missing = modules(extras["worker"]) - modules(extras["api"])
     result = run_without(missing, "import pho_service.api.serving, storage.embedded")
 
     assert result.returncode == 0, result.stderr
 
 
-def test_a_worker_needs_worker_alone(extras: dict[str, dict[str, Requirement]]) -> None:
+def test_a_worker_needs_worker_alone(extras):
     missing = modules(extras["api"]) - modules(extras["worker"])
     result = run_without(missing | {"starlette"}, "import workers.worker, optuna_dashboard")
 
@@ -124,7 +122,7 @@ MISSING = [
 ]
 
 
-def test_a_verb_whose_extra_is_not_installed_says_what_to_install() -> None:
+def test_a_verb_whose_extra_is_not_installed_says_what_to_install():
     verbs = [([*verb.split(), *options.split()], module) for verb, options, module, _ in MISSING]
     code = f"""
 from pho_service.cli import main
@@ -144,7 +142,7 @@ for words, module in {verbs}:
     ]
 
 
-def test_pho_worker_says_so_too() -> None:
+def test_pho_worker_says_so_too():
     code = "from workers.__main__ import main\nmain(['--database-url', 'postgresql://x'])"
     result = run_without({"torch"}, code)
 
@@ -152,13 +150,13 @@ def test_pho_worker_says_so_too() -> None:
     assert result.stderr == "pho worker needs torch: pip install 'pho-service[worker]'\n"
 
 
-def test_a_missing_module_that_no_extra_brings_has_its_traceback() -> None:
+def test_a_missing_module_that_no_extra_brings_has_its_traceback():
     code = "from pho_service.cli import main\nmain(['evaluate', 'org/name', '--text', 'a.txt'])"
 
     assert "ModuleNotFoundError" in run_without({"numpy"}, code).stderr
 
 
-def test_what_the_packages_import_is_declared_and_what_is_declared_is_imported() -> None:
+def test_what_the_packages_import_is_declared_and_what_is_declared_is_imported():
     pytest.importorskip("deptry", reason="it is not installed: see extra dev")
     result = subprocess.run(
         [sys.executable, "-m", "deptry", ".", "--no-ansi"],

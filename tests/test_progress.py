@@ -4,21 +4,17 @@ import io
 import re
 import sys
 
-import pytest
-
 from pho_service.progress import bar, bars, silent
 
 
 class Terminal(io.StringIO):
     """Somebody watches."""
 
-    def isatty(self) -> bool:
+    def isatty(self):
         return True
 
 
-def test_bars_are_shown_by_default_where_stderr_is_a_terminal(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_bars_are_shown_by_default_where_stderr_is_a_terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     in_a_pipe = bars(None), bars(True)
@@ -28,9 +24,7 @@ def test_bars_are_shown_by_default_where_stderr_is_a_terminal(
     assert (bars(None), bars(False)) == (bar, silent)
 
 
-def test_a_bar_of_work_that_ends_early_is_full_and_its_numbers_are_whole_at_80_columns(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_bar_of_work_that_ends_early_is_full_and_its_numbers_are_whole_at_80_columns(monkeypatch):
     shown = Terminal()
     monkeypatch.setattr(sys, "stderr", shown)
     monkeypatch.setenv("COLUMNS", "80")

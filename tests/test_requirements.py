@@ -20,9 +20,9 @@ EXTRAS = {
 }
 
 
-def locked(name: str) -> dict[str, list[tuple[Requirement, list[str]]]]:
+def locked(name):
     """What a file pins, by name: with markers there may be several; each with its hashes."""
-    found: dict[str, list[tuple[Requirement, list[str]]]] = {}
+    found = {}
     lines = (LOCKS / name).read_text().splitlines(keepends=True)
     text = "".join(line for line in lines if not line.startswith("#")).replace("\\\n", " ")
     for line in text.splitlines():
@@ -34,7 +34,7 @@ def locked(name: str) -> dict[str, list[tuple[Requirement, list[str]]]]:
     return found
 
 
-def declared(extras: tuple[str, ...]) -> list[Requirement]:
+def declared(extras):
     """What pyproject.toml asks for, but for torch and the project itself."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     optional = project["optional-dependencies"]
@@ -43,7 +43,7 @@ def declared(extras: tuple[str, ...]) -> list[Requirement]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_line_is_one_version_with_the_sha_256_of_its_files(name: str) -> None:
+def test_every_line_is_one_version_with_the_sha_256_of_its_files(name):
     text = (LOCKS / name).read_text()
 
     for requirement, hashes in (each for found in locked(name).values() for each in found):
@@ -55,7 +55,7 @@ def test_every_line_is_one_version_with_the_sha_256_of_its_files(name: str) -> N
 
 
 @pytest.mark.parametrize("name", [*EXTRAS])
-def test_what_pyproject_toml_names_is_in_it_within_its_bounds(name: str) -> None:
+def test_what_pyproject_toml_names_is_in_it_within_its_bounds(name):
     found = locked(name)
     missing = [r for r in declared(EXTRAS[name]) if canonicalize_name(r.name) not in found]
     outside = [
@@ -70,21 +70,21 @@ def test_what_pyproject_toml_names_is_in_it_within_its_bounds(name: str) -> None
 
 
 @pytest.mark.parametrize("name", ["api.txt", "worker.txt", "build.txt"])
-def test_the_images_have_what_was_tested(name: str) -> None:
-    def versions(file: str) -> set[str]:
+def test_the_images_have_what_was_tested(name):
+    def versions(file):
         return {f"{p.name}{p.specifier}" for found in locked(file).values() for p, _ in found}
 
     assert versions(name) <= versions("dev.txt")
 
 
-def test_the_api_has_no_models_library_a_worker_no_web_server_and_none_a_build_of_torch() -> None:
+def test_the_api_has_no_models_library_a_worker_no_web_server_and_none_a_build_of_torch():
     assert not locked("api.txt").keys() & {"transformers", "datasets", "numba"}
     assert not locked("worker.txt").keys() & {"fastapi", "uvicorn", "starlette"}
     for name in NAMES:
         assert not [p for p in locked(name) if re.match("torch$|nvidia-|cuda-|triton$", p)]
 
 
-def test_torch_is_installed_by_what_pyproject_toml_says_of_it() -> None:
+def test_torch_is_installed_by_what_pyproject_toml_says_of_it():
     command = [sys.executable, str(LOCKS / "lock.py"), "torch"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
@@ -92,7 +92,7 @@ def test_torch_is_installed_by_what_pyproject_toml_says_of_it() -> None:
 
 
 @pytest.mark.thorough
-def test_make_audit_lists_what_is_installed_as_cyclonedx(tmp_path: Path) -> None:
+def test_make_audit_lists_what_is_installed_as_cyclonedx(tmp_path):
     pytest.importorskip("cyclonedx_py", reason="it is not installed: see extra dev")
     line = re.search(r"\$\(BIN\)/(cyclonedx-py .*)", (ROOT / "Makefile").read_text())
     assert line is not None

@@ -6,9 +6,6 @@ The tests of a file share a database, which is emptied before each of them that 
 
 import threading
 import uuid
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
@@ -19,13 +16,13 @@ from transformers import LlamaConfig
 
 from pho_service.api.app import create_app
 from pho_service.host.access import Access
-from pho_service.host.settings import Settings, read_settings
+from pho_service.host.settings import read_settings
 from pho_service.spec.configuration import Configuration
 from storage.claims import Entry, Found
 from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import KeyStore
-from storage.records import Claim, JobState, NewStage, StageKind
+from storage.records import JobState, NewStage, StageKind
 from storage.studies import open_storage, open_study, study_name
 from storage.tables import stages
 
@@ -56,13 +53,13 @@ CONFIGURATION = Configuration.model_validate(
 
 
 @pytest.fixture(scope="module")
-def url_of_file(new_database: Callable[..., str]) -> str:
+def url_of_file(new_database):
     """The URL of a database for the tests of a file."""
     return new_database()
 
 
 @pytest.fixture(scope="module")
-def database_of_file(url_of_file: str) -> Iterator[Database]:
+def database_of_file(url_of_file):
     """The same, open."""
     opened = Database(url_of_file)
     yield opened
@@ -70,7 +67,7 @@ def database_of_file(url_of_file: str) -> Iterator[Database]:
 
 
 @pytest.fixture(scope="module")
-def tables(database_of_file: Database) -> list[str]:
+def tables(database_of_file):
     """All tables but those that say which version they are of."""
     with database_of_file.transaction() as connection:
         found = connection.exec_driver_sql(
@@ -81,7 +78,7 @@ def tables(database_of_file: Database) -> list[str]:
 
 
 @pytest.fixture
-def database(database_of_file: Database, tables: list[str]) -> Database:
+def database(database_of_file, tables):
     """The database of the file, empty."""
     with database_of_file.transaction() as connection:
         # Neither triggers nor foreign keys are looked after: all of it goes.
@@ -91,13 +88,13 @@ def database(database_of_file: Database, tables: list[str]) -> Database:
 
 
 @pytest.fixture
-def database_url(database: Database, url_of_file: str) -> str:
+def database_url(database, url_of_file):
     del database  # which is empty now
     return url_of_file
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
+def settings(tmp_path):
     """Models and texts lie below the test's folder."""
     return read_settings(
         model_roots=(tmp_path,), text_roots=(tmp_path,), artifacts=str(tmp_path / "artifacts")
@@ -105,17 +102,17 @@ def settings(tmp_path: Path) -> Settings:
 
 
 @pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+def patient(monkeypatch):
     """A busy machine's database may take seconds to answer a probe."""
     monkeypatch.setattr("pho_service.api.service.ANSWER_S", 30.0)
 
 
 @pytest.fixture
-def client_of(database_url: str, settings: Settings) -> Iterator[Callable[..., TestClient]]:
+def client_of(database_url, settings):
     """Make a client of a front end of its own, with some settings changed."""
     opened = []
 
-    def make(*, keys_needed: bool = False, **changes: Any) -> TestClient:
+    def make(*, keys_needed=False, **changes):
         app = create_app(
             Database(database_url, pool=8),
             settings.model_copy(update=changes),
@@ -131,7 +128,7 @@ def client_of(database_url: str, settings: Settings) -> Iterator[Callable[..., T
 
 
 @pytest.fixture(scope="module")
-def client_of_file(url_of_file: str) -> Iterator[TestClient]:
+def client_of_file(url_of_file):
     """A client of a front end for the tests of a file, which may ask as often as they like."""
     unlimited = read_settings(max_requests_per_minute=0, max_wrong_keys_per_minute=0)
     app = create_app(Database(url_of_file, pool=8), unlimited)
@@ -140,12 +137,7 @@ def client_of_file(url_of_file: str) -> Iterator[TestClient]:
 
 
 @pytest.fixture
-def client(
-    client_of_file: TestClient,
-    database_url: str,
-    settings: Settings,
-    monkeypatch: pytest.MonkeyPatch,
-) -> TestClient:
+def client(client_of_file, database_url, settings, monkeypatch):
     del database_url  # of a database that is empty now
     service = client_of_file.app.state.service  # type: ignore[attr-defined]  # FastAPI's
     monkeypatch.setattr(service, "settings", settings)
@@ -155,7 +147,7 @@ def client(
 
 
 @pytest.fixture(scope="session")
-def write_small(write_header: Any) -> Callable[[Path], None]:
+def write_small(write_header):
     """Write the folder of a model that reads 128 tokens, of which only the headers are there."""
     config = LlamaConfig(
         dtype="float32", hidden_size=64, intermediate_size=192, num_hidden_layers=1,
@@ -165,7 +157,7 @@ def write_small(write_header: Any) -> Callable[[Path], None]:
 
 
 @pytest.fixture(scope="session")
-def operations() -> list[tuple[str, str]]:
+def operations():
     """Everything that needs a key and is no page, by method and path; the id of a job is ``{}``."""
     database = Database("postgresql://localhost/pho")  # which is never asked
     documented = create_app(database, read_settings()).openapi()["paths"]
@@ -184,10 +176,10 @@ def operations() -> list[tuple[str, str]]:
 
 
 @pytest.fixture
-def submit(client: TestClient) -> Callable[..., dict[str, Any]]:
+def submit(client):
     """Submit a small document with some values changed; gives the whole job."""
 
-    def ask(*, headers: dict[str, str] | None = None, **changes: Any) -> dict[str, Any]:
+    def ask(*, headers=None, **changes):
         answer = client.post("/v1/jobs", json={**DOCUMENT, **changes}, headers=headers)
         assert answer.status_code == 202, answer.text
         job = client.get(answer.json()["links"]["job"], headers=headers).json()
@@ -198,15 +190,15 @@ def submit(client: TestClient) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture
-def keys(database: Database) -> KeyStore:
+def keys(database):
     return KeyStore(database)
 
 
 @pytest.fixture
-def bearer_of(keys: KeyStore) -> Callable[..., dict[str, str]]:
+def bearer_of(keys):
     """Make a key; gives the header that a program sends it in."""
 
-    def make(name: str, *, sees_all: bool = False) -> dict[str, str]:
+    def make(name, *, sees_all=False):
         return {"Authorization": f"Bearer {keys.create(name, sees_all=sees_all)[1]}"}
 
     return make
@@ -215,11 +207,11 @@ def bearer_of(keys: KeyStore) -> Callable[..., dict[str, str]]:
 class Hand:
     """Does to jobs what workers do, as far as a test wants."""
 
-    def __init__(self, store: JobStore) -> None:
+    def __init__(self, store):
         self.store = store
         self.worker_id = uuid.uuid4()
 
-    def take(self, job_id: str, kind: StageKind, number: int = 0) -> Claim:
+    def take(self, job_id, kind, number=0):
         """Claim a stage as the queue would give it out."""
         query = select(stages.c.id, stages.c.queue_id).where(
             stages.c.job_id == uuid.UUID(job_id), stages.c.kind == kind, stages.c.number == number
@@ -230,7 +222,7 @@ class Hand:
         assert claim is not None
         return claim
 
-    def calibrate(self, job_id: str) -> None:
+    def calibrate(self, job_id):
         """Up to the searches."""
         claim = self.take(job_id, StageKind.CALIBRATE)
         islands = [
@@ -238,12 +230,12 @@ class Hand:
         ]
         self.store.complete(claim, {"provenance": {}}, then=islands)
 
-    def search(self, job_id: str) -> None:
+    def search(self, job_id):
         for island in range(self.store.get(uuid.UUID(job_id)).spec["islands"]):
             claim = self.take(job_id, StageKind.SEARCH, island)
             self.store.complete(claim, {}, then=[NewStage(kind=StageKind.CONFIRM)])
 
-    def confirm(self, job_id: str, *trials: int) -> None:
+    def confirm(self, job_id, *trials):
         """From there to the perplexities of some trials."""
         measured = [NewStage(kind=StageKind.PERPLEXITY, number=n) for n in trials]
         self.store.complete(
@@ -252,14 +244,14 @@ class Hand:
             then=measured or [NewStage(kind=StageKind.FINISH)],
         )
 
-    def measure(self, job_id: str, trial: int, perplexity: float, seconds: float) -> None:
+    def measure(self, job_id, trial, perplexity, seconds):
         self.store.complete(
             self.take(job_id, StageKind.PERPLEXITY, trial),
             {"perplexity": perplexity, "seconds": seconds},
             then=[NewStage(kind=StageKind.FINISH)],
         )
 
-    def to_confirm(self, job_id: str, *trials: int) -> None:
+    def to_confirm(self, job_id, *trials):
         """All up to the perplexities of some trials that a job has not done yet."""
         kinds = {s.kind for s in self.store.get(uuid.UUID(job_id)).stages}
         if StageKind.SEARCH not in kinds:
@@ -269,9 +261,7 @@ class Hand:
         if StageKind.FINISH not in kinds:
             self.confirm(job_id, *trials)
 
-    def succeed(
-        self, job_id: str, *warnings: str, layers: Any = None, perplexities: Any = None
-    ) -> None:
+    def succeed(self, job_id, *warnings, layers=None, perplexities=None):
         """All that is left of a job without perplexities."""
         self.to_confirm(job_id)
         best = CONFIGURATION.model_dump(mode="json")
@@ -279,17 +269,17 @@ class Hand:
             best["perplexities"] = perplexities
         self.finish(job_id, best, *warnings, layers=layers)
 
-    def finish(self, job_id: str, best: Any, *warnings: str, layers: Any = None) -> None:
+    def finish(self, job_id, best, *warnings, layers=None):
         """The last stage of a job."""
         result = {} if layers is None else {"layers": {"org/name": layers}}
         found = Found(best=best, warnings=warnings)
         self.store.complete(self.take(job_id, StageKind.FINISH), result, found=found, ended=True)
 
-    def fail(self, job_id: str, **error: Any) -> None:
+    def fail(self, job_id, **error):
         error = {"type": "ModelError", "message": "org/name is not there.", **error}
         self.store.fail(self.take(job_id, StageKind.CALIBRATE), error, retry=False)
 
-    def bring(self, job_id: str, state: JobState) -> None:
+    def bring(self, job_id, state):
         """A new job to any state."""
         if state in (JobState.RUNNING, JobState.PAUSING, JobState.CANCELLING):
             self.take(job_id, StageKind.CALIBRATE)
@@ -303,7 +293,7 @@ class Hand:
             self.fail(job_id)
         assert self.store.get(uuid.UUID(job_id)).state is state
 
-    def record(self, job: dict[str, Any], count: int, *, island: int = 0, failed: int = -1) -> None:
+    def record(self, job, count, *, island=0, failed=-1):
         """Put trials into a job's study; number ``failed`` failed, number n has the value n/10."""
         coefficients = CONFIGURATION.coefficients.to_dict()
         with open_storage(self.store.database.studies_url) as storage:
@@ -325,26 +315,26 @@ class Hand:
                 ]
             )
 
-    def studies(self) -> list[str]:
+    def studies(self):
         with open_storage(self.store.database.studies_url) as storage:
             return sorted(optuna.get_all_study_names(storage))
 
 
 @pytest.fixture
-def hand(database: Database) -> Hand:
+def hand(database):
     return Hand(JobStore(database))
 
 
 @pytest.fixture
-def configuration() -> Configuration:
+def configuration():
     return CONFIGURATION
 
 
 @pytest.fixture
-def point(configuration: Any) -> Any:
+def point(configuration):
     """What a worker stores of a point; with ``study``, as of a target's answer."""
 
-    def of(pattern: str, perplexity: float, study: str = "study") -> dict[str, Any]:
+    def of(pattern, perplexity, study="study"):
         document = configuration.model_dump(mode="json")
         confirmation = {**document["confirmation"], "text": {"source": "book.txt"}}
         return {
@@ -363,11 +353,11 @@ def point(configuration: Any) -> Any:
 
 
 @pytest.fixture
-def begin(submit: Any, hand: Any) -> Any:
+def begin(submit, hand):
     """Submit a job, and calibrate it; gives its id."""
 
-    def of(about: list[str], **asked: Any) -> str:
-        job: str = submit(pattern=None, **asked)["id"]
+    def of(about, **asked):
+        job = submit(pattern=None, **asked)["id"]
         claim = hand.take(job, StageKind.CALIBRATE)
         stages = [
             NewStage(kind=StageKind.POINT, number=i, params={"pattern": each})
@@ -381,11 +371,11 @@ def begin(submit: Any, hand: Any) -> Any:
 
 
 @pytest.fixture
-def measure(hand: Any, point: Any) -> Any:
+def measure(hand, point):
 
-    def of(job: str, number: int, perplexity: float) -> dict[str, Any]:
+    def of(job, number, perplexity):
         claim = hand.take(job, StageKind.POINT, number)
-        result: dict[str, Any] = point(claim.stage.about, perplexity, f"study {number}")
+        result = point(claim.stage.about, perplexity, f"study {number}")
         finish = [NewStage(kind=StageKind.FINISH)]
         found = result["configuration"]
         hand.store.complete(claim, result, then=finish, library=[Entry(found)])
@@ -395,10 +385,10 @@ def measure(hand: Any, point: Any) -> Any:
 
 
 @pytest.fixture
-def refusal() -> Callable[..., dict[str, Any]]:
+def refusal():
     """Check that an answer is a problem with this status and code; gives the document."""
 
-    def check(answer: Any, status: int, code: str | None = None) -> dict[str, Any]:
+    def check(answer, status, code=None):
         assert answer.status_code == status, answer.text
         assert answer.headers["content-type"] == "application/problem+json"
         problem = answer.json()
@@ -415,20 +405,20 @@ def refusal() -> Callable[..., dict[str, Any]]:
 class AtOnce:
     """How many threads are inside of it, and how many were at most."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.now = self.most = 0
         self._lock = threading.Lock()
 
-    def __enter__(self) -> None:
+    def __enter__(self):
         with self._lock:
             self.now += 1
             self.most = max(self.most, self.now)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         with self._lock:
             self.now -= 1
 
 
 @pytest.fixture
-def at_once() -> AtOnce:
+def at_once():
     return AtOnce()

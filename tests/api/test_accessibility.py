@@ -2,18 +2,13 @@
 
 import uuid
 from collections import Counter
-from pathlib import Path
-from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from fastapi.testclient import TestClient
-from playwright.sync_api import Browser
 
 from pho_service.api import jobs as listing
 from pho_service.api.job_list import PAGE_SIZE
 from storage.claims import Entry
-from storage.keys import KeyStore
 from storage.records import JobState, StageKind
 
 HEAVIEST = 300_000  # bytes of a page that is not a report
@@ -31,9 +26,9 @@ TRANSFER = {
 
 
 @pytest.fixture
-def jobs(client: TestClient, submit: Any, hand: Any, begin: Any, measure: Any) -> dict[str, str]:
+def jobs(client, submit, hand, begin, measure):
     """One in each state, and one of each kind, with all that a page can show of it."""
-    found: dict[str, str] = {}
+    found = {}
     for number in range(9):
         found[f"queued {number}"] = submit()["id"]
     for state in JobState:
@@ -72,9 +67,9 @@ def jobs(client: TestClient, submit: Any, hand: Any, begin: Any, measure: Any) -
 
 @pytest.fixture
 def pages(
-    client: TestClient, jobs: dict[str, str], tmp_path: Path, keys: KeyStore,
-    monkeypatch: pytest.MonkeyPatch, write_small: Any,
-) -> dict[str, str]:  # fmt: skip
+    client, jobs, tmp_path, keys,
+    monkeypatch, write_small,
+):  # fmt: skip
     write_small(tmp_path / "small")
     # Of more than 16 ids, two begin with the same digit.
     monkeypatch.setattr(listing, "BEGINNING", "[0-9a-f]+")
@@ -120,7 +115,7 @@ def pages(
     return {name: answer.text for name, answer in answers.items()}
 
 
-def axe_finds(browser: Browser, pages: dict[str, str], *, scheme: Any, width: int) -> list[str]:
+def axe_finds(browser, pages, *, scheme, width):
     size = {"width": width, "height": 900}
     with browser.new_context(color_scheme=scheme, viewport=size) as context:  # type: ignore[arg-type]
         page, found = context.new_page(), []
@@ -135,7 +130,7 @@ def axe_finds(browser: Browser, pages: dict[str, str], *, scheme: Any, width: in
     return found
 
 
-def test_the_pages_please_axe_core_and_are_light(browser: Browser, pages: dict[str, str]) -> None:
+def test_the_pages_please_axe_core_and_are_light(browser, pages):
     found = axe_finds(browser, pages, scheme="light", width=1280)
     found += axe_finds(browser, {name: pages[name] for name in DARK}, scheme="dark", width=420)
     heavy = [title for title, text in pages.items() if len(text.encode()) > HEAVIEST]
@@ -144,7 +139,7 @@ def test_the_pages_please_axe_core_and_are_light(browser: Browser, pages: dict[s
     assert [title for title in heavy if not title.startswith("report")] == []
 
 
-def test_a_list_that_is_full_of_long_names_is_not_heavy(client: TestClient, submit: Any) -> None:
+def test_a_list_that_is_full_of_long_names_is_not_heavy(client, submit):
     for number in range(PAGE_SIZE):
         submit(name=f"{number} {'n' * 90}", model=f"org/{number}{'m' * 90}")
     answer = client.get("/")

@@ -5,10 +5,7 @@ import io
 import shutil
 import tarfile
 import uuid
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -29,20 +26,20 @@ DOCUMENT = {"model": "org/name", "pattern": "0.5"}
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Path:
+def store(tmp_path):
     return tmp_path / "store"
 
 
 @pytest.fixture
-def client(client_of: Any, store: Path) -> TestClient:
+def client(client_of, store):
     """A front end with that store, which keeps pruned models for ten days."""
     return client_of(artifacts=str(store), keep_pruned_days=10.0)
 
 
 @pytest.fixture
-def prune(hand: Any, store: Path) -> Callable[[str], None]:
+def prune(hand, store):
 
-    def write(job: str) -> None:
+    def write(job):
         claim = hand.take(job, StageKind.PRUNE)
         described = []
         for name, content in FILES.items():
@@ -57,16 +54,16 @@ def prune(hand: Any, store: Path) -> Callable[[str], None]:
 
 
 @pytest.fixture
-def pruned(client: TestClient, submit: Any, hand: Any, prune: Any) -> str:
+def pruned(client, submit, hand, prune):
     """A job with a pruned model; its path."""
-    job: str = submit()["id"]
+    job = submit()["id"]
     hand.bring(job, JobState.SUCCEEDED)
     assert client.post(f"/v1/jobs/{job}:prune").status_code == 202
     prune(job)
     return f"/v1/jobs/{job}"
 
 
-def test_all_files_as_one_archive(client: TestClient, pruned: str, store: Path) -> None:
+def test_all_files_as_one_archive(client, pruned, store):
     address = client.get(f"{pruned}/artifacts").json()["archive"]
     answer = client.get(address)
     folder = f"pruned-{pruned.rpartition('/')[2][:8]}"
@@ -80,7 +77,7 @@ def test_all_files_as_one_archive(client: TestClient, pruned: str, store: Path) 
     assert client.get(address).status_code == 503
 
 
-def test_asked_twice(client: TestClient, submit: Any, hand: Any, prune: Any) -> None:
+def test_asked_twice(client, submit, hand, prune):
     """A second :prune gives the same answer and no second stage, before the files and after."""
     job = submit()["id"]
     hand.bring(job, JobState.SUCCEEDED)
@@ -95,7 +92,7 @@ def test_asked_twice(client: TestClient, submit: Any, hand: Any, prune: Any) -> 
     assert third["best"] is not None
 
 
-def test_too_early_or_too_late(client: TestClient, submit: Any, hand: Any, refusal: Any) -> None:
+def test_too_early_or_too_late(client, submit, hand, refusal):
     for state, told in {
         JobState.QUEUED: "Wait until it has succeeded",
         JobState.RUNNING: "Wait until it has succeeded",
@@ -118,7 +115,7 @@ def test_too_early_or_too_late(client: TestClient, submit: Any, hand: Any, refus
     refusal(client.post(f"/v1/jobs/{several}:prune"), 409, "several_models")
 
 
-def test_failed_while_pruning(client: TestClient, submit: Any, hand: Any, refusal: Any) -> None:
+def test_failed_while_pruning(client, submit, hand, refusal):
     """A pruning that fails takes nothing away: the configuration stays, and a resume goes on."""
     job = submit()["id"]
     hand.bring(job, JobState.SUCCEEDED)
@@ -131,7 +128,7 @@ def test_failed_while_pruning(client: TestClient, submit: Any, hand: Any, refusa
     assert client.post(f"/v1/jobs/{job}:resume").json()["state"] == "queued"
 
 
-def test_each_file_has_its_size_its_hash_and_its_address(client: TestClient, pruned: str) -> None:
+def test_each_file_has_its_size_its_hash_and_its_address(client, pruned):
     listed = client.get(f"{pruned}/artifacts").json()
 
     assert listed["bytes"] == sum(map(len, FILES.values()))
@@ -142,7 +139,7 @@ def test_each_file_has_its_size_its_hash_and_its_address(client: TestClient, pru
         assert file["sha256"] == answer.headers["etag"].strip('"')
 
 
-def test_a_range_is_a_part_of_the_file(client: TestClient, pruned: str, refusal: Any) -> None:
+def test_a_range_is_a_part_of_the_file(client, pruned, refusal):
     path = f"{pruned}/artifacts/model.safetensors"
     parts = {
         "bytes=0-9": (0, 10), "bytes=10000-": (10_000, 10_240),
@@ -161,7 +158,7 @@ def test_a_range_is_a_part_of_the_file(client: TestClient, pruned: str, refusal:
     assert beyond.headers["content-range"] == "bytes */10240"
 
 
-def test_conditions(client: TestClient, pruned: str, store: Path, refusal: Any) -> None:
+def test_conditions(client, pruned, store, refusal):
     """What is there is not sent again, what is gone is told; another ETag gives all of the file."""
     path = f"{pruned}/artifacts/model.safetensors"
     etag = client.get(path).headers["etag"]
@@ -180,8 +177,8 @@ def test_conditions(client: TestClient, pruned: str, store: Path, refusal: Any) 
 
 
 def test_files_are_deleted_with_their_job_which_stays_as_long_as_they_cannot_be(
-    client: TestClient, pruned: str, store: Path, refusal: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    client, pruned, store, refusal, monkeypatch
+):
     with monkeypatch.context() as broken:
         broken.setattr("shutil.rmtree", _refuse)
         refusal(client.delete(pruned), 503, "artifact_store_unavailable")
@@ -191,11 +188,11 @@ def test_files_are_deleted_with_their_job_which_stays_as_long_as_they_cannot_be(
     assert list((store / "pruned").iterdir()) == []
 
 
-def _refuse(*_: Any, **__: Any) -> None:
+def _refuse(*_, **__):
     raise PermissionError(13, "Permission denied")
 
 
-def test_an_extension_deletes(client: TestClient, pruned: str, store: Path, refusal: Any) -> None:
+def test_an_extension_deletes(client, pruned, store, refusal):
     client.post(f"{pruned}:extend", json={"trials": 5})
 
     assert list((store / "pruned").iterdir()) == []
@@ -203,8 +200,8 @@ def test_an_extension_deletes(client: TestClient, pruned: str, store: Path, refu
 
 
 def test_files_that_are_too_old_are_deleted_which_is_said_and_can_be_made_again(
-    client: TestClient, pruned: str, store: Path, hand: Any, prune: Any, refusal: Any
-) -> None:
+    client, pruned, store, hand, prune, refusal
+):
     service = client.app.state.service  # type: ignore[attr-defined]
     sweep(service)
     assert client.get(pruned).json()["pruned"] == "done"
@@ -222,17 +219,17 @@ def test_files_that_are_too_old_are_deleted_which_is_said_and_can_be_made_again(
 
 
 @pytest.fixture
-def pho(client: TestClient) -> Client:
+def pho(client):
     opened = Client("http://127.0.0.1:8000")
     opened._http = TestClient(client.app, "http://127.0.0.1:8000/v1")
     return opened
 
 
-def test_pull(pho: Client, pruned: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pull(pho, pruned, tmp_path, monkeypatch):
     """A download that is cut in the middle goes on from there, and ends with the same bytes."""
     began = []
 
-    def cut(content: Any, first: int, end: int) -> Any:
+    def cut(content, first, end):
         began.append(first)
         with content:
             content.seek(first)
@@ -248,8 +245,8 @@ def test_pull(pho: Client, pruned: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_client_that_gave_up_keeps_what_it_has_and_asks_for_the_rest_later(
-    pho: Client, pruned: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    pho, pruned, tmp_path, monkeypatch
+):
     job, out = pruned.rpartition("/")[2], tmp_path / "out"
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
     with monkeypatch.context() as broken:
@@ -273,7 +270,7 @@ def test_a_client_that_gave_up_keeps_what_it_has_and_asks_for_the_rest_later(
     assert (out / "model.safetensors").read_bytes() == WEIGHTS
 
 
-def test_a_damaged_file_is_not_kept(pho: Client, pruned: str, store: Path, tmp_path: Path) -> None:
+def test_a_damaged_file_is_not_kept(pho, pruned, store, tmp_path):
     with pytest.raises(OutputError, match="is in use"):
         pho.pull(pruned.rpartition("/")[2], store)  # nothing is overwritten
     (path,) = store.rglob("model.safetensors")
@@ -295,9 +292,7 @@ def test_a_damaged_file_is_not_kept(pho: Client, pruned: str, store: Path, tmp_p
     ],
     ids=repr,
 )  # fmt: skip
-def test_a_service_cannot_make_the_client_write_elsewhere(
-    odd: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_service_cannot_make_the_client_write_elsewhere(odd, tmp_path):
     file = Artifact(**{"name": "x", "bytes": 1, "sha256": "0" * 64, "href": "", **odd})
     with pytest.raises(ServiceError, match=r"Refused are .*\. Nothing was downloaded"):
         pull([file], tmp_path / "out", Mock(), Mock())
@@ -305,12 +300,12 @@ def test_a_service_cannot_make_the_client_write_elsewhere(
     assert [*tmp_path.iterdir()] == []
 
 
-def test_no_more_than_was_announced_is_written(tmp_path: Path) -> None:
+def test_no_more_than_was_announced_is_written(tmp_path):
     sent = 0
 
     @contextmanager
-    def endless(*_: Any) -> Iterator[tuple[bool, Iterator[bytes]]]:
-        def chunks() -> Iterator[bytes]:
+    def endless(*_):
+        def chunks():
             nonlocal sent
             while sent < 1000:
                 sent += 1
@@ -325,15 +320,13 @@ def test_no_more_than_was_announced_is_written(tmp_path: Path) -> None:
     assert sent == 2
 
 
-def test_more_than_the_disk_has_room_for_is_not_begun(tmp_path: Path) -> None:
+def test_more_than_the_disk_has_room_for_is_not_begun(tmp_path):
     file = Artifact(name="x", bytes=10**18, sha256="0" * 64, href="")
     with pytest.raises(OutputError, match=r"out has room for .* and 10{18} are to be downloaded"):
         pull([file], tmp_path / "out", Mock(side_effect=AssertionError), Mock())
 
 
-def test_a_link_in_the_store_is_not_followed(
-    client: TestClient, pruned: str, store: Path, tmp_path: Path
-) -> None:
+def test_a_link_in_the_store_is_not_followed(client, pruned, store, tmp_path):
     """Nor one in the place of the folder of a job, or of a configuration."""
     (path,) = store.rglob("model.safetensors")
     for place in (path, path.parent, path.parent.parent):
@@ -351,7 +344,7 @@ def test_a_link_in_the_store_is_not_followed(
     assert client.get(f"{pruned}/artifacts/model.safetensors").status_code == 200
 
 
-def test_pages_lead_to_the_files(client: TestClient, submit: Any, hand: Any, prune: Any) -> None:
+def test_pages_lead_to_the_files(client, submit, hand, prune):
     job = submit()["id"]
     hand.bring(job, JobState.SUCCEEDED)
     button = f'action="/jobs/{job}/prune"'

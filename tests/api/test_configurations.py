@@ -1,12 +1,9 @@
 """`/v1/configurations`: what is found, imported, exported and deleted, and by whom."""
 
 import json
-from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
 
 import pytest
-from fastapi.testclient import TestClient
 
 from pho_service.spec.configuration import Configuration
 
@@ -17,7 +14,7 @@ NOBODY = f"{HERE}/00000000-0000-0000-0000-000000000000"
 JSON = {"Content-Type": "application/json"}
 
 
-def document(perplexity: float = 18.0, *, family: str = "llama", **changes: Any) -> dict[str, Any]:
+def document(perplexity=18.0, *, family="llama", **changes):
     """A configuration's file: RIA's perplexity was 24."""
     score = {
         "row": 0.1 + 0.2, "column": 1e-17, "neighbourhood": 0.25, "kernel_size": 5,
@@ -36,14 +33,14 @@ def document(perplexity: float = 18.0, *, family: str = "llama", **changes: Any)
     }  # fmt: skip
 
 
-def transfer(*targets: Any, **changes: Any) -> dict[str, Any]:
+def transfer(*targets, **changes):
     return {
         "format": "pho-transfer", "version": 1, "source": "c.json", "configuration": document(),
         "targets": [*targets], **changes,
     }  # fmt: skip
 
 
-def target(family: str, transferred: float) -> dict[str, Any]:
+def target(family, transferred):
     """What a configuration was worth on a model where RIA's perplexity is 40."""
     return {
         "target": f"org/{family}", "model": {"name": f"org/{family}-2", "family": family},
@@ -52,15 +49,15 @@ def target(family: str, transferred: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def complete(values: dict[str, Any]) -> dict[str, Any]:
+def complete(values):
     return Configuration.model_validate(values).model_dump(mode="json")
 
 
 @pytest.fixture
-def imported(client: TestClient) -> Callable[..., str]:
+def imported(client):
     """Import what is new; gives its path."""
 
-    def put(values: Any, headers: Headers | None = None) -> str:
+    def put(values, headers=None):
         answer = client.post(HERE, json=values, headers=headers)
         assert answer.status_code == 201, answer.text
         return str(answer.headers["location"])
@@ -69,10 +66,10 @@ def imported(client: TestClient) -> Callable[..., str]:
 
 
 @pytest.fixture
-def found(client: TestClient) -> Callable[..., list[dict[str, Any]]]:
+def found(client):
     """What a search with these parameters finds."""
 
-    def ask(headers: Headers | None = None, **params: Any) -> list[dict[str, Any]]:
+    def ask(headers=None, **params):
         answer = client.get(HERE, params=params, headers=headers)
         assert answer.status_code == 200, answer.text
         configurations = answer.json()["configurations"]
@@ -83,9 +80,9 @@ def found(client: TestClient) -> Callable[..., list[dict[str, Any]]]:
 
 
 def test_what_a_job_has_found_is_in_the_library_with_its_id_and_stays_when_it_goes(
-    submit: Any, hand: Any, found: Any,
-    client: TestClient, configuration: Configuration,
-) -> None:  # fmt: skip
+    submit, hand, found,
+    client, configuration,
+):  # fmt: skip
     job = submit()
     hand.succeed(job["id"])
     (before,) = found()
@@ -100,7 +97,7 @@ def test_what_a_job_has_found_is_in_the_library_with_its_id_and_stays_when_it_go
     assert exported == configuration.model_dump(mode="json")
 
 
-def test_the_most_promising_come_first(client: TestClient, found: Any, imported: Any) -> None:
+def test_the_most_promising_come_first(client, found, imported):
     imported(document(23.0))
     best = imported(document(12.0, family="gemma2"))
     imported(document(6.0, pattern="2:4", scope="row"))
@@ -128,7 +125,7 @@ def test_the_most_promising_come_first(client: TestClient, found: Any, imported:
     assert 0 <= age.total_seconds() < 60
 
 
-def test_a_wrong_parameter_is_named_with_its_rule(client: TestClient, refusal: Any) -> None:
+def test_a_wrong_parameter_is_named_with_its_rule(client, refusal):
     for params, parameter, rule in (
         ({"pattern": "5:2"}, "pattern", "N=5 of M=2"),
         ({"pattern": "0.5", "scope": "column"}, "scope", "'row', 'layer' or 'global'"),
@@ -142,7 +139,7 @@ def test_a_wrong_parameter_is_named_with_its_rule(client: TestClient, refusal: A
         assert problem["detail"].startswith(f"{parameter}: ")
 
 
-def test_what_was_imported_comes_back_and_is_there_once(client: TestClient, found: Any) -> None:
+def test_what_was_imported_comes_back_and_is_there_once(client, found):
     values = document()
     first = client.post(HERE, json=values)
     path = first.headers["location"]
@@ -159,7 +156,7 @@ def test_what_was_imported_comes_back_and_is_there_once(client: TestClient, foun
     assert entry["fits"]
 
 
-def test_a_transfer_comes_back_but_for_own_bests(client: TestClient, imported: Any) -> None:
+def test_a_transfer_comes_back_but_for_own_bests(client, imported):
     values = transfer(target("opt", 30.0), target("gpt2", 60.0))
     first, second = values["targets"]
     path = imported({**values, "targets": [{**first, "own": document()}, second]})
@@ -182,15 +179,15 @@ def test_a_transfer_comes_back_but_for_own_bests(client: TestClient, imported: A
     ],
 )
 def test_what_is_no_configuration_is_422_names_the_rule_and_leaves_nothing(
-    client: TestClient, refusal: Any, found: Any, body: Any, rule: str
-) -> None:
+    client, refusal, found, body, rule
+):
     answer = client.post(HERE, content=body, headers=JSON)
 
     assert rule in refusal(answer, 422, "invalid_request")["detail"]
     assert found() == []
 
 
-def test_a_deleted_entry_is_gone_alone(client: TestClient, refusal: Any, imported: Any) -> None:
+def test_a_deleted_entry_is_gone_alone(client, refusal, imported):
     path, other = imported(document()), imported(document(12.0))
     gone = client.delete(path)
 
@@ -204,9 +201,9 @@ def test_a_deleted_entry_is_gone_alone(client: TestClient, refusal: Any, importe
 
 
 def test_to_a_key_another_keys_entry_is_not_there_and_stays_whether_found_or_imported(
-    client: TestClient, refusal: Any, imported: Any, bearer_of: Any,
-    submit: Any, hand: Any, found: Any,
-) -> None:  # fmt: skip
+    client, refusal, imported, bearer_of,
+    submit, hand, found,
+):  # fmt: skip
     mine, other, everybody = bearer_of("a"), bearer_of("b"), bearer_of("all", sees_all=True)
     job = submit(headers=mine)["id"]
     hand.succeed(job)
@@ -225,8 +222,8 @@ def test_to_a_key_another_keys_entry_is_not_there_and_stays_whether_found_or_imp
 
 
 def test_an_entry_that_was_ranked_is_read_no_more_until_it_was_measured_elsewhere(
-    client: TestClient, configuration: Configuration, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    client, configuration, monkeypatch
+):
     document = configuration.model_dump(mode="json")
     client.post(HERE, json=document)
     first = client.get(HERE, params={"pattern": "0.5"}).json()
@@ -243,7 +240,7 @@ def test_an_entry_that_was_ranked_is_read_no_more_until_it_was_measured_elsewher
     assert [m["model"]["name"] for m in match["measured"]] == ["opt-2"]
 
 
-def test_imports_are_limited(client_of: Any, configuration: Configuration, refusal: Any) -> None:
+def test_imports_are_limited(client_of, configuration, refusal):
     client = client_of(max_configurations=1)
     document = configuration.model_dump(mode="json")
     assert client.post("/v1/configurations", json=document).status_code == 201

@@ -3,16 +3,14 @@
 import json
 import re
 import uuid
-from typing import Any
 
 import pytest
-from fastapi.testclient import TestClient
 
 from pho_service.shown.parts import policy_hash
 from storage.records import JobState, StageKind
 
 
-def test_the_pages_are_where_their_links_look_for_them(client: TestClient) -> None:
+def test_the_pages_are_where_their_links_look_for_them(client):
     for path, content_type in (
         ("/dashboard", "text/html"), ("/dashboard/studies/1", "text/html"),
         ("/api/meta", "application/json"), ("/api/studies", "application/json"),
@@ -33,7 +31,7 @@ def test_the_pages_are_where_their_links_look_for_them(client: TestClient) -> No
 
 
 @pytest.mark.parametrize("encoding", [None, "gzip", "gzip;q=0"])
-def test_files_come_in_any_encoding_or_none(client_of: Any, encoding: str | None) -> None:
+def test_files_come_in_any_encoding_or_none(client_of, encoding):
     client = client_of()
     del client.headers["accept-encoding"]
     headers = {} if encoding is None else {"Accept-Encoding": encoding}
@@ -44,7 +42,7 @@ def test_files_come_in_any_encoding_or_none(client_of: Any, encoding: str | None
     assert len(answer.content) > 1_000_000
 
 
-def test_studies_are_seen_to_begin_and_to_go(client: TestClient, submit: Any, hand: Any) -> None:
+def test_studies_are_seen_to_begin_and_to_go(client, submit, hand):
     before = client.get("/api/studies").json()["study_summaries"]
     job = submit()
     hand.record(job, 5)
@@ -59,7 +57,7 @@ def test_studies_are_seen_to_begin_and_to_go(client: TestClient, submit: Any, ha
     assert len(trials) == 5
 
 
-def test_only_for_reading(client: TestClient, submit: Any, hand: Any, refusal: Any) -> None:
+def test_only_for_reading(client, submit, hand, refusal):
     """Nobody can change a study through the dashboard, nor with a GET that claims to be more."""
     job = submit()
     hand.record(job, 2)
@@ -79,7 +77,7 @@ def test_only_for_reading(client: TestClient, submit: Any, hand: Any, refusal: A
     assert hand.studies() == [job["name"]]
 
 
-def test_no_path_leads_out_of_the_dashboards_own_files(client: TestClient) -> None:
+def test_no_path_leads_out_of_the_dashboards_own_files(client):
     for path in (
         "/static/%2e%2e/%2e%2e/app.py", "/static/..%2f..%2fapp.py", "/static//etc/passwd",
         "/static/%00", "/artifacts/..%2f..%2f..%2fetc/passwd",
@@ -87,7 +85,7 @@ def test_no_path_leads_out_of_the_dashboards_own_files(client: TestClient) -> No
         assert client.get(f"http://127.0.0.1:8000{path}").status_code in (400, 403, 404)
 
 
-def test_workers_are_listed_as_long_as_they_report(client_of: Any, hand: Any) -> None:
+def test_workers_are_listed_as_long_as_they_report(client_of, hand):
     client = client_of(stalled_after_s=5.0)
     hand.store.enter_worker(hand.worker_id, name="host:7", device="cpu", kinds=[StageKind.SEARCH])
     gone = uuid.uuid4()

@@ -1,12 +1,8 @@
 """What a caller does wrong: each wrong value at its place, and every answer a problem."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
-from fastapi.testclient import TestClient
 
 from pho_service.spec.fields import CalibrationSpec
 from pho_service.spec.job import JobSpec
@@ -16,8 +12,8 @@ DOCUMENT = {"model": "org/name", "pattern": "0.5"}
 JSON = {"Content-Type": "application/json"}
 
 
-def put(pointer: str, value: Any) -> dict[str, Any]:
-    document: dict[str, Any] = dict(DOCUMENT)
+def put(pointer, value):
+    document = dict(DOCUMENT)
     *folders, last = pointer.strip("/").split("/")
     place = document
     for folder in folders:
@@ -27,12 +23,12 @@ def put(pointer: str, value: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def rejected(client: TestClient, refusal: Any) -> Callable[[Any], list[dict[str, Any]]]:
+def rejected(client, refusal):
     """Submit what must be refused; gives the errors."""
 
-    def ask(document: Any) -> list[dict[str, Any]]:
+    def ask(document):
         answer = client.post("/v1/jobs", content=json.dumps(document), headers=JSON)
-        errors: list[dict[str, Any]] = refusal(answer, 422, "invalid_request")["errors"]
+        errors = refusal(answer, 422, "invalid_request")["errors"]
         assert client.get("/v1/jobs").json()["jobs"] == []
         return errors
 
@@ -61,7 +57,7 @@ WRONG = [
 ]
 
 
-def test_each_wrong_value_is_refused_at_its_own_json_pointer_with_the_rule(rejected: Any) -> None:
+def test_each_wrong_value_is_refused_at_its_own_json_pointer_with_the_rule(rejected):
     for pointer, value, says in WRONG:
         (error,) = rejected(put(pointer, value))
 
@@ -71,7 +67,7 @@ def test_each_wrong_value_is_refused_at_its_own_json_pointer_with_the_rule(rejec
         assert "parameter" not in error
 
 
-def test_all_wrong_values_are_told_at_once(rejected: Any) -> None:
+def test_all_wrong_values_are_told_at_once(rejected):
     errors = rejected(
         {"pattern": "half", "trials": "many", "calibration": {"samples": 0, "bos": 1}, "x": 1}
     )
@@ -81,7 +77,7 @@ def test_all_wrong_values_are_told_at_once(rejected: Any) -> None:
     }  # fmt: skip
 
 
-def test_of_thousands_wrong_values_a_hundred_are_told(client: TestClient, refusal: Any) -> None:
+def test_of_thousands_wrong_values_a_hundred_are_told(client, refusal):
     document = {**DOCUMENT, **{f"field {number}": 1 for number in range(3000)}}
     problem = refusal(client.post("/v1/jobs", json=document), 422, "invalid_request")
 
@@ -90,7 +86,7 @@ def test_of_thousands_wrong_values_a_hundred_are_told(client: TestClient, refusa
     assert problem["detail"].endswith("(and 2999 more)")
 
 
-def test_an_unknown_field_is_refused_with_the_fields_that_are_known_there(rejected: Any) -> None:
+def test_an_unknown_field_is_refused_with_the_fields_that_are_known_there(rejected):
     for pointer, document in (("/zz", JobSpec), ("/calibration/zz", CalibrationSpec)):
         (error,) = rejected(put(pointer, 1))
 
@@ -107,9 +103,7 @@ def test_an_unknown_field_is_refused_with_the_fields_that_are_known_there(reject
         assert error["detail"] == f"unknown field; did you mean {meant}?"
 
 
-def test_the_pointer_to_a_field_with_an_odd_name_is_escaped_as_rfc_6901_has_it(
-    rejected: Any,
-) -> None:
+def test_the_pointer_to_a_field_with_an_odd_name_is_escaped_as_rfc_6901_has_it(rejected):
     for name, pointer in (("a/b", "/a~1b"), ("~1", "/~01"), ("", "/"), ("é\u2028🙂", "/é\u2028🙂")):
         (error,) = rejected({**DOCUMENT, name: 1})
 
@@ -117,14 +111,14 @@ def test_the_pointer_to_a_field_with_an_odd_name_is_escaped_as_rfc_6901_has_it(
 
 
 @pytest.mark.parametrize("pointer", ["/x\ud800", "/calibration/text"])
-def test_half_a_character_is_refused(client: TestClient, refusal: Any, pointer: str) -> None:
+def test_half_a_character_is_refused(client, refusal, pointer):
     document = put(pointer, "a\udfff")  # json.dumps writes \udfff, which is valid JSON
     problem = refusal(client.post("/v1/jobs", content=json.dumps(document), headers=JSON), 422)
 
     assert len(problem["errors"]) == 1
 
 
-def test_odd_body(client: TestClient, refusal: Any) -> None:
+def test_odd_body(client, refusal):
     """What is not a JSON object is refused with 422 and a reason, whatever it is."""
     for body in (
         b"", b"{", b"{}}", b"nope", b'{"a": }', b"{'a': 1}", b'{"a": 1,}', b"-", b"\x00",
@@ -143,7 +137,7 @@ def test_odd_body(client: TestClient, refusal: Any) -> None:
             assert "[" not in error["detail"]
 
 
-def test_a_body_must_be_json_by_its_content_type(client: TestClient, refusal: Any) -> None:
+def test_a_body_must_be_json_by_its_content_type(client, refusal):
     for content_type in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data",
                          "", "/"):  # fmt: skip
         headers = {"Content-Type": content_type}
@@ -160,7 +154,7 @@ def test_a_body_must_be_json_by_its_content_type(client: TestClient, refusal: An
 LIMIT = 64 * 1024
 
 
-def test_a_large_body_is_refused_declared_or_not(client: TestClient, refusal: Any) -> None:
+def test_a_large_body_is_refused_declared_or_not(client, refusal):
     for url in ("/v1/jobs", "/v1/jobs/00000000-0000-0000-0000-000000000000:extend"):
         for body in (b" " * (LIMIT + 1), (b" " * 10_000 for _ in range(100))):
             answer = client.post(url, content=body, headers=JSON)
@@ -168,7 +162,7 @@ def test_a_large_body_is_refused_declared_or_not(client: TestClient, refusal: An
             assert str(LIMIT) in refusal(answer, 413, "body_too_large")["detail"]
 
 
-def test_a_body_of_just_the_limit_is_read_in_one_piece_and_in_chunks(client: TestClient) -> None:
+def test_a_body_of_just_the_limit_is_read_in_one_piece_and_in_chunks(client):
     body = json.dumps(DOCUMENT).encode().ljust(LIMIT)
 
     assert client.post("/v1/jobs", content=body, headers=JSON).status_code == 202
@@ -177,7 +171,7 @@ def test_a_body_of_just_the_limit_is_read_in_one_piece_and_in_chunks(client: Tes
 
 
 @pytest.mark.parametrize("length", [b"-1", b"x", b"1e9", b"\xb2", b"9" * 5000])
-def test_an_odd_length_is_no_crash(client: TestClient, refusal: Any, length: bytes) -> None:
+def test_an_odd_length_is_no_crash(client, refusal, length):
     answer = client.post("/v1/jobs", content=b"x", headers={**JSON, b"Content-Length": length})
 
     assert 400 <= answer.status_code < 500
@@ -192,7 +186,7 @@ PATHS = [
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "BREW"])
-def test_where_nothing_is_is_404(client: TestClient, refusal: Any, method: str) -> None:
+def test_where_nothing_is_is_404(client, refusal, method):
     for path in PATHS:
         refusal(client.request(method, f"http://127.0.0.1:8000{path}"), 404, "not_found")
 
@@ -200,7 +194,7 @@ def test_where_nothing_is_is_404(client: TestClient, refusal: Any, method: str) 
 JOB = "/v1/jobs/00000000-0000-0000-0000-000000000000"
 
 
-def test_other_methods_are_405(client: TestClient, refusal: Any) -> None:
+def test_other_methods_are_405(client, refusal):
     for method, path in (
         ("OPTIONS", "/v1/jobs"), ("PATCH", JOB), ("POST", f"{JOB}/best"), ("GET", f"{JOB}:cancel"),
         ("DELETE", "/v1/configurations"), ("POST", "/healthz"), ("PUT", "/openapi.json"),
@@ -208,7 +202,7 @@ def test_other_methods_are_405(client: TestClient, refusal: Any) -> None:
         refusal(client.request(method, path), 405, "method_not_allowed")
 
 
-def test_a_405_says_what_is_allowed(client: TestClient) -> None:
+def test_a_405_says_what_is_allowed(client):
     """All methods that the path knows come with it (RFC 9110, 15.5.6)."""
     for path, methods in (("/v1/jobs", {"GET", "POST"}), (JOB, {"GET", "DELETE"})):
         allowed = client.put(path).headers["allow"]
@@ -216,7 +210,7 @@ def test_a_405_says_what_is_allowed(client: TestClient) -> None:
         assert {method.strip() for method in allowed.split(",")} == methods
 
 
-def test_while_all_connections_are_in_use_it_is_503(client_of: Any, refusal: Any) -> None:
+def test_while_all_connections_are_in_use_it_is_503(client_of, refusal):
     client = client_of()
     engine = client.app.state.service.database.engine
     engine.pool._timeout = 0.2
@@ -230,7 +224,7 @@ def test_while_all_connections_are_in_use_it_is_503(client_of: Any, refusal: Any
     assert client.get("/v1/jobs").status_code == 200
 
 
-def test_texts_are_not_listed(client: TestClient, refusal: Any, tmp_path: Path) -> None:
+def test_texts_are_not_listed(client, refusal, tmp_path):
     """A file outside of the folders is refused in the same words whether it exists or not."""
     outside = tmp_path.parent / "outside.txt"
     outside.write_text("secret")
@@ -242,9 +236,7 @@ def test_texts_are_not_listed(client: TestClient, refusal: Any, tmp_path: Path) 
     assert there["detail"].replace("outside", "nowhere") == gone["detail"]
 
 
-def test_a_text_that_is_nearly_one_of_the_folders_is_asked_for(
-    rejected: Any, tmp_path: Path
-) -> None:
+def test_a_text_that_is_nearly_one_of_the_folders_is_asked_for(rejected, tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "calibration.txt").write_text("text")
     (error,) = rejected(put("/calibration/text", "texts/calibraton.txt"))

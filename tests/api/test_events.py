@@ -9,9 +9,7 @@ from datetime import datetime
 from typing import Any
 
 import pytest
-from fastapi.testclient import TestClient
 
-from pho_service.spec.configuration import Configuration
 from storage.records import JobState, NewStage, StageKind
 
 
@@ -24,7 +22,7 @@ class Event:
     data: dict[str, Any]
 
 
-def events_of(text: str) -> list[Event]:
+def events_of(text):
     """Read a stream by the rules of the HTML standard."""
     found = []
     for block in re.split(r"\r?\n\r?\n", text):
@@ -38,9 +36,9 @@ def events_of(text: str) -> list[Event]:
 
 
 @pytest.fixture
-def history(submit: Any, hand: Any, configuration: Configuration) -> str:
+def history(submit, hand, configuration):
     """A job that was paused and resumed, failed once, and succeeded."""
-    job: str = submit(trials=40)["id"]
+    job = submit(trials=40)["id"]
     claim = hand.take(job, StageKind.CALIBRATE)
     hand.store.fail(claim, {"type": "OSError", "message": "disk: ü\n\nx"}, retry=True)
     hand.store.ask(uuid.UUID(job), "pause")
@@ -54,7 +52,7 @@ def history(submit: Any, hand: Any, configuration: Configuration) -> str:
     return job
 
 
-def test_the_stream_of_a_job_that_is_over_tells_all(client: TestClient, history: str) -> None:
+def test_the_stream_of_a_job_that_is_over_tells_all(client, history):
     answer = client.get(f"/v1/jobs/{history}/events")
     events = events_of(answer.text)
 
@@ -79,7 +77,7 @@ def test_the_stream_of_a_job_that_is_over_tells_all(client: TestClient, history:
     assert all(datetime.fromisoformat(e.data["at"]).tzinfo for e in events)
 
 
-def test_after_any_event_comes_the_next(client: TestClient, history: str) -> None:
+def test_after_any_event_comes_the_next(client, history):
     url = f"/v1/jobs/{history}/events"
     events = events_of(client.get(url).text)
 
@@ -91,7 +89,7 @@ def test_after_any_event_comes_the_next(client: TestClient, history: str) -> Non
         assert (answer.status_code, events_of(answer.text)) == (200, [])
 
 
-def test_what_is_no_id_is_refused_by_name(client: TestClient, history: str, refusal: Any) -> None:
+def test_what_is_no_id_is_refused_by_name(client, history, refusal):
     for last in ("x", "-1", "1.5", str(2**63), "9" * 5000):
         answer = client.get(f"/v1/jobs/{history}/events", headers={"Last-Event-ID": last})
         (error,) = refusal(answer, 422, "invalid_request")["errors"]
@@ -99,7 +97,7 @@ def test_what_is_no_id_is_refused_by_name(client: TestClient, history: str, refu
         assert error["parameter"].lower() == "last-event-id"
 
 
-def test_a_long_history_comes_whole(client: TestClient, submit: Any, hand: Any) -> None:
+def test_a_long_history_comes_whole(client, submit, hand):
     job = submit()["id"]
     hand.calibrate(job)
     claim = hand.take(job, StageKind.SEARCH)
@@ -116,14 +114,14 @@ def test_a_long_history_comes_whole(client: TestClient, submit: Any, hand: Any) 
     assert events[-1].data["state"] == "failed"
 
 
-def test_the_head_of_a_stream_does_not_hang(client: TestClient, history: str) -> None:
+def test_the_head_of_a_stream_does_not_hang(client, history):
     assert client.head(f"/v1/jobs/{history}/events").status_code in (200, 405)
 
 
 class Listener:
     """Is on the line while things happen: the test client would wait for the end."""
 
-    def __init__(self, app: Any, job: str, after: int | None = None) -> None:
+    def __init__(self, app, job, after=None):
         self._app = app
         self._gone = asyncio.Event()
         self._new = asyncio.Event()
@@ -139,30 +137,30 @@ class Listener:
         }  # fmt: skip
         self._asked = False
 
-    async def __aenter__(self) -> "Listener":
+    async def __aenter__(self):
         self.task = asyncio.create_task(self._app(self._scope, self._receive, self._send))
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, *_):
         self._gone.set()
         await asyncio.wait_for(self.task, 10)
 
-    async def _receive(self) -> dict[str, Any]:
+    async def _receive(self):
         if not self._asked:
             self._asked = True
             return {"type": "http.request", "body": b"", "more_body": False}
         await self._gone.wait()
         return {"type": "http.disconnect"}
 
-    async def _send(self, message: dict[str, Any]) -> None:
+    async def _send(self, message):
         self.text += message.get("body", b"").decode()
         self._new.set()
 
     @property
-    def events(self) -> list[Event]:
+    def events(self):
         return events_of(self.text)
 
-    async def until(self, count: int) -> list[Event]:
+    async def until(self, count):
         async with asyncio.timeout(10):
             while len(self.events) < count:
                 self._new.clear()
@@ -170,10 +168,10 @@ class Listener:
         return self.events
 
 
-def test_who_was_cut_off_hears_of_all_once(client: TestClient, submit: Any, hand: Any) -> None:
+def test_who_was_cut_off_hears_of_all_once(client, submit, hand):
     job = submit()["id"]
 
-    async def follow() -> tuple[list[Event], list[Event]]:
+    async def follow():
         async with Listener(client.app, job) as first:
             await first.until(1)
         await asyncio.to_thread(hand.calibrate, job)
@@ -189,11 +187,11 @@ def test_who_was_cut_off_hears_of_all_once(client: TestClient, submit: Any, hand
     assert len(first) == 1
 
 
-def test_the_stream_of_a_deleted_job_ends(client: TestClient, submit: Any, hand: Any) -> None:
+def test_the_stream_of_a_deleted_job_ends(client, submit, hand):
     job = submit()["id"]
     hand.bring(job, JobState.PAUSED)
 
-    async def follow() -> list[Event]:
+    async def follow():
         async with Listener(client.app, job) as listener:
             await listener.until(2)
             await asyncio.to_thread(client.delete, f"/v1/jobs/{job}")
@@ -203,10 +201,10 @@ def test_the_stream_of_a_deleted_job_ends(client: TestClient, submit: Any, hand:
     assert [e.data["state"] for e in asyncio.run(follow())] == ["queued", "paused"]
 
 
-def test_many_listeners_leave_others_free(client: TestClient, submit: Any, hand: Any) -> None:
+def test_many_listeners_leave_others_free(client, submit, hand):
     job = submit()["id"]
 
-    async def follow() -> tuple[int, set[int]]:
+    async def follow():
         listeners = [Listener(client.app, job) for _ in range(50)]
         async with asyncio.TaskGroup() as group:
             for listener in listeners:

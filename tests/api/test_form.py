@@ -5,12 +5,9 @@ import json
 import re
 import shlex
 from html.parser import HTMLParser
-from pathlib import Path
-from typing import Any
 
 import click
 import pytest
-from fastapi.testclient import TestClient
 from transformers import LlamaConfig
 
 import pho_service.client
@@ -20,7 +17,6 @@ from pho_service.cli.remote import job_document
 from pho_service.cli.remote import submit as submit_verb
 from pho_service.spec.job import JobSpec
 from pho_service.spec.job_options import job_fields
-from storage.keys import KeyStore
 
 TYPED = {"model": "org/name", "pattern": "0.5"}
 
@@ -68,17 +64,17 @@ DOCUMENTS = [
 class Filled(HTMLParser):
     """A form as sent: its values, the summaries that are unfolded, and attributes by id."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text):
         super().__init__()
-        self.values: dict[str, str] = {}
-        self.opened: list[str] = []
-        self.at: dict[str, dict[str, str]] = {}
+        self.values = {}
+        self.opened = []
+        self.at = {}
         self._select = self._textarea = ""
         self._details = False
         self._summary = False
         self.feed(text)
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag, attrs):
         given = {name: value or "" for name, value in attrs}
         self.at[given.get("id", "")] = given
         name = given.get("name", "")
@@ -95,46 +91,46 @@ class Filled(HTMLParser):
             self.values[name] = given.get("value", "")
         self.values = {name: value for name, value in self.values.items() if value}
 
-    def handle_data(self, data: str) -> None:
+    def handle_data(self, data):
         if self._textarea:
             self.values[self._textarea] = data.strip("\n")
         elif self._summary and self._details:
             self.opened.append(data)
 
-    def handle_endtag(self, tag: str) -> None:
+    def handle_endtag(self, tag):
         self._summary = False
         self._textarea = "" if tag == "textarea" else self._textarea
 
 
-def words(text: str) -> str:
+def words(text):
     shown = re.sub(r"<(script|style).*?</\1>|<[^>]+>", " ", text, flags=re.DOTALL)
     return " ".join(html.unescape(shown).split())
 
 
-def told(answer: Any, path: str) -> str:
+def told(answer, path):
     """What is said to be wrong beside a field."""
     found = re.search(rf'id="{re.escape(path)}-error">(.*?)</div>', answer.text, flags=re.DOTALL)
     assert found is not None, path
     return words(found[1])
 
 
-def summary(answer: Any) -> list[str]:
+def summary(answer):
     """The errors above the form, each with its field."""
     alert = re.search(r'role="alert".*?</div>', answer.text, flags=re.DOTALL)
     return [words(each) for each in re.findall(r"<li>(.*?)</li>", alert[0])] if alert else []
 
 
-def send(client: TestClient, path: str = "/new", **typed: str) -> Any:
+def send(client, path="/new", **typed):
     """Send the form as a browser does; the answer is not followed."""
     return client.post(path, data={**TYPED, **typed}, follow_redirects=False)
 
 
-def document_of(client: TestClient) -> Any:
+def document_of(client):
     return client.get("/v1/jobs").json()["jobs"][0]["spec"]
 
 
 @pytest.fixture
-def model(tmp_path: Path, write_small: Any) -> str:
+def model(tmp_path, write_small):
     """A model that reads 128 tokens, of which only the headers are there; and a text."""
     folder = tmp_path / "small"
     write_small(folder)
@@ -143,7 +139,7 @@ def model(tmp_path: Path, write_small: Any) -> str:
     return "small"
 
 
-def test_each_field_of_a_job_is_once_in_the_form_or_named_beside_the_field_for_json() -> None:
+def test_each_field_of_a_job_is_once_in_the_form_or_named_beside_the_field_for_json():
     shown = [f.path for s in sections() for f in s.fields]
     all_of_a_job = {path for path, field in job_fields().items() if not field.is_part}
 
@@ -156,7 +152,7 @@ def test_each_field_of_a_job_is_once_in_the_form_or_named_beside_the_field_for_j
     assert all(form_fields()[path].hint for path in shown)
 
 
-def test_choices_bounds_and_helps_are_those_of_the_document(client: TestClient) -> None:
+def test_choices_bounds_and_helps_are_those_of_the_document(client):
     text = client.get("/new").text
     page = Filled(text)
 
@@ -169,7 +165,7 @@ def test_choices_bounds_and_helps_are_those_of_the_document(client: TestClient) 
     assert "<option selected>H100</option>" in text
 
 
-def test_four_fields_come_before_more_and_none_has_a_backtick(client: TestClient) -> None:
+def test_four_fields_come_before_more_and_none_has_a_backtick(client):
     before, _, after = client.get("/new").text.partition("<summary>More")
 
     assert [field.path for field in sections()[0].fields] == [
@@ -181,7 +177,7 @@ def test_four_fields_come_before_more_and_none_has_a_backtick(client: TestClient
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_a_job_is_edited_as_it_is_without_its_defaults(document: dict[str, Any]) -> None:
+def test_a_job_is_edited_as_it_is_without_its_defaults(document):
     spec = JobSpec.model_validate(document)
     typed = typed_as(spec.model_dump(mode="json"))
     again = Typed.of(typed)
@@ -194,7 +190,7 @@ def test_a_job_is_edited_as_it_is_without_its_defaults(document: dict[str, Any])
         assert typed == TYPED
 
 
-def test_the_page_that_edits_a_job_makes_it_again(client: TestClient, submit: Any) -> None:
+def test_the_page_that_edits_a_job_makes_it_again(client, submit):
     document = {**WHOLE, "model": "org/name", "notify": None}
     document["calibration"] = {**WHOLE["calibration"], "dataset": "org/texts"}  # type: ignore[dict-item]
     del document["confirm"]
@@ -210,7 +206,7 @@ def test_the_page_that_edits_a_job_makes_it_again(client: TestClient, submit: An
     assert document_of(client) == job["spec"]
 
 
-def test_the_form_makes_the_job_that_post_v1_jobs_makes_of_it(client: TestClient) -> None:
+def test_the_form_makes_the_job_that_post_v1_jobs_makes_of_it(client):
     answer = send(
         client,
         pattern=" 0.6 ",
@@ -243,7 +239,7 @@ def test_the_form_makes_the_job_that_post_v1_jobs_makes_of_it(client: TestClient
     assert job["spec"] == JobSpec.model_validate(document).model_dump(mode="json")
 
 
-def test_however_often_a_form_is_sent_it_makes_one_job(client: TestClient) -> None:
+def test_however_often_a_form_is_sent_it_makes_one_job(client):
     token = Filled(client.get("/new").text).values["token"]
     first, second = (send(client, token=token).headers["location"] for _ in range(2))
     other = send(client, token=token, trials="99")
@@ -276,7 +272,7 @@ def test_however_often_a_form_is_sent_it_makes_one_job(client: TestClient) -> No
         (MORE, '{"timeout_s": NaN}', "/timeout_s: Nan should be a finite number"),
     ],
 )
-def test_errors(client: TestClient, field: str, value: str, said: str) -> None:
+def test_errors(client, field, value, said):
     """What is wrong is said beside its field and above the form; what was typed is kept."""
     answer = send(client, **{"max_attempts": "7", field: value})
     page = Filled(answer.text)
@@ -294,7 +290,7 @@ def test_errors(client: TestClient, field: str, value: str, said: str) -> None:
     assert client.get("/v1/jobs").json()["jobs"] == []
 
 
-def test_nothing_that_is_wrong_hides_what_else_is(client: TestClient) -> None:
+def test_nothing_that_is_wrong_hides_what_else_is(client):
     answer = send(
         client,
         model="/etc/model",
@@ -316,7 +312,7 @@ def test_nothing_that_is_wrong_hides_what_else_is(client: TestClient) -> None:
     assert {"Which linears", "Search space", "As JSON"} <= {*Filled(answer.text).opened}
 
 
-def test_a_part_that_is_switched_off_has_no_fields(client: TestClient) -> None:
+def test_a_part_that_is_switched_off_has_no_fields(client):
     answer = send(client, confirm="no", **{"confirm/windows": "4"})
     off = send(client, confirm="no")
 
@@ -325,7 +321,7 @@ def test_a_part_that_is_switched_off_has_no_fields(client: TestClient) -> None:
     assert document_of(client)["confirm"] is None
 
 
-def test_what_was_typed_comes_back_as_text(client: TestClient) -> None:
+def test_what_was_typed_comes_back_as_text(client):
     typed = '\n"></textarea><script>alert(1)</script>\U0001f600'
     answer = send(client, model=typed.strip(), more=typed)
 
@@ -333,14 +329,14 @@ def test_what_was_typed_comes_back_as_text(client: TestClient) -> None:
     assert f">\n{typed}</textarea>" in html.unescape(answer.text)
 
 
-def test_what_no_page_can_show_is_refused(client: TestClient) -> None:
+def test_what_no_page_can_show_is_refused(client):
     answer = send(client, more='{"name": "\\ud800", "\\ud800": 1}')
 
     assert answer.status_code == 422
     assert summary(answer)
 
 
-def test_windows_are_as_long_as_the_model_reads(client: TestClient, model: str) -> None:
+def test_windows_are_as_long_as_the_model_reads(client, model):
     shown = send(client, "/new/check", model=model)
     made = send(client, model=model)
     stored = document_of(client)
@@ -356,8 +352,8 @@ def test_windows_are_as_long_as_the_model_reads(client: TestClient, model: str) 
 
 
 def test_of_a_model_on_the_hub_this_machines_cache_tells_it_and_nobody_is_asked(
-    client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    client, tmp_path, monkeypatch
+):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     cached = tmp_path / "models--org--cached"
@@ -380,7 +376,7 @@ def test_of_a_model_on_the_hub_this_machines_cache_tells_it_and_nobody_is_asked(
     assert "65 is more than org/cached can read: 64." in error["detail"]
 
 
-def test_models_and_texts_of_the_roots_can_be_picked(client: TestClient, model: str) -> None:
+def test_models_and_texts_of_the_roots_can_be_picked(client, model):
     text = client.get("/new").text
     page = Filled(text)
     lists = dict(re.findall(r'<datalist id="pick-(\w+)">(.*?)</datalist>', text))
@@ -392,7 +388,7 @@ def test_models_and_texts_of_the_roots_can_be_picked(client: TestClient, model: 
     assert page.at["calibration/text"]["list"] == page.at["confirm/text"]["list"] == "pick-texts"
 
 
-def test_a_plan_is_shown_and_nothing_stored(client: TestClient, model: str) -> None:
+def test_a_plan_is_shown_and_nothing_stored(client, model):
     answer = send(client, "/new/check", model=model, card="4090")
     shown = words(answer.text)
 
@@ -404,9 +400,7 @@ def test_a_plan_is_shown_and_nothing_stored(client: TestClient, model: str) -> N
     assert client.get("/v1/jobs").json()["jobs"] == []
 
 
-def test_what_may_not_be_there_is_said_beside_the_form_while_one_types(
-    client: TestClient, model: str
-) -> None:
+def test_what_may_not_be_there_is_said_beside_the_form_while_one_types(client, model):
     typo = f"{model[:-1]}x"
     quiet = words(send(client, "/new/check", model=typo, quiet="on").text)
 
@@ -414,7 +408,7 @@ def test_what_may_not_be_there_is_said_beside_the_form_while_one_types(
     assert "The Hugging Face hub cannot be reached from this service" in quiet
 
 
-def test_what_does_not_fit_says_why(client: TestClient, tmp_path: Path, write_header: Any) -> None:
+def test_what_does_not_fit_says_why(client, tmp_path, write_header):
     write_header(tmp_path / "large", LlamaConfig(dtype="float32", max_position_embeddings=4096))
     shown = words(send(client, "/new/check", model="large", card="4090").text)
 
@@ -423,7 +417,7 @@ def test_what_does_not_fit_says_why(client: TestClient, tmp_path: Path, write_he
     assert "--stream" not in shown.partition("The same without this form")[0]
 
 
-def test_without_a_plan_it_can_be_submitted(client: TestClient, tmp_path: Path) -> None:
+def test_without_a_plan_it_can_be_submitted(client, tmp_path):
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text('{"model_type": "odd"}')
     shown = words(send(client, "/new/check", model="odd").text)
@@ -432,7 +426,7 @@ def test_without_a_plan_it_can_be_submitted(client: TestClient, tmp_path: Path) 
     assert send(client, model="odd").status_code == 303
 
 
-def test_check(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check(client, monkeypatch):
     """The button tells all and asks the hub; a script that asks quietly does neither."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     typing = words(send(client, "/new/check", quiet="on").text)
@@ -449,7 +443,7 @@ def test_check(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "No plan can be made. org/name is not a folder here, and the Hugging Face hub" in away
 
 
-def commands(client: TestClient, typed: dict[str, str], **options: Any) -> dict[str, str]:
+def commands(client, typed, **options):
     """What is shown beside the form, by its title."""
     answer = client.post("/new/check", data={**typed, "quiet": "on"}, **options)
     found = re.findall(r'aria-label="([^"]*)"><code>(.*?)</code></pre>', answer.text, re.DOTALL)
@@ -458,11 +452,8 @@ def commands(client: TestClient, typed: dict[str, str], **options: Any) -> dict[
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_curl_pho_submit_and_python_send_the_document_of_the_form_without_its_defaults(
-    client: TestClient,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    document: dict[str, Any],
-) -> None:
+    client, tmp_path, monkeypatch, document
+):
     texts = ("it's.txt", "a b.txt")
     for text in texts:
         (tmp_path / text).touch()
@@ -484,7 +475,7 @@ def test_curl_pho_submit_and_python_send_the_document_of_the_form_without_its_de
     assert _run(found["Python"], monkeypatch) == spec
 
 
-def _submitted(command: str) -> JobSpec:
+def _submitted(command):
     """What `pho submit` sends, which reads its words as a shell and click give them."""
     line, _, more = command.partition(" --job - <<'END'\n")
     if more:
@@ -500,11 +491,11 @@ def _submitted(command: str) -> JobSpec:
     return JobSpec.model_validate(job_document(asked["models"], asked["job_file"], asked["given"]))
 
 
-def _run(program: str, monkeypatch: pytest.MonkeyPatch) -> JobSpec:
+def _run(program, monkeypatch):
     """What a program submits by the client, which sends it nowhere."""
     sent = []
 
-    def submit(self: pho_service.client.Client, spec: Any) -> Any:
+    def submit(self, spec):
         sent.append((self.url, spec))
         return type("Job", (), {"id": "an id"})
 
@@ -515,7 +506,7 @@ def _run(program: str, monkeypatch: pytest.MonkeyPatch) -> JobSpec:
     return JobSpec.model_validate(document)
 
 
-def test_the_key_comes_from_the_environment(client: TestClient, keys: KeyStore) -> None:
+def test_the_key_comes_from_the_environment(client, keys):
     key, secret = keys.create("k", sees_all=False)
     found = commands(client, TYPED, headers={"Authorization": f"Bearer {secret}"})
 

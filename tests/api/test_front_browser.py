@@ -5,15 +5,13 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import optuna
 import pytest
 import uvicorn
 from axe_playwright_python.sync_playwright import Axe
 from optuna.distributions import CategoricalDistribution, FloatDistribution
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import expect
 
 from pho_service.api import job_list
 from pho_service.api.app import create_app
@@ -29,9 +27,7 @@ MOST_TABS = 60
 
 
 @pytest.fixture(scope="module")
-def url(
-    url_of_file: str, tmp_path_factory: pytest.TempPathFactory, write_small: Any
-) -> Iterator[str]:
+def url(url_of_file, tmp_path_factory, write_small):
     folder = tmp_path_factory.mktemp("models")
     write_small(folder / "small")
     settings = read_settings(model_roots=(folder,), text_roots=())
@@ -49,10 +45,10 @@ def url(
 
 
 @pytest.fixture
-def page(browser: Browser, url: str, database: Database) -> Iterator[Page]:
+def page(browser, url, database):
     """The list of jobs as a browser shows it; afterwards, nothing must have been complained of."""
     del database  # which is empty now
-    said: list[str] = []
+    said = []
     with browser.new_context(base_url=url) as context:
         page = context.new_page()
         page.set_default_timeout(60_000)
@@ -68,11 +64,11 @@ def page(browser: Browser, url: str, database: Database) -> Iterator[Page]:
 
 
 @pytest.fixture
-def store(database: Database) -> JobStore:
+def store(database):
     return JobStore(database)
 
 
-def go(page: Page, name: str, kind: str = "link") -> None:
+def go(page, name, kind="link"):
     """Press Tab until something has the focus; a person would see that it has."""
     wanted = page.get_by_role(kind, name=name, exact=True)  # type: ignore[arg-type]
     expect(wanted).to_be_visible()
@@ -84,14 +80,14 @@ def go(page: Page, name: str, kind: str = "link") -> None:
     raise AssertionError(f"Tab does not lead to the {kind} {name!r}")
 
 
-def write(page: Page, label: str, text: str) -> None:
+def write(page, label, text):
     """Tab to a field, and type over what is in it."""
     go(page, label, "combobox" if label in ("Model (needed)", "Pattern") else "textbox")
     page.keyboard.press("ControlOrMeta+a")
     page.keyboard.type(text)
 
 
-def test_keys_alone_submit_a_job_whose_plan_follows_them(page: Page, store: JobStore) -> None:
+def test_keys_alone_submit_a_job_whose_plan_follows_them(page, store):
     go(page, "Submit one")
     page.keyboard.press("Enter")
     write(page, "Model (needed)", "small")
@@ -120,7 +116,7 @@ def test_keys_alone_submit_a_job_whose_plan_follows_them(page: Page, store: JobS
     expect(page.locator(f"#job-{job.id}")).to_contain_text("queued")
 
 
-def test_a_job_page_follows_a_job(page: Page, store: JobStore, job_of: Any) -> None:
+def test_a_job_page_follows_a_job(page, store, job_of):
     job = job_of(page)
     page.goto(f"/jobs/{job.id}")
     page.evaluate("window.kept = true")
@@ -140,7 +136,7 @@ def test_a_job_page_follows_a_job(page: Page, store: JobStore, job_of: Any) -> N
     assert kept
 
 
-def test_what_is_wrong_has_the_focus_and_leads_to_its_field(page: Page, store: JobStore) -> None:
+def test_what_is_wrong_has_the_focus_and_leads_to_its_field(page, store):
     page.goto("/new")
     write(page, "Model (needed)", "org/kept")
     write(page, "Pattern", "3:2")
@@ -162,7 +158,7 @@ def test_what_is_wrong_has_the_focus_and_leads_to_its_field(page: Page, store: J
     assert [job.spec["pattern"] for job in store.page()] == ["0.5"]
 
 
-def test_keys_alone_cancel_and_delete(page: Page, url: str, store: JobStore, job_of: Any) -> None:
+def test_keys_alone_cancel_and_delete(page, url, store, job_of):
     job = job_of(page, name="mine")
     page.goto("/")
     go(page, f"Choose {job.name}", "checkbox")
@@ -184,10 +180,10 @@ def test_keys_alone_cancel_and_delete(page: Page, url: str, store: JobStore, job
 
 
 @pytest.fixture
-def job_of(store: JobStore) -> Callable[..., Any]:
+def job_of(store):
     """Submit a job by the API, with some values changed; gives it as it is stored."""
 
-    def submit(page: Page, **changes: Any) -> Any:
+    def submit(page, **changes):
         document = {"model": "org/name", "pattern": "0.5", **changes}
         answer = page.request.post("/v1/jobs", data=document)
         return store.get(uuid.UUID(answer.json()["id"]))
@@ -195,7 +191,7 @@ def job_of(store: JobStore) -> Callable[..., Any]:
     return submit
 
 
-def test_the_first_tab_shows_a_way_past_the_links(page: Page, job_of: Any) -> None:
+def test_the_first_tab_shows_a_way_past_the_links(page, job_of):
     job_of(page)
     page.goto("/")
     page.keyboard.press("Tab")
@@ -208,7 +204,7 @@ def test_the_first_tab_shows_a_way_past_the_links(page: Page, job_of: Any) -> No
     assert page.locator(":focus").evaluate("element => element.closest('main') !== null")
 
 
-def test_refresh(page: Page, store: JobStore, job_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refresh(page, store, job_of, monkeypatch):
     """The list follows its jobs; what is chosen stays, the focus too, and leads to comparisons."""
     monkeypatch.setattr(job_list, "LIVE_S", 0.2)
     first = job_of(page)
@@ -241,7 +237,7 @@ def test_refresh(page: Page, store: JobStore, job_of: Any, monkeypatch: pytest.M
     expect(page.locator("#head .state")).to_have_text("cancelled")
 
 
-def test_a_link_opens_after_the_login(page: Page, url: str, store: JobStore, job_of: Any) -> None:
+def test_a_link_opens_after_the_login(page, url, store, job_of):
     job = job_of(page)
     keys = KeyStore(store.database)
     key, secret = keys.create("mine", sees_all=True)
@@ -259,7 +255,7 @@ def test_a_link_opens_after_the_login(page: Page, url: str, store: JobStore, job
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_on_a_phone_no_page_is_wider(page: Page, store: JobStore, job_of: Any, scheme: Any) -> None:
+def test_on_a_phone_no_page_is_wider(page, store, job_of, scheme):
     job = job_of(page, name="w" * 100, model=f"org/{'m' * 90}")
     store.enter_worker(uuid.uuid4(), name="h" * 60, device="cuda:0", kinds=[*StageKind])
     page.set_viewport_size({"width": WIDTH, "height": HEIGHT})
@@ -282,9 +278,7 @@ def test_on_a_phone_no_page_is_wider(page: Page, store: JobStore, job_of: Any, s
     assert ground == {"light": "rgb(243, 244, 246)", "dark": "rgb(17, 24, 39)"}[scheme]
 
 
-def test_the_dashboard_pleases_axe_core_and_fits_a_phone(
-    browser: Browser, url: str, database: Database
-) -> None:
+def test_the_dashboard_pleases_axe_core_and_fits_a_phone(browser, url, database):
     with open_storage(database.studies_url) as storage:
         study = optuna.create_study(storage=storage, study_name="s" * 60)
         for value in (0.25, 0.5, 0.75):
@@ -316,8 +310,8 @@ def test_the_dashboard_pleases_axe_core_and_fits_a_phone(
     assert {path: each for path, each in found.items() if each} == {}
 
 
-def test_the_apis_description_asks_no_other_machine_for_anything(page: Page, url: str) -> None:
-    asked: list[str] = []
+def test_the_apis_description_asks_no_other_machine_for_anything(page, url):
+    asked = []
     page.on("request", lambda request: asked.append(request.url))
     go(page, "API")
     page.keyboard.press("Enter")

@@ -6,16 +6,13 @@ import itertools
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from fastapi.testclient import TestClient
 
 from pho_service.api import job_list
 from pho_service.shown import parts
 from pho_service.shown.parts import policy_hash
-from storage.keys import KeyStore
 from storage.records import JobState, StageKind
 
 NOBODY = "00000000-0000-0000-0000-000000000000"
@@ -28,75 +25,75 @@ FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 class Page(HTMLParser):
     """A page taken apart: elements with attributes and texts, and all of its text in a line."""
 
-    def __init__(self, answer: Any) -> None:
+    def __init__(self, answer):
         super().__init__()
         assert answer.headers["content-type"] == "text/html; charset=utf-8", answer.text
-        self.tags: list[tuple[str, dict[str, str], list[str]]] = []
-        self._open: list[int] = []
+        self.tags = []
+        self._open = []
         self.feed(answer.text)
         self.close()
         self.text = _line(self.tags[0][2])
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag, attrs):
         self.tags.append((tag, {name: value or "" for name, value in attrs}, []))
         if tag not in ("meta", "input", "link", "br", "col"):
             self._open.append(len(self.tags) - 1)
 
-    def handle_endtag(self, tag: str) -> None:
+    def handle_endtag(self, tag):
         assert self.tags[self._open.pop()][0] == tag
 
-    def handle_data(self, data: str) -> None:
+    def handle_data(self, data):
         if self._open and self.tags[self._open[-1]][0] not in ("style", "script"):
             for number in self._open:
                 self.tags[number][2].append(data)
 
-    def of(self, tag: str) -> list[dict[str, str]]:
+    def of(self, tag):
         return [attributes for name, attributes, _ in self.tags if name == tag]
 
-    def texts(self, tag: str) -> list[str]:
+    def texts(self, tag):
         return [_line(text) for name, _, text in self.tags if name == tag]
 
-    def at(self, element: str) -> tuple[dict[str, str], str]:
+    def at(self, element):
         ((attributes, text),) = [(a, _line(t)) for _, a, t in self.tags if a.get("id") == element]
         return attributes, text
 
     @property
-    def links(self) -> dict[str, str]:
+    def links(self):
         return {_line(t): a["href"] for name, a, t in self.tags if name == "a"}
 
 
-def _line(texts: list[str]) -> str:
+def _line(texts):
     return " ".join("".join(texts).split())
 
 
-def basic(secret: str) -> dict[str, str]:
+def basic(secret):
     return {"Authorization": f"Basic {base64.b64encode(f'me:{secret}'.encode()).decode()}"}
 
 
-def listed(page: Page) -> list[str]:
+def listed(page):
     return [tr["id"].removeprefix("job-") for tr in page.of("tr") if "id" in tr]
 
 
-def row(page: Page, job: dict[str, Any]) -> str:
+def row(page, job):
     """The text of a job in the list, with spaces between its cells."""
     begin = next(i for i, (_, a, _) in enumerate(page.tags) if a.get("id") == f"job-{job['id']}")
     cells = itertools.takewhile(lambda tag: tag[0] not in ("tr", "h2"), page.tags[begin + 1 :])
     return " ".join(text for n, _, t in cells if n in ("td", "th") and (text := _line(t)))
 
 
-def many(client: TestClient, verb: str, jobs: list[str], **typed: str) -> Any:
+def many(client, verb, jobs, **typed):
     """Ask something of several jobs as the list's form does; the answer is not followed."""
     body = urlencode([("verb", verb), *typed.items(), *(("job", job) for job in jobs)])
     return client.post("/jobs", content=body, headers=FORM, follow_redirects=False)
 
 
-def send(client: TestClient, path: str = "/new", *, headers: Any = None, **typed: str) -> Any:
+def send(client, path="/new", *, headers=None, **typed):
     """Send a form as a browser does; the answer is not followed."""
     fields = {**TYPED, **typed} if path == "/new" else {"view": "", **typed}
     return client.post(path, data=fields, headers=headers, follow_redirects=False)
 
 
-def test_without_jobs_and_workers_the_list_says_how_to_get_them(client: TestClient) -> None:
+def test_without_jobs_and_workers_the_list_says_how_to_get_them(client):
     page = Page(client.get("/"))
 
     assert "There is no job yet. Submit one, or use pho submit." in page.text
@@ -106,7 +103,7 @@ def test_without_jobs_and_workers_the_list_says_how_to_get_them(client: TestClie
     assert client.head("/").status_code == client.head("/new").status_code == 200
 
 
-def test_no_script_but_ours_could_run_and_forms_lead_here_alone(client: TestClient) -> None:
+def test_no_script_but_ours_could_run_and_forms_lead_here_alone(client):
     for path, script in (("/", "live.js"), ("/new", "form.js"), ("/jobs/nothing", None)):
         answer = client.get(path)
         policy = answer.headers["content-security-policy"]
@@ -122,7 +119,7 @@ def test_no_script_but_ours_could_run_and_forms_lead_here_alone(client: TestClie
         assert answer.headers["cache-control"] == "no-store"
 
 
-def test_a_job_has_a_row_in_each_state(client: TestClient, submit: Any, hand: Any) -> None:
+def test_a_job_has_a_row_in_each_state(client, submit, hand):
     made = {state: submit(name=f"mine {state}", preset="best") for state in JobState}
     for state, job in made.items():
         hand.bring(job["id"], state)
@@ -143,7 +140,7 @@ def test_a_job_has_a_row_in_each_state(client: TestClient, submit: Any, hand: An
     assert "org/name is not there." in row(page, made[JobState.FAILED])
 
 
-def test_a_row_tells_what_was_asked(client: TestClient, submit: Any, hand: Any) -> None:
+def test_a_row_tells_what_was_asked(client, submit, hand):
     more = submit(more_models=["org/other"], pattern="2:4")
     several = submit(pattern=None, patterns=["0.3", "2:4"])
     target = submit(pattern=None, target={"perplexity_rise": 0.05})
@@ -158,7 +155,7 @@ def test_a_row_tells_what_was_asked(client: TestClient, submit: Any, hand: Any) 
     assert "a +1 0.5 transfer queued" in row(page, transfer)
 
 
-def test_a_job_that_works_is_drawn_with_a_bar(client: TestClient, submit: Any, hand: Any) -> None:
+def test_a_job_that_works_is_drawn_with_a_bar(client, submit, hand):
     job = submit(trials=40, name="mine")
     hand.calibrate(job["id"])
     claim = hand.take(job["id"], StageKind.SEARCH)
@@ -176,7 +173,7 @@ def test_a_job_that_works_is_drawn_with_a_bar(client: TestClient, submit: Any, h
     assert {y for _, y in points} == {0.0}
 
 
-def test_stages(client: TestClient, submit: Any, hand: Any) -> None:
+def test_stages(client, submit, hand):
     """Each stage shows what it counts; what was found stands beside the dense model and RIA."""
     calibrated, measured, over = submit(), submit(), submit()
     claim = hand.take(calibrated["id"], StageKind.CALIBRATE)
@@ -194,7 +191,7 @@ def test_stages(client: TestClient, submit: Any, hand: Any) -> None:
     assert len(page.of("progress")) == 2
 
 
-def test_what_users_have_named_is_text(client: TestClient, submit: Any, hand: Any) -> None:
+def test_what_users_have_named_is_text(client, submit, hand):
     hostile = "<img src=x onerror=alert(1)>\"'"
     job = submit(name=hostile)
     hand.fail(job["id"], message=hostile)
@@ -206,7 +203,7 @@ def test_what_users_have_named_is_text(client: TestClient, submit: Any, hand: An
     assert "<img" not in answer.text
 
 
-def test_pages(client: TestClient, submit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages(client, submit, monkeypatch):
     """Pages give every job once, newest first or sorted, keep the filters, and lead back."""
     monkeypatch.setattr(job_list, "PAGE_SIZE", 2)
     jobs = [submit(name=f"job {letter}")["id"] for letter in "bdaec"]
@@ -231,7 +228,7 @@ def test_pages(client: TestClient, submit: Any, monkeypatch: pytest.MonkeyPatch)
     assert found["?name=job&sort=name"] == [jobs["bdaec".index(letter)] for letter in "abcde"]
 
 
-def test_links_with_counts_filter_the_list(client: TestClient, submit: Any, hand: Any) -> None:
+def test_links_with_counts_filter_the_list(client, submit, hand):
     first = submit(model="org/a", pattern="0.5")
     second = submit(model="org/a", pattern="2:4", name="Ünï")
     third = submit(model="org/b", pattern="2:4")
@@ -262,13 +259,13 @@ def test_links_with_counts_filter_the_list(client: TestClient, submit: Any, hand
     assert nothing.links["Remove name or id x"] == "/?state=paused&model=org%2Fa"
 
 
-def test_a_press_on_the_head_of_a_column_sorts_by_it(client: TestClient, submit: Any) -> None:
+def test_a_press_on_the_head_of_a_column_sorts_by_it(client, submit):
     jobs = [submit(name=letter)["id"] for letter in "bca"]
     page = Page(client.get("/"))
     up = Page(client.get(page.links["Job"]))
     down = Page(client.get(up.links["Job"]))
 
-    def order(of: Page) -> dict[str, str]:
+    def order(of):
         return {_line(t): a["aria-sort"] for n, a, t in of.tags if n == "th" and "aria-sort" in a}
 
     assert order(page) == {"Submitted": "descending"}
@@ -280,7 +277,7 @@ def test_a_press_on_the_head_of_a_column_sorts_by_it(client: TestClient, submit:
     assert all(th["scope"] in ("col", "row") for th in page.of("th"))
 
 
-def test_the_list_refreshes_until_stopped(client: TestClient, submit: Any, hand: Any) -> None:
+def test_the_list_refreshes_until_stopped(client, submit, hand):
     job = submit()["id"]
     on = Page(client.get("/"))
     off = Page(client.get(on.links["Stop refreshing"]))
@@ -288,7 +285,7 @@ def test_the_list_refreshes_until_stopped(client: TestClient, submit: Any, hand:
     hand.bring(job, JobState.PAUSED)
     rest = Page(client.get("/"))
 
-    def refreshes(page: Page) -> tuple[bool, str | None]:
+    def refreshes(page):
         without_scripts = any(m.get("http-equiv") == "refresh" for m in page.of("meta"))
         return without_scripts, page.at("now")[0].get("data-moves")
 
@@ -299,7 +296,7 @@ def test_the_list_refreshes_until_stopped(client: TestClient, submit: Any, hand:
     assert {i["value"] for i in off.of("input") if i.get("name") == "view"} == {"?refresh=off"}
 
 
-def test_a_list_shows_what_workers_do(client: TestClient, submit: Any, hand: Any) -> None:
+def test_a_list_shows_what_workers_do(client, submit, hand):
     job = submit()
     before = Page(client.get("/"))
     hand.store.enter_worker(hand.worker_id, name="host:7", device="cuda:0", kinds=[*StageKind])
@@ -313,11 +310,11 @@ def test_a_list_shows_what_workers_do(client: TestClient, submit: Any, hand: Any
     assert f"calibrate of {job['name']}" in _spaced(busy)
 
 
-def _spaced(page: Page) -> str:
+def _spaced(page):
     return " ".join(t for n, _, texts in page.tags if n in ("td", "th") for t in [_line(texts)])
 
 
-def test_a_button_asks_it_of_all_jobs_that_are_chosen(client: TestClient, submit: Any) -> None:
+def test_a_button_asks_it_of_all_jobs_that_are_chosen(client, submit):
     jobs = [submit()["id"] for _ in range(3)]
     answer = many(client, "pause", jobs[:2], view="?state=queued&sort=name")
     again = many(client, "resume", jobs[:1])
@@ -329,7 +326,7 @@ def test_a_button_asks_it_of_all_jobs_that_are_chosen(client: TestClient, submit
     ]  # fmt: skip
 
 
-def test_what_cannot_be_done_is_told_by_name(client: TestClient, submit: Any, hand: Any) -> None:
+def test_what_cannot_be_done_is_told_by_name(client, submit, hand):
     done, queued = submit(name="done"), submit()
     hand.bring(done["id"], JobState.SUCCEEDED)
     answer = many(client, "cancel", [done["id"], NOBODY, queued["id"]])
@@ -342,7 +339,7 @@ def test_what_cannot_be_done_is_told_by_name(client: TestClient, submit: Any, ha
     assert client.get(f"/v1/jobs/{queued['id']}").json()["state"] == "cancelled"
 
 
-def test_many_are_deleted_if_asked_twice(client: TestClient, submit: Any, hand: Any) -> None:
+def test_many_are_deleted_if_asked_twice(client, submit, hand):
     over, paused, queued = submit(name="over"), submit(name="rests"), submit(name="waits")
     hand.record(over, 2)
     hand.bring(over["id"], JobState.FAILED)
@@ -374,15 +371,15 @@ def test_many_are_deleted_if_asked_twice(client: TestClient, submit: Any, hand: 
     ],
 )
 def test_what_is_no_choice_of_jobs_changes_nothing_and_a_page_says_why(
-    client: TestClient, verb: str, chosen: list[str], status: int, told: str
-) -> None:
+    client, verb, chosen, status, told
+):
     answer = many(client, verb, chosen)
 
     assert answer.status_code == status
     assert told in Page(answer).text
 
 
-def test_chosen_before(client: TestClient, submit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chosen_before(client, submit, monkeypatch):
     """A job that is to be compared stays chosen, also where the list does not show it."""
     monkeypatch.setattr(job_list, "PAGE_SIZE", 1)
     older, newer = submit(), submit()
@@ -398,7 +395,7 @@ def test_chosen_before(client: TestClient, submit: Any, monkeypatch: pytest.Monk
     )
 
 
-def test_a_key_sees_its_own_jobs_alone(client: TestClient, keys: KeyStore, hand: Any) -> None:
+def test_a_key_sees_its_own_jobs_alone(client, keys, hand):
     mine, other = (basic(keys.create(name, sees_all=False)[1]) for name in ("mine", "other"))
     jobs = [send(client, headers=h).headers["location"][6:] for h in (mine, other)]
     for job in jobs:
@@ -413,7 +410,7 @@ def test_a_key_sees_its_own_jobs_alone(client: TestClient, keys: KeyStore, hand:
     assert {job.state for job in hand.store.page()} == {JobState.QUEUED}
 
 
-def test_a_study_that_has_begun_has_a_link(client: TestClient, submit: Any, hand: Any) -> None:
+def test_a_study_that_has_begun_has_a_link(client, submit, hand):
     job = submit(islands=3)
     hand.record(job, 1)
     hand.record(job, 1, island=2)
@@ -434,7 +431,7 @@ def test_a_study_that_has_begun_has_a_link(client: TestClient, submit: Any, hand
     }
 
 
-def test_what_is_too_late_is_told_on_the_list(client: TestClient, submit: Any, hand: Any) -> None:
+def test_what_is_too_late_is_told_on_the_list(client, submit, hand):
     job = submit()["id"]
     hand.bring(job, JobState.SUCCEEDED)
     late = send(client, f"/jobs/{job}/cancel")
@@ -448,7 +445,7 @@ def test_what_is_too_late_is_told_on_the_list(client: TestClient, submit: Any, h
     assert job in listed(Page(late))
 
 
-def test_a_deletion_is_asked_once_more(client: TestClient, submit: Any, hand: Any) -> None:
+def test_a_deletion_is_asked_once_more(client, submit, hand):
     job, works = submit(name="mine"), submit()["id"]
     hand.bring(job["id"], JobState.CANCELLED)
     hand.bring(works, JobState.RUNNING)
@@ -481,7 +478,7 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize("by", ["nothing", "password", "login"])
-def test_foreign_form(client: TestClient, keys: KeyStore, hand: Any, by: str) -> None:
+def test_foreign_form(client, keys, hand, by):
     """A form of another page changes nothing, also with the browser's key; a program does."""
     job = send(client).headers["location"].removeprefix("/jobs/")
     before, api = hand.store.page(), f"/v1/jobs/{job}:cancel"
@@ -507,7 +504,7 @@ def test_foreign_form(client: TestClient, keys: KeyStore, hand: Any, by: str) ->
         assert client.post(api, headers={**bearer, **FOREIGN[0]}).status_code == 202
 
 
-def test_our_own_forms_are_taken_and_programs_are(client: TestClient, keys: KeyStore) -> None:
+def test_our_own_forms_are_taken_and_programs_are(client, keys):
     mine = basic(keys.create("k", sees_all=False)[1])
     for headers in (
         {},
@@ -530,9 +527,7 @@ def test_our_own_forms_are_taken_and_programs_are(client: TestClient, keys: KeyS
         ("POST", "/", 405, "Method Not Allowed"),
     ],
 )
-def test_every_error_of_a_page_is_a_page(
-    client: TestClient, method: str, path: str, status: int, told: str
-) -> None:
+def test_every_error_of_a_page_is_a_page(client, method, path, status, told):
     kind = FORM if "explode" in path else {"Content-Type": "application/json"}
     answer = client.request(method, path, content=b"", headers=kind)
 
@@ -541,14 +536,14 @@ def test_every_error_of_a_page_is_a_page(
 
 
 @pytest.mark.parametrize("body", [b"model=%ff&pattern=\xff", b"&".join([b"a=1"] * 300)])
-def test_a_body_that_is_no_form_of_ours_is_refused(client: TestClient, body: bytes) -> None:
+def test_a_body_that_is_no_form_of_ours_is_refused(client, body):
     answer = client.post("/new", content=body, headers=FORM)
 
     assert answer.status_code == 422
     assert "The form cannot be read." in Page(answer).text
 
 
-def test_a_form_that_is_too_large_is_not_read_declared_or_not(client_of: Any) -> None:
+def test_a_form_that_is_too_large_is_not_read_declared_or_not(client_of):
     client = client_of(max_body_bytes=1024)
     chunks = (b"more=" + b"x" * 1000 for _ in range(2))
     answers = [send(client, more="x" * 2000), client.post("/new", content=chunks, headers=FORM)]
@@ -558,7 +553,7 @@ def test_a_form_that_is_too_large_is_not_read_declared_or_not(client_of: Any) ->
         assert "larger than 1024 bytes" in Page(answer).text
 
 
-def test_a_fault_of_ours_is_a_page_too(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_ours_is_a_page_too(client, monkeypatch):
     monkeypatch.setattr(job_list, "rows", None)
     send(client)
     answer = client.get("/")
@@ -567,7 +562,7 @@ def test_a_fault_of_ours_is_a_page_too(client: TestClient, monkeypatch: pytest.M
     assert "The server failed; its log says why." in Page(answer).text
 
 
-def test_texts_stand_out_4_5_times_from_what_they_stand_on_and_edges_3_times() -> None:
+def test_texts_stand_out_4_5_times_from_what_they_stand_on_and_edges_3_times():
     css = STYLE.read_text()
     blocks = re.findall(r":root {(.*?)}", css, re.DOTALL)
     schemes = [dict(re.findall(r"--([\w-]+): (#\w+);", block)) for block in blocks]
@@ -583,9 +578,9 @@ def test_texts_stand_out_4_5_times_from_what_they_stand_on_and_edges_3_times() -
             assert contrast(colours[ink], colours[ground]) >= least, (ink, ground)
 
 
-def contrast(first: str, second: str) -> float:
+def contrast(first, second):
 
-    def luminance(colour: str) -> float:
+    def luminance(colour):
         digits = colour[1:] if len(colour) == 7 else "".join(2 * c for c in colour[1:])
         channels = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
@@ -595,7 +590,7 @@ def contrast(first: str, second: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def test_whatever_a_form_says_it_leads_to_our_list(client: TestClient, submit: Any) -> None:
+def test_whatever_a_form_says_it_leads_to_our_list(client, submit):
     job = submit()["id"]
     for view in ("//evil.example", "?\r\nX: y", "?state=queued&next=//evil.example"):
         answer = send(client, f"/jobs/{job}/pause", view=view)

@@ -5,10 +5,8 @@ import logging
 import re
 import uuid
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from fastapi.testclient import TestClient
 
 from pho_service.host.logs import about
 from storage.records import REFERENCE_NUMBERS, JobState, StageKind
@@ -17,24 +15,24 @@ from workers.watch import MOST_LINES, StageLog
 NOBODY = "00000000-0000-0000-0000-000000000000"
 
 
-def source(client: TestClient, job_id: str) -> str:
+def source(client, job_id):
     answer = client.get(f"/jobs/{job_id}")
     assert answer.status_code == 200, answer.text[:500]
     return answer.text
 
 
-def section(text: str, name: str) -> str:
+def section(text, name):
     found = re.search(rf'<(section|div)[^>]* id="{name}".*?</\1>', text, flags=re.DOTALL)
     assert found is not None, name
     return words(found[0])
 
 
-def words(text: str) -> str:
+def words(text):
     shown = re.sub(r"<(script|style).*?</\1>|<[^>]+>", " ", text, flags=re.DOTALL)
     return " ".join(html.unescape(shown).replace("\N{EN DASH}", "-").split())
 
 
-def test_a_job_has_a_page_at_any_time(client: TestClient, hand: Any, submit: Any) -> None:
+def test_a_job_has_a_page_at_any_time(client, hand, submit):
     for state in JobState:
         job = submit()
         hand.bring(job["id"], state)
@@ -45,7 +43,7 @@ def test_a_job_has_a_page_at_any_time(client: TestClient, hand: Any, submit: Any
         assert ('<noscript><meta http-equiv="refresh"' in text) == (" data-moves" in text)
 
 
-def test_a_calibration_shows_what_it_is_at(client: TestClient, hand: Any, submit: Any) -> None:
+def test_a_calibration_shows_what_it_is_at(client, hand, submit):
     job_id = submit()["id"]
     claim = hand.take(job_id, StageKind.CALIBRATE)
     before = client.get(f"/v1/jobs/{job_id}").json()["progress"]["step"]
@@ -62,7 +60,7 @@ def test_a_calibration_shows_what_it_is_at(client: TestClient, hand: Any, submit
     assert "Calibrate done 1 of 1" in section(source(client, job_id), "stages")
 
 
-def test_a_search_is_drawn_as_it_goes(client: TestClient, hand: Any, submit: Any) -> None:
+def test_a_search_is_drawn_as_it_goes(client, hand, submit):
     job = submit(trials=8)
     hand.calibrate(job["id"])
     empty = source(client, job["id"])
@@ -78,9 +76,7 @@ def test_a_search_is_drawn_as_it_goes(client: TestClient, hand: Any, submit: Any
     assert "found (best so far) 21.50 0.5000 5" in finalists
 
 
-def test_the_result_is_beside_dense_and_baselines(
-    client: TestClient, hand: Any, submit: Any
-) -> None:
+def test_the_result_is_beside_dense_and_baselines(client, hand, submit):
     job_id = submit()["id"]
     layers = [["model.layers.0", "mlp.up_proj", 0.1, 0.4567]]
     found = {"dense": 20.0, "pruned": 25.0, "wanda": 40.0}
@@ -96,7 +92,7 @@ def test_the_result_is_beside_dense_and_baselines(
     assert f'href="/v1/jobs/{job_id}/best"' in text
 
 
-def test_a_job_that_failed_says_why(client: TestClient, hand: Any, submit: Any) -> None:
+def test_a_job_that_failed_says_why(client, hand, submit):
     job_id = submit()["id"]
     hand.fail(job_id)
     text = source(client, job_id)
@@ -106,7 +102,7 @@ def test_a_job_that_failed_says_why(client: TestClient, hand: Any, submit: Any) 
     assert "failed: org/name is not there. (ModelError)" in section(text, "happened")
 
 
-def test_the_page_extends_a_search(client: TestClient, hand: Any, submit: Any) -> None:
+def test_the_page_extends_a_search(client, hand, submit):
     job_id = submit(trials=40)["id"]
     path = f"/jobs/{job_id}/extend"
     done = client.post(path, data={"trials": "20"}, follow_redirects=False)
@@ -122,7 +118,7 @@ def test_the_page_extends_a_search(client: TestClient, hand: Any, submit: Any) -
     assert "A job that is failed cannot be extended." in words(late.text)
 
 
-def test_the_page_measures_on_other_models(client: TestClient, hand: Any, submit: Any) -> None:
+def test_the_page_measures_on_other_models(client, hand, submit):
     job_id = submit()["id"]
     hand.succeed(job_id)
     path = f"/jobs/{job_id}/transfer"
@@ -139,7 +135,7 @@ def test_the_page_measures_on_other_models(client: TestClient, hand: Any, submit
     assert client.get("/new", params={"job": str(newest.id)}).status_code == 409
 
 
-def test_the_page_has_the_last_lines_of_logs(client: TestClient, hand: Any, submit: Any) -> None:
+def test_the_page_has_the_last_lines_of_logs(client, hand, submit):
     job_id = submit()["id"]
     claim = hand.take(job_id, StageKind.CALIBRATE)
     hand.store.log(claim, ["03:00:00 INFO begins <b>"], worker="host:1")
@@ -159,7 +155,7 @@ def test_the_page_has_the_last_lines_of_logs(client: TestClient, hand: Any, subm
     assert "line 699 " not in last
 
 
-def test_logs_of_a_deleted_job(client: TestClient, hand: Any, submit: Any) -> None:
+def test_logs_of_a_deleted_job(client, hand, submit):
     job_id = submit()["id"]
     claim = hand.take(job_id, StageKind.CALIBRATE)
     hand.store.ask(uuid.UUID(job_id), "cancel")
@@ -170,11 +166,11 @@ def test_logs_of_a_deleted_job(client: TestClient, hand: Any, submit: Any) -> No
     assert hand.store.logs(uuid.UUID(job_id), limit=5) == []
 
 
-def _hide(message: str) -> str:
+def _hide(message):
     return message.replace("/x", "[x]")
 
 
-def test_logging(client: TestClient, hand: Any, submit: Any, caplog: Any) -> None:
+def test_logging(client, hand, submit, caplog):
     """Lines about a stage are kept, without secrets and folders; of too many the first."""
     job_id = submit()["id"]
     claim = hand.take(job_id, StageKind.CALIBRATE)
@@ -198,8 +194,8 @@ def test_logging(client: TestClient, hand: Any, submit: Any, caplog: Any) -> Non
 
 
 def test_a_short_id_leads_to_its_job_or_to_a_page_with_all_that_it_fits(
-    client: TestClient, submit: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    client, submit, monkeypatch
+):
     twins = [f"abcdef0{digit}-1111-4222-8333-444444444444" for digit in (1, 2)]
     ids = iter(map(uuid.UUID, twins))
     with monkeypatch.context() as patched:
@@ -219,7 +215,7 @@ def test_a_short_id_leads_to_its_job_or_to_a_page_with_all_that_it_fits(
         assert "nor one that begins so" in answer.text
 
 
-def test_buttons_lead_back_to_the_page(client: TestClient, hand: Any, submit: Any) -> None:
+def test_buttons_lead_back_to_the_page(client, hand, submit):
     job_id = submit()["id"]
     paused = client.post(f"/jobs/{job_id}/pause", data={"back": "job"}, follow_redirects=False)
     hand.store.ask(hand.store.page()[0].id, "cancel")
@@ -231,7 +227,7 @@ def test_buttons_lead_back_to_the_page(client: TestClient, hand: Any, submit: An
     assert client.get(f"/jobs/{NOBODY}").status_code == 404
 
 
-def test_jobs_are_compared_side_by_side(client: TestClient, hand: Any, submit: Any) -> None:
+def test_jobs_are_compared_side_by_side(client, hand, submit):
     first, second = submit(trials=8, name="first"), submit(trials=8, name="second", seed=3)
     for job in (first, second):
         hand.calibrate(job["id"])
@@ -250,7 +246,7 @@ def test_jobs_are_compared_side_by_side(client: TestClient, hand: Any, submit: A
 
 
 @pytest.mark.parametrize("count", [0, 1, 9])
-def test_what_is_not_two_to_eight_jobs_is_refused(client: TestClient, count: int) -> None:
+def test_what_is_not_two_to_eight_jobs_is_refused(client, count):
     answer = client.get("/compare", params={"job": [str(uuid.uuid4()) for _ in range(count)]})
 
     assert answer.status_code == 422

@@ -3,18 +3,14 @@
 import shutil
 import threading
 import uuid
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
-from fastapi.testclient import TestClient
 from sqlalchemy import update
 
 from pho_service.api.jobs import HubWatch
-from pho_service.spec.configuration import Configuration, write_configuration
+from pho_service.spec.configuration import write_configuration
 from pho_service.spec.job import JobSpec
 from pho_service.spec.objective import MAX_TRIALS
 from storage.records import JobState, StageKind
@@ -31,11 +27,11 @@ VERBS = {
 }
 
 
-def ids(answer: Any) -> list[str]:
+def ids(answer):
     return [job["id"] for job in answer.json()["jobs"]]
 
 
-def test_what_is_local_stays_local_ever_after(client: TestClient, tmp_path: Path) -> None:
+def test_what_is_local_stays_local_ever_after(client, tmp_path):
     for name in ("org/name", "other"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "config.json").write_text("{}")
@@ -54,7 +50,7 @@ def test_what_is_local_stays_local_ever_after(client: TestClient, tmp_path: Path
     assert hub["spec"]["model"] == "org/name"
 
 
-def test_a_submit_is_answered_at_once_with_202_and_the_place(client: TestClient) -> None:
+def test_a_submit_is_answered_at_once_with_202_and_the_place(client):
     answer = client.post("/v1/jobs", json=DOCUMENT)
     short = answer.json()
     job = client.get(short["links"]["job"]).json()
@@ -81,8 +77,8 @@ def test_a_submit_is_answered_at_once_with_202_and_the_place(client: TestClient)
 
 
 def test_a_submit_warns_of_a_near_name_a_hub_that_is_away_and_a_shorter_context(
-    client: TestClient, tmp_path: Path, write_small: Callable[[Path], None]
-) -> None:
+    client, tmp_path, write_small
+):
     write_small(tmp_path / "example" / "small-llama")
     (tmp_path / "text.txt").write_text("text")
     here = {"model": "example/small-llama", "calibration": {"text": "text.txt"}}
@@ -99,12 +95,10 @@ def test_a_submit_warns_of_a_near_name_a_hub_that_is_away_and_a_shorter_context(
     assert "cannot be reached from this service: example/small-lama can only" in away
 
 
-def test_one_submission_waits_for_a_hub_that_hangs_and_no_other(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_submission_waits_for_a_hub_that_hangs_and_no_other(client, monkeypatch):
     asked, over = threading.Event(), threading.Event()
 
-    def hangs() -> bool:
+    def hangs():
         asked.set()
         over.wait(60)
         return False
@@ -124,8 +118,8 @@ def test_one_submission_waits_for_a_hub_that_hangs_and_no_other(
 
 
 def test_what_matches_no_linear_of_a_local_model_is_refused_at_once(
-    client: TestClient, tmp_path: Path, write_small: Callable[[Path], None], refusal: Any
-) -> None:
+    client, tmp_path, write_small, refusal
+):
     write_small(tmp_path / "small")
     steps = {"linears": {"ignore": ["*.o_projj"]}}
     document = {**DOCUMENT, "model": "small", "steps": steps}
@@ -135,7 +129,7 @@ def test_what_matches_no_linear_of_a_local_model_is_refused_at_once(
     assert "'*.o_projj' matches none" in error["detail"]
 
 
-def test_the_longest_names_give_studies_names_that_fit(submit: Any, hand: Any) -> None:
+def test_the_longest_names_give_studies_names_that_fit(submit, hand):
     model, pattern = "a" * 96 + "/" + "b" * 96, "0." + "5" * 62
     for name in (None, "x" * 100):
         job = submit(model=model, pattern=pattern, name=name, islands=64)
@@ -144,7 +138,7 @@ def test_the_longest_names_give_studies_names_that_fit(submit: Any, hand: Any) -
             open_study(storage, study_name(job["name"], 63), direction="minimize")
 
 
-def test_same_key_twice(client: TestClient, submit: Any, refusal: Any) -> None:
+def test_same_key_twice(client, submit, refusal):
     """The same Idempotency-Key makes one job, and is refused with another document."""
     headers = {"Idempotency-Key": "a-b-c"}
     first = submit(headers=headers)
@@ -157,7 +151,7 @@ def test_same_key_twice(client: TestClient, submit: Any, refusal: Any) -> None:
     assert ids(client.get("/v1/jobs")) == [first["id"]]
 
 
-def test_an_odd_idempotency_key_is_refused_by_name(client: TestClient, refusal: Any) -> None:
+def test_an_odd_idempotency_key_is_refused_by_name(client, refusal):
     for key in ("", "with space", "x" * 256, "tab\t", "caf\xe9"):
         headers = {"Idempotency-Key": key.encode("latin-1")}
         answer = client.post("/v1/jobs", json=DOCUMENT, headers=headers)
@@ -165,7 +159,7 @@ def test_an_odd_idempotency_key_is_refused_by_name(client: TestClient, refusal: 
         assert refusal(answer, 422)["errors"][0]["parameter"].lower() == "idempotency-key"
 
 
-def test_more_unfinished_jobs_are_refused_for_now(client_of: Any, refusal: Any, hand: Any) -> None:
+def test_more_unfinished_jobs_are_refused_for_now(client_of, refusal, hand):
     client = client_of(max_unfinished_jobs=1)
     first = client.post("/v1/jobs", json=DOCUMENT, headers={"Idempotency-Key": "one"})
     again = client.post("/v1/jobs", json=DOCUMENT, headers={"Idempotency-Key": "one"})
@@ -179,7 +173,7 @@ def test_more_unfinished_jobs_are_refused_for_now(client_of: Any, refusal: Any, 
     assert later.status_code == 202
 
 
-def test_pages_give_every_job_once_while_others_arrive(client: TestClient, submit: Any) -> None:
+def test_pages_give_every_job_once_while_others_arrive(client, submit):
     jobs = [submit()["id"] for _ in range(4)]
     seen, token = [], None
     for _ in range(2):
@@ -193,12 +187,12 @@ def test_pages_give_every_job_once_while_others_arrive(client: TestClient, submi
     assert token is None  # also after a full page
 
 
-def test_filters_leave_the_jobs_that_have_it_all(client: TestClient, submit: Any) -> None:
+def test_filters_leave_the_jobs_that_have_it_all(client, submit):
     named = submit(name="Zeta", model="org/a")["id"]
     other = submit(name="alpha", pattern="2:4", more_models=["org/a"])["id"]
     last = submit(name="beta", pattern=None, patterns=["0.5", "2:4"])["id"]
 
-    def listed(**params: Any) -> list[str]:
+    def listed(**params):
         return ids(client.get("/v1/jobs", params=params))
 
     first = client.get("/v1/jobs", params={"sort": "name", "page_size": 2}).json()
@@ -218,7 +212,7 @@ def test_filters_leave_the_jobs_that_have_it_all(client: TestClient, submit: Any
     assert listed(sort="name", page_token="9" * 18) == []
 
 
-def test_a_wrong_parameter_is_named_with_its_rule(client: TestClient, refusal: Any) -> None:
+def test_a_wrong_parameter_is_named_with_its_rule(client, refusal):
     for params, says in (
         ({"page_token": "x"}, "not one of our tokens"),
         ({"page_token": "9223372036854775808"}, "not one of our tokens"),  # 2**63
@@ -237,7 +231,7 @@ PARTS = ("", "/trials", "/best", "/events", "/report", *(f":{verb}" for verb in 
 
 
 @pytest.mark.parametrize("what", PARTS)
-def test_what_is_no_job_is_404_or_422(client: TestClient, refusal: Any, what: str) -> None:
+def test_what_is_no_job_is_404_or_422(client, refusal, what):
     method = "POST" if ":" in what else "GET"
     for job_id in ("1", "x", "%00", "'", "-1", "1" * 40, "%ff"):
         answer = client.request(method, f"/v1/jobs/{job_id}{what}", json={"trials": 1})
@@ -248,7 +242,7 @@ def test_what_is_no_job_is_404_or_422(client: TestClient, refusal: Any, what: st
     refusal(answer, 404, "no_such_job")
 
 
-def test_progress_of_a_search(client: TestClient, submit: Any, hand: Any) -> None:
+def test_progress_of_a_search(client, submit, hand):
     """Trials, best value and time left, if it can be known, are those of all islands together."""
     job = submit(trials=40, islands=2)["id"]
     hand.calibrate(job)
@@ -277,9 +271,7 @@ def test_progress_of_a_search(client: TestClient, submit: Any, hand: Any) -> Non
     assert client.get(f"/v1/jobs/{job}").json()["progress"]["seconds_left"] is None
 
 
-def test_no_time_is_left_to_tell_while_no_worker_has_the_stage(
-    client: TestClient, submit: Any, hand: Any
-) -> None:
+def test_no_time_is_left_to_tell_while_no_worker_has_the_stage(client, submit, hand):
     job = submit(trials=40)["id"]
     hand.calibrate(job)
     claim = hand.take(job, StageKind.SEARCH)
@@ -291,7 +283,7 @@ def test_no_time_is_left_to_tell_while_no_worker_has_the_stage(
     assert client.get(f"/v1/jobs/{job}").json()["progress"]["seconds_left"] is None
 
 
-def test_the_best_of_a_maximum_is_highest(client: TestClient, submit: Any, hand: Any) -> None:
+def test_the_best_of_a_maximum_is_highest(client, submit, hand):
     job = submit(trials=40, islands=2, objective={"name": "gini"})["id"]
     hand.calibrate(job)
     for island, value in enumerate((0.5, 0.25)):
@@ -301,7 +293,7 @@ def test_the_best_of_a_maximum_is_highest(client: TestClient, submit: Any, hand:
     assert client.get(f"/v1/jobs/{job}").json()["progress"]["best_value"] == 0.5
 
 
-def test_perplexities_are_counted_and_timed(client: TestClient, submit: Any, hand: Any) -> None:
+def test_perplexities_are_counted_and_timed(client, submit, hand):
     job = submit(trials=40)["id"]
     hand.to_confirm(job, 0, 7, 9)
     hand.measure(job, 7, perplexity=20.0, seconds=3.0)
@@ -314,7 +306,7 @@ def test_perplexities_are_counted_and_timed(client: TestClient, submit: Any, han
     assert shown["progress"]["seconds_left"] == 6.0
 
 
-def test_a_failed_job_says_why(client: TestClient, submit: Any, hand: Any, refusal: Any) -> None:
+def test_a_failed_job_says_why(client, submit, hand, refusal):
     job = submit()["id"]
     hand.fail(job, type="NumericalError", message="NaN in 4.q", layer="4.q", other="dropped")
     shown = client.get(f"/v1/jobs/{job}").json()
@@ -328,7 +320,7 @@ def test_a_failed_job_says_why(client: TestClient, submit: Any, hand: Any, refus
     }  # fmt: skip
 
 
-def test_trial(client: TestClient, submit: Any, hand: Any, configuration: Configuration) -> None:
+def test_trial(client, submit, hand, configuration):
     """A trial tells what was tried and what came of it; they come by number, page by page."""
     job = submit()
     hand.record(job, 4, failed=2)
@@ -349,7 +341,7 @@ def test_trial(client: TestClient, submit: Any, hand: Any, configuration: Config
     )  # fmt: skip
 
 
-def test_confirmed_trials_have_perplexities(client: TestClient, submit: Any, hand: Any) -> None:
+def test_confirmed_trials_have_perplexities(client, submit, hand):
     job = submit(islands=2)
     hand.record(job, 3, island=0)
     hand.record(job, 3, island=1)
@@ -364,7 +356,7 @@ def test_confirmed_trials_have_perplexities(client: TestClient, submit: Any, han
         assert {t["island"] for t in trials} == {island}
 
 
-def test_unknown_island(client: TestClient, submit: Any, hand: Any, refusal: Any) -> None:
+def test_unknown_island(client, submit, hand, refusal):
     """An island that the job does not have is refused by name, one without trials is empty."""
     job = submit(islands=2)
     hand.record(job, 3)
@@ -378,8 +370,8 @@ def test_unknown_island(client: TestClient, submit: Any, hand: Any, refusal: Any
 
 
 def test_the_best_configuration_is_byte_for_byte_the_file_that_pho_search_writes(
-    client: TestClient, submit: Any, hand: Any, configuration: Configuration, tmp_path: Path
-) -> None:
+    client, submit, hand, configuration, tmp_path
+):
     job = submit()["id"]
     hand.succeed(job)
     write_configuration(configuration, tmp_path / "config.json")
@@ -390,8 +382,8 @@ def test_the_best_configuration_is_byte_for_byte_the_file_that_pho_search_writes
 
 
 def test_the_best_configuration_which_is_shared_does_not_say_where_the_services_folders_lie(
-    client: TestClient, submit: Any, hand: Any, configuration: Configuration, tmp_path: Path
-) -> None:
+    client, submit, hand, configuration, tmp_path
+):
     job = submit()["id"]
     hand.succeed(job)
     lies = {"name": str(tmp_path / "org" / "mine"), "family": "llama"}
@@ -405,8 +397,8 @@ def test_the_best_configuration_which_is_shared_does_not_say_where_the_services_
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_verb_does_its_work_or_is_a_conflict_that_says_the_state(
-    client: TestClient, submit: Any, hand: Any, refusal: Any, verb: str
-) -> None:
+    client, submit, hand, refusal, verb
+):
     allowed, then, refused = VERBS[verb]
     document = {"trials": 5} if verb == "extend" else None
     paths = {state: f"/v1/jobs/{submit()['id']}" for state in (allowed, refused)}
@@ -421,7 +413,7 @@ def test_a_verb_does_its_work_or_is_a_conflict_that_says_the_state(
     assert client.get(paths[refused]).json() == before
 
 
-def test_an_extended_job_is_as_if_it_was_submitted_so(client: TestClient, submit: Any) -> None:
+def test_an_extended_job_is_as_if_it_was_submitted_so(client, submit):
     job = submit(trials=40, islands=2)["id"]
     extended = client.post(f"/v1/jobs/{job}:extend", json={"trials": 10}).json()
 
@@ -429,7 +421,7 @@ def test_an_extended_job_is_as_if_it_was_submitted_so(client: TestClient, submit
     assert extended["progress"]["total"] == 100
 
 
-def test_a_result_stays_while_the_job_goes_on(client: TestClient, submit: Any, hand: Any) -> None:
+def test_a_result_stays_while_the_job_goes_on(client, submit, hand):
     job = submit()["id"]
     hand.succeed(job, "the best lies on the border")
     shown = client.get(f"/v1/jobs/{job}").json()
@@ -445,7 +437,7 @@ def test_a_result_stays_while_the_job_goes_on(client: TestClient, submit: Any, h
     assert client.get(f"/v1/jobs/{job}/best").content == before
 
 
-def test_too_early_to_be_extended(client: TestClient, submit: Any, hand: Any, refusal: Any) -> None:
+def test_too_early_to_be_extended(client, submit, hand, refusal):
     job = submit()["id"]
     hand.to_confirm(job, 0, 7)
     hand.take(job, StageKind.PERPLEXITY, 7)
@@ -457,7 +449,7 @@ def test_too_early_to_be_extended(client: TestClient, submit: Any, hand: Any, re
     assert "wait until it has succeeded" in problem["detail"]
 
 
-def test_a_job_gets_no_more_than_all_trials(client: TestClient, submit: Any, refusal: Any) -> None:
+def test_a_job_gets_no_more_than_all_trials(client, submit, refusal):
     job = submit(trials=MAX_TRIALS - 5)["id"]
     url = f"/v1/jobs/{job}:extend"
     (error,) = refusal(client.post(url, json={"trials": 6}), 422, "invalid_request")["errors"]
@@ -467,7 +459,7 @@ def test_a_job_gets_no_more_than_all_trials(client: TestClient, submit: Any, ref
     assert client.post(url, json={"trials": 5}).json()["spec"]["trials"] == MAX_TRIALS
 
 
-def test_a_wrong_extension_is_refused_there(client: TestClient, submit: Any, refusal: Any) -> None:
+def test_a_wrong_extension_is_refused_there(client, submit, refusal):
     url = f"/v1/jobs/{submit()['id']}:extend"
     for document, pointer, says in (
         ({}, "/trials", "required"),
@@ -482,15 +474,15 @@ def test_a_wrong_extension_is_refused_there(client: TestClient, submit: Any, ref
 
 
 def test_a_deletion_that_is_cut_off_leaves_the_job_with_all_its_studies(
-    client: TestClient, submit: Any, hand: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    client, submit, hand, monkeypatch
+):
     job, deleted = submit(islands=2), optuna.delete_study
     for island in range(2):
         hand.record(job, 2, island=island)
     hand.bring(job["id"], JobState.CANCELLED)
     before = hand.studies()
 
-    def cut_off(study_name: str, storage: Any) -> None:
+    def cut_off(study_name, storage):
         deleted(study_name=study_name, storage=storage)
         raise OSError("the database is away")
 
@@ -504,9 +496,7 @@ def test_a_deletion_that_is_cut_off_leaves_the_job_with_all_its_studies(
     assert hand.studies() == []
 
 
-def test_a_deletion_takes_all_studies(
-    client: TestClient, submit: Any, hand: Any, refusal: Any
-) -> None:
+def test_a_deletion_takes_all_studies(client, submit, hand, refusal):
     job, cut_off, other = submit(islands=2), submit(islands=2), submit()
     for each, island in ((job, 0), (job, 1), (cut_off, 1), (other, 0)):
         hand.record(each, 2, island=island)

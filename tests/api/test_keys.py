@@ -4,10 +4,8 @@ import base64
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any
 
 import pytest
-from fastapi.testclient import TestClient
 
 from pho_service.api import jobs
 from pho_service.spec.fields import JobLimits
@@ -22,27 +20,27 @@ DOCUMENT = {"model": "org/name", "pattern": "0.5"}
 NOBODY = "00000000-0000-0000-0000-000000000000"
 
 
-def bearer(secret: str) -> Headers:
+def bearer(secret):
     return {"Authorization": f"Bearer {secret}"}
 
 
-def basic(user: str, password: str) -> Headers:
+def basic(user, password):
     value = base64.b64encode(f"{user}:{password}".encode()).decode()
     return {"Authorization": f"Basic {value}"}
 
 
 @pytest.fixture
-def secret(keys: KeyStore) -> str:
+def secret(keys):
     """Of a key that sees its own jobs."""
     return keys.create("own", sees_all=False)[1]
 
 
-def test_where_keys_are_needed_nobody_comes_in_before(client_of: Any, refusal: Any) -> None:
+def test_where_keys_are_needed_nobody_comes_in_before(client_of, refusal):
     refusal(client_of(keys_needed=True).get("/v1/jobs"), 401, "no_key")
 
 
 @pytest.mark.usefixtures("secret")
-def test_anonymous(client: TestClient, refusal: Any, operations: Operations) -> None:
+def test_anonymous(client, refusal, operations):
     """Once there is a key, nothing is answered without one, and the way in is named."""
     for method, path in operations:
         answer = client.request(method, path.format(NOBODY), json={"trials": 1})
@@ -53,9 +51,7 @@ def test_anonymous(client: TestClient, refusal: Any, operations: Operations) -> 
         assert answer.headers["www-authenticate"] == scheme
 
 
-def test_a_job_that_the_quota_has_no_room_for(
-    client: TestClient, keys: KeyStore, refusal: Any, hand: Any
-) -> None:
+def test_a_job_that_the_quota_has_no_room_for(client, keys, refusal, hand):
     """The answer says what is used, what the job would take, and when to come again."""
     tokens = JobSpec.model_validate(DOCUMENT).check_size(JobLimits(trials=10**6, tokens=10**9))
     quota = Quota(2 * tokens + 1, timedelta(hours=12))
@@ -83,14 +79,14 @@ def test_a_job_that_the_quota_has_no_room_for(
     assert client.post("/v1/jobs", json=DOCUMENT, headers=other).status_code == 202
 
 
-def test_probes_need_no_key_and_may_come_often_by_any_name(client_of: Any) -> None:
+def test_probes_need_no_key_and_may_come_often_by_any_name(client_of):
     client = client_of(keys_needed=True, max_requests_per_minute=1)
     for path in ("/healthz", "/readyz"):
         assert client.get(path).json()["status"] == "ok"
         assert client.get(path, headers={"Host": "10.1.2.3:8000"}).status_code == 200
 
 
-def test_a_key_may_be_given_in_each_of_these_ways(client: TestClient, secret: str) -> None:
+def test_a_key_may_be_given_in_each_of_these_ways(client, secret):
     for headers in (
         bearer(secret),
         {"Authorization": f"bearer   {secret} "},
@@ -101,7 +97,7 @@ def test_a_key_may_be_given_in_each_of_these_ways(client: TestClient, secret: st
         assert client.get("/v1/jobs", headers=headers).status_code == 200, headers
 
 
-def test_what_is_not_the_key_is_refused(client: TestClient, refusal: Any, secret: str) -> None:
+def test_what_is_not_the_key_is_refused(client, refusal, secret):
     for headers in (
         bearer("pho_wrong"),
         bearer(secret[:-1]),
@@ -126,7 +122,7 @@ def test_what_is_not_the_key_is_refused(client: TestClient, refusal: Any, secret
         refusal(answer, 401, "no_key")
 
 
-def test_a_key_that_ended_opens_nothing(client: TestClient, refusal: Any, keys: KeyStore) -> None:
+def test_a_key_that_ended_opens_nothing(client, refusal, keys):
     key, revoked = keys.create("short", sees_all=True)
     _, expired = keys.create("short", sees_all=True, lasts=timedelta(seconds=-1))
     before = client.get("/v1/jobs", headers=bearer(revoked))
@@ -139,7 +135,7 @@ def test_a_key_that_ended_opens_nothing(client: TestClient, refusal: Any, keys: 
     refusal(client.get("/v1/jobs"), 401, "no_key")
 
 
-def test_the_first_key_closes_a_service(client: TestClient, refusal: Any, keys: KeyStore) -> None:
+def test_the_first_key_closes_a_service(client, refusal, keys):
     before = client.get("/v1/jobs")
     wrong = client.get("/v1/jobs", headers=bearer("pho_wrong"))
     _, secret = keys.create("first", sees_all=False)
@@ -157,13 +153,13 @@ HOSTS = [
 
 
 @pytest.mark.parametrize("path", ["/v1/jobs", "/dashboard", "/metrics", "/docs"])
-def test_requests_by_other_names_are_refused(client: TestClient, refusal: Any, path: str) -> None:
+def test_requests_by_other_names_are_refused(client, refusal, path):
     for host in HOSTS:
         answer = client.get(path, headers={b"host": host.encode("latin-1")})
         refusal(answer, 403, "other_site")
 
 
-def test_the_names_of_this_machine_or_a_key_will_do(client: TestClient, bearer_of: Any) -> None:
+def test_the_names_of_this_machine_or_a_key_will_do(client, bearer_of):
     for host in ("localhost", "LOCALHOST:8000", "127.0.0.1", "127.8.8.8:1", "[::1]", "[::1]:8000"):
         assert client.get("/v1/jobs", headers={"Host": host}).status_code == 200, host
     for origin in ("http://localhost:8000", "http://127.0.0.1", "https://[::1]"):
@@ -179,7 +175,7 @@ ORIGINS = [
 ]  # fmt: skip
 
 
-def test_without_keys_no_other_site_changes_anything(client: TestClient, refusal: Any) -> None:
+def test_without_keys_no_other_site_changes_anything(client, refusal):
     for origin in ORIGINS:
         answer = client.post(
             "/v1/jobs", json=DOCUMENT, headers={b"origin": origin.encode("latin-1")}
@@ -192,7 +188,7 @@ def test_without_keys_no_other_site_changes_anything(client: TestClient, refusal
 
 
 @pytest.fixture
-def others(client: TestClient, bearer_of: Any, hand: Any) -> dict[str, Any]:
+def others(client, bearer_of, hand):
     """A job of another key, which has succeeded."""
     headers = bearer_of("other")
     job = client.post("/v1/jobs", json=DOCUMENT, headers=headers).json()
@@ -202,9 +198,9 @@ def others(client: TestClient, bearer_of: Any, hand: Any) -> dict[str, Any]:
 
 
 def test_to_a_key_the_job_of_another_is_not_there_in_any_operation_nor_changed(
-    client: TestClient, refusal: Any, secret: str, others: dict[str, Any], hand: Any,
-    operations: Operations,
-) -> None:  # fmt: skip
+    client, refusal, secret, others, hand,
+    operations,
+):  # fmt: skip
     before = hand.store.page()
     headers = {**bearer(secret), "X-Request-ID": "a"}
     for method, path in operations:
@@ -220,7 +216,7 @@ def test_to_a_key_the_job_of_another_is_not_there_in_any_operation_nor_changed(
     assert hand.store.page() == before
 
 
-def test_keyless_jobs_are_for_admins(client: TestClient, refusal: Any, bearer_of: Any) -> None:
+def test_keyless_jobs_are_for_admins(client, refusal, bearer_of):
     job = client.post("/v1/jobs", json=DOCUMENT).json()["id"]
     own, admin = bearer_of("own"), bearer_of("admin", sees_all=True)
 
@@ -229,7 +225,7 @@ def test_keyless_jobs_are_for_admins(client: TestClient, refusal: Any, bearer_of
 
 
 @pytest.mark.usefixtures("others")
-def test_a_key_lists_its_own_jobs_with_any_filter(client: TestClient, secret: str) -> None:
+def test_a_key_lists_its_own_jobs_with_any_filter(client, secret):
     headers = bearer(secret)
     own = [client.post("/v1/jobs", json=DOCUMENT, headers=headers).json()["id"] for _ in range(3)]
     first = client.get("/v1/jobs", params={"page_size": 2}, headers=headers).json()
@@ -242,7 +238,7 @@ def test_a_key_lists_its_own_jobs_with_any_filter(client: TestClient, secret: st
     assert succeeded["jobs"] == []
 
 
-def test_an_admin_reaches_all(client: TestClient, bearer_of: Any, others: dict[str, Any]) -> None:
+def test_an_admin_reaches_all(client, bearer_of, others):
     headers = bearer_of("admin", sees_all=True)
     url = f"/v1/jobs/{others['id']}"
 
@@ -256,7 +252,7 @@ def test_an_admin_reaches_all(client: TestClient, bearer_of: Any, others: dict[s
     assert client.delete(url, headers=headers).status_code == 204
 
 
-def test_a_key_may_have_few_urgent_jobs(client_of: Any, bearer_of: Any, refusal: Any) -> None:
+def test_a_key_may_have_few_urgent_jobs(client_of, bearer_of, refusal):
     client = client_of(max_urgent_jobs=1)
     key = bearer_of("a")
     urgent = client.post("/v1/jobs", json={**DOCUMENT, "priority": 1}, headers=key)
@@ -270,7 +266,7 @@ def test_a_key_may_have_few_urgent_jobs(client_of: Any, bearer_of: Any, refusal:
     assert again.status_code == 202
 
 
-def test_jobs_that_are_over_are_limited(client_of: Any, bearer_of: Any, refusal: Any) -> None:
+def test_jobs_that_are_over_are_limited(client_of, bearer_of, refusal):
     client = client_of(max_finished_jobs=2)
     key = bearer_of("a")
     for _ in range(2):
@@ -283,7 +279,7 @@ def test_jobs_that_are_over_are_limited(client_of: Any, bearer_of: Any, refusal:
     assert client.post("/v1/jobs", json=DOCUMENT, headers=key).status_code == 202
 
 
-def test_workers_do_not_tell(client: TestClient, bearer_of: Any, secret: str, hand: Any) -> None:
+def test_workers_do_not_tell(client, bearer_of, secret, hand):
     other = bearer_of("other")
     job = client.post("/v1/jobs", json=DOCUMENT, headers=other).json()["id"]
     hand.store.enter_worker(hand.worker_id, name="host:1", device="cpu", kinds=list(StageKind))
@@ -299,9 +295,7 @@ def test_workers_do_not_tell(client: TestClient, bearer_of: Any, secret: str, ha
     assert (seen["name"], seen["job_id"], seen["stage"]) == ("host:1", job, "calibrate")
 
 
-def test_revoked_key_ends_its_streams(
-    client_of: Any, keys: KeyStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_revoked_key_ends_its_streams(client_of, keys, monkeypatch):
     monkeypatch.setattr(jobs, "EVENTS_EVERY_S", 0.01)
     client = client_of()
     key, secret = keys.create("gone", sees_all=False)
@@ -309,13 +303,13 @@ def test_revoked_key_ends_its_streams(
     service = client.app.state.service
     looked, told, found = [], [], service.jobs.events
 
-    def is_open(key_id: Any) -> bool:
+    def is_open(key_id):
         looked.append(key_id)
         if len(looked) == 3:
             keys.revoke(str(key.id))
         return KeyStore.is_open(keys, key_id)
 
-    def events(*given: Any, **named: Any) -> Any:
+    def events(*given, **named):
         told.append(given)
         assert len(told) < 10, "the stream goes on"
         return found(*given, **named)
@@ -328,7 +322,7 @@ def test_revoked_key_ends_its_streams(
     assert looked == [key.id] * 3
 
 
-def test_first_key_ends_streams_without(client_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_key_ends_streams_without(client_of, monkeypatch):
     monkeypatch.setattr(jobs, "EVENTS_EVERY_S", 0.01)
     client = client_of()
     job = client.post("/v1/jobs", json=DOCUMENT).json()["id"]
@@ -338,8 +332,8 @@ def test_first_key_ends_streams_without(client_of: Any, monkeypatch: pytest.Monk
 
 
 def test_dashboard_and_metrics_which_show_everybodys_jobs_are_for_keys_that_see_all(
-    client: TestClient, keys: KeyStore, refusal: Any, secret: str
-) -> None:
+    client, keys, refusal, secret
+):
     admin = basic("", keys.create("admin", sees_all=True)[1])
     for path in ("/dashboard", "/api/studies", "/csv/1", "/artifacts/1/2", "/metrics"):
         problem = refusal(client.get(path, headers=bearer(secret)), 403, "not_for_this_key")
@@ -349,8 +343,8 @@ def test_dashboard_and_metrics_which_show_everybodys_jobs_are_for_keys_that_see_
 
 
 def test_no_answer_and_no_line_of_the_log_has_a_key_in_it_right_or_wrong(
-    client: TestClient, keys: KeyStore, operations: Operations, caplog: pytest.LogCaptureFixture
-) -> None:
+    client, keys, operations, caplog
+):
     _, right = keys.create("k", sees_all=True)
     wrong = "pho_" + "w" * 43
     texts = []
@@ -369,10 +363,10 @@ def test_no_answer_and_no_line_of_the_log_has_a_key_in_it_right_or_wrong(
         assert secret not in caplog.text
 
 
-def test_callers_at_the_same_time_get_their_own_jobs(client: TestClient, bearer_of: Any) -> None:
+def test_callers_at_the_same_time_get_their_own_jobs(client, bearer_of):
     headers = [bearer_of(str(i)) for i in range(4)]
 
-    def ask(number: int) -> tuple[set[str], set[str]]:
+    def ask(number):
         mine = headers[number % 4]
         name = f"of {number % 4}"
         for _ in range(3):

@@ -2,31 +2,26 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
-from fastapi.testclient import TestClient
-from starlette.types import Message, Scope
+from starlette.types import Scope
 
 from pho_service.api.guard import KeyGuard, Rate, host_of
 from pho_service.errors import InvalidInput
 from pho_service.host.settings import read_settings
 from pho_service.spec.fields import JobLimits
-from storage.keys import KeyStore
 from storage.records import JobState, TooManyTrials
 
 DOCUMENT = {"model": "org/name", "pattern": "0.5"}
 SMALL = {"preset": "score", "calibration": {"samples": 10, "context_length": 100}, "confirm": None}
 
 
-def bearer(secret: str) -> dict[str, str]:
+def bearer(secret):
     return {"Authorization": f"Bearer {secret}"}
 
 
 @pytest.fixture
-def limited(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> TestClient:
+def limited(client, monkeypatch):
     service = client.app.state.service  # type: ignore[attr-defined]
     monkeypatch.setattr(service, "limits", JobLimits(trials=1000, tokens=10_000))
     return client
@@ -52,8 +47,8 @@ def limited(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> TestClient:
     ],
 )  # fmt: skip
 def test_a_job_that_is_too_large_is_refused_at_the_field_with_the_limit(
-    limited: TestClient, refusal: Any, changes: dict[str, Any], pointer: str, says: str
-) -> None:
+    limited, refusal, changes, pointer, says
+):
     before = limited.get("/v1/jobs").json()
     answer = limited.post("/v1/jobs", json={**DOCUMENT, **SMALL, **changes})
     problem = refusal(answer, 422, "job_too_large")
@@ -65,7 +60,7 @@ def test_a_job_that_is_too_large_is_refused_at_the_field_with_the_limit(
     assert limited.get("/v1/jobs").json() == before
 
 
-def test_just_as_much_as_is_allowed_is_taken(limited: TestClient) -> None:
+def test_just_as_much_as_is_allowed_is_taken(limited):
     for changes in ({"trials": 500, "islands": 2}, {"confirm": {"finalists": 9, "windows": 10}}):
         answer = limited.post("/v1/jobs", json={**DOCUMENT, **SMALL, **changes})
 
@@ -75,7 +70,7 @@ def test_just_as_much_as_is_allowed_is_taken(limited: TestClient) -> None:
 @pytest.mark.parametrize(
     ("objective", "most"), [("activation-reconstruction", 100), ("perplexity", 48)]
 )
-def test_extensions_have_limits(client_of: Any, refusal: Any, objective: str, most: int) -> None:
+def test_extensions_have_limits(client_of, refusal, objective, most):
     client = client_of(max_trials=100, max_tokens=6000)
     document = {
         **DOCUMENT, **SMALL, "trials": 40, "objective": {"name": objective},
@@ -88,11 +83,11 @@ def test_extensions_have_limits(client_of: Any, refusal: Any, objective: str, mo
     assert client.post(url, json={"trials": most - 40}).json()["spec"]["trials"] == most
 
 
-def test_two_extend_at_once(client_of: Any, refusal: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_extend_at_once(client_of, refusal, monkeypatch):
     client = client_of(max_trials=100)
     asked = []
 
-    def ask(*_: Any, **more: Any) -> None:
+    def ask(*_, **more):
         asked.append(more["max_trials"])
         raise TooManyTrials("somebody was faster")
 
@@ -104,7 +99,7 @@ def test_two_extend_at_once(client_of: Any, refusal: Any, monkeypatch: pytest.Mo
     assert asked == [50]
 
 
-def test_transfers_have_limits(client_of: Any, refusal: Any, hand: Any, tmp_path: Path) -> None:
+def test_transfers_have_limits(client_of, refusal, hand, tmp_path):
     (tmp_path / "text.txt").write_text("of the report")
     client = client_of(max_trials=100, max_tokens=10_000)
     job = client.post("/v1/jobs", json={**DOCUMENT, **SMALL, "trials": 40}).json()["id"]
@@ -127,7 +122,7 @@ def test_transfers_have_limits(client_of: Any, refusal: Any, hand: Any, tmp_path
         assert client.post(url, json=most).status_code == 202
 
 
-def test_each_key_is_counted_by_itself(client_of: Any, bearer_of: Any, refusal: Any) -> None:
+def test_each_key_is_counted_by_itself(client_of, bearer_of, refusal):
     client = client_of(max_requests_per_minute=3)
     a, b = bearer_of("a"), bearer_of("b")
     codes = [client.get("/v1/jobs", headers=a).status_code for _ in range(3)]
@@ -140,7 +135,7 @@ def test_each_key_is_counted_by_itself(client_of: Any, bearer_of: Any, refusal: 
     refusal(client.get("/v1/jobs"), 401, "no_key")
 
 
-def test_whoever_is_refused_is_counted_too(client_of: Any, refusal: Any) -> None:
+def test_whoever_is_refused_is_counted_too(client_of, refusal):
     client = client_of(max_requests_per_minute=2, keys_needed=True)
     codes = [client.get(path).status_code for path in ("/v1/jobs", "/nope")]
 
@@ -149,8 +144,8 @@ def test_whoever_is_refused_is_counted_too(client_of: Any, refusal: Any) -> None
 
 
 def test_who_is_refused_without_a_key_costs_no_question_to_the_database(
-    client_of: Any, refusal: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    client_of, refusal, monkeypatch
+):
     client = client_of(max_requests_per_minute=1, max_wrong_keys_per_minute=1)
     for headers in ({}, bearer("wrong")):
         client.get("/v1/jobs", headers=headers)
@@ -161,7 +156,7 @@ def test_who_is_refused_without_a_key_costs_no_question_to_the_database(
     refusal(client.get("/v1/jobs", headers=bearer("other")), 429, "too_many_wrong_keys")
 
 
-def test_after_wrong_keys_a_right_one_opens(client_of: Any, keys: KeyStore, refusal: Any) -> None:
+def test_after_wrong_keys_a_right_one_opens(client_of, keys, refusal):
     client = client_of(max_wrong_keys_per_minute=3)
     for number in range(3):
         refusal(client.get("/v1/jobs", headers=bearer(f"pho_{number}")), 401, "no_key")
@@ -177,7 +172,7 @@ def test_after_wrong_keys_a_right_one_opens(client_of: Any, keys: KeyStore, refu
         assert client.get("/v1/jobs", headers=bearer(right)).status_code == 200
 
 
-def test_a_revoked_key_is_a_wrong_one(client_of: Any, keys: KeyStore, refusal: Any) -> None:
+def test_a_revoked_key_is_a_wrong_one(client_of, keys, refusal):
     client = client_of(max_wrong_keys_per_minute=1)
     key, secret = keys.create("gone", sees_all=False)
     assert client.get("/v1/jobs", headers=bearer(secret)).status_code == 200
@@ -192,16 +187,16 @@ SCOPE: Scope = {
 }  # fmt: skip
 
 
-def test_wrong_keys_at_the_same_time_count_at_once(client_of: Any, keys: KeyStore) -> None:
+def test_wrong_keys_at_the_same_time_count_at_once(client_of, keys):
     keys.create("some", sees_all=False)
     client = client_of(max_wrong_keys_per_minute=5)
     guard = KeyGuard(lambda *_: None, client.app.state.service)  # type: ignore[arg-type, return-value]
 
-    async def run() -> list[int | None]:
-        statuses: list[int | None] = []
+    async def run():
+        statuses = []
 
-        async def ask(number: int) -> None:
-            async def send(message: Message) -> None:
+        async def ask(number):
+            async def send(message):
                 statuses.append(message.get("status"))
 
             headers = [(b"authorization", b"Bearer %d" % number)]
@@ -215,14 +210,14 @@ def test_wrong_keys_at_the_same_time_count_at_once(client_of: Any, keys: KeyStor
     assert statuses.count(429) == 25
 
 
-def _middleware(app: Any) -> Iterator[Any]:
+def _middleware(app):
     layer = app.middleware_stack
     while layer is not None:
         yield layer
         layer = getattr(layer, "app", None)
 
 
-def test_what_was_done_a_minute_ago_counts_less_and_less(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_done_a_minute_ago_counts_less_and_less(monkeypatch):
     now = time.time()
     monkeypatch.setattr("time.time", lambda: now)
     rate = Rate(10)
@@ -237,7 +232,7 @@ def test_what_was_done_a_minute_ago_counts_less_and_less(monkeypatch: pytest.Mon
     assert counted[5] == 10
 
 
-def test_a_host_is_its_ipv4_address_or_its_ipv6_network_of_which_it_may_use_every_address() -> None:
+def test_a_host_is_its_ipv4_address_or_its_ipv6_network_of_which_it_may_use_every_address():
     for address, expected in (
         ("192.0.2.7", "192.0.2.7"), ("::ffff:192.0.2.7", "192.0.2.7"), ("testclient", "testclient"),
         ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
@@ -246,7 +241,7 @@ def test_a_host_is_its_ipv4_address_or_its_ipv6_network_of_which_it_may_use_ever
     assert host_of({"client": None}) == ""
 
 
-def test_whose_x_forwarded_for_is_believed_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whose_x_forwarded_for_is_believed_is_set(monkeypatch):
     assert read_settings().trusted_proxies == ()
     monkeypatch.setenv("PHO_TRUSTED_PROXIES", "127.0.0.1, 10.0.0.0/8")
     assert read_settings().trusted_proxies == ("127.0.0.1", "10.0.0.0/8")

@@ -1,15 +1,13 @@
 """The login of browsers: a form, a cookie, and the ways that it ends."""
 
 import base64
-from typing import Any
 
 import pytest
-from fastapi.testclient import TestClient
 from sqlalchemy import func, update
 
 from pho_service.api.guard import local
 from pho_service.api.service import Caller
-from storage.keys import KeyStore, key_digest
+from storage.keys import key_digest
 from storage.tables import sessions
 
 BROWSER = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
@@ -18,19 +16,19 @@ DOCUMENT = {"model": "org/name", "pattern": "0.5"}
 
 
 @pytest.fixture
-def secret(keys: KeyStore) -> str:
+def secret(keys):
     """Of a key that sees all jobs."""
     return keys.create("admin", sees_all=True)[1]
 
 
-def log_in(client: TestClient, key: str, to: str = "/", **headers: str) -> Any:
+def log_in(client, key, to="/", **headers):
     """Send the form; the answer is not followed, its cookie is kept."""
     form = {"key": key, "next": to}
     return client.post("/login", data=form, headers=headers, follow_redirects=False)
 
 
 @pytest.mark.usefixtures("secret")
-def test_a_browser_is_led_to_the_login_a_program_gets_a_401(client: TestClient) -> None:
+def test_a_browser_is_led_to_the_login_a_program_gets_a_401(client):
     for path, to in (
         ("/", "/login"),
         (f"{JOB}?a=1&b=%2F", f"/login?next=%2F{JOB[1:].replace('/', '%2F')}%3Fa%3D1%26b%3D%252F"),
@@ -57,7 +55,7 @@ def test_a_browser_is_led_to_the_login_a_program_gets_a_401(client: TestClient) 
 
 
 @pytest.mark.usefixtures("secret")
-def test_the_icon_needs_no_key(client: TestClient) -> None:
+def test_the_icon_needs_no_key(client):
     answer = client.get("/favicon.ico")
 
     assert answer.status_code == 200
@@ -68,7 +66,7 @@ def test_the_icon_needs_no_key(client: TestClient) -> None:
     assert '<link rel="icon" href="/favicon.ico"' in client.get("/login").text
 
 
-def test_a_key_leads_back_and_opens_all(client: TestClient, keys: KeyStore, secret: str) -> None:
+def test_a_key_leads_back_and_opens_all(client, keys, secret):
     answer = log_in(client, f" {secret}\n", to=f"{JOB}?a=1")
     cookie = answer.headers["set-cookie"]
     with keys.database.transaction() as connection:
@@ -98,7 +96,7 @@ def test_a_key_leads_back_and_opens_all(client: TestClient, keys: KeyStore, secr
     assert encrypted.headers["set-cookie"].endswith("SameSite=lax; Secure")
 
 
-def test_a_login_ends_for_all_copies_of_its_cookie(client: TestClient, secret: str) -> None:
+def test_a_login_ends_for_all_copies_of_its_cookie(client, secret):
     log_in(client, secret)
     token = client.cookies["pho_session"]
     service = client.app.state.service  # type: ignore[attr-defined]  # FastAPI's
@@ -116,7 +114,7 @@ def test_a_login_ends_for_all_copies_of_its_cookie(client: TestClient, secret: s
     assert client.post("/logout", follow_redirects=False).status_code == 303
 
 
-def test_a_wrong_key_gives_no_cookie(client_of: Any, secret: str) -> None:
+def test_a_wrong_key_gives_no_cookie(client_of, secret):
     client = client_of(max_wrong_keys_per_minute=2)
     empty, *wrong, late = (
         log_in(client, key, to="/new") for key in ("", "pho_x", secret[:-1], "pho_y")
@@ -136,7 +134,7 @@ def test_a_wrong_key_gives_no_cookie(client_of: Any, secret: str) -> None:
     assert int(late.headers["retry-after"]) > 0
 
 
-def test_a_login_that_is_over_says_so(client: TestClient, secret: str, keys: KeyStore) -> None:
+def test_a_login_that_is_over_says_so(client, secret, keys):
     log_in(client, secret)
     with keys.database.transaction() as connection:
         connection.execute(update(sessions).values(expires_at=func.now()))
@@ -160,7 +158,7 @@ def test_a_login_that_is_over_says_so(client: TestClient, secret: str, keys: Key
     assert [bytes(row.sha256) for row in left] == [key_digest(client.cookies["pho_session"])]
 
 
-def test_revoked(client: TestClient, keys: KeyStore, submit: Any, bearer_of: Any) -> None:
+def test_revoked(client, keys, submit, bearer_of):
     """A login opens what its key opens, and nothing once that is revoked."""
     key, secret = keys.create("own", sees_all=False)
     job = submit(headers=bearer_of("other"))["id"]
@@ -174,12 +172,12 @@ def test_revoked(client: TestClient, keys: KeyStore, submit: Any, bearer_of: Any
     assert client.get("/", headers=BROWSER, follow_redirects=False).status_code == 303
 
 
-def test_a_sent_key_goes_before_a_login(client: TestClient, keys: KeyStore, secret: str) -> None:
+def test_a_sent_key_goes_before_a_login(client, keys, secret):
     own = keys.create("own", sees_all=False)[1]
     log_in(client, secret)
     wrong = base64.b64encode(b"me:pho_old").decode()
 
-    def status(authorization: str) -> int:
+    def status(authorization):
         headers = {"Authorization": authorization}
         return int(client.get("/metrics", headers=headers).status_code)
 
@@ -188,7 +186,7 @@ def test_a_sent_key_goes_before_a_login(client: TestClient, keys: KeyStore, secr
     assert status(f"Basic {wrong}") == 200
 
 
-def test_where_no_key_is_needed_the_login_leads_on(client: TestClient) -> None:
+def test_where_no_key_is_needed_the_login_leads_on(client):
     client.cookies.set("pho_session", "old")
 
     assert client.get("/login?next=/new", follow_redirects=False).headers["location"] == "/new"
@@ -196,7 +194,7 @@ def test_where_no_key_is_needed_the_login_leads_on(client: TestClient) -> None:
     assert log_in(client, "pho_x").status_code == 403
 
 
-def test_a_login_leads_to_paths_of_this_service_alone_and_never_in_a_circle() -> None:
+def test_a_login_leads_to_paths_of_this_service_alone_and_never_in_a_circle():
     ours = ["/", "/new?job=1&x=%0A", "/jobs/a~b", "/?name=//evil.example", "/dashboard#x"]
     others = [
         "", "//evil.example", "/\\evil.example", "/\t/evil.example", "/\n/evil.example", "\\", "x",

@@ -7,14 +7,12 @@ import subprocess
 import threading
 import uuid
 from pathlib import Path
-from typing import Any
 
 import pytest
-from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from storage.database import Database
-from storage.keys import KeyStore, NoSuchKey
+from storage.keys import NoSuchKey
 from storage.records import DURATIONS_S, JobState, StageKind
 
 DOCKER = Path(__file__).parents[2] / "docker"
@@ -22,7 +20,7 @@ DOCKER = Path(__file__).parents[2] / "docker"
 Samples = dict[tuple[str, ...], float]
 
 
-def samples(client: TestClient, **headers: Any) -> Samples:
+def samples(client, **headers):
     """All that is told, by name and the values of labels."""
     answer = client.get("/metrics", **headers)
     assert answer.status_code == 200, answer.text
@@ -34,12 +32,12 @@ def samples(client: TestClient, **headers: Any) -> Samples:
     }
 
 
-def told(client: TestClient, *names: str) -> Samples:
+def told(client, *names):
     """Those of these names that are not 0."""
     return {key: value for key, value in samples(client).items() if value and key[0] in names}
 
 
-def test_jobs_stages_and_workers_are_counted(client: TestClient, submit: Any, hand: Any) -> None:
+def test_jobs_stages_and_workers_are_counted(client, submit, hand):
     nothing = samples(client)
     for state in (JobState.QUEUED, JobState.QUEUED, JobState.PAUSED, JobState.FAILED):
         hand.bring(submit()["id"], state)
@@ -64,9 +62,7 @@ def test_jobs_stages_and_workers_are_counted(client: TestClient, submit: Any, ha
     }  # fmt: skip
 
 
-def test_the_memory_of_gpus_is_told_of_workers_that_report_it(
-    client: TestClient, hand: Any
-) -> None:
+def test_the_memory_of_gpus_is_told_of_workers_that_report_it(client, hand):
     for device, memory in (("cpu", None), ("cuda:0", (30, 80)), ("cuda:0", (50, 80))):
         worker = hand.worker_id if device == "cuda:0" else uuid.uuid4()
         hand.store.enter_worker(
@@ -80,8 +76,8 @@ def test_the_memory_of_gpus_is_told_of_workers_that_report_it(
 
 
 def test_attempts_are_counted_by_how_they_end_and_stay_when_their_job_is_deleted(
-    client: TestClient, submit: Any, hand: Any
-) -> None:
+    client, submit, hand
+):
     job = submit(islands=4)["id"]
     hand.calibrate(job)
     for number in range(4):
@@ -118,9 +114,7 @@ def test_attempts_are_counted_by_how_they_end_and_stay_when_their_job_is_deleted
     assert 1000 <= seconds < 1060
 
 
-def test_the_first_stage_that_waits_says_for_how_long(
-    client: TestClient, submit: Any, hand: Any
-) -> None:
+def test_the_first_stage_that_waits_says_for_how_long(client, submit, hand):
     first, paused = submit()["id"], submit()["id"]
     submit()
     client.post(f"/v1/jobs/{paused}:pause")
@@ -146,7 +140,7 @@ def test_the_first_stage_that_waits_says_for_how_long(
     assert later < 60
 
 
-def test_requests_are_counted_by_route_and_never_by_path(client_of: Any) -> None:
+def test_requests_are_counted_by_route_and_never_by_path(client_of):
     client = client_of()
     for _ in range(3):
         client.get(f"/v1/jobs/{uuid.uuid4()}")
@@ -166,7 +160,7 @@ def test_requests_are_counted_by_route_and_never_by_path(client_of: Any) -> None
     }
 
 
-def test_who_waits_for_a_connection_is_counted(new_database: Any) -> None:
+def test_who_waits_for_a_connection_is_counted(new_database):
     database = Database(new_database(), pool=1)
     with database.transaction():
         waiter = threading.Thread(target=database.check)
@@ -181,7 +175,7 @@ def test_who_waits_for_a_connection_is_counted(new_database: Any) -> None:
     database.close()
 
 
-def test_the_artifact_store_is_measured_by_what_is_in_it(client_of: Any, settings: Any) -> None:
+def test_the_artifact_store_is_measured_by_what_is_in_it(client_of, settings):
     for name, size in (("bundles/a", 10), ("pruned/j/k/model", 200), ("store-id", 3)):
         file = Path(settings.artifacts) / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -196,9 +190,7 @@ def test_the_artifact_store_is_measured_by_what_is_in_it(client_of: Any, setting
     assert found[("pho_artifact_store_free_bytes",)] > 0
 
 
-def test_a_key_that_scrapes_reads_the_metrics_and_nothing_else(
-    client: TestClient, keys: KeyStore, refusal: Any, operations: list[tuple[str, str]]
-) -> None:
+def test_a_key_that_scrapes_reads_the_metrics_and_nothing_else(client, keys, refusal, operations):
     key, secret = keys.create("prometheus", sees_all=False, scrape_only=True)
     headers = {"Authorization": f"Bearer {secret}"}
     for method, path in operations:
@@ -220,7 +212,7 @@ def test_a_key_that_scrapes_reads_the_metrics_and_nothing_else(
 
 
 # What the files in docker/ ask for.
-def expressions() -> dict[str, str]:
+def expressions():
     """The expressions of the dashboard and of the alerts, by panel or alert."""
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed: see extra dev")
     dashboard = json.loads((DOCKER / "grafana.json").read_text())
@@ -234,13 +226,13 @@ def expressions() -> dict[str, str]:
 
 
 def test_the_dashboard_and_the_alerts_ask_for_metrics_of_the_service_with_labels_that_they_have(
-    client: TestClient, hand: Any
-) -> None:
+    client, hand
+):
     report = {"name": "w", "device": "cuda:0", "kinds": [StageKind.SEARCH], "memory": (1, 2)}
     hand.store.enter_worker(hand.worker_id, **report)
     service = client.app.state.service
     service.stored = service.pruned.sizes()  # which it measures itself a moment later
-    labels: dict[str, set[str]] = {}
+    labels = {}
     for family in text_string_to_metric_families(client.get("/metrics").text):
         for sample in family.samples:
             labels.setdefault(sample.name, set()).update(sample.labels)
@@ -253,13 +245,13 @@ def test_the_dashboard_and_the_alerts_ask_for_metrics_of_the_service_with_labels
         assert all({*used} <= labels[m] for m, used in matched.items()), name
 
 
-def test_every_expression_is_promql() -> None:
+def test_every_expression_is_promql():
     parser = pytest.importorskip("promql_parser", reason="promql-parser is not installed: see dev")
     for expression in expressions().values():
         parser.parse(expression.replace("$__rate_interval", "5m"))
 
 
-def test_promtool_takes_the_alerts() -> None:
+def test_promtool_takes_the_alerts():
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("promtool is not installed: it comes with Prometheus")

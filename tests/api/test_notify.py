@@ -5,16 +5,13 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from fastapi.testclient import TestClient
 from pydantic import SecretStr
 from sqlalchemy import select, text
 
@@ -34,23 +31,23 @@ DOCUMENT = {"model": "org/name", "pattern": "0.5"}
 
 
 @pytest.fixture
-def received(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+def received(monkeypatch):
     """The receiver of the docs, which listens; and what it does, as a test changes it."""
     monkeypatch.setenv("PHO_NOTIFY_SECRET", SECRET)
     (code,) = re.findall(r"<!-- receiver -->\n```python\n(.*?)```", DOCS.read_text(), re.S)
-    printed: list[Any] = []
+    printed = []
     names = {"__name__": "receiver", "print": lambda said, **_: printed.append(said)}
     exec(code, names)  # noqa: S102 - the docs'
-    mine: Any = names["Receiver"]
-    found: dict[str, Any] = {"printed": printed, "asked": 0, "before": lambda _: False}
+    mine = names["Receiver"]
+    found = {"printed": printed, "asked": 0, "before": lambda _: False}
 
     class Receiver(mine):  # type: ignore[misc]
-        def do_POST(self) -> None:  # noqa: N802 - http.server's
+        def do_POST(self):  # noqa: N802 - http.server's
             found["asked"] += 1
             if not found["before"](self):
                 super().do_POST()
 
-        def log_message(self, *_: Any) -> None:
+        def log_message(self, *_):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
@@ -64,7 +61,7 @@ def received(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 
 
 @pytest.fixture
-def client(client_of: Any, monkeypatch: pytest.MonkeyPatch) -> TestClient:
+def client(client_of, monkeypatch):
     """A front end that may send to this machine; the test says when."""
     monkeypatch.setattr("pho_service.api.app.AT_ONCE", 0)
     return client_of(
@@ -72,10 +69,10 @@ def client(client_of: Any, monkeypatch: pytest.MonkeyPatch) -> TestClient:
     )
 
 
-def answer(status: int) -> Callable[[BaseHTTPRequestHandler], bool]:
+def answer(status):
     """What a receiver does that answers so."""
 
-    def act(handler: BaseHTTPRequestHandler) -> bool:
+    def act(handler):
         handler.rfile.read(int(handler.headers["Content-Length"]))
         handler.send_response(status)
         handler.send_header("Location", "http://localhost:1/")
@@ -85,14 +82,14 @@ def answer(status: int) -> Callable[[BaseHTTPRequestHandler], bool]:
     return act
 
 
-def due_now(service: Any) -> Any:
+def due_now(service):
     """Let no time pass before the next attempt; gives what is stored of each message."""
     with service.database.transaction() as connection:
         connection.execute(text("UPDATE pho.notifications SET due_at = now()"))
         return connection.execute(select(notifications)).all()
 
 
-def test_each_end(client: TestClient, submit: Any, hand: Any, received: Any) -> None:
+def test_each_end(client, submit, hand, received):
     """The receiver of the docs is told of each end once, by a signature that it checks."""
     service = client.app.state.service  # type: ignore[attr-defined]
     jobs = {}
@@ -111,7 +108,7 @@ def test_each_end(client: TestClient, submit: Any, hand: Any, received: Any) -> 
     assert all(row.ended_at and row.error is None for row in due_now(service))
 
 
-def test_transfer(client: TestClient, submit: Any, hand: Any, refusal: Any, received: Any) -> None:
+def test_transfer(client, submit, hand, refusal, received):
     """A transfer is told of as a search is; where it may not be told, it is refused."""
     service = client.app.state.service  # type: ignore[attr-defined]
     job_id = submit()["id"]
@@ -129,7 +126,7 @@ def test_transfer(client: TestClient, submit: Any, hand: Any, refusal: Any, rece
     ]
 
 
-def test_killed_sender(client: TestClient, submit: Any, hand: Any, received: Any) -> None:
+def test_killed_sender(client, submit, hand, received):
     """A message whose sender died is sent by the next one, with the same id; doubles are told."""
     service = client.app.state.service  # type: ignore[attr-defined]
     hand.bring(submit(notify=received["url"])["id"], JobState.CANCELLED)
@@ -146,8 +143,8 @@ def test_killed_sender(client: TestClient, submit: Any, hand: Any, received: Any
 
 
 def test_what_is_not_taken_is_sent_again_later_each_time_until_it_is_given_up(
-    client: TestClient, submit: Any, hand: Any, received: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    client, submit, hand, received, monkeypatch
+):
     service = client.app.state.service  # type: ignore[attr-defined]
     monkeypatch.setattr("pho_service.host.webhooks._AT_ONCE", 1)
     received["before"] = answer(302)
@@ -165,22 +162,20 @@ def test_what_is_not_taken_is_sent_again_later_each_time_until_it_is_given_up(
     assert row.ended_at is not None
 
 
-def test_a_receiver_that_stumbles_once_is_asked_again_within_seconds(received: Any) -> None:
+def test_a_receiver_that_stumbles_once_is_asked_again_within_seconds(received):
     statuses = iter([500, 200])
     received["before"] = lambda handler: answer(next(statuses))(handler)
-    slept: list[float] = []
+    slept = []
     send(RULES, received["url"], "an-id", b"{}", sleep=slept.append)
 
     assert received["asked"] == 2
     assert slept == [0.5]
 
 
-def test_a_receiver_that_drips_is_given_up_in_time(
-    received: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_receiver_that_drips_is_given_up_in_time(received, monkeypatch):
     """Each read ends soon, and the answer never: the whole request has a time."""
 
-    def drip(handler: BaseHTTPRequestHandler) -> bool:
+    def drip(handler):
         handler.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
         with suppress(OSError):
             for _ in range(40):
@@ -198,9 +193,7 @@ def test_a_receiver_that_drips_is_given_up_in_time(
     assert most_s < LEASE_S  # nobody else takes it meanwhile
 
 
-def test_a_host_that_is_slow_holds_up_its_own_messages_alone(
-    client: TestClient, submit: Any, hand: Any, received: Any
-) -> None:
+def test_a_host_that_is_slow_holds_up_its_own_messages_alone(client, submit, hand, received):
     service = client.app.state.service  # type: ignore[attr-defined]
     slow = received["url"].replace("localhost", "LOCALHOST") + "?of=another"
     for url in (received["url"], slow):
@@ -213,7 +206,7 @@ def test_a_host_that_is_slow_holds_up_its_own_messages_alone(
     assert tell_next(service)
 
 
-def test_other_webhooks_are_refused(client_of: Any, refusal: Any) -> None:
+def test_other_webhooks_are_refused(client_of, refusal):
     nobody = client_of(notify_secret=SecretStr(SECRET))
     some = client_of(notify_hosts=("hooks.example", "10.*"), notify_secret=SecretStr(SECRET))
     unsigned = client_of(notify_hosts=("*",))
@@ -233,15 +226,15 @@ def test_other_webhooks_are_refused(client_of: Any, refusal: Any) -> None:
     assert taken.status_code == 202
 
 
-def test_private_addresses(received: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_private_addresses(received, monkeypatch):
     """A name that stands for a private address is not called, also if it did not before."""
     closed = WebhookRules(hosts=("*",), secret=b"x", private=False)
     with pytest.raises(InvalidInput, match="not a public address"):
         send(closed, received["url"], "an-id", b"{}")
     answers = iter(["127.0.0.1", "10.1.1.1"])
-    resolved: list[str] = []
+    resolved = []
 
-    def rebinding(host: str, port: int, **_: Any) -> list[Any]:
+    def rebinding(host, port, **_):
         resolved.append(host)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (next(answers), port))]
 
@@ -265,7 +258,7 @@ def test_private_addresses(received: Any, monkeypatch: pytest.MonkeyPatch) -> No
     assert not any(is_public(ip_address(a)) for a in private)
 
 
-def _connect(getaddrinfo: Any, address: tuple[str, int]) -> socket.socket:
+def _connect(getaddrinfo, address):
     """A connection to an address, never to a name."""
     ip_address(address[0])  # raises for a name
     ((family, kind, *_, place), *_) = getaddrinfo(*address, type=socket.SOCK_STREAM)
@@ -274,7 +267,7 @@ def _connect(getaddrinfo: Any, address: tuple[str, int]) -> socket.socket:
     return opened
 
 
-def test_it_is_that_of_standard_webhooks_by_the_example_of_its_specifications_libraries() -> None:
+def test_it_is_that_of_standard_webhooks_by_the_example_of_its_specifications_libraries():
     rules = WebhookRules.of(read_settings(notify_secret="whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"))
     body = b'{"test": 2432232314}'
 
@@ -286,7 +279,7 @@ def test_it_is_that_of_standard_webhooks_by_the_example_of_its_specifications_li
         WebhookRules.of(read_settings(notify_secret="whsec_?"))
 
 
-def test_a_receiver_that_is_not_there_is_told_apart_from_a_forbidden_one() -> None:
+def test_a_receiver_that_is_not_there_is_told_apart_from_a_forbidden_one():
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     with pytest.raises(NotDelivered, match="cannot be reached"):

@@ -3,18 +3,14 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from itertools import cycle
-from typing import Any
 
 import hypothesis
 import pytest
 import schemathesis
-from fastapi.testclient import TestClient
 from schemathesis.engine import from_schema
 from schemathesis.engine.events import NonFatalError, ScenarioFinished
 
-from storage.keys import KeyStore
 from storage.records import JobState
 
 # `make fuzz-api` takes more, and others each time.
@@ -48,7 +44,7 @@ REACHED = {
 
 
 @schemathesis.check
-def problems(_context: Any, response: Any, _case: Any) -> None:
+def problems(_context, response, _case):
     if response.status_code >= 400:
         (content_type,) = response.headers["content-type"]
         assert content_type == "application/problem+json"
@@ -56,12 +52,12 @@ def problems(_context: Any, response: Any, _case: Any) -> None:
 
 
 @pytest.fixture
-def headers(keys: KeyStore) -> dict[str, str]:
+def headers(keys):
     """A key is needed, for the host's name is not this machine's."""
     return {"Authorization": f"Bearer {keys.create('tester', sees_all=True)[1]}"}
 
 
-async def looked_enough(request: Any) -> bool:
+async def looked_enough(request):
     looks = request.scope["looks"] = request.scope.get("looks", 0) + 1
     return bool(looks > LOOKS)
 
@@ -69,14 +65,12 @@ async def looked_enough(request: Any) -> bool:
 class WithJobs:
     """The front end, but whoever guesses the id of a job finds one: nobody guesses right."""
 
-    def __init__(self, app: Any, jobs: list[str]) -> None:
+    def __init__(self, app, jobs):
         self._app = app
         self._jobs = jobs
-        self._next: dict[str, Iterator[str]] = defaultdict(
-            lambda: cycle(jobs)
-        )  # each operation meets each of them
+        self._next = defaultdict(lambda: cycle(jobs))  # each operation meets each of them
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope, receive, send):
         found = _JOB.fullmatch(scope.get("path", ""))
         if found is not None and self._jobs and found[1] not in self._jobs:
             scope = {**scope, "path": f"/v1/jobs/{next(self._next[found[2]])}{found[2]}"}
@@ -87,7 +81,7 @@ _JOB = re.compile(r"/v1/jobs/([0-9a-fA-F-]{4,36})(.*)")  # the beginning of an i
 
 
 @pytest.fixture
-def jobs(client: TestClient, headers: dict[str, str], hand: Any) -> list[str]:
+def jobs(client, headers, hand):
     """One in each state; first the one with a result, which most operations are about."""
     ids = []
     for state in sorted(JobState, key=lambda state: state is not JobState.SUCCEEDED):
@@ -103,12 +97,8 @@ def jobs(client: TestClient, headers: dict[str, str], hand: Any) -> list[str]:
     "phase", ["examples", "fuzzing", *(pytest.param(p, marks=pytest.mark.thorough) for p in LONGER)]
 )
 def test_each_operation_answers_as_documented_and_refuses_what_does_not_fit_the_document(
-    client: TestClient,
-    headers: dict[str, str],
-    jobs: list[str],
-    phase: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    client, headers, jobs, phase, monkeypatch
+):
     monkeypatch.setattr("pho_service.api.jobs.EVENTS_EVERY_S", 0)
     monkeypatch.setattr("starlette.requests.Request.is_disconnected", looked_enough)
     config = schemathesis.Config.from_dict(

@@ -4,15 +4,12 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
 from pho_service.api.app import create_app
-from pho_service.host.settings import Settings
 from storage.database import Database
 from storage.embedded import Postmaster
 from storage.jobs import JobStore
@@ -21,7 +18,7 @@ from storage.keys import KeyStore
 DOCUMENT = {"model": "org/name", "pattern": "0.5"}
 
 
-def until(holds: Callable[[], bool]) -> None:
+def until(holds):
     deadline = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < deadline
@@ -29,7 +26,7 @@ def until(holds: Callable[[], bool]) -> None:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postmaster]:
+def server(tmp_path_factory):
     """A PostgreSQL with a migrated database that the tests of this file stop and start."""
     server = Postmaster(tmp_path_factory.mktemp("own") / "postgresql")
     server.start()
@@ -43,7 +40,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postmaster]:
 
 
 @pytest.fixture
-def front(server: Postmaster, settings: Settings) -> Iterator[TestClient]:
+def front(server, settings):
     app = create_app(Database(server.url, pool=8), settings)
     with TestClient(app, "http://localhost:8000", raise_server_exceptions=False) as client:
         assert client.get("/v1/jobs").status_code == 200
@@ -52,8 +49,8 @@ def front(server: Postmaster, settings: Settings) -> Iterator[TestClient]:
 
 
 def test_each_operation_is_503_with_a_time_to_wait_and_works_again_afterwards(
-    front: TestClient, server: Postmaster, refusal: Any, operations: list[tuple[str, str]]
-) -> None:
+    front, server, refusal, operations
+):
     job = front.post("/v1/jobs", json=DOCUMENT).json()["id"]
     server.stop()
     began = time.monotonic()
@@ -78,7 +75,7 @@ def test_each_operation_is_503_with_a_time_to_wait_and_works_again_afterwards(
     assert front.post("/v1/jobs", json=DOCUMENT).status_code == 202
 
 
-def test_a_full_disk_is_no_outage(front: TestClient, server: Postmaster, refusal: Any) -> None:
+def test_a_full_disk_is_no_outage(front, server, refusal):
     database = Database(server.url, pool=1)
     with database.transaction() as connection:
         connection.exec_driver_sql(
@@ -99,7 +96,7 @@ def test_a_full_disk_is_no_outage(front: TestClient, server: Postmaster, refusal
     assert front.post("/v1/jobs", json=DOCUMENT).status_code == 202
 
 
-def test_people_get_a_page_that_waits(front: TestClient, server: Postmaster) -> None:
+def test_people_get_a_page_that_waits(front, server):
     job = front.post("/v1/jobs", json=DOCUMENT).json()["id"]
     server.stop()
     shown = [front.get(path) for path in ("/", "/new", "/?state=failed&refresh=off")]
@@ -118,7 +115,7 @@ def test_people_get_a_page_that_waits(front: TestClient, server: Postmaster) -> 
     assert front.get("/").status_code == 200
 
 
-def test_no_key_is_called_wrong(server: Postmaster, settings: Settings, refusal: Any) -> None:
+def test_no_key_is_called_wrong(server, settings, refusal):
     database = Database(server.url, pool=4)
     key, secret = KeyStore(database).create("k", sees_all=True)
     app = create_app(Database(server.url, pool=4), settings, keys_needed=True)
@@ -137,12 +134,12 @@ def test_no_key_is_called_wrong(server: Postmaster, settings: Settings, refusal:
     assert after == [200, 401, 401]
 
 
-def test_under_load_each_answer_is_right_or_503(front: TestClient, server: Postmaster) -> None:
-    ids: list[str] = []
-    seen: set[int] = set()
+def test_under_load_each_answer_is_right_or_503(front, server):
+    ids = []
+    seen = set()
     enough = threading.Event()
 
-    def ask() -> None:
+    def ask():
         while not enough.is_set():
             answer = front.post(
                 "/v1/jobs", json=DOCUMENT, headers={"Idempotency-Key": str(uuid.uuid4())}
@@ -175,13 +172,13 @@ def test_under_load_each_answer_is_right_or_503(front: TestClient, server: Postm
 
 
 def test_a_stream_of_events_goes_on_after_an_outage(
-    front: TestClient, server: Postmaster, monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    front, server, monkeypatch,
+    caplog,
+):  # fmt: skip
     monkeypatch.setattr("pho_service.api.jobs.RETRY_AFTER_S", 0.2)
     read, all_sent = JobStore.events, threading.Event()
 
-    def events(*args: Any, **options: Any) -> Any:
+    def events(*args, **options):
         found = read(*args, **options)
         if not found:
             all_sent.set()

@@ -6,32 +6,30 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import timedelta
 from itertools import islice
-from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 from unittest.mock import Mock
 
 import pytest
-from fastapi.testclient import TestClient
 from transformers import LlamaConfig
 
 from pho_service.api.plan import Card
 from pho_service.api.service import AT_ONCE
 from pho_service.errors import ModelError
 from pho_service.planning.costs import CARDS
-from storage.keys import KeyStore, Quota
+from storage.keys import Quota
 from storage.records import StageKind
 
 
-def ask(client: TestClient, query: str = "", **fields: Any) -> Any:
+def ask(client, query="", **fields):
     document = {"model": "seven", "pattern": "0.5", "preset": "score", **fields}
     return client.post(f"/v1/plan{query}", json=document)
 
 
-def test_the_api_names_the_cards_that_can_be_planned_for_and_no_others() -> None:
+def test_the_api_names_the_cards_that_can_be_planned_for_and_no_others():
     assert {*get_args(Card)} == {*CARDS, "cpu"}
 
 
-def test_the_default_card_is_an_h100(client: TestClient, tmp_path: Path, write_header: Any) -> None:
+def test_the_default_card_is_an_h100(client, tmp_path, write_header):
     write_header(tmp_path / "seven", LlamaConfig(dtype="bfloat16", max_position_embeddings=4096))
     default = ask(client).json()
     small = ask(client, f"?card=4090&device_memory={8 * 2**30}").json()
@@ -49,7 +47,7 @@ def test_the_default_card_is_an_h100(client: TestClient, tmp_path: Path, write_h
     assert client.get("/v1/jobs").json()["jobs"] == []
 
 
-def test_what_cannot_be_planned_is_refused_with_the_rule(client: TestClient, refusal: Any) -> None:
+def test_what_cannot_be_planned_is_refused_with_the_rule(client, refusal):
     for query, fields, words in (
         ("", {"model": "../seven"}, "does not lie below"),
         ("?card=K80", {}, "H200"),
@@ -59,9 +57,9 @@ def test_what_cannot_be_planned_is_refused_with_the_rule(client: TestClient, ref
 
 
 def test_a_quota_in_hours_counts_what_plans_say(
-    client: TestClient, keys: KeyStore, tmp_path: Path, write_header: Any, refusal: Any, hand: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    client, keys, tmp_path, write_header, refusal, hand,
+    monkeypatch,
+):  # fmt: skip
     """Of the stages that a request is for; a job that cannot be planned is refused."""
     write_header(tmp_path / "seven", LlamaConfig(dtype="bfloat16", max_position_embeddings=4096))
     key, secret = keys.create(
@@ -70,7 +68,7 @@ def test_a_quota_in_hours_counts_what_plans_say(
     headers = {"Authorization": f"Bearer {secret}"}
     document = {"model": "seven", "pattern": "0.5", "preset": "score", "trials": 2000}
 
-    def post(path: str = "/v1/jobs", **changes: Any) -> Any:
+    def post(path="/v1/jobs", **changes):
         return client.post(path, json={**document, **changes}, headers=headers)
 
     planned = post("/v1/plan").json()["stages"]
@@ -103,12 +101,10 @@ def test_a_quota_in_hours_counts_what_plans_say(
 
 
 @pytest.mark.parametrize("path", ["/v1/plan", "/new/check"])
-def test_plans_take_few_threads_whoever_asks(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch, path: str, at_once: Any
-) -> None:
+def test_plans_take_few_threads_whoever_asks(client, monkeypatch, path, at_once):
     """The headers of a large model take seconds, and the hub may take twenty."""
 
-    def read(*_: Any, **__: Any) -> None:
+    def read(*_, **__):
         with at_once:
             time.sleep(0.05)
         raise ModelError("it took long")
@@ -124,11 +120,11 @@ def test_plans_take_few_threads_whoever_asks(
 
 
 def test_submissions_that_are_planned_take_few_threads_and_others_are_told_to_come_again(
-    client: TestClient, keys: KeyStore, monkeypatch: pytest.MonkeyPatch, at_once: Any, refusal: Any
-) -> None:
+    client, keys, monkeypatch, at_once, refusal
+):
     over = threading.Event()
 
-    def read(*_: Any, **__: Any) -> None:
+    def read(*_, **__):
         with at_once:
             over.wait(60)
         raise ModelError("it took long")
@@ -150,16 +146,16 @@ def test_submissions_that_are_planned_take_few_threads_and_others_are_told_to_co
 
 
 def test_pages_plan_what_the_hubs_cache_has_and_ask_nobody(
-    client: TestClient, submit: Any, hand: Any, tmp_path: Path, write_header: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    client, submit, hand, tmp_path, write_header,
+    monkeypatch,
+):  # fmt: skip
     """A hub that hangs would hold a thread for twenty seconds at each look at a job."""
     cache = tmp_path / "hub" / "models--org--cached"
     (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "main").write_text("abc")
     write_header(cache / "snapshots" / "abc", LlamaConfig(dtype="bfloat16"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    asked: list[str] = []
+    asked = []
     monkeypatch.setattr("pho_service.planning.shapes._of_hub", lambda name, _: asked.append(name))
     job = submit(model="org/cached")
     hand.store.enter_worker(hand.worker_id, name="host:1", device="cpu", kinds=[*StageKind])

@@ -2,9 +2,6 @@
 
 import re
 import uuid
-from typing import Any
-
-from fastapi.testclient import TestClient
 
 from pho_service.shown.tables import result_in_words
 from pho_service.tuning.search import add_point, pareto_study
@@ -16,7 +13,7 @@ PATTERNS = ["0.3", "2:4"]
 TARGET = {"perplexity_rise": 0.1, "step": 0.2, "lowest": 0.3, "highest": 0.5}
 
 
-def test_patterns(client: TestClient, begin: Any, measure: Any, hand: Any, refusal: Any) -> None:
+def test_patterns(client, begin, measure, hand, refusal):
     """Each pattern is a point, waiting or measured; its configuration must be named."""
     job = begin(PATTERNS, patterns=["2:4", "0.3"])
     path = f"/v1/jobs/{job}"
@@ -61,9 +58,7 @@ def test_patterns(client: TestClient, begin: Any, measure: Any, hand: Any, refus
     assert "so at 2:4" in report
 
 
-def test_the_list_and_the_comparison_have_each_pattern(
-    client: TestClient, begin: Any, measure: Any, submit: Any, hand: Any
-) -> None:
+def test_the_list_and_the_comparison_have_each_pattern(client, begin, measure, submit, hand):
     job, one = begin(["0.3", "0.5", "2:4"], patterns=["0.3", "0.5", "2:4"]), submit()["id"]
     for number, perplexity in enumerate((22.0, 24.0, 26.0)):
         measure(job, number, perplexity)
@@ -83,9 +78,7 @@ def test_the_list_and_the_comparison_have_each_pattern(
     assert 'id="curves"' in compared
 
 
-def test_a_point_that_a_baseline_wins_says_so(
-    client: TestClient, begin: Any, hand: Any, point: Any
-) -> None:
+def test_a_point_that_a_baseline_wins_says_so(client, begin, hand, point):
     job = begin(["0.3", "0.5"], patterns=["0.3", "0.5"])
     for number, method in enumerate(("ria-row", "crepe")):
         claim = hand.take(job, StageKind.POINT, number)
@@ -100,7 +93,7 @@ def test_a_point_that_a_baseline_wins_says_so(
     assert "<td>found</td>" in page
 
 
-def test_a_result_says_what_it_is_and_a_baseline_with_steps_is_not_the_published_one() -> None:
+def test_a_result_says_what_it_is_and_a_baseline_with_steps_is_not_the_published_one():
     ria = {"perplexity": 25.0, "ria": 25.0, "wanda": 30.0}
 
     assert result_in_words({"method": "crepe"}) == "found"
@@ -110,7 +103,7 @@ def test_a_result_says_what_it_is_and_a_baseline_with_steps_is_not_the_published
     assert result_in_words({"method": None}) == ""
 
 
-def test_a_page_leads_to_all_studies_of_a_job(client: TestClient, begin: Any, hand: Any) -> None:
+def test_a_page_leads_to_all_studies_of_a_job(client, begin, hand):
     job, older = (client.get(f"/v1/jobs/{begin(PATTERNS, patterns=PATTERNS)}").json() for _ in "12")
     hand.record(older, 1)
     hand.record(job, 2)
@@ -139,7 +132,7 @@ def test_a_page_leads_to_all_studies_of_a_job(client: TestClient, begin: Any, ha
     assert hand.studies() == []
 
 
-def test_pruned(client: TestClient, begin: Any, measure: Any, hand: Any, refusal: Any) -> None:
+def test_pruned(client, begin, measure, hand, refusal):
     """One pattern is pruned, the one that is named; another one takes its place."""
     job = begin(PATTERNS, patterns=PATTERNS)
     path = f"/v1/jobs/{job}"
@@ -163,7 +156,7 @@ def test_pruned(client: TestClient, begin: Any, measure: Any, hand: Any, refusal
     assert hand.take(job, StageKind.PRUNE).stage.about == "0.3"
 
 
-def test_points_say_if_within(client: TestClient, begin: Any, measure: Any, hand: Any) -> None:
+def test_points_say_if_within(client, begin, measure, hand):
     job = begin(["0.3"], target=TARGET)
     measure(job, 0, 21.0)
     outside = NewStage(kind=StageKind.POINT, number=1, params={"pattern": "0.5"})
@@ -180,7 +173,7 @@ def test_points_say_if_within(client: TestClient, begin: Any, measure: Any, hand
     assert client.delete(f"/v1/jobs/{job}").status_code == 204
 
 
-def test_a_missed_target_says_why(client: TestClient, begin: Any, measure: Any, hand: Any) -> None:
+def test_a_missed_target_says_why(client, begin, measure, hand):
     job = begin(["0.3"], target=TARGET)
     measure(job, 0, 30.0)
     error = {"type": "TargetMissed", "message": "no sparsity is within 10 % of dense"}

@@ -1,12 +1,7 @@
 """A job as a page: of every kind and in every state."""
 
 import re
-from typing import Any
 
-import pytest
-from fastapi.testclient import TestClient
-
-from pho_service.spec.configuration import Configuration
 from storage.claims import Entry
 from storage.records import JobState, StageKind
 
@@ -16,18 +11,18 @@ TRANSFER = {
 }  # fmt: skip
 
 
-def page(client: TestClient, job_id: str) -> str:
+def page(client, job_id):
     answer = client.get(f"/v1/jobs/{job_id}/report")
     assert answer.status_code == 200, answer.text[:500]
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
     return answer.text.partition("<footer>")[0]
 
 
-def visible(text: str) -> str:
+def visible(text):
     return re.sub(r"\s+", " ", re.sub(r"<script.*?</script>|<[^>]+>", " ", text, flags=re.DOTALL))
 
 
-def transfer(client: TestClient, hand: Any, job_id: str, *results: dict[str, Any]) -> str:
+def transfer(client, hand, job_id, *results):
     """A transfer of what a job has found; workers have done some of its models."""
     models = ["org/other", "org/third"]
     job = client.post(f"/v1/jobs/{job_id}:transfer", json={"models": models}).json()
@@ -39,7 +34,7 @@ def transfer(client: TestClient, hand: Any, job_id: str, *results: dict[str, Any
     return str(job["id"])
 
 
-def test_a_job_has_a_report_in_every_state(client: TestClient, hand: Any, submit: Any) -> None:
+def test_a_job_has_a_report_in_every_state(client, hand, submit):
     for state in JobState:
         job_id = submit()["id"]
         hand.bring(job_id, state)
@@ -47,7 +42,7 @@ def test_a_job_has_a_report_in_every_state(client: TestClient, hand: Any, submit
         assert f"Search, {state}." in visible(page(client, job_id))
 
 
-def test_search(client: TestClient, hand: Any, submit: Any, configuration: Configuration) -> None:
+def test_search(client, hand, submit, configuration):
     """The page has what the job was asked, found and took."""
     job = submit(trials=8, seed=11)
     hand.record(job, 8, failed=3)
@@ -67,7 +62,7 @@ def test_search(client: TestClient, hand: Any, submit: Any, configuration: Confi
     assert "17.25" in text
 
 
-def test_a_transfer_and_its_search_show_models(client: TestClient, hand: Any, submit: Any) -> None:
+def test_a_transfer_and_its_search_show_models(client, hand, submit):
     job_id = submit()["id"]
     hand.succeed(job_id)
     before = visible(page(client, job_id))
@@ -83,8 +78,8 @@ def test_a_transfer_and_its_search_show_models(client: TestClient, hand: Any, su
 
 
 def test_the_trials_of_all_islands_are_there_unless_they_are_too_many_which_is_said(
-    client: TestClient, hand: Any, submit: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    client, hand, submit, monkeypatch
+):
     job = submit(trials=8, islands=2)
     hand.record(job, 3)
     hand.record(job, 3, island=1)
@@ -100,7 +95,7 @@ def test_the_trials_of_all_islands_are_there_unless_they_are_too_many_which_is_s
     assert "3 more trials are left out" in text
 
 
-def test_what_left_the_library_has_no_transfers(client: TestClient, submit: Any, hand: Any) -> None:
+def test_what_left_the_library_has_no_transfers(client, submit, hand):
     job_id = submit()["id"]
     hand.succeed(job_id)
     transfer(client, hand, job_id, TRANSFER)

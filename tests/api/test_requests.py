@@ -3,20 +3,17 @@
 import asyncio
 import logging
 import re
-from typing import Any
 
-import pytest
 from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry
 
 from pho_service.api.requests import RequestLog
 from pho_service.api.service import Answers
-from storage.keys import KeyStore
 
 ACCESS = "pho_service.api.requests"
 
 
-def test_every_answer_has_an_id_another_each_time(client: TestClient) -> None:
+def test_every_answer_has_an_id_another_each_time(client):
     first, second = client.get("/v1/jobs"), client.get("/v1/jobs/x")
 
     assert re.fullmatch(r"[0-9a-f]{32}", first.headers["X-Request-ID"])
@@ -26,14 +23,14 @@ def test_every_answer_has_an_id_another_each_time(client: TestClient) -> None:
     assert own.headers["X-Request-ID"] == own.json()["request_id"] == "abc-1:2/3"
 
 
-def test_but_for_one_that_could_be_anything_it_is_not_repeated(client: TestClient) -> None:
+def test_but_for_one_that_could_be_anything_it_is_not_repeated(client):
     for given in ("", "a b", "x" * 129, "<script>", 'a"b'):
         answer = client.get("/v1/jobs", headers={"X-Request-ID": given})
 
         assert re.fullmatch(r"[0-9a-f]{32}", answer.headers["X-Request-ID"])
 
 
-def test_line(client: TestClient, keys: KeyStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_line(client, keys, caplog):
     """A line for each request, with the beginning of its key and without its query."""
     key, secret = keys.create("laptop", sees_all=False)
     caplog.set_level(logging.DEBUG, ACCESS)
@@ -48,8 +45,8 @@ def test_line(client: TestClient, keys: KeyStore, caplog: pytest.LogCaptureFixtu
     assert (line.levelname, probe.levelname) == ("INFO", "DEBUG")
 
 
-def test_a_request_that_a_service_which_stops_waits_for_no_longer_is_told_so() -> None:
-    async def slow(*_: Any) -> None:
+def test_a_request_that_a_service_which_stops_waits_for_no_longer_is_told_so():
+    async def slow(*_):
         raise asyncio.CancelledError
 
     answer = TestClient(RequestLog(slow, Answers(CollectorRegistry()))).get("/v1/jobs")
@@ -60,8 +57,8 @@ def test_a_request_that_a_service_which_stops_waits_for_no_longer_is_told_so() -
 
 
 def test_what_nobody_expected_is_a_problem_with_an_id_and_in_the_log_with_its_cause(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+    client, monkeypatch, caplog
+):
     service = client.app.state.service  # type: ignore[attr-defined]
     monkeypatch.setattr(service.jobs, "page", lambda *_, **__: 1 / 0)
     answer = client.get("/v1/jobs", headers={"X-Request-ID": "mine"})

@@ -3,28 +3,25 @@
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any, cast
+from typing import cast
 
 import pytest
-from fastapi.testclient import TestClient
 from sqlalchemy import Connection
 
 from pho_service.api.service import ANSWER_S, AT_ONCE, Heavy
-from storage.database import Database
 from storage.studies import DatabaseGone, read_trials
 
 DOCUMENT = {"model": "org/name", "pattern": "0.5"}
 
 
 @pytest.fixture
-def frozen(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
+def frozen(client, monkeypatch):
     """A front end whose database does not answer, with as many requests as it has threads."""
     thaw = threading.Event()
     service = client.app.state.service  # type: ignore[attr-defined]
     waiting = threading.Semaphore(0)
 
-    def wait(*_: Any) -> None:
+    def wait(*_):
         waiting.release()
         thaw.wait()
         raise DatabaseGone("it was frozen")
@@ -45,20 +42,20 @@ def frozen(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[Test
         thread.join()
 
 
-def test_probes_are_answered_while_every_thread_waits(frozen: TestClient) -> None:
+def test_probes_are_answered_while_every_thread_waits(frozen):
     for path, status in (("/healthz", 200), ("/readyz", 503), ("/readyz", 503)):
         began = time.monotonic()
         assert frozen.get(path).status_code == status
         assert time.monotonic() - began < 5  # a second and what a loaded machine adds
 
 
-def test_what_takes_long_takes_few_threads_whoever_asks_and_all_get_it(at_once: Any) -> None:
-    def work(number: int) -> int:
+def test_what_takes_long_takes_few_threads_whoever_asks_and_all_get_it(at_once):
+    def work(number):
         with at_once:
             time.sleep(0.005)
         return number
 
-    async def run() -> list[int]:
+    async def run():
         heavy = Heavy()
         return await asyncio.gather(*(heavy.run(work, i) for i in range(20)))
 
@@ -66,7 +63,7 @@ def test_what_takes_long_takes_few_threads_whoever_asks_and_all_get_it(at_once: 
     assert at_once.most == AT_ONCE
 
 
-def test_trials_are_those_of_optuna(submit: Any, hand: Any, database: Database) -> None:
+def test_trials_are_those_of_optuna(submit, hand, database):
     import optuna
 
     from storage.studies import open_storage, open_study
@@ -100,16 +97,14 @@ def test_trials_are_those_of_optuna(submit: Any, hand: Any, database: Database) 
     assert none == []
 
 
-def test_a_trial_that_is_added_while_others_are_read_is_not_among_them(
-    submit: Any, hand: Any, database: Database
-) -> None:
+def test_a_trial_that_is_added_while_others_are_read_is_not_among_them(submit, hand, database):
     job = submit()
     hand.record(job, 3)
 
     class Slow:
         """Between any two statements, a worker records a trial."""
 
-        def execute(self, *words: Any, **more: Any) -> Any:
+        def execute(self, *words, **more):
             rows = connection.execute(*words, **more).all()
             hand.record(job, 1)
             return rows
@@ -122,7 +117,7 @@ def test_a_trial_that_is_added_while_others_are_read_is_not_among_them(
     ]
 
 
-def test_every_answer_has_safe_headers(client: TestClient, submit: Any, hand: Any) -> None:
+def test_every_answer_has_safe_headers(client, submit, hand):
     job = submit()
     hand.record(job, 3)
     hand.succeed(job["id"])
@@ -141,7 +136,7 @@ def test_every_answer_has_safe_headers(client: TestClient, submit: Any, hand: An
     assert "cache-control" not in client.get("/static/bundle.js").headers
 
 
-def test_a_body_with_two_ends_is_refused_and_its_connection_closed(client: TestClient) -> None:
+def test_a_body_with_two_ends_is_refused_and_its_connection_closed(client):
     headers = {"Transfer-Encoding": "chunked", "Content-Length": "2"}
     answer = client.post("/v1/jobs", content=iter([b"{}"]), headers=headers)
 

@@ -13,10 +13,8 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
 import httpx
@@ -30,7 +28,6 @@ from pho_service.cli import main
 from pho_service.client import Client
 from pho_service.errors import InvalidInput, ServiceError
 from pho_service.host.settings import read_settings
-from storage.database import Database
 from storage.embedded import Postmaster
 from storage.keys import KeyStore
 
@@ -41,7 +38,7 @@ _TABLES = text("SELECT schemaname, tablename FROM pg_tables ORDER BY 1, 2")
 PHO = [sys.executable, "-c", "from pho_service.cli import main; main()"]
 
 
-def until(condition: Callable[[], Any], what: str) -> Any:
+def until(condition, what):
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         value = condition()
@@ -51,7 +48,7 @@ def until(condition: Callable[[], Any], what: str) -> Any:
     raise AssertionError(f"waited in vain until {what}")
 
 
-def lives(process: int) -> bool:
+def lives(process):
     """Whether a process runs; one that nobody has fetched the exit code of does not."""
     try:
         return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
@@ -62,7 +59,7 @@ def lives(process: int) -> bool:
 class Served:
     """A `pho serve` that has printed its addresses."""
 
-    def __init__(self, folder: Path, words: list[str], environment: dict[str, str]) -> None:
+    def __init__(self, folder, words, environment):
         self._log = folder / f"serve-{time.monotonic_ns()}.log"
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -81,19 +78,19 @@ class Served:
         self.client = Client(found[1])
 
     @property
-    def log(self) -> str:
+    def log(self):
         return self._log.read_text()
 
-    def worker(self, *, other_than: int = 0) -> int:
+    def worker(self, *, other_than=0):
         """The process of a worker, once it reports."""
 
-        def look() -> int | None:
+        def look():
             pids = [int(w.name.rpartition(":")[2]) for w in self.client.workers()]
             return next((p for p in pids if p != other_than and lives(p)), None)
 
         return int(until(look, "a worker reports"))
 
-    def stop(self, number: int) -> int:
+    def stop(self, number):
         self.process.send_signal(number)
         return self.process.wait(PATIENCE_S)
 
@@ -101,7 +98,7 @@ class Served:
 class Place:
     """Where services are started: the same data folder, models and texts each time."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder):
         self.folder = folder
         self.data = folder / "data"
         self.environment = {
@@ -115,14 +112,14 @@ class Place:
             "OMP_NUM_THREADS": "1",
         }
         self.environment.pop("PHO_DATABASE_URL", None)
-        self._served: list[Served] = []
+        self._served = []
 
-    def serve(self, *words: object) -> Served:
+    def serve(self, *words):
         self._served.append(Served(self.folder, [str(w) for w in words], self.environment))
         return self._served[-1]
 
     @property
-    def postgresql(self) -> int | None:
+    def postgresql(self):
         """The process of the embedded PostgreSQL, if it runs."""
         file = self.data / "postgresql" / "postmaster.pid"
         try:
@@ -131,7 +128,7 @@ class Place:
             return None
         return pid if lives(pid) else None
 
-    def close(self) -> None:
+    def close(self):
         for served in self._served:
             served.client.close()
             if served.process.poll() is None:
@@ -150,7 +147,7 @@ class Place:
 
 
 @pytest.fixture
-def place(model_folder: Path, texts: dict[str, Path]) -> Iterator[Place]:
+def place(model_folder, texts):
     """With the tiny model and its texts, in a folder with a short name."""
     with tempfile.TemporaryDirectory(prefix="pho-") as name:
         folder = Path(name)
@@ -162,7 +159,7 @@ def place(model_folder: Path, texts: dict[str, Path]) -> Iterator[Place]:
         found.close()
 
 
-def tiny() -> dict[str, Any]:
+def tiny():
     """A job that takes some seconds."""
     return {
         "model": "model",
@@ -178,14 +175,14 @@ def tiny() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def begun(served: Served) -> Any:
+def begun(served):
     job = served.client.submit(tiny()).id
     until(lambda: served.client.job(job).progress.of("search").done >= 8, "the search has begun")
     assert served.client.job(job).state == "running"
     return job
 
 
-def test_a_bare_folder_leads_to_a_result_whatever_is_killed(place: Place) -> None:
+def test_a_bare_folder_leads_to_a_result_whatever_is_killed(place):
     served = place.serve("--workers", 1)
     killed = served.worker()
     job = begun(served)
@@ -222,7 +219,7 @@ def test_a_bare_folder_leads_to_a_result_whatever_is_killed(place: Place) -> Non
 
 
 @pytest.fixture
-def elsewhere(place: Place) -> Iterator[Postmaster]:
+def elsewhere(place):
     """A PostgreSQL that the service only has the URL of."""
     server = Postmaster(place.folder / "elsewhere")
     server.start()
@@ -232,7 +229,7 @@ def elsewhere(place: Place) -> Iterator[Postmaster]:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("how", ["killed", "frozen"])
-def test_without_its_database_it_still_ends(place: Place, elsewhere: Postmaster, how: str) -> None:
+def test_without_its_database_it_still_ends(place, elsewhere, how):
     served = place.serve("--workers", 1, "--database-url", elsewhere.url)
     worker = served.worker()
     begun(served)
@@ -258,16 +255,16 @@ def test_without_its_database_it_still_ends(place: Place, elsewhere: Postmaster,
     assert not lives(worker)
 
 
-def _ask(url: str) -> None:
+def _ask(url):
     with suppress(httpx.HTTPError):
         httpx.get(url, timeout=PATIENCE_S)
 
 
-def test_ctrl_c_puts_the_job_down_and_a_kill_leaves_no_worker(place: Place) -> None:
+def test_ctrl_c_puts_the_job_down_and_a_kill_leaves_no_worker(place):
     served = place.serve("--workers", 1)
     worker, postgresql = served.worker(), place.postgresql
     job = begun(served)
-    events: list[Any] = []
+    events = []
     listening = threading.Thread(target=_listen, args=(served, job, events))
     listening.start()
     until(lambda: events, "there are events")
@@ -303,13 +300,13 @@ def test_ctrl_c_puts_the_job_down_and_a_kill_leaves_no_worker(place: Place) -> N
     assert not place.postgresql  # which the one that was killed had started
 
 
-def _listen(served: Served, job: Any, events: list[Any]) -> None:
+def _listen(served, job, events):
     with suppress(ServiceError):
         for event in served.client.events(job):
             events.append(event)
 
 
-def test_keys_can_be_made_before_the_first_service(place: Place) -> None:
+def test_keys_can_be_made_before_the_first_service(place):
     created = CliRunner().invoke(main, ["keys", "create", "first", "--data-dir", str(place.data)])
     listed = CliRunner().invoke(main, ["keys", "list", "--json", "--data-dir", str(place.data)])
 
@@ -320,9 +317,9 @@ def test_keys_can_be_made_before_the_first_service(place: Place) -> None:
 
 
 @pytest.mark.thorough
-def test_what_is_backed_up_while_a_job_runs_is_restored_elsewhere(place: Place) -> None:
+def test_what_is_backed_up_while_a_job_runs_is_restored_elsewhere(place):
 
-    def pho(*words: object) -> Any:
+    def pho(*words):
         # In this process: the job would be over before another one has started.
         return CliRunner().invoke(main, [*map(str, words)])
 
@@ -353,7 +350,7 @@ def test_what_is_backed_up_while_a_job_runs_is_restored_elsewhere(place: Place) 
 
 
 @pytest.fixture
-def replicas(place: Place, database: Database, database_url: str) -> tuple[Served, Served, str]:
+def replicas(place, database, database_url):
     """Two services on one database, of which the second has the worker; and a key."""
     _, secret = KeyStore(database).create("laptop", sees_all=True)
     place.environment |= {"PHO_DATABASE_URL": database_url, "PHO_MAX_REQUESTS_PER_MINUTE": "100000"}
@@ -364,7 +361,7 @@ def replicas(place: Place, database: Database, database_url: str) -> tuple[Serve
     return served[0], served[1], secret
 
 
-def cut_off(served: Served, job: Any, *, after: int) -> Iterator[Any]:
+def cut_off(served, job, *, after):
     """The events that somebody sees who follows a job at a service which is killed."""
     with pytest.raises(ServiceError):  # noqa: PT012 - wherever in the stream it comes
         for event in served.client.events(job, after=after):
@@ -372,9 +369,7 @@ def cut_off(served: Served, job: Any, *, after: int) -> Iterator[Any]:
             served.process.kill()
 
 
-def test_what_one_replica_was_told_another_goes_on_with(
-    replicas: tuple[Served, Served, str], database: Database
-) -> None:
+def test_what_one_replica_was_told_another_goes_on_with(replicas, database):
     """Jobs, logins, pages, streams and keys are the database's; one replica is killed meanwhile."""
     first, second, secret = replicas
     job = first.client.submit(tiny(), idempotency_key="once").id
@@ -382,9 +377,9 @@ def test_what_one_replica_was_told_another_goes_on_with(
     others = [each.client.submit(tiny()).id for each in (first, second, first)]
     for other in others:
         second.client.cancel(other)
-    seen: list[Any] = []
+    seen = []
 
-    def follow(served: Served, *, most: int) -> None:
+    def follow(served, *, most):
         after = seen[-1].id if seen else 0
         for event in served.client.events(job, after=after):
             seen.append(event)
@@ -394,7 +389,7 @@ def test_what_one_replica_was_told_another_goes_on_with(
     until(lambda: first.client.job(job).progress.of("search").done, "it searches")
     for served, most in ((first, 3), (second, 5), (first, 7)):
         follow(served, most=most)
-    pages: list[str] = []
+    pages = []
     token = None
     for served in (first, second, first, second):
         params = {"page_size": 1} | ({"page_token": token} if token else {})
@@ -428,18 +423,16 @@ def test_what_one_replica_was_told_another_goes_on_with(
 
 
 @pytest.mark.thorough
-def test_replicas_and_workers_are_replaced_one_by_one_while_jobs_run(
-    place: Place, replicas: tuple[Served, Served, str]
-) -> None:
+def test_replicas_and_workers_are_replaced_one_by_one_while_jobs_run(place, replicas):
     *running, secret = replicas
     document = {**tiny(), "trials": MANY}
     job = running[0].client.submit(document).id
     until(lambda: running[1].client.job(job).progress.of("search").done >= 8, "it searches")
     late = running[0].client.submit({**tiny(), "trials": 40, "prune": True}).id
-    answers: list[int] = []
+    answers = []
     over = threading.Event()
 
-    def ask() -> None:
+    def ask():
         """As a proxy does: of those that are ready, one."""
         while not over.wait(0.1):
             for served in list(running):
@@ -482,7 +475,7 @@ def test_replicas_and_workers_are_replaced_one_by_one_while_jobs_run(
 
 
 @pytest.mark.thorough
-def test_json_logs(place: Place, database: Database, database_url: str) -> None:
+def test_json_logs(place, database, database_url):
     """Every line is JSON and says what it is about, no secret is in any; a given database stays."""
     with database.transaction() as connection:
         before = connection.execute(_TABLES).all()
@@ -529,7 +522,7 @@ def test_json_logs(place: Place, database: Database, database_url: str) -> None:
     assert not any(line["logger"].startswith(("alembic", "procrastinate")) for line in logged)
 
 
-def test_a_password_is_in_no_list_of_processes(place: Place) -> None:
+def test_a_password_is_in_no_list_of_processes(place):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(PATIENCE_S)
         url = f"postgresql://pho:planted@127.0.0.1:{listener.getsockname()[1]}/pho"
@@ -552,14 +545,14 @@ def test_a_password_is_in_no_list_of_processes(place: Place) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_an_answer_is_sent_without_waiting_for_the_clients_system(host: str) -> None:
+def test_an_answer_is_sent_without_waiting_for_the_clients_system(host):
     with serving._listening(read_settings(host=host, port=0)) as listener:
         address = listener.getsockname()
         with socket.create_connection(address[:2]), listener.accept()[0] as connection:
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-def test_without_torch_local_workers_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torch_local_workers_are_refused_at_once(monkeypatch):
     monkeypatch.setattr(serving, "find_spec", lambda _: None)
 
     with pytest.raises(InvalidInput, match=r"need torch.*pho-service\[worker\].*--workers 0"):

@@ -1,26 +1,22 @@
 """The stages of a job on its page: all from the first to the last, and what one waits for."""
 
 import uuid
-from pathlib import Path
-from typing import Any
 
 import pytest
-from fastapi.testclient import TestClient
 
 from pho_service.api.job_list import view
 from pho_service.api.service import Caller
-from pho_service.api.stepper import StepRow
 from storage.records import JobState, StageKind, StageState
 
 ADMIN = Caller(key_id=None, sees_all=True)
 
 
 @pytest.fixture
-def shown(client: TestClient, hand: Any) -> Any:
+def shown(client, hand):
     """What the page of a job shows, by its id."""
     service = client.app.state.service  # type: ignore[attr-defined]  # FastAPI's
 
-    def of(job: str) -> Any:
+    def of(job):
         record = hand.store.get(uuid.UUID(job))
         return view(service, ADMIN, record, record.created_at)
 
@@ -28,16 +24,16 @@ def shown(client: TestClient, hand: Any) -> Any:
 
 
 @pytest.fixture
-def steps(shown: Any) -> Any:
+def steps(shown):
     """The steps of a job by their stage."""
 
-    def of(job: str) -> dict[str, StepRow]:
+    def of(job):
         return {str(row.kind): row for row in shown(job).steps}
 
     return of
 
 
-def test_all_stages_are_there_from_the_beginning(submit: Any, steps: Any, hand: Any) -> None:
+def test_all_stages_are_there_from_the_beginning(submit, steps, hand):
     plain, tested = submit(), submit(prune=True, tasks=["boolq"], confirm=None)
     several = submit(pattern=None, patterns=["0.3", "2:4"])
     rows = steps(plain["id"])
@@ -50,20 +46,20 @@ def test_all_stages_are_there_from_the_beginning(submit: Any, steps: Any, hand: 
     assert {row.state for row in steps(plain["id"]).values()} == {"done"}
 
 
-def test_a_job_that_failed_says_what_it_has_not_reached(submit: Any, steps: Any, hand: Any) -> None:
+def test_a_job_that_failed_says_what_it_has_not_reached(submit, steps, hand):
     job = submit()["id"]
     hand.fail(job)
 
     assert [row.state for row in steps(job).values()] == ["failed", *["not reached"] * 4]
 
 
-def test_a_stage_says_what_it_waits_for(submit: Any, steps: Any, hand: Any) -> None:
+def test_a_stage_says_what_it_waits_for(submit, steps, hand):
     job, other = submit()["id"], submit()["id"]
 
-    def waits() -> str:
+    def waits():
         return str(steps(job)["calibrate"].at)
 
-    def enter(*kinds: StageKind, device: str = "cpu") -> None:
+    def enter(*kinds, device="cpu"):
         hand.worker_id = uuid.uuid4()
         hand.store.enter_worker(hand.worker_id, name="host:1", device=device, kinds=[*kinds])
 
@@ -86,9 +82,7 @@ def test_a_stage_says_what_it_waits_for(submit: Any, steps: Any, hand: Any) -> N
     assert waits() == "until it is resumed"
 
 
-def test_turns_and_second_attempts_have_names(
-    client: TestClient, submit: Any, shown: Any, hand: Any
-) -> None:
+def test_turns_and_second_attempts_have_names(client, submit, shown, hand):
     job, other = submit()["id"], submit()["id"]
     hand.store.enter_worker(hand.worker_id, name="host:1", device="cpu", kinds=[*StageKind])
     hand.calibrate(job)
@@ -114,9 +108,7 @@ def test_turns_and_second_attempts_have_names(
     ]
 
 
-def test_the_first_attempt_that_fails_for_good_is_no_second(
-    submit: Any, steps: Any, hand: Any
-) -> None:
+def test_the_first_attempt_that_fails_for_good_is_no_second(submit, steps, hand):
     job = submit()["id"]
     hand.fail(job)
 
@@ -124,9 +116,7 @@ def test_the_first_attempt_that_fails_for_good_is_no_second(
     assert "attempt" not in steps(job)["calibrate"].at
 
 
-def test_the_time_left_counts_the_stages_to_come(
-    submit: Any, shown: Any, hand: Any, tmp_path: Path, write_small: Any
-) -> None:
+def test_the_time_left_counts_the_stages_to_come(submit, shown, hand, tmp_path, write_small):
     write_small(tmp_path / "small")
     asked = {"model": "small", "trials": 100, "calibration": {"context_length": 128}}
     known, unknown = submit(**asked), submit()

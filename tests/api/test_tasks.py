@@ -1,11 +1,8 @@
 """Jobs with zero-shot tasks, as the API, the page and the report show them, and what is refused."""
 
 import uuid
-from pathlib import Path
-from typing import Any
 
 import pytest
-from fastapi.testclient import TestClient
 
 from pho_service.api import jobs
 from pho_service.api.answers import Job
@@ -18,7 +15,7 @@ from storage.records import NewStage, StageKind
 HOW = {"limit": None, "bos": True, "versions": {"lm-eval": "0.4.13"}, "seconds": 1.5}
 
 
-def score(metric: str, value: float) -> dict[str, Any]:
+def score(metric, value):
     return {
         "task": "words", "metric": metric, "value": value, "stderr": 0.125, "examples": 8,
         "shots": 0, "version": "3.0",
@@ -26,7 +23,7 @@ def score(metric: str, value: float) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def harness(tmp_path, monkeypatch):
     """A harness that has one task, and not 14,000 files."""
     folder = tmp_path / "harness"
     folder.mkdir()
@@ -36,8 +33,8 @@ def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_once_both_models_are_measured_all_that_shows_a_job_has_the_scores(
-    client: TestClient, submit: Any, hand: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+    client, submit, hand, capsys
+):
     job_id = submit(tasks=["words"])["id"]
     hand.to_confirm(job_id)
     finish = hand.take(job_id, StageKind.FINISH)
@@ -72,7 +69,7 @@ def test_once_both_models_are_measured_all_that_shows_a_job_has_the_scores(
     assert all(cell in shown for row in rows for cell in row)
 
 
-def test_a_job_says_that_nobody_measures_tasks(client: TestClient, submit: Any, hand: Any) -> None:
+def test_a_job_says_that_nobody_measures_tasks(client, submit, hand):
     told = "pip install 'pho-service[eval]'"
     job, other = submit(tasks=["words"]), submit()
     hand.store.enter_worker(uuid.uuid4(), name="w", device="cpu", kinds=[StageKind.FINISH])
@@ -97,8 +94,8 @@ def test_a_job_says_that_nobody_measures_tasks(client: TestClient, submit: Any, 
     ],
 )
 def test_what_cannot_be_measured_is_refused_at_its_field_with_the_way_out(
-    client: TestClient, changes: dict[str, Any], pointer: str, told: str
-) -> None:
+    client, changes, pointer, told
+):
     answer = client.post("/v1/jobs", json={"model": "org/a", "pattern": "0.5", **changes})
 
     assert answer.status_code == 422
@@ -107,13 +104,13 @@ def test_what_cannot_be_measured_is_refused_at_its_field_with_the_way_out(
     assert told in error["detail"]
 
 
-def test_folder(client_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder(client_of, tmp_path, monkeypatch):
     """A folder below PHO_TASK_ROOTS may be named, and its tasks with it; none outside of them."""
     (tmp_path / "tasks" / "mine").mkdir(parents=True)
     (tmp_path / "tasks" / "mine" / "a.yaml").write_text("tag: [ours]\ntask: mine\n")
     client = client_of(task_roots=(tmp_path / "tasks",))
 
-    def asked(name: str, folder: str) -> tuple[int, str]:
+    def asked(name, folder):
         document = {"model": "org/a", "pattern": "0.5", "tasks": [name], "tasks_dir": folder}
         answer = client.post("/v1/jobs", json=document)
         return answer.status_code, answer.text
@@ -129,15 +126,13 @@ def test_folder(client_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert asked("min", "mine")[0] == 202
 
 
-def test_blocks_of_a_deleted_job(
-    client: TestClient, submit: Any, hand: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_of_a_deleted_job(client, submit, hand, monkeypatch):
     job_id = submit(tasks=["words"])["id"]
     claim = hand.take(job_id, StageKind.CALIBRATE)
     hand.store.complete(claim, {}, then=[NewStage(kind=StageKind.TASKS, number=1)])
     client.post(f"/v1/jobs/{job_id}:cancel")
     service = client.app.state.service
-    removed: list[uuid.UUID] = []
+    removed = []
     monkeypatch.setattr(service.pruned, "remove", removed.append)
     jobs.forget(service, uuid.UUID(job_id))
 

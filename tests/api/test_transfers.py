@@ -1,14 +1,10 @@
 """What a job has found, on other models: asked for, followed, and shown."""
 
 import uuid
-from pathlib import Path
-from typing import Any
 
 import pytest
-from fastapi.testclient import TestClient
 
 from pho_service.library import parse_library_file
-from pho_service.spec.configuration import Configuration
 from storage.claims import Entry
 from storage.records import JobState, StageKind
 
@@ -16,13 +12,13 @@ MODELS = {"models": ["org/one", "org/two"]}
 
 
 @pytest.fixture
-def searched(submit: Any, hand: Any) -> str:
+def searched(submit, hand):
     job_id = str(submit()["id"])
     hand.succeed(job_id)
     return job_id
 
 
-def result(name: str, transferred: float = 20.0) -> dict[str, Any]:
+def result(name, transferred=20.0):
     return {
         "target": name,
         "key": "k",
@@ -38,14 +34,14 @@ def result(name: str, transferred: float = 20.0) -> dict[str, Any]:
     }
 
 
-def done(hand: Any, job_id: str, *results: dict[str, Any], first: int = 0) -> None:
+def done(hand, job_id, *results, first=0):
     for number, each in enumerate(results, first):
         claim = hand.take(job_id, StageKind.TRANSFER, number)
         configuration = claim.job.spec["configuration"]
         hand.store.complete(claim, each, library=[Entry(configuration, each)], ended=True)
 
 
-def test_submit(client: TestClient, hand: Any, searched: str, configuration: Configuration) -> None:
+def test_submit(client, hand, searched, configuration):
     """A transfer is a job with a stage a model, calibrated as the search, which stays as it was."""
     calibration = client.get(f"/v1/jobs/{searched}").json()["spec"]["calibration"]
     answer = client.post(f"/v1/jobs/{searched}:transfer", json=MODELS)
@@ -63,7 +59,7 @@ def test_submit(client: TestClient, hand: Any, searched: str, configuration: Con
     assert client.get(f"/v1/jobs/{searched}").json()["state"] == "succeeded"
 
 
-def test_models_are_shown_once_measured(client: TestClient, hand: Any, searched: str) -> None:
+def test_models_are_shown_once_measured(client, hand, searched):
     job = client.post(f"/v1/jobs/{searched}:transfer", json=MODELS).json()
     path = f"/v1/jobs/{job['id']}"
     none = client.get(f"{path}/transfer").json()
@@ -80,7 +76,7 @@ def test_models_are_shown_once_measured(client: TestClient, hand: Any, searched:
     assert file.targets[0].perplexities["ria"] == 25.0
 
 
-def test_the_same_key_makes_one_job(client: TestClient, refusal: Any, searched: str) -> None:
+def test_the_same_key_makes_one_job(client, refusal, searched):
     headers = {"Idempotency-Key": "a"}
     path = f"/v1/jobs/{searched}:transfer"
     first, second = (client.post(path, json=MODELS, headers=headers).json() for _ in range(2))
@@ -90,9 +86,7 @@ def test_the_same_key_makes_one_job(client: TestClient, refusal: Any, searched: 
     refusal(other, 422, "idempotency_key_reused")
 
 
-def test_nothing_found_no_transfer(
-    client: TestClient, hand: Any, submit: Any, refusal: Any
-) -> None:
+def test_nothing_found_no_transfer(client, hand, submit, refusal):
     job_id = submit()["id"]
     hand.bring(job_id, JobState.FAILED)
     answer = client.post(f"/v1/jobs/{job_id}:transfer", json=MODELS)
@@ -101,8 +95,8 @@ def test_nothing_found_no_transfer(
 
 
 def test_a_transfer_has_no_trials_and_no_configuration_of_its_own_a_search_no_transfers(
-    client: TestClient, refusal: Any, searched: str
-) -> None:
+    client, refusal, searched
+):
     job = f"/v1/jobs/{client.post(f'/v1/jobs/{searched}:transfer', json=MODELS).json()['id']}"
     for method, path, body in (
         ("POST", ":transfer", MODELS), ("POST", ":extend", {"trials": 5}), ("GET", "/best", None),
@@ -115,7 +109,7 @@ def test_a_transfer_has_no_trials_and_no_configuration_of_its_own_a_search_no_tr
     assert ":transfer" in problem["detail"]
 
 
-def test_a_transfer_has_the_verbs_of_a_search(client: TestClient, searched: str) -> None:
+def test_a_transfer_has_the_verbs_of_a_search(client, searched):
     job = f"/v1/jobs/{client.post(f'/v1/jobs/{searched}:transfer', json=MODELS).json()['id']}"
     states = [client.post(f"{job}:{v}").json()["state"] for v in ("pause", "resume", "cancel")]
 
@@ -140,9 +134,9 @@ def test_a_transfer_has_the_verbs_of_a_search(client: TestClient, searched: str)
     ],
 )
 def test_what_is_wrong_is_named_with_its_place_and_the_rule_and_no_job_is_made(
-    client: TestClient, refusal: Any, searched: str, changes: dict[str, Any], pointer: str,
-    rule: str,
-) -> None:  # fmt: skip
+    client, refusal, searched, changes, pointer,
+    rule,
+):  # fmt: skip
     answer = client.post(f"/v1/jobs/{searched}:transfer", json={**MODELS, **changes})
     problem = refusal(answer, 422, "invalid_request")
 
@@ -151,7 +145,7 @@ def test_what_is_wrong_is_named_with_its_place_and_the_rule_and_no_job_is_made(
     assert len(client.get("/v1/jobs").json()["jobs"]) == 1
 
 
-def test_report(client: TestClient, searched: str, texts: dict[str, Path]) -> None:
+def test_report(client, searched, texts):
     """The report text or data set and the own search are kept with the job."""
     for asked in (
         {"text": str(texts["report"]), "field": "text"},
@@ -167,9 +161,7 @@ def test_report(client: TestClient, searched: str, texts: dict[str, Path]) -> No
         assert job["spec"]["search"]["trials"] == 200
 
 
-def test_another_key_sees_nothing(
-    client: TestClient, bearer_of: Any, submit: Any, hand: Any
-) -> None:
+def test_another_key_sees_nothing(client, bearer_of, submit, hand):
     mine, theirs = bearer_of("mine"), bearer_of("theirs")
     job = f"/v1/jobs/{submit(headers=mine)['id']}"
     hand.succeed(job.removeprefix("/v1/jobs/"))

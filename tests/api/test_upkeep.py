@@ -1,23 +1,20 @@
 """What the service deletes by itself, and what it never does."""
 
-from typing import Any
-
 from sqlalchemy import text
 
 from pho_service.api.operations import sweep
-from storage.database import Database
 from storage.records import JobState
 
 DOCUMENT = {"model": "org/name", "pattern": "0.5"}
 
 
-def age(database: Database, table: str, column: str, days: int) -> None:
+def age(database, table, column, days):
     with database.transaction() as connection:
         older = f"UPDATE pho.{table} SET {column} = {column} - make_interval(days => :days)"  # noqa: S608 - ours
         connection.execute(text(older), {"days": days})
 
 
-def test_what_is_too_old_goes_the_rest_stays(client_of: Any, hand: Any, database: Database) -> None:
+def test_what_is_too_old_goes_the_rest_stays(client_of, hand, database):
     client = client_of(keep_jobs_days=30.0, keep_configurations_days=40.0)
     service = client.app.state.service  # type: ignore[attr-defined]
     jobs = {}
@@ -42,9 +39,7 @@ def test_what_is_too_old_goes_the_rest_stays(client_of: Any, hand: Any, database
     assert client.get("/v1/configurations").json()["considered"] == 0
 
 
-def test_entries_of_the_queue_that_have_been_over_for_a_week_are_removed(
-    client_of: Any, database: Database
-) -> None:
+def test_entries_of_the_queue_that_have_been_over_for_a_week_are_removed(client_of, database):
     service = client_of().app.state.service
     with database.transaction() as connection:
         connection.exec_driver_sql(
@@ -67,7 +62,7 @@ def test_entries_of_the_queue_that_have_been_over_for_a_week_are_removed(
         assert [*left.scalars()] == [1, 2, 5]
 
 
-def test_a_service_that_starts_looks_at_once(client_of: Any, hand: Any, database: Database) -> None:
+def test_a_service_that_starts_looks_at_once(client_of, hand, database):
     client = client_of()
     job = client.post("/v1/jobs", json=DOCUMENT).json()["id"]
     hand.bring(job, JobState.CANCELLED)

@@ -4,19 +4,16 @@ import asyncio
 import re
 import uuid
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
 from pho_service.errors import OutputError
-from storage.jobs import JobStore
-from storage.keys import KeyStore
 from storage.records import Drain, StageKind
 
 
 @pytest.fixture
-def client(client_of: Any, monkeypatch: pytest.MonkeyPatch) -> TestClient:
+def client(client_of, monkeypatch):
     """A front end that has made the id of its store, noted it once, and does not measure it."""
     for name in ("noted", "measured"):
         monkeypatch.setattr(f"pho_service.api.app.keep_store_{name}", lambda _: asyncio.sleep(0))
@@ -26,15 +23,15 @@ def client(client_of: Any, monkeypatch: pytest.MonkeyPatch) -> TestClient:
     return client
 
 
-def enter(store: JobStore, worker: uuid.UUID, *, sees: str | None = None) -> Drain | None:
+def enter(store, worker, *, sees=None):
     """A worker reports, with the id of the artifact store that it sees."""
     kinds = [StageKind.SEARCH]
     return store.enter_worker(worker, name="host:7", device="cpu", kinds=kinds, store=sees)[0]
 
 
 def test_readyz_compares_the_store_of_the_api_with_those_of_its_workers(
-    client: TestClient, hand: Any, settings: Any, refusal: Any
-) -> None:
+    client, hand, settings, refusal
+):
     own = Path(settings.artifacts, "store-id").read_text()
     first, second = uuid.uuid4(), uuid.uuid4()
     answers = []
@@ -57,9 +54,7 @@ def test_readyz_compares_the_store_of_the_api_with_those_of_its_workers(
     assert "sees another artifact store than the API" in client.get("/").text
 
 
-def test_readyz_tells_sizes_to_a_key_that_sees_all_jobs(
-    client: TestClient, keys: KeyStore, refusal: Any
-) -> None:
+def test_readyz_tells_sizes_to_a_key_that_sees_all_jobs(client, keys, refusal):
     client.app.state.service.stored = {"pruned": 3 * 2**20, "free": 2**30}  # type: ignore[attr-defined]
     anybody = client.get("/readyz?verbose")
     ours, all_jobs = (
@@ -82,8 +77,8 @@ def test_readyz_tells_sizes_to_a_key_that_sees_all_jobs(
 
 
 def test_readyz_of_an_api_that_cannot_use_its_store_or_sees_another_than_the_rest_says_so(
-    client: TestClient, client_of: Any, tmp_path: Path, refusal: Any
-) -> None:
+    client, client_of, tmp_path, refusal
+):
     moved = client_of(artifacts=str(tmp_path / "elsewhere"))
     moved.app.state.service.note_store()
     differs = refusal(client.get("/readyz"), 503, "artifact_store_unavailable")["detail"]
@@ -99,9 +94,7 @@ def test_readyz_of_an_api_that_cannot_use_its_store_or_sees_another_than_the_res
     assert "store-id cannot be read or written there" in detail
 
 
-def test_an_api_that_starts_notes_which_artifact_store_it_sees(
-    client_of: Any, hand: Any, settings: Any
-) -> None:
+def test_an_api_that_starts_notes_which_artifact_store_it_sees(client_of, hand, settings):
     client_of()
     while (noted := hand.store.stores(0.0)[0]) is None:
         pass
@@ -109,9 +102,7 @@ def test_an_api_that_starts_notes_which_artifact_store_it_sees(
     assert noted == Path(settings.artifacts, "store-id").read_text()
 
 
-def test_a_worker_that_is_drained_hears_of_it_with_its_next_report(
-    client: TestClient, hand: Any, submit: Any
-) -> None:
+def test_a_worker_that_is_drained_hears_of_it_with_its_next_report(client, hand, submit):
     enter(hand.store, hand.worker_id)
     job = submit()["id"]
     hand.take(job, StageKind.CALIBRATE)
@@ -131,8 +122,8 @@ def test_a_worker_that_is_drained_hears_of_it_with_its_next_report(
 
 
 def test_only_who_sees_all_jobs_drains_and_only_a_worker_that_reports(
-    client: TestClient, hand: Any, bearer_of: Any, refusal: Any
-) -> None:
+    client, hand, bearer_of, refusal
+):
     enter(hand.store, hand.worker_id)
     path = f"/v1/workers/{hand.worker_id}:drain"
     ordinary, admin = bearer_of("a"), bearer_of("admin", sees_all=True)

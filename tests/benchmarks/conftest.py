@@ -1,7 +1,7 @@
 """The scripts of benchmarks/, in this process."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -16,7 +16,7 @@ Benchmark = Callable[..., Table]
 
 
 @pytest.fixture(autouse=True)
-def importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def importable(monkeypatch):
     """The scripts find each other, as when one is started; they leave the threads as they were."""
     threads = torch.get_num_threads()
     monkeypatch.syspath_prepend(SCRIPTS)
@@ -25,11 +25,11 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Benchmark:
+def benchmark(tmp_path, monkeypatch):
     """Run a script with these words in this process, in ``tmp_path``; the rows that it prints."""
     monkeypatch.chdir(tmp_path)
 
-    def run(name: str, *words: object) -> Table:
+    def run(name, *words):
         main = import_module(name).main
         done = CliRunner().invoke(main, [str(word) for word in words], catch_exceptions=False)
         assert done.exit_code == 0, done.output
@@ -38,7 +38,7 @@ def benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Benchmark:
     return run
 
 
-def rows(output: str) -> Table:
+def rows(output):
     """The cells of each line that looks like a row of a table, by the first one."""
     found = {}
     for line in output.splitlines():

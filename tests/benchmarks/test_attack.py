@@ -1,7 +1,6 @@
 """The attacks: some that take seconds, and the table that they end with."""
 
 from importlib import import_module
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -9,7 +8,7 @@ from click.testing import CliRunner
 pytestmark = pytest.mark.thorough
 
 
-def test_attack(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_attack(monkeypatch, tmp_path):
     """Attacks that hold are counted, with the slowest health check beside each."""
     monkeypatch.chdir(tmp_path)
     names = ["odd bodies", "smuggling", "index of weights"]

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -26,9 +25,9 @@ metric_list: [{metric: acc}]
 
 
 def test_methods_and_presets_with_perplexity_seconds_and_tasks_a_second_run_measures_nothing(
-    benchmark: Benchmark, model_folder: Path, texts: dict[str, Path], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    benchmark, model_folder, texts, tmp_path,
+    monkeypatch,
+):  # fmt: skip
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

@@ -1,17 +1,12 @@
 """The plan of a job on a CPU, beside what the job takes."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 
 pytestmark = pytest.mark.thorough
 
 
 @pytest.mark.parametrize("preset", ["crepe-plus", "best"])
-def test_each_stage_is_planned(
-    benchmark: Callable[..., dict[str, list[str]]], model_folder: Path, preset: str
-) -> None:
+def test_each_stage_is_planned(benchmark, model_folder, preset):
     """Within a factor of three in seconds of the process, on a machine that others use, too."""
     table = benchmark(
         "planned", "--model", model_folder, "--preset", preset, "--samples", 64,

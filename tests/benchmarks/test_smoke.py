@@ -14,18 +14,18 @@ Benchmark = Callable[..., dict[str, list[str]]]
 
 
 @pytest.fixture
-def database(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def database(database_url, monkeypatch):
     """Services use the tests' PostgreSQL; what the scripts set besides is forgotten afterwards."""
     monkeypatch.setenv("PHO_DATABASE_URL", database_url)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def numbers(cells: list[str]) -> list[float]:
+def numbers(cells):
     """All cells of a row, which have to be numbers."""
     return [float(cell) for cell in cells]
 
 
-def test_proxy_ranking(benchmark: Benchmark, model_folder: Path, tmp_path: Path) -> None:
+def test_proxy_ranking(benchmark, model_folder, tmp_path):
     """A row for each cell with 8 candidates or more; what was measured is not measured again."""
     words = (
         "proxy_ranking", "--model", model_folder, "--cell", "0.7 layer fisher", "--seeds", "1",
@@ -42,7 +42,7 @@ def test_proxy_ranking(benchmark: Benchmark, model_folder: Path, tmp_path: Path)
     assert results.read_text() == kept
 
 
-def test_quality(benchmark: Benchmark, model_folder: Path, texts: dict[str, Path]) -> None:
+def test_quality(benchmark, model_folder, texts):
     """
     A mean over the seeds for each method on both texts; a second run measures nothing anew.
 
@@ -84,7 +84,7 @@ def test_quality(benchmark: Benchmark, model_folder: Path, texts: dict[str, Path
 
 
 @pytest.mark.parametrize("shape", ["tiny-streamed", "tiny-mixtral"])  # tiny: below
-def test_gpu(benchmark: Benchmark, shape: str) -> None:
+def test_gpu(benchmark, shape):
     """Each part of a job with seconds and peaks, and checks; on the CPU to try it out."""
     table = benchmark(
         "gpu", "--device", "cpu", "--shape", shape, "--samples", 4, "--context-length", 32,
@@ -109,7 +109,7 @@ def test_gpu(benchmark: Benchmark, shape: str) -> None:
 
 
 @pytest.mark.usefixtures("pretended_gpu")
-def test_pretended_gpu(benchmark: Benchmark) -> None:
+def test_pretended_gpu(benchmark):
     """On a GPU the peaks of the card are there, and ratings and masks are those of the CPU."""
     benchmark(
         "gpu", "--shape", "tiny", "--samples", 4, "--context-length", 32, "--windows", 2,
@@ -130,7 +130,7 @@ def test_pretended_gpu(benchmark: Benchmark) -> None:
 
 
 @pytest.mark.usefixtures("database")
-def test_load(capfd: pytest.CaptureFixture[str]) -> None:
+def test_load(capfd):
     """Locust's table has a row for each kind of request, and nothing failed."""
     with pytest.raises(SystemExit) as done:
         import_module("load").main(seconds=5, clients=3)
@@ -142,7 +142,7 @@ def test_load(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("database")
-def test_a_row_for_each_number_of_workers(benchmark: Benchmark) -> None:
+def test_a_row_for_each_number_of_workers(benchmark):
     table = benchmark("service_throughput", "--workers", 1, "--jobs", 2, "--trials", 8)
     seconds, jobs_a_minute, *_ = table["1"]
 
@@ -151,13 +151,13 @@ def test_a_row_for_each_number_of_workers(benchmark: Benchmark) -> None:
 
 
 @pytest.mark.usefixtures("database")
-def test_a_row_for_each_round_both_sides_seconds_and_their_ratio(benchmark: Benchmark) -> None:
+def test_a_row_for_each_round_both_sides_seconds_and_their_ratio(benchmark):
     table = benchmark("service_overhead", "--tiny", "--trials", 8, "--rounds", 1)
 
     assert all(number > 0 for number in numbers(table["0"]))
 
 
-def test_a_kept_line_that_is_not_json_is_named(tmp_path: Path) -> None:
+def test_a_kept_line_that_is_not_json_is_named(tmp_path):
     kept = tmp_path / "kept.jsonl"
     kept.write_text('{"a": 1}\n{"a":\n')
     results = import_module("kept_results").KeptResults(kept)
@@ -166,7 +166,7 @@ def test_a_kept_line_that_is_not_json_is_named(tmp_path: Path) -> None:
         results.find({"a": 1})
 
 
-def test_scale(benchmark: Benchmark) -> None:
+def test_scale(benchmark):
     table = benchmark("scale", "--workers", 2, "--seconds", 5, "--stage-s", 0.2, "--processes", 1)
 
     assert len(table["2"]) == len(table["workers"]) == 9

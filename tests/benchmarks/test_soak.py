@@ -1,11 +1,8 @@
 """The soak: a service that is disturbed for some seconds, and the rules that it is held to."""
 
 import json
-from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -14,7 +11,7 @@ from storage.records import StageKind
 pytestmark = pytest.mark.thorough
 
 
-def test_soak(benchmark: Callable[..., Any], tmp_path: Path) -> None:
+def test_soak(benchmark, tmp_path):
     """A few jobs under fire: every rule was looked at, none is broken, all of it is written."""
     out = tmp_path / "soak.json"
     table = benchmark(
@@ -42,10 +39,10 @@ def test_soak(benchmark: Callable[..., Any], tmp_path: Path) -> None:
         (lambda job: job.best["calibration"]["text"].update(sha256="d2"), "calibration text 0"),
     ],
 )
-def test_mixtures(changed: Callable[[Any], None], told: str | None) -> None:
+def test_mixtures(changed, told):
     """A job whose stages or configuration name two texts or two weights is found out."""
 
-    def measured() -> dict[str, Any]:
+    def measured():
         on = {"text": {"sha256": "d"}}
         return {"weights_sha256": "w", "text_sha256": "t", "measured_on": on}
 

@@ -16,7 +16,7 @@ SMALL = (
 )  # fmt: skip
 
 
-def test_all_cells(benchmark: Benchmark, model_folder: Path, bos_folder: Path) -> None:
+def test_all_cells(benchmark, model_folder, bos_folder):
     """
     Each model has the other's best, its own and the joint one, and its saved trials.
 

@@ -1,13 +1,11 @@
 """The `pho` command in this process, in an empty folder of its own."""
 
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
-from pretended_user import Pho, Service
-from transformers import LlamaForCausalLM
+from click.testing import CliRunner
+from pretended_user import Service
 
 from pho_service.cli import main
 from pho_service.host.settings import read_settings
@@ -19,24 +17,20 @@ from pho_service.spec.calibration import CalibrationSettings
 
 
 @pytest.fixture
-def pho(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pho:
+def pho(tmp_path, monkeypatch):
     """Run `pho` with these words; the current folder is ``tmp_path / "here"``."""
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
 
-    def run(*words: object) -> Result:
+    def run(*words):
         return CliRunner().invoke(main, [str(word) for word in words])
 
     return run
 
 
 @pytest.fixture(scope="session")
-def made_bundle(
-    new_llama: Callable[[], LlamaForCausalLM],
-    texts_of_all: dict[str, Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
+def made_bundle(new_llama, texts_of_all, tmp_path_factory):
     """A small bundle of the tiny model, made as `pho calibrate` makes it."""
     folder = tmp_path_factory.mktemp("bundle")
     shutil.copytree(texts_of_all["tokenizer"], folder / "model")
@@ -52,13 +46,13 @@ def made_bundle(
 
 
 @pytest.fixture
-def bundle_file(made_bundle: Path, tmp_path: Path) -> Path:
+def bundle_file(made_bundle, tmp_path):
     """A copy of it."""
     return Path(shutil.copy(made_bundle, tmp_path))
 
 
 @pytest.fixture
-def url(database_url: str, tmp_path: Path) -> Iterator[str]:
+def url(database_url, tmp_path):
     """Of a front end that listens on a free port."""
     roots = (tmp_path,)
     service = Service(database_url, read_settings(model_roots=roots, text_roots=roots))
@@ -67,11 +61,11 @@ def url(database_url: str, tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def remote(pho: Pho, url: str, monkeypatch: pytest.MonkeyPatch) -> Pho:
+def remote(pho, url, monkeypatch):
     """Run a verb against that front end; none ends with a traceback."""
     monkeypatch.setenv("PHO_API_URL", url)
 
-    def run(*words: object) -> Result:
+    def run(*words):
         result = pho(*words)
         assert isinstance(result.exception, SystemExit | None), result.exception
         return result

@@ -3,10 +3,9 @@
 import json
 import uuid
 from pathlib import Path
-from typing import Any
 
 import pytest
-from pretended_user import Pho, answer
+from pretended_user import answer
 from safetensors.torch import load_file
 
 from pho_service.cli import configurations
@@ -22,7 +21,7 @@ BAD = GOOD | {
 }  # fmt: skip
 
 
-def document(perplexity: float, **changes: Any) -> dict[str, Any]:
+def document(perplexity, **changes):
     """A configuration's file: RIA's perplexity was 24."""
     return {
         "format": "pho-configuration", "version": 2, "method": "crepe", "pattern": "0.5",
@@ -33,7 +32,7 @@ def document(perplexity: float, **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def transfer(configuration: dict[str, Any], transferred: float) -> dict[str, Any]:
+def transfer(configuration, transferred):
     """What a configuration was worth on an OPT where RIA's perplexity was 40."""
     target = {
         "target": "org/opt", "model": {"name": "org/opt", "family": "opt"}, "own": None,
@@ -45,7 +44,7 @@ def transfer(configuration: dict[str, Any], transferred: float) -> dict[str, Any
     }  # fmt: skip
 
 
-def written(path: Path, values: dict[str, Any]) -> Path:
+def written(path, values):
     """A file of it."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(values))
@@ -53,7 +52,7 @@ def written(path: Path, values: dict[str, Any]) -> Path:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     """A library of three configurations, and a file that is none."""
     library = tmp_path / "library"
     written(library / "good.json", document(12.0))
@@ -63,7 +62,7 @@ def folder(tmp_path: Path) -> Path:
     return library
 
 
-def test_a_folders_configurations_are_listed_by_name_best_first(pho: Pho, folder: Path) -> None:
+def test_a_folders_configurations_are_listed_by_name_best_first(pho, folder):
     words = ("--library", folder, "--pattern", "0.5", "--family", "opt", "--all", "--why")
     result = pho("configurations", *words)
     table, _, reasons = result.stdout.partition("good.json: ")
@@ -82,7 +81,7 @@ def test_a_folders_configurations_are_listed_by_name_best_first(pho: Pho, folder
     assert "notes.json is not a configuration of PHO" in result.stderr
 
 
-def test_only_what_fits_is_listed_and_why_the_first_is_the_first(pho: Pho, folder: Path) -> None:
+def test_only_what_fits_is_listed_and_why_the_first_is_the_first(pho, folder):
     words = ("configurations", "--library", folder, "--family", "opt")
     result = pho(*words, "--pattern", "0.5")
     nothing = pho(*words, "--pattern", "1:4")
@@ -96,7 +95,7 @@ def test_only_what_fits_is_listed_and_why_the_first_is_the_first(pho: Pho, folde
     assert "another pattern or scope: 3. --all lists them." in nothing.stderr
 
 
-def test_with_json_stdout_is_what_the_api_would_answer(pho: Pho, folder: Path) -> None:
+def test_with_json_stdout_is_what_the_api_would_answer(pho, folder):
     words = ("configurations", "--library", folder, "--pattern", "0.5", "--json")
     found = answer(pho(*words, "--scope", "layer"))
     one = answer(pho(*words, "--scope", "layer", "--limit", 1))
@@ -120,10 +119,10 @@ def test_with_json_stdout_is_what_the_api_would_answer(pho: Pho, folder: Path) -
     ],
 )  # fmt: skip
 def test_a_gain_stands_in_the_column_of_what_it_was_measured_by_and_in_no_other(
-    pho: Pho, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any],
-    shown: str | None,
-) -> None:  # fmt: skip
-    tables: list[Any] = []
+    pho, tmp_path, monkeypatch, changes,
+    shown,
+):  # fmt: skip
+    tables = []
     monkeypatch.setattr(configurations, "print_table", lambda *table, **_: tables.append(table))
     written(tmp_path / "library" / "a.json", document(18.0, **changes))
     pho("configurations", "--library", tmp_path / "library")
@@ -134,13 +133,13 @@ def test_a_gain_stands_in_the_column_of_what_it_was_measured_by_and_in_no_other(
 
 
 @pytest.fixture
-def ids(remote: Pho, folder: Path) -> list[str]:
+def ids(remote, folder):
     """Of the folder's configurations in a service: good, failed, group."""
     files = [folder / f"{name}.json" for name in ("good", "failed", "group")]
     return [entry["id"] for entry in answer(remote("configurations", "import", *files, "--json"))]
 
 
-def test_each_files_id_is_printed(remote: Pho, folder: Path) -> None:
+def test_each_files_id_is_printed(remote, folder):
     files = [folder / "good.json", folder / "group.json"]
     first = remote("configurations", "import", *files)
     again = remote("configurations", "import", *files[::-1])
@@ -152,7 +151,7 @@ def test_each_files_id_is_printed(remote: Pho, folder: Path) -> None:
     assert len(answer(remote("configurations", "--json"))) == 2
 
 
-def test_a_folder_stands_for_all_configurations_below_it(remote: Pho, folder: Path) -> None:
+def test_a_folder_stands_for_all_configurations_below_it(remote, folder):
     result = remote("configurations", "import", folder)
     names = [line.split("  ")[1] for line in result.stdout.splitlines()]
 
@@ -162,7 +161,7 @@ def test_a_folder_stands_for_all_configurations_below_it(remote: Pho, folder: Pa
     assert "notes.json is not a configuration" in result.stderr
 
 
-def test_service(remote: Pho, url: str, ids: list[str], folder: Path) -> None:
+def test_service(remote, url, ids, folder):
     """A service's library is listed as a folder's is."""
     words = ["--pattern", "0.5", "--family", "opt", "--parameters", 134_515_008]
     listed = answer(remote("configurations", *words, "--json"))
@@ -177,7 +176,7 @@ def test_service(remote: Pho, url: str, ids: list[str], folder: Path) -> None:
     assert f"{ids[2]}: does not fit" in table
 
 
-def test_an_empty_one_says_so_and_exports_nothing(remote: Pho) -> None:
+def test_an_empty_one_says_so_and_exports_nothing(remote):
     listed = remote("configurations")
     exported = remote("configurations", "export", "--out", "out")
 
@@ -189,7 +188,7 @@ def test_an_empty_one_says_so_and_exports_nothing(remote: Pho) -> None:
     assert not Path("out").exists()
 
 
-def test_an_exported_folder_is_a_library(remote: Pho, ids: list[str], folder: Path) -> None:
+def test_an_exported_folder_is_a_library(remote, ids, folder):
     exported = remote("configurations", "export", "--out", "some/out")
     files = exported.stdout.splitlines()
     words = ["--pattern", "0.5", "--family", "opt", "--json"]
@@ -207,7 +206,7 @@ def test_an_exported_folder_is_a_library(remote: Pho, ids: list[str], folder: Pa
     assert [{**copy, "id": ""} for copy in copies] == [{**each, "id": ""} for each in originals]
 
 
-def test_those_that_are_named_are_exported(remote: Pho, ids: list[str]) -> None:
+def test_those_that_are_named_are_exported(remote, ids):
     (file,) = answer(remote("configurations", "export", ids[1], "--out", "out", "--json"))
     exported = json.loads(Path(file).read_text())
 
@@ -218,7 +217,7 @@ def test_those_that_are_named_are_exported(remote: Pho, ids: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", ["../../up", "x" * 300, "a\nb", "."])
-def test_an_odd_names_file_lies_in_the_folder(remote: Pho, tmp_path: Path, name: str) -> None:
+def test_an_odd_names_file_lies_in_the_folder(remote, tmp_path, name):
     file = written(tmp_path / "c.json", document(12.0, model={"name": name}))
     remote("configurations", "import", file)
     (exported,) = answer(remote("configurations", "export", "--out", "out", "--json"))
@@ -227,7 +226,7 @@ def test_an_odd_names_file_lies_in_the_folder(remote: Pho, tmp_path: Path, name:
     assert answer(remote("configurations", "--library", "out", "--json"))[0]["pattern"] == "0.5"
 
 
-def test_a_deleted_configuration_is_gone_and_the_others_stay(remote: Pho, ids: list[str]) -> None:
+def test_a_deleted_configuration_is_gone_and_the_others_stay(remote, ids):
     result = remote("configurations", "delete", ids[0])
     again = remote("configurations", "delete", ids[0])
     as_json = answer(remote("configurations", "delete", ids[1], "--json"))
@@ -240,7 +239,7 @@ def test_a_deleted_configuration_is_gone_and_the_others_stay(remote: Pho, ids: l
 
 
 @pytest.fixture
-def places(model_folder: Path, bundle_file: Path, folder: Path, tmp_path: Path) -> dict[str, Path]:
+def places(model_folder, bundle_file, folder, tmp_path):
     """What words in braces stand for."""
     (tmp_path / "empty").mkdir()
     return {
@@ -249,7 +248,7 @@ def places(model_folder: Path, bundle_file: Path, folder: Path, tmp_path: Path) 
     }  # fmt: skip
 
 
-def test_the_best_of_a_folder_prunes_as_its_file_does(pho: Pho, places: dict[str, Path]) -> None:
+def test_the_best_of_a_folder_prunes_as_its_file_does(pho, places):
     (places["folder"] / "failed.json").unlink()
     library = ["--library", places["folder"], "--pattern", "0.5"]
     result = pho(*PRUNE.format(**places).split(), *library, "--json")
@@ -275,8 +274,8 @@ def test_the_best_of_a_folder_prunes_as_its_file_does(pho: Pho, places: dict[str
     [(GOOD, r"By the proxy it holds on "), (BAD, "Note: ")],
 )
 def test_the_proxy_says_before_whether_a_configuration_is_better_than_ria_on_the_model(
-    pho: Pho, places: dict[str, Path], coefficients: dict[str, Any], sentence: str
-) -> None:
+    pho, places, coefficients, sentence
+):
     written(places["folder"] / "best.json", document(1.0, coefficients=coefficients))
     words = [*PRUNE.format(**places).split(), "--library", places["folder"], "--pattern", "0.5"]
     result = pho(*words, "--force")
@@ -294,7 +293,7 @@ def test_the_proxy_says_before_whether_a_configuration_is_better_than_ria_on_the
     assert ("it does not transfer" in said) is (coefficients is BAD)
 
 
-def test_what_is_worse_than_ria_is_left_out(pho: Pho, places: dict[str, Path]) -> None:
+def test_what_is_worse_than_ria_is_left_out(pho, places):
     written(places["folder"] / "best.json", document(1.0, coefficients=BAD))
     written(places["folder"] / "next.json", document(2.0, coefficients=GOOD))
     result = pho(*PRUNE.format(**places).split(), "--library", places["folder"], "--pattern", "0.5")
@@ -305,7 +304,7 @@ def test_what_is_worse_than_ria_is_left_out(pho: Pho, places: dict[str, Path]) -
     assert recipe["origin"]["id"] == "next.json"
 
 
-def test_if_none_holds_nothing_is_pruned(pho: Pho, places: dict[str, Path]) -> None:
+def test_if_none_holds_nothing_is_pruned(pho, places):
     for file in places["folder"].glob("*.json"):
         file.unlink()
     for number in range(7):
@@ -326,7 +325,7 @@ def test_if_none_holds_nothing_is_pruned(pho: Pho, places: dict[str, Path]) -> N
     assert recipe["origin"]["id"] == "0.json"
 
 
-def test_kernel_size_is_not_in_the_bundle(pho: Pho, places: dict[str, Path]) -> None:
+def test_kernel_size_is_not_in_the_bundle(pho, places):
     coefficients = {**GOOD, "kernel_size": 9}
     written(places["folder"] / "best.json", document(1.0, coefficients=coefficients))
     result = pho(*PRUNE.format(**places).split(), "--library", places["folder"], "--pattern", "0.5")
@@ -338,8 +337,8 @@ def test_kernel_size_is_not_in_the_bundle(pho: Pho, places: dict[str, Path]) -> 
 
 
 def test_from_a_text_the_statistics_have_the_kernel_size_of_what_the_library_has(
-    pho: Pho, places: dict[str, Path], texts: dict[str, Path]
-) -> None:
+    pho, places, texts
+):
     coefficients = {**GOOD, "kernel_size": 9}
     written(places["folder"] / "best.json", document(1.0, coefficients=coefficients))
     result = pho(
@@ -355,8 +354,8 @@ def test_from_a_text_the_statistics_have_the_kernel_size_of_what_the_library_has
 
 
 def test_the_service_that_the_settings_name_is_the_library_where_none_is_given(
-    remote: Pho, ids: list[str], model_folder: Path, bundle_file: Path
-) -> None:
+    remote, ids, model_folder, bundle_file
+):
     words = PRUNE.format(model=model_folder, bundle=bundle_file).split()
     result = remote(*words, "--pattern", "2:4", "--force")
     origin = json.loads(Path("pruned/pruning.json").read_text())["origin"]
@@ -388,8 +387,8 @@ def test_the_service_that_the_settings_name_is_the_library_where_none_is_given(
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_said_in_one_sentence_and_leaves_nothing_behind(
-    pho: Pho, places: dict[str, Path], words: str, code: int, message: str
-) -> None:
+    pho, places, words, code, message
+):
     result = pho(*words.format(**places).split())
 
     assert isinstance(result.exception, SystemExit), repr(result.exception)

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import optuna
 import pytest
-from pretended_user import Pho
 
 TARGET = ("--step", 0.25, "--lowest", 0.45, "--highest", 0.95)
 
 
 @pytest.fixture
-def small(model_folder: Path, texts: dict[str, Path]) -> list[str]:
+def small(model_folder, texts):
     """The tiny model, and options that make a search on it take less than a second."""
     words = [
         model_folder, "--text", texts["calibration"], "--confirm-text", texts["confirmation"],
@@ -21,12 +20,12 @@ def small(model_folder: Path, texts: dict[str, Path]) -> list[str]:
     return [str(word) for word in words]
 
 
-def values(pareto: optuna.Study) -> list[list[float]]:
+def values(pareto):
     """Of all trials."""
     return [trial.values for trial in pareto.get_trials()]
 
 
-def test_points_are_what_pho_search_finds_measured_once(pho: Pho, small: list[str]) -> None:
+def test_points_are_what_pho_search_finds_measured_once(pho, small):
     run = ("curve", *small, "--patterns", "2:4,0.6,0.3", "--json")
     first = pho(*run)
     assert first.exit_code == 0, first.stderr
@@ -57,7 +56,7 @@ def test_points_are_what_pho_search_finds_measured_once(pho: Pho, small: list[st
     assert '<svg class="chart"' in Path("curve/curve.html").read_text()
 
 
-def test_one_study_has_the_trials_of_all_points_once(pho: Pho, small: list[str]) -> None:
+def test_one_study_has_the_trials_of_all_points_once(pho, small):
     run = ("curve", *small, "--patterns", "0.3,0.6")
     shown = pho(*run)
     pho(*run)
@@ -74,7 +73,7 @@ def test_one_study_has_the_trials_of_all_points_once(pho: Pho, small: list[str])
     assert sorted(trial.values for trial in pareto.best_trials) == best
 
 
-def test_sparsities_are_bisected_up_to_the_highest(pho: Pho, small: list[str]) -> None:
+def test_sparsities_are_bisected_up_to_the_highest(pho, small):
     run = ("search", *small, "--within", "15%", *TARGET, "--json")
     first = pho(*run)
     assert first.exit_code == 0, first.stderr

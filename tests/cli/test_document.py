@@ -1,9 +1,6 @@
 """Options made from the fields of a job's document, and the document made from them."""
 
 import shlex
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import click
 import pytest
@@ -25,14 +22,14 @@ MINE = {"model": "org/a", "pattern": "0.5"}
 PARENT = click.Context(main, **main.context_settings)
 
 
-def command(verb: str) -> DocumentCommand:
+def command(verb):
     """A verb that has such options."""
     found = main.get_command(PARENT, verb)
     assert isinstance(found, DocumentCommand)
     return found
 
 
-def given(verb: str, *words: str) -> Given:
+def given(verb, *words):
     """What a verb is given by these words; nothing is run."""
     context = command(verb).make_context(verb, [*words], parent=PARENT)
     found = context.params["given"]
@@ -40,7 +37,7 @@ def given(verb: str, *words: str) -> Given:
     return found
 
 
-def shown(verb: str) -> dict[str, dict[str, Any]]:
+def shown(verb):
     """What --help says of each field's option, by the field."""
     made = command(verb)._options.values()
     again = command(verb)._again  # fields that an option is about when it is given again
@@ -57,9 +54,9 @@ def shown(verb: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def leaves(document: Mapping[str, Any], above: str = "") -> set[str]:
+def leaves(document, above=""):
     """The paths of all values; bounds are one, and so are points to begin with."""
-    found: set[str] = set()
+    found = set()
     for name, value in document.items():
         path = f"{above}{name}"
         whole = path in ("search_space", "steps/allocation/offsets")
@@ -68,7 +65,7 @@ def leaves(document: Mapping[str, Any], above: str = "") -> set[str]:
     return found
 
 
-def test_each_field_of_a_jobs_document_has_an_option_but_for_the_models() -> None:
+def test_each_field_of_a_jobs_document_has_an_option_but_for_the_models():
     parts = {
         "calibration": {
             "dataset": "org/texts", "dataset_config": "en", "more_texts": ["b.txt"],
@@ -95,7 +92,7 @@ def test_each_field_of_a_jobs_document_has_an_option_but_for_the_models() -> Non
 
 
 @pytest.mark.parametrize("verb", ["search", "submit", "calibrate", "recover"])
-def test_text_given_again_is_another_text(verb: str) -> None:
+def test_text_given_again_is_another_text(verb):
     model = {"search": ["m", "--pattern", "0.5"], "submit": ["m"], "calibrate": ["m", "--out", "b"]}
     folder = ["m", "--teacher", "t", "--out", "o"]
     words = [*model.get(verb, folder), "--shares", "2,1,1"]
@@ -109,7 +106,7 @@ def test_text_given_again_is_another_text(verb: str) -> None:
     }  # fmt: skip
 
 
-def test_several_texts_are_said_by_the_command_that_asks_again() -> None:
+def test_several_texts_are_said_by_the_command_that_asks_again():
     calibration = {"text": "a.txt", "more_texts": ["b.txt", "c4"], "shares": [2, 1, 1]}
     document = {"model": "m", "pattern": "0.5", "calibration": calibration}
 
@@ -118,7 +115,7 @@ def test_several_texts_are_said_by_the_command_that_asks_again() -> None:
     )
 
 
-def test_pho_search_and_pho_submit_have_the_same_option_for_a_field() -> None:
+def test_pho_search_and_pho_submit_have_the_same_option_for_a_field():
     searching, submitting = shown("search"), shown("submit")
 
     assert {*submitting} == {*document_fields()}
@@ -131,7 +128,7 @@ def test_pho_search_and_pho_submit_have_the_same_option_for_a_field() -> None:
 
 
 @pytest.mark.parametrize("verb", ["search", "submit"])
-def test_the_help_has_its_sections_in_order(verb: str) -> None:
+def test_the_help_has_its_sections_in_order(verb):
     context = click.Context(command(verb), info_name=verb, parent=PARENT)
     context.meta[WHOLE_HELP] = True
     help_ = command(verb).get_help(context)
@@ -185,7 +182,7 @@ WHOLE = {
         {**MINE, "steps": {"allocation": {"offsets": {"q_proj": -0.5}, "depth": [-0.5, 0.25]}}},
     ],
 )  # fmt: skip
-def test_a_documents_command_makes_the_same_document(document: dict[str, Any]) -> None:
+def test_a_documents_command_makes_the_same_document(document):
     spec = JobSpec.model_validate(document)
     words = shlex.split(search_command(spec.model_dump(mode="json"), "--warm-start", "x.json"))
     models = words[2 : 2 + len(spec.models)]
@@ -210,11 +207,11 @@ def test_a_documents_command_makes_the_same_document(document: dict[str, Any]) -
         {**MINE, "calibration": {"memory_bytes": None}},
     ],
 )
-def test_what_no_options_say_is_not_said_by_wrong_ones(document: dict[str, Any]) -> None:
+def test_what_no_options_say_is_not_said_by_wrong_ones(document):
     assert submit_command(document) is None
 
 
-def test_what_is_not_given_is_not_in_the_document() -> None:
+def test_what_is_not_given_is_not_in_the_document():
     assert given("submit", "org/a", "--pattern", "0.5").document() == {"pattern": "0.5"}
 
 
@@ -237,7 +234,7 @@ def test_what_is_not_given_is_not_in_the_document() -> None:
         ("--no-confirm --finalists 3", "--finalists has no place in the job document"),
     ],
 )  # fmt: skip
-def test_a_broken_rule_is_told_with_the_option_and_its_value(words: str, message: str) -> None:
+def test_a_broken_rule_is_told_with_the_option_and_its_value(words, message):
     found = given("submit", "org/a", "--pattern", "0.5", *words.split())
 
     with pytest.raises(InvalidInput) as refused:
@@ -245,7 +242,7 @@ def test_a_broken_rule_is_told_with_the_option_and_its_value(words: str, message
     assert str(refused.value).startswith(message)
 
 
-def test_what_is_not_of_an_option_is_told_with_its_place_in_the_document() -> None:
+def test_what_is_not_of_an_option_is_told_with_its_place_in_the_document():
     with pytest.raises(InvalidInput, match=r"^/calibration/samples 0 is below 1\.$"):
         given("submit", "org/a").job({**MINE, "calibration": {"samples": 0}})
 
@@ -255,17 +252,17 @@ def test_what_is_not_of_an_option_is_told_with_its_place_in_the_document() -> No
     [("8GiB", 2**33), ("800 MB", 8 * 10**8), ("8e9", 8 * 10**9), ("1.5Mi", 3 * 2**19),
      ("1e3kb", 10**6), ("512", 512), (" 2g ", 2 * 10**9)],
 )  # fmt: skip
-def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
+def test_sizes_are_read_as_people_write_them(text, size):
     assert parse_bytes(text, "--memory") == size
 
 
 @pytest.mark.parametrize("text", ["much", "", "-1", "nan", "1e999GB", "8 bananas", "1.2.3"])
-def test_what_is_none_is_refused_with_the_option(text: str) -> None:
+def test_what_is_none_is_refused_with_the_option(text):
     with pytest.raises(InvalidInput, match=r"^--memory .* is not a size"):
         parse_bytes(text, "--memory")
 
 
-def test_a_configuration_to_begin_with_stands_in_the_document(tmp_path: Path) -> None:
+def test_a_configuration_to_begin_with_stands_in_the_document(tmp_path):
     from pho_service.cli.remote import job_document
     from pho_service.spec.configuration import Configuration, write_configuration
     from pho_service.spec.pattern import Coefficients, Pattern

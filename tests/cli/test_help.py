@@ -4,12 +4,11 @@ import re
 from importlib.metadata import version
 
 import pytest
-from pretended_user import Pho
 
 from pho_service.cli import VERBS
 
 
-def test_pho_help_names_every_verb_with_what_it_does_and_the_exit_codes(pho: Pho) -> None:
+def test_pho_help_names_every_verb_with_what_it_does_and_the_exit_codes(pho):
     text = " ".join(pho("--help").stdout.split())
 
     assert all(f"{verb} {what}" in text for verb, (_, what) in VERBS.items())
@@ -17,7 +16,7 @@ def test_pho_help_names_every_verb_with_what_it_does_and_the_exit_codes(pho: Pho
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_each_verbs_help_has_an_example_json_if_it_has_a_result(pho: Pho, verb: str) -> None:
+def test_each_verbs_help_has_an_example_json_if_it_has_a_result(pho, verb):
     result = pho(verb, "--help")
 
     assert result.exit_code == 0
@@ -27,7 +26,7 @@ def test_each_verbs_help_has_an_example_json_if_it_has_a_result(pho: Pho, verb: 
     assert short.stdout == result.stdout, repr(short.exception)
 
 
-def test_help_begins_with_what_is_used_most_and_help_all_has_every_option(pho: Pho) -> None:
+def test_help_begins_with_what_is_used_most_and_help_all_has_every_option(pho):
     for verb, first, rare in (
         ("search", "--pattern", "--calibration-memory"),
         ("compare", "--pattern", "--calibration-memory"),
@@ -45,11 +44,11 @@ def test_help_begins_with_what_is_used_most_and_help_all_has_every_option(pho: P
         assert rare not in options
 
 
-def test_the_version_is_that_of_the_installed_distribution(pho: Pho) -> None:
+def test_the_version_is_that_of_the_installed_distribution(pho):
     assert version("pho-service") in pho("--version").stdout
 
 
-def test_a_verb_that_does_not_exist_is_bad_usage(pho: Pho) -> None:
+def test_a_verb_that_does_not_exist_is_bad_usage(pho):
     result = pho("squeeze")
 
     assert result.exit_code == 2

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -17,7 +16,7 @@ from pho_service.cli import main
 TRIALS = 80
 
 
-def words(bundle: Path, folder: Path) -> list[str]:
+def words(bundle, folder):
     """A search."""
     return [
         "search", str(bundle), "--preset", "score",
@@ -26,7 +25,7 @@ def words(bundle: Path, folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def recorded(database: Path) -> int:
+def recorded(database):
     """How many trials the study has so far."""
     try:
         with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
@@ -36,7 +35,7 @@ def recorded(database: Path) -> int:
         return 0
 
 
-def search(bundle: Path, folder: Path) -> None:
+def search(bundle, folder):
     """Run it to its end, in this process."""
     result = CliRunner().invoke(main, words(bundle, folder), catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -45,7 +44,7 @@ def search(bundle: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     "stop", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.thorough)]
 )
-def test_killed(bundle_file: Path, tmp_path: Path, stop: signal.Signals) -> None:
+def test_killed(bundle_file, tmp_path, stop):
     """After kill -9 or Ctrl-C, the same command ends with the same bytes."""
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     undisturbed.mkdir()

@@ -2,20 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
-from pretended_user import Pho, answer
+from pretended_user import answer
 from safetensors.torch import load_file, save_file
 
-from pho_service.models.scratch import KeptBlock, KeptBlocks
+from pho_service.models.scratch import KeptBlocks
 
 SMALL = ("--context-length", 32, "--samples", 6, "--kernel-sizes", "3,5")
 
 
-def searched(pho: Pho, model: Path, texts: dict[str, Path], *words: object) -> dict[str, Any]:
+def searched(pho, model, texts, *words):
     """The configuration of a small search."""
     return answer(
         pho("search", model, "--preset", "score", *words, "--trials", 12, "--finalists", 1, *SMALL,
@@ -24,7 +22,7 @@ def searched(pho: Pho, model: Path, texts: dict[str, Path], *words: object) -> d
     )["configuration"]  # fmt: skip
 
 
-def checks(result: Result) -> dict[str, bool]:
+def checks(result):
     """Whether each check passed, by name."""
     return {check["name"]: check["passed"] for check in json.loads(result.stdout)["checks"]}
 
@@ -34,8 +32,8 @@ def checks(result: Result) -> dict[str, bool]:
     [("0.5", "crepe-plus"), ("2:4", "best")],
 )
 def test_what_a_presets_search_confirms_is_what_is_pruned_to_the_last_bit_and_passes_its_check(
-    pho: Pho, model_folder: Path, texts: dict[str, Path], pattern: str, preset: str
-) -> None:
+    pho, model_folder, texts, pattern, preset
+):
     found = searched(pho, model_folder, texts, "--pattern", pattern, "--preset", preset)
     calibration = (*SMALL, "--text", texts["calibration"])
     pruned = pho("prune", model_folder, "--config", "config.json", *calibration, "--out", "out")
@@ -58,20 +56,20 @@ TRAINED = (
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path, monkeypatch):
     """An empty one."""
     monkeypatch.setenv("PHO_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 def test_blocks_that_a_search_has_trained_are_not_trained_again(
-    pho: Pho, model_folder: Path, texts: dict[str, Path], cache: Path,
-    monkeypatch: pytest.MonkeyPatch, trained: list[str],
-) -> None:  # fmt: skip
+    pho, model_folder, texts, cache,
+    monkeypatch, trained,
+):  # fmt: skip
     """Also by a search that was killed between two blocks; other text, and they are not taken."""
     read = KeptBlocks.read
 
-    def killed(self: KeptBlocks, name: str) -> KeptBlock | None:
+    def killed(self, name):
         if "1" in name:
             raise KeyboardInterrupt
         return read(self, name)
@@ -98,16 +96,14 @@ def test_blocks_that_a_search_has_trained_are_not_trained_again(
     assert Path("a/model.safetensors").read_bytes() == Path("b/model.safetensors").read_bytes()
 
 
-def test_a_full_cache_ends_no_search(
-    pho: Pho, model_folder: Path, texts: dict[str, Path], cache: Path
-) -> None:
+def test_a_full_cache_ends_no_search(pho, model_folder, texts, cache):
     cache.mkdir()
     (cache / "blocks").write_text("in the way")
 
     assert searched(pho, model_folder, texts, *TRAINED)["confirmation"]
 
 
-def test_check_finds_a_changed_weight(pho: Pho, model_folder: Path, texts: dict[str, Path]) -> None:
+def test_check_finds_a_changed_weight(pho, model_folder, texts):
     pho("prune", model_folder, "--method", "wanda", "--pattern", "0.5", *SMALL, "--text",
         texts["calibration"], "--out", "out")  # fmt: skip
     file = Path("out/model.safetensors")
@@ -123,7 +119,7 @@ def test_check_finds_a_changed_weight(pho: Pho, model_folder: Path, texts: dict[
     assert not checks(machine)["zeros"]
 
 
-def test_prune_by_a_method(pho: Pho, model_folder: Path, texts: dict[str, Path]) -> None:
+def test_prune_by_a_method(pho, model_folder, texts):
     """A published method is pruned with and saved by its name, and is what the table shows."""
     calibration = (*SMALL, "--text", texts["calibration"], "--ignore", "*.layers.0.*")
     method = "sparsegpt-permuted"
@@ -147,7 +143,7 @@ def test_prune_by_a_method(pho: Pho, model_folder: Path, texts: dict[str, Path])
     assert rated["perplexity"] == pytest.approx(rows[1]["perplexity"], rel=1e-5)
 
 
-def test_deployable(pho: Pho, model_folder: Path, texts: dict[str, Path]) -> None:
+def test_deployable(pho, model_folder, texts):
     """What a runtime must permute is told, and with --deployable there is nothing of it."""
     words = ("prune", model_folder, "--method", "wanda-permuted", "--pattern", "2:4", *SMALL,
              "--text", texts["calibration"])  # fmt: skip
@@ -158,7 +154,7 @@ def test_deployable(pho: Pho, model_folder: Path, texts: dict[str, Path]) -> Non
     assert json.loads(Path("b/pruning.json").read_text())["configuration"]["steps"]["deployable"]
 
 
-def test_streamed(pho: Pho, model_folder: Path, texts: dict[str, Path]) -> None:
+def test_streamed(pho, model_folder, texts):
     """A streamed model gives the same configuration, the same folder and the same perplexity."""
     words = ("--pattern", "0.5", "--update", "obs")
     whole = searched(pho, model_folder, texts, *words)
@@ -177,7 +173,7 @@ def test_streamed(pho: Pho, model_folder: Path, texts: dict[str, Path]) -> None:
     assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-6)
 
 
-def test_what_cannot_be_streamed_says_why(pho: Pho, tmp_path: Path, texts: dict[str, Path]) -> None:
+def test_what_cannot_be_streamed_says_why(pho, tmp_path, texts):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     result = pho("evaluate", tmp_path / "model.gguf", "--text", texts["report"], "--stream")
 

@@ -1,16 +1,13 @@
 """`pho plan`: the table, the exit code, a service's answer, and bad input."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 
-from pretended_user import Pho
 from transformers import LlamaConfig
 
 FEW = ["--samples", 8, "--context-length", 32]
 
 
-def test_each_stage_has_a_range_of_seconds_and_its_peaks(pho: Pho, model_folder: Path) -> None:
+def test_each_stage_has_a_range_of_seconds_and_its_peaks(pho, model_folder):
     weights = model_folder / "model.safetensors"
     with weights.open("rb+") as file:
         file.truncate(8 + int.from_bytes(file.read(8), "little"))
@@ -26,7 +23,7 @@ def test_each_stage_has_a_range_of_seconds_and_its_peaks(pho: Pho, model_folder:
     assert all(0 <= low <= high for low, high in (s["seconds"] for s in found["stages"]))
 
 
-def test_people_get_a_table_with_where_the_rates_are_from(pho: Pho, model_folder: Path) -> None:
+def test_people_get_a_table_with_where_the_rates_are_from(pho, model_folder):
     done = pho("plan", model_folder, *FEW, "--card", "cpu", "--pattern", "2:4", "--preset", "best")
 
     assert done.exit_code == 0, done.output
@@ -34,9 +31,7 @@ def test_people_get_a_table_with_where_the_rates_are_from(pho: Pho, model_folder
     assert "It fits." in done.stdout
 
 
-def test_exit_code_1_why_and_what_would_do(
-    pho: Pho, tmp_path: Path, write_header: Callable[[Path, LlamaConfig], None]
-) -> None:
+def test_exit_code_1_why_and_what_would_do(pho, tmp_path, write_header):
     config = LlamaConfig(
         dtype="bfloat16", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
         num_attention_heads=64,
@@ -49,7 +44,7 @@ def test_exit_code_1_why_and_what_would_do(
     assert "--stream" in done.stdout
 
 
-def test_a_service_answers_the_same(pho: Pho, url: str, model_folder: Path) -> None:
+def test_a_service_answers_the_same(pho, url, model_folder):
     words = ["plan", model_folder, *FEW, "--card", "H100", "--json"]
     here, there = pho(*words), pho(*words, "--url", url)
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from pretended_user import Pho, answer
+from pretended_user import answer
 
 from pho_service.spec.document import number
 
@@ -18,13 +18,8 @@ SMALL = ("--context-length", 32, "--samples", 6, "--kernel-sizes", "3,5")
     ],
 )
 def test_the_folder_has_to_the_last_bit_the_perplexity_that_the_search_confirmed(
-    pho: Pho,
-    texts: dict[str, Path],
-    request: pytest.FixtureRequest,
-    folder: str,
-    pattern: str,
-    scope: str | None,
-) -> None:
+    pho, texts, request, folder, pattern, scope
+):
     model = request.getfixturevalue(folder)
     calibration = (*SMALL, "--text", texts["calibration"])
     scoped = ("--scope", scope) if scope else ()
@@ -47,9 +42,7 @@ def test_the_folder_has_to_the_last_bit_the_perplexity_that_the_search_confirmed
     assert rated["bos"] is (folder == "bos_folder")
 
 
-def test_a_recovered_folder_is_better_and_passes_its_check(
-    pho: Pho, model_folder: Path, texts: dict[str, Path]
-) -> None:
+def test_a_recovered_folder_is_better_and_passes_its_check(pho, model_folder, texts):
     length = ("--context-length", 32)
     pho("prune", model_folder, "--method", "wanda", "--pattern", "2:4", "--text",
         texts["calibration"], *SMALL, "--out", "pruned")  # fmt: skip
@@ -69,8 +62,8 @@ def test_a_recovered_folder_is_better_and_passes_its_check(
 
 
 def test_pruned_with_another_text_than_the_searchs_the_user_is_told(
-    pho: Pho, model_folder: Path, bundle_file: Path, texts: dict[str, Path]
-) -> None:
+    pho, model_folder, bundle_file, texts
+):
     pho("search", bundle_file, "--preset", "score", "--pattern", "0.5", "--trials", 12)
     result = pho("prune", model_folder, "--config", "config.json", "--text", texts["report"],
                  *SMALL, "--out", "pruned")  # fmt: skip
@@ -79,7 +72,7 @@ def test_pruned_with_another_text_than_the_searchs_the_user_is_told(
     assert "Note: these statistics are not those of the search" in result.stderr
 
 
-def test_auto_adds_bos_as_the_tokenizer(pho: Pho, bos_folder: Path, texts: dict[str, Path]) -> None:
+def test_auto_adds_bos_as_the_tokenizer(pho, bos_folder, texts):
     words = ("evaluate", bos_folder, "--text", texts["report"], "--context-length", 32)
     auto, always, never = (
         answer(pho(*words, "--json", "--bos", bos))["perplexity"]
@@ -91,7 +84,7 @@ def test_auto_adds_bos_as_the_tokenizer(pho: Pho, bos_folder: Path, texts: dict[
     assert f"perplexity {number(auto)}" in pho(*words).stdout
 
 
-def test_dataset(pho: Pho, model_folder: Path, texts: dict[str, Path], tmp_path: Path) -> None:
+def test_dataset(pho, model_folder, texts, tmp_path):
     """A data set in a folder rates as the same text in a file does."""
     folder = tmp_path / "data"
     folder.mkdir()
@@ -104,9 +97,7 @@ def test_dataset(pho: Pho, model_folder: Path, texts: dict[str, Path], tmp_path:
     assert data["text_sha256"] == file["text_sha256"]
 
 
-def test_the_pruned_model_does_not_lie_in_the_one_that_is_pruned(
-    pho: Pho, model_folder: Path, texts: dict[str, Path]
-) -> None:
+def test_the_pruned_model_does_not_lie_in_the_one_that_is_pruned(pho, model_folder, texts):
     before = sorted(model_folder.rglob("*"))
     method = ("--pattern", "0.5", "--method", "wanda", *SMALL, "--text", texts["calibration"])
     result = pho("prune", model_folder, *method, "--out", model_folder / "pruned")
@@ -116,9 +107,7 @@ def test_the_pruned_model_does_not_lie_in_the_one_that_is_pruned(
     assert sorted(model_folder.rglob("*")) == before
 
 
-def test_a_share_that_short_rows_cannot_have_is_explained(
-    pho: Pho, model_folder: Path, texts: dict[str, Path]
-) -> None:
+def test_a_share_that_short_rows_cannot_have_is_explained(pho, model_folder, texts):
     method = ("--method", "wanda", *SMALL, "--text", texts["calibration"])
     fine = pho("prune", model_folder, "--pattern", "0.5", *method, "--out", "half")
     short = pho("prune", model_folder, "--pattern", "0.9999", *method, "--out", "most")

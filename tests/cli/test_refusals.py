@@ -2,13 +2,9 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import pytest
-from pretended_user import Pho
 
 SMALL = "--context-length 32 --samples 6 --kernel-sizes 3,5"
 CALIBRATE = "calibrate {model} --text {text} --out x.safetensors"
@@ -22,7 +18,7 @@ RECOVER = "recover pruned --teacher dense --text a.txt --out o"
 COMPARE = "compare nowhere --pattern 2:4 --report-text r.txt"
 
 
-def configured(folder: Path, **coefficients: Any) -> Path:
+def configured(folder, **coefficients):
     """A configuration by hand."""
     score = {
         "row": 1.0, "column": 1.0, "neighbourhood": 1.0, "kernel_size": 3,
@@ -38,9 +34,7 @@ def configured(folder: Path, **coefficients: Any) -> Path:
 
 
 @pytest.fixture
-def places(
-    model_folder: Path, bundle_file: Path, texts: dict[str, Path], tmp_path: Path
-) -> dict[str, Path]:
+def places(model_folder, bundle_file, texts, tmp_path):
     """What words in braces stand for."""
     short, empty = tmp_path / "short.txt", tmp_path / "empty.txt"
     short.write_text("the model")
@@ -51,7 +45,7 @@ def places(
     }  # fmt: skip
 
 
-def refused(pho: Pho, words: str, places: dict[str, Path]) -> tuple[int, str]:
+def refused(pho, words, places):
     """Exit code and message of a command that must leave nothing behind."""
     result = pho(*words.format(**places).split())
     lines = [line for line in result.stderr.splitlines() if line.startswith(("pho: ", "Error: "))]
@@ -136,8 +130,8 @@ FAILURES = [
     [*((2, *row) for row in BAD_USAGE), *((1, *row) for row in FAILURES)],
 )
 def test_what_cannot_be_done_is_said_with_its_rule_and_leaves_nothing(
-    pho: Pho, places: dict[str, Path], code: int, words: str, message: str
-) -> None:
+    pho, places, code, words, message
+):
     said = refused(pho, words, places)
 
     assert said[0] == code
@@ -145,9 +139,7 @@ def test_what_cannot_be_done_is_said_with_its_rule_and_leaves_nothing(
 
 
 @pytest.fixture
-def full_disk(
-    places: dict[str, Path], limited_disk: Callable[[int], AbstractContextManager[None]]
-) -> Iterator[dict[str, Path]]:
+def full_disk(places, limited_disk):
     """``places``, where no file may grow beyond 20,000 bytes: a write fails as on a full disk."""
     with limited_disk(20_000):
         yield places
@@ -156,16 +148,14 @@ def full_disk(
 @pytest.mark.parametrize(
     ("words", "named"), [(f"{CALIBRATE} {SMALL}", "x.safetensors"), (PRUNE, "pruned")]
 )
-def test_what_a_full_disk_does_not_take_is_named(
-    pho: Pho, full_disk: dict[str, Path], words: str, named: str
-) -> None:
+def test_what_a_full_disk_does_not_take_is_named(pho, full_disk, words, named):
     code, said = refused(pho, words, full_disk)
 
     assert code == 1
     assert f"{named} was not written" in said
 
 
-def test_study_on_a_full_disk(pho: Pho, full_disk: dict[str, Path]) -> None:
+def test_study_on_a_full_disk(pho, full_disk):
     result = pho(*SEARCH.format(**full_disk).split())
 
     assert result.exit_code == 1
@@ -173,7 +163,7 @@ def test_study_on_a_full_disk(pho: Pho, full_disk: dict[str, Path]) -> None:
     assert not Path("config.json").exists()
 
 
-def test_a_huge_kernel_size_is_refused_in_words(pho: Pho, places: dict[str, Path]) -> None:
+def test_a_huge_kernel_size_is_refused_in_words(pho, places):
     places["config"] = configured(places["tmp"], kernel_size=10**12 + 1)
     code, said = refused(pho, PRUNE, places)
 
@@ -181,9 +171,7 @@ def test_a_huge_kernel_size_is_refused_in_words(pho: Pho, places: dict[str, Path
     assert "kernel_size" in said
 
 
-def test_empty_name_of_a_text(
-    pho: Pho, places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_empty_name_of_a_text(pho, places, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     result = pho("evaluate", places["model"], "--text", "", "--context-length", 32)
 

@@ -11,7 +11,6 @@ import click
 import optuna
 import pytest
 from click.testing import CliRunner
-from pretended_user import Pho
 
 from pho_service.cli import main
 from pho_service.cli.document import Given
@@ -23,7 +22,7 @@ NOBODY = "00000000-0000-0000-0000-000000000000"
 URL = "sqlite:///study.db"
 
 
-def visible(path: str) -> str:
+def visible(path):
     """The words of a page."""
     page = Path(path).read_text(encoding="utf-8").partition("<footer>")[0]
     words = re.sub(r"<script.*?</script>|<style.*?</style>|<[^>]+>", " ", page, flags=re.DOTALL)
@@ -31,7 +30,7 @@ def visible(path: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def made(made_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def made(made_bundle, tmp_path_factory):
     """A folder with a study and a configuration, and the study's name."""
     folder = tmp_path_factory.mktemp("searched")
     words = [
@@ -44,14 +43,14 @@ def made(made_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 
 @pytest.fixture
-def searched(pho: Pho, made: tuple[Path, str]) -> str:  # noqa: ARG001 - which changes the folder
+def searched(pho, made):  # noqa: ARG001 - which changes the folder
     """The name of a study in ``study.db``, with a ``config.json`` beside it."""
     folder, name = made
     shutil.copytree(folder, ".", dirs_exist_ok=True)
     return name
 
 
-def test_a_jobs_page_is_the_one_that_the_service_makes(remote: Pho, url: str) -> None:
+def test_a_jobs_page_is_the_one_that_the_service_makes(remote, url):
     with Client(url) as client:
         job = client.submit({"model": "org/name", "pattern": "0.5", "name": "mine"})
     result = remote("report", str(job.id)[:13], "--out", "job.html", "--json")
@@ -62,7 +61,7 @@ def test_a_jobs_page_is_the_one_that_the_service_makes(remote: Pho, url: str) ->
     assert job.name in visible("job.html")
 
 
-def test_a_studys_page_has_its_trials_what_was_chosen(pho: Pho, searched: str) -> None:
+def test_a_studys_page_has_its_trials_what_was_chosen(pho, searched):
     result = pho("report", searched, "--study", URL, "--config", "config.json")
     text = visible("report.html")
 
@@ -76,7 +75,7 @@ def test_a_studys_page_has_its_trials_what_was_chosen(pho: Pho, searched: str) -
     assert "--config config.json" in text
 
 
-def test_without_the_configuration_the_best_is_shown(pho: Pho, searched: str) -> None:
+def test_without_the_configuration_the_best_is_shown(pho, searched):
     result = pho("report", searched, "--study", URL)
 
     assert result.exit_code == 0, result.stderr
@@ -84,7 +83,7 @@ def test_without_the_configuration_the_best_is_shown(pho: Pho, searched: str) ->
     assert "Without its configuration (--config)" in visible("report.html")
 
 
-def test_transfers_of_a_study(pho: Pho, searched: str, bundle_file: Path) -> None:
+def test_transfers_of_a_study(pho, searched, bundle_file):
     """A transfer's file in the place of the configuration says what it was worth elsewhere."""
     pho("transfer", "config.json", bundle_file, "--out", "transfer.json")
     result = pho("report", searched, "--study", URL, "--config", "transfer.json")
@@ -94,7 +93,7 @@ def test_transfers_of_a_study(pho: Pho, searched: str, bundle_file: Path) -> Non
     assert "(chosen)" in visible("report.html")
 
 
-def again(name: str) -> Given:
+def again(name):
     """What the command on the page of a study gives to `pho search`."""
     runner = CliRunner().invoke(main, ["report", name, "--study", URL])
     assert runner.exit_code == 0, runner.stderr
@@ -106,7 +105,7 @@ def again(name: str) -> Given:
     return found
 
 
-def test_the_command_on_the_page_searches_the_same_again(pho: Pho, bundle_file: Path) -> None:
+def test_the_command_on_the_page_searches_the_same_again(pho, bundle_file):
     result = pho(
         "search", bundle_file, "--pattern", "0.5", "--preset", "score", "--trials", 12, "--json",
         "--allocation", "owl", "--allocation-unit", "block", "--allocation-outlier-ratio", 4,
@@ -144,7 +143,7 @@ def test_the_command_on_the_page_searches_the_same_again(pho: Pho, bundle_file: 
         (f"mine --study {URL} --out no/report.html", 1, "does not exist"),
     ],
 )
-def test_refused(pho: Pho, searched: str, words: str, code: int, message: str) -> None:
+def test_refused(pho, searched, words, code, message):
     """What cannot be reported is said in one sentence, and nothing is made."""
     del searched
     result = pho("report", *words.split())
@@ -155,7 +154,7 @@ def test_refused(pho: Pho, searched: str, words: str, code: int, message: str) -
     assert not Path("other.db").exists()
 
 
-def test_a_configuration_of_another_study_is_refused(pho: Pho, searched: str) -> None:
+def test_a_configuration_of_another_study_is_refused(pho, searched):
     optuna.copy_study(
         from_study_name=searched, from_storage=URL, to_storage=URL, to_study_name="copy"
     )
@@ -165,7 +164,7 @@ def test_a_configuration_of_another_study_is_refused(pho: Pho, searched: str) ->
     assert "not of 'copy'" in result.stderr
 
 
-def test_a_study_that_no_search_of_ours_wrote_is_refused(pho: Pho) -> None:
+def test_a_study_that_no_search_of_ours_wrote_is_refused(pho):
     optuna.create_study(storage=URL, study_name="theirs")
     result = pho("report", "theirs", "--study", URL)
 

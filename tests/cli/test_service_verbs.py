@@ -6,14 +6,13 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from click.shell_completion import ShellComplete
-from click.testing import CliRunner, Result
-from pretended_user import FOUND, SPEC, Pho, succeed, take
+from click.testing import CliRunner
+from pretended_user import FOUND, SPEC, succeed, take
 
 from pho_service.api.answers import Point
 from pho_service.cli import main
@@ -21,26 +20,25 @@ from pho_service.cli.remote import good
 from pho_service.client import Client
 from pho_service.spec.configuration import write_configuration
 from pho_service.spec.job import JobSpec
-from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import KeyStore
 from storage.records import NewStage, StageKind
 
 
 @pytest.fixture
-def client(url: str) -> Iterator[Client]:
+def client(url):
     """To see what the verbs have done."""
     with Client(url) as opened:
         yield opened
 
 
-def fail(store: JobStore, job_id: uuid.UUID) -> None:
+def fail(store, job_id):
     """The same, to no good end."""
     error = {"type": "NumericalError", "message": "NaN in 4.q", "layer": "4.q"}
     store.fail(take(store, job_id, StageKind.CALIBRATE), error, retry=False)
 
 
-def test_a_submit_prints_the_jobs_id_on_stdout(remote: Pho, client: Client) -> None:
+def test_a_submit_prints_the_jobs_id_on_stdout(remote, client):
     result = remote("submit", "org/name", "--pattern", "0.5")
     (job,) = client.jobs()
 
@@ -50,7 +48,7 @@ def test_a_submit_prints_the_jobs_id_on_stdout(remote: Pho, client: Client) -> N
     assert job.spec == JobSpec.model_validate(SPEC).model_dump(mode="json")
 
 
-def test_the_same_idempotency_key_twice_prints_the_same_id(remote: Pho) -> None:
+def test_the_same_idempotency_key_twice_prints_the_same_id(remote):
     words = ("submit", "org/name", "--pattern", "0.5", "--idempotency-key", "one")
 
     assert remote(*words).stdout == remote(*words).stdout
@@ -59,7 +57,7 @@ def test_the_same_idempotency_key_twice_prints_the_same_id(remote: Pho) -> None:
     assert "another document" in other.stderr
 
 
-def test_with_json_stdout_is_the_answer_of_the_service(remote: Pho, client: Client) -> None:
+def test_with_json_stdout_is_the_answer_of_the_service(remote, client):
     printed = json.loads(remote("submit", "org/name", "--pattern", "0.5", "--json").stdout)
     (job,) = client.jobs()
 
@@ -67,7 +65,7 @@ def test_with_json_stdout_is_the_answer_of_the_service(remote: Pho, client: Clie
     assert printed["links"]["job"] == f"/v1/jobs/{job.id}"
 
 
-def test_a_document_comes_from_a_file_options_change_it(remote: Pho, client: Client) -> None:
+def test_a_document_comes_from_a_file_options_change_it(remote, client):
     document = {**SPEC, "trials": 40, "confirm": {"finalists": 3}, "search_space": {
         "row_share": [0.5, 0.5]}}  # fmt: skip
     Path("job.json").write_text(json.dumps(document))
@@ -83,7 +81,7 @@ def test_a_document_comes_from_a_file_options_change_it(remote: Pho, client: Cli
     assert changed.spec["search_space"]["gradient_exponent"] == [0.0, 0.0]
 
 
-def test_stdin(url: str, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stdin(url, client, monkeypatch):
     """A document comes from stdin, too."""
     monkeypatch.setenv("PHO_API_URL", url)
     result = CliRunner().invoke(main, ["submit", "--job", "-"], input=json.dumps(SPEC))
@@ -100,7 +98,7 @@ NO_DOCUMENTS = [
 ]  # fmt: skip
 
 
-def test_a_file_that_is_no_document_is_refused_in_one_line(remote: Pho, client: Client) -> None:
+def test_a_file_that_is_no_document_is_refused_in_one_line(remote, client):
     for content in NO_DOCUMENTS:
         Path("job.json").write_bytes(content)
         result = remote("submit", "--job", "job.json")
@@ -111,7 +109,7 @@ def test_a_file_that_is_no_document_is_refused_in_one_line(remote: Pho, client: 
     assert [*client.jobs()] == []
 
 
-def test_a_file_that_is_not_there_is_bad_usage_and_named(remote: Pho) -> None:
+def test_a_file_that_is_not_there_is_bad_usage_and_named(remote):
     for path in ("nowhere.json", "."):
         result = remote("submit", "--job", path)
 
@@ -129,7 +127,7 @@ BAD_SUBMITS = [
 ]
 
 
-def test_what_is_wrong_with_a_job_is_told_with_its_place(remote: Pho, client: Client) -> None:
+def test_what_is_wrong_with_a_job_is_told_with_its_place(remote, client):
     for words, says in BAD_SUBMITS:
         result = remote("submit", *words)
 
@@ -139,14 +137,12 @@ def test_what_is_wrong_with_a_job_is_told_with_its_place(remote: Pho, client: Cl
     assert [*client.jobs()] == []
 
 
-def test_a_shell_completes_the_ids_of_jobs_and_the_names_of_methods(
-    remote: Pho, client: Client
-) -> None:
+def test_a_shell_completes_the_ids_of_jobs_and_the_names_of_methods(remote, client):
     job, other = (str(client.submit(SPEC).id) for _ in range(2))
 
     del remote  # whose service the verbs ask
 
-    def completed(*words: str) -> list[str]:
+    def completed(*words):
         shell = ShellComplete(main, {}, "pho", "_PHO_COMPLETE")
         return [item.value for item in shell.get_completions([*words[:-1]], words[-1])]
 
@@ -155,7 +151,7 @@ def test_a_shell_completes_the_ids_of_jobs_and_the_names_of_methods(
     assert "wanda-permuted" in completed("prune", "--method", "wanda")
 
 
-def test_a_job_is_shown_with_its_progress(remote: Pho, client: Client, store: JobStore) -> None:
+def test_a_job_is_shown_with_its_progress(remote, client, store):
     job = client.submit({**SPEC, "trials": 40})
     before = remote("show", job.id).stdout
     succeed(store, job.id, FOUND)
@@ -174,7 +170,7 @@ def test_a_job_is_shown_with_its_progress(remote: Pho, client: Client, store: Jo
     assert "note         the best lies on the border\n" in after
 
 
-def test_the_time_left_is_shown(remote: Pho, client: Client, store: JobStore) -> None:
+def test_the_time_left_is_shown(remote, client, store):
     job = client.submit({**SPEC, "trials": 40}).id
     search = [NewStage(kind=StageKind.SEARCH)]
     store.complete(take(store, job, StageKind.CALIBRATE), {}, then=search)
@@ -187,9 +183,7 @@ def test_the_time_left_is_shown(remote: Pho, client: Client, store: JobStore) ->
     assert "search       10 of 40 trials\n" in shown
 
 
-def test_shards_of_a_calibration_that_are_done_are_shown(
-    remote: Pho, client: Client, store: JobStore
-) -> None:
+def test_shards_of_a_calibration_that_are_done_are_shown(remote, client, store):
     job = client.submit({**SPEC, "trials": 40}).id
     parts = [
         NewStage(kind=StageKind.CALIBRATE, number=10 + i, params={"part_of": 0}) for i in range(3)
@@ -202,7 +196,7 @@ def test_shards_of_a_calibration_that_are_done_are_shown(
     assert (parts.done, parts.total) == (1, 3)
 
 
-def test_why_a_job_failed_is_shown(remote: Pho, client: Client, store: JobStore) -> None:
+def test_why_a_job_failed_is_shown(remote, client, store):
     job = client.submit(SPEC).id
     fail(store, job)
     result = remote("show", job)
@@ -211,7 +205,7 @@ def test_why_a_job_failed_is_shown(remote: Pho, client: Client, store: JobStore)
     assert "error        NumericalError in calibrate at 4.q: NaN in 4.q\n" in result.stdout
 
 
-def test_jobs_are_listed_newest_first(remote: Pho, client: Client, store: JobStore) -> None:
+def test_jobs_are_listed_newest_first(remote, client, store):
     jobs = [client.submit({**SPEC, "name": f"number {i}"}) for i in range(3)]
     succeed(store, jobs[1].id, FOUND)
     table = remote("jobs").stdout
@@ -227,7 +221,7 @@ def test_jobs_are_listed_newest_first(remote: Pho, client: Client, store: JobSto
     assert listed(remote("jobs", "--json", *states)) == [jobs[1].id]
 
 
-def test_of_several_patterns_the_list_has_the_lowest_and_the_highest(client: Client) -> None:
+def test_of_several_patterns_the_list_has_the_lowest_and_the_highest(client):
     job = client.job(client.submit(SPEC).id)
     known = {"scope": "layer", "state": "done", "trials_done": 8, "dense": 20.0, "wanda": 30.0}
     points = [
@@ -240,7 +234,7 @@ def test_of_several_patterns_the_list_has_the_lowest_and_the_highest(client: Cli
     ]  # fmt: skip
 
 
-def test_jobs_are_listed_by_model_pattern_and_name(remote: Pho, client: Client) -> None:
+def test_jobs_are_listed_by_model_pattern_and_name(remote, client):
     large, half = (
         client.submit({"model": f"org/{name}", "pattern": pattern, "name": name}).id
         for name, pattern in (("large", "2:4"), ("half", "0.5"))
@@ -252,12 +246,12 @@ def test_jobs_are_listed_by_model_pattern_and_name(remote: Pho, client: Client) 
     assert listed(remote("jobs", "--json", "--name", str(half)[:8])) == [half]
 
 
-def listed(result: Result) -> list[uuid.UUID]:
+def listed(result):
     """The ids on stdout."""
     return [uuid.UUID(job["id"]) for job in json.loads(result.stdout)]
 
 
-def test_a_state_or_a_number_that_does_not_exist_is_told(remote: Pho) -> None:
+def test_a_state_or_a_number_that_does_not_exist_is_told(remote):
     for words, says in (
         (("--state", "done"), "queued"),
         (("--sort", "luck"), "perplexity"),
@@ -270,7 +264,7 @@ def test_a_state_or_a_number_that_does_not_exist_is_told(remote: Pho) -> None:
         assert says in result.stderr
 
 
-def test_workers_are_listed_with_device_and_stage(remote: Pho, store: JobStore) -> None:
+def test_workers_are_listed_with_device_and_stage(remote, store):
     store.enter_worker(uuid.uuid4(), name="host:7", device="cuda:1", kinds=[StageKind.SEARCH])
     (printed,) = json.loads(remote("workers", "--json").stdout)
     table = remote("workers").stdout
@@ -280,7 +274,7 @@ def test_workers_are_listed_with_device_and_stage(remote: Pho, store: JobStore) 
     assert "cuda:1" in table
 
 
-def test_a_worker_is_drained_by_its_name(remote: Pho, store: JobStore, client: Client) -> None:
+def test_a_worker_is_drained_by_its_name(remote, store, client):
     worker = uuid.uuid4()
     store.enter_worker(worker, name="host:7", device="cuda:1", kinds=[StageKind.SEARCH])
     wrong = remote("workers", "drain", "host:8")
@@ -295,7 +289,7 @@ def test_a_worker_is_drained_by_its_name(remote: Pho, store: JobStore, client: C
     assert by_id["drain"] == "now"
 
 
-def test_best_gives_the_bytes_of_pho_search(remote: Pho, client: Client, store: JobStore) -> None:
+def test_best_gives_the_bytes_of_pho_search(remote, client, store):
     job = client.submit(SPEC).id
     succeed(store, job, FOUND)
     write_configuration(FOUND, Path("expected.json"))
@@ -307,7 +301,7 @@ def test_best_gives_the_bytes_of_pho_search(remote: Pho, client: Client, store: 
     assert Path("config.json").read_bytes() == Path("expected.json").read_bytes()
 
 
-def test_without_one_the_verb_fails_and_no_file_is_made(remote: Pho, client: Client) -> None:
+def test_without_one_the_verb_fails_and_no_file_is_made(remote, client):
     job = client.submit(SPEC).id
     result = remote("best", job, "--out", "config.json")
 
@@ -316,7 +310,7 @@ def test_without_one_the_verb_fails_and_no_file_is_made(remote: Pho, client: Cli
     assert not Path("config.json").exists()
 
 
-def test_watching_ends_with_the_job(remote: Pho, client: Client, store: JobStore) -> None:
+def test_watching_ends_with_the_job(remote, client, store):
     job = client.submit(SPEC)
     succeed(store, job.id, FOUND)
     result = remote("watch", job.id)
@@ -326,7 +320,7 @@ def test_watching_ends_with_the_job(remote: Pho, client: Client, store: JobStore
     assert "perplexity 17.25" in result.stdout
 
 
-def test_a_failure_is_exit_code_1(remote: Pho, client: Client, store: JobStore) -> None:
+def test_a_failure_is_exit_code_1(remote, client, store):
     failed, cancelled = client.submit(SPEC).id, client.submit(SPEC).id
     fail(store, failed)
     client.cancel(cancelled)
@@ -338,8 +332,8 @@ def test_a_failure_is_exit_code_1(remote: Pho, client: Client, store: JobStore) 
     assert f"job {cancelled} cancelled" in of_cancelled.stderr
 
 
-def test_a_submit_that_waits_watches(remote: Pho, client: Client, store: JobStore) -> None:
-    def work() -> None:
+def test_a_submit_that_waits_watches(remote, client, store):
+    def work():
         while not (jobs := [*client.jobs()]):
             time.sleep(0.05)
         succeed(store, jobs[0].id, FOUND)
@@ -353,7 +347,7 @@ def test_a_submit_that_waits_watches(remote: Pho, client: Client, store: JobStor
     assert json.loads(result.stdout)["state"] == "succeeded"
 
 
-def test_each_verb_says_what_the_job_is_then(remote: Pho, client: Client) -> None:
+def test_each_verb_says_what_the_job_is_then(remote, client):
     job = client.submit({**SPEC, "trials": 40}).id
     said = [
         (result.exit_code, result.stdout, result.stderr)
@@ -377,7 +371,7 @@ def test_each_verb_says_what_the_job_is_then(remote: Pho, client: Client) -> Non
     assert [*client.jobs()] == []
 
 
-def test_a_job_that_is_not_there_or_no_id_at_all(remote: Pho, client: Client) -> None:
+def test_a_job_that_is_not_there_or_no_id_at_all(remote, client):
     job = client.submit(SPEC).id
     verbs = [[v] for v in ("show", "watch", "best", "cancel", "pause", "resume", "delete")]
     for verb, job_id in (
@@ -391,7 +385,7 @@ def test_a_job_that_is_not_there_or_no_id_at_all(remote: Pho, client: Client) ->
     assert client.job(job).state == "queued"
 
 
-def test_if_no_service_runs_the_way_out_is_told(pho: Pho) -> None:
+def test_if_no_service_runs_the_way_out_is_told(pho):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     result = pho("jobs", "--url", url)
@@ -402,7 +396,7 @@ def test_if_no_service_runs_the_way_out_is_told(pho: Pho) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_a_given_address_wins(remote: Pho, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+def test_a_given_address_wins(remote, monkeypatch, url):
     monkeypatch.setenv("PHO_API_URL", "http://127.0.0.1:1")
 
     assert remote("jobs", "--url", url).exit_code == 0
@@ -410,10 +404,10 @@ def test_a_given_address_wins(remote: Pho, monkeypatch: pytest.MonkeyPatch, url:
 
 
 @pytest.fixture
-def keys(pho: Pho, database_url: str) -> Pho:
+def keys(pho, database_url):
     """`pho keys` on the test's database."""
 
-    def run(verb: str, *words: object) -> Result:
+    def run(verb, *words):
         result = pho("keys", verb, "--database-url", database_url, "--", *words)
         assert isinstance(result.exception, SystemExit | None), result.exception
         return result
@@ -421,7 +415,7 @@ def keys(pho: Pho, database_url: str) -> Pho:
     return run
 
 
-def test_create_a_key(keys: Pho, pho: Pho, database: Database, database_url: str) -> None:
+def test_create_a_key(keys, pho, database, database_url):
     """A new key is the only thing on stdout, works, and is shown this once."""
     created = keys("create", "laptop")
     secret = created.stdout.strip()
@@ -433,7 +427,7 @@ def test_create_a_key(keys: Pho, pho: Pho, database: Database, database_url: str
     assert secret not in created.stderr + keys("list").output
 
 
-def test_keys_are_listed_revoked_ones_too(pho: Pho, keys: Pho, database_url: str) -> None:
+def test_keys_are_listed_revoked_ones_too(pho, keys, database_url):
     prefixes = [keys("create", name).stdout[:10] for name in ("a", "b")]
     revoked = keys("revoke", prefixes[0])
     printed = json.loads(pho("keys", "list", "--json", "--database-url", database_url).stdout)
@@ -446,9 +440,7 @@ def test_keys_are_listed_revoked_ones_too(pho: Pho, keys: Pho, database_url: str
     assert all(prefix in table for prefix in prefixes)
 
 
-def test_a_key_that_scrapes_is_listed_as_one_and_sees_no_jobs(
-    pho: Pho, database: Database, database_url: str
-) -> None:
+def test_a_key_that_scrapes_is_listed_as_one_and_sees_no_jobs(pho, database, database_url):
     of = ("--database-url", database_url)
     made = pho("keys", "create", "prometheus", "--scrape-only", *of)
     both = pho("keys", "create", "x", "--scrape-only", "--all-jobs", *of)
@@ -461,7 +453,7 @@ def test_a_key_that_scrapes_is_listed_as_one_and_sees_no_jobs(
     assert "give one of the two" in both.stderr
 
 
-def test_keys_that_expire(pho: Pho, keys: Pho, database: Database, database_url: str) -> None:
+def test_keys_that_expire(pho, keys, database, database_url):
     """A key that expires says when, in the list, too; rotated, it is another that lasts as long."""
     of = ("--database-url", database_url)
     made = pho("keys", "create", "short", "--expires", "30d", *of)
@@ -479,7 +471,7 @@ def test_keys_that_expire(pho: Pho, keys: Pho, database: Database, database_url:
     assert old["revoked_at"] is not None
 
 
-def test_a_key_with_a_quota(pho: Pho, keys: Pho, database: Database, database_url: str) -> None:
+def test_a_key_with_a_quota(pho, keys, database, database_url):
     """A quota is given with the key or later, and the list says what is used of it."""
     of = ("--database-url", database_url)
     pho("keys", "create", "free", *of)
@@ -513,7 +505,7 @@ def test_a_key_with_a_quota(pho: Pho, keys: Pho, database: Database, database_ur
     assert "quota" not in keys("list").stdout
 
 
-def test_a_quota_that_is_none_is_bad_usage(pho: Pho, database: Database, database_url: str) -> None:
+def test_a_quota_that_is_none_is_bad_usage(pho, database, database_url):
     for quota in ("", "5", "0/7d", "5/7", "5G/7d", "-5/7d", "5M7d", "1e6/7d", "0h/7d"):
         made = pho("keys", "create", "x", f"--quota={quota}", "--database-url", database_url)
 
@@ -522,7 +514,7 @@ def test_a_quota_that_is_none_is_bad_usage(pho: Pho, database: Database, databas
     assert KeyStore(database).all() == []
 
 
-def test_a_span_that_is_none_is_bad_usage(pho: Pho, database: Database, database_url: str) -> None:
+def test_a_span_that_is_none_is_bad_usage(pho, database, database_url):
     for span in ("", "30", "0d", "-1d", "1.5d", "30 d", "36501d", "never", "٣d"):
         result = pho("keys", "create", "x", f"--expires={span}", "--database-url", database_url)
 
@@ -531,7 +523,7 @@ def test_a_span_that_is_none_is_bad_usage(pho: Pho, database: Database, database
     assert KeyStore(database).all() == []
 
 
-def test_who_makes_a_key_is_told_of_jobs_that_it_does_not_see(keys: Pho, store: JobStore) -> None:
+def test_who_makes_a_key_is_told_of_jobs_that_it_does_not_see(keys, store):
     first = NewStage(kind=StageKind.CALIBRATE)
     store.submit(SPEC, name="n", first=first, trials=1, max_attempts=1)
     made = keys("create", "mine")
@@ -545,7 +537,7 @@ def test_who_makes_a_key_is_told_of_jobs_that_it_does_not_see(keys: Pho, store: 
     assert keys("take-over", prefix).exit_code == 2
 
 
-def test_a_key_that_does_not_exist_is_bad_usage(keys: Pho, database: Database) -> None:
+def test_a_key_that_does_not_exist_is_bad_usage(keys, database):
     prefix = keys("create", "a").stdout[:10]
     for wrong in ("pho_", prefix[:-1], "\udcff"):
         result = keys("revoke", wrong)
@@ -556,11 +548,11 @@ def test_a_key_that_does_not_exist_is_bad_usage(keys: Pho, database: Database) -
 
 
 @pytest.fixture
-def serve(pho: Pho, database_url: str) -> Iterator[Pho]:
+def serve(pho, database_url):
     """`pho serve` in this process, which must refuse to start; signals are as before."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def run(*words: object) -> Result:
+    def run(*words):
         result = pho("serve", "--workers", 0, "--database-url", database_url, *words)
         assert isinstance(result.exception, SystemExit), result.exception
         return result
@@ -570,7 +562,7 @@ def serve(pho: Pho, database_url: str) -> Iterator[Pho]:
         signal.signal(number, handler)
 
 
-def test_a_port_that_is_taken_is_bad_usage_and_named_with_the_way_out(serve: Pho) -> None:
+def test_a_port_that_is_taken_is_bad_usage_and_named_with_the_way_out(serve):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         result = serve("--port", port)
@@ -581,7 +573,7 @@ def test_a_port_that_is_taken_is_bad_usage_and_named_with_the_way_out(serve: Pho
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", ""])  # noqa: S104 - must be refused
-def test_others_without_keys(serve: Pho, database: Database, host: str) -> None:
+def test_others_without_keys(serve, database, host):
     """Where others can come in, nothing is served before there is a key that opens jobs."""
     first = serve("--host", host, "--port", 0)
     store = KeyStore(database)
@@ -594,7 +586,7 @@ def test_others_without_keys(serve: Pho, database: Database, host: str) -> None:
         assert "pho keys create" in result.stderr
 
 
-def test_a_host_that_is_none_of_this_machines_is_bad_usage(serve: Pho) -> None:
+def test_a_host_that_is_none_of_this_machines_is_bad_usage(serve):
     for host in ("no.such.host.invalid", "127.0.0.1:80", "x" * 300):
         result = serve("--host", host, "--port", 0)
 
@@ -612,7 +604,7 @@ def test_a_host_that_is_none_of_this_machines_is_bad_usage(serve: Pho) -> None:
         ("PHO_MAX_UNFINISHED_JOBS", "0"), ("PHO_MAX_BODY_BYTES", "10"),
     ],
 )  # fmt: skip
-def test_bad_setting(pho: Pho, monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+def test_bad_setting(pho, monkeypatch, variable, value):
     """A setting that breaks its rule is bad usage, and named."""
     monkeypatch.setenv(variable, value)
     result = pho("keys", "list", "--database-url", "postgresql://127.0.0.1:1/x")
@@ -621,7 +613,7 @@ def test_bad_setting(pho: Pho, monkeypatch: pytest.MonkeyPatch, variable: str, v
     assert f"{variable}={value!r}" in result.stderr
 
 
-def test_dead_before_a_heartbeat_is_refused(pho: Pho, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dead_before_a_heartbeat_is_refused(pho, monkeypatch):
     monkeypatch.setenv("PHO_HEARTBEAT_S", "60")
     result = pho("keys", "list", "--database-url", "postgresql://127.0.0.1:1/x")
 
@@ -639,7 +631,7 @@ def test_dead_before_a_heartbeat_is_refused(pho: Pho, monkeypatch: pytest.Monkey
         ("", ""),
     ],
 )
-def test_a_bad_database_is_told_without_its_password(pho: Pho, url: str, says: str) -> None:
+def test_a_bad_database_is_told_without_its_password(pho, url, says):
     serve = ("serve", "--workers", 0, "--port", 0, "--data-dir", "/dev/null")
     for verb in (("keys", "list"), serve):
         result = pho(*verb, "--database-url", url)
@@ -650,7 +642,7 @@ def test_a_bad_database_is_told_without_its_password(pho: Pho, url: str, says: s
         assert "secret" not in result.output
 
 
-def test_a_data_folder_that_cannot_be_is_told(pho: Pho) -> None:
+def test_a_data_folder_that_cannot_be_is_told(pho):
     result = pho("keys", "list", "--data-dir", "/proc/x")
 
     assert isinstance(result.exception, SystemExit), result.exception

@@ -17,10 +17,10 @@ Lines = Callable[[int | None], list[str]]
 
 
 @pytest.fixture
-def lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Lines:
+def lines(capsys, monkeypatch):
     """The lines of a table where COLUMNS says how wide they may be, or in a pipe."""
 
-    def printed(width: int | None) -> list[str]:
+    def printed(width):
         monkeypatch.setenv("COLUMNS", str(width or ""))
         print_table("Jobs", COLUMNS, ROWS, caption="A caption.", spare=("RIA",))
         return [line.rstrip() for line in capsys.readouterr().out.splitlines()]
@@ -28,7 +28,7 @@ def lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
     return printed
 
 
-def test_in_a_pipe_a_row_is_a_line_with_all_its_columns_text_is_aligned_left(lines: Lines) -> None:
+def test_in_a_pipe_a_row_is_a_line_with_all_its_columns_text_is_aligned_left(lines):
     title, header, first, second, _ = (line for line in lines(None) if line[:1].isalnum())
 
     assert title == "Jobs"
@@ -39,7 +39,7 @@ def test_in_a_pipe_a_row_is_a_line_with_all_its_columns_text_is_aligned_left(lin
 
 
 @pytest.mark.parametrize("width", [100, 80, 70])
-def test_on_a_narrow_terminal_a_spare_column_goes_first(lines: Lines, width: int) -> None:
+def test_on_a_narrow_terminal_a_spare_column_goes_first(lines, width):
     shown = lines(width)
     text = "\n".join(shown)
 
@@ -51,7 +51,7 @@ def test_on_a_narrow_terminal_a_spare_column_goes_first(lines: Lines, width: int
     assert ("No room for: RIA." in text) is (width < 100)
 
 
-def test_on_one_that_is_narrower_still_each_cell_has_a_line(lines: Lines) -> None:
+def test_on_one_that_is_narrower_still_each_cell_has_a_line(lines):
     shown = lines(40)
 
     assert "name        small-llama 0.7" in shown
@@ -59,7 +59,7 @@ def test_on_one_that_is_narrower_still_each_cell_has_a_line(lines: Lines) -> Non
     assert not any("No room" in line for line in shown)
 
 
-def test_ids_are_as_short_as_tells_them_apart_but_not_shorter_than_8_characters() -> None:
+def test_ids_are_as_short_as_tells_them_apart_but_not_shorter_than_8_characters():
     one, other = "94b991f8-0000-4000-8000-000000000000", "94b991f8-1000-4000-8000-000000000000"
 
     assert short_ids([one]) == {one: "94b991f8"}

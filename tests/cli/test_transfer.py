@@ -4,15 +4,14 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-from pretended_user import Pho, answer
+from pretended_user import answer
 
 SMALL = ("--context-length", "32", "--samples", "6", "--kernel-sizes", "3,5")
 
 
-def written(folder: Path, **changes: Any) -> Path:
+def written(folder, **changes):
     """A configuration file."""
     score = {
         "row": 0.1, "column": 0.8, "neighbourhood": 0.1, "kernel_size": 3,
@@ -28,20 +27,20 @@ def written(folder: Path, **changes: Any) -> Path:
 
 
 @pytest.fixture
-def configuration(tmp_path: Path) -> Path:
+def configuration(tmp_path):
     """What was found on some other model."""
     return written(tmp_path)
 
 
 @pytest.fixture
-def texts_of(texts: dict[str, Path]) -> list[object]:
+def texts_of(texts):
     """The options that say which texts."""
     return ["--text", texts["calibration"], "--report-text", texts["report"], *SMALL]
 
 
 def test_each_model_has_its_perplexities_and_its_own_best_what_is_printed_is_what_is_kept(
-    pho: Pho, configuration: Path, model_folder: Path, bos_folder: Path, texts_of: list[object]
-) -> None:
+    pho, configuration, model_folder, bos_folder, texts_of
+):
     words = [
         "transfer", configuration, model_folder, bos_folder, *texts_of, "--search", "--trials", 9,
         "--finalists", 1, "--plot", "t.html",
@@ -61,8 +60,8 @@ def test_each_model_has_its_perplexities_and_its_own_best_what_is_printed_is_wha
 
 
 def test_what_was_measured_is_not_measured_again_another_model_is_added(
-    pho: Pho, configuration: Path, model_folder: Path, bos_folder: Path, texts_of: list[object]
-) -> None:
+    pho, configuration, model_folder, bos_folder, texts_of
+):
     answer(pho("transfer", configuration, model_folder, *texts_of, "--json"))
     kept = json.loads(Path("transfer.json").read_text())
     again = pho("transfer", configuration, bos_folder, model_folder, *texts_of, "--json")
@@ -74,7 +73,7 @@ def test_what_was_measured_is_not_measured_again_another_model_is_added(
     assert again.stderr.count("Measuring perplexities") >= 1
 
 
-def test_a_bundles_table_has_proxies(pho: Pho, configuration: Path, bundle_file: Path) -> None:
+def test_a_bundles_table_has_proxies(pho, configuration, bundle_file):
     result = pho("transfer", configuration, bundle_file)
 
     assert result.exit_code == 0, result.output
@@ -83,7 +82,7 @@ def test_a_bundles_table_has_proxies(pho: Pho, configuration: Path, bundle_file:
     assert "-" not in result.stdout.split("tiny.safetensors")[1].split("\n")[0]
 
 
-def test_what_does_not_transfer_is_told(pho: Pho, tmp_path: Path, bundle_file: Path) -> None:
+def test_what_does_not_transfer_is_told(pho, tmp_path, bundle_file):
     bad = {
         "row": 0.0, "column": 1.0, "neighbourhood": 0.0, "kernel_size": 3,
         "activation_exponent": 0.0, "gradient_exponent": 4.0,
@@ -101,8 +100,8 @@ def test_what_does_not_transfer_is_told(pho: Pho, tmp_path: Path, bundle_file: P
     [('{"a": 1}', "is something else"), (None, "of another")],
 )
 def test_a_file_that_is_there_already_is_not_overwritten(
-    pho: Pho, tmp_path: Path, configuration: Path, bundle_file: Path, held: str | None, message: str
-) -> None:
+    pho, tmp_path, configuration, bundle_file, held, message
+):
     if held is None:
         answer(pho("transfer", configuration, bundle_file, "--json"))
         configuration = written(tmp_path, scope="row")
@@ -118,8 +117,8 @@ def test_a_file_that_is_there_already_is_not_overwritten(
 
 
 def test_bundles_and_models_may_be_mixed_the_result_says_what_it_is_on_each(
-    pho: Pho, bundle_file: Path, bos_folder: Path, texts: dict[str, Path]
-) -> None:
+    pho, bundle_file, bos_folder, texts
+):
     words = [
         "search", bundle_file, bos_folder, "--preset", "score",
             "--pattern", "0.5", "--trials", 14, "--over", "worst",
@@ -133,7 +132,7 @@ def test_bundles_and_models_may_be_mixed_the_result_says_what_it_is_on_each(
     assert f"of RIA's on {bos_folder}" in shown.stdout
 
 
-def test_what_a_warm_start_was_worth(pho: Pho, configuration: Path, bundle_file: Path) -> None:
+def test_what_a_warm_start_was_worth(pho, configuration, bundle_file):
     words = ["search", bundle_file, "--preset", "score", "--pattern", "0.5", "--trials", 20]
     result = pho(*words, "--warm-start", configuration)
     found = json.loads(Path("config.json").read_text())
@@ -148,8 +147,8 @@ def test_what_a_warm_start_was_worth(pho: Pho, configuration: Path, bundle_file:
 
 
 def test_a_search_that_starts_from_a_folder_takes_what_fits_and_says_why(
-    pho: Pho, configuration: Path, bundle_file: Path, tmp_path: Path
-) -> None:
+    pho, configuration, bundle_file, tmp_path
+):
     folder = tmp_path / "library"
     folder.mkdir()
     words = ["search", bundle_file, "--preset", "score", "--trials", 30]

@@ -1,24 +1,20 @@
 """`pho transfer-job`, and how a transfer is followed."""
 
 import json
-import uuid
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import Result
 from pretended_user import FOUND, SPEC, succeed, take
 
 from pho_service.client import Client
 from storage.claims import Entry
-from storage.jobs import JobStore
 from storage.records import StageKind
 
 PERPLEXITIES = {"dense": 10.0, "wanda": 24.0, "ria": 25.0, "transferred": 20.5, "own": 20.0}
 PROXIES = {"wanda": 0.4, "ria": 0.5, "transferred": 0.3, "own": 0.25}
 
 
-def work(store: JobStore, job_id: uuid.UUID) -> None:
+def work(store, job_id):
     """Do a transfer of two models; the second cannot be read."""
     document = FOUND.model_dump(mode="json")
     done = {
@@ -36,7 +32,7 @@ def work(store: JobStore, job_id: uuid.UUID) -> None:
 
 
 @pytest.fixture
-def searched(url: str, store: JobStore) -> str:
+def searched(url, store):
     """The id of a job that has a configuration."""
     with Client(url) as client:
         job = client.submit(SPEC)
@@ -45,7 +41,7 @@ def searched(url: str, store: JobStore) -> str:
 
 
 @pytest.fixture
-def transferred(url: str, store: JobStore, searched: str) -> str:
+def transferred(url, store, searched):
     """The id of a transfer that is done."""
     with Client(url) as client:
         job = client.transfer(searched, ["org/one", "org/two"])
@@ -53,10 +49,10 @@ def transferred(url: str, store: JobStore, searched: str) -> str:
     return str(job.id)
 
 
-def test_submit(remote: Any, url: str, searched: str, texts: dict[str, Path]) -> None:
+def test_submit(remote, url, searched, texts):
     """Options stand in the document where they belong; the id is printed."""
     text = str(texts["report"])
-    result: Result = remote(
+    result = remote(
         "transfer-job", searched, "org/one", "org/two",
         "--report-text", text, "--report-windows", 3, "--text", str(texts["calibration"]),
         "--search", "--trials", 50, "--seed", 4, "--confirm-text", str(texts["confirmation"]),
@@ -79,7 +75,7 @@ def test_submit(remote: Any, url: str, searched: str, texts: dict[str, Path]) ->
     assert (job.spec["stream"], job.spec["priority"], job.spec["source"]) == (True, 2, searched)
 
 
-def test_a_transfer_is_shown_with_its_tables(remote: Any, transferred: str) -> None:
+def test_a_transfer_is_shown_with_its_tables(remote, transferred):
     shown = remote("show", transferred).stdout
     watched = remote("watch", transferred)
     listed = remote("jobs").stdout
@@ -95,7 +91,7 @@ def test_a_transfer_is_shown_with_its_tables(remote: Any, transferred: str) -> N
     assert "2/2 models" in listed
 
 
-def test_numbers_and_a_picture_are_written_to_files(remote: Any, transferred: str) -> None:
+def test_numbers_and_a_picture_are_written_to_files(remote, transferred):
     result = remote("transfer-job", transferred, "--out", "t.json", "--plot", "t.html")
     written = json.loads(Path("t.json").read_text())
 
@@ -120,8 +116,8 @@ REFUSED = [
 
 
 def test_what_cannot_be_asked_is_said_in_one_sentence_and_no_job_is_made(
-    remote: Any, searched: str, transferred: str, url: str
-) -> None:
+    remote, searched, transferred, url
+):
     for words, code, message in REFUSED:
         asked = words.format(searched=searched, transferred=transferred).split()
         result = remote("transfer-job", *asked)

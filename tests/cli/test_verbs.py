@@ -4,10 +4,9 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 from pretended_user import answer
 from sqlalchemy import text
 
@@ -19,7 +18,6 @@ from pho_service.spec.configuration import Configuration
 from pho_service.spec.document import number
 from pho_service.spec.objective import WEIGHTINGS
 from pho_service.spec.pattern import Pattern
-from storage.database import Database
 
 CALIBRATION = (
     "--samples", "8", "--context-length", "24", "--rows-per-layer", "8", "--projection-rows", "16",
@@ -27,18 +25,18 @@ CALIBRATION = (
 )  # fmt: skip
 
 
-def pho(*arguments: object) -> Result:
+def pho(*arguments):
     """Call a verb in this process."""
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
-def done(*arguments: object) -> Any:
+def done(*arguments):
     """The JSON of a verb that must succeed."""
     return answer(pho(*arguments, "--json"))
 
 
 @pytest.fixture
-def bundle(model_folder: Path, texts: dict[str, Path], tmp_path: Path) -> Path:
+def bundle(model_folder, texts, tmp_path):
     """A bundle of the tiny model."""
     path = tmp_path / "b.safetensors"
     done("calibrate", model_folder, "--text", texts["calibration"], "--out", path, *CALIBRATION)
@@ -46,7 +44,7 @@ def bundle(model_folder: Path, texts: dict[str, Path], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def found_from_bundle(bundle: Path, tmp_path: Path) -> Any:
+def found_from_bundle(bundle, tmp_path):
     """What a search says that needs no model and no text; the configuration is in a file."""
     return done(
         "search", bundle, "--pattern", "0.5", "--preset", "score", "--trials", 12,
@@ -55,7 +53,7 @@ def found_from_bundle(bundle: Path, tmp_path: Path) -> Any:
 
 
 @pytest.fixture
-def search_arguments(model_folder: Path, texts: dict[str, Path], tmp_path: Path) -> list[object]:
+def search_arguments(model_folder, texts, tmp_path):
     """A search with confirmation."""
     return [
         "search", model_folder, "--pattern", "0.5", "--preset", "score", "--scope", "global",
@@ -66,14 +64,12 @@ def search_arguments(model_folder: Path, texts: dict[str, Path], tmp_path: Path)
     ]  # fmt: skip
 
 
-def test_a_bundle_is_written_and_nothing_besides(bundle: Path) -> None:
+def test_a_bundle_is_written_and_nothing_besides(bundle):
     assert bundle.stat().st_size > 10_000
     assert [p.name for p in bundle.parent.iterdir() if p.name.startswith(".pho")] == []
 
 
-def test_a_search_from_a_bundle_says_that_nothing_is_confirmed(
-    found_from_bundle: Any, tmp_path: Path
-) -> None:
+def test_a_search_from_a_bundle_says_that_nothing_is_confirmed(found_from_bundle, tmp_path):
     found = found_from_bundle["configuration"]
 
     assert found["confirmation"] is None
@@ -83,7 +79,7 @@ def test_a_search_from_a_bundle_says_that_nothing_is_confirmed(
     assert json.loads((tmp_path / "config.json").read_text()) == found
 
 
-def test_the_lowest_perplexity_wins_baselines_included(search_arguments: list[object]) -> None:
+def test_the_lowest_perplexity_wins_baselines_included(search_arguments):
     found = done(*search_arguments)["configuration"]
     measured = [c["perplexity"] for c in found["finalists"] if c["perplexity"] is not None]
 
@@ -94,9 +90,7 @@ def test_the_lowest_perplexity_wins_baselines_included(search_arguments: list[ob
 
 
 @pytest.mark.usefixtures("found_from_bundle")
-def test_pruning_from_a_bundle_is_the_same(
-    model_folder: Path, bundle: Path, tmp_path: Path
-) -> None:
+def test_pruning_from_a_bundle_is_the_same(model_folder, bundle, tmp_path):
     arguments = ["prune", model_folder, "--config", tmp_path / "config.json", *CALIBRATION]
     done(*arguments, "--bundle", bundle, "--out", tmp_path / "a")
     done(*arguments, "--text", tmp_path / "calibration.jsonl", "--out", tmp_path / "b")
@@ -106,7 +100,7 @@ def test_pruning_from_a_bundle_is_the_same(
     ).read_bytes()
 
 
-def test_a_perplexity_says_all_it_depends_on(bos_folder: Path, texts: dict[str, Path]) -> None:
+def test_a_perplexity_says_all_it_depends_on(bos_folder, texts):
     rated = done("evaluate", bos_folder, "--text", texts["report"], "--context-length", 24)
 
     assert rated["tokens"] == rated["windows"] * 23
@@ -119,8 +113,8 @@ def test_a_perplexity_says_all_it_depends_on(bos_folder: Path, texts: dict[str, 
 
 @pytest.mark.usefixtures("found_from_bundle")
 def test_dense_published_methods_and_configurations_are_compared_in_this_order(
-    model_folder: Path, texts: dict[str, Path], tmp_path: Path
-) -> None:
+    model_folder, texts, tmp_path
+):
     config = tmp_path / "config.json"
     rows = done(
         "compare", model_folder, "--pattern", "0.5", "--scope", "layer", *CALIBRATION,
@@ -136,7 +130,7 @@ def test_dense_published_methods_and_configurations_are_compared_in_this_order(
     assert all(r["memory_bytes"] > 2**20 for r in rows)
 
 
-def test_at_2_4_half_of_each_group_goes(model_folder: Path, texts: dict[str, Path]) -> None:
+def test_at_2_4_half_of_each_group_goes(model_folder, texts):
     rows = done(
         "compare", model_folder, "--pattern", "2:4", *CALIBRATION, "--text", texts["calibration"],
         "--report-text", texts["report"],
@@ -149,7 +143,7 @@ def test_at_2_4_half_of_each_group_goes(model_folder: Path, texts: dict[str, Pat
     assert {r["sparsity"] for r in by_method.values()} == {0.5}
 
 
-def test_validate(model_folder: Path, texts: dict[str, Path], tmp_path: Path) -> None:
+def test_validate(model_folder, texts, tmp_path):
     """Each proxy comes with its correlations and intervals, on the preset's space, and is drawn."""
     plot = tmp_path / "plot.html"
     document = done(
@@ -176,9 +170,7 @@ def test_validate(model_folder: Path, texts: dict[str, Path], tmp_path: Path) ->
         ]
 
 
-def test_what_is_compared_is_recovered_too(
-    model_folder: Path, texts: dict[str, Path], tmp_path: Path
-) -> None:
+def test_what_is_compared_is_recovered_too(model_folder, texts, tmp_path):
     found = tmp_path / "found.json"
     found.write_text(
         Configuration.of(baseline("ria-layer", Pattern.parse("0.5"))).model_dump_json()
@@ -194,7 +186,7 @@ def test_what_is_compared_is_recovered_too(
     assert len({*rows.values()}) == 4
 
 
-def test_tables(model_folder: Path, texts: dict[str, Path], search_arguments: list[object]) -> None:
+def test_tables(model_folder, texts, search_arguments):
     """Without --json, people get tables and sentences."""
     compared = pho(
         "compare", model_folder, "--pattern", "0.5", *CALIBRATION, "--method", "ria-layer",
@@ -208,8 +200,8 @@ def test_tables(model_folder: Path, texts: dict[str, Path], search_arguments: li
 
 
 def test_without_a_context_length_windows_are_what_the_model_reads_on_every_face(
-    model_folder: Path, texts: dict[str, Path], tmp_path: Path
-) -> None:
+    model_folder, texts, tmp_path
+):
     short = Path(shutil.copytree(model_folder, tmp_path / "short"))
     config = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 24}))
@@ -224,8 +216,8 @@ def test_without_a_context_length_windows_are_what_the_model_reads_on_every_face
 
 
 def test_doctor_tells_the_size_of_a_service_and_which_table_needs_a_vacuum(
-    tmp_path: Path, database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, database, database_url, monkeypatch
+):
     monkeypatch.setenv("PHO_DATABASE_URL", database_url)
     monkeypatch.setenv("PHO_ARTIFACTS", str(tmp_path))
     (tmp_path / "pruned").mkdir()
@@ -248,9 +240,7 @@ def test_doctor_tells_the_size_of_a_service_and_which_table_needs_a_vacuum(
     assert second["dead rows"]["detail"] == f"{told}: is autovacuum off? `VACUUM` it"
 
 
-def test_doctor_looks_at_all_and_fails_where_a_folder_cannot_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_doctor_looks_at_all_and_fails_where_a_folder_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setenv("PHO_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("PHO_DATA_DIR", str(tmp_path / "data"))
     well = done("doctor")

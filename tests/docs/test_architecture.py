@@ -3,7 +3,6 @@
 import re
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,12 +11,12 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text()
 
 
 @pytest.fixture
-def drawing(monkeypatch: pytest.MonkeyPatch) -> Any:
+def drawing(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs" / "site")
     return import_module("architecture")
 
 
-def test_the_picture_is_what_is_drawn_of_the_code_now(drawing: Any) -> None:
+def test_the_picture_is_what_is_drawn_of_the_code_now(drawing):
     parts = drawing.imports()
 
     assert (ROOT / "docs" / "architecture.svg").read_text() == drawing.picture(parts)
@@ -27,7 +26,7 @@ def test_the_picture_is_what_is_drawn_of_the_code_now(drawing: Any) -> None:
     }
 
 
-def test_the_page_lists_the_files_as_they_are_now(drawing: Any) -> None:
+def test_the_page_lists_the_files_as_they_are_now(drawing):
     (tree,) = drawing.TREE.findall(PAGE)
     files = [path for package in drawing.LISTED for path in (ROOT / package).rglob("*.py")]
     listed = [
@@ -38,7 +37,7 @@ def test_the_page_lists_the_files_as_they_are_now(drawing: Any) -> None:
     assert len(re.findall(r"^ +\S+\.py\b", tree, re.MULTILINE)) == len(listed)
 
 
-def test_each_file_that_a_change_touches_is_there_as_are_the_names_in_it() -> None:
+def test_each_file_that_a_change_touches_is_there_as_are_the_names_in_it():
     section = _section("What to touch for")
     paths = re.findall(r"`((?:pho_service|docs)/[\w/.]+)`", section)
 
@@ -48,5 +47,5 @@ def test_each_file_that_a_change_touches_is_there_as_are_the_names_in_it() -> No
     assert "class ProxyRating" in (ROOT / "pho_service/pruning/proxy.py").read_text()
 
 
-def _section(title: str) -> str:
+def _section(title):
     return PAGE.partition(f"\n## {title}\n")[2].partition("\n## ")[0]

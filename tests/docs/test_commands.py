@@ -3,9 +3,7 @@
 import json
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
@@ -29,21 +27,21 @@ SHELL = ("sh", "bash", "console")
 WORDS = {"do", "then", "time", "until", "while"}  # a command may come after them
 
 
-def blocks(page: str) -> list[str]:
+def blocks(page):
     """What a page shows to be pasted into a shell."""
     text = (ROOT / page).read_text()
     found = [code for language, code in FENCED.findall(text) if language in SHELL]
     return found + [block for block in INDENTED.findall(FENCED.sub("", text)) if "pho " in block]
 
 
-def commands(code: str) -> Iterator[list[str]]:
+def commands(code):
     """The simple commands of a shell's text, word by word, assignments and prompts left out."""
     text = re.sub(r"(?:^|(?<=\s))#.*", "", code.replace("\\\n", " "), flags=re.MULTILINE)
     lexer = shlex.shlex(text, posix=True, punctuation_chars="();<>|&\n")
     lexer.whitespace = " \t"
     lexer.whitespace_split = True
     lexer.commenters = ""
-    words: list[str] = []
+    words = []
     for word in [*lexer, "\n"]:
         if set(word) <= set("();<>|&\n"):
             if words:
@@ -53,21 +51,21 @@ def commands(code: str) -> Iterator[list[str]]:
             words.append(word)
 
 
-def pho_commands(page: str) -> list[list[str]]:
+def pho_commands(page):
     """The arguments of each `pho` that a page shows in a block."""
     found = [words for code in blocks(page) for words in commands(code)]
     return [words[1:] for words in found if words[0].rpartition("/")[2] == "pho"]
 
 
-def spans(page: str) -> list[list[str]]:
+def spans(page):
     """The arguments of each `pho` in the running text, where arguments may be left out."""
     text = FENCED.sub("", (ROOT / page).read_text())
     return [shlex.split(span)[1:] for span in re.findall(r"`(pho [^`]*)`", text)]
 
 
-def parse(words: list[str], *, whole: bool) -> None:
+def parse(words, *, whole):
     """Have click read a command; with ``whole``, values are checked and nothing may be missing."""
-    command: click.Command = main
+    command = main
     context = click.Context(main, info_name="pho", **main.context_settings)
     while isinstance(command, click.Group):
         if not words or words[0] in ("--help", "-h", "--version"):
@@ -89,7 +87,7 @@ def parse(words: list[str], *, whole: bool) -> None:
 
 
 @pytest.mark.parametrize("page", NAMES)
-def test_each_pho_of_a_block_is_complete(page: str) -> None:
+def test_each_pho_of_a_block_is_complete(page):
     for words in pho_commands(page):
         try:
             parse(words, whole=True)
@@ -98,7 +96,7 @@ def test_each_pho_of_a_block_is_complete(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", NAMES)
-def test_each_pho_in_the_running_text_has_the_options_that_are_named(page: str) -> None:
+def test_each_pho_in_the_running_text_has_the_options_that_are_named(page):
     for words in spans(page):
         try:
             parse([word for word in words if word not in ("VERB", "...")], whole=False)
@@ -106,7 +104,7 @@ def test_each_pho_in_the_running_text_has_the_options_that_are_named(page: str) 
             pytest.fail(f"{page}: pho {shlex.join(words)}: {error.format_message()}")
 
 
-def test_the_tests_above_read_commands_out_of_the_pages_at_all() -> None:
+def test_the_tests_above_read_commands_out_of_the_pages_at_all():
     assert sum(len(pho_commands(page)) for page in NAMES) > 60
     assert sum(len(spans(page)) for page in NAMES) > 60
     assert ["workers"] in pho_commands("docs/how-to/many-gpus.md")
@@ -114,7 +112,7 @@ def test_the_tests_above_read_commands_out_of_the_pages_at_all() -> None:
 
 
 @pytest.mark.parametrize("page", NAMES)
-def test_each_make_is_a_target_and_each_script_of_benchmarks_is_there(page: str) -> None:
+def test_each_make_is_a_target_and_each_script_of_benchmarks_is_there(page):
     text = (ROOT / page).read_text()
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     code = [*blocks(page), *re.findall(r"`([^`\n]+)`", text)]
@@ -126,15 +124,15 @@ def test_each_make_is_a_target_and_each_script_of_benchmarks_is_there(page: str)
 
 
 @pytest.fixture(scope="module")
-def operations() -> dict[str, Any]:
+def operations():
     database = Database("postgresql://localhost/pho")
-    paths: dict[str, Any] = create_app(database, Settings()).openapi()["paths"]
+    paths = create_app(database, Settings()).openapi()["paths"]
     database.close()
     return paths
 
 
 @pytest.mark.parametrize("page", NAMES)
-def test_each_curl_asks_for_what_there_is(page: str, operations: dict[str, Any]) -> None:
+def test_each_curl_asks_for_what_there_is(page, operations):
     for words in (words for code in blocks(page) for words in commands(code) if words[0] == "curl"):
         (asked,) = (found[1] for word in words if (found := ADDRESS.match(word)))
         (path,) = (p for p in operations if re.fullmatch(re.sub(r"\{\w+\}", "[^/:]+", p), asked))
@@ -145,21 +143,21 @@ def test_each_curl_asks_for_what_there_is(page: str, operations: dict[str, Any])
             model.model_validate(json.loads(body))
 
 
-def test_each_summary_is_how_the_description_begins(operations: dict[str, Any]) -> None:
+def test_each_summary_is_how_the_description_begins(operations):
     for operation in (each for path in operations.values() for each in path.values()):
         assert " " in operation["summary"]
         assert operation["description"].startswith(operation["summary"])
 
 
 @pytest.mark.parametrize("page", NAMES)
-def test_each_pho_variable_of_a_page_is_one_that_is_read(page: str) -> None:
+def test_each_pho_variable_of_a_page_is_one_that_is_read(page):
     named = set(re.findall(r"\bPHO_[A-Z_]*[A-Z]\b", (ROOT / page).read_text()))
 
     assert named <= {f"PHO_{name.upper()}" for name in Settings.model_fields}
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "README.md"])
-def test_each_file_that_the_page_links_to_is_there(page: str) -> None:
+def test_each_file_that_the_page_links_to_is_there(page):
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text())
 
     assert links

@@ -4,7 +4,6 @@ import json
 import re
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,13 +11,13 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def notebook(monkeypatch: pytest.MonkeyPatch) -> Any:
+def notebook(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs" / "site")
     return import_module("notebook")
 
 
 @pytest.mark.thorough
-def test_cells(notebook: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells(notebook, tmp_path, monkeypatch):
     """Each cell runs, and gives the same first line as the file shows, and the same sparsity."""
     monkeypatch.chdir(tmp_path)
     document = json.loads(notebook.NOTEBOOK.read_text())
@@ -34,7 +33,7 @@ def test_cells(notebook: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert all(shown)
 
 
-def first_line(text: str) -> str:
+def first_line(text):
     """Without numbers, and without the study's name, which has a hash."""
     line = re.sub(r"of study '.*'", "", text.partition("\n")[0])
     return re.sub(r"-?\d+(\.\d+)?(e-\d+)?", "0", line)

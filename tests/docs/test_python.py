@@ -3,11 +3,10 @@
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 import pho_service as pho
 
@@ -19,9 +18,7 @@ SMALLER = {"samples=64, context_length=512)": "samples=16, context_length=128)",
 
 
 @pytest.fixture
-def given(
-    tiny_llama: PreTrainedModel, model_folder: Path, texts: dict[str, Path], tmp_path: Path
-) -> dict[str, Any]:
+def given(tiny_llama, model_folder, texts, tmp_path):
     """What a reader brings: a model, its tokenizer, long texts, a sampler and a storage."""
     tiny_llama.save_pretrained(tmp_path / "here" / "dense")
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
@@ -39,7 +36,7 @@ def given(
     }
 
 
-def test_blocks(given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks(given, tmp_path, monkeypatch):
     """Every block runs, one after the other; each result is what the page says."""
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(pho, "search", partial(pho.search, trials=20))  # for time, as is SMALLER
@@ -57,7 +54,7 @@ def test_blocks(given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Monke
     assert given["some"].configuration.steps.linears
 
 
-def test_every_pho_on_the_page_is_a_public_name() -> None:
+def test_every_pho_on_the_page_is_a_public_name():
     names = set(re.findall(r"\bpho\.(\w+)", PAGE))
 
     assert names <= {*pho.__all__}

@@ -5,7 +5,6 @@ import shutil
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,25 +15,21 @@ README = (ROOT / "README.md").read_text()
 
 
 @pytest.fixture
-def drawing(monkeypatch: pytest.MonkeyPatch) -> Any:
+def drawing(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs" / "site")
     return import_module("results")
 
 
 def test_the_block_of_python_runs_as_it_stands_on_a_smaller_model(
-    model_folder: Path,
-    texts: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    model_folder, texts, tmp_path, monkeypatch, capsys
+):
     (block,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     shutil.copytree(model_folder, tmp_path / "example" / "small-llama")
     for name, path in texts.items():
         shutil.copy(path, tmp_path / "example" / f"{name}.jsonl")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pho, "search", partial(pho.search, trials=12, finalists=1))  # for time
-    given: dict[str, Any] = {}
+    given = {}
 
     exec(compile(block, "README.md", "exec"), given)  # noqa: S102 - our own page
 
@@ -46,13 +41,13 @@ def test_the_block_of_python_runs_as_it_stands_on_a_smaller_model(
     assert "windows of 128" in printed
 
 
-def test_the_picture_is_that_of_the_measurements(drawing: Any) -> None:
+def test_the_picture_is_that_of_the_measurements(drawing):
     found = drawing.table((ROOT / "docs" / "measurements" / "quality.md").read_text())
 
     assert (ROOT / "docs" / "results.svg").read_text() == drawing.picture(*found)
 
 
-def test_each_row_of_the_table_of_numbers_is_one_of_the_measurements() -> None:
+def test_each_row_of_the_table_of_numbers_is_one_of_the_measurements():
     measured = (ROOT / "docs" / "measurements" / "quality.md").read_text()
     section = README.partition("## Numbers")[2].partition("\n## ")[0]
     found = re.findall(r"^\| [^ |-].*", section, re.MULTILINE)

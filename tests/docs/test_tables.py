@@ -4,7 +4,7 @@ import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Union, get_args, get_origin
 
 import pytest
 from pydantic import BaseModel, SecretStr
@@ -18,7 +18,7 @@ from pho_service.spec.steps import Allocation, Steps
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def rows(page: str, heading: str) -> list[list[str]]:
+def rows(page, heading):
     """The cells of the first table under a heading."""
     _, _, section = (DOCS / page).read_text().partition(f"\n## {heading}\n")
     table = re.search(r"^\| --- .*\n((?:\|.*\n)+)", section, re.MULTILINE)
@@ -27,11 +27,11 @@ def rows(page: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in row] for row in cells]
 
 
-def named(cell: str) -> list[str]:
+def named(cell):
     return re.findall(r"`([^`]+)`", cell)
 
 
-def shown(value: object) -> str:
+def shown(value):
     """A default as a table has it."""
     if isinstance(value, tuple):
         return ",".join(map(shown, value))
@@ -42,8 +42,8 @@ def shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def test_each_setting_is_in_its_table_once_with_its_default() -> None:
-    documented: list[str] = []
+def test_each_setting_is_in_its_table_once_with_its_default():
+    documented = []
     wrong = {}
     for variables, default, *_ in rows("service.md", "Settings"):
         names = named(variables)
@@ -58,13 +58,13 @@ def test_each_setting_is_in_its_table_once_with_its_default() -> None:
     assert not wrong, "default in the table, default in the code"
 
 
-def keys(document: type) -> list[str]:
+def keys(document):
     if issubclass(document, BaseModel):
         return list(document.model_fields)
     return [field.name for field in fields(document)]
 
 
-def parts(annotation: Any) -> list[type]:
+def parts(annotation):
     if get_origin(annotation) in (Union, UnionType, list):
         return [part for argument in get_args(annotation) for part in parts(argument)]
     is_document = isinstance(annotation, type) and (
@@ -76,12 +76,12 @@ def parts(annotation: Any) -> list[type]:
 JOB_ROWS = {name: row for row in rows("service.md", "A job") for name in named(row[0])}
 
 
-def test_each_field_of_a_job_is_in_its_table_and_no_other() -> None:
+def test_each_field_of_a_job_is_in_its_table_and_no_other():
     assert JOB_ROWS.keys() == JobSpec.model_fields.keys()
 
 
 @pytest.mark.parametrize("field", JobSpec.model_fields)
-def test_each_field_of_a_part_of_a_job_is_named_in_the_parts_row(field: str) -> None:
+def test_each_field_of_a_part_of_a_job_is_named_in_the_parts_row(field):
     inside = parts(JobSpec.model_fields[field].annotation)
     said = " ".join(JOB_ROWS[field][2:])
 
@@ -96,7 +96,7 @@ def test_each_field_of_a_part_of_a_job_is_named_in_the_parts_row(field: str) -> 
 @pytest.mark.parametrize(
     "document", [Configuration, Coefficients, Steps, Allocation, Confirmation, Rating]
 )
-def test_each_key_of_config_json_is_named_on_its_page(document: type) -> None:
+def test_each_key_of_config_json_is_named_on_its_page(document):
     text = (DOCS / "configuration.md").read_text()
 
     assert not {k for k in keys(document) if f"`{k}`" not in text and f'"{k}"' not in text}

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE, OutputChecker
 from pathlib import Path
 
@@ -29,7 +28,7 @@ STOP = "trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT"  # the service, w
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
+def folder():
     """An empty one, with a short name: a PostgreSQL's socket lies in it, and its user enters it."""
     path = Path(tempfile.mkdtemp(prefix="pho"))
     path.chmod(0o755)
@@ -37,7 +36,7 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-def shell(folder: Path) -> "subprocess.Popen[str]":
+def shell(folder):
     """A shell in the folder that knows `pho`, with a port and a data folder that nobody has."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -63,7 +62,7 @@ def shell(folder: Path) -> "subprocess.Popen[str]":
 
 
 @pytest.mark.thorough
-def test_every_command_of_the_page_succeeds_and_prints_what_the_page_shows(folder: Path) -> None:
+def test_every_command_of_the_page_succeeds_and_prints_what_the_page_shows(folder):
     script = f"{STOP}\n" + "".join(f"{commands}echo '{END}'\n" for commands, _ in BLOCKS)
     with shell(folder) as process:
         try:
@@ -88,7 +87,7 @@ def test_every_command_of_the_page_succeeds_and_prints_what_the_page_shows(folde
     assert float(rise[1]) > 10  # the example loses what one can see
 
 
-def same(shown: str, printed: str) -> bool:
+def same(shown, printed):
     """Compare what is shown with what was printed: any fraction will do, ``...`` is anything."""
     wanted, got = (re.sub(r"[+-]?\d+\.\d+(e-\d+)?", "0.0", text) for text in (shown, printed))
     return not shown or OutputChecker().check_output(wanted, got, ELLIPSIS | NORMALIZE_WHITESPACE)

@@ -12,13 +12,13 @@ from pho_service.host.access import Access, check_data_file
 from pho_service.host.settings import Settings
 
 
-def model_folder(path: Path) -> None:
+def model_folder(path):
     path.mkdir(parents=True)
     (path / "config.json").write_text("{}")
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Path:
+def disk(tmp_path):
     """Two roots, ``models`` and ``texts``, a secret beside them, and links of all kinds."""
     models, texts = tmp_path / "models", tmp_path / "texts"
     model_folder(models / "org" / "local")
@@ -37,7 +37,7 @@ def disk(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def access(disk: Path) -> Access:
+def access(disk):
     """The rules of that disk."""
     settings = Settings(
         model_roots=(disk / "models",), text_roots=(disk / "texts",),
@@ -56,12 +56,12 @@ def access(disk: Path) -> Access:
         ("in/local", "org/local"),
     ],
 )
-def test_what_lies_below_a_root(access: Access, disk: Path, name: str, below: str) -> None:
+def test_what_lies_below_a_root(access, disk, name, below):
     assert access.model(name) == str(disk / "models" / below)
     assert access.model(str(disk / "models" / name)) == str(disk / "models" / below)
 
 
-def test_paths_below_a_root_are_named_from_there_the_rest_stays(access: Access, disk: Path) -> None:
+def test_paths_below_a_root_are_named_from_there_the_rest_stays(access, disk):
     model, text = str(disk / "models" / "org" / "local"), str(disk / "texts" / "gone.txt")
     document = {"model": {"name": model}, "texts": [text, 7, None], "other": "/elsewhere/x"}
     shown = access.without_places(document)
@@ -75,7 +75,7 @@ def test_paths_below_a_root_are_named_from_there_the_rest_stays(access: Access, 
     assert two.without_places([model, str(disk / "models")]) == [model, str(disk / "models")]
 
 
-def test_a_message_for_people_elsewhere_names_no_place_of_this_machine() -> None:
+def test_a_message_for_people_elsewhere_names_no_place_of_this_machine():
     access = Access(
         model_roots=(Path("/srv/models"),), text_roots=(Path("/srv/models/texts"), Path("/")),
         hub_models=(), hub_datasets=(),
@@ -111,9 +111,7 @@ OUTSIDE = [
 
 
 @pytest.mark.parametrize(("kind", "name"), OUTSIDE)
-def test_a_path_that_leaves_the_roots_is_refused(
-    access: Access, disk: Path, kind: str, name: str
-) -> None:
+def test_a_path_that_leaves_the_roots_is_refused(access, disk, kind, name):
     """Whichever way it goes, also by a link; a name that begins like a root's is not below it."""
     with pytest.raises(InvalidInput, match="does not lie below"):
         getattr(access, kind)(name.format(disk))
@@ -133,20 +131,18 @@ ODD = {
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in ODD for name in ODD[kind]])
-def test_names_that_no_disk_can_hold_are_the_users_fault(
-    access: Access, kind: str, name: str
-) -> None:
+def test_names_that_no_disk_can_hold_are_the_users_fault(access, kind, name):
     with pytest.raises(InvalidInput):
         getattr(access, kind)(name)
 
 
 @pytest.mark.parametrize("name", ["org/other", "gpt2"])
-def test_a_hub_id_that_a_pattern_allows_stays_as_it_is(access: Access, name: str) -> None:
+def test_a_hub_id_that_a_pattern_allows_stays_as_it_is(access, name):
     assert access.model(name) == name
 
 
 @pytest.mark.parametrize("name", ["other/x", "gpt3", "ORG/x", "gpt2/x", "out/secret.txt"])
-def test_the_patterns_are_listed_to_who_names_another_hub_id(access: Access, name: str) -> None:
+def test_the_patterns_are_listed_to_who_names_another_hub_id(access, name):
     with pytest.raises(InvalidInput, match=r"PHO_HUB_MODELS allows org/\*, gpt2"):
         access.model(name)
 
@@ -154,12 +150,12 @@ def test_the_patterns_are_listed_to_who_names_another_hub_id(access: Access, nam
 @pytest.mark.parametrize(
     "name", ["org/x@main", "org/x?y", "org/a--b", "org/a..b", "org/x ", "-org/x", "org/é", "gpt2\n"]
 )
-def test_what_is_no_hub_id_does_not_reach_the_hub(access: Access, name: str) -> None:
+def test_what_is_no_hub_id_does_not_reach_the_hub(access, name):
     with pytest.raises(InvalidInput, match="neither a hub id"):
         access.model(name)
 
 
-def test_a_folder_below_a_root_goes_before_the_hub(access: Access, disk: Path) -> None:
+def test_a_folder_below_a_root_goes_before_the_hub(access, disk):
     assert access.model("org/local") == str(disk / "models" / "org" / "local")
     (disk / "models" / "org" / "local" / "config.json").unlink()
     with pytest.raises(InvalidInput, match=r"has no config\.json"):
@@ -168,7 +164,7 @@ def test_a_folder_below_a_root_goes_before_the_hub(access: Access, disk: Path) -
     assert access.model("org/local") == "org/local"
 
 
-def test_where_no_root_exists_a_path_below_one_is_believed(disk: Path) -> None:
+def test_where_no_root_exists_a_path_below_one_is_believed(disk):
     settings = Settings(model_roots=(disk / "elsewhere",), text_roots=(disk / "elsewhere",))
     access = Access.of(settings)
 
@@ -177,7 +173,7 @@ def test_where_no_root_exists_a_path_below_one_is_believed(disk: Path) -> None:
         access.text("../a.txt")
 
 
-def test_the_first_root_that_has_the_file_gives_it(disk: Path) -> None:
+def test_the_first_root_that_has_the_file_gives_it(disk):
     settings = Settings(text_roots=(disk / "models", disk / "texts"))
 
     assert Access.of(settings).text("a.txt") == str(disk / "texts" / "a.txt")
@@ -191,17 +187,17 @@ def test_the_first_root_that_has_the_file_gives_it(disk: Path) -> None:
         "a\\..\\b", "a\0", "a\n", "a b", "",
     ],
 )  # fmt: skip
-def test_urls_and_paths_out_of_it_are_no_file_of_a_data_set(data_file: str) -> None:
+def test_urls_and_paths_out_of_it_are_no_file_of_a_data_set(data_file):
     with pytest.raises(InvalidInput, match="not a path inside of the data set"):
         check_data_file(data_file)
 
 
 @pytest.mark.parametrize("data_file", ["en/c4.00000-of-01024.json.gz", "**/*.json", "a/[0-9].json"])
-def test_a_file_or_a_pattern_inside_of_a_data_set_may_be_named(data_file: str) -> None:
+def test_a_file_or_a_pattern_inside_of_a_data_set_may_be_named(data_file):
     check_data_file(data_file)
 
 
-def test_a_link_of_a_data_set_that_leads_out_is_refused(access: Access, disk: Path) -> None:
+def test_a_link_of_a_data_set_that_leads_out_is_refused(access, disk):
     """Also behind a link to a folder below the root, which is followed."""
     (disk / "texts" / "set").mkdir()
     (disk / "texts" / "set" / "more").symlink_to(disk / "texts" / "data")
@@ -213,7 +209,7 @@ def test_a_link_of_a_data_set_that_leads_out_is_refused(access: Access, disk: Pa
     assert access.dataset("data") == str(disk / "texts" / "data")
 
 
-def test_a_data_set_is_one_that_a_pattern_allows_or_lies_below_the_texts(access: Access) -> None:
+def test_a_data_set_is_one_that_a_pattern_allows_or_lies_below_the_texts(access):
     for name in ("other/x", "allenai/c4x", "c4x", "wikitext2"):
         with pytest.raises(InvalidInput, match="PHO_HUB_DATASETS allows allenai/c4"):
             access.dataset(name)
@@ -224,7 +220,7 @@ def test_a_data_set_is_one_that_a_pattern_allows_or_lies_below_the_texts(access:
     assert access.dataset("allenai/c4") == "allenai/c4"
 
 
-def test_many_files(access: Access, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_files(access, disk, monkeypatch):
     """A submission looks at a model's own files, and at no more of any folder than a limit."""
     looked_at = []
     scandir = os.scandir
@@ -244,9 +240,7 @@ def test_many_files(access: Access, disk: Path, monkeypatch: pytest.MonkeyPatch)
         access.model("big")
 
 
-def test_many_files_of_a_dataset(
-    access: Access, disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_files_of_a_dataset(access, disk, monkeypatch):
     data = disk / "texts" / "data"
     (data / "out.jsonl").unlink()
     (data / "again").symlink_to(data)
@@ -258,7 +252,7 @@ def test_many_files_of_a_dataset(
         access.dataset("data")
 
 
-def test_a_link_in_the_templates_of_a_model_is_looked_at(access: Access, disk: Path) -> None:
+def test_a_link_in_the_templates_of_a_model_is_looked_at(access, disk):
     folder = disk / "models" / "org" / "local" / "additional_chat_templates"
     folder.mkdir()
     (folder / "tool.jinja").symlink_to(disk / "secret.txt")
@@ -267,7 +261,7 @@ def test_a_link_in_the_templates_of_a_model_is_looked_at(access: Access, disk: P
         access.model("org/local")
 
 
-def test_what_a_models_files_name_elsewhere_is_refused(access: Access, disk: Path) -> None:
+def test_what_a_models_files_name_elsewhere_is_refused(access, disk):
     index = disk / "models" / "org" / "local" / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"a": "../../../secret.txt"}}')
 
@@ -287,12 +281,12 @@ def test_what_a_models_files_name_elsewhere_is_refused(access: Access, disk: Pat
         ("gpt2", "gpt2"),
     ],
 )
-def test_a_job_keeps_what_is_local_as_a_path(access: Access, name: str, kept: str) -> None:
+def test_a_job_keeps_what_is_local_as_a_path(access, name, kept):
     assert access.placed_model(name) == kept
     assert access.model(kept) == access.model(name)
 
 
-def test_what_was_local_and_is_gone_is_missing(access: Access, disk: Path) -> None:
+def test_what_was_local_and_is_gone_is_missing(access, disk):
     kept = access.placed_model("org/local")
     shutil.rmtree(disk / "models" / "org")
 

@@ -1,7 +1,5 @@
 """Cards of data sets, and where they try to lead."""
 
-from pathlib import Path
-
 import pytest
 
 from pho_service.errors import InvalidInput
@@ -10,7 +8,7 @@ from pho_service.host.data_sets import MOST_BYTES, check_card, check_cards
 from pho_service.host.settings import Settings
 
 
-def card(data_files: str) -> bytes:
+def card(data_files):
     """A README with these files, in YAML."""
     return (
         "---\nlicense: mit\nconfigs:\n- config_name: default\n"
@@ -26,7 +24,7 @@ def card(data_files: str) -> bytes:
         '{"train": "a.jsonl", "test": ["b.jsonl"]}',
     ],
 )  # fmt: skip
-def test_files_of_the_data_set_may_be_named_in_every_form(data_files: str) -> None:
+def test_files_of_the_data_set_may_be_named_in_every_form(data_files):
     check_card("README.md", card(data_files), "data set 'd'")
 
 
@@ -39,12 +37,12 @@ def test_files_of_the_data_set_may_be_named_in_every_form(data_files: str) -> No
         "!!str ../x", "|\n    ../x",
     ],
 )  # fmt: skip
-def test_absolute_paths_and_urls_are_refused(data_files: str) -> None:
+def test_absolute_paths_and_urls_are_refused(data_files):
     with pytest.raises(InvalidInput, match=r"data set 'd': its README.md names the files"):
         check_card("README.md", card(data_files), "data set 'd'")
 
 
-def test_data_dir_is_checked_as_well_in_the_other_card_too_what_is_not_about_files_is_not() -> None:
+def test_data_dir_is_checked_as_well_in_the_other_card_too_what_is_not_about_files_is_not():
     with pytest.raises(InvalidInput, match=r"its \.huggingface\.yaml names"):
         check_card(".huggingface.yaml", b"configs: [{data_dir: ../x}]", "d")
     check_card("README.md", b"---\nhomepage: https://example.org\n---\n", "d")
@@ -61,12 +59,12 @@ def test_data_dir_is_checked_as_well_in_the_other_card_too_what_is_not_about_fil
         (b"a: b\n" * MOST_BYTES, "is longer than"),
     ],
 )
-def test_what_is_no_yaml_or_more_than_it_seems_is_refused(content: bytes, message: str) -> None:
+def test_what_is_no_yaml_or_more_than_it_seems_is_refused(content, message):
     with pytest.raises(InvalidInput, match=message):
         check_card(".huggingface.yaml", content[: MOST_BYTES + 1], "d")
 
 
-def test_a_readme_may_be_long_but_not_its_yaml(tmp_path: Path) -> None:
+def test_a_readme_may_be_long_but_not_its_yaml(tmp_path):
     (tmp_path / "README.md").write_bytes(card("a.jsonl") + b"words\n" * MOST_BYTES)
     check_cards(tmp_path, "d")
     (tmp_path / "README.md").write_bytes(b"---\n" + b"a: b\n" * MOST_BYTES)
@@ -75,7 +73,7 @@ def test_a_readme_may_be_long_but_not_its_yaml(tmp_path: Path) -> None:
         check_cards(tmp_path, "d")
 
 
-def test_such_a_data_set_is_refused_at_the_door(tmp_path: Path) -> None:
+def test_such_a_data_set_is_refused_at_the_door(tmp_path):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "README.md").write_bytes(card("../secret.csv"))
     access = Access.of(Settings(text_roots=(tmp_path,)))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from pho_service.errors import DeviceLost, InvalidInput, ModelError, OutOfMemory, PhoError
+from pho_service.errors import DeviceLost, InvalidInput, ModelError, OutOfMemory
 from pho_service.host.machine import faults_told
 
 CUDA = (
@@ -29,7 +29,7 @@ FULL = (
         (RuntimeError(CUDA), DeviceLost, "the GPU failed: CUDA error"),
     ],
 )
-def test_each_kind_has_its_own_error(error: Exception, kind: type[PhoError], words: str) -> None:
+def test_each_kind_has_its_own_error(error, kind, words):
     with pytest.raises(kind) as told, faults_told():
         raise error
 
@@ -38,12 +38,12 @@ def test_each_kind_has_its_own_error(error: Exception, kind: type[PhoError], wor
     assert "stacktrace" not in str(told.value)
 
 
-def test_what_torch_really_raises_on_a_cpu_as_runtimeerror_is_memory_that_ran_out() -> None:
+def test_what_torch_really_raises_on_a_cpu_as_runtimeerror_is_memory_that_ran_out():
     with pytest.raises(OutOfMemory, match="allocate 4000000000000000 bytes"), faults_told():
         torch.empty(10**15)
 
 
-def test_a_panic_of_tokenizers_is_an_error_of_the_model() -> None:
+def test_a_panic_of_tokenizers_is_an_error_of_the_model():
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("((a+)+)+z"), "isolated")
 
@@ -52,7 +52,7 @@ def test_a_panic_of_tokenizers_is_an_error_of_the_model() -> None:
 
 
 @pytest.mark.parametrize("error", [InvalidInput("x"), ValueError("x"), KeyboardInterrupt()])
-def test_what_is_no_fault_of_the_machine_goes_on_as_it_is(error: BaseException) -> None:
+def test_what_is_no_fault_of_the_machine_goes_on_as_it_is(error):
     with pytest.raises(type(error)) as raised, faults_told():
         raise error
 

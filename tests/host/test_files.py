@@ -12,13 +12,13 @@ from pho_service.host.files import check_file, check_free, new_file, new_folder
 LimitedDisk = Callable[[int], AbstractContextManager[None]]
 
 
-def write_and_interrupt(path: Path) -> None:
+def write_and_interrupt(path):
     """Half of some work, then Ctrl-C."""
     path.write_text("half")
     raise KeyboardInterrupt
 
 
-def test_a_file_takes_its_place_only_when_it_is_complete(tmp_path: Path) -> None:
+def test_a_file_takes_its_place_only_when_it_is_complete(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
     with new_file(path) as partial:
@@ -30,7 +30,7 @@ def test_a_file_takes_its_place_only_when_it_is_complete(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_interruption_leaves_the_old_file_and_no_part_of_anything_new(tmp_path: Path) -> None:
+def test_an_interruption_leaves_the_old_file_and_no_part_of_anything_new(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(KeyboardInterrupt), new_file(path) as partial:
@@ -42,7 +42,7 @@ def test_an_interruption_leaves_the_old_file_and_no_part_of_anything_new(tmp_pat
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_a_full_disk_refuses_is_named(tmp_path: Path, limited_disk: LimitedDisk) -> None:
+def test_what_a_full_disk_refuses_is_named(tmp_path, limited_disk):
     path = tmp_path / "a.txt"
     with (
         limited_disk(1000),
@@ -55,7 +55,7 @@ def test_what_a_full_disk_refuses_is_named(tmp_path: Path, limited_disk: Limited
 
 
 @pytest.mark.parametrize("made_before", [True, False])
-def test_a_folder_takes_its_place_when_it_is_complete(tmp_path: Path, made_before: bool) -> None:
+def test_a_folder_takes_its_place_when_it_is_complete(tmp_path, made_before):
     path = tmp_path / "out"
     if made_before:
         path.mkdir()
@@ -69,7 +69,7 @@ def test_a_folder_takes_its_place_when_it_is_complete(tmp_path: Path, made_befor
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_that_holds_files_is_not_touched(tmp_path: Path) -> None:
+def test_a_folder_that_holds_files_is_not_touched(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
 
     with pytest.raises(OutputError, match="is in use: it holds files"), new_folder(tmp_path):
@@ -77,7 +77,7 @@ def test_a_folder_that_holds_files_is_not_touched(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_file_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
+def test_a_file_is_not_replaced_by_a_folder(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("mine")
 
@@ -85,7 +85,7 @@ def test_a_file_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
         check_free(path)
 
 
-def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+def test_a_folder_is_not_replaced_by_a_file(tmp_path):
     said = r"is a folder\. Give the name of a file"
     with pytest.raises(OutputError, match=said):
         check_file(tmp_path)
@@ -93,7 +93,7 @@ def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
         pytest.fail("the body must not run")
 
 
-def test_a_path_whose_folder_is_not_there_is_refused_before_any_work(tmp_path: Path) -> None:
+def test_a_path_whose_folder_is_not_there_is_refused_before_any_work(tmp_path):
     path = tmp_path / "none" / "a.txt"
     said = r"the folder .*none does not exist"
     with pytest.raises(OutputError, match=said):
@@ -103,7 +103,7 @@ def test_a_path_whose_folder_is_not_there_is_refused_before_any_work(tmp_path: P
             pytest.fail("the body must not run")
 
 
-def test_an_empty_folder_can_be_a_dot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_folder_can_be_a_dot(tmp_path, monkeypatch):
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)

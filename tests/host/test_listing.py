@@ -1,14 +1,12 @@
 """What can be picked below the roots: within them, and within bounds."""
 
-from pathlib import Path
-
 import pytest
 
 from pho_service.host import access
 from pho_service.host.access import list_roots
 
 
-def make(root: Path, *names: str) -> Path:
+def make(root, *names):
     """Empty files, with the folders that they lie in."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -16,7 +14,7 @@ def make(root: Path, *names: str) -> Path:
     return root.resolve()
 
 
-def test_models_and_texts_by_name_near_ones_first(tmp_path: Path) -> None:
+def test_models_and_texts_by_name_near_ones_first(tmp_path):
     root = make(
         tmp_path,
         "org/b/config.json", "org/b/vocab.txt", "org/b/sub/config.json", "org/a/config.json",
@@ -30,7 +28,7 @@ def test_models_and_texts_by_name_near_ones_first(tmp_path: Path) -> None:
     assert found.is_whole
 
 
-def test_links_out_of_a_root_or_in_a_circle_are_left_out(tmp_path: Path) -> None:
+def test_links_out_of_a_root_or_in_a_circle_are_left_out(tmp_path):
     outside = make(tmp_path / "outside", "m/config.json", "secret.txt")
     root = make(tmp_path / "root", "real/config.json", "folder/a.txt")
     (root / "inside").symlink_to(root / "real")
@@ -45,7 +43,7 @@ def test_links_out_of_a_root_or_in_a_circle_are_left_out(tmp_path: Path) -> None
     assert found.is_whole
 
 
-def test_a_name_that_an_earlier_root_has_too_is_given_in_full(tmp_path: Path) -> None:
+def test_a_name_that_an_earlier_root_has_too_is_given_in_full(tmp_path):
     first = make(tmp_path / "first", "a.txt")
     second = make(tmp_path / "second", "a.txt", "b.txt")
     found = list_roots([], [tmp_path / "missing", first, second])
@@ -56,7 +54,7 @@ def test_a_name_that_an_earlier_root_has_too_is_given_in_full(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("bound", "value"), [("DEEPEST", 0), ("MOST", 2), ("MOST_ENTRIES", 4), ("MOST_S", -1.0)]
 )
-def test_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str, value: float) -> None:
+def test_bounds(tmp_path, monkeypatch, bound, value):
     """However large a tree is, few of its entries are looked at, and the rest is not denied."""
     root = make(tmp_path, *(f"folder/{n}.txt" for n in range(5)))
     monkeypatch.setattr(access, bound, value)

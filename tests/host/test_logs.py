@@ -3,27 +3,26 @@
 import io
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import copy_context
 from threading import Thread
-from typing import Any
 
 import pytest
 
 from pho_service.host import logs
-from pho_service.host.logs import LogFormat, about, redact, request_id
+from pho_service.host.logs import about, redact, request_id
 
 Written = Callable[[], str]
 
 
 @pytest.fixture
-def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[LogFormat], Written]]:
+def logged(monkeypatch):
     """Configures logs; what is written since. Everything is as before afterwards."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     stream = io.StringIO()
 
-    def configure(log_format: LogFormat) -> Written:
+    def configure(log_format):
         monkeypatch.setattr("sys.stderr", stream)
         root.handlers.clear()
         logs.configure_logs(log_format)
@@ -35,7 +34,7 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[LogFormat], Wr
     logging.getLogger("talkative").setLevel(logging.NOTSET)
 
 
-def test_a_line_is_one_json_object_with_time_level_logger_process(logged: Any) -> None:
+def test_a_line_is_one_json_object_with_time_level_logger_process(logged):
     written = logged("json")
     logging.getLogger("pho.x").info("é %s\nb", "a", extra={"layer": "q"})
     line = json.loads(written())
@@ -46,7 +45,7 @@ def test_a_line_is_one_json_object_with_time_level_logger_process(logged: Any) -
     assert line == {"level": "INFO", "logger": "pho.x", "message": "é a\nb", "layer": "q"}
 
 
-def test_for_people_time_level_process_logger_message(logged: Any) -> None:
+def test_for_people_time_level_process_logger_message(logged):
     written = logged("text")
     with about(job="j"):
         logging.getLogger("x").warning("hello")
@@ -55,7 +54,7 @@ def test_for_people_time_level_process_logger_message(logged: Any) -> None:
     assert " WARNING [" in written()
 
 
-def test_fields_of_a_block_are_in_all_of_its_lines(logged: Any) -> None:
+def test_fields_of_a_block_are_in_all_of_its_lines(logged):
     written = logged("json")
     log = logging.getLogger("x")
     with about(job="j", attempt=1):
@@ -74,13 +73,13 @@ def test_fields_of_a_block_are_in_all_of_its_lines(logged: Any) -> None:
     assert "job" not in after
 
 
-def test_is_known_while_a_request_is_answered() -> None:
+def test_is_known_while_a_request_is_answered():
     with about(request="r"):
         assert request_id() == "r"
     assert request_id() is None
 
 
-def test_talkative_libraries_are_heard_when_it_matters(logged: Any) -> None:
+def test_talkative_libraries_are_heard_when_it_matters(logged):
     written = logged("json")
     own = logging.getLogger("talkative")
     own.addHandler(logging.StreamHandler())
@@ -107,12 +106,12 @@ def test_talkative_libraries_are_heard_when_it_matters(logged: Any) -> None:
         ("password authentication failed for user", "password authentication failed for user"),
     ],
 )  # fmt: skip
-def test_passwords_keys_and_tokens_are_starred_out(text: str, without: str) -> None:
+def test_passwords_keys_and_tokens_are_starred_out(text, without):
     assert redact(text) == without
 
 
 @pytest.mark.parametrize("log_format", ["json", "text"])
-def test_neither_messages_nor_tracebacks_have_any(logged: Any, log_format: LogFormat) -> None:
+def test_neither_messages_nor_tracebacks_have_any(logged, log_format):
     written = logged(log_format)
     url = "postgresql://pho:planted@db/pho"
     try:
@@ -126,7 +125,7 @@ def test_neither_messages_nor_tracebacks_have_any(logged: Any, log_format: LogFo
         assert "base 10: 'postgresql" in json.loads(written())["exception"]
 
 
-def test_a_message_is_one_line_whatever_it_holds(logged: Any) -> None:
+def test_a_message_is_one_line_whatever_it_holds(logged):
     written = logged("text")
     logging.getLogger("x").warning("column %s", "a\x1b[31m\nINFO fake")
     try:

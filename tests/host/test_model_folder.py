@@ -1,8 +1,6 @@
 """A model's files name files beside them, and nothing else is ever opened."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,14 +14,14 @@ OUTSIDE = [
 ]  # fmt: skip
 
 
-def written(folder: Path, name: str, document: Any) -> Path:
+def written(folder, name, document):
     """The folder, with one more JSON file."""
     (folder / name).write_text(json.dumps(document))
     return folder
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_a_name_in_an_index_is_a_files_name_alone(tmp_path: Path, name: str) -> None:
+def test_a_name_in_an_index_is_a_files_name_alone(tmp_path, name):
     weight_map = {"model.norm.weight": "model-1.safetensors", "lm_head.weight": name}
     written(tmp_path, "model.safetensors.index.json", {"weight_map": weight_map})
 
@@ -48,7 +46,7 @@ def test_a_name_in_an_index_is_a_files_name_alone(tmp_path: Path, name: str) -> 
         {"fast_tokenizer_files": ["tokenizer.json", "../../x/tokenizer.4.0.json"]},
     ],
 )
-def test_a_tokenizer_may_name_no_path(tmp_path: Path, document: dict[str, Any]) -> None:
+def test_a_tokenizer_may_name_no_path(tmp_path, document):
     (key,) = document
     written(tmp_path, "tokenizer_config.json", document)
 
@@ -56,7 +54,7 @@ def test_a_tokenizer_may_name_no_path(tmp_path: Path, document: dict[str, Any]) 
         check_model_folder(tmp_path)
 
 
-def test_transformers_weights_would_lead_to_an_index_elsewhere(tmp_path: Path) -> None:
+def test_transformers_weights_would_lead_to_an_index_elsewhere(tmp_path):
     written(tmp_path, "config.json", {"transformers_weights": "sub/a.safetensors.index.json"})
 
     with pytest.raises(InvalidInput, match=r"config\.json names .*transformers_weights"):
@@ -72,14 +70,12 @@ def test_transformers_weights_would_lead_to_an_index_elsewhere(tmp_path: Path) -
         {"num_hidden_layers": 2, "num_local_experts": 10_001},
     ],
 )
-def test_more_modules_than_any_model_has_are_asked_for_of_no_library(
-    tmp_path: Path, config: dict[str, Any]
-) -> None:
+def test_more_modules_than_any_model_has_are_asked_for_of_no_library(tmp_path, config):
     with pytest.raises(InvalidInput, match=r"config\.json says n\w+=\d+, and 10+ are the most"):
         check_model_folder(written(tmp_path, "config.json", config))
 
 
-def test_what_models_on_the_hub_have_in_these_files_passes(tmp_path: Path) -> None:
+def test_what_models_on_the_hub_have_in_these_files_passes(tmp_path):
     shards = {f"layer.{i}.weight": f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
     written(tmp_path, "model.safetensors.index.json", {"metadata": {}, "weight_map": shards})
     written(tmp_path, "config.json", {"_name_or_path": "org/name", "model_type": "llama"})
@@ -97,14 +93,14 @@ def test_what_models_on_the_hub_have_in_these_files_passes(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "content", [b"{", b"[" * 100_000, b"[]", b"{}", b'{"weight_map": []}', b"\xff"]
 )
-def test_an_index_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_an_index_that_cannot_be_read_is_refused(tmp_path, content):
     (tmp_path / "model.safetensors.index.json").write_bytes(content)
 
     with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json (is not|has no)"):
         check_model_folder(tmp_path)
 
 
-def test_a_file_that_is_too_large_is_not_read_to_its_end(tmp_path: Path) -> None:
+def test_a_file_that_is_too_large_is_not_read_to_its_end(tmp_path):
     with (tmp_path / "model.safetensors.index.json").open("wb") as file:
         file.truncate(MAX_BYTES + 1)
 

@@ -14,13 +14,13 @@ from pho_service.errors import MOST_CHARACTERS, ServiceError, TextError, bounded
         ("\u202eabc\ud800", "\\u202eabc\\ud800", "\\u202eabc\\ud800"),
     ],
 )
-def test_control_characters_are_told_not_done(text: str, shown: str, line: str) -> None:
+def test_control_characters_are_told_not_done(text, shown, line):
     assert plain(text) == shown
     assert plain_line(text) == line
     plain(text).encode()
 
 
-def test_an_errors_message_is_some_lines_at_most_without_its_middle_and_can_be_printed() -> None:
+def test_an_errors_message_is_some_lines_at_most_without_its_middle_and_can_be_printed():
     long = "begin" + "x" * 10**6 + "end"
     for error in (TextError(long), ServiceError(long, code="x")):
         assert len(str(error)) < MOST_CHARACTERS + 100

@@ -1,7 +1,5 @@
 """Settings that come from files instead of the environment."""
 
-from pathlib import Path
-
 import pytest
 
 from pho_service.errors import InvalidInput
@@ -11,7 +9,7 @@ URL = "postgresql://pho@database/pho"
 
 
 @pytest.fixture
-def secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def secret(tmp_path, monkeypatch):
     """The file that PHO_DATABASE_PASSWORD_FILE names; it holds ``s3:cr/t`` and a line's end."""
     file = tmp_path / "password"
     file.write_text("s3:cr/t\n")
@@ -20,7 +18,7 @@ def secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def database_url() -> str:
+def database_url():
     """The URL that is used, password and all."""
     url = read_settings().database_url
     assert url is not None
@@ -28,19 +26,19 @@ def database_url() -> str:
 
 
 @pytest.mark.usefixtures("secret")
-def test_the_password_in_the_file_becomes_the_urls_escaped_without_the_lines_end() -> None:
+def test_the_password_in_the_file_becomes_the_urls_escaped_without_the_lines_end():
     assert database_url() == "postgresql://pho:s3%3Acr%2Ft@database/pho"
 
 
 @pytest.mark.usefixtures("secret")
-def test_the_files_password_goes_before_the_urls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_files_password_goes_before_the_urls(monkeypatch):
     monkeypatch.setenv("PHO_DATABASE_URL", "postgresql://pho:old@database/pho?sslmode=require")
 
     assert database_url() == "postgresql://pho:s3%3Acr%2Ft@database/pho?sslmode=require"
 
 
 @pytest.mark.usefixtures("secret")
-def test_a_password_for_no_database_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_password_for_no_database_is_an_error(monkeypatch):
     monkeypatch.delenv("PHO_DATABASE_URL")
 
     with pytest.raises(InvalidInput, match=r"PHO_DATABASE_URL=None .*PHO_DATABASE_PASSWORD_FILE"):
@@ -48,7 +46,7 @@ def test_a_password_for_no_database_is_an_error(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(("content", "reason"), [(None, "cannot be read"), ("\n", "is empty")])
-def test_an_unusable_file_is_named(secret: Path, content: str | None, reason: str) -> None:
+def test_an_unusable_file_is_named(secret, content, reason):
     secret.unlink()
     if content is not None:
         secret.write_text(content)
@@ -58,9 +56,9 @@ def test_an_unusable_file_is_named(secret: Path, content: str | None, reason: st
 
 
 @pytest.mark.usefixtures("secret")
-def test_printed_settings_do_not_show_it() -> None:
+def test_printed_settings_do_not_show_it():
     assert "s3" not in repr(read_settings())
 
 
-def test_an_empty_list_of_patterns_allows_nothing_not_the_empty_name() -> None:
+def test_an_empty_list_of_patterns_allows_nothing_not_the_empty_name():
     assert read_settings(hub_models=" ").hub_models == ()

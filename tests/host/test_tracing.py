@@ -6,9 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
@@ -22,11 +20,10 @@ from pho_service.api.app import create_app
 from pho_service.errors import InvalidInput
 from pho_service.host.logs import _add_fields, configure_tracing, span, trace_with
 from pho_service.host.settings import read_settings
-from storage.database import Database
 
 
 @pytest.fixture
-def spans() -> Iterator[InMemorySpanExporter]:
+def spans():
     """What would be sent."""
     exporter = InMemorySpanExporter()
     provider = TracerProvider(shutdown_on_exit=False)
@@ -36,7 +33,7 @@ def spans() -> Iterator[InMemorySpanExporter]:
     trace_with(None)
 
 
-def test_a_block_is_a_span_with_its_attributes(spans: InMemorySpanExporter) -> None:
+def test_a_block_is_a_span_with_its_attributes(spans):
     with pytest.raises(KeyError), span("search", job="j", attempt=2):
         raise KeyError("k")
     (found,) = spans.get_finished_spans()
@@ -47,9 +44,7 @@ def test_a_block_is_a_span_with_its_attributes(spans: InMemorySpanExporter) -> N
     assert found.events[0].name == "exception"
 
 
-def test_a_request_is_a_span_and_its_line_in_the_log_names_it(
-    spans: InMemorySpanExporter, database: Database, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_request_is_a_span_and_its_line_in_the_log_names_it(spans, database, caplog):
     caplog.handler.addFilter(_add_fields)
     caplog.set_level(logging.INFO, "pho_service.api.requests")
     with TestClient(create_app(database, read_settings()), "http://localhost") as client:
@@ -71,7 +66,7 @@ def test_a_request_is_a_span_and_its_line_in_the_log_names_it(
     assert (line.trace, line.span) == (f"{ids.trace_id:032x}", f"{ids.span_id:016x}")
 
 
-def test_a_refused_request_is_no_error(spans: InMemorySpanExporter, database: Database) -> None:
+def test_a_refused_request_is_no_error(spans, database):
     app = create_app(database, read_settings())
     app.add_api_route("/v1/broken", lambda: 1 / 0)
     with TestClient(app, "http://localhost", raise_server_exceptions=False) as client:
@@ -86,11 +81,11 @@ def test_a_refused_request_is_no_error(spans: InMemorySpanExporter, database: Da
     assert statuses == {"/v1/broken": (500, "ERROR"), "/v1/jobs": (422, "UNSET")}
 
 
-def test_a_process_sends_its_spans_to_where_opentelemetrys_variables_say(tmp_path: Path) -> None:
-    received: list[ExportTraceServiceRequest] = []
+def test_a_process_sends_its_spans_to_where_opentelemetrys_variables_say(tmp_path):
+    received = []
 
     class Collector(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
+        def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if self.headers.get("Content-Encoding") == "gzip":
                 body = gzip.decompress(body)
@@ -126,7 +121,7 @@ with request_span("GET", "/v1/jobs", "mine") as answered:
     assert [(s.name, s.status.code) for s in scope.spans] == [("search", 0), ("GET request", 2)]
 
 
-def test_where_the_extra_is_not_installed_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_extra_is_not_installed_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.resources", None)
 
     with pytest.raises(InvalidInput, match=r"pip install 'pho-service\[otel\]'"):

@@ -2,13 +2,10 @@
 
 import copy
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 import pho_service as pho
 from pho_service.spec.configuration import Configuration
@@ -18,7 +15,7 @@ SMALL = {"samples": 6, "context_length": 32, "rows_per_layer": 4, "kernel_sizes"
 
 
 @pytest.fixture
-def sentences(texts: dict[str, Path]) -> dict[str, list[str]]:
+def sentences(texts):
     """The documents of ``texts``, in memory."""
     return {
         name: [json.loads(line)["text"] for line in path.read_text().splitlines()]
@@ -27,30 +24,30 @@ def sentences(texts: dict[str, Path]) -> dict[str, list[str]]:
 
 
 @pytest.fixture
-def tokenizer(model_folder: Path) -> Any:
+def tokenizer(model_folder):
     """That of ``tiny_llama``."""
     return AutoTokenizer.from_pretrained(model_folder)
 
 
 @pytest.fixture(scope="session")
-def shared_bundle(new_llama: Callable[[], Any], texts_of_all: dict[str, Path]) -> Any:
+def shared_bundle(new_llama, texts_of_all):
     """Of a model that is as ``tiny_llama``."""
     tokenizer = AutoTokenizer.from_pretrained(texts_of_all["tokenizer"])
     return pho.calibrate(new_llama(), tokenizer, texts_of_all["calibration"], **SMALL)
 
 
 @pytest.fixture
-def bundle(shared_bundle: Any) -> Any:
+def bundle(shared_bundle):
     """Of ``tiny_llama``."""
     return copy.deepcopy(shared_bundle)
 
 
 @pytest.fixture
-def weights(tiny_llama: PreTrainedModel) -> Callable[[], bool]:
+def weights(tiny_llama):
     """Whether ``tiny_llama`` still has the weights that it began with."""
     before = copy.deepcopy(tiny_llama.state_dict())
 
-    def same() -> bool:
+    def same():
         now = tiny_llama.state_dict()
         return all(torch.equal(now[name], tensor) for name, tensor in before.items())
 
@@ -58,7 +55,7 @@ def weights(tiny_llama: PreTrainedModel) -> Callable[[], bool]:
 
 
 @pytest.fixture
-def with_steps() -> Callable[[Steps], Configuration]:
+def with_steps():
     """A configuration at 50 %, with these steps beside the score."""
     score = {
         "row": 0.3, "column": 0.3, "neighbourhood": 0.4, "kernel_size": 3,
@@ -69,6 +66,6 @@ def with_steps() -> Callable[[Steps], Configuration]:
 
 
 @pytest.fixture
-def configuration(with_steps: Callable[[Steps], Configuration]) -> Configuration:
+def configuration(with_steps):
     """A configuration at 50 %, the score alone."""
     return with_steps(Steps())

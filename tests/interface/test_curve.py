@@ -2,13 +2,9 @@
 
 import copy
 import inspect
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 import pho_service as pho
 from pho_service.errors import InvalidInput
@@ -17,10 +13,10 @@ ELSEWHERE = {"sampler", "finalists"}
 
 
 def test_a_point_is_what_pho_search_finds_there_beside_its_references_the_model_is_left_dense(
-    tiny_llama: PreTrainedModel, bundle: Any, texts: dict[str, Path], weights: Callable[[], bool],
-    tmp_path: Path,
-) -> None:  # fmt: skip
-    options: dict[str, Any] = {
+    tiny_llama, bundle, texts, weights,
+    tmp_path,
+):  # fmt: skip
+    options = {
         "model": tiny_llama, "confirm": texts["confirmation"], "trials": 9, "preset": "score",
     }  # fmt: skip
     found = pho.curve(bundle, ["2:4", 0.3], **options)
@@ -41,9 +37,9 @@ def test_a_point_is_what_pho_search_finds_there_beside_its_references_the_model_
     assert weights()
 
 
-def test_within(tiny_llama: PreTrainedModel, bundle: Any, texts: dict[str, Path]) -> None:
+def test_within(tiny_llama, bundle, texts):
     """The answer can be pruned with, and says its target; a rule that is broken is named."""
-    options: dict[str, Any] = {
+    options = {
         "model": tiny_llama, "confirm": texts["confirmation"], "trials": 9, "preset": "score",
     }  # fmt: skip
     found = pho.search_within(bundle, 0.2, step=0.25, lowest=0.6, highest=0.9, **options)
@@ -56,12 +52,12 @@ def test_within(tiny_llama: PreTrainedModel, bundle: Any, texts: dict[str, Path]
 
 
 def test_blocks_that_a_search_has_trained_are_not_trained_again_by_prune(
-    tiny_llama: PreTrainedModel, bundle: Any, texts: dict[str, Path], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, trained: list[str],
-) -> None:  # fmt: skip
+    tiny_llama, bundle, texts, tmp_path,
+    monkeypatch, trained,
+):  # fmt: skip
     """Those of the answer of a target wait, and no others; a curve leaves none."""
     monkeypatch.setenv("PHO_CACHE_DIR", str(tmp_path))
-    options: dict[str, Any] = {
+    options = {
         "model": tiny_llama, "confirm": texts["confirmation"], "trials": 9, "finalists": 1,
         "steps": {"update": "least-squares", "reconstruction": "block"}, "preset": "crepe",
     }  # fmt: skip
@@ -88,7 +84,7 @@ def test_blocks_that_a_search_has_trained_are_not_trained_again_by_prune(
 
 
 @pytest.mark.parametrize("name", ["curve", "search_within"])
-def test_options_that_pho_search_has_too_have_its_defaults(name: str) -> None:
+def test_options_that_pho_search_has_too_have_its_defaults(name):
     mine = inspect.signature(getattr(pho, name)).parameters
     theirs = inspect.signature(pho.search).parameters
     shared = (mine.keys() & theirs.keys()) - {"bundle", "model", *ELSEWHERE}

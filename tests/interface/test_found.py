@@ -4,14 +4,12 @@ import dataclasses
 import inspect
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
 from click.testing import CliRunner
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pho_service as pho
 from pho_service.cli import main
@@ -22,7 +20,7 @@ from pho_service.spec.objective import SearchOptions
 from pho_service.tuning.plan import SearchRequest
 
 
-def test_every_field_of_a_calibration_and_of_a_search_is_an_argument_that_is_described() -> None:
+def test_every_field_of_a_calibration_and_of_a_search_is_an_argument_that_is_described():
     elsewhere = {"pattern", "objective", "bounds", "steps", "warm_start", "validation"}
     asked = SearchRequest(pattern=pho.Pattern.parse("0.5"))
     for function, values, other in (
@@ -41,12 +39,12 @@ def test_every_field_of_a_calibration_and_of_a_search_is_an_argument_that_is_des
         assert not [each for each in parameters if f"\n    {each}: " not in function.__doc__]
 
 
-def test_an_argument_that_is_not_known_is_refused_with_the_name_of_the_function() -> None:
+def test_an_argument_that_is_not_known_is_refused_with_the_name_of_the_function():
     with pytest.raises(TypeError, match=r"^search\(\) .* 'n_trials'\. Did you mean trials\?$"):
         pho.search(None, "0.5", n_trials=3)  # type: ignore[call-arg]
 
 
-def test_as_pho_search(model_folder: Path, texts: dict[str, Path], tmp_path: Path) -> None:
+def test_as_pho_search(model_folder, texts, tmp_path):
     """The same seeds, model folder and texts give the bytes of the command line's config.json."""
     model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
@@ -72,8 +70,8 @@ def test_as_pho_search(model_folder: Path, texts: dict[str, Path], tmp_path: Pat
 
 
 def test_dense_wanda_ria_and_the_finalists_are_measured_on_one_text_the_model_is_left_dense(
-    tiny_llama: PreTrainedModel, bundle: Any, texts: dict[str, Path], weights: Callable[[], bool]
-) -> None:
+    tiny_llama, bundle, texts, weights
+):
     found = pho.search(
         bundle, "0.5", preset="score", model=tiny_llama, trials=12, confirm=texts["confirmation"]
     )
@@ -94,7 +92,7 @@ def test_dense_wanda_ria_and_the_finalists_are_measured_on_one_text_the_model_is
     assert f"{number(dense.perplexity)} dense" in repr(found)
 
 
-def test_attributes_of_trials(tiny_llama: PreTrainedModel, bundle: Any, tmp_path: Path) -> None:
+def test_attributes_of_trials(tiny_llama, bundle, tmp_path):
     """Perplexity and divergence stand at the trials, in memory and for whoever reads the study."""
     url = f"sqlite:///{tmp_path / 'study.db'}"
     kept = pho.search(bundle, "0.5", preset="score", model=tiny_llama, trials=12, study=url)
@@ -113,14 +111,14 @@ def test_attributes_of_trials(tiny_llama: PreTrainedModel, bundle: Any, tmp_path
         study._storage.set_trial_user_attr(study.trials[0]._trial_id, "other", 1)
 
 
-def test_windows_that_calibration_left_confirm(tiny_llama: PreTrainedModel, bundle: Any) -> None:
+def test_windows_that_calibration_left_confirm(tiny_llama, bundle):
     found = pho.search(bundle, "0.5", preset="score", model=tiny_llama, trials=12).configuration
 
     assert found.confirmation is not None
     assert found.confirmation.tokens == len(bundle.text.held_out[:16]) * 31
 
 
-def test_a_bundles_file_is_enough(bundle: Any, tmp_path: Path) -> None:
+def test_a_bundles_file_is_enough(bundle, tmp_path):
     bundle.write(tmp_path / "b.safetensors")
     found = pho.search(
         tmp_path / "b.safetensors", 0.5, preset="score", trials=12, space={"row_share": 0.5}
@@ -134,7 +132,7 @@ def test_a_bundles_file_is_enough(bundle: Any, tmp_path: Path) -> None:
     assert found.study.metric_names == ["activation-reconstruction/blend"]
 
 
-def test_bundles_by_name_are_searched_together(bundle: Any) -> None:
+def test_bundles_by_name_are_searched_together(bundle):
     found = pho.search(
         {"one": bundle, "two": bundle}, "0.5", preset="score", trials=12, over="worst"
     )
@@ -142,9 +140,9 @@ def test_bundles_by_name_are_searched_together(bundle: Any) -> None:
     assert [*found.configuration.objective["relative_to_ria"]] == ["one", "two"]
 
 
-def test_a_url_and_a_study_are_gone_on_with(bundle: Any, tmp_path: Path) -> None:
+def test_a_url_and_a_study_are_gone_on_with(bundle, tmp_path):
     url = f"sqlite:///{tmp_path / 'study.db'}"
-    seen: list[int] = []
+    seen = []
     short = pho.search(bundle, "0.5", preset="score", trials=12, study=url).study
     before = [(trial.params, trial.values, trial.datetime_complete) for trial in short.trials]
     note = [lambda _, trial: seen.append(trial.number)]
@@ -162,7 +160,7 @@ def test_a_url_and_a_study_are_gone_on_with(bundle: Any, tmp_path: Path) -> None
     assert all(t.duration is not None and t.duration.total_seconds() > 0 for t in mine.trials)
 
 
-def test_optunas_own_command_reads_the_database(bundle: Any, tmp_path: Path) -> None:
+def test_optunas_own_command_reads_the_database(bundle, tmp_path):
     url = f"sqlite:///{tmp_path / 'study.db'}"
     found = pho.search(bundle, "0.5", preset="score", trials=12, study=url)
     # In a process of its own: it would leave the root logger here at DEBUG.
@@ -173,8 +171,8 @@ def test_optunas_own_command_reads_the_database(bundle: Any, tmp_path: Path) -> 
 
 
 def test_options_texts_and_models_that_do_not_fit_are_named(
-    tiny_llama: PreTrainedModel, bundle: Any, sentences: dict[str, list[str]], configuration: Any
-) -> None:
+    tiny_llama, bundle, sentences, configuration
+):
     for kind, said, options in (
         (InvalidInput, "space: 'rows' is not one of neighbourhood_share", {"space": {"rows": 1}}),
         (InvalidInput, "steps: 'prune' is not one of linears, st", {"steps": {"prune": "all"}}),
@@ -192,17 +190,17 @@ def test_options_texts_and_models_that_do_not_fit_are_named(
 
 
 def test_a_function_of_a_candidate_and_its_rating_or_the_pruned_model_is_an_objective(
-    tiny_llama: PreTrainedModel, bundle: Any, weights: Callable[[], bool]
-) -> None:
-    def errors(_: Any, rating: Any) -> float:
+    tiny_llama, bundle, weights
+):
+    def errors(_, rating):
         return 2 * float(rating.blend)
 
-    def zeros(_: Any, rating: Any, model: PreTrainedModel) -> float:
+    def zeros(_, rating, model):
         sparsities.append(float((model.model.layers[0].mlp.up_proj.weight == 0).float().mean()))
         return float(rating.blend)
 
-    sparsities: list[float] = []
-    options: dict[str, Any] = {"preset": "crepe", "trials": 12}
+    sparsities = []
+    options = {"preset": "crepe", "trials": 12}
     known = pho.search(bundle, "0.5", **options)
     mine = pho.search(bundle, "0.5", objective=errors, **options)
     pho.search(bundle, "0.5", objective=zeros, model=tiny_llama, **options)
@@ -216,12 +214,12 @@ def test_a_function_of_a_candidate_and_its_rating_or_the_pruned_model_is_an_obje
 
 
 def test_an_objective_that_gives_nan_fails_its_trial_and_one_that_raises_ends_the_search_too(
-    bundle: Any,
-) -> None:
-    def some(candidate: Any, rating: Any) -> float:
+    bundle,
+):
+    def some(candidate, rating):
         return float("nan") if candidate.method == "wanda" else float(rating.blend)
 
-    def broken(candidate: Any, rating: Any) -> float:
+    def broken(candidate, rating):
         if candidate.method == "wanda":
             raise ZeroDivisionError("mine")
         return float(rating.blend)
@@ -239,7 +237,7 @@ def test_an_objective_that_gives_nan_fails_its_trial_and_one_that_raises_ends_th
     assert study.trials[-1].user_attrs["failure"] == "ZeroDivisionError: mine"
 
 
-def test_a_callback_of_optuna_stops_a_search_early(bundle: Any) -> None:
+def test_a_callback_of_optuna_stops_a_search_early(bundle):
     stop = optuna.study.MaxTrialsCallback(16)
     found = pho.search(bundle, "0.5", preset="crepe", trials=200, callbacks=[stop])
 
@@ -247,8 +245,8 @@ def test_a_callback_of_optuna_stops_a_search_early(bundle: Any) -> None:
 
 
 def test_what_was_found_is_a_data_frame_a_page_with_a_map_of_layers_and_a_short_repr(
-    bundle: Any, tmp_path: Path
-) -> None:
+    bundle, tmp_path
+):
     found = pho.search(bundle, "0.5", preset="crepe", trials=12)
     frame = found.to_dataframe()
     shown = found.plot()
@@ -266,8 +264,8 @@ def test_what_was_found_is_a_data_frame_a_page_with_a_map_of_layers_and_a_short_
 
 
 def test_a_study_of_another_search_of_another_bundle_or_of_something_else_is_named_and_stays(
-    tiny_llama: PreTrainedModel, tokenizer: Any, bundle: Any, texts: dict[str, Path]
-) -> None:
+    tiny_llama, tokenizer, bundle, texts
+):
     study = pho.search(bundle, "0.5", preset="score", trials=12).study
     other = pho.calibrate(
         tiny_llama, tokenizer, texts["report"], samples=4, context_length=32, kernel_sizes=(3, 5)

@@ -1,15 +1,12 @@
 """What the API takes for models and texts, and what it refuses."""
 
 import pickle
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import pho_service as pho
 from pho_service.errors import BundleError, InvalidInput, ModelError, NumericalError, TextError
@@ -22,12 +19,8 @@ SMALL = {"samples": 6, "context_length": 32, "rows_per_layer": 4, "kernel_sizes"
 
 
 def test_a_path_a_list_of_strings_and_data_sets_of_the_same_documents_give_the_same_bundle(
-    tiny_llama: PreTrainedModel,
-    tokenizer: Any,
-    bundle: Any,
-    texts: dict[str, Path],
-    sentences: dict[str, list[str]],
-) -> None:
+    tiny_llama, tokenizer, bundle, texts, sentences
+):
     documents = sentences["calibration"]
     rows = datasets.Dataset.from_dict({"text": documents, "other": documents})
     for given in (str(texts["calibration"]), documents, rows, rows.to_iterable_dataset()):
@@ -37,12 +30,7 @@ def test_a_path_a_list_of_strings_and_data_sets_of_the_same_documents_give_the_s
         assert made.contents_sha256 == bundle.contents_sha256
 
 
-def test_several_texts_with_their_shares_are_pairs(
-    tiny_llama: PreTrainedModel,
-    tokenizer: Any,
-    texts: dict[str, Path],
-    sentences: dict[str, list[str]],
-) -> None:
+def test_several_texts_with_their_shares_are_pairs(tiny_llama, tokenizer, texts, sentences):
     pairs = [(texts["calibration"], 2), (sentences["report"], 1)]
     bundle = pho.calibrate(tiny_llama, tokenizer, pairs, **SMALL)
     files = MixedText(
@@ -62,8 +50,8 @@ def test_several_texts_with_their_shares_are_pairs(
 
 
 def test_a_folder_gives_the_bundle_of_the_model_in_memory_with_or_without_a_tokenizer_of_its_own(
-    bundle: Any, model_folder: Path, texts: dict[str, Path], tmp_path: Path
-) -> None:
+    bundle, model_folder, texts, tmp_path
+):
     made = pho.calibrate(model_folder, None, texts["calibration"], **SMALL)
     opened = pho.load_model(str(model_folder), device="cpu")
     again = pho.calibrate(opened, None, texts["calibration"], **SMALL)
@@ -75,7 +63,7 @@ def test_a_folder_gives_the_bundle_of_the_model_in_memory_with_or_without_a_toke
     assert bundle.provenance["model"]["name"] == "LlamaForCausalLM"
 
 
-def test_token_windows_need_no_tokenizer(tiny_llama: PreTrainedModel, windows: Tensor) -> None:
+def test_token_windows_need_no_tokenizer(tiny_llama, windows):
     bundle = pho.calibrate(tiny_llama, None, windows, samples=4, rows_per_layer=4)
     measured = pho.evaluate(tiny_llama, None, windows)
 
@@ -89,8 +77,8 @@ def test_token_windows_need_no_tokenizer(tiny_llama: PreTrainedModel, windows: T
 
 
 def test_a_model_stands_beside_another_one_on_the_same_windows(
-    tiny_llama: PreTrainedModel, model_folder: Path, tokenizer: Any, texts: dict[str, Path]
-) -> None:
+    tiny_llama, model_folder, tokenizer, texts
+):
     how = {"context_length": 24, "max_windows": 6}
     dense = pho.evaluate(model_folder, None, texts["report"], **how)
     with torch.no_grad():
@@ -108,8 +96,8 @@ def test_a_model_stands_beside_another_one_on_the_same_windows(
 
 
 def test_models_with_other_tokens_do_not_stand_beside_each_other(
-    tiny_llama: PreTrainedModel, tokenizer: Any, bos_folder: Path, texts: dict[str, Path]
-) -> None:
+    tiny_llama, tokenizer, bos_folder, texts
+):
     with pytest.raises(InvalidInput, match="into other tokens than the model that it stands"):
         pho.evaluate(tiny_llama, tokenizer, texts["report"], beside=bos_folder, context_length=24)
     with pytest.raises(InvalidInput, match="no text is given"):
@@ -117,8 +105,8 @@ def test_models_with_other_tokens_do_not_stand_beside_each_other(
 
 
 def test_calibration_changes_no_weight_leaves_no_gradient_and_no_hook_and_keeps_what_needs_one(
-    tiny_llama: PreTrainedModel, tokenizer: Any, texts: dict[str, Path], weights: Callable[[], bool]
-) -> None:
+    tiny_llama, tokenizer, texts, weights
+):
     pho.calibrate(tiny_llama, tokenizer, texts["calibration"], **SMALL)
 
     assert weights()
@@ -126,7 +114,7 @@ def test_calibration_changes_no_weight_leaves_no_gradient_and_no_hook_and_keeps_
     assert not any(m._forward_hooks or m.training for m in tiny_llama.modules())
 
 
-def spoil(model: PreTrainedModel, how: str) -> None:
+def spoil(model, how):
     """Make a model one that cannot be taken as it is."""
     mlp = model.model.layers[0].mlp
     if how == "in training":
@@ -162,8 +150,8 @@ def spoil(model: PreTrainedModel, how: str) -> None:
     ],
 )
 def test_a_model_that_cannot_be_taken_as_it_is_is_refused_by_name_with_the_way_out(
-    tiny_llama: PreTrainedModel, windows: Tensor, how: str, kind: type[Exception], said: str
-) -> None:
+    tiny_llama, windows, how, kind, said
+):
     spoil(tiny_llama, how)
 
     with pytest.raises(kind, match=said):
@@ -173,15 +161,15 @@ def test_a_model_that_cannot_be_taken_as_it_is_is_refused_by_name_with_the_way_o
 @pytest.mark.parametrize(
     ("model", "said"), [(nn.Linear(2, 2), "a Linear, not a model"), (3, "an int|a int")]
 )
-def test_what_is_no_model_is_refused(windows: Tensor, model: Any, said: str) -> None:
+def test_what_is_no_model_is_refused(windows, model, said):
     with pytest.raises(InvalidInput, match=said):
         pho.evaluate(model, None, windows)
 
 
-def test_bad_texts(tiny_llama: PreTrainedModel, tokenizer: Any, windows: Tensor) -> None:
+def test_bad_texts(tiny_llama, tokenizer, windows):
     """Each text that cannot be taken is refused, and says what it is."""
 
-    def calibrate(texts: Any, **settings: Any) -> None:
+    def calibrate(texts, **settings):
         pho.calibrate(tiny_llama, tokenizer, texts, **settings)
 
     with pytest.raises(TextError, match="do not fill one window of 64"):
@@ -205,8 +193,8 @@ def test_bad_texts(tiny_llama: PreTrainedModel, tokenizer: Any, windows: Tensor)
 
 
 def test_a_tokenizer_of_tokens_that_the_model_does_not_know_or_that_begins_otherwise_is_refused(
-    tiny_llama: PreTrainedModel, tokenizer: Any, windows: Tensor, bos_folder: Path, bundle: Any
-) -> None:
+    tiny_llama, tokenizer, windows, bos_folder, bundle
+):
     small = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_layer=1, n_head=1, n_embd=16)).eval()
     with pytest.raises(ModelError, match="tokenizer is of another model"):
         pho.evaluate(small, tokenizer, ["a model prune study rank value"], context_length=8)
@@ -221,7 +209,7 @@ def test_a_tokenizer_of_tokens_that_the_model_does_not_know_or_that_begins_other
         pho.compare(tiny_llama, other, "0.5", bundle=bundle, report=windows)
 
 
-def test_bad_bundle(tiny_llama: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:
+def test_bad_bundle(tiny_llama, windows, tmp_path):
     """What is not a bundle is refused."""
     with pytest.raises(InvalidInput, match="bundle is a dict, not a bundle"):
         pho.compare(tiny_llama, None, "0.5", bundle={}, report=windows)
@@ -229,7 +217,7 @@ def test_bad_bundle(tiny_llama: PreTrainedModel, windows: Tensor, tmp_path: Path
         pho.compare(tiny_llama, None, "0.5", bundle=tmp_path / "no.safetensors", report=windows)
 
 
-def test_an_option_in_a_message_is_an_argument_here(bundle: Any, tmp_path: Path) -> None:
+def test_an_option_in_a_message_is_an_argument_here(bundle, tmp_path):
     with pytest.raises(InvalidInput, match=r"instead of a bundle, and confirm\.") as caught:
         pho.search(bundle, "0.5", objective="perplexity")
     with pytest.raises(InvalidInput, match="revision main is for hub ids"):

@@ -1,11 +1,7 @@
 """Which linears, from Python: the same keywords for a search, an objective and a comparison."""
 
-from pathlib import Path
-from typing import Any
-
 import optuna
 import pytest
-from transformers import PreTrainedModel
 
 import pho_service as pho
 from pho_service.errors import ConfigurationError, InvalidInput, StudyError
@@ -13,7 +9,7 @@ from pho_service.errors import ConfigurationError, InvalidInput, StudyError
 SOME = {"ignore": "*.o_proj", "sparsities": {"*.down_proj": 0.25}}
 
 
-def test_some_linears(tiny_llama: PreTrainedModel, bundle: Any, tmp_path: Path) -> None:
+def test_some_linears(tiny_llama, bundle, tmp_path):
     """What a search leaves out is left out of its table, an objective, a comparison, a pruning."""
     found = pho.search(
         bundle, "0.5", preset="score", model=tiny_llama, trials=12, finalists=1, **SOME
@@ -37,7 +33,7 @@ def test_some_linears(tiny_llama: PreTrainedModel, bundle: Any, tmp_path: Path) 
     assert bool(modules["model.layers.0.self_attn.o_proj"].weight.all())
 
 
-def test_linears_that_do_not_fit_are_refused(tiny_llama: PreTrainedModel, bundle: Any) -> None:
+def test_linears_that_do_not_fit_are_refused(tiny_llama, bundle):
     found = pho.search(bundle, "0.5", preset="score", trials=12, **SOME)
 
     with pytest.raises(InvalidInput, match=r"'\*\.fc1' matches none of the 14 linears"):

@@ -1,20 +1,14 @@
 """Perplexities of models in memory: as the command line measures them."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
-from torch import Tensor
-from transformers import PreTrainedModel
 
 import pho_service as pho
 from pho_service.errors import BundleError, ConfigurationError, InvalidInput
 
 
 def test_with_the_bundle_that_was_made_neither_a_text_nor_a_tokenizer_is_needed_again(
-    tiny_llama: PreTrainedModel, bundle: Any, texts: dict[str, Path], weights: Callable[[], bool]
-) -> None:
+    tiny_llama, bundle, texts, weights
+):
     found = pho.compare(tiny_llama, None, "2:4", bundle=bundle, report=texts["report"])
 
     assert weights()
@@ -26,11 +20,11 @@ def test_with_the_bundle_that_was_made_neither_a_text_nor_a_tokenizer_is_needed_
 
 
 def test_a_configuration_of_another_pattern_or_family_and_a_comparison_on_nothing(
-    tiny_llama: PreTrainedModel, bundle: Any, windows: Tensor, configuration: pho.Configuration
-) -> None:
+    tiny_llama, bundle, windows, configuration
+):
     elsewhere = configuration.model_copy(update={"model": {"family": "gpt2"}})
 
-    def compare(pattern: str, **more: Any) -> None:
+    def compare(pattern, **more):
         pho.compare(tiny_llama, None, pattern, **{"bundle": bundle, "report": windows, **more})
 
     with pytest.raises(ConfigurationError, match=r"mine is for the pattern 0.5.*for 2:4"):
@@ -47,7 +41,7 @@ def test_a_configuration_of_another_pattern_or_family_and_a_comparison_on_nothin
         compare("0.5", configurations={"mine": 0.5})
 
 
-def test_other_bundle(tiny_llama: PreTrainedModel, bundle: Any, windows: Tensor) -> None:
+def test_other_bundle(tiny_llama, bundle, windows):
     """A bundle of other weights is refused."""
     tiny_llama.model.layers[0].mlp.up_proj.weight.data += 1
 

@@ -15,14 +15,14 @@ NAMES = {
 }  # fmt: skip
 
 
-def test_these_names_are_public_each_is_there_and_each_says_what_it_is() -> None:
+def test_these_names_are_public_each_is_there_and_each_says_what_it_is():
     assert set(pho.__all__) == NAMES
     assert [*pho.__all__] == sorted(pho.__all__)
     assert set(dir(pho)) >= NAMES
     assert all(getattr(pho, name).__doc__ for name in NAMES)
 
 
-def test_to_import_the_package_loads_nothing_that_takes_time_a_name_loads_what_it_needs() -> None:
+def test_to_import_the_package_loads_nothing_that_takes_time_a_name_loads_what_it_needs():
     code = """
 import sys
 import pho_service as pho
@@ -39,6 +39,6 @@ print(*(lighter & {"torch", "transformers", "datasets"}))
     assert result.stdout.split() == ["|"]
 
 
-def test_a_name_that_is_not_there_is_an_attributeerror_as_of_any_module() -> None:
+def test_a_name_that_is_not_there_is_an_attributeerror_as_of_any_module():
     with pytest.raises(AttributeError, match="has no attribute 'calibrat'"):
         getattr(pho, "calibrat")  # noqa: B009 - a name that is not there

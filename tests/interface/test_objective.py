@@ -1,18 +1,15 @@
 """The proxy as a plain objective of Optuna."""
 
 import pickle
-from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
-from transformers import PreTrainedModel
 
 import pho_service as pho
 from pho_service.errors import InvalidInput, StudyError
 
 
-def test_any_sampler_and_storage_optimises_it(bundle: Any, tmp_path: Path) -> None:
+def test_any_sampler_and_storage_optimises_it(bundle, tmp_path):
     rate = pickle.loads(pickle.dumps(pho.objective(bundle, "0.5", preset="score")))  # noqa: S301 - our own
     study = optuna.create_study(
         storage=f"sqlite:///{tmp_path / 's.db'}", sampler=optuna.samplers.TPESampler(seed=0)
@@ -33,7 +30,7 @@ def test_any_sampler_and_storage_optimises_it(bundle: Any, tmp_path: Path) -> No
     assert not hasattr(again, "tokenizer")
 
 
-def test_a_point_has_the_value_that_a_search_of_pho_gives_it(bundle: Any) -> None:
+def test_a_point_has_the_value_that_a_search_of_pho_gives_it(bundle):
     found = pho.search(bundle, "0.5", preset="score", trials=12)
     trial = found.study.trials[-1]
     study = optuna.create_study()
@@ -46,8 +43,8 @@ def test_a_point_has_the_value_that_a_search_of_pho_gives_it(bundle: Any) -> Non
 
 
 def test_of_a_searchs_study_it_is_the_trial_that_was_chosen_by_perplexity(
-    tiny_llama: PreTrainedModel, bundle: Any, texts: dict[str, Path]
-) -> None:
+    tiny_llama, bundle, texts
+):
     found = pho.search(
         bundle, "2:4", preset="score", model=tiny_llama, trials=12, confirm=texts["report"]
     )
@@ -57,7 +54,7 @@ def test_of_a_searchs_study_it_is_the_trial_that_was_chosen_by_perplexity(
     assert best.search == {**found.configuration.search}
 
 
-def test_what_cannot_be_an_objective_is_named(bundle: Any) -> None:
+def test_what_cannot_be_an_objective_is_named(bundle):
     with pytest.raises(InvalidInput, match="needs a model"):
         pho.objective(bundle, "0.5", preset="score", objective="perplexity")
     with pytest.raises(StudyError, match="direction='maximize'"):

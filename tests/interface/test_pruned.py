@@ -2,9 +2,6 @@
 
 import copy
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,8 +15,8 @@ from pho_service.spec.steps import Steps
 
 
 def test_the_model_that_was_given_has_the_zeros_masks_layers_and_sparsity_say_where(
-    tiny_llama: Any, bundle: Any, configuration: pho.Configuration, weights: Callable[[], bool]
-) -> None:
+    tiny_llama, bundle, configuration, weights
+):
     pruned = pho.prune(tiny_llama, configuration, bundle)
     up = "model.layers.0.mlp.up_proj"
     weight = tiny_llama.model.layers[0].mlp.up_proj.weight
@@ -34,13 +31,9 @@ def test_the_model_that_was_given_has_the_zeros_masks_layers_and_sparsity_say_wh
 
 
 def test_fewer_tokens_than_inputs_are_said_once_with_the_number_that_would_do_and_in_the_recipe(
-    tiny_llama: Any,
-    tokenizer: Any,
-    texts: dict[str, Path],
-    with_steps: Callable[[Steps], pho.Configuration],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    said: list[str] = []
+    tiny_llama, tokenizer, texts, with_steps, monkeypatch
+):
+    said = []
     monkeypatch.setattr("pho_service.pipeline.pipeline.logger.warning", said.append)
     bundle = pho.calibrate(
         tiny_llama, tokenizer, texts["calibration"], samples=2, context_length=11
@@ -55,7 +48,7 @@ def test_fewer_tokens_than_inputs_are_said_once_with_the_number_that_would_do_an
     assert [recipe["few_tokens"] for recipe in recipes] == said * 2
 
 
-def test_published_method(tiny_llama: Any, bundle: Any, weights: Callable[[], bool]) -> None:
+def test_published_method(tiny_llama, bundle, weights):
     """A published method is a configuration like any other, and the recipe has its name."""
     wanda = pho.baseline("wanda-permuted", "2:4", ignore="*.layers.0.*")
     pruned = pho.prune(tiny_llama, wanda, bundle)
@@ -67,7 +60,7 @@ def test_published_method(tiny_llama: Any, bundle: Any, weights: Callable[[], bo
         pho.baseline("crepe", 0.5)
 
 
-def test_by_name(model_folder: Path, texts: dict[str, Path], configuration: Any) -> None:
+def test_by_name(model_folder, texts, configuration):
     """A folder is loaded, pruned and given back; the text is cut with its own tokenizer."""
     bundle = pho.calibrate(model_folder, None, texts["calibration"], samples=6, context_length=32)
     pruned = pho.prune(model_folder, configuration, bundle)
@@ -76,7 +69,7 @@ def test_by_name(model_folder: Path, texts: dict[str, Path], configuration: Any)
     assert pruned.model.model.layers[0].mlp.up_proj.weight.count_nonzero() < 64 * 32
 
 
-def test_twice(tiny_llama: Any, bundle: Any, configuration: Any) -> None:
+def test_twice(tiny_llama, bundle, configuration):
     """A pruned model is neither pruned again nor searched on, and stays as it is."""
     pho.prune(tiny_llama, configuration, bundle)
     once = copy.deepcopy(tiny_llama.state_dict())
@@ -89,9 +82,9 @@ def test_twice(tiny_llama: Any, bundle: Any, configuration: Any) -> None:
 
 
 def test_a_bundle_from_a_file_has_no_windows_a_configuration_that_needs_a_text_asks_for_it(
-    tiny_llama: Any, tokenizer: Any, bundle: Any, texts: dict[str, Path],
-    with_steps: Callable[[Steps], pho.Configuration], weights: Callable[[], bool], tmp_path: Path,
-) -> None:  # fmt: skip
+    tiny_llama, tokenizer, bundle, texts,
+    with_steps, weights, tmp_path,
+):  # fmt: skip
     bundle.write(tmp_path / "b.safetensors")
     updating = with_steps(Steps(update="obs"))
     with pytest.raises(InvalidInput, match="need a calibration text"):
@@ -113,13 +106,9 @@ def test_a_bundle_from_a_file_has_no_windows_a_configuration_that_needs_a_text_a
 
 
 def test_what_goes_wrong_in_the_middle_leaves_no_weight_changed(
-    tiny_llama: Any,
-    bundle: Any,
-    configuration: Any,
-    weights: Callable[[], bool],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def breaks(*_: object) -> None:
+    tiny_llama, bundle, configuration, weights, monkeypatch
+):
+    def breaks(*_):
         assert not weights()
         raise NumericalError("too late")
 
@@ -131,8 +120,8 @@ def test_what_goes_wrong_in_the_middle_leaves_no_weight_changed(
 
 
 def test_another_family_another_model_an_n_m_that_does_not_fit_named_and_nothing_is_changed(
-    tiny_llama: Any, bundle: Any, configuration: pho.Configuration, weights: Callable[[], bool]
-) -> None:
+    tiny_llama, bundle, configuration, weights
+):
     elsewhere = configuration.model_copy(update={"model": {"family": "gpt2"}})
     with pytest.raises(errors.ConfigurationError, match=r"found on gpt2, .* the family llama"):
         pho.prune(tiny_llama, elsewhere, bundle)
@@ -147,8 +136,8 @@ def test_another_family_another_model_an_n_m_that_does_not_fit_named_and_nothing
     assert pho.prune(tiny_llama, elsewhere, bundle, other_family=True).sparsity > 0.49
 
 
-def test_bad_saves(tiny_llama: Any, tokenizer: Any, bundle: Any, configuration: Any,
-                   tmp_path: Path) -> None:  # fmt: skip
+def test_bad_saves(tiny_llama, tokenizer, bundle, configuration,
+                   tmp_path):  # fmt: skip
     """Only the model that was pruned is saved, as it was left, into a folder of its own."""
     dense = copy.deepcopy(tiny_llama)
     pruned = pho.prune(tiny_llama, configuration, bundle)
@@ -171,8 +160,8 @@ def test_bad_saves(tiny_llama: Any, tokenizer: Any, bundle: Any, configuration: 
 
 
 def test_overwrite_replaces_a_pruned_model_and_no_other_folder(
-    tiny_llama: Any, tokenizer: Any, bundle: Any, configuration: pho.Configuration, tmp_path: Path
-) -> None:
+    tiny_llama, tokenizer, bundle, configuration, tmp_path
+):
     pruned = pho.prune(tiny_llama, configuration, bundle)
     place, other = tmp_path / "pruned", tmp_path / "other"
     pho.save(tiny_llama, tokenizer, pruned, place)

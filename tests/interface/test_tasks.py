@@ -3,13 +3,12 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 from pretended_task import QUESTIONS, write_task
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pho_service as pho
 from pho_service.cli import main
@@ -30,10 +29,10 @@ Write = Callable[..., Path]
 
 
 @pytest.fixture
-def task_folder(tmp_path: Path) -> Write:
+def task_folder(tmp_path):
     """Writes the task beside its data, which are named relatively."""
 
-    def write(answers: list[int], **more: Any) -> Path:
+    def write(answers, **more):
         folder = tmp_path / "tasks"
         write_task(folder / "inner", answers, **more)
         return folder
@@ -41,7 +40,7 @@ def task_folder(tmp_path: Path) -> Write:
     return write
 
 
-def plain(model: PreTrainedModel, tokenizer: Any, bos: bool) -> list[list[float]]:
+def plain(model, tokenizer, bos):
     """The log-likelihood of each answer, token after token, in float64."""
     exact = AutoModelForCausalLM.from_config(model.config).double().eval()
     exact.load_state_dict(model.state_dict())
@@ -61,7 +60,7 @@ def plain(model: PreTrainedModel, tokenizer: Any, bos: bool) -> list[list[float]
     return found
 
 
-def best(logs: list[list[float]], *, by_length: bool = False) -> list[int]:
+def best(logs, *, by_length=False):
     """The answers that these likelihoods choose."""
     chosen = []
     for likelihoods, choices in zip(logs, QUESTIONS.values(), strict=True):
@@ -71,16 +70,16 @@ def best(logs: list[list[float]], *, by_length: bool = False) -> list[int]:
     return chosen
 
 
-def share(chosen: list[int], right: list[int]) -> float:
+def share(chosen, right):
     """Of right answers."""
     return sum(a == b for a, b in zip(chosen, right, strict=True)) / len(right)
 
 
 @pytest.mark.parametrize("bos", [False, True], ids=["without BOS", "with BOS"])
 def test_dense_and_pruned_score_what_a_plain_loop_over_log_likelihoods_says_bos_where_it_belongs(
-    tiny_llama: PreTrainedModel, bos: bool, request: pytest.FixtureRequest, task_folder: Write,
-    texts: dict[str, Path], configuration: pho.Configuration,
-) -> None:  # fmt: skip
+    tiny_llama, bos, request, task_folder,
+    texts, configuration,
+):  # fmt: skip
     folder = request.getfixturevalue("bos_folder" if bos else "model_folder")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     logs = plain(tiny_llama, tokenizer, bos)
@@ -115,11 +114,11 @@ def test_dense_and_pruned_score_what_a_plain_loop_over_log_likelihoods_says_bos_
     assert pruned[1].value == share(best(again, by_length=True), right)
 
 
-def test_verb(model_folder: Path, texts: dict[str, Path], task_folder: Write) -> None:
+def test_verb(model_folder, texts, task_folder):
     """`pho evaluate --tasks` prints what the API says; a streamed model scores the same."""
     folder = task_folder([0] * len(QUESTIONS))
 
-    def printed(*words: object) -> Any:
+    def printed(*words):
         given = ["evaluate", model_folder, "--tasks", "words", "--tasks-dir", folder, *words]
         result = CliRunner().invoke(main, [*map(str, given), "--device", "cpu"])
         assert result.exit_code == 0, result.stderr
@@ -146,7 +145,7 @@ def test_verb(model_folder: Path, texts: dict[str, Path], task_folder: Write) ->
     assert "acc_norm" in repr(found)
 
 
-def test_compare(model_folder: Path, texts: dict[str, Path], task_folder: Write) -> None:
+def test_compare(model_folder, texts, task_folder):
     """`pho compare --tasks` has what each pruned model scores, as the API says it."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="float32").eval()
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
@@ -174,12 +173,12 @@ def test_compare(model_folder: Path, texts: dict[str, Path], task_folder: Write)
 
 
 def test_a_context_that_is_too_long_loses_its_beginning_a_long_text_is_cut_each_token_rated_once(
-    tiny_llama: PreTrainedModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_llama, tokenizer, monkeypatch
+):
     monkeypatch.setattr(tiny_llama.config, "max_position_embeddings", 4)
     model = TaskModel(opened(tiny_llama, tokenizer), "auto", silent)
 
-    def asked(*args: str) -> list[Any]:
+    def asked(*args):
         return [type("Request", (), {"args": args})]
 
     ((long, _),) = model.loglikelihood(asked("the a model weight row column", " layer score"))
@@ -193,14 +192,14 @@ def test_a_context_that_is_too_long_loses_its_beginning_a_long_text_is_cut_each_
 
 
 def test_what_is_not_there_wants_the_network_or_a_text_that_is_written_in_words_at_once(
-    task_folder: Write, monkeypatch: pytest.MonkeyPatch, tiny_llama: PreTrainedModel
-) -> None:
+    task_folder, monkeypatch, tiny_llama
+):
     folder = task_folder([0] * len(QUESTIONS))
     monkeypatch.setattr(
         task_files, "harness_folder", lambda: folder
     )  # the harness has 14,000 files
 
-    def refused(names: str, **more: Any) -> str:
+    def refused(names, **more):
         task_folder([0] * len(QUESTIONS), **more)
         with pytest.raises((InvalidInput, TextError)) as told:
             pho.evaluate(tiny_llama, None, tasks=names, tasks_dir=folder)

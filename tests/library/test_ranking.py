@@ -2,10 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +12,6 @@ from pho_service.errors import ConfigurationError, InvalidInput
 from pho_service.library import (
     Entry,
     Gain,
-    LibraryFile,
     MeasuredElsewhere,
     ModelFacts,
     TransferTarget,
@@ -38,7 +34,7 @@ TARGET = {
 }  # fmt: skip
 
 
-def document(**changes: Any) -> dict[str, Any]:
+def document(**changes):
     score = {
         "row": 0.1 + 0.2, "column": 0.7, "neighbourhood": 0.0, "kernel_size": 3,
         "activation_exponent": 0.5,
@@ -49,33 +45,33 @@ def document(**changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def transfer(*targets: Any, **changes: Any) -> dict[str, Any]:
+def transfer(*targets, **changes):
     return {
         "format": "pho-transfer", "version": 1, "source": "c.json", "configuration": document(),
         "targets": [*targets], **changes,
     }  # fmt: skip
 
 
-def parsed(values: Any) -> LibraryFile:
+def parsed(values):
     return parse_library_file(values, "it")
 
 
-def rated(method: str, **numbers: float) -> dict[str, Any]:
+def rated(method, **numbers):
     return {"method": method, "trial": 1, **numbers}
 
 
 def entry(
-    name: str,
-    share: float | None = 0.2,
+    name,
+    share=0.2,
     *,
-    by: Any = "proxy",
-    pattern: str = "0.5",
-    scope: str | None = None,
-    families: tuple[str | None, ...] = ("llama",),
-    parameters: int | None = 100,
-    elsewhere: Mapping[str, Gain] | None = None,
-    method: str = "crepe",
-) -> Entry:
+    by="proxy",
+    pattern="0.5",
+    scope=None,
+    families=("llama",),
+    parameters=100,
+    elsewhere=None,
+    method="crepe",
+):
     """An entry that saved this share of RIA's proxy, or perplexity."""
     models = [ModelFacts(name=f"m-{f}", family=f, parameters=parameters) for f in families]
     return Entry(
@@ -91,11 +87,11 @@ def entry(
     )
 
 
-def saved(share: float, by: Any = "proxy") -> Gain:
+def saved(share, by="proxy"):
     return Gain(value=share if by == "proxy" else -math.log(1 - share), by=by)
 
 
-def order(*entries: Entry, **wanted: Any) -> list[str]:
+def order(*entries, **wanted):
     return [match.entry.id for match in rank(entries, Wanted.parse(**wanted))]
 
 
@@ -143,7 +139,7 @@ def order(*entries: Entry, **wanted: Any) -> list[str]:
         ({"objective": {"value": 0.9, "relative_to_ria": {"a": 0.9, "b": 0.7}}}, 0.2, "proxy"),
     ],
 )  # fmt: skip
-def test_perplexity_goes_before_the_proxy(changes: dict[str, Any], share: float, by: str) -> None:
+def test_perplexity_goes_before_the_proxy(changes, share, by):
     gain = measured_gain(parsed(document(**changes)).configuration)
 
     assert gain is not None
@@ -165,12 +161,12 @@ def test_perplexity_goes_before_the_proxy(changes: dict[str, Any], share: float,
         {"confirmation": CONFIRMED, "baselines": [rated("ria-layer", perplexity=-1.0)]},
     ],
 )  # fmt: skip
-def test_without_numbers_to_compare_there_is_no_gain(changes: dict[str, Any]) -> None:
+def test_without_numbers_to_compare_there_is_no_gain(changes):
     assert measured_gain(parsed(document(**changes)).configuration) is None
 
 
-def test_on_another_model_the_perplexity_counts_else_the_proxy() -> None:
-    def gain(**values: Any) -> Gain | None:
+def test_on_another_model_the_perplexity_counts_else_the_proxy():
+    def gain(**values):
         return transferred_gain(TransferTarget(target="t", **values))
 
     proxies = {"ria": 2.0, "transferred": 1.0}
@@ -183,7 +179,7 @@ def test_on_another_model_the_perplexity_counts_else_the_proxy() -> None:
     assert gain() is None
 
 
-def test_a_gain_by_divergence_says_so_and_none_is_the_same_as_rias() -> None:
+def test_a_gain_by_divergence_says_so_and_none_is_the_same_as_rias():
     said = "10.0% below RIA's perplexity, as its divergence from"
 
     assert str(saved(0.1, "divergence")).startswith(said)
@@ -205,7 +201,7 @@ def test_a_gain_by_divergence_says_so_and_none_is_the_same_as_rias() -> None:
         ({"name": "m", "parameters": 10**400}, ("m", None, None)),
     ],
 )
-def test_model_facts(given: dict[str, Any], facts: tuple[str, str | None, int | None]) -> None:
+def test_model_facts(given, facts):
     """What is no name, family or count of parameters is unknown."""
     found = ModelFacts.of(given)
 
@@ -220,13 +216,13 @@ def test_model_facts(given: dict[str, Any], facts: tuple[str, str | None, int | 
         ({"name": "a/one", "models": [5, "x"]}, ["one"]),
     ],
 )
-def test_an_entry_is_of_one_model_or_of_several(model: dict[str, Any], names: list[str]) -> None:
+def test_an_entry_is_of_one_model_or_of_several(model, names):
     found = Entry.of("1", parsed(document(model=model)))
 
     assert [each.name for each in found.models] == names
 
 
-def test_an_entry_knows_what_its_configuration_was_worth_elsewhere() -> None:
+def test_an_entry_knows_what_its_configuration_was_worth_elsewhere():
     unmeasured = {"target": "b.safetensors", "proxies": {"ria": None, "transferred": None}}
     found = Entry.of("1", parsed(transfer(TARGET, unmeasured)))
     (there,) = found.measured
@@ -241,7 +237,7 @@ def test_an_entry_knows_what_its_configuration_was_worth_elsewhere() -> None:
     ]
 
 
-def test_the_asked_pattern_comes_first_however_little_it_gained_then_others_nearest_first() -> None:
+def test_the_asked_pattern_comes_first_however_little_it_gained_then_others_nearest_first():
     found = order(
         entry("far", 0.9, pattern="0.9"), entry("group", 0.9, pattern="2:4"),
         entry("near", 0.1, pattern="0.6"), entry("worse", -0.1), entry("nearest", pattern="0.55"),
@@ -251,7 +247,7 @@ def test_the_asked_pattern_comes_first_however_little_it_gained_then_others_near
     assert found == ["worse", "nearest", "near", "far", "group"]
 
 
-def test_to_n_m_another_n_m_is_nearer_than_any_ratio_and_2_4_is_not_4_8() -> None:
+def test_to_n_m_another_n_m_is_nearer_than_any_ratio_and_2_4_is_not_4_8():
     found = order(
         entry("ratio", 0.9, pattern="0.5"), entry("3:4", 0.1, pattern="3:4"),
         entry("4:8", 0.1, pattern="4:8"), entry("2:4", 0.1, pattern="2:4"), pattern="2:4",
@@ -260,7 +256,7 @@ def test_to_n_m_another_n_m_is_nearer_than_any_ratio_and_2_4_is_not_4_8() -> Non
     assert found == ["2:4", "4:8", "3:4", "ratio"]
 
 
-def test_a_scope_that_is_asked_for_comes_before_a_gain_and_counts_nothing_if_it_is_not() -> None:
+def test_a_scope_that_is_asked_for_comes_before_a_gain_and_counts_nothing_if_it_is_not():
     entries = [entry("layer", 0.3, scope="layer"), entry("row", 0.1, scope="row")]
     for pattern in (None, "0.5", "0.50", "5e-1"):
         found = rank(entries, Wanted.parse(pattern, "row"))
@@ -274,7 +270,7 @@ def test_a_scope_that_is_asked_for_comes_before_a_gain_and_counts_nothing_if_it_
         Wanted.parse(scope="column")
 
 
-def test_perplexity_comes_before_the_proxy_then_unknown_then_no_better() -> None:
+def test_perplexity_comes_before_the_proxy_then_unknown_then_no_better():
     found = order(
         entry("no better", 0.0, by="perplexity"), entry("worse", -0.5), entry("unknown", None),
         entry("proxy", 0.9), entry("perplexity", 0.1, by="perplexity"),
@@ -300,15 +296,15 @@ def test_perplexity_comes_before_the_proxy_then_unknown_then_no_better() -> None
     ],
 )
 def test_another_family_and_each_doubling_of_the_size_leave_less_of_a_gain(
-    found_on: tuple[str | None, int | None], asked: tuple[str | None, int | None], expected: float
-) -> None:
+    found_on, asked, expected
+):
     entries = [entry("a", 0.2, families=(found_on[0],), parameters=found_on[1])]
     (match,) = rank(entries, Wanted.parse(family=asked[0], parameters=asked[1]))
 
     assert match.expected == pytest.approx(expected, rel=1e-12)
 
 
-def test_of_nothing_nothing_is_expected_and_a_loss_is_no_smaller_on_another_model() -> None:
+def test_of_nothing_nothing_is_expected_and_a_loss_is_no_smaller_on_another_model():
     several = entry("several", 0.2, families=("qwen2", "gemma2", "llama"))
     found = rank(
         [entry("lost", -0.1), entry("unknown", None), several], Wanted.parse(family="gemma3_text")
@@ -320,7 +316,7 @@ def test_of_nothing_nothing_is_expected_and_a_loss_is_no_smaller_on_another_mode
     assert expected["several"] == pytest.approx(0.2 * 0.95)  # by the nearest of its models
 
 
-def test_of_equal_gains_that_of_the_asked_family_and_size_comes_first() -> None:
+def test_of_equal_gains_that_of_the_asked_family_and_size_comes_first():
     found = order(
         entry("b other", families=("opt",)), entry("a large", parameters=10**6), entry("same"),
         entry("a other", families=("opt",)), family="llama", parameters=100,
@@ -329,7 +325,7 @@ def test_of_equal_gains_that_of_the_asked_family_and_size_comes_first() -> None:
     assert found == ["same", "a other", "b other", "a large"]
 
 
-def test_what_failed_on_the_asked_family_goes_last_for_it() -> None:
+def test_what_failed_on_the_asked_family_goes_last_for_it():
     failed = entry(
         "failed", 0.4, by="perplexity", elsewhere={"gemma3_text": saved(-0.1, "perplexity")}
     )
@@ -341,7 +337,7 @@ def test_what_failed_on_the_asked_family_goes_last_for_it() -> None:
     assert order(failed, *others) == ["failed", "other", "unknown"]
 
 
-def test_what_holds_on_the_asked_family_counts_in_full() -> None:
+def test_what_holds_on_the_asked_family_counts_in_full():
     on = [
         MeasuredElsewhere(model=ModelFacts(name=f"o{i}", family="opt"), gain=gain)
         for i, gain in enumerate(
@@ -355,7 +351,7 @@ def test_what_holds_on_the_asked_family_counts_in_full() -> None:
     assert (second.entry.id, second.expected) == ("other", pytest.approx(0.17))
 
 
-def test_the_reasons_name_pattern_model_family_size_and_every_number_that_was_measured() -> None:
+def test_the_reasons_name_pattern_model_family_size_and_every_number_that_was_measured():
     found = entry(
         "a", 0.25, by="perplexity", families=("llama", "opt"), parameters=134_500_000,
         elsewhere={"gemma2": saved(-0.5, "perplexity"), "gpt2": saved(0.125)},
@@ -384,7 +380,7 @@ def test_the_reasons_name_pattern_model_family_size_and_every_number_that_was_me
         ({"method": "wanda"}, {}, "it is the baseline wanda: the search found nothing better"),
     ],
 )  # fmt: skip
-def test_reason(changes: dict[str, Any], wanted: dict[str, Any], reason: str) -> None:
+def test_reason(changes, wanted, reason):
     """What speaks against an entry, or is not known of it, is said."""
     (match,) = rank([entry("a", **changes)], Wanted.parse(**wanted))
 
@@ -451,7 +447,7 @@ _wanted = st.builds(
 
 @settings(settings.get_profile("suite"))
 @given(st.lists(st.tuples(_documents, _targets), max_size=4), _wanted)
-def test_whatever_a_file_holds_it_is_ranked(files: list[tuple[Any, Any]], wanted: Wanted) -> None:
+def test_whatever_a_file_holds_it_is_ranked(files, wanted):
     read = [
         parsed(transfer(*targets, configuration=values) if targets else values)
         for values, targets in files
@@ -470,7 +466,7 @@ def test_whatever_a_file_holds_it_is_ranked(files: list[tuple[Any, Any]], wanted
         assert parsed(file.to_dict("s")) == file
 
 
-def test_a_configuration_is_a_file_of_a_library_with_its_numbers_to_the_bit() -> None:
+def test_a_configuration_is_a_file_of_a_library_with_its_numbers_to_the_bit():
     found = parsed(document())
 
     assert found.targets == ()
@@ -479,7 +475,7 @@ def test_a_configuration_is_a_file_of_a_library_with_its_numbers_to_the_bit() ->
     assert found.to_dict("source")["format"] == "pho-configuration"
 
 
-def test_so_is_a_transfer_what_of_it_does_not_count_here_is_kept_but_for_own_bests() -> None:
+def test_so_is_a_transfer_what_of_it_does_not_count_here_is_kept_but_for_own_bests():
     found = parsed(transfer({**TARGET, "own": document()}))
     written = found.to_dict("source")
 
@@ -490,8 +486,8 @@ def test_so_is_a_transfer_what_of_it_does_not_count_here_is_kept_but_for_own_bes
     assert parsed(transfer()) == parsed(document())  # to no model, it is its configuration
 
 
-def nested(depth: int) -> Any:
-    value: Any = 1
+def nested(depth):
+    value = 1
     for _ in range(depth):
         value = [value]
     return value
@@ -512,18 +508,18 @@ def nested(depth: int) -> Any:
         ({"format": ["pho-transfer"]}, "it is not a configuration of PHO"),
     ],
 )
-def test_what_breaks_a_rule_is_refused_with_the_rule(values: Any, message: str) -> None:
+def test_what_breaks_a_rule_is_refused_with_the_rule(values, message):
     with pytest.raises(ConfigurationError, match=message):
         parsed(values)
 
 
-def test_what_is_nested_as_deep_as_allowed_can_be_written_too() -> None:
+def test_what_is_nested_as_deep_as_allowed_can_be_written_too():
     found = parsed(document(model={"name": nested(98)}))
 
     assert parsed(json.loads(json.dumps(found.to_dict("s")))) == found
 
 
-def test_a_folders_configurations_are_found_and_the_rest_named(tmp_path: Path) -> None:
+def test_a_folders_configurations_are_found_and_the_rest_named(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "transfer.json").write_text(json.dumps(transfer(TARGET)))
     (tmp_path / "a ü.json").write_text(json.dumps(document()))
@@ -547,7 +543,7 @@ def test_a_folders_configurations_are_found_and_the_rest_named(tmp_path: Path) -
         assert f"{name}.json" in said
 
 
-def test_what_is_no_folder_is_no_library_and_an_empty_folder_an_empty_one(tmp_path: Path) -> None:
+def test_what_is_no_folder_is_no_library_and_an_empty_folder_an_empty_one(tmp_path):
     assert read_folder(tmp_path) == ({}, [])
     (tmp_path / "file.json").write_text(json.dumps(document()))
     for name in ("none", "file.json"):

@@ -1,13 +1,12 @@
 """The tiny model as it is loaded, and a random one of every family that is supported."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.loading import load_model
 
 VOCABULARY = 96
 COMMON = {
@@ -84,7 +83,7 @@ FIRST = (
 
 
 @pytest.fixture
-def model(model_folder: Path) -> LanguageModel:
+def model(model_folder):
     """The random Llama, with its tokenizer."""
     return load_model(str(model_folder), device="cpu")
 
@@ -95,17 +94,17 @@ def model(model_folder: Path) -> LanguageModel:
         for name in CONFIGS
     ]
 )
-def family(request: pytest.FixtureRequest) -> str:
+def family(request):
     return str(request.param)
 
 
 @pytest.fixture
-def config(family: str) -> PreTrainedConfig:
+def config(family):
     return copy.deepcopy(CONFIGS[family])
 
 
 @pytest.fixture
-def network(config: PreTrainedConfig) -> PreTrainedModel:
+def network(config):
     """Two random blocks in evaluation mode, biases and norms random as well."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -118,6 +117,6 @@ def network(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 @pytest.fixture
-def windows() -> torch.Tensor:
+def windows():
     """(4, 20), int64: random tokens that every tokenizer and model here knows."""
     return torch.randint(3, 42, (4, 20), generator=torch.Generator().manual_seed(1))

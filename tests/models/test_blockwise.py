@@ -1,16 +1,13 @@
 """Block by block a model gives what it gives as a whole, whatever its family."""
 
 from collections import UserDict
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pho_service.errors import ModelError, NumericalError, OutputError
 from pho_service.models import blockwise
@@ -23,10 +20,10 @@ from pho_service.models.blockwise import (
 )
 from pho_service.models.loading import LanguageModel
 from pho_service.pruning.perplexity import rate_perplexity
-from pho_service.pruning.statistics import Statistics, gather
+from pho_service.pruning.statistics import gather
 
 
-def language_model(network: PreTrainedModel) -> LanguageModel:
+def language_model(network):
     return LanguageModel(
         name="it", revision=None, model=network, tokenizer=None, stored_dtype=torch.float32,
         linears=prunable_linears(network),
@@ -34,12 +31,12 @@ def language_model(network: PreTrainedModel) -> LanguageModel:
 
 
 @pytest.fixture
-def model(network: PreTrainedModel) -> LanguageModel:
+def model(network):
     return language_model(network)
 
 
 @pytest.fixture
-def llama() -> LanguageModel:
+def llama():
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, dtype=torch.float32,
@@ -50,11 +47,11 @@ def llama() -> LanguageModel:
 
 
 @contextmanager
-def seen_by(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
+def seen_by(modules):
     """The first arguments of modules' calls, by name."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in modules}
+    seen = {name: [] for name in modules}
 
-    def see(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def see(name, args, kwargs):
         seen[name].append((args[0] if args else kwargs["hidden_states"]).detach().clone())
 
     handles = [
@@ -70,9 +67,7 @@ def seen_by(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
             handle.remove()
 
 
-def whole_inputs(
-    model: LanguageModel, windows: Tensor, modules: dict[str, nn.Module]
-) -> dict[str, list[Tensor]]:
+def whole_inputs(model, windows, modules):
     """What modules read while the model runs as a whole."""
     with seen_by(modules) as seen, torch.no_grad():
         for window in windows:
@@ -80,11 +75,11 @@ def whole_inputs(
     return seen
 
 
-def state_of(model: LanguageModel) -> dict[str, Tensor]:
+def state_of(model):
     return {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
 
 
-def assert_same_statistics(actual: Statistics, expected: Statistics) -> None:
+def assert_same_statistics(actual, expected):
     pairs = {(actual.input_of[name], index) for name, index in expected.input_of.items()}
     assert len(pairs) == len(actual.inputs) == len(expected.inputs)
     for i, j in pairs:
@@ -99,12 +94,12 @@ def assert_same_statistics(actual: Statistics, expected: Statistics) -> None:
 
 
 def test_statistics_are_those_of_the_whole_model_inputs_groups_projections_and_gradients(
-    model: LanguageModel, family: str, windows: Tensor
-) -> None:
+    model, family, windows
+):
     # not of mixtures: experts that the first window does not reach get other random numbers
     mixture = family.endswith("moe") or family in ("mixtral", "deepseek-v3")
     for projection_rows in (0,) if mixture else (0, 7):
-        arguments: dict[str, Any] = {
+        arguments = {
             "fisher_windows": 3, "projection_rows": projection_rows, "seed": 5,
         }  # fmt: skip
         expected = gather(model.model, model.linears, windows, **arguments).statistics(windows)
@@ -113,7 +108,7 @@ def test_statistics_are_those_of_the_whole_model_inputs_groups_projections_and_g
         assert_same_statistics(actual, expected)
 
 
-def test_the_perplexity_is_that_of_the_whole_model(model: LanguageModel, windows: Tensor) -> None:
+def test_the_perplexity_is_that_of_the_whole_model(model, windows):
     expected = rate_perplexity(model.model, windows)
     actual = rate_perplexity_blockwise(model, windows)
 
@@ -121,9 +116,7 @@ def test_the_perplexity_is_that_of_the_whole_model(model: LanguageModel, windows
     assert (actual.tokens, actual.windows) == (expected.tokens, expected.windows)
 
 
-def test_a_block_sees_what_the_changed_blocks_before_it_give(
-    model: LanguageModel, windows: Tensor
-) -> None:
+def test_a_block_sees_what_the_changed_blocks_before_it_give(model, windows):
     blocks = dict(decoder_blocks(model.model))
     (first, *_), expected = blocks, whole_inputs(model, windows, blocks)
     inputs = {}
@@ -141,9 +134,7 @@ def test_a_block_sees_what_the_changed_blocks_before_it_give(
 
 
 @pytest.mark.parametrize("family", ["gpt-2", "mixtral"])
-def test_moments_are_sums_over_the_tokens_that_a_hook_on_each_linear_sees(
-    model: LanguageModel, windows: Tensor
-) -> None:
+def test_moments_are_sums_over_the_tokens_that_a_hook_on_each_linear_sees(model, windows):
     modules = {name: linear.module for name, linear in model.linears.items()}
     expected = whole_inputs(model, windows, modules)
 
@@ -165,7 +156,7 @@ def test_moments_are_sums_over_the_tokens_that_a_hook_on_each_linear_sees(
             torch.testing.assert_close(moments[index].activation_norm.double(), norm, **close)
 
 
-def test_moments_are_of_the_block_as_it_now_is(llama: LanguageModel, windows: Tensor) -> None:
+def test_moments_are_of_the_block_as_it_now_is(llama, windows):
     for block in walk(llama, windows):
         block.linears[f"{block.name}.self_attn.v_proj"].weight.zero_()
         moments, input_of = block.moments()
@@ -175,8 +166,8 @@ def test_moments_are_of_the_block_as_it_now_is(llama: LanguageModel, windows: Te
 
 @pytest.mark.parametrize("family", ["mixtral"])
 def test_an_expert_that_no_token_is_routed_to_has_moments_of_zeros_in_the_shape_of_its_inputs(
-    model: LanguageModel, windows: Tensor
-) -> None:
+    model, windows
+):
     for block in walk(model, windows[:1, :1]):  # one token, two of the four experts
         moments, input_of = block.moments()
         unreached = [name for name, index in input_of.items() if not moments[index].gram.any()]
@@ -190,28 +181,28 @@ def test_an_expert_that_no_token_is_routed_to_has_moments_of_zeros_in_the_shape_
             assert torch.equal(entry.activation_norm, torch.zeros(width))
 
 
-def test_activations_that_are_not_finite_are_refused(llama: LanguageModel, windows: Tensor) -> None:
+def test_activations_that_are_not_finite_are_refused(llama, windows):
     llama.model.get_parameter("model.layers.0.input_layernorm.weight").data[3] = torch.nan
 
     with pytest.raises(NumericalError, match=r"layers\.0\.self_attn\.q_proj"):
         next(walk(llama, windows)).moments()
 
 
-def plain(model: LanguageModel) -> bool:
+def plain(model):
     """Whether no forward is replaced and no hook is left."""
     return not any(
         "forward" in vars(module) or module._forward_hooks for module in model.model.modules()
     )
 
 
-def test_body_runs_the_whole_model(llama: LanguageModel, windows: Tensor) -> None:
+def test_body_runs_the_whole_model(llama, windows):
     expected = rate_perplexity(llama.model, windows)
     for _ in walk(llama, windows):
         assert plain(llama)
         assert rate_perplexity(llama.model, windows) == expected
 
 
-def fail(_: int) -> None:
+def fail(_):
     raise KeyboardInterrupt
 
 
@@ -226,8 +217,8 @@ def fail(_: int) -> None:
     ],
 )
 def test_whatever_is_interrupted_leaves_no_hook_no_forward_no_frozen_weight_and_no_grad_mode(
-    llama: LanguageModel, windows: Tensor, run: Callable[[LanguageModel, Tensor], object]
-) -> None:
+    llama, windows, run
+):
     with pytest.raises(KeyboardInterrupt):
         run(llama, windows)
 
@@ -236,9 +227,7 @@ def test_whatever_is_interrupted_leaves_no_hook_no_forward_no_frozen_weight_and_
     assert all(p.requires_grad and p.grad is None for p in llama.model.parameters())
 
 
-def test_a_model_that_fails_behind_its_blocks_gets_their_forwards_back(
-    llama: LanguageModel, windows: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_fails_behind_its_blocks_gets_their_forwards_back(llama, windows, monkeypatch):
     monkeypatch.setattr(llama.model.model.norm, "forward", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         next(walk(llama, windows))
@@ -246,8 +235,8 @@ def test_a_model_that_fails_behind_its_blocks_gets_their_forwards_back(
     assert not any("forward" in vars(block) for _, block in decoder_blocks(llama.model))
 
 
-def test_a_forward_of_a_single_block_comes_back(llama: LanguageModel, windows: Tensor) -> None:
-    block: Any = decoder_blocks(llama.model)[1][1]
+def test_a_forward_of_a_single_block_comes_back(llama, windows):
+    block = decoder_blocks(llama.model)[1][1]
     own = block.forward
     block.forward = own
     list(walk(llama, windows))
@@ -255,11 +244,11 @@ def test_a_forward_of_a_single_block_comes_back(llama: LanguageModel, windows: T
     assert vars(block)["forward"] is own
 
 
-def test_advance(llama: LanguageModel, windows: Tensor) -> None:
+def test_advance(llama, windows):
     """Steps told are blocks times windows; statistics add the Fisher windows' way back."""
-    walked: list[int] = []
-    rated: list[int] = []
-    collected: list[int] = []
+    walked = []
+    rated = []
+    collected = []
     list(walk(llama, windows, advance=walked.append))
     rate_perplexity_blockwise(llama, windows, advance=rated.append)
     collect_statistics_blockwise(
@@ -271,20 +260,18 @@ def test_advance(llama: LanguageModel, windows: Tensor) -> None:
 
 
 @pytest.mark.parametrize("family", ["gemma-3"])
-def test_masks_and_positions_that_all_windows_share_take_the_memory_of_one_window(
-    model: LanguageModel, windows: Tensor
-) -> None:
+def test_masks_and_positions_that_all_windows_share_take_the_memory_of_one_window(model, windows):
     calls = blockwise.BlockNetwork(model, windows)._calls
-    tensors: set[int] = set()
+    tensors = set()
     blockwise.map_tensors(calls, lambda t: tensors.add(id(t)) or t)
 
     # cos, sin and mask for both layer types, and the positions
     assert len(tensors) <= 7
 
 
-def test_spill(llama: LanguageModel, windows: Tensor, tmp_path: Path) -> None:
+def test_spill(llama, windows, tmp_path):
     """Inputs that are spilled to disk give the same bits, and leave no file behind."""
-    arguments: dict[str, Any] = {"fisher_windows": 3, "projection_rows": 0, "seed": 0}
+    arguments = {"fisher_windows": 3, "projection_rows": 0, "seed": 0}
     kept = collect_statistics_blockwise(llama, windows, **arguments)
     spilled = collect_statistics_blockwise(llama, windows, **arguments, spill=tmp_path)
 
@@ -292,7 +279,7 @@ def test_spill(llama: LanguageModel, windows: Tensor, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_folder_is_named(llama: LanguageModel, windows: Tensor, tmp_path: Path) -> None:
+def test_a_missing_folder_is_named(llama, windows, tmp_path):
     with pytest.raises(OutputError, match=r"nowhere.*No such file"):
         collect_statistics_blockwise(
             llama, windows, fisher_windows=1, projection_rows=0, seed=0, spill=tmp_path / "nowhere"
@@ -300,9 +287,7 @@ def test_a_missing_folder_is_named(llama: LanguageModel, windows: Tensor, tmp_pa
 
 
 @pytest.mark.parametrize("family", ["gpt-2", "mixtral"])
-def test_weights_changed_in_a_walk_are_put_back_to_the_bit_after_an_error_too(
-    model: LanguageModel, windows: Tensor
-) -> None:
+def test_weights_changed_in_a_walk_are_put_back_to_the_bit_after_an_error_too(model, windows):
     before = state_of(model)
     with suppress(KeyboardInterrupt), dense_afterwards(model):
         for block in walk(model, windows):
@@ -314,37 +299,37 @@ def test_weights_changed_in_a_walk_are_put_back_to_the_bit_after_an_error_too(
         assert torch.equal(tensor, before[name])
 
 
-def change_between(model: LanguageModel) -> None:
+def change_between(model):
     """Scale what a block reads, outside of it."""
-    block: Any = model.model.model.layers[1]
+    block = model.model.model.layers[1]
     block.__class__ = type("Scaling", (type(block),), {
         "__call__": lambda self, hidden, **kwargs: nn.Module.__call__(self, hidden * 2, **kwargs)
     })  # fmt: skip
 
 
-def skip_a_block(model: LanguageModel) -> None:
-    block: Any = model.model.model.layers[2]
+def skip_a_block(model):
+    block = model.model.model.layers[2]
     block.__class__ = type(
         "Skipped", (type(block),), {"__call__": lambda _self, hidden, **_: hidden}
     )
 
 
-def read_from_afar(model: LanguageModel) -> None:
+def read_from_afar(model):
     first, _, last = (block for _, block in decoder_blocks(model.model))
-    given: list[Tensor] = []
+    given = []
     first.register_forward_hook(lambda _module, _args, output: given.append(output))
     last.register_forward_pre_hook(
         lambda _module, args, kwargs: (args, {**kwargs, "residual": given[-1]}), with_kwargs=True
     )
 
 
-def share_notes(model: LanguageModel, *, reads: bool) -> None:
+def share_notes(model, *, reads):
     """Give all blocks a mapping that the first one writes to, and that the last one may read."""
-    blocks: list[Any] = [block for _, block in decoder_blocks(model.model)]
+    blocks = [block for _, block in decoder_blocks(model.model)]
     base = type(blocks[0])
-    notes: UserDict[str, Tensor] = UserDict()
+    notes = UserDict()
 
-    def forward(self: Any, hidden: Tensor, notes: UserDict[str, Tensor], **kwargs: Any) -> Tensor:
+    def forward(self, hidden, notes, **kwargs):
         if self is blocks[0]:
             notes["hidden"] = hidden
         if self is blocks[-1] and reads:
@@ -359,7 +344,7 @@ def share_notes(model: LanguageModel, *, reads: bool) -> None:
     model.model._no_split_modules = ["Noting"]
 
 
-def test_what_no_later_block_reads_does_not_matter(llama: LanguageModel, windows: Tensor) -> None:
+def test_what_no_later_block_reads_does_not_matter(llama, windows):
     expected = rate_perplexity(llama.model, windows).perplexity
     share_notes(llama, reads=False)
 
@@ -376,8 +361,8 @@ def test_what_no_later_block_reads_does_not_matter(llama: LanguageModel, windows
     ],
 )
 def test_a_model_that_does_more_than_calling_its_blocks_one_by_one_is_refused_not_approximated(
-    llama: LanguageModel, windows: Tensor, change: Callable[[LanguageModel], None], message: str
-) -> None:
+    llama, windows, change, message
+):
     classes = set(llama.model._no_split_modules or ())
     llama.model._no_split_modules = [*classes, "Scaling", "Skipped"]
     change(llama)

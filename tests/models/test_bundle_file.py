@@ -1,10 +1,7 @@
 """Bundles on disk: what is written is read, and what is damaged is refused."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,15 +11,12 @@ from safetensors.torch import load_file, save_file
 from pho_service.errors import BundleError, InvalidInput, OutputError
 from pho_service.models.bundle_file import FORMAT, read_bundle, write_bundle
 from pho_service.models.calibration import (
-    CalibrationText,
     cached_bundle,
     calibrate,
     calibration_text,
 )
-from pho_service.models.loading import LanguageModel
 from pho_service.models.texts import TextSource
-from pho_service.pruning.bundle import ProxyBundle, sample_bundle
-from pho_service.pruning.statistics import PrunableLinear, Statistics
+from pho_service.pruning.bundle import sample_bundle
 from pho_service.spec.calibration import CalibrationSettings
 
 SETTINGS = CalibrationSettings(
@@ -31,7 +25,7 @@ SETTINGS = CalibrationSettings(
 
 
 @pytest.fixture
-def bundle(linears: dict[str, PrunableLinear], statistics: Statistics) -> ProxyBundle:
+def bundle(linears, statistics):
     return sample_bundle(
         linears, statistics, rows_per_layer=4, kernel_sizes=(3, 5), seed=0,
         provenance={"key": "k", "model": {"name": "tiny"}},
@@ -39,13 +33,13 @@ def bundle(linears: dict[str, PrunableLinear], statistics: Statistics) -> ProxyB
 
 
 @pytest.fixture
-def file(bundle: ProxyBundle, tmp_path: Path) -> Path:
+def file(bundle, tmp_path):
     path = tmp_path / "b.safetensors"
     write_bundle(bundle, path)
     return path
 
 
-def test_everything_comes_back_bit_for_bit(bundle: ProxyBundle, file: Path) -> None:
+def test_everything_comes_back_bit_for_bit(bundle, file):
     again = read_bundle(file)
 
     assert again.provenance == bundle.provenance
@@ -62,14 +56,14 @@ def test_everything_comes_back_bit_for_bit(bundle: ProxyBundle, file: Path) -> N
         assert torch.equal(before.root, after.root)
 
 
-def test_the_same_bundle_is_the_same_file(bundle: ProxyBundle, file: Path, tmp_path: Path) -> None:
+def test_the_same_bundle_is_the_same_file(bundle, file, tmp_path):
     write_bundle(bundle, tmp_path / "c.safetensors")
 
     assert (tmp_path / "c.safetensors").read_bytes() == file.read_bytes()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.999])
-def test_a_truncated_file_is_refused_wherever_it_ends(file: Path, share: float) -> None:
+def test_a_truncated_file_is_refused_wherever_it_ends(file, share):
     content = file.read_bytes()
     file.write_bytes(content[: int(len(content) * share)])
 
@@ -77,11 +71,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(file: Path, share: float) 
         read_bundle(file)
 
 
-def rewrite(
-    file: Path,
-    metadata: dict[str, str] | None = None,
-    change: Callable[[dict[str, torch.Tensor]], object] = lambda _: None,
-) -> None:
+def rewrite(file, metadata=None, change=lambda _: None):
     with safe_open(file, framework="pt") as opened:
         metadata = metadata or opened.metadata()
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
@@ -89,14 +79,14 @@ def rewrite(
     save_file(tensors, file, metadata=metadata)
 
 
-def test_another_format_version_is_told_from_damage(file: Path) -> None:
+def test_another_format_version_is_told_from_damage(file):
     rewrite(file, {FORMAT: '{"version": 2}'})
 
     with pytest.raises(BundleError, match="format version 2, but this PHO reads version 1"):
         read_bundle(file)
 
 
-def test_a_models_weights_are_no_bundle(file: Path) -> None:
+def test_a_models_weights_are_no_bundle(file):
     rewrite(file, {"format": "pt"})
 
     with pytest.raises(BundleError, match="no proxy bundle"):
@@ -104,7 +94,7 @@ def test_a_models_weights_are_no_bundle(file: Path) -> None:
 
 
 @pytest.mark.parametrize("document", ["", '{"version": 1}', '{"version": 1, "layers": 3}'])
-def test_a_header_that_is_no_document_is_refused(file: Path, document: str) -> None:
+def test_a_header_that_is_no_document_is_refused(file, document):
     rewrite(file, {FORMAT: document})
 
     with pytest.raises(BundleError, match="is damaged"):
@@ -121,16 +111,14 @@ def test_a_header_that_is_no_document_is_refused(file: Path, document: str) -> N
     ],
     ids=["missing", "nan", "shape"],
 )
-def test_a_tensor_that_is_missing_misshapen_or_not_finite_is_named(
-    file: Path, name: str, change: Callable[[dict[str, torch.Tensor], str], object]
-) -> None:
+def test_a_tensor_that_is_missing_misshapen_or_not_finite_is_named(file, name, change):
     rewrite(file, change=lambda tensors: change(tensors, name))
 
     with pytest.raises(BundleError, match=r"layers\.3\."):
         read_bundle(file)
 
 
-def test_row_numbers_must_lie_in_the_layer(file: Path) -> None:
+def test_row_numbers_must_lie_in_the_layer(file):
     with safe_open(file, framework="pt") as opened:
         document = json.loads(opened.metadata()[FORMAT])
     document["layers"][0]["out_features"] = 2
@@ -140,29 +128,27 @@ def test_row_numbers_must_lie_in_the_layer(file: Path) -> None:
         read_bundle(file)
 
 
-def test_a_bundle_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_bundle_that_is_not_there_is_named(tmp_path):
     with pytest.raises(BundleError, match="does not exist"):
         read_bundle(tmp_path / "none.safetensors")
 
 
-def test_where_nothing_can_be_written_it_is_told(bundle: ProxyBundle, tmp_path: Path) -> None:
+def test_where_nothing_can_be_written_it_is_told(bundle, tmp_path):
     with pytest.raises(OutputError, match="was not written"):
         write_bundle(bundle, tmp_path / "no-folder" / "b.safetensors")
 
 
 @pytest.fixture
-def source(texts: dict[str, Path]) -> TextSource:
+def source(texts):
     return TextSource(path=str(texts["calibration"]))
 
 
 @pytest.fixture
-def text(model: LanguageModel, source: TextSource) -> CalibrationText:
+def text(model, source):
     return calibration_text(model, source, SETTINGS)
 
 
-def test_the_second_calibration_with_the_same_inputs_does_not_run_the_model(
-    model: LanguageModel, text: CalibrationText, own_cache: Path
-) -> None:
+def test_the_second_calibration_with_the_same_inputs_does_not_run_the_model(model, text, own_cache):
     first = cached_bundle(model, text, SETTINGS, own_cache)
     calls = []
     model.model.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -173,9 +159,7 @@ def test_the_second_calibration_with_the_same_inputs_does_not_run_the_model(
     assert first.provenance == second.provenance
 
 
-def test_a_damaged_file_in_the_cache_is_made_again(
-    model: LanguageModel, text: CalibrationText, own_cache: Path
-) -> None:
+def test_a_damaged_file_in_the_cache_is_made_again(model, text, own_cache):
     first = cached_bundle(model, text, SETTINGS, own_cache)
     (path,) = own_cache.glob("bundles/*")
     path.write_bytes(path.read_bytes()[:1000])
@@ -184,9 +168,7 @@ def test_a_damaged_file_in_the_cache_is_made_again(
     assert torch.equal(first.inputs[2].root, again.inputs[2].root)
 
 
-def test_products_in_bfloat16_give_nearly_the_same_bundle_of_another_key(
-    model: LanguageModel, text: CalibrationText, source: TextSource
-) -> None:
+def test_products_in_bfloat16_give_nearly_the_same_bundle_of_another_key(model, text, source):
     settings = replace(SETTINGS, mixed_precision=True)
     mixed_text = calibration_text(model, source, settings)
     exact, mixed = calibrate(model, text, SETTINGS), calibrate(model, mixed_text, settings)
@@ -198,9 +180,7 @@ def test_products_in_bfloat16_give_nearly_the_same_bundle_of_another_key(
     assert all(a.fisher.dtype == torch.float32 for a in mixed.layers)
 
 
-def test_a_model_that_is_bfloat16_already_is_refused(
-    model: LanguageModel, text: CalibrationText
-) -> None:
+def test_a_model_that_is_bfloat16_already_is_refused(model, text):
     model.model.to(torch.bfloat16)
 
     with pytest.raises(InvalidInput, match="loaded as bfloat16"):
@@ -208,9 +188,9 @@ def test_a_model_that_is_bfloat16_already_is_refused(
 
 
 def test_another_seed_text_setting_or_version_of_calibration_is_another_bundle_a_memory_is_not(
-    model: LanguageModel, texts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def key(name: str = "calibration", **changes: Any) -> str:
+    model, texts, monkeypatch
+):
+    def key(name="calibration", **changes):
         source = TextSource(path=str(texts[name]))
         return calibration_text(model, source, replace(SETTINGS, **changes)).bundle_key
 
@@ -220,7 +200,7 @@ def test_another_seed_text_setting_or_version_of_calibration_is_another_bundle_a
     assert len({*keys, key()}) == 5
 
 
-def test_tensors_that_are_not_those_that_were_written_are_refused(file: Path) -> None:
+def test_tensors_that_are_not_those_that_were_written_are_refused(file):
     rewrite(file, change=lambda tensors: tensors["layers.3.fisher"].mul_(1.001))
 
     with pytest.raises(BundleError, match="its contents have the hash"):

@@ -2,17 +2,15 @@
 
 import re
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from pretended_cards import Card
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pho_service.errors import InvalidInput, OutOfMemory, OutputError
 from pho_service.models.calibration import calibrate, calibration_text, measure, plan_calibration
-from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource
 from pho_service.planning.stage_memory import CalibrationPlan, CalibrationRun, Peak
 from pho_service.pruning.hardware import available_memory, memory_in_use
@@ -22,7 +20,7 @@ SETTINGS = CalibrationSettings(samples=4, context_length=24, projection_rows=8)
 WINDOW = 448  # tokens, of the larger model
 
 
-def test_without_a_limit_a_cpu_runs_window_by_window_and_keeps_it_all(model: LanguageModel) -> None:
+def test_without_a_limit_a_cpu_runs_window_by_window_and_keeps_it_all(model):
     plan = plan_calibration(model, SETTINGS, windows=4, fisher_windows=1)
 
     assert plan.run == CalibrationRun()
@@ -31,11 +29,11 @@ def test_without_a_limit_a_cpu_runs_window_by_window_and_keeps_it_all(model: Lan
     assert plan.peak.host > sum(p.nbytes for p in model.model.parameters())
 
 
-def crowded(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+def crowded(model, monkeypatch, most):
     """Run four windows at once, out of memory on more than some; how many it is given each time."""
     given = []
 
-    def look(_module: object, args: tuple[torch.Tensor]) -> None:
+    def look(_module, args):
         given.append(len(args[0]))
         if given[-1] > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -48,8 +46,8 @@ def crowded(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, most: int) ->
 
 
 def test_windows_that_do_not_fit_after_all_are_run_half_as_many_at_once_to_the_same_statistics(
-    model: LanguageModel, texts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    model, texts, monkeypatch
+):
     settings = replace(SETTINGS, fisher_samples=4)
     text = calibration_text(model, TextSource(path=str(texts["calibration"])), settings)
     alone = measure(model, text, settings)
@@ -61,9 +59,7 @@ def test_windows_that_do_not_fit_after_all_are_run_half_as_many_at_once_to_the_s
         torch.testing.assert_close(halved.fisher[name], fisher)
 
 
-def test_that_is_tried_once_then_the_error_says_what_would_fit(
-    model: LanguageModel, texts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_that_is_tried_once_then_the_error_says_what_would_fit(model, texts, monkeypatch):
     text = calibration_text(model, TextSource(path=str(texts["calibration"])), SETTINGS)
     given = crowded(model, monkeypatch, 0)
 
@@ -73,20 +69,16 @@ def test_that_is_tried_once_then_the_error_says_what_would_fit(
 
 
 def test_on_a_gpu_whose_memory_another_program_takes_in_the_midst_of_a_run_half_as_many_are_run(
-    model_folder: Path,
-    texts: dict[str, Path],
-    pretended_gpu: Card,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    model_folder, texts, pretended_gpu, monkeypatch, caplog
+):
     model = load_model(str(model_folder), device="cuda")
     text = calibration_text(model, TextSource(path=str(texts["calibration"])), SETTINGS)
 
-    def fill(_module: object, _args: object) -> None:
+    def fill(_module, _args):
         handle.remove()
         pretended_gpu.fault = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
-    def empty() -> None:
+    def empty():
         pretended_gpu.fault = None
 
     handle = model.model.get_output_embeddings().register_forward_pre_hook(fill)
@@ -97,7 +89,7 @@ def test_on_a_gpu_whose_memory_another_program_takes_in_the_midst_of_a_run_half_
     assert "memory ran out: calibrating in smaller pieces" in caplog.text
 
 
-def test_a_run_is_halved_in_its_windows_first_then_in_what_it_keeps_of_them() -> None:
+def test_a_run_is_halved_in_its_windows_first_then_in_what_it_keeps_of_them():
     whole = CalibrationRun(windows=2, forward_windows=4)
     half = CalibrationRun(windows=1, forward_windows=2)
     single, least = CalibrationRun(), CalibrationRun(recompute=True)
@@ -107,7 +99,7 @@ def test_a_run_is_halved_in_its_windows_first_then_in_what_it_keeps_of_them() ->
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_too_little(model_folder: Path, texts: dict[str, Path], *, stream: bool) -> None:
+def test_too_little(model_folder, texts, *, stream):
     """A limit that nothing fits into is refused before anything is run, with what is needed."""
     model = load_model(str(model_folder), device="cpu", stream=stream)
     settings = replace(SETTINGS, memory_bytes=2**20)
@@ -121,7 +113,7 @@ def test_too_little(model_folder: Path, texts: dict[str, Path], *, stream: bool)
         calibrate(model, text, settings)
 
 
-def larger_model(folder: Path) -> None:
+def larger_model(folder):
     """A model whose activations can be told from what else a process holds: 24 MB of weights."""
     config = LlamaConfig(
         vocab_size=2000, hidden_size=256, intermediate_size=768, num_hidden_layers=12,
@@ -131,13 +123,13 @@ def larger_model(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def test_windows_that_are_too_long_are_named_with_a_length_that_fits(model_folder: Path) -> None:
+def test_windows_that_are_too_long_are_named_with_a_length_that_fits(model_folder):
     larger_model(model_folder)
     model = load_model(str(model_folder), device="cpu")
 
     weights = sum(p.nbytes for p in model.model.parameters())
 
-    def plan(context_length: int, limit: int | None) -> CalibrationPlan:
+    def plan(context_length, limit):
         settings = replace(SETTINGS, context_length=context_length, memory_bytes=limit)
         return plan_calibration(model, settings, windows=4, fisher_windows=1)
 
@@ -155,8 +147,8 @@ def test_windows_that_are_too_long_are_named_with_a_length_that_fits(model_folde
     ("limit", "expected"), [("1000", 1000 - (900 - 600)), ("100", 0), ("max", None)]
 )
 def test_of_a_containers_memory_what_its_files_pages_take_can_be_had(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str, expected: int | None
-) -> None:
+    monkeypatch, tmp_path, limit, expected
+):
     monkeypatch.setattr("pho_service.pruning.hardware.CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text(f"{limit}\n")
     (tmp_path / "memory.current").write_text("900\n")
@@ -166,16 +158,13 @@ def test_of_a_containers_memory_what_its_files_pages_take_can_be_had(
 
 
 @pytest.fixture
-def streamed(model_folder: Path) -> LanguageModel:
+def streamed(model_folder):
     return load_model(str(model_folder), device="cpu", stream=True)
 
 
 def test_inputs_of_a_streamed_models_blocks_beyond_the_limit_are_on_disk_and_give_the_same_bits(
-    streamed: LanguageModel,
-    texts: dict[str, Path],
-    own_cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    streamed, texts, own_cache, monkeypatch
+):
     text = calibration_text(streamed, TextSource(path=str(texts["calibration"])), SETTINGS)
     expected = calibrate(streamed, text, SETTINGS)
     assert not own_cache.exists()  # few of them stay in memory
@@ -188,8 +177,8 @@ def test_inputs_of_a_streamed_models_blocks_beyond_the_limit_are_on_disk_and_giv
 
 
 def test_a_disk_that_is_too_small_for_them_is_refused_before_anything_is_run(
-    streamed: LanguageModel, texts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    streamed, texts, monkeypatch
+):
     text = calibration_text(streamed, TextSource(path=str(texts["calibration"])), SETTINGS)
     monkeypatch.setattr("pho_service.planning.stage_memory.HELD", 0)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))

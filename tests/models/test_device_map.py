@@ -1,20 +1,16 @@
 """Models are read straight to a GPU, or onto several, and compute what they compute on the CPU."""
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pretended_cards import Card
-from pretended_machine import Cards
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from pho_service.errors import InvalidInput, ModelError
 from pho_service.models import blockwise
 from pho_service.models.blockwise import walk
-from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.loading import load_model
 from pho_service.pruning.hardware import pick_device
 from pho_service.pruning.perplexity import rate_perplexity
 
@@ -33,12 +29,12 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 
 @pytest.fixture
-def folder(model_folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+def folder(model_folder, tmp_path, request):
     """A random model of a kind: ``tied`` if the test asks for none."""
     model_class, config, more = KINDS[getattr(request, "param", "tied")]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model: Any = model_class(config(**SIZES, **more)).to(more["dtype"])
+        model = model_class(config(**SIZES, **more)).to(more["dtype"])
     model.save_pretrained(tmp_path / "kind")
     for file in model_folder.glob("token*"):
         shutil.copy(file, tmp_path / "kind")
@@ -46,19 +42,19 @@ def folder(model_folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -
 
 
 @pytest.fixture
-def two_cards(folder: Path, pretended_gpus: Cards) -> Cards:
+def two_cards(folder, pretended_gpus):
     assert folder.is_dir()
     return pretended_gpus
 
 
-def on_cpu(folder: Path) -> LanguageModel:
+def on_cpu(folder):
     """The same model on the CPU in its stored dtype."""
     model = load_model(str(folder), device="cpu")
     return load_model(str(folder), device="cpu", dtype=str(model.stored_dtype)[6:])
 
 
 @pytest.mark.parametrize("folder", KINDS, indirect=True)
-def test_straight_to_a_gpu(folder: Path, windows: Tensor, pretended_gpu: Card) -> None:
+def test_straight_to_a_gpu(folder, windows, pretended_gpu):
     """Each weight is copied once, from its file to the card, and the model is what it is."""
     expected = on_cpu(folder)
     size = sum(parameter.nbytes for parameter in expected.model.parameters())
@@ -74,7 +70,7 @@ def test_straight_to_a_gpu(folder: Path, windows: Tensor, pretended_gpu: Card) -
 
 @pytest.mark.parametrize("folder", KINDS, indirect=True)
 @pytest.mark.usefixtures("two_cards")
-def test_half_of_the_blocks_lie_on_each_card(folder: Path, windows: Tensor) -> None:
+def test_half_of_the_blocks_lie_on_each_card(folder, windows):
     expected = on_cpu(folder)
     model = load_model(str(folder), device_map="auto")
     places = [linear.weight.device.index for linear in model.linears.values()]
@@ -89,8 +85,8 @@ def test_half_of_the_blocks_lie_on_each_card(folder: Path, windows: Tensor) -> N
 @pytest.mark.parametrize("stays", [True, False])
 @pytest.mark.usefixtures("two_cards")
 def test_a_walk_hands_hidden_states_from_card_to_card_and_prunes_as_it_does_on_one(
-    folder: Path, windows: Tensor, stays: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    folder, windows, stays, monkeypatch
+):
     expected, model = on_cpu(folder), load_model(str(folder), device_map="auto")
     monkeypatch.setattr(blockwise, "_states_fit", lambda *_: stays)
     for here, there in zip(walk(expected, windows), walk(model, windows), strict=True):
@@ -105,7 +101,7 @@ def test_a_walk_hands_hidden_states_from_card_to_card_and_prunes_as_it_does_on_o
     assert len({block.device for block in model.model.parameters()}) == 2
 
 
-def test_a_model_leaves_its_cards_when_it_is_let_go(folder: Path, pretended_gpus: Cards) -> None:
+def test_a_model_leaves_its_cards_when_it_is_let_go(folder, pretended_gpus):
     first = load_model(str(folder), device_map="auto")
     before = [card.allocated for card in pretended_gpus]
     del first
@@ -117,7 +113,7 @@ def test_a_model_leaves_its_cards_when_it_is_let_go(folder: Path, pretended_gpus
     assert all(card.peak < 1.5 * size for card, size in zip(pretended_gpus, before, strict=True))
 
 
-def test_cards_that_are_too_small(folder: Path, pretended_gpus: Cards) -> None:
+def test_cards_that_are_too_small(folder, pretended_gpus):
     for card in pretended_gpus:
         card.memory_bytes = 2**15
 
@@ -127,7 +123,7 @@ def test_cards_that_are_too_small(folder: Path, pretended_gpus: Cards) -> None:
 
 
 @pytest.mark.usefixtures("two_cards")
-def test_several_cards_and_one_or_none_at_a_time_cannot_both_be_had(folder: Path) -> None:
+def test_several_cards_and_one_or_none_at_a_time_cannot_both_be_had(folder):
     for options in ({"stream": True}, {"device": "cuda:1"}, {"device": "cpu"}):
         with pytest.raises(InvalidInput, match=r"on several GPUs.*Leave --device-map out"):
             load_model(str(folder), device_map="auto", **options)
@@ -139,7 +135,7 @@ def test_several_cards_and_one_or_none_at_a_time_cannot_both_be_had(folder: Path
         load_model(str(folder), device_map="balanced")
 
 
-def test_where_there_is_no_gpu_that_is_said_and_what_there_is(folder: Path) -> None:
+def test_where_there_is_no_gpu_that_is_said_and_what_there_is(folder):
     with pytest.raises(InvalidInput, match="torch sees none"):
         load_model(str(folder), device_map="auto")
     with pytest.raises(InvalidInput, match=r"torch sees no GPU\. Use --device cpu"):

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -17,7 +17,7 @@ from pho_service.pruning.statistics import gather
 EXPERTS = "model.layers.1.mlp.experts"
 
 
-def mixtral_config() -> MixtralConfig:
+def mixtral_config():
     """Two blocks of four experts, two of which each token is routed to."""
     return MixtralConfig(
         vocab_size=256, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
@@ -27,19 +27,19 @@ def mixtral_config() -> MixtralConfig:
 
 
 @pytest.fixture
-def mixtral() -> MixtralForCausalLM:
+def mixtral():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return MixtralForCausalLM(mixtral_config()).float().eval()
 
 
 @pytest.fixture
-def window() -> Tensor:
+def window():
     """(1, 20), int64."""
     return torch.randint(256, (1, 20), generator=torch.Generator().manual_seed(1))
 
 
-def routing(tokens: int, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def routing(tokens, experts):
     """Hidden states (tokens, 16), two different experts a token, and their weights."""
     generator = torch.Generator().manual_seed(2)
     chosen = torch.rand(tokens, experts, generator=generator).argsort(dim=1)[:, :2]
@@ -48,7 +48,7 @@ def routing(tokens: int, experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
-def test_same_logits(mixtral: MixtralForCausalLM, window: Tensor, implementation: str) -> None:
+def test_same_logits(mixtral, window, implementation):
     """Whichever kernel computed the fused experts, the logits stay what they were."""
     mixtral.set_experts_implementation(implementation)
     with torch.no_grad():
@@ -59,9 +59,9 @@ def test_same_logits(mixtral: MixtralForCausalLM, window: Tensor, implementation
     torch.testing.assert_close(unfused, fused, rtol=1e-5, atol=1e-6)
 
 
-def test_experts_that_gate_in_their_own_way_keep_it() -> None:
+def test_experts_that_gate_in_their_own_way_keep_it():
     class Clamped(MixtralExperts):
-        def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        def _apply_gate(self, gate_up):
             gate, up = gate_up.chunk(2, dim=-1)
             return gate.sigmoid() * up.clamp(-0.1, 0.1)
 
@@ -79,12 +79,12 @@ def test_experts_that_gate_in_their_own_way_keep_it() -> None:
     torch.testing.assert_close(unfused, fused)
 
 
-def test_hooks_see_routed_tokens(mixtral: MixtralForCausalLM) -> None:
+def test_hooks_see_routed_tokens(mixtral):
     """Each linear is called once, with just the tokens that were routed to its expert, in order."""
     unfuse_experts(mixtral)
     experts = mixtral.get_submodule(EXPERTS)
     hidden, index, weights = routing(11, 4)
-    inputs: dict[str, list[Tensor]] = {}
+    inputs = {}
     for name, module in experts.named_modules():
         module.register_forward_hook(
             lambda _, args, __, name=name: inputs.setdefault(name, []).append(args[0])
@@ -100,14 +100,14 @@ def test_hooks_see_routed_tokens(mixtral: MixtralForCausalLM) -> None:
     assert inputs["0.gate_proj"][0] is inputs["0.up_proj"][0]  # so they share their statistics
 
 
-def test_an_expert_that_no_token_is_routed_to_is_not_called(mixtral: MixtralForCausalLM) -> None:
+def test_an_expert_that_no_token_is_routed_to_is_not_called(mixtral):
     experts = mixtral.get_submodule(EXPERTS)
     mixtral.set_experts_implementation("eager")  # the others take no index beyond the last
     hidden, weights = routing(3, 4)[0], torch.ones(3, 2)
     index = torch.tensor([[0, 3], [3, 4], [4, 4]])  # four experts: 4 stands for none
     fused = experts(hidden, index, weights)
     unfuse_experts(mixtral)
-    called: set[str] = set()
+    called = set()
     for name, module in experts.named_modules():
         module.register_forward_hook(lambda *_, name=name: called.add(name))
     unfused = experts(hidden, index, weights)
@@ -117,7 +117,7 @@ def test_an_expert_that_no_token_is_routed_to_is_not_called(mixtral: MixtralForC
     assert {name for name in called if name.endswith("down_proj")} == {"0.down_proj", "3.down_proj"}
 
 
-def test_parameters_and_state_dict_stay_as_they_were(mixtral: MixtralForCausalLM) -> None:
+def test_parameters_and_state_dict_stay_as_they_were(mixtral):
     parameters = dict(mixtral.named_parameters())
     state = list(mixtral.state_dict())
     for _ in range(2):
@@ -129,7 +129,7 @@ def test_parameters_and_state_dict_stay_as_they_were(mixtral: MixtralForCausalLM
     assert len(experts_of(mixtral.get_submodule(EXPERTS))) == 4
 
 
-def test_gate_and_up_are_halves_and_views_of_one_parameter(mixtral: MixtralForCausalLM) -> None:
+def test_gate_and_up_are_halves_and_views_of_one_parameter(mixtral):
     both = mixtral.get_parameter(f"{EXPERTS}.gate_up_proj").detach()
     linears = prunable_linears(mixtral)
     linears[f"{EXPERTS}.2.gate_proj"].weight.fill_(1)
@@ -143,8 +143,8 @@ def test_gate_and_up_are_halves_and_views_of_one_parameter(mixtral: MixtralForCa
 
 
 def test_after_a_cast_of_the_model_the_linears_have_its_dtype_and_are_views_of_it_as_before(
-    mixtral: MixtralForCausalLM, window: Tensor
-) -> None:
+    mixtral, window
+):
     linear = prunable_linears(mixtral)[f"{EXPERTS}.3.down_proj"]
     mixtral.to(torch.bfloat16)
     linear.weight.zero_()
@@ -155,7 +155,7 @@ def test_after_a_cast_of_the_model_the_linears_have_its_dtype_and_are_views_of_i
     assert bool((mixtral.get_parameter(f"{EXPERTS}.down_proj")[3] == 0).all())
 
 
-def test_parameters_are_freed_without_the_garbage_collector(mixtral: MixtralForCausalLM) -> None:
+def test_parameters_are_freed_without_the_garbage_collector(mixtral):
     prunable_linears(mixtral)
     other = copy.deepcopy(mixtral)
     parameters = [weakref.ref(p) for p in other.parameters()]
@@ -171,7 +171,7 @@ def test_parameters_are_freed_without_the_garbage_collector(mixtral: MixtralForC
     assert alive == 0
 
 
-def test_experts_that_are_stored_transposed_are_refused_by_name_and_left_alone() -> None:
+def test_experts_that_are_stored_transposed_are_refused_by_name_and_left_alone():
     config = GptOssConfig(
         vocab_size=256, hidden_size=16, intermediate_size=24, num_hidden_layers=1, head_dim=8,
         num_attention_heads=2, num_key_value_heads=2, num_local_experts=4, pad_token_id=0,
@@ -185,7 +185,7 @@ def test_experts_that_are_stored_transposed_are_refused_by_name_and_left_alone()
 
 
 @pytest.mark.parametrize("flag", ["has_bias", "is_transposed", "has_post_expert_norm"])
-def test_experts_that_say_they_are_more_than_two_matrices_are_left_fused(flag: str) -> None:
+def test_experts_that_say_they_are_more_than_two_matrices_are_left_fused(flag):
     experts = MixtralExperts(mixtral_config())
     setattr(experts, flag, True)
     unfuse_experts(experts)
@@ -194,7 +194,7 @@ def test_experts_that_say_they_are_more_than_two_matrices_are_left_fused(flag: s
 
 
 @pytest.mark.parametrize("projection_rows", [0, 400])
-def test_an_unreached_expert_has_the_others_mean(window: Tensor, projection_rows: int) -> None:
+def test_an_unreached_expert_has_the_others_mean(window, projection_rows):
     config = mixtral_config()
     config.num_experts_per_tok = 1
     with torch.random.fork_rng():
@@ -209,7 +209,7 @@ def test_an_unreached_expert_has_the_others_mean(window: Tensor, projection_rows
         model, linears, window, fisher_windows=1, projection_rows=projection_rows, seed=0
     ).statistics(window)
 
-    def gram(name: str) -> Tensor:
+    def gram(name):
         root = statistics.inputs[statistics.input_of[name]].root
         return root.T @ root
 

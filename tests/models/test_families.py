@@ -9,8 +9,6 @@ import copy
 import weakref
 from collections import defaultdict
 from contextlib import nullcontext
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,7 +21,6 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedModel,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -32,7 +29,7 @@ from pho_service.errors import ModelError
 from pho_service.models.architecture import decoder_blocks, footprint_of, prunable_linears
 from pho_service.pruning.masks import linear_masks, pruned
 from pho_service.pruning.perplexity import frozen, rate_perplexity, recomputed, run_backward
-from pho_service.pruning.statistics import Statistics, gather
+from pho_service.pruning.statistics import gather
 from pho_service.spec.pattern import Coefficients, Pattern
 from pho_service.spec.steps import Candidate
 
@@ -83,15 +80,13 @@ DENSE_IN_BLOCKS = ("mlp.gate.weight", "mlp.shared_expert_gate.weight")
 CREPE = Coefficients(row=1, column=0.7, neighbourhood=0.4, gradient_exponent=0.5)
 
 
-def losses(logits: Tensor, window: Tensor) -> Tensor:
+def losses(logits, window):
     """(tokens - 1,), float64: the negative log-likelihood of each token but the first."""
     logits = logits[0, :-1].double()
     return logits.logsumexp(dim=-1) - logits[torch.arange(len(logits)), window[1:]]
 
 
-def expert_loop(
-    experts: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor, seen: dict, name: str
-) -> Tensor:
+def expert_loop(experts, hidden, index, weights, seen, name):
     """The output of fused experts, a token and an expert at a time; each matrix is recorded."""
     rows = []
     for token in range(len(hidden)):
@@ -109,14 +104,14 @@ def expert_loop(
     return torch.stack(rows)
 
 
-def watched(network: PreTrainedModel, window: Tensor) -> tuple[Tensor, dict]:
+def watched(network, window):
     """
     Logits of a model whose experts are fused, and what each matrix read and said.
 
     Returns:
         The logits, and (input, output) pairs by the matrix's name, (..., features) each.
     """
-    seen: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    seen = defaultdict(list)
     handles = []
     for name, module in network.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)):
@@ -137,14 +132,12 @@ def watched(network: PreTrainedModel, window: Tensor) -> tuple[Tensor, dict]:
     return logits, seen
 
 
-def reference_statistics(
-    network: PreTrainedModel, windows: Tensor, fisher_windows: int
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+def reference_statistics(network, windows, fisher_windows):
     """Sums over all tokens of x², x xᵀ; mean of (dL/dy)² over those that a matrix got; float64."""
-    squares: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
-    products: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
-    gradients: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
-    reached: dict[str, int] = defaultdict(int)
+    squares = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+    products = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+    gradients = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+    reached = defaultdict(int)
     for number, window in enumerate(windows):
         logits, seen = watched(network, window)
         for name, pairs in seen.items():
@@ -167,13 +160,13 @@ def reference_statistics(
     return squares, products, fisher
 
 
-def gathered(network: PreTrainedModel, windows: Tensor) -> Statistics:
+def gathered(network, windows):
     return gather(
         network, prunable_linears(network), windows, fisher_windows=3, projection_rows=0, seed=0
     ).statistics(windows)
 
 
-def test_linears(network: PreTrainedModel, family: str) -> None:
+def test_linears(network, family):
     """Exactly the matrices of the blocks are prunable; routers and gates of one row are not."""
     place, *contents = BLOCKS.get(family, ("model.layers", LLAMA, LLAMA))
     names = {f"{place}.{i}.{name}" for i, block in enumerate(contents) for name in block}
@@ -191,7 +184,7 @@ def test_linears(network: PreTrainedModel, family: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_a_linear_without_weights_is_refused_by_its_name() -> None:
+def test_a_linear_without_weights_is_refused_by_its_name():
     config = LlamaConfig(
         vocab_size=8, hidden_size=8, intermediate_size=0, num_hidden_layers=1,
         num_attention_heads=2,
@@ -200,7 +193,7 @@ def test_a_linear_without_weights_is_refused_by_its_name() -> None:
         prunable_linears(LlamaForCausalLM(config))
 
 
-def test_statistics(network: PreTrainedModel, windows: Tensor) -> None:
+def test_statistics(network, windows):
     """Norms, second moments and Fisher weights are those of the test's own hooks and autograd."""
     squares, products, fishers = reference_statistics(copy.deepcopy(network), windows, 3)
     statistics = gathered(network, windows)
@@ -221,14 +214,12 @@ def test_statistics(network: PreTrainedModel, windows: Tensor) -> None:
 class _TensorBytes(TorchDispatchMode):
     """The most bytes that the results of operations take together while it is entered."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.sizes: dict[int, int] = {}
+        self.sizes = {}
         self.peak = 0
 
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -241,7 +232,7 @@ class _TensorBytes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_more_is_estimated_than_is_taken(network: PreTrainedModel, *, recompute: bool) -> None:
+def test_more_is_estimated_than_is_taken(network, *, recompute):
     tokens = torch.randint(96, (2, 30), generator=torch.Generator().manual_seed(0))
     footprint = footprint_of(network)
     blocks = [block for _, block in decoder_blocks(network)]
@@ -254,7 +245,7 @@ def test_more_is_estimated_than_is_taken(network: PreTrainedModel, *, recompute:
     assert 0 < taken.peak - seen < footprint.backward(30, 2, recompute=recompute)
 
 
-def test_recompute(network: PreTrainedModel, windows: Tensor) -> None:
+def test_recompute(network, windows):
     """Blocks that run again in the backward pass change no bit, nor do they stay changed."""
     expected = gathered(network, windows)
     actual = gather(
@@ -269,7 +260,7 @@ def test_recompute(network: PreTrainedModel, windows: Tensor) -> None:
     assert not any("forward" in vars(block) for _, block in decoder_blocks(network))
 
 
-def test_windows_at_once_give_the_same(network: PreTrainedModel, windows: Tensor) -> None:
+def test_windows_at_once_give_the_same(network, windows):
     arguments = {"fisher_windows": 3, "projection_rows": 5, "seed": 0}
     linears = prunable_linears(network)
     expected = gather(network, linears, windows, **arguments).statistics(windows)
@@ -286,7 +277,7 @@ def test_windows_at_once_give_the_same(network: PreTrainedModel, windows: Tensor
         )
 
 
-def test_perplexity(network: PreTrainedModel, windows: Tensor) -> None:
+def test_perplexity(network, windows):
     """Perplexity is exp of the mean loss, taken from the logits before anything was unfused."""
     with torch.no_grad():
         each = torch.cat([losses(watched(network, window)[0], window) for window in windows])
@@ -297,7 +288,7 @@ def test_perplexity(network: PreTrainedModel, windows: Tensor) -> None:
     assert rated.perplexity == pytest.approx(float(each.mean().exp()), rel=1e-5)
 
 
-def test_round_trip(network: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:
+def test_round_trip(network, windows, tmp_path):
     """A pruned model that is saved and loaded has the same files, weights and zeros."""
     network.save_pretrained(tmp_path / "dense")
     linears, statistics = prunable_linears(network), gathered(network, windows)
@@ -321,8 +312,8 @@ def test_round_trip(network: PreTrainedModel, windows: Tensor, tmp_path: Path) -
 
 
 def test_in_memory_from_the_calibration_to_a_folder_that_can_be_loaded(
-    network: PreTrainedModel, windows: Tensor, model_folder: Path, tmp_path: Path
-) -> None:
+    network, windows, model_folder, tmp_path
+):
     bundle = pho.calibrate(network, None, windows[:2], rows_per_layer=2, kernel_sizes=(3,))
     found = pho.search(
         bundle, "0.5", preset="crepe", model=network, confirm=windows[2:], trials=6, finalists=1

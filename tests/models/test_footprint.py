@@ -4,14 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pho_service.models.architecture import footprint_of
 from pho_service.planning.stage_memory import (
     HEAD_TOKENS,
     LOGITS_AT_ONCE,
     CalibrationRun,
-    Footprint,
     Place,
     calibration_peak,
     choose_run,
@@ -27,21 +26,21 @@ GB = 10**9
 BEST = Steps(permutation="score", repruning="swaps", update="least-squares", shrinkage=1.0)
 
 
-def empty(config: LlamaConfig) -> PreTrainedModel:
+def empty(config):
     """A model whose weights are nowhere."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     return model
 
 
 @pytest.fixture(scope="module")
-def seven() -> Footprint:
+def seven():
     """LLaMA-2-7B, in the configuration's defaults; a block is made, and counted 32 times."""
     one = footprint_of(empty(LlamaConfig(num_hidden_layers=1)))
     return replace(one, blocks=one.blocks * 32)
 
 
-def test_a_model_without_weights_has_the_same_footprint(tiny_llama: LlamaForCausalLM) -> None:
+def test_a_model_without_weights_has_the_same_footprint(tiny_llama):
     loaded = footprint_of(tiny_llama)
     model = empty(tiny_llama.config)
     bare = footprint_of(model, dtype=torch.float32)
@@ -51,7 +50,7 @@ def test_a_model_without_weights_has_the_same_footprint(tiny_llama: LlamaForCaus
     assert footprint_of(model).weights == loaded.weights // 2
 
 
-def test_seven(seven: Footprint) -> None:
+def test_seven(seven):
     """A 7B in bfloat16 has 13.5 GB; on 80 GB four windows of 2,048 tokens are run at once."""
     settings = CalibrationSettings()
     plan = choose_run(
@@ -64,7 +63,7 @@ def test_seven(seven: Footprint) -> None:
     assert plan.fits
 
 
-def test_with_less_memory_fewer_windows_run_backward_then_they_recompute(seven: Footprint) -> None:
+def test_with_less_memory_fewer_windows_run_backward_then_they_recompute(seven):
     runs = []
     for limit in (64 * GB, 40 * GB, 24 * GB, GB):
         plan = choose_run(
@@ -80,7 +79,7 @@ def test_with_less_memory_fewer_windows_run_backward_then_they_recompute(seven: 
     ]
 
 
-def test_second_moments_are_shrunk_in_a_copy_of_the_widest(seven: Footprint) -> None:
+def test_second_moments_are_shrunk_in_a_copy_of_the_widest(seven):
     peaks = [
         pruning_peak(seven, GPU, steps, windows=128, tokens=2048, keep_dense=False)
         for steps in (replace(BEST, shrinkage=0.0), BEST)
@@ -89,7 +88,7 @@ def test_second_moments_are_shrunk_in_a_copy_of_the_widest(seven: Footprint) -> 
     assert peaks[1].device - peaks[0].device == 4 * 11008**2
 
 
-def test_removed_weights_are_on_the_card_or_in_main_memory(seven: Footprint) -> None:
+def test_removed_weights_are_on_the_card_or_in_main_memory(seven):
     on_card = confirmation_peak(seven, GPU, tokens=2048, windows=1)
     beside = confirmation_peak(seven, GPU, tokens=2048, windows=1, removed_on_device=False)
 
@@ -97,12 +96,12 @@ def test_removed_weights_are_on_the_card_or_in_main_memory(seven: Footprint) -> 
     assert beside.host == pytest.approx(seven.prunable, rel=1e-6)  # two bytes of every other one
 
 
-def test_tokens_and_logits_at_a_time_are_those_that_are_planned() -> None:
+def test_tokens_and_logits_at_a_time_are_those_that_are_planned():
     assert HEAD_TOKENS == perplexity.HEAD_TOKENS
     assert LOGITS_AT_ONCE == perplexity.CHUNK
 
 
-def test_on_a_cpu_all_is_main_memory(seven: Footprint) -> None:
+def test_on_a_cpu_all_is_main_memory(seven):
     peak = calibration_peak(
         seven, CalibrationSettings(), Place(on_gpu=False), CalibrationRun(),
         windows=128, fisher_windows=32,

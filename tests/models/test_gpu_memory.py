@@ -1,19 +1,15 @@
 """Memory of a pretended GPU: what is planned is what is taken, and nobody waits for nothing."""
 
 import gc
-from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from pretended_cards import Card
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pho_service.models.architecture import decoder_blocks, footprint_of, prunable_linears
 from pho_service.models.blockwise import collect_statistics_blockwise
-from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.loading import load_model
 from pho_service.pipeline.rating import rate_pruned
 from pho_service.planning.stage_memory import (
     LIBRARIES,
@@ -23,7 +19,7 @@ from pho_service.planning.stage_memory import (
     confirmation_peak,
     pruning_peak,
 )
-from pho_service.pruning.statistics import Statistics, gather
+from pho_service.pruning.statistics import gather
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.pattern import Coefficients, Pattern
 from pho_service.spec.steps import Candidate, Reconstruction, Steps
@@ -39,14 +35,14 @@ CONFIG = {
 }  # fmt: skip
 
 
-def llama(dtype: torch.dtype) -> LlamaForCausalLM:
+def llama(dtype):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return LlamaForCausalLM(LlamaConfig(**CONFIG)).to(dtype).eval()
 
 
 @pytest.fixture
-def windows() -> Tensor:
+def windows():
     return torch.randint(512, (WINDOWS, TOKENS), generator=torch.Generator().manual_seed(1))
 
 
@@ -60,8 +56,8 @@ def windows() -> Tensor:
     ],
 )
 def test_a_calibration_takes_what_is_planned_or_down_to_two_thirds_of_it_in_both_dtypes(
-    pretended_gpu: Card, windows: Tensor, dtype: torch.dtype, run: CalibrationRun, rows: int
-) -> None:
+    pretended_gpu, windows, dtype, run, rows
+):
     model = llama(dtype).to("cuda")
     linears = prunable_linears(model)
     planned = calibration_peak(
@@ -79,15 +75,13 @@ def test_a_calibration_takes_what_is_planned_or_down_to_two_thirds_of_it_in_both
 
 
 @pytest.fixture
-def folder(model_folder: Path, dtype: torch.dtype) -> Path:
+def folder(model_folder, dtype):
     (model_folder / "model.safetensors").unlink()
     llama(dtype).save_pretrained(model_folder)
     return model_folder
 
 
-def streamed_statistics(
-    model: LanguageModel, windows: Tensor, *, on_device: bool, spill: Path | None = None
-) -> Statistics:
+def streamed_statistics(model, windows, *, on_device, spill=None):
     return collect_statistics_blockwise(
         model, windows, fisher_windows=FISHER, projection_rows=32, seed=0, spill=spill,
         states_on_device=on_device,
@@ -96,8 +90,8 @@ def streamed_statistics(
 
 @pytest.mark.parametrize(("dtype", "on_device"), [(torch.float32, True), (torch.bfloat16, False)])
 def test_so_does_a_streamed_one_with_the_hidden_states_on_the_card_and_without(
-    pretended_gpu: Card, windows: Tensor, folder: Path, *, on_device: bool
-) -> None:
+    pretended_gpu, windows, folder, *, on_device
+):
     model = load_model(str(folder), device="cuda", stream=True)
     planned = calibration_peak(
         footprint_of(model.model), SETTINGS, STREAMED,
@@ -113,8 +107,8 @@ def test_so_does_a_streamed_one_with_the_hidden_states_on_the_card_and_without(
 
 @pytest.mark.usefixtures("pretended_gpu")
 def test_hidden_states_on_the_card_in_main_memory_and_on_disk_give_the_same_bits(
-    windows: Tensor, model_folder: Path, tmp_path: Path
-) -> None:
+    windows, model_folder, tmp_path
+):
     model = load_model(str(model_folder), device="cuda", stream=True)
     windows = windows[:, :16] % 42
     expected = streamed_statistics(model, windows, on_device=True)
@@ -126,7 +120,7 @@ def test_hidden_states_on_the_card_in_main_memory_and_on_disk_give_the_same_bits
             assert torch.equal(actual.fisher[name], fisher)
 
 
-def waits(card: Card, windows: Tensor, rows: int) -> Counter[str]:
+def waits(card, windows, rows):
     model = llama(torch.bfloat16).to("cuda")
     with card.counting() as counts:
         gather(
@@ -137,7 +131,7 @@ def waits(card: Card, windows: Tensor, rows: int) -> Counter[str]:
 
 
 @pytest.mark.parametrize("rows", [8, 0])
-def test_waits(pretended_gpu: Card, windows: Tensor, rows: int) -> None:
+def test_waits(pretended_gpu, windows, rows):
     """A calibration waits for its results, and once a window, where transformers looks at it."""
     few, many = (waits(pretended_gpu, windows[:count, :16], rows) for count in (2, 8))
 
@@ -147,8 +141,8 @@ def test_waits(pretended_gpu: Card, windows: Tensor, rows: int) -> None:
 
 @pytest.mark.parametrize("on_device", [True, False])
 def test_nor_do_waits_grow_with_windows_times_blocks_wherever_the_hidden_states_are(
-    pretended_gpu: Card, windows: Tensor, model_folder: Path, *, on_device: bool
-) -> None:
+    pretended_gpu, windows, model_folder, *, on_device
+):
     model = load_model(str(model_folder), device="cuda", stream=True)
     waited = []
     for count in (4, 8):
@@ -177,9 +171,9 @@ UPDATED = [("0.5", Steps(update="obs")), ("0.5", TRAINED)]
     ],
 )
 def test_to_prune_a_model_measure_it_and_make_it_dense_again_takes_what_is_planned_as_well(
-    pretended_gpu: Card, windows: Tensor, folder: Path, steps: list[tuple[str, Steps]], *,
-    stream: bool,
-) -> None:  # fmt: skip
+    pretended_gpu, windows, folder, steps, *,
+    stream,
+):  # fmt: skip
     model = load_model(str(folder), device="cuda", dtype="auto", stream=stream)
     footprint, place = footprint_of(model.model), Place(on_gpu=True, stream=stream)
     few = windows[:4]

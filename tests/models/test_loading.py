@@ -2,7 +2,6 @@
 
 import json
 import socket
-from pathlib import Path
 
 import gguf
 import huggingface_hub
@@ -10,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from pho_service.errors import InvalidInput, ModelError, NumericalError
 from pho_service.models import loading
@@ -19,7 +16,7 @@ from pho_service.models.architecture import prunable_linears
 from pho_service.models.loading import check_name, load_model
 
 
-def test_folder(model_folder: Path, tiny_llama: LlamaForCausalLM) -> None:
+def test_folder(model_folder, tiny_llama):
     """A folder gives the model's own weights, in evaluation mode, with its linears."""
     loaded = load_model(str(model_folder), device="cpu")
 
@@ -32,8 +29,8 @@ def test_folder(model_folder: Path, tiny_llama: LlamaForCausalLM) -> None:
 
 
 def test_a_bfloat16_checkpoint_computes_in_float32_on_the_cpu_and_remembers_what_it_was(
-    tiny_llama: LlamaForCausalLM, model_folder: Path
-) -> None:
+    tiny_llama, model_folder
+):
     tiny_llama.to(torch.bfloat16).save_pretrained(model_folder)
     loaded = load_model(str(model_folder), device="cpu")
 
@@ -42,11 +39,11 @@ def test_a_bfloat16_checkpoint_computes_in_float32_on_the_cpu_and_remembers_what
 
 
 @pytest.mark.parametrize("name", ["models/tiny", "a/b/c", "a\\b", "./no-such-model", "no.gguf"])
-def test_missing_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_folder(name, tmp_path, monkeypatch):
     """A missing folder beside others is not asked of the hub, where anybody may have its name."""
     (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
-    asked: list[str] = []
+    asked = []
     monkeypatch.setattr(loading, "cached_file", lambda name, *_, **__: asked.append(name))
 
     with pytest.raises(ModelError, match="does not exist") as told:
@@ -61,7 +58,7 @@ def test_missing_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert set(asked) == {name}
 
 
-def test_a_hub_that_is_away_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_is_away_is_asked_once(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:  # closed below: nobody answers there
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
@@ -74,31 +71,31 @@ def test_a_hub_that_is_away_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
-def test_what_is_in_the_hubs_cache_needs_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_in_the_hubs_cache_needs_no_hub(monkeypatch):
     monkeypatch.setattr("pho_service.models.loading.hub_is_away", lambda: True)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: "config.json")
 
     check_name("org/name", None)
 
 
-def test_what_can_be_neither_a_path_nor_a_name_of_the_hub_is_said_to_be_neither() -> None:
+def test_what_can_be_neither_a_path_nor_a_name_of_the_hub_is_said_to_be_neither():
     with pytest.raises(ModelError, match="is neither a folder or file here nor a name on the hub"):
         check_name("two words", None)
 
 
-def test_a_folder_without_a_config_is_no_model(tmp_path: Path) -> None:
+def test_a_folder_without_a_config_is_no_model(tmp_path):
     with pytest.raises(ModelError, match=r"no config\.json"):
         load_model(str(tmp_path))
 
 
-def test_a_folder_without_weights_is_said_to_have_none(model_folder: Path) -> None:
+def test_a_folder_without_weights_is_said_to_have_none(model_folder):
     (model_folder / "model.safetensors").unlink()
 
     with pytest.raises(ModelError, match="has no weights"):
         load_model(str(model_folder))
 
 
-def test_pickled_weights_are_refused_and_never_opened(model_folder: Path) -> None:
+def test_pickled_weights_are_refused_and_never_opened(model_folder):
     (model_folder / "model.safetensors").unlink()
     (model_folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
 
@@ -106,7 +103,7 @@ def test_pickled_weights_are_refused_and_never_opened(model_folder: Path) -> Non
         load_model(str(model_folder))
 
 
-def test_no_index_leads_out_of_the_folder(tiny_llama: LlamaForCausalLM, model_folder: Path) -> None:
+def test_no_index_leads_out_of_the_folder(tiny_llama, model_folder):
     (model_folder / "model.safetensors").unlink()
     tiny_llama.save_pretrained(model_folder, max_shard_size="20KB")
     path = model_folder / "model.safetensors.index.json"
@@ -123,9 +120,7 @@ def test_no_index_leads_out_of_the_folder(tiny_llama: LlamaForCausalLM, model_fo
         load_model(str(model_folder), device="cpu")
 
 
-def test_an_index_without_metadata_is_told_how_to_be_mended(
-    tiny_llama: LlamaForCausalLM, model_folder: Path
-) -> None:
+def test_an_index_without_metadata_is_told_how_to_be_mended(tiny_llama, model_folder):
     tiny_llama.save_pretrained(model_folder, max_shard_size="40KB")
     (model_folder / "model.safetensors").unlink(missing_ok=True)
     path = model_folder / "model.safetensors.index.json"
@@ -138,12 +133,12 @@ def test_an_index_without_metadata_is_told_how_to_be_mended(
     load_model(str(model_folder), device="cpu")
 
 
-def test_index_of_a_hub_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_index_of_a_hub_model(monkeypatch, tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "/etc/a.safetensors"}}))
-    asked: list[str] = []
+    asked = []
 
-    def cached(_name: str, filename: str, **_options: object) -> str | None:
+    def cached(_name, filename, **_options):
         asked.append(filename)
         return str(index) if filename == index.name else None
 
@@ -154,9 +149,7 @@ def test_index_of_a_hub_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert asked == ["config.json", index.name]
 
 
-def test_a_gguf_file_that_asks_for_more_blocks_than_any_model_has_is_refused(
-    tmp_path: Path,
-) -> None:
+def test_a_gguf_file_that_asks_for_more_blocks_than_any_model_has_is_refused(tmp_path):
     path = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(10**8)
@@ -170,7 +163,7 @@ def test_a_gguf_file_that_asks_for_more_blocks_than_any_model_has_is_refused(
         load_model(str(path))
 
 
-def test_a_file_that_only_ends_in_gguf_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_only_ends_in_gguf_is_refused(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(b"not a model")
 
@@ -178,7 +171,7 @@ def test_a_file_that_only_ends_in_gguf_is_refused(tmp_path: Path) -> None:
         load_model(str(path))
 
 
-def test_large_weights_are_accepted(tiny_llama: LlamaForCausalLM, model_folder: Path) -> None:
+def test_large_weights_are_accepted(tiny_llama, model_folder):
     tiny_llama.get_parameter("model.layers.1.mlp.up_proj.weight").data.fill_(3e38)
     tiny_llama.save_pretrained(model_folder)
 
@@ -195,13 +188,13 @@ def test_large_weights_are_accepted(tiny_llama: LlamaForCausalLM, model_folder: 
         ({"revision": "main"}, "is for hub ids"),
     ],
 )
-def test_bad_arguments(model_folder: Path, arguments: dict[str, str], message: str) -> None:
+def test_bad_arguments(model_folder, arguments, message):
     """A device, dtype or revision that cannot be is refused."""
     with pytest.raises(InvalidInput, match=message):
         load_model(str(model_folder), **arguments)
 
 
-def test_bos(model_folder: Path, bos_folder: Path) -> None:
+def test_bos(model_folder, bos_folder):
     """``auto`` does as the tokenizer does; the others do as they say."""
     plain, adding = load_model(str(model_folder)), load_model(str(bos_folder))
 
@@ -211,7 +204,7 @@ def test_bos(model_folder: Path, bos_folder: Path) -> None:
     assert adding.window_prefix("never") == []
 
 
-def test_always_needs_a_tokenizer_that_has_a_bos_token(model_folder: Path) -> None:
+def test_always_needs_a_tokenizer_that_has_a_bos_token(model_folder):
     loaded = load_model(str(model_folder))
     loaded.tokenizer.bos_token = None
 
@@ -222,7 +215,7 @@ def test_always_needs_a_tokenizer_that_has_a_bos_token(model_folder: Path) -> No
 LAYER = "model.layers.1.mlp.up_proj.weight"
 
 
-def rewrite_weights(folder: Path, changes: dict[str, Tensor | None]) -> None:
+def rewrite_weights(folder, changes):
     """Replace tensors of a model folder; None takes one away."""
     file = folder / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
@@ -233,12 +226,12 @@ def rewrite_weights(folder: Path, changes: dict[str, Tensor | None]) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def rewrite_config(folder: Path, **changes: object) -> None:
+def rewrite_config(folder, **changes):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_a_config_with_more_layers_than_the_file_is_an_error(model_folder: Path) -> None:
+def test_a_config_with_more_layers_than_the_file_is_an_error(model_folder):
     rewrite_config(model_folder, num_hidden_layers=3)
 
     with pytest.raises(ModelError, match=r"layers\.2"):
@@ -249,8 +242,8 @@ def test_a_config_with_more_layers_than_the_file_is_an_error(model_folder: Path)
     ("weight", "message"), [(None, "up_proj"), (torch.zeros(64, 33), "cannot be loaded")]
 )
 def test_a_weight_that_is_not_there_or_of_another_shape_than_the_configs_is_an_error(
-    model_folder: Path, weight: Tensor | None, message: str
-) -> None:
+    model_folder, weight, message
+):
     rewrite_weights(model_folder, {LAYER: weight})
 
     with pytest.raises(ModelError, match=message):
@@ -260,9 +253,7 @@ def test_a_weight_that_is_not_there_or_of_another_shape_than_the_configs_is_an_e
 @pytest.mark.parametrize(
     ("value", "stream"), [(-torch.inf, False), (torch.nan, False), (torch.nan, True)]
 )
-def test_a_weight_that_is_not_finite_names_its_layer_mapped_or_not(
-    model_folder: Path, value: float, *, stream: bool
-) -> None:
+def test_a_weight_that_is_not_finite_names_its_layer_mapped_or_not(model_folder, value, *, stream):
     weight = torch.zeros(64, 32)
     weight[63, 31] = value
     rewrite_weights(model_folder, {LAYER: weight})
@@ -272,7 +263,7 @@ def test_a_weight_that_is_not_finite_names_its_layer_mapped_or_not(
 
 
 @pytest.mark.parametrize("share", [0.0, 0.00005, 0.999])
-def test_weights_that_were_cut_off_are_refused(model_folder: Path, share: float) -> None:
+def test_weights_that_were_cut_off_are_refused(model_folder, share):
     file = model_folder / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[: int(len(content) * share)])
@@ -282,14 +273,14 @@ def test_weights_that_were_cut_off_are_refused(model_folder: Path, share: float)
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"model_type": "unheard-of"}'])
-def test_a_config_that_is_none_is_refused(model_folder: Path, content: str) -> None:
+def test_a_config_that_is_none_is_refused(model_folder, content):
     (model_folder / "config.json").write_text(content)
 
     with pytest.raises(ModelError, match=r"cannot be loaded|config\.json is not"):
         load_model(str(model_folder), device="cpu")
 
 
-def test_a_model_without_a_tokenizer_is_refused(model_folder: Path) -> None:
+def test_a_model_without_a_tokenizer_is_refused(model_folder):
     for path in model_folder.glob("tokenizer*"):
         path.unlink()
 
@@ -297,7 +288,7 @@ def test_a_model_without_a_tokenizer_is_refused(model_folder: Path) -> None:
         load_model(str(model_folder), device="cpu")
 
 
-def test_code_that_a_folder_brings_along_is_never_run(model_folder: Path, tmp_path: Path) -> None:
+def test_code_that_a_folder_brings_along_is_never_run(model_folder, tmp_path):
     rewrite_config(
         model_folder,
         model_type="unheard-of",
@@ -310,7 +301,7 @@ def test_code_that_a_folder_brings_along_is_never_run(model_folder: Path, tmp_pa
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_model_whose_blocks_cannot_be_found_is_refused(tiny_llama: LlamaForCausalLM) -> None:
+def test_a_model_whose_blocks_cannot_be_found_is_refused(tiny_llama):
     tiny_llama._no_split_modules = None
 
     with pytest.raises(ModelError, match="no decoder blocks found"):
@@ -328,5 +319,5 @@ def test_a_model_whose_blocks_cannot_be_found_is_refused(tiny_llama: LlamaForCau
         ("You are trying to access a gated repo.\n401 Client Error.\n\nCannot access", "gated"),
     ],
 )
-def test_what_transformers_says_becomes_a_sentence_with_a_way_out(said: str, told: str) -> None:
+def test_what_transformers_says_becomes_a_sentence_with_a_way_out(said, told):
     assert told in loading._reason(OSError(said))

@@ -3,12 +3,9 @@
 import hashlib
 import json
 import struct
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from pretended_cards import Card
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -23,12 +20,12 @@ from pho_service.models.mask_file import (
 from pho_service.pruning.masks import pack, unpack
 
 
-def random_mask(*shape: int, seed: int = 0) -> torch.Tensor:
+def random_mask(*shape, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
 
 
 @pytest.fixture
-def masks() -> dict[str, LayerMask]:
+def masks():
     """Three linears of odd sizes, not in alphabetical order; one has an order of its own."""
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
     return {
@@ -39,13 +36,13 @@ def masks() -> dict[str, LayerMask]:
 
 
 @pytest.fixture
-def file(masks: dict[str, LayerMask], tmp_path: Path) -> Path:
+def file(masks, tmp_path):
     path = tmp_path / "m.safetensors"
     write_masks(masks, path, metadata={"model": {"name": "tiny"}})
     return path
 
 
-def test_all_of_them_comes_back_in_its_order(masks: dict[str, LayerMask], file: Path) -> None:
+def test_all_of_them_comes_back_in_its_order(masks, file):
     again = read_masks(file)
 
     assert again.names == list(masks)
@@ -64,7 +61,7 @@ def test_all_of_them_comes_back_in_its_order(masks: dict[str, LayerMask], file: 
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 8), (7, 11), (16, 16)])
-def test_pack(shape: tuple[int, int]) -> None:
+def test_pack(shape):
     """Bit i of the packed mask, counted from the highest bit of byte 0, is weight i."""
     mask = random_mask(*shape)
     packed = pack(mask)
@@ -78,7 +75,7 @@ def test_pack(shape: tuple[int, int]) -> None:
     assert torch.equal(unpack(packed, shape), mask)
 
 
-def test_hashes(masks: dict[str, LayerMask], tmp_path: Path) -> None:
+def test_hashes(masks, tmp_path):
     """The hashes that writing gives are those of the bits in the file, and reading gives them."""
     path = tmp_path / "m.safetensors"
     hashes = write_masks(masks, path, metadata={})
@@ -91,7 +88,7 @@ def test_hashes(masks: dict[str, LayerMask], tmp_path: Path) -> None:
     assert {name: again.sha256(name) for name in again.names} == hashes
 
 
-def test_a_mask_may_be_overwritten_as_soon_as_the_next_one_is_asked_for(tmp_path: Path) -> None:
+def test_a_mask_may_be_overwritten_as_soon_as_the_next_one_is_asked_for(tmp_path):
     buffer = torch.empty(4, 8, dtype=torch.bool)
 
     def reused():
@@ -104,7 +101,7 @@ def test_a_mask_may_be_overwritten_as_soon_as_the_next_one_is_asked_for(tmp_path
     assert all(torch.equal(again.mask(str(i)).keep, random_mask(4, 8, seed=i)) for i in range(3))
 
 
-def test_the_file_has_one_bit_a_weight_and_little_more(tmp_path: Path) -> None:
+def test_the_file_has_one_bit_a_weight_and_little_more(tmp_path):
     names = [f"model.layers.{i}.self_attn.q_proj" for i in range(4)]
     keep = random_mask(1024, 1024)
     write_masks({name: LayerMask(keep=keep) for name in names}, tmp_path / "m", metadata={})
@@ -113,7 +110,7 @@ def test_the_file_has_one_bit_a_weight_and_little_more(tmp_path: Path) -> None:
     assert 1 <= bits / (len(names) * keep.numel()) < 1.002
 
 
-def test_a_weights_hash_is_that_of_its_bytes_row_by_row_however_it_lies_in_memory() -> None:
+def test_a_weights_hash_is_that_of_its_bytes_row_by_row_however_it_lies_in_memory():
     weight = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     expected = hashlib.sha256(struct.pack("<6f", 1, 2, 3, 4, 5, 6)).hexdigest()
 
@@ -131,13 +128,13 @@ def test_a_weights_hash_is_that_of_its_bytes_row_by_row_however_it_lies_in_memor
         (LayerMask(keep=random_mask(2, 3), order=torch.tensor([0.0, 1, 2])), "not a permutation"),
     ],
 )
-def test_what_is_no_mask_leaves_no_file(mask: LayerMask, said: str, tmp_path: Path) -> None:
+def test_what_is_no_mask_leaves_no_file(mask, said, tmp_path):
     with pytest.raises(ValueError, match=f"odd: .*{said}"):
         write_masks({"odd": mask}, tmp_path / "m", metadata={})
     assert not (tmp_path / "m").exists()
 
 
-def test_two_masks_of_one_linear_are_refused_and_so_is_nothing_at_all(tmp_path: Path) -> None:
+def test_two_masks_of_one_linear_are_refused_and_so_is_nothing_at_all(tmp_path):
     pair = ("a", LayerMask(keep=random_mask(2, 2)))
 
     with pytest.raises(ValueError, match="a has two masks"):
@@ -147,7 +144,7 @@ def test_two_masks_of_one_linear_are_refused_and_so_is_nothing_at_all(tmp_path: 
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.999])
-def test_a_truncated_file_is_refused_wherever_it_ends(file: Path, share: float) -> None:
+def test_a_truncated_file_is_refused_wherever_it_ends(file, share):
     content = file.read_bytes()
     file.write_bytes(content[: int(len(content) * share)])
 
@@ -155,14 +152,12 @@ def test_a_truncated_file_is_refused_wherever_it_ends(file: Path, share: float) 
         read_masks(file)
 
 
-def document_of(file: Path) -> dict[str, Any]:
+def document_of(file):
     with safe_open(file, framework="pt") as opened:
         return json.loads(opened.metadata()[MASK_FORMAT])
 
 
-def rewrite(
-    file: Path, document: object, changes: dict[str, torch.Tensor | None] | None = None
-) -> None:
+def rewrite(file, document, changes=None):
     """Other metadata and other tensors; None takes one away."""
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     for name, tensor in (changes or {}).items():
@@ -173,14 +168,14 @@ def rewrite(
     save_file(tensors, file, metadata={MASK_FORMAT: text})
 
 
-def test_a_models_weights_are_no_masks(file: Path) -> None:
+def test_a_models_weights_are_no_masks(file):
     save_file({"a": torch.zeros(2)}, file, metadata={"format": "pt"})
 
     with pytest.raises(ModelError, match="holds no masks"):
         read_masks(file)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ModelError, match=r"none\.safetensors do not exist"):
         read_masks(tmp_path / "none.safetensors")
 
@@ -194,7 +189,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         '{"version": 1, "layers": [{"name": "a", "shape": [1, 99999999999999999999]}]}',
     ],
 )  # fmt: skip
-def test_a_header_that_describes_no_masks_is_refused(file: Path, document: str) -> None:
+def test_a_header_that_describes_no_masks_is_refused(file, document):
     rewrite(file, document)
 
     with pytest.raises(ModelError, match="is damaged"):
@@ -211,7 +206,7 @@ def test_a_header_that_describes_no_masks_is_refused(file: Path, document: str) 
         ("blocks.2.up.keep", torch.zeros(3, dtype=torch.uint8)),
     ],
 )
-def test_bad_tensor(file: Path, tensor: str, value: torch.Tensor | None) -> None:
+def test_bad_tensor(file, tensor, value):
     """A tensor that is missing, too many, misshapen or of another dtype is named."""
     rewrite(file, document_of(file), {tensor: value})
 
@@ -219,7 +214,7 @@ def test_bad_tensor(file: Path, tensor: str, value: torch.Tensor | None) -> None
         read_masks(file)
 
 
-def test_an_order_that_is_no_permutation_is_refused_when_it_is_read(file: Path) -> None:
+def test_an_order_that_is_no_permutation_is_refused_when_it_is_read(file):
     order = torch.zeros(12, dtype=torch.int32)
     rewrite(file, document_of(file), {"blocks.1.up.order": order})
     masks = read_masks(file)
@@ -229,14 +224,14 @@ def test_an_order_that_is_no_permutation_is_refused_when_it_is_read(file: Path) 
         masks.mask("blocks.1.up")
 
 
-def test_unwritable(masks: dict[str, LayerMask], tmp_path: Path) -> None:
+def test_unwritable(masks, tmp_path):
     """Where nothing can be written, nothing is, and the reason is told."""
     with pytest.raises(OutputError, match="was not written"):
         write_masks(masks, tmp_path / "no-folder" / "m", metadata={})
 
 
 @pytest.mark.parametrize("columns", [8, 13])
-def test_a_gpu_packs_into_the_same_bits(pretended_gpu: Card, columns: int) -> None:
+def test_a_gpu_packs_into_the_same_bits(pretended_gpu, columns):
     keep = random_mask(5, columns)
     expected = pack(keep)
     with pretended_gpu.counting() as counts:

@@ -3,11 +3,9 @@
 import base64
 import json
 import threading
-from collections.abc import Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import gguf
 import pytest
@@ -22,17 +20,17 @@ RECIPE = Path(__file__).parents[1] / "stored" / "0.1.0" / "pruning.json"
 
 
 @pytest.fixture
-def recipe() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(RECIPE.read_text())
+def recipe():
+    found = json.loads(RECIPE.read_text())
     return found
 
 
-def head(card: str) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(card.split("---\n")[1])
+def head(card):
+    found = yaml.safe_load(card.split("---\n")[1])
     return found
 
 
-def test_card(recipe: dict[str, Any]) -> None:
+def test_card(recipe):
     """It has base, method, numbers, text, perplexities, and how to load it."""
     recipe["model"]["name"] = "org/base"
     card = model_card(recipe, {"license": "apache-2.0"})
@@ -52,7 +50,7 @@ def test_card(recipe: dict[str, Any]) -> None:
         assert said in card
 
 
-def test_what_was_measured_on_the_same_windows_is_beside_it(recipe: dict[str, Any]) -> None:
+def test_what_was_measured_on_the_same_windows_is_beside_it(recipe):
     found = {"dense": 80.0, "pruned": 100.0, "wanda": 120.5, "ria": None}
     recipe["configuration"]["perplexities"] = found
     card = model_card(recipe, {})
@@ -61,7 +59,7 @@ def test_what_was_measured_on_the_same_windows_is_beside_it(recipe: dict[str, An
     assert "| RIA | none |" in card
 
 
-def test_training_and_a_short_calibration_are_on_the_card(recipe: dict[str, Any]) -> None:
+def test_training_and_a_short_calibration_are_on_the_card(recipe):
     plain = model_card(recipe, {})
     assert "Training:" not in plain
     assert "Take care:" not in plain
@@ -81,7 +79,7 @@ def test_training_and_a_short_calibration_are_on_the_card(recipe: dict[str, Any]
         assert said in card
 
 
-def test_card_of_a_private_model(recipe: dict[str, Any]) -> None:
+def test_card_of_a_private_model(recipe):
     recipe["model"]["name"] = "/home/me/secret/base"
     recipe["configuration"]["confirmation"] = None
     for text in (recipe["calibration"]["text"], recipe["configuration"]["calibration"]["text"]):
@@ -96,7 +94,7 @@ def test_card_of_a_private_model(recipe: dict[str, Any]) -> None:
     assert "`text.txt`" in card
 
 
-def test_it_is_that_of_the_bases_card_what_is_odd_there_is_left_out(tmp_path: Path) -> None:
+def test_it_is_that_of_the_bases_card_what_is_odd_there_is_left_out(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: gemma\n---\nx\n")
     found = licence_of(str(tmp_path), None)
     (tmp_path / "README.md").write_text("---\nlicense: [1, 2]\nlicense_link: 'a b'\n---\nx\n")
@@ -108,7 +106,7 @@ def test_it_is_that_of_the_bases_card_what_is_odd_there_is_left_out(tmp_path: Pa
     assert licence_of(str(tmp_path / "no.gguf"), None) == {}
 
 
-def test_it_is_that_of_the_header_a_torn_file_says_nothing(tmp_path: Path) -> None:
+def test_it_is_that_of_the_header_a_torn_file_says_nothing(tmp_path):
     path = tmp_path / "base.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_license("apache-2.0")
@@ -128,17 +126,17 @@ def test_it_is_that_of_the_header_a_torn_file_says_nothing(tmp_path: Path) -> No
 class Hub(ThreadingHTTPServer):
     """As much of the hub as an upload of small files takes."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.asked: list[tuple[str, Any]] = []
+        self.asked = []
         self.token = "hf_right"  # noqa: S105 - of this test
-        self.files: dict[str, bytes] = {}
+        self.files = {}
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: Hub
 
-    def do_POST(self) -> None:
+    def do_POST(self):
         length = int(self.headers.get("Content-Length", 0))
         lines = [json.loads(line) for line in self.rfile.read(length).splitlines()]
         path = self.path.partition("?")[0]
@@ -162,11 +160,11 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._answer(200, {})
 
-    def do_GET(self) -> None:
+    def do_GET(self):
         """No folder has anything yet."""
         self._answer(404, {"error": "not found"})
 
-    def _answer(self, status: int, document: Any) -> None:
+    def _answer(self, status, document):
         body = json.dumps(document).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -174,12 +172,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, *_):
         """Say nothing."""
 
 
 @pytest.fixture
-def listening(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def listening(monkeypatch):
     server = Hub()
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
@@ -193,7 +191,7 @@ def listening(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     path = tmp_path / "pruned"
     (path / "pruning").mkdir(parents=True)
     (path / "pruning.json").write_bytes(RECIPE.read_bytes())
@@ -201,7 +199,7 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
-def test_all_files_are_one_commit_in_a_private_repository(listening: Hub, folder: Path) -> None:
+def test_all_files_are_one_commit_in_a_private_repository(listening, folder):
     address = saving.push(folder, "org/pruned")
 
     assert address.endswith("/org/pruned/commit/c")
@@ -214,7 +212,7 @@ def test_all_files_are_one_commit_in_a_private_repository(listening: Hub, folder
     }
 
 
-def test_nothing_local(listening: Hub, folder: Path, tmp_path: Path) -> None:
+def test_nothing_local(listening, folder, tmp_path):
     """Where files lie on this machine is not told; what was used is, by its name."""
     (tmp_path / "texts").mkdir()
     recipe = json.loads((folder / "pruning.json").read_bytes())
@@ -238,7 +236,7 @@ def test_nothing_local(listening: Hub, folder: Path, tmp_path: Path) -> None:
     }
 
 
-def test_who_may_not_push_is_told_in_words(listening: Hub, folder: Path, tmp_path: Path) -> None:
+def test_who_may_not_push_is_told_in_words(listening, folder, tmp_path):
     listening.token = "hf_other"  # noqa: S105 - of this test
     with pytest.raises(ServiceError, match="hf auth login"):
         saving.push(folder, "org/pruned")
@@ -249,7 +247,7 @@ def test_who_may_not_push_is_told_in_words(listening: Hub, folder: Path, tmp_pat
         saving.push(tmp_path, "org/pruned")
 
 
-def test_a_hub_that_cannot_be_reached_is_told(listening: Hub, folder: Path) -> None:
+def test_a_hub_that_cannot_be_reached_is_told(listening, folder):
     listening.server_close()
     with pytest.raises(ServiceError, match="cannot be reached"):
         saving.push(folder, "org/pruned")

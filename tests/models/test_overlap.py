@@ -1,18 +1,14 @@
 """What a model is confirmed on was never calibrated on, however the texts are given."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from pho_service.errors import TextError
 from pho_service.models.calibration import calibration_text
-from pho_service.models.loading import LanguageModel
 from pho_service.models.texts import TextSource, apart, read_windows
 from pho_service.spec.calibration import CalibrationSettings
 
@@ -21,7 +17,7 @@ SETTINGS = CalibrationSettings(
 )
 
 
-def runs(windows: Tensor, length: int) -> set[tuple[int, ...]]:
+def runs(windows, length):
     return {
         tuple(window[i : i + length])
         for window in windows.tolist()
@@ -31,7 +27,7 @@ def runs(windows: Tensor, length: int) -> set[tuple[int, ...]]:
 
 @settings(settings.get_profile("suite"))
 @given(seed=st.integers(0, 10_000), length=st.integers(8, 48), kept=st.integers(1, 5))
-def test_as_one_by_one(seed: int, length: int, kept: int) -> None:
+def test_as_one_by_one(seed, length, kept):
     """A window stays if none of its runs is one of the others', as a slow loop finds them."""
     generator = torch.Generator().manual_seed(seed)
     windows, others = (torch.randint(2, (n, length), generator=generator) for n in (6, 2))
@@ -43,7 +39,7 @@ def test_as_one_by_one(seed: int, length: int, kept: int) -> None:
     assert apart(windows, others, kept).tolist() == expected[:kept]
 
 
-def test_in_long_windows_32_tokens_in_a_row_are_an_overlap_and_31_are_not() -> None:
+def test_in_long_windows_32_tokens_in_a_row_are_an_overlap_and_31_are_not():
     generator = torch.Generator().manual_seed(0)
     windows, others = (torch.randint(50_000, (3, 512), generator=generator) for _ in range(2))
     windows[0, 100:132] = others[2, 300:332]
@@ -53,16 +49,14 @@ def test_in_long_windows_32_tokens_in_a_row_are_an_overlap_and_31_are_not() -> N
 
 
 @pytest.mark.parametrize("same", ["the path", "the documents", "a part of the documents"])
-def test_confirmed_on_the_calibration_text(
-    model: LanguageModel, texts: dict[str, Path], tmp_path: Path, same: str
-) -> None:
+def test_confirmed_on_the_calibration_text(model, texts, tmp_path, same):
     path = texts["calibration"]
     lines = path.read_text().splitlines()
     if same != "the path":
         path = tmp_path / "other.jsonl"
         path.write_text("\n".join(lines if same == "the documents" else lines[::2]))
     calibrated = calibration_text(model, TextSource(path=str(texts["calibration"])), SETTINGS)
-    options: dict[str, Any] = {"context_length": 32, "bos": "auto"}
+    options = {"context_length": 32, "bos": "auto"}
     whole, _ = read_windows(model, TextSource(path=str(path)), **options)
     windows, _ = read_windows(
         model, TextSource(path=str(path)), **options, unlike=calibrated.calibration
@@ -72,9 +66,7 @@ def test_confirmed_on_the_calibration_text(
     assert not runs(windows, 8) & runs(calibrated.calibration, 8)
 
 
-def test_if_nothing_of_the_text_is_left_that_is_said_with_the_way_out(
-    model: LanguageModel, texts: dict[str, Path], tmp_path: Path
-) -> None:
+def test_if_nothing_of_the_text_is_left_that_is_said_with_the_way_out(model, texts, tmp_path):
     book = tmp_path / "book.txt"
     lines = texts["calibration"].read_text().splitlines()
     book.write_text(" ".join(json.loads(line)["text"] for line in lines))
@@ -87,7 +79,7 @@ def test_if_nothing_of_the_text_is_left_that_is_said_with_the_way_out(
         read_windows(model, source, context_length=32, bos="auto", unlike=text.calibration)
 
 
-def test_documents_that_come_twice(model: LanguageModel, texts: dict[str, Path]) -> None:
+def test_documents_that_come_twice(model, texts):
     """Windows that are held out are of no passage that the calibration has from elsewhere."""
     lines = texts["calibration"].read_text().splitlines()
     long = json.dumps({"text": " ".join(json.loads(line)["text"] for line in lines[:20])})

@@ -2,8 +2,6 @@
 
 import gc
 import os
-from collections.abc import Callable
-from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
@@ -17,18 +15,18 @@ from pho_service.models.loading import load_model
 from pho_service.models.packed import as_folder, pack, unpack
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def contents(folder):
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 @pytest.fixture
-def packed(model_folder: Path, tmp_path: Path) -> Path:
+def packed(model_folder, tmp_path):
     pack(model_folder, tmp_path / "packed.pho")
     return tmp_path / "packed.pho"
 
 
-def rewritten(packed: Path, change: Callable[[str, bytes], tuple[str, bytes]]) -> Path:
+def rewritten(packed, change):
     bad = packed.with_name("bad.pho")
     with ZipFile(packed) as good, ZipFile(bad, "w") as archive:
         archive.comment = good.comment
@@ -37,7 +35,7 @@ def rewritten(packed: Path, change: Callable[[str, bytes], tuple[str, bytes]]) -
     return bad
 
 
-def test_the_files_come_back_to_the_bit(model_folder: Path, tmp_path: Path) -> None:
+def test_the_files_come_back_to_the_bit(model_folder, tmp_path):
     (model_folder / "pruning").mkdir()
     (model_folder / "pruning" / "noise.safetensors").write_bytes(os.urandom(2**22 + 3))
     (model_folder / "empty.txt").touch()
@@ -55,7 +53,7 @@ def test_the_files_come_back_to_the_bit(model_folder: Path, tmp_path: Path) -> N
     assert (tmp_path / "again.pho").read_bytes() == (tmp_path / "packed.pho").read_bytes()
 
 
-def test_load(model_folder: Path, packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load(model_folder, packed, monkeypatch):
     """A packed model is the model; its folder is there once, as long as the model is."""
     monkeypatch.setenv("PHO_CACHE_DIR", str(packed.parent / "cache"))
     loaded = pho.load_packed(packed, device="cpu")
@@ -76,7 +74,7 @@ def test_load(model_folder: Path, packed: Path, monkeypatch: pytest.MonkeyPatch)
     assert not [*scratch.iterdir()]
 
 
-def refused_as_damaged(path: Path) -> bool:
+def refused_as_damaged(path):
     back = path.parent / "back"
     with pytest.raises(ModelError, match=rf"{path.name} is damaged or cut short: .*Get the file"):
         unpack(path, back)
@@ -86,14 +84,14 @@ def refused_as_damaged(path: Path) -> bool:
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.999])
-def test_a_download_that_ended_early_is_refused(packed: Path, share: float) -> None:
+def test_a_download_that_ended_early_is_refused(packed, share):
     data = packed.read_bytes()
     packed.write_bytes(data[: int(len(data) * share)])
 
     assert refused_as_damaged(packed)
 
 
-def without_size(data: bytes) -> bytes:
+def without_size(data):
     content = zstandard.ZstdDecompressor().decompress(data)
     return zstandard.ZstdCompressor(write_content_size=False).compress(content)
 
@@ -108,14 +106,14 @@ def without_size(data: bytes) -> bytes:
         without_size,
     ],
 )
-def test_damaged_entry(packed: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_damaged_entry(packed, damage):
     """Though the archive is whole, an entry that is not what was packed is refused."""
     bad = rewritten(packed, lambda name, data: (name, damage(data) if "model" in name else data))
 
     assert refused_as_damaged(bad)
 
 
-def test_no_room(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room(packed, tmp_path, monkeypatch):
     """What declares more than the disk has free is refused before anything is written."""
     bomb = zstandard.ZstdCompressor().compress(bytes(2**22))
     large = rewritten(packed, lambda name, data: (name, bomb if "config" in name else data))
@@ -131,7 +129,7 @@ def test_no_room(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("name", ["../out.json", "/out.json", "a/../../out.json", "C:\\a"])
-def test_no_name_leads_out_of_the_folder(packed: Path, tmp_path: Path, name: str) -> None:
+def test_no_name_leads_out_of_the_folder(packed, tmp_path, name):
     bad = rewritten(
         packed, lambda old, data: (f"{name}.zst" if old == "config.json.zst" else old, data)
     )
@@ -139,7 +137,7 @@ def test_no_name_leads_out_of_the_folder(packed: Path, tmp_path: Path, name: str
         unpack(bad, tmp_path / "back")
 
 
-def test_another_archive_and_no_archive_are_told_apart(tmp_path: Path) -> None:
+def test_another_archive_and_no_archive_are_told_apart(tmp_path):
     path = tmp_path / "other.pho"
     with ZipFile(path, "w") as archive:
         archive.writestr("a.txt", "a")
@@ -151,7 +149,7 @@ def test_another_archive_and_no_archive_are_told_apart(tmp_path: Path) -> None:
         pho.load_packed(tmp_path)
 
 
-def test_refused(model_folder: Path, packed: Path, tmp_path: Path) -> None:
+def test_refused(model_folder, packed, tmp_path):
     """What is no model folder is not packed, nor what is packed, and nothing half is left."""
     with pytest.raises(InvalidInput, match="packed already"):
         pack(packed, tmp_path / "again.pho")
@@ -169,11 +167,11 @@ def test_refused(model_folder: Path, packed: Path, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_packing_leaves_the_old_file_as_it_was_and_nothing_beside_it(
-    model_folder: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    model_folder, packed, tmp_path, monkeypatch
+):
     before, there = packed.read_bytes(), {*tmp_path.iterdir()}
 
-    def interrupted(*_: object, **__: object) -> None:
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ZipFile, "open", interrupted)
@@ -184,9 +182,7 @@ def test_an_interrupted_packing_leaves_the_old_file_as_it_was_and_nothing_beside
     assert {*tmp_path.iterdir()} == there
 
 
-def test_a_small_file_that_would_fill_a_disk_is_refused(
-    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_small_file_that_would_fill_a_disk_is_refused(packed, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_MOST_BESIDE", 2**20)
     monkeypatch.setattr(module, "_SMALL", 2**22)
     for name, size, words in (
@@ -203,9 +199,7 @@ def test_a_small_file_that_would_fill_a_disk_is_refused(
         assert not (tmp_path / "out").exists()
 
 
-def test_what_could_not_be_unpacked_is_not_packed(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_could_not_be_unpacked_is_not_packed(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_MOST_BESIDE", 100)
     with pytest.raises(ModelError, match=r"config\.json has .* Leave it out of the model's folder"):
         pack(model_folder, tmp_path / "big.pho")

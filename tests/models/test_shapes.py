@@ -3,12 +3,9 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -18,7 +15,6 @@ from pho_service.models.architecture import decoder_blocks, prunable_linears
 from pho_service.planning.shapes import (
     ACTIVATIONS,
     Header,
-    ModelShapes,
     TensorHeader,
     model_shapes,
     read_header,
@@ -42,7 +38,7 @@ MORE = {
 llama = pytest.mark.parametrize("family", ["llama-3"])
 
 
-def sizes(shapes: ModelShapes) -> list[Counter[tuple[int, int]]]:
+def sizes(shapes):
     """How many linears of which size each block has."""
     return [
         sum((Counter({(li.out_features, li.in_features): li.count}) for li in block.linears),
@@ -51,7 +47,7 @@ def sizes(shapes: ModelShapes) -> list[Counter[tuple[int, int]]]:
     ]  # fmt: skip
 
 
-def check(config: PreTrainedConfig, header_of: HeaderOf, tmp_path: Path) -> None:
+def check(config, header_of, tmp_path):
     """By the names of the model's parameters and by those that its files have."""
     header = header_of(config)
     model = AutoModelForCausalLM.from_config(config)
@@ -77,12 +73,12 @@ def check(config: PreTrainedConfig, header_of: HeaderOf, tmp_path: Path) -> None
     assert stored.active == built.active
 
 
-def test_those_of_the_model(config: PreTrainedConfig, header_of: HeaderOf, tmp_path: Path) -> None:
+def test_those_of_the_model(config, header_of, tmp_path):
     check(config, header_of, tmp_path)
 
 
 @pytest.mark.parametrize("kind", MORE)
-def test_those_of_more_models(kind: str, header_of: HeaderOf, tmp_path: Path) -> None:
+def test_those_of_more_models(kind, header_of, tmp_path):
     check(AutoConfig.for_model(kind, **MORE[kind]), header_of, tmp_path)
 
 
@@ -96,9 +92,7 @@ def test_those_of_more_models(kind: str, header_of: HeaderOf, tmp_path: Path) ->
         ("deepseek-v3", [8, 12, 16, 16, 24, 32]),
     ],
 )
-def test_queries_keys_and_values_read_one_input_gate_and_up_another(
-    config: PreTrainedConfig, inputs: list[int], header_of: HeaderOf
-) -> None:
+def test_queries_keys_and_values_read_one_input_gate_and_up_another(config, inputs, header_of):
     block = model_shapes("m", header_of(config)).blocks[0]
 
     assert sorted({li.reads: li.in_features for li in block.linears}.values()) == inputs
@@ -107,15 +101,13 @@ def test_queries_keys_and_values_read_one_input_gate_and_up_another(
 @pytest.mark.parametrize(
     ("family", "norms"), [("llama-2", 32), ("gemma-3", 4 * 16 + 32 + 16), ("phi", 16)]
 )
-def test_norms(config: PreTrainedConfig, norms: int, header_of: HeaderOf) -> None:
+def test_norms(config, norms, header_of):
     """Those of queries and keys read all heads."""
     assert model_shapes("m", header_of(config)).blocks[0].norms == norms
 
 
 @pytest.mark.parametrize("family", ["mixtral"])
-def test_two_of_four_experts_see_each_token_the_others_do_not(
-    config: PreTrainedConfig, header_of: HeaderOf
-) -> None:
+def test_two_of_four_experts_see_each_token_the_others_do_not(config, header_of):
     shapes = model_shapes("m", header_of(config))
     experts = sum(li.weights for li in shapes.linears if li.count == 4)
 
@@ -123,7 +115,7 @@ def test_two_of_four_experts_see_each_token_the_others_do_not(
 
 
 @llama
-def test_what_is_not_loaded_is_not_counted(config: PreTrainedConfig, header_of: HeaderOf) -> None:
+def test_what_is_not_loaded_is_not_counted(config, header_of):
     plain = header_of(config)
     more = {name.replace("layers.0.", "layers.2."): t for name, t in plain.tensors.items()}
     more["lm_head.weight"] = TensorHeader((96, 16), "BF16")
@@ -134,12 +126,12 @@ def test_what_is_not_loaded_is_not_counted(config: PreTrainedConfig, header_of: 
 
 
 @pytest.mark.parametrize("name", [name for name in ACT2FN if name != "prelu"])  # keeps its weight
-def test_activations(name: str) -> None:
+def test_activations(name):
     """As many tensors are kept for a backward pass as the table says, beside input and output."""
-    module: nn.Module = ACT2FN[name]
-    saved: list[int] = []
+    module = ACT2FN[name]
+    saved = []
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def keep(tensor):
         if tensor.numel() == 2:
             saved.append(tensor.data_ptr())
         return tensor
@@ -161,9 +153,7 @@ def test_activations(name: str) -> None:
         ({"num_experts_per_tok": True}, "num_experts_per_tok=True"),
     ],
 )
-def test_the_message_names_the_field_and_its_value(
-    config: PreTrainedConfig, change: dict[str, Any], words: str, header_of: HeaderOf
-) -> None:
+def test_the_message_names_the_field_and_its_value(config, change, words, header_of):
     header = header_of(config)
     with pytest.raises(InvalidInput, match=words):
         model_shapes("org/m", replace(header, config={**header.config, **change}))
@@ -177,16 +167,14 @@ def test_the_message_names_the_field_and_its_value(
         (TensorHeader((16, 1, 4), "BF16"), r"more.weight \(16, 1, 4\) of a block"),
     ],
 )
-def test_odd_weights_are_refused(
-    config: PreTrainedConfig, tensor: TensorHeader, words: str, header_of: HeaderOf
-) -> None:
+def test_odd_weights_are_refused(config, tensor, words, header_of):
     header = header_of(config)
     more = {**header.tensors, "model.layers.0.more.weight": tensor}
     with pytest.raises(InvalidInput, match=words):
         model_shapes("org/m", replace(header, tensors=more))
 
 
-def test_states_are_refused(header_of: HeaderOf) -> None:
+def test_states_are_refused(header_of):
     """Mamba has weights that are no linears; and a model without blocks has nothing to prune."""
     with pytest.raises(InvalidInput, match="is not the weight of a linear"):
         model_shapes("m", header_of(MambaConfig(num_hidden_layers=1, hidden_size=16)))

@@ -1,28 +1,23 @@
 """A calibration in shards gives the same bits, whoever gathers them."""
 
-from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from pretended_machine import Cards
-from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from pho_service.errors import BundleError
 from pho_service.models.architecture import prunable_linears, unfuse_experts
 from pho_service.models.bundle_file import read_sums, write_sums
 from pho_service.models.calibration import (
-    CalibrationText,
     calibration_text,
     cut,
     measure,
     measure_shard,
 )
-from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource
-from pho_service.pruning.statistics import Collector, Statistics, gather
+from pho_service.pruning.statistics import Collector, gather
 from pho_service.spec.calibration import CalibrationSettings
 
 SETTINGS = CalibrationSettings(
@@ -31,23 +26,23 @@ SETTINGS = CalibrationSettings(
 
 
 @pytest.fixture(autouse=True)
-def _any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def _any_size(monkeypatch):
     """Cut the smallest calibration."""
     monkeypatch.setattr("pho_service.spec.calibration.SHARDED_FROM", 1)
 
 
 @pytest.fixture
-def text(model: LanguageModel, texts: dict[str, Path]) -> CalibrationText:
+def text(model, texts):
     return calibration_text(model, TextSource(path=str(texts["calibration"])), SETTINGS)
 
 
-def tensors(statistics: Statistics) -> Iterable[Tensor]:
+def tensors(statistics):
     for entry in statistics.inputs:
         yield from (entry.activation_norm, entry.root)
     yield from statistics.fisher.values()
 
 
-def test_by_whoever(model: LanguageModel, text: CalibrationText, tmp_path: Path) -> None:
+def test_by_whoever(model, text, tmp_path):
     """Gathered in any order, by way of files, and in part by the one who adds up: the same bits."""
     alone = measure(model, text, SETTINGS)
     for number in (7, 0, 3, 5, 2):
@@ -69,8 +64,8 @@ def test_by_whoever(model: LanguageModel, text: CalibrationText, tmp_path: Path)
 
 @pytest.mark.parametrize("device_map", [None, "auto"])
 def test_added_up_from_files_on_one_gpu_or_on_two_that_a_model_lies_on_shards_give_the_same_bits(
-    model_folder: Path, texts: dict[str, Path], pretended_gpus: Cards, device_map: str | None
-) -> None:
+    model_folder, texts, pretended_gpus, device_map
+):
     model = load_model(str(model_folder), device="cuda", device_map=device_map)
     text = calibration_text(model, TextSource(path=str(texts["calibration"])), SETTINGS)
     alone = measure(model, text, SETTINGS)
@@ -91,7 +86,7 @@ def test_added_up_from_files_on_one_gpu_or_on_two_that_a_model_lies_on_shards_gi
     assert all(map(torch.equal, tensors(together), tensors(alone)))
 
 
-def test_signs_apart(model: LanguageModel, text: CalibrationText) -> None:
+def test_signs_apart(model, text):
     """The same window in every shard does not count for more: its signs are drawn anew in each."""
     windows = text.calibration[:1].expand(8, -1)
     same = replace(text, calibration=windows)
@@ -104,7 +99,7 @@ def test_signs_apart(model: LanguageModel, text: CalibrationText) -> None:
 
 
 @pytest.mark.parametrize("windows", [1, 8, 13])
-def test_cut(text: CalibrationText, windows: int) -> None:
+def test_cut(text, windows):
     """Each window is in one shard, those that are run backward first, and shards are alike."""
     numbered = torch.arange(windows)[:, None].expand(-1, 24)
     shards = cut(replace(text, calibration=numbered), SETTINGS, stream=False)
@@ -118,7 +113,7 @@ def test_cut(text: CalibrationText, windows: int) -> None:
         assert max(sizes) - min(sizes) <= 1
 
 
-def test_small_streamed_and_gram_ones_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_streamed_and_gram_ones_are_not_cut(monkeypatch):
     monkeypatch.undo()
     default = CalibrationSettings()
 
@@ -130,7 +125,7 @@ def test_small_streamed_and_gram_ones_are_not_cut(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture
-def mixtral() -> MixtralForCausalLM:
+def mixtral():
     """A random Mixtral of eight experts, two of which each token is routed to."""
     config = MixtralConfig(
         vocab_size=256, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
@@ -143,7 +138,7 @@ def mixtral() -> MixtralForCausalLM:
     return found
 
 
-def test_an_expert_has_what_it_got_in_the_other_shards(mixtral: MixtralForCausalLM) -> None:
+def test_an_expert_has_what_it_got_in_the_other_shards(mixtral):
     linears = prunable_linears(mixtral)
     windows = torch.randint(256, (6, 4), generator=torch.Generator().manual_seed(1))
     known = {"fisher_windows": 6, "projection_rows": 8, "seed": 0}
@@ -164,11 +159,8 @@ def test_an_expert_has_what_it_got_in_the_other_shards(mixtral: MixtralForCausal
 
 
 def test_what_is_cut_has_the_same_statistics_but_for_rounding_and_signs_and_another_name(
-    model: LanguageModel,
-    text: CalibrationText,
-    texts: dict[str, Path],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    model, text, texts, monkeypatch
+):
     cut_up = measure(model, text, SETTINGS)
     monkeypatch.setattr("pho_service.spec.calibration.SHARDED_FROM", 10**9)
     uncut = calibration_text(model, TextSource(path=str(texts["calibration"])), SETTINGS)
@@ -182,7 +174,7 @@ def test_what_is_cut_has_the_same_statistics_but_for_rounding_and_signs_and_anot
         torch.testing.assert_close(mine.activation_norm, theirs.activation_norm)
 
 
-def test_damaged(model: LanguageModel, text: CalibrationText, tmp_path: Path) -> None:
+def test_damaged(model, text, tmp_path):
     """What is not the sums of this shard of this calibration is refused."""
     path = tmp_path / "sums"
     write_sums(measure_shard(model, text, SETTINGS, 1), path, key="k", shard=1)

@@ -1,14 +1,13 @@
 """The small model that is trained on the spot, and its texts."""
 
 import json
-from pathlib import Path
 
 from pho_service.models.builtin import EXAMPLE, train_small_model, write_parts
 from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource
 
 
-def test_the_same_steps_give_the_same_model(texts: dict[str, Path], tmp_path: Path) -> None:
+def test_the_same_steps_give_the_same_model(texts, tmp_path):
     source = TextSource(path=str(texts["calibration"]))
     trainings = [
         train_small_model(source, tmp_path / name, steps=30, context_length=16, seed=0)
@@ -20,7 +19,7 @@ def test_the_same_steps_give_the_same_model(texts: dict[str, Path], tmp_path: Pa
     assert one.weights_sha256 == two.weights_sha256
 
 
-def test_it_has_the_shape_that_is_asked_for(texts: dict[str, Path], tmp_path: Path) -> None:
+def test_it_has_the_shape_that_is_asked_for(texts, tmp_path):
     source = TextSource(path=str(texts["calibration"]))
     folder = tmp_path / "small"
     train_small_model(source, folder, steps=1, context_length=16, seed=0, shape=EXAMPLE)
@@ -31,7 +30,7 @@ def test_it_has_the_shape_that_is_asked_for(texts: dict[str, Path], tmp_path: Pa
     assert len(model.linears) == 7 * EXAMPLE.blocks
 
 
-def test_of_texts_that_are_apart_none_has_a_paragraph_of_one_before(tmp_path: Path) -> None:
+def test_of_texts_that_are_apart_none_has_a_paragraph_of_one_before(tmp_path):
     documents = {"a": "one\n\ntwo", "b": "two\n\nthree", "c": "one\n\nfive", "d": "two\n\nfour"}
     paths = write_parts(tmp_path, documents, apart=True)
     told = {part: path.read_text().splitlines() for part, path in paths.items()}

@@ -4,11 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from pho_service.errors import InvalidInput, OutputError
@@ -19,28 +17,28 @@ from pho_service.models.blockwise import (
     rate_perplexity_blockwise,
     walk,
 )
-from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.loading import load_model
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.pruning.statistics import gather
 
 
 @pytest.fixture
-def streamed(model_folder: Path) -> LanguageModel:
+def streamed(model_folder):
     return load_model(str(model_folder), device="cpu", stream=True)
 
 
-def mapped(model: LanguageModel) -> bool:
+def mapped(model):
     """Whether all weights lie in files."""
     return not any(p.untyped_storage().resizable() for p in model.model.parameters())
 
 
-def halve(model: LanguageModel, windows: Tensor, store: Path | None = None) -> None:
+def halve(model, windows, store=None):
     for block in walk(model, windows, store=store):
         for linear in block.linears.values():
             linear.weight[:, ::2] = 0
 
 
-def test_a_streamed_model_says_so(streamed: LanguageModel, model: LanguageModel) -> None:
+def test_a_streamed_model_says_so(streamed, model):
     assert streamed.stream
     assert not model.stream
     assert streamed.device == model.device == torch.device("cpu")
@@ -48,7 +46,7 @@ def test_a_streamed_model_says_so(streamed: LanguageModel, model: LanguageModel)
     assert streamed.weights_sha256 == model.weights_sha256
 
 
-def test_stored_dtype(tiny_llama: LlamaForCausalLM, model_folder: Path) -> None:
+def test_stored_dtype(tiny_llama, model_folder):
     """Streamed weights keep their dtype on the CPU, too."""
     tiny_llama.to(torch.bfloat16).save_pretrained(model_folder)
     streamed = load_model(str(model_folder), device="cpu", stream=True)
@@ -57,7 +55,7 @@ def test_stored_dtype(tiny_llama: LlamaForCausalLM, model_folder: Path) -> None:
     assert mapped(streamed)
 
 
-def test_statistics(streamed: LanguageModel, model: LanguageModel, windows: Tensor) -> None:
+def test_statistics(streamed, model, windows):
     """Statistics are those of the loaded model, and the weights are as before."""
     before = streamed.weights_sha256
     expected = gather(
@@ -78,8 +76,8 @@ def test_statistics(streamed: LanguageModel, model: LanguageModel, windows: Tens
 
 
 def test_a_walk_changes_a_streamed_model_like_a_loaded_one_it_stays_mapped_and_leaves_no_file(
-    streamed: LanguageModel, model: LanguageModel, windows: Tensor, tmp_path: Path
-) -> None:
+    streamed, model, windows, tmp_path
+):
     store = tmp_path / "store"
     store.mkdir()
     halve(streamed, windows, store)
@@ -94,7 +92,7 @@ def test_a_walk_changes_a_streamed_model_like_a_loaded_one_it_stays_mapped_and_l
     )
 
 
-def test_weights_that_are_left_alone_stay_mapped(streamed: LanguageModel, windows: Tensor) -> None:
+def test_weights_that_are_left_alone_stay_mapped(streamed, windows):
     changed = "model.layers.1.mlp.up_proj"
     before = {name: p.data_ptr() for name, p in streamed.model.named_parameters()}
     for block in walk(streamed, windows):
@@ -105,7 +103,7 @@ def test_weights_that_are_left_alone_stay_mapped(streamed: LanguageModel, window
     assert {name for name in before if before[name] != after[name]} == {f"{changed}.weight"}
 
 
-def test_a_block_that_is_left_early_is_unchanged(streamed: LanguageModel, windows: Tensor) -> None:
+def test_a_block_that_is_left_early_is_unchanged(streamed, windows):
     for block in walk(streamed, windows):
         for linear in block.linears.values():
             linear.weight.zero_()
@@ -117,7 +115,7 @@ def test_a_block_that_is_left_early_is_unchanged(streamed: LanguageModel, window
     assert mapped(streamed)
 
 
-def test_the_dense_weights_come_back(streamed: LanguageModel, windows: Tensor) -> None:
+def test_the_dense_weights_come_back(streamed, windows):
     before = {name: p.data_ptr() for name, p in streamed.model.named_parameters()}
     with dense_afterwards(streamed):
         halve(streamed, windows)
@@ -125,7 +123,7 @@ def test_the_dense_weights_come_back(streamed: LanguageModel, windows: Tensor) -
     assert {name: p.data_ptr() for name, p in streamed.model.named_parameters()} == before
 
 
-def test_store_is_missing(streamed: LanguageModel, windows: Tensor, tmp_path: Path) -> None:
+def test_store_is_missing(streamed, windows, tmp_path):
     """A store that cannot be written is named, and the model is whole afterwards."""
     with pytest.raises(OutputError, match="nowhere"):
         halve(streamed, windows, tmp_path / "nowhere")
@@ -133,14 +131,14 @@ def test_store_is_missing(streamed: LanguageModel, windows: Tensor, tmp_path: Pa
     assert mapped(streamed)
 
 
-def test_a_gguf_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+def test_a_gguf_file_is_refused_before_it_is_read(tmp_path):
     (tmp_path / "model.gguf").touch()
 
     with pytest.raises(InvalidInput, match=r"GGUF is dequantised.*without streaming"):
         load_model(str(tmp_path / "model.gguf"), stream=True)
 
 
-def test_converted_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_converted_checkpoint_is_refused(tmp_path, monkeypatch):
     """A mixture whose experts are merged, and in no usual layout, is refused before it is read."""
     monkeypatch.setattr(architecture, "_is_fused", lambda _: False)
     MixtralForCausalLM(
@@ -161,9 +159,7 @@ def test_converted_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         ("bfloat16", "auto", r"converts weights when it reads them"),
     ],
 )
-def test_weights_that_would_have_to_be_cast_are_refused(
-    model_folder: Path, declared: str, dtype: str, message: str
-) -> None:
+def test_weights_that_would_have_to_be_cast_are_refused(model_folder, declared, dtype, message):
     path = model_folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": declared}))
 
@@ -223,7 +219,7 @@ print(json.dumps(peaks))
 """
 
 
-def peaks_of(folder: Path, store: Path) -> dict[str, int]:
+def peaks_of(folder, store):
     """Peaks of a process's anonymous memory over what it had before it loaded, in bytes."""
     done = subprocess.run(
         [sys.executable, "-c", MEMORY_SCRIPT, str(folder), str(store)],
@@ -232,13 +228,13 @@ def peaks_of(folder: Path, store: Path) -> dict[str, int]:
         check=True,
         text=True,
     )
-    peaks: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    peaks = json.loads(done.stdout.splitlines()[-1])
     return peaks
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.thorough
-def test_a_model_is_handled_in_the_memory_of_two_blocks(model_folder: Path, tmp_path: Path) -> None:
+def test_a_model_is_handled_in_the_memory_of_two_blocks(model_folder, tmp_path):
     config = LlamaConfig(
         vocab_size=64, hidden_size=512, intermediate_size=1376, num_hidden_layers=24,
         num_attention_heads=8, num_key_value_heads=8, dtype=torch.float32,

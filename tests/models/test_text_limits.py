@@ -7,9 +7,7 @@ import json
 import lzma
 import resource
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -25,16 +23,16 @@ LIMITS = TextLimits(document_bytes=2**20, text_bytes=2**21)
 ROW = b'{"text": "a text"}\n'
 
 
-def read(source: TextSource, *, whole: bool = True) -> list[str]:
+def read(source, *, whole=True):
     """All documents, within limits that are small."""
     return list(read_documents(source, LIMITS, whole=whole))
 
 
-def peak_bytes() -> int:
+def peak_bytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def sparse(path: Path, size: int, head: bytes = b"") -> Path:
+def sparse(path, size, head=b""):
     """A file that says to be large."""
     with path.open("wb") as file:
         file.write(head)
@@ -42,7 +40,7 @@ def sparse(path: Path, size: int, head: bytes = b"") -> Path:
     return path
 
 
-def bomb(path: Path) -> Path:
+def bomb(path):
     """A parquet file of some hundred bytes and 20,000 rows of a megabyte each."""
     row = pyarrow.array(["x" * 10**6])
     rows = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 20_000, pyarrow.int32()), row)
@@ -54,7 +52,7 @@ def bomb(path: Path) -> Path:
 # ---------------------------------------------------------------------------- limits
 
 
-def test_what_is_beyond_a_limit_is_not_read_whatever_a_file_declares(tmp_path: Path) -> None:
+def test_what_is_beyond_a_limit_is_not_read_whatever_a_file_declares(tmp_path):
     names = {
         "sparse.txt": sparse(tmp_path / "sparse.txt", 10**10),
         "sparse.jsonl": sparse(tmp_path / "sparse.jsonl", 10**10, ROW),
@@ -84,7 +82,7 @@ def test_what_is_beyond_a_limit_is_not_read_whatever_a_file_declares(tmp_path: P
     assert peak_bytes() - before < MEMORY_BYTES
 
 
-def test_largest_text(tmp_path: Path) -> None:
+def test_largest_text(tmp_path):
     """Just as much as is allowed is read, and a text in parts may be longer than one as a whole."""
     path = tmp_path / "a.txt"
     path.write_bytes(b"x" * 2**20)
@@ -98,7 +96,7 @@ def test_largest_text(tmp_path: Path) -> None:
         read(TextSource(path=str(rows)))
 
 
-def test_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pool(tmp_path, monkeypatch):
     """A sample is drawn from the documents before the limit; a first one beyond it is refused."""
     monkeypatch.setenv("PHO_MAX_TEXT_BYTES", "1024")
     path = tmp_path / "a.jsonl"
@@ -127,14 +125,14 @@ def test_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("a.jsonl.zst", pyarrow.compress(ROW, "zstd", asbytes=True), ["a text"]),
     ],
 )
-def test_kinds(tmp_path: Path, name: str, content: bytes, expected: list[str]) -> None:
+def test_kinds(tmp_path, name, content, expected):
     """Files of all kinds that hold text are read, packed ones too."""
     (tmp_path / name).write_bytes(content)
 
     assert read(TextSource(dataset=str(tmp_path), data_file=name)) == expected
 
 
-def test_a_splits_files_are_those_that_datasets_finds(tmp_path: Path) -> None:
+def test_a_splits_files_are_those_that_datasets_finds(tmp_path):
     for name in ("train", "test"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}))
     assert read(TextSource(dataset=str(tmp_path), split="test")) == ["test"]
@@ -157,7 +155,7 @@ def test_a_splits_files_are_those_that_datasets_finds(tmp_path: Path) -> None:
         ("a.xml", b"<a/>", r"the file a\.xml cannot be read as text: only \.json"),
     ],
 )
-def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str | None) -> None:
+def test_bad_files(tmp_path, name, content, message):
     """What is no such file is refused with its name, or read as far as it is one."""
     (tmp_path / name).write_bytes(content)
     source = TextSource(dataset=str(tmp_path), data_file=name)
@@ -168,7 +166,7 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str | Non
         read(source)
 
 
-def test_a_card_that_names_other_files_is_refused(tmp_path: Path) -> None:
+def test_a_card_that_names_other_files_is_refused(tmp_path):
     (tmp_path / "secret.csv").write_text("secret_header\nsecret\n")
     folder = tmp_path / "set"
     folder.mkdir()
@@ -181,7 +179,7 @@ def test_a_card_that_names_other_files_is_refused(tmp_path: Path) -> None:
     assert "secret_header" not in str(caught.value)
 
 
-def test_columns_are_told_printably_and_not_all_twenty_thousand(tmp_path: Path) -> None:
+def test_columns_are_told_printably_and_not_all_twenty_thousand(tmp_path):
     names = ["\x1b[31m\nINFO fake\x00", *map(str, range(20_000))]
     table = pyarrow.table({name: pyarrow.array([], pyarrow.string()) for name in names})
     pyarrow.parquet.write_table(table, tmp_path / "wide.parquet")
@@ -208,7 +206,7 @@ class FakeHub(BaseHTTPRequestHandler):
     files: dict[str, bytes]
     elsewhere: list[str]
 
-    def do_GET(self) -> None:
+    def do_GET(self):
         commit = hashlib.sha1(repr(self.files).encode()).hexdigest()  # noqa: S324 - as git's
         path = self.path.partition("?")[0]
         file = path.removeprefix(f"/datasets/org/name/resolve/{commit}/")
@@ -236,7 +234,7 @@ class FakeHub(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET  # noqa: N815 - the name is the library's
 
-    def _answer(self, status: int, content: bytes, more: dict[str, str] | None = None) -> None:
+    def _answer(self, status, content, more=None):
         self.send_response(status)
         for name, value in {**(more or {}), "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
@@ -244,12 +242,12 @@ class FakeHub(BaseHTTPRequestHandler):
         if self.command == "GET":
             self.wfile.write(content)
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, *_):
         """Say nothing."""
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeHub]]:
+def hub(tmp_path, monkeypatch):
     import datasets.config
     import huggingface_hub.constants
 
@@ -278,14 +276,14 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeHu
         thread.join()
 
 
-def test_a_data_set_of_the_hub_is_read_at_one_commit_as_its_card_says(hub: type[FakeHub]) -> None:
+def test_a_data_set_of_the_hub_is_read_at_one_commit_as_its_card_says(hub):
     card = b"---\nconfigs:\n- config_name: default\n  data_files: x*.gz\n---\n"
     hub.files = {"README.md": card, "x.jsonl.gz": gzip.compress(ROW, mtime=0), "b.jsonl": b"{}"}
 
     assert read(TextSource(dataset="org/name")) == ["a text"]
 
 
-def test_card_of_the_hub_leads_out(hub: type[FakeHub]) -> None:
+def test_card_of_the_hub_leads_out(hub):
     elsewhere = f"{hub.url}/latest/meta-data/x.jsonl"  # type: ignore[attr-defined]
     card = f"---\nconfigs:\n- config_name: default\n  data_files: {elsewhere}\n---\n"
     hub.files = {"README.md": card.encode(), "b.jsonl": ROW}

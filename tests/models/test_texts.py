@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -11,7 +10,6 @@ import torch
 
 from pho_service.errors import InvalidInput, PhoError, TextError
 from pho_service.models.calibration import calibrate, calibration_text
-from pho_service.models.loading import LanguageModel
 from pho_service.models.texts import (
     GivenText,
     MixedText,
@@ -26,7 +24,7 @@ from pho_service.spec.calibration import CalibrationSettings
 DOCUMENTS = ["the first text", "a second text", "the last text"]
 
 
-def write(path: Path, field: str = "text") -> Path:
+def write(path, field="text"):
     """``DOCUMENTS`` in the form that the file's ending asks for."""
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.table({field: DOCUMENTS}), path)
@@ -36,7 +34,7 @@ def write(path: Path, field: str = "text") -> Path:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
-def test_each_row_of_a_table_is_a_document(tmp_path: Path, name: str) -> None:
+def test_each_row_of_a_table_is_a_document(tmp_path, name):
     path = write(tmp_path / name, field="body")
 
     assert list(read_documents(TextSource(path=str(path), field="body"))) == DOCUMENTS
@@ -50,14 +48,14 @@ def test_each_row_of_a_table_is_a_document(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_a_text_file_is_one_document_of_a_table_rows_without_words_are_left_out(
-    tmp_path: Path, name: str, content: str, documents: list[str]
-) -> None:
+    tmp_path, name, content, documents
+):
     (tmp_path / name).write_text(content)
 
     assert list(read_documents(TextSource(path=str(tmp_path / name)))) == documents
 
 
-def test_dataset(tmp_path: Path) -> None:
+def test_dataset(tmp_path):
     """A data set is read through the datasets library, by folder here, by hub id elsewhere."""
     folder = tmp_path / "data"
     folder.mkdir()
@@ -82,7 +80,7 @@ def test_dataset(tmp_path: Path) -> None:
         ("a.parquet", b"nothing", "not a readable parquet file"),
     ],
 )
-def test_bad_file(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_bad_file(tmp_path, name, content, message):
     """A file that cannot be read says where and why."""
     (tmp_path / name).write_bytes(content)
 
@@ -90,7 +88,7 @@ def test_bad_file(tmp_path: Path, name: str, content: bytes, message: str) -> No
         list(read_documents(TextSource(path=str(tmp_path / name))))
 
 
-def test_a_missing_file_or_data_set_or_a_missing_column_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_or_data_set_or_a_missing_column_is_named(tmp_path):
     with pytest.raises(TextError, match="does not exist"):
         list(read_documents(TextSource(path=str(tmp_path / "a.txt"))))
     with pytest.raises(TextError, match=r"data set .* does not exist"):
@@ -99,7 +97,7 @@ def test_a_missing_file_or_data_set_or_a_missing_column_is_named(tmp_path: Path)
         list(read_documents(TextSource(path=str(write(tmp_path / "a.parquet", field="body")))))
 
 
-def test_a_text_without_words_is_refused(tmp_path: Path, model: LanguageModel) -> None:
+def test_a_text_without_words_is_refused(tmp_path, model):
     path = tmp_path / "a.txt"
     path.write_text("  \n\n ")
 
@@ -107,14 +105,14 @@ def test_a_text_without_words_is_refused(tmp_path: Path, model: LanguageModel) -
         read_windows(model, TextSource(path=str(path)), context_length=8, bos="auto")
 
 
-def test_a_text_below_one_window_is_refused(model: LanguageModel, tmp_path: Path) -> None:
+def test_a_text_below_one_window_is_refused(model, tmp_path):
     path = write(tmp_path / "a.jsonl")
 
     with pytest.raises(TextError, match=r"a\.jsonl has 9 tokens, .* fill one window of 16"):
         read_windows(model, TextSource(path=str(path)), context_length=16, bos="auto")
 
 
-def test_windows(model: LanguageModel, texts: dict[str, Path]) -> None:
+def test_windows(model, texts):
     """A text is joined by two newlines, hashed, tokenised once and cut; the tail is dropped."""
     source = TextSource(path=str(texts["report"]))
     text = "\n\n".join(read_documents(source))
@@ -130,11 +128,11 @@ def test_windows(model: LanguageModel, texts: dict[str, Path]) -> None:
     assert torch.equal(with_bos[:, 1:], windows)
 
 
-def test_sample(model: LanguageModel, texts: dict[str, Path]) -> None:
+def test_sample(model, texts):
     """A sample comes from its seed; windows do not overlap; a short text gives what it has."""
     source = TextSource(path=str(texts["calibration"]))
 
-    def sample(count: int, seed: int, bos: str = "auto") -> torch.Tensor:
+    def sample(count, seed, bos="auto"):
         return sample_windows(model, source, count=count, context_length=16, bos=bos, seed=seed)[0]
 
     everything = sample(10_000, 0)
@@ -148,12 +146,12 @@ def test_sample(model: LanguageModel, texts: dict[str, Path]) -> None:
     assert sample(5, 0, "always")[:, 0].tolist() == [1] * 5
 
 
-def of(texts: dict[str, Path], *names: str, shares: tuple[float, ...]) -> MixedText:
+def of(texts, *names, shares):
     sources = tuple(TextSource(path=str(texts[name])) for name in names)
     return MixedText(texts=sources, shares=shares)
 
 
-def whose(windows: torch.Tensor, everything: dict[str, set[tuple[int, ...]]]) -> list[str]:
+def whose(windows, everything):
     """Which text each window is of."""
     return [
         next(name for name, known in everything.items() if tuple(window) in known)
@@ -167,12 +165,8 @@ def whose(windows: torch.Tensor, everything: dict[str, set[tuple[int, ...]]]) ->
      ((2, 0.2), (11, 1), (15, 1))],
 )  # fmt: skip
 def test_several_texts_give_their_shares_to_the_window_spread_evenly(
-    model: LanguageModel,
-    texts: dict[str, Path],
-    shares: tuple[float, ...],
-    counts: tuple[int, int],
-    held_out: tuple[int, int],
-) -> None:
+    model, texts, shares, counts, held_out
+):
     settings = CalibrationSettings(samples=12, context_length=16)
     mixed = of(texts, "calibration", "report", shares=shares)
     text = calibration_text(model, mixed, settings)
@@ -192,9 +186,7 @@ def test_several_texts_give_their_shares_to_the_window_spread_evenly(
     assert torch.equal(calibration_text(model, mixed, settings).calibration, text.calibration)
 
 
-def test_a_record_has_each_of_several_texts_with_its_hash_and_share(
-    model: LanguageModel, texts: dict[str, Path]
-) -> None:
+def test_a_record_has_each_of_several_texts_with_its_hash_and_share(model, texts):
     settings = CalibrationSettings(samples=4, context_length=16)
     text = calibration_text(model, of(texts, "calibration", "report", shares=(3, 1)), settings)
     alone = calibration_text(model, TextSource(path=str(texts["report"])), settings)
@@ -209,9 +201,7 @@ def test_a_record_has_each_of_several_texts_with_its_hash_and_share(
     assert "texts" not in calibrate(model, alone, settings).provenance["text"]
 
 
-def test_what_is_wrong_with_one_of_several_texts_names_it(
-    model: LanguageModel, texts: dict[str, Path], tmp_path: Path
-) -> None:
+def test_what_is_wrong_with_one_of_several_texts_names_it(model, texts, tmp_path):
     settings = CalibrationSettings(samples=4, context_length=16)
     good = TextSource(path=str(texts["calibration"]))
     tiny, copy = write(tmp_path / "tiny.jsonl"), tmp_path / "copy.jsonl"
@@ -219,7 +209,7 @@ def test_what_is_wrong_with_one_of_several_texts_names_it(
     copy.write_bytes(texts["calibration"].read_bytes())
     (tmp_path / "link.jsonl").symlink_to(texts["calibration"])
 
-    def draw(other: TextSource | GivenText, share: float = 1) -> None:
+    def draw(other, share=1):
         mixed = MixedText(texts=(good, other), shares=(1, share))
         calibration_text(model, mixed, settings)
 
@@ -241,7 +231,7 @@ def test_what_is_wrong_with_one_of_several_texts_names_it(
         MixedText(texts=(good, short), shares=(1,))
 
 
-def test_held_out(model: LanguageModel, texts: dict[str, Path]) -> None:
+def test_held_out(model, texts):
     """Windows to confirm on are not among those to calibrate on."""
     settings = CalibrationSettings(samples=12, context_length=16)
     text = calibration_text(model, TextSource(path=str(texts["calibration"])), settings)
@@ -253,7 +243,7 @@ def test_held_out(model: LanguageModel, texts: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("bos", [0, 1])
-def test_a_text_that_is_read_again_is_cut_at_other_places(bos: int) -> None:
+def test_a_text_that_is_read_again_is_cut_at_other_places(bos):
     """Each time all of its tokens, in windows that were not there before; a BOS stays in front."""
     tokens = torch.arange(5 * 16).reshape(5, 16) + 100
     windows = torch.cat([torch.ones(5, bos, dtype=torch.int64), tokens], dim=1)
@@ -284,12 +274,12 @@ def test_a_text_that_is_read_again_is_cut_at_other_places(bos: int) -> None:
         ({"memory_bytes": 0}, "memory_bytes=0 is below 1"),
     ],
 )
-def test_a_bad_setting_is_named_with_its_value(change: dict[str, object], message: str) -> None:
+def test_a_bad_setting_is_named_with_its_value(change, message):
     with pytest.raises(InvalidInput, match=message):
         CalibrationSettings(**change)  # type: ignore[arg-type]
 
 
-def test_context_beyond_the_model(model: LanguageModel, texts: dict[str, Path]) -> None:
+def test_context_beyond_the_model(model, texts):
     """A window that the model cannot read is refused."""
     settings = CalibrationSettings(context_length=100_000)
 
@@ -298,7 +288,7 @@ def test_context_beyond_the_model(model: LanguageModel, texts: dict[str, Path]) 
 
 
 @pytest.mark.parametrize("name", ["./nothing", "a/b/c"])
-def test_a_missing_path_is_not_asked_of_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_path_is_not_asked_of_the_hub(name, monkeypatch):
     monkeypatch.setattr("pho_service.models.data_sets._checked_commit", pytest.fail)
 
     with pytest.raises(TextError, match=f"the data set {name} does not exist"):
@@ -306,7 +296,7 @@ def test_a_missing_path_is_not_asked_of_the_hub(name: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("values", [[1, 2], ["a text", None], [["a"], ["b"]]])
-def test_a_column_without_text_is_refused(tmp_path: Path, values: list[object]) -> None:
+def test_a_column_without_text_is_refused(tmp_path, values):
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": values}), path)
 
@@ -322,7 +312,7 @@ def test_a_column_without_text_is_refused(tmp_path: Path, values: list[object]) 
         ({"data_file": "none.jsonl"}, r"cannot be read: .*none\.jsonl"),
     ],
 )
-def test_bad_dataset(tmp_path: Path, changes: dict[str, str], message: str) -> None:
+def test_bad_dataset(tmp_path, changes, message):
     """A field, split or file that a data set lacks is named."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text(json.dumps({"text": "a text"}))
@@ -331,9 +321,7 @@ def test_bad_dataset(tmp_path: Path, changes: dict[str, str], message: str) -> N
         list(read_documents(TextSource(dataset=str(tmp_path / "data"), **changes)))
 
 
-def test_a_sample_that_needs_few_documents_reads_few_and_its_hash_is_of_those(
-    model: LanguageModel, texts: dict[str, Path]
-) -> None:
+def test_a_sample_that_needs_few_documents_reads_few_and_its_hash_is_of_those(model, texts):
     source = TextSource(path=str(texts["calibration"]))
     few, many = (
         sample_windows(model, source, count=count, context_length=16, bos="auto", seed=0)[1]
@@ -344,7 +332,7 @@ def test_a_sample_that_needs_few_documents_reads_few_and_its_hash_is_of_those(
     assert few.sha256 != many.sha256
 
 
-def test_lone_surrogate(model: LanguageModel, tmp_path: Path) -> None:
+def test_lone_surrogate(model, tmp_path):
     r"""JSON may hold half a character ("\ud83d"): it is read over, or refused in words."""
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "the model " * 50 + "\ud83d"}))

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -10,7 +9,6 @@ import pytest
 
 from pho_service.errors import TextError
 from pho_service.host.data_sets import USUAL_TEXTS
-from pho_service.models.loading import LanguageModel
 from pho_service.models.texts import (
     TextSource,
     check_text,
@@ -26,12 +24,12 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 WORDS = "the model reads a text and the weights are small "
 
 
-def rows_of(split: str) -> list[str]:
+def rows_of(split):
     """The rows of a split as WikiText has them: lines, many of them empty."""
     return ["", f" = {split} = \n", "", *(f"{WORDS * 4}{number}\n" for number in range(4))]
 
 
-def write_wikitext(folder: Path) -> Path:
+def write_wikitext(folder):
     """A folder that is laid out as Salesforce/wikitext: a card, and parquet files by split."""
     card = "---\nconfigs:\n"
     for config in CONFIGS:
@@ -45,7 +43,7 @@ def write_wikitext(folder: Path) -> Path:
     return folder
 
 
-def write_c4(folder: Path) -> Path:
+def write_c4(folder):
     """A folder that is laid out as allenai/c4, with two of its 1,032 English files."""
     (folder / "en").mkdir(parents=True)
     for name in ("c4-train.00000-of-01024", "c4-validation.00000-of-00008"):
@@ -62,7 +60,7 @@ def write_c4(folder: Path) -> Path:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def cache(tmp_path, monkeypatch):
     """A cache of the hub with both data sets, and no hub."""
     import datasets
     import huggingface_hub
@@ -78,7 +76,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("cache")
-def test_wikitext2_is_measured_on_all_of_test_and_calibrated_on_train(model: LanguageModel) -> None:
+def test_wikitext2_is_measured_on_all_of_test_and_calibrated_on_train(model):
     documents = list(read_documents(TextSource(dataset="wikitext2").usual(measured=True)[0]))
     windows, record = read_windows(
         model, TextSource(dataset="wikitext2"), context_length=16, bos="never"
@@ -96,7 +94,7 @@ def test_wikitext2_is_measured_on_all_of_test_and_calibrated_on_train(model: Lan
 
 
 @pytest.mark.usefixtures("cache")
-def test_c4(model: LanguageModel) -> None:
+def test_c4(model):
     """`c4` is the first file of train, and of validation 256 windows of 1,100 documents."""
     source = TextSource(dataset="c4")
     (document,) = read_documents(source.usual(measured=True)[0])
@@ -112,7 +110,7 @@ def test_c4(model: LanguageModel) -> None:
     assert "c4-train.00000-of-01024" in calibrated.source
 
 
-def test_a_copy_in_a_folder_is_the_same_text(tmp_path: Path) -> None:
+def test_a_copy_in_a_folder_is_the_same_text(tmp_path):
     folder = str(write_wikitext(tmp_path / "wikitext"))
     source = TextSource(dataset=folder, config="wikitext-2-raw-v1", split=None)
     found = check_text(source, measured=True)
@@ -130,7 +128,7 @@ def test_a_copy_in_a_folder_is_the_same_text(tmp_path: Path) -> None:
         ({"config": CONFIGS[1], "field": "body"}, "no column 'body', only text.*--field"),
     ],
 )
-def test_wrong_part(tmp_path: Path, changes: dict[str, str], message: str) -> None:
+def test_wrong_part(tmp_path, changes, message):
     """A configuration, split or column that is missing or wrong: what there is, and the option."""
     folder = write_wikitext(tmp_path / "wikitext")
 
@@ -139,12 +137,12 @@ def test_wrong_part(tmp_path: Path, changes: dict[str, str], message: str) -> No
 
 
 @pytest.mark.usefixtures("cache")
-def test_without_a_hub_a_name_that_is_nowhere_is_refused_with_both_possibilities() -> None:
+def test_without_a_hub_a_name_that_is_nowhere_is_refused_with_both_possibilities():
     with pytest.raises(TextError, match="no folder here has this name, and as a name on the hub"):
         check_text(TextSource(dataset="org/nosuch"))
 
 
-def test_the_name_of_a_usual_text_says_its_files_and_splits_more_of_them_is_refused() -> None:
+def test_the_name_of_a_usual_text_says_its_files_and_splits_more_of_them_is_refused():
     for usual in USUAL_TEXTS:
         assert CalibrationSpec(dataset=usual).dataset == usual
         with pytest.raises(ValueError, match="leave split out"):

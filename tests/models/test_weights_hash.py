@@ -1,12 +1,10 @@
 """A model's hash is that of its weights, however they are stored, and by however many threads."""
 
 import hashlib
-from typing import Any
 
 import pytest
 import torch
-from pretended_cards import Card
-from torch import Tensor, nn
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from pho_service.models import loading
@@ -14,7 +12,7 @@ from pho_service.models.architecture import prunable_linears
 from pho_service.models.loading import sha256_each, weights_sha256
 
 
-def mixtral() -> MixtralForCausalLM:
+def mixtral():
     """A bfloat16 Mixtral whose weights count up, in the order of their names."""
     config = MixtralConfig(
         vocab_size=8, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
@@ -27,7 +25,7 @@ def mixtral() -> MixtralForCausalLM:
     return model
 
 
-def expected(tensors: dict[str, Tensor]) -> str:
+def expected(tensors):
     lines = b""
     for name, tensor in sorted(tensors.items()):
         raw = tensor.detach().contiguous().view(torch.int16).numpy().tobytes()
@@ -37,10 +35,10 @@ def expected(tensors: dict[str, Tensor]) -> str:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
-def test_the_hash_is_that_of_the_tensors_hashes_each_experts_matrices_apart(threads: int) -> None:
+def test_the_hash_is_that_of_the_tensors_hashes_each_experts_matrices_apart(threads):
     model = mixtral()
     prunable_linears(model)
-    tensors: dict[str, Any] = dict(model.named_parameters())
+    tensors = dict(model.named_parameters())
     experts = "model.layers.0.mlp.experts"
     both, down = (tensors.pop(f"{experts}.{name}") for name in ("gate_up_proj", "down_proj"))
     for index in range(3):
@@ -51,7 +49,7 @@ def test_the_hash_is_that_of_the_tensors_hashes_each_experts_matrices_apart(thre
     assert weights_sha256(model, threads=threads) == expected(tensors)
 
 
-def test_a_bit_a_name_a_shape_or_a_dtype_is_another_hash_a_shared_tensor_is_one() -> None:
+def test_a_bit_a_name_a_shape_or_a_dtype_is_another_hash_a_shared_tensor_is_one():
     base = nn.ModuleDict({"a": nn.Linear(4, 2), "b": nn.Linear(2, 4)})
     found = {weights_sha256(base)}
     with torch.no_grad():
@@ -70,7 +68,7 @@ def test_a_bit_a_name_a_shape_or_a_dtype_is_another_hash_a_shared_tensor_is_one(
     assert weights_sha256(tied) == weights_sha256(base)
 
 
-def test_on_a_gpu(pretended_gpu: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu(pretended_gpu, monkeypatch):
     """A GPU's weights come in pieces of bounded size, and give the hash that the CPU's give."""
     monkeypatch.setattr(loading, "PIECE", 1000)
     config = GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=8)
@@ -88,7 +86,7 @@ def test_on_a_gpu(pretended_gpu: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(sha256_each(on_gpu)) == each
 
 
-def test_stored_bfloat16_loaded_as_float32_hashed_as_bfloat16_it_is_the_same_and_so_back() -> None:
+def test_stored_bfloat16_loaded_as_float32_hashed_as_bfloat16_it_is_the_same_and_so_back():
     stored = torch.nn.Linear(5, 3, dtype=torch.bfloat16)
     loaded = torch.nn.Linear(5, 3)
     loaded.load_state_dict(stored.state_dict())

@@ -1,23 +1,18 @@
 """A model, its bundle and a text, as jobs take them: made once, and not to be changed in place."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from optuna.storages import InMemoryStorage
-from transformers import LlamaForCausalLM
 
-from pho_service.models.calibration import CalibrationText, calibrate, calibration_text
-from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.calibration import calibrate, calibration_text
+from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource, read_windows
 from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.search import name_of_study, search_job
-from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.calibration import CalibrationSettings
-from pho_service.tuning.plan import SearchRequest
-from pho_service.tuning.result import SearchResult
 from storage.studies import open_study
 
 SETTINGS = CalibrationSettings(
@@ -28,9 +23,7 @@ _made: dict[str, Any] = {}
 
 
 @pytest.fixture
-def model_folder(
-    tiny_llama: LlamaForCausalLM, texts: dict[str, Path], tmp_path_factory: Any, tmp_path: Path
-) -> Path:
+def model_folder(tiny_llama, texts, tmp_path_factory, tmp_path):
     """A copy of the tiny model's folder, for the test alone."""
     stored = tmp_path_factory.getbasetemp() / "stored"
     if not stored.is_dir():
@@ -40,51 +33,51 @@ def model_folder(
 
 
 @pytest.fixture
-def texts(texts_of_all: dict[str, Path]) -> dict[str, Path]:
+def texts(texts_of_all):
     """The texts of all tests, which nobody changes here."""
     return texts_of_all
 
 
 @pytest.fixture
-def model(model_folder: Path) -> LanguageModel:
+def model(model_folder):
     """The tiny model, loaded from its folder."""
     return load_model(str(model_folder), device="cpu")
 
 
 @pytest.fixture
-def original(model_folder: Path) -> LanguageModel:
+def original(model_folder):
     """The tiny model once more, for a test that changes ``model``."""
     return load_model(str(model_folder), device="cpu")
 
 
 @pytest.fixture
-def streamed(model_folder: Path) -> LanguageModel:
+def streamed(model_folder):
     """The tiny model, read block by block from its files."""
     return load_model(str(model_folder), device="cpu", stream=True)
 
 
 @pytest.fixture
-def text_of(texts: dict[str, Path]) -> Callable[..., CalibrationText]:
+def text_of(texts):
     """What a model is calibrated on."""
 
-    def read(model: LanguageModel, settings: CalibrationSettings = SETTINGS) -> CalibrationText:
+    def read(model, settings=SETTINGS):
         return calibration_text(model, TextSource(path=str(texts["calibration"])), settings)
 
     return read
 
 
 @pytest.fixture
-def calibrated(text_of: Callable[..., CalibrationText]) -> Callable[..., ProxyBundle]:
+def calibrated(text_of):
     """Calibrates a model on some windows."""
 
-    def calibrate_it(model: LanguageModel, settings: CalibrationSettings = SETTINGS) -> ProxyBundle:
+    def calibrate_it(model, settings=SETTINGS):
         return calibrate(model, text_of(model, settings), settings)
 
     return calibrate_it
 
 
 @pytest.fixture
-def bundle(model_folder: Path, calibrated: Callable[..., ProxyBundle]) -> ProxyBundle:
+def bundle(model_folder, calibrated):
     """What calibration on 6 windows says of ``model``."""
     if "bundle" not in _made:
         _made["bundle"] = calibrated(load_model(str(model_folder), device="cpu"))
@@ -92,10 +85,10 @@ def bundle(model_folder: Path, calibrated: Callable[..., ProxyBundle]) -> ProxyB
 
 
 @pytest.fixture
-def read_report(texts: dict[str, Path]) -> Callable[..., ReportText]:
+def read_report(texts):
     """Reads windows that nothing was chosen on."""
 
-    def read(model: LanguageModel, count: int, context_length: int) -> ReportText:
+    def read(model, count, context_length):
         windows, record = read_windows(
             model,
             TextSource(path=str(texts["report"])),
@@ -109,7 +102,7 @@ def read_report(texts: dict[str, Path]) -> Callable[..., ReportText]:
 
 
 @pytest.fixture
-def report(model: LanguageModel, read_report: Callable[..., ReportText]) -> ReportText:
+def report(model, read_report):
     """Three windows that nothing was chosen on."""
     if "report" not in _made:
         _made["report"] = read_report(model, 3, 32)
@@ -117,24 +110,22 @@ def report(model: LanguageModel, read_report: Callable[..., ReportText]) -> Repo
 
 
 @pytest.fixture
-def confirming(model: LanguageModel, report: ReportText) -> dict[str, Any]:
+def confirming(model, report):
     """What a search takes that confirms by perplexity."""
     return {"model": model, "confirm_text": report}
 
 
 @pytest.fixture
-def studies() -> InMemoryStorage:
+def studies():
     """A record of searches."""
     return InMemoryStorage()
 
 
 @pytest.fixture
-def searched(studies: InMemoryStorage) -> Callable[..., SearchResult]:
+def searched(studies):
     """Searches that go on with what ``studies`` has of them, or another record."""
 
-    def search(
-        request: SearchRequest, bundles: Any, *, storage: Any = studies, **options: Any
-    ) -> SearchResult:
+    def search(request, bundles, *, storage=studies, **options):
         name = name_of_study(request, bundles, options.get("confirm_text"))
         study = open_study(storage, name, direction=request.objective.direction)
         return search_job(request, bundles, study=study, **options)

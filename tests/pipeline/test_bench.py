@@ -3,20 +3,17 @@
 import itertools
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import pho_service as pho
 from pho_service.errors import InvalidInput
-from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.loading import load_model
 from pho_service.models.packed import pack
 from pho_service.pipeline import bench as measuring
 from pho_service.pipeline.bench import LOADS, BenchSettings, bench, check_gpu, convert_
 from pho_service.pipeline.prune import prune_job
-from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import broken_groups
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.configuration import Configuration
@@ -26,15 +23,15 @@ from pho_service.spec.steps import Steps
 FEW = BenchSettings(batch=2, prompt=8, new_tokens=3, rounds=2)
 
 
-def test_bench(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench(model_folder, tmp_path, monkeypatch):
     """Every model runs once to warm up and in every round, in one order and then in the other."""
     packed = tmp_path / "packed.pho"
     pack(model_folder, packed)
     clock = itertools.count()
-    order: list[str] = []
+    order = []
     run = measuring._run
 
-    def recorded(model: measuring.LanguageModel, settings: BenchSettings) -> tuple[float, float]:
+    def recorded(model, settings):
         order.append(model.name)
         return run(model, settings)
 
@@ -54,10 +51,10 @@ def test_bench(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert str(found).startswith("8 tokens read and 3 written, batch 2, 2 rounds\nmodel")
 
 
-def test_tokens(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens(model_folder, monkeypatch):
     """Reading ends with the first token, and writing with as many more as are asked for."""
     model = measuring.load_model(str(model_folder), device="cpu")
-    lengths: list[int] = []
+    lengths = []
     clock = itertools.count()
     monkeypatch.setattr(measuring, "_now", lambda _: float(next(clock)))
     model.model.register_forward_pre_hook(
@@ -70,7 +67,7 @@ def test_tokens(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (prefill, decode) == (1, 4)
 
 
-def test_a_prompt_is_no_longer_than_a_model_reads(model_folder: Path) -> None:
+def test_a_prompt_is_no_longer_than_a_model_reads(model_folder):
     asked = BenchSettings(prompt=10**6, new_tokens=3, rounds=1)
     found = bench([str(model_folder)], asked, device="cpu")
     longest = load_model(str(model_folder), device="cpu").longest
@@ -79,7 +76,7 @@ def test_a_prompt_is_no_longer_than_a_model_reads(model_folder: Path) -> None:
     assert found.settings == replace(asked, prompt=longest - 3)
 
 
-def test_refused(model_folder: Path) -> None:
+def test_refused(model_folder):
     """A model twice, or no room for a prompt beside the new tokens, is refused."""
     with pytest.raises(InvalidInput, match="given twice"):
         bench([str(model_folder)] * 2, FEW, device="cpu")
@@ -96,9 +93,7 @@ GATE = "model.layers.1.mlp.gate_proj"
 
 
 @pytest.fixture
-def loaded(
-    model: LanguageModel, bundle: ProxyBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> LanguageModel:
+def loaded(model, bundle, tmp_path, monkeypatch):
     """A folder at 2:4, one linear at 3:4 and one dense; in bfloat16."""
     linears = Linears(ignore=(GATE,), sparsities={DOWN: "3:4"})
     wanda = replace(reference_methods(Pattern.parse("2:4"))["wanda"], steps=Steps(linears=linears))
@@ -107,14 +102,14 @@ def loaded(
     return load_model(str(tmp_path / "pruned"), device="cpu", dtype="bfloat16")
 
 
-def refusing(weight: Tensor) -> Tensor:
+def refusing(weight):
     """What torch's conversion does: refuses some shapes, and gives a tensor for the others."""
     if weight.shape[0] == 16:
         raise RuntimeError("dense.size(0) must be larger\nthan 32")
     return weight.clone()
 
 
-def test_which_linears(loaded: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_linears(loaded, monkeypatch):
     """Only groups that hold as they stand are converted; each other linear has its reason."""
     monkeypatch.setattr(measuring, "to_semi_structured", refusing)
     before = {name: linear.weight.clone() for name, linear in loaded.linears.items()}
@@ -132,7 +127,7 @@ def test_which_linears(loaded: LanguageModel, monkeypatch: pytest.MonkeyPatch) -
     assert all(torch.equal(loaded.linears[n].weight, w) for n, w in before.items())
 
 
-def test_without_a_recipe(loaded: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_recipe(loaded, monkeypatch):
     """A folder that PHO did not prune is taken by its zeros."""
     monkeypatch.setattr(measuring, "to_semi_structured", torch.clone)
     (Path(loaded.name) / "pruning.json").unlink()
@@ -142,7 +137,7 @@ def test_without_a_recipe(loaded: LanguageModel, monkeypatch: pytest.MonkeyPatch
     assert {*done.left} == {DOWN, GATE}
 
 
-def test_groups_are_those_of_neighbours_counted_row_by_row() -> None:
+def test_groups_are_those_of_neighbours_counted_row_by_row():
     generator = torch.Generator().manual_seed(0)
     weight = torch.rand(5, 12, generator=generator) * (torch.rand(5, 12, generator=generator) < 0.6)
     slow = sum(
@@ -155,14 +150,14 @@ def test_groups_are_those_of_neighbours_counted_row_by_row() -> None:
     assert broken_groups(weight[:, :10]) == 5 * 3
 
 
-def test_no_gpu(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_gpu(model_folder, monkeypatch):
     """Without a GPU, on the CPU, on an old GPU and in float32 it is refused with a way out."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InvalidInput, match=r"torch sees no GPU.*pho\.load_model"):
         pho.load_semi_structured(model_folder)
     with pytest.raises(InvalidInput, match="needs a GPU, and the device is cpu"):
         check_gpu(torch.device("cpu"))
-    old: dict[str, Any] = {
+    old = {
         "get_device_capability": lambda _: (7, 5), "get_device_name": lambda _: "Old",
     }  # fmt: skip
     for name, answer in old.items():

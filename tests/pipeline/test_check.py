@@ -4,12 +4,11 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -19,17 +18,15 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
     sparse_semi_structured_to_dense_cutlass,
 )
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from pho_service.errors import ConfigurationError, ModelError, NumericalError, PhoError
-from pho_service.models.loading import LanguageModel, load_model
+from pho_service.errors import ConfigurationError, ModelError, NumericalError
+from pho_service.models.loading import load_model
 from pho_service.models.mask_file import MASKS, LayerMask, read_masks, write_masks
 from pho_service.models.packed import pack
 from pho_service.models.saving import read_recipe
 from pho_service.pipeline.check import Check, check_folder
 from pho_service.pipeline.prune import prune_job
-from pho_service.pipeline.rating import ReportText
-from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.pattern import Pattern
@@ -45,7 +42,7 @@ NAMES = [
 OF_THE_ORIGINAL = ("original model", "kept weights", "other parameters")
 
 
-def bytes_sha256(weight: Tensor) -> str:
+def bytes_sha256(weight):
     """Of a weight's values, row by row, without the code under test."""
     values = weight.contiguous()
     short = values.view(torch.int16) if values.dtype is torch.bfloat16 else values
@@ -58,14 +55,14 @@ class Pruned:
 
     path: Path
 
-    def edit_recipe(self, change: Callable[[dict[str, Any]], object]) -> None:
+    def edit_recipe(self, change):
         """Change the recipe's document."""
         path = self.path / "pruning.json"
         document = json.loads(path.read_text())
         change(document)
         path.write_text(json.dumps(document))
 
-    def edit_tensor(self, name: str, change: Callable[[Tensor], object], layer: str = "") -> None:
+    def edit_tensor(self, name, change, layer=""):
         """Change a saved tensor in place; with ``layer``, that linear's hash is made to fit."""
         path = self.path / "model.safetensors"
         tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
@@ -75,7 +72,7 @@ class Pruned:
             digest = bytes_sha256(tensors[name])
             self.edit_recipe(lambda r: r["layers"][layer].update(weights_sha256=digest))
 
-    def edit_masks(self, change: Callable[[dict[str, LayerMask]], object], *, hashes: bool) -> None:
+    def edit_masks(self, change, *, hashes):
         """Change the masks; with ``hashes``, the recipe is made to fit."""
         file = read_masks(self.path / MASKS)
         masks = {name: file.mask(name) for name in file.names}
@@ -87,15 +84,7 @@ class Pruned:
             )
 
 
-def prune(
-    model: LanguageModel,
-    bundle: ProxyBundle,
-    target: Path,
-    *,
-    pattern: str = "2:4",
-    calibration: Tensor | None = None,
-    **steps: Any,
-) -> Pruned:
+def prune(model, bundle, target, *, pattern="2:4", calibration=None, **steps):
     """Prune a model by Wanda and these steps."""
     wanda = reference_methods(Pattern.parse(pattern))["wanda"]
     configuration = Configuration.of(replace(wanda, steps=Steps(**steps)))
@@ -104,9 +93,7 @@ def prune(
 
 
 @pytest.fixture
-def pruned(
-    original: LanguageModel, bundle: ProxyBundle, tmp_path_factory: Any, tmp_path: Path
-) -> Pruned:
+def pruned(original, bundle, tmp_path_factory, tmp_path):
     """The tiny model at 2:4; groups are cut in orders that only the MLPs fold."""
     stored = tmp_path_factory.getbasetemp() / "pruned"
     if not stored.is_dir():
@@ -114,17 +101,17 @@ def pruned(
     return Pruned(path=Path(shutil.copytree(stored, tmp_path / "pruned")))
 
 
-def failed(checks: list[Check]) -> list[str]:
+def failed(checks):
     """The names of the checks that failed."""
     return [check.name for check in checks if not check.passed]
 
 
-def detail(checks: list[Check], name: str) -> str:
+def detail(checks, name):
     """What a check says."""
     return next(check.detail for check in checks if check.name == name)
 
 
-def test_good(pruned: Pruned, model: LanguageModel) -> None:
+def test_good(pruned, model):
     """A folder that is what it says passes every check, with and without the original."""
     with_original = check_folder(pruned.path, original=model)
     alone = check_folder(pruned.path, original=None)
@@ -140,8 +127,8 @@ def test_good(pruned: Pruned, model: LanguageModel) -> None:
 
 
 def test_a_packed_folder_is_checked_as_it_is_and_found_to_be_of_another_model_or_changed(
-    pruned: Pruned, model: LanguageModel, original: LanguageModel, tmp_path: Path
-) -> None:
+    pruned, model, original, tmp_path
+):
     pack(pruned.path, tmp_path / "pruned.pho")
     good = check_folder(tmp_path / "pruned.pho", original=model)
     with torch.no_grad():
@@ -154,8 +141,8 @@ def test_a_packed_folder_is_checked_as_it_is_and_found_to_be_of_another_model_or
 
 
 def test_a_bfloat16_checkpoint_stays_one_and_its_kept_weights_stay_bit_for_bit(
-    tiny_llama: LlamaForCausalLM, model_folder: Path, calibrated: Any, tmp_path: Path
-) -> None:
+    tiny_llama, model_folder, calibrated, tmp_path
+):
     tiny_llama.to(torch.bfloat16).save_pretrained(model_folder)
     model, original = (load_model(str(model_folder), device="cpu") for _ in range(2))
     folder = prune(model, calibrated(original), tmp_path / "pruned")
@@ -169,11 +156,11 @@ def test_a_bfloat16_checkpoint_stays_one_and_its_kept_weights_stay_bit_for_bit(
     assert failed(bad) == ["other parameters"]
 
 
-def test_each_linear_is_told(pruned: Pruned) -> None:
-    told: list[int] = []
+def test_each_linear_is_told(pruned):
+    told = []
 
     @contextmanager
-    def bar(_: str, steps: int) -> Iterator[Callable[[int], None]]:
+    def bar(_, steps):
         told.append(steps)
         yield told.append
 
@@ -185,10 +172,10 @@ def test_each_linear_is_told(pruned: Pruned) -> None:
 Fault = Callable[[Pruned], None]
 
 
-def edited(*keys: str | int, **changes: object) -> Fault:
+def edited(*keys, **changes):
     """Changes a part of the recipe."""
 
-    def change(recipe: Any) -> None:
+    def change(recipe):
         for key in keys:
             recipe = recipe[key]
         recipe.update(changes)
@@ -196,15 +183,15 @@ def edited(*keys: str | int, **changes: object) -> Fault:
     return lambda pruned: pruned.edit_recipe(change)
 
 
-def masked(change: Callable[[dict[str, LayerMask]], object], *, hashes: bool = True) -> Fault:
+def masked(change, *, hashes=True):
     """Changes the masks."""
     return lambda pruned: pruned.edit_masks(change, hashes=hashes)
 
 
-def weighed(layer: str, change: Callable[[Tensor], Tensor], *, kept: bool = True) -> Fault:
+def weighed(layer, change, *, kept=True):
     """Changes a kept or a removed weight, and makes its hash fit."""
 
-    def break_it(pruned: Pruned) -> None:
+    def break_it(pruned):
         keep = read_masks(pruned.path / MASKS).mask(layer).keep
         index = tuple((keep == kept).nonzero()[5].tolist())
         pruned.edit_tensor(f"{layer}.weight", lambda t: change(t[index]), layer=layer)
@@ -212,18 +199,18 @@ def weighed(layer: str, change: Callable[[Tensor], Tensor], *, kept: bool = True
     return break_it
 
 
-def added(name: str) -> Fault:
+def added(name):
     """Changes a parameter that is no linear's of a block."""
     return lambda pruned: pruned.edit_tensor(name, lambda t: t.view(-1)[7].add_(0.01))
 
 
-def of_others(masks: dict[str, LayerMask]) -> None:
+def of_others(masks):
     """Masks in another shape, and of something else."""
     masks[UP] = LayerMask(keep=torch.ones(32, 64, dtype=torch.bool))
     masks["other"] = masks.pop(DOWN)
 
 
-def forget(pruned: Pruned) -> None:
+def forget(pruned):
     """As if the recipe were of another model."""
     pruned.edit_recipe(lambda recipe: recipe["layers"].update(other=recipe["layers"].pop(UP)))
 
@@ -275,9 +262,7 @@ NAN, ZEROS = float("nan"), "0" * 64
         (masked(of_others, hashes=False), "masks", f"{DOWN} has no mask"),
     ],
 )
-def test_what_is_broken_is_found_and_only_that(
-    pruned: Pruned, model: LanguageModel, break_it: Fault, expected: str, said: str
-) -> None:
+def test_what_is_broken_is_found_and_only_that(pruned, model, break_it, expected, said):
     break_it(pruned)
     checks = check_folder(pruned.path, original=model)
     alone = check_folder(pruned.path, original=None)
@@ -287,7 +272,7 @@ def test_what_is_broken_is_found_and_only_that(
     assert {*failed(alone)} == {*failed(checks)} - {*OF_THE_ORIGINAL}
 
 
-def test_a_kept_weight_that_is_zero_is_counted_and_no_fault(pruned: Pruned) -> None:
+def test_a_kept_weight_that_is_zero_is_counted_and_no_fault(pruned):
     weighed(DOWN, lambda t: t.fill_(0))(pruned)
     checks = check_folder(pruned.path, original=None)
 
@@ -295,7 +280,7 @@ def test_a_kept_weight_that_is_zero_is_counted_and_no_fault(pruned: Pruned) -> N
     assert "1 kept ones are too" in detail(checks, "zeros")
 
 
-def test_a_recipe_lacks_no_key(pruned: Pruned) -> None:
+def test_a_recipe_lacks_no_key(pruned):
     whole = (pruned.path / "pruning.json").read_text()
     keys = [
         *((key,) for key in json.loads(whole) if key not in ("format", "version")),
@@ -312,7 +297,7 @@ def test_a_recipe_lacks_no_key(pruned: Pruned) -> None:
             read_recipe(pruned.path)
 
 
-def test_another_original(pruned: Pruned, tiny_llama: LlamaForCausalLM, model_folder: Path) -> None:
+def test_another_original(pruned, tiny_llama, model_folder):
     """Against another model, that is told, and its weights are not compared."""
     tiny_llama.get_parameter(f"{UP}.weight").data[0, 0] += 0.01
     tiny_llama.save_pretrained(model_folder)
@@ -324,7 +309,7 @@ def test_another_original(pruned: Pruned, tiny_llama: LlamaForCausalLM, model_fo
     assert detail(checks, "kept weights") == "not checked: it is another model"
 
 
-def test_another_dtype(pruned: Pruned, model_folder: Path) -> None:
+def test_another_dtype(pruned, model_folder):
     """An original in another dtype has another hash: which one to load is told."""
     other = load_model(str(model_folder), device="cpu", dtype="bfloat16")
     checks = check_folder(pruned.path, original=other)
@@ -335,9 +320,9 @@ def test_another_dtype(pruned: Pruned, model_folder: Path) -> None:
 
 
 def test_kept_weights_that_were_updated_are_not_compared_the_rest_of_the_model_still_is(
-    bundle: ProxyBundle, report: ReportText, tmp_path: Path, model: LanguageModel,
-    original: LanguageModel,
-) -> None:  # fmt: skip
+    bundle, report, tmp_path, model,
+    original,
+):  # fmt: skip
     """At a ratio, which has no groups to check."""
     folder = prune(
         original, bundle, tmp_path / "out", pattern="0.5", calibration=report.windows, update="obs"
@@ -353,9 +338,7 @@ def test_kept_weights_that_were_updated_are_not_compared_the_rest_of_the_model_s
     assert failed(hidden) == ["kept weights"]
 
 
-def test_renumbered_channels_are_compared_with_those_that_they_were(
-    pruned: Pruned, model: LanguageModel
-) -> None:
+def test_renumbered_channels_are_compared_with_those_that_they_were(pruned, model):
     pruned.edit_recipe(lambda r: r.update(folded=r["folded"][:1]))
     hidden = check_folder(pruned.path, original=model)
 
@@ -365,8 +348,8 @@ def test_renumbered_channels_are_compared_with_those_that_they_were(
 
 
 def test_the_bias_of_a_linear_moves_along_with_its_folded_outputs(
-    model_folder: Path, calibrated: Any, tmp_path: Path
-) -> None:
+    model_folder, calibrated, tmp_path
+):
     """In GPT-2, which stores (in, out)."""
     config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=256, n_positions=32)
     with torch.random.fork_rng():
@@ -388,10 +371,10 @@ def test_the_bias_of_a_linear_moves_along_with_its_folded_outputs(
     assert failed(check_folder(folder.path, original=original)) == ["other parameters"]
 
 
-def cut(name: str, size: int) -> Fault:
+def cut(name, size):
     """Cuts bytes off a file, or the whole file."""
 
-    def break_it(pruned: Pruned) -> None:
+    def break_it(pruned):
         path = pruned.path / name
         content = path.read_bytes()[:-size]
         path.unlink() if not content else path.write_bytes(content)
@@ -399,7 +382,7 @@ def cut(name: str, size: int) -> Fault:
     return break_it
 
 
-def recipe_is(content: str) -> Fault:
+def recipe_is(content):
     """Writes something in the recipe's place."""
     return lambda pruned: (pruned.path / "pruning.json").write_text(content) and None
 
@@ -430,16 +413,14 @@ GONE = 10**9
         ),
     ],
 )
-def test_what_cannot_be_read_is_an_error_not_a_failed_check(
-    pruned: Pruned, break_it: Fault, error: type[PhoError], said: str
-) -> None:
+def test_what_cannot_be_read_is_an_error_not_a_failed_check(pruned, break_it, error, said):
     break_it(pruned)
 
     with pytest.raises(error, match=said):
         check_folder(pruned.path, original=None)
 
 
-def test_dense_folder(model_folder: Path, tmp_path: Path) -> None:
+def test_dense_folder(model_folder, tmp_path):
     """A folder that was not pruned, or is not there, is told so."""
     with pytest.raises(ConfigurationError, match=r"has no pruning\.json"):
         check_folder(model_folder, original=None)
@@ -447,7 +428,7 @@ def test_dense_folder(model_folder: Path, tmp_path: Path) -> None:
         check_folder(tmp_path / "none", original=None)
 
 
-def test_no_device(pruned: Pruned, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_device(pruned, monkeypatch):
     """Without a CUDA device the 2:4 format is not tried, and that is told."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     checks = check_folder(pruned.path, original=None)
@@ -457,7 +438,7 @@ def test_no_device(pruned: Pruned, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def packed_on_cpu(weight: Tensor) -> SimpleNamespace:
+def packed_on_cpu(weight):
     """A stand-in for torch's 2:4 format: the same packing, which also runs without a GPU."""
     if weight.shape[0] < 32:
         raise RuntimeError("shape is not supported")
@@ -466,8 +447,8 @@ def packed_on_cpu(weight: Tensor) -> SimpleNamespace:
 
 
 def test_every_2_4_linear_is_packed_in_the_order_of_its_groups_refused_shapes_are_no_fault(
-    pruned: Pruned, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    pruned, monkeypatch
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(Tensor, "cuda", lambda tensor: tensor)
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", packed_on_cpu)
@@ -483,9 +464,7 @@ def test_every_2_4_linear_is_packed_in_the_order_of_its_groups_refused_shapes_ar
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_torchs_2_4_format_holds_the_linears_whatever_order_their_groups_lie_in(
-    pruned: Pruned,
-) -> None:
+def test_on_a_gpu_torchs_2_4_format_holds_the_linears_whatever_order_their_groups_lie_in(pruned):
     checks = check_folder(pruned.path, original=None)
 
     assert failed(checks) == []

@@ -1,16 +1,13 @@
 """Models of which some linears stay dense, and models that are stored without permutations."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import pho_service as pho
 from pho_service.errors import InvalidInput
-from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.loading import load_model
 from pho_service.models.saving import read_recipe
 from pho_service.pipeline import bench
 from pho_service.pipeline.bench import convert_
@@ -19,10 +16,9 @@ from pho_service.pipeline.compare import ComparisonRequest, compare_over_seeds
 from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.pipeline import prune_model
 from pho_service.pipeline.prune import orders_in_words, prune_job
-from pho_service.pipeline.rating import ReportText, rate_pruned
+from pho_service.pipeline.rating import rate_pruned
 from pho_service.pipeline.search import search_job
 from pho_service.pipeline.transfer import transfer_job
-from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import broken_groups
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.baselines import reference_methods
@@ -30,7 +26,6 @@ from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Coefficients, Linears, Pattern
 from pho_service.spec.steps import Allocation, Candidate, Steps
 from pho_service.tuning.plan import SearchRequest
-from pho_service.tuning.result import SearchResult
 
 LEFT_OUT = ("*.o_proj", "*.layers.1.mlp.up_proj")
 CREPE = Coefficients(row=0.4, column=1, neighbourhood=0.8, kernel_size=5, gradient_exponent=0.3)
@@ -42,7 +37,7 @@ STEPS = [
 ]
 
 
-def candidate_of(pattern: str, steps: Steps) -> Candidate:
+def candidate_of(pattern, steps):
     """A candidate that leaves three linears dense, and has two by hand."""
     sparsities = {"*.down_proj": "3:4" if ":" in pattern else 0.25}
     steps = replace(steps, linears=Linears(ignore=LEFT_OUT, sparsities=sparsities))
@@ -51,15 +46,13 @@ def candidate_of(pattern: str, steps: Steps) -> Candidate:
     )
 
 
-def is_dense(name: str) -> bool:
+def is_dense(name):
     """What LEFT_OUT says, written out."""
     return name.endswith("o_proj") or name == "model.layers.1.mlp.up_proj"
 
 
 @pytest.mark.parametrize(("pattern", "steps"), STEPS)
-def test_pruned(
-    model: LanguageModel, bundle: ProxyBundle, report: ReportText, pattern: str, steps: Steps
-) -> None:
+def test_pruned(model, bundle, report, pattern, steps):
     """Dense linears keep every bit whatever the steps, and those by hand have their sparsity."""
     before = {name: linear.weight.clone() for name, linear in model.linears.items()}
     candidate = candidate_of(pattern, steps)
@@ -85,8 +78,8 @@ OF_SOME = SearchRequest(
 
 
 def test_a_searchs_configuration_says_which_linears_a_pruned_folder_of_it_passes_its_checks(
-    bundle: ProxyBundle, confirming: Any, original: LanguageModel, tmp_path: Path
-) -> None:
+    bundle, confirming, original, tmp_path
+):
     model, report = confirming.values()
     found = search_job(OF_SOME, bundle, **confirming).configuration
     request = ComparisonRequest(pattern=Pattern.parse("2:4"), configurations=[("found", found)])
@@ -108,7 +101,7 @@ def test_a_searchs_configuration_says_which_linears_a_pruned_folder_of_it_passes
     assert details["weight hashes"] == "14 weights as recorded"
 
 
-def test_two_searches_of_different_linears_have_studies_of_their_own(bundle: ProxyBundle) -> None:
+def test_two_searches_of_different_linears_have_studies_of_their_own(bundle):
     some = search_job(OF_SOME, bundle)
     whole = search_job(replace(OF_SOME, steps=Steps(permutation="score")), bundle)
 
@@ -116,7 +109,7 @@ def test_two_searches_of_different_linears_have_studies_of_their_own(bundle: Pro
     assert some.configuration.objective["value"] < whole.configuration.objective["value"]
 
 
-def test_transferred(bundle: ProxyBundle) -> None:
+def test_transferred(bundle):
     """Patterns are looked up anew on each model; one that matches nothing there names it."""
     found = search_job(OF_SOME, bundle).configuration
     other = replace(
@@ -131,7 +124,7 @@ def test_transferred(bundle: ProxyBundle) -> None:
         transfer_job(Calibrated(name="other", bundle=other), found)
 
 
-def test_over_models(bundle: ProxyBundle) -> None:
+def test_over_models(bundle):
     """Over several models RIA, which all is relative to, prunes what the candidates prune."""
     joint = replace(OF_SOME, objective=Objective(over="mean"))
     found = search_job(joint, {"one": bundle, "two": bundle}).configuration
@@ -146,14 +139,7 @@ PERMUTED = pho.baseline("wanda-permuted", "2:4")
 
 
 @pytest.mark.parametrize("deployable", [True, False])
-def test_stored_order(
-    model: LanguageModel,
-    bundle: ProxyBundle,
-    report: ReportText,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    deployable: bool,
-) -> None:
+def test_stored_order(model, bundle, report, tmp_path, monkeypatch, deployable):
     """Every linear is 2:4 as it is stored, and only the MLPs' readers are permuted."""
     found = PERMUTED.deployable() if deployable else PERMUTED
     pruned = prune_job(model, bundle, found, tmp_path / "out", calibration=report.windows)
@@ -180,7 +166,7 @@ def test_stored_order(
         assert "--deployable" in orders_in_words(pruned.orders)
 
 
-def test_foldable(model: LanguageModel, streamed: LanguageModel) -> None:
+def test_foldable(model, streamed):
     """What can be folded is proven on the model, which stays as it is."""
     before = {name: each.weight.clone() for name, each in model.linears.items()}
 
@@ -189,7 +175,7 @@ def test_foldable(model: LanguageModel, streamed: LanguageModel) -> None:
     assert not streamed.foldable
 
 
-def test_price(searched: Callable[..., SearchResult], bundle: ProxyBundle, confirming: Any) -> None:
+def test_price(searched, bundle, confirming):
     """A search says what its result would be with every order free, as measured so."""
     model, report = confirming.values()
     request = SearchRequest(
@@ -210,7 +196,7 @@ def test_price(searched: Callable[..., SearchResult], bundle: ProxyBundle, confi
     assert any("12 of 14 linears keep" in warning for warning in first.warnings)
 
 
-def test_unchanged_documents() -> None:
+def test_unchanged_documents():
     """What asks for nothing new is written as before; what measured other orders is left out."""
     measured = PERMUTED.model_copy(
         update={"confirmation": {"perplexity": 1.0, "tokens": 1, "context_length": 2, "text": {}}}

@@ -1,19 +1,14 @@
 """Finalists race over the windows of a text, and the winner is measured on all of it."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import pytest
-from torch import Tensor
 
 from pho_service.errors import InvalidInput, NumericalError
-from pho_service.models.loading import LanguageModel
 from pho_service.pipeline import confirmation, search
-from pho_service.pipeline.rating import ReportText, Subject, measure, rate_pruned
+from pho_service.pipeline.rating import Subject, measure, rate_pruned
 from pho_service.pipeline.search import search_job
-from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.steps import Steps
@@ -24,34 +19,34 @@ WINDOWS = 12
 
 
 @pytest.fixture
-def report(model: LanguageModel, read_report: Callable[..., ReportText]) -> ReportText:
+def report(model, read_report):
     """Windows enough for several looks."""
     return read_report(model, WINDOWS, 40)
 
 
-def request_of(**changes: Any) -> SearchRequest:
+def request_of(**changes):
     """A small request with some values changed."""
     return replace(SearchRequest(pattern=Pattern.parse("0.5", "layer"), trials=14), **changes)
 
 
 @pytest.mark.parametrize("name", ["finalists", "in_full"])
-def test_no_finalists_are_refused(name: str) -> None:
+def test_no_finalists_are_refused(name):
     with pytest.raises(InvalidInput, match=rf"^{name}=0 is below 1\.$"):
         request_of(**{name: 0})
 
 
 @pytest.fixture
-def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+def eager(monkeypatch):
     """Candidates of a random model are all alike: one that is behind is dropped by a whim."""
     monkeypatch.setattr(confirmation, "still_racing", partial(still_racing, level=0.4))
 
 
 @pytest.fixture
-def runs(model: LanguageModel) -> list[int]:
+def runs(model):
     """How many windows the model has run, call by call, beside what it has written."""
-    found: list[int] = []
+    found = []
 
-    def count(_module: object, _args: object, given: Any) -> None:
+    def count(_module, _args, given):
         if not given.get("use_cache"):
             found.append(len(given["input_ids"]))
 
@@ -60,9 +55,7 @@ def runs(model: LanguageModel) -> list[int]:
 
 
 @pytest.mark.usefixtures("eager")
-def test_race(
-    bundle: ProxyBundle, confirming: Any, runs: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_race(bundle, confirming, runs, monkeypatch):
     """The winner has its perplexity of the whole text, and what that took is counted."""
     monkeypatch.setattr(search._Steps, "_judges", lambda *_: [])  # is not counted
     model, report = confirming.values()
@@ -83,9 +76,9 @@ def test_race(
 
 @pytest.mark.parametrize(("pattern", "given"), [("0.5", None), ("2:4", 2)])
 def test_where_pruning_takes_a_text_finalists_race_on_their_masks_and_few_are_pruned_in_full(
-    pattern: str, given: int | None, bundle: ProxyBundle, confirming: Any, windows: Tensor,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    pattern, given, bundle, confirming, windows,
+    monkeypatch,
+):  # fmt: skip
     monkeypatch.setattr(confirmation, "still_racing", lambda losses, *_, **__: [*losses])
     asked = request_of(
         pattern=Pattern.parse(pattern), finalists=4, in_full=given, steps=Steps(update="obs")
@@ -104,9 +97,7 @@ def test_where_pruning_takes_a_text_finalists_race_on_their_masks_and_few_are_pr
     assert everybody.confirmation.perplexity <= found.confirmation.perplexity
 
 
-def test_masks_of_a_streamed_model_are_compared_on_all_windows(
-    bundle: ProxyBundle, streamed: LanguageModel, report: ReportText, windows: Tensor
-) -> None:
+def test_masks_of_a_streamed_model_are_compared_on_all_windows(bundle, streamed, report, windows):
     asked = request_of(finalists=3, steps=Steps(update="obs"))
     for given, count in ((None, 2), (1, 1)):
         found = search_job(
@@ -119,14 +110,14 @@ def test_masks_of_a_streamed_model_are_compared_on_all_windows(
 
 
 @pytest.mark.usefixtures("eager")
-def test_interrupted(bundle: ProxyBundle, confirming: Any, runs: list[int], searched: Any) -> None:
+def test_interrupted(bundle, confirming, runs, searched):
     """Interrupted anywhere in the race, a search goes on and ends with the same bytes."""
     model = confirming["model"]
     whole = search_job(request_of(finalists=2), bundle, **confirming).configuration
     windows = sum(runs)
     runs.clear()
 
-    def stop(*_: object) -> None:
+    def stop(*_):
         if len(runs) in (8, 21):  # in the first look, and after it
             runs.append(0)
             raise KeyboardInterrupt
@@ -142,9 +133,7 @@ def test_interrupted(bundle: ProxyBundle, confirming: Any, runs: list[int], sear
     assert sum(runs) < windows + 2 * (3 + 3)  # what the race has measured is not measured again
 
 
-def test_another_seed_looks_at_other_windows_first_the_same_one_at_the_same(
-    bundle: ProxyBundle, confirming: Any
-) -> None:
+def test_another_seed_looks_at_other_windows_first_the_same_one_at_the_same(bundle, confirming):
     rated = [
         search_job(request_of(seed=seed, trials=9), bundle, **confirming).configuration.finalists
         for seed in (0, 0, 1)
@@ -156,11 +145,11 @@ def test_another_seed_looks_at_other_windows_first_the_same_one_at_the_same(
 
 
 def test_a_window_whose_loss_is_nan_ends_the_search_and_the_error_says_of_which_candidate(
-    bundle: ProxyBundle, confirming: Any
-) -> None:
-    seen: list[int] = []
+    bundle, confirming
+):
+    seen = []
 
-    def spoil(_module: object, _args: object, output: Any) -> Any:
+    def spoil(_module, _args, output):
         seen.append(1)
         if len(seen) == 5:  # windows of the dense model, then of the first finalist
             output.logits[:] = float("nan")
@@ -174,8 +163,8 @@ def test_a_window_whose_loss_is_nan_ends_the_search_and_the_error_says_of_which_
 
 
 def test_windows_that_are_known_are_not_run_again_and_count_in_the_order_of_the_text(
-    bundle: ProxyBundle, model: LanguageModel, report: ReportText, runs: list[int]
-) -> None:
+    bundle, model, report, runs
+):
     candidate = reference_methods(Pattern.parse("0.5"))["wanda"]
     subject = Subject(model=model, bundle=bundle, text=report)
     whole = measure(subject, candidate)

@@ -1,7 +1,6 @@
 """Corrections of a search's best allocation, from the search to the configuration."""
 
 from dataclasses import replace
-from typing import Any
 
 import optuna
 import pytest
@@ -9,7 +8,6 @@ import pytest
 from pho_service.errors import InvalidInput
 from pho_service.interface.objective import configuration
 from pho_service.pipeline.search import search_job
-from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Linears, Pattern
 from pho_service.spec.steps import Allocation, Steps
@@ -22,12 +20,12 @@ REQUEST = SearchRequest(
 
 
 @pytest.fixture
-def options(confirming: dict[str, Any]) -> dict[str, Any]:
+def options(confirming):
     """What a search with corrections takes beside the bundle."""
     return {**confirming, "calibration": confirming["confirm_text"].windows.flip(0)}
 
 
-def corrections(study: optuna.Study) -> list[tuple[Any, ...]]:
+def corrections(study):
     """The corrections in a study."""
     return [
         (t.number, t.value, t.user_attrs["calibration_divergence"], t.user_attrs["steps"])
@@ -36,7 +34,7 @@ def corrections(study: optuna.Study) -> list[tuple[Any, ...]]:
     ]
 
 
-def test_corrected(bundle: ProxyBundle, options: Any) -> None:
+def test_corrected(bundle, options):
     """Corrections are trials after the search's; the nearest one is confirmed with the others."""
     study = optuna.create_study(study_name="study")
     found = search_job(REQUEST, bundle, study=study, **options).configuration
@@ -55,8 +53,8 @@ def test_corrected(bundle: ProxyBundle, options: Any) -> None:
 
 
 def test_a_search_that_breaks_off_amid_its_corrections_goes_on_to_the_same_trials_and_result(
-    bundle: ProxyBundle, options: Any
-) -> None:
+    bundle, options
+):
     whole, broken = (optuna.create_study(study_name="study") for _ in range(2))
     expected = search_job(REQUEST, bundle, study=whole, **options)
     unconfirmed = {**options, "confirm_text": None}
@@ -68,8 +66,8 @@ def test_a_search_that_breaks_off_amid_its_corrections_goes_on_to_the_same_trial
 
 
 def test_a_longer_search_goes_on_past_the_corrections_with_the_trials_that_it_has_without_them(
-    bundle: ProxyBundle, options: Any
-) -> None:
+    bundle, options
+):
     corrected, plain = (optuna.create_study(study_name="study") for _ in range(2))
     unconfirmed = {**options, "confirm_text": None}
     search_job(replace(REQUEST, corrections=1), bundle, study=corrected, **unconfirmed)
@@ -84,7 +82,7 @@ def test_a_longer_search_goes_on_past_the_corrections_with_the_trials_that_it_ha
     assert len(searched[0]) == 20
 
 
-def test_without_perplexities(bundle: ProxyBundle, options: Any) -> None:
+def test_without_perplexities(bundle, options):
     """Without a text the nearest to the dense model is the result, and its study says so."""
     study = optuna.create_study(study_name="study")
     result = search_job(REQUEST, bundle, study=study, **{**options, "confirm_text": None})
@@ -106,16 +104,12 @@ def test_without_perplexities(bundle: ProxyBundle, options: Any) -> None:
         ({"objective": Objective(name="gini")}, "the objective is gini"),
     ],
 )
-def test_what_cannot_be_corrected_is_refused_before_anything_is_searched(
-    changes: dict[str, Any], message: str
-) -> None:
+def test_what_cannot_be_corrected_is_refused_before_anything_is_searched(changes, message):
     with pytest.raises(InvalidInput, match=message):
         replace(REQUEST, **changes)
 
 
-def test_a_bundle_alone_cannot_be_corrected_nor_sparsities_by_hand(
-    bundle: ProxyBundle, options: Any
-) -> None:
+def test_a_bundle_alone_cannot_be_corrected_nor_sparsities_by_hand(bundle, options):
     with pytest.raises(InvalidInput, match="give the model instead of a bundle"):
         search_job(REQUEST, bundle)
     steps = replace(REQUEST.steps, linears=Linears(sparsities={"*": 0.5}))
@@ -123,8 +117,6 @@ def test_a_bundle_alone_cannot_be_corrected_nor_sparsities_by_hand(
         search_job(replace(REQUEST, steps=steps), bundle, **options)
 
 
-def test_a_calibration_of_one_window_has_none_to_measure_a_correction_on(
-    bundle: ProxyBundle, options: Any
-) -> None:
+def test_a_calibration_of_one_window_has_none_to_measure_a_correction_on(bundle, options):
     with pytest.raises(InvalidInput, match=r"only one\. Give 2"):
         search_job(REQUEST, bundle, **{**options, "calibration": options["calibration"][:1]})

@@ -2,12 +2,9 @@
 
 import json
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from pretended_cards import Card
 from safetensors.torch import load_file, save_file
 from transformers import (
     MixtralConfig,
@@ -64,15 +61,13 @@ FAMILIES: dict[str, tuple[type[PreTrainedModel], PreTrainedConfig]] = {
 }
 
 
-def saved(
-    family: str, model_folder: Path, target: Path, *, as_stored: bool = True, blocks: int = 2
-) -> Path:
+def saved(family, model_folder, target, *, as_stored=True, blocks=2):
     """A random bfloat16 mixture of four experts in each block, stored as it is published."""
     model_class, config = FAMILIES[family]
     config = type(config)(**{**config.to_dict(), "num_hidden_layers": blocks})
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model: Any = model_class(config).bfloat16()
+        model = model_class(config).bfloat16()
     model.save_pretrained(target, max_shard_size="20KB", save_original_format=as_stored)
     for file in model_folder.glob("token*"):
         shutil.copy(file, target)
@@ -80,14 +75,14 @@ def saved(
 
 
 @pytest.fixture
-def mixtral_folder(model_folder: Path, tmp_path: Path) -> Path:
+def mixtral_folder(model_folder, tmp_path):
     """A random Mixtral, as Mistral AI stores it."""
     return saved("mixtral", model_folder, tmp_path / "mixtral")
 
 
 def test_every_experts_channel_order_is_folded_into_its_weights_what_is_saved_passes_its_check(
-    mixtral_folder: Path, text_of: Any, tmp_path: Path
-) -> None:
+    mixtral_folder, text_of, tmp_path
+):
     model = load_model(str(mixtral_folder), device="cpu")
     text = text_of(model, SETTINGS)
     bundle = calibrate(model, text, SETTINGS)
@@ -120,9 +115,7 @@ TRAINED = Steps(update="obs", reconstruction=Reconstruction(method="block", lear
         pytest.param("qwen3", Steps(), id="qwen3"),
     ],
 )
-def test_streamed(
-    family: str, steps: Steps, model_folder: Path, text_of: Any, tmp_path: Path
-) -> None:
+def test_streamed(family, steps, model_folder, text_of, tmp_path):
     """A streamed mixture has the bundle, the hash and the pruned weights of a loaded one."""
     folder = saved(family, model_folder, tmp_path / family)
     stored = {name for file in folder.glob("*.safetensors") for name in load_file(file)}
@@ -159,7 +152,7 @@ def test_streamed(
         assert torch.equal(pruned[1][name], tensor), name
 
 
-def test_streamed_as_it_lies(model_folder: Path, tmp_path: Path) -> None:
+def test_streamed_as_it_lies(model_folder, tmp_path):
     """Experts that are stored in one tensor are mapped as one."""
     folder = saved("qwen3", model_folder, tmp_path / "fused", as_stored=False)
     model = load_model(str(folder), device="cpu", stream=True)
@@ -170,7 +163,7 @@ def test_streamed_as_it_lies(model_folder: Path, tmp_path: Path) -> None:
     assert list(model.linears) == list(whole.linears)
 
 
-def test_streamed_experts_stay_in_their_files(mixtral_folder: Path) -> None:
+def test_streamed_experts_stay_in_their_files(mixtral_folder):
     model = load_model(str(mixtral_folder), device="cpu", stream=True)
     expert = model.linears["model.layers.1.mlp.experts.3.down_proj"]
 
@@ -179,7 +172,7 @@ def test_streamed_experts_stay_in_their_files(mixtral_folder: Path) -> None:
     assert expert.siblings == "model.layers.1.mlp.experts.down_proj"
 
 
-def test_streamed_to_a_gpu(model_folder: Path, pretended_gpu: Card, tmp_path: Path) -> None:
+def test_streamed_to_a_gpu(model_folder, pretended_gpu, tmp_path):
     """A card holds one block of a streamed mixture at a time, while it is pruned and measured."""
     folder = saved("mixtral", model_folder, tmp_path / "mixtral", blocks=12)
     model = load_model(str(folder), device="cuda", stream=True)

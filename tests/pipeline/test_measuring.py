@@ -1,22 +1,16 @@
 """The jobs that measure or write: rating, compare, validate, prune; and repeated comparisons."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from pho_service.errors import BundleError, ConfigurationError, InvalidInput, NumericalError
 from pho_service.models.calibration import calibrate, calibration_text
-from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource
 from pho_service.pipeline.compare import (
-    Comparison,
     ComparisonRequest,
     ComparisonRow,
     check_family,
@@ -36,8 +30,7 @@ from pho_service.pipeline.rating import (
     rate_by_perplexity,
     rate_pruned,
 )
-from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.masks import LinearMask, linear_masks, pruned
+from pho_service.pruning.masks import linear_masks, pruned
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.spec.baselines import OWL_AT_NM, comparison_baselines, named_baselines
 from pho_service.spec.calibration import CalibrationSettings
@@ -61,28 +54,28 @@ CONFIGURATION = Configuration(
 
 
 def compared_on(
-    model: LanguageModel, bundle: ProxyBundle, report: ReportText, pattern: Pattern,
-    configurations: Sequence[tuple[str, Configuration]], *,
-    calibration: Tensor | None = None, also: Any = None, text: RecoveryText | None = None,
-    **asked: Any,
-) -> Sequence[ComparisonRow]:  # fmt: skip
+    model, bundle, report, pattern,
+    configurations, *,
+    calibration = None, also = None, text = None,
+    **asked,
+):  # fmt: skip
     """The rows of a comparison on one calibration."""
     request = ComparisonRequest(pattern=pattern, configurations=configurations, **asked)
     given = Calibrated(bundle=bundle, model=model, calibration=calibration)
     return compare_over_seeds(model, report, request, {0: lambda: given}, text=text, also=also).rows
 
 
-def bits(model: LanguageModel) -> dict[str, Tensor]:
+def bits(model):
     """A copy of all weights, as integers: 0 and -0 differ."""
     return {n: p.detach().clone().view(torch.int32) for n, p in model.model.named_parameters()}
 
 
-def same(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> bool:
+def same(before, after):
     """Whether all weights are the same to the last bit."""
     return all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-def test_rate_pruned(model: LanguageModel, bundle: ProxyBundle, report: ReportText) -> None:
+def test_rate_pruned(model, bundle, report):
     """The model is rated pruned, and given back dense."""
     before = bits(model)
     dense = rate_perplexity(model.model, report.windows).perplexity
@@ -95,8 +88,8 @@ def test_rate_pruned(model: LanguageModel, bundle: ProxyBundle, report: ReportTe
 
 
 def test_a_candidate_whose_perplexity_is_no_number_fails_alone_with_its_cause(
-    model: LanguageModel, bundle: ProxyBundle, report: ReportText
-) -> None:
+    model, bundle, report
+):
     before = bits(model)
     huge = Candidate(
         method="crepe",
@@ -113,7 +106,7 @@ def test_a_candidate_whose_perplexity_is_no_number_fails_alone_with_its_cause(
     assert same(before, bits(model))
 
 
-def test_glance(model: LanguageModel, bundle: ProxyBundle, report: ReportText) -> None:
+def test_glance(model, bundle, report):
     """A candidate is compared with the dense model, which is given back."""
     before = bits(model)
     candidate = comparison_baselines(Pattern.parse("0.5", "layer"))[1]
@@ -138,14 +131,14 @@ def test_glance(model: LanguageModel, bundle: ProxyBundle, report: ReportText) -
     ("windows", "context_length", "compared"),
     [(16, 512, 1), (8, 128, 2), (16, 128, 4), (16, 2048, 1), (3, 32, 1), (1, 32, 1), (400, 32, 16)],
 )
-def test_compared_count(windows: int, context_length: int, compared: int) -> None:
+def test_compared_count(windows, context_length, compared):
     """About 512 tokens are compared, at most a quarter of the windows, at least one."""
     text = torch.arange(windows * context_length).view(windows, context_length)
 
     assert compared_count(text) == compared
 
 
-def test_text_key(report: ReportText) -> None:
+def test_text_key(report):
     """The key is of exactly the windows: one token changes it, the record does not."""
     changed = report.windows.clone()
     changed[0, 0] += 1
@@ -155,7 +148,7 @@ def test_text_key(report: ReportText) -> None:
     assert replace(report, windows=report.windows[:2]).key != report.key
 
 
-def test_compare(model: LanguageModel, bundle: ProxyBundle, report: ReportText) -> None:
+def test_compare(model, bundle, report):
     """Each row has its own scope; a configuration keeps its own; the model is given back dense."""
     before = bits(model)
     rows = compared_on(
@@ -172,8 +165,8 @@ def test_compare(model: LanguageModel, bundle: ProxyBundle, report: ReportText) 
 
 
 def test_a_configuration_whose_kernel_size_the_bundle_lacks_has_a_perplexity_but_no_proxy(
-    model: LanguageModel, bundle: ProxyBundle, report: ReportText
-) -> None:
+    model, bundle, report
+):
     document = replace(CONFIGURATION.coefficients, kernel_size=7)
     other = CONFIGURATION.model_copy(update={"coefficients": document})
     mine = [("seven", other)]
@@ -185,7 +178,7 @@ def test_a_configuration_whose_kernel_size_the_bundle_lacks_has_a_perplexity_but
     assert rows[-1].perplexity > 1
 
 
-def test_validate(model: LanguageModel, bundle: ProxyBundle, report: ReportText) -> None:
+def test_validate(model, bundle, report):
     """Every candidate is rated by every proxy and by perplexity; the seed decides which."""
     before = bits(model)
     pattern = Pattern.parse("2:4")
@@ -202,9 +195,7 @@ def test_validate(model: LanguageModel, bundle: ProxyBundle, report: ReportText)
     assert same(before, bits(model))
 
 
-def test_prune(
-    model: LanguageModel, bundle: ProxyBundle, tmp_path: Path, tiny_llama: LlamaForCausalLM
-) -> None:
+def test_prune(model, bundle, tmp_path, tiny_llama):
     """Every linear has the zeros that the recipe counts, and all else is as it was."""
     dense = dict(tiny_llama.named_parameters())
     result = prune_job(model, bundle, CONFIGURATION, tmp_path / "out")
@@ -221,8 +212,8 @@ def test_prune(
 
 
 def test_a_bundle_of_other_weights_prunes_nothing_and_a_score_beyond_float32_names_the_layer(
-    model: LanguageModel, original: LanguageModel, bundle: ProxyBundle, tmp_path: Path
-) -> None:
+    model, original, bundle, tmp_path
+):
     """No folder is written."""
     name = "model.layers.1.mlp.down_proj"
     model.linears[name].weight.add_(1)
@@ -247,13 +238,11 @@ MINE = Configuration.of(replace(named_baselines(HALF)["crepe-equal"], method="cr
 
 
 @pytest.fixture
-def drawn(
-    model: LanguageModel, texts: dict[str, Path]
-) -> Callable[[int], Callable[[], Calibrated]]:
+def drawn(model, texts):
     """Calibrations on windows that a seed draws."""
 
-    def of_seed(seed: int) -> Callable[[], Calibrated]:
-        def make() -> Calibrated:
+    def of_seed(seed):
+        def make():
             settings = CalibrationSettings(
                 samples=3, context_length=32, rows_per_layer=4, projection_rows=16,
                 kernel_sizes=(3,), seed=seed,
@@ -269,12 +258,12 @@ def drawn(
 
 
 def test_each_permuted_method_removes_2_of_4_in_another_channel_order_than_the_models(
-    model: LanguageModel, bundle: ProxyBundle, report: ReportText
-) -> None:
+    model, bundle, report
+):
     dense = {name: linear.weight.clone() for name, linear in model.linears.items()}
     for method in ("wanda-permuted", "ria-row-sequential-permuted", "sparsegpt-permuted"):
         candidate = named_baselines(NM)[method]
-        masks: dict[str, LinearMask] = {}
+        masks = {}
         prune_model(model, bundle.statistics(), candidate, report.windows, kept=masks.__setitem__)
         moved = False
         for name, linear in model.linears.items():
@@ -287,12 +276,12 @@ def test_each_permuted_method_removes_2_of_4_in_another_channel_order_than_the_m
         assert moved
 
 
-def test_methods_by_name(model: LanguageModel, bundle: ProxyBundle, report: ReportText) -> None:
+def test_methods_by_name(model, bundle, report):
     """Named methods are the rows, each as it would be alone; more can be measured of each."""
     names = ["wanda-sequential", "sparsegpt"]
-    seen: list[int] = []
+    seen = []
 
-    def zeros(pruned: LanguageModel) -> dict[str, float]:
+    def zeros(pruned):
         seen.append(sum(int((each.weight == 0).sum()) for each in pruned.linears.values()))
         return {"zeros": float(seen[-1])}
 
@@ -315,15 +304,13 @@ def test_methods_by_name(model: LanguageModel, bundle: ProxyBundle, report: Repo
     assert 0 < other.behind < 1
 
 
-def test_method_without_its_text(
-    model: LanguageModel, bundle: ProxyBundle, report: ReportText
-) -> None:
+def test_method_without_its_text(model, bundle, report):
     """A method that needs a text is not left out silently if it was named."""
     with pytest.raises(InvalidInput, match="need a calibration text"):
         compared_on(model, bundle, report, HALF, [], methods=["sparsegpt"])
 
 
-def test_ablation(model: LanguageModel, bundle: ProxyBundle, report: ReportText) -> None:
+def test_ablation(model, bundle, report):
     """Each step has its row, and the last one is the configuration's own."""
     options = {"methods": ["wanda"], "calibration": report.windows}
     own = compared_on(model, bundle, report, HALF, [("mine", MINE)], **options)
@@ -339,18 +326,12 @@ def test_ablation(model: LanguageModel, bundle: ProxyBundle, report: ReportText)
 
 
 @pytest.mark.parametrize("ablation", [False, True])
-def test_what_was_found_is_recovered_in_rows_of_their_own(
-    model: LanguageModel,
-    bundle: ProxyBundle,
-    report: ReportText,
-    texts: dict[str, Path],
-    ablation: bool,
-) -> None:
+def test_what_was_found_is_recovered_in_rows_of_their_own(model, bundle, report, texts, ablation):
     before = bits(model)
     source = TextSource(path=str(texts["calibration"]))
     text = RecoveryText(source=source, context_length=32, unlike=report.windows)
     recovery = Recovery(tokens=256, rate=0.02)
-    options: dict[str, Any] = {"methods": ["wanda"], "calibration": report.windows}
+    options = {"methods": ["wanda"], "calibration": report.windows}
     options |= {"ablation": ablation}
     plain = compared_on(model, bundle, report, HALF, [("mine", MINE)], **options)
     rows = compared_on(
@@ -371,11 +352,7 @@ def test_what_was_found_is_recovered_in_rows_of_their_own(
     assert same(before, bits(model))
 
 
-def test_seeds(
-    model: LanguageModel,
-    report: ReportText,
-    drawn: Callable[[int], Callable[[], Calibrated]],
-) -> None:
+def test_seeds(model, report, drawn):
     """Each seed has a calibration and a search of its own; rows are their mean and deviation."""
     preset = Preset.of("crepe", HALF)
     search = SearchRequest(pattern=HALF, bounds=preset.bounds, trials=9, finalists=1)
@@ -402,9 +379,7 @@ def test_seeds(
     assert "seeds 0, 3" in found.caption
 
 
-def test_the_summary_names_the_best_published_variant_by_its_own_name(
-    model: LanguageModel, bundle: ProxyBundle, report: ReportText
-) -> None:
+def test_the_summary_names_the_best_published_variant_by_its_own_name(model, bundle, report):
     names = ["wanda", "wanda-sequential", "ria-row", "ria-layer"]
     request = ComparisonRequest(pattern=HALF, methods=names)
     given = Calibrated(bundle=bundle, calibration=report.windows)
@@ -416,10 +391,8 @@ def test_the_summary_names_the_best_published_variant_by_its_own_name(
     assert said[1:] == [f"{name} {number(values[name])}" for name in best]
 
 
-def test_owl_is_left_out_with_a_sentence(
-    model: LanguageModel, bundle: ProxyBundle, report: ReportText
-) -> None:
-    def compared(methods: list[str] | None) -> Comparison:
+def test_owl_is_left_out_with_a_sentence(model, bundle, report):
+    def compared(methods):
         request = ComparisonRequest(pattern=NM, methods=methods)
         return compare_over_seeds(model, report, request, {0: lambda: Calibrated(bundle=bundle)})
 
@@ -428,10 +401,10 @@ def test_owl_is_left_out_with_a_sentence(
     assert compared(["wanda"]).notes == []
 
 
-def test_mean_rows() -> None:
+def test_mean_rows():
     """Means of all but memory, which is the most; a row that one table lacks is of the others."""
 
-    def row(method: str, perplexity: float, memory: int | None) -> ComparisonRow:
+    def row(method, perplexity, memory):
         return ComparisonRow(
             method=method, scope="row", perplexity=perplexity, sparsity=0.5, proxy=None,
             seconds=perplexity, memory_bytes=memory,
@@ -446,16 +419,14 @@ def test_mean_rows() -> None:
     assert (b.perplexity, b.deviation, b.calibrations) == (1, None, 1)
 
 
-def test_refused(
-    model: LanguageModel, report: ReportText, drawn: Callable[[int], Callable[[], Calibrated]]
-) -> None:
+def test_refused(model, report, drawn):
     """What has nothing in common, or would be chosen on the text that it is reported on."""
     search = SearchRequest(pattern=HALF, trials=9)
 
-    def asked(**fields: object) -> ComparisonRequest:
+    def asked(**fields):
         return ComparisonRequest(**{"pattern": HALF, **fields})  # type: ignore[arg-type]
 
-    def compared(given: Calibrated) -> Comparison:
+    def compared(given):
         return compare_over_seeds(
             model, report, asked(searches={"best": search}), {0: lambda: given}
         )

@@ -2,20 +2,17 @@
 
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import PhiConfig, PhiForCausalLM
 
 from pho_service.errors import InvalidInput, OutputError
-from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.loading import load_model
 from pho_service.pipeline.pipeline import prune_model, pruned_model
-from pho_service.pipeline.rating import ReportText, rate_pruned
-from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.masks import LinearMask, linear_masks
+from pho_service.pipeline.rating import rate_pruned
+from pho_service.pruning.masks import linear_masks
 from pho_service.pruning.statistics import gather
 from pho_service.pruning.weight_update import inverse_factor, obs_update
 from pho_service.spec.pattern import Coefficients, Linears, Pattern
@@ -28,14 +25,14 @@ OBS = Candidate(
 
 
 @pytest.fixture
-def calibration(report: ReportText) -> Tensor:
+def calibration(report):
     """Windows to update weights with."""
     return report.windows
 
 
-def gram_at(model: LanguageModel, name: str, windows: Tensor) -> Tensor:
+def gram_at(model, name, windows):
     """E[x x^T] at the input of a linear, by running the whole model."""
-    seen: list[Tensor] = []
+    seen = []
     module = model.linears[name].module
     handle = module.register_forward_pre_hook(lambda _module, args: seen.append(args[0][0]))
     with torch.no_grad():
@@ -46,7 +43,7 @@ def gram_at(model: LanguageModel, name: str, windows: Tensor) -> Tensor:
     return (tokens.T @ tokens / len(tokens)).float()
 
 
-def test_block_by_block(model: LanguageModel, bundle: ProxyBundle, calibration: Tensor) -> None:
+def test_block_by_block(model, bundle, calibration):
     """A block's weights are updated for the inputs that the pruned blocks before it give."""
     statistics = bundle.statistics()
     masks = {n: m.keep for n, m in linear_masks(model.linears, statistics, OBS)}
@@ -65,8 +62,8 @@ def test_block_by_block(model: LanguageModel, bundle: ProxyBundle, calibration: 
 
 
 def test_wanda_with_sequential_statistics_is_the_published_loop_norms_then_masks_block_by_block(
-    model: LanguageModel, bundle: ProxyBundle, calibration: Tensor
-) -> None:
+    model, bundle, calibration
+):
     wanda = replace(
         OBS,
         coefficients=Coefficients(
@@ -111,8 +108,8 @@ STEPS = [
 
 @pytest.mark.parametrize(("pattern", "steps"), STEPS)
 def test_every_pipeline_removes_the_patterns_share_of_the_model_and_gives_it_back_dense(
-    model: LanguageModel, bundle: ProxyBundle, calibration: Tensor, pattern: str, steps: Steps
-) -> None:
+    model, bundle, calibration, pattern, steps
+):
     candidate = replace(OBS, pattern=Pattern.parse(pattern), steps=steps)
     before = {n: p.detach().clone() for n, p in model.model.named_parameters()}
     _, sparsity = rate_pruned(
@@ -124,12 +121,10 @@ def test_every_pipeline_removes_the_patterns_share_of_the_model_and_gives_it_bac
     assert all(torch.equal(p, before[n]) for n, p in model.model.named_parameters())
 
 
-def test_what_fails_half_way_leaves_no_pruned_weights_behind(
-    model: LanguageModel, bundle: ProxyBundle, calibration: Tensor
-) -> None:
+def test_what_fails_half_way_leaves_no_pruned_weights_behind(model, bundle, calibration):
     before = {n: p.detach().clone() for n, p in model.model.named_parameters()}
 
-    def stop(_: int) -> None:
+    def stop(_):
         raise KeyboardInterrupt
 
     with (
@@ -140,7 +135,7 @@ def test_what_fails_half_way_leaves_no_pruned_weights_behind(
     assert all(torch.equal(p, before[n]) for n, p in model.model.named_parameters())
 
 
-def test_in_place_when_called(model: LanguageModel, bundle: ProxyBundle) -> None:
+def test_in_place_when_called(model, bundle):
     """The call alone prunes the model, and says by how much: nothing has to be iterated."""
     candidate = replace(OBS, pattern=Pattern.parse("0.5"), steps=Steps())
     shares = prune_model(model, bundle.statistics(), candidate, None)
@@ -150,13 +145,13 @@ def test_in_place_when_called(model: LanguageModel, bundle: ProxyBundle) -> None
     assert sum(zeros.values()) / len(zeros) == pytest.approx(0.5, abs=0.01)
 
 
-def test_without_a_text(model: LanguageModel, bundle: ProxyBundle) -> None:
+def test_without_a_text(model, bundle):
     """Steps that need a text say so, with the way out."""
     with pytest.raises(InvalidInput, match=r"update 'obs' need a calibration text.* Give --text"):
         prune_model(model, bundle.statistics(), OBS, None)
 
 
-def test_parallel_blocks(model_folder: Path, report: ReportText, tmp_path: Path) -> None:
+def test_parallel_blocks(model_folder, report, tmp_path):
     """Where attention and MLP read one input, all of its readers share one channel order."""
     config = PhiConfig(
         vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
@@ -176,7 +171,7 @@ def test_parallel_blocks(model_folder: Path, report: ReportText, tmp_path: Path)
     candidate = replace(OBS, pattern=Pattern.parse("2:4"), steps=steps)
     orders = {}
 
-    def kept(name: str, mask: LinearMask) -> None:
+    def kept(name, mask):
         orders[name] = mask.order
         assert mask.order is not None
         assert bool((mask.keep[:, mask.order].reshape(-1, 4).sum(dim=1) == 2).all()), name
@@ -197,17 +192,17 @@ SCORED = [
 
 @pytest.mark.parametrize(("pattern", "steps"), SCORED)
 def test_streamed_and_without_text_steps_a_candidate_runs_the_report_once_and_writes_nothing(
-    streamed: LanguageModel, model: LanguageModel, bundle: ProxyBundle, report: ReportText,
-    own_cache: Path, pattern: str, steps: Steps,
-) -> None:  # fmt: skip
+    streamed, model, bundle, report,
+    own_cache, pattern, steps,
+):  # fmt: skip
     candidate = replace(OBS, pattern=Pattern.parse(pattern), steps=steps)
     expected, share = rate_pruned(model, bundle.statistics(), candidate, report.windows)
     before = {name: p.data_ptr() for name, p in streamed.model.named_parameters()}
-    runs: list[str] = []
+    runs = []
     for name, linear in streamed.linears.items():
         if name.endswith("q_proj"):
             linear.module.register_forward_hook(lambda *_, name=name: runs.append(name))
-    advanced: list[int] = []
+    advanced = []
     actual, sparsity = rate_pruned(
         streamed, bundle.statistics(), candidate, report.windows, advanced.append
     )
@@ -222,8 +217,8 @@ def test_streamed_and_without_text_steps_a_candidate_runs_the_report_once_and_wr
 
 
 def test_a_streamed_model_is_pruned_for_good_without_a_text_its_weights_are_in_the_users_cache(
-    streamed: LanguageModel, model: LanguageModel, bundle: ProxyBundle, own_cache: Path
-) -> None:
+    streamed, model, bundle, own_cache
+):
     candidate = replace(OBS, steps=Steps())
     masks = {}
     for each in (model, streamed):
@@ -238,8 +233,8 @@ def test_a_streamed_model_is_pruned_for_good_without_a_text_its_weights_are_in_t
 
 
 def test_a_disk_without_room_for_the_changed_weights_is_refused_before_anything_is_run(
-    streamed: LanguageModel, bundle: ProxyBundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    streamed, bundle, monkeypatch
+):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=70_000))
 
     with pytest.raises(OutputError, match=r"room for 68.4 KiB, but 72.0 KiB.*PHO_CACHE_DIR"):

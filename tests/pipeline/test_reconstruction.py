@@ -1,34 +1,25 @@
 """Blocks that are trained after they are pruned."""
 
 import os
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from pho_service.errors import InvalidInput
-from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.loading import load_model
 from pho_service.models.saving import read_recipe
 from pho_service.models.scratch import KeptBlocks
 from pho_service.pipeline import confirmation
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.pipeline import prune_model
 from pho_service.pipeline.prune import cached_blocks, prune_job
-from pho_service.pipeline.rating import ReportText, Subject
 from pho_service.pipeline.search import search_job
-from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.masks import LinearMask
-from pho_service.pruning.reconstruction import Reconstructed
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.pattern import Coefficients, Linears, Pattern
 from pho_service.spec.steps import Candidate, Reconstruction, Steps
 from pho_service.tuning.plan import SearchRequest
-from pho_service.tuning.result import SearchResult
 
 TRAINED = Reconstruction(method="block", passes=3, learning_rate=3e-2)
 CANDIDATE = Candidate(
@@ -43,17 +34,10 @@ class Run:
     """A model pruned and trained, with what was told of it."""
 
     def __init__(
-        self,
-        model: LanguageModel,
-        bundle: ProxyBundle,
-        windows: Tensor,
-        *,
-        candidate: Candidate = CANDIDATE,
-        done: KeptBlocks | None = None,
-        heard: Callable[[int], None] = lambda _: None,
-    ) -> None:
-        self.masks: dict[str, LinearMask] = {}
-        self.blocks: dict[str, Reconstructed] = {}
+        self, model, bundle, windows, *, candidate=CANDIDATE, done=None, heard=lambda _: None
+    ):
+        self.masks = {}
+        self.blocks = {}
         prune_model(
             model, bundle.statistics(), candidate, windows, heard, self.masks.__setitem__,
             done=done, rebuilt=self.blocks.__setitem__,
@@ -61,7 +45,7 @@ class Run:
         self.weights = {name: each.weight.clone() for name, each in model.linears.items()}
 
 
-def same(first: Run, second: Run) -> bool:
+def same(first, second):
     """Whether two runs gave the same bits."""
     return first.blocks == second.blocks and all(
         torch.equal(weight, second.weights[name])
@@ -71,14 +55,12 @@ def same(first: Run, second: Run) -> bool:
 
 
 @pytest.fixture
-def windows(report: ReportText) -> Tensor:
+def windows(report):
     """Calibration windows; one of them is held out."""
     return report.windows
 
 
-def test_blocks_are_trained(
-    model: LanguageModel, original: LanguageModel, bundle: ProxyBundle, windows: Tensor
-) -> None:
+def test_blocks_are_trained(model, original, bundle, windows):
     """Held-out error falls or stays, zeros are exact, and N:M holds in the cut order."""
     before = replace(CANDIDATE, steps=CANDIDATE.steps.before_reconstruction)
     untrained = Run(original, bundle, windows, candidate=before)
@@ -97,15 +79,13 @@ def test_blocks_are_trained(
         assert torch.equal(run.weights[name] != 0, mask.keep)
 
 
-def test_resumed(
-    model: LanguageModel, model_folder: Path, bundle: ProxyBundle, windows: Tensor, tmp_path: Path
-) -> None:
+def test_resumed(model, model_folder, bundle, windows, tmp_path):
     """A run that is killed in the second block goes on there, and ends with the same bytes."""
     done = KeptBlocks(folder=tmp_path / "blocks", key="a")
     killed = load_model(str(model_folder), device="cpu")
     heard = 0
 
-    def kill(_count: int) -> None:
+    def kill(_count):
         nonlocal heard
         heard += 1
         if (tmp_path / "blocks" / "model.layers.0.safetensors").exists():
@@ -127,9 +107,9 @@ def test_resumed(
 
 
 def test_a_streamed_model_ends_with_the_same_weights_another_seed_gives_other_ones(
-    model: LanguageModel, original: LanguageModel, streamed: LanguageModel, bundle: ProxyBundle,
-    windows: Tensor,
-) -> None:  # fmt: skip
+    model, original, streamed, bundle,
+    windows,
+):  # fmt: skip
     other = replace(TRAINED, seed=1)
     seeded = replace(CANDIDATE, steps=replace(CANDIDATE.steps, reconstruction=other))
     first = Run(model, bundle, windows)
@@ -138,7 +118,7 @@ def test_a_streamed_model_ends_with_the_same_weights_another_seed_gives_other_on
     assert not same(Run(original, bundle, windows, candidate=seeded), first)
 
 
-def test_dense_linears_stay(model: LanguageModel, bundle: ProxyBundle, windows: Tensor) -> None:
+def test_dense_linears_stay(model, bundle, windows):
     """What is left dense is not trained: norms, and linears that are ignored."""
     dense = {name: p.detach().clone() for name, p in model.model.named_parameters()}
     left = replace(CANDIDATE.steps, linears=Linears(ignore=("*.q_proj", "model.layers.0.*")))
@@ -150,16 +130,16 @@ def test_dense_linears_stay(model: LanguageModel, bundle: ProxyBundle, windows: 
     assert len(run.masks) == 6
 
 
-def test_too_few_windows(model: LanguageModel, bundle: ProxyBundle, windows: Tensor) -> None:
+def test_too_few_windows(model, bundle, windows):
     """One window cannot be trained on and held out."""
     with pytest.raises(InvalidInput, match=r"only 1\. Give 2 --samples or more"):
         Run(model, bundle, windows[:1])
 
 
 def test_pruned_folder(
-    model: LanguageModel, original: LanguageModel, model_folder: Path, bundle: ProxyBundle,
-    windows: Tensor, tmp_path: Path,
-) -> None:  # fmt: skip
+    model, original, model_folder, bundle,
+    windows, tmp_path,
+):  # fmt: skip
     """`pho prune` keeps finished blocks beside its folder until that is whole, with a record."""
     configuration = Configuration(
         method="crepe", coefficients=CANDIDATE.coefficients, steps=CANDIDATE.steps,
@@ -171,8 +151,8 @@ def test_pruned_folder(
         pass
 
     @contextmanager
-    def progress(_title: str, _count: int) -> Iterator[Callable[[int], None]]:
-        def advance(_count: int) -> None:
+    def progress(_title, _count):
+        def advance(_count):
             if (blocks / "model.layers.0.safetensors").exists():
                 raise Killed
 
@@ -197,13 +177,13 @@ def test_pruned_folder(
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_winner(
-    searched: Callable[..., SearchResult], bundle: ProxyBundle, confirming: Any,
-    monkeypatch: pytest.MonkeyPatch, factor: float,
-) -> None:  # fmt: skip
+    searched, bundle, confirming,
+    monkeypatch, factor,
+):  # fmt: skip
     """Only the winner is trained, once in a study, and only a better perplexity is taken."""
-    measured: list[Candidate] = []
+    measured = []
 
-    def measure(_: Subject, candidate: Candidate, *_more: object, writes: bool) -> dict[str, Any]:
+    def measure(_, candidate, *_more, writes):
         measured.append(candidate)
         assert writes
         perplexity = factor * without.confirmation.perplexity
@@ -215,7 +195,7 @@ def test_winner(
     texts = {**confirming, "calibration": confirming["confirm_text"].windows}
     request = SearchRequest(pattern=Pattern.parse("0.5"), trials=10, finalists=1)
     before = searched(request, bundle, **texts)
-    without: Any = before.configuration
+    without = before.configuration
     asked = replace(request, steps=Steps(reconstruction=TRAINED))
     first, second = (searched(asked, bundle, **texts) for _ in range(2))
     found = first.configuration
@@ -240,9 +220,7 @@ def test_winner(
         assert "The reconstruction was left out" in first.warnings[-1]
 
 
-def test_without_a_text_to_confirm_on_the_reconstruction_is_added_as_asked_for(
-    bundle: ProxyBundle,
-) -> None:
+def test_without_a_text_to_confirm_on_the_reconstruction_is_added_as_asked_for(bundle):
     request = SearchRequest(
         pattern=Pattern.parse("0.5"), trials=10, steps=Steps(reconstruction=TRAINED)
     )
@@ -250,9 +228,7 @@ def test_without_a_text_to_confirm_on_the_reconstruction_is_added_as_asked_for(
     assert search_job(request, bundle).configuration.steps.reconstruction == TRAINED
 
 
-def test_the_cache_holds_the_blocks_of_the_last_three_searches(
-    model: LanguageModel, bundle: ProxyBundle, tmp_path: Path
-) -> None:
+def test_the_cache_holds_the_blocks_of_the_last_three_searches(model, bundle, tmp_path):
     windows = torch.arange(64).view(2, 32)
     kept = []
     for number in range(5):

@@ -2,18 +2,14 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
 from bitsandbytes.optim.adam import Adam8bit
-from torch import Tensor
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -24,7 +20,7 @@ from transformers import (
 )
 
 from pho_service.errors import InvalidInput, ModelError, NumericalError, OutOfMemory, TextError
-from pho_service.models.loading import LanguageModel, given_model, load_model
+from pho_service.models.loading import given_model, load_model
 from pho_service.models.mask_file import groups_of
 from pho_service.models.saving import read_recipe, save_pruned
 from pho_service.models.texts import GivenWindows, TextSource, sample_windows
@@ -33,12 +29,11 @@ from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.rating import RecoveryText
 from pho_service.pipeline.recover import PrunedModel, Workplace, check_recoverable, recover_model
 from pho_service.pipeline.writing import written_by
-from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.perplexity import DenseReference, dense_reference, rate_divergence
+from pho_service.pruning.perplexity import dense_reference, rate_divergence
 from pho_service.pruning.recovery import Recovering
 from pho_service.shown.tables import recovered_table
 from pho_service.spec.configuration import published
-from pho_service.spec.recovery import PASSES, AdamBits, Recovered, Recovery, Trains
+from pho_service.spec.recovery import PASSES, Recovery
 
 LENGTH = 32
 SETTINGS = Recovery(tokens=24 * LENGTH, rate=2e-3)
@@ -46,16 +41,16 @@ HASTY = replace(SETTINGS, rate=0.1)
 
 
 @pytest.fixture
-def text(texts: dict[str, Path]) -> RecoveryText:
+def text(texts):
     """What is trained on: other words than those of the calibration."""
     return RecoveryText(source=TextSource(path=str(texts["report"])), context_length=LENGTH)
 
 
 @pytest.fixture
-def pruned_folder(model_folder: Path, bundle: ProxyBundle, tmp_path: Path) -> Callable[[str], Path]:
+def pruned_folder(model_folder, bundle, tmp_path):
     """Prunes the tiny model by Wanda."""
 
-    def prune(pattern: str) -> Path:
+    def prune(pattern):
         folder = tmp_path / "pruned"
         dense = load_model(str(model_folder), device="cpu")
         prune_job(dense, bundle, published("wanda", pattern), folder)
@@ -65,43 +60,28 @@ def pruned_folder(model_folder: Path, bundle: ProxyBundle, tmp_path: Path) -> Ca
 
 
 @pytest.fixture
-def recover(
-    original: LanguageModel, text: RecoveryText, tmp_path: Path
-) -> Callable[..., Recovered]:
+def recover(original, text, tmp_path):
     """Recovers a model, towards the dense one."""
 
-    def run(
-        pruned: PrunedModel,
-        settings: Recovery = SETTINGS,
-        *,
-        on: RecoveryText = text,
-        teacher: LanguageModel = original,
-        **more: Any,
-    ) -> Recovered:
+    def run(pruned, settings=SETTINGS, *, on=text, teacher=original, **more):
         place = tmp_path / "workplace"
         return recover_model(pruned, lambda: nullcontext(teacher), on, settings, place, **more)
 
     return run
 
 
-def weights(model: LanguageModel) -> dict[str, Tensor]:
+def weights(model):
     return {name: p.detach().clone() for name, p in model.model.named_parameters()}
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+def same(one, other):
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 @pytest.mark.parametrize("train", ["kept", "norms", "lora"])
 def test_a_recovered_folder_passes_its_check(
-    train: Trains,
-    pruned_folder: Callable[[str], Path],
-    recover: Callable[..., Recovered],
-    original: LanguageModel,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    train, pruned_folder, recover, original, tmp_path, caplog, monkeypatch
+):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     pruned = PrunedModel.read(pruned_folder("2:4"), device="cpu")
     recovered = recover(pruned, replace(SETTINGS, train=train))
@@ -121,15 +101,15 @@ def test_a_recovered_folder_passes_its_check(
 
 @pytest.mark.parametrize(("bits", "rate"), [(32, 2e-3), (8, 2e-3), (32, HASTY.rate)])
 def test_the_same_tokens_give_the_same_bits_also_after_a_kill(
-    bits: AdamBits, rate: float, pruned_folder: Callable[[str], Path],
-    recover: Callable[..., Recovered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    bits, rate, pruned_folder,
+    recover, tmp_path, monkeypatch,
+):  # fmt: skip
     # It leaves smaller linears in 32 bits, and those of this model are.
     monkeypatch.setattr("bitsandbytes.optim.adam.Adam8bit", partial(Adam8bit, min_8bit_size=256))
-    remembered: set[torch.dtype] = set()
+    remembered = set()
     step = Adam8bit.step
 
-    def noted(self: Adam8bit, *given: Any) -> None:
+    def noted(self, *given):
         step(self, *given)
         remembered.update(state["state1"].dtype for state in self.state.values())
 
@@ -139,10 +119,10 @@ def test_the_same_tokens_give_the_same_bits_also_after_a_kill(
     whole = PrunedModel.read(folder, device="cpu")
     first = recover(whole, settings)
     Workplace(tmp_path / "workplace").remove()
-    bars: list[str] = []
+    bars = []
 
     @contextmanager
-    def killed(title: str, steps: int) -> Iterator[Callable[[int], None]]:
+    def killed(title, steps):
         del steps
         bars.append(title)
         if len(bars) == 5:
@@ -165,13 +145,13 @@ def test_the_same_tokens_give_the_same_bits_also_after_a_kill(
 
 
 def test_the_dense_model_is_asked_in_bfloat16_only_for_what_is_trained_on(
-    pruned_folder: Callable[[str], Path], recover: Callable[..., Recovered],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    pruned_folder, recover,
+    monkeypatch,
+):  # fmt: skip
     """On a CPU that has units for it, as gradients are: what is held out decides, in float32."""
-    asked: list[tuple[int, bool]] = []
+    asked = []
 
-    def noted(model: Any, windows: Tensor, **more: Any) -> DenseReference:
+    def noted(model, windows, **more):
         asked.append((len(windows), torch.is_autocast_enabled("cpu")))
         return dense_reference(model, windows, **more)
 
@@ -184,13 +164,13 @@ def test_the_dense_model_is_asked_in_bfloat16_only_for_what_is_trained_on(
 
 
 def test_a_text_that_is_too_short_comes_again_in_other_windows(
-    pruned_folder: Callable[[str], Path], recover: Callable[..., Recovered],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    pruned_folder, recover,
+    monkeypatch,
+):  # fmt: skip
     """The dense model says something new of each, and no more than four times as many come."""
-    asked: list[Tensor] = []
+    asked = []
 
-    def noted(model: Any, windows: Tensor, **more: Any) -> DenseReference:
+    def noted(model, windows, **more):
         asked.append(windows)
         return dense_reference(model, windows, **more)
 
@@ -207,8 +187,8 @@ def test_a_text_that_is_too_short_comes_again_in_other_windows(
 
 
 def test_at_a_check_another_job_may_have_its_turn_and_nothing_is_lost(
-    pruned_folder: Callable[[str], Path], recover: Callable[..., Recovered], tmp_path: Path
-) -> None:
+    pruned_folder, recover, tmp_path
+):
     folder = pruned_folder("0.5")
     whole = PrunedModel.read(folder, device="cpu")
     first = recover(whole)
@@ -225,12 +205,12 @@ def test_at_a_check_another_job_may_have_its_turn_and_nothing_is_lost(
 
 
 def test_after_a_check_that_is_worse_a_third_of_the_rate_goes_on_from_before(
-    pruned_folder: Callable[[str], Path], recover: Callable[..., Recovered]
-) -> None:
-    bars: list[str] = []
+    pruned_folder, recover
+):
+    bars = []
 
     @contextmanager
-    def noted(title: str, steps: int) -> Iterator[Callable[[int], None]]:
+    def noted(title, steps):
         del steps
         bars.append(title)
         yield lambda _: None
@@ -246,16 +226,12 @@ def test_after_a_check_that_is_worse_a_third_of_the_rate_goes_on_from_before(
     assert recovered.after < 0.9 * recovered.before
 
 
-def test_the_weights_of_the_best_check_are_taken(
-    pruned_folder: Callable[[str], Path],
-    recover: Callable[..., Recovered],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_weights_of_the_best_check_are_taken(pruned_folder, recover, monkeypatch):
     pruned = PrunedModel.read(pruned_folder("0.5"), device="cpu")
     told = [0.9, 0.8, 0.3, 0.6, 0.5, 0.7, 0.6, 0.5, 0.4, 0.35]  # before, eight checks, after
-    at: list[dict[str, Tensor]] = []
+    at = []
 
-    def scripted(model: Any, reference: Any) -> float:
+    def scripted(model, reference):
         del model, reference
         at.append(weights(pruned.model))
         return told[len(at) - 1]
@@ -269,9 +245,7 @@ def test_the_weights_of_the_best_check_are_taken(
     assert not same(at[8], at[2])
 
 
-def test_a_rate_that_breaks_the_model_is_taken_back(
-    pruned_folder: Callable[[str], Path], recover: Callable[..., Recovered]
-) -> None:
+def test_a_rate_that_breaks_the_model_is_taken_back(pruned_folder, recover):
     pruned = PrunedModel.read(pruned_folder("0.5"), device="cpu")
     before = weights(pruned.model)
     recovered = recover(pruned, replace(SETTINGS, rate=1.0))
@@ -284,15 +258,13 @@ def test_a_rate_that_breaks_the_model_is_taken_back(
 
 
 def test_a_model_that_predicts_nothing_any_more_is_taken_back_too(
-    pruned_folder: Callable[[str], Path],
-    recover: Callable[..., Recovered],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    pruned_folder, recover, monkeypatch
+):
     pruned = PrunedModel.read(pruned_folder("0.5"), device="cpu")
     before = weights(pruned.model)
-    measured: list[float] = []
+    measured = []
 
-    def first_alone(model: Any, reference: Any) -> float:
+    def first_alone(model, reference):
         if measured:
             raise NumericalError("the loss is NaN or infinite")
         measured.append(rate_divergence(model, reference))
@@ -307,11 +279,8 @@ def test_a_model_that_predicts_nothing_any_more_is_taken_back_too(
 
 
 def test_perplexities_before_and_after_are_of_windows_that_are_not_trained_on(
-    pruned_folder: Callable[[str], Path],
-    recover: Callable[..., Recovered],
-    read_report: Callable[..., Any],
-    text: RecoveryText,
-) -> None:
+    pruned_folder, recover, read_report, text
+):
     pruned = PrunedModel.read(pruned_folder("0.5"), device="cpu")
     measured = read_report(pruned.model, 4, LENGTH)
     before = written_by(pruned.model, measured.windows)
@@ -334,11 +303,8 @@ def test_perplexities_before_and_after_are_of_windows_that_are_not_trained_on(
 
 
 def test_a_text_that_repeats_itself_is_read_to_its_end_before_it_is_called_too_short(
-    original: LanguageModel,
-    texts: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    original, texts, tmp_path, monkeypatch
+):
     read = texts["report"].read_text().splitlines()
     often, *others = (str(json.loads(line)["text"]) for line in read)
     lines = [json.dumps({"text": each}) for each in [*[often] * 400, " ".join(others)]]
@@ -354,11 +320,8 @@ def test_a_text_that_repeats_itself_is_read_to_its_end_before_it_is_called_too_s
 
 
 def test_a_model_that_was_pruned_elsewhere_has_its_masks_from_its_zeros(
-    model_folder: Path,
-    recover: Callable[..., Recovered],
-    original: LanguageModel,
-    tmp_path: Path,
-) -> None:
+    model_folder, recover, original, tmp_path
+):
     elsewhere = load_model(str(model_folder), device="cpu")
     for name, linear in elsewhere.linears.items():
         if "mlp" in name:
@@ -378,14 +341,14 @@ def test_a_model_that_was_pruned_elsewhere_has_its_masks_from_its_zeros(
     assert "By another tool" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_the_rate_is_that_given_or_grows_with_the_divergence() -> None:
+def test_the_rate_is_that_given_or_grows_with_the_divergence():
     assert Recovery().first_rate(0.25) == pytest.approx(5e-4)
     assert Recovery().first_rate(7.0) == 2e-3
     assert Recovery(train="lora").first_rate(0.5) == pytest.approx(7.5e-4)
     assert Recovery(rate=1e-4).first_rate(0.25) == 1e-4
 
 
-def test_groups_are_found_only_where_each_keeps_as_many() -> None:
+def test_groups_are_found_only_where_each_keeps_as_many():
     keep = torch.tensor([[1, 1, 0, 0, 1, 0, 1, 0]]).bool()
     odd = torch.tensor([[1, 1, 1, 0, 1, 0, 0, 0, 1, 1, 1, 1]]).bool()
 
@@ -393,9 +356,7 @@ def test_groups_are_found_only_where_each_keeps_as_many() -> None:
     assert groups_of(odd) == (None, None)
 
 
-def test_a_time_is_turned_into_tokens_that_give_the_same_weights(
-    pruned_folder: Callable[[str], Path], recover: Callable[..., Recovered]
-) -> None:
+def test_a_time_is_turned_into_tokens_that_give_the_same_weights(pruned_folder, recover):
     folder = pruned_folder("0.5")
     timed, counted = (PrunedModel.read(folder, device="cpu") for _ in range(2))
     first = recover(timed, Recovery(minutes=0.1, rate=2e-3))
@@ -406,25 +367,22 @@ def test_a_time_is_turned_into_tokens_that_give_the_same_weights(
 
 
 def test_what_the_dense_model_writes_is_trained_on_too_and_written_once(
-    pruned_folder: Callable[[str], Path],
-    recover: Callable[..., Recovered],
-    text: RecoveryText,
-    tmp_path: Path,
-) -> None:
+    pruned_folder, recover, text, tmp_path
+):
     folder, few = pruned_folder("0.5"), torch.arange(8 * LENGTH).remainder(251).view(8, LENGTH)
     settings = replace(SETTINGS, written=10 * LENGTH)
     place = tmp_path / "workplace"
-    bars: list[str] = []
+    bars = []
 
     @contextmanager
-    def killed(title: str, steps: int) -> Iterator[Callable[[int], None]]:
+    def killed(title, steps):
         del steps
         bars.append(title)
         if title == "Asking the dense model" and bars.count(title) == 1:
             raise KeyboardInterrupt
         yield lambda _: None
 
-    def run() -> tuple[Recovered, dict[str, Tensor]]:
+    def run():
         pruned = PrunedModel.read(folder, device="cpu")
         on = replace(text, source=GivenWindows(tokens=few), bos="never")
         return recover(pruned, settings, on=on, progress=killed), weights(pruned.model)
@@ -451,12 +409,8 @@ def test_what_the_dense_model_writes_is_trained_on_too_and_written_once(
 
 
 def test_bad_input_is_named_before_anything_is_trained(
-    pruned_folder: Callable[[str], Path],
-    recover: Callable[..., Recovered],
-    original: LanguageModel,
-    text: RecoveryText,
-    tmp_path: Path,
-) -> None:
+    pruned_folder, recover, original, text, tmp_path
+):
     pruned = PrunedModel.read(pruned_folder("0.5"), device="cpu")
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     wide = LlamaForCausalLM(LlamaConfig(vocab_size=256, hidden_size=64, **sizes)).eval()
@@ -493,9 +447,7 @@ def test_bad_input_is_named_before_anything_is_trained(
     assert not (tmp_path / "workplace").exists()
 
 
-def test_quantised_weights_are_named_before_anything_is_loaded(
-    pruned_folder: Callable[[str], Path],
-) -> None:
+def test_quantised_weights_are_named_before_anything_is_loaded(pruned_folder):
     folder = pruned_folder("0.5")
     file = folder / "config.json"
     how = {"quant_method": "gptq", "bits": 4}
@@ -505,9 +457,7 @@ def test_quantised_weights_are_named_before_anything_is_loaded(
         PrunedModel.read(folder, device="cpu")
 
 
-def test_tied_weights_stay_tied_and_masked_or_are_refused(
-    pruned_folder: Callable[[str], Path], recover: Callable[..., Recovered], original: LanguageModel
-) -> None:
+def test_tied_weights_stay_tied_and_masked_or_are_refused(pruned_folder, recover, original):
     tied = []
     for given in (PrunedModel.read(pruned_folder("0.5"), device="cpu").model, original):
         first, second = (block.mlp for block in given.model.model.layers)
@@ -525,12 +475,8 @@ def test_tied_weights_stay_tied_and_masked_or_are_refused(
         recover(PrunedModel.of(pruned), replace(SETTINGS, train="lora"), teacher=teacher)
 
 
-def test_memory_that_runs_out_is_told_with_the_ways_out(
-    pruned_folder: Callable[[str], Path],
-    recover: Callable[..., Recovered],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def full(*_: Any) -> float:
+def test_memory_that_runs_out_is_told_with_the_ways_out(pruned_folder, recover, monkeypatch):
+    def full(*_):
         raise MemoryError
 
     monkeypatch.setattr(Recovering, "backward", full)
@@ -538,7 +484,7 @@ def test_memory_that_runs_out_is_told_with_the_ways_out(
         recover(PrunedModel.read(pruned_folder("0.5"), device="cpu"))
 
 
-def test_a_transposed_linear_is_trained_too(text: RecoveryText, tmp_path: Path) -> None:
+def test_a_transposed_linear_is_trained_too(text, tmp_path):
     config = GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=2, n_positions=LENGTH)
     model = GPT2LMHeadModel(config).eval()
     dense = GPT2LMHeadModel(config).eval()
@@ -561,9 +507,7 @@ def test_a_transposed_linear_is_trained_too(text: RecoveryText, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("train", ["kept", "norms", "lora"])
-def test_experts_that_lie_in_one_parameter(
-    train: Trains, text: RecoveryText, tmp_path: Path
-) -> None:
+def test_experts_that_lie_in_one_parameter(train, text, tmp_path):
     config = MixtralConfig(
         vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, num_local_experts=3, initializer_range=0.2,
@@ -577,7 +521,7 @@ def test_experts_that_lie_in_one_parameter(
     before = {name: linear.weight.clone() for name, linear in given.linears.items()}
     tokens = torch.randint(40, (40, LENGTH), generator=torch.Generator().manual_seed(0))
 
-    def recover(pruned: PrunedModel) -> Recovered:
+    def recover(pruned):
         return recover_model(
             pruned,
             lambda: nullcontext(given_model(dense)),

@@ -4,17 +4,13 @@ import json
 import multiprocessing
 import os
 import socket
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from pho_service.errors import InvalidInput, TextError
@@ -31,7 +27,7 @@ from pho_service.pipeline.recover import (
 )
 from pho_service.pruning.perplexity import dense_reference
 from pho_service.pruning.recovery import Processes, recovering
-from pho_service.spec.recovery import TRAINS, Recovered, Recovery, Trains
+from pho_service.spec.recovery import TRAINS, Recovered, Recovery
 
 COUNT = 2
 LENGTH = 32
@@ -41,7 +37,7 @@ multiprocessing.set_forkserver_preload(["pho_service.pipeline.recover"])
 SETTINGS = Recovery(tokens=16 * LENGTH, rate=2e-3)
 
 
-def _one_of_them(number: int, port: int, run: Callable[..., None], *given: object) -> None:
+def _one_of_them(number, port, run, *given):
     os.environ |= {
         "RANK": f"{number}", "LOCAL_RANK": f"{number}", "WORLD_SIZE": f"{COUNT}",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}",
@@ -50,7 +46,7 @@ def _one_of_them(number: int, port: int, run: Callable[..., None], *given: objec
     run(*given)
 
 
-def together(run: Callable[..., None], *given: object) -> None:
+def together(run, *given):
     """Run a function in each of two processes, as torchrun does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -60,7 +56,7 @@ def together(run: Callable[..., None], *given: object) -> None:
 
 
 @pytest.fixture
-def folder(model_folder: Path, tmp_path: Path) -> Path:
+def folder(model_folder, tmp_path):
     """The tiny model without the smaller half of each linear, as another tool leaves it."""
     dense = load_model(str(model_folder), device="cpu")
     for linear in dense.linears.values():
@@ -70,11 +66,11 @@ def folder(model_folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "pruned"
 
 
-def windows(count: int) -> Tensor:
+def windows(count):
     return torch.randint(256, (count, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
-def _step(model: LanguageModel, dense: Path, train: Trains, numbers: list[int]) -> dict[str, Any]:
+def _step(model, dense, train, numbers):
     """The weights after one step along the mean of some windows' gradients, and its length."""
     reference = dense_reference(load_model(str(dense), device="cpu").model, windows(COUNT))
     blocks = [block for _, block in decoder_blocks(model.model)]
@@ -92,7 +88,7 @@ def _step(model: LanguageModel, dense: Path, train: Trains, numbers: list[int]) 
     return {name: each.detach().clone() for name, each in model.model.named_parameters()}
 
 
-def _step_together(folder: Path, dense: Path, out: Path) -> None:
+def _step_together(folder, dense, out):
     number = Processes().number
     for train in TRAINS:
         model = PrunedModel.read(folder, device="cpu").model
@@ -100,8 +96,8 @@ def _step_together(folder: Path, dense: Path, out: Path) -> None:
 
 
 def test_a_step_is_along_the_mean_of_all_gradients_and_all_have_the_whole_model(
-    folder: Path, model_folder: Path, tmp_path: Path
-) -> None:
+    folder, model_folder, tmp_path
+):
     together(_step_together, folder, model_folder, tmp_path)
     for train in TRAINS:
         model = PrunedModel.read(folder, device="cpu").model
@@ -116,15 +112,15 @@ def test_a_step_is_along_the_mean_of_all_gradients_and_all_have_the_whole_model(
                 torch.testing.assert_close(each, expected[name], rtol=1e-5, atol=1e-6)
 
 
-def _recover(folder: Path, dense: Path, place: Path, out: Path, killed_at: int, count: int) -> None:
+def _recover(folder, dense, place, out, killed_at, count):
     """Recover, or be killed when the bar of that number begins, if it is the second process."""
     pruned = PrunedModel.read(folder, device="cpu")
     teacher = load_model(str(dense), device="cpu")
     number = Processes().number
-    bars: list[str] = []
+    bars = []
 
     @contextmanager
-    def progress(title: str, steps: int) -> Iterator[Callable[[int], None]]:
+    def progress(title, steps):
         del steps
         bars.append(title)
         if len(bars) == killed_at and number:
@@ -143,15 +139,15 @@ def _recover(folder: Path, dense: Path, place: Path, out: Path, killed_at: int, 
     Workplace(place).remove()
 
 
-def _recover_both(folder: Path, dense: Path, place: Path, out: Path) -> None:
+def _recover_both(folder, dense, place, out):
     """What was killed, and all of it once more in another place."""
     _recover(folder, dense, place, out / "killed", 0, 20)
     _recover(folder, dense, out / "elsewhere", out / "whole", 0, 20)
 
 
 def test_it_is_better_keeps_zeros_and_goes_on_to_the_same_bits_after_one_is_killed(
-    folder: Path, model_folder: Path, tmp_path: Path
-) -> None:
+    folder, model_folder, tmp_path
+):
     given, place = (folder, model_folder), tmp_path / "workplace"
     with pytest.raises(ProcessExitedException) as died:
         together(_recover, *given, place, tmp_path / "killed", 6, 20)
@@ -174,9 +170,7 @@ def test_it_is_better_keeps_zeros_and_goes_on_to_the_same_bits_after_one_is_kill
         assert torch.equal(whole[f"{name}.weight"] == 0, linear.weight == 0)
 
 
-def test_what_several_processes_cannot_train_is_named(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_several_processes_cannot_train_is_named(folder, monkeypatch):
     with pytest.raises(TextError, match=r"3 windows to recover on are fewer than the 4 processes"):
         steps_of_each(8, 3, 4)
     several = Mock(spec=Processes, count=2)

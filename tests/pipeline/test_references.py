@@ -3,7 +3,6 @@
 import math
 import re
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +10,9 @@ import pytest
 from pho_service.errors import InvalidInput, NumericalError
 from pho_service.interface.search import validation_of
 from pho_service.models.blockwise import measure_perplexity
-from pho_service.models.loading import LanguageModel
 from pho_service.pipeline import rating, search
-from pho_service.pipeline.rating import ReportText, rate_pruned
+from pho_service.pipeline.rating import rate_pruned
 from pho_service.pipeline.search import memory_study, search_job
-from pho_service.pruning.bundle import ProxyBundle
 from pho_service.shown.tables import configuration_rows, verdict_table
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.configuration import (
@@ -40,12 +37,12 @@ BESIDE = ("wanda/dense", "ria/dense", "wanda/ria")  # other errors that are told
 
 
 @pytest.fixture
-def pruned_with(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def pruned_with(monkeypatch):
     """The methods that perplexities are measured of, in their order: finalists first."""
-    found: list[str] = []
+    found = []
     really = rating.measure
 
-    def measure(subject: Any, candidate: Any, *args: Any, **more: Any) -> Any:
+    def measure(subject, candidate, *args, **more):
         found.append("dense" if candidate is None else candidate.method)
         return really(subject, candidate, *args, **more)
 
@@ -64,15 +61,15 @@ def pruned_with(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ],
 )
 def test_they_are_wanda_and_ria_as_published_whatever_the_steps_none_is_measured_again(
-    bundle: ProxyBundle, model: LanguageModel, report: ReportText, pruned_with: list[str],
-    pattern: str, steps: Steps, objective: Any, same: bool,
-) -> None:  # fmt: skip
+    bundle, model, report, pruned_with,
+    pattern, steps, objective, same,
+):  # fmt: skip
     asked = SearchRequest(
         pattern=Pattern.parse(pattern), trials=8, steps=steps, finalists=1,
         objective=Objective(name=objective),
     )  # fmt: skip
     study = memory_study(asked, bundle, report)
-    options: dict[str, Any] = {"model": model, "confirm_text": report, "study": study}
+    options = {"model": model, "confirm_text": report, "study": study}
     found = search_job(asked, bundle, **options).configuration
     measured = [*pruned_with]
     again = search_job(asked, bundle, **options).configuration
@@ -106,8 +103,8 @@ def test_they_are_wanda_and_ria_as_published_whatever_the_steps_none_is_measured
 
 
 def test_finalists_say_how_far_they_are_behind_the_best_and_whether_that_may_be_chance(
-    bundle: ProxyBundle, model: LanguageModel, report: ReportText
-) -> None:
+    bundle, model, report
+):
     asked = SearchRequest(pattern=Pattern.parse("0.5"), trials=8, finalists=2)
     study = memory_study(asked, bundle, report)
     found = search_job(asked, bundle, model=model, confirm_text=report, study=study).configuration
@@ -124,7 +121,7 @@ def test_finalists_say_how_far_they_are_behind_the_best_and_whether_that_may_be_
     assert found.beside_the_next in [value for _, value in configuration_rows(found)]
 
 
-def test_the_next_finalist_in_words() -> None:
+def test_the_next_finalist_in_words():
     ratings = [Rating(method="crepe", trial=n, perplexity=p, error=e)
                for n, p, e in ((3, 20.0, None), (1, 21.0, 0.01), (2, None, None))]  # fmt: skip
     found = published("wanda", "0.5").model_copy(update={"finalists": ratings})
@@ -138,9 +135,7 @@ def test_the_next_finalist_in_words() -> None:
     assert "error" not in ratings[0].model_dump()
 
 
-def test_a_published_method_never_wins_against_a_worse_variant_of_itself(
-    bundle: ProxyBundle, model: LanguageModel, report: ReportText
-) -> None:
+def test_a_published_method_never_wins_against_a_worse_variant_of_itself(bundle, model, report):
     asked = SearchRequest(
         pattern=Pattern.parse("0.5"), trials=8, objective=Objective(name="perplexity")
     )
@@ -150,13 +145,11 @@ def test_a_published_method_never_wins_against_a_worse_variant_of_itself(
     assert found.perplexities.ria == min(rows["ria-row"], rows["ria-layer"])
 
 
-def test_without_a_perplexity(
-    bundle: ProxyBundle, confirming: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_perplexity(bundle, confirming, monkeypatch):
     """A published method whose model gives NaN has none, and the search ends all the same."""
     really = rating.measure
 
-    def measure(subject: Any, candidate: Any, *args: Any, **more: Any) -> Any:
+    def measure(subject, candidate, *args, **more):
         if candidate == reference_methods(Pattern.parse("2:4"))["wanda"]:
             raise NumericalError("the loss is NaN or infinite.")
         return really(subject, candidate, *args, **more)
@@ -172,7 +165,7 @@ def test_without_a_perplexity(
     assert any("not compared with wanda" in warning for warning in found.warnings)
 
 
-def test_in_words() -> None:
+def test_in_words():
     """A line of numbers with four digits, and the rise over dense in per cent."""
     good = Perplexities(dense=22.6, pruned=27.71, wanda=39.9, ria=41.24)
 
@@ -194,7 +187,7 @@ def test_in_words() -> None:
     )
 
 
-def test_what_it_was_before_in_words() -> None:
+def test_what_it_was_before_in_words():
     found = Confirmation(
         perplexity=20.0, tokens=9, context_length=4, text={}, before_reconstruction=25.0,
         errors={"before_reconstruction": 0.01},
@@ -206,7 +199,7 @@ def test_what_it_was_before_in_words() -> None:
     )
 
 
-def test_a_configuration_without_them_is_read_and_written_as_it_was() -> None:
+def test_a_configuration_without_them_is_read_and_written_as_it_was():
     old = published("wanda", "0.5")
 
     assert old.perplexities is None
@@ -219,7 +212,7 @@ REQUEST = SearchRequest(
 BLEND = "activation-reconstruction/blend"
 
 
-def quality(spearman: float, better_half: float | None = None) -> ProxyQuality:
+def quality(spearman, better_half=None):
     """Of a proxy with this rank correlation, and the same or another in the better half."""
     half = spearman if better_half is None else better_half
     return ProxyQuality(
@@ -242,8 +235,8 @@ def quality(spearman: float, better_half: float | None = None) -> ProxyQuality:
     ],
 )
 def test_a_proxy_that_does_not_rank_or_not_at_the_top_is_told_and_more_are_finalists(
-    name: str, found: ProxyQuality, said: str | None
-) -> None:
+    name, found, said
+):
     count, doubt = finalists_wanted(5, name, found)
 
     assert (count, doubt is None) == ((5, True) if said is None else (5 * WIDER, False))
@@ -251,12 +244,12 @@ def test_a_proxy_that_does_not_rank_or_not_at_the_top_is_told_and_more_are_final
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def measured(monkeypatch):
     """What was measured, call by call; and nobody believes the proxy."""
-    calls: list[int] = []
+    calls = []
     original = rating.measure
 
-    def measure(*given: Any, **more: Any) -> Any:
+    def measure(*given, **more):
         calls.append(1)
         return original(*given, **more)
 
@@ -265,9 +258,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def test_confirmation_takes_over(
-    bundle: ProxyBundle, confirming: Any, searched: Any, measured: Any
-) -> None:
+def test_confirmation_takes_over(bundle, confirming, searched, measured):
     """More finalists are looked at, the result says why, and what is measured is kept."""
     wide = searched(REQUEST, bundle, **confirming)
     count = len(measured)
@@ -275,7 +266,7 @@ def test_confirmation_takes_over(
     at_once = len(measured)
     plain = search_job(replace(REQUEST, validation=None), bundle, **confirming)
 
-    def compared(result: Any) -> int:
+    def compared(result):
         return sum(each.divergence is not None for each in result.configuration.finalists)
 
     assert 8 < count == at_once
@@ -286,7 +277,7 @@ def test_confirmation_takes_over(
     assert wide.validation == {BLEND: quality(0.2)}
 
 
-def test_python() -> None:
+def test_python():
     """`pho.search(validate=8)` is the same, and too few are refused with the rule."""
     assert validation_of(8) == REQUEST.validation
     assert validation_of(None) is None
@@ -294,6 +285,6 @@ def test_python() -> None:
         validation_of(7)
 
 
-def test_from_a_bundle_alone_nothing_can_be_validated(bundle: ProxyBundle) -> None:
+def test_from_a_bundle_alone_nothing_can_be_validated(bundle):
     with pytest.raises(InvalidInput, match=r"give a model instead of a bundle.*--validate"):
         search_job(REQUEST, bundle)

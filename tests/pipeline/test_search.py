@@ -1,33 +1,23 @@
 """The search job: what is asked for, what is found, what is said of it, and whose its study is."""
 
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
-from optuna.storages import InMemoryStorage
-from optuna.trial import FrozenTrial
-from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from pho_service.errors import ChangedInput, InvalidInput, StudyError
 from pho_service.models.architecture import prunable_linears
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.calibration import bundle_path, cached_bundle
-from pho_service.models.loading import LanguageModel
 from pho_service.pipeline import search as search_module
 from pho_service.pipeline.objectives import rate_by_proxy
 from pho_service.pipeline.search import name_of_study, search_job
-from pho_service.progress import Advance
-from pho_service.pruning.bundle import ProxyBundle, sample_bundle
+from pho_service.pruning.bundle import sample_bundle
 from pho_service.pruning.masks import linear_masks
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.pruning.statistics import gather
 from pho_service.spec.calibration import CalibrationSettings
-from pho_service.spec.configuration import Configuration
 from pho_service.spec.objective import WEIGHTINGS, Objective
 from pho_service.spec.pattern import Pattern, Scope
 from pho_service.spec.space import Preset, parse_bounds
@@ -40,25 +30,25 @@ PATTERN = Pattern.parse("0.5", "layer")
 BY_PERPLEXITY = Objective(name="perplexity")
 
 
-def request_of(**changes: Any) -> SearchRequest:
+def request_of(**changes):
     """A small request with some values changed."""
     return replace(SearchRequest(pattern=PATTERN, trials=14), **changes)
 
 
-def proxies(found: Configuration) -> list[float]:
+def proxies(found):
     """The values of the baselines."""
     return [rating.proxy for rating in found.baselines if rating.proxy is not None]
 
 
-def loaded(studies: InMemoryStorage, name: str) -> optuna.Study:
+def loaded(studies, name):
     """A study of a search."""
     return optuna.load_study(study_name=name, storage=studies)
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_the_value_is_the_proxy_of_the_configurations_own_candidate_in_the_asked_weighting(
-    bundle: ProxyBundle, weighting: str
-) -> None:
+    bundle, weighting
+):
     objective = Objective(weighting=weighting)
     found = search_job(request_of(objective=objective), bundle).configuration
     (outcome,) = rate_by_proxy(ProxyEvaluator(bundle), objective)([found.candidate()])
@@ -75,16 +65,14 @@ def test_the_value_is_the_proxy_of_the_configurations_own_candidate_in_the_asked
         assert outcome.attributes[SECOND_OPINION] == other.value != outcome.value
 
 
-def test_of_gini_the_highest_wins(bundle: ProxyBundle) -> None:
+def test_of_gini_the_highest_wins(bundle):
     found = search_job(request_of(objective=Objective(name="gini")), bundle).configuration
 
     assert found.objective["direction"] == "maximize"
     assert found.objective["value"] >= max(proxies(found))
 
 
-def test_searched_by_perplexity_the_value_is_the_confirmation(
-    bundle: ProxyBundle, confirming: Any
-) -> None:
+def test_searched_by_perplexity_the_value_is_the_confirmation(bundle, confirming):
     result = search_job(request_of(objective=BY_PERPLEXITY, trials=9), bundle, **confirming)
     found = result.configuration
 
@@ -94,8 +82,8 @@ def test_searched_by_perplexity_the_value_is_the_confirmation(
 
 @pytest.mark.parametrize("sampler", ["hill-climb", "cmaes"])
 def test_a_search_by_perplexity_goes_on_where_it_was_with_the_same_trials(
-    bundle: ProxyBundle, confirming: Any, sampler: str, searched: Any
-) -> None:
+    bundle, confirming, sampler, searched
+):
     request = request_of(objective=BY_PERPLEXITY, sampler=sampler)
     searched(replace(request, trials=10), bundle, **confirming)
     found = searched(request, bundle, **confirming).configuration
@@ -105,8 +93,8 @@ def test_a_search_by_perplexity_goes_on_where_it_was_with_the_same_trials(
 
 
 def test_a_climb_begins_at_rias_coefficients_rates_no_point_twice_and_says_when_it_ended(
-    bundle: ProxyBundle, studies: InMemoryStorage, searched: Any
-) -> None:
+    bundle, studies, searched
+):
     result = searched(request_of(sampler="hill-climb", trials=300), bundle)
     trials = loaded(studies, result.study_name).trials
     climb = [t for t in trials if t.params["method"] == "crepe"]
@@ -120,10 +108,8 @@ def test_a_climb_begins_at_rias_coefficients_rates_no_point_twice_and_says_when_
     assert any(f"ended by itself after {len(trials)} of 300" in w for w in result.warnings)
 
 
-def test_what_a_stopped_search_says_is_not_that_its_sampler_knows_nothing_better(
-    bundle: ProxyBundle,
-) -> None:
-    def stop(study: optuna.Study, trial: FrozenTrial) -> None:
+def test_what_a_stopped_search_says_is_not_that_its_sampler_knows_nothing_better(bundle):
+    def stop(study, trial):
         if trial.number == 11:
             study.stop()
 
@@ -150,9 +136,7 @@ def test_what_a_stopped_search_says_is_not_that_its_sampler_knows_nothing_better
         ),
     ],
 )
-def test_what_a_bundle_cannot_tell_is_refused(
-    bundle: ProxyBundle, changes: dict[str, Any], message: str
-) -> None:
+def test_what_a_bundle_cannot_tell_is_refused(bundle, changes, message):
     with pytest.raises(InvalidInput, match=message):
         search_job(request_of(**changes), bundle)
 
@@ -161,8 +145,8 @@ def test_what_a_bundle_cannot_tell_is_refused(
     ("pattern", "scope"), [("0.5", "row"), ("0.5", "layer"), ("0.5", "global"), ("1:4", None)]
 )
 def test_whatever_wins_removes_what_was_asked_for_and_is_counted_in_no_wider_scope(
-    bundle: ProxyBundle, model: LanguageModel, pattern: str, scope: str | None
-) -> None:
+    bundle, model, pattern, scope
+):
     asked = Pattern.parse(pattern, scope)
     configuration = search_job(request_of(pattern=asked), bundle).configuration
     found, searched = configuration.candidate(), configuration.search["space"]
@@ -178,9 +162,7 @@ def test_whatever_wins_removes_what_was_asked_for_and_is_counted_in_no_wider_sco
     assert ("fisher" in {r.method for r in configuration.baselines}) is not by_row
 
 
-def test_a_best_value_on_the_border_is_named_in_the_result_and_in_a_warning(
-    bundle: ProxyBundle,
-) -> None:
+def test_a_best_value_on_the_border_is_named_in_the_result_and_in_a_warning(bundle):
     bounds = ("activation_exponent=3.8:3.9", "gradient_exponent=0", "kernel_sizes=3")
     result = search_job(
         request_of(bounds=parse_bounds(bounds), objective=Objective(name="gini"), trials=60), bundle
@@ -192,9 +174,7 @@ def test_a_best_value_on_the_border_is_named_in_the_result_and_in_a_warning(
     assert any("activation exponent lies on the border" in w for w in result.warnings)
 
 
-def test_every_candidate_but_the_baselines_lies_in_the_asked_box(
-    bundle: ProxyBundle, studies: InMemoryStorage, searched: Any
-) -> None:
+def test_every_candidate_but_the_baselines_lies_in_the_asked_box(bundle, studies, searched):
     bounds = ("activation_exponent=0.6:0.7", "row_share=0.25", "kernel_sizes=5")
     name = searched(request_of(bounds=parse_bounds(bounds), trials=22), bundle).study_name
     found = [t.params for t in loaded(studies, name).trials if t.params["method"] == "crepe"]
@@ -205,9 +185,7 @@ def test_every_candidate_but_the_baselines_lies_in_the_asked_box(
     assert all(p["kernel_size"] == 5 for p in found)
 
 
-def test_another_seed_sampler_pattern_scope_objective_or_space_is_another_study(
-    bundle: ProxyBundle,
-) -> None:
+def test_another_seed_sampler_pattern_scope_objective_or_space_is_another_study(bundle):
     requests = [
         request_of(),
         request_of(seed=1),
@@ -221,9 +199,7 @@ def test_another_seed_sampler_pattern_scope_objective_or_space_is_another_study(
     assert len({name_of_study(each, bundle, None) for each in requests}) == len(requests)
 
 
-def test_more_trials_go_on_with_the_study_of_fewer_and_never_end_worse(
-    bundle: ProxyBundle, searched: Any
-) -> None:
+def test_more_trials_go_on_with_the_study_of_fewer_and_never_end_worse(bundle, searched):
     short, long = (searched(request_of(trials=n), bundle) for n in (10, 30))
 
     assert short.study_name == long.study_name
@@ -231,8 +207,8 @@ def test_more_trials_go_on_with_the_study_of_fewer_and_never_end_worse(
 
 
 def test_what_a_shorter_search_confirmed_on_the_same_text_stays_a_finalist(
-    bundle: ProxyBundle, confirming: Any, studies: InMemoryStorage, searched: Any
-) -> None:
+    bundle, confirming, studies, searched
+):
     short = searched(request_of(trials=8, finalists=1), bundle, **confirming)
     study, key = loaded(studies, short.study_name), confirming["confirm_text"].key
     measured = {"method": "crepe", "perplexity": 1.5, "text_sha256": key}
@@ -250,9 +226,7 @@ def test_what_a_shorter_search_confirmed_on_the_same_text_stays_a_finalist(
 
 
 @pytest.mark.parametrize("confirmed", [False, True])
-def test_the_study_says_which_trial_the_result_is(
-    bundle: ProxyBundle, confirming: Any, studies: InMemoryStorage, searched: Any, confirmed: bool
-) -> None:
+def test_the_study_says_which_trial_the_result_is(bundle, confirming, studies, searched, confirmed):
     found = searched(request_of(), bundle, **(confirming if confirmed else {}))
     study, confirmation = loaded(studies, found.study_name), found.configuration.confirmation
 
@@ -268,11 +242,9 @@ def test_the_study_says_which_trial_the_result_is(
     assert chosen_in(study) == found.trial
 
 
-def test_a_search_that_is_asked_again_measures_no_perplexity_again(
-    bundle: ProxyBundle, confirming: Any, searched: Any
-) -> None:
+def test_a_search_that_is_asked_again_measures_no_perplexity_again(bundle, confirming, searched):
     first = searched(request_of(), bundle, **confirming)
-    calls: list[int] = []
+    calls = []
     confirming["model"].model.register_forward_pre_hook(lambda *_: calls.append(1))
     second = searched(request_of(), bundle, **confirming)
 
@@ -281,9 +253,7 @@ def test_a_search_that_is_asked_again_measures_no_perplexity_again(
 
 
 @pytest.mark.parametrize("why", ["a step needs a text", "the model is streamed"])
-def test_no_race_where_pruning_costs(
-    bundle: ProxyBundle, confirming: Any, streamed: LanguageModel, windows: Tensor, why: str
-) -> None:
+def test_no_race_where_pruning_costs(bundle, confirming, streamed, windows, why):
     steps = Steps(repruning="dsnot") if why == "a step needs a text" else Steps()
     if why == "the model is streamed":
         confirming["model"] = streamed
@@ -296,8 +266,8 @@ def test_no_race_where_pruning_costs(
 
 
 def test_a_study_carries_its_pattern_scope_objective_space_sampler_seed_and_calibration(
-    bundle: ProxyBundle, studies: InMemoryStorage, searched: Any
-) -> None:
+    bundle, studies, searched
+):
     """Also one whose process was killed while it described it, once somebody goes on with it."""
     name = name_of_study(request_of(seed=5), bundle, None)
     optuna.create_study(study_name=name, storage=studies).set_user_attr("pattern", "0.5")
@@ -318,9 +288,7 @@ def test_a_study_carries_its_pattern_scope_objective_space_sampler_seed_and_cali
     }
 
 
-def test_weights_beyond_float32_fail_every_trial_and_the_layer_is_named(
-    bundle: ProxyBundle,
-) -> None:
+def test_weights_beyond_float32_fail_every_trial_and_the_layer_is_named(bundle):
     broken = replace(bundle.layers[3], rows=bundle.layers[3].rows * 1e30)
     layers = [*bundle.layers[:3], broken, *bundle.layers[4:]]
 
@@ -328,9 +296,7 @@ def test_weights_beyond_float32_fail_every_trial_and_the_layer_is_named(
         search_job(request_of(), replace(bundle, layers=layers))
 
 
-def test_if_nothing_beats_a_baseline_it_is_the_result_in_its_own_scope_and_says_so(
-    bundle: ProxyBundle,
-) -> None:
+def test_if_nothing_beats_a_baseline_it_is_the_result_in_its_own_scope_and_says_so(bundle):
     result = search_job(request_of(trials=6), bundle)
 
     assert result.configuration.method != "crepe"
@@ -342,7 +308,7 @@ def test_if_nothing_beats_a_baseline_it_is_the_result_in_its_own_scope_and_says_
 SHORTEST = SearchRequest(pattern=Pattern.parse("0.5"), trials=6)
 
 
-def with_dense(bundle: ProxyBundle, perplexity: float | None, **changes: Any) -> ProxyBundle:
+def with_dense(bundle, perplexity, **changes):
     """The bundle of a model that has this perplexity; None does not say it."""
     provenance = {k: v for k, v in bundle.provenance.items() if k != "dense"}
     if perplexity is not None:
@@ -352,8 +318,8 @@ def with_dense(bundle: ProxyBundle, perplexity: float | None, **changes: Any) ->
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_bundle_says_how_well_the_dense_model_predicts_out_of_how_many_tokens(
-    model: LanguageModel, calibrated: Callable[..., ProxyBundle], text_of: Any, stream: bool
-) -> None:
+    model, calibrated, text_of, stream
+):
     model = replace(model, streamed_to=model.device) if stream else model
     rating = measure_perplexity(model, text_of(model).calibration)
 
@@ -366,8 +332,8 @@ def test_a_bundle_says_how_well_the_dense_model_predicts_out_of_how_many_tokens(
     ("perplexity", "warned"), [(256.0, True), (130.0, True), (120.0, False), (None, False)]
 )
 def test_from_half_the_vocabulary_on_the_search_says_that_nothing_can_be_told_apart(
-    bundle: ProxyBundle, perplexity: float | None, warned: bool
-) -> None:
+    bundle, perplexity, warned
+):
     found = search_job(SHORTEST, with_dense(bundle, perplexity)).warnings
     said = [warning for warning in found if "no better than chance" in warning]
 
@@ -375,7 +341,7 @@ def test_from_half_the_vocabulary_on_the_search_says_that_nothing_can_be_told_ap
     assert all(f"{perplexity:.5g}" in each and "has 256" in each for each in said)
 
 
-def test_of_several_models_those_that_predict_nothing_are_named(bundle: ProxyBundle) -> None:
+def test_of_several_models_those_that_predict_nothing_are_named(bundle):
     bundles = {
         name: with_dense(bundle, perplexity, model={"name": name})
         for name, perplexity in (("good", 9.0), ("bad", 250.0))
@@ -386,7 +352,7 @@ def test_of_several_models_those_that_predict_nothing_are_named(bundle: ProxyBun
     assert said.startswith("The dense model bad predicts")
 
 
-def preset_search(preset: str, **changes: Any) -> SearchRequest:
+def preset_search(preset, **changes):
     """The search of a preset."""
     found = Preset.of(preset, PATTERN)
     options = {"pattern": PATTERN, "steps": found.steps, "bounds": found.bounds, **changes}
@@ -394,22 +360,22 @@ def preset_search(preset: str, **changes: Any) -> SearchRequest:
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Any]:
+def database(tmp_path):
     """A database, in which a search looks for others."""
     with open_storage(f"sqlite:///{tmp_path / 'study.db'}") as storage:
         yield storage
 
 
 @pytest.fixture
-def rated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def rated(monkeypatch):
     """How many candidates each call of the objective was asked for."""
-    asked: list[int] = []
+    asked = []
     function = search_module.objective_function
 
-    def counted(*args: Any) -> Any:
+    def counted(*args):
         rate = function(*args)
 
-        def evaluate(candidates: Any) -> Any:
+        def evaluate(candidates):
             asked.append(len(candidates))
             return rate(candidates)
 
@@ -420,8 +386,8 @@ def rated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_best_after_crepe_plus_rates_nothing_and_finds_to_the_byte_what_it_finds_alone(
-    bundle: ProxyBundle, database: Any, searched: Any, rated: list[int]
-) -> None:
+    bundle, database, searched, rated
+):
     first = searched(preset_search("crepe-plus"), bundle, storage=database)
     alone = search_job(preset_search("best"), bundle)
     rated.clear()
@@ -435,8 +401,8 @@ def test_best_after_crepe_plus_rates_nothing_and_finds_to_the_byte_what_it_finds
 
 
 def test_what_the_other_study_has_not_is_rated_and_with_another_weighting_or_pattern_everything(
-    bundle: ProxyBundle, database: Any, searched: Any, rated: list[int]
-) -> None:
+    bundle, database, searched, rated
+):
     searched(preset_search("crepe-plus"), bundle, storage=database)
     rated.clear()
     longer = searched(preset_search("best", trials=20), bundle, storage=database)
@@ -454,10 +420,10 @@ REQUEST = SearchRequest(pattern=Pattern.parse("0.5"), trials=8)
 
 
 @pytest.fixture
-def by_hand(tiny_llama: LlamaForCausalLM, windows: Tensor) -> Any:
+def by_hand(tiny_llama, windows):
     """Makes a bundle as a program does that has a model in memory."""
 
-    def build(factor: float = 1.0, **options: Any) -> ProxyBundle:
+    def build(factor=1.0, **options):
         tiny_llama.model.layers[0].mlp.down_proj.weight.data *= factor
         linears = prunable_linears(tiny_llama)
         statistics = gather(
@@ -471,8 +437,8 @@ def by_hand(tiny_llama: LlamaForCausalLM, windows: Tensor) -> Any:
 
 
 def test_without_a_key_a_bundle_is_named_by_its_contents_which_alone_find_its_study(
-    by_hand: Any, searched: Any
-) -> None:
+    by_hand, searched
+):
     first, again, other = by_hand(), by_hand(), by_hand(factor=3.0)
     of_first, of_again, of_other = (searched(REQUEST, each) for each in (first, again, other))
 
@@ -482,7 +448,7 @@ def test_without_a_key_a_bundle_is_named_by_its_contents_which_alone_find_its_st
     assert of_first.configuration.calibration["key"] == first.key
 
 
-def test_what_a_rating_depends_on_is_in_the_name_of_a_bundle_without_a_key(by_hand: Any) -> None:
+def test_what_a_rating_depends_on_is_in_the_name_of_a_bundle_without_a_key(by_hand):
     bundle = by_hand()
     layer, entry = bundle.layers[0], bundle.inputs[0]
     others = [
@@ -496,7 +462,7 @@ def test_what_a_rating_depends_on_is_in_the_name_of_a_bundle_without_a_key(by_ha
 
 
 @pytest.mark.parametrize("joint", [False, True])
-def test_same_key_for_two_models(by_hand: Any, joint: bool, searched: Any) -> None:
+def test_same_key_for_two_models(by_hand, joint, searched):
     first, second = (by_hand(factor, provenance={"key": "mine"}) for factor in (1.0, 3.0))
     request = replace(REQUEST, objective=Objective(over="mean")) if joint else REQUEST
     searched(request, {"a": first, "b": replace(first)} if joint else first)
@@ -505,14 +471,12 @@ def test_same_key_for_two_models(by_hand: Any, joint: bool, searched: Any) -> No
         searched(request, {"a": second, "b": replace(second)} if joint else second)
 
 
-def test_written_into_while_it_is_calibrated(
-    model: LanguageModel, text_of: Any, tmp_path: Path
-) -> None:
+def test_written_into_while_it_is_calibrated(model, text_of, tmp_path):
     settings = CalibrationSettings(samples=4, context_length=32, projection_rows=8)
     text = text_of(model, settings)
 
     @contextmanager
-    def disturbing(_title: str, _steps: int) -> Iterator[Advance]:
+    def disturbing(_title, _steps):
         """After each window the weights are others."""
         weight = next(iter(model.linears.values())).weight
         yield lambda _count: weight.mul_(1.5)

@@ -1,7 +1,7 @@
 """The highest sparsity within a target: bisected, and both sides of the answer measured."""
 
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import pytest
 from hypothesis import given, settings
@@ -23,7 +23,7 @@ class Formula:
     error: float | None = None
     asked: list[float] = field(default_factory=list)
 
-    def find(self, request: SearchRequest, title: str) -> CurvePoint:
+    def find(self, request, title):
         """Without any model."""
         del title
         sparsity = request.pattern.sparsity
@@ -37,14 +37,14 @@ class Formula:
         )  # fmt: skip
 
 
-def run(formula: Formula, **target: Any) -> Any:
+def run(formula, **target):
     """The job on a formula."""
     asked = Target(**target)
     requests = [SearchRequest(pattern=Pattern(sparsity=each)) for each in asked.sparsities]
     return target_found(asked, find_points(formula.find, requests, asked))
 
 
-def test_answer() -> None:
+def test_answer():
     """At 10 * (1 + s^2) a rise of 25 % is reached at 0.5, and the step above was measured."""
     formula = Formula()
     found = run(formula, perplexity_rise=0.25)
@@ -60,9 +60,7 @@ def test_answer() -> None:
 @pytest.mark.parametrize(
     ("error", "patterns"), [(0.001, []), (0.006, ["0.5"]), (0.01, ["0.5", "0.525"])]
 )
-def test_a_point_that_chance_may_have_put_on_its_side_is_told(
-    error: float, patterns: list[str]
-) -> None:
+def test_a_point_that_chance_may_have_put_on_its_side_is_told(error, patterns):
     """Of a rise of 26 %, 0.5 is 1 % away and 0.525 is 1.6 %."""
     found = run(Formula(error=error), perplexity_rise=0.26)
 
@@ -70,7 +68,7 @@ def test_a_point_that_chance_may_have_put_on_its_side_is_told(
     assert all("not told apart from the target, 26 %" in each for each in found.warnings[1:])
 
 
-def test_highest() -> None:
+def test_highest():
     """Where the highest sparsity is inside it is the answer, with a word on what was not tried."""
     found = run(Formula(), perplexity_rise=0.9, highest=0.8)
 
@@ -78,14 +76,14 @@ def test_highest() -> None:
     assert "0.8 is the highest sparsity that was tried" in found.warnings[1]
 
 
-def test_outside_at_the_lowest_sparsity_refused_with_the_limit_and_all_that_was_measured() -> None:
+def test_outside_at_the_lowest_sparsity_refused_with_the_limit_and_all_that_was_measured():
     with pytest.raises(TargetMissed, match=r"at most 10\.01 is wanted.* 0\.1, is above") as refused:
         run(Formula(), perplexity_rise=0.001, lowest=0.1)
 
     assert "10.10 at 0.1" in str(refused.value)
 
 
-def test_a_perplexity_that_falls_with_the_sparsity_is_told() -> None:
+def test_a_perplexity_that_falls_with_the_sparsity_is_told():
     found = run(Formula(bend=0.3), perplexity_rise=0.02)
 
     assert any("does not rise everywhere" in warning for warning in found.warnings)
@@ -93,10 +91,10 @@ def test_a_perplexity_that_falls_with_the_sparsity_is_told() -> None:
 
 @settings(settings.get_profile("suite"))
 @given(st.integers(1, 60), st.data())
-def test_bisection(count: int, data: st.DataObject) -> None:
+def test_bisection(count, data):
     """As a plain loop; the answer and the one after it were asked, and few others."""
     last = data.draw(st.integers(-1, count - 1))
-    asked: dict[int, bool] = {}
+    asked = {}
     while (number := next_asked(count, asked)) is not None:
         assert number not in asked
         asked[number] = number <= last
@@ -106,7 +104,7 @@ def test_bisection(count: int, data: st.DataObject) -> None:
     assert len(asked) <= count.bit_length() + 1
 
 
-def test_sparsities() -> None:
+def test_sparsities():
     """Those of a target begin at the lowest, go up by the step, and stay below the highest."""
     target = Target(perplexity_rise=0.05, step=0.1, lowest=0.3, highest=0.65)
 
@@ -114,11 +112,11 @@ def test_sparsities() -> None:
     assert Target(perplexity_rise=0.05).sparsities[::36] == [0.05, 0.95]
 
 
-def test_a_rise_is_a_percentage_or_a_share() -> None:
+def test_a_rise_is_a_percentage_or_a_share():
     assert [parse_rise(text, "--within") for text in ("5%", "0.05", " 120 % ")] == [0.05, 0.05, 1.2]
 
 
-def test_patterns() -> None:
+def test_patterns():
     """Patterns stand by sparsity, N:M after the same ratio, in the scope that is theirs."""
     found = curve_patterns(["2:4", 0.5, "0.3", Pattern.parse("6:8")], "global")
 

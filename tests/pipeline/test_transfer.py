@@ -1,17 +1,14 @@
 """Several models: a configuration on those that it was not found on, and one search over all."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from pho_service.errors import BundleError, ConfigurationError, InvalidInput, NumericalError
-from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.objectives import rate_jointly
-from pho_service.pipeline.rating import ReportText, rate_pruned
+from pho_service.pipeline.rating import rate_pruned
 from pho_service.pipeline.search import search_job
 from pho_service.pipeline.transfer import (
     check_configuration,
@@ -19,7 +16,6 @@ from pho_service.pipeline.transfer import (
     transfer_job,
     transfer_key,
 )
-from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.shown.tables import transfer_table
 from pho_service.spec.baselines import reference_methods
@@ -52,7 +48,7 @@ BAD = GOOD.model_copy(
 
 
 @pytest.fixture
-def request_of_own() -> SearchRequest:
+def request_of_own():
     """A small search for a target's own best."""
     return own_search(GOOD, SearchOptions(trials=14), finalists=2)
 
@@ -69,12 +65,12 @@ def request_of_own() -> SearchRequest:
         ({"ria": 30.0, "own": None, "transferred": 25.0}, None),
     ],
 )
-def test_regret(values: dict[str, float | None], expected: float | None) -> None:
+def test_regret(values, expected):
     """Regret is the share of the own best's gain over RIA that is lost; None if nothing is."""
     assert regret(values) == expected
 
 
-def test_bundle(bundle: ProxyBundle) -> None:
+def test_bundle(bundle):
     """Of a bundle the proxies are known, those of the very candidates, and no perplexity."""
     done = transfer_job(Calibrated(name="b", bundle=bundle), GOOD)
     candidates = [*reference_methods(Pattern.parse("0.5", "layer")).values(), GOOD.candidate()]
@@ -87,15 +83,13 @@ def test_bundle(bundle: ProxyBundle) -> None:
     assert done.regret is None
 
 
-def test_model(
-    model: LanguageModel, bundle: ProxyBundle, report: ReportText, request_of_own: SearchRequest
-) -> None:
+def test_model(model, bundle, report, request_of_own):
     """Of a model every perplexity is on the report text, that of its own best among them."""
     target = Calibrated(name="m", bundle=bundle, model=model, report=report, confirm=report)
     done = transfer_job(target, GOOD, search=request_of_own)
     assert done.own is not None
 
-    def perplexity(configuration: Configuration) -> float:
+    def perplexity(configuration):
         candidate = configuration.candidate()
         return rate_pruned(model, bundle.statistics(), candidate, report.windows)[0].perplexity
 
@@ -113,7 +107,7 @@ def test_model(
     assert done.report["tokens"] == 3 * 31
 
 
-def test_own_best_of_a_bundle(bundle: ProxyBundle, request_of_own: SearchRequest) -> None:
+def test_own_best_of_a_bundle(bundle, request_of_own):
     done = transfer_job(Calibrated(name="b", bundle=bundle), GOOD, search=request_of_own)
     own, mine = done.proxies["own"], done.proxies["transferred"]
     assert mine is not None
@@ -122,7 +116,7 @@ def test_own_best_of_a_bundle(bundle: ProxyBundle, request_of_own: SearchRequest
     assert own == pytest.approx(done.own["objective"]["value"], rel=1e-6)
 
 
-def test_it_does_not_transfer(bundle: ProxyBundle) -> None:
+def test_it_does_not_transfer(bundle):
     """Where the configuration is no better than RIA, a sentence says so, and what to do."""
     (warning,) = transfer_job(Calibrated(name="b", bundle=bundle), BAD).warnings
 
@@ -132,7 +126,7 @@ def test_it_does_not_transfer(bundle: ProxyBundle) -> None:
 
 
 @pytest.mark.parametrize(("transferred", "warned"), [(24.0, 0), (26.0, 1), (31.0, 1)])
-def test_half_of_the_gain(transferred: float, warned: int) -> None:
+def test_half_of_the_gain(transferred, warned):
     """Beyond half of the own best's gain the loss is a warning."""
     values = {"dense": 10.0, "wanda": 29.0, "ria": 30.0, "transferred": transferred, "own": 20.0}
     done = Transfer(target="m", key="k", perplexities=values).judged()
@@ -140,7 +134,7 @@ def test_half_of_the_gain(transferred: float, warned: int) -> None:
     assert len(done.warnings) == warned
 
 
-def test_key(bundle: ProxyBundle, report: ReportText, request_of_own: SearchRequest) -> None:
+def test_key(bundle, report, request_of_own):
     """All that the numbers depend on changes the key, and nothing else does."""
     target = Calibrated(name="a", bundle=bundle)
     key = transfer_key(target, GOOD, None)
@@ -158,9 +152,7 @@ def test_key(bundle: ProxyBundle, report: ReportText, request_of_own: SearchRequ
     ) == 6  # fmt: skip
 
 
-def test_the_configurations_steps_are_taken_along(
-    model: LanguageModel, bundle: ProxyBundle, report: ReportText, windows: Tensor
-) -> None:
+def test_the_configurations_steps_are_taken_along(model, bundle, report, windows):
     steps = Steps(repruning="swaps")
     configuration = GOOD.model_copy(update={"steps": steps})
     target = Calibrated(
@@ -172,7 +164,7 @@ def test_the_configurations_steps_are_taken_along(
     assert swapped.perplexities["ria"] == plain.perplexities["ria"]
 
 
-def test_missing_kernel_size(bundle: ProxyBundle) -> None:
+def test_missing_kernel_size(bundle):
     """A bundle without the configuration's kernel size is refused, with the way out."""
     coefficients = replace(GOOD.coefficients, kernel_size=9)
     configuration = GOOD.model_copy(update={"coefficients": coefficients})
@@ -190,7 +182,7 @@ def test_missing_kernel_size(bundle: ProxyBundle) -> None:
         (None, "global", "0.5 in scope global"),
     ],
 )
-def test_other_pattern(pattern: str | None, scope: str | None, asked: str) -> None:
+def test_other_pattern(pattern, scope, asked):
     """A configuration of another pattern or scope is refused; less may be asked."""
     for less in ((None, None), ("0.5", None), ("0.5", "layer")):
         check_configuration("c.json", GOOD, *less)
@@ -200,7 +192,7 @@ def test_other_pattern(pattern: str | None, scope: str | None, asked: str) -> No
         check_configuration("c.json", GOOD, pattern, scope)
 
 
-def test_the_own_best_is_searched_for_in_the_configurations_space_and_with_its_steps() -> None:
+def test_the_own_best_is_searched_for_in_the_configurations_space_and_with_its_steps():
     steps = Steps(allocation=Allocation(method="fisher", spread=0.1))
     configuration = GOOD.model_copy(
         update={
@@ -224,7 +216,7 @@ def test_the_own_best_is_searched_for_in_the_configurations_space_and_with_its_s
 
 
 @pytest.mark.parametrize("corrected", [True, False])
-def test_own_search_is_uncorrected(corrected: bool) -> None:
+def test_own_search_is_uncorrected(corrected):
     """Offsets that a correction found are of its model; those that were asked for are kept."""
     allocation = Allocation(offsets={"model.layers.0.mlp.up_proj": 0.5})
     before = Allocation(method="fisher", spread=0.1, depth=(0.1, 0.0))
@@ -239,7 +231,7 @@ def test_own_search_is_uncorrected(corrected: bool) -> None:
 
 
 @pytest.mark.parametrize("space", [{"rows": [0, 1]}, {"row_share": [2, 3]}, {"row_share": 7}, [1]])
-def test_a_search_space_that_somebody_wrote_by_hand_is_refused_if_it_is_none(space: object) -> None:
+def test_a_search_space_that_somebody_wrote_by_hand_is_refused_if_it_is_none(space):
     configuration = GOOD.model_copy(update={"search": {"space": space}})
 
     with pytest.raises(
@@ -253,7 +245,7 @@ MEAN, WORST = Objective(over="mean"), Objective(over="worst")
 
 
 @pytest.fixture
-def other(bundle: ProxyBundle) -> ProxyBundle:
+def other(bundle):
     """A bundle of another model: the inputs of ``bundle``'s channels in another order."""
     inputs = [
         replace(entry, activation_norm=entry.activation_norm.flip(0), root=entry.root.flip(1))
@@ -265,17 +257,17 @@ def other(bundle: ProxyBundle) -> ProxyBundle:
 
 
 @pytest.fixture
-def bundles(bundle: ProxyBundle, other: ProxyBundle) -> dict[str, ProxyBundle]:
+def bundles(bundle, other):
     """Two models' bundles by name."""
     return {"one": bundle, "two": other}
 
 
-def request_of(objective: Objective, **changes: Any) -> SearchRequest:
+def request_of(objective, **changes):
     """A small request with an objective."""
     return replace(SearchRequest(pattern=PATTERN, objective=objective, trials=22), **changes)
 
 
-def jointly(bundles: dict[str, ProxyBundle], objective: Objective) -> Any:
+def jointly(bundles, objective):
     """Rates candidates on all models."""
     evaluators = {name: ProxyEvaluator(bundle) for name, bundle in bundles.items()}
     return rate_jointly(evaluators, PATTERN, objective)
@@ -283,8 +275,8 @@ def jointly(bundles: dict[str, ProxyBundle], objective: Objective) -> Any:
 
 @pytest.mark.parametrize(("objective", "joined"), [(MEAN, lambda a, b: (a + b) / 2), (WORST, max)])
 def test_a_candidate_counts_by_its_proxy_relative_to_rias_on_each_model_the_lowest_wins(
-    bundles: dict[str, ProxyBundle], objective: Objective, joined: Any
-) -> None:
+    bundles, objective, joined
+):
     result = search_job(request_of(objective), bundles)
     found = result.configuration
     ria = reference_methods(PATTERN)["ria"]
@@ -307,9 +299,7 @@ def test_a_candidate_counts_by_its_proxy_relative_to_rias_on_each_model_the_lowe
     assert any("`pho transfer` measures all of them" in each for each in result.warnings)
 
 
-def test_a_joint_search_that_is_asked_again_or_longer_goes_on_with_its_study(
-    bundles: dict[str, ProxyBundle], searched: Any
-) -> None:
+def test_a_joint_search_that_is_asked_again_or_longer_goes_on_with_its_study(bundles, searched):
     first = searched(request_of(MEAN), bundles)
 
     assert searched(request_of(MEAN), bundles) == first
@@ -318,9 +308,7 @@ def test_a_joint_search_that_is_asked_again_or_longer_goes_on_with_its_study(
     assert longer.configuration.objective["value"] <= first.configuration.objective["value"]
 
 
-def test_where_the_result_is_worse_than_ria_on_a_model_a_sentence_names_the_model(
-    bundles: dict[str, ProxyBundle],
-) -> None:
+def test_where_the_result_is_worse_than_ria_on_a_model_a_sentence_names_the_model(bundles):
     bounds = {"activation_exponent": (1.5, 1.5), "gradient_exponent": (1.0, 1.0)}
     result = search_job(request_of(MEAN, bounds=bounds), bundles)
     relative = result.configuration.objective["relative_to_ria"]
@@ -330,9 +318,7 @@ def test_where_the_result_is_worse_than_ria_on_a_model_a_sentence_names_the_mode
     assert [w.split()[1] for w in result.warnings if "good for the others" in w] == worse
 
 
-def test_a_candidate_that_fails_on_one_model_fails_and_the_model_is_named(
-    bundles: dict[str, ProxyBundle],
-) -> None:
+def test_a_candidate_that_fails_on_one_model_fails_and_the_model_is_named(bundles):
     ria = reference_methods(PATTERN)["ria"]
     huge = replace(ria, coefficients=replace(ria.coefficients, activation_exponent=300.0))
     failed, fine = jointly(bundles, WORST)([huge, ria])
@@ -342,18 +328,14 @@ def test_a_candidate_that_fails_on_one_model_fails_and_the_model_is_named(
     assert fine.value == 1
 
 
-def test_where_ria_loses_nothing_there_is_nothing_to_compare_with(
-    bundles: dict[str, ProxyBundle],
-) -> None:
+def test_where_ria_loses_nothing_there_is_nothing_to_compare_with(bundles):
     still = [replace(e, root=torch.zeros_like(e.root)) for e in bundles["two"].inputs]
 
     with pytest.raises(NumericalError, match=r"two: the proxy of RIA is 0\.0"):
         jointly({"two": replace(bundles["two"], inputs=still)}, MEAN)
 
 
-def test_bundles_that_share_no_kernel_size_are_refused_with_the_way_out(
-    bundles: dict[str, ProxyBundle],
-) -> None:
+def test_bundles_that_share_no_kernel_size_are_refused_with_the_way_out(bundles):
     layers = [replace(la, window_means={9: la.window_means[3]}) for la in bundles["two"].layers]
     apart = {**bundles, "two": replace(bundles["two"], layers=layers)}
 
@@ -369,13 +351,11 @@ def test_bundles_that_share_no_kernel_size_are_refused_with_the_way_out(
         ({"over": "best"}, "over 'best' is not one of mean, worst"),
     ],
 )
-def test_an_objective_over_models_has_a_common_scale_and_one_of_two_ways_to_count(
-    options: dict[str, Any], message: str
-) -> None:
+def test_an_objective_over_models_has_a_common_scale_and_one_of_two_ways_to_count(options, message):
     with pytest.raises(InvalidInput, match=message):
         Objective(**options)
 
 
-def test_how_the_models_count_has_to_be_said(bundles: dict[str, ProxyBundle]) -> None:
+def test_how_the_models_count_has_to_be_said(bundles):
     with pytest.raises(InvalidInput, match="how they count"):
         search_job(request_of(Objective()), bundles)

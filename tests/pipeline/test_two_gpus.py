@@ -1,24 +1,18 @@
 """A model on two GPUs is calibrated, measured and pruned as on one."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from pretended_machine import Cards
 from safetensors.torch import load_file
 
-from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.loading import load_model
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.compare import ComparisonRequest, compare_over_seeds
 from pho_service.pipeline.confirmation import validate_job
 from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.prune import prune_job
-from pho_service.pipeline.rating import ReportText
 from pho_service.progress import Run
-from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.fields import ValidationSpec
@@ -32,7 +26,7 @@ COEFFICIENTS = Coefficients(
 
 
 @pytest.fixture
-def two_cards(model_folder: Path, bundle: ProxyBundle, pretended_gpus: Cards) -> Cards:
+def two_cards(model_folder, bundle, pretended_gpus):
     """Two cards, after the model was stored and calibrated."""
     assert model_folder.is_dir()
     assert bundle.layers
@@ -40,14 +34,14 @@ def two_cards(model_folder: Path, bundle: ProxyBundle, pretended_gpus: Cards) ->
 
 
 @pytest.fixture
-def model(model_folder: Path, two_cards: Cards) -> LanguageModel:
+def model(model_folder, two_cards):
     """The tiny model on the first card."""
     assert len(two_cards) == 2
     return load_model(str(model_folder), device="cuda:0")
 
 
 @pytest.fixture
-def spread(model_folder: Path, two_cards: Cards) -> LanguageModel:
+def spread(model_folder, two_cards):
     """The tiny model, a block on each card."""
     assert len(two_cards) == 2
     model = load_model(str(model_folder), device_map="auto")
@@ -56,12 +50,7 @@ def spread(model_folder: Path, two_cards: Cards) -> LanguageModel:
 
 
 @pytest.mark.parametrize("projection_rows", [0, 16])
-def test_the_bundle_is_that_of_one_card(
-    spread: LanguageModel,
-    model: LanguageModel,
-    calibrated: Callable[..., ProxyBundle],
-    projection_rows: int,
-) -> None:
+def test_the_bundle_is_that_of_one_card(spread, model, calibrated, projection_rows):
     settings = CalibrationSettings(
         samples=2, context_length=16, rows_per_layer=4, projection_rows=projection_rows,
         kernel_sizes=(3,),
@@ -85,9 +74,9 @@ def test_the_bundle_is_that_of_one_card(
     ],
 )
 def test_masks_orders_and_weights_are_those_of_one_card_and_pass_their_check(
-    spread: LanguageModel, model: LanguageModel, bundle: ProxyBundle, report: ReportText,
-    tmp_path: Path, pattern: str, scope: str, steps: dict[str, Any],
-) -> None:  # fmt: skip
+    spread, model, bundle, report,
+    tmp_path, pattern, scope, steps,
+):  # fmt: skip
     configuration = Configuration(
         method="crepe", coefficients=COEFFICIENTS, pattern=pattern, scope=scope,  # type: ignore[arg-type]
         steps=Steps(**steps),
@@ -108,8 +97,8 @@ def test_masks_orders_and_weights_are_those_of_one_card_and_pass_their_check(
 
 @pytest.mark.thorough
 def test_so_are_perplexities_and_ratings_by_the_proxies_and_the_model_is_dense_afterwards(
-    spread: LanguageModel, model: LanguageModel, report: ReportText, bundle: ProxyBundle
-) -> None:
+    spread, model, report, bundle
+):
     before = spread.weights_sha256
     run = Run(device="cuda:0")
     plan = SearchRequest(pattern=Pattern.parse("2:4")).plan(bundle.kernel_sizes)

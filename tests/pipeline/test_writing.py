@@ -1,18 +1,15 @@
 """What the dense and the pruned model write after prompts of the text of a confirmation."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
 from pho_service.errors import InvalidInput
-from pho_service.models.loading import LanguageModel
 from pho_service.pipeline import confirmation
 from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pipeline.search import search_job
 from pho_service.pipeline.writing import write, written_by
-from pho_service.pruning.bundle import ProxyBundle
 from pho_service.shown.page import render
 from pho_service.shown.report import Report
 from pho_service.shown.tables import continuations_table
@@ -24,7 +21,7 @@ from pho_service.tuning.plan import SearchRequest
 REQUEST = SearchRequest(pattern=Pattern.parse("0.5"), trials=8, finalists=1)
 
 
-def likeliest(model: LanguageModel, prompt: torch.Tensor, count: int) -> str:
+def likeliest(model, prompt, count):
     """Each next token from all before it, without a cache."""
     tokens = prompt[None]
     with torch.inference_mode():
@@ -34,9 +31,7 @@ def likeliest(model: LanguageModel, prompt: torch.Tensor, count: int) -> str:
     return model.tokenizer.decode(tokens[0, len(prompt) :], skip_special_tokens=True)
 
 
-def test_a_result_has_what_both_models_write_and_the_study_keeps_it(
-    bundle: ProxyBundle, confirming: Any, searched: Any
-) -> None:
+def test_a_result_has_what_both_models_write_and_the_study_keeps_it(bundle, confirming, searched):
     model, windows = confirming["model"], confirming["confirm_text"].windows
     prompts = windows[:, : min(32, model.longest // 2)]
     count = min(40, model.longest - prompts.shape[1])
@@ -52,9 +47,7 @@ def test_a_result_has_what_both_models_write_and_the_study_keeps_it(
     assert again.continuations == found.continuations
 
 
-def test_a_winner_that_takes_a_text_is_pruned_once(
-    bundle: ProxyBundle, confirming: Any, searched: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_winner_that_takes_a_text_is_pruned_once(bundle, confirming, searched, monkeypatch):
     """It writes when it is measured, and pruned again it writes the same."""
     texts = {**confirming, "calibration": confirming["confirm_text"].windows}
     asked = replace(REQUEST, steps=Steps(statistics="sequential"))
@@ -68,8 +61,8 @@ def test_a_winner_that_takes_a_text_is_pruned_once(
 
 
 def test_a_streamed_model_and_a_search_without_a_text_write_nothing_and_the_report_says_so(
-    bundle: ProxyBundle, confirming: Any, streamed: LanguageModel
-) -> None:
+    bundle, confirming, streamed
+):
     alone = search_job(REQUEST, bundle).configuration
     read = search_job(REQUEST, bundle, **{**confirming, "model": streamed}).configuration
 
@@ -77,14 +70,14 @@ def test_a_streamed_model_and_a_search_without_a_text_write_nothing_and_the_repo
     assert "Nothing was written: that takes a text" in render(Report.of(read))
 
 
-def test_a_prompt_that_is_empty_or_too_long_is_refused(model: LanguageModel) -> None:
+def test_a_prompt_that_is_empty_or_too_long_is_refused(model):
     with pytest.raises(InvalidInput, match="a prompt is empty"):
         write(model, [" "], 4)
     with pytest.raises(InvalidInput, match=r"tokens, which is .* reads"):
         write(model, ["word " * (model.longest or 0)], 4)
 
 
-def test_nothing_in_a_text_is_markup() -> None:
+def test_nothing_in_a_text_is_markup():
     texts = Continuation(prompt="<b>|*a*", dense="`x`\n[y](z)", pruned="$1$")
     table = continuations_table([texts])
 

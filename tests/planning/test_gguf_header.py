@@ -1,8 +1,5 @@
 """A GGUF file's header is parsed once for all that want it."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import gguf
 import numpy as np
 import pytest
@@ -13,7 +10,7 @@ from pho_service.planning.shapes import gguf_read_once
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
+def path(tmp_path):
     return written(
         tmp_path / "model.gguf",
         lambda writer: writer.add_name("small"),
@@ -23,7 +20,7 @@ def path(tmp_path: Path) -> Path:
     )
 
 
-def written(path: Path, *adds: Callable[[gguf.GGUFWriter], object]) -> Path:
+def written(path, *adds):
     writer = gguf.GGUFWriter(path, "llama")
     for add in adds:
         add(writer)
@@ -34,7 +31,7 @@ def written(path: Path, *adds: Callable[[gguf.GGUFWriter], object]) -> Path:
     return path
 
 
-def test_inside_the_second_reader_is_the_first_one_and_so_is_the_table_of_names(path: Path) -> None:
+def test_inside_the_second_reader_is_the_first_one_and_so_is_the_table_of_names(path):
     with gguf_read_once():
         assert gguf.GGUFReader(path) is gguf.GGUFReader(path)
         assert gguf.GGUFReader(path).get_field("general.name").contents() == "small"
@@ -42,7 +39,7 @@ def test_inside_the_second_reader_is_the_first_one_and_so_is_the_table_of_names(
         assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) is first
 
 
-def test_fields_and_tensors_are_those_of_ggufs_own_reader_but_no_maps(path: Path) -> None:
+def test_fields_and_tensors_are_those_of_ggufs_own_reader_but_no_maps(path):
     theirs = gguf.GGUFReader(path)
     with gguf_read_once():
         ours = gguf.GGUFReader(path)
@@ -55,7 +52,7 @@ def test_fields_and_tensors_are_those_of_ggufs_own_reader_but_no_maps(path: Path
     assert np.array_equal(tensor.data, theirs.tensors[0].data)
 
 
-def test_afterwards_the_library_is_what_it_was_and_no_reader_is_kept(path: Path) -> None:
+def test_afterwards_the_library_is_what_it_was_and_no_reader_is_kept(path):
     before = gguf.GGUFReader, gguf.get_tensor_name_map
     with pytest.raises(FileNotFoundError), gguf_read_once():
         gguf.GGUFReader(path.with_name("missing.gguf"))
@@ -64,7 +61,7 @@ def test_afterwards_the_library_is_what_it_was_and_no_reader_is_kept(path: Path)
     assert gguf.GGUFReader(path) is not gguf.GGUFReader(path)
 
 
-def test_one_part_of_a_model_in_several_files_is_refused(tmp_path: Path) -> None:
+def test_one_part_of_a_model_in_several_files_is_refused(tmp_path):
     path = written(tmp_path / "1.gguf", lambda writer: writer.add_uint16("split.count", 3))
 
     with pytest.raises(ModelError, match="one of 3 parts"):

@@ -7,11 +7,9 @@ import struct
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import gguf
 import huggingface_hub.constants
@@ -36,7 +34,7 @@ TENSORS = {NAME: TensorHeader((8, 4), "BF16")}
 ENTRY = {"dtype": "BF16", "shape": [8, 4], "data_offsets": [0, 64]}
 
 
-def safetensors(document: Any) -> bytes:
+def safetensors(document):
     """A file of weights that is a header alone."""
     text = document if isinstance(document, bytes) else json.dumps(document).encode()
     return struct.pack("<Q", len(text)) + text
@@ -55,7 +53,7 @@ class Hub(BaseHTTPRequestHandler):
     asked: ClassVar[list[str]] = []
     written: ClassVar[int] = 0
 
-    def do_GET(self) -> None:
+    def do_GET(self):
         self.asked.append(self.path)
         content = FILES.get(self.path.rpartition("/")[2])
         private = "private" in self.path and self.headers.get("authorization") != "Bearer right"
@@ -85,19 +83,19 @@ class Hub(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET  # noqa: N815
 
-    def write_on(self, content: bytes) -> None:
+    def write_on(self, content):
         """Write until nobody reads, or the test is over."""
         with contextlib.suppress(OSError):
             for _ in range(100):
                 Hub.written += self.wfile.write(content)
                 time.sleep(0.02)
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, *_):
         """Nothing."""
 
 
 @pytest.fixture
-def away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def away(monkeypatch, tmp_path):
     """A hub that does not answer, and an empty cache."""
     point(monkeypatch, "http://127.0.0.1:9")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -105,7 +103,7 @@ def away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
 
 
-def point(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+def point(monkeypatch, url):
     """HF_ENDPOINT, which the hub's library reads when it is imported."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -114,7 +112,7 @@ def point(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
 
 
 @pytest.fixture
-def hub(away: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+def hub(away, monkeypatch):
     del away
     Hub.asked, Hub.written = [], 0
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
@@ -124,7 +122,7 @@ def hub(away: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
         server.shutdown()
 
 
-def written(folder: Path, **files: bytes | None) -> str:
+def written(folder, **files):
     """A model folder with these files instead of the usual ones."""
     for name, content in {**FILES, **files}.items():
         if content is not None:
@@ -132,14 +130,14 @@ def written(folder: Path, **files: bytes | None) -> str:
     return str(folder)
 
 
-def test_a_folder_is_read_without_its_weights(tmp_path: Path) -> None:
+def test_a_folder_is_read_without_its_weights(tmp_path):
     found = read_header(written(tmp_path))
 
     assert found.config == CONFIG
     assert found.tensors == TENSORS
 
 
-def test_the_files_that_the_index_names_and_no_others(tmp_path: Path) -> None:
+def test_the_files_that_the_index_names_and_no_others(tmp_path):
     index = {"weight_map": {NAME: "a.safetensors", "x": "b.safetensors"}}
     shards = {
         "model.safetensors": None,
@@ -158,7 +156,7 @@ def test_the_files_that_the_index_names_and_no_others(tmp_path: Path) -> None:
         read_header(written(tmp_path, **shards))
 
 
-def test_smollm2s_header_gives_the_shapes_of_its_weights_tied_embeddings_included() -> None:
+def test_smollm2s_header_gives_the_shapes_of_its_weights_tied_embeddings_included():
     shapes = model_shapes("smollm2", read_header(str(smollm2())))
 
     assert shapes.parameters == 134_515_008
@@ -168,7 +166,7 @@ def test_smollm2s_header_gives_the_shapes_of_its_weights_tied_embeddings_include
     assert (shapes.dtype, shapes.context) == ("float32", 8192)
 
 
-def test_all_experts_of_a_gguf_are_in_one_tensor(tmp_path: Path) -> None:
+def test_all_experts_of_a_gguf_are_in_one_tensor(tmp_path):
     path = tmp_path / "m.gguf"
     writer = gguf.GGUFWriter(path, "qwen2moe")
     writer.add_block_count(1)
@@ -197,7 +195,7 @@ def test_all_experts_of_a_gguf_are_in_one_tensor(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_hub(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub(hub, monkeypatch):
     """The headers are asked for, in the revision that is named, with the user's token, once."""
     assert read_header("org/name").tensors == TENSORS
     assert read_header("org/name", revision="v2").config == CONFIG
@@ -220,9 +218,7 @@ def test_hub(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
         ("a b", "neither a folder or file here nor a name on the hub"),
     ],
 )
-def test_what_the_hub_says_is_said_in_words(
-    name: str, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_hub_says_is_said_in_words(name, words, monkeypatch):
     monkeypatch.setattr("pho_service.planning.shapes.TIMEOUT_S", 1.0)
     with pytest.raises(ModelError, match=words):
         read_header(name)
@@ -231,7 +227,7 @@ def test_what_the_hub_says_is_said_in_words(
 
 
 @pytest.mark.usefixtures("hub")
-def test_what_the_hub_packs_unasked_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_hub_packs_unasked_is_not_unpacked(monkeypatch):
     monkeypatch.setitem(FILES, "bomb", gzip.compress(bytes(2**26), 1))
     tracemalloc.start()
     with pytest.raises(ModelError, match=r"its config\.json is not JSON"):
@@ -242,7 +238,7 @@ def test_what_the_hub_packs_unasked_is_not_unpacked(monkeypatch: pytest.MonkeyPa
     assert most < 4 * MOST_BYTES
 
 
-def test_a_revision_leads_nowhere_but_to_the_model(hub: type[Hub]) -> None:
+def test_a_revision_leads_nowhere_but_to_the_model(hub):
     read_header("org/name", revision="../../../../api/whoami-v2?x=")
 
     (asked,) = (path for path in hub.asked if path.endswith("config.json"))
@@ -250,7 +246,7 @@ def test_a_revision_leads_nowhere_but_to_the_model(hub: type[Hub]) -> None:
 
 
 @pytest.mark.usefixtures("hub")
-def test_the_headers_of_all_shards_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_headers_of_all_shards_on_the_hub(monkeypatch):
     other = NAME.replace("up", "down")
     index = {"weight_map": {NAME: "a.safetensors", other: "b.safetensors"}}
     shards = {"a.safetensors": safetensors({NAME: ENTRY}), "b.safetensors": None}
@@ -265,7 +261,7 @@ def test_the_headers_of_all_shards_on_the_hub(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.usefixtures("away")
-def test_hub_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_is_away(tmp_path, monkeypatch):
     """A hub that does not answer is named, with the way out; so it is where it may not be asked."""
     for offline in (False, True):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
@@ -289,7 +285,7 @@ def test_hub_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (None, "has no config.json"),
     ],
 )
-def test_a_bad_config_is_named(content: bytes | None, words: str, tmp_path: Path) -> None:
+def test_a_bad_config_is_named(content, words, tmp_path):
     with pytest.raises(ModelError, match=words):
         read_header(written(tmp_path, **{"config.json": content}))
 
@@ -305,7 +301,7 @@ def test_a_bad_config_is_named(content: bytes | None, words: str, tmp_path: Path
         (safetensors({"x": {**ENTRY, "shape": [1] * 9}}), "no shape"),
     ],
 )
-def test_odd_weights(content: bytes | None, words: str, tmp_path: Path) -> None:
+def test_odd_weights(content, words, tmp_path):
     """A header that is none ends at once in words."""
     with pytest.raises(ModelError, match=words):
         read_header(written(tmp_path, **{"model.safetensors": content}))
@@ -326,14 +322,14 @@ ONE = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"a"
         (ONE + struct.pack("<I", 77), "is not a valid GGUFValueType"),
     ],
 )
-def test_an_odd_gguf_header_is_told_in_words(content: bytes, words: str, tmp_path: Path) -> None:
+def test_an_odd_gguf_header_is_told_in_words(content, words, tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes(content)
     with pytest.raises(ModelError, match=words):
         read_header(str(path))
 
 
-def test_missing(tmp_path: Path) -> None:
+def test_missing(tmp_path):
     """A path that is not there is never asked of the hub; messages have the name alone."""
     with pytest.raises(ModelError, match=r"\./m does not exist on this machine"):
         read_header("./m")
@@ -343,10 +339,10 @@ def test_missing(tmp_path: Path) -> None:
 
 
 def test_the_shapes_of_files_here_are_read_once_whoever_asks_until_they_change(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, monkeypatch
+):
     """Pages ask for them again and again, and a hundred thousand tensors take seconds."""
-    read: list[str] = []
+    read = []
     monkeypatch.setattr(
         "pho_service.planning.shapes.read_header",
         lambda name, **more: read.append(name) or time.sleep(0.05) or read_header(name, **more),
@@ -357,7 +353,7 @@ def test_the_shapes_of_files_here_are_read_once_whoever_asks_until_they_change(
         written(folder)
     written(bad, **{"config.json": b"[1]"})
 
-    def ask(folder: Path) -> Any:
+    def ask(folder):
         try:
             return read_shapes("m", path=str(folder))
         except ModelError as error:

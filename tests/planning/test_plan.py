@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from pho_service.errors import InvalidInput
-from pho_service.planning.costs import CARDS, Machine, named_machine
-from pho_service.planning.plan import Plan, StagePlan, plan_job
+from pho_service.planning.costs import CARDS, named_machine
+from pho_service.planning.plan import plan_job
 from pho_service.planning.shapes import Header, TensorHeader, model_shapes
 from pho_service.spec.document import format_bytes, format_count
 from pho_service.spec.job import JobSpec
@@ -34,7 +34,7 @@ SMALL = LLAMA | {
 }  # fmt: skip
 
 
-def header(config: dict[str, Any]) -> Header:
+def header(config):
     hidden, width = config["hidden_size"], config["intermediate_size"]
     keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     block = {
@@ -60,18 +60,18 @@ def header(config: dict[str, Any]) -> Header:
     )
 
 
-def planned(config: dict[str, Any] = LLAMA, machine: Machine = H100, **fields: Any) -> Plan:
+def planned(config=LLAMA, machine=H100, **fields):
     spec = JobSpec.model_validate({"model": "org/m", "pattern": "0.5", "preset": "score", **fields})
     return plan_job(spec, model_shapes("org/m", header(config)), machine)
 
 
-def middle(plan: Plan | StagePlan) -> float:
+def middle(plan):
     """Seconds between the least and the most, on the scale of both."""
     low, high = plan.seconds
     return (low * high) ** 0.5
 
 
-def test_seven_billion() -> None:
+def test_seven_billion():
     """`best` at 2:4 is planned at under 30 minutes on an H100, the score at under three."""
     best = planned(pattern="2:4", preset="best")
     score = planned()
@@ -83,7 +83,7 @@ def test_seven_billion() -> None:
     assert score.peak.device < H100.memory_bytes
 
 
-def test_seventy_billion() -> None:
+def test_seventy_billion():
     """A 70B fits one card streamed, within 64 GB of main memory, and says so if it is not."""
     whole = planned(LLAMA_70B)
     streamed = planned(LLAMA_70B, pattern="2:4", preset="best", stream=True)
@@ -97,7 +97,7 @@ def test_seventy_billion() -> None:
     assert streamed.peak.disk > 130 * GIB
 
 
-def test_mixtral_8x7b_fits_one_80_gb_card_streamed() -> None:
+def test_mixtral_8x7b_fits_one_80_gb_card_streamed():
     assert not planned(MIXTRAL).fits
     assert planned(MIXTRAL, stream=True).fits
 
@@ -118,9 +118,7 @@ GRAMS = {"projection_rows": 0, "samples": 8, "context_length": 256}
         ),
     ],
 )
-def test_what_is_offered_makes_it_fit(
-    fields: dict[str, Any], gib: int, way: str, changed: dict[str, Any]
-) -> None:
+def test_what_is_offered_makes_it_fit(fields, gib, way, changed):
     small = H100.resized(gib * GIB)
     found = planned(machine=small, **fields)
 
@@ -140,12 +138,12 @@ def test_what_is_offered_makes_it_fit(
         ({}, {"confirm": {"windows": 200}}),
     ],
 )
-def test_more_work_takes_longer(more: dict[str, Any], fields: dict[str, Any]) -> None:
+def test_more_work_takes_longer(more, fields):
     """Each thing that is asked for beside costs time."""
     assert middle(planned(calibration=more, **fields)) > middle(planned())
 
 
-def test_a_streamed_70b_fits_with_masks_by_admm_and_alps_takes_longer_still() -> None:
+def test_a_streamed_70b_fits_with_masks_by_admm_and_alps_takes_longer_still():
     refined = {"repruning": "admm", "update": "least-squares"}
     alps = {"repruning": "none", "update": "alps"}
 
@@ -153,14 +151,14 @@ def test_a_streamed_70b_fits_with_masks_by_admm_and_alps_takes_longer_still() ->
     assert middle(planned(steps=refined)) < middle(planned(steps=alps))
 
 
-def test_the_same_job_on_an_h100_an_a100_and_a_4090() -> None:
+def test_the_same_job_on_an_h100_an_a100_and_a_4090():
     fast, slow, consumer = (middle(planned(machine=CARDS[n])) for n in ("H100", "A100", "4090"))
 
     assert fast < slow
     assert fast < consumer
 
 
-def test_a_cpu_is_measured_it_has_no_gpu_memory_and_computes_in_float32() -> None:
+def test_a_cpu_is_measured_it_has_no_gpu_memory_and_computes_in_float32():
     found = planned(SMALL, named_machine("CPU"))
 
     assert found.work.dtype == "float32"
@@ -169,7 +167,7 @@ def test_a_cpu_is_measured_it_has_no_gpu_memory_and_computes_in_float32() -> Non
     assert found.machine.to_dict()["measured"]
 
 
-def test_the_document_adds_up() -> None:
+def test_the_document_adds_up():
     document = planned().to_dict()
 
     assert document["seconds"][0] == pytest.approx(sum(s["seconds"][0] for s in document["stages"]))
@@ -178,7 +176,7 @@ def test_the_document_adds_up() -> None:
 
 
 @pytest.mark.parametrize(("pattern", "share"), [("0.5", 0.600), ("2:4", 0.587), ("0.7", 0.479)])
-def test_size(pattern: str, share: float) -> None:
+def test_size(pattern, share):
     """A pruned folder is a bit a weight larger than the model; packed, as SmolLM2 was measured."""
     smollm2 = {
         "model_type": "llama", "dtype": "bfloat16", "hidden_size": 576, "vocab_size": 49152,
@@ -204,13 +202,13 @@ def test_size(pattern: str, share: float) -> None:
         ),
     ],
 )
-def test_refusals(config: dict[str, Any], fields: dict[str, Any], words: str) -> None:
+def test_refusals(config, fields, words):
     """What cannot be planned is named."""
     with pytest.raises(InvalidInput, match=words):
         planned(config, **fields)
 
 
-def test_one_calibration_and_one_model_to_write_search_and_confirmation_at_each_pattern() -> None:
+def test_one_calibration_and_one_model_to_write_search_and_confirmation_at_each_pattern():
     found = planned(pattern=None, patterns=["0.3", "0.5", "2:4"], confirm={"finalists": 5})
     share, kept = planned(pattern="0.3"), planned(pattern="2:4")
     repeated = ("search", "confirm")
@@ -223,7 +221,7 @@ def test_one_calibration_and_one_model_to_write_search_and_confirmation_at_each_
     assert "at each of 6" in planned(pattern=None, target={"perplexity_rise": 0.1}).stages[3].title
 
 
-def test_known_cards_are_listed_a_memory_without_a_unit_is_not_believed() -> None:
+def test_known_cards_are_listed_a_memory_without_a_unit_is_not_believed():
     with pytest.raises(InvalidInput, match=r"'K80' is not known\. Known are H200, H100"):
         named_machine("K80")
     with pytest.raises(InvalidInput, match="a memory of 80 bytes"):
@@ -238,15 +236,13 @@ def test_known_cards_are_listed_a_memory_without_a_unit_is_not_believed() -> Non
         ({"layers.0.experts.up_proj": (10_001, 8, 8)}, "has 10001 experts of a linear"),
     ],
 )
-def test_a_model_that_would_take_minutes_to_plan_is_refused(
-    shapes: dict[str, tuple[int, ...]], words: str
-) -> None:
+def test_a_model_that_would_take_minutes_to_plan_is_refused(shapes, words):
     tensors = {f"model.{n}.weight": TensorHeader(shape, "BF16") for n, shape in shapes.items()}
     with pytest.raises(InvalidInput, match=words):
         model_shapes("org/m", Header(config={"model_type": "llama"}, tensors=tensors))
 
 
-def test_every_perplexity_that_is_asked_for_is_planned() -> None:
+def test_every_perplexity_that_is_asked_for_is_planned():
     """Those that candidates are rated by, and those of a validation, cost what they cost."""
     confirm = {"finalists": 5, "windows": 64}
     proxy = planned(confirm=confirm)
@@ -261,7 +257,7 @@ def test_every_perplexity_that_is_asked_for_is_planned() -> None:
 
 
 @pytest.mark.parametrize(("pattern", "by_default"), [("0.5", 2), ("2:4", 5)])
-def test_each_finalist_that_is_pruned_in_full_costs(pattern: str, by_default: int) -> None:
+def test_each_finalist_that_is_pruned_in_full_costs(pattern, by_default):
     """Of five finalists two are with a share, at N:M all."""
     title = "confirm by perplexity"
     seconds = [
@@ -273,7 +269,7 @@ def test_each_finalist_that_is_pruned_in_full_costs(pattern: str, by_default: in
     assert seconds[1] < seconds[2] < seconds[3]
 
 
-def test_what_the_dense_model_writes_to_recover_on_costs_time_and_memory() -> None:
+def test_what_the_dense_model_writes_to_recover_on_costs_time_and_memory():
     tokens = 512 * 128
     calibration = {"context_length": 128, "samples": 8, "projection_rows": 0}
     first, other = (
@@ -294,7 +290,7 @@ def test_what_the_dense_model_writes_to_recover_on_costs_time_and_memory() -> No
     assert other.peak.device > dense_and_pruned + remembered > first.peak.device
 
 
-def test_a_recovery_runs_its_blocks_once_where_their_activations_fit() -> None:
+def test_a_recovery_runs_its_blocks_once_where_their_activations_fit():
     long = {"context_length": 4096, "samples": 8, "projection_rows": 0}
     fields = {"prune": True, "recovery": {"tokens": 2_000_000, "train": "norms"}}
     once, twice = (
@@ -310,7 +306,7 @@ def test_a_recovery_runs_its_blocks_once_where_their_activations_fit() -> None:
     assert middle(once) < 0.85 * middle(twice)
 
 
-def test_a_recovery_that_fits_no_card_is_offered_several_processes() -> None:
+def test_a_recovery_that_fits_no_card_is_offered_several_processes():
     fields = {"preset": "best", "pattern": "2:4"}
     trained = {"prune": True, "recovery": {"tokens": 2_000_000}}
     small = H100.resized(48 * GIB)
@@ -329,7 +325,7 @@ def test_a_recovery_that_fits_no_card_is_offered_several_processes() -> None:
     assert not any("torchrun" in way or "lora" in way for way in experts.ways_out)
 
 
-def test_sizes_are_in_the_largest_unit_and_counts_in_words() -> None:
+def test_sizes_are_in_the_largest_unit_and_counts_in_words():
     sizes = (0, 1000, 2**20 - 1, 2**33, 2**42)
 
     assert [*map(format_bytes, sizes)] == ["0", "1000.0 B", "1024.0 KiB", "8.0 GiB", "4.0 TiB"]

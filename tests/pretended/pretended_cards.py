@@ -3,11 +3,9 @@ What a pretended GPU keeps account of: memory, launches, waits and copies.
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any
 
 import torch
 
@@ -61,24 +59,24 @@ class Card:
         fault: Raised by the next operation on the card if it is set, as by a card that broke.
     """
 
-    def __init__(self, index: int, memory_bytes: int) -> None:
+    def __init__(self, index, memory_bytes):
         self.device = torch.device("cuda", index)
         self.memory_bytes = memory_bytes
         self.allocated = self.peak = self.reserved = self.reserved_peak = 0
         self.others = 0
         self.counts = Counts()
-        self.fault: Exception | None = None
+        self.fault = None
         self.asked = 0  # asynchronous copies so far
         self.done = 0  # of these, how many are known to have ended
         self._watched = [self.counts]
         self._lock = Lock()
 
     @property
-    def free(self) -> int:
+    def free(self):
         """Bytes that nobody has reserved."""
         return max(0, self.memory_bytes - self.others - self.reserved)
 
-    def allocate(self, size: int) -> None:
+    def allocate(self, size):
         """
         Take bytes for a tensor, first those that the cache has.
 
@@ -98,26 +96,26 @@ class Card:
             self.reserved = max(self.reserved, self.allocated)
             self.reserved_peak = max(self.reserved_peak, self.reserved)
 
-    def release(self, size: int) -> None:
+    def release(self, size):
         """Give back bytes of a tensor; the cache keeps them."""
         self.allocated -= size
 
-    def empty_cache(self) -> None:
+    def empty_cache(self):
         """Give back to the card what no tensor holds."""
         self.reserved = self.allocated
 
-    def reset_peak(self) -> None:
+    def reset_peak(self):
         """Start to watch the peaks anew."""
         self.peak, self.reserved_peak = self.allocated, self.reserved
 
-    def launch(self, operation: str) -> None:
+    def launch(self, operation):
         """Count a kernel."""
         with self._lock:
             for counts in self._watched:
                 counts.launches += 1
                 counts.by_operation[operation] += 1
 
-    def wait(self, cause: str) -> None:
+    def wait(self, cause):
         """Count a time that the CPU waits for the card; all copies have ended then."""
         self.done = self.asked
         with self._lock:
@@ -125,7 +123,7 @@ class Card:
                 counts.waits += 1
                 counts.by_cause[cause] += 1
 
-    def copied(self, way: str, size: int) -> None:
+    def copied(self, way, size):
         """Count a copy: ``h2d``, ``d2h`` or ``p2p``."""
         with self._lock:
             for counts in self._watched:
@@ -133,7 +131,7 @@ class Card:
                     setattr(counts, what, getattr(counts, what) + more)
 
     @contextmanager
-    def counting(self) -> Iterator[Counts]:
+    def counting(self):
         """What is asked of the card inside."""
         counts = Counts()
         self._watched.append(counts)
@@ -146,12 +144,12 @@ class Card:
 class OnCard:
     """The label of a storage that lies on a card; its bytes are given back when it is deleted."""
 
-    def __init__(self, card: Card, size: int) -> None:
+    def __init__(self, card, size):
         self.card = card
         self.size = 0
         self.resize(size)
 
-    def resize(self, size: int) -> None:
+    def resize(self, size):
         """Hold other bytes than before."""
         rounded = -(-size // BLOCK) * BLOCK
         if rounded == self.size:
@@ -162,7 +160,7 @@ class OnCard:
             self.card.release(self.size - rounded)
         self.size = rounded
 
-    def __del__(self) -> None:
+    def __del__(self):
         self.card.release(self.size)
 
 
@@ -181,7 +179,7 @@ class InMain:
     written: tuple[Card, int] | None = None
     read: tuple[Card, int] | None = None
 
-    def check(self, *, writes: bool) -> None:
+    def check(self, *, writes):
         """
         Refuse what would meet a copy that has not ended.
 
@@ -198,7 +196,7 @@ class InMain:
                 )
 
 
-def label_of(tensor: torch.Tensor) -> Any:
+def label_of(tensor):
     """The label of a tensor's storage: ``OnCard``, ``InMain``, or None. Without modes around."""
     try:
         return getattr(tensor.untyped_storage(), "pretended", None)
@@ -206,7 +204,7 @@ def label_of(tensor: torch.Tensor) -> Any:
         return None
 
 
-def set_label(tensor: torch.Tensor, label: OnCard | InMain) -> None:
+def set_label(tensor, label):
     """Label a tensor's storage, and so all views of it. Without modes around."""
-    storage: Any = tensor.untyped_storage()
+    storage = tensor.untyped_storage()
     storage.pretended = label

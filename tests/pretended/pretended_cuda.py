@@ -4,27 +4,24 @@
 
 import threading
 import types
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
-from typing import Any
 from unittest.mock import patch
 from uuid import UUID
 
 import torch
 from pretended_dispatch import Dispatch
 from pretended_function import Function
-from pretended_machine import Cards
 from torch.overrides import _get_current_function_mode_stack
 
 CAPABILITY = (9, 0)
 HIDING = {"has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"}
 
 
-def cuda_of(cards: Cards) -> dict[str, Any]:
+def cuda_of(cards):
     """What stands in for the functions and classes of ``torch.cuda``, by their names."""
 
-    def memory_stats(device: Any = None) -> dict[str, int]:
+    def memory_stats(device=None):
         card = cards.at(device)
         return {
             "allocated_bytes.all.current": card.allocated,
@@ -33,7 +30,7 @@ def cuda_of(cards: Cards) -> dict[str, Any]:
             "reserved_bytes.all.peak": card.reserved_peak,
         }
 
-    def properties(device: Any = None) -> SimpleNamespace:
+    def properties(device=None):
         card = cards.at(device)
         return SimpleNamespace(
             name=f"pretended GPU {card.device.index}",
@@ -44,68 +41,68 @@ def cuda_of(cards: Cards) -> dict[str, Any]:
             uuid=UUID(int=card.device.index + 1),
         )
 
-    def set_device(device: Any) -> None:
+    def set_device(device):
         cards.current = cards.at(device).device.index
 
     class Device:
         """As ``torch.cuda.device``: another current card inside."""
 
-        def __init__(self, device: Any) -> None:
+        def __init__(self, device):
             self.index = cards.at(device).device.index
 
-        def __enter__(self) -> None:
+        def __enter__(self):
             self.before, cards.current = cards.current, self.index
 
-        def __exit__(self, *_error: object) -> None:
+        def __exit__(self, *_error):
             cards.current = self.before
 
     class Event:
         """As ``torch.cuda.Event``: it can be waited for, and has no times."""
 
-        def __init__(self, **_options: Any) -> None:
+        def __init__(self, **_options):
             self.card, self.number = cards.at(), 0
 
-        def record(self, stream: Any = None) -> None:
+        def record(self, stream=None):
             self.card = cards.at() if stream is None else stream.card
             self.number = self.card.asked
 
-        def synchronize(self) -> None:
+        def synchronize(self):
             self.card.wait("synchronize")
 
-        def wait(self, stream: Any = None) -> None:
+        def wait(self, stream=None):
             """The card waits, not the CPU."""
 
-        def query(self) -> bool:
+        def query(self):
             return self.card.done >= self.number
 
     class Stream:
         """As ``torch.cuda.Stream``: all of it happens in one order, nothing beside anything."""
 
-        def __init__(self, device: Any = None, **_options: Any) -> None:
+        def __init__(self, device=None, **_options):
             self.card = cards.at(device)
             self.device = self.card.device
 
-        def synchronize(self) -> None:
+        def synchronize(self):
             self.card.wait("synchronize")
 
-        def wait_stream(self, stream: Any) -> None:
+        def wait_stream(self, stream):
             """The card waits, not the CPU."""
 
-        def wait_event(self, event: Any) -> None:
+        def wait_event(self, event):
             """The card waits, not the CPU."""
 
-        def record_event(self, event: Any = None) -> Event:
+        def record_event(self, event=None):
             event = event or Event()
             event.record(self)
             return event
 
-        def query(self) -> bool:
+        def query(self):
             return self.card.done >= self.card.asked
 
-        def __enter__(self) -> "Stream":
+        def __enter__(self):
             return self
 
-        def __exit__(self, *_error: object) -> None:
+        def __exit__(self, *_error):
             pass
 
     return {
@@ -149,32 +146,32 @@ def cuda_of(cards: Cards) -> dict[str, Any]:
 class Autocast(torch.amp.autocast_mode.autocast):
     """``torch.autocast``, whose ``cuda`` is that of the CPU: the tensors are the CPU's."""
 
-    def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, device_type, *args, **kwargs):
         super().__init__("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
 
-def _generator(cards: Cards) -> type[torch.Generator]:
+def _generator(cards):
     class Generator(torch.Generator):
         """A generator of the CPU that says where it is."""
 
-        def __new__(cls, device: Any = "cpu") -> "Generator":
-            made: Generator = super().__new__(cls)
+        def __new__(cls, device="cpu"):
+            made = super().__new__(cls)
             made._at = cards.whole(device)
             return made
 
-        def __init__(self, device: Any = "cpu") -> None:
+        def __init__(self, device="cpu"):
             pass
 
         @property
-        def device(self) -> torch.device:
+        def device(self):
             return self._at
 
     return Generator
 
 
-def _grouped(lists: list[list[torch.Tensor]]) -> dict[Any, Any]:
+def _grouped(lists):
     """Lists of tensors by the device and dtype of the first list's: torch asks in C++."""
-    found: dict[Any, Any] = {}
+    found = {}
     for number, tensor in enumerate(lists[0]):
         key = tensor.device, tensor.dtype
         groups, numbers = found.setdefault(key, ([[] for _ in lists], []))
@@ -185,7 +182,7 @@ def _grouped(lists: list[list[torch.Tensor]]) -> dict[Any, Any]:
 
 
 @contextmanager
-def stand_ins(cards: Cards) -> Iterator[None]:
+def stand_ins(cards):
     """
     Inside, torch says that it has these cards, and tensors lie on them, in new threads too.
 
@@ -196,18 +193,18 @@ def stand_ins(cards: Cards) -> Iterator[None]:
     hooks = torch.autograd.graph.saved_tensors_hooks.__init__
     is_autocast, autocast_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
 
-    def run_in_modes(thread: threading.Thread) -> None:
+    def run_in_modes(thread):
         with Function(cards), Dispatch(cards):
             run(thread)
 
-    def hooks_in_modes(self: Any, pack: Any, unpack: Any) -> None:
+    def hooks_in_modes(self, pack, unpack):
         # torch calls them from inside of an operation, where the function mode is away.
         hooks(self, _within(cards, pack), _within(cards, unpack))
 
-    def autocast_enabled(device_type: str = "cuda") -> bool:
+    def autocast_enabled(device_type="cuda"):
         return is_autocast("cpu" if device_type == "cuda" else device_type)
 
-    def dtype_of_autocast(device_type: str) -> torch.dtype:
+    def dtype_of_autocast(device_type):
         return autocast_dtype("cpu" if device_type == "cuda" else device_type)
 
     with ExitStack() as stack:
@@ -240,8 +237,8 @@ def stand_ins(cards: Cards) -> Iterator[None]:
             _forget_whether_cuda_is_there()
 
 
-def _within(cards: Cards, hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def call(value: Any) -> Any:
+def _within(cards, hook):
+    def call(value):
         if any(isinstance(mode, Function) for mode in _get_current_function_mode_stack()):
             return hook(value)
         with Function(cards):
@@ -250,7 +247,7 @@ def _within(cards: Cards, hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return call
 
 
-def _forget_whether_cuda_is_there() -> None:
+def _forget_whether_cuda_is_there():
     """transformers and accelerate ask once, and remember what they were told."""
     import sys
 

@@ -37,7 +37,6 @@ streams. Fragmented memory. ``torch.autocast("cuda")`` is that of the CPU, whose
 differ a little. Tensors that C++ reads without an operation (``data_ptr``).
 """
 
-from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pretended_cuda import stand_ins
@@ -47,7 +46,7 @@ GIB = 1 << 30
 
 
 @contextmanager
-def pretend(cards: int = 1, *, memory_bytes: int = 80 * GIB) -> Iterator[Cards]:
+def pretend(cards=1, *, memory_bytes=80 * GIB):
     """
     Inside, this machine has pretended GPUs.
 

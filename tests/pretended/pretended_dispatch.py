@@ -2,18 +2,14 @@
 The mode that sees each operation of ATen, below autograd, so those of a backward pass too.
 """
 
-from collections.abc import Iterable
-from typing import Any
-
 import torch
-from pretended_cards import Card, InMain, OnCard, label_of
-from pretended_machine import CPU, Cards
-from pretended_rules import COPYING, INDEX_WRITING, INDEXING, Rule, mixed, rule_of, tensors_of
-from torch import Tensor
+from pretended_cards import InMain, OnCard, label_of
+from pretended_machine import CPU
+from pretended_rules import COPYING, INDEX_WRITING, INDEXING, mixed, rule_of, tensors_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-def _only_card(tensors: list[Tensor]) -> Card | None:
+def _only_card(tensors):
     """The card that all of these tensors lie on, if there is one."""
     cards = {label.card if isinstance(label, OnCard) else None for label in map(label_of, tensors)}
     return cards.pop() if len(cards) == 1 else None
@@ -22,13 +18,11 @@ def _only_card(tensors: list[Tensor]) -> Card | None:
 class Dispatch(TorchDispatchMode):
     """Runs each operation on the CPU, if CUDA would run it, and counts it for its card."""
 
-    def __init__(self, cards: Cards) -> None:
+    def __init__(self, cards):
         super().__init__()
         self.cards = cards
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Check, run, label, count."""
         rule = rule_of(func)
         with torch._C.DisableTorchFunction():
@@ -37,7 +31,7 @@ class Dispatch(TorchDispatchMode):
                     return func.decompose(*args, **(kwargs or {}))
             return self._run(func, rule, args, kwargs or {})
 
-    def _run(self, func: Any, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, func, rule, args, kwargs):
         given = tensors_of(args)
         if kwargs:
             given += tensors_of(kwargs)
@@ -66,9 +60,7 @@ class Dispatch(TorchDispatchMode):
         self._count(card, rule, args, given if rule.written else made)
         return result
 
-    def _count(
-        self, card: Card, rule: Rule, args: tuple[Any, ...], results: Iterable[Tensor]
-    ) -> None:
+    def _count(self, card, rule, args, results):
         if rule.launches and (rule.waits or any(tensor.numel() for tensor in results)):
             card.launch(rule.name)
         if rule.waits:
@@ -77,7 +69,7 @@ class Dispatch(TorchDispatchMode):
             for index in tensors_of(args[1]):
                 self._count_index(card, rule, args, index)
 
-    def _count_index(self, card: Card, rule: Rule, args: tuple[Any, ...], index: Tensor) -> None:
+    def _count_index(self, card, rule, args, index):
         at = self.cards.device_of(index)
         if at != card.device:
             way = "h2d" if at == CPU else "p2p"
@@ -89,7 +81,7 @@ class Dispatch(TorchDispatchMode):
             if not (fills and self.cards.device_of(args[2]) == CPU):  # else as masked_fill_
                 card.wait("nonzero")  # how many are marked
 
-    def _check_copies(self, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _check_copies(self, rule, args, kwargs):
         """Refuse to read, or to overwrite, what an asynchronous copy has not ended with."""
         if rule.view or (not rule.launches and not rule.waits):
             return
@@ -99,9 +91,7 @@ class Dispatch(TorchDispatchMode):
                 if isinstance(label, InMain):
                     label.check(writes=key in rule.written)
 
-    def _device(
-        self, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]
-    ) -> torch.device:
+    def _device(self, rule, args, kwargs, given):
         """The device that an operation runs on, if it may."""
         if rule.name in INDEXING or rule.name in INDEX_WRITING:
             return self._indexed(rule, args)
@@ -122,7 +112,7 @@ class Dispatch(TorchDispatchMode):
             raise mixed(rule, devices)
         return devices.pop()
 
-    def _indexed(self, rule: Rule, args: tuple[Any, ...]) -> torch.device:
+    def _indexed(self, rule, args):
         at = self.cards.device_of(args[0])
         if rule.name in INDEXING:
             if {self.cards.device_of(index) for index in tensors_of(args[1])} - {CPU, at}:
@@ -136,7 +126,7 @@ class Dispatch(TorchDispatchMode):
             raise mixed(rule, {at, self.cards.device_of(values)})
         return at
 
-    def _copy(self, func: Any, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _copy(self, func, rule, args, kwargs):
         to, source = args[0], args[1]
         origin, target = self.cards.device_of(source), self.cards.device_of(to)
         result = func(*args, **kwargs)

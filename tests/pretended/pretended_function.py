@@ -2,13 +2,11 @@
 The mode that answers for a card what a CPU build of torch cannot.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from pretended_cards import InMain, OnCard, label_of, set_label
-from pretended_machine import CPU, Cards, Move
+from pretended_machine import CPU, Move
 from pretended_rules import tensors_of
 from torch import Tensor
 from torch.nn.functional import embedding_bag
@@ -18,11 +16,11 @@ from torch.overrides import TorchFunctionMode
 class Function(TorchFunctionMode):
     """Answers what depends on where a tensor lies."""
 
-    def __init__(self, cards: Cards) -> None:
+    def __init__(self, cards):
         super().__init__()
         self.cards = cards
         tensor = torch.Tensor
-        self._answers: dict[Any, Callable[..., Any]] = {
+        self._answers = {
             tensor.device.__get__: self._device,  # type: ignore[attr-defined]
             tensor.is_cuda.__get__: lambda t: self._device(t).type == "cuda",  # type: ignore[attr-defined]
             tensor.is_cpu.__get__: lambda t: self._device(t).type == "cpu",  # type: ignore[attr-defined]
@@ -48,9 +46,7 @@ class Function(TorchFunctionMode):
             embedding_bag: self._embedding_bag,
         }
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         """Answer, or let torch, with new tensors on the card that was asked for."""
         kwargs = kwargs or {}
         answer = self._answers.get(func)
@@ -72,7 +68,7 @@ class Function(TorchFunctionMode):
                 set_label(made, InMain(pinned=True))
         return made
 
-    def _check_generator(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _check_generator(self, args, kwargs):
         """Refuse one of another device than the numbers that it is asked for."""
         device, found = kwargs.get("device"), kwargs["generator"].device.type
         tensors = tensors_of(args[:1])
@@ -84,10 +80,10 @@ class Function(TorchFunctionMode):
                 f"Expected a '{wanted}' device type for generator but found '{found}'"
             )
 
-    def _device(self, tensor: Tensor) -> torch.device:
+    def _device(self, tensor):
         return self.cards.device_of(tensor)
 
-    def _to(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _to(self, tensor, *args, **kwargs):
         if args and isinstance(args[0], Tensor):  # as another tensor is
             kwargs = {"device": self._device(args[0]), "dtype": args[0].dtype, **kwargs}
             args = args[1:]
@@ -104,14 +100,14 @@ class Function(TorchFunctionMode):
 
     def _moved(
         self,
-        tensor: Tensor,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        non_blocking: bool = False,
-        copy: bool = False,
+        tensor,
+        device=None,
+        dtype=None,
+        non_blocking=False,
+        copy=False,
         *,
-        memory_format: torch.memory_format = torch.preserve_format,
-    ) -> Tensor:
+        memory_format=torch.preserve_format,
+    ):
         here = self._device(tensor)
         target = here if device is None else self.cards.whole(device)
         if target == here or "meta" in (target.type, here.type):
@@ -128,11 +124,11 @@ class Function(TorchFunctionMode):
         }
         with torch._C._DisableTorchDispatch():
             if torch.is_grad_enabled() and tensor.requires_grad:
-                moved: Tensor = Move.apply(tensor, self.cards, target, options)
+                moved = Move.apply(tensor, self.cards, target, options)
                 return moved
             return self.cards.copied(tensor, target, **options)
 
-    def _host(self, tensor: Tensor) -> None:
+    def _host(self, tensor):
         """Refuse what the CPU cannot read."""
         label = label_of(tensor)
         if isinstance(label, OnCard):
@@ -143,24 +139,24 @@ class Function(TorchFunctionMode):
         if isinstance(label, InMain):
             label.check(writes=False)
 
-    def _numpy(self, tensor: Tensor, *, force: bool = False) -> Any:
+    def _numpy(self, tensor, *, force=False):
         if force:
             tensor = self._moved(tensor.detach(), CPU)
         self._host(tensor)
         return tensor.numpy(force=force)
 
-    def _array(self, tensor: Tensor, dtype: Any = None) -> Any:
+    def _array(self, tensor, dtype=None):
         self._host(tensor)
         return tensor.__array__(dtype)
 
-    def _refused(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _refused(self, tensor, *args, **kwargs):
         self._host(tensor)
         return tensor.__dlpack__(*args, **kwargs)
 
-    def _tolist(self, tensor: Tensor) -> Any:
+    def _tolist(self, tensor):
         return self._moved(tensor.detach(), CPU).tolist()
 
-    def _pin_memory(self, tensor: Tensor, device: Any = None) -> Tensor:
+    def _pin_memory(self, tensor, device=None):
         if self._device(tensor) != CPU:
             raise RuntimeError("cannot pin this tensor: only dense CPU tensors can be pinned")
         if self._is_pinned(tensor):
@@ -169,34 +165,26 @@ class Function(TorchFunctionMode):
         set_label(made, InMain(pinned=True))
         return made
 
-    def _is_pinned(self, tensor: Tensor, device: Any = None) -> bool:
+    def _is_pinned(self, tensor, device=None):
         label = label_of(tensor)
         return isinstance(label, InMain) and label.pinned
 
-    def _deepcopy(self, tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    def _deepcopy(self, tensor, memo):
         if id(tensor) in memo:
-            known: Tensor = memo[id(tensor)]
+            known = memo[id(tensor)]
             return known
         made = tensor.__deepcopy__(memo)
         return self.cards.put(made, self._device(tensor))
 
-    def _new_tensor(self, tensor: Tensor, data: Any, *, device: Any = None, **kw: Any) -> Tensor:
+    def _new_tensor(self, tensor, data, *, device=None, **kw):
         kw = {"dtype": tensor.dtype, **kw}
         return self._tensor(data, device=device or self._device(tensor), **kw)
 
-    def _backward(self, tensor: Tensor, gradient: Tensor | None = None, **kwargs: Any) -> None:
+    def _backward(self, tensor, gradient=None, **kwargs):
         with self:  # hooks ask where their tensors lie
             torch.autograd.backward(tensor, gradient, **kwargs)
 
-    def _tensor(
-        self,
-        data: Any,
-        *,
-        dtype: Any = None,
-        device: Any = None,
-        requires_grad: bool = False,
-        pin_memory: bool = False,
-    ) -> Tensor:
+    def _tensor(self, data, *, dtype=None, device=None, requires_grad=False, pin_memory=False):
         if isinstance(data, Tensor):
             made = self._moved(data.detach(), device, dtype, copy=True)
         else:
@@ -208,13 +196,13 @@ class Function(TorchFunctionMode):
             made = self._pin_memory(made)
         return made.requires_grad_(requires_grad)
 
-    def _as_tensor(self, data: Any, dtype: Any = None, device: Any = None, **kwargs: Any) -> Tensor:
+    def _as_tensor(self, data, dtype=None, device=None, **kwargs):
         if isinstance(data, Tensor):
             return self._moved(data, device, dtype, **kwargs)
         made = torch.asarray(data, dtype=dtype, **kwargs)
         return made if device is None else self._moved(made, device)
 
-    def _embedding_bag(self, rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _embedding_bag(self, rows, *args, **kwargs):
         # It makes the offsets of its bags itself, where its input lies.
         with self.cards.making(self._device(rows)):
             return embedding_bag(rows, *args, **kwargs)

@@ -2,14 +2,12 @@
 A machine with pretended cards: where tensors lie, and how they are copied from one to another.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from threading import local
-from typing import Any
 
 import torch
 from pretended_cards import Card, InMain, OnCard, label_of, set_label
-from torch import Tensor
 
 CPU = torch.device("cpu")
 
@@ -17,18 +15,18 @@ CPU = torch.device("cpu")
 class Cards(Sequence[Card]):
     """The pretended cards of this machine, and which of them is the current one."""
 
-    def __init__(self, count: int, memory_bytes: int) -> None:
+    def __init__(self, count, memory_bytes):
         self._cards = [Card(index, memory_bytes) for index in range(count)]
         self.current = 0
         self.here = local()  # .target: the device of what a factory makes in this thread
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index):
         return self._cards[index]
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self._cards)
 
-    def at(self, device: Any = None) -> Card:
+    def at(self, device=None):
         """
         The card that a device, its name or its index means; without one the current.
 
@@ -47,20 +45,20 @@ class Cards(Sequence[Card]):
             raise RuntimeError("CUDA error: invalid device ordinal (pretended)")
         return self._cards[index]
 
-    def whole(self, device: Any) -> torch.device:
+    def whole(self, device):
         """A device with its index, if it is a GPU; an integer is one."""
         if isinstance(device, int):
             return self.at(device).device
         device = torch.device(device)
         return self.at(device).device if device.type == "cuda" else device
 
-    def device_of(self, tensor: Tensor) -> torch.device:
+    def device_of(self, tensor):
         """Where a tensor lies. Without modes around."""
         label = label_of(tensor)
         return label.card.device if isinstance(label, OnCard) else tensor.device
 
     @contextmanager
-    def making(self, device: torch.device) -> Iterator[None]:
+    def making(self, device):
         """What is made anew inside lies on this card."""
         before = getattr(self.here, "target", None)
         self.here.target = device
@@ -69,7 +67,7 @@ class Cards(Sequence[Card]):
         finally:
             self.here.target = before
 
-    def put(self, tensor: Tensor, device: torch.device) -> Tensor:
+    def put(self, tensor, device):
         """Label a new tensor of the CPU, so that it lies on a card. Without modes around."""
         storage = tensor.untyped_storage()
         if device.type == "cuda" and label_of(tensor) is None:
@@ -77,14 +75,8 @@ class Cards(Sequence[Card]):
         return tensor
 
     def copied(
-        self,
-        source: Tensor,
-        device: torch.device,
-        *,
-        dtype: torch.dtype | None = None,
-        non_blocking: bool = False,
-        memory_format: torch.memory_format = torch.preserve_format,
-    ) -> Tensor:
+        self, source, device, *, dtype=None, non_blocking=False, memory_format=torch.preserve_format
+    ):
         """A copy on another device, without a gradient's way back. Without modes around."""
         label = label_of(source)
         with torch.no_grad():
@@ -96,7 +88,7 @@ class Cards(Sequence[Card]):
         self.move(made, source, non_blocking=non_blocking)
         return made
 
-    def move(self, to: Tensor, source: Tensor, *, non_blocking: bool) -> None:
+    def move(self, to, source, *, non_blocking):
         """Account for a copy between devices, whose values are there. Without modes around."""
         target, origin = label_of(to), label_of(source)
         size = to.numel() * to.element_size()
@@ -132,13 +124,13 @@ class Move(torch.autograd.Function):
     """A copy to another device; its gradient goes back to where it came from."""
 
     @staticmethod
-    def forward(ctx: Any, source: Tensor, cards: Cards, device: torch.device, options: Any) -> Any:
+    def forward(ctx, source, cards, device, options):
         """The copy."""
         ctx.cards, ctx.home, ctx.dtype = cards, cards.device_of(source), source.dtype
         return cards.copied(source, device, **options)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx, *gradients):
         """Its gradient, where the source lies."""
         with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
             moved = ctx.cards.copied(gradients[0], ctx.home, dtype=ctx.dtype)

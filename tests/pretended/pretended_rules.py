@@ -9,7 +9,6 @@ takes indices of the CPU or of the tensor's device, ``index_put_`` moves whateve
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,11 +49,11 @@ class Rule:
 
 
 @cache
-def rule_of(operation: Any) -> Rule:
+def rule_of(operation):
     """The rule of an ``OpOverload``."""
     schema = operation._schema
     name = schema.name.rpartition("::")[2]
-    written: set[int | str] = set()
+    written = set()
     for number, argument in enumerate(schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             written |= {number, argument.name}
@@ -73,9 +72,9 @@ def rule_of(operation: Any) -> Rule:
     )
 
 
-def tensors_of(value: Any) -> list[Tensor]:
+def tensors_of(value):
     """The tensors among arguments or results, also in lists."""
-    found: list[Tensor] = []
+    found = []
     if isinstance(value, Tensor):
         found.append(value)
     elif isinstance(value, (list, tuple)):
@@ -89,7 +88,7 @@ def tensors_of(value: Any) -> list[Tensor]:
     return found
 
 
-def mixed(rule: Rule, devices: set[torch.device]) -> RuntimeError:
+def mixed(rule, devices):
     """What torch says when tensors of several devices meet."""
     names = ", ".join(sorted(map(str, devices)))
     return RuntimeError(

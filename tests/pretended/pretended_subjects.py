@@ -3,12 +3,11 @@ Models that run in milliseconds, as the whole product takes them on a pretended 
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import (
@@ -19,11 +18,10 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from pho_service.models.calibration import CalibrationText, calibrate, calibration_text
-from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.calibration import calibrate, calibration_text
+from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource, read_windows
 from pho_service.pipeline.rating import ReportText
-from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.calibration import CalibrationSettings
 
 COMMON = {
@@ -69,7 +67,7 @@ class Subject:
     device: str
 
     @cached_property
-    def model(self) -> LanguageModel:
+    def model(self):
         """Loaded, or mapped if it is to be streamed."""
         return load_model(
             str(self.folder),
@@ -80,32 +78,32 @@ class Subject:
         )
 
     @property
-    def spread(self) -> bool:
+    def spread(self):
         """Whether it lies on two cards."""
         return "two-cards" in self.name and self.device != "cpu"
 
     @property
-    def dtype(self) -> str:
+    def dtype(self):
         """What it is loaded as."""
         return "bfloat16" if "bfloat16" in self.name else "float32"
 
     @cached_property
-    def text(self) -> CalibrationText:
+    def text(self):
         """To calibrate on."""
         return self.text_for(SETTINGS)
 
-    def text_for(self, settings: CalibrationSettings) -> CalibrationText:
+    def text_for(self, settings):
         """To calibrate on with other settings."""
         return calibration_text(
             self.model, TextSource(path=str(self.texts["calibration"])), settings
         )
 
     @cached_property
-    def bundle(self) -> ProxyBundle:
+    def bundle(self):
         """What its calibration gives."""
         return calibrate(self.model, self.text, SETTINGS)
 
-    def report(self, name: str = "report") -> ReportText:
+    def report(self, name="report"):
         """Two windows to measure on."""
         windows, record = read_windows(
             self.model,
@@ -117,17 +115,17 @@ class Subject:
         return ReportText(windows=windows, record=record)
 
 
-def write_model(name: str, folder: Path, tokenizer: Path) -> None:
+def write_model(name, folder, tokenizer):
     """The random model of a kind, the same each time, with a tokenizer."""
     shutil.copytree(tokenizer, folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: Any = AutoModelForCausalLM.from_config(CONFIGS[name])
+        model = AutoModelForCausalLM.from_config(CONFIGS[name])
     model.to(torch.bfloat16 if "bfloat16" in name else torch.float32).save_pretrained(folder)
 
 
 @contextmanager
-def unchanged(model: LanguageModel) -> Iterator[None]:
+def unchanged(model):
     """What happens inside must leave the model dense, and on its device."""
     places = {name: p.device for name, p in model.model.named_parameters()}
     before = {name: p.detach().to("cpu", copy=True) for name, p in model.model.named_parameters()}

@@ -1,8 +1,6 @@
 """A multiple-choice task of eight questions, in words that the tests' tokenizer knows."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -18,7 +16,7 @@ QUESTIONS = {
 }
 
 
-def write_task(folder: Path, answers: list[int], **more: Any) -> None:
+def write_task(folder, answers, **more):
     """
     Write the task ``words``, with its data beside it.
 

@@ -6,19 +6,16 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any
 
 import uvicorn
 from click.testing import Result
 from sqlalchemy import select
 
 from pho_service.api.app import create_app
-from pho_service.host.settings import Settings
 from pho_service.spec.configuration import Configuration
 from storage.claims import Found
 from storage.database import Database
-from storage.jobs import JobStore
-from storage.records import Claim, NewStage, StageKind
+from storage.records import NewStage, StageKind
 from storage.tables import stages
 
 Pho = Callable[..., Result]  # runs `pho` with these words
@@ -39,13 +36,13 @@ FOUND = Configuration.model_validate(
 )  # fmt: skip
 
 
-def answer(result: Result) -> Any:
+def answer(result):
     """The JSON on stdout of a verb that must succeed."""
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
 
-def take(store: JobStore, job_id: uuid.UUID, kind: StageKind, number: int = 0) -> Claim:
+def take(store, job_id, kind, number=0):
     """Claim a stage as the queue would give it out."""
     query = select(stages.c.id, stages.c.queue_id).where(
         stages.c.job_id == job_id, stages.c.kind == kind, stages.c.number == number
@@ -57,7 +54,7 @@ def take(store: JobStore, job_id: uuid.UUID, kind: StageKind, number: int = 0) -
     return claim
 
 
-def succeed(store: JobStore, job_id: uuid.UUID, found: Configuration) -> None:
+def succeed(store, job_id, found):
     """Do a job as far as a client can see."""
     finish = [NewStage(kind=StageKind.FINISH)]
     store.complete(take(store, job_id, StageKind.CALIBRATE), {}, then=finish)
@@ -74,18 +71,18 @@ class Service:
         settings: Of the front end.
     """
 
-    def __init__(self, database_url: str, settings: Settings) -> None:
+    def __init__(self, database_url, settings):
         self._database_url = database_url
         self._settings = settings
         self._port = 0
         self.start()
 
     @property
-    def url(self) -> str:
+    def url(self):
         """Where it listens."""
         return f"http://127.0.0.1:{self._port}"
 
-    def start(self) -> None:
+    def start(self):
         """Listen, with a fresh application."""
         self._listener = socket.create_server(("127.0.0.1", self._port))
         self._port = self._listener.getsockname()[1]
@@ -102,7 +99,7 @@ class Service:
             assert self._thread.is_alive()
             time.sleep(0.01)
 
-    def stop(self) -> None:
+    def stop(self):
         """Close all connections and the port."""
         self._server.should_exit = True
         self._thread.join()

@@ -8,17 +8,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from pretended_cards import Card
 from pretended_device import pretend
-from pretended_machine import Cards
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaForCausalLM
 
 GPU = torch.device("cuda", 0)
 
 
-def ones(*shape: int, device: str = "cuda") -> Tensor:
+def ones(*shape, device="cuda"):
     """Ones on a card."""
     return torch.ones(*shape, device=device)
 
@@ -54,7 +51,7 @@ REFUSED: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_cuda_refuses_is_refused(what: str, pretended_gpus: Cards) -> None:
+def test_what_cuda_refuses_is_refused(what, pretended_gpus):
     with pytest.raises(RuntimeError, match=r"device|pin|ordinal"):
         REFUSED[what]()
 
@@ -63,7 +60,7 @@ READS = [lambda t: t.numpy(), lambda t: np.asarray(t), lambda t: np.from_dlpack(
 
 
 @pytest.mark.parametrize("read", READS)
-def test_a_cards_tensor_is_no_array(read: Callable[[Tensor], object], pretended_gpu: Card) -> None:
+def test_a_cards_tensor_is_no_array(read, pretended_gpu):
     with pytest.raises(TypeError, match="cuda:0 device type tensor to numpy"):
         read(ones(3)[1:])
 
@@ -95,13 +92,13 @@ PASSES: dict[str, Callable[[], Tensor]] = {
 }
 
 
-def _made_under_default_device() -> Tensor:
+def _made_under_default_device():
     with torch.device("cuda"):
         return torch.zeros(3) + nn.Linear(3, 3).bias.detach()
 
 
 @pytest.mark.parametrize("what", PASSES)
-def test_the_result_lies_on_the_card(what: str, pretended_gpu: Card) -> None:
+def test_the_result_lies_on_the_card(what, pretended_gpu):
     result = PASSES[what]()
 
     assert result.device == GPU
@@ -109,7 +106,7 @@ def test_the_result_lies_on_the_card(what: str, pretended_gpu: Card) -> None:
     assert result.get_device() == 0
 
 
-def test_index_put_takes_indices_of_any_device_and_numbers_of_the_cpu(pretended_gpu: Card) -> None:
+def test_index_put_takes_indices_of_any_device_and_numbers_of_the_cpu(pretended_gpu):
     index = torch.tensor([1], device="cuda")
     main, card = torch.zeros(3), torch.zeros(3, device="cuda")
     main[index] = 1.0
@@ -121,9 +118,9 @@ def test_index_put_takes_indices_of_any_device_and_numbers_of_the_cpu(pretended_
 
 
 def test_forward_and_backward_with_a_recomputed_block_the_cpus_values_on_the_card(
-    tiny_llama: LlamaForCausalLM, windows: Tensor, pretended_gpu: Card
-) -> None:
-    def gradient(device: str) -> tuple[Tensor, Tensor]:
+    tiny_llama, windows, pretended_gpu
+):
+    def gradient(device):
         model = copy.deepcopy(tiny_llama).to(device)
         layer = model.model.layers[0]
         plain = layer.forward
@@ -140,10 +137,10 @@ def test_forward_and_backward_with_a_recomputed_block_the_cpus_values_on_the_car
     assert torch.equal(there[1].cpu(), here[1])
 
 
-def test_gradients_go_back_to_where_tensors_were(pretended_gpus: Cards) -> None:
+def test_gradients_go_back_to_where_tensors_were(pretended_gpus):
     first = ones(2, 2).requires_grad_()
     second = ones(2, 2, device="cuda:1").requires_grad_()
-    seen: list[torch.device] = []
+    seen = []
     first.register_hook(lambda gradient: seen.append(gradient.device))
     product = first.to("cuda:1") @ second
     product.to("cpu", torch.float64).sum().backward()
@@ -156,7 +153,7 @@ def test_gradients_go_back_to_where_tensors_were(pretended_gpus: Cards) -> None:
     assert pretended_gpus[0].counts.p2p_copies == 1
 
 
-def test_an_operation_is_a_launch_views_are_none(pretended_gpu: Card) -> None:
+def test_an_operation_is_a_launch_views_are_none(pretended_gpu):
     x = ones(4, 4)
     with pretended_gpu.counting() as counts:
         x.view(2, 8)[1:].T.detach()
@@ -170,7 +167,7 @@ def test_an_operation_is_a_launch_views_are_none(pretended_gpu: Card) -> None:
     assert counts.waits == 0
 
 
-def test_in_inference_mode_torch_hands_on_whole_compositions(pretended_gpu: Card) -> None:
+def test_in_inference_mode_torch_hands_on_whole_compositions(pretended_gpu):
     x = ones(2, 2)
     with torch.inference_mode(), pretended_gpu.counting() as counts:
         y = torch.nn.functional.linear(x, x).double()
@@ -218,7 +215,7 @@ WAITS: dict[str, tuple[Callable[[Tensor], object], list[str]]] = {
 
 
 @pytest.mark.parametrize("what", WAITS)
-def test_a_number_from_the_card_or_a_copy_is_a_wait(what: str, pretended_gpu: Card) -> None:
+def test_a_number_from_the_card_or_a_copy_is_a_wait(what, pretended_gpu):
     work, causes = WAITS[what]
     x = ones(3)
     with pretended_gpu.counting() as counts:
@@ -227,7 +224,7 @@ def test_a_number_from_the_card_or_a_copy_is_a_wait(what: str, pretended_gpu: Ca
     assert counts.by_cause == dict.fromkeys(causes, 1)
 
 
-def test_live_bytes_and_their_peak(pretended_gpu: Card) -> None:
+def test_live_bytes_and_their_peak(pretended_gpu):
     x = ones(1024)
     y = x.view(32, 32)[:1]
     del x
@@ -247,7 +244,7 @@ def test_live_bytes_and_their_peak(pretended_gpu: Card) -> None:
     assert torch.cuda.memory_allocated() == 0
 
 
-def test_what_autograd_keeps_for_the_backward_pass_counts(pretended_gpu: Card) -> None:
+def test_what_autograd_keeps_for_the_backward_pass_counts(pretended_gpu):
     x = ones(1024).requires_grad_()
     loss = (x * 2).exp().sum()
     kept = pretended_gpu.allocated
@@ -257,7 +254,7 @@ def test_what_autograd_keeps_for_the_backward_pass_counts(pretended_gpu: Card) -
     assert pretended_gpu.allocated == 4096 + 4096 + 512  # x, its gradient, the sum
 
 
-def test_an_allocation_beyond_the_memory_raises_torchs_own_error(pretended_gpu: Card) -> None:
+def test_an_allocation_beyond_the_memory_raises_torchs_own_error(pretended_gpu):
     pretended_gpu.memory_bytes = 8192
     kept = ones(1024)
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
@@ -270,7 +267,7 @@ def test_an_allocation_beyond_the_memory_raises_torchs_own_error(pretended_gpu: 
         kept + 1
 
 
-def test_reading_before_a_copy_ended(pretended_gpu: Card) -> None:
+def test_reading_before_a_copy_ended(pretended_gpu):
     there = ones(3)
     back = there.to("cpu", non_blocking=True)
     with pytest.raises(RuntimeError, match="is not there yet"):
@@ -291,7 +288,7 @@ def test_reading_before_a_copy_ended(pretended_gpu: Card) -> None:
     source.fill_(2)
 
 
-def test_reading_what_another_card_brings(pretended_gpus: Cards) -> None:
+def test_reading_what_another_card_brings(pretended_gpus):
     first, second = (card.device for card in pretended_gpus)
     back = torch.ones(3, device=first).to("cpu", non_blocking=True)
     again = back.to(first, non_blocking=True)
@@ -303,7 +300,7 @@ def test_reading_what_another_card_brings(pretended_gpus: Cards) -> None:
     assert back.to(second, non_blocking=True).device == second
 
 
-def test_its_next_operation_raises_what_the_test_says(pretended_gpu: Card) -> None:
+def test_its_next_operation_raises_what_the_test_says(pretended_gpu):
     x = ones(3)
     pretended_gpu.fault = torch.AcceleratorError("an illegal memory access was encountered")
 
@@ -311,7 +308,7 @@ def test_its_next_operation_raises_what_the_test_says(pretended_gpu: Card) -> No
         x + 1
 
 
-def test_a_thread_that_begins_inside_sees_the_same_devices(pretended_gpu: Card) -> None:
+def test_a_thread_that_begins_inside_sees_the_same_devices(pretended_gpu):
     x, seen = ones(3), []
     thread = threading.Thread(target=lambda: seen.append((x.device, (x + 1).device)))
     thread.start()
@@ -320,7 +317,7 @@ def test_a_thread_that_begins_inside_sees_the_same_devices(pretended_gpu: Card) 
     assert seen == [(GPU, GPU)]
 
 
-def test_autocast_of_the_card_makes_its_products_in_bfloat16(pretended_gpu: Card) -> None:
+def test_autocast_of_the_card_makes_its_products_in_bfloat16(pretended_gpu):
     with torch.autocast("cuda", dtype=torch.bfloat16):
         assert torch.is_autocast_enabled("cuda")
         assert (ones(2, 2) @ ones(2, 2)).dtype == torch.bfloat16
@@ -328,7 +325,7 @@ def test_autocast_of_the_card_makes_its_products_in_bfloat16(pretended_gpu: Card
             assert (ones(2, 2) @ ones(2, 2)).dtype == torch.float32
 
 
-def test_neither_torch_nor_what_was_made_inside_keeps_anything_of_the_cards() -> None:
+def test_neither_torch_nor_what_was_made_inside_keeps_anything_of_the_cards():
     names = ("is_available", "device_count", "Event", "synchronize", "device")
     before = [getattr(torch.cuda, name) for name in names]
     with pretend() as cards:

@@ -5,15 +5,12 @@ What users ask for as a whole, on a pretended GPU: jobs from the model to the re
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from pretended_machine import Cards
-from pretended_subjects import SETTINGS, Subject, unchanged
+from pretended_subjects import SETTINGS, unchanged
 
 from pho_service.cli import main
 from pho_service.pipeline.check import check_folder
@@ -30,7 +27,6 @@ from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import Preset
 from pho_service.tuning.plan import SearchRequest
-from pho_service.tuning.result import SearchResult
 
 SEARCHES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "row": ("0.5", "row", {}),
@@ -49,7 +45,7 @@ LONG = ("perplexity", "crepe-plus", "best", "best at 2:4")  # each finalist is p
 MODELS = ("llama", "llama-bfloat16", "llama-streamed", "mixtral", "gpt-2")
 
 
-def searches() -> list[tuple[str, str]]:
+def searches():
     """Each kind of model with each search, but where one is as scope layer; two with long ones."""
     short = [
         (name, how)
@@ -61,12 +57,12 @@ def searches() -> list[tuple[str, str]]:
 
 
 @pytest.fixture(params=MODELS)
-def subject(request: pytest.FixtureRequest, subject_of: Callable[[str], Subject]) -> Subject:
+def subject(request, subject_of):
     """Each kind of model; tests/pipeline/test_two_gpus.py takes the one on two cards."""
     return subject_of(request.param)
 
 
-def search(subject: Subject, how: str) -> SearchResult:
+def search(subject, how):
     """A search of nine trials, confirmed; the model is dense afterwards."""
     pattern, scope, given = SEARCHES[how]
     parsed = Pattern.parse(pattern, scope)
@@ -92,16 +88,14 @@ def search(subject: Subject, how: str) -> SearchResult:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(("name", "how"), searches())
-def test_every_scope_pattern_and_objective_is_searched_and_confirmed(
-    subject_of: Callable[[str], Subject], name: str, how: str
-) -> None:
+def test_every_scope_pattern_and_objective_is_searched_and_confirmed(subject_of, name, how):
     found = search(subject_of(name), how).configuration
 
     assert found.confirmation is not None
     assert found.confirmation.perplexity > 1
 
 
-def configuration_of(subject: Subject, pattern: str, preset: str) -> Configuration:
+def configuration_of(subject, pattern, preset):
     """A configuration with a preset's steps, as a file has it."""
     parsed = Pattern.parse(pattern)
     steps = Preset.of(preset, parsed).steps
@@ -120,7 +114,7 @@ def configuration_of(subject: Subject, pattern: str, preset: str) -> Configurati
 
 
 @pytest.mark.thorough
-def test_baselines_of_each_kind_beside_a_configuration(subject: Subject) -> None:
+def test_baselines_of_each_kind_beside_a_configuration(subject):
     pattern = "0.5" if "bfloat16" in subject.name else "2:4"
     parsed = Pattern.parse(pattern)
     own = "wanda-permuted" if parsed.group else "owl-wanda"
@@ -142,7 +136,7 @@ def test_baselines_of_each_kind_beside_a_configuration(subject: Subject) -> None
 
 
 @pytest.mark.thorough
-def test_random_candidates_by_every_proxy_and_by_perplexity(subject: Subject) -> None:
+def test_random_candidates_by_every_proxy_and_by_perplexity(subject):
     result = validate_job(
         subject.model,
         subject.bundle,
@@ -157,7 +151,7 @@ def test_random_candidates_by_every_proxy_and_by_perplexity(subject: Subject) ->
 
 
 @pytest.mark.thorough
-def test_transfer(subject: Subject) -> None:
+def test_transfer(subject):
     """A configuration that was found elsewhere, and the model's own best."""
     target = Calibrated(
         name=subject.name,
@@ -184,7 +178,7 @@ def test_transfer(subject: Subject) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("over", ["mean", "worst"])
-def test_one_search_over_three_families(subject_of: Callable[[str], Subject], over: str) -> None:
+def test_one_search_over_three_families(subject_of, over):
     subjects = [subject_of(name) for name in ("llama", "mixtral", "gpt-2")]
     request = SearchRequest(
         pattern=Pattern.parse("0.5", "global" if over == "mean" else "layer"),
@@ -200,12 +194,8 @@ def test_one_search_over_three_families(subject_of: Callable[[str], Subject], ov
 @pytest.mark.thorough
 @pytest.mark.parametrize(("pattern", "preset"), [("0.5", "best"), ("2:4", "crepe-plus")])
 def test_a_model_is_pruned_for_good_and_saved_and_what_was_saved_passes_its_check(
-    subject: Subject,
-    pattern: str,
-    preset: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    subject, pattern, preset, tmp_path, monkeypatch
+):
     # The sparse matrices of a card's own kernels are what no pretended card has.
     monkeypatch.setattr("pho_service.pipeline.check._check_semi_structured", lambda *_: None)
     spoiled = replace(subject)  # it is left pruned
@@ -230,11 +220,8 @@ SMALL = (
 
 
 def test_every_verb_that_runs_a_model_as_a_user_calls_it_some_of_them_on_the_second_card(
-    subject_of: Callable[[str], Subject],
-    cards: Cards,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    subject_of, cards, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     subject = subject_of("llama")
     model, texts = subject.folder, subject.texts
@@ -245,7 +232,7 @@ def test_every_verb_that_runs_a_model_as_a_user_calls_it_some_of_them_on_the_sec
     second = ("--device", "cuda:1")
     used = cards[1].counts.launches
 
-    def pho(*words: object) -> None:
+    def pho(*words):
         result = CliRunner().invoke(main, [*map(str, words), "--json"], catch_exceptions=False)
         assert result.exit_code == 0, (words[0], result.output)
         assert json.loads(result.stdout)
@@ -270,10 +257,8 @@ def test_every_verb_that_runs_a_model_as_a_user_calls_it_some_of_them_on_the_sec
 
 @pytest.mark.thorough
 def test_pho_demo_with_another_model_in_the_place_of_the_built_in_one(
-    subject_of: Callable[[str], Subject],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    subject_of, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("pho_service.models.builtin.smollm2", lambda: subject_of("llama").folder)
     monkeypatch.setattr("pho_service.cli.demo.CONTEXT_LENGTH", SETTINGS.context_length)

@@ -1,11 +1,8 @@
 """The whole product on a pretended GPU: every path, and what it gives is what the CPU gives."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,10 +13,8 @@ from pho_service.models.bundle_file import read_bundle, write_bundle
 from pho_service.models.calibration import calibrate, measure, plan_calibration
 from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pipeline.rating import rate_pruned
-from pho_service.planning.stage_memory import CalibrationPlan
 from pho_service.pruning.perplexity import dense_reference, rate_divergence
 from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.pruning.statistics import Statistics
 from pho_service.spec.objective import WEIGHTINGS
 from pho_service.spec.pattern import Coefficients, Pattern
 from pho_service.spec.steps import (
@@ -57,12 +52,12 @@ ALIKE = ("llama-bfloat16-streamed", "llama-two-cards")  # as others in most
 
 
 @pytest.fixture(params=SUBJECTS)
-def subject(request: pytest.FixtureRequest, subject_of: Callable[[str], Subject]) -> Subject:
+def subject(request, subject_of):
     """Each kind of model."""
     return subject_of(request.param)
 
 
-def assert_close(found: Statistics, expected: Statistics, *, rtol: float) -> None:
+def assert_close(found, expected, *, rtol):
     """The same statistics but for rounding."""
     for mine, theirs in zip(found.inputs, expected.inputs, strict=True):
         torch.testing.assert_close(
@@ -72,7 +67,7 @@ def assert_close(found: Statistics, expected: Statistics, *, rtol: float) -> Non
         torch.testing.assert_close(found.fisher[name], fisher, rtol=rtol, atol=1e-9)
 
 
-def test_a_bundle_is_written_and_read(subject: Subject, tmp_path: Path) -> None:
+def test_a_bundle_is_written_and_read(subject, tmp_path):
     with unchanged(subject.model):
         bundle = subject.bundle
     write_bundle(bundle, tmp_path / "b.safetensors")
@@ -82,7 +77,7 @@ def test_a_bundle_is_written_and_read(subject: Subject, tmp_path: Path) -> None:
     assert len(read.layers) == len(subject.model.linears)
 
 
-def test_without_a_projection_moments_are_in_full(subject: Subject) -> None:
+def test_without_a_projection_moments_are_in_full(subject):
     settings = replace(SETTINGS, projection_rows=0)
     bundle = calibrate(subject.model, subject.text_for(settings), settings)
 
@@ -90,12 +85,12 @@ def test_without_a_projection_moments_are_in_full(subject: Subject) -> None:
     assert_close(bundle.statistics(), subject.bundle.statistics(), rtol=1e-2)
 
 
-def test_recompute(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recompute(subject, monkeypatch):
     """Where memory is short activations are computed again; the statistics stay the same."""
     if subject.model.stream:
         pytest.skip("a streamed model keeps one block's activations anyway")
 
-    def frugal(*args: Any, **kwargs: Any) -> CalibrationPlan:
+    def frugal(*args, **kwargs):
         plan = plan_calibration(*args, **kwargs)
         return replace(plan, run=replace(plan.run, windows=1, recompute=True))
 
@@ -105,7 +100,7 @@ def test_recompute(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(found, subject.bundle.statistics(), rtol=1e-2)
 
 
-def test_products_in_bfloat16_are_those_of_a_float32_model(subject: Subject) -> None:
+def test_products_in_bfloat16_are_those_of_a_float32_model(subject):
     if subject.dtype != "float32":
         pytest.skip("mixed precision is for float32 models")
     settings = replace(SETTINGS, mixed_precision=True)
@@ -114,7 +109,7 @@ def test_products_in_bfloat16_are_those_of_a_float32_model(subject: Subject) -> 
     assert_close(found, subject.bundle.statistics(), rtol=0.5)
 
 
-def test_perplexity_and_divergence_are_the_cpus(subject: Subject) -> None:
+def test_perplexity_and_divergence_are_the_cpus(subject):
     windows = subject.report().windows
     there = measure_perplexity(subject.model, windows).perplexity
     on_cpu = replace_device(subject, "cpu")
@@ -125,13 +120,13 @@ def test_perplexity_and_divergence_are_the_cpus(subject: Subject) -> None:
         assert rate_divergence(subject.model.model, reference) == pytest.approx(0, abs=1e-5)
 
 
-def replace_device(subject: Subject, device: str) -> Subject:
+def replace_device(subject, device):
     """The same model elsewhere."""
     return Subject(subject.name, subject.folder, subject.texts, device)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p}-{p.scope}")
-def test_every_proxy_rates_as_on_the_cpu(subject: Subject, pattern: Pattern) -> None:
+def test_every_proxy_rates_as_on_the_cpu(subject, pattern):
     allocations = [Allocation()]
     if pattern.scope != "global":
         methods = product(ALLOCATIONS[1:], ALLOCATION_UNITS)
@@ -153,7 +148,7 @@ def test_every_proxy_rates_as_on_the_cpu(subject: Subject, pattern: Pattern) -> 
     )
 
 
-def combinations() -> list[tuple[str, ...]]:
+def combinations():
     """
     Of steps, for every way that a model is loaded.
 
@@ -162,7 +157,7 @@ def combinations() -> list[tuple[str, ...]]:
     """
     once = FEW | {("admm", "least-squares"), *(("none", update) for update in CHOOSING)}
 
-    def wanted(name: str, pattern: str, steps: tuple[str, str]) -> bool:
+    def wanted(name, pattern, steps):
         if name == "llama":
             return steps in FEW or pattern != "0.5 row"
         if pattern != "2:4 row":
@@ -179,12 +174,8 @@ def combinations() -> list[tuple[str, ...]]:
 
 @pytest.mark.parametrize(("name", "pattern", "repruning", "update"), combinations())
 def test_every_combination_of_steps_prunes_to_the_pattern_and_the_model_is_dense_again(
-    subject_of: Callable[[str], Subject],
-    name: str,
-    pattern: str,
-    repruning: str,
-    update: str,
-) -> None:
+    subject_of, name, pattern, repruning, update
+):
     subject, parsed = subject_of(name), Pattern.parse(*pattern.split())
     permutations = PERMUTATIONS if parsed.group else PERMUTATIONS[:1]
     every = name == "llama" and (repruning, update) in FEW
@@ -206,7 +197,7 @@ def test_every_combination_of_steps_prunes_to_the_pattern_and_the_model_is_dense
 
 @pytest.mark.parametrize("method", ALLOCATIONS[1:])
 @pytest.mark.parametrize("pattern", ["0.5 row", "2:4 row"])
-def test_allocated(subject: Subject, pattern: str, method: str) -> None:
+def test_allocated(subject, pattern, method):
     """Allocations of the whole model, from its weights on the card."""
     parsed = Pattern.parse(*pattern.split())
     candidate = Candidate(

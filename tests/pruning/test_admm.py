@@ -25,7 +25,7 @@ Choose = Callable[[Tensor, float], Tensor]
 KINDS = ("layer", "row", "2:4")
 
 
-def gram_of(width: int = WIDTH, tokens: int = 200, dead: int = 0) -> Tensor:
+def gram_of(width=WIDTH, tokens=200, dead=0):
     """E[x x^T] of correlated inputs of unequal size, the first ``dead`` of them always 0."""
     generator = torch.Generator().manual_seed(0)
     common = torch.randn(tokens, 4, generator=generator) @ torch.randn(
@@ -37,12 +37,12 @@ def gram_of(width: int = WIDTH, tokens: int = 200, dead: int = 0) -> Tensor:
     return x.T @ x / tokens
 
 
-def weight_of(seed: int = 1) -> Tensor:
+def weight_of(seed=1):
     """Standard normal, (out_features, in_features)."""
     return torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
-def support_of(kind: str, mask: Tensor | None = None) -> Support:
+def support_of(kind, mask=None):
     """Half of the weights, by what competes."""
     if mask is None:
         mask = (torch.arange(ROWS * WIDTH) % 2 == 0).view(ROWS, WIDTH)
@@ -51,16 +51,16 @@ def support_of(kind: str, mask: Tensor | None = None) -> Support:
     return Support.of(mask, by_row=kind == "row")
 
 
-def plain_choice(kind: str) -> Choose:
+def plain_choice(kind):
     """What stays by sorting: all but the lowest half, or a share of it."""
 
-    def lowest(scores: list[tuple[float, int, int]], count: int) -> set[tuple[int, int]]:
+    def lowest(scores, count):
         return {(i, j) for _, i, j in sorted(scores)[:count]}
 
-    def choose(score: Tensor, share: float = 1.0) -> Tensor:
+    def choose(score, share=1.0):
         keep = torch.ones(score.shape, dtype=torch.bool)
         each = [(float(score[i, j]), i, j) for i, j in product(range(ROWS), range(score.shape[1]))]
-        gone: set[tuple[int, int]] = set()
+        gone = set()
         if kind == "layer":
             gone = lowest(each, int(len(each) // 2 * share))
         for i in range(ROWS):
@@ -79,14 +79,14 @@ def plain_choice(kind: str) -> Choose:
     return choose
 
 
-def normalised(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+def normalised(gram, damping):
     """The damped matrix with a diagonal of 1, and what its inputs were divided by; float64."""
     damped = gram.double() + damping * gram.diagonal().double().mean() * torch.eye(len(gram))
     scale = damped.diagonal().sqrt()
     return damped / scale / scale[:, None], scale
 
 
-def plain_admm(weight: Tensor, gram: Tensor, choose: Choose) -> tuple[Tensor, Tensor]:
+def plain_admm(weight, gram, choose):
     """Algorithm 2 of arXiv:2401.02938 with its code's numbers, written as they write it."""
     matrix, scale = normalised(gram, 0)
     matrix = matrix + 0.1 * torch.eye(len(gram))
@@ -102,7 +102,7 @@ def plain_admm(weight: Tensor, gram: Tensor, choose: Choose) -> tuple[Tensor, Te
     return (free + multiplier) * keep / scale, keep
 
 
-def plain_alps(weight: Tensor, gram: Tensor, choose: Choose) -> tuple[Tensor, Tensor]:
+def plain_alps(weight, gram, choose):
     """Algorithm 1 of arXiv:2406.07831 with its code's schedule, every inverse made anew."""
     matrix, scale = normalised(gram, 0.01)
     dense = weight.double() * scale
@@ -136,9 +136,7 @@ def plain_alps(weight: Tensor, gram: Tensor, choose: Choose) -> tuple[Tensor, Te
     return free * keep / scale, keep
 
 
-def plain_refine(
-    weight: Tensor, gram: Tensor, keep: Tensor, rows: Tensor, choose: Choose
-) -> tuple[Tensor, Tensor]:
+def plain_refine(weight, gram, keep, rows, choose):
     """The growing penalty with separate weights, masked weights and multipliers."""
     matrix, scale = normalised(gram, 0.01)
     dense = weight.double() * scale * rows.double()[:, None]
@@ -154,14 +152,14 @@ def plain_refine(
     return masked / scale / rows[:, None], keep
 
 
-def check_equal(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+def check_equal(found, expected):
     assert torch.equal(found[1], expected[1])
     torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-3, atol=1e-4)
     assert bool((found[0][~found[1]] == 0).all())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_admm(kind: str) -> None:
+def test_admm(kind):
     """The published ADMM is its loop: gradual mask, fixed penalty, the last weights masked."""
     weight, gram = weight_of(), gram_of()
     moments = Normalised.of(gram, damping=0, layer="q")
@@ -173,7 +171,7 @@ def test_admm(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_alps(kind: str) -> None:
+def test_alps(kind):
     """ALPS is its loop: the penalty follows how much the mask changes, until it settles."""
     weight, gram = weight_of(), gram_of()
 
@@ -183,7 +181,7 @@ def test_alps(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_refine(kind: str) -> None:
+def test_refine(kind):
     """Ours is its loop, rows with weights of their own, several linears as each alone."""
     gram = gram_of()
     keep = plain_choice(kind)(weight_of(3).abs(), 1)
@@ -201,9 +199,7 @@ def test_refine(kind: str) -> None:
         check_equal(each, expected)
 
 
-def refined(
-    kind: str, gram: Tensor, keep: Tensor, importance: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def refined(kind, gram, keep, importance=None):
     linear = Masked(
         weight=weight_of(), keep=keep, support=support_of(kind, keep), importance=importance
     )
@@ -212,7 +208,7 @@ def refined(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_counts_and_repeats(kind: str) -> None:
+def test_counts_and_repeats(kind):
     """As many weights stay as before, in every row or group; a second run has the same bits."""
     keep = plain_choice(kind)(weight_of(5).abs(), 1)
     if kind == "row":  # an allocation's remainder: the first rows lose one more
@@ -234,7 +230,7 @@ def test_counts_and_repeats(kind: str) -> None:
 
 @pytest.mark.parametrize("tokens", [0, 5, 200])
 @pytest.mark.parametrize("method", ["admm", "alps", "refine"])
-def test_singular(method: str, tokens: int) -> None:
+def test_singular(method, tokens):
     """Fewer tokens than inputs, and inputs that are always 0, whose weights are the first to go."""
     dead = 0 if tokens < 200 else 8
     gram = gram_of(tokens=tokens or 1, dead=dead) * (tokens > 0)
@@ -253,7 +249,7 @@ def test_singular(method: str, tokens: int) -> None:
     assert not bool(keep[:, :dead].any())
 
 
-def test_nan_in_the_second_moments_is_an_error_that_names_the_layer_and_the_way_out() -> None:
+def test_nan_in_the_second_moments_is_an_error_that_names_the_layer_and_the_way_out():
     gram = gram_of()
     gram[3, 3] = torch.nan
 
@@ -261,7 +257,7 @@ def test_nan_in_the_second_moments_is_an_error_that_names_the_layer_and_the_way_
         Normalised.of(gram, damping=0.01, layer="mlp")
 
 
-def test_float64() -> None:
+def test_float64():
     """A matrix that float32 cannot factor is factored in float64; one that is not positive, not."""
     moments = Normalised(gram=torch.tensor([[1.0, 1.0], [1.0, 1.0]]), scale=torch.ones(2))
 

@@ -43,9 +43,7 @@ GROUPED_SHAPES = {
 }
 
 
-def made(
-    shapes: dict[str, tuple[int, int]], *, seed: int = 0, sampled: int | None = None
-) -> list[LayerView]:
+def made(shapes, *, seed=0, sampled=None):
     """Random linears of different scales; ``sampled`` rows of each, or all."""
     generator = torch.Generator().manual_seed(seed)
     views = []
@@ -65,40 +63,40 @@ def made(
     return views
 
 
-def again(layers: list[LayerView]) -> Views:
+def again(layers):
     return lambda: iter(layers)
 
 
-def size(view: LayerView) -> int:
+def size(view):
     return view.out_features * view.rows.shape[1]
 
 
-def units(layers: list[LayerView], unit: str) -> list[list[LayerView]]:
-    groups: dict[str, list[LayerView]] = {}
+def units(layers, unit):
+    groups = {}
     for view in layers:
         groups.setdefault(view.name if unit == "linear" else block_of(view.name), []).append(view)
     return list(groups.values())
 
 
-def scores(view: LayerView) -> list[float]:
+def scores(view):
     """A * x * sqrt(g) of the rows of a linear."""
     score = view.rows.abs() * view.activation_norm * view.fisher.sqrt()[:, None]
-    values: list[float] = score.flatten().tolist()
+    values = score.flatten().tolist()
     return values
 
 
-def test_a_block_ends_with_the_first_number_without_one_a_linear_is_its_own_block() -> None:
+def test_a_block_ends_with_the_first_number_without_one_a_linear_is_its_own_block():
     assert block_of("transformer.h.11.mlp.experts.5.c_fc") == "transformer.h.11"
     assert block_of("model.layer3.fc") == "model.layer3.fc"
 
 
-def test_the_largest_remainders_go_up_of_equal_ones_the_earlier() -> None:
+def test_the_largest_remainders_go_up_of_equal_ones_the_earlier():
     assert apportion([0.2, 1.7, 2.5, 3.6], 8) == [0, 2, 2, 4]
     assert apportion([Fraction(7, 2)] * 4, 14) == [4, 4, 3, 3]
 
 
 @pytest.mark.parametrize("total", [2, 6])
-def test_a_total_that_rounding_cannot_reach_is_an_error_not_a_distortion(total: int) -> None:
+def test_a_total_that_rounding_cannot_reach_is_an_error_not_a_distortion(total):
     with pytest.raises(ValueError, match=f"rounded to {total}"):
         apportion([1.5, 2.5], total)
 
@@ -109,8 +107,8 @@ def test_a_total_that_rounding_cannot_reach_is_an_error_not_a_distortion(total: 
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_model_loses_exactly_what_the_pattern_says_each_linear_what_the_bounds_allow(
-    method: str, unit: str, sparsity: str, spread: float, sampled: int | None
-) -> None:
+    method, unit, sparsity, spread, sampled
+):
     layers = made(ODD_SHAPES, sampled=sampled)
     pattern = Pattern.parse(sparsity)
     removed = allocate(again(layers), pattern, Allocation(method=method, unit=unit, spread=spread))
@@ -124,7 +122,7 @@ def test_the_model_loses_exactly_what_the_pattern_says_each_linear_what_the_boun
         assert low * size(view) - 1 <= removed[view.name] <= high * size(view) + 1
 
 
-def test_uniform_by_hand() -> None:
+def test_uniform_by_hand():
     """0.5 of 15 and 7 are 7.5 and 3.5; the eleventh weight goes from the earlier linear."""
     layers = made({"a": (3, 5), "b": (7, 1)})
     removed = allocate(again(layers), Pattern.parse("0.5"), Allocation())
@@ -135,7 +133,7 @@ def test_uniform_by_hand() -> None:
 @pytest.mark.parametrize("pattern", ["0.6", "4:8"])
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("method", METHODS[1:])
-def test_without_a_spread_every_method_is_uniform(method: str, unit: str, pattern: str) -> None:
+def test_without_a_spread_every_method_is_uniform(method, unit, pattern):
     views = again(made(GROUPED_SHAPES))
     uniform = allocate(views, Pattern.parse(pattern), Allocation())
 
@@ -143,9 +141,7 @@ def test_without_a_spread_every_method_is_uniform(method: str, unit: str, patter
     assert allocate(views, Pattern.parse(pattern), allocation) == uniform
 
 
-def clipped_threshold(
-    layers: list[LayerView], unit: str, pattern: Pattern, spread: float
-) -> list[int]:
+def clipped_threshold(layers, unit, pattern, spread):
     """Raise a threshold score by score, until the clipped counts of the units add up."""
     groups = units(layers, unit)
     sizes = [sum(map(size, group)) for group in groups]
@@ -166,7 +162,7 @@ def clipped_threshold(
 
 @pytest.mark.parametrize("spread", [0.1, 0.2, 0.3])
 @pytest.mark.parametrize("unit", UNITS)
-def test_fisher_clipped(unit: str, spread: float) -> None:
+def test_fisher_clipped(unit, spread):
     """One threshold, each unit clipped: as found by a loop over all sorted scores."""
     layers = made(ROUND_SHAPES)
     pattern = Pattern.parse("0.5")
@@ -180,7 +176,7 @@ def test_fisher_clipped(unit: str, spread: float) -> None:
 
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("method", ["owl", "fisher"])
-def test_sampled_rows_stand_for_more(method: str, unit: str) -> None:
+def test_sampled_rows_stand_for_more(method, unit):
     sample = [
         replace(view, out_features=3 * view.out_features) if view.name == "layers.0.up" else view
         for view in made(ODD_SHAPES)
@@ -201,9 +197,9 @@ def test_sampled_rows_stand_for_more(method: str, unit: str) -> None:
     assert all(abs(from_sample[name] - from_full[name]) <= 1 for name in from_full)
 
 
-def outlier_shares(layers: list[LayerView], unit: str, ratio: float) -> list[float]:
+def outlier_shares(layers, unit, ratio):
     """D of each unit by plain loops: the share of A * x above ``ratio`` block means."""
-    mean: dict[str, float] = {}
+    mean = {}
     for group in units(layers, "block"):
         values = [v for view in group for v in wanda_scores(view)]
         mean[block_of(group[0].name)] = sum(values) / len(values)
@@ -215,7 +211,7 @@ def outlier_shares(layers: list[LayerView], unit: str, ratio: float) -> list[flo
     return shares
 
 
-def wanda_scores(view: LayerView) -> list[float]:
+def wanda_scores(view):
     """A * x of the rows of a linear."""
     norms = view.activation_norm.tolist()
     return [abs(w) * x for row in view.rows.tolist() for w, x in zip(row, norms, strict=True)]
@@ -223,7 +219,7 @@ def wanda_scores(view: LayerView) -> list[float]:
 
 @pytest.mark.parametrize("spread", [0.05, 0.2, 0.6])
 @pytest.mark.parametrize("unit", UNITS)
-def test_owl(unit: str, spread: float) -> None:
+def test_owl(unit, spread):
     """Each sparsity is a constant less the scaled share of outliers, clipped to the bounds."""
     layers = made(SIMILAR_SHAPES)
     pattern = Pattern.parse("0.6")
@@ -243,7 +239,7 @@ def test_owl(unit: str, spread: float) -> None:
         assert sparsity == pytest.approx(expected, abs=1e-3 + len(group) / sum(map(size, group)))
 
 
-def error_curve(view: LayerView, grid: list[float]) -> list[float]:
+def error_curve(view, grid):
     """The error at each sparsity by a plain loop over output rows, in float64."""
     gram = (view.root.T @ view.root).double()
     order = torch.tensor(scores(view)).argsort()
@@ -257,7 +253,7 @@ def error_curve(view: LayerView, grid: list[float]) -> list[float]:
     return curve
 
 
-def convex_value(grid: list[float], curve: list[float], at: float) -> float:
+def convex_value(grid, curve, at):
     """The lower convex hull: the lowest chord of two points of the curve."""
     chords = [
         curve[i] + (curve[j] - curve[i]) * (at - grid[i]) / (grid[j] - grid[i])
@@ -269,7 +265,7 @@ def convex_value(grid: list[float], curve: list[float], at: float) -> float:
 
 
 @pytest.mark.parametrize("spread", [0.1, 0.3])
-def test_curves_no_better_exchange(spread: float) -> None:
+def test_curves_no_better_exchange(spread):
     """Moving weights from any linear to any other does not lower the sum of convex errors."""
     layers = made({"a": (20, 30), "b": (64, 25), "c": (10, 12), "d": (30, 40)})
     pattern = Pattern.parse("0.5")
@@ -278,7 +274,7 @@ def test_curves_no_better_exchange(spread: float) -> None:
     grid = [low + (high - low) * i / 11 for i in range(12)]
     curves = [error_curve(view, grid) for view in layers]
 
-    def error(i: int, count: float) -> float:
+    def error(i, count):
         at = min(max(count / size(layers[i]), low), high)
         return convex_value(grid, curves[i], at)
 
@@ -299,7 +295,7 @@ def test_curves_no_better_exchange(spread: float) -> None:
     assert moved
 
 
-def test_curves_of_groups() -> None:
+def test_curves_of_groups():
     """For N:M the linear whose groups suffer least keeps least: by hand, with two equal linears."""
     layers = made({"a": (8, 16), "b": (8, 16)})
     layers[1] = replace(layers[0], name="b", fisher=layers[0].fisher * 1e6)
@@ -309,7 +305,7 @@ def test_curves_of_groups() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_all_linears_of_a_block_lose_the_same_share_within_one_weight(method: str) -> None:
+def test_all_linears_of_a_block_lose_the_same_share_within_one_weight(method):
     layers = made(ODD_SHAPES)
     pattern = Pattern.parse("0.6")
     removed = allocate(again(layers), pattern, Allocation(method=method, unit="block", spread=0.3))
@@ -325,8 +321,8 @@ def test_all_linears_of_a_block_lose_the_same_share_within_one_weight(method: st
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("method", METHODS)
 def test_n_m_mixes_keep_no_more_than_the_pattern_and_less_by_under_one_step_of_the_least_unit(
-    method: str, unit: str, text: str, spread: float, sampled: int | None
-) -> None:
+    method, unit, text, spread, sampled
+):
     layers = made(GROUPED_SHAPES, sampled=sampled)
     pattern = Pattern.parse(text)
     kept = allocate(again(layers), pattern, Allocation(method=method, unit=unit, spread=spread))
@@ -347,14 +343,14 @@ def test_n_m_mixes_keep_no_more_than_the_pattern_and_less_by_under_one_step_of_t
     assert all(budget - used < n for n in room)
 
 
-def test_the_next_n_of_2_4_is_a_quarter_away_with_less_spread_there_is_only_one_mix() -> None:
+def test_the_next_n_of_2_4_is_a_quarter_away_with_less_spread_there_is_only_one_mix():
     views = again(made(GROUPED_SHAPES))
     kept = allocate(views, Pattern.parse("2:4"), Allocation(method="fisher", spread=0.24))
 
     assert set(kept.values()) == {2}
 
 
-def test_of_ideal_4_3_and_3_7_kept_of_8_the_second_one_goes_up() -> None:
+def test_of_ideal_4_3_and_3_7_kept_of_8_the_second_one_goes_up():
     weights = torch.ones(2, 10, 8)
     weights[0].view(-1)[:43] = 2
     weights[1].view(-1)[:37] = 2
@@ -369,7 +365,7 @@ def test_of_ideal_4_3_and_3_7_kept_of_8_the_second_one_goes_up() -> None:
 
 
 @pytest.mark.parametrize("text", ["4:7", "6:11", "5:10"])
-def test_a_unit_at_the_bound_stays_there_whatever_the_rounding_of_1_n_m(text: str) -> None:
+def test_a_unit_at_the_bound_stays_there_whatever_the_rounding_of_1_n_m(text):
     pattern = Pattern.parse(text)
     layers = made({"a": (7, pattern.group), "b": (11, 3 * pattern.group), "c": (23, pattern.group)})
     layers[0] = replace(layers[0], fisher=layers[0].fisher * 1e-12)
@@ -382,7 +378,7 @@ def test_a_unit_at_the_bound_stays_there_whatever_the_rounding_of_1_n_m(text: st
 
 @pytest.mark.parametrize("pattern", ["0.6", "4:8"])
 @pytest.mark.parametrize("method", ["fisher", "curves"])
-def test_from_a_linear_of_zeros_more_than_its_share_is_taken(method: str, pattern: str) -> None:
+def test_from_a_linear_of_zeros_more_than_its_share_is_taken(method, pattern):
     layers = made(GROUPED_SHAPES)
     layers[1] = replace(layers[1], rows=torch.zeros_like(layers[1].rows))
     allocation = Allocation(method=method, spread=0.25)
@@ -393,7 +389,7 @@ def test_from_a_linear_of_zeros_more_than_its_share_is_taken(method: str, patter
 
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("method", METHODS)
-def test_dead_model(method: str, unit: str) -> None:
+def test_dead_model(method, unit):
     """If nothing tells the linears apart, all lose the same share within one weight."""
     layers = [replace(v, rows=torch.zeros_like(v.rows)) for v in made(ODD_SHAPES)]
     removed = allocate(again(layers), Pattern.parse("0.6"), Allocation(method=method, unit=unit))
@@ -403,7 +399,7 @@ def test_dead_model(method: str, unit: str) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("method", ALLOCATIONS[1:])
-def test_not_finite(method: str, value: float) -> None:
+def test_not_finite(method, value):
     """NaN or infinity in the weights is an error that names the layer."""
     layers = made(ODD_SHAPES)
     layers[1].rows[:] = value
@@ -425,11 +421,11 @@ OFFSETS = {"q_proj": 0.5, "up_proj": -0.2, "experts": 3.0}  # k_proj at 0; no li
 DEPTH = (0.3, -0.2)
 
 
-def lost(allocation: Allocation, pattern: str = "0.6") -> dict[str, int]:
+def lost(allocation, pattern="0.6"):
     return allocate(again(made(SHAPES)), Pattern.parse(pattern), allocation)
 
 
-def kept_odds(name: str, sparsity: float) -> float:
+def kept_odds(name, sparsity):
     """The log-odds of what a linear keeps, with its offsets, before all are shifted."""
     depth = int(name.split(".")[1]) - 1.0  # -1, 0, 1
     curve = DEPTH[0] * depth + DEPTH[1] * (3 * depth**2 - 1) / 2
@@ -438,7 +434,7 @@ def kept_odds(name: str, sparsity: float) -> float:
 
 @pytest.mark.parametrize("method", ALLOCATIONS)
 @pytest.mark.parametrize("pattern", ["0.3", "0.9"])
-def test_total_and_bounds(method: str, pattern: str) -> None:
+def test_total_and_bounds(method, pattern):
     """The model loses exactly what the pattern says, and each linear lies within the spread."""
     allocation = Allocation(method=method, spread=0.15, offsets=OFFSETS, depth=DEPTH)
 
@@ -451,7 +447,7 @@ def test_total_and_bounds(method: str, pattern: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["uniform", "fisher"])
-def test_shift_of_log_odds(method: str) -> None:
+def test_shift_of_log_odds(method):
     """Offsets are differences of the log-odds of what is kept; one number is common to all."""
     plain = Allocation(method=method, spread=0.15)
     wide = replace(plain, spread=0.35, offsets=OFFSETS, depth=DEPTH)
@@ -468,7 +464,7 @@ def test_shift_of_log_odds(method: str) -> None:
     assert max(common) - min(common) < 0.04  # whole weights
 
 
-def test_of_blocks() -> None:
+def test_of_blocks():
     """A curve over depth holds for whole blocks, too: all of their linears lose one share."""
     found = lost(Allocation(method="uniform", unit="block", depth=(0.5,)))
 
@@ -477,7 +473,7 @@ def test_of_blocks() -> None:
     assert shares[0] > shares[3] > shares[6]  # late blocks keep more
 
 
-def test_offsets_of_kinds_that_the_model_does_not_have_or_all_alike_change_nothing() -> None:
+def test_offsets_of_kinds_that_the_model_does_not_have_or_all_alike_change_nothing():
     plain = Allocation(method="fisher")
 
     assert lost(replace(plain, offsets={"gate_proj": 1.0})) == lost(plain)

@@ -5,19 +5,19 @@ import torch
 from torch import nn
 
 from pho_service.errors import BundleError
-from pho_service.pruning.bundle import ProxyBundle, sample_bundle
+from pho_service.pruning.bundle import sample_bundle
 from pho_service.pruning.scores import window_mean
-from pho_service.pruning.statistics import PrunableLinear, Statistics
+from pho_service.pruning.statistics import PrunableLinear
 
 Linears = dict[str, PrunableLinear]
 
 
 @pytest.fixture
-def bundle(linears: Linears, statistics: Statistics) -> ProxyBundle:
+def bundle(linears, statistics):
     return sample_bundle(linears, statistics, rows_per_layer=10, kernel_sizes=(5, 3), seed=0)
 
 
-def test_rows(linears: Linears, bundle: ProxyBundle) -> None:
+def test_rows(linears, bundle):
     """Sampled rows are the model's, distinct and in order, layer by layer in model order."""
     assert [layer.name for layer in bundle.layers] == list(linears)
     for layer in bundle.layers:
@@ -28,7 +28,7 @@ def test_rows(linears: Linears, bundle: ProxyBundle) -> None:
         assert (layer.out_features, layer.in_features) == weight.shape
 
 
-def test_means(linears: Linears, bundle: ProxyBundle) -> None:
+def test_means(linears, bundle):
     """Means are those of the whole layer, not of the sample."""
     for layer in bundle.layers:
         magnitude = linears[layer.name].weight.abs()
@@ -43,21 +43,21 @@ def test_means(linears: Linears, bundle: ProxyBundle) -> None:
 
 @pytest.mark.parametrize(("seed", "same"), [(0, True), (1, False)])
 def test_the_same_seed_samples_the_same_rows_another_seed_others(
-    linears: Linears, statistics: Statistics, bundle: ProxyBundle, seed: int, *, same: bool
-) -> None:
+    linears, statistics, bundle, seed, *, same
+):
     again = sample_bundle(linears, statistics, rows_per_layer=10, kernel_sizes=(3,), seed=seed)
     pairs = zip(bundle.layers, again.layers, strict=True)
 
     assert all(torch.equal(a.row_index, b.row_index) for a, b in pairs) is same
 
 
-def test_layers_of_one_shape_do_not_all_sample_the_same_rows(bundle: ProxyBundle) -> None:
+def test_layers_of_one_shape_do_not_all_sample_the_same_rows(bundle):
     sampled = {tuple(layer.row_index.tolist()) for layer in bundle.layers if layer.in_features > 32}
 
     assert len(sampled) == 2
 
 
-def test_statistics(linears: Linears, statistics: Statistics, bundle: ProxyBundle) -> None:
+def test_statistics(linears, statistics, bundle):
     """The statistics come back in full, Fisher weights of rows outside the sample included."""
     back = bundle.statistics()
 
@@ -67,7 +67,7 @@ def test_statistics(linears: Linears, statistics: Statistics, bundle: ProxyBundl
         assert torch.equal(back.activation_norm(name), statistics.activation_norm(name))
 
 
-def test_counts(linears: Linears, bundle: ProxyBundle) -> None:
+def test_counts(linears, bundle):
     """A bundle counts all weights of the model, and names its kernel sizes in order."""
     assert bundle.weights == sum(linear.module.weight.numel() for linear in linears.values())  # type: ignore[operator, union-attr]
     assert bundle.kernel_sizes == (3, 5)
@@ -77,9 +77,7 @@ def test_counts(linears: Linears, bundle: ProxyBundle) -> None:
 
 
 @pytest.mark.parametrize("rows", [0, 10])
-def test_changing_the_model_afterwards_does_not_change_the_bundle(
-    linears: Linears, statistics: Statistics, rows: int
-) -> None:
+def test_changing_the_model_afterwards_does_not_change_the_bundle(linears, statistics, rows):
     bundle = sample_bundle(linears, statistics, rows_per_layer=rows, kernel_sizes=(3,), seed=0)
     layer = bundle.layers[0]
     before = layer.rows.clone()
@@ -88,7 +86,7 @@ def test_changing_the_model_afterwards_does_not_change_the_bundle(
     assert torch.equal(layer.rows, before)
 
 
-def test_accepts_its_model(linears: Linears, bundle: ProxyBundle) -> None:
+def test_accepts_its_model(linears, bundle):
     """A bundle accepts the model that it was made from, and in bfloat16 as well."""
     bundle.check_model(linears)
     for linear in linears.values():
@@ -98,8 +96,8 @@ def test_accepts_its_model(linears: Linears, bundle: ProxyBundle) -> None:
 
 @pytest.mark.parametrize("instead", ["last", "down_proj", None])
 def test_other_names_or_shapes_are_refused_and_the_message_names_a_linear_that_differs(
-    linears: Linears, bundle: ProxyBundle, instead: str | None
-) -> None:
+    linears, bundle, instead
+):
     del linears["model.layers.1.mlp.down_proj"]
     if instead:
         name = f"model.layers.1.mlp.{instead}"
@@ -109,7 +107,7 @@ def test_other_names_or_shapes_are_refused_and_the_message_names_a_linear_that_d
         bundle.check_model(linears)
 
 
-def test_refuses_changed_weight(linears: Linears, bundle: ProxyBundle) -> None:
+def test_refuses_changed_weight(linears, bundle):
     """One weight of a sampled row that differs in its last bit is refused by name."""
     layer = bundle.layers[-1]
     row = linears[layer.name].weight[int(layer.row_index[3])]

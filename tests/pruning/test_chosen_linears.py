@@ -4,13 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from pho_service.errors import InvalidInput
-from pho_service.pruning.bundle import ProxyBundle, sample_bundle
+from pho_service.pruning.bundle import sample_bundle
 from pho_service.pruning.masks import layer_score, linear_masks
 from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.pruning.statistics import PrunableLinear, Statistics
+from pho_service.pruning.statistics import PrunableLinear
 from pho_service.spec.pattern import Coefficients, Linears, Pattern
 from pho_service.spec.steps import Allocation, Candidate, Steps
 
@@ -29,7 +28,7 @@ SHARED = [
 ]
 
 
-def candidate_of(pattern: str, scope: str, steps: Steps, linears: Linears) -> Candidate:
+def candidate_of(pattern, scope, steps, linears):
     return Candidate(
         method="crepe",
         coefficients=CREPE,
@@ -38,20 +37,18 @@ def candidate_of(pattern: str, scope: str, steps: Steps, linears: Linears) -> Ca
     )
 
 
-def bundle_of(linears: Model, statistics: Statistics) -> ProxyBundle:
+def bundle_of(linears, statistics):
     """All rows of each linear."""
     return sample_bundle(linears, statistics, rows_per_layer=0, kernel_sizes=(3, 5), seed=0)
 
 
-def stays(name: str) -> bool:
+def stays(name):
     """Whether LEFT_OUT does not leave it out, written out."""
     return not name.endswith("o_proj") and not (".layers.0." in name and ".mlp." in name)
 
 
 @pytest.mark.parametrize(("pattern", "scope", "steps"), SHARED)
-def test_the_rest_is_a_model_of_its_own(
-    linears: Model, statistics: Statistics, pattern: str, scope: str, steps: Steps
-) -> None:
+def test_the_rest_is_a_model_of_its_own(linears, statistics, pattern, scope, steps):
     rest = {name: linear for name, linear in linears.items() if stays(name)}
     some = candidate_of(pattern, scope, steps, LEFT_OUT)
     alone = candidate_of(pattern, scope, steps, Linears())
@@ -72,8 +69,8 @@ def test_the_rest_is_a_model_of_its_own(
 
 @pytest.mark.parametrize(("pattern", "scope", "steps"), SHARED)
 def test_a_linear_by_hand_loses_exactly_its_share_its_lowest_scores_the_rest_is_as_without_it(
-    linears: Model, statistics: Statistics, pattern: str, scope: str, steps: Steps
-) -> None:
+    linears, statistics, pattern, scope, steps
+):
     value, own = ("3:4", 0.25) if ":" in pattern else (0.3, 0.3)
     by_hand = [name for name in linears if name.endswith("down_proj")]
     some = candidate_of(pattern, scope, steps, Linears(sparsities={"*.down_proj": value}))
@@ -99,7 +96,7 @@ def test_a_linear_by_hand_loses_exactly_its_share_its_lowest_scores_the_rest_is_
     )
 
 
-def without_lowest(lines: Tensor, share: float) -> Tensor:
+def without_lowest(lines, share):
     """All but so much of each line, by sorting."""
     count = int(share * lines.shape[1] + 1e-9)
     keep = torch.ones_like(lines, dtype=torch.bool)
@@ -108,8 +105,8 @@ def without_lowest(lines: Tensor, share: float) -> Tensor:
 
 @pytest.mark.parametrize(("pattern", "scope", "steps"), SHARED)
 def test_with_all_rows_a_rating_is_the_exact_error_of_the_linears_that_are_pruned_by_hand_or_not(
-    linears: Model, statistics: Statistics, pattern: str, scope: str, steps: Steps
-) -> None:
+    linears, statistics, pattern, scope, steps
+):
     value = "3:4" if ":" in pattern else 0.3
     choice = replace(LEFT_OUT, sparsities={"*.layers.1.*.down_proj": value, "*.k_proj": value})
     some = candidate_of(pattern, scope, replace(steps, permutation="none"), choice)
@@ -132,7 +129,7 @@ def test_with_all_rows_a_rating_is_the_exact_error_of_the_linears_that_are_prune
     assert before == after == ProxyEvaluator(bundle_of(linears, statistics)).evaluate([plain])[0]
 
 
-def test_widths_of_what_is_left_out(linears: Model, statistics: Statistics) -> None:
+def test_widths_of_what_is_left_out(linears, statistics):
     whole = bundle_of(linears, statistics)
     wide = candidate_of("2:64", "row", Steps(), Linears())  # hidden states are 32 wide
     only = candidate_of("2:64", "row", Steps(), Linears(targets=["*.down_proj"]))

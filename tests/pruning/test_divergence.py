@@ -5,15 +5,13 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from pho_service.errors import NumericalError
 from pho_service.pruning.perplexity import dense_reference, rate_divergence
 
 
 @pytest.fixture
-def pruned(tiny_llama: LlamaForCausalLM) -> LlamaForCausalLM:
+def pruned(tiny_llama):
     """``tiny_llama`` without the smaller half of each linear's weights."""
     model = copy.deepcopy(tiny_llama)
     for name, weight in model.named_parameters():
@@ -22,7 +20,7 @@ def pruned(tiny_llama: LlamaForCausalLM) -> LlamaForCausalLM:
     return model
 
 
-def whole_divergence(dense: LlamaForCausalLM, other: LlamaForCausalLM, windows: Tensor) -> float:
+def whole_divergence(dense, other, windows):
     """Over all tokens of the vocabulary, position by position, in float64."""
     with torch.no_grad():
         p, q = (m(input_ids=windows).logits[:, :-1].double().softmax(-1) for m in (dense, other))
@@ -30,8 +28,8 @@ def whole_divergence(dense: LlamaForCausalLM, other: LlamaForCausalLM, windows: 
 
 
 def test_with_all_tokens_kept_it_is_the_divergence_over_the_whole_vocabulary(
-    tiny_llama: LlamaForCausalLM, pruned: LlamaForCausalLM, windows: Tensor
-) -> None:
+    tiny_llama, pruned, windows
+):
     reference = dense_reference(tiny_llama, windows, top_k=1000)
 
     assert reference.tokens.shape == (6, 23, 256)
@@ -40,9 +38,7 @@ def test_with_all_tokens_kept_it_is_the_divergence_over_the_whole_vocabulary(
     )
 
 
-def test_fewer_tokens_bound_it_from_below(
-    tiny_llama: LlamaForCausalLM, pruned: LlamaForCausalLM, windows: Tensor
-) -> None:
+def test_fewer_tokens_bound_it_from_below(tiny_llama, pruned, windows):
     seen = [
         rate_divergence(pruned, dense_reference(tiny_llama, windows, top_k=k))
         for k in (1, 4, 16, 64, 256)
@@ -53,13 +49,11 @@ def test_fewer_tokens_bound_it_from_below(
     assert seen[-1] <= whole_divergence(tiny_llama, pruned, windows) * (1 + 1e-5)
 
 
-def test_the_dense_model_does_not_differ_from_itself(
-    tiny_llama: LlamaForCausalLM, windows: Tensor
-) -> None:
+def test_the_dense_model_does_not_differ_from_itself(tiny_llama, windows):
     assert rate_divergence(tiny_llama, dense_reference(tiny_llama, windows, top_k=64)) == 0
 
 
-def test_sure_models(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
+def test_sure_models(tiny_llama, windows):
     """Where one token has nearly all of the probability, the rest is no number's rounding."""
     head = tiny_llama.get_parameter("lm_head.weight")
     other = copy.deepcopy(tiny_llama)
@@ -70,9 +64,7 @@ def test_sure_models(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
     assert 1 < divergence < math.inf
 
 
-def test_a_model_whose_logits_are_no_numbers_is_an_error_dense_or_pruned(
-    tiny_llama: LlamaForCausalLM, windows: Tensor
-) -> None:
+def test_a_model_whose_logits_are_no_numbers_is_an_error_dense_or_pruned(tiny_llama, windows):
     reference = dense_reference(tiny_llama, windows)
     tiny_llama.get_parameter("lm_head.weight").data[5] = math.nan
 

@@ -2,15 +2,12 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
-    LlamaForCausalLM,
     MixtralConfig,
     OPTConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
 )
 
 from pho_service.models.architecture import prunable_linears
@@ -28,37 +25,37 @@ Linears = dict[str, PrunableLinear]
 MLP = "model.layers.0.mlp"
 
 
-def random_order(width: int, seed: int = 0) -> Tensor:
+def random_order(width, seed=0):
     """(width,), int64: a permutation that is not the identity."""
     return torch.randperm(width, generator=torch.Generator().manual_seed(seed))
 
 
-def copy_of(model: nn.Module) -> dict[str, Tensor]:
+def copy_of(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def is_unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
+def is_unchanged(model, before):
     return all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def made(config: PreTrainedConfig) -> PreTrainedModel:
+def made(config):
     """A random model with random biases: transformers starts them at zero."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config).float().eval()
+        model = AutoModelForCausalLM.from_config(config).float().eval()
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.data = torch.randn(parameter.shape)
     return model
 
 
-def logits(model: PreTrainedModel, windows: Tensor) -> Tensor:
+def logits(model, windows):
     with torch.no_grad():
-        result: Tensor = model(input_ids=windows, use_cache=False).logits
+        result = model(input_ids=windows, use_cache=False).logits
         return result
 
 
-def test_gated_mlp(tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tensor) -> None:
+def test_gated_mlp(tiny_llama, linears, windows):
     """Rows of gate and up and columns of down move, and no others; the model says the same."""
     reader, order = linears[f"{MLP}.down_proj"], random_order(64)
     before, said = copy_of(tiny_llama), logits(tiny_llama, windows)
@@ -75,7 +72,7 @@ def test_gated_mlp(tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tens
     assert {name: id(p) for name, p in tiny_llama.named_parameters()} == parameters
 
 
-def test_a_transposed_writer_moves_with_its_bias_the_readers_bias_stays(windows: Tensor) -> None:
+def test_a_transposed_writer_moves_with_its_bias_the_readers_bias_stays(windows):
     gpt2 = made(
         GPT2Config(
             n_embd=32, n_layer=2, n_head=2, vocab_size=256, n_positions=32, initializer_range=0.2
@@ -95,7 +92,7 @@ def test_a_transposed_writer_moves_with_its_bias_the_readers_bias_stays(windows:
     assert torch.allclose(logits(gpt2, windows), said, atol=1e-3)
 
 
-def test_one_experts_channels_move_all_others_stay(windows: Tensor) -> None:
+def test_one_experts_channels_move_all_others_stay(windows):
     model = made(MixtralConfig(
         vocab_size=256, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=2, num_local_experts=4, initializer_range=0.2,
@@ -114,7 +111,7 @@ def test_one_experts_channels_move_all_others_stay(windows: Tensor) -> None:
     assert torch.allclose(logits(model, windows), said, atol=1e-4)
 
 
-def test_the_parent_may_be_a_whole_block_as_long_as_it_runs_on_one_tensor(windows: Tensor) -> None:
+def test_the_parent_may_be_a_whole_block_as_long_as_it_runs_on_one_tensor(windows):
     opt = made(OPTConfig(
         vocab_size=256, hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=64, word_embed_proj_dim=32, init_std=0.2,
@@ -129,7 +126,7 @@ def test_the_parent_may_be_a_whole_block_as_long_as_it_runs_on_one_tensor(window
 
 
 @pytest.mark.parametrize("name", ["self_attn.o_proj", "self_attn.q_proj", "mlp.gate_proj"])
-def test_inputs_that_cannot_move(tiny_llama: LlamaForCausalLM, linears: Linears, name: str) -> None:
+def test_inputs_that_cannot_move(tiny_llama, linears, name):
     """Attention and the block's own input are left alone, to the bit."""
     before = copy_of(tiny_llama)
     reader = linears[f"model.layers.0.{name}"]
@@ -141,21 +138,21 @@ def test_inputs_that_cannot_move(tiny_llama: LlamaForCausalLM, linears: Linears,
 class Attention(nn.Module):
     """Two heads over one tensor, as an attention that can be called."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.query, self.key, self.value, self.out = (nn.Linear(8, 8) for _ in range(4))
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens):
         heads = [
             layer(tokens).unflatten(-1, (2, 4)).transpose(1, 2)
             for layer in (self.query, self.key, self.value)
         ]
         mixed = nn.functional.scaled_dot_product_attention(*heads)
-        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        out = self.out(mixed.transpose(1, 2).flatten(2))
         return out
 
 
-def linears_of(model: nn.Module) -> Linears:
+def linears_of(model):
     return {
         name: PrunableLinear(name=name, module=module)
         for name, module in model.named_modules()
@@ -163,7 +160,7 @@ def linears_of(model: nn.Module) -> Linears:
     }
 
 
-def test_a_module_that_computes_something_else_afterwards_is_put_in_no_new_order() -> None:
+def test_a_module_that_computes_something_else_afterwards_is_put_in_no_new_order():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.ModuleDict({"block": Attention()})
@@ -176,7 +173,7 @@ def test_a_module_that_computes_something_else_afterwards_is_put_in_no_new_order
     assert is_unchanged(model, before)
 
 
-def test_writer_that_is_not_known(tiny_llama: LlamaForCausalLM, linears: Linears) -> None:
+def test_writer_that_is_not_known(tiny_llama, linears):
     before = copy_of(tiny_llama)
     del linears[f"{MLP}.up_proj"]
 
@@ -184,7 +181,7 @@ def test_writer_that_is_not_known(tiny_llama: LlamaForCausalLM, linears: Linears
     assert is_unchanged(tiny_llama, before)
 
 
-def test_a_bfloat16_model_folds_too(tiny_llama: LlamaForCausalLM) -> None:
+def test_a_bfloat16_model_folds_too(tiny_llama):
     model = tiny_llama.to(torch.bfloat16)
     linears = prunable_linears(model)
     names = fold_order(model, linears[f"{MLP}.down_proj"], linears, random_order(64))
@@ -193,7 +190,7 @@ def test_a_bfloat16_model_folds_too(tiny_llama: LlamaForCausalLM) -> None:
     assert linears[f"{MLP}.down_proj"].weight.dtype == torch.bfloat16
 
 
-def test_folding_makes_it_plain_n_m(tiny_llama: LlamaForCausalLM, linears: Linears) -> None:
+def test_folding_makes_it_plain_n_m(tiny_llama, linears):
     reader = linears[f"{MLP}.down_proj"]
     score = reader.weight.abs()
     order = permute_channels(score, keep=2, group=4)

@@ -1,9 +1,7 @@
 """The compiled selections of the CPU mark what the plain torch versions mark."""
 
 import importlib
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -36,12 +34,12 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def drawn(kind: str, lines: int, n: int) -> Tensor:
+def drawn(kind, lines, n):
     return KINDS[kind](torch.randn(lines, n, generator=GENERATOR.manual_seed(n)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_line_keeps_its_own_number_of_scores_the_same_ones_as_by_sorting(kind: str) -> None:
+def test_each_line_keeps_its_own_number_of_scores_the_same_ones_as_by_sorting(kind):
     for n in (1, 2, 23, 24, 25, 576, 40_000):
         score = drawn(kind, 7, n)
         removed = torch.tensor([0, 1, n // 3, n // 2, n - 1, n, n]).clamp(0, n)
@@ -50,7 +48,7 @@ def test_each_line_keeps_its_own_number_of_scores_the_same_ones_as_by_sorting(ki
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_line_keeps_its_own_n_of_m_the_same_ones_as_by_counting_rivals(kind: str) -> None:
+def test_each_line_keeps_its_own_n_of_m_the_same_ones_as_by_counting_rivals(kind):
     for group in (2, 4, 7, 64):
         score = drawn(kind, 5, 12 * group)
         keep = torch.tensor([1, group - 1, group // 2, 1, 1]).clamp(1, group - 1)
@@ -59,7 +57,7 @@ def test_each_line_keeps_its_own_n_of_m_the_same_ones_as_by_counting_rivals(kind
 
 
 @pytest.mark.parametrize(("shift", "width", "prefix"), [(16, 16, 0), (0, 16, 16256), (22, 11, 0)])
-def test_weights_are_added_up_as_bincount_does(shift: int, width: int, prefix: int) -> None:
+def test_weights_are_added_up_as_bincount_does(shift, width, prefix):
     score = drawn("positive", 6, 3000)
     weights = torch.rand(6, generator=GENERATOR, dtype=torch.float64)
     ours, plain = (torch.zeros(1 << width, dtype=torch.float64) for _ in range(2))
@@ -71,7 +69,7 @@ def test_weights_are_added_up_as_bincount_does(shift: int, width: int, prefix: i
 
 
 @pytest.fixture
-def threads() -> Iterator[None]:
+def threads():
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
@@ -79,7 +77,7 @@ def threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("threads")
-def test_lines_that_several_threads_share_out_are_marked_as_by_one() -> None:
+def test_lines_that_several_threads_share_out_are_marked_as_by_one():
     score = drawn("ties", 50, 3000)
     removed = torch.arange(50) * 60
 
@@ -87,19 +85,17 @@ def test_lines_that_several_threads_share_out_are_marked_as_by_one() -> None:
 
 
 @pytest.fixture
-def twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], int]:
+def twice(tmp_path, monkeypatch):
     """A function of a module of its own, whose machine code is kept beside it."""
     module = tmp_path.name  # another one for each test: numba imports it again
     (tmp_path / f"{module}.py").write_text("def twice(x):\n    return 2 * x\n")
     monkeypatch.syspath_prepend(tmp_path)
-    function: Callable[[int], int] = importlib.import_module(module).twice
+    function = importlib.import_module(module).twice
     return function
 
 
-def test_where_machine_code_cannot_be_kept_it_is_compiled_anew(
-    twice: Callable[[int], int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
+def test_where_machine_code_cannot_be_kept_it_is_compiled_anew(twice, monkeypatch):
+    def refuse(*_):
         raise RuntimeError("no locator available")
 
     monkeypatch.setattr(FunctionCache, "__init__", refuse)
@@ -108,9 +104,7 @@ def test_where_machine_code_cannot_be_kept_it_is_compiled_anew(
 
 
 @pytest.mark.parametrize("fault", ["not readable", "empty", "broken"])
-def test_what_was_kept_and_cannot_be_read_is_compiled_again(
-    twice: Callable[[int], int], tmp_path: Path, fault: str
-) -> None:
+def test_what_was_kept_and_cannot_be_read_is_compiled_again(twice, tmp_path, fault):
     assert kernels._compiled(twice)(3) == 6
     kept = list(tmp_path.rglob("*.nb*"))
     for path in kept:
@@ -124,11 +118,7 @@ def test_what_was_kept_and_cannot_be_read_is_compiled_again(
     assert kernels._compiled(twice)(3) == 6
 
 
-def test_nor_does_a_full_disk_keep_anything_from_being_computed(
-    twice: Callable[[int], int],
-    tmp_path: Path,
-    limited_disk: Callable[[int], AbstractContextManager[None]],
-) -> None:
+def test_nor_does_a_full_disk_keep_anything_from_being_computed(twice, tmp_path, limited_disk):
     compiled = kernels._compiled(twice)
     with limited_disk(10):
         found = compiled(3)

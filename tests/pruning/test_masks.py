@@ -1,14 +1,11 @@
 """Masks of a whole model, and models with masks applied."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-from pretended_cards import Card
-from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from torch import nn
 
 from pho_service.errors import NumericalError
 from pho_service.pruning.masks import (
@@ -19,7 +16,7 @@ from pho_service.pruning.masks import (
     share_ties,
 )
 from pho_service.pruning.scores import layer_importance
-from pho_service.pruning.statistics import PrunableLinear, Statistics
+from pho_service.pruning.statistics import PrunableLinear
 from pho_service.spec.pattern import Coefficients, Pattern
 from pho_service.spec.steps import Candidate
 
@@ -29,42 +26,34 @@ RIA = Coefficients(row=1, column=1, neighbourhood=0, normalisation="sum")
 CREPE = Coefficients(row=0.4, column=1, neighbourhood=0.8, kernel_size=5, gradient_exponent=0.3)
 
 
-def masks_of(
-    linears: Linears,
-    statistics: Statistics,
-    pattern: str,
-    scope: str | None = None,
-    coefficients: Coefficients = CREPE,
-) -> dict[str, Tensor]:
+def masks_of(linears, statistics, pattern, scope=None, coefficients=CREPE):
     candidate = Candidate(
         method="crepe", coefficients=coefficients, pattern=Pattern.parse(pattern, scope)
     )
     return {n: m.keep for n, m in linear_masks(linears, statistics, candidate)}
 
 
-def score_of(
-    linears: Linears, statistics: Statistics, name: str, coefficients: Coefficients
-) -> Tensor:
+def score_of(linears, statistics, name, coefficients):
     return layer_importance(
         linears[name].weight, activation_norm=statistics.activation_norm(name), layer=name,
         fisher=statistics.fisher[name], coefficients=coefficients,
     )  # fmt: skip
 
 
-def bits_of(model: nn.Module) -> dict[str, Tensor]:
+def bits_of(model):
     """A copy of all weights, as integers: 0 and -0 differ."""
     return {n: p.detach().clone().cpu().view(torch.int32) for n, p in model.named_parameters()}
 
 
-def same_bits(model: nn.Module, before: dict[str, Tensor]) -> bool:
+def same_bits(model, before):
     return all(torch.equal(bits, before[name]) for name, bits in bits_of(model).items())
 
 
 @pytest.mark.parametrize("scope", ["row", "layer", "global"])
 @pytest.mark.parametrize("coefficients", [RIA, CREPE], ids=["ria", "crepe"])
 def test_where_weights_compete_none_that_goes_scores_higher_than_one_that_stays(
-    linears: Linears, statistics: Statistics, coefficients: Coefficients, scope: str
-) -> None:
+    linears, statistics, coefficients, scope
+):
     masks = masks_of(linears, statistics, "0.5", scope, coefficients)
     for name, mask in masks.items():
         score = score_of(linears, statistics, name, coefficients)
@@ -77,9 +66,7 @@ def test_where_weights_compete_none_that_goes_scores_higher_than_one_that_stays(
 
 @pytest.mark.parametrize("tenths", [1, 5, 9])
 @pytest.mark.parametrize("exponent", [0, 0.5])
-def test_global_threshold(
-    linears: Linears, statistics: Statistics, exponent: float, tenths: int
-) -> None:
+def test_global_threshold(linears, statistics, exponent, tenths):
     """With the plain score, scope global is one threshold over all |W| x g^b of the model."""
     parts = []
     for name, linear in linears.items():
@@ -93,7 +80,7 @@ def test_global_threshold(
     assert torch.equal(torch.cat([mask.flatten() for mask in masks.values()]), expected)
 
 
-def test_global_shares_are_plain(linears: Linears, statistics: Statistics) -> None:
+def test_global_shares_are_plain(linears, statistics):
     """In scope global a candidate decides which weights a linear loses, never how many."""
     own, plain = (
         masks_of(linears, statistics, "0.5", "global", coefficients)
@@ -105,7 +92,7 @@ def test_global_shares_are_plain(linears: Linears, statistics: Statistics) -> No
 
 
 @pytest.mark.parametrize("ratio", ["0.33333", "0.9"])
-def test_global_ties(linears: Linears, statistics: Statistics, ratio: str) -> None:
+def test_global_ties(linears, statistics, ratio):
     """If all weights are equal, scope global removes exactly its share, from the end."""
     for linear in linears.values():
         linear.weight.fill_(-1)
@@ -125,12 +112,12 @@ def test_global_ties(linears: Linears, statistics: Statistics, ratio: str) -> No
     ("total", "expected"),
     [(6, [1, 2, 3]), (8, [1, 2, 5]), (9, [1, 3, 5]), (12, [1, 6, 5]), (14, [3, 6, 5])],
 )
-def test_of_equal_scores_the_last_layers_go_first(total: int, expected: list[int]) -> None:
+def test_of_equal_scores_the_last_layers_go_first(total, expected):
     assert share_ties([1, 2, 3], [2, 4, 2], [1.0, 1.0, 1.0], total) == expected
 
 
 @pytest.mark.parametrize("total", [0, 7, 10, 14.9, 20, 25])
-def test_share_ties_of_samples(total: float) -> None:
+def test_share_ties_of_samples(total):
     """Where a score stands for several weights, less than one score's weights stay too many."""
     weights = [2.5, 10 / 3]
     removed = share_ties([0, 0], [4, 5], weights, total)
@@ -139,7 +126,7 @@ def test_share_ties_of_samples(total: float) -> None:
     assert total - max(weights) < gone <= total + 1e-4
 
 
-def test_masks_come_in_the_models_order(linears: Linears, statistics: Statistics) -> None:
+def test_masks_come_in_the_models_order(linears, statistics):
     first, second = (masks_of(linears, statistics, "0.5", "global") for _ in range(2))
 
     assert list(first) == list(linears)
@@ -147,7 +134,7 @@ def test_masks_come_in_the_models_order(linears: Linears, statistics: Statistics
 
 
 @pytest.mark.parametrize("scope", ["row", "global"])
-def test_bad_weight(linears: Linears, statistics: Statistics, scope: str) -> None:
+def test_bad_weight(linears, statistics, scope):
     """A weight that is NaN is refused with the name of its linear."""
     linears["model.layers.1.mlp.up_proj"].weight[3, 4] = math.nan
 
@@ -159,12 +146,8 @@ def test_bad_weight(linears: Linears, statistics: Statistics, scope: str) -> Non
     ("pattern", "scope"), [("0.5", "row"), ("0.5", "layer"), ("0.5", "global"), ("2:4", None)]
 )
 def test_inside_the_block_exactly_the_masked_weights_are_0_all_others_keep_their_bits(
-    tiny_llama: LlamaForCausalLM,
-    linears: Linears,
-    statistics: Statistics,
-    pattern: str,
-    scope: str | None,
-) -> None:
+    tiny_llama, linears, statistics, pattern, scope
+):
     masks = masks_of(linears, statistics, pattern, scope)
     expected = {
         f"{name}.weight": torch.where(mask, linears[name].weight, 0) for name, mask in masks.items()
@@ -181,8 +164,8 @@ def test_inside_the_block_exactly_the_masked_weights_are_0_all_others_keep_their
 
 
 def test_after_the_block_all_weights_are_back_to_the_bit_and_the_models_output_with_them(
-    tiny_llama: LlamaForCausalLM, linears: Linears, statistics: Statistics, windows: Tensor
-) -> None:
+    tiny_llama, linears, statistics, windows
+):
     linears["model.layers.0.mlp.up_proj"].weight[:, 0] = -0.0
     before = bits_of(tiny_llama)
     masks = masks_of(linears, statistics, "0.5", "row")
@@ -199,17 +182,17 @@ def test_after_the_block_all_weights_are_back_to_the_bit_and_the_models_output_w
 
 @pytest.mark.parametrize("midway", [True, False])
 def test_pruned_restores_after_an_error_in_the_masks_too(
-    tiny_llama: LlamaForCausalLM, linears: Linears, statistics: Statistics, *, midway: bool
-) -> None:
+    tiny_llama, linears, statistics, *, midway
+):
     before = bits_of(tiny_llama)
     ready = list(masks_of(linears, statistics, "0.5", "layer").items())
     intact = []
 
-    def interrupt() -> None:
+    def interrupt():
         intact.append(same_bits(tiny_llama, before))
         raise KeyboardInterrupt
 
-    def masks() -> Iterator[tuple[str, Tensor]]:
+    def masks():
         yield from ready[:5]
         if midway:
             interrupt()
@@ -222,7 +205,7 @@ def test_pruned_restores_after_an_error_in_the_masks_too(
     assert same_bits(tiny_llama, before)
 
 
-def test_a_module_that_two_names_stand_for_is_restored_to_the_bit_as_well() -> None:
+def test_a_module_that_two_names_stand_for_is_restored_to_the_bit_as_well():
     module = nn.Linear(4, 2, bias=False)
     before = bits_of(module)
     shared = {name: PrunableLinear(name=name, module=module) for name in ("a", "b")}
@@ -233,7 +216,7 @@ def test_a_module_that_two_names_stand_for_is_restored_to_the_bit_as_well() -> N
     assert same_bits(module, before)
 
 
-def test_sparsities_are_the_shares_of_zeros(linears: Linears, statistics: Statistics) -> None:
+def test_sparsities_are_the_shares_of_zeros(linears, statistics):
     masks = masks_of(linears, statistics, "0.7", "global")
     with pruned(linears, iter(masks.items())) as sparsity:
         zeros = {name: int((linear.weight == 0).sum()) for name, linear in linears.items()}
@@ -245,14 +228,8 @@ def test_sparsities_are_the_shares_of_zeros(linears: Linears, statistics: Statis
 
 @pytest.mark.parametrize("is_short", [False, True])
 def test_on_a_gpu_what_was_removed_alone_is_kept_in_main_memory_where_it_is_short_all_comes_back(
-    pretended_gpu: Card,
-    monkeypatch: pytest.MonkeyPatch,
-    tiny_llama: LlamaForCausalLM,
-    linears: Linears,
-    statistics: Statistics,
-    *,
-    is_short: bool,
-) -> None:
+    pretended_gpu, monkeypatch, tiny_llama, linears, statistics, *, is_short
+):
     for linear in linears.values():
         linear.weight[:, 0], linear.weight[:, 1] = 0.0, -0.0  # which come back as they were
     before = bits_of(tiny_llama)

@@ -4,8 +4,6 @@ from itertools import combinations
 
 import pytest
 import torch
-from pretended_cards import Card
-from torch import Tensor
 
 from pho_service.pruning import permutation
 from pho_service.pruning.permutation import (
@@ -18,14 +16,14 @@ from pho_service.pruning.permutation import (
 SHAPES = [(2, 4), (1, 4), (3, 4), (4, 8), (1, 2)]
 
 
-def random_score(out_features: int, in_features: int, seed: int = 0) -> Tensor:
+def random_score(out_features, in_features, seed=0):
     """Scores whose channels differ in size, as activations make them."""
     generator = torch.Generator().manual_seed(seed)
     channel = torch.randn(in_features, generator=generator).exp()
     return torch.rand(out_features, in_features, generator=generator) * channel
 
 
-def groupings_of_eight() -> list[Tensor]:
+def groupings_of_eight():
     """All 35 ways to part eight channels into two groups of four."""
     orders = []
     for others in combinations(range(1, 8), 3):
@@ -34,11 +32,11 @@ def groupings_of_eight() -> list[Tensor]:
     return orders
 
 
-def is_permutation(order: Tensor, width: int) -> bool:
+def is_permutation(order, width):
     return order.dtype == torch.int64 and order.sort().values.tolist() == list(range(width))
 
 
-def test_close_to_the_best_grouping() -> None:
+def test_close_to_the_best_grouping():
     shares = []
     for seed in range(10):
         score = random_score(16, 8, seed)
@@ -53,7 +51,7 @@ def test_close_to_the_best_grouping() -> None:
 
 
 @pytest.mark.parametrize(("keep", "group"), SHAPES)
-def test_it_retains_more_than_without_one_for_every_n_m(keep: int, group: int) -> None:
+def test_it_retains_more_than_without_one_for_every_n_m(keep, group):
     score = random_score(24, 48, seed=3)
     order = permute_channels(score, keep=keep, group=group)
     found = retained_score(score, order, keep=keep, group=group)
@@ -62,7 +60,7 @@ def test_it_retains_more_than_without_one_for_every_n_m(keep: int, group: int) -
     assert found > retained_score(score, torch.arange(48), keep=keep, group=group)
 
 
-def test_four_important_channels_in_one_group_of_2_4_are_shared_out_two_a_group() -> None:
+def test_four_important_channels_in_one_group_of_2_4_are_shared_out_two_a_group():
     score = torch.tensor([[9.0, 8, 7, 6, 1, 1, 1, 1]]).repeat(3, 1)
     order = permute_channels(score, keep=2, group=4)
 
@@ -71,7 +69,7 @@ def test_four_important_channels_in_one_group_of_2_4_are_shared_out_two_a_group(
 
 
 @pytest.mark.parametrize(("keep", "group"), SHAPES)
-def test_hinge_sums_are_those_of_sorting_each_group(keep: int, group: int) -> None:
+def test_hinge_sums_are_those_of_sorting_each_group(keep, group):
     score = random_score(20, 6 * group, seed=5)
     groups = torch.randperm(6 * group, generator=torch.Generator().manual_seed(6)).view(6, group)
     moving, staying = groups[:, 0], groups[:, 1:]
@@ -85,7 +83,7 @@ def test_hinge_sums_are_those_of_sorting_each_group(keep: int, group: int) -> No
 
 
 @pytest.mark.parametrize(("keep", "group"), SHAPES)
-def test_mask_is_nm_in_the_order(keep: int, group: int) -> None:
+def test_mask_is_nm_in_the_order(keep, group):
     score = random_score(10, 4 * group, seed=7)
     order = torch.randperm(4 * group, generator=torch.Generator().manual_seed(8))
     mask = permuted_mask(score, order, keep=keep, group=group)
@@ -98,13 +96,13 @@ def test_mask_is_nm_in_the_order(keep: int, group: int) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-38, 1e35])
-def test_equal_scores_give_the_order_that_there_is(value: float) -> None:
+def test_equal_scores_give_the_order_that_there_is(value):
     score = torch.full((3, 16), value)
 
     assert torch.equal(permute_channels(score, keep=2, group=4), torch.arange(16))
 
 
-def test_nothing_depends_on_the_global_random_state_and_nothing_changes_it() -> None:
+def test_nothing_depends_on_the_global_random_state_and_nothing_changes_it():
     score = random_score(16, 32)
     before = torch.get_rng_state()
     orders = [permute_channels(score, keep=2, group=4) for _ in range(2)]
@@ -114,8 +112,8 @@ def test_nothing_depends_on_the_global_random_state_and_nothing_changes_it() -> 
 
 
 def test_with_more_than_256_groups_it_has_97_percent_of_the_gain_of_assignments_over_all_pairs(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    monkeypatch,
+):
     score = random_score(48, 1200, seed=20)
     order = permute_channels(score, keep=2, group=4)
     monkeypatch.setattr(permutation, "_WHOLE", 1200)
@@ -129,7 +127,7 @@ def test_with_more_than_256_groups_it_has_97_percent_of_the_gain_of_assignments_
     assert found - before >= 0.97 * (most - before)
 
 
-def test_orders_on_a_gpu(pretended_gpu: Card) -> None:
+def test_orders_on_a_gpu(pretended_gpu):
     """They are the CPU's, and the waits of an order by the score do not grow with its width."""
     waits = []
     for in_features in (1040, 1200):

@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from pho_service.errors import NumericalError, OutOfMemory, TextError
 from pho_service.pruning.perplexity import (
@@ -17,23 +15,23 @@ from pho_service.pruning.perplexity import (
 )
 
 
-def test_windows_do_not_overlap_and_each_starts_with_the_prefix_a_short_tail_is_dropped() -> None:
+def test_windows_do_not_overlap_and_each_starts_with_the_prefix_a_short_tail_is_dropped():
     assert cut_windows(torch.arange(11), 4, []).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert cut_windows(torch.arange(10, 17), 4, [1]).tolist() == [[1, 10, 11, 12], [1, 13, 14, 15]]
 
 
-def test_a_text_that_fills_its_windows_exactly_loses_nothing() -> None:
+def test_a_text_that_fills_its_windows_exactly_loses_nothing():
     assert cut_windows(torch.arange(6), 3, []).tolist() == [[0, 1, 2], [3, 4, 5]]
     assert cut_windows(torch.arange(6), 4, [9]).tolist() == [[9, 0, 1, 2], [9, 3, 4, 5]]
 
 
 @pytest.mark.parametrize(("tokens", "prefix"), [(0, []), (3, []), (2, [1])])
-def test_a_text_below_one_window_is_refused(tokens: int, prefix: list[int]) -> None:
+def test_a_text_below_one_window_is_refused(tokens, prefix):
     with pytest.raises(TextError, match=rf"{tokens} tokens.*window of 4"):
         cut_windows(torch.arange(tokens), 4, prefix)
 
 
-def test_matches_transformers(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
+def test_matches_transformers(tiny_llama, windows):
     """Perplexity is exp of the mean of the losses that transformers computes itself."""
     with torch.no_grad():
         losses = [float(tiny_llama(input_ids=w[None], labels=w[None]).loss) for w in windows]
@@ -47,7 +45,7 @@ def test_matches_transformers(tiny_llama: LlamaForCausalLM, windows: Tensor) -> 
 @pytest.mark.parametrize(
     ("count", "predicted"), [(6, 100), (16, 100), (3, 64), (20, 23)]
 )  # runs of 64 and 36 tokens; whole windows
-def test_its_standard_error_is_that_of_a_ratio_of_sums(count: int, predicted: int) -> None:
+def test_its_standard_error_is_that_of_a_ratio_of_sums(count, predicted):
     """The jackknife, which leaves out one run of tokens after the other, says the same."""
     generator = torch.Generator().manual_seed(count)
     sizes = [size for size in (64, predicted - 64) if size > 0] if predicted > 64 else [predicted]
@@ -67,18 +65,18 @@ def test_its_standard_error_is_that_of_a_ratio_of_sums(count: int, predicted: in
     assert rated.error == pytest.approx(jackknife * rated.perplexity, rel=0.05)
 
 
-def test_a_single_loss_has_no_standard_error() -> None:
+def test_a_single_loss_has_no_standard_error():
     assert perplexity_of([[30.0]], 10).error is None
 
 
-def test_uniform_model(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
+def test_uniform_model(tiny_llama, windows):
     """A model that knows nothing has the vocabulary's size as its perplexity."""
     tiny_llama.get_parameter("lm_head.weight").data.zero_()
 
     assert rate_perplexity(tiny_llama, windows).perplexity == pytest.approx(256, rel=1e-5)
 
 
-def test_model_is_left_alone(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
+def test_model_is_left_alone(tiny_llama, windows):
     """After a rating, the model can still be run for gradients."""
     rate_perplexity(tiny_llama, windows)
     tiny_llama(input_ids=windows, labels=windows).loss.backward()
@@ -86,16 +84,14 @@ def test_model_is_left_alone(tiny_llama: LlamaForCausalLM, windows: Tensor) -> N
     assert all(p.grad is not None for p in tiny_llama.parameters())
 
 
-def test_a_loss_that_is_nan_is_an_error_not_a_perplexity(
-    tiny_llama: LlamaForCausalLM, windows: Tensor
-) -> None:
+def test_a_loss_that_is_nan_is_an_error_not_a_perplexity(tiny_llama, windows):
     tiny_llama.get_parameter("lm_head.weight").data[5] = math.nan
 
     with pytest.raises(NumericalError, match="NaN or infinite"):
         rate_perplexity(tiny_llama, windows)
 
 
-def test_a_huge_loss_does_not_overflow(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
+def test_a_huge_loss_does_not_overflow(tiny_llama, windows):
     tiny_llama.get_parameter("lm_head.weight").data.mul_(1e5)
     rated = rate_perplexity(tiny_llama, windows)
 
@@ -103,8 +99,8 @@ def test_a_huge_loss_does_not_overflow(tiny_llama: LlamaForCausalLM, windows: Te
 
 
 def test_of_a_large_vocabulary_the_loss_is_computed_some_positions_at_a_time_to_the_same_sum(
-    tiny_llama: LlamaForCausalLM, windows: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_llama, windows, monkeypatch
+):
     whole = rate_perplexity(tiny_llama, windows).perplexity
     monkeypatch.setattr("pho_service.pruning.perplexity.CHUNK", 1)  # 16 positions of 23
     chunks = [rows for rows, _ in log_probabilities(torch.zeros(23, 256))]
@@ -113,7 +109,7 @@ def test_of_a_large_vocabulary_the_loss_is_computed_some_positions_at_a_time_to_
     assert rate_perplexity(tiny_llama, windows).perplexity == pytest.approx(whole, rel=1e-6)
 
 
-def test_one_by_one_on_a_cpu(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
+def test_one_by_one_on_a_cpu(tiny_llama, windows):
     shapes = []
     tiny_llama.register_forward_pre_hook(
         lambda _m, _a, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
@@ -135,7 +131,7 @@ def test_one_by_one_on_a_cpu(tiny_llama: LlamaForCausalLM, windows: Tensor) -> N
         (1000, 10**9, 1),
     ],
 )
-def test_batch_size(monkeypatch: pytest.MonkeyPatch, memory: int, free: int, size: int) -> None:
+def test_batch_size(monkeypatch, memory, free, size):
     """Model and card say how many windows are run at once; what is free only if they don't fit."""
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (free // 2, memory))
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: free)
@@ -145,8 +141,8 @@ def test_batch_size(monkeypatch: pytest.MonkeyPatch, memory: int, free: int, siz
 
 
 def test_the_first_window_is_run_alone_the_others_in_batches_to_the_same_result(
-    tiny_llama: LlamaForCausalLM, windows: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_llama, windows, monkeypatch
+):
     alone = rate_perplexity(tiny_llama, windows).perplexity
     monkeypatch.setattr("pho_service.pruning.perplexity.batch_size", lambda *_, **__: 3)
     shapes = []
@@ -158,11 +154,11 @@ def test_the_first_window_is_run_alone_the_others_in_batches_to_the_same_result(
     assert shapes == [(1, 24), (3, 24), (2, 24)]
 
 
-def crowded(model: LlamaForCausalLM, most: int) -> list[int]:
+def crowded(model, most):
     """Let a model run out of memory on more windows at once; how many it is given each time."""
     given = []
 
-    def look(_module: object, _args: object, kwargs: dict[str, Tensor]) -> None:
+    def look(_module, _args, kwargs):
         given.append(len(kwargs["input_ids"]))
         if given[-1] > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -172,8 +168,8 @@ def crowded(model: LlamaForCausalLM, most: int) -> list[int]:
 
 
 def test_a_batch_that_does_not_fit_is_tried_at_half_its_size_with_the_same_result(
-    tiny_llama: LlamaForCausalLM, windows: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_llama, windows, monkeypatch
+):
     alone = rate_perplexity(tiny_llama, windows).perplexity
     monkeypatch.setattr(
         "pho_service.pruning.perplexity.batch_size", lambda *_, most, **__: min(4, most)
@@ -186,12 +182,8 @@ def test_a_batch_that_does_not_fit_is_tried_at_half_its_size_with_the_same_resul
 
 @pytest.mark.parametrize(("most", "tried"), [(0, [1]), (1, [1, 4, 2])])
 def test_it_is_tried_once_then_the_error_says_what_may_help(
-    tiny_llama: LlamaForCausalLM,
-    windows: Tensor,
-    monkeypatch: pytest.MonkeyPatch,
-    most: int,
-    tried: list[int],
-) -> None:
+    tiny_llama, windows, monkeypatch, most, tried
+):
     monkeypatch.setattr("pho_service.pruning.perplexity.batch_size", lambda *_, **__: 4)
     given = crowded(tiny_llama, most)
 

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from decimal import Decimal
-from typing import Any
 
 import numpy as np
 import pytest
@@ -46,12 +45,12 @@ _coefficient = st.sampled_from([0.0, 1.0]) | st.floats(2**-10, 2**10)
 _SHAPES = st.tuples(st.integers(1, 7), st.integers(1, 9))
 
 
-def tensors(elements: st.SearchStrategy[float], shape: Any = _SHAPES) -> st.SearchStrategy[Tensor]:
+def tensors(elements, shape=_SHAPES):
     """float32."""
     return arrays.arrays(np.float32, shape, elements=elements).map(torch.from_numpy)
 
 
-def weights(*elements: st.SearchStrategy[float]) -> st.SearchStrategy[Tensor]:
+def weights(*elements):
     """(out_features, in_features), float32, of one of these kinds."""
     return st.one_of([tensors(each) for each in (_few, *elements)])
 
@@ -63,7 +62,7 @@ scores = weights(
 
 
 @st.composite
-def coefficients(draw: st.DrawFn, **fixed: Any) -> Coefficients:
+def coefficients(draw, **fixed):
     parts = {name: draw(_coefficient) for name in ("row", "column", "neighbourhood")}
     parts |= {name: fixed[name] for name in parts.keys() & fixed.keys()}
     assume(sum(parts.values()))
@@ -77,7 +76,7 @@ def coefficients(draw: st.DrawFn, **fixed: Any) -> Coefficients:
 
 
 @st.composite
-def layers(draw: st.DrawFn, weight: st.SearchStrategy[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def layers(draw, weight):
     """A weight with activation norms and Fisher row weights, zeros among them."""
     drawn_weight = draw(weight)
     beside = st.sampled_from([0.0, 1.0]) | st.floats(2**-10, 2**10, width=32)
@@ -88,7 +87,7 @@ def layers(draw: st.DrawFn, weight: st.SearchStrategy[Tensor]) -> tuple[Tensor, 
 Layer = tuple[Tensor, Tensor, Tensor]
 
 
-def score_of(layer: Layer, score: Coefficients) -> Tensor:
+def score_of(layer, score):
     weight, norm, fisher = layer
     return layer_importance(
         weight, activation_norm=norm, fisher=fisher, coefficients=score, layer="layer"
@@ -100,7 +99,7 @@ def score_of(layer: Layer, score: Coefficients) -> Tensor:
 
 @drawn
 @given(layers(weights(_moderate, _any_size)), coefficients(), st.booleans())
-def test_finite(layer: Layer, score: Coefficients, half: bool) -> None:
+def test_finite(layer, score, half):
     """Scores are finite and not negative, 0 where a weight is 0, and the same the second time."""
     weight, norm, fisher = layer
     if half:
@@ -126,7 +125,7 @@ def test_finite(layer: Layer, score: Coefficients, half: bool) -> None:
     st.sampled_from([math.nan, math.inf, -math.inf]),
     st.data(),
 )
-def test_not_finite(layer: Layer, score: Coefficients, bad: float, data: st.DataObject) -> None:
+def test_not_finite(layer, score, bad, data):
     """A weight that is NaN or infinite is refused wherever it stands, on any score."""
     weight, norm, fisher = layer
     weight = weight.clone()
@@ -138,7 +137,7 @@ def test_not_finite(layer: Layer, score: Coefficients, bad: float, data: st.Data
 
 @drawn
 @given(layers(weights(_moderate)), coefficients(), st.integers(-30, 30))
-def test_scale(layer: Layer, score: Coefficients, exponent: int) -> None:
+def test_scale(layer, score, exponent):
     """Weights times a power of two: relative scores keep their bits, plain ones are scaled."""
     weight, norm, fisher = layer
     scaled = score_of((weight * 2.0**exponent, norm, fisher), score)
@@ -149,7 +148,7 @@ def test_scale(layer: Layer, score: Coefficients, exponent: int) -> None:
 
 @drawn
 @given(layers(weights(_moderate)), coefficients())
-def test_parts_add_up(layer: Layer, score: Coefficients) -> None:
+def test_parts_add_up(layer, score):
     """A score is the sum of its three parts, so a coefficient of 0 takes its part out."""
     nothing = {"row": 0.0, "column": 0.0, "neighbourhood": 0.0}
     parts = [
@@ -163,7 +162,7 @@ def test_parts_add_up(layer: Layer, score: Coefficients) -> None:
 
 @drawn
 @given(layers(weights(_moderate, _any_size)), st.lists(coefficients(), min_size=1, max_size=4))
-def test_batch(layer: Layer, together: list[Coefficients]) -> None:
+def test_batch(layer, together):
     """Candidates that are scored together get the bits that each gets alone, compiled or not."""
     weight, norm, fisher = layer
     magnitude = weight.abs()
@@ -176,7 +175,7 @@ def test_batch(layer: Layer, together: list[Coefficients]) -> None:
         "out_features": len(weight),
     }
 
-    def of(several: list[Coefficients]) -> Tensor:
+    def of(several):
         return importance(
             magnitude[None, None], windows=[0] * len(several), coefficients=several, **given_
         )
@@ -196,7 +195,7 @@ def test_batch(layer: Layer, together: list[Coefficients]) -> None:
 
 @drawn
 @given(scores, st.data())
-def test_highest(score: Tensor, data: st.DataObject) -> None:
+def test_highest(score, data):
     """Every line loses its number exactly, nothing kept is lower than what goes; ties by place."""
     lines, n = score.shape
     removed = torch.tensor(data.draw(st.lists(st.integers(0, n), min_size=lines, max_size=lines)))
@@ -211,7 +210,7 @@ def test_highest(score: Tensor, data: st.DataObject) -> None:
 
 @drawn
 @given(st.integers(2, 8), st.data())
-def test_groups(group: int, data: st.DataObject) -> None:
+def test_groups(group, data):
     """N of every M stay exactly, in every row with its own N, the same ones in plain torch."""
     lines, runs = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
     elements = data.draw(st.sampled_from([_few, st.floats(width=32, allow_nan=False)]))
@@ -226,7 +225,7 @@ def test_groups(group: int, data: st.DataObject) -> None:
 
 @drawn
 @given(weights(_moderate), st.floats(0.001, 0.999))
-def test_share(score: Tensor, sparsity: float) -> None:
+def test_share(score, sparsity):
     """Any share of any width is removed exactly, by its decimal digits, rounded down."""
     pattern = Pattern(sparsity=sparsity)
     mask = line_mask(score, pattern)
@@ -239,7 +238,7 @@ def test_share(score: Tensor, sparsity: float) -> None:
     st.lists(tensors(_few | st.floats(0, 2**99, width=32)).map(Tensor.abs), min_size=1, max_size=3),
     st.data(),
 )
-def test_threshold(chunks: list[Tensor], data: st.DataObject) -> None:
+def test_threshold(chunks, data):
     """The threshold of any number of weights is the score that sorting finds, however it is cut."""
     ordered = torch.cat([chunk.flatten() for chunk in chunks]).sort().values
     removed = data.draw(st.integers(1, len(ordered)))
@@ -252,7 +251,7 @@ def test_threshold(chunks: list[Tensor], data: st.DataObject) -> None:
         assert torch.equal(tied, (chunk == found).sum(dim=1))
 
 
-def model_of(parts: list[Tensor]) -> tuple[dict[str, PrunableLinear], Statistics]:
+def model_of(parts):
     linears = {}
     for number, weight in enumerate(parts):
         module = nn.Linear(*reversed(weight.shape), bias=False)
@@ -281,7 +280,7 @@ COUNTED: dict[str, Callable[[Tensor], Tensor]] = {
     coefficients(),
     st.sampled_from(["0.1", "0.29", "0.5", "0.7", "0.999"]),
 )
-def test_model(parts: list[Tensor], score: Coefficients, share: str) -> None:
+def test_model(parts, score, share):
     """In each scope, exactly the share of what competes goes: rows, layers or the whole model."""
     linears, statistics = model_of(parts)
     for scope in ("row", "layer", "global"):

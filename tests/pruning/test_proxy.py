@@ -5,15 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pretended_cards import Card
 
 from pho_service.errors import BundleError, NumericalError
-from pho_service.pruning.bundle import ProxyBundle, sample_bundle
+from pho_service.pruning.bundle import sample_bundle
 from pho_service.pruning.layer_errors import BATCH
 from pho_service.pruning.masks import linear_masks
 from pho_service.pruning.proxy import ProxyEvaluator, ProxyRating
 from pho_service.pruning.scores import layer_importance
-from pho_service.pruning.statistics import PrunableLinear, Statistics
+from pho_service.pruning.statistics import PrunableLinear
 from pho_service.spec.pattern import Coefficients, Pattern
 from pho_service.spec.steps import Allocation, Candidate, Steps
 
@@ -32,7 +31,7 @@ COEFFICIENTS = {
 PATTERNS = [("0.5", "row"), ("0.6", "layer"), ("0.5", "global"), ("2:4", "row")]
 
 
-def candidate_of(name: str, pattern: str, scope: str | None) -> Candidate:
+def candidate_of(name, pattern, scope):
     return Candidate(
         method="crepe", coefficients=COEFFICIENTS[name], pattern=Pattern.parse(pattern, scope)
     )
@@ -43,23 +42,21 @@ ALL_CANDIDATES = [
 ]
 
 
-def bundle_of(
-    linears: Linears, statistics: Statistics, rows_per_layer: int = 0, seed: int = 0
-) -> ProxyBundle:
+def bundle_of(linears, statistics, rows_per_layer=0, seed=0):
     """A bundle of some rows (0: all) of each linear."""
     return sample_bundle(
         linears, statistics, rows_per_layer=rows_per_layer, kernel_sizes=(3, 5), seed=seed
     )
 
 
-def rate(bundle: ProxyBundle, candidate: Candidate) -> ProxyRating:
+def rate(bundle, candidate):
     return ProxyEvaluator(bundle).evaluate([candidate])[0]
 
 
-def slow_rating(linears: Linears, statistics: Statistics, candidate: Candidate) -> ProxyRating:
+def slow_rating(linears, statistics, candidate):
     """Mask every linear of the model and add up D H D^T row by row, in float64."""
     fisher = absolute = blend = geometric = 0.0
-    relative: dict[str, float] = {}
+    relative = {}
     for name, masked in linear_masks(linears, statistics, candidate):
         mask = masked.keep
         root = statistics.inputs[statistics.input_of[name]].root.double()
@@ -93,8 +90,8 @@ def slow_rating(linears: Linears, statistics: Statistics, candidate: Candidate) 
 @pytest.mark.parametrize(("pattern", "scope"), PATTERNS)
 @pytest.mark.parametrize("name", COEFFICIENTS)
 def test_with_all_rows_and_the_gram_matrix_a_rating_is_the_exact_error_of_the_whole_model(
-    linears: Linears, statistics: Statistics, name: str, pattern: str, scope: str
-) -> None:
+    linears, statistics, name, pattern, scope
+):
     candidate = candidate_of(name, pattern, scope)
     expected = slow_rating(linears, statistics, candidate)
     rating = rate(bundle_of(linears, statistics), candidate)
@@ -115,9 +112,7 @@ SHARED_OUT = [
 
 
 @pytest.mark.parametrize(("pattern", "scope", "method"), SHARED_OUT)
-def test_sparsities_are_those_of_the_masks(
-    linears: Linears, statistics: Statistics, pattern: str, scope: str, method: str
-) -> None:
+def test_sparsities_are_those_of_the_masks(linears, statistics, pattern, scope, method):
     steps = Steps(allocation=Allocation(method=method, spread=0.25))
     candidate = replace(candidate_of("crepe", pattern, scope), steps=steps)
     found = ProxyEvaluator(bundle_of(linears, statistics)).layer_sparsities(candidate)
@@ -128,7 +123,7 @@ def test_sparsities_are_those_of_the_masks(
     )
 
 
-def test_sampled_rows(linears: Linears, statistics: Statistics) -> None:
+def test_sampled_rows(linears, statistics):
     """Ratings on a quarter of the rows are, on average over samples, near those on all rows."""
     candidates = [candidate_of("crepe", pattern, scope) for pattern, scope in PATTERNS]
     exact = ProxyEvaluator(bundle_of(linears, statistics)).evaluate(candidates)
@@ -144,7 +139,7 @@ def test_sampled_rows(linears: Linears, statistics: Statistics) -> None:
             assert mean == pytest.approx(getattr(whole, measure), rel=0.07)
 
 
-def test_list_equals_one_by_one(linears: Linears, statistics: Statistics) -> None:
+def test_list_equals_one_by_one(linears, statistics):
     evaluator = ProxyEvaluator(bundle_of(linears, statistics, 8))
     together = evaluator.evaluate(ALL_CANDIDATES, with_gini=True)
     one_by_one = [evaluator.evaluate([c], with_gini=True)[0] for c in reversed(ALL_CANDIDATES)]
@@ -154,7 +149,7 @@ def test_list_equals_one_by_one(linears: Linears, statistics: Statistics) -> Non
     assert together == again
 
 
-def test_more_than_a_batch_come_in_order(linears: Linears, statistics: Statistics) -> None:
+def test_more_than_a_batch_come_in_order(linears, statistics):
     evaluator = ProxyEvaluator(bundle_of(linears, statistics, 8))
     scores = [
         replace(COEFFICIENTS["crepe"], activation_exponent=i / 10) for i in range(2 * BATCH + 3)
@@ -169,7 +164,7 @@ def test_more_than_a_batch_come_in_order(linears: Linears, statistics: Statistic
 
 
 @pytest.mark.parametrize(("pattern", "scope"), PATTERNS[2:])
-def test_gini(linears: Linears, statistics: Statistics, pattern: str, scope: str) -> None:
+def test_gini(linears, statistics, pattern, scope):
     """Gini is that of the scores with removed ones at 0, averaged over layers by weights."""
     candidate = candidate_of("crepe", pattern, scope)
     total = 0.0
@@ -188,7 +183,7 @@ def test_gini(linears: Linears, statistics: Statistics, pattern: str, scope: str
     assert rating.gini == pytest.approx(total / bundle.weights, rel=1e-4)
 
 
-def test_gini_is_measured_if_asked_for(linears: Linears, statistics: Statistics) -> None:
+def test_gini_is_measured_if_asked_for(linears, statistics):
     evaluator = ProxyEvaluator(bundle_of(linears, statistics, 8))
     candidates = ALL_CANDIDATES[:1]
     (without,), (with_gini,) = (
@@ -199,7 +194,7 @@ def test_gini_is_measured_if_asked_for(linears: Linears, statistics: Statistics)
     assert replace(with_gini, gini=None) == without
 
 
-def test_unknown_kernel_size(linears: Linears, statistics: Statistics) -> None:
+def test_unknown_kernel_size(linears, statistics):
     """A kernel size that the bundle has no window means for is refused, with those it has."""
     unknown = Coefficients(row=1, column=1, neighbourhood=1, kernel_size=7)
     candidate = replace(ALL_CANDIDATES[0], coefficients=unknown)
@@ -210,8 +205,8 @@ def test_unknown_kernel_size(linears: Linears, statistics: Statistics) -> None:
 
 @pytest.mark.parametrize("change", [{"neighbourhood": 0}, {"normalisation": "none"}])
 def test_where_no_window_is_used_an_unknown_kernel_size_rates_as_any_other(
-    linears: Linears, statistics: Statistics, change: dict[str, object]
-) -> None:
+    linears, statistics, change
+):
     bundle = bundle_of(linears, statistics)
     fields = {"row": 1, "column": 1, "neighbourhood": 1} | change
     known, unknown = (
@@ -225,7 +220,7 @@ def test_where_no_window_is_used_an_unknown_kernel_size_rates_as_any_other(
     assert rate(bundle, unknown) == rate(bundle, known)
 
 
-def test_a_nan_names_its_first_linear(linears: Linears, statistics: Statistics) -> None:
+def test_a_nan_names_its_first_linear(linears, statistics):
     broken = [replace(entry, root=entry.root.clone()) for entry in statistics.inputs]
     broken[3].root[0, 0] = math.nan  # of the first block's down_proj
 
@@ -233,7 +228,7 @@ def test_a_nan_names_its_first_linear(linears: Linears, statistics: Statistics) 
         rate(bundle_of(linears, replace(statistics, inputs=broken)), ALL_CANDIDATES[0])
 
 
-def test_scores_that_overflow_are_refused(linears: Linears, statistics: Statistics) -> None:
+def test_scores_that_overflow_are_refused(linears, statistics):
     overflowing = Coefficients(row=1e30, column=1e30, neighbourhood=1e30, activation_exponent=300)
     candidate = replace(ALL_CANDIDATES[0], coefficients=overflowing)
 
@@ -241,7 +236,7 @@ def test_scores_that_overflow_are_refused(linears: Linears, statistics: Statisti
         rate(bundle_of(linears, statistics), candidate)
 
 
-def test_global_ties(linears: Linears, statistics: Statistics) -> None:
+def test_global_ties(linears, statistics):
     """In scope global a rating is exact also where many plain scores equal the threshold."""
     mostly_dead = [replace(e, activation_norm=e.activation_norm.clone()) for e in statistics.inputs]
     for entry in mostly_dead:
@@ -255,9 +250,7 @@ def test_global_ties(linears: Linears, statistics: Statistics) -> None:
     )
 
 
-def test_a_gpu_rates_what_the_cpu_rates(
-    linears: Linears, statistics: Statistics, pretended_gpu: Card
-) -> None:
+def test_a_gpu_rates_what_the_cpu_rates(linears, statistics, pretended_gpu):
     candidates = [
         replace(candidate, steps=Steps(allocation=Allocation(method=method, unit="block")))
         for candidate in ALL_CANDIDATES[-len(PATTERNS) :]

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pho_service.pruning.reconstruction import Reconstructed, Trainable, reconstruct, split, summary
+from pho_service.pruning.reconstruction import Trainable, reconstruct, split, summary
 from pho_service.pruning.statistics import PrunableLinear
 from pho_service.spec.steps import Reconstruction
 
@@ -15,29 +15,27 @@ SETTINGS = Reconstruction(method="block", passes=3, learning_rate=0.05)
 
 
 @pytest.fixture
-def inputs() -> Tensor:
+def inputs():
     return torch.randn(9, 5, 8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
-def keep() -> Tensor:
+def keep():
     return torch.rand(6, 8, generator=torch.Generator().manual_seed(1)) < 0.5
 
 
-def pruned(keep: Tensor) -> tuple[Tensor, nn.Parameter]:
+def pruned(keep):
     dense = torch.randn(6, 8, generator=torch.Generator().manual_seed(2))
     return dense, nn.Parameter(dense * keep)
 
 
-def trainable(parameter: nn.Parameter, keep: Tensor) -> Trainable:
+def trainable(parameter, keep):
     module = nn.Linear(keep.shape[1], keep.shape[0], bias=False)
     module.weight = parameter
     return Trainable(linear=PrunableLinear(name="it", module=module), keep=keep)
 
 
-def trained(
-    parameter: nn.Parameter, keep: Tensor, inputs: Tensor, targets: Tensor
-) -> Reconstructed:
+def trained(parameter, keep, inputs, targets):
     return reconstruct(
         [trainable(parameter, keep)],
         lambda window: inputs[window] @ parameter.T,
@@ -46,19 +44,19 @@ def trained(
     )
 
 
-def plain(weight: Tensor, keep: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+def plain(weight, keep, inputs, targets):
     """The same in float64, gradient and Adam written out; the best weight and its error."""
     weight, keep, inputs, targets = (t.double() for t in (weight, keep, inputs, targets))
     training, held_out = split(len(inputs))
 
-    def error(window: int) -> float:
+    def error(window):
         difference = inputs[window] @ weight.T - targets[window]
         return float((difference.square().sum(1) / targets[window].square().sum(1)).mean())
 
     size = float(weight[keep.bool()].square().mean().sqrt())
     best = weight, sum(map(error, held_out)) / len(held_out)
-    mean: Tensor | float = 0.0
-    square: Tensor | float = 0.0
+    mean = 0.0
+    square = 0.0
     step, better, share = 0, 0, 0.05
     generator = torch.Generator().manual_seed(0)
     while better < 3:
@@ -82,7 +80,7 @@ def plain(weight: Tensor, keep: Tensor, inputs: Tensor, targets: Tensor) -> tupl
     return best
 
 
-def test_it_is_that_of_a_plain_float64_loop(inputs: Tensor, keep: Tensor) -> None:
+def test_it_is_that_of_a_plain_float64_loop(inputs, keep):
     dense, parameter = pruned(keep)
     targets = inputs @ dense.T
     expected, error = plain(parameter.detach(), keep, inputs, targets)
@@ -98,7 +96,7 @@ def test_it_is_that_of_a_plain_float64_loop(inputs: Tensor, keep: Tensor) -> Non
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_an_error_of_nan_changes_nothing(inputs: Tensor, keep: Tensor, bad: float) -> None:
+def test_an_error_of_nan_changes_nothing(inputs, keep, bad):
     dense, parameter = pruned(keep)
     before = parameter.detach().clone()
     targets = inputs @ dense.T
@@ -113,7 +111,7 @@ def test_an_error_of_nan_changes_nothing(inputs: Tensor, keep: Tensor, bad: floa
     )
 
 
-def test_weights_that_are_right_already_stay(inputs: Tensor, keep: Tensor) -> None:
+def test_weights_that_are_right_already_stay(inputs, keep):
     _, parameter = pruned(keep)
     before = parameter.detach().clone()
     result = trained(parameter, keep, inputs, inputs @ before.T)
@@ -122,7 +120,7 @@ def test_weights_that_are_right_already_stay(inputs: Tensor, keep: Tensor) -> No
     assert (result.kept, result.passes, result.after) == (False, 3, 0)
 
 
-def test_a_pass_that_makes_it_worse_is_taken_back(inputs: Tensor, keep: Tensor) -> None:
+def test_a_pass_that_makes_it_worse_is_taken_back(inputs, keep):
     dense, parameter = pruned(keep)
     result = reconstruct(
         [trainable(parameter, keep)],
@@ -136,7 +134,7 @@ def test_a_pass_that_makes_it_worse_is_taken_back(inputs: Tensor, keep: Tensor) 
     assert torch.equal(parameter.detach() != 0, keep)
 
 
-def test_every_eighth_window_is_held_out_of_few_the_last() -> None:
+def test_every_eighth_window_is_held_out_of_few_the_last():
     assert split(16) == ([*range(7), *range(8, 15)], [7, 15])
     assert split(3) == ([0, 1], [2])
     assert split(2) == ([0], [1])

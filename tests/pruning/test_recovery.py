@@ -1,38 +1,31 @@
 """The gradients of a recovery are those of the divergence, and no removed weight has one."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from pho_service.models.architecture import decoder_blocks
-from pho_service.pruning.perplexity import DenseReference, dense_reference, rate_divergence
+from pho_service.pruning.perplexity import dense_reference, rate_divergence
 from pho_service.pruning.recovery import Processes, mixed, recovering
-from pho_service.pruning.statistics import PrunableLinear
-from pho_service.spec.recovery import TRAINS, Recovery, Trains
+from pho_service.spec.recovery import TRAINS, Recovery
 
 TOP = 7
 
 
-def half_pruned(linears: dict[str, PrunableLinear]) -> None:
+def half_pruned(linears):
     """Remove the smaller half of each linear."""
     for linear in linears.values():
         linear.weight.masked_fill_(linear.weight.abs() < linear.weight.abs().median(), 0)
 
 
 @pytest.fixture
-def reference(
-    tiny_llama: LlamaForCausalLM, linears: dict[str, PrunableLinear], windows: Tensor
-) -> DenseReference:
+def reference(tiny_llama, linears, windows):
     """What the dense model predicts; it is pruned then."""
     found = dense_reference(tiny_llama, windows, top_k=TOP)
     half_pruned(linears)
     return found
 
 
-def in_double(model: LlamaForCausalLM, reference: DenseReference, window: int) -> Tensor:
+def in_double(model, reference, window):
     """The divergence of a window, by its formula in float64."""
     logs = model(reference.windows[window : window + 1]).logits[0, :-1].log_softmax(dim=-1)
     q = logs.exp().gather(1, reference.tokens[window].long())
@@ -41,19 +34,14 @@ def in_double(model: LlamaForCausalLM, reference: DenseReference, window: int) -
     return ((p * (p / q).log()).sum(dim=1) + rest_p * (rest_p / rest_q).log()).mean()
 
 
-def blocks_of(model: LlamaForCausalLM) -> list[torch.nn.Module]:
+def blocks_of(model):
     return [block for _, block in decoder_blocks(model)]
 
 
 @pytest.mark.parametrize(("halves", "error"), [(False, 1e-5), (True, 0.05)])
 def test_the_gradient_is_that_of_the_formula_in_float64(
-    halves: bool,
-    error: float,
-    tiny_llama: LlamaForCausalLM,
-    linears: dict[str, PrunableLinear],
-    reference: DenseReference,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    halves, error, tiny_llama, linears, reference, monkeypatch
+):
     """On a CPU without units for products in bfloat16, and on one that has them."""
     monkeypatch.setattr("pho_service.pruning.recovery.multiplies_halves", lambda: halves)
     with recovering(tiny_llama, blocks_of(tiny_llama), linears, Recovery(), Processes()) as trained:
@@ -76,19 +64,16 @@ def test_the_gradient_is_that_of_the_formula_in_float64(
 
 
 def test_activations_that_do_not_fit_are_computed_again_with_the_same_bits(
-    tiny_llama: LlamaForCausalLM,
-    linears: dict[str, PrunableLinear],
-    reference: DenseReference,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    runs: list[int] = []
+    tiny_llama, linears, reference, monkeypatch
+):
+    runs = []
     tiny_llama.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *_: runs.append(1))
 
-    def full(*_: Any) -> float:
+    def full(*_):
         monkeypatch.undo()
         raise torch.OutOfMemoryError
 
-    def step() -> tuple[list[Tensor | None], int]:
+    def step():
         """The gradients of a window, and how often a block ran for them."""
         trained.zero_grad()
         runs.clear()
@@ -116,12 +101,8 @@ def test_activations_that_do_not_fit_are_computed_again_with_the_same_bits(
 
 @pytest.mark.parametrize("recompute", [True, False])
 def test_products_in_bfloat16_see_what_each_step_changed(
-    recompute: bool,
-    tiny_llama: LlamaForCausalLM,
-    linears: dict[str, PrunableLinear],
-    reference: DenseReference,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    recompute, tiny_llama, linears, reference, monkeypatch
+):
     """As on a GPU, where one context is around all steps, and keeps no weights of earlier ones."""
     monkeypatch.setattr("pho_service.pruning.recovery._IN_HALVES", ("cpu",))
     exact = float(in_double(tiny_llama, reference, 0).detach())
@@ -143,11 +124,8 @@ def test_products_in_bfloat16_see_what_each_step_changed(
 
 @pytest.mark.parametrize("what", TRAINS)
 def test_a_step_lowers_the_divergence_and_removes_and_restores_nothing(
-    what: Trains,
-    tiny_llama: LlamaForCausalLM,
-    linears: dict[str, PrunableLinear],
-    reference: DenseReference,
-) -> None:
+    what, tiny_llama, linears, reference
+):
     kept = {name: linear.weight != 0 for name, linear in linears.items()}
     before = rate_divergence(tiny_llama, reference)
     with recovering(
@@ -163,11 +141,7 @@ def test_a_step_lowers_the_divergence_and_removes_and_restores_nothing(
     assert all(torch.equal(linear.weight != 0, kept[n]) for n, linear in linears.items())
 
 
-def test_low_rank_changes_are_rounded_as_the_weights_are_stored(
-    tiny_llama: LlamaForCausalLM,
-    linears: dict[str, PrunableLinear],
-    reference: DenseReference,
-) -> None:
+def test_low_rank_changes_are_rounded_as_the_weights_are_stored(tiny_llama, linears, reference):
     del reference
     with recovering(
         tiny_llama, blocks_of(tiny_llama), linears, Recovery(train="lora"), Processes()

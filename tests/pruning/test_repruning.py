@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from pretended_cards import Card
-from torch import Tensor
 
 from pho_service.pruning.repruning import dsnot_refine, swap_refine
 from pho_service.pruning.selection import keep_highest, nm_mask
@@ -13,7 +11,7 @@ from pho_service.pruning.selection import keep_highest, nm_mask
 GROUPS = pytest.mark.parametrize("group", [0, 2, 8])
 
 
-def layer(out_features: int, in_features: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def layer(out_features, in_features, seed=0):
     """A weight, and the Gram matrix of correlated inputs of unequal sizes."""
     generator = torch.Generator().manual_seed(seed)
     few = torch.randn(4 * in_features, max(2, in_features // 8), generator=generator)
@@ -23,7 +21,7 @@ def layer(out_features: int, in_features: int, seed: int = 0) -> tuple[Tensor, T
     return torch.randn(out_features, in_features, generator=generator), x.T @ x / len(x)
 
 
-def half_mask(weight: Tensor, gram: Tensor, group: int = 0) -> Tensor:
+def half_mask(weight, gram, group=0):
     """Wanda's mask, at half of the weights."""
     score = weight.float().abs() * gram.diagonal().sqrt()
     if group:
@@ -31,13 +29,13 @@ def half_mask(weight: Tensor, gram: Tensor, group: int = 0) -> Tensor:
     return keep_highest(score, weight.shape[1] // 2)
 
 
-def exact_errors(weight: Tensor, mask: Tensor, gram: Tensor) -> Tensor:
+def exact_errors(weight, mask, gram):
     """D H D^T of each row, in float64."""
     removed = weight.double() * ~mask
     return torch.einsum("ri,ij,rj->r", removed, gram.double(), removed)
 
 
-def swaps(kept: Tensor, group: int) -> list[Tensor]:
+def swaps(kept, group):
     """All masks of a row that are one swap away, inside of runs if there are any."""
     found = []
     for back in (~kept).nonzero()[:, 0].tolist():
@@ -49,7 +47,7 @@ def swaps(kept: Tensor, group: int) -> list[Tensor]:
     return found
 
 
-def same_counts(before: Tensor, after: Tensor, group: int) -> bool:
+def same_counts(before, after, group):
     """Does each row, or each run, keep as many weights?"""
     runs = (len(before), -1, group or before.shape[1])
     return before.view(runs).sum(dim=2).equal(after.view(runs).sum(dim=2))
@@ -57,7 +55,7 @@ def same_counts(before: Tensor, after: Tensor, group: int) -> bool:
 
 @GROUPS
 @pytest.mark.parametrize("max_swaps", [3, 1000])
-def test_swaps_lower_every_row(group: int, max_swaps: int) -> None:
+def test_swaps_lower_every_row(group, max_swaps):
     """No row's error rises, and the layer's falls; counts stay; no row makes too many swaps."""
     weight, gram = layer(40, 200)
     mask = half_mask(weight, gram, group)
@@ -73,7 +71,7 @@ def test_swaps_lower_every_row(group: int, max_swaps: int) -> None:
 
 
 @pytest.mark.parametrize(("group", "width"), [(0, 8), (2, 8), (8, 8), (4, 128)])
-def test_swaps_end_where_none_helps(group: int, width: int) -> None:
+def test_swaps_end_where_none_helps(group, width):
     weight, gram = layer(20 if width == 8 else 4, width)
     mask = half_mask(weight, gram, group)
 
@@ -87,7 +85,7 @@ def test_swaps_end_where_none_helps(group: int, width: int) -> None:
 
 
 @GROUPS
-def test_first_swap_is_the_best(group: int) -> None:
+def test_first_swap_is_the_best(group):
     weight, gram = layer(30, 8)
     mask = half_mask(weight, gram, group)
 
@@ -101,7 +99,7 @@ def test_first_swap_is_the_best(group: int) -> None:
 
 @pytest.mark.parametrize("kept", [0, 1, 31, 32])
 @pytest.mark.parametrize("group", [0, 4])
-def test_rows_that_keep_all_or_nothing_have_no_swaps(kept: int, group: int) -> None:
+def test_rows_that_keep_all_or_nothing_have_no_swaps(kept, group):
     weight, gram = layer(3, 32)
     mask = torch.arange(32).expand(3, 32) < kept
 
@@ -111,7 +109,7 @@ def test_rows_that_keep_all_or_nothing_have_no_swaps(kept: int, group: int) -> N
     assert bool((exact_errors(weight, refined, gram) <= exact_errors(weight, mask, gram)).all())
 
 
-def test_of_equal_swaps_the_one_of_the_lowest_channels_is_made() -> None:
+def test_of_equal_swaps_the_one_of_the_lowest_channels_is_made():
     weight = torch.tensor([[2.0, 2.0, 1.0, 1.0]])
     mask = torch.tensor([[False, False, True, True]])
 
@@ -126,7 +124,7 @@ def test_of_equal_swaps_the_one_of_the_lowest_channels_is_made() -> None:
 
 @pytest.mark.parametrize("size", [1e3, 1e6, 1e9])
 @pytest.mark.parametrize("group", [0, 4])
-def test_where_one_direction_dwarfs_all_no_row_gets_worse(group: int, size: float) -> None:
+def test_where_one_direction_dwarfs_all_no_row_gets_worse(group, size):
     weight, gram = layer(60, 64)
     gram += size
     mask = half_mask(weight, gram, group)
@@ -140,8 +138,8 @@ def test_where_one_direction_dwarfs_all_no_row_gets_worse(group: int, size: floa
 
 @GROUPS
 def test_how_many_rows_are_worked_on_at_once_from_one_to_all_changes_no_bit_of_a_mask(
-    group: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    group, monkeypatch
+):
     weight, gram = layer(23, 64)
     mask = half_mask(weight, gram, group)
     swapped = swap_refine(weight, mask, gram, group=group)
@@ -155,15 +153,13 @@ def test_how_many_rows_are_worked_on_at_once_from_one_to_all_changes_no_bit_of_a
 
 
 @pytest.mark.parametrize("group", [0, 8])
-def test_a_gpu_takes_all_rows_at_once(
-    group: int, pretended_gpu: Card, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_takes_all_rows_at_once(group, pretended_gpu, monkeypatch):
     weight, gram = layer(8, 96)
     mask = half_mask(weight, gram, group)
     statistics = row_statistics(96)
     arguments = {name: values.cuda() for name, values in statistics.items()}
 
-    def refined(height: int) -> tuple[list[Tensor], list[tuple[int, int]]]:
+    def refined(height):
         """Masks of the rows, so many times, by swaps and DSnoT; launches and waits of each."""
         weights, masks = weight.repeat(height, 1).cuda(), mask.repeat(height, 1).cuda()
         found, counted = [], []
@@ -193,9 +189,7 @@ def test_a_gpu_takes_all_rows_at_once(
 
 
 @GROUPS
-def test_a_weight_that_is_bfloat16_and_stored_in_out_is_refined_as_its_float32_copy(
-    group: int,
-) -> None:
+def test_a_weight_that_is_bfloat16_and_stored_in_out_is_refined_as_its_float32_copy(group):
     weight, gram = layer(10, 48)
     weight = weight.bfloat16()
     mask = half_mask(weight, gram, group)
@@ -211,7 +205,7 @@ def test_a_weight_that_is_bfloat16_and_stored_in_out_is_refined_as_its_float32_c
 # --- DSnoT --------------------------------------------------------------------------------------
 
 
-def row_statistics(in_features: int, seed: int = 0) -> dict[str, Tensor]:
+def row_statistics(in_features, seed=0):
     """Mean, variance and activation norm of inputs with both signs."""
     generator = torch.Generator().manual_seed(seed)
     mean = torch.randn(in_features, generator=generator)
@@ -223,16 +217,7 @@ def row_statistics(in_features: int, seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def dsnot_row(
-    weight: list[float],
-    kept: list[bool],
-    statistics: dict[str, Tensor],
-    *,
-    group: int,
-    max_cycles: int,
-    threshold: float,
-    power: float,
-) -> list[bool]:
+def dsnot_row(weight, kept, statistics, *, group, max_cycles, threshold, power):
     """DSnoT's rules for one row, weight by weight."""
     mean, variance, norm = (statistics[k].tolist() for k in ("mean", "variance", "activation_norm"))
     channels = range(len(weight))
@@ -271,8 +256,8 @@ def dsnot_row(
 @pytest.mark.parametrize("max_cycles", [1, 50])
 @pytest.mark.parametrize(("threshold", "power"), [(0.1, 1.0), (0.0, 0.5), (1.0, 0.0)])
 def test_each_row_ends_as_in_a_plain_loop_over_the_published_rules(
-    group: int, max_cycles: int, threshold: float, power: float
-) -> None:
+    group, max_cycles, threshold, power
+):
     weight, gram = layer(40, 32)
     mask = half_mask(weight, gram, group)
     statistics = row_statistics(32)
@@ -286,7 +271,7 @@ def test_each_row_ends_as_in_a_plain_loop_over_the_published_rules(
     ]
 
 
-def test_channels_without_mean_and_variance_never_move_and_give_no_nan() -> None:
+def test_channels_without_mean_and_variance_never_move_and_give_no_nan():
     weight, gram = layer(20, 40)
     mask = half_mask(weight, gram)
     statistics = row_statistics(40)

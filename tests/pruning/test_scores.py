@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from pho_service.errors import NumericalError
 from pho_service.pruning.masks import line_mask
@@ -29,7 +28,7 @@ Rows = list[list[float]]
 Formula = Callable[[Rows, list[float]], Rows]
 
 
-def random_layer() -> tuple[Tensor, Tensor, Tensor]:
+def random_layer():
     """A weight, RIA's s_j (mean square of an input channel) and a Fisher weight per row."""
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(OUT, IN, generator=generator)
@@ -38,21 +37,19 @@ def random_layer() -> tuple[Tensor, Tensor, Tensor]:
     return weight, squares, fisher
 
 
-def scored(
-    weight: Tensor, squares: Tensor, coefficients: Coefficients, fisher: Tensor | None = None
-) -> Tensor:
+def scored(weight, squares, coefficients, fisher=None):
     return layer_importance(
         weight, activation_norm=squares.sqrt().float(), fisher=fisher, coefficients=coefficients,
         layer="blocks.4.up_proj",
     )  # fmt: skip
 
 
-def score_of(coefficients: Coefficients) -> Tensor:
+def score_of(coefficients):
     weight, squares, fisher = random_layer()
     return scored(weight, squares, coefficients, fisher)
 
 
-def published_ria(weight: Rows, squares: list[float]) -> Rows:
+def published_ria(weight, squares):
     """(|W| / column sum + |W| / row sum) * sqrt(s_j) ** 0.5, as RIA's paper writes it."""
     row_sums = [sum(map(abs, row)) for row in weight]
     column_sums = [sum(map(abs, column)) for column in zip(*weight, strict=True)]
@@ -65,24 +62,24 @@ def published_ria(weight: Rows, squares: list[float]) -> Rows:
     ]
 
 
-def published_wanda(weight: Rows, squares: list[float]) -> Rows:
+def published_wanda(weight, squares):
     """|W| * sqrt(s_j), as Wanda's paper writes it."""
     return [[abs(w) * math.sqrt(squares[j]) for j, w in enumerate(row)] for row in weight]
 
 
-def published_magnitude(weight: Rows, squares: list[float]) -> Rows:  # noqa: ARG001  # one shape
+def published_magnitude(weight, squares):  # noqa: ARG001  # one shape
     """|W|."""
     return [[abs(w) for w in row] for row in weight]
 
 
-def kept_by_sorting(line: list[float], removed: int) -> list[bool]:
+def kept_by_sorting(line, removed):
     """What stays of a line when the ``removed`` lowest go; on a tie the lower index stays."""
     order = sorted(range(len(line)), key=lambda i: (line[i], -i))
     gone = set(order[:removed])
     return [i not in gone for i in range(len(line))]
 
 
-def published_mask(formula: Formula, pattern: str, scope: str) -> tuple[Tensor, int]:
+def published_mask(formula, pattern, scope):
     """The mask of a published formula on ``random_layer``, and how many weights it keeps."""
     weight, squares, _ = random_layer()
     scores = formula(weight.double().tolist(), squares.tolist())
@@ -97,7 +94,7 @@ def published_mask(formula: Formula, pattern: str, scope: str) -> tuple[Tensor, 
     return torch.tensor(kept).view(OUT, IN), len(lines) * (len(lines[0]) - removed)
 
 
-def product_mask(coefficients: Coefficients, pattern: str, scope: str) -> Tensor:
+def product_mask(coefficients, pattern, scope):
     parsed = Pattern.parse(pattern, None if ":" in pattern else scope)
     score = score_of(coefficients)
     lines = score if parsed.scope is Scope.ROW else score.view(1, -1)
@@ -117,8 +114,8 @@ def product_mask(coefficients: Coefficients, pattern: str, scope: str) -> Tensor
     ],
 )
 def test_crepe_keeps_the_very_weights_that_a_published_formula_keeps(
-    coefficients: Coefficients, formula: Formula, scope: str, pattern: str
-) -> None:
+    coefficients, formula, scope, pattern
+):
     expected, kept = published_mask(formula, pattern, scope)
     mask = product_mask(coefficients, pattern, scope)
 
@@ -127,7 +124,7 @@ def test_crepe_keeps_the_very_weights_that_a_published_formula_keeps(
 
 
 @pytest.mark.parametrize("normalisation", ["mean", "sum"])
-def test_all_terms_give_the_documented_formula_in_float64(normalisation: str) -> None:
+def test_all_terms_give_the_documented_formula_in_float64(normalisation):
     coefficients = Coefficients(
         row=0.7, column=1.3, neighbourhood=0.4, kernel_size=5, activation_exponent=0.6,
         gradient_exponent=0.3, normalisation=normalisation,  # type: ignore[arg-type]
@@ -149,7 +146,7 @@ def test_all_terms_give_the_documented_formula_in_float64(normalisation: str) ->
     torch.testing.assert_close(score_of(coefficients).double(), expected, rtol=1e-5, atol=0)
 
 
-def test_layers_in_one_stack_score_as_each_does_alone() -> None:
+def test_layers_in_one_stack_score_as_each_does_alone():
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(3, 6, 8, generator=generator)
     norms = torch.rand(3, 8, generator=generator)
@@ -180,7 +177,7 @@ def test_layers_in_one_stack_score_as_each_does_alone() -> None:
 
 @pytest.mark.parametrize("kernel_size", [3, 5, 9])
 @pytest.mark.parametrize("shape", [(7, 10), (1, 6), (6, 1), (3, 3)])
-def test_window_mean(shape: tuple[int, int], kernel_size: int) -> None:
+def test_window_mean(shape, kernel_size):
     """A window's mean is over the neighbours that exist, at borders and in tiny layers too."""
     magnitude = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     reach = kernel_size // 2
@@ -199,7 +196,7 @@ def test_window_mean(shape: tuple[int, int], kernel_size: int) -> None:
 
 
 @pytest.mark.parametrize("kernel_size", [3, 5, 11])
-def test_window_means_of_some_rows_are_those_of_all(kernel_size: int) -> None:
+def test_window_means_of_some_rows_are_those_of_all(kernel_size):
     magnitude = torch.rand(9, 12, generator=torch.Generator().manual_seed(0))
     rows = torch.tensor([0, 1, 4, 8])
 
@@ -209,7 +206,7 @@ def test_window_means_of_some_rows_are_those_of_all(kernel_size: int) -> None:
 
 
 @pytest.mark.parametrize("coefficients", [RIA, WANDA, EQUAL])
-def test_weights_on_a_dead_channel_go_first(coefficients: Coefficients) -> None:
+def test_weights_on_a_dead_channel_go_first(coefficients):
     weight, squares, _ = random_layer()
     squares[5] = 0
     mask = line_mask(scored(weight, squares, coefficients), Pattern(sparsity=1 / IN))
@@ -218,7 +215,7 @@ def test_weights_on_a_dead_channel_go_first(coefficients: Coefficients) -> None:
     assert int((~mask).sum()) == OUT
 
 
-def test_at_activation_exponent_0_a_dead_channel_counts_like_any_other() -> None:
+def test_at_activation_exponent_0_a_dead_channel_counts_like_any_other():
     weight, squares, _ = random_layer()
     plain = score_of(MAGNITUDE)
     squares[5] = 0
@@ -227,7 +224,7 @@ def test_at_activation_exponent_0_a_dead_channel_counts_like_any_other() -> None
 
 
 @pytest.mark.parametrize("coefficients", [RIA, EQUAL])
-def test_weights_whose_sum_is_not_finite_are_refused(coefficients: Coefficients) -> None:
+def test_weights_whose_sum_is_not_finite_are_refused(coefficients):
     weight, squares, _ = random_layer()
     weight[2] = 3e38
 
@@ -235,7 +232,7 @@ def test_weights_whose_sum_is_not_finite_are_refused(coefficients: Coefficients)
         scored(weight, squares, coefficients)
 
 
-def test_an_activation_norm_that_is_nan_is_refused_with_the_name_of_the_layer() -> None:
+def test_an_activation_norm_that_is_nan_is_refused_with_the_name_of_the_layer():
     weight, squares, _ = random_layer()
     squares[0] = math.nan
 
@@ -243,7 +240,7 @@ def test_an_activation_norm_that_is_nan_is_refused_with_the_name_of_the_layer() 
         scored(weight, squares, RIA)
 
 
-def test_a_bfloat16_weight_scores_in_float32_exactly_as_its_values_do() -> None:
+def test_a_bfloat16_weight_scores_in_float32_exactly_as_its_values_do():
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     half, full = (scored(w, torch.arange(1.0, 17.0), EQUAL) for w in (weight, weight.float()))
 
@@ -252,7 +249,7 @@ def test_a_bfloat16_weight_scores_in_float32_exactly_as_its_values_do() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["0.3", "0.5", "2:4"])
-def test_gradient_exponent_cancels_in_row(pattern: str) -> None:
+def test_gradient_exponent_cancels_in_row(pattern):
     without, with_fisher = (
         product_mask(replace(EQUAL, gradient_exponent=b), pattern, "row") for b in (0, 0.7)
     )
@@ -260,11 +257,11 @@ def test_gradient_exponent_cancels_in_row(pattern: str) -> None:
     assert torch.equal(without, with_fisher)
 
 
-def test_gini_of_zeros_is_0_not_nan() -> None:
+def test_gini_of_zeros_is_0_not_nan():
     assert float(gini(torch.zeros(4))) == 0
 
 
-def test_gini_is_half_the_mean_absolute_difference_over_the_mean() -> None:
+def test_gini_is_half_the_mean_absolute_difference_over_the_mean():
     values = torch.rand(3, 40, generator=torch.Generator().manual_seed(0)) ** 3
     expected = [
         sum(abs(a - b) for a in line for b in line) / (2 * len(line) * sum(line))

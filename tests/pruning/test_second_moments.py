@@ -1,12 +1,9 @@
 """Streamed sums of one input, against float64."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from pretended_cards import Card
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pho_service.pruning.statistics import (
@@ -19,13 +16,13 @@ from pho_service.pruning.statistics import (
 )
 
 
-def random_tokens(tokens: int, width: int, seed: int = 0) -> Tensor:
+def random_tokens(tokens, width, seed=0):
     """(tokens, width), float32, with one channel that all others follow a little."""
     x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed))
     return x + 0.5 * x[:, :1]
 
 
-def projection(x: Tensor, rows: int, seed: int, parts: int = 1) -> Tensor:
+def projection(x, rows, seed, parts=1):
     """The sum of a projection's rows, x given in so many parts."""
     moment = SecondMoment(x.shape[1], x.device, projection_rows=rows, seed=seed)
     for part in x.chunk(parts):
@@ -33,7 +30,7 @@ def projection(x: Tensor, rows: int, seed: int, parts: int = 1) -> Tensor:
     return moment.moment
 
 
-def test_each_token_is_in_one_row() -> None:
+def test_each_token_is_in_one_row():
     moment = projection(torch.eye(50), rows=8, seed=3)
 
     assert torch.equal(moment.abs().sum(dim=0), torch.ones(50))
@@ -41,7 +38,7 @@ def test_each_token_is_in_one_row() -> None:
     assert int((moment != 0).any(dim=1).sum()) == 8
 
 
-def test_the_energy_is_right_on_average_and_varies_by_2_over_its_rows() -> None:
+def test_the_energy_is_right_on_average_and_varies_by_2_over_its_rows():
     x, rows = random_tokens(40, 6).double(), 4
     direction = torch.arange(6.0, dtype=torch.float64) - 2
     along = (x @ direction).square()  # of each token
@@ -56,7 +53,7 @@ def test_the_energy_is_right_on_average_and_varies_by_2_over_its_rows() -> None:
 
 
 @pytest.mark.parametrize("width", [7, PANEL, 2 * PANEL + 3])
-def test_the_upper_triangle_is_summed_panel_by_panel_and_mirrored(width: int) -> None:
+def test_the_upper_triangle_is_summed_panel_by_panel_and_mirrored(width):
     x = random_tokens(20, width)
     gram = torch.zeros(width, width)
     for part in x.chunk(3):
@@ -68,7 +65,7 @@ def test_the_upper_triangle_is_summed_panel_by_panel_and_mirrored(width: int) ->
 
 
 @pytest.mark.parametrize("tokens", [3, 40])
-def test_a_singular_second_moment_has_a_root(tokens: int) -> None:
+def test_a_singular_second_moment_has_a_root(tokens):
     x = random_tokens(tokens, 20) * torch.logspace(-4, 4, 20)
     x[:, 5] = 0
     gram = (x.T @ x) / tokens
@@ -81,7 +78,7 @@ def test_a_singular_second_moment_has_a_root(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [0, 16])
-def test_sums_are_float32_where_products_around_them_are_not(rows: int) -> None:
+def test_sums_are_float32_where_products_around_them_are_not(rows):
     x = random_tokens(30, 12)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = projection(x, rows, seed=1)
@@ -92,13 +89,11 @@ def test_sums_are_float32_where_products_around_them_are_not(rows: int) -> None:
 class Products(TorchDispatchMode):
     """Notes how precisely a GPU would multiply, product by product."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.precisions: list[str] = []
+        self.precisions = []
 
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if "addmm" in str(function):
             self.precisions.append(torch.backends.cuda.matmul.fp32_precision)
         return function(*args, **kwargs or {})
@@ -107,7 +102,7 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("dtype", "uses_them"), [(torch.float32, False), (torch.bfloat16, True), (torch.float16, True)]
 )
-def test_tensor_cores_are_for_16_bits(dtype: torch.dtype, *, uses_them: bool) -> None:
+def test_tensor_cores_are_for_16_bits(dtype, *, uses_them):
     before = torch.backends.cuda.matmul.fp32_precision
     moment = SecondMoment(8, torch.device("cpu"), projection_rows=0, seed=0)
     with Products() as products:
@@ -117,7 +112,7 @@ def test_tensor_cores_are_for_16_bits(dtype: torch.dtype, *, uses_them: bool) ->
     assert torch.backends.cuda.matmul.fp32_precision == before != "tf32"
 
 
-def test_tensor_cores_of_an_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensor_cores_of_an_older_torch(monkeypatch):
     matmul = SimpleNamespace(allow_tf32=False)
     monkeypatch.setattr("torch.backends.cuda.matmul", matmul)
     with tensor_cores():
@@ -126,7 +121,7 @@ def test_tensor_cores_of_an_older_torch(monkeypatch: pytest.MonkeyPatch) -> None
     assert vars(matmul) == {"allow_tf32": False}
 
 
-def test_a_gpus_gram_matrix_is_one_launch_a_panel(pretended_gpu: Card) -> None:
+def test_a_gpus_gram_matrix_is_one_launch_a_panel(pretended_gpu):
     x = torch.randn(9, 600, generator=torch.Generator().manual_seed(0))
     expected = torch.zeros(600, 600)
     add_gram_(expected, x)
@@ -141,7 +136,7 @@ def test_a_gpus_gram_matrix_is_one_launch_a_panel(pretended_gpu: Card) -> None:
 
 
 @pytest.mark.parametrize("rows", [0, 5])
-def test_tokens_are_added_without_a_wait(pretended_gpu: Card, rows: int) -> None:
+def test_tokens_are_added_without_a_wait(pretended_gpu, rows):
     x = torch.randn(9, 12, generator=torch.Generator().manual_seed(0))
     here = SecondMoment(12, torch.device("cpu"), projection_rows=rows, seed=3)
     there = SecondMoment(12, torch.device("cuda"), projection_rows=rows, seed=3)

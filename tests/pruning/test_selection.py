@@ -5,12 +5,11 @@ from fractions import Fraction
 
 import pytest
 import torch
-from torch import Tensor
 
 from pho_service.pruning.selection import keep_highest, nm_mask, threshold_of
 
 
-def sorted_mask(line: list[float], removed: int) -> list[bool]:
+def sorted_mask(line, removed):
     """Stable sort from high to low, so a tie keeps the lower index; all but the tail stay."""
     order = sorted(range(len(line)), key=lambda i: -line[i])
     kept = set(order[: len(line) - removed])
@@ -18,12 +17,12 @@ def sorted_mask(line: list[float], removed: int) -> list[bool]:
 
 
 @pytest.mark.parametrize("removed", [-1, 5])
-def test_more_than_all_or_fewer_than_none_cannot_be_removed(removed: int) -> None:
+def test_more_than_all_or_fewer_than_none_cannot_be_removed(removed):
     with pytest.raises(ValueError, match=f"removed={removed}"):
         keep_highest(torch.zeros(2, 4), removed)
 
 
-def test_2_4_keeps_the_two_highest_in_each_of_the_256_runs_of_four_values_out_of_0_3() -> None:
+def test_2_4_keeps_the_two_highest_in_each_of_the_256_runs_of_four_values_out_of_0_3():
     runs = [list(map(float, run)) for run in itertools.product(range(4), repeat=4)]
     mask = nm_mask(torch.tensor(runs), keep=2, group=4)
 
@@ -31,12 +30,12 @@ def test_2_4_keeps_the_two_highest_in_each_of_the_256_runs_of_four_values_out_of
 
 
 @pytest.mark.parametrize(("keep", "group", "width"), [(0, 4, 8), (4, 4, 8), (5, 4, 8), (2, 4, 6)])
-def test_n_must_lie_in_1_m_1_and_m_must_divide_the_line(keep: int, group: int, width: int) -> None:
+def test_n_must_lie_in_1_m_1_and_m_must_divide_the_line(keep, group, width):
     with pytest.raises(ValueError, match=r"must hold|not a multiple"):
         nm_mask(torch.zeros(2, width), keep=keep, group=group)
 
 
-def sorted_threshold(chunks: list[tuple[Tensor, float]], removed: float) -> float:
+def sorted_threshold(chunks, removed):
     """Walk up the sorted scores in exact arithmetic until ``removed`` weights are passed."""
     pairs = sorted((v, weight) for values, weight in chunks for v in values.flatten().tolist())
     passed = Fraction(0)
@@ -47,7 +46,7 @@ def sorted_threshold(chunks: list[tuple[Tensor, float]], removed: float) -> floa
     raise AssertionError("fewer weights than removed")
 
 
-def chunks_of(kind: str) -> list[tuple[Tensor, float]]:
+def chunks_of(kind):
     """Three chunks of different shapes and weights; binary weights, so that sums are exact."""
     generator = torch.Generator().manual_seed(0)
     shapes, weights = [(7, 11), (40,), (2, 3, 5)], [1.0, 2.5, 0.25]
@@ -63,14 +62,14 @@ def chunks_of(kind: str) -> list[tuple[Tensor, float]]:
 
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.25, 0.5, 0.77, 0.999, 1])
 @pytest.mark.parametrize("kind", ["plain", "ties", "wide", "close"])
-def test_it_is_that_of_a_walk_up_all_sorted_scores(kind: str, share: float) -> None:
+def test_it_is_that_of_a_walk_up_all_sorted_scores(kind, share):
     chunks = chunks_of(kind)
     removed = share * sum(values.numel() * weight for values, weight in chunks)
 
     assert threshold_of(lambda: chunks, removed) == sorted_threshold(chunks, removed)
 
 
-def test_scores_in_one_piece_and_in_many_reordered_give_the_same_threshold() -> None:
+def test_scores_in_one_piece_and_in_many_reordered_give_the_same_threshold():
     values = torch.rand(200, generator=torch.Generator().manual_seed(0))
     pieces = [(piece, 1.0) for piece in reversed(values.split(7))]
 
@@ -78,13 +77,13 @@ def test_scores_in_one_piece_and_in_many_reordered_give_the_same_threshold() -> 
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-45, 1.1754944e-38, 1.0, 3.4028235e38])
-def test_zero_denormal_and_the_largest_floats_are_returned_as_they_are(value: float) -> None:
+def test_zero_denormal_and_the_largest_floats_are_returned_as_they_are(value):
     values = torch.tensor([value])
 
     assert threshold_of(lambda: [(values, 1.0)], 1) == float(values[0])
 
 
-def test_the_memory_layout_of_the_scores_does_not_matter() -> None:
+def test_the_memory_layout_of_the_scores_does_not_matter():
     values = torch.rand(8, 9, generator=torch.Generator().manual_seed(0))
 
     assert threshold_of(lambda: [(values.T, 1.0)], 30) == float(values.flatten().kthvalue(30)[0])

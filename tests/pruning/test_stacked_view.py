@@ -4,27 +4,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pretended_cards import Card, Counts
 
 from pho_service.errors import NumericalError
-from pho_service.pruning.bundle import ProxyBundle, sample_bundle
+from pho_service.pruning.bundle import sample_bundle
 from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.pruning.statistics import PrunableLinear, Statistics
 from pho_service.spec.pattern import Coefficients, Pattern
 from pho_service.spec.steps import Allocation, Candidate, Steps
 
 METHODS = ("owl", "fisher", "curves")
 
 
-def bundle_of(
-    linears: dict[str, PrunableLinear], statistics: Statistics, rows: int = 8, blocks: int = 2
-) -> ProxyBundle:
+def bundle_of(linears, statistics, rows=8, blocks=2):
     """Some rows (0: all) of each linear of the first blocks."""
     some = {n: linear for n, linear in linears.items() if int(n.split(".")[2]) < blocks}
     return sample_bundle(some, statistics, rows_per_layer=rows, kernel_sizes=(3,), seed=0)
 
 
-def candidate_of(method: str, unit: str = "linear", pattern: str = "0.5") -> Candidate:
+def candidate_of(method, unit="linear", pattern="0.5"):
     return Candidate(
         method="wanda",
         coefficients=Coefficients(
@@ -41,15 +37,8 @@ def candidate_of(method: str, unit: str = "linear", pattern: str = "0.5") -> Can
 )
 @pytest.mark.parametrize("method", METHODS)
 def test_a_gpu_allocates_what_the_cpu_allocates(
-    linears: dict[str, PrunableLinear],
-    statistics: Statistics,
-    method: str,
-    unit: str,
-    pattern: str,
-    rows: int,
-    pretended_gpu: Card,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    linears, statistics, method, unit, pattern, rows, pretended_gpu, monkeypatch
+):
     for module in ("layer_view", "layer_errors"):
         monkeypatch.setattr(f"pho_service.pruning.{module}.CURVE_ROWS", 20)
     bundle = bundle_of(linears, statistics, rows)
@@ -64,9 +53,9 @@ def test_a_gpu_allocates_what_the_cpu_allocates(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_twice_as_many_linears_of_the_same_shapes_as_many_launches_waits_and_copies(
-    linears: dict[str, PrunableLinear], statistics: Statistics, method: str, pretended_gpu: Card
-) -> None:
-    def counts(blocks: int) -> Counts:
+    linears, statistics, method, pretended_gpu
+):
+    def counts(blocks):
         evaluator = ProxyEvaluator(bundle_of(linears, statistics, blocks=blocks), "cuda")
         with pretended_gpu.counting() as found:
             evaluator.layer_sparsities(candidate_of(method))
@@ -80,9 +69,7 @@ def test_twice_as_many_linears_of_the_same_shapes_as_many_launches_waits_and_cop
 
 @pytest.mark.usefixtures("pretended_gpu")
 @pytest.mark.parametrize("method", METHODS)
-def test_bad_scores_on_a_gpu(
-    linears: dict[str, PrunableLinear], statistics: Statistics, method: str
-) -> None:
+def test_bad_scores_on_a_gpu(linears, statistics, method):
     inputs = [replace(e, activation_norm=e.activation_norm.clone()) for e in statistics.inputs]
     inputs[statistics.input_of["model.layers.1.mlp.down_proj"]].activation_norm[3] = torch.inf
     bundle = bundle_of(linears, replace(statistics, inputs=inputs))

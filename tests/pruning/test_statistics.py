@@ -1,29 +1,25 @@
 """Statistics of a model. Their numbers stand against hooks and autograd in test_families."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from torch import nn
 
 from pho_service.errors import ModelError, NumericalError
-from pho_service.pruning.statistics import PrunableLinear, Statistics, gather
+from pho_service.pruning.statistics import PrunableLinear, gather
 
 Linears = dict[str, PrunableLinear]
 
 
-def collected(
-    model: LlamaForCausalLM, linears: Linears, windows: Tensor, rows: int = 0, **more: Any
-) -> Statistics:
+def collected(model, linears, windows, rows=0, **more):
     """What the product says, with one Fisher window unless told otherwise."""
     more = {"fisher_windows": 1, "seed": 0, **more}
     return gather(model, linears, windows, projection_rows=rows, **more).statistics(windows)
 
 
-def test_readers_of_one_input_share_it(linears: Linears, statistics: Statistics) -> None:
-    readers: dict[int, list[str]] = {}
+def test_readers_of_one_input_share_it(linears, statistics):
+    readers = {}
     for name in linears:
         readers.setdefault(statistics.input_of[name], []).append(name)
 
@@ -40,7 +36,7 @@ def test_readers_of_one_input_share_it(linears: Linears, statistics: Statistics)
     assert len(statistics.inputs) == len(readers)
 
 
-def same_bits(a: Statistics, b: Statistics) -> bool:
+def same_bits(a, b):
     return a.input_of == b.input_of and all(
         torch.equal(x, y)
         for x, y in zip(
@@ -52,14 +48,14 @@ def same_bits(a: Statistics, b: Statistics) -> bool:
 
 
 def test_without_projection_nothing_is_random_another_seed_gives_the_same_bits(
-    tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tensor, statistics: Statistics
-) -> None:
+    tiny_llama, linears, windows, statistics
+):
     assert same_bits(collected(tiny_llama, linears, windows, fisher_windows=3, seed=99), statistics)
 
 
 def test_the_same_seed_projects_to_the_same_bits_another_does_not_torchs_global_one_is_left_alone(
-    tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tensor
-) -> None:
+    tiny_llama, linears, windows
+):
     before = torch.random.get_rng_state()
     first, again, other = (
         collected(tiny_llama, linears, windows, 10, seed=seed) for seed in (5, 5, 6)
@@ -71,8 +67,8 @@ def test_the_same_seed_projects_to_the_same_bits_another_does_not_torchs_global_
 
 
 def test_a_projection_has_the_asked_number_of_rows_and_leaves_norms_and_fisher_weights_alone(
-    tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tensor, statistics: Statistics
-) -> None:
+    tiny_llama, linears, windows, statistics
+):
     projected = collected(tiny_llama, linears, windows, 11, fisher_windows=3)
 
     assert {tuple(i.root.shape) for i in projected.inputs} == {(11, 32), (11, 64)}
@@ -82,8 +78,8 @@ def test_a_projection_has_the_asked_number_of_rows_and_leaves_norms_and_fisher_w
 
 
 def test_collecting_changes_no_weight_no_requires_grad_makes_no_grad_and_leaves_no_hook(
-    tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tensor
-) -> None:
+    tiny_llama, linears, windows
+):
     frozen = "model.norm.weight"
     tiny_llama.get_parameter(frozen).requires_grad_(False)
     before = {name: p.detach().clone() for name, p in tiny_llama.named_parameters()}
@@ -97,9 +93,9 @@ def test_collecting_changes_no_weight_no_requires_grad_makes_no_grad_and_leaves_
 
 
 def test_if_the_model_fails_midway_its_weights_are_trainable_again_and_no_hook_stays(
-    tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tensor
-) -> None:
-    def fail(_: int) -> None:
+    tiny_llama, linears, windows
+):
+    def fail(_):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -110,8 +106,8 @@ def test_if_the_model_fails_midway_its_weights_are_trainable_again_and_no_hook_s
 
 
 def test_a_model_whose_weights_are_all_frozen_gives_the_same_statistics_and_stays_frozen(
-    tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tensor, statistics: Statistics
-) -> None:
+    tiny_llama, linears, windows, statistics
+):
     tiny_llama.requires_grad_(False)
     frozen = collected(tiny_llama, linears, windows, fisher_windows=3)
 
@@ -119,7 +115,7 @@ def test_a_model_whose_weights_are_all_frozen_gives_the_same_statistics_and_stay
     assert not any(p.requires_grad for p in tiny_llama.parameters())
 
 
-def test_unused_linear(tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tensor) -> None:
+def test_unused_linear(tiny_llama, linears, windows):
     """A linear that the model never calls is refused by name."""
     linears["spare.adapter"] = PrunableLinear(name="spare.adapter", module=nn.Linear(32, 32))
 
@@ -129,8 +125,8 @@ def test_unused_linear(tiny_llama: LlamaForCausalLM, linears: Linears, windows: 
 
 @pytest.mark.parametrize(("bad", "rows"), [(math.nan, 0), (math.inf, 8)])
 def test_activations_that_are_not_finite_are_refused_with_the_first_linear_that_reads_them(
-    tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tensor, bad: float, rows: int
-) -> None:
+    tiny_llama, linears, windows, bad, rows
+):
     norm = tiny_llama.get_parameter("model.layers.1.post_attention_layernorm.weight")
     norm.data[3] = bad
 
@@ -138,7 +134,7 @@ def test_activations_that_are_not_finite_are_refused_with_the_first_linear_that_
         collected(tiny_llama, linears, windows, rows)
 
 
-def test_bad_gradients(tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tensor) -> None:
+def test_bad_gradients(tiny_llama, linears, windows):
     """Gradients that are NaN, with finite activations, are refused with a linear's name."""
     tiny_llama.get_parameter("lm_head.weight").data[3] = math.nan
 
@@ -146,15 +142,15 @@ def test_bad_gradients(tiny_llama: LlamaForCausalLM, linears: Linears, windows: 
         collected(tiny_llama, linears, windows)
 
 
-def test_progress(tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tensor) -> None:
+def test_progress(tiny_llama, linears, windows):
     """Progress is told once a window."""
-    told: list[int] = []
+    told = []
     collected(tiny_llama, linears, windows, 4, fisher_windows=2, advance=told.append)
 
     assert told == [1] * 6
 
 
-def test_writing_to_a_linears_weight_changes_the_model_whichever_way_it_is_stored() -> None:
+def test_writing_to_a_linears_weight_changes_the_model_whichever_way_it_is_stored():
     module = nn.Linear(3, 2, bias=False)
     PrunableLinear(name="a", module=module).weight[1, 2] = 7
     PrunableLinear(name="b", module=module, transposed=True).weight[0, 1] = 8

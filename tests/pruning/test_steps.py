@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from pho_service.pruning.masks import mask_of
 from pho_service.pruning.permutation import permute_channels
@@ -12,13 +11,13 @@ from pho_service.pruning.selection import nm_mask
 from pho_service.pruning.steps import InputMoments, MaskedLinear, finish
 from pho_service.pruning.weight_update import inverse_factor, obs_update, sparsegpt
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.steps import Allocation, Repruning, Steps
+from pho_service.spec.steps import Allocation, Steps
 
 WIDTH, TOKENS = 16, 200
 
 
 @pytest.fixture
-def inputs() -> Tensor:
+def inputs():
     """(tokens, in_features), correlated, not centred."""
     generator = torch.Generator().manual_seed(1)
     mixing = torch.randn(WIDTH, WIDTH, generator=generator)
@@ -26,7 +25,7 @@ def inputs() -> Tensor:
 
 
 @pytest.fixture
-def moments(inputs: Tensor) -> InputMoments:
+def moments(inputs):
     """What a calibration says of ``inputs``, one sequence."""
     gram = inputs.T @ inputs / TOKENS
     return InputMoments(
@@ -37,11 +36,11 @@ def moments(inputs: Tensor) -> InputMoments:
     )
 
 
-def wanda(weight: Tensor, moments: InputMoments) -> Tensor:
+def wanda(weight, moments):
     return weight.abs() * moments.activation_norm
 
 
-def linears_of(moments: InputMoments, pattern: Pattern, order: Tensor | None = None) -> list:
+def linears_of(moments, pattern, order=None):
     """Two linears of different height, with masks by Wanda's score."""
     found = []
     for name, height in (("q_proj", 12), ("k_proj", 4)):
@@ -57,7 +56,7 @@ def linears_of(moments: InputMoments, pattern: Pattern, order: Tensor | None = N
     return found
 
 
-def error(linear: MaskedLinear, changed: Tensor, inputs: Tensor) -> Tensor:
+def error(linear, changed, inputs):
     """Squared distance of the outputs of each row, from the inputs themselves."""
     outputs = inputs.double() @ (linear.weight - changed).double().T
     return outputs.square().sum(dim=0)
@@ -74,7 +73,7 @@ ALL_STEPS = [
 
 
 @pytest.mark.parametrize(("text", "steps"), ALL_STEPS)
-def test_what_is_removed_is_exactly_0(moments: InputMoments, text: str, steps: Steps) -> None:
+def test_what_is_removed_is_exactly_0(moments, text, steps):
     pattern = Pattern.parse(text)
     linears = linears_of(moments, pattern)
     for linear, (name, mask, weight) in zip(
@@ -92,7 +91,7 @@ def test_what_is_removed_is_exactly_0(moments: InputMoments, text: str, steps: S
 
 
 @pytest.mark.parametrize("update", ["obs", "sparsegpt"])
-def test_the_update_is_that_of_the_linear_alone(moments: InputMoments, update: str) -> None:
+def test_the_update_is_that_of_the_linear_alone(moments, update):
     pattern = Pattern.parse("0.5")
     linears = linears_of(moments, pattern)
     factor = inverse_factor(moments.gram, layer="q_proj")
@@ -107,7 +106,7 @@ def test_the_update_is_that_of_the_linear_alone(moments: InputMoments, update: s
         assert torch.equal(weight, expected)
 
 
-def test_an_update_follows_the_order(moments: InputMoments, inputs: Tensor) -> None:
+def test_an_update_follows_the_order(moments, inputs):
     pattern = Pattern.parse("2:4")
     plain = linears_of(moments, pattern)
     scores = torch.cat([wanda(li.weight, moments) for li in plain])
@@ -124,7 +123,7 @@ def test_an_update_follows_the_order(moments: InputMoments, inputs: Tensor) -> N
         assert error(linear, weight, inputs).sum() < error(linear, weight * 0, inputs).sum()
 
 
-def test_second_moments_are_of_independent_tokens_too(moments: InputMoments) -> None:
+def test_second_moments_are_of_independent_tokens_too(moments):
     shrunk = moments.shrunk(2.0)
     more = 2.0 * WIDTH
     diagonal = torch.diag(moments.gram.diagonal()).double()
@@ -136,7 +135,7 @@ def test_second_moments_are_of_independent_tokens_too(moments: InputMoments) -> 
     assert moments.shrunk(0.0) is moments
 
 
-def test_an_input_that_no_token_reached_has_nothing_to_shrink() -> None:
+def test_an_input_that_no_token_reached_has_nothing_to_shrink():
     zeros = torch.zeros(WIDTH)
     moments = InputMoments(gram=torch.diag(zeros), mean=zeros, activation_norm=zeros, seen=0)
 
@@ -144,7 +143,7 @@ def test_an_input_that_no_token_reached_has_nothing_to_shrink() -> None:
 
 
 @pytest.mark.parametrize("repruning", ["none", "swaps", "admm"])
-def test_shrinkage_helps_on_other_tokens(repruning: Repruning) -> None:
+def test_shrinkage_helps_on_other_tokens(repruning):
     generator = torch.Generator().manual_seed(2)
     common = torch.randn(TOKENS, 1, generator=generator)
     inputs = torch.randn(TOKENS, WIDTH, generator=generator) + 0.7 * common
@@ -157,7 +156,7 @@ def test_shrinkage_helps_on_other_tokens(repruning: Repruning) -> None:
     steps = Steps(repruning=repruning, update="least-squares")
     linears = linears_of(moments, pattern)
 
-    def errors(steps: Steps) -> list[float]:
+    def errors(steps):
         finished = zip(linears, finish(linears, moments, pattern, steps), strict=True)
         weights = [(linear, weight) for linear, (_, _, weight) in finished]
         return [
@@ -171,7 +170,7 @@ def test_shrinkage_helps_on_other_tokens(repruning: Repruning) -> None:
     assert shrunk[1] < plain[1]
 
 
-def test_a_linear_of_1_of_4_keeps_1_of_4(moments: InputMoments) -> None:
+def test_a_linear_of_1_of_4_keeps_1_of_4(moments):
     pattern = Pattern.parse("2:4")
     (linear, _) = linears_of(moments, pattern)
     score = wanda(linear.weight, moments)

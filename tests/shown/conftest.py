@@ -1,9 +1,7 @@
 """Reports put together by hand, and pages taken apart."""
 
-from collections.abc import Callable
 from datetime import UTC, datetime
 from html.parser import HTMLParser
-from typing import Any
 
 import pytest
 
@@ -37,7 +35,7 @@ TRANSFER = {
 }
 
 
-def trial(number: int, value: float | None, method: str = "crepe", **more: Any) -> ReportTrial:
+def trial(number, value, method="crepe", **more):
     return ReportTrial(number=number, method=method, value=value, **more)
 
 
@@ -60,24 +58,24 @@ CELLS = [
 class Page(HTMLParser):
     """A page taken apart: by section, figure and table."""
 
-    def __init__(self, html: str) -> None:
+    def __init__(self, html):
         super().__init__()
-        self.tags: list[tuple[str, dict[str, str]]] = []
-        self.text: dict[str | None, str] = {None: ""}
-        self.figures: dict[str, dict[str, list[str]]] = {}
-        self.drawn: dict[str, dict[str, int]] = {}
-        self.scripts: list[str] = []
-        self.styles: list[str] = []
-        self.tables: dict[str, list[list[str]]] = {}
-        self._section: str | None = None
+        self.tags = []
+        self.text = {None: ""}
+        self.figures = {}
+        self.drawn = {}
+        self.scripts = []
+        self.styles = []
+        self.tables = {}
+        self._section = None
         self._figure = self._series = ""
-        self._inside: list[tuple[str, dict[str, str]]] = []
-        self._rows: list[list[str]] = []
+        self._inside = []
+        self._rows = []
         self._caption = ""
         self.feed(html)
         self.close()
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag, attrs):
         found = {name: value or "" for name, value in attrs}
         self.tags.append((tag, found))
         if tag in ("meta", "link", "img", "br"):
@@ -100,7 +98,7 @@ class Page(HTMLParser):
         if tag in ("td", "th"):
             self._rows[-1].append("")
 
-    def handle_endtag(self, tag: str) -> None:
+    def handle_endtag(self, tag):
         self._inside.pop()
         if tag == "section":
             self._section = None
@@ -109,7 +107,7 @@ class Page(HTMLParser):
         if tag == "table":
             self.tables[self._caption] = self._rows
 
-    def handle_data(self, data: str) -> None:
+    def handle_data(self, data):
         tag = self._inside[-1][0] if self._inside else ""
         if tag == "title" and self._series:
             self.figures[self._figure].setdefault(self._series, []).append(data)
@@ -124,16 +122,16 @@ class Page(HTMLParser):
         if tag in ("td", "th"):
             self._rows[-1][-1] += data
 
-    def of(self, tag: str) -> list[dict[str, str]]:
+    def of(self, tag):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
 @pytest.fixture
-def report_of() -> Callable[..., Report]:
+def report_of():
     """A report of a search of which everything is known, with some values changed."""
 
-    def build(**changes: Any) -> Report:
-        values: dict[str, Any] = {
+    def build(**changes):
+        values = {
             "title": "mine 0123",
             "subject": "search",
             "state": "succeeded",
@@ -164,12 +162,12 @@ def report_of() -> Callable[..., Report]:
 
 
 @pytest.fixture
-def page_of(report_of: Callable[..., Report]) -> Callable[..., Page]:
+def page_of(report_of):
     return lambda **changes: Page(render(report_of(**changes)))
 
 
 @pytest.fixture
-def empty() -> dict[str, Any]:
+def empty():
     """Changes that leave nothing known but the name."""
     return {
         "state": "queued", "asked": {}, "warnings": [], "configuration": None, "trials": [],

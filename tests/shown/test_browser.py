@@ -1,28 +1,21 @@
 """The page in a real browser, where there is one."""
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
-
 import pytest
-from playwright.sync_api import Browser
 
 from pho_service.shown.page import render
 from pho_service.spec.configuration import Continuation
 
 
 @pytest.fixture
-def browse(
-    browser: Browser, report_of: Callable[..., Any], tmp_path: Path
-) -> Iterator[Callable[..., Any]]:
+def browse(browser, report_of, tmp_path):
     """Open a report on a phone; afterwards, the browser must have complained of nothing."""
-    said: list[str] = []
+    said = []
     with browser.new_context(viewport={"width": 390, "height": 800}) as context:
         page = context.new_page()
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
 
-        def load(**changes: Any) -> Any:
+        def load(**changes):
             path = tmp_path / "page.html"
             path.write_text(render(report_of(**changes)), encoding="utf-8")
             page.goto(path.as_uri())
@@ -32,7 +25,7 @@ def browse(
     assert said == []
 
 
-def test_the_pages_policy_lets_its_own_style_apply(browse: Any) -> None:
+def test_the_pages_policy_lets_its_own_style_apply(browse):
     page = browse()
 
     assert page.locator("svg.chart").count() == 8
@@ -41,7 +34,7 @@ def test_the_pages_policy_lets_its_own_style_apply(browse: Any) -> None:
     )
 
 
-def test_a_script_in_a_name_does_not_run(browse: Any) -> None:
+def test_a_script_in_a_name_does_not_run(browse):
     hostile = "<script>document.title='hacked'</script><img src=x onerror=document.title='hacked'>"
     page = browse(title=hostile, asked={"model": hostile}, layers={}, importance={hostile: 1})
 
@@ -49,9 +42,7 @@ def test_a_script_in_a_name_does_not_run(browse: Any) -> None:
     assert page.locator("img").count() == 0
 
 
-def test_on_a_phone_nothing_is_wider_than_the_page_tables_scroll_by_themselves(
-    browse: Any, report_of: Any
-) -> None:
+def test_on_a_phone_nothing_is_wider_than_the_page_tables_scroll_by_themselves(browse, report_of):
     written = Continuation(prompt="If " * 20, dense="so " * 40, pruned="then " * 40)
     found = report_of().configuration.model_copy(update={"continuations": [written]})
     long = {"title": "w" * 300, "warnings": ["m" * 300], "commands": ["x" * 300]}

@@ -5,7 +5,6 @@ import hashlib
 import re
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import pytest
 
@@ -33,7 +32,7 @@ SEARCH = [
         ("transfer", ["result", "transfer", "settings", "happened"]),
     ],
 )
-def test_each_kind_of_job_has_its_sections(page_of: Any, subject: str, sections: list[str]) -> None:
+def test_each_kind_of_job_has_its_sections(page_of, subject, sections):
     page, linked = page_of(subject=subject), page_of(subject=subject, job_page="/jobs/1")
     links = [f"#{name}" for name in sections]
 
@@ -42,7 +41,7 @@ def test_each_kind_of_job_has_its_sections(page_of: Any, subject: str, sections:
     assert {link["href"] for link in linked.of("a")} == {"/jobs/1", *links}
 
 
-def test_the_chosen_one_comes_first_then_what_was_measured_then_baselines(page_of: Any) -> None:
+def test_the_chosen_one_comes_first_then_what_was_measured_then_baselines(page_of):
     page = page_of()
 
     assert page.tables["Finalists and baselines"] == [
@@ -61,7 +60,7 @@ def test_the_chosen_one_comes_first_then_what_was_measured_then_baselines(page_o
     assert ["coefficients", coefficients] in page.tables["The configuration"]
 
 
-def test_the_page_begins_with_how_good_the_result_is(page_of: Any, report_of: Any) -> None:
+def test_the_page_begins_with_how_good_the_result_is(page_of, report_of):
     good = Perplexities(dense=16.0, pruned=20.0, wanda=28.0, ria=40.0)
     found = report_of().configuration.model_copy(update={"perplexities": good})
     page = page_of(configuration=found)
@@ -76,13 +75,13 @@ def test_the_page_begins_with_how_good_the_result_is(page_of: Any, report_of: An
     assert "pho pull 1 --prune --out pruned" in page.text["result"]
 
 
-def test_a_search_at_work_is_beside_ria(page_of: Any) -> None:
+def test_a_search_at_work_is_beside_ria(page_of):
     page = page_of(configuration=None)
 
     assert "Best objective so far: 0.4000, 60.0% below RIA's." in page.text["result"]
 
 
-def test_where_nothing_was_measured_the_proxy_counts(page_of: Any, report_of: Any) -> None:
+def test_where_nothing_was_measured_the_proxy_counts(page_of, report_of):
     trials = [replace(t, perplexity=None, divergence=None) for t in report_of().trials]
     found = report_of().configuration.model_copy(update={"finalists": [], "confirmation": None})
     page = page_of(trials=trials, configuration=found)
@@ -95,7 +94,7 @@ def test_where_nothing_was_measured_the_proxy_counts(page_of: Any, report_of: An
     assert "the proxy cannot be compared" in page.text["finalists"]
 
 
-def test_a_maximised_objective_has_no_gain_over_ria(page_of: Any, report_of: Any) -> None:
+def test_a_maximised_objective_has_no_gain_over_ria(page_of, report_of):
     trials = [replace(t, perplexity=None, divergence=None) for t in report_of().trials]
     found = report_of().configuration.model_copy(update={"finalists": []})
     page = page_of(objective="gini", maximised=True, trials=trials, configuration=found)
@@ -106,7 +105,7 @@ def test_a_maximised_objective_has_no_gain_over_ria(page_of: Any, report_of: Any
     assert "The best value, 1.000, is that of trial 2" in page.text["search"]
 
 
-def test_while_nothing_is_chosen_the_best_so_far_is_marked(page_of: Any) -> None:
+def test_while_nothing_is_chosen_the_best_so_far_is_marked(page_of):
     page = page_of(configuration=None, state="running")
 
     assert page.tables["Finalists and baselines"][1][:2] == ["found (best so far)", "20.00"]
@@ -114,7 +113,7 @@ def test_while_nothing_is_chosen_the_best_so_far_is_marked(page_of: Any) -> None
     assert "Search, running." in page.text[None]
 
 
-def test_the_history_has_every_rated_trial_and_the_best_so_far(page_of: Any) -> None:
+def test_the_history_has_every_rated_trial_and_the_best_so_far(page_of):
     page = page_of()
 
     assert page.figures["history"] == {
@@ -128,7 +127,7 @@ def test_the_history_has_every_rated_trial_and_the_best_so_far(page_of: Any) -> 
     assert "0.4000, is that of trial 5" in page.text["search"]
 
 
-def test_of_many_trials_some_are_drawn_in_a_small_page(page_of: Any, report_of: Any) -> None:
+def test_of_many_trials_some_are_drawn_in_a_small_page(page_of, report_of):
     trials = [ReportTrial(number=n, method="crepe", value=1 + 1 / (n + 1)) for n in range(9999)]
     page = page_of(trials=trials, left_out=123)
     found = page.figures["history"]["found"]
@@ -146,7 +145,7 @@ def test_of_many_trials_some_are_drawn_in_a_small_page(page_of: Any, report_of: 
     assert len(large.encode()) < 500_000
 
 
-def test_importances_are_bars_with_too_few_candidates_there_are_none(page_of: Any) -> None:
+def test_importances_are_bars_with_too_few_candidates_there_are_none(page_of):
     page, few = page_of(), page_of(importance={})
 
     assert page.drawn["importance"] == {"row share": 1, "kernel size": 1}
@@ -155,7 +154,7 @@ def test_importances_are_bars_with_too_few_candidates_there_are_none(page_of: An
     assert "3 rated candidates are too few, 50 are needed" in few.text["importances"]
 
 
-def test_what_was_measured_is_drawn_against_its_proxy_if_there_is_one(page_of: Any) -> None:
+def test_what_was_measured_is_drawn_against_its_proxy_if_there_is_one(page_of):
     found = [
         "found, trial 4: proxy 0.5000, perplexity 20.00",
         "found, trial 5: proxy 0.4000, perplexity 22.00",
@@ -172,7 +171,7 @@ def test_what_was_measured_is_drawn_against_its_proxy_if_there_is_one(page_of: A
     assert "The search was by perplexity itself" in page.text["finalists"]
 
 
-def test_errors_and_sparsities_are_maps_of_kinds_over_blocks(page_of: Any) -> None:
+def test_errors_and_sparsities_are_maps_of_kinds_over_blocks(page_of):
     page = page_of()
     first, up = "model.layers.0.self_attn.q_proj", "model.layers.2.mlp.up_proj"
 
@@ -183,7 +182,7 @@ def test_errors_and_sparsities_are_maps_of_kinds_over_blocks(page_of: Any) -> No
     assert "So are sparsities" in page.text["layers"]
 
 
-def test_each_model_has_maps_unless_all_lose_the_same(page_of: Any, report_of: Any) -> None:
+def test_each_model_has_maps_unless_all_lose_the_same(page_of, report_of):
     cells = report_of().layers["org/name"]
     same = [replace(cell, sparsity=0.5) for cell in cells]
     found = report_of().configuration.model_copy(update={"scope": "layer"})
@@ -196,7 +195,7 @@ def test_each_model_has_maps_unless_all_lose_the_same(page_of: Any, report_of: A
     assert "Every linear has the sparsity of the pattern, exactly." in equal.text["layers"]
 
 
-def test_what_was_measured_on_other_models_is_a_table_and_bars(page_of: Any) -> None:
+def test_what_was_measured_on_other_models_is_a_table_and_bars(page_of):
     page = page_of(transfers=[TRANSFER, {"target": "b", "warnings": ["b: no weights"]}])
 
     assert page.tables["On other models, by perplexity"] == [
@@ -211,14 +210,14 @@ def test_what_was_measured_on_other_models_is_a_table_and_bars(page_of: Any) -> 
     assert "b: no weights" in page.text["transfer"]
 
 
-def test_what_cannot_be_shown_of_a_transfer_is_not(page_of: Any) -> None:
+def test_what_cannot_be_shown_of_a_transfer_is_not(page_of):
     odd = {**TRANSFER, "perplexities": {"ria": -1.0, "transferred": 0.0}, "proxies": {}}
     page = page_of(transfers=[{**odd, "regret": "much", "warnings": 5}])
 
     assert page.tables["On other models, by perplexity"] == [["model", "ria"], ["other", "-1.000"]]
 
 
-def test_models_whose_names_differ_in_the_folder_alone_are_told_apart(page_of: Any) -> None:
+def test_models_whose_names_differ_in_the_folder_alone_are_told_apart(page_of):
     page = page_of(transfers=[TRANSFER, {**TRANSFER, "target": "team/other"}])
 
     assert [row[0] for row in page.tables["On other models, by perplexity"][1:]] == [
@@ -226,7 +225,7 @@ def test_models_whose_names_differ_in_the_folder_alone_are_told_apart(page_of: A
     ]  # fmt: skip
 
 
-def test_stages_of_a_kind_are_one_row(page_of: Any) -> None:
+def test_stages_of_a_kind_are_one_row(page_of):
     assert page_of().tables["Stages"] == [
         ["stage", "done", "seconds", "longest", "pace", "attempts"],
         ["calibrate", "1 of 1", "12.0", "12.0", "", "1"],
@@ -235,7 +234,7 @@ def test_stages_of_a_kind_are_one_row(page_of: Any) -> None:
     ]
 
 
-def test_what_was_asked_commands_documents_versions_and_events_are_there(page_of: Any) -> None:
+def test_what_was_asked_commands_documents_versions_and_events_are_there(page_of):
     page = page_of()
 
     assert page.tables["The job"] == [["part", "value"], ["model", "org/name"], ["seed", "7"]]
@@ -271,7 +270,7 @@ def test_what_was_asked_commands_documents_versions_and_events_are_there(page_of
         ),
     ],
 )
-def test_missing(page_of: Any, empty: Any, subject: str, missing: dict[str, str]) -> None:
+def test_missing(page_of, empty, subject, missing):
     """What is not known is said in each section, and there is no empty chart or table."""
     page = page_of(**empty, subject=subject)
 
@@ -280,7 +279,7 @@ def test_missing(page_of: Any, empty: Any, subject: str, missing: dict[str, str]
     assert "pho transfer-job does it" in page_of(transfers=[]).text["transfer"]
 
 
-def test_why_a_job_failed_stands_at_the_top(page_of: Any, empty: Any) -> None:
+def test_why_a_job_failed_stands_at_the_top(page_of, empty):
     page = page_of(**{**empty, "state": "failed"}, error="The job failed in search: NaN in 4.q")
 
     assert "Search, failed." in page.text[None]
@@ -288,7 +287,7 @@ def test_why_a_job_failed_stands_at_the_top(page_of: Any, empty: Any) -> None:
 
 
 @pytest.mark.parametrize("subject", ["search", "transfer", "study"])
-def test_whatever_a_name_holds_is_text(page_of: Any, report_of: Any, subject: str) -> None:
+def test_whatever_a_name_holds_is_text(page_of, report_of, subject):
     plain = page_of(subject=subject)
     (cell, *cells) = report_of().layers["org/name"]
     found = report_of().configuration
@@ -323,7 +322,7 @@ def test_whatever_a_name_holds_is_text(page_of: Any, report_of: Any, subject: st
     assert HOSTILE in page.text["settings"]
 
 
-def test_nothing_outside_of_the_page_is_named_or_may_be(page_of: Any) -> None:
+def test_nothing_outside_of_the_page_is_named_or_may_be(page_of):
     page = page_of()
     (style,) = page.styles
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
@@ -343,7 +342,7 @@ def test_nothing_outside_of_the_page_is_named_or_may_be(page_of: Any) -> None:
     assert not any("style" in found for _, found in page.tags)
 
 
-def test_tables_charts_and_headings_are_accessible(page_of: Any) -> None:
+def test_tables_charts_and_headings_are_accessible(page_of):
     page = page_of()
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
     charts = [found for found in page.of("svg") if found.get("role") == "img"]

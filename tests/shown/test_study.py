@@ -1,12 +1,11 @@
 """What is read of studies."""
 
 import random
-from typing import Any
 
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import TrialState, create_trial
 
 from pho_service.shown.page import (
     ENOUGH,
@@ -24,7 +23,7 @@ SPACE = {
 }  # fmt: skip
 
 
-def frozen(number: int, value: float | None, method: str = "crepe", **params: Any) -> FrozenTrial:
+def frozen(number, value, method="crepe", **params):
     trial = create_trial(
         state=TrialState.FAIL if value is None else TrialState.COMPLETE,
         value=value,
@@ -36,7 +35,7 @@ def frozen(number: int, value: float | None, method: str = "crepe", **params: An
     return trial
 
 
-def candidates(count: int, sign: int = 1) -> list[FrozenTrial]:
+def candidates(count, sign=1):
     """Candidates whose value depends on ``row_share`` alone."""
     rng = random.Random(0)
     shares = [rng.random() for _ in range(count)]
@@ -46,7 +45,7 @@ def candidates(count: int, sign: int = 1) -> list[FrozenTrial]:
     ]
 
 
-def test_numbers_count_all_islands_in_turn_and_baselines_are_there_once() -> None:
+def test_numbers_count_all_islands_in_turn_and_baselines_are_there_once():
     island = [frozen(0, 0.5, "ria-row"), frozen(1, 0.25), frozen(2, None)]
     found = trials_of([island, island], 2)
 
@@ -57,7 +56,7 @@ def test_numbers_count_all_islands_in_turn_and_baselines_are_there_once() -> Non
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_what_decides_the_value_is_the_most_important(sign: int) -> None:
+def test_what_decides_the_value_is_the_most_important(sign):
     shares = importances([candidates(60, sign)], maximised=sign < 0)
 
     assert list(shares) == ["row_share", "spread"]
@@ -65,7 +64,7 @@ def test_what_decides_the_value_is_the_most_important(sign: int) -> None:
     assert sum(shares.values()) == pytest.approx(1)
 
 
-def test_too_few() -> None:
+def test_too_few():
     """Of few or equal candidates nothing is told; baselines and corrections are none."""
     others = [frozen(n, 1.0, "ria-row") for n in range(60)]
     for correction in (corrections := candidates(60)):
@@ -76,7 +75,7 @@ def test_too_few() -> None:
     assert importances([same], maximised=False) == {}
 
 
-def test_a_study_keeps_perplexities_and_divergences_by_trial() -> None:
+def test_a_study_keeps_perplexities_and_divergences_by_trial():
     study = optuna.create_study()
     study.set_user_attr("perplexity:3", {"perplexity": 20.0, "text_sha256": "a"})
     study.set_user_attr("divergence:4", {"divergence": 0.5, "text_sha256": "a"})
@@ -85,7 +84,7 @@ def test_a_study_keeps_perplexities_and_divergences_by_trial() -> None:
     assert measured_in(study) == MeasuredTrials(perplexities={3: 20.0}, divergences={4: 0.5})
 
 
-def test_perplexities_of_several_texts_cannot_be_compared_none_counts() -> None:
+def test_perplexities_of_several_texts_cannot_be_compared_none_counts():
     study = optuna.create_study()
     study.set_user_attr("perplexity:3", {"perplexity": 20.0, "text_sha256": "a"})
     study.set_user_attr("perplexity:4", {"perplexity": 10.0, "text_sha256": "b"})
@@ -93,7 +92,7 @@ def test_perplexities_of_several_texts_cannot_be_compared_none_counts() -> None:
     assert measured_in(study) == MeasuredTrials()
 
 
-def test_what_the_configuration_says_goes_before_the_study(report_of: Any) -> None:
+def test_what_the_configuration_says_goes_before_the_study(report_of):
     configuration = report_of().configuration
     rating = configuration.finalists[0].model_copy(update={"perplexity": 19.0})
     configuration = configuration.model_copy(update={"finalists": [rating]})

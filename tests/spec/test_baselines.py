@@ -14,7 +14,7 @@ HALF = Pattern.parse("0.5", "row")
 NM = Pattern.parse("2:4")
 
 
-def test_by_default_they_are_shown_as_published_too_at_n_m_also_permuted() -> None:
+def test_by_default_they_are_shown_as_published_too_at_n_m_also_permuted():
     half = {each.method for each in shown_baselines(None, HALF)}
     nm = shown_baselines(None, NM)
     plain = {each.method for each in nm if each.steps.permutation == "none"}
@@ -30,7 +30,7 @@ def test_by_default_they_are_shown_as_published_too_at_n_m_also_permuted() -> No
     assert {each.method for each in nm} == {*plain, *(f"{name}-permuted" for name in plain)}
 
 
-def test_a_name_says_which_steps_a_method_takes_all_stands_for_every_one() -> None:
+def test_a_name_says_which_steps_a_method_takes_all_stands_for_every_one():
     linears = Linears(ignore=("*.o_proj",))
     (one, two) = shown_baselines(
         ["ria-row-sequential-permuted", "sparsegpt", "sparsegpt"], NM, linears
@@ -52,12 +52,12 @@ def test_a_name_says_which_steps_a_method_takes_all_stands_for_every_one() -> No
         ("sparsegpt-sequential", "0.5", r"in any case\. Take 'sparsegpt'"),
     ],
 )
-def test_a_method_that_is_not_there_is_refused(name: str, pattern: str, message: str) -> None:
+def test_a_method_that_is_not_there_is_refused(name, pattern, message):
     with pytest.raises(InvalidInput, match=message):
         shown_baselines([name], Pattern.parse(pattern))
 
 
-def test_an_ablation_adds_one_step_after_the_other_and_ends_with_the_candidate_itself() -> None:
+def test_an_ablation_adds_one_step_after_the_other_and_ends_with_the_candidate_itself():
     steps = Steps(
         linears=Linears(ignore=("*.o_proj",)),
         permutation="score",

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,7 +19,7 @@ GOOD = Configuration(
 )
 
 
-def changed(**changes: Any) -> dict[str, Any]:
+def changed(**changes):
     """A good document with changes; dots lead into it."""
     document = GOOD.model_dump(mode="json")
     for key, value in changes.items():
@@ -32,14 +31,14 @@ def changed(**changes: Any) -> dict[str, Any]:
     return document
 
 
-def test_everything_comes_back_numbers_to_the_bit(tmp_path: Path) -> None:
+def test_everything_comes_back_numbers_to_the_bit(tmp_path):
     write_configuration(GOOD, tmp_path / "c.json")
 
     assert read_configuration(tmp_path / "c.json") == GOOD
     assert read_configuration(str(tmp_path / "c.json")) == GOOD
 
 
-def test_the_file_of_a_transfer_is_read_as_the_configuration_that_it_is_of(tmp_path: Path) -> None:
+def test_the_file_of_a_transfer_is_read_as_the_configuration_that_it_is_of(tmp_path):
     path = tmp_path / "transfer.json"
     transfer = {"format": "pho-transfer", "version": 1, "source": "x", "configuration": changed(),
                 "targets": []}  # fmt: skip
@@ -48,7 +47,7 @@ def test_the_file_of_a_transfer_is_read_as_the_configuration_that_it_is_of(tmp_p
     assert read_configuration(path) == Configuration.model_validate(changed())
 
 
-def test_the_documented_minimum_is_enough(tmp_path: Path) -> None:
+def test_the_documented_minimum_is_enough(tmp_path):
     keys = ("format", "version", "method", "coefficients", "pattern", "scope")
     document = {key: changed()[key] for key in keys}
     (tmp_path / "c.json").write_text(json.dumps(document))
@@ -67,7 +66,7 @@ def test_the_documented_minimum_is_enough(tmp_path: Path) -> None:
         (changed(pattern="5:4"), "keeps N=5 of M=4"),
     ],
 )  # fmt: skip
-def test_a_broken_rule_is_named(tmp_path: Path, document: Any, message: str) -> None:
+def test_a_broken_rule_is_named(tmp_path, document, message):
     (tmp_path / "c.json").write_text(json.dumps(document))
 
     with pytest.raises(ConfigurationError, match=message):
@@ -75,19 +74,19 @@ def test_a_broken_rule_is_named(tmp_path: Path, document: Any, message: str) -> 
 
 
 @pytest.mark.parametrize("content", ["", "{", "[" * 100_000, "\x00"])
-def test_a_file_that_is_not_json_is_refused(tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_not_json_is_refused(tmp_path, content):
     (tmp_path / "c.json").write_text(content)
 
     with pytest.raises(ConfigurationError, match="is not JSON"):
         read_configuration(tmp_path / "c.json")
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ConfigurationError, match="No such file"):
         read_configuration(tmp_path / "c.json")
 
 
-def test_where_a_configuration_cannot_be_written_what_was_there_stays(tmp_path: Path) -> None:
+def test_where_a_configuration_cannot_be_written_what_was_there_stays(tmp_path):
     folder = tmp_path / "c.json"
     folder.mkdir()
 
@@ -106,7 +105,7 @@ def test_where_a_configuration_cannot_be_written_what_was_there_stays(tmp_path: 
         ("[" * 200 + "]" * 200, "lists and objects deep"),
     ],
 )
-def test_what_cannot_be_written_is_refused(tmp_path: Path, value: str, message: str) -> None:
+def test_what_cannot_be_written_is_refused(tmp_path, value, message):
     text = json.dumps(changed(search={"x": "here"}))
     (tmp_path / "c.json").write_text(text.replace('"here"', value))
 
@@ -123,7 +122,7 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path, value: str, message: 
     ],
     ids=["version", "unknown keys", "long key"],
 )
-def test_however_much_is_wrong_the_message_is_short(tmp_path: Path, document: Any) -> None:
+def test_however_much_is_wrong_the_message_is_short(tmp_path, document):
     (tmp_path / "c.json").write_text(json.dumps(document))
 
     with pytest.raises(ConfigurationError, match=r"c\.json") as raised:
@@ -132,6 +131,6 @@ def test_however_much_is_wrong_the_message_is_short(tmp_path: Path, document: An
     assert len(str(raised.value)) < 2000
 
 
-def test_what_never_ends_is_read_no_further_than_a_configuration_may_be_long() -> None:
+def test_what_never_ends_is_read_no_further_than_a_configuration_may_be_long():
     with pytest.raises(ConfigurationError, match="larger than 1048576 bytes"):
         read_configuration(Path("/dev/zero"))

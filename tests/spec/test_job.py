@@ -1,7 +1,6 @@
 """The document of a job: its defaults, what it refuses and where, and what it stands for."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,16 +14,16 @@ from pho_service.spec.objective import Objective, SearchOptions, options_of
 from pho_service.spec.pattern import Pattern
 
 
-def spec_of(**changes: Any) -> JobSpec:
+def spec_of(**changes):
     return JobSpec.model_validate({"model": "org/name", "pattern": "0.5", **changes})
 
 
-def check_access(spec: JobSpec, access: Access) -> None:
+def check_access(spec, access):
     for check in spec.access_checks(access):
         check()
 
 
-def test_all_but_the_model_and_the_pattern_have_defaults() -> None:
+def test_all_but_the_model_and_the_pattern_have_defaults():
     spec = spec_of()
 
     assert (spec.calibration.samples, spec.calibration.context_length) == (128, 2048)
@@ -36,7 +35,7 @@ def test_all_but_the_model_and_the_pattern_have_defaults() -> None:
     assert (spec.priority, spec.timeout_s, spec.preset) == (0, None, "best")
 
 
-def test_each_option_of_every_search_is_a_field_of_a_job_with_the_same_default_and_bounds() -> None:
+def test_each_option_of_every_search_is_a_field_of_a_job_with_the_same_default_and_bounds():
     request = spec_of(trials=31, seed=7).request(0)
 
     assert options_of(spec_of()) == options_of(SearchOptions())
@@ -50,12 +49,12 @@ def test_each_option_of_every_search_is_a_field_of_a_job_with_the_same_default_a
         assert {**known, "description": ""} == {**asked, "description": ""}
 
 
-def test_a_longer_search_is_the_same_search_one_with_another_seed_is_not() -> None:
+def test_a_longer_search_is_the_same_search_one_with_another_seed_is_not():
     assert SearchOptions(trials=31).identity() == SearchOptions().identity() == {"seed": 0}
     assert SearchOptions(seed=1).identity() == {"seed": 1}
 
 
-def test_text_is_c4_by_default() -> None:
+def test_text_is_c4_by_default():
     assert spec_of().calibration.dataset == "allenai/c4"
     assert spec_of().calibration.data_file is not None
     assert spec_of(calibration={"text": "a.txt"}).calibration.dataset is None
@@ -67,7 +66,7 @@ SCORE = {
 }  # fmt: skip
 
 
-def test_several_models_are_searched_by_the_proxy_alone_and_each_is_calibrated_by_itself() -> None:
+def test_several_models_are_searched_by_the_proxy_alone_and_each_is_calibrated_by_itself():
     spec = spec_of(more_models=["org/two", "org/three"])
 
     assert spec.models == ["org/name", "org/two", "org/three"]
@@ -81,7 +80,7 @@ def test_several_models_are_searched_by_the_proxy_alone_and_each_is_calibrated_b
     assert JobSpec.model_validate(spec.model_dump()) == spec
 
 
-def test_what_a_search_begins_with_is_in_its_document_and_in_its_plan() -> None:
+def test_what_a_search_begins_with_is_in_its_document_and_in_its_plan():
     spec = spec_of(warm_start={"found": [{"coefficients": SCORE}]})
     (point,) = spec.plan(0).warm_start
 
@@ -154,7 +153,7 @@ WRONG: list[tuple[dict[str, Any], tuple[str | int, ...]]] = [
 
 
 @pytest.mark.parametrize(("changes", "place"), WRONG)
-def test_wrong_fields(changes: dict[str, Any], place: tuple[str | int, ...]) -> None:
+def test_wrong_fields(changes, place):
     """Each wrong or unknown field is reported at its own place, and nothing else is."""
     with pytest.raises(ValidationError) as caught:
         spec_of(**changes)
@@ -162,7 +161,7 @@ def test_wrong_fields(changes: dict[str, Any], place: tuple[str | int, ...]) -> 
     assert [error["loc"] for error in caught.value.errors()] == [place]
 
 
-def test_whoever_makes_three_mistakes_hears_of_three() -> None:
+def test_whoever_makes_three_mistakes_hears_of_three():
     with pytest.raises(ValidationError) as caught:
         spec_of(pattern="x", calibration={"samples": 0}, seed=-1)
 
@@ -170,13 +169,13 @@ def test_whoever_makes_three_mistakes_hears_of_three() -> None:
     assert places == {("pattern",), ("calibration", "samples"), ("seed",)}
 
 
-def test_a_pattern_written_down_is_the_pattern_that_was_asked_for_to_its_last_digit() -> None:
+def test_a_pattern_written_down_is_the_pattern_that_was_asked_for_to_its_last_digit():
     pattern = spec_of(pattern="0.333333333333").pruning()
 
     assert Pattern.parse(str(pattern)) == pattern
 
 
-def test_the_first_island_has_the_jobs_seed_the_others_have_their_own() -> None:
+def test_the_first_island_has_the_jobs_seed_the_others_have_their_own():
     seeds = [spec_of(seed=3, islands=64).plan(island).seed for island in range(64)]
 
     assert seeds[0] == 3
@@ -193,7 +192,7 @@ def test_the_first_island_has_the_jobs_seed_the_others_have_their_own() -> None:
         ({"name": "mine"}, "mine"),
     ],
 )
-def test_a_job_has_its_models_name_or_its_own(changes: dict[str, Any], title: str) -> None:
+def test_a_job_has_its_models_name_or_its_own(changes, title):
     assert spec_of(**changes).title == title
 
 
@@ -208,9 +207,7 @@ def test_a_job_has_its_models_name_or_its_own(changes: dict[str, Any], title: st
         ({"calibration": {"samples": 9}}, False),
     ],
 )
-def test_jobs_share_a_bundle_unless_they_differ_in_the_model_or_the_calibration(
-    changes: dict[str, Any], *, same: bool
-) -> None:
+def test_jobs_share_a_bundle_unless_they_differ_in_the_model_or_the_calibration(changes, *, same):
     assert (spec_of(**changes).calibration_key == spec_of().calibration_key) is same
 
 
@@ -231,7 +228,7 @@ def test_jobs_share_a_bundle_unless_they_differ_in_the_model_or_the_calibration(
         ({"confirm": {"text": "../x"}}, "/confirm/text"),
     ],
 )  # fmt: skip
-def test_a_path_that_is_not_allowed(tmp_path: Path, changes: dict[str, Any], pointer: str) -> None:
+def test_a_path_that_is_not_allowed(tmp_path, changes, pointer):
     roots = (tmp_path,)
     settings = Settings(model_roots=roots, text_roots=roots, hub_datasets=("a/*", "allenai/*"))
     access = Access.of(settings)
@@ -259,9 +256,7 @@ def test_a_path_that_is_not_allowed(tmp_path: Path, changes: dict[str, Any], poi
          "b.txt gets none of 1 windows"),
     ],
 )  # fmt: skip
-def test_several_texts_that_cannot_be_are_named(
-    calibration: dict[str, Any], field: str, message: str
-) -> None:
+def test_several_texts_that_cannot_be_are_named(calibration, field, message):
     with pytest.raises(ValidationError) as caught:
         spec_of(calibration=calibration)
     (error,) = caught.value.errors()
@@ -269,15 +264,13 @@ def test_several_texts_that_cannot_be_are_named(
     assert message in error["msg"]
 
 
-def test_one_text_is_stored_as_if_there_could_not_be_several() -> None:
+def test_one_text_is_stored_as_if_there_could_not_be_several():
     stored = spec_of(calibration={"text": "a.txt"}).model_dump(mode="json")["calibration"]
 
     assert not {"more_texts", "shares"} & {*stored}
 
 
-def test_a_data_set_among_the_further_texts_is_kept_by_the_place_where_it_lies(
-    tmp_path: Path,
-) -> None:
+def test_a_data_set_among_the_further_texts_is_kept_by_the_place_where_it_lies(tmp_path):
     (tmp_path / "rows").mkdir()
     (tmp_path / "a.txt").touch()
     access = Access.of(Settings(text_roots=(tmp_path,), hub_datasets=("Salesforce/*",)))
@@ -287,7 +280,7 @@ def test_a_data_set_among_the_further_texts_is_kept_by_the_place_where_it_lies(
     assert placed.more_texts == ["./rows", "wikitext2"]
 
 
-def test_a_model_in_other_letters_is_the_same_model(tmp_path: Path) -> None:
+def test_a_model_in_other_letters_is_the_same_model(tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_text("{}")
     access = Access.of(Settings(model_roots=(tmp_path,)))
@@ -297,7 +290,7 @@ def test_a_model_in_other_letters_is_the_same_model(tmp_path: Path) -> None:
     assert caught.value.pointer == "/more_models/1"
 
 
-def test_a_presets_steps_stay_where_nothing_else_is_said() -> None:
+def test_a_presets_steps_stay_where_nothing_else_is_said():
     spec = JobSpec.model_validate(
         {"model": "m", "pattern": "4:8", "preset": "best", "steps": {"repruning": "dsnot"}}
     )
@@ -308,7 +301,7 @@ def test_a_presets_steps_stay_where_nothing_else_is_said() -> None:
     assert stored.plan(0) == spec.plan(0)
 
 
-def test_an_allocation_that_is_named_is_the_only_one_searched_with_its_own_spread() -> None:
+def test_an_allocation_that_is_named_is_the_only_one_searched_with_its_own_spread():
     steps = {"allocation": {"method": "owl", "unit": "block", "spread": 0.1}}
     spec = JobSpec.model_validate(
         {"model": "m", "pattern": "0.5", "preset": "best", "steps": steps}
@@ -330,16 +323,16 @@ def test_an_allocation_that_is_named_is_the_only_one_searched_with_its_own_sprea
         ({"search_space": {"allocations": ["fair"]}}, "'uniform', 'owl'"),
     ],
 )
-def test_a_step_without_a_meaning_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_a_step_without_a_meaning_is_refused(changes, message):
     with pytest.raises(ValidationError, match=message):
         JobSpec.model_validate({"model": "m", "pattern": "0.5", **changes})
 
 
-def several(**changes: Any) -> JobSpec:
+def several(**changes):
     return JobSpec.model_validate({"model": "org/name", **changes})
 
 
-def test_each_has_the_request_of_a_job_with_it_alone() -> None:
+def test_each_has_the_request_of_a_job_with_it_alone():
     spec = several(patterns=["2:4", "0.3"], preset="best", scope="row", trials=50)
     kept = JobSpec.model_validate_json(spec.model_dump_json())
 
@@ -373,7 +366,7 @@ def test_each_has_the_request_of_a_job_with_it_alone() -> None:
         ({"patterns": ["0.3", "2:4"], "corrections": 3, "preset": "best"}, "at 2:4 in scope row"),
     ],
 )
-def test_what_is_of_one_pattern_is_refused(changes: dict[str, Any], told: str) -> None:
+def test_what_is_of_one_pattern_is_refused(changes, told):
     with pytest.raises(ValidationError) as refused:
         several(**changes)
 

@@ -2,7 +2,6 @@
 
 import json
 import time
-from typing import Any
 
 import pytest
 
@@ -18,7 +17,7 @@ NAMES = [
 HALF = Pattern.parse("0.5", "global")
 
 
-def pruned(**fields: Any) -> list[str]:
+def pruned(**fields):
     chosen = Linears(**fields).choose(NAMES, HALF)
     return [name.removeprefix("model.layers.") for name in NAMES if name in chosen.names]
 
@@ -33,12 +32,12 @@ def pruned(**fields: Any) -> list[str]:
     ],
     ids=["name", "glob", "set", "regular expression"],
 )
-def test_a_pattern_matches_whole_names(patterns: list[str], names: list[str]) -> None:
+def test_a_pattern_matches_whole_names(patterns, names):
     assert pruned(targets=patterns) == names
     assert sorted(pruned(ignore=patterns) + names) == sorted(pruned())
 
 
-def test_a_target_that_is_ignored_stays_dense_and_has_no_sparsity_by_hand_either() -> None:
+def test_a_target_that_is_ignored_stays_dense_and_has_no_sparsity_by_hand_either():
     linears = Linears(
         targets=["*.0.*", "*.1.*"], ignore="*.[qk]_proj", sparsities={"*_proj": 0.25, "*.0.x": 0.1}
     )
@@ -52,7 +51,7 @@ def test_a_target_that_is_ignored_stays_dense_and_has_no_sparsity_by_hand_either
     assert chosen.own == {"model.layers.0.mlp.down_proj": Pattern.parse("0.25", "global")}
 
 
-def test_they_are_shares_for_a_ratio_and_another_n_of_the_same_m_for_n_m() -> None:
+def test_they_are_shares_for_a_ratio_and_another_n_of_the_same_m_for_n_m():
     by_share = Linears(sparsities={"*.down_proj": 0.3}).choose(NAMES, HALF)
     by_groups = Linears(sparsities={"*.down_proj": "3:4"}).choose(NAMES, Pattern.parse("2:4"))
 
@@ -71,12 +70,12 @@ def test_they_are_shares_for_a_ratio_and_another_n_of_the_same_m_for_n_m() -> No
         ({"sparsities": {"*.dwn_proj": 0.3}}, r"sparsities: .* Near: \*\.down_proj"),
     ],
 )
-def test_a_pattern_that_matches_nothing_is_refused(fields: dict[str, Any], near: str) -> None:
+def test_a_pattern_that_matches_nothing_is_refused(fields, near):
     with pytest.raises(InvalidInput, match=near):
         Linears(**fields).choose(NAMES, HALF, model="some/model")
 
 
-def test_two_sparsities_for_a_linear_and_nothing_left_to_prune_are_refused() -> None:
+def test_two_sparsities_for_a_linear_and_nothing_left_to_prune_are_refused():
     twice = Linears(sparsities={"*.0.*": 0.3, "*.down_proj": 0.4})
 
     with pytest.raises(InvalidInput, match=r"model.layers.0.mlp.down_proj has two .*'\*\.0\.\*'"):
@@ -99,7 +98,7 @@ def test_two_sparsities_for_a_linear_and_nothing_left_to_prune_are_refused() -> 
         ({"sparsities": {"a": "much"}}, "'much' is neither a number nor N:M"),
     ],
 )
-def test_what_no_model_could_satisfy_is_refused(fields: dict[str, Any], rule: str) -> None:
+def test_what_no_model_could_satisfy_is_refused(fields, rule):
     with pytest.raises(InvalidInput, match=rule):
         Linears(**fields)
 
@@ -108,21 +107,21 @@ def test_what_no_model_could_satisfy_is_refused(fields: dict[str, Any], rule: st
     ("pattern", "value", "rule"),
     [("0.5", "3:4", "a share to remove"), ("2:4", 0.3, "N:4"), ("2:4", "4:8", "N:4")],
 )
-def test_a_sparsity_fits_the_pattern(pattern: str, value: float | str, rule: str) -> None:
+def test_a_sparsity_fits_the_pattern(pattern, value, rule):
     steps = Steps(linears=Linears(sparsities={"*.down_proj": value}))
 
     with pytest.raises(InvalidInput, match=f"does not fit the pattern {pattern}. Give {rule}"):
         steps.check_pattern(Pattern.parse(pattern))
 
 
-def test_a_slow_expression_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_expression_is_stopped(monkeypatch):
     monkeypatch.setattr("pho_service.spec.pattern.SECONDS", 0.05)
 
     with pytest.raises(InvalidInput, match=r"take more than 0.05 s on 9 names"):
         Linears(ignore=["re:(?:.|.|..)*(?<=v_proj)"]).choose(NAMES, HALF)
 
 
-def test_all_expressions_of_a_job_have_one_time_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_expressions_of_a_job_have_one_time_together(monkeypatch):
     """None of them takes long; all of them, at each pattern of a curve, would."""
     monkeypatch.setattr("pho_service.spec.pattern.SECONDS", 0.01)
     slow = [f"re:(?:(?:a{{10}}b|.){{30}}.{{3}}{i}?)*.*" for i in range(256)]
@@ -133,7 +132,7 @@ def test_all_expressions_of_a_job_have_one_time_together(monkeypatch: pytest.Mon
     assert time.monotonic() - began < 3
 
 
-def test_an_expression_that_would_be_written_out_to_gigabytes_is_refused() -> None:
+def test_an_expression_that_would_be_written_out_to_gigabytes_is_refused():
     nested = "(?:(?:(?:(?:a{999}){999}){999}){999})|.*"
     for pattern in (nested, "(a{31}){33}", "(?x)(?:a{9 9}){9 9}", "a{,1001}", "a{1001,}"):
         with pytest.raises(InvalidInput, match=r"counted repeats come to .* and 1000 are"):
@@ -142,7 +141,7 @@ def test_an_expression_that_would_be_written_out_to_gigabytes_is_refused() -> No
     assert Linears(targets=["re:.*\\.[0-9]{1,3}\\.mlp.{5,}"])
 
 
-def test_what_is_said_is_read_back_where_nothing_is_said_nothing_is_written() -> None:
+def test_what_is_said_is_read_back_where_nothing_is_said_nothing_is_written():
     linears = Linears(targets=["*.0.*"], ignore="*.k_proj", sparsities={"*.down_proj": 0.3})
     steps = Steps(linears=linears)
 

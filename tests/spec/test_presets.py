@@ -13,7 +13,7 @@ LAYER, TWO_FOUR = Pattern.parse("0.5"), Pattern.parse("2:4")
 
 @pytest.mark.parametrize("pattern", ["0.5", "0.5 row", "0.5 global", "2:4", "4:8"])
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_can_be_searched_in_every_pattern_and_scope(name: str, pattern: str) -> None:
+def test_every_preset_can_be_searched_in_every_pattern_and_scope(name, pattern):
     parsed = Pattern.parse(*pattern.split())
     preset = Preset.of(name, parsed)
     plan = SearchRequest(pattern=parsed, steps=preset.steps, bounds=preset.bounds).plan((3, 5))
@@ -21,7 +21,7 @@ def test_every_preset_can_be_searched_in_every_pattern_and_scope(name: str, patt
     assert plan.pattern == parsed
 
 
-def test_crepe_is_the_score_as_published_no_gradient_exponent_nothing_beside_the_score() -> None:
+def test_crepe_is_the_score_as_published_no_gradient_exponent_nothing_beside_the_score():
     preset = Preset.of("crepe", LAYER)
 
     assert preset.bounds == {"gradient_exponent": (0.0, 0.0)}
@@ -29,14 +29,14 @@ def test_crepe_is_the_score_as_published_no_gradient_exponent_nothing_beside_the
 
 
 @pytest.mark.parametrize("pattern", [LAYER, TWO_FOUR])
-def test_crepe_plus_leaves_kept_weights_alone_best_does_not(pattern: Pattern) -> None:
+def test_crepe_plus_leaves_kept_weights_alone_best_does_not(pattern):
     plus, best = (Preset.of(name, pattern).steps for name in ("crepe-plus", "best"))
 
     assert (plus.update, plus.reconstruction.wanted) == ("none", False)
     assert (best.update, best.reconstruction.wanted) == ("least-squares", True)
 
 
-def test_what_a_user_says_replaces_what_the_preset_says_field_by_field() -> None:
+def test_what_a_user_says_replaces_what_the_preset_says_field_by_field():
     preset = Preset.of("best", LAYER).changed({"update": "obs"}, {"row_share": (0.1, 0.2)})
 
     assert preset.steps.update == "obs"
@@ -44,14 +44,14 @@ def test_what_a_user_says_replaces_what_the_preset_says_field_by_field() -> None
     assert preset.bounds["row_share"] == (0.1, 0.2)
 
 
-def test_a_step_that_contradicts_the_presets_is_refused() -> None:
+def test_a_step_that_contradicts_the_presets_is_refused():
     with pytest.raises(InvalidInput, match=r"update 'sparsegpt'.* not given are the preset's"):
         Preset.of("best", LAYER).changed({"update": "sparsegpt"}, {})
     with pytest.raises(InvalidInput, match=r"update is 'none'.* those of 'score' are none"):
         Preset.of("best", LAYER).changed({"update": "none"}, {})
 
 
-def test_best_shrinks_second_moments_unless_nothing_looks_at_them() -> None:
+def test_best_shrinks_second_moments_unless_nothing_looks_at_them():
     best = Preset.of("best", LAYER)
     alone = {"repruning": "none", "update": "none"}
 
@@ -63,6 +63,6 @@ def test_best_shrinks_second_moments_unless_nothing_looks_at_them() -> None:
         best.changed({**alone, "shrinkage": 3.0}, {})
 
 
-def test_another_name_is_refused_with_those_that_exist() -> None:
+def test_another_name_is_refused_with_those_that_exist():
     with pytest.raises(InvalidInput, match=r"preset 'worst' is not one of score, crepe"):
         Preset.of("worst", LAYER)

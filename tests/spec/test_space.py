@@ -15,14 +15,14 @@ PARAMS = {
 }  # fmt: skip
 
 
-def test_the_two_shares_give_three_coefficients_that_add_up_to_1() -> None:
+def test_the_two_shares_give_three_coefficients_that_add_up_to_1():
     c = SearchSpace().candidate(PARAMS, PATTERN, Steps()).coefficients
 
     assert (c.row, c.column, c.neighbourhood) == pytest.approx((0.3, 0.45, 0.25))
     assert (c.kernel_size, c.activation_exponent, c.gradient_exponent) == (9, 0.7, 0.3)
 
 
-def test_a_candidate_gives_back_the_point_that_it_was_made_from() -> None:
+def test_a_candidate_gives_back_the_point_that_it_was_made_from():
     space = SearchSpace()
 
     assert space.params(space.candidate(PARAMS, PATTERN, Steps())) == pytest.approx(
@@ -31,7 +31,7 @@ def test_a_candidate_gives_back_the_point_that_it_was_made_from() -> None:
 
 
 @pytest.mark.parametrize("scope", ["row", "layer", "global"])
-def test_every_baseline_is_a_point_of_the_recorded_distributions(scope: str) -> None:
+def test_every_baseline_is_a_point_of_the_recorded_distributions(scope):
     space = SearchSpace(kernel_sizes=(5, 9))
     distributions = space.recorded_distributions()
     pattern = Pattern.parse("0.5", scope)
@@ -45,12 +45,12 @@ def test_every_baseline_is_a_point_of_the_recorded_distributions(scope: str) -> 
         )
 
 
-def test_within_a_row_the_fisher_weight_cancels_so_it_is_not_searched() -> None:
+def test_within_a_row_the_fisher_weight_cancels_so_it_is_not_searched():
     assert SearchSpace().fitted(Pattern.parse("2:4")).gradient_exponent == (0.0, 0.0)
     assert SearchSpace().fitted(PATTERN).gradient_exponent == (0.0, 1.0)
 
 
-def test_bounds_are_read_from_text_one_value_fixes_it() -> None:
+def test_bounds_are_read_from_text_one_value_fixes_it():
     space = SearchSpace(
         **parse_bounds(["activation_exponent=0.2:0.9", "gradient_exponent=0.5", "kernel_sizes=9,3"])
     )
@@ -77,12 +77,12 @@ def test_bounds_are_read_from_text_one_value_fixes_it() -> None:
         ("allocation_spread=0.1:2", "0 <= low <= high <= 1 must hold"),
     ],
 )
-def test_what_breaks_a_rule_is_named_with_the_rule(text: str, message: str) -> None:
+def test_what_breaks_a_rule_is_named_with_the_rule(text, message):
     with pytest.raises(InvalidInput, match=message):
         SearchSpace(**parse_bounds([text]))
 
 
-def test_values_at_the_ends_of_their_ranges_are_named_a_fixed_value_has_no_border() -> None:
+def test_values_at_the_ends_of_their_ranges_are_named_a_fixed_value_has_no_border():
     space = SearchSpace(gradient_exponent=(0.0, 0.0))
     at_ends = {**PARAMS, "activation_exponent": 1.49, "gradient_exponent": 0.0, "kernel_size": 15}
 
@@ -90,7 +90,7 @@ def test_values_at_the_ends_of_their_ranges_are_named_a_fixed_value_has_no_borde
     assert space.on_border(at_ends) == ["activation_exponent", "kernel_size"]
 
 
-def test_where_no_wider_range_is_possible_or_nothing_would_change_there_is_no_border() -> None:
+def test_where_no_wider_range_is_possible_or_nothing_would_change_there_is_no_border():
     space = SearchSpace(activation_exponent=(0.5, 4.0), kernel_sizes=(3, 9))
     least = {**PARAMS, "activation_exponent": 0.5, "row_share": 0.0, "kernel_size": 3}
 
@@ -100,7 +100,7 @@ def test_where_no_wider_range_is_possible_or_nothing_would_change_there_is_no_bo
     assert space.on_border({**PARAMS, "kernel_size": 9, "neighbourhood_share": 0.0}) == []
 
 
-def test_the_allocation_is_the_points_all_other_steps_are_the_searchs() -> None:
+def test_the_allocation_is_the_points_all_other_steps_are_the_searchs():
     steps = Steps(allocation=Allocation(unit="block"), repruning="swaps")
     given = SearchSpace().candidate(PARAMS, PATTERN, steps).steps
 
@@ -109,7 +109,7 @@ def test_the_allocation_is_the_points_all_other_steps_are_the_searchs() -> None:
     )
 
 
-def test_where_no_allocation_is_searched_its_spread_has_no_effect_and_no_border() -> None:
+def test_where_no_allocation_is_searched_its_spread_has_no_effect_and_no_border():
     space = SearchSpace(allocation_spread=(0.1, 0.3)).fitted(PATTERN)
     both = SearchSpace(allocations=("uniform", "fisher"), allocation_spread=(0.1, 0.3))
 
@@ -121,5 +121,5 @@ def test_where_no_allocation_is_searched_its_spread_has_no_effect_and_no_border(
     ]
 
 
-def test_however_they_are_listed_so_that_the_same_search_has_the_same_name() -> None:
+def test_however_they_are_listed_so_that_the_same_search_has_the_same_name():
     assert parse_bounds(["allocations=fisher,uniform"]) == {"allocations": ("uniform", "fisher")}

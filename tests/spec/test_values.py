@@ -2,7 +2,6 @@
 
 import json
 import math
-from typing import Any
 
 import pytest
 
@@ -11,7 +10,7 @@ from pho_service.spec.baselines import comparison_baselines, search_baselines
 from pho_service.spec.document import percent
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Coefficients, Pattern, Scope
-from pho_service.spec.steps import Allocation, Candidate, Steps, Update
+from pho_service.spec.steps import Allocation, Candidate, Steps
 
 PATTERNS = [
     Pattern.parse("0.5", "row"), Pattern.parse("0.5", "layer"), Pattern.parse("0.5", "global"),
@@ -30,7 +29,7 @@ PATTERNS = [
         ("63:64", None, Pattern(sparsity=1 / 64, scope=Scope.ROW, keep=63, group=64)),
     ],
 )
-def test_parse(text: str, scope: str | None, expected: Pattern) -> None:
+def test_parse(text, scope, expected):
     """A ratio is the share removed, by default per layer; N:M keeps N of M, always per row."""
     assert Pattern.parse(text, scope) == expected
 
@@ -42,7 +41,7 @@ def test_parse(text: str, scope: str | None, expected: Pattern) -> None:
         "5:4", "4:4", "0:4", "1:65", "a:b", "2:", ":4", "2:4:8", "2.0:4",
     ],
 )  # fmt: skip
-def test_anything_but_a_share_in_0_to_1_or_n_m_is_refused(text: str) -> None:
+def test_anything_but_a_share_in_0_to_1_or_n_m_is_refused(text):
     with pytest.raises(InvalidInput):
         Pattern.parse(text)
 
@@ -56,15 +55,13 @@ def test_anything_but_a_share_in_0_to_1_or_n_m_is_refused(text: str) -> None:
         ("0.5", "model", "row, layer, global"),
     ],
 )
-def test_a_scope_that_is_unknown_or_too_wide_for_n_m_is_refused(
-    text: str, scope: str, message: str
-) -> None:
+def test_a_scope_that_is_unknown_or_too_wide_for_n_m_is_refused(text, scope, message):
     with pytest.raises(InvalidInput, match=message):
         Pattern.parse(text, scope)
 
 
 @pytest.mark.parametrize("text", ["0.5", "0.29", "2:4", "1:4"])
-def test_a_patterns_text_is_what_it_was_parsed_from(text: str) -> None:
+def test_a_patterns_text_is_what_it_was_parsed_from(text):
     assert str(Pattern.parse(text)) == text
 
 
@@ -79,11 +76,11 @@ def test_a_patterns_text_is_what_it_was_parsed_from(text: str) -> None:
         (0.6, 7_000_000_005, 4_200_000_003),
     ],
 )
-def test_decimal_digits_count_rounded_down(sparsity: float, count: int, expected: int) -> None:
+def test_decimal_digits_count_rounded_down(sparsity, count, expected):
     assert Pattern(sparsity=sparsity).removed(count) == expected
 
 
-def test_n_m_removes_exactly_m_n_of_m_also_where_n_m_has_no_finite_decimal_form() -> None:
+def test_n_m_removes_exactly_m_n_of_m_also_where_n_m_has_no_finite_decimal_form():
     wrong = [
         f"{keep}:{group}"
         for group in range(2, 65)
@@ -94,12 +91,12 @@ def test_n_m_removes_exactly_m_n_of_m_also_where_n_m_has_no_finite_decimal_form(
     assert wrong == []
 
 
-def test_a_ratio_can_be_counted_in_another_scope_n_m_stays_what_it_is() -> None:
+def test_a_ratio_can_be_counted_in_another_scope_n_m_stays_what_it_is():
     assert Pattern.parse("0.3", "row").within(Scope.GLOBAL) == Pattern.parse("0.3", "global")
     assert Pattern.parse("2:4").within(Scope.GLOBAL) == Pattern.parse("2:4")
 
 
-def test_a_width_that_m_does_not_divide_is_refused_with_the_layers_name_a_ratio_takes_any() -> None:
+def test_a_width_that_m_does_not_divide_is_refused_with_the_layers_name_a_ratio_takes_any():
     Pattern.parse("2:4").check_width(8, "up_proj")
     Pattern.parse("0.5").check_width(7, "up_proj")
 
@@ -110,37 +107,35 @@ def test_a_width_that_m_does_not_divide_is_refused_with_the_layers_name_a_ratio_
 NUMBERS = ["row", "column", "neighbourhood", "activation_exponent", "gradient_exponent"]
 
 
-def coefficients_with(**fields: Any) -> Coefficients:
+def coefficients_with(**fields):
     return Coefficients(**{"row": 1, "column": 1, "neighbourhood": 1, **fields})
 
 
 @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, True, "1", None])
 @pytest.mark.parametrize("name", NUMBERS)
-def test_a_coefficient_that_is_negative_not_finite_or_not_a_number_is_refused_by_name(
-    name: str, value: object
-) -> None:
+def test_a_coefficient_that_is_negative_not_finite_or_not_a_number_is_refused_by_name(name, value):
     with pytest.raises(InvalidInput, match=name):
         coefficients_with(**{name: value})
 
 
-def test_at_least_one_of_row_column_and_neighbourhood_must_be_positive() -> None:
+def test_at_least_one_of_row_column_and_neighbourhood_must_be_positive():
     with pytest.raises(InvalidInput, match="all zero"):
         Coefficients(row=0, column=0.0, neighbourhood=0)
 
 
 @pytest.mark.parametrize("kernel_size", [4, 1, -3, 3.0, True, "3"])
-def test_the_kernel_size_must_be_an_odd_whole_number_of_at_least_3(kernel_size: object) -> None:
+def test_the_kernel_size_must_be_an_odd_whole_number_of_at_least_3(kernel_size):
     with pytest.raises(InvalidInput, match="kernel_size"):
         coefficients_with(kernel_size=kernel_size)
 
 
-def test_an_unknown_normalisation_is_refused_and_the_message_lists_the_known_ones() -> None:
+def test_an_unknown_normalisation_is_refused_and_the_message_lists_the_known_ones():
     with pytest.raises(InvalidInput, match="mean, sum, none"):
         coefficients_with(normalisation="max")
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p}-{p.scope}")
-def test_every_pattern_knows_the_same_methods_but_for_owl(pattern: Pattern) -> None:
+def test_every_pattern_knows_the_same_methods_but_for_owl(pattern):
     names = [candidate.method for candidate in comparison_baselines(pattern)]
     every = [candidate.method for candidate in comparison_baselines(Pattern.parse("0.5"))]
 
@@ -150,7 +145,7 @@ def test_every_pattern_knows_the_same_methods_but_for_owl(pattern: Pattern) -> N
 
 
 @pytest.mark.parametrize("pattern", PATTERNS[:3], ids=lambda p: p.scope)
-def test_published_methods_keep_their_own_scope(pattern: Pattern) -> None:
+def test_published_methods_keep_their_own_scope(pattern):
     patterns = {each.method: each.pattern for each in comparison_baselines(pattern)}
     known = {
         "magnitude": "layer", "wanda": "row", "ria-row": "row", "ria-layer": "layer",
@@ -164,8 +159,8 @@ def test_published_methods_keep_their_own_scope(pattern: Pattern) -> None:
 @pytest.mark.parametrize("fisher", [False, True])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p}-{p.scope}")
 def test_no_baseline_of_a_search_counts_in_a_wider_scope_or_by_more_than_it_asks_for(
-    pattern: Pattern, *, fisher: bool
-) -> None:
+    pattern, *, fisher
+):
     baselines = search_baselines(pattern, kernel_size=5, fisher=fisher)
 
     assert all(b.pattern.scope.width <= pattern.scope.width for b in baselines)
@@ -181,7 +176,7 @@ def test_no_baseline_of_a_search_counts_in_a_wider_scope_or_by_more_than_it_asks
     [(PATTERNS[0], False), (PATTERNS[1], True), (PATTERNS[2], True), (PATTERNS[3], False)],
     ids=["row", "layer", "global", "2:4"],
 )
-def test_equal_baselines_are_listed_once(pattern: Pattern, *, wide: bool) -> None:
+def test_equal_baselines_are_listed_once(pattern, *, wide):
     baselines = search_baselines(pattern, kernel_size=5, fisher=True)
     names = [b.method for b in baselines]
 
@@ -199,14 +194,12 @@ def test_equal_baselines_are_listed_once(pattern: Pattern, *, wide: bool) -> Non
         ({"name": "perplexity"}, "perplexity"),
     ],
 )
-def test_a_label_names_its_weighting_only_where_it_counts(
-    fields: dict[str, str], label: str
-) -> None:
+def test_a_label_names_its_weighting_only_where_it_counts(fields, label):
     assert Objective(**fields).label == label
 
 
 @pytest.mark.parametrize("fields", [{"name": "loss"}, {"weighting": "loss"}])
-def test_an_unknown_objective_or_weighting_is_refused(fields: dict[str, str]) -> None:
+def test_an_unknown_objective_or_weighting_is_refused(fields):
     with pytest.raises(InvalidInput, match="'loss' is not one of"):
         Objective(**fields)
 
@@ -229,7 +222,7 @@ def test_an_unknown_objective_or_weighting_is_refused(fields: dict[str, str]) ->
         ({"depth": (True,)}, r"allocation depth\[0\]=True is not in"),
     ],
 )
-def test_a_bad_allocation_is_named(fields: dict[str, Any], message: str) -> None:
+def test_a_bad_allocation_is_named(fields, message):
     with pytest.raises(InvalidInput, match=message):
         Allocation(**fields)
 
@@ -241,7 +234,7 @@ def test_a_bad_allocation_is_named(fields: dict[str, Any], message: str) -> None
         ({"allocation": Allocation(method="owl")}, PATTERNS[2], "allocation 'owl' and scope"),
     ],
 )
-def test_steps_without_meaning(fields: dict[str, Any], pattern: Pattern, message: str) -> None:
+def test_steps_without_meaning(fields, pattern, message):
     """A step that has no meaning in a pattern is refused with the way out."""
     coefficients = Coefficients(row=1, column=1, neighbourhood=1)
 
@@ -250,7 +243,7 @@ def test_steps_without_meaning(fields: dict[str, Any], pattern: Pattern, message
 
 
 @pytest.mark.parametrize("update", ["sparsegpt", "admm", "alps"])
-def test_steps_that_contradict_each_other(update: Update) -> None:
+def test_steps_that_contradict_each_other(update):
     with pytest.raises(InvalidInput, match="repruning 'swaps' has no mask to start from"):
         Steps(repruning="swaps", update=update)
     with pytest.raises(InvalidInput, match="Take update 'least-squares', or repruning 'swaps'"):
@@ -260,7 +253,7 @@ def test_steps_that_contradict_each_other(update: Update) -> None:
 @pytest.mark.parametrize(
     "fields", [{"permutation": "best"}, {"repruning": "all"}, {"update": "adam"}]
 )
-def test_an_unknown_step_is_refused_with_those_that_exist(fields: dict[str, str]) -> None:
+def test_an_unknown_step_is_refused_with_those_that_exist(fields):
     ((name, value),) = fields.items()
 
     with pytest.raises(InvalidInput, match=f"{name} '{value}' is not one of none"):
@@ -268,18 +261,18 @@ def test_an_unknown_step_is_refused_with_those_that_exist(fields: dict[str, str]
 
 
 @pytest.mark.parametrize("value", [1001, float("nan"), True])
-def test_a_shrinkage_is_a_number_in_its_bounds(value: Any) -> None:
+def test_a_shrinkage_is_a_number_in_its_bounds(value):
     with pytest.raises(InvalidInput, match=r"shrinkage=.* is not in 0\.\.1000"):
         Steps(update="obs", shrinkage=value)
 
 
 @pytest.mark.parametrize("fields", [{}, {"repruning": "dsnot"}, {"permutation": "score"}])
-def test_where_nothing_is_shrunk_a_shrinkage_is_refused(fields: dict[str, Any]) -> None:
+def test_where_nothing_is_shrunk_a_shrinkage_is_refused(fields):
     with pytest.raises(InvalidInput, match=r"shrinkage=2 has nothing to shrink.* or leave it out"):
         Steps(shrinkage=2, **fields)
 
 
-def test_steps_survive_json_what_is_left_out_has_its_default() -> None:
+def test_steps_survive_json_what_is_left_out_has_its_default():
     steps = Steps(allocation=Allocation(method="curves", spread=0.3), update="obs", shrinkage=0.5)
 
     assert Steps.from_dict(json.loads(json.dumps(steps.to_dict()))) == steps
@@ -289,13 +282,13 @@ def test_steps_survive_json_what_is_left_out_has_its_default() -> None:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p}-{p.scope}")
-def test_candidates_survive_json_and_keep_their_own_scopes(pattern: Pattern) -> None:
+def test_candidates_survive_json_and_keep_their_own_scopes(pattern):
     for candidate in comparison_baselines(pattern):
         stored = json.loads(json.dumps({**candidate.to_dict(), "seconds": 0.5}))
         assert Candidate.from_dict(stored, pattern) == candidate
 
 
-def test_baselines_go_through_the_steps() -> None:
+def test_baselines_go_through_the_steps():
     steps = Steps(allocation=Allocation(method="fisher"), update="obs")
     baselines = search_baselines(
         PATTERNS[1], kernel_size=3, fisher=True, steps=steps, allocations=("fisher",)
@@ -307,7 +300,7 @@ def test_baselines_go_through_the_steps() -> None:
     }  # fmt: skip
 
 
-def test_steps_say_what_they_do_in_one_line_the_spread_only_where_it_has_an_effect() -> None:
+def test_steps_say_what_they_do_in_one_line_the_spread_only_where_it_has_an_effect():
     steps = Steps(allocation=Allocation(method="owl", spread=0.1), update="obs", shrinkage=0.5)
 
     assert str(steps) == (
@@ -316,7 +309,7 @@ def test_steps_say_what_they_do_in_one_line_the_spread_only_where_it_has_an_effe
     assert "within" not in str(Steps())
 
 
-def test_a_change_that_rounds_to_none_has_both_signs() -> None:
+def test_a_change_that_rounds_to_none_has_both_signs():
     assert [percent(share, signed=True) for share in (-0.0004, 0.0, 0.0004)] == ["±0%"] * 3
     assert percent(-0.0004) == "0.0%"
     assert [percent(0.0, signed=True, error=error) for error in (0.0, 0.001)] == [

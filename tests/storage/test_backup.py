@@ -2,10 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -28,7 +26,7 @@ exit 1
 
 
 @pytest.fixture
-def filled(database: Database) -> Database:
+def filled(database):
     """With a job in the queue, a key, a configuration and a study."""
     key, _ = KeyStore(database).create("laptop", sees_all=False)
     first = NewStage(kind=StageKind.CALIBRATE, lock="bundle")
@@ -42,10 +40,10 @@ def filled(database: Database) -> Database:
 
 
 @pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Path]:
+def fake(tmp_path, monkeypatch):
     """Puts a pg_dump of this version on the PATH; what it was told is in the file."""
 
-    def put(version: int) -> Path:
+    def put(version):
         log, program = tmp_path / "log", tmp_path / "bin" / "pg_dump"
         program.parent.mkdir()
         program.write_text(FAKE.format(version=version, log=log))
@@ -56,7 +54,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Pat
     return put
 
 
-def contents(database: Database) -> dict[str, list[Any]]:
+def contents(database):
     """Every row of every table of ours, as text."""
     with database.transaction() as connection:
         tables = connection.execute(
@@ -72,12 +70,12 @@ def contents(database: Database) -> dict[str, list[Any]]:
         }
 
 
-def schemas(database: Database) -> set[str]:
+def schemas(database):
     """Those of ours that are there."""
     return {table.partition(".")[0] for table in contents(database)}
 
 
-def test_all(filled: Database, empty_database: Database, tmp_path: Path) -> None:
+def test_all(filled, empty_database, tmp_path):
     """What is restored is what was backed up, row by row, and new jobs are taken as before."""
     before = contents(filled)
     back_up(filled, tmp_path / "dump")
@@ -95,7 +93,7 @@ def test_all(filled: Database, empty_database: Database, tmp_path: Path) -> None
     assert job.number == 2
 
 
-def test_only_ours(filled: Database, empty_database: Database, tmp_path: Path) -> None:
+def test_only_ours(filled, empty_database, tmp_path):
     """What else is in a database is neither written nor in the way."""
     for database in (filled, empty_database):
         with database.transaction() as connection:
@@ -108,9 +106,7 @@ def test_only_ours(filled: Database, empty_database: Database, tmp_path: Path) -
     assert b"theirs" not in (tmp_path / "dump").read_bytes()
 
 
-def test_what_a_dump_brings_along_runs_no_program(
-    filled: Database, empty_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_dump_brings_along_runs_no_program(filled, empty_database, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     hostile, ran = import_module("hostile_dump"), tmp_path / "ran"
     hostile.write_hostile_dump(filled, tmp_path / "dump", hostile.program(ran))
@@ -121,9 +117,7 @@ def test_what_a_dump_brings_along_runs_no_program(
     assert schemas(empty_database) == set()
 
 
-def test_a_dump_that_sleeps_is_given_up(
-    filled: Database, empty_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dump_that_sleeps_is_given_up(filled, empty_database, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     monkeypatch.setattr("storage.backup.LEAST_S", 2.0)
     write = import_module("hostile_dump").write_hostile_dump
@@ -142,7 +136,7 @@ def test_a_dump_that_sleeps_is_given_up(
     assert schemas(empty_database) == set()
 
 
-def test_nothing_is_restored_over_what_is_there(filled: Database, tmp_path: Path) -> None:
+def test_nothing_is_restored_over_what_is_there(filled, tmp_path):
     back_up(filled, tmp_path / "dump")
     before = contents(filled)
 
@@ -151,7 +145,7 @@ def test_nothing_is_restored_over_what_is_there(filled: Database, tmp_path: Path
     assert contents(filled) == before
 
 
-def test_there_is_no_backup_of_nothing(empty_database: Database, tmp_path: Path) -> None:
+def test_there_is_no_backup_of_nothing(empty_database, tmp_path):
     with pytest.raises(StorageError, match="holds nothing of PHO"):
         back_up(empty_database, tmp_path / "dump")
     assert not (tmp_path / "dump").exists()
@@ -159,8 +153,8 @@ def test_there_is_no_backup_of_nothing(empty_database: Database, tmp_path: Path)
 
 @pytest.mark.parametrize(("share", "because"), [(0.0, "too short"), (0.9, "end of file")])
 def test_a_file_that_lacks_its_end_restores_nothing_at_all(
-    filled: Database, empty_database: Database, tmp_path: Path, share: float, because: str
-) -> None:
+    filled, empty_database, tmp_path, share, because
+):
     back_up(filled, tmp_path / "dump")
     whole = (tmp_path / "dump").read_bytes()
     (tmp_path / "half").write_bytes(whole[: round(share * len(whole))])
@@ -183,8 +177,8 @@ def test_a_file_that_lacks_its_end_restores_nothing_at_all(
     ],
 )  # fmt: skip
 def test_a_dump_of_something_else_or_of_newer_tables_is_refused_before_anything_is_done(
-    filled: Database, empty_database: Database, tmp_path: Path, made: str, message: str
-) -> None:
+    filled, empty_database, tmp_path, made, message
+):
     with filled.transaction() as connection:
         connection.execute(text(made))
     back_up(filled, tmp_path / "dump")
@@ -194,16 +188,14 @@ def test_a_dump_of_something_else_or_of_newer_tables_is_refused_before_anything_
     assert schemas(empty_database) == set()
 
 
-def test_something_else_is_refused_with_what_it_should_be(
-    empty_database: Database, tmp_path: Path
-) -> None:
+def test_something_else_is_refused_with_what_it_should_be(empty_database, tmp_path):
     (tmp_path / "note").write_text("remember the milk\n" * 1000)
 
     with pytest.raises(StorageError, match=r"note cannot be restored.*what `pho backup` wrote"):
         restore(empty_database, tmp_path / "note")
 
 
-def test_password(database_url: str, fake: Callable[[int], Path], tmp_path: Path) -> None:
+def test_password(database_url, fake, tmp_path):
     """Programs get the password by their environment: the command line is for all to see."""
     log = fake(18)
     database = Database(database_url.replace("//pho@", "//pho:hidden@"))
@@ -217,7 +209,7 @@ def test_password(database_url: str, fake: Callable[[int], Path], tmp_path: Path
     assert password.endswith(" hidden")
 
 
-def test_too_old(filled: Database, fake: Callable[[int], Path], tmp_path: Path) -> None:
+def test_too_old(filled, fake, tmp_path):
     """A program that is older than the server is passed over."""
     log = fake(9)
     back_up(filled, tmp_path / "dump")
@@ -226,7 +218,7 @@ def test_too_old(filled: Database, fake: Callable[[int], Path], tmp_path: Path) 
     assert not log.exists()
 
 
-def test_none(filled: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_none(filled, tmp_path, monkeypatch):
     """Without a program for the server, it is said which one is needed."""
     monkeypatch.setattr("storage.backup._programs", lambda _: [])
 

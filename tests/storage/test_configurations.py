@@ -1,8 +1,6 @@
 """The library's table: what a job leaves in it, and who sees it."""
 
-import uuid
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 from pretended_user import take
@@ -13,32 +11,29 @@ from storage.claims import Found
 from storage.configurations import (
     ConfigurationStore,
     NoSuchConfiguration,
-    StoredConfiguration,
     keep,
     keep_transfer,
 )
-from storage.database import Database
-from storage.jobs import JobStore
 from storage.keys import KeyStore
-from storage.records import Claim, JobRecord, LostClaim, NewStage, StageKind
+from storage.records import LostClaim, NewStage, StageKind
 
 BEST = {"pattern": "0.5", "scope": "layer", "coefficients": {"row": 0.1 + 0.2, "ü": [None, 1]}}
 FINISH = NewStage(kind=StageKind.FINISH)
 
 
 @pytest.fixture
-def library(database: Database) -> ConfigurationStore:
+def library(database):
     """An empty one."""
     return ConfigurationStore(database)
 
 
 @pytest.fixture
-def owners(database: Database) -> list[uuid.UUID]:
+def owners(database):
     """Two keys."""
     return [KeyStore(database).create(name, sees_all=False)[0].id for name in ("a", "b")]
 
 
-def finishing(store: JobStore, owner_id: uuid.UUID | None = None) -> Claim:
+def finishing(store, owner_id=None):
     """The claim on the last stage of a new job."""
     job, _ = store.submit(
         {"trials": 1}, name="job", first=FINISH, trials=1, max_attempts=1, owner_id=owner_id
@@ -46,25 +41,21 @@ def finishing(store: JobStore, owner_id: uuid.UUID | None = None) -> Claim:
     return take(store, job.id, StageKind.FINISH)
 
 
-def succeeded(
-    store: JobStore, best: dict[str, Any] = BEST, owner_id: uuid.UUID | None = None
-) -> JobRecord:
+def succeeded(store, best=BEST, owner_id=None):
     """A new job that has found this."""
     claim = finishing(store, owner_id)
     store.complete(claim, {}, found=Found(best=best, warnings=[]), ended=True)
     return store.get(claim.job.id)
 
 
-def added(
-    library: ConfigurationStore, owner_id: uuid.UUID | None = None, **changes: Any
-) -> StoredConfiguration:
+def added(library, owner_id=None, **changes):
     """A new entry that was imported."""
     entry, new = library.add({**BEST, **changes}, transfers=[], owner_id=owner_id)
     assert new
     return entry
 
 
-def test_what_is_found_is_in_the_library(store: JobStore, library: ConfigurationStore) -> None:
+def test_what_is_found_is_in_the_library(store, library):
     job = succeeded(store)
     (entry,) = library.all()
 
@@ -73,7 +64,7 @@ def test_what_is_found_is_in_the_library(store: JobStore, library: Configuration
     assert library.get(entry.id) == entry
 
 
-def test_a_lost_stage_leaves_nothing(store: JobStore, library: ConfigurationStore) -> None:
+def test_a_lost_stage_leaves_nothing(store, library):
     claim = finishing(store)
     store.hand_back(claim)
 
@@ -83,11 +74,11 @@ def test_a_lost_stage_leaves_nothing(store: JobStore, library: ConfigurationStor
 
 
 def test_a_job_that_cannot_be_ended_leaves_nothing_in_the_library_and_is_where_it_was(
-    store: JobStore, library: ConfigurationStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    store, library, monkeypatch
+):
     claim = finishing(store)
 
-    def broken(*_arguments: Any, **_more: Any) -> None:
+    def broken(*_arguments, **_more):
         raise ZeroDivisionError
 
     monkeypatch.setattr(storage.claims, "set_state", broken)
@@ -98,7 +89,7 @@ def test_a_job_that_cannot_be_ended_leaves_nothing_in_the_library_and_is_where_i
     assert store.get(claim.job.id).best is None
 
 
-def test_an_entry_outlives_its_job(store: JobStore, library: ConfigurationStore) -> None:
+def test_an_entry_outlives_its_job(store, library):
     job = succeeded(store)
     with store.deleting(job.id):
         pass
@@ -108,7 +99,7 @@ def test_an_entry_outlives_its_job(store: JobStore, library: ConfigurationStore)
     assert (entry.document, entry.job_id) == (BEST, job.id)
 
 
-def test_a_job_outlives_its_entry(store: JobStore, library: ConfigurationStore) -> None:
+def test_a_job_outlives_its_entry(store, library):
     job = succeeded(store)
     library.delete(library.all()[0].id)
 
@@ -116,7 +107,7 @@ def test_a_job_outlives_its_entry(store: JobStore, library: ConfigurationStore) 
     assert store.get(job.id) == job
 
 
-def test_the_same_result_is_one_entry(store: JobStore, library: ConfigurationStore) -> None:
+def test_the_same_result_is_one_entry(store, library):
     first, second = succeeded(store), succeeded(store)
     (entry,) = library.all()
 
@@ -124,19 +115,19 @@ def test_the_same_result_is_one_entry(store: JobStore, library: ConfigurationSto
     assert entry.job_id == first.id
 
 
-def test_another_last_bit_is_another_document(library: ConfigurationStore) -> None:
+def test_another_last_bit_is_another_document(library):
     added(library)
     added(library, coefficients={"row": 0.3, "ü": [None, 1]})
 
     assert len(library.all()) == 2
 
 
-def test_imported_at_once(library: ConfigurationStore, owners: list[uuid.UUID]) -> None:
+def test_imported_at_once(library, owners):
     """The same is one entry for each owner, whatever the order of keys, with all transfers."""
     added(library)
     added(library, owners[1])
 
-    def load(number: int) -> uuid.UUID:
+    def load(number):
         document = dict(reversed(BEST.items())) if number % 2 else BEST
         return library.add(document, transfers=[{"target": f"t{number}"}], owner_id=owners[0])[0].id
 
@@ -148,7 +139,7 @@ def test_imported_at_once(library: ConfigurationStore, owners: list[uuid.UUID]) 
     assert sorted(t["target"] for t in transfers) == sorted(f"t{i}" for i in range(16))
 
 
-def test_what_was_measured_elsewhere_is_added_once(library: ConfigurationStore) -> None:
+def test_what_was_measured_elsewhere_is_added_once(library):
     one, two = {"target": "one", "n": 0.1 + 0.2}, {"target": "two", "ü": [None]}
     first, _ = library.add(BEST, transfers=[one], owner_id=None)
     both, _ = library.add(BEST, transfers=[two, one, two], owner_id=None)
@@ -158,7 +149,7 @@ def test_what_was_measured_elsewhere_is_added_once(library: ConfigurationStore) 
     assert library.get(first.id) == both
 
 
-def test_a_transfer_is_its_owners(library: ConfigurationStore, owners: list[uuid.UUID]) -> None:
+def test_a_transfer_is_its_owners(library, owners):
     entries = [added(library, owner) for owner in (*owners, None)]
     with library.database.transaction() as connection:
         keep_transfer(connection, BEST, {"target": "t"}, owner_id=owners[1])
@@ -166,7 +157,7 @@ def test_a_transfer_is_its_owners(library: ConfigurationStore, owners: list[uuid
     assert [library.get(e.id).transfers for e in entries] == [[], [{"target": "t"}], []]
 
 
-def test_what_is_kept_is_there_if_its_transaction_is(library: ConfigurationStore) -> None:
+def test_what_is_kept_is_there_if_its_transaction_is(library):
     with pytest.raises(ZeroDivisionError), library.database.transaction() as connection:  # noqa: PT012
         assert keep(connection, BEST, owner_id=None, job_id=None)[1]
         raise ZeroDivisionError
@@ -174,7 +165,7 @@ def test_what_is_kept_is_there_if_its_transaction_is(library: ConfigurationStore
     assert library.all() == []
 
 
-def test_a_key_finds_its_own_alone(library: ConfigurationStore, owners: list[uuid.UUID]) -> None:
+def test_a_key_finds_its_own_alone(library, owners):
     mine, theirs = added(library, owners[0]), added(library, owners[1])
     nobodys = added(library)
 
@@ -188,7 +179,7 @@ def test_a_key_finds_its_own_alone(library: ConfigurationStore, owners: list[uui
     assert library.all() == [nobodys, theirs, mine]
 
 
-def test_a_deleted_entry_is_gone(library: ConfigurationStore, owners: list[uuid.UUID]) -> None:
+def test_a_deleted_entry_is_gone(library, owners):
     mine, other = added(library, owners[0]), added(library, owners[0], pattern="2:4")
     library.delete(mine.id, visible_to=owners[0])
 
@@ -200,14 +191,14 @@ def test_a_deleted_entry_is_gone(library: ConfigurationStore, owners: list[uuid.
 
 
 def test_of_too_many_entries_those_of_the_asked_pattern_come_first_then_the_newest(
-    library: ConfigurationStore, owners: list[uuid.UUID], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    library, owners, monkeypatch
+):
     monkeypatch.setattr(storage.configurations, "CONSIDERED", 4)
     patterns = ("2:4", "0.5", "2:4", "0.6", "0.6", "0.6", "0.7")
     entries = [added(library, owners[0], pattern=p, n=i) for i, p in enumerate(patterns)]
     added(library, owners[1], pattern="2:4")
 
-    def numbers(pattern: str | None) -> list[int]:
+    def numbers(pattern):
         found = library.all(pattern=pattern, visible_to=owners[0])
         assert all(entry in entries for entry in found)
         return [entry.document["n"] for entry in found]
@@ -218,7 +209,7 @@ def test_of_too_many_entries_those_of_the_asked_pattern_come_first_then_the_newe
     assert numbers(None) == [6, 5, 4, 3]
 
 
-def test_an_entry_that_names_no_pattern_comes_last(library: ConfigurationStore) -> None:
+def test_an_entry_that_names_no_pattern_comes_last(library):
     library.add({"x": 1}, transfers=[], owner_id=None)
     added(library)
     library.add({"pattern": None}, transfers=[], owner_id=None)

@@ -3,9 +3,7 @@
 import socket
 import time
 import uuid
-from collections.abc import Callable
 from contextlib import closing
-from typing import Any
 
 import psycopg
 import pytest
@@ -13,7 +11,6 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, insert, select, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.orm import Session, scoped_session
 
 from storage import tables
 from storage.database import Database
@@ -29,8 +26,8 @@ from storage.studies import (
 from storage.tables import metadata
 
 
-def test_the_migrations_give_the_tables_that_the_code_declares(database: Database) -> None:
-    def ours(_object: object, _name: object, kind: str, reflected: bool, _other: object) -> bool:
+def test_the_migrations_give_the_tables_that_the_code_declares(database):
+    def ours(_object, _name, kind, reflected, _other):
         return not (kind == "table" and reflected and getattr(_object, "schema", None) != "pho")
 
     with database.transaction() as connection:
@@ -47,7 +44,7 @@ def test_the_migrations_give_the_tables_that_the_code_declares(database: Databas
         assert compare_metadata(context, metadata) == []
 
 
-def test_what_an_older_version_made_is_waited_for(database: Database) -> None:
+def test_what_an_older_version_made_is_waited_for(database):
     database.check_migrated()
     with database.transaction() as connection:
         connection.exec_driver_sql("UPDATE pho.alembic_version SET version_num = '0010'")
@@ -56,7 +53,7 @@ def test_what_an_older_version_made_is_waited_for(database: Database) -> None:
         database.check_migrated()
 
 
-def test_optunas_tables_are_brought_to_the_version_of_the_installed_one(database: Database) -> None:
+def test_optunas_tables_are_brought_to_the_version_of_the_installed_one(database):
     with database.transaction() as connection:
         connection.exec_driver_sql("DROP INDEX optuna.ix_trials_study_id")
         connection.exec_driver_sql("UPDATE optuna.alembic_version SET version_num = 'v3.0.0.d'")
@@ -65,7 +62,7 @@ def test_optunas_tables_are_brought_to_the_version_of_the_installed_one(database
         assert storage.get_current_version() == storage.get_head_version()
 
 
-def test_optunas_tables_of_a_newer_version_are_not_touched(database: Database) -> None:
+def test_optunas_tables_of_a_newer_version_are_not_touched(database):
     with database.transaction() as connection:
         connection.exec_driver_sql("UPDATE optuna.alembic_version SET version_num = 'v9.0.0.a'")
 
@@ -81,9 +78,7 @@ def test_optunas_tables_of_a_newer_version_are_not_touched(database: Database) -
         ("9999", r"by a newer PHO.*9999.*Install that PHO, .* What it holds is kept"),
     ],
 )
-def test_tables_of_a_version_that_is_not_known_are_not_touched(
-    database: Database, asked: Callable[[Database], None], version: str, said: str
-) -> None:
+def test_tables_of_a_version_that_is_not_known_are_not_touched(database, asked, version, said):
     with database.transaction() as connection:
         changed = text("UPDATE pho.alembic_version SET version_num = :version")
         connection.execute(changed, {"version": version})
@@ -94,7 +89,7 @@ def test_tables_of_a_version_that_is_not_known_are_not_touched(
         assert connection.scalar(text("SELECT version_num FROM pho.alembic_version")) == version
 
 
-def test_tables_before_fields_were_left_out(database: Database) -> None:
+def test_tables_before_fields_were_left_out(database):
     now = {
         "preset": "best", "calibration": {"samples": 6}, "warm_start": {"count": 3},
         "confirm": {"finalists": 4}, "validation": {"candidates": 9},
@@ -128,7 +123,7 @@ def test_tables_before_fields_were_left_out(database: Database) -> None:
     assert (params, result) == (None, {"inputs": {"local": True}})
 
 
-def test_a_database_that_no_service_has_seen_is_waited_for(postgresql: str) -> None:
+def test_a_database_that_no_service_has_seen_is_waited_for(postgresql):
     database = Database(postgresql)  # the server's own, which only holds the others
 
     with closing(database), pytest.raises(DatabaseGone, match="`pho serve` makes them"):
@@ -136,12 +131,12 @@ def test_a_database_that_no_service_has_seen_is_waited_for(postgresql: str) -> N
 
 
 @pytest.mark.parametrize("url", ["sqlite:///x.db", "mysql://h/d", "nonsense"])
-def test_the_service_takes_postgresql_alone(url: str) -> None:
+def test_the_service_takes_postgresql_alone(url):
     with pytest.raises(StorageError, match="postgresql://user:password@host/name"):
         Database(url)
 
 
-def test_a_server_that_accepts_and_says_nothing_is_gone_within_ten_seconds() -> None:
+def test_a_server_that_accepts_and_says_nothing_is_gone_within_ten_seconds():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"postgresql://u:geheim@127.0.0.1:{listener.getsockname()[1]}/d"
         database = Database(url)
@@ -161,7 +156,7 @@ def test_a_server_that_accepts_and_says_nothing_is_gone_within_ten_seconds() -> 
         assert int(str(parameters["tcp_user_timeout"])) < 10_000
 
 
-def test_no_statement_of_the_service_optuna_or_the_queue_lasts_for_ever(database: Database) -> None:
+def test_no_statement_of_the_service_optuna_or_the_queue_lasts_for_ever(database):
     limits = []
     for url in (database.engine.url, make_url(database.studies_url)):
         engine = create_engine(url)
@@ -177,10 +172,10 @@ def test_no_statement_of_the_service_optuna_or_the_queue_lasts_for_ever(database
     assert "connect_timeout=77" in own.conninfo  # a limit of the URL wins
 
 
-def test_a_connection_in_use_at_the_close_ends_with_its_use(database: Database) -> None:
+def test_a_connection_in_use_at_the_close_ends_with_its_use(database):
     own = Database(database.url.render_as_string(hide_password=False))
     with own.transaction() as connection:
-        used: Any = connection.connection.dbapi_connection
+        used = connection.connection.dbapi_connection
         own.close()
         answer = connection.exec_driver_sql("SELECT 1").scalar_one()
 
@@ -188,10 +183,10 @@ def test_a_connection_in_use_at_the_close_ends_with_its_use(database: Database) 
     assert used.closed
 
 
-def test_studies_that_cannot_be_opened(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    used: list[Any] = []
+def test_studies_that_cannot_be_opened(database, monkeypatch):
+    used = []
 
-    def fail(_url: str, _engine: object, sessions: scoped_session[Session]) -> None:
+    def fail(_url, _engine, sessions):
         connection = sessions().connection()
         used.append(connection.connection.dbapi_connection)
         raise DatabaseGone("away")
@@ -203,7 +198,7 @@ def test_studies_that_cannot_be_opened(database: Database, monkeypatch: pytest.M
     assert [connection.closed for connection in used] == [True]
 
 
-def test_the_url_for_optunas_programs_has_the_schema_and_no_password() -> None:
+def test_the_url_for_optunas_programs_has_the_schema_and_no_password():
     database = Database("postgresql://u:geheim@h:77/d?password=geheim&sslmode=require")
 
     assert database.shown_studies_url == (
@@ -211,13 +206,13 @@ def test_the_url_for_optunas_programs_has_the_schema_and_no_password() -> None:
     )
 
 
-def test_a_full_disk_is_told_from_an_outage(database: Database) -> None:
+def test_a_full_disk_is_told_from_an_outage(database):
     raising = "DO $$ BEGIN RAISE EXCEPTION 'no space left' USING ERRCODE = '53100'; END $$"
     with pytest.raises(DatabaseFull, match="no space left"), database.transaction() as connection:
         connection.exec_driver_sql(raising)
 
 
-def test_the_role_that_reads_studies_does_nothing_else(database: Database) -> None:
+def test_the_role_that_reads_studies_does_nothing_else(database):
     database.let_read()
     database.let_read()
     with open_storage(database.studies_url) as storage:

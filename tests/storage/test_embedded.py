@@ -5,7 +5,6 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +21,7 @@ from storage.studies import DatabaseGone, StorageError, open_storage
 
 
 @contextmanager
-def short_folder() -> Iterator[Path]:
+def short_folder():
     """A folder whose path fits a socket's."""
     folder = Path(tempfile.mkdtemp(prefix="pho"))
     try:
@@ -32,14 +31,14 @@ def short_folder() -> Iterator[Path]:
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
+def folder():
     """An own one."""
     with short_folder() as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def made_before() -> Iterator[Path]:
+def made_before():
     """A folder in which a server was, with its note of the time when it ran."""
     with short_folder() as made:
         with embedded_postgresql(made):
@@ -49,7 +48,7 @@ def made_before() -> Iterator[Path]:
 
 
 @pytest.fixture
-def used(made_before: Path, folder: Path) -> Path:
+def used(made_before, folder):
     """A copy of it: to make one takes longer."""
     subprocess.run(["cp", "--archive", f"{made_before}/.", folder], check=True)
     note = (folder / "note").read_text().replace(str(made_before), str(folder))
@@ -57,7 +56,7 @@ def used(made_before: Path, folder: Path) -> Path:
     return folder
 
 
-def serves(folder: Path) -> bool:
+def serves(folder):
     """Whether a server starts on a folder, and answers."""
     with embedded_postgresql(folder) as url:
         database = Database(url)
@@ -67,7 +66,7 @@ def serves(folder: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def own_server() -> Iterator[Postmaster]:
+def own_server():
     """One for all tests of this file that need no fresh one, with a migrated database."""
     with short_folder() as made:
         found = Postmaster(made / "postgresql")
@@ -82,7 +81,7 @@ def own_server() -> Iterator[Postmaster]:
 
 
 @pytest.fixture
-def server(own_server: Postmaster) -> Postmaster:
+def server(own_server):
     """It, running before the test."""
     if not own_server.lives():
         own_server.start()
@@ -90,7 +89,7 @@ def server(own_server: Postmaster) -> Postmaster:
 
 
 @pytest.fixture
-def own_database(server: Postmaster) -> Iterator[Database]:
+def own_database(server):
     """Its database, with connections that were used before."""
     database = Database(server.url)
     at_once(lambda _: database.check())
@@ -98,19 +97,19 @@ def own_database(server: Postmaster) -> Iterator[Database]:
     database.close()
 
 
-def at_once(call: Callable[[int], object]) -> None:
+def at_once(call):
     """Do something in four threads."""
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(call, range(4)))
 
 
-def submit(database: Database) -> uuid.UUID:
+def submit(database):
     """The id of a new job."""
     first = NewStage(kind=StageKind.CALIBRATE)
     return JobStore(database).submit({}, name="n", first=first, trials=1, max_attempts=1)[0].id
 
 
-def jobs(database: Database) -> list[uuid.UUID]:
+def jobs(database):
     """The ids of all jobs, newest first."""
     return [job.id for job in JobStore(database).page()]
 
@@ -118,7 +117,7 @@ def jobs(database: Database) -> list[uuid.UUID]:
 class TestFolder:
     """One service on a folder, which keeps what it holds."""
 
-    def test_after_the_block_that_fails_the_server_is_gone(self, used: Path) -> None:
+    def test_after_the_block_that_fails_the_server_is_gone(self, used):
         urls = []
         with suppress(ZeroDivisionError), embedded_postgresql(used) as url:
             urls.append(url)
@@ -128,7 +127,7 @@ class TestFolder:
         with pytest.raises(DatabaseGone):
             Database(urls[0]).check()
 
-    def test_a_second_service_on_the_folder_is_told_the_way_out(self, used: Path) -> None:
+    def test_a_second_service_on_the_folder_is_told_the_way_out(self, used):
         with (
             embedded_postgresql(used) as url,
             pytest.raises(
@@ -140,7 +139,7 @@ class TestFolder:
 
         assert url
 
-    def test_other_processes_find_the_server_as_long_as_it_runs(self, server: Postmaster) -> None:
+    def test_other_processes_find_the_server_as_long_as_it_runs(self, server):
         running = running_url(server.folder.parent)
         server.stop()
         stopped = running_url(server.folder.parent)
@@ -149,7 +148,7 @@ class TestFolder:
         assert Database(running).url == Database(server.url).url
         assert stopped is None
 
-    def test_a_folder_without_a_server_has_no_url(self, folder: Path) -> None:
+    def test_a_folder_without_a_server_has_no_url(self, folder):
         assert running_url(folder) is None
         assert running_url(folder / "not there") is None
 
@@ -157,7 +156,7 @@ class TestFolder:
         "name",
         ["~a+b", pytest.param("100%41-ümläut", marks=pytest.mark.thorough)],
     )
-    def test_a_folder_with_an_odd_name_serves_as_well(self, folder: Path, name: str) -> None:
+    def test_a_folder_with_an_odd_name_serves_as_well(self, folder, name):
         with embedded_postgresql(folder / name) as url:
             database = Database(url)
             try:
@@ -176,8 +175,8 @@ class TestFolder:
         "name", ["a b", "a'b", 'a"b', "a&touch ran", "a$HOME", "a;touch ran", "a,b"]
     )
     def test_initdb_starts_programs_by_a_shell_a_name_that_it_would_take_apart_is_refused(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
-    ) -> None:
+        self, folder, monkeypatch, name
+    ):
         monkeypatch.chdir(folder)
         with (
             pytest.raises(StorageError, match="--data-dir"),
@@ -193,7 +192,7 @@ class TestFolder:
         ["{0}/file", "{0}/file/far/below", "/proc/pho", "~nobody-of-this-name/pho"],
         ids=["file", "below one", "even by root", "nobody's"],
     )
-    def test_a_folder_that_cannot_be_made_is_named(self, folder: Path, path: str) -> None:
+    def test_a_folder_that_cannot_be_made_is_named(self, folder, path):
         (folder / "file").write_text("here before")
         named = path.format(folder)
         with (
@@ -204,7 +203,7 @@ class TestFolder:
 
         assert (folder / "file").read_text() == "here before"
 
-    def test_a_server_that_does_not_start_says_where_its_log_is(self, used: Path) -> None:
+    def test_a_server_that_does_not_start_says_where_its_log_is(self, used):
         (used / "postgresql" / "global" / "pg_control").write_bytes(b"nonsense")
         for _ in range(2):  # the folder is free again
             with (
@@ -216,7 +215,7 @@ class TestFolder:
             assert f"Its log is {used / 'postgresql' / 'log'}" in str(caught.value)
             assert "--database-url" in str(caught.value)
 
-    def test_a_killed_services_server_is_taken_over_with_all_jobs(self, used: Path) -> None:
+    def test_a_killed_services_server_is_taken_over_with_all_jobs(self, used):
         code = (
             "import time\nfrom pathlib import Path\n"
             "from storage.database import Database\n"
@@ -238,14 +237,14 @@ class TestFolder:
         assert found == [job]
         assert running_url(used) is None
 
-    def stale(self, used: Path, number: int) -> None:
+    def stale(self, used, number):
         """The folder of a server that died, whose process number another process has now."""
         stale = used / "postgresql" / "postmaster.pid"
         note = (used / "note").read_text().splitlines()
         stale.write_text("\n".join([str(number), *note[1:], ""]))
         shutil.chown(stale, (used / "postgresql" / "PG_VERSION").stat().st_uid)
 
-    def test_the_process_that_has_a_dead_servers_number_is_left_alone(self, used: Path) -> None:
+    def test_the_process_that_has_a_dead_servers_number_is_left_alone(self, used):
         with subprocess.Popen(["sleep", "60"]) as bystander:
             try:
                 self.stale(used, bystander.pid)
@@ -259,7 +258,7 @@ class TestFolder:
         assert served
         assert left_alone
 
-    def test_so_is_another_postgresql(self, used: Path, own_database: Database) -> None:
+    def test_so_is_another_postgresql(self, used, own_database):
         number = Path(str(own_database.url.query["host"]), "postmaster.pid").read_text().split()[0]
         self.stale(used, int(number))
 
@@ -268,9 +267,7 @@ class TestFolder:
         own_database.check()
 
     @pytest.mark.parametrize("text", ["", "nonsense\n" * 8], ids=["empty", "nonsense"])
-    def test_half_a_note_of_a_server_that_lost_its_power_stops_no_other(
-        self, used: Path, text: str
-    ) -> None:
+    def test_half_a_note_of_a_server_that_lost_its_power_stops_no_other(self, used, text):
         (used / "postgresql" / "postmaster.pid").write_text(text)
 
         assert running_url(used) is None
@@ -280,7 +277,7 @@ class TestFolder:
 class TestOutage:
     """A server that goes is told from one that is broken, and found again when it comes back."""
 
-    def test_each_use_says_it_is_gone(self, server: Postmaster, own_database: Database) -> None:
+    def test_each_use_says_it_is_gone(self, server, own_database):
         server.stop()
         for call in (
             own_database.check,
@@ -295,7 +292,7 @@ class TestOutage:
             assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize("stop_s", [30.0, 0.0], ids=["in order", "power lost"])
-    def test_back(self, server: Postmaster, own_database: Database, stop_s: float) -> None:
+    def test_back(self, server, own_database, stop_s):
         """After a restart the same object works at once, with all its connections and all jobs."""
         job = submit(own_database)
         server.stop(stop_s)
@@ -306,7 +303,7 @@ class TestOutage:
 
         assert jobs(own_database)[0] == job
 
-    def test_a_restart_is_not_noticed(self, server: Postmaster, own_database: Database) -> None:
+    def test_a_restart_is_not_noticed(self, server, own_database):
         server.stop()
         server.start()
         at_once(lambda _: own_database.check())
@@ -315,11 +312,11 @@ class TestOutage:
 
     @pytest.mark.parametrize(("stop_s", "then"), [(30.0, "more"), (0.0, "commit")])
     def test_a_transaction_that_the_outage_breaks_off_says_so_and_has_done_nothing(
-        self, server: Postmaster, own_database: Database, stop_s: float, then: str
-    ) -> None:
+        self, server, own_database, stop_s, then
+    ):
         submit(own_database)
 
-        def broken_off() -> None:
+        def broken_off():
             with own_database.transaction() as connection:
                 connection.exec_driver_sql("UPDATE pho.jobs SET name = 'broken off'")
                 server.stop(stop_s)
@@ -332,7 +329,7 @@ class TestOutage:
 
         assert "broken off" not in {job.name for job in JobStore(own_database).page()}
 
-    def test_optunas_storage_says_so_too(self, server: Postmaster, own_database: Database) -> None:
+    def test_optunas_storage_says_so_too(self, server, own_database):
         server.stop()
         with (
             pytest.raises(DatabaseGone, match="What it holds is kept"),
@@ -340,7 +337,7 @@ class TestOutage:
         ):
             pass
 
-    def test_a_server_that_never_was_is_gone_as_well_its_password_is_not_told(self) -> None:
+    def test_a_server_that_never_was_is_gone_as_well_its_password_is_not_told(self):
         database = Database("postgresql://u:geheim@127.0.0.1:1/d")
         with pytest.raises(DatabaseGone) as caught:
             database.check()
@@ -348,16 +345,16 @@ class TestOutage:
         assert "geheim" not in str(caught.value)
         assert "127.0.0.1" in str(caught.value)
 
-    def test_a_refused_statement_is_no_outage(self, own_database: Database) -> None:
+    def test_a_refused_statement_is_no_outage(self, own_database):
         with pytest.raises(Exception, match="nosuch") as caught, own_database.transaction() as c:
             c.exec_driver_sql("SELECT nosuch")
 
         assert not isinstance(caught.value, StorageError)
 
-    def test_what_the_caller_raises_comes_out_as_it_is(self, own_database: Database) -> None:
+    def test_what_the_caller_raises_comes_out_as_it_is(self, own_database):
         job = submit(own_database)
 
-        def broken() -> None:
+        def broken():
             with own_database.transaction() as connection:
                 connection.exec_driver_sql("DELETE FROM pho.jobs")
                 raise KeyError("mine")
@@ -372,14 +369,14 @@ class TestMigrate:
     """The first start, or many first starts at once."""
 
     @pytest.fixture
-    def empty(self, server: Postmaster) -> str:
+    def empty(self, server):
         """The URL of a database without any schema."""
         name = f"empty_{uuid.uuid4().hex}"
         with psycopg.connect(Database(server.url).conninfo, autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {name}")
         return server.url.replace("/postgres?", f"/{name}?")
 
-    def test_threads_that_migrate_at_once_take_turns(self, empty: str) -> None:
+    def test_threads_that_migrate_at_once_take_turns(self, empty):
         database = Database(empty)
         for _ in range(2):
             at_once(lambda _: database.migrate())
@@ -389,7 +386,7 @@ class TestMigrate:
 
         assert len(found) == 1
 
-    def test_broken_off(self, empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_broken_off(self, empty, monkeypatch):
         """A migration that fails half-way leaves nothing; the next one does it all."""
         database = Database(empty)
         with monkeypatch.context() as patched:
@@ -406,9 +403,7 @@ class TestMigrate:
 
         assert left == []
 
-    def test_the_migrations_are_found_wherever_pho_is_installed(
-        self, empty: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_the_migrations_are_found_wherever_pho_is_installed(self, empty, folder, monkeypatch):
         installed = folder / "100%(s) odd"
         shutil.copytree(Path(storage.database.__file__).parent, installed)
         monkeypatch.setattr(storage.database, "__file__", str(installed / "database.py"))

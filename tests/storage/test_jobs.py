@@ -3,24 +3,22 @@
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, delete, event, func, select, text, update
+from sqlalchemy import delete, event, func, select, text, update
 
 import storage.rows
 from storage.claims import Found, worker_name
-from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import KeyStore
 from storage.records import (
     Claim,
     IdempotencyKeyReused,
-    JobRecord,
     JobState,
     LostClaim,
     NewStage,
@@ -42,13 +40,13 @@ ERROR = {"type": "Boom", "message": "it broke"}
 
 
 @pytest.fixture(scope="module")
-def database(shared_database: Database) -> Database:
+def database(shared_database):
     """One for all tests of this file."""
     return shared_database
 
 
 @pytest.fixture
-def store(database: Database) -> JobStore:
+def store(database):
     """No jobs, keys or workers, and nothing in the queue."""
     with database.transaction() as connection:
         for table in (jobs, workers, keys):
@@ -57,29 +55,27 @@ def store(database: Database) -> JobStore:
     return JobStore(database)
 
 
-def submit(store: JobStore, spec: Mapping[str, Any] | None = None, **changes: Any) -> JobRecord:
+def submit(store, spec=None, **changes):
     """A new job of 10 trials, each stage with 3 attempts."""
     job, new = submit_any(store, spec, **changes)
     assert new
     return job
 
 
-def submit_any(
-    store: JobStore, spec: Mapping[str, Any] | None = None, **changes: Any
-) -> tuple[JobRecord, bool]:
+def submit_any(store, spec=None, **changes):
     """The same, which may be an earlier job."""
     given = {"name": "job", "first": CALIBRATE, "trials": 10, "max_attempts": 3} | changes
     return store.submit({"trials": 10} if spec is None else spec, **given)
 
 
-def queue_id(store: JobStore, stage_id: int) -> int:
+def queue_id(store, stage_id):
     """The entry of the queue that stands for a stage."""
     with store.database.transaction() as connection:
         found = connection.execute(select(stages.c.queue_id).where(stages.c.id == stage_id))
         return int(found.scalar_one())
 
 
-def claim(store: JobStore, stage_id: int, worker: uuid.UUID = WORKER) -> Claim:
+def claim(store, stage_id, worker=WORKER):
     """What a worker gets that the queue gave this stage; the entry waits no more."""
     entry = queue_id(store, stage_id)
     with store.database.transaction() as connection:
@@ -90,12 +86,12 @@ def claim(store: JobStore, stage_id: int, worker: uuid.UUID = WORKER) -> Claim:
     return claimed
 
 
-def begun(store: JobStore, **changes: Any) -> Claim:
+def begun(store, **changes):
     """The claim on the first stage of a new job."""
     return claim(store, submit(store, **changes).stages[0].id)
 
 
-def islands(store: JobStore, count: int, **changes: Any) -> list[Claim]:
+def islands(store, count, **changes):
     """The claims on all islands of a new job."""
     first = begun(store, **changes)
     searches = [NewStage(kind=StageKind.SEARCH, number=i) for i in range(count)]
@@ -103,7 +99,7 @@ def islands(store: JobStore, count: int, **changes: Any) -> list[Claim]:
     return [claim(store, s.id) for s in store.get(first.job.id).of_kind(StageKind.SEARCH)]
 
 
-def succeeded(store: JobStore, **changes: Any) -> JobRecord:
+def succeeded(store, **changes):
     """A job of one island that has its configuration."""
     (search,) = islands(store, 1, **changes)
     store.complete(search, {}, then=[CONFIRM])
@@ -114,7 +110,7 @@ def succeeded(store: JobStore, **changes: Any) -> JobRecord:
     return store.get(search.job.id)
 
 
-def searched(store: JobStore, taken: Claim, *, trials: int = 10) -> bool:
+def searched(store, taken, *, trials=10):
     """End a search as a worker does: again, if another has moved the job; not if it is longer."""
     seen = store.get(taken.job.id)
     while seen.trials == trials:
@@ -124,19 +120,19 @@ def searched(store: JobStore, taken: Claim, *, trials: int = 10) -> bool:
     return False
 
 
-def only(store: JobStore, job_id: uuid.UUID, kind: StageKind) -> int:
+def only(store, job_id, kind):
     """The id of a job's only stage of this kind."""
     (stage,) = store.get(job_id).of_kind(kind)
     return stage.id
 
 
-def remove(store: JobStore, job_id: uuid.UUID, *, visible_to: uuid.UUID | None = None) -> None:
+def remove(store, job_id, *, visible_to=None):
     """Delete a job that has nothing elsewhere."""
     with store.deleting(job_id, visible_to=visible_to):
         pass
 
 
-def runnable(store: JobStore) -> list[int]:
+def runnable(store):
     """The stages that an entry of the queue waits for and stands for, by id."""
     with store.database.transaction() as connection:
         rows = connection.execute(
@@ -148,7 +144,7 @@ def runnable(store: JobStore) -> list[int]:
         return [row.id for row in rows]
 
 
-def everything(store: JobStore) -> list[Any]:
+def everything(store):
     """All rows of all jobs, and of the queue."""
     with store.database.transaction() as connection:
         tables = [
@@ -160,23 +156,23 @@ def everything(store: JobStore) -> list[Any]:
 
 
 @contextmanager
-def unchanged(store: JobStore) -> Iterator[None]:
+def unchanged(store):
     """What happens inside leaves all rows of all jobs, and of the queue, as they are."""
     before = everything(store)
     yield
     assert everything(store) == before
 
 
-def told(store: JobStore, job_id: uuid.UUID) -> list[dict[str, Any]]:
+def told(store, job_id):
     """What the events of a job say, in their order."""
     return [event.data for event in store.events(job_id)]
 
 
-def together(*calls: Callable[[], Any]) -> list[Any]:
+def together(*calls):
     """What the calls give that threads make at the same moment: values, or what was raised."""
     ready = threading.Barrier(len(calls))
 
-    def run(call: Callable[[], Any]) -> Any:
+    def run(call):
         ready.wait(10)
         try:
             return call()
@@ -187,7 +183,7 @@ def together(*calls: Callable[[], Any]) -> list[Any]:
         return list(pool.map(run, calls))
 
 
-def until_someone_waits_for_a_lock(store: JobStore) -> None:
+def until_someone_waits_for_a_lock(store):
     """Return once a transaction is held up by another one."""
     waiting = text(
         "SELECT count(*) FROM pg_stat_activity "
@@ -204,7 +200,7 @@ def until_someone_waits_for_a_lock(store: JobStore) -> None:
 class TestSubmit:
     """Jobs come in once, whole, and within their limits."""
 
-    def test_a_new_job_is_queued_and_its_first_stage_waits(self, store: JobStore) -> None:
+    def test_a_new_job_is_queued_and_its_first_stage_waits(self, store):
         job = submit(store, priority=3)
 
         assert (job.state, job.stage, job.priority, job.trials) == (JobState.QUEUED, None, 3, 10)
@@ -215,7 +211,7 @@ class TestSubmit:
         assert told(store, job.id) == [{"state": "queued"}]
         assert job.created_at.utcoffset() is not None
 
-    def test_document_is_kept_in_its_order(self, store: JobStore) -> None:
+    def test_document_is_kept_in_its_order(self, store):
         spec = {"z": 1, "a": [0.1, None, True], "m": {"y": "\0 \ud800 é", "b": 1e-300}}
         job = submit(store, spec)
 
@@ -223,25 +219,25 @@ class TestSubmit:
         assert [*job.spec] == ["z", "a", "m"]
         assert [*job.spec["m"]] == ["y", "b"]
 
-    def test_a_key_that_was_used_before_gives_the_job_of_that_time(self, store: JobStore) -> None:
+    def test_a_key_that_was_used_before_gives_the_job_of_that_time(self, store):
         first = submit(store, {"a": 1, "b": 2}, idempotency_key="k")
         with unchanged(store):
             assert submit_any(store, {"b": 2, "a": 1}, idempotency_key="k") == (first, False)
 
-    def test_same_key_after_an_extension(self, store: JobStore) -> None:
+    def test_same_key_after_an_extension(self, store):
         job = submit(store, {"trials": 10}, idempotency_key="k")
         store.ask(job.id, "extend", trials=5)
 
         assert submit_any(store, {"trials": 10}, idempotency_key="k") == (store.get(job.id), False)
 
-    def test_requests_at_once_with_the_same_key_make_one_job(self, store: JobStore) -> None:
+    def test_requests_at_once_with_the_same_key_make_one_job(self, store):
         answers = together(*[lambda: submit_any(store, idempotency_key="k")] * 8)
 
         assert sorted(new for _, new in answers) == [False] * 7 + [True]
         assert len({job.id for job, _ in answers}) == 1
         assert len(store.page()) == len(runnable(store)) == 1
 
-    def test_same_key_other_documents_at_once(self, store: JobStore) -> None:
+    def test_same_key_other_documents_at_once(self, store):
         answers = together(
             *(lambda n=n: submit_any(store, {"n": n}, idempotency_key="k") for n in range(6))
         )
@@ -250,12 +246,12 @@ class TestSubmit:
         assert [type(a) for a in answers].count(IdempotencyKeyReused) == 5
         assert [job.spec for job in store.page()] == [won[0].spec]
 
-    def test_same_key_while_its_job_is_deleted(self, store: JobStore) -> None:
+    def test_same_key_while_its_job_is_deleted(self, store):
         old = submit(store, idempotency_key="k")
         store.ask(old.id, "cancel")
         engine, deleted = store.database.engine, []
 
-        def delete_once(_: Connection, __: Any, statement: str, *___: Any) -> None:
+        def delete_once(_, __, statement, *___):
             if statement.startswith("INSERT INTO pho.jobs") and not deleted:
                 deleted.append(old.id)
                 remove(store, old.id)  # on another connection
@@ -269,7 +265,7 @@ class TestSubmit:
         assert new
         assert [j.id for j in store.page()] == [job.id]
 
-    def test_keys_of_owners_are_their_own(self, store: JobStore) -> None:
+    def test_keys_of_owners_are_their_own(self, store):
         owners = [KeyStore(store.database).create(n, sees_all=False)[0].id for n in "ab"]
         made = [
             submit(store, {"of": str(owner)}, owner_id=owner, idempotency_key="k")
@@ -278,13 +274,13 @@ class TestSubmit:
 
         assert len({job.id for job in made}) == 3
 
-    def test_no_key_is_no_key(self, store: JobStore) -> None:
+    def test_no_key_is_no_key(self, store):
         one, two = submit(store), submit(store)
 
         assert one.id != two.id
         assert one.name != two.name
 
-    def test_the_job_over_the_limit_leaves_nothing_behind(self, store: JobStore) -> None:
+    def test_the_job_over_the_limit_leaves_nothing_behind(self, store):
         job, _ = (submit(store, max_unfinished=2) for _ in range(2))
         with unchanged(store), pytest.raises(TooManyJobs):
             submit_any(store, {"other": 1}, max_unfinished=2, idempotency_key="k")
@@ -292,12 +288,12 @@ class TestSubmit:
 
         assert submit(store, max_unfinished=2, idempotency_key="k").state is JobState.QUEUED
 
-    def test_at_the_limit_a_repeated_request_still_gets_its_job(self, store: JobStore) -> None:
+    def test_at_the_limit_a_repeated_request_still_gets_its_job(self, store):
         job = submit(store, max_unfinished=1, idempotency_key="k")
 
         assert submit_any(store, max_unfinished=1, idempotency_key="k") == (job, False)
 
-    def test_limit_counts_what_is_not_over(self, store: JobStore) -> None:
+    def test_limit_counts_what_is_not_over(self, store):
         succeeded(store)
         store.fail(begun(store), ERROR, retry=False)
         store.ask(submit(store).id, "cancel")
@@ -307,17 +303,17 @@ class TestSubmit:
 
         assert len(store.page()) == 4
 
-    def test_one_owners_jobs_do_not_count_for_another_nor_for_nobody(self, store: JobStore) -> None:
+    def test_one_owners_jobs_do_not_count_for_another_nor_for_nobody(self, store):
         owner = KeyStore(store.database).create("a", sees_all=False)[0].id
         submit(store, max_unfinished=1)
         submit(store, max_unfinished=1, owner_id=owner)
 
         assert len(store.page()) == 2
 
-    def test_limit_at_once(self, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_limit_at_once(self, store, monkeypatch):
         counted = threading.Barrier(2)
 
-        def enqueue_after_both(*args: Any, **kwargs: Any) -> int:
+        def enqueue_after_both(*args, **kwargs):
             with suppress(threading.BrokenBarrierError):  # the other one waits for us: as it should
                 counted.wait(1)
             return enqueue(*args, **kwargs)
@@ -328,8 +324,8 @@ class TestSubmit:
         assert [type(a) for a in answers].count(TooManyJobs) == 1
         assert len(store.page()) == 1
 
-    def test_whole_or_not_at_all(self, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-        def broken(*args: Any, **kwargs: Any) -> int:
+    def test_whole_or_not_at_all(self, store, monkeypatch):
+        def broken(*args, **kwargs):
             enqueue(*args, **kwargs)
             raise RuntimeError("broken")
 
@@ -337,8 +333,8 @@ class TestSubmit:
         with unchanged(store), pytest.raises(RuntimeError, match="broken"):
             submit(store)
 
-    def test_cut_before_the_commit(self, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-        def cut(connection: Connection, *args: Any, **kwargs: Any) -> int:
+    def test_cut_before_the_commit(self, store, monkeypatch):
+        def cut(connection, *args, **kwargs):
             number = enqueue(connection, *args, **kwargs)
             pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
             with store.database.transaction() as other:
@@ -353,9 +349,9 @@ class TestSubmit:
 class TestReading:
     """Pages, and who sees what."""
 
-    def test_page_by_page_each_job_comes_once_though_new_ones_arrive(self, store: JobStore) -> None:
+    def test_page_by_page_each_job_comes_once_though_new_ones_arrive(self, store):
         made = [submit(store) for _ in range(5)]
-        seen: list[JobRecord] = []
+        seen = []
         while page := store.page(before=seen[-1].number if seen else None, limit=2):
             seen += page
             submit(store)
@@ -363,7 +359,7 @@ class TestReading:
         assert [job.id for job in seen] == [job.id for job in reversed(made)]
 
     @pytest.mark.parametrize("owned", [False, True])
-    def test_what_a_key_may_not_see_is_not_there(self, store: JobStore, owned: bool) -> None:
+    def test_what_a_key_may_not_see_is_not_there(self, store, owned):
         mine, yours = (KeyStore(store.database).create(n, sees_all=False)[0].id for n in "ab")
         job = submit(store, owner_id=yours if owned else None)
         for call in (
@@ -375,13 +371,13 @@ class TestReading:
             with unchanged(store), pytest.raises(NoSuchJob):
                 call()
 
-    def test_a_job_that_never_was_is_not_found_and_has_no_events(self, store: JobStore) -> None:
+    def test_a_job_that_never_was_is_not_found_and_has_no_events(self, store):
         with pytest.raises(NoSuchJob):
             store.get(uuid.uuid4())
 
         assert store.events(uuid.uuid4()) == []
 
-    def test_jobs_are_counted_by_state_stages_if_they_may_work(self, store: JobStore) -> None:
+    def test_jobs_are_counted_by_state_stages_if_they_may_work(self, store):
         submit(store)
         islands(store, 2)
         store.ask(submit(store).id, "pause")
@@ -401,7 +397,7 @@ class TestReading:
 class TestClaim:
     """A stage is one worker's, until it is another's."""
 
-    def test_the_first_claim_sets_the_job_running(self, store: JobStore) -> None:
+    def test_the_first_claim_sets_the_job_running(self, store):
         job = submit(store)
         taken = claim(store, job.stages[0].id)
 
@@ -412,12 +408,12 @@ class TestClaim:
         assert taken.job.started_at is not None
         assert told(store, job.id)[1:] == [{"stage": "calibrate"}, {"state": "running"}]
 
-    def test_an_entry_gives_a_right_to_its_own_stage_alone(self, store: JobStore) -> None:
+    def test_an_entry_gives_a_right_to_its_own_stage_alone(self, store):
         one, two = islands(store, 2)
         with unchanged(store):
             assert store.claim(one.stage.id, queue_id(store, two.stage.id), OTHER) is None
 
-    def test_outdated_entry_and_a_dead_worker(self, store: JobStore) -> None:
+    def test_outdated_entry_and_a_dead_worker(self, store):
         job = submit(store)
         stage = job.stages[0].id
         outdated = queue_id(store, stage)
@@ -429,7 +425,7 @@ class TestClaim:
         assert store.watch(taken) is JobState.RUNNING
         assert store.get(job.id).stages[0].failures == 0
 
-    def test_a_job_that_goes_while_a_claim_waits_is_nothing_to_do(self, store: JobStore) -> None:
+    def test_a_job_that_goes_while_a_claim_waits_is_nothing_to_do(self, store):
         job = submit(store)
         stage = job.stages[0].id
         entry = queue_id(store, stage)
@@ -441,7 +437,7 @@ class TestClaim:
 
             assert waiting.result(10) is None
 
-    def test_a_running_stage_that_comes_again_had_its_worker_die(self, store: JobStore) -> None:
+    def test_a_running_stage_that_comes_again_had_its_worker_die(self, store):
         first = begun(store)
         second = claim(store, first.stage.id, OTHER)
 
@@ -451,7 +447,7 @@ class TestClaim:
         assert second.job.started_at == first.job.started_at
         assert [each.get("type") for each in told(store, first.job.id)[3:]] == ["WorkerLost", None]
 
-    def test_two_workers_with_the_same_entry_get_different_attempts(self, store: JobStore) -> None:
+    def test_two_workers_with_the_same_entry_get_different_attempts(self, store):
         stage = submit(store).stages[0].id
         taken = together(lambda: claim(store, stage), lambda: claim(store, stage, OTHER))
         first, second = sorted(taken, key=lambda c: c.attempt)
@@ -461,7 +457,7 @@ class TestClaim:
             store.complete(first, {})
         assert store.complete(second, {})
 
-    def test_after_as_many_dead_workers_the_job_fails_and_says_why(self, store: JobStore) -> None:
+    def test_after_as_many_dead_workers_the_job_fails_and_says_why(self, store):
         first = begun(store, max_attempts=2)
         claim(store, first.stage.id)
         gone = store.claim(first.stage.id, queue_id(store, first.stage.id), WORKER)
@@ -476,14 +472,14 @@ class TestClaim:
         assert told(store, job.id)[-1] == {"state": "failed", "error": job.error}
         assert job.finished_at is not None
 
-    def test_given_back_is_no_failure(self, store: JobStore) -> None:
+    def test_given_back_is_no_failure(self, store):
         first = begun(store, max_attempts=1)
 
         assert store.hand_back(first) is True
         again = claim(store, first.stage.id)
         assert (again.attempt, again.stage.failures) == (2, 0)
 
-    def test_cut_off_from_the_queue(self, store: JobStore) -> None:
+    def test_cut_off_from_the_queue(self, store):
         stage = begun(store).stage.id
         entry = queue_id(store, stage)
         store.enter_worker(WORKER, name="worker", device="cpu", kinds=[CALIBRATE.kind])
@@ -499,7 +495,7 @@ class TestClaim:
         assert store.give_again(entry, alive_s=60.0)  # it stands for nothing any more
         assert runnable(store) == [stage]
 
-    def test_an_entry_is_stalled_once_its_worker_is_silent_or_gone(self, store: JobStore) -> None:
+    def test_an_entry_is_stalled_once_its_worker_is_silent_or_gone(self, store):
         first = begun(store)
         searches = [NewStage(kind=StageKind.SEARCH, number=i) for i in range(2)]
         store.complete(first, {"provenance": {}}, then=searches)
@@ -523,14 +519,14 @@ class TestClaim:
         assert store.give_again(entries[0], alive_s=0.0)
         assert store.stalled(5.0) == entries[1:]  # the old entry is out of the queue
 
-    def test_a_worker_that_is_silent_too_long_has_lost_its_stage(self, store: JobStore) -> None:
+    def test_a_worker_that_is_silent_too_long_has_lost_its_stage(self, store):
         stage = begun(store).stage.id
         store.enter_worker(WORKER, name="worker", device="cpu", kinds=[CALIBRATE.kind])
 
         assert store.give_again(queue_id(store, stage), alive_s=0.0)
         assert runnable(store) == [stage]
 
-    def test_put_down_and_not_taken_out(self, store: JobStore) -> None:
+    def test_put_down_and_not_taken_out(self, store):
         first = begun(store)
         store.enter_worker(WORKER, name="worker", device="cpu", kinds=[CALIBRATE.kind])
         store.hand_back(first)
@@ -539,9 +535,7 @@ class TestClaim:
         assert runnable(store) == [first.stage.id]
 
     @pytest.mark.parametrize(("verb", "then"), [("pause", "paused"), ("cancel", "cancelled")])
-    def test_dead_worker_of_a_job_on_its_way_out(
-        self, store: JobStore, verb: str, then: str
-    ) -> None:
+    def test_dead_worker_of_a_job_on_its_way_out(self, store, verb, then):
         first = begun(store)
 
         assert store.ask(first.job.id, verb).state == f"{verb.removesuffix('e')}" + (
@@ -553,7 +547,7 @@ class TestClaim:
         assert (job.stages[0].state, job.stages[0].worker_id) == (StageState.WAITING, None)
         assert told(store, job.id)[-1] == {"state": then}
 
-    def test_a_job_is_settled_only_when_its_last_worker_is_out(self, store: JobStore) -> None:
+    def test_a_job_is_settled_only_when_its_last_worker_is_out(self, store):
         one, two = islands(store, 2)
         store.ask(one.job.id, "pause")
         comes_again(store, one)
@@ -563,7 +557,7 @@ class TestClaim:
         assert store.get(one.job.id).state is JobState.PAUSED
 
     @pytest.mark.parametrize("verb", ["pause", "cancel"])
-    def test_a_queued_job_is_paused_at_once(self, store: JobStore, verb: str) -> None:
+    def test_a_queued_job_is_paused_at_once(self, store, verb):
         job = submit(store)
         settled = store.ask(job.id, verb)
         with unchanged(store):
@@ -571,7 +565,7 @@ class TestClaim:
             assert store.claim(job.stages[0].id, queue_id(store, job.stages[0].id), WORKER) is None
 
     @pytest.mark.parametrize("finished", ["complete", "succeed", "fail"])
-    def test_a_finished_stages_entry_does_nothing(self, store: JobStore, finished: str) -> None:
+    def test_a_finished_stages_entry_does_nothing(self, store, finished):
         taken = begun(store)
         WRITES[finished](store, taken)
         with unchanged(store):
@@ -594,12 +588,12 @@ WRITES: dict[str, Callable[[JobStore, Claim], Any]] = {
 }
 
 
-def comes_again(store: JobStore, taken: Claim) -> Claim | None:
+def comes_again(store, taken):
     """What another worker gets of a stage whose worker the queue takes for dead."""
     return store.claim(taken.stage.id, queue_id(store, taken.stage.id), OTHER)
 
 
-def too_many_die(store: JobStore, lost: Claim) -> None:
+def too_many_die(store, lost):
     """The job has failed, since too many workers were taken for dead."""
     with store.database.transaction() as connection:
         connection.execute(update(jobs).values(max_attempts=1))
@@ -626,9 +620,7 @@ class TestLostClaim:
     """Who lost a stage can write no more."""
 
     @pytest.mark.parametrize("lost_since", LOSSES)
-    def test_each_write_of_the_old_attempt_is_refused_and_writes_nothing(
-        self, store: JobStore, lost_since: str
-    ) -> None:
+    def test_each_write_of_the_old_attempt_is_refused_and_writes_nothing(self, store, lost_since):
         lost = begun(store)
         LOSSES[lost_since](store, lost)
         for write in [*WRITES.values(), *([JobStore.watch] if lost_since in [*LOSSES][:4] else [])]:
@@ -639,7 +631,7 @@ class TestLostClaim:
 class TestFence:
     """What is written elsewhere, by Optuna, is written by the stage's worker alone."""
 
-    def test_nobody_gets_the_stage_until_the_fence_is_left(self, store: JobStore) -> None:
+    def test_nobody_gets_the_stage_until_the_fence_is_left(self, store):
         first = begun(store)
         with ThreadPoolExecutor(1) as pool:
             with store.fence(first):
@@ -650,7 +642,7 @@ class TestFence:
             assert held_off
             assert second.result(10).attempt == 2
 
-    def test_does_not_hold_off_users(self, store: JobStore) -> None:
+    def test_does_not_hold_off_users(self, store):
         (search, *_) = islands(store, 2)
         with ThreadPoolExecutor(1) as pool, store.fence(search):
             pausing = pool.submit(store.ask, search.job.id, "pause").result(10)
@@ -660,21 +652,21 @@ class TestFence:
         assert [j.state for j in (pausing, resumed, extended)] == ["pausing", "running", "running"]
         assert extended.trials == 15
 
-    def test_the_other_islands_go_on_meanwhile(self, store: JobStore) -> None:
+    def test_the_other_islands_go_on_meanwhile(self, store):
         one, two = islands(store, 2)
         with ThreadPoolExecutor(1) as pool, store.fence(one):
             done = pool.submit(store.complete, two, {}, then=[CONFIRM]).result(10)
 
         assert done
 
-    def test_an_error_inside_a_fence_comes_out_as_it_is(self, store: JobStore) -> None:
+    def test_an_error_inside_a_fence_comes_out_as_it_is(self, store):
         taken = begun(store)
         with pytest.raises(ZeroDivisionError), store.fence(taken):
             raise ZeroDivisionError
 
         assert store.complete(taken, {})
 
-    def test_a_job_is_not_deleted_under_a_worker_that_writes(self, store: JobStore) -> None:
+    def test_a_job_is_not_deleted_under_a_worker_that_writes(self, store):
         one, two = islands(store, 2)
         store.fail(two, ERROR, retry=False)
         with ThreadPoolExecutor(1) as pool:
@@ -691,7 +683,7 @@ class TestFence:
 class TestWork:
     """Progress, ends and failures of stages."""
 
-    def test_progress_is_stored_told_and_answered_with_the_state(self, store: JobStore) -> None:
+    def test_progress_is_stored_told_and_answered_with_the_state(self, store):
         (search,) = islands(store, 1)
         state = store.progress(search, done=4, elapsed_s=1.5, best_value=0.25)
         (stage,) = store.get(search.job.id).of_kind(StageKind.SEARCH)
@@ -705,7 +697,7 @@ class TestWork:
         )
 
     @pytest.mark.parametrize("verb", ["pause", "cancel"])
-    def test_progress_tells_of_a_verb(self, store: JobStore, verb: str) -> None:
+    def test_progress_tells_of_a_verb(self, store, verb):
         taken = begun(store)
         asked = store.ask(taken.job.id, verb).state
 
@@ -713,7 +705,7 @@ class TestWork:
         assert store.watch(taken) is asked
         assert not asked.may_work
 
-    def test_what_follows_at_once_waits_in_the_queue(self, store: JobStore) -> None:
+    def test_what_follows_at_once_waits_in_the_queue(self, store):
         first = begun(store)
         searches = [NewStage(kind=StageKind.SEARCH, number=i, params={"p": i}) for i in range(3)]
         done = store.complete(first, {"b": 1, "a": [2]}, then=searches)
@@ -727,7 +719,7 @@ class TestWork:
         assert job.stages[0].state is StageState.DONE
         assert (job.stages[0].worker_id, job.state) == (None, JobState.RUNNING)
 
-    def test_a_stage_that_exists_already_stays_as_it_is(self, store: JobStore) -> None:
+    def test_a_stage_that_exists_already_stays_as_it_is(self, store):
         one, two = islands(store, 2)
         store.complete(one, {"mine": 1})
         before = everything(store)
@@ -737,14 +729,14 @@ class TestWork:
         assert after[1][:2] == before[1][:2]
         assert after[3] == before[3]
 
-    def test_what_was_decided_before_another_end_stores_nothing(self, store: JobStore) -> None:
+    def test_what_was_decided_before_another_end_stores_nothing(self, store):
         one, two = islands(store, 2)
         store.complete(two, {"r": 2})
         with unchanged(store):
             assert store.complete(one, {"r": 1}, seen=one.job) is False
         assert store.complete(one, {"r": 1}, seen=store.get(one.job.id)) is True
 
-    def test_islands_that_end_at_once_make_what_follows_exactly_once(self, store: JobStore) -> None:
+    def test_islands_that_end_at_once_make_what_follows_exactly_once(self, store):
         for count in (2, 5, 8):
             claims = islands(store, count)
             answers = together(*(lambda c=c: searched(store, c) for c in claims))
@@ -755,7 +747,7 @@ class TestWork:
             assert runnable(store).count(confirm.id) == 1
             assert claim(store, confirm.id).attempt == 1
 
-    def test_islands_and_an_extension_at_once(self, store: JobStore) -> None:
+    def test_islands_and_an_extension_at_once(self, store):
         for _ in range(4):
             claims = islands(store, 2)
             *done, extended = together(
@@ -772,14 +764,14 @@ class TestWork:
                 assert (len(searching), job.trials) == (2, 15)
                 assert job.of_kind(StageKind.CONFIRM) == []
 
-    def test_a_search_that_ends_below_its_extension_goes_on(self, store: JobStore) -> None:
+    def test_a_search_that_ends_below_its_extension_goes_on(self, store):
         (search,) = islands(store, 1)
         store.ask(search.job.id, "extend", trials=5)
         with unchanged(store):
             assert store.complete(search, {"r": 1}, then=[CONFIRM], seen=search.job) is False
         assert searched(store, search, trials=15)
 
-    def test_an_island_that_ends_after_another_failed_is_kept(self, store: JobStore) -> None:
+    def test_an_island_that_ends_after_another_failed_is_kept(self, store):
         one, two = islands(store, 2)
         store.fail(one, ERROR, retry=False)
         store.complete(two, {"r": 2}, then=[CONFIRM])
@@ -789,7 +781,7 @@ class TestWork:
         assert [s.state for s in job.of_kind(StageKind.SEARCH)] == ["failed", "done"]
         assert job.of_kind(StageKind.CONFIRM) == []
 
-    def test_what_follows_while_pausing_waits_for_the_resume(self, store: JobStore) -> None:
+    def test_what_follows_while_pausing_waits_for_the_resume(self, store):
         first = begun(store)
         store.ask(first.job.id, "pause")
         store.complete(first, {}, then=[NewStage(kind=StageKind.SEARCH)])
@@ -802,7 +794,7 @@ class TestWork:
         assert not waiting
         assert runnable(store).count(search) == 1
 
-    def test_a_stage_that_ends_while_its_job_is_cancelled_cancels_it(self, store: JobStore) -> None:
+    def test_a_stage_that_ends_while_its_job_is_cancelled_cancels_it(self, store):
         first = begun(store)
         store.ask(first.job.id, "cancel")
         store.complete(first, {}, then=[NewStage(kind=StageKind.SEARCH)])
@@ -810,7 +802,7 @@ class TestWork:
         assert store.get(first.job.id).state is JobState.CANCELLED
         assert only(store, first.job.id, StageKind.SEARCH) not in runnable(store)
 
-    def test_the_configuration_is_kept_in_its_order_with_warnings(self, store: JobStore) -> None:
+    def test_the_configuration_is_kept_in_its_order_with_warnings(self, store):
         taken = begun(store)
         best = {"z": 0.1 + 0.2, "a": {"y": 1, "b": "\ud800\0"}}
         store.complete(taken, {"r": 1}, found=Found(best=best, warnings=["one", "two"]), ended=True)
@@ -824,7 +816,7 @@ class TestWork:
         assert job.finished_at is not None
         assert told(store, job.id)[-1] == {"state": "succeeded"}
 
-    def test_cancelled_while_its_last_stage_ends_has_no_result(self, store: JobStore) -> None:
+    def test_cancelled_while_its_last_stage_ends_has_no_result(self, store):
         taken = begun(store)
         store.ask(taken.job.id, "cancel")
         store.complete(taken, {"r": 1}, found=Found(best={"a": 1}, warnings=[]), ended=True)
@@ -834,14 +826,14 @@ class TestWork:
         assert job.stages[0].state is StageState.DONE
         assert told(store, job.id)[-1] == {"state": "cancelled"}
 
-    def test_paused_while_its_last_stage_ends_has_succeeded(self, store: JobStore) -> None:
+    def test_paused_while_its_last_stage_ends_has_succeeded(self, store):
         taken = begun(store)
         store.ask(taken.job.id, "pause")
         store.complete(taken, {"r": 1}, found=Found(best={"a": 1}, warnings=[]), ended=True)
 
         assert store.get(taken.job.id).state is JobState.SUCCEEDED
 
-    def test_an_attempt_that_may_be_retried_puts_the_stage_down(self, store: JobStore) -> None:
+    def test_an_attempt_that_may_be_retried_puts_the_stage_down(self, store):
         taken = begun(store)
 
         assert store.fail(taken, ERROR, retry=True) is True
@@ -851,7 +843,7 @@ class TestWork:
         last = store.events(job.id)[-1]
         assert (last.kind, last.data) == ("retry", {**ERROR, "stage": "calibrate", "attempts": 1})
 
-    def test_the_last_attempts_error_is_the_jobs_whatever_is_in_it(self, store: JobStore) -> None:
+    def test_the_last_attempts_error_is_the_jobs_whatever_is_in_it(self, store):
         error = {"type": "Boom", "message": "\ud800 \0 '; drop table jobs", "layer": "a.0"}
         first = begun(store, max_attempts=2)
         store.fail(first, error, retry=True)
@@ -864,7 +856,7 @@ class TestWork:
         assert job.stages[0].state is StageState.FAILED
         assert told(store, job.id)[-1] == {"state": "failed", "error": job.error}
 
-    def test_an_attempt_is_an_attempt_however_it_ended(self, store: JobStore) -> None:
+    def test_an_attempt_is_an_attempt_however_it_ended(self, store):
         first = begun(store, max_attempts=2)
         second = claim(store, first.stage.id)
 
@@ -873,7 +865,7 @@ class TestWork:
 
     @pytest.mark.parametrize("retry", [False, True])
     @pytest.mark.parametrize(("verb", "then"), [("pause", "paused"), ("cancel", "cancelled")])
-    def test_fail_on_the_way_out(self, store: JobStore, verb: str, then: str, retry: bool) -> None:
+    def test_fail_on_the_way_out(self, store, verb, then, retry):
         taken = begun(store)
         store.ask(taken.job.id, verb)
 
@@ -884,7 +876,7 @@ class TestWork:
 class TestGiveUp:
     """A worker that ends in the midst of a stage gives it up."""
 
-    def test_a_new_entry_stands_for_the_stage_at_once(self, store: JobStore) -> None:
+    def test_a_new_entry_stands_for_the_stage_at_once(self, store):
         taken = begun(store)
         before = queue_id(store, taken.stage.id)
         store.give_up(taken)
@@ -893,7 +885,7 @@ class TestGiveUp:
         assert queue_id(store, taken.stage.id) != before
         assert (again.attempt, again.stage.failures) == (2, 0)
 
-    def test_of_a_job_that_is_cancelled_nothing_comes_again(self, store: JobStore) -> None:
+    def test_of_a_job_that_is_cancelled_nothing_comes_again(self, store):
         taken = begun(store)
         store.ask(taken.job.id, "cancel")
         store.give_up(taken)
@@ -902,7 +894,7 @@ class TestGiveUp:
         assert runnable(store) == []
 
 
-def test_parts_of_a_calibration_tell_how_many_are_done(store: JobStore) -> None:
+def test_parts_of_a_calibration_tell_how_many_are_done(store):
     parts = [
         NewStage(kind=StageKind.CALIBRATE, number=100 + i, params={"part_of": 0}) for i in range(2)
     ]
@@ -920,7 +912,7 @@ def test_parts_of_a_calibration_tell_how_many_are_done(store: JobStore) -> None:
 class TestResume:
     """What was put down is taken up again, once."""
 
-    def test_pause_put_down_resume_one_entry_stands_for_the_stage(self, store: JobStore) -> None:
+    def test_pause_put_down_resume_one_entry_stands_for_the_stage(self, store):
         taken = begun(store)
         store.ask(taken.job.id, "pause")
         again = store.hand_back(taken)
@@ -931,7 +923,7 @@ class TestResume:
         assert runnable(store) == [taken.stage.id]
         assert claim(store, taken.stage.id).stage.failures == 0
 
-    def test_resumed_before_it_was_handed_back(self, store: JobStore) -> None:
+    def test_resumed_before_it_was_handed_back(self, store):
         taken = begun(store)
         entry = queue_id(store, taken.stage.id)
         before = everything(store)[3]
@@ -942,7 +934,7 @@ class TestResume:
         assert queue_id(store, taken.stage.id) == entry
         assert everything(store)[3] == before
 
-    def test_resumed_by_several_at_once_each_stage_has_one_entry(self, store: JobStore) -> None:
+    def test_resumed_by_several_at_once_each_stage_has_one_entry(self, store):
         claims = islands(store, 2)
         store.ask(claims[0].job.id, "pause")
         for taken in claims:
@@ -953,7 +945,7 @@ class TestResume:
         assert runnable(store) == [c.stage.id for c in claims]
         assert len(everything(store)[3]) == known + 2
 
-    def test_however_often_it_is_paused_one_entry_counts(self, store: JobStore) -> None:
+    def test_however_often_it_is_paused_one_entry_counts(self, store):
         job = submit(store)
         stage = job.stages[0].id
         for _ in range(3):
@@ -965,7 +957,7 @@ class TestResume:
         assert len(entries) == 4
         assert [c is not None for c in taken] == [False, False, False, True]
 
-    def test_a_new_entry_has_the_lock_and_priority_of_the_old(self, store: JobStore) -> None:
+    def test_a_new_entry_has_the_lock_and_priority_of_the_old(self, store):
         job = submit(store, priority=7)
         store.ask(job.id, "pause")
         store.ask(job.id, "resume")
@@ -975,7 +967,7 @@ class TestResume:
         assert (new.queue_name, new.args) == (old.queue_name, old.args)
         assert new.lock == "bundle"
 
-    def test_a_failed_job_goes_on_with_what_is_not_done(self, store: JobStore) -> None:
+    def test_a_failed_job_goes_on_with_what_is_not_done(self, store):
         one, two, three = islands(store, 3)
         store.complete(one, {"r": 1})
         store.hand_back(two)
@@ -991,7 +983,7 @@ class TestResume:
             {"stage_id": two.stage.id}, {"stage_id": three.stage.id}
         ]  # fmt: skip
 
-    def test_failed_with_a_busy_worker(self, store: JobStore) -> None:
+    def test_failed_with_a_busy_worker(self, store):
         one, two = islands(store, 2)
         store.fail(one, ERROR, retry=False)
         entry = queue_id(store, two.stage.id)
@@ -1001,7 +993,7 @@ class TestResume:
         assert store.complete(two, {})
         assert two.stage.id not in [row.args["stage_id"] for row in everything(store)[3]]
 
-    def test_failed_for_dead_workers_it_has_all_attempts_again(self, store: JobStore) -> None:
+    def test_failed_for_dead_workers_it_has_all_attempts_again(self, store):
         taken = begun(store, max_attempts=1)
         store.claim(taken.stage.id, queue_id(store, taken.stage.id), WORKER)
         store.ask(taken.job.id, "resume")
@@ -1009,7 +1001,7 @@ class TestResume:
 
         assert (again.attempt, again.stage.failures) == (2, 0)
 
-    def test_failed_while_pausing_it_is_tried_again(self, store: JobStore) -> None:
+    def test_failed_while_pausing_it_is_tried_again(self, store):
         taken = begun(store)
         store.ask(taken.job.id, "pause")
         store.fail(taken, ERROR, retry=False)
@@ -1021,14 +1013,14 @@ class TestResume:
         assert claim(store, taken.stage.id).attempt == 2
 
 
-def at_confirm(store: JobStore) -> JobRecord:
+def at_confirm(store):
     """A job whose finalists are being chosen."""
     (search,) = islands(store, 1)
     store.complete(search, {}, then=[CONFIRM])
     return claim(store, only(store, search.job.id, StageKind.CONFIRM)).job
 
 
-def at_perplexity(store: JobStore) -> JobRecord:
+def at_perplexity(store):
     """A job one of whose finalists is being measured."""
     job = at_confirm(store)
     confirm = claim(store, only(store, job.id, StageKind.CONFIRM))
@@ -1038,7 +1030,7 @@ def at_perplexity(store: JobStore) -> JobRecord:
     return claim(store, first.id).job
 
 
-def at_finish(store: JobStore) -> JobRecord:
+def at_finish(store):
     """A job whose best is being chosen."""
     job = at_confirm(store)
     confirm = claim(store, only(store, job.id, StageKind.CONFIRM))
@@ -1046,9 +1038,9 @@ def at_finish(store: JobStore) -> JobRecord:
     return claim(store, only(store, job.id, StageKind.FINISH)).job
 
 
-def end(store: JobStore, job_id: uuid.UUID) -> list[StageKind]:
+def end(store, job_id):
     """Do all that the queue has for a job; the kinds of stages, in the order in which they ran."""
-    ran: list[StageKind] = []
+    ran = []
     while waiting := [s for s in store.get(job_id).stages if s.id in runnable(store)]:
         stage = max(waiting, key=lambda s: (s.kind.rank, -s.id))  # as the queue gives them out
         taken = claim(store, stage.id)
@@ -1065,7 +1057,7 @@ def end(store: JobStore, job_id: uuid.UUID) -> list[StageKind]:
 class TestExtend:
     """More trials, as long as the search is not over or the job is."""
 
-    def test_a_job_that_waits_gets_more_trials_in_its_document_too(self, store: JobStore) -> None:
+    def test_a_job_that_waits_gets_more_trials_in_its_document_too(self, store):
         job = submit(store, {"b": 1, "trials": 10, "a": 2})
         queue = everything(store)[3]
         extended = store.ask(job.id, "extend", trials=5)
@@ -1074,7 +1066,7 @@ class TestExtend:
         assert [*extended.spec.items()] == [("b", 1), ("trials", 15), ("a", 2)]
         assert everything(store)[3] == queue
 
-    def test_islands_that_are_done_begin_again(self, store: JobStore) -> None:
+    def test_islands_that_are_done_begin_again(self, store):
         one, two = islands(store, 2)
         store.complete(one, {"r": 1}, then=[CONFIRM])
         extended = store.ask(one.job.id, "extend", trials=5)
@@ -1085,7 +1077,7 @@ class TestExtend:
         assert store.complete(two, {}, then=[CONFIRM])
         assert end(store, one.job.id) == ["search", "confirm", "finish"]
 
-    def test_a_paused_job_stays_paused_with_more_trials(self, store: JobStore) -> None:
+    def test_a_paused_job_stays_paused_with_more_trials(self, store):
         one, two = islands(store, 2)
         store.complete(one, {}, then=[CONFIRM])
         store.ask(one.job.id, "pause")
@@ -1099,7 +1091,7 @@ class TestExtend:
         assert end(store, one.job.id) == ["search", "search", "confirm", "finish"]
         assert store.get(one.job.id).state is JobState.SUCCEEDED
 
-    def test_a_job_that_has_succeeded_searches_on(self, store: JobStore) -> None:
+    def test_a_job_that_has_succeeded_searches_on(self, store):
         job = succeeded(store)
         extended = store.ask(job.id, "extend", trials=5)
 
@@ -1109,7 +1101,7 @@ class TestExtend:
         assert end(store, job.id) == ["search", "confirm", "finish"]
         assert store.get(job.id).state is JobState.SUCCEEDED
 
-    def test_measured_finalists_are_not_measured_again(self, store: JobStore) -> None:
+    def test_measured_finalists_are_not_measured_again(self, store):
         job = at_perplexity(store)
         for stage in job.of_kind(StageKind.PERPLEXITY):
             store.complete(claim(store, stage.id), {"perplexity": 1.0}, then=[FINISH])
@@ -1125,7 +1117,7 @@ class TestExtend:
         assert [(s.state, s.result) for s in kept] == [("done", {"perplexity": 1.0})] * 2
         assert end(store, job.id) == ["search", "confirm", "finish"]
 
-    def test_a_job_that_was_just_extended_can_be_extended_again(self, store: JobStore) -> None:
+    def test_a_job_that_was_just_extended_can_be_extended_again(self, store):
         job = succeeded(store)
         store.ask(job.id, "extend", trials=5)
         store.ask(job.id, "pause")
@@ -1133,7 +1125,7 @@ class TestExtend:
         assert store.ask(job.id, "extend", trials=5).trials == 20
 
     @pytest.mark.parametrize("pause", [False, True])
-    def test_confirm_that_waits_waits_again(self, store: JobStore, pause: bool) -> None:
+    def test_confirm_that_waits_waits_again(self, store, pause):
         claims = islands(store, 2)
         job_id = claims[0].job.id
         for taken in claims:
@@ -1149,7 +1141,7 @@ class TestExtend:
         assert ran in (["confirm", "finish"], ["search", "search", "confirm", "finish"])
         assert store.get(job_id).state is JobState.SUCCEEDED
 
-    def test_a_job_gets_no_more_trials_than_it_may_have(self, store: JobStore) -> None:
+    def test_a_job_gets_no_more_trials_than_it_may_have(self, store):
         job = submit(store)
         with (
             unchanged(store),
@@ -1158,7 +1150,7 @@ class TestExtend:
             store.ask(job.id, "extend", trials=6, max_trials=15)
         assert store.ask(job.id, "extend", trials=5, max_trials=15).trials == 15
 
-    def test_extensions_at_once_do_not_get_past_the_limit(self, store: JobStore) -> None:
+    def test_extensions_at_once_do_not_get_past_the_limit(self, store):
         job = submit(store)
         answers = together(*[lambda: store.ask(job.id, "extend", trials=5, max_trials=20)] * 4)
 
@@ -1166,7 +1158,7 @@ class TestExtend:
         assert store.get(job.id).trials == 20
 
     @pytest.mark.parametrize("reach", [at_confirm, at_perplexity, at_finish])
-    def test_too_late(self, store: JobStore, reach: Callable[[JobStore], JobRecord]) -> None:
+    def test_too_late(self, store, reach):
         """Once the finalists are being chosen, a job is not extended, and stays as it is."""
         job = reach(store)
         with unchanged(store), pytest.raises(StateConflict, match=f"it is at {job.stage}") as told:
@@ -1174,7 +1166,7 @@ class TestExtend:
 
         assert told.value.state is JobState.RUNNING
 
-    def test_nor_is_one_that_was_paused_while_it_measured(self, store: JobStore) -> None:
+    def test_nor_is_one_that_was_paused_while_it_measured(self, store):
         job = at_perplexity(store)
         measuring = next(s for s in job.stages if s.state is StageState.RUNNING)
         store.ask(job.id, "pause")
@@ -1188,7 +1180,7 @@ class TestExtend:
 class TestDelete:
     """A job goes with all that it had."""
 
-    def test_stages_and_events_go_with_their_job(self, store: JobStore) -> None:
+    def test_stages_and_events_go_with_their_job(self, store):
         job, other = succeeded(store), succeeded(store)
         kept = told(store, other.id)
         remove(store, job.id)
@@ -1200,14 +1192,14 @@ class TestDelete:
         with pytest.raises(NoSuchJob):
             store.get(job.id)
 
-    def test_if_what_is_elsewhere_cannot_be_deleted_the_job_stays(self, store: JobStore) -> None:
+    def test_if_what_is_elsewhere_cannot_be_deleted_the_job_stays(self, store):
         job = succeeded(store)
         with unchanged(store), pytest.raises(ZeroDivisionError), store.deleting(job.id) as going:
             raise ZeroDivisionError
 
         assert going == job
 
-    def test_a_second_deletion_waits_and_then_finds_nothing(self, store: JobStore) -> None:
+    def test_a_second_deletion_waits_and_then_finds_nothing(self, store):
         job = succeeded(store)
         with ThreadPoolExecutor(1) as pool:
             with store.deleting(job.id):
@@ -1219,7 +1211,7 @@ class TestDelete:
             with pytest.raises(NoSuchJob):
                 second.result(10)
 
-    def test_a_job_is_deleted_or_resumed_never_both(self, store: JobStore) -> None:
+    def test_a_job_is_deleted_or_resumed_never_both(self, store):
         taken = begun(store)
         store.fail(taken, ERROR, retry=False)
         with ThreadPoolExecutor(1) as pool:
@@ -1235,23 +1227,23 @@ class TestDelete:
 class TestEvents:
     """Whoever reads the events after the last one that was seen misses none."""
 
-    def test_a_jobs_events_are_its_own(self, store: JobStore) -> None:
+    def test_a_jobs_events_are_its_own(self, store):
         one, two = submit(store), begun(store)
 
         assert told(store, one.id) == [{"state": "queued"}]
         assert len(told(store, two.job.id)) == 3
 
-    def test_no_reader_misses_an_event_while_stages_write(self, store: JobStore) -> None:
+    def test_no_reader_misses_an_event_while_stages_write(self, store):
         claims = islands(store, 3)
         job_id = claims[0].job.id
         writing = threading.Event()
         writing.set()
 
-        def write(taken: Claim) -> None:
+        def write(taken):
             for done in range(25):
                 store.progress(taken, done=done, elapsed_s=1.0, best_value=None)
 
-        def read() -> list[int]:
+        def read():
             seen = [0]
             while True:
                 more = writing.is_set()
@@ -1276,11 +1268,11 @@ class TestEvents:
 class TestWorkers:
     """Who is there, and at what."""
 
-    def enter(self, store: JobStore, worker: uuid.UUID = WORKER) -> None:
+    def enter(self, store, worker=WORKER):
         """A worker reports."""
         store.enter_worker(worker, name="w", device="cpu", kinds=[StageKind.SEARCH])
 
-    def late(self, store: JobStore, worker: uuid.UUID, seconds: float) -> None:
+    def late(self, store, worker, seconds):
         """Its last report was so long ago."""
         with store.database.transaction() as connection:
             connection.execute(
@@ -1289,7 +1281,7 @@ class TestWorkers:
                 .values(heartbeat_at=func.now() - func.make_interval(0, 0, 0, 0, 0, 0, seconds))
             )
 
-    def test_a_worker_that_reported_is_listed_with_nothing_to_do(self, store: JobStore) -> None:
+    def test_a_worker_that_reported_is_listed_with_nothing_to_do(self, store):
         self.enter(store)
         (record,) = store.workers(alive_s=30)
 
@@ -1298,7 +1290,7 @@ class TestWorkers:
         assert (record.job_id, record.stage) == (None, None)
         assert record.heartbeat_at.utcoffset() is not None
 
-    def test_only_those_that_reported_lately_are_listed(self, store: JobStore) -> None:
+    def test_only_those_that_reported_lately_are_listed(self, store):
         self.enter(store)
         self.enter(store, OTHER)
         self.late(store, OTHER, 31)
@@ -1307,7 +1299,7 @@ class TestWorkers:
         assert [r.id for r in store.workers(alive_s=60)] == [WORKER, OTHER]
         assert store.workers(alive_s=0) == []
 
-    def test_a_report_makes_a_worker_alive_again(self, store: JobStore) -> None:
+    def test_a_report_makes_a_worker_alive_again(self, store):
         self.enter(store)
         (before,) = store.workers(alive_s=30)
         self.late(store, WORKER, 3600)
@@ -1317,21 +1309,21 @@ class TestWorkers:
         assert record.started_at == before.started_at
         assert record.heartbeat_at > before.heartbeat_at
 
-    def test_those_not_heard_of_for_a_day_are_forgotten(self, store: JobStore) -> None:
+    def test_those_not_heard_of_for_a_day_are_forgotten(self, store):
         self.enter(store, OTHER)
         self.late(store, OTHER, 25 * 3600)
         self.enter(store)
 
         assert [r.id for r in store.workers(alive_s=1e6)] == [WORKER]
 
-    def test_one_that_went_in_order_is_not_listed(self, store: JobStore) -> None:
+    def test_one_that_went_in_order_is_not_listed(self, store):
         self.enter(store)
         store.remove_worker(WORKER)
         store.remove_worker(WORKER)
 
         assert store.workers(alive_s=30) == []
 
-    def test_a_worker_whose_process_was_seen_to_end_is_not_listed(self, store: JobStore) -> None:
+    def test_a_worker_whose_process_was_seen_to_end_is_not_listed(self, store):
         stage = begun(store).stage.id
         store.enter_worker(WORKER, name=worker_name(7), device="cpu", kinds=[CALIBRATE.kind])
         store.enter_worker(OTHER, name=worker_name(77), device="cpu", kinds=[CALIBRATE.kind])
@@ -1341,7 +1333,7 @@ class TestWorkers:
         assert store.give_again(queue_id(store, stage), alive_s=60.0)
         assert runnable(store) == [stage]
 
-    def test_a_workers_job_and_stage_are_listed_while_it_is_at_it(self, store: JobStore) -> None:
+    def test_a_workers_job_and_stage_are_listed_while_it_is_at_it(self, store):
         self.enter(store)
         self.enter(store, OTHER)
         taken = begun(store)
@@ -1357,9 +1349,7 @@ class TestWorkers:
             too_many_die,
         ],
     )
-    def test_a_worker_whose_stage_has_ended_or_was_given_away_is_idle(
-        self, store: JobStore, stop: Callable[[JobStore, Claim], Any]
-    ) -> None:
+    def test_a_worker_whose_stage_has_ended_or_was_given_away_is_idle(self, store, stop):
         self.enter(store)
         taken = begun(store)
         stop(store, taken)
@@ -1367,7 +1357,7 @@ class TestWorkers:
 
         assert (record.job_id, record.stage) == (None, None)
 
-    def test_a_worker_at_two_stages_is_listed_once(self, store: JobStore) -> None:
+    def test_a_worker_at_two_stages_is_listed_once(self, store):
         self.enter(store)
         begun(store)  # the database went away before it could be handed back
         begun(store)
@@ -1375,11 +1365,11 @@ class TestWorkers:
         assert [r.id for r in store.workers(alive_s=30)] == [WORKER]
 
 
-def test_users_workers_and_readers_at_once_make_no_deadlock(store: JobStore) -> None:
+def test_users_workers_and_readers_at_once_make_no_deadlock(store):
     claims = islands(store, 4, max_attempts=1_000)
     job_id = claims[0].job.id
 
-    def work(taken: Claim) -> None:
+    def work(taken):
         for done in range(9):
             try:
                 with store.fence(taken):
@@ -1391,14 +1381,14 @@ def test_users_workers_and_readers_at_once_make_no_deadlock(store: JobStore) -> 
                 pass
             taken = store.claim(taken.stage.id, queue_id(store, taken.stage.id), WORKER) or taken
 
-    def ask() -> None:
+    def ask():
         for turn in range(9):
             for verb in ("pause", "resume"):
                 store.ask(job_id, verb)
             with suppress(StateConflict):
                 store.ask(job_id, "extend", trials=turn)
 
-    def read() -> None:
+    def read():
         for _ in range(9):
             store.page()
             store.workers(alive_s=30)

@@ -10,7 +10,6 @@ import pytest
 from sqlalchemy import delete, func, select, update
 
 from storage.configurations import ConfigurationStore
-from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import (
     MOST_LOGINS,
@@ -32,13 +31,13 @@ WEIRD = [
 
 
 @pytest.fixture(scope="module")
-def database(shared_database: Database) -> Database:
+def database(shared_database):
     """One for all tests of this file."""
     return shared_database
 
 
 @pytest.fixture
-def store(database: Database) -> KeyStore:
+def store(database):
     """No keys yet, and no jobs."""
     with database.transaction() as connection:
         for table in (configurations, jobs, keys):
@@ -46,7 +45,7 @@ def store(database: Database) -> KeyStore:
     return KeyStore(database)
 
 
-def test_a_key_is_found_by_its_secret_with_all_that_is_known_of_it(store: KeyStore) -> None:
+def test_a_key_is_found_by_its_secret_with_all_that_is_known_of_it(store):
     key, secret = store.create("mine", sees_all=True)
 
     assert store.find(secret) == key
@@ -54,7 +53,7 @@ def test_a_key_is_found_by_its_secret_with_all_that_is_known_of_it(store: KeySto
     assert key.created_at.utcoffset() is not None
 
 
-def test_secrets_differ_and_begin_with_what_is_shown_of_them(store: KeyStore) -> None:
+def test_secrets_differ_and_begin_with_what_is_shown_of_them(store):
     made = [store.create("same name", sees_all=False) for _ in range(20)]
     secrets = {secret for _, secret in made}
 
@@ -64,7 +63,7 @@ def test_secrets_differ_and_begin_with_what_is_shown_of_them(store: KeyStore) ->
     assert all(key.prefix.startswith("pho_") for key, _ in made)
 
 
-def test_of_a_secret_only_the_hash_and_the_beginning_are_kept(store: KeyStore) -> None:
+def test_of_a_secret_only_the_hash_and_the_beginning_are_kept(store):
     key, secret = store.create("mine", sees_all=False)
     with store.database.transaction() as connection:
         (row,) = connection.exec_driver_sql("SELECT to_jsonb(k)::text FROM pho.keys k").scalars()
@@ -76,21 +75,21 @@ def test_of_a_secret_only_the_hash_and_the_beginning_are_kept(store: KeyStore) -
     assert bytes(digest) == hashlib.sha256(secret.encode()).digest()
 
 
-def test_keys_are_listed_oldest_first_revoked_ones_too(store: KeyStore) -> None:
+def test_keys_are_listed_oldest_first_revoked_ones_too(store):
     made = [store.create(name, sees_all=False)[0] for name in "bac"]
     revoked = store.revoke(made[1].prefix)
 
     assert store.all() == [made[0], revoked, made[2]]
 
 
-def test_without_keys_none_is_listed_none_is_found_and_none_exists(store: KeyStore) -> None:
+def test_without_keys_none_is_listed_none_is_found_and_none_exists(store):
     assert store.all() == []
     assert store.find("pho_x") is None
     assert not store.exist()
 
 
 @pytest.mark.parametrize("by", ["prefix", "id"])
-def test_a_revoked_key_opens_nothing_and_stays_revoked(store: KeyStore, by: str) -> None:
+def test_a_revoked_key_opens_nothing_and_stays_revoked(store, by):
     key, secret = store.create("mine", sees_all=False)
     other, other_secret = store.create("other", sees_all=False)
     revoked = store.revoke(str(getattr(key, by)))
@@ -103,7 +102,7 @@ def test_a_revoked_key_opens_nothing_and_stays_revoked(store: KeyStore, by: str)
     assert store.exist()  # so the service stays closed
 
 
-def test_a_key_has_so_many_logins_the_oldest_ends(store: KeyStore, database: Database) -> None:
+def test_a_key_has_so_many_logins_the_oldest_ends(store, database):
     sessions, (key, _), (other, _) = (
         SessionStore(database), *(store.create(name, sees_all=False) for name in "ab")
     )  # fmt: skip
@@ -117,7 +116,7 @@ def test_a_key_has_so_many_logins_the_oldest_ends(store: KeyStore, database: Dat
     assert store.logins() == {other.id: 1}
 
 
-def test_a_key_opens_nothing_from_its_expiry_on_nor_does_a_login_by_it(store: KeyStore) -> None:
+def test_a_key_opens_nothing_from_its_expiry_on_nor_does_a_login_by_it(store):
     key, secret = store.create("short", sees_all=False, lasts=timedelta(hours=1))
     lasting, _ = store.create("lasting", sees_all=False)
     sessions = SessionStore(store.database)
@@ -135,7 +134,7 @@ def test_a_key_opens_nothing_from_its_expiry_on_nor_does_a_login_by_it(store: Ke
     assert store.is_open(lasting.id)
 
 
-def test_a_new_key_takes_over_jobs_library_rights_and_span_of_an_old_one(store: KeyStore) -> None:
+def test_a_new_key_takes_over_jobs_library_rights_and_span_of_an_old_one(store):
     old, secret = store.create("mine", sees_all=True, lasts=timedelta(days=30))
     other, _ = store.create("other", sees_all=False)
     job, of_other = (submitted(store, owner, idempotency_key="one") for owner in (old.id, other.id))
@@ -154,7 +153,7 @@ def test_a_new_key_takes_over_jobs_library_rights_and_span_of_an_old_one(store: 
     assert library.count(lasting.id) == 1
 
 
-def test_a_key_gets_the_jobs_of_nobody_and_none_of_anothers(store: KeyStore) -> None:
+def test_a_key_gets_the_jobs_of_nobody_and_none_of_anothers(store):
     key, _ = store.create("mine", sees_all=False)
     other, _ = store.create("other", sees_all=False)
     own, of_other = (submitted(store, owner, idempotency_key="one") for owner in (key.id, other.id))
@@ -175,13 +174,7 @@ def test_a_key_gets_the_jobs_of_nobody_and_none_of_anothers(store: KeyStore) -> 
     assert (library.count(key.id), library.count(None)) == (2, 1)
 
 
-def submitted(
-    store: KeyStore,
-    owner: uuid.UUID | None,
-    *,
-    idempotency_key: str | None = None,
-    tokens: int = 0,
-) -> uuid.UUID:
+def submitted(store, owner, *, idempotency_key=None, tokens=0):
     """A job of a key, or of nobody; the same for the same Idempotency-Key."""
     job, _ = JobStore(store.database).submit(
         {"model": "org/name"}, name="n", first=NewStage(kind=StageKind.CALIBRATE), trials=1,
@@ -194,14 +187,14 @@ def submitted(
 WEEK = Quota(100, timedelta(days=7))
 
 
-def aged(store: KeyStore, job: uuid.UUID, by: timedelta) -> None:
+def aged(store, job, by):
     """Let a job have been submitted earlier."""
     earlier = update(work).where(work.c.job_id == job).values(planned_at=work.c.planned_at - by)
     with store.database.transaction() as connection:
         connection.execute(earlier)
 
 
-def test_a_job_above_the_quota_is_refused_until_enough_of_it_is_free(store: KeyStore) -> None:
+def test_a_job_above_the_quota_is_refused_until_enough_of_it_is_free(store):
     key, _ = store.create("team", sees_all=False, quota=WEEK)
     days = [6, 5, 1]
     for day, tokens in zip(days, (20, 30, 40), strict=True):
@@ -221,7 +214,7 @@ def test_a_job_above_the_quota_is_refused_until_enough_of_it_is_free(store: KeyS
     assert submitted(store, key.id, tokens=10)
 
 
-def test_what_is_older_than_the_span_does_not_count(store: KeyStore) -> None:
+def test_what_is_older_than_the_span_does_not_count(store):
     key, _ = store.create("team", sees_all=False, quota=WEEK)
     aged(store, submitted(store, key.id, tokens=100), timedelta(days=7))
 
@@ -230,7 +223,7 @@ def test_what_is_older_than_the_span_does_not_count(store: KeyStore) -> None:
     assert store.used() == {key.id: 100}
 
 
-def test_a_job_above_the_whole_quota_never_has_room(store: KeyStore) -> None:
+def test_a_job_above_the_whole_quota_never_has_room(store):
     key, _ = store.create("team", sees_all=False, quota=WEEK)
     submitted(store, key.id, tokens=1)
     with pytest.raises(QuotaExceeded, match="more than the whole quota") as refused:
@@ -240,7 +233,7 @@ def test_a_job_above_the_whole_quota_never_has_room(store: KeyStore) -> None:
     assert JobStore(store.database).counts()[0] == {"queued": 1}
 
 
-def test_only_what_no_worker_has_begun_is_given_back(store: KeyStore) -> None:
+def test_only_what_no_worker_has_begun_is_given_back(store):
     key, _ = store.create("team", sees_all=False, quota=WEEK)
     store_of_jobs = JobStore(store.database)
     begun, cancelled = (submitted(store, key.id, tokens=n) for n in (30, 50))
@@ -255,13 +248,13 @@ def test_only_what_no_worker_has_begun_is_given_back(store: KeyStore) -> None:
     assert store.used() == {key.id: 30}
 
 
-def stage_entry(store: KeyStore, stage_id: int) -> int:
+def stage_entry(store, stage_id):
     with store.database.transaction() as connection:
         chosen = select(stages.c.queue_id).where(stages.c.id == stage_id)
         return int(connection.execute(chosen).scalar_one())
 
 
-def test_a_repeated_request_counts_once(store: KeyStore) -> None:
+def test_a_repeated_request_counts_once(store):
     key, _ = store.create("team", sees_all=False, quota=WEEK)
     twice = {submitted(store, key.id, idempotency_key="one", tokens=60) for _ in range(2)}
 
@@ -269,11 +262,11 @@ def test_a_repeated_request_counts_once(store: KeyStore) -> None:
     assert store.used() == {key.id: 60}
 
 
-def test_two_jobs_at_once_do_not_slip_past_the_quota(store: KeyStore) -> None:
+def test_two_jobs_at_once_do_not_slip_past_the_quota(store):
     key, _ = store.create("team", sees_all=False, quota=WEEK)
     begin, refused = threading.Barrier(4), []
 
-    def submit() -> None:
+    def submit():
         begin.wait(10)
         try:
             submitted(store, key.id, tokens=40)
@@ -290,7 +283,7 @@ def test_two_jobs_at_once_do_not_slip_past_the_quota(store: KeyStore) -> None:
     assert store.used() == {key.id: 80}
 
 
-def test_a_quota_stays_when_its_key_is_rotated_and_can_be_changed(store: KeyStore) -> None:
+def test_a_quota_stays_when_its_key_is_rotated_and_can_be_changed(store):
     key, _ = store.create("team", sees_all=False, quota=WEEK)
     submitted(store, key.id, tokens=60)
     new, _ = store.rotate(key.prefix)
@@ -307,7 +300,7 @@ def test_a_quota_stays_when_its_key_is_rotated_and_can_be_changed(store: KeyStor
         store.set_quota(scraper.prefix, WEEK)
 
 
-def test_what_was_planned_in_another_unit_does_not_count(store: KeyStore) -> None:
+def test_what_was_planned_in_another_unit_does_not_count(store):
     key, _ = store.create("team", sees_all=False, quota=WEEK)
     submitted(store, key.id, tokens=60)
     hours = store.set_quota(key.prefix, Quota(2 * 3600, timedelta(days=7), "seconds")).quota
@@ -323,7 +316,7 @@ def test_what_was_planned_in_another_unit_does_not_count(store: KeyStore) -> Non
 @pytest.mark.parametrize(
     "prefix", ["", "pho_", "pho_%", "%", "nobody", str(uuid.UUID(int=0)), "not-a-uuid-but-long" * 9]
 )
-def test_what_names_no_key_revokes_none(store: KeyStore, prefix: str) -> None:
+def test_what_names_no_key_revokes_none(store, prefix):
     key, secret = store.create("mine", sees_all=False)
     with pytest.raises(NoSuchKey):
         store.revoke(prefix)
@@ -331,7 +324,7 @@ def test_what_names_no_key_revokes_none(store: KeyStore, prefix: str) -> None:
     assert store.find(secret) == key
 
 
-def test_revoke_by_a_prefix_of_two(store: KeyStore) -> None:
+def test_revoke_by_a_prefix_of_two(store):
     made = [store.create(name, sees_all=False) for name in "ab"]
     with store.database.transaction() as connection:
         connection.execute(update(keys).values(prefix="pho_same00"))
@@ -342,13 +335,13 @@ def test_revoke_by_a_prefix_of_two(store: KeyStore) -> None:
     assert [store.find(secret) is None for _, secret in made] == [True, False]
 
 
-def test_whatever_somebody_sends_as_a_key_is_none_and_no_error(store: KeyStore) -> None:
+def test_whatever_somebody_sends_as_a_key_is_none_and_no_error(store):
     store.create("mine", sees_all=True)
 
     assert [store.find(secret) for secret in WEIRD] == [None] * len(WEIRD)
 
 
-def test_a_secret_is_found_whole_and_as_it_is_or_not_at_all(store: KeyStore) -> None:
+def test_a_secret_is_found_whole_and_as_it_is_or_not_at_all(store):
     key, secret = store.create("mine", sees_all=True)
     near = [secret[:-1], secret + " ", " " + secret, secret.swapcase(), key.prefix, str(key.id)]
 
@@ -356,7 +349,7 @@ def test_a_secret_is_found_whole_and_as_it_is_or_not_at_all(store: KeyStore) -> 
 
 
 @pytest.mark.parametrize("name", ["", "é" * 1000, "'; DROP TABLE keys", "%s\n{x}"])
-def test_a_key_may_be_called_anything(store: KeyStore, name: str) -> None:
+def test_a_key_may_be_called_anything(store, name):
     key, _ = store.create(name, sees_all=False)
 
     assert [k.name for k in store.all()] == [key.name] == [name]

@@ -1,12 +1,9 @@
 """Lists of jobs: filtered, sorted and counted."""
 
-import uuid
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
-from storage.jobs import JobStore
 from storage.keys import KeyStore
 from storage.records import JobRecord, JobState, NewStage, StageKind
 from storage.rows import SORTS, JobFilter, columns_of, found_columns
@@ -16,17 +13,10 @@ Submit = Callable[..., JobRecord]
 
 
 @pytest.fixture
-def submit(store: JobStore) -> Submit:
+def submit(store):
     """Submit a job of a model and a pattern, with more of its document and of its record."""
 
-    def make(
-        model: str = "org/a",
-        pattern: str = "0.5",
-        *,
-        name: str = "job",
-        owner_id: uuid.UUID | None = None,
-        **spec: Any,
-    ) -> JobRecord:
+    def make(model="org/a", pattern="0.5", *, name="job", owner_id=None, **spec):
         document = {"model": model, "pattern": pattern, "islands": 1, **spec}
         first = NewStage(kind=StageKind.CALIBRATE)
         job, _ = store.submit(
@@ -37,19 +27,19 @@ def submit(store: JobStore) -> Submit:
     return make
 
 
-def measured(store: JobStore, job: JobRecord, **values: float) -> None:
+def measured(store, job, **values):
     """Give a job what it is sorted by, as if it had succeeded."""
     with store.database.transaction() as connection:
         connection.execute(jobs.update().where(jobs.c.id == job.id).values(values))
 
 
-def test_each_filter_leaves_the_jobs_for_which_it_holds(store: JobStore, submit: Submit) -> None:
+def test_each_filter_leaves_the_jobs_for_which_it_holds(store, submit):
     first = submit("org/a", "0.5", name="Alpha 100%")
     second = submit("org/b", "2:4", name="beta_1", more_models=["org/a"])
     third = submit("org/b", "", name="gamma", patterns=["0.5", "2:4"])
     store.ask(third.id, "pause")
 
-    def listed(**given: Any) -> list[JobRecord]:
+    def listed(**given):
         return [job.id for job in store.page(JobFilter(**given))][::-1]  # type: ignore[misc]
 
     assert listed(models=["org/a"]) == [first.id, second.id]
@@ -66,7 +56,7 @@ def test_each_filter_leaves_the_jobs_for_which_it_holds(store: JobStore, submit:
     assert listed(models=["a\0b"]) == listed(name="a\0b") == []
 
 
-def test_jobs_come_in_the_order_of_a_value_either_way(store: JobStore, submit: Submit) -> None:
+def test_jobs_come_in_the_order_of_a_value_either_way(store, submit):
     made = [
         submit("org/b", "0.7", name="Zeta"),
         submit("org/A", "0.5", name="alpha"),
@@ -95,7 +85,7 @@ def test_jobs_come_in_the_order_of_a_value_either_way(store: JobStore, submit: S
     assert [places[job.id] for job in page] == [0, 3]
 
 
-def test_jobs_are_counted_by_state_model_and_pattern(store: JobStore, submit: Submit) -> None:
+def test_jobs_are_counted_by_state_model_and_pattern(store, submit):
     mine = KeyStore(store.database).create("mine", sees_all=False)[0].id
     for pattern in ("0.5", "0.7", "0.5"):
         submit("org/a", pattern, owner_id=mine)
@@ -112,7 +102,7 @@ def test_jobs_are_counted_by_state_model_and_pattern(store: JobStore, submit: Su
     assert store.facets(JobFilter(models=["org/c"]), limit=2).models == [("org/c", 1), ("org/a", 3)]
 
 
-def test_searches_transfers_several_patterns_and_targets_are_found_by_all_that_they_name() -> None:
+def test_searches_transfers_several_patterns_and_targets_are_found_by_all_that_they_name():
     transfer = {"models": ["m", "n"], "configuration": {"pattern": "2:4"}}
     best = {
         "perplexities": {"dense": 20.0, "pruned": 25.0, "ria": 40.0, "wanda": None},

@@ -14,12 +14,12 @@ class Stop(Exception):
     """The test has waited for long enough."""
 
 
-def stop() -> None:
+def stop():
     """Wait no longer."""
     raise Stop
 
 
-def end_transactions(database: Database) -> None:
+def end_transactions(database):
     """As the server does with those of a process that is frozen."""
     with database.transaction() as connection:
         connection.execute(
@@ -31,11 +31,11 @@ def end_transactions(database: Database) -> None:
         )
 
 
-def test_while_one_is_inside_nobody_else_is_but_with_another_name(database: Database) -> None:
+def test_while_one_is_inside_nobody_else_is_but_with_another_name(database):
     waited = threading.Event()
     entered = []
 
-    def second() -> None:
+    def second():
         with taking_turns(database, "bundle", waited.set):
             entered.append(2)
 
@@ -51,7 +51,7 @@ def test_while_one_is_inside_nobody_else_is_but_with_another_name(database: Data
     assert entered == ["other", 1, 2]
 
 
-def test_whoever_leaves_by_an_error_or_gives_up_waiting_holds_up_nobody(database: Database) -> None:
+def test_whoever_leaves_by_an_error_or_gives_up_waiting_holds_up_nobody(database):
     with pytest.raises(RuntimeError), taking_turns(database, "bundle", stop):
         raise RuntimeError
     with (
@@ -64,10 +64,10 @@ def test_whoever_leaves_by_an_error_or_gives_up_waiting_holds_up_nobody(database
         pass
 
 
-def test_whose_transaction_the_server_has_ended_holds_up_nobody(database: Database) -> None:
+def test_whose_transaction_the_server_has_ended_holds_up_nobody(database):
     tries = iter(range(300))
 
-    def end_transactions_again() -> None:  # they are busy while they ping, and end a moment later
+    def end_transactions_again():  # they are busy while they ping, and end a moment later
         time.sleep(0.1)
         end_transactions(database)
         assert next(tries, None) is not None, "the lock is still held"
@@ -79,7 +79,7 @@ def test_whose_transaction_the_server_has_ended_holds_up_nobody(database: Databa
         pass
 
 
-def test_while_the_database_is_away_all_go_on_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_while_the_database_is_away_all_go_on_and_say_so(caplog):
     with (
         closing(Database("postgresql://u:p@127.0.0.1:1/x")) as gone,
         taking_turns(gone, "bundle", stop),

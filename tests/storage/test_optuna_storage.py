@@ -1,18 +1,14 @@
 """Optuna's own tests of a storage, on the service's: its own schema, commits that do not wait."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 from optuna.storages import RDBStorage
 from optuna.testing.pytest_storages import StorageTestCase
 
-from storage.database import Database
 from storage.studies import open_storage
 
 
 @pytest.fixture(scope="module")
-def database(shared_database: Database) -> Database:
+def database(shared_database):
     """One for all tests of this file."""
     return shared_database
 
@@ -21,15 +17,15 @@ class TestOptunaStorage(StorageTestCase):
     """What Optuna asks of a storage, the one of the service gives."""
 
     @pytest.fixture
-    def storage(self, database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[RDBStorage]:
+    def storage(self, database, monkeypatch):
         """Opened as the workers open it; copies that a test unpickles are closed as well."""
         with database.transaction() as connection:
             connection.exec_driver_sql("TRUNCATE optuna.studies CASCADE")
         monkeypatch.setattr("storage.studies._PAGE", 2)  # so that several are read
-        copies: list[RDBStorage] = []
+        copies = []
         unpickle = RDBStorage.__setstate__
 
-        def unpickle_and_note(self: RDBStorage, state: dict[object, object]) -> None:
+        def unpickle_and_note(self, state):
             unpickle(self, state)
             copies.append(self)
 
@@ -46,13 +42,13 @@ class TestOptunaStorageInAFile(StorageTestCase):
     """The same of a file, as `pho search` opens it."""
 
     @pytest.fixture
-    def storage(self, tmp_path: Path) -> Iterator[RDBStorage]:
+    def storage(self, tmp_path):
         """A new one."""
         with open_storage(f"sqlite:///{tmp_path / 'study.db'}") as storage:
             yield storage
 
 
-def test_optuna_the_queue_and_the_service_each_have_their_tables(database: Database) -> None:
+def test_optuna_the_queue_and_the_service_each_have_their_tables(database):
     query = (
         "SELECT schemaname, array_agg(tablename::text) AS names FROM pg_tables "
         "WHERE schemaname NOT IN ('pg_catalog', 'information_schema') GROUP BY schemaname"

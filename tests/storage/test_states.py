@@ -1,11 +1,8 @@
 """The life of a job: what may be asked for in each state, by hand and on the database."""
 
-import uuid
-
 import pytest
 from sqlalchemy import select, update
 
-from storage.database import Database
 from storage.jobs import JobStore
 from storage.records import VERBS, JobState, NewStage, StageKind, StageState, StateConflict, settled
 from storage.tables import events, jobs, stages
@@ -47,12 +44,12 @@ REFUSED = [(verb, s) for verb in VERBS for s in JobState if (verb, s.value) not 
 
 
 @pytest.fixture(scope="module")
-def store(shared_database: Database) -> JobStore:
+def store(shared_database):
     """The jobs of a database that the tests of this file share: each makes its own job."""
     return JobStore(shared_database)
 
 
-def job_in(store: JobStore, state: JobState, *, busy: bool) -> uuid.UUID:
+def job_in(store, state, *, busy):
     """A job in this state, whose only stage, a search, is running or waits."""
     job, _ = store.submit(
         {}, name="n", first=NewStage(kind=StageKind.SEARCH), trials=10, max_attempts=3
@@ -64,7 +61,7 @@ def job_in(store: JobStore, state: JobState, *, busy: bool) -> uuid.UUID:
     return job.id
 
 
-def rows(store: JobStore, job_id: uuid.UUID) -> list[object]:
+def rows(store, job_id):
     """Everything that is stored about a job, and the whole queue."""
     with store.database.transaction() as connection:
         return [
@@ -75,21 +72,21 @@ def rows(store: JobStore, job_id: uuid.UUID) -> list[object]:
         ]
 
 
-def test_the_table_knows_the_verbs_and_transitions_of_the_drawing_and_no_others() -> None:
+def test_the_table_knows_the_verbs_and_transitions_of_the_drawing_and_no_others():
     known = {(verb, state.value) for verb, states in VERBS.items() for state in states}
 
     assert known == set(EXPECTED)
 
 
 @pytest.mark.parametrize("state", JobState)
-def test_without_a_worker_what_was_on_its_way_has_arrived(state: JobState) -> None:
+def test_without_a_worker_what_was_on_its_way_has_arrived(state):
     arrived = {JobState.PAUSING: JobState.PAUSED, JobState.CANCELLING: JobState.CANCELLED}
 
     assert settled(state, busy=False) is arrived.get(state, state)
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_what_was_granted_may_be_asked_for_again_and_then_changes_no_state(verb: str) -> None:
+def test_what_was_granted_may_be_asked_for_again_and_then_changes_no_state(verb):
     for state, then in VERBS[verb].items():
         for busy in (False, True):
             arrived = settled(then, busy=busy)
@@ -97,7 +94,7 @@ def test_what_was_granted_may_be_asked_for_again_and_then_changes_no_state(verb:
             assert settled(VERBS[verb][arrived], busy=busy) is arrived, state
 
 
-def test_a_job_that_is_over_does_no_work_one_on_its_way_out_is_neither() -> None:
+def test_a_job_that_is_over_does_no_work_one_on_its_way_out_is_neither():
     over = {state.value for state in JobState if state.is_over}
     works = {state.value for state in JobState if state.may_work}
 
@@ -106,7 +103,7 @@ def test_a_job_that_is_over_does_no_work_one_on_its_way_out_is_neither() -> None
 
 
 @pytest.mark.parametrize(("verb", "state", "busy", "then"), ASKED)
-def test_ask(store: JobStore, verb: str, state: JobState, busy: bool, then: JobState) -> None:
+def test_ask(store, verb, state, busy, then):
     """The store takes a job where the table says, gives it so, and tells it if it is news."""
     if busy and then is JobState.QUEUED:
         then = JobState.RUNNING  # it waits for no worker: it has one
@@ -122,7 +119,7 @@ def test_ask(store: JobStore, verb: str, state: JobState, busy: bool, then: JobS
 
 @pytest.mark.parametrize(("verb", "state"), [case for case in REFUSED if case[0] != "delete"])
 @pytest.mark.parametrize("busy", [False, True])
-def test_all_else_is_a_conflict(store: JobStore, verb: str, state: JobState, busy: bool) -> None:
+def test_all_else_is_a_conflict(store, verb, state, busy):
     job_id = job_in(store, state, busy=busy)
     before = rows(store, job_id)
     with pytest.raises(StateConflict, match=f"a job that is {state} cannot be") as caught:
@@ -133,7 +130,7 @@ def test_all_else_is_a_conflict(store: JobStore, verb: str, state: JobState, bus
 
 
 @pytest.mark.parametrize("state", VERBS["delete"])
-def test_a_job_that_is_over_or_paused_can_be_deleted(store: JobStore, state: JobState) -> None:
+def test_a_job_that_is_over_or_paused_can_be_deleted(store, state):
     job_id = job_in(store, state, busy=False)
     with store.deleting(job_id):
         pass
@@ -143,7 +140,7 @@ def test_a_job_that_is_over_or_paused_can_be_deleted(store: JobStore, state: Job
 
 @pytest.mark.parametrize("state", [state for verb, state in REFUSED if verb == "delete"])
 @pytest.mark.parametrize("busy", [False, True])
-def test_what_may_work_is_not_deleted(store: JobStore, state: JobState, busy: bool) -> None:
+def test_what_may_work_is_not_deleted(store, state, busy):
     job_id = job_in(store, state, busy=busy)
     before = rows(store, job_id)
     entered = False
@@ -157,7 +154,7 @@ def test_what_may_work_is_not_deleted(store: JobStore, state: JobState, busy: bo
     assert rows(store, job_id) == before
 
 
-def test_a_verb_that_is_not_in_the_table_is_a_programmers_fault(store: JobStore) -> None:
+def test_a_verb_that_is_not_in_the_table_is_a_programmers_fault(store):
     job_id = job_in(store, JobState.RUNNING, busy=False)
     before = rows(store, job_id)
     with pytest.raises(KeyError):

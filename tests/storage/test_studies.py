@@ -11,13 +11,13 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.storages import RDBStorage
 from optuna.storages._rdb.models import TrialModel
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import TrialState, create_trial
 from sqlalchemy import event
 
 from storage.studies import StorageError, open_storage, open_study
 
 
-def test_sqlite_files_are_in_write_ahead_logging_which_makes_a_commit_cheap(tmp_path: Path) -> None:
+def test_sqlite_files_are_in_write_ahead_logging_which_makes_a_commit_cheap(tmp_path):
     path = tmp_path / "study.db"
     with open_storage(f"sqlite:///{path}") as storage:
         open_study(storage, "a", direction="minimize")
@@ -28,7 +28,7 @@ def test_sqlite_files_are_in_write_ahead_logging_which_makes_a_commit_cheap(tmp_
     assert mode == "wal"
 
 
-def finished(number: int, *, failed: bool = False) -> FrozenTrial:
+def finished(number, *, failed=False):
     """A trial as a search records it."""
     return create_trial(
         state=TrialState.FAIL if failed else TrialState.COMPLETE,
@@ -43,7 +43,7 @@ def finished(number: int, *, failed: bool = False) -> FrozenTrial:
     )
 
 
-def test_a_study_in_few_statements_reads_as_optunas_own(tmp_path: Path) -> None:
+def test_a_study_in_few_statements_reads_as_optunas_own(tmp_path):
     trials = [finished(i, failed=i == 2) for i in range(5)]
     read = []
     for name, opened in (
@@ -63,14 +63,12 @@ def test_a_study_in_few_statements_reads_as_optunas_own(tmp_path: Path) -> None:
     assert [t.number for t in read[0]] == [0, 1, 2, 3, 4]
 
 
-def test_trials_are_read_a_page_at_a_time_and_share_their_distributions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trials_are_read_a_page_at_a_time_and_share_their_distributions(tmp_path, monkeypatch):
     monkeypatch.setattr("storage.studies._PAGE", 3)
-    alive: WeakSet[TrialModel] = WeakSet()
+    alive = WeakSet()
     at_once = []
 
-    def loaded(trial: TrialModel, _context: object) -> None:
+    def loaded(trial, _context):
         alive.add(trial)
         gc.collect()
         at_once.append(len(alive))
@@ -95,11 +93,11 @@ def test_trials_are_read_a_page_at_a_time_and_share_their_distributions(
         assert len({id(trial.distributions[name]) for trial in trials}) == 1
 
 
-def test_from_the_second_trial_on_all_is_written_together(tmp_path: Path) -> None:
+def test_from_the_second_trial_on_all_is_written_together(tmp_path):
     with open_storage(f"sqlite:///{tmp_path / 'study.db'}") as storage:
         study = open_study(storage, "a", direction="minimize")
         study.add_trial(finished(0))
-        statements: list[str] = []
+        statements = []
         event.listen(
             storage.engine, "before_cursor_execute", lambda *args: statements.append(args[2])
         )
@@ -108,7 +106,7 @@ def test_from_the_second_trial_on_all_is_written_together(tmp_path: Path) -> Non
     assert len(statements) <= 12
 
 
-def test_a_parameter_of_another_kind_is_refused_as_by_optuna(tmp_path: Path) -> None:
+def test_a_parameter_of_another_kind_is_refused_as_by_optuna(tmp_path):
     with open_storage(f"sqlite:///{tmp_path / 'study.db'}") as storage:
         study = open_study(storage, "a", direction="minimize")
         study.add_trials([finished(0), finished(1)])
@@ -132,12 +130,12 @@ def test_a_parameter_of_another_kind_is_refused_as_by_optuna(tmp_path: Path) -> 
         ("sqlite:////no/such/folder/study.db", "the folder /no/such/folder does not exist"),
     ],
 )
-def test_a_url_that_cannot_work_is_refused_with_the_way_out(url: str, message: str) -> None:
+def test_a_url_that_cannot_work_is_refused_with_the_way_out(url, message):
     with pytest.raises(StorageError, match=message), open_storage(url):
         pass
 
 
-def test_a_file_of_another_kind_is_left_alone(tmp_path: Path) -> None:
+def test_a_file_of_another_kind_is_left_alone(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("my notes, dear to me, and long enough to be no database header " * 10)
     before = path.read_bytes()
@@ -148,7 +146,7 @@ def test_a_file_of_another_kind_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def older(tmp_path: Path) -> str:
+def older(tmp_path):
     """A database whose tables are those of an Optuna before 3.2, with a study."""
     url = f"sqlite:///{tmp_path / 'study.db'}"
     with open_storage(url) as storage:
@@ -159,13 +157,13 @@ def older(tmp_path: Path) -> str:
     return url
 
 
-def execute(url: str, script: str) -> None:
+def execute(url, script):
     """Do something to a SQLite file behind everybody's back."""
     with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
         connection.executescript(script)
 
 
-def test_they_are_refused_with_the_way_out_which_leaves_the_studies_as_they_are(older: str) -> None:
+def test_they_are_refused_with_the_way_out_which_leaves_the_studies_as_they_are(older):
     with (
         pytest.raises(StorageError, match=r"version v3\.0\.0\.d,.*`optuna storage upgrade"),
         open_storage(older),
@@ -180,7 +178,7 @@ def test_they_are_refused_with_the_way_out_which_leaves_the_studies_as_they_are(
 
 
 @pytest.mark.parametrize("upgrade", [False, True])
-def test_they_are_never_touched(older: str, upgrade: bool) -> None:
+def test_they_are_never_touched(older, upgrade):
     execute(older, "UPDATE alembic_version SET version_num = 'v9.0.0.a'")
     before = Path(older.removeprefix("sqlite:///")).read_bytes()
 

@@ -16,7 +16,7 @@ RELEASES = [
 
 
 @pytest.mark.parametrize("stored", RELEASES, ids=lambda path: path.name)
-def test_read_back(stored: Path, tmp_path: Path) -> None:
+def test_read_back(stored, tmp_path):
     """The document of a job, a configuration, a recipe and a bundle are what they were."""
     job = json.loads((stored / "job.json").read_text())
     spec = JobSpec.model_validate(job)

@@ -28,7 +28,7 @@ VERBS = (
 )
 
 
-def main(out: Path) -> None:
+def main(out):
     """Fill a new folder."""
     out.mkdir()
     with tempfile.TemporaryDirectory(prefix="pho-") as temporary:

@@ -5,5 +5,5 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def quiet() -> None:
+def quiet():
     optuna.logging.set_verbosity(optuna.logging.WARNING)

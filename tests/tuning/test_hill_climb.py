@@ -1,13 +1,10 @@
 """Optuna's own cases for the hill climb, and that it climbs as it says, without a waste."""
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
 
 import optuna
 import pytest
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-from optuna.samplers import BaseSampler
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.testing.pytest_samplers import (
     BasicSamplerTestCase,
     RelativeSamplerTestCase,
@@ -28,18 +25,11 @@ SPACE = {
 
 class TestOptunaCases(BasicSamplerTestCase, RelativeSamplerTestCase, SingleOnlySamplerTestCase):
     @pytest.fixture
-    def sampler(self) -> type[BaseSampler]:
+    def sampler(self):
         return HillClimbSampler
 
 
-def climbed(
-    sampler: HillClimbSampler,
-    space: Mapping[str, BaseDistribution],
-    loss: Callable[[dict[str, Any]], float | None],
-    *,
-    direction: str = "minimize",
-    most: int = 1000,
-) -> optuna.Study:
+def climbed(sampler, space, loss, *, direction="minimize", most=1000):
     """The study of a climb to its end; None is a failed trial."""
     study = optuna.create_study(sampler=sampler, direction=direction)
     while len(study.trials) < most and not sampler.is_exhausted(study):
@@ -52,18 +42,18 @@ def climbed(
     return study
 
 
-def climbed_on_line(loss: Callable[[float], float | None], start: float) -> list[float]:
+def climbed_on_line(loss, start):
     sampler = HillClimbSampler(search_space=LINE, start={"x": start})
     return [t.params["x"] for t in climbed(sampler, LINE, lambda p: loss(p["x"])).trials]
 
 
-def bowl(params: Mapping[str, Any]) -> float:
+def bowl(params):
     """Its minimum is at a = 0.3, b = 1.1, k = 9."""
     window = {3: 2, 5: 1, 9: 0, 15: 1}[params["k"]]
     return float((params["a"] - 0.3) ** 2 + (params["b"] - 1.1) ** 2 + 0.1 * window)
 
 
-def test_steps_by_hand() -> None:
+def test_steps_by_hand():
     """Up, up again after a success, down; then half the step, until 1/32 of the range."""
     points = climbed_on_line(lambda x: abs(x - 0.6), start=0.25)
 
@@ -76,11 +66,11 @@ def test_steps_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("start", "first"), [(-7, 0.0), (0.0, 0.0), (0.5, 0.5), (9, 1.0)])
-def test_a_climb_begins_where_it_is_told_to(start: float, first: float) -> None:
+def test_a_climb_begins_where_it_is_told_to(start, first):
     assert climbed_on_line(lambda x: x, start)[0] == first
 
 
-def test_steps_are_exact_half_of_0_to_1_5_leads_to_0_875_not_to_0_8749999999999999() -> None:
+def test_steps_are_exact_half_of_0_to_1_5_leads_to_0_875_not_to_0_8749999999999999():
     space = {"x": FloatDistribution(0, 1.5)}
     sampler = HillClimbSampler(search_space=space, start={"x": 0.5})
     points = [t.params["x"] for t in climbed(sampler, space, lambda p: -p["x"]).trials]
@@ -88,7 +78,7 @@ def test_steps_are_exact_half_of_0_to_1_5_leads_to_0_875_not_to_0_87499999999999
     assert points[:3] == [0.5, 0.875, 1.25]
 
 
-def test_of_listed_values_only_those_beside_the_present_one_are_tried() -> None:
+def test_of_listed_values_only_those_beside_the_present_one_are_tried():
     space = {"k": CategoricalDistribution((3, 5, 9, 15, 21))}
     sampler = HillClimbSampler(search_space=space, start={"k": 9})
     tried = [t.params["k"] for t in climbed(sampler, space, lambda p: abs(p["k"] - 9)).trials]
@@ -96,7 +86,7 @@ def test_of_listed_values_only_those_beside_the_present_one_are_tried() -> None:
     assert tried == [9, 15, 5]
 
 
-def test_no_point_is_rated_twice_and_each_step_changes_one_coordinate() -> None:
+def test_no_point_is_rated_twice_and_each_step_changes_one_coordinate():
     sampler = HillClimbSampler(search_space=SPACE, start={"a": -1, "b": 4})
     points = [t.params for t in climbed(sampler, SPACE, bowl).trials]
 
@@ -107,7 +97,7 @@ def test_no_point_is_rated_twice_and_each_step_changes_one_coordinate() -> None:
         assert min(changed) == 1
 
 
-def test_at_the_end_no_last_step_along_a_coordinate_up_or_down_is_better() -> None:
+def test_at_the_end_no_last_step_along_a_coordinate_up_or_down_is_better():
     sampler = HillClimbSampler(search_space=SPACE, start={"a": 0.9, "b": 0.2})
     study = climbed(sampler, SPACE, bowl)
     best = study.best_params
@@ -120,32 +110,32 @@ def test_at_the_end_no_last_step_along_a_coordinate_up_or_down_is_better() -> No
     assert all(bowl(point) >= study.best_value for point in nearby)
 
 
-def test_a_point_that_cannot_be_rated_is_not_stepped_on_and_not_tried_again() -> None:
+def test_a_point_that_cannot_be_rated_is_not_stepped_on_and_not_tried_again():
     points = climbed_on_line(lambda x: None if x > 0.6 else abs(x - 0.6), start=0.25)
 
     assert points == [0.25, 0.5, 0.75, 0.625, 0.375, 0.5625, 0.59375]
 
 
-def test_any_value_is_better_than_a_start_that_failed() -> None:
+def test_any_value_is_better_than_a_start_that_failed():
     points = climbed_on_line(lambda x: None if x == 0.5 else 1000 + x, start=0.5)
 
     assert points[:5] == [0.5, 0.75, 1.0, 0.875, 0.625]  # 0.75 is stepped on, then 0.625
 
 
-def test_a_climb_on_which_nothing_can_be_rated_ends() -> None:
+def test_a_climb_on_which_nothing_can_be_rated_ends():
     assert climbed_on_line(lambda _: None, start=0.5) == [
         0.5, 0.75, 0.25, 0.625, 0.375, 0.5625, 0.4375, 0.53125, 0.46875,
     ]  # fmt: skip
 
 
-def test_a_climb_that_is_over_gives_its_best_point_again() -> None:
+def test_a_climb_that_is_over_gives_its_best_point_again():
     sampler = HillClimbSampler(search_space=SPACE)
     study = climbed(sampler, SPACE, bowl)
 
     assert study.ask(SPACE).params == study.best_params
 
 
-def test_a_sampler_that_knows_nothing_but_the_trials_asks_for_the_same_next_ones() -> None:
+def test_a_sampler_that_knows_nothing_but_the_trials_asks_for_the_same_next_ones():
     whole = climbed(HillClimbSampler(search_space=SPACE), SPACE, bowl).trials
     for cut in (1, 7, len(whole) - 1):
         fresh = HillClimbSampler(search_space=SPACE)
@@ -164,14 +154,14 @@ def test_a_sampler_that_knows_nothing_but_the_trials_asks_for_the_same_next_ones
         (SearchSpace(), {"neighbourhood_share": 0.5, "allocation": "owl"}, set()),
     ],
 )
-def test_effective(space: SearchSpace, params: dict[str, Any], without: set[str]) -> None:
+def test_effective(space, params, without):
     """What changes no mask beside the other values is not a part of the point."""
     point = {**RIA, "kernel_size": 3, **params}
 
     assert point.keys() - space.effective(point).keys() == without
 
 
-def test_from_ria_no_window_without_a_neighbourhood_and_no_spread_of_a_uniform_allocation() -> None:
+def test_from_ria_no_window_without_a_neighbourhood_and_no_spread_of_a_uniform_allocation():
     space = SearchSpace(allocations=("uniform", "fisher"), allocation_spread=(0.05, 0.4))
     distributions = space.distributions()
     sampler = HillClimbSampler(search_space=distributions, start=RIA, effective=space.effective)

@@ -1,11 +1,8 @@
 """What an Optuna user finds natural: samplers, callbacks, names, times, Optuna's commands."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
@@ -14,7 +11,6 @@ from optuna.samplers import RandomSampler, TPESampler
 from pho_service.errors import InvalidInput, StudyError
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import SearchSpace
-from pho_service.spec.steps import Candidate
 from pho_service.tuning.plan import Outcome, SearchPlan, SearchRequest
 from pho_service.tuning.result import describe_study
 from pho_service.tuning.search import run_search
@@ -26,18 +22,18 @@ PLAN = SearchPlan(
 )
 
 
-def evaluate(candidates: Sequence[Candidate]) -> list[Outcome]:
+def evaluate(candidates):
     return [
         Outcome(value=1 + (c.coefficients.row - 0.2) ** 2 + c.coefficients.gradient_exponent)
         for c in candidates
     ]
 
 
-def values(study: optuna.Study) -> list[float]:
+def values(study):
     return [float(trial.value or 0) for trial in study.trials]
 
 
-def test_a_sampler_of_optuna_is_used_with_its_own_seed_and_named_by_its_class() -> None:
+def test_a_sampler_of_optuna_is_used_with_its_own_seed_and_named_by_its_class():
     first, again, other = (
         optuna.create_study(study_name=name, direction="minimize") for name in ("a", "b", "c")
     )
@@ -49,7 +45,7 @@ def test_a_sampler_of_optuna_is_used_with_its_own_seed_and_named_by_its_class() 
     assert values(first) == values(again) != values(other)
 
 
-def test_sampler_of_optuna_goes_on() -> None:
+def test_sampler_of_optuna_goes_on():
     study = optuna.create_study(direction="minimize")
     run_search(study, replace(PLAN, trials=20), evaluate)
     before = values(study)
@@ -64,17 +60,17 @@ def test_sampler_of_optuna_goes_on() -> None:
 
 
 @pytest.mark.parametrize("sampler", ["grid", 3])
-def test_a_sampler_is_a_name_that_is_known_or_an_object_of_optuna(sampler: Any) -> None:
+def test_a_sampler_is_a_name_that_is_known_or_an_object_of_optuna(sampler):
     with pytest.raises(InvalidInput, match=r"is not one of cmaes, .* nor a sampler of Optuna"):
         replace(PLAN, sampler=sampler)
 
 
-def test_each_new_trial_is_shown_once_recorded_already_study_stop_ends_the_search() -> None:
+def test_each_new_trial_is_shown_once_recorded_already_study_stop_ends_the_search():
     study = optuna.create_study(direction="minimize")
     run_search(study, replace(PLAN, trials=10), evaluate)
     seen = []
 
-    def callback(shown: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+    def callback(shown, trial):
         assert shown.trials[trial.number].value == trial.value
         seen.append(trial.number)
         if trial.number == 13:
@@ -88,13 +84,13 @@ def test_each_new_trial_is_shown_once_recorded_already_study_stop_ends_the_searc
         study.stop()  # as everywhere else outside of a callback
 
 
-def test_a_study_for_high_values_is_not_one_for_low_values() -> None:
+def test_a_study_for_high_values_is_not_one_for_low_values():
     with pytest.raises(StudyError, match="is to maximize its values, and this search is to mini"):
         run_search(optuna.create_study(direction="maximize"), PLAN, evaluate)
 
 
-def test_a_trial_lasts_as_long_as_its_rating() -> None:
-    def slow(candidates: Sequence[Candidate]) -> list[Outcome]:
+def test_a_trial_lasts_as_long_as_its_rating():
+    def slow(candidates):
         time.sleep(0.002 * len(candidates))
         return [
             replace(outcome, attributes={"seconds": 0.001 * (1 + 2 * (i == 0))})
@@ -112,7 +108,7 @@ def test_a_trial_lasts_as_long_as_its_rating() -> None:
     assert sum(t.duration.total_seconds() for t in trials if t.duration) >= 0.002 * len(trials)
 
 
-def test_a_study_whose_times_are_others_is_gone_on_with_as_it_would_have_been() -> None:
+def test_a_study_whose_times_are_others_is_gone_on_with_as_it_would_have_been():
     whole, copy = (optuna.create_study(direction="minimize") for _ in range(2))
     run_search(whole, PLAN, evaluate)
     for trial in whole.trials[:15]:
@@ -123,7 +119,7 @@ def test_a_study_whose_times_are_others_is_gone_on_with_as_it_would_have_been() 
     assert values(copy) == values(whole)
 
 
-def test_optuna_says_as_much_after_a_search_as_before(tmp_path: Path) -> None:
+def test_optuna_says_as_much_after_a_search_as_before(tmp_path):
     optuna.logging.set_verbosity(optuna.logging.INFO)
     try:
         with open_storage(f"sqlite:///{tmp_path / 's.db'}") as storage:
@@ -135,7 +131,7 @@ def test_optuna_says_as_much_after_a_search_as_before(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["ours", "memory", "cached"])
-def test_what_is_measured_is_noted_on_its_trial(tmp_path: Path, where: str) -> None:
+def test_what_is_measured_is_noted_on_its_trial(tmp_path, where):
     url = f"sqlite:///{tmp_path / 's.db'}"
     with open_storage(url) as storage:
         study = (
@@ -159,7 +155,7 @@ def test_what_is_measured_is_noted_on_its_trial(tmp_path: Path, where: str) -> N
     assert study.trials[rated[0].number].user_attrs["perplexity"] == 20.0
 
 
-def test_optuna_finds_the_study_and_what_was_optimised(tmp_path: Path) -> None:
+def test_optuna_finds_the_study_and_what_was_optimised(tmp_path):
     url = f"sqlite:///{tmp_path / 's.db'}"
     request = SearchRequest(pattern=PATTERN, trials=8)
     with open_storage(url) as storage:

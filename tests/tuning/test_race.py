@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from pho_service.tuning.finalists import (
-    Losses,
     is_behind,
     paired_error,
     race_looks,
@@ -16,7 +15,7 @@ WINDOWS, BLOCKS = 16, 8
 MEANS = (3.0, 3.01, 3.02, 3.03, 3.05, 3.08, 3.1, 3.15, 3.2, 3.3, 3.5, 4.0)  # nats a token
 
 
-def finalists(seed: int) -> dict[int, Losses]:
+def finalists(seed):
     """Losses of known means: windows and blocks differ by far more than finalists do."""
     rng = np.random.default_rng(seed)
     text = rng.normal(0, 0.5, (WINDOWS, 1)) + rng.normal(0, 0.3, (WINDOWS, BLOCKS))
@@ -27,7 +26,7 @@ def finalists(seed: int) -> dict[int, Losses]:
     }
 
 
-def run(losses: dict[int, Losses], seed: int) -> tuple[list[int], float]:
+def run(losses, seed):
     """Who is left before all windows are seen, and evaluations spent."""
     order, looks = race_order(WINDOWS, seed), race_looks(WINDOWS, 1)
     left, seen = [*losses], dict.fromkeys(losses, WINDOWS)
@@ -40,7 +39,7 @@ def run(losses: dict[int, Losses], seed: int) -> tuple[list[int], float]:
     return left, sum(seen.values()) / WINDOWS
 
 
-def test_the_best_on_the_whole_text_is_never_dropped_and_most_others_are_early() -> None:
+def test_the_best_on_the_whole_text_is_never_dropped_and_most_others_are_early():
     for seed in range(20):
         losses = finalists(seed)
         best = min(losses, key=lambda number: np.sum([*losses[number].values()]))
@@ -51,22 +50,22 @@ def test_the_best_on_the_whole_text_is_never_dropped_and_most_others_are_early()
         assert spent < 4.5
 
 
-def test_of_candidates_that_prune_alike_the_first_one_goes_on_and_no_other_is_needed() -> None:
+def test_of_candidates_that_prune_alike_the_first_one_goes_on_and_no_other_is_needed():
     same = finalists(0)[0]
 
     assert still_racing({5: same, 3: same, 4: same}, [1], windows=WINDOWS) == [5]
 
 
-def test_who_is_behind_by_the_same_on_every_block_is_behind() -> None:
+def test_who_is_behind_by_the_same_on_every_block_is_behind():
     assert is_behind(np.full(8, 0.25), 1, windows=16, level=1e-6)
     assert not is_behind(np.full(8, -0.25), 1, windows=16, level=1e-6)
 
 
-def test_a_single_number_says_nothing_of_chance() -> None:
+def test_a_single_number_says_nothing_of_chance():
     assert not is_behind(np.array([100.0]), 1, windows=16, level=0.5)
 
 
-def test_blocks_that_agree_inside_of_windows_and_differ_between_them_count_as_windows_do() -> None:
+def test_blocks_that_agree_inside_of_windows_and_differ_between_them_count_as_windows_do():
     alike = np.repeat([1.0, -0.5, 1.2, -0.6], 8)
     mixed = np.tile([1.0, -0.5, 1.2, -0.6], 8)
 
@@ -74,14 +73,14 @@ def test_blocks_that_agree_inside_of_windows_and_differ_between_them_count_as_wi
     assert is_behind(mixed, 4, windows=1000, level=0.05)
 
 
-def test_one_of_two_equal_finalists_is_dropped_no_more_often_than_the_level_says() -> None:
+def test_one_of_two_equal_finalists_is_dropped_no_more_often_than_the_level_says():
     rng = np.random.default_rng(0)
     dropped = sum(is_behind(rng.normal(size=16), 2, windows=1000, level=0.05) for _ in range(4000))
 
     assert 0.02 < dropped / 4000 < 0.055
 
 
-def test_the_order_of_windows_is_that_of_the_seed_each_window_once() -> None:
+def test_the_order_of_windows_is_that_of_the_seed_each_window_once():
     assert sorted(race_order(16, 3)) == [*range(16)]
     assert race_order(16, 3) == race_order(16, 3) != race_order(16, 4)
 
@@ -95,14 +94,14 @@ def test_the_order_of_windows_is_that_of_the_seed_each_window_once() -> None:
         (64, 4, [4, 5, 6, 7, 8, 10]),
     ],
 )
-def test_looks_come_after_ever_more_windows(windows: int, first: int, looks: list[int]) -> None:
+def test_looks_come_after_ever_more_windows(windows, first, looks):
     found = race_looks(windows, first)
 
     assert found[: len(looks)] == looks
     assert found[-1] == windows
 
 
-def test_the_standard_error_of_a_difference_is_that_of_paired_losses() -> None:
+def test_the_standard_error_of_a_difference_is_that_of_paired_losses():
     mine, other = [10.0, 12.0, 17.0], [9.0, 12.0, 13.0]
 
     assert paired_error(mine, other, 60) == pytest.approx(2.0817 * 3**0.5 / 60, rel=1e-4)

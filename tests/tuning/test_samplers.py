@@ -7,7 +7,7 @@ import numpy as np
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
-from optuna.samplers import BaseSampler, RandomSampler
+from optuna.samplers import RandomSampler
 from optuna.testing.pytest_samplers import (
     BasicSamplerTestCase,
     RelativeSamplerTestCase,
@@ -27,18 +27,18 @@ SPACE = {
 
 class TestOptunaCases(BasicSamplerTestCase, RelativeSamplerTestCase, SingleOnlySamplerTestCase):
     @pytest.fixture
-    def sampler(self) -> type[BaseSampler]:
+    def sampler(self):
         return CmaSampler
 
 
-def rotated_quadratic(params: dict[str, float]) -> float:
+def rotated_quadratic(params):
     """An ill-conditioned bowl in coordinates that no axis is parallel to, and a best kernel."""
     rotation, _ = np.linalg.qr(np.random.default_rng(7).normal(size=(3, 3)))
     y = rotation @ (np.array([params["a"], params["b"], params["c"]]) - 0.3)
     return float((y**2 * [1, 10, 100]).sum() + (params["k"] != 9))
 
 
-def best_of(sampler: BaseSampler, trials: int) -> float:
+def best_of(sampler, trials):
     study = optuna.create_study(sampler=sampler)
     for _ in range(trials):
         trial = study.ask(SPACE)
@@ -46,7 +46,7 @@ def best_of(sampler: BaseSampler, trials: int) -> float:
     return study.best_value
 
 
-def test_at_160_trials_cma_es_is_far_better_than_random_search() -> None:
+def test_at_160_trials_cma_es_is_far_better_than_random_search():
     cma = statistics.median(best_of(CmaSampler(seed=s, search_space=SPACE), 160) for s in range(5))
     random = statistics.median(best_of(RandomSampler(seed=s), 160) for s in range(5))
 
@@ -54,8 +54,8 @@ def test_at_160_trials_cma_es_is_far_better_than_random_search() -> None:
 
 
 @pytest.mark.parametrize("name", ["cmaes", "tpe", "random", "qmc"])
-def test_the_same_seed_gives_the_same_candidates_another_seed_gives_others(name: str) -> None:
-    def drawn(seed: int) -> list[dict[str, float]]:
+def test_the_same_seed_gives_the_same_candidates_another_seed_gives_others(name):
+    def drawn(seed):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study = optuna.create_study(
@@ -72,7 +72,7 @@ def test_the_same_seed_gives_the_same_candidates_another_seed_gives_others(name:
     assert drawn(1) != drawn(2)
 
 
-def test_a_failed_trial_does_not_stop_a_generation() -> None:
+def test_a_failed_trial_does_not_stop_a_generation():
     study = optuna.create_study(sampler=CmaSampler(seed=0, search_space=SPACE))
     for number in range(160):
         trial = study.ask(SPACE)
@@ -84,7 +84,7 @@ def test_a_failed_trial_does_not_stop_a_generation() -> None:
     assert study.best_value < 0.1
 
 
-def test_an_objective_that_says_the_same_of_everything_is_no_reason_to_stop() -> None:
+def test_an_objective_that_says_the_same_of_everything_is_no_reason_to_stop():
     study = optuna.create_study(sampler=CmaSampler(seed=0, search_space=SPACE))
     drawn = set()
     for _ in range(40):
@@ -95,8 +95,8 @@ def test_an_objective_that_says_the_same_of_everything_is_no_reason_to_stop() ->
     assert len(drawn) > 20
 
 
-def test_a_cma_es_that_is_told_of_another_ones_points_goes_on_where_that_one_does() -> None:
-    def mean(seed: int, adopted: list[dict[str, float]]) -> np.ndarray:
+def test_a_cma_es_that_is_told_of_another_ones_points_goes_on_where_that_one_does():
+    def mean(seed, adopted):
         sampler = CmaSampler(seed=seed, search_space=SPACE)
         study = optuna.create_study(sampler=sampler)
         for i in range(4 * POPULATION):
@@ -110,7 +110,7 @@ def test_a_cma_es_that_is_told_of_another_ones_points_goes_on_where_that_one_doe
         assert sampler._optimizer is not None
         return np.asarray(sampler._optimizer._mean)
 
-    drawn: list[dict[str, float]] = []
+    drawn = []
     leader = mean(1, [])
     follower = mean(2, [*drawn])
     alone = mean(2, [])

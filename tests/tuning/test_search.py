@@ -2,11 +2,8 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 from cmaes import CatCMAwM
@@ -15,7 +12,7 @@ from pho_service.errors import InvalidInput, StudyError
 from pho_service.spec.objective import SAMPLERS
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import SearchSpace
-from pho_service.spec.steps import Candidate, Steps
+from pho_service.spec.steps import Steps
 from pho_service.tuning.finalists import finalists
 from pho_service.tuning.plan import Outcome, RatedCandidate, SearchPlan
 from pho_service.tuning.search import run_search
@@ -29,11 +26,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalW
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> str:
+def url(tmp_path):
     return f"sqlite:///{tmp_path / 'study.db'}"
 
 
-def loss(candidate: Candidate) -> float:
+def loss(candidate):
     """A smooth objective with its minimum inside the box."""
     c = candidate.coefficients
     total = c.row + c.column + c.neighbourhood
@@ -44,43 +41,43 @@ def loss(candidate: Candidate) -> float:
     )  # fmt: skip
 
 
-def evaluate(candidates: Sequence[Candidate]) -> list[Outcome]:
+def evaluate(candidates):
     return [Outcome(value=loss(c), attributes={"seconds": 0.0}) for c in candidates]
 
 
 class Interrupting:
     """Rates like :func:`evaluate` until it has rated ``after`` candidates, then is interrupted."""
 
-    def __init__(self, after: int) -> None:
+    def __init__(self, after):
         self.left = after
 
-    def __call__(self, candidates: Sequence[Candidate]) -> list[Outcome]:
+    def __call__(self, candidates):
         self.left -= len(candidates)
         if self.left < 0:
             raise KeyboardInterrupt
         return evaluate(candidates)
 
 
-def trials_of(url: str, name: str = "s") -> list[tuple[object, ...]]:
+def trials_of(url, name="s"):
     with open_storage(url) as storage:
         study = open_study(storage, name, direction="minimize")
         return [(t.number, t.value, t.params, t.user_attrs["coefficients"]) for t in study.trials]
 
 
-def search(url: str, plan: SearchPlan, rate: object = evaluate) -> list[RatedCandidate]:
+def search(url, plan, rate=evaluate):
     with open_storage(url) as storage:
         study = open_study(storage, "s", direction="minimize")
         return run_search(study, plan, rate)  # type: ignore[arg-type]
 
 
-def undisturbed(tmp_path: Path, plan: SearchPlan) -> list[tuple[object, ...]]:
+def undisturbed(tmp_path, plan):
     url = f"sqlite:///{tmp_path / 'undisturbed.db'}"
     search(url, plan)
     return trials_of(url)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_continued_it_ends_as_if_undisturbed(tmp_path: Path, url: str, sampler: str) -> None:
+def test_continued_it_ends_as_if_undisturbed(tmp_path, url, sampler):
     plan = replace(PLAN, sampler=sampler, trials=16 if sampler == "gp" else 30)
     with pytest.raises(KeyboardInterrupt):
         search(url, plan, Interrupting(after=14))
@@ -89,9 +86,9 @@ def test_continued_it_ends_as_if_undisturbed(tmp_path: Path, url: str, sampler: 
     assert trials_of(url) == undisturbed(tmp_path, plan)
 
 
-def test_a_climb_advances_as_far_as_it_goes_and_then_asks_for_nothing_more(url: str) -> None:
+def test_a_climb_advances_as_far_as_it_goes_and_then_asks_for_nothing_more(url):
     plan = replace(PLAN, sampler="hill-climb", trials=200)
-    advanced: list[int] = []
+    advanced = []
     with open_storage(url) as storage:
         study = open_study(storage, "s", direction="minimize")
         rated = run_search(study, plan, evaluate, advanced.append)
@@ -103,7 +100,7 @@ def test_a_climb_advances_as_far_as_it_goes_and_then_asks_for_nothing_more(url: 
 @pytest.mark.parametrize(
     "first", [7, 17, *(pytest.param(n, marks=pytest.mark.thorough) for n in (1, 6, 9, 22))]
 )
-def test_one_cut_in_a_generation_goes_on_as_if_it_never_was(url: str, first: int) -> None:
+def test_one_cut_in_a_generation_goes_on_as_if_it_never_was(url, first):
     search(url, PLAN)
     with open_storage(url) as storage:
         study = open_study(storage, "s", direction="minimize")
@@ -114,7 +111,7 @@ def test_one_cut_in_a_generation_goes_on_as_if_it_never_was(url: str, first: int
     assert trials_of(url, "cut") == trials_of(url, "s")
 
 
-def test_asked_for_fewer_trials_than_there_are_a_search_looks_at_those_alone(url: str) -> None:
+def test_asked_for_fewer_trials_than_there_are_a_search_looks_at_those_alone(url):
     search(url, replace(PLAN, trials=40))
     again = search(url, replace(PLAN, trials=20))
 
@@ -123,13 +120,13 @@ def test_asked_for_fewer_trials_than_there_are_a_search_looks_at_those_alone(url
 
 
 @pytest.mark.parametrize("trials", [6, 13, 15])
-def test_a_search_has_exactly_the_trials_that_were_asked_for(url: str, trials: int) -> None:
+def test_a_search_has_exactly_the_trials_that_were_asked_for(url, trials):
     search(url, replace(PLAN, trials=trials))
 
     assert [t[0] for t in trials_of(url)] == list(range(trials))
 
 
-def test_the_published_methods_come_first_and_are_never_better(url: str) -> None:
+def test_the_published_methods_come_first_and_are_never_better(url):
     rated = search(url, PLAN)
     methods = [c.method for c in PLAN.baselines()]
     by_number = sorted(rated, key=lambda r: r.number)
@@ -139,7 +136,7 @@ def test_the_published_methods_come_first_and_are_never_better(url: str) -> None
     assert rated[0].value == min(loss(r.candidate) for r in rated)
 
 
-def test_with_direction_maximize_the_highest_value_comes_first(url: str) -> None:
+def test_with_direction_maximize_the_highest_value_comes_first(url):
     with open_storage(url) as storage:
         study = open_study(storage, "s", direction="maximize")
         rated = run_search(study, replace(PLAN, direction="maximize"), evaluate)
@@ -148,8 +145,8 @@ def test_with_direction_maximize_the_highest_value_comes_first(url: str) -> None
     assert rated[0].value > 1.5
 
 
-def test_one_that_cannot_be_rated_is_kept_with_its_cause(url: str) -> None:
-    def rate(candidates: Sequence[Candidate]) -> list[Outcome]:
+def test_one_that_cannot_be_rated_is_kept_with_its_cause(url):
+    def rate(candidates):
         return [
             Outcome(value=None, failure="q_proj: NaN") if c.method == "wanda" else o
             for c, o in zip(candidates, evaluate(candidates), strict=True)
@@ -165,18 +162,18 @@ def test_one_that_cannot_be_rated_is_kept_with_its_cause(url: str) -> None:
     assert failed[0].user_attrs["coefficients"]["normalisation"] == "none"
 
 
-def test_if_nothing_can_be_rated_the_first_cause_is_told(url: str) -> None:
+def test_if_nothing_can_be_rated_the_first_cause_is_told(url):
     with pytest.raises(StudyError, match=r"every trial .* failed.*: no numbers"):
         search(url, PLAN, lambda cs: [Outcome(value=None, failure="no numbers") for _ in cs])
 
 
 def test_a_search_goes_on_where_another_machine_began_it_whose_arithmetic_rounds_otherwise(
-    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+    url, monkeypatch, caplog
+):
     caplog.set_level(logging.INFO)
     here = SearchSpace.candidate
 
-    def there(*arguments: Any) -> Candidate:
+    def there(*arguments):
         candidate = here(*arguments)
         exponent = candidate.coefficients.activation_exponent * (1 + 1e-13)
         coefficients = replace(candidate.coefficients, activation_exponent=exponent)
@@ -194,14 +191,14 @@ def test_a_search_goes_on_where_another_machine_began_it_whose_arithmetic_rounds
 
 
 def test_also_where_eigenvectors_have_the_other_direction_there_and_so_all_candidates_are_others(
-    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+    url, monkeypatch, caplog
+):
     caplog.set_level(logging.INFO)
     search(url, PLAN)
     before = trials_of(url)
     here = CatCMAwM._eigen_decomposition
 
-    def there(optimizer: CatCMAwM) -> tuple[object, object]:
+    def there(optimizer):
         vectors, roots = here(optimizer)
         return (-vectors if optimizer.generation else vectors), roots
 
@@ -215,7 +212,7 @@ def test_also_where_eigenvectors_have_the_other_direction_there_and_so_all_candi
     assert rated[0].value < 1.01
 
 
-def test_trials_that_no_cma_es_can_have_drawn_are_refused(url: str) -> None:
+def test_trials_that_no_cma_es_can_have_drawn_are_refused(url):
     with open_storage(url) as storage:
         study = open_study(storage, "s", direction="minimize")
         run_search(study, replace(PLAN, trials=14), evaluate)
@@ -225,14 +222,14 @@ def test_trials_that_no_cma_es_can_have_drawn_are_refused(url: str) -> None:
             run_search(study, PLAN, evaluate)
 
 
-def test_a_study_of_another_seed_is_not_continued(url: str) -> None:
+def test_a_study_of_another_seed_is_not_continued(url):
     search(url, PLAN)
 
     with pytest.raises(StudyError, match=r"trial 6 .* other coefficients"):
         search(url, replace(PLAN, seed=4))
 
 
-def test_a_study_that_another_program_runs_is_refused(url: str) -> None:
+def test_a_study_that_another_program_runs_is_refused(url):
     with open_storage(url) as storage:
         study = open_study(storage, "s", direction="minimize")
         study.ask()
@@ -249,12 +246,12 @@ def test_a_study_that_another_program_runs_is_refused(url: str) -> None:
         ({"seed": -1}, "seed=-1"),
     ],
 )
-def test_a_plan_that_cannot_be_run_is_refused(change: dict[str, object], message: str) -> None:
+def test_a_plan_that_cannot_be_run_is_refused(change, message):
     with pytest.raises(InvalidInput, match=message):
         replace(PLAN, **change)  # type: ignore[arg-type]
 
 
-def test_finalists_differ_best_first_with_every_baseline(url: str) -> None:
+def test_finalists_differ_best_first_with_every_baseline(url):
     rated = search(url, replace(PLAN, trials=120))
     chosen = finalists(rated, 5)
     found = [c for c in chosen if c.candidate.method == "crepe"]
@@ -274,12 +271,12 @@ def test_finalists_differ_best_first_with_every_baseline(url: str) -> None:
     assert [c.value for c in chosen] == sorted(c.value for c in chosen)
 
 
-def test_what_is_measured_is_kept_inside_of_the_fence_for_one_text(url: str) -> None:
+def test_what_is_measured_is_kept_inside_of_the_fence_for_one_text(url):
     search(url, PLAN)
     inside = []
 
     @contextmanager
-    def fence() -> Iterator[None]:
+    def fence():
         before = record_of(study)
         yield
         inside.append(record_of(study).keys() - before.keys())
@@ -302,7 +299,7 @@ def test_what_is_measured_is_kept_inside_of_the_fence_for_one_text(url: str) -> 
     assert inside == [{"divergence:7"}, set()]
 
 
-def test_a_trial_is_readable_in_a_dashboard_method_scope_coefficients_time(url: str) -> None:
+def test_a_trial_is_readable_in_a_dashboard_method_scope_coefficients_time(url):
     search(url, PLAN)
     with open_storage(url) as storage:
         trial = open_study(storage, "s", direction="minimize").trials[10]
@@ -322,8 +319,8 @@ def test_a_trial_is_readable_in_a_dashboard_method_scope_coefficients_time(url: 
     ],
 )
 def test_where_a_measurement_takes_a_calibration_finalists_are_the_best_by_either_opinion(
-    opinions: tuple[float | None, ...], chosen: list[list[int]]
-) -> None:
+    opinions, chosen
+):
     plan = replace(PLAN, steps=Steps(update="obs"))  # so that baselines take part
     rated = [
         RatedCandidate(

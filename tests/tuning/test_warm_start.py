@@ -1,8 +1,6 @@
 """A search that starts from what was found elsewhere."""
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import optuna
@@ -31,7 +29,7 @@ WARM = replace(COLD, warm_start=(FAR, NEAR))
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
 
-def evaluate(candidates: Sequence[Candidate]) -> list[Outcome]:
+def evaluate(candidates):
     """A smooth objective with its minimum near ``NEAR``."""
     points = [SPACE.params(candidate) for candidate in candidates]
     return [
@@ -44,13 +42,13 @@ def evaluate(candidates: Sequence[Candidate]) -> list[Outcome]:
     ]  # fmt: skip
 
 
-def run(plan: SearchPlan, study: optuna.Study | None = None) -> list[Any]:
+def run(plan, study=None):
     study = study or optuna.create_study()
     return sorted(run_search(study, plan, evaluate), key=lambda r: r.number)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_what_was_found_elsewhere_is_rated_right_after_the_baselines(sampler: str) -> None:
+def test_what_was_found_elsewhere_is_rated_right_after_the_baselines(sampler):
     plan = replace(WARM, sampler=sampler, trials=9)
     trials = run(plan)
     first = len(plan.baselines())
@@ -60,7 +58,7 @@ def test_what_was_found_elsewhere_is_rated_right_after_the_baselines(sampler: st
         assert trial.candidate.method == "crepe"
 
 
-def test_from_a_good_start_a_search_comes_sooner_to_what_a_cold_one_finds_in_the_end() -> None:
+def test_from_a_good_start_a_search_comes_sooner_to_what_a_cold_one_finds_in_the_end():
     saved = []
     for seed in range(3):
         cold, warm = (run(replace(plan, seed=seed)) for plan in (COLD, WARM))
@@ -70,7 +68,7 @@ def test_from_a_good_start_a_search_comes_sooner_to_what_a_cold_one_finds_in_the
     assert np.median(saved) > 10
 
 
-def test_the_first_generation_lies_around_the_best_of_what_was_given_on_this_model() -> None:
+def test_the_first_generation_lies_around_the_best_of_what_was_given_on_this_model():
     trials = run(WARM)
     first = len(WARM.baselines()) + 2
     shares = [r.params["neighbourhood_share"] for r in trials[first : first + 8]]
@@ -79,7 +77,7 @@ def test_the_first_generation_lies_around_the_best_of_what_was_given_on_this_mod
 
 
 @pytest.mark.parametrize("end", [0.0, 1.0])
-def test_a_start_at_an_end_of_a_range_does_not_leave_the_search_there(end: float) -> None:
+def test_a_start_at_an_end_of_a_range_does_not_leave_the_search_there(end):
     start = {**NEAR, "neighbourhood_share": end, "row_share": end}
     sampler = CmaSampler(seed=0, search_space=SPACE.distributions(), start=start)
     study = optuna.create_study(sampler=sampler)
@@ -90,7 +88,7 @@ def test_a_start_at_an_end_of_a_range_does_not_leave_the_search_there(end: float
         assert all(abs(p[name] - end) < 0.2 for p in points)
 
 
-def test_a_start_among_names_is_likelier_than_the_others_which_are_still_tried() -> None:
+def test_a_start_among_names_is_likelier_than_the_others_which_are_still_tried():
     space = SearchSpace(allocations=("uniform", "fisher", "owl"), allocation_spread=(0.1, 0.3))
     start = {**NEAR, "allocation": "owl"}
     sampler = CmaSampler(seed=0, search_space=space.distributions(), start=start)
@@ -101,12 +99,12 @@ def test_a_start_among_names_is_likelier_than_the_others_which_are_still_tried()
     assert set(drawn) == {"uniform", "fisher", "owl"}
 
 
-def test_an_interrupted_warm_search_ends_as_an_uninterrupted_one() -> None:
+def test_an_interrupted_warm_search_ends_as_an_uninterrupted_one():
     whole = run(WARM)
     study = optuna.create_study()
     calls = 0
 
-    def interrupted(candidates: Sequence[Candidate]) -> list[Outcome]:
+    def interrupted(candidates):
         nonlocal calls
         calls += 1
         if calls == 4:
@@ -120,8 +118,8 @@ def test_an_interrupted_warm_search_ends_as_an_uninterrupted_one() -> None:
     assert sorted(ranked(study, WARM), key=lambda r: r.number) == whole
 
 
-def test_if_nothing_that_was_given_can_be_rated_the_search_is_as_cold_as_any() -> None:
-    def failing(candidates: Sequence[Candidate]) -> list[Outcome]:
+def test_if_nothing_that_was_given_can_be_rated_the_search_is_as_cold_as_any():
+    def failing(candidates):
         share = [SPACE.params(c)["neighbourhood_share"] for c in candidates]
         return [
             Outcome(value=None, failure="no") if s == 0.45 else outcome
@@ -139,8 +137,8 @@ def test_if_nothing_that_was_given_can_be_rated_the_search_is_as_cold_as_any() -
     ]
 
 
-def candidate(pattern: Pattern = PATTERN, **changes: Any) -> Candidate:
-    values: dict[str, Any] = {
+def candidate(pattern=PATTERN, **changes):
+    values = {
         "row": 0.2, "column": 0.3, "neighbourhood": 0.5, "kernel_size": 7,
         "activation_exponent": 2.5, "gradient_exponent": 0.4,
     }  # fmt: skip
@@ -148,7 +146,7 @@ def candidate(pattern: Pattern = PATTERN, **changes: Any) -> Candidate:
     return Candidate(method="crepe", coefficients=coefficients, pattern=pattern)
 
 
-def test_what_lies_outside_of_the_space_is_moved_to_its_nearest_point() -> None:
+def test_what_lies_outside_of_the_space_is_moved_to_its_nearest_point():
     request = SearchRequest(pattern=PATTERN, warm_start=(candidate(), candidate()))
     (point,) = request.plan((3, 5, 9)).warm_start
 
@@ -158,7 +156,7 @@ def test_what_lies_outside_of_the_space_is_moved_to_its_nearest_point() -> None:
     assert point["row_share"] == pytest.approx(0.4)
 
 
-def test_a_configuration_that_is_a_baseline_adds_nothing_every_search_begins_with_it() -> None:
+def test_a_configuration_that_is_a_baseline_adds_nothing_every_search_begins_with_it():
     baselines = (*reference_methods(PATTERN).values(), *COLD.baselines())
 
     assert {c.pattern.scope.value for c in baselines} == {"row", "layer"}
@@ -166,19 +164,19 @@ def test_a_configuration_that_is_a_baseline_adds_nothing_every_search_begins_wit
 
 
 @pytest.mark.parametrize("other", [Pattern.parse("2:4"), Pattern.parse("0.5", "row")])
-def test_what_was_found_for_another_pattern_or_scope_is_refused(other: Pattern) -> None:
+def test_what_was_found_for_another_pattern_or_scope_is_refused(other):
     request = SearchRequest(pattern=PATTERN, warm_start=(candidate(other),))
 
     with pytest.raises(InvalidInput, match=rf"is for {other} in scope row, but .* scope layer"):
         request.plan((3,))
 
 
-def test_the_trials_must_have_room_for_the_baselines_and_for_what_the_search_starts_from() -> None:
+def test_the_trials_must_have_room_for_the_baselines_and_for_what_the_search_starts_from():
     with pytest.raises(InvalidInput, match=r"the first 8 are the baselines and what the search"):
         replace(WARM, trials=7)
 
 
-def test_only_the_score_is_taken_over_all_else_is_as_the_search_says() -> None:
+def test_only_the_score_is_taken_over_all_else_is_as_the_search_says():
     trials = run(replace(WARM, steps=Steps(repruning="swaps")))
 
     assert {r.candidate.steps.repruning for r in trials} == {"swaps"}

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -36,11 +35,10 @@ from pho_service.pipeline.rating import ReportText, rate_pruned
 from pho_service.pipeline.search import search_job
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.job import JobSpec
-from pho_service.spec.transfer import TransferSpec
 from pho_service.tuning.validation import qualities, random_candidates
 from storage.database import Database
 from storage.jobs import JobStore
-from storage.records import Claim, JobRecord, JobState, StageKind, StageState
+from storage.records import JobState, StageState
 from storage.studies import open_storage, study_name
 from storage.tables import stages, workers
 from workers.conductor import Conductor
@@ -65,9 +63,7 @@ Trials = list[tuple[Any, ...]]
 
 
 @pytest.fixture
-def home(
-    model_folder: Path, texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def home(model_folder, texts, tmp_path_factory):
     """A folder with the model and the texts, at the same place in every test of a run."""
     folder = tmp_path_factory.getbasetemp() / "home"
     if not folder.is_dir():
@@ -79,15 +75,10 @@ def home(
 
 
 @pytest.fixture
-def spec_of(home: Path) -> Callable[..., JobSpec]:
+def spec_of(home):
     """A small job with some values changed; those of ``calibration`` and ``confirm`` one by one."""
 
-    def build(
-        *,
-        calibration: Mapping[str, Any] | None = None,
-        confirm: Mapping[str, Any] | str | None = "some",
-        **changes: Any,
-    ) -> JobSpec:
+    def build(*, calibration=None, confirm="some", **changes):
         some = {"text": str(home / "confirmation.jsonl"), "windows": 3}
         document = {
             "model": str(home / "model"),
@@ -152,7 +143,7 @@ class WarmStart:
         folder: For the exit codes.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder):
         self._exits = folder
         self._parent = subprocess.Popen(
             [sys.executable, "-c", WARM, str(folder)],
@@ -162,9 +153,7 @@ class WarmStart:
             text=True,
         )
 
-    def start(
-        self, arguments: list[str], environment: Mapping[str, str], log: Path, sabotage: str
-    ) -> int:
+    def start(self, arguments, environment, log, sabotage):
         """A new worker's process, which runs some code first."""
         assert self._parent.stdin is not None
         assert self._parent.stdout is not None
@@ -176,20 +165,20 @@ class WarmStart:
         self._parent.stdin.flush()
         return int(self._parent.stdout.readline())
 
-    def exit_code(self, process: int) -> int | None:
+    def exit_code(self, process):
         """None as long as it runs."""
         try:
             return int((self._exits / str(process)).read_text())
         except FileNotFoundError:
             return None
 
-    def close(self) -> None:
+    def close(self):
         """After the last worker has ended."""
         self._parent.communicate()
 
 
 @pytest.fixture(scope="session")
-def warm_start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmStart]:
+def warm_start(tmp_path_factory):
     """Where all workers of the tests come from."""
     found = WarmStart(tmp_path_factory.mktemp("exits"))
     yield found
@@ -213,16 +202,16 @@ class Crew:
 
     JobIsOver = JobIsOver  # tests cannot import from here
 
-    def __init__(self, warm_start: WarmStart, url: str, root: Path, folder: Path) -> None:
+    def __init__(self, warm_start, url, root, folder):
         self.warm_start = warm_start
         self.database = Database(url, pool=5)
         self.store = JobStore(self.database)
         self.folder = folder
         self._root = root
         self._url = url
-        self._processes: list[int] = []
+        self._processes = []
 
-    def until(self, condition: Callable[[], T], *, every_s: float = 0.02) -> T:
+    def until(self, condition, *, every_s=0.02):
         """The first true value of ``condition``."""
         deadline = time.monotonic() + PATIENCE_S
         while not (value := condition()):
@@ -230,7 +219,7 @@ class Crew:
             time.sleep(every_s)
         return value
 
-    def start(self, *options: str, sabotage: str = "") -> int:
+    def start(self, *options, sabotage=""):
         """
         Start a worker, as `python -m workers` does; its process.
 
@@ -254,31 +243,31 @@ class Crew:
         return process
 
     @property
-    def alive(self) -> set[int]:
+    def alive(self):
         """The workers that have not ended."""
         return {p for p in self._processes if self.warm_start.exit_code(p) is None}
 
-    def man(self, count: int) -> None:
+    def man(self, count):
         """See that so many workers are at work."""
         while len(self.alive) < count:
             self.start()
         self.until(lambda: self.alive <= {*self.at_work()})
 
-    def at_work(self) -> dict[int, Any]:
+    def at_work(self):
         """The workers that report, by their process."""
         return {
             int(w.name.rpartition(":")[2]): w
             for w in self.store.workers(alive_s=float(SETTINGS["PHO_STALLED_AFTER_S"]))
         }
 
-    def submit(self, spec: JobSpec | TransferSpec) -> JobRecord:
+    def submit(self, spec):
         """As the API does."""
         return enter(self.store, spec)
 
-    def wait(self, job: JobRecord, *states: JobState) -> JobRecord:
+    def wait(self, job, *states):
         """The job once it is in one of these states, or over."""
 
-        def settled() -> JobRecord | None:
+        def settled():
             now = self.store.get(job.id)
             return now if now.state in states or now.state.is_over else None
 
@@ -286,20 +275,20 @@ class Crew:
         assert found is not None
         return found
 
-    def succeeded(self, job: JobRecord) -> JobRecord:
+    def succeeded(self, job):
         """The job once it has succeeded."""
         found = self.wait(job)
         assert found.state is JobState.SUCCEEDED, (found.error, self.logs())
         return found
 
-    def done(self, spec: JobSpec | TransferSpec) -> JobRecord:
+    def done(self, spec):
         """Submit a job that must succeed."""
         return self.succeeded(self.submit(spec))
 
-    def busy(self, job: JobRecord, kind: StageKind, *, done: int = 0, attempt: int = 1) -> int:
+    def busy(self, job, kind, *, done=0, attempt=1):
         """The process that works on a stage of this kind, once it has ``done`` trials."""
 
-        def look() -> int | None:
+        def look():
             process = self._worker_of(job, kind, done, attempt)
             state = process or self.store.get(job.id).state
             if not process and state.is_over:
@@ -310,7 +299,7 @@ class Crew:
         assert process is not None
         return process
 
-    def _worker_of(self, job: JobRecord, kind: StageKind, done: int, attempt: int) -> int | None:
+    def _worker_of(self, job, kind, done, attempt):
         query = (
             select(workers.c.name)
             .join(stages, stages.c.worker_id == workers.c.id)
@@ -327,15 +316,7 @@ class Crew:
         return name and int(name.rpartition(":")[2])
 
     @contextmanager
-    def frozen(
-        self,
-        job: JobRecord,
-        kind: StageKind,
-        *,
-        done: int = 0,
-        attempt: int = 1,
-        when: Callable[[], bool] = lambda: True,
-    ) -> Iterator[int]:
+    def frozen(self, job, kind, *, done=0, attempt=1, when=lambda: True):
         """
         Stop the process that works on a stage, in the midst of it, and wake it afterwards.
 
@@ -362,21 +343,21 @@ class Crew:
                     os.kill(process, signal.SIGCONT)
             time.sleep(0.003)
 
-    def kill(self, job: JobRecord, kind: StageKind, **moment: Any) -> int:
+    def kill(self, job, kind, **moment):
         """kill -9 the process that works on a stage, at the moment that :meth:`frozen` takes."""
         with self.frozen(job, kind, **moment) as process:
             os.kill(process, signal.SIGKILL)
             self.ended(process)
         return process
 
-    def ended(self, process: int) -> int:
+    def ended(self, process):
         """The exit code of a worker that ends."""
         self.until(lambda: process not in self.alive, every_s=0.005)
         code = self.warm_start.exit_code(process)
         assert code is not None
         return code
 
-    def in_a_write(self) -> bool:
+    def in_a_write(self):
         """Whether a worker has a transaction open that holds on to a stage."""
         query = text(
             "SELECT count(*) FROM pg_locks WHERE relation = 'pho.stages'::regclass "
@@ -385,7 +366,7 @@ class Crew:
         with self.database.transaction() as connection:
             return bool(connection.execute(query).scalar())
 
-    def queued(self, job: JobRecord) -> list[str]:
+    def queued(self, job):
         """The states of a job's entries in the queue."""
         query = text(
             "SELECT status::text FROM procrastinate.procrastinate_jobs entry "
@@ -395,18 +376,18 @@ class Crew:
         with self.database.transaction() as connection:
             return list(connection.execute(query, {"job": job.id}).scalars())
 
-    def trials(self, job: JobRecord) -> list[Trials]:
+    def trials(self, job):
         """What the studies of all islands hold."""
         return trials_of_job(self.database, job)
 
-    def logs(self) -> str:
+    def logs(self):
         """The last that the workers said."""
         return "\n".join(
             f"--- {path.name}\n{path.read_text()[-9000:]}"
             for path in sorted(self.folder.glob("worker-*.log"))
         )
 
-    def close(self) -> None:
+    def close(self):
         """End all workers."""
         for process in self.alive:
             os.kill(process, signal.SIGKILL)
@@ -414,11 +395,11 @@ class Crew:
         self.database.close()
 
 
-def _has_stopped(process: int) -> bool:
+def _has_stopped(process):
     return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
-def trials_of_job(database: Database, job: JobRecord) -> list[Trials]:
+def trials_of_job(database, job):
     """What the studies of all islands hold."""
     with open_storage(database.studies_url) as storage:
         return [
@@ -427,7 +408,7 @@ def trials_of_job(database: Database, job: JobRecord) -> list[Trials]:
         ]
 
 
-def trials_of(study: optuna.Study) -> Trials:
+def trials_of(study):
     """All of a study's trials, but for how long they took and what was measured later."""
     later = {"seconds", "divergence", "perplexity", "chosen"}
     return [
@@ -443,7 +424,7 @@ def trials_of(study: optuna.Study) -> Trials:
 
 
 @contextmanager
-def crew_of(warm_start: WarmStart, url: str, root: Path, folder: Path) -> Iterator[Crew]:
+def crew_of(warm_start, url, root, folder):
     """A crew on a database, with no workers."""
     found = Crew(warm_start, url, root, folder)
     try:
@@ -453,11 +434,7 @@ def crew_of(warm_start: WarmStart, url: str, root: Path, folder: Path) -> Iterat
 
 
 @pytest.fixture(scope="module")
-def crew(
-    warm_start: WarmStart,
-    new_database: Callable[..., str],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Crew]:
+def crew(warm_start, new_database, tmp_path_factory):
     """Workers that the tests of a file share; a test says how many it needs."""
     root = tmp_path_factory.getbasetemp()
     with crew_of(warm_start, new_database(), root, tmp_path_factory.mktemp("crew")) as found:
@@ -465,7 +442,7 @@ def crew(
 
 
 @pytest.fixture
-def own_crew(warm_start: WarmStart, database_url: str, tmp_path: Path) -> Iterator[Crew]:
+def own_crew(warm_start, database_url, tmp_path):
     """No workers yet, and a database that nobody else uses."""
     with crew_of(warm_start, database_url, tmp_path.parent, tmp_path / "crew") as found:
         yield found
@@ -475,12 +452,12 @@ Calibrated = tuple[LanguageModel, CalibrationText, ProxyBundle]
 
 
 @pytest.fixture
-def calibrated(tmp_path: Path) -> Callable[[JobSpec], Calibrated]:
+def calibrated(tmp_path):
     """The model of a job, the text, and the bundle that `pho calibrate` makes, in ``tmp_path``."""
     return partial(_calibrated, folder=tmp_path)
 
 
-def _calibrated(spec: JobSpec, folder: Path) -> Calibrated:
+def _calibrated(spec, folder):
     model = load_model(spec.model, device="cpu", stream=spec.stream)
     settings = spec.calibration.settings()
     text = calibration_text(model, TextSource(path=spec.calibration.text), settings)
@@ -507,10 +484,10 @@ _known: dict[str, Undisturbed] = {}
 
 
 @pytest.fixture
-def undisturbed(tmp_path: Path) -> Callable[[JobSpec], Undisturbed]:
+def undisturbed(tmp_path):
     """`pho search` for the same model, texts and seed as a job of one island."""
 
-    def run(spec: JobSpec) -> Undisturbed:
+    def run(spec):
         key = spec.model_dump_json()
         if key not in _known:
             _known[key] = _searched(spec, tmp_path / uuid.uuid4().hex)
@@ -519,7 +496,7 @@ def undisturbed(tmp_path: Path) -> Callable[[JobSpec], Undisturbed]:
     return run
 
 
-def _searched(spec: JobSpec, folder: Path) -> Undisturbed:
+def _searched(spec, folder):
     model, calibration, bundle = _calibrated(spec, folder)
     report = None
     if spec.confirm is not None and spec.confirm.text is None:
@@ -563,10 +540,10 @@ def _searched(spec: JobSpec, folder: Path) -> Undisturbed:
 
 
 @pytest.fixture
-def found() -> Callable[[JobRecord], dict[str, Any]]:
+def found():
     """A job's configuration as `pho search` writes it: but for the name of the study."""
 
-    def strip(job: JobRecord) -> dict[str, Any]:
+    def strip(job):
         configuration = job.best
         assert configuration is not None
         search = {k: v for k, v in configuration["search"].items() if k != "study"}
@@ -585,13 +562,13 @@ class Hand:
         bundles: Where they are kept.
     """
 
-    def __init__(self, database: Database, folder: Path, bundles: Path) -> None:
+    def __init__(self, database, folder, bundles):
         self.store = JobStore(database)
         self.folder = folder
         self.bundles = bundles
         self.inputs = self.new_inputs()
 
-    def new_inputs(self) -> WorkerInputs:
+    def new_inputs(self):
         """Those of a worker that has nothing in memory."""
         access = Access(
             model_roots=(self.folder,), text_roots=(self.folder,), hub_models=("*",),
@@ -601,11 +578,11 @@ class Hand:
         pruned = PrunedStore(place, self.bundles)
         return WorkerInputs(access, BundleStore(place, self.bundles), pruned, torch.device("cpu"))
 
-    def submit(self, spec: JobSpec | TransferSpec) -> JobRecord:
+    def submit(self, spec):
         """As the API does."""
         return enter(self.store, spec)
 
-    def waiting(self, job: JobRecord) -> list[Any]:
+    def waiting(self, job):
         """The stages that could be begun now, the parts of one before it."""
         found = [
             s for s in self.store.get(job.id).stages
@@ -613,20 +590,20 @@ class Hand:
         ]  # fmt: skip
         return sorted(found, key=lambda stage: stage.part_of is None)
 
-    def entry(self, stage: Any) -> int:
+    def entry(self, stage):
         """The number of a stage in the queue."""
         with self.store.database.transaction() as connection:
             query = select(stages.c.queue_id).where(stages.c.id == stage.id)
             return int(connection.execute(query).scalar_one())
 
-    def take(self, job: JobRecord, number: int | None = None) -> Claim:
+    def take(self, job, number=None):
         """Claim the first stage that could be begun now, or the first with a number."""
         stage = next(s for s in self.waiting(job) if number in (None, s.number))
         claim = self.store.claim(stage.id, self.entry(stage), uuid.uuid4())
         assert claim is not None
         return claim
 
-    def step(self, job: JobRecord) -> None:
+    def step(self, job):
         """Do the next stage; if it fails, the job has failed."""
         claim = self.take(job)
         try:
@@ -636,27 +613,19 @@ class Hand:
             self.store.fail(claim, described, retry=False)
             raise
 
-    def until(self, job: JobRecord, kind: StageKind | None) -> JobRecord:
+    def until(self, job, kind):
         """Do what comes before the first stage of a kind; None: everything."""
         while (waiting := self.waiting(job)) and waiting[0].kind is not kind:
             self.step(job)
         return self.store.get(job.id)
 
-    def done(self, spec: JobSpec | TransferSpec) -> JobRecord:
+    def done(self, spec):
         """Submit a job that must succeed."""
         job = self.until(self.submit(spec), None)
         assert job.state is JobState.SUCCEEDED
         return job
 
-    def work(
-        self,
-        job: JobRecord,
-        *,
-        at: int = 0,
-        do: Callable[[], object] = lambda: None,
-        turn_s: float = 0.0,
-        most: int = 100,
-    ) -> JobRecord:
+    def work(self, job, *, at=0, do=lambda: None, turn_s=0.0, most=100):
         """
         Do its stages, ``most`` of them, as a worker does, which says what went wrong, while it may
         go on. As soon as a search has ``at`` trials, something is done, once.
@@ -666,7 +635,7 @@ class Hand:
         )
         progress, todo = worker._store.progress, [do]
 
-        def noted(claim: Claim, *, done: int, **more: Any) -> JobState:
+        def noted(claim, *, done, **more):
             if todo and done >= at:
                 todo.pop()()
             return progress(claim, done=done, **more)
@@ -680,24 +649,18 @@ class Hand:
                 worker._run_stage(waiting[0].id, self.entry(waiting[0]))
         return self.store.get(job.id)
 
-    def failed(self, spec: JobSpec) -> dict[str, Any]:
+    def failed(self, spec):
         """Submit a job that must fail; why it did."""
         job = self.work(self.submit(spec))
         assert job.state is JobState.FAILED
         assert job.error is not None
         return job.error
 
-    def trials(self, job: JobRecord) -> list[Trials]:
+    def trials(self, job):
         """What the studies of all islands hold."""
         return trials_of_job(self.store.database, job)
 
-    def edit(
-        self,
-        job: JobRecord,
-        kind: StageKind,
-        change: Callable[[dict[str, Any]], None],
-        number: int | None = None,
-    ) -> None:
+    def edit(self, job, kind, change, number=None):
         """Change what a stage, the first of a kind or the one with a number, has stored."""
         of_kind = self.store.get(job.id).of_kind(kind)
         stage = next(s for s in of_kind if number in (None, s.number))
@@ -708,23 +671,23 @@ class Hand:
 
 
 @pytest.fixture
-def hand(shared_database: Database, home: Path, tmp_path: Path) -> Hand:
+def hand(shared_database, home, tmp_path):
     """No job yet; the model and the texts are in a folder that the test may change."""
     shutil.copytree(home, tmp_path / "disk")
     return Hand(shared_database, tmp_path / "disk", tmp_path / "bundles")
 
 
 @pytest.fixture
-def desk(shared_database: Database, home: Path, tmp_path: Path) -> Hand:
+def desk(shared_database, home, tmp_path):
     """The same on the folder of all tests, which the jobs of ``spec_of`` name in full."""
     return Hand(shared_database, home, tmp_path / "bundles")
 
 
 @pytest.fixture
-def small(spec_of: Any) -> Callable[..., JobSpec]:
+def small(spec_of):
     """A small job on that folder, with relative names."""
 
-    def build(**changes: Any) -> JobSpec:
+    def build(**changes):
         calibration = {"text": "calibration.jsonl", **changes.pop("calibration", {})}
         confirm = changes.pop("confirm", {})
         if confirm is not None:

@@ -3,10 +3,7 @@
 import os
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import fsspec
 import pytest
@@ -17,8 +14,6 @@ from pho_service.models.calibration import CalibrationText, calibration_text, me
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.texts import TextSource
 from pho_service.progress import silent
-from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.statistics import Sums
 from pho_service.spec.calibration import CalibrationSettings
 from workers.inputs import BundleStore
 
@@ -36,14 +31,14 @@ class Source:
     made: int = 0
 
     @property
-    def key(self) -> str:
+    def key(self):
         """Of the bundle."""
         return self.text.bundle_key
 
-    def ensure(self, store: BundleStore) -> ProxyBundle:
+    def ensure(self, store):
         """The bundle, from ``store`` if it is there."""
 
-        def progress(title: str, steps: int) -> Any:
+        def progress(title, steps):
             self.made += title.startswith("Calibrating")
             return silent(title, steps)
 
@@ -51,7 +46,7 @@ class Source:
 
 
 @pytest.fixture
-def source(model_folder: Path, texts: dict[str, Path]) -> Source:
+def source(model_folder, texts):
     """A model and what it is calibrated on."""
     model = load_model(str(model_folder), device="cpu")
     text = calibration_text(model, TextSource(path=str(texts["calibration"])), SETTINGS)
@@ -59,7 +54,7 @@ def source(model_folder: Path, texts: dict[str, Path]) -> Source:
 
 
 @pytest.fixture(params=["folder", "memory"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def url(request, tmp_path):
     """A fresh place for bundles: a folder, or an object store."""
     if request.param == "folder":
         return str(tmp_path / "artifacts")
@@ -67,25 +62,25 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def worker(url: str, tmp_path: Path) -> Callable[[str], BundleStore]:
+def worker(url, tmp_path):
     """The store as a machine sees it that has a cache of its own."""
     return lambda name: BundleStore(url, tmp_path / name)
 
 
-def stored(url: str) -> list[str]:
+def stored(url):
     """The names of all files there."""
     files, root = fsspec.core.url_to_fs(url)
     return [name.rpartition("/")[2] for name in files.find(root)]
 
 
-def damage(url: str, key: str) -> None:
+def damage(url, key):
     """Leave half of a stored bundle."""
     files, root = fsspec.core.url_to_fs(url)
     path = f"{root}/bundles/{key}.safetensors"
     files.pipe_file(path, files.cat_file(path)[:1000])
 
 
-def same(a: ProxyBundle, b: ProxyBundle) -> bool:
+def same(a, b):
     """Whether two bundles hold the same numbers."""
     return a.provenance == b.provenance and all(
         x.name == y.name and torch.equal(x.rows, y.rows)
@@ -94,8 +89,8 @@ def same(a: ProxyBundle, b: ProxyBundle) -> bool:
 
 
 def test_the_second_machine_finds_what_the_first_has_made_and_there_is_one_file_of_it(
-    source: Source, url: str, worker: Callable[[str], BundleStore]
-) -> None:
+    source, url, worker
+):
     """One that has never seen the model reads it by its key."""
     first = source.ensure(worker("a"))
     second = source.ensure(worker("b"))
@@ -106,14 +101,14 @@ def test_the_second_machine_finds_what_the_first_has_made_and_there_is_one_file_
     assert stored(url) == [f"{source.key}.safetensors"]
 
 
-def test_a_key_that_nobody_has_made_is_no_bundle(worker: Callable[[str], BundleStore]) -> None:
+def test_a_key_that_nobody_has_made_is_no_bundle(worker):
     with pytest.raises(BundleError):
         worker("a").read("0" * 64)
 
 
 def test_a_damaged_bundle_is_refused_and_made_again_by_the_next_that_needs_it_for_everybody(
-    source: Source, url: str, worker: Callable[[str], BundleStore]
-) -> None:
+    source, url, worker
+):
     made = source.ensure(worker("a"))
     damage(url, source.key)
 
@@ -124,7 +119,7 @@ def test_a_damaged_bundle_is_refused_and_made_again_by_the_next_that_needs_it_fo
     assert same(worker("c").read(source.key), made)
 
 
-def test_lost(source: Source, url: str, worker: Callable[[str], BundleStore]) -> None:
+def test_lost(source, url, worker):
     """A bundle that somebody deleted is there again after the next that needs it."""
     source.ensure(worker("a"))
     files, root = fsspec.core.url_to_fs(url)
@@ -134,14 +129,14 @@ def test_lost(source: Source, url: str, worker: Callable[[str], BundleStore]) ->
     assert stored(url) == [f"{source.key}.safetensors"]
 
 
-def test_two_at_once(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_at_once(source, tmp_path, monkeypatch):
     """Two machines that store the same bundle at the same time do not disturb each other."""
     url = f"memory://{uuid.uuid4().hex}"
     slow, fast = BundleStore(url, tmp_path / "slow"), BundleStore(url, tmp_path / "fast")
     files, _ = fsspec.core.url_to_fs(url)
     put = files.put_file
 
-    def interrupted(*arguments: Any, **more: Any) -> None:
+    def interrupted(*arguments, **more):
         monkeypatch.setattr(files, "put_file", put)
         put(*arguments, **more)
         source.ensure(fast)
@@ -154,13 +149,13 @@ def test_two_at_once(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.fixture
-def sums(source: Source, monkeypatch: pytest.MonkeyPatch) -> Sums:
+def sums(source, monkeypatch):
     """What the second of six shards gives."""
     monkeypatch.setattr("pho_service.spec.calibration.SHARDED_FROM", 1)
     return measure_shard(source.model, source.text, SETTINGS, 1)
 
 
-def test_shards(source: Source, sums: Sums, url: str, worker: Callable[[str], BundleStore]) -> None:
+def test_shards(source, sums, url, worker):
     """What one machine has gathered, another finds, until the bundle is made."""
     worker("a").keep_sums(source.key, 1, sums)
     found = worker("b").sums(source.key, 1)
@@ -175,9 +170,9 @@ def test_shards(source: Source, sums: Sums, url: str, worker: Callable[[str], Bu
 
 
 def test_a_shard_whose_folder_has_been_removed_since_the_bundle_is_made_is_no_error(
-    source: Source, sums: Sums, worker: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object, **__: object) -> None:
+    source, sums, worker, monkeypatch
+):
+    def fail(*_, **__):
         raise OutputError("no such folder")  # as if somebody had removed it just now
 
     store = worker("a")
@@ -189,7 +184,7 @@ def test_a_shard_whose_folder_has_been_removed_since_the_bundle_is_made_is_no_er
     store.keep_sums(source.key, 1, sums)
 
 
-def test_abandoned_shards(source: Source, sums: Sums, tmp_path: Path) -> None:
+def test_abandoned_shards(source, sums, tmp_path):
     """Shards of a calibration that nobody has ended go after a week, with the next bundle."""
     store = BundleStore(str(tmp_path / "artifacts"), tmp_path / "cache")
     for key, days in (("old", 8), ("young", 6)):
@@ -202,7 +197,7 @@ def test_abandoned_shards(source: Source, sums: Sums, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("url", ["nonsense://x", "wandb://entity/pho"])
-def test_unusable(url: str, tmp_path: Path) -> None:
+def test_unusable(url, tmp_path):
     """A URL that fsspec does not understand, or has no package for, is named with its setting."""
     with pytest.raises(InvalidInput, match=f"PHO_ARTIFACTS='{url}'"):
         BundleStore(url, tmp_path)

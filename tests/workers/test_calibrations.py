@@ -1,9 +1,6 @@
 """One calibration shared out over several workers: the same bundle, made once."""
 
 import signal
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -57,25 +54,25 @@ module.measure_shard = measure
 
 
 @pytest.fixture
-def shared(monkeypatch: pytest.MonkeyPatch, spec_of: Any) -> Any:
+def shared(monkeypatch, spec_of):
     """A job whose calibration is cut into six shards, here too."""
     monkeypatch.setattr("pho_service.spec.calibration.SHARDED_FROM", 1)
     return spec_of(calibration={"seed": 7}, trials=10)
 
 
 @pytest.fixture
-def alone(calibrated: Any, tmp_path: Path) -> Callable[[Any], bytes]:
+def alone(calibrated, tmp_path):
     """The bundle of a job as `pho calibrate` makes it, in one process."""
     return lambda spec: bundle_path(tmp_path, calibrated(spec)[2].key).read_bytes()
 
 
-def bundles(artifacts: Path) -> list[bytes]:
+def bundles(artifacts):
     """All that the workers have made."""
     assert list((artifacts / "shards").iterdir()) == []  # removed once it is made
     return [path.read_bytes() for path in (artifacts / "bundles").iterdir()]
 
 
-def shards_made(*jobs: Any) -> list[int]:
+def shards_made(*jobs):
     """How many of each shard's parts really gathered it."""
     parts = [part for job in jobs for part in job.shards]
     made = [part.number % SHARDS for part in parts if part.result["made"]]
@@ -83,8 +80,8 @@ def shards_made(*jobs: Any) -> list[int]:
 
 
 def test_in_shards_the_bundle_and_what_is_found_are_those_of_one_process(
-    desk: Any, shared: Any, alone: Any, undisturbed: Any, found: Any
-) -> None:
+    desk, shared, alone, undisturbed, found
+):
     """Also if it is paused while its parts wait: it goes on where it was."""
     job = desk.submit(shared)
     job = desk.work(job, most=3)  # what says how many parts there are, and two of them
@@ -99,7 +96,7 @@ def test_in_shards_the_bundle_and_what_is_found_are_those_of_one_process(
     assert found(job) == undisturbed(shared).configuration
 
 
-def test_killed_in_a_shard(own_crew: Any, shared: Any, alone: Any, tmp_path: Path) -> None:
+def test_killed_in_a_shard(own_crew, shared, alone, tmp_path):
     """A worker that dies in the midst of a shard loses that one alone, and none counts twice."""
     sabotage = SHARED + DEADLY.format(flag=tmp_path / "flag")
     mortal = [own_crew.start(sabotage=sabotage) for _ in range(2)]
@@ -122,9 +119,9 @@ def test_killed_in_a_shard(own_crew: Any, shared: Any, alone: Any, tmp_path: Pat
     ids=["in shards", "whole"],
 )
 def test_made_once(
-    own_crew: Any, spec_of: Any, home: Path, tmp_path: Path, before: str, module: str,
-    function: str,
-) -> None:  # fmt: skip
+    own_crew, spec_of, home, tmp_path, before, module,
+    function,
+):  # fmt: skip
     """Two jobs that need the same bundle at the same time make it once, whatever they call it."""
     notes = tmp_path / "notes"
     notes.touch()

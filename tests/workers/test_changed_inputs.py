@@ -1,10 +1,7 @@
 """Models, texts and bundles that change while a job works: never measured as if they had not."""
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +18,7 @@ from storage.records import JobState, LostClaim, StageKind
 COMMITS = ("a" * 40, "b" * 40)
 
 
-def double(folder: Path, name: str = "model.layers.0.mlp.down_proj.weight") -> None:
+def double(folder, name="model.layers.0.mlp.down_proj.weight"):
     """Change a weight of a model, as somebody does who saves another one in its place."""
     file = folder / "model.safetensors"
     weights = load_file(file)
@@ -31,7 +28,7 @@ def double(folder: Path, name: str = "model.layers.0.mlp.down_proj.weight") -> N
     new.replace(file)
 
 
-def written_into(folder: Path) -> None:
+def written_into(folder):
     """Double all weights in the file itself, as ``cp`` does: what is mapped changes at once."""
     file = folder / "model.safetensors"
     weights = {name: 2 * weight for name, weight in load_file(file).items()}
@@ -41,7 +38,7 @@ def written_into(folder: Path) -> None:
         opened.write(changed)
 
 
-def swap(folder: Path, what: str = "confirmation") -> None:
+def swap(folder, what="confirmation"):
     """Put the report text in the place of another, or another model in the place of the model."""
     if what == "model":
         double(folder / "model")
@@ -49,7 +46,7 @@ def swap(folder: Path, what: str = "confirmation") -> None:
         shutil.copy(folder / "report.jsonl", folder / f"{what}.jsonl")
 
 
-def test_text_changed_between_perplexities(hand: Any, small: Any, tmp_path: Path) -> None:
+def test_text_changed_between_perplexities(hand, small, tmp_path):
     """A text that is replaced between two measurements fails the job; put back, it goes on."""
     expected = hand.done(small()).best
     job = hand.until(hand.submit(small()), StageKind.PERPLEXITY)
@@ -94,8 +91,8 @@ BY_PERPLEXITY = {"objective": {"name": "perplexity"}, "trials": 6}
     ],
 )  # fmt: skip
 def test_what_is_replaced_after_the_calibration_is_neither_compared_nor_measured(
-    hand: Any, small: Any, changes: Any, kind: StageKind, what: str, said: str, restarted: bool
-) -> None:
+    hand, small, changes, kind, what, said, restarted
+):
     job = hand.until(hand.submit(small(**changes)), kind)
     swap(hand.folder, what)
     if restarted:
@@ -106,8 +103,8 @@ def test_what_is_replaced_after_the_calibration_is_neither_compared_nor_measured
 
 
 def test_a_perplexity_is_stored_with_the_hash_of_what_was_measured_not_of_what_should_have_been(
-    hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    hand, small, monkeypatch
+):
     """So that whoever looks for mixtures finds them also if nothing refuses them."""
     monkeypatch.setattr("workers.inputs._compare", lambda *_: None)
     job = hand.until(hand.submit(small()), StageKind.PERPLEXITY)
@@ -124,10 +121,8 @@ def test_a_perplexity_is_stored_with_the_hash_of_what_was_measured_not_of_what_s
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_model_changed_while_it_is_measured(
-    hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch, stream: bool
-) -> None:
-    def measured(*args: Any, **options: Any) -> Any:
+def test_model_changed_while_it_is_measured(hand, small, monkeypatch, stream):
+    def measured(*args, **options):
         written_into(hand.folder / "model")
         return measure(*args, **options)
 
@@ -142,8 +137,8 @@ def test_model_changed_while_it_is_measured(
 
 @pytest.mark.parametrize("what", ["model", "calibration", "version"])
 def test_a_lost_bundle_is_not_replaced_by_one_of_other_inputs_or_of_another_version_of_a_package(
-    hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch, what: str
-) -> None:
+    hand, small, monkeypatch, what
+):
     job = hand.until(hand.submit(small(confirm=None)), StageKind.SEARCH)
     shutil.rmtree(hand.bundles)
     hand.inputs = hand.new_inputs()
@@ -157,7 +152,7 @@ def test_a_lost_bundle_is_not_replaced_by_one_of_other_inputs_or_of_another_vers
         hand.step(job)
 
 
-def test_bundle_of_another_model(hand: Any, small: Any) -> None:
+def test_bundle_of_another_model(hand, small):
     """A bundle that lies under another one's name is not taken: the right one is made again."""
     expected = hand.done(small()).best
     (mine,) = hand.bundles.rglob("*.safetensors")
@@ -170,7 +165,7 @@ def test_bundle_of_another_model(hand: Any, small: Any) -> None:
     assert {**found, "search": None} == {**expected, "search": None}
 
 
-def test_calibrated_on_another_kind_of_device(hand: Any, small: Any) -> None:
+def test_calibrated_on_another_kind_of_device(hand, small):
     folder = hand.folder / "model"
     model = load_model(str(folder), device="cpu").model.to(torch.bfloat16)
     model.save_pretrained(folder)
@@ -184,7 +179,7 @@ def test_calibrated_on_another_kind_of_device(hand: Any, small: Any) -> None:
 
 
 @pytest.fixture
-def hub(hand: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+def hub(hand, tmp_path, monkeypatch):
     """A copy of the hub's org/tiny with two commits; says which of them is main."""
     repository = tmp_path / "hub" / "models--org--tiny"
     for number, commit in enumerate(COMMITS):
@@ -195,14 +190,14 @@ def hub(hand: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
     for constant, value in (("HF_HUB_CACHE", str(tmp_path / "hub")), ("HF_HUB_OFFLINE", True)):
         monkeypatch.setattr(f"huggingface_hub.constants.{constant}", value)
 
-    def main_is(number: int) -> None:
+    def main_is(number):
         (repository / "refs" / "main").write_text(COMMITS[number])
 
     main_is(0)
     return main_is
 
 
-def test_hub_model_moves(hand: Any, small: Any, hub: Callable[[int], None]) -> None:
+def test_hub_model_moves(hand, small, hub):
     """A hub model without a revision is that of the commit which the first stage saw."""
     expected = hand.done(small()).best
     job = hand.until(hand.submit(small(model="org/tiny")), StageKind.CONFIRM)
@@ -216,13 +211,11 @@ def test_hub_model_moves(hand: Any, small: Any, hub: Callable[[int], None]) -> N
     assert hand.inputs.model(small(model="org/tiny")).revision == COMMITS[1]
 
 
-def test_hub_model_is_loaded_once(
-    hand: Any, small: Any, hub: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_model_is_loaded_once(hand, small, hub, monkeypatch):
     del hub
     loaded = []
 
-    def load(source: str, **options: Any) -> Any:
+    def load(source, **options):
         loaded.append(options["revision"])
         return load_model(source, **options)
 
@@ -232,9 +225,7 @@ def test_hub_model_is_loaded_once(
     assert loaded == [None]
 
 
-def test_local_model_is_not_asked_of_the_hub(
-    hand: Any, small: Any, hub: Callable[[int], None]
-) -> None:
+def test_local_model_is_not_asked_of_the_hub(hand, small, hub):
     del hub
     shutil.copytree(hand.folder / "model", hand.folder / "org" / "tiny")
     job = hand.until(hand.submit(small(model="org/tiny")), StageKind.PERPLEXITY)
@@ -246,11 +237,11 @@ def test_local_model_is_not_asked_of_the_hub(
 
 
 @pytest.fixture
-def transfer(hand: Any, small: Any) -> Callable[..., TransferSpec]:
+def transfer(hand, small):
     """The document of a transfer to these models."""
     source = hand.done(small())
 
-    def build(*models: str, **changes: Any) -> TransferSpec:
+    def build(*models, **changes):
         report = {"text": "confirmation.jsonl", "windows": 2}
         document = {"models": [*models], "report": report, **changes}
         request = TransferRequest.model_validate(document)
@@ -259,7 +250,7 @@ def transfer(hand: Any, small: Any) -> Callable[..., TransferSpec]:
     return build
 
 
-def test_two_models_of_a_transfer_are_not_measured_on_two_texts(hand: Any, transfer: Any) -> None:
+def test_two_models_of_a_transfer_are_not_measured_on_two_texts(hand, transfer):
     shutil.copytree(hand.folder / "model", hand.folder / "other")
     job = hand.submit(transfer("./model", "./other"))
     hand.step(job)
@@ -272,12 +263,10 @@ def test_two_models_of_a_transfer_are_not_measured_on_two_texts(hand: Any, trans
     assert "has changed since ./model was measured" in second["error"]["message"]
 
 
-def test_model_changed_in_a_transfer(
-    hand: Any, transfer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_model_changed_in_a_transfer(hand, transfer, monkeypatch):
     ensure = hand.inputs.bundles.ensure
 
-    def changed(*args: Any) -> Any:
+    def changed(*args):
         bundle = ensure(*args)
         double(hand.folder / "model", "lm_head.weight")  # in no bundle
         return bundle
@@ -292,7 +281,7 @@ def test_model_changed_in_a_transfer(
     assert stage.result["error"]["type"] == "ChangedInput"
 
 
-def test_claims_still_count(hand: Any, transfer: Any) -> None:
+def test_claims_still_count(hand, transfer):
     """A stage that another worker has taken meanwhile stores nothing, whatever it compared."""
     job = hand.submit(transfer("./model"))
     claim = hand.take(job)
@@ -302,7 +291,7 @@ def test_claims_still_count(hand: Any, transfer: Any) -> None:
         hand.store.complete(lost, {}, library=[Entry({}, {})], ended=True)
 
 
-def test_confirmed_on_the_calibration_text(hand: Any, small: Any) -> None:
+def test_confirmed_on_the_calibration_text(hand, small):
     spec = small(confirm={"text": "calibration.jsonl", "windows": 100})
     calibration = hand.inputs.calibration_text(spec).calibration
     windows = hand.inputs.confirmation_text(spec).windows

@@ -1,7 +1,6 @@
 """Workers that end by themselves, or wait: without work, drained, on another artifact store."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,9 +15,7 @@ JobStore.enter_worker = lambda *given, **named: (time.sleep(0.5), report(*given,
 """
 
 
-def test_without_work_for_so_long_a_worker_ends_and_until_then_does_what_comes(
-    own_crew: Any, spec_of: Any
-) -> None:
+def test_without_work_for_so_long_a_worker_ends_and_until_then_does_what_comes(own_crew, spec_of):
     """Meanwhile it touches the file of the probes; a report on its way is not behind the last."""
     alive = own_crew.folder / "alive"
     variable = f"os.environ['PHO_LIVENESS_FILE'] = {str(alive)!r}"
@@ -35,7 +32,7 @@ def test_without_work_for_so_long_a_worker_ends_and_until_then_does_what_comes(
     assert "Traceback" not in own_crew.logs()
 
 
-def test_a_file_for_probes_that_cannot_be_written_is_refused(own_crew: Any) -> None:
+def test_a_file_for_probes_that_cannot_be_written_is_refused(own_crew):
     variable = "os.environ['PHO_LIVENESS_FILE'] = '/proc/alive'"
     worker = own_crew.start(sabotage=variable)
 
@@ -45,8 +42,8 @@ def test_a_file_for_probes_that_cannot_be_written_is_refused(own_crew: Any) -> N
 
 @pytest.mark.parametrize("how", list(Drain))
 def test_drained_a_worker_finishes_its_stage_or_hands_it_back_takes_none_and_ends(
-    how: Drain, own_crew: Any, spec_of: Any
-) -> None:
+    how, own_crew, spec_of
+):
     worker = own_crew.start()
     job = own_crew.submit(spec_of(trials=LONG))
     own_crew.busy(job, StageKind.SEARCH, done=14)
@@ -63,9 +60,7 @@ def test_drained_a_worker_finishes_its_stage_or_hands_it_back_takes_none_and_end
     assert search.state is expected
 
 
-def test_a_dead_workers_stage_comes_again_while_all_others_are_busy(
-    own_crew: Any, spec_of: Any
-) -> None:
+def test_a_dead_workers_stage_comes_again_while_all_others_are_busy(own_crew, spec_of):
     own_crew.man(1)
     busy = own_crew.submit(spec_of(trials=10_000))
     own_crew.busy(busy, StageKind.SEARCH, done=14)
@@ -79,8 +74,8 @@ def test_a_dead_workers_stage_comes_again_while_all_others_are_busy(
 
 
 def test_on_another_artifact_store_than_the_api_a_worker_takes_nothing_until_that_is_mended(
-    own_crew: Any, spec_of: Any
-) -> None:
+    own_crew, spec_of
+):
     own_crew.store.set_artifact_store("the api's")
     job = own_crew.submit(spec_of())
     own_crew.start()

@@ -7,7 +7,6 @@ import threading
 import time
 import uuid
 from types import SimpleNamespace
-from typing import Any
 
 from sqlalchemy import text
 
@@ -38,7 +37,7 @@ workers.inputs.load_model = load
 """
 
 
-def test_broken_context(own_crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
+def test_broken_context(own_crew, spec_of, undisturbed, found):
     """A GPU that fails costs the job no attempt: a new process, under the same number, ends it."""
     spec = spec_of(max_attempts=1)
     process = own_crew.start(sabotage=BROKEN)
@@ -50,7 +49,7 @@ def test_broken_context(own_crew: Any, spec_of: Any, undisturbed: Any, found: An
     assert found(job) == undisturbed(spec).configuration
 
 
-def test_a_tokenizer_that_panics_fails_the_job_in_words_at_once(hand: Any, spec_of: Any) -> None:
+def test_a_tokenizer_that_panics_fails_the_job_in_words_at_once(hand, spec_of):
     folder = hand.folder / "model"
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     split = {"type": "Split", "pattern": {"Regex": "((a+)+)+z"}, "behavior": "Isolated"}
@@ -66,7 +65,7 @@ def test_a_tokenizer_that_panics_fails_the_job_in_words_at_once(hand: Any, spec_
     assert "tokenizer.json" in error["message"]
 
 
-def test_cancelled_while_it_loads(own_crew: Any, spec_of: Any) -> None:
+def test_cancelled_while_it_loads(own_crew, spec_of):
     """A model that is loaded for ever can be cancelled; a new process is its worker."""
     process = own_crew.start(sabotage=ENDLESS)
     job = own_crew.submit(spec_of())
@@ -80,7 +79,7 @@ def test_cancelled_while_it_loads(own_crew: Any, spec_of: Any) -> None:
     assert own_crew.alive == {process}
 
 
-def test_stopped_while_it_loads(own_crew: Any, spec_of: Any) -> None:
+def test_stopped_while_it_loads(own_crew, spec_of):
     """Told to stop, a worker that loads for ever hands its stage back and ends within 10 s."""
     process = own_crew.start(sabotage=ENDLESS)
     job = own_crew.submit(spec_of())
@@ -97,7 +96,7 @@ def test_stopped_while_it_loads(own_crew: Any, spec_of: Any) -> None:
     assert own_crew.store.get(job.id).stages[0].failures == 0
 
 
-def test_a_worker_that_starts_lets_in_the_key_that_was_not_served_for_longest(desk: Any) -> None:
+def test_a_worker_that_starts_lets_in_the_key_that_was_not_served_for_longest(desk):
     """Or those that are killed before their first turn is over would all serve the oldest job."""
     store, kinds = desk.store, (StageKind.TRANSFER,)
     keys = [KeyStore(store.database).create(n, sees_all=False)[0].id for n in "ab"]
@@ -120,15 +119,13 @@ def test_a_worker_that_starts_lets_in_the_key_that_was_not_served_for_longest(de
     assert served == [0, 1, 0]
 
 
-def test_told_to_stop_in_an_outage_a_worker_waits_no_more_and_leaves_its_stage_in_the_queue() -> (
-    None
-):
-    settings: Any = SimpleNamespace(heartbeat_s=1.0, turn_s=0.0)
-    nothing: Any = SimpleNamespace()
+def test_told_to_stop_in_an_outage_a_worker_waits_no_more_and_leaves_its_stage_in_the_queue():
+    settings = SimpleNamespace(heartbeat_s=1.0, turn_s=0.0)
+    nothing = SimpleNamespace()
     worker = _Worker(nothing, settings, WorkerOptions(), nothing)
     reports = []
 
-    def report() -> bool:
+    def report():
         reports.append(time.monotonic())
         if len(reports) == 2:
             threading.Timer(0.01, worker._stop).start()

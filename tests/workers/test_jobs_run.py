@@ -3,7 +3,6 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -22,20 +21,20 @@ TRIALS = 40
 
 
 @pytest.fixture
-def folder(desk: Any, home: Path, tmp_path: Path) -> Path:
+def folder(desk, home, tmp_path):
     """A copy of the model and the texts that a test may change."""
     desk.folder = Path(shutil.copytree(home, tmp_path / "own"))
     desk.inputs = desk.new_inputs()
     return desk.folder
 
 
-def bundles(desk: Any) -> dict[str, int]:
+def bundles(desk):
     """The bundles on disk, with the time at which each was made."""
     found = desk.bundles.rglob("*.safetensors")
     return {path.name: path.stat().st_mtime_ns for path in found}
 
 
-def thorough(name: str, **changes: Any) -> Any:
+def thorough(name, **changes):
     """A job that is done with ``--thorough`` alone."""
     return pytest.param(changes, id=name, marks=pytest.mark.thorough)
 
@@ -60,8 +59,8 @@ FOLDED = {"permutation": "score", "deployable": True}
     ],
 )
 def test_the_trials_and_the_configuration_are_those_of_pho_search(
-    desk: Any, spec_of: Any, undisturbed: Any, found: Any, changes: dict[str, Any]
-) -> None:
+    desk, spec_of, undisturbed, found, changes
+):
     job = desk.done(spec_of(**changes))
     alone = undisturbed(spec_of(**changes))
 
@@ -70,8 +69,8 @@ def test_the_trials_and_the_configuration_are_those_of_pho_search(
 
 
 def test_a_validation_ranks_random_candidates_by_each_proxy_and_changes_nothing_of_the_search(
-    desk: Any, spec_of: Any, undisturbed: Any, found: Any
-) -> None:
+    desk, spec_of, undisturbed, found
+):
     spec = spec_of(trials=10, validation={"candidates": 8, "seed": 2})
     job = desk.done(spec)
     (finish,) = job.of_kind(StageKind.FINISH)
@@ -82,8 +81,8 @@ def test_a_validation_ranks_random_candidates_by_each_proxy_and_changes_nothing_
 
 
 def test_what_the_winner_does_to_each_linear_is_kept_and_without_perplexities_it_is_said(
-    desk: Any, spec_of: Any
-) -> None:
+    desk, spec_of
+):
     spec = spec_of(scope="global", confirm=None, trials=10)
     job = desk.done(spec)
     (stage,) = job.of_kind(StageKind.FINISH)
@@ -104,8 +103,8 @@ def test_what_the_winner_does_to_each_linear_is_kept_and_without_perplexities_it
 
 @pytest.mark.thorough
 def test_a_job_that_leaves_linears_dense_finds_what_pho_search_finds_and_shows_which_they_are(
-    desk: Any, spec_of: Any, undisturbed: Any, found: Any
-) -> None:
+    desk, spec_of, undisturbed, found
+):
     linears = {"ignore": ["*.o_proj"], "sparsities": {"*.down_proj": 0.25}}
     spec = spec_of(steps={"linears": linears}, trials=10, confirm=None)
     job = desk.done(spec)
@@ -118,8 +117,8 @@ def test_a_job_that_leaves_linears_dense_finds_what_pho_search_finds_and_shows_w
 
 
 def test_each_island_is_the_search_with_its_own_seed_the_best_of_all_of_them_wins(
-    desk: Any, spec_of: Any, undisturbed: Any
-) -> None:
+    desk, spec_of, undisturbed
+):
     job = desk.done(spec_of(islands=3, confirm=None))
     alone = [undisturbed(spec_of(confirm=None, seed=island_seed(0, i))) for i in range(3)]
     values = [a.configuration["objective"]["value"] for a in alone]
@@ -132,8 +131,8 @@ def test_each_island_is_the_search_with_its_own_seed_the_best_of_all_of_them_win
 
 
 def test_an_extended_job_has_the_trials_of_one_with_as_many_from_the_start_and_no_worse_best(
-    desk: Any, spec_of: Any, undisturbed: Any, found: Any
-) -> None:
+    desk, spec_of, undisturbed, found
+):
     job = desk.done(spec_of(trials=10))
     before = found(job)
     job = desk.until(desk.store.ask(job.id, "extend", trials=12), None)
@@ -145,8 +144,8 @@ def test_an_extended_job_has_the_trials_of_one_with_as_many_from_the_start_and_n
 
 
 def test_extended_in_the_midst_of_its_search_it_ends_as_if_it_had_been_that_long(
-    desk: Any, spec_of: Any, undisturbed: Any, found: Any
-) -> None:
+    desk, spec_of, undisturbed, found
+):
     job = desk.submit(spec_of(trials=TRIALS - 20))
     job = desk.work(job, at=14, do=lambda: desk.store.ask(job.id, "extend", trials=20))
     alone = undisturbed(spec_of(trials=TRIALS))
@@ -157,8 +156,8 @@ def test_extended_in_the_midst_of_its_search_it_ends_as_if_it_had_been_that_long
 
 @pytest.mark.thorough
 def test_a_hill_climb_that_ended_by_itself_has_nothing_more_to_do_with_more_trials(
-    desk: Any, spec_of: Any, undisturbed: Any, found: Any
-) -> None:
+    desk, spec_of, undisturbed, found
+):
     job = desk.done(spec_of(sampler="hill-climb", trials=300))
     before = desk.trials(job)
     job = desk.until(desk.store.ask(job.id, "extend", trials=20), None)
@@ -172,8 +171,8 @@ def test_a_hill_climb_that_ended_by_itself_has_nothing_more_to_do_with_more_tria
 
 
 def test_a_search_whose_time_is_up_ends_with_the_best_of_the_trials_that_it_has(
-    desk: Any, spec_of: Any, undisturbed: Any
-) -> None:
+    desk, spec_of, undisturbed
+):
     job = desk.done(spec_of(trials=10_000, timeout_s=0.5, confirm=None))
     (trials,) = desk.trials(job)
     (search,) = job.of_kind(StageKind.SEARCH)
@@ -185,8 +184,8 @@ def test_a_search_whose_time_is_up_ends_with_the_best_of_the_trials_that_it_has(
 
 
 def test_jobs_with_the_same_calibration_share_one_bundle_and_one_that_was_lost_is_made_again(
-    desk: Any, spec_of: Any, undisturbed: Any
-) -> None:
+    desk, spec_of, undisturbed
+):
     first = desk.done(spec_of(trials=10))
     made = bundles(desk)
     second = desk.done(spec_of(trials=10, seed=1, confirm=None))
@@ -203,8 +202,8 @@ def test_jobs_with_the_same_calibration_share_one_bundle_and_one_that_was_lost_i
 
 
 def test_without_its_text_a_job_fails_at_once_says_why_and_can_be_resumed_when_it_is_there(
-    desk: Any, spec_of: Any, folder: Path
-) -> None:
+    desk, spec_of, folder
+):
     text = folder / "calibration.jsonl"
     text.rename(folder / "away")
     spec = spec_of(
@@ -240,25 +239,21 @@ def test_without_its_text_a_job_fails_at_once_says_why_and_can_be_resumed_when_i
         ),
     ],
 )
-def test_what_cannot_be_done_fails_before_the_search(
-    desk: Any, spec_of: Any, changes: dict[str, Any], message: str
-) -> None:
+def test_what_cannot_be_done_fails_before_the_search(desk, spec_of, changes, message):
     error = desk.failed(spec_of(**changes))
 
     assert (error["type"], error["stage"]) == ("InvalidInput", "calibrate")
     assert message in error["message"]
 
 
-def test_a_pattern_that_matches_nothing_costs_no_calibration(
-    hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pattern_that_matches_nothing_costs_no_calibration(hand, small, monkeypatch):
     monkeypatch.setattr("workers.inputs.WorkerInputs.calibrate", Mock(side_effect=AssertionError))
     job = hand.submit(small(steps={"linears": {"targets": ["re:.*\\.none"]}}))
     with pytest.raises(InvalidInput, match=r"matches none of the .* linears"):
         hand.step(job)
 
 
-def test_an_error_in_a_layer_keeps_the_layer(desk: Any, spec_of: Any, folder: Path) -> None:
+def test_an_error_in_a_layer_keeps_the_layer(desk, spec_of, folder):
     model = LlamaForCausalLM.from_pretrained(folder / "model")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
@@ -272,8 +267,8 @@ def test_an_error_in_a_layer_keeps_the_layer(desk: Any, spec_of: Any, folder: Pa
 
 
 def test_with_more_failed_trials_than_allowed_the_job_fails_and_names_layer_and_coefficients(
-    desk: Any, spec_of: Any, calibrated: Any
-) -> None:
+    desk, spec_of, calibrated
+):
     spec = spec_of(max_failed_trials=3, confirm=None)
     bundle = calibrated(spec)[2]
     last = replace(bundle.layers[-1], rows=bundle.layers[-1].rows * 1e30)  # beyond float32
@@ -289,8 +284,8 @@ def test_with_more_failed_trials_than_allowed_the_job_fails_and_names_layer_and_
 
 
 def test_a_perplexity_that_cannot_be_measured_fails_the_job_and_the_candidate_is_kept(
-    desk: Any, spec_of: Any, folder: Path
-) -> None:
+    desk, spec_of, folder
+):
     text = folder / "confirmation.jsonl"
     spec = spec_of(
         model=str(folder / "model"), calibration={"text": str(folder / "calibration.jsonl")},
@@ -307,10 +302,8 @@ def test_a_perplexity_that_cannot_be_measured_fails_the_job_and_the_candidate_is
     ]
 
 
-def test_memory_that_ran_out_fails_the_job_in_words_at_once(
-    desk: Any, spec_of: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def load(*_: Any, **__: Any) -> None:
+def test_memory_that_ran_out_fails_the_job_in_words_at_once(desk, spec_of, monkeypatch):
+    def load(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr("workers.inputs.load_model", load)
@@ -322,8 +315,8 @@ def test_memory_that_ran_out_fails_the_job_in_words_at_once(
 
 
 def test_a_cancel_reaches_the_worker_in_the_midst_of_a_search_and_what_was_found_stays(
-    desk: Any, spec_of: Any
-) -> None:
+    desk, spec_of
+):
     job, asked = desk.submit(spec_of(trials=TRIALS)), []
     job = desk.work(job, at=15, do=lambda: asked.append(desk.store.ask(job.id, "cancel")))
 
@@ -334,8 +327,8 @@ def test_a_cancel_reaches_the_worker_in_the_midst_of_a_search_and_what_was_found
 
 
 def test_a_paused_job_stands_still_resumed_it_ends_as_if_nothing_had_happened(
-    desk: Any, spec_of: Any, undisturbed: Any, found: Any
-) -> None:
+    desk, spec_of, undisturbed, found
+):
     job = desk.submit(spec_of(trials=TRIALS))
     job = desk.work(job, at=7, do=lambda: desk.store.ask(job.id, "pause"))
     (trials,) = desk.trials(job)
@@ -350,8 +343,8 @@ def test_a_paused_job_stands_still_resumed_it_ends_as_if_nothing_had_happened(
 
 
 def test_a_small_job_is_done_during_a_long_search_on_the_only_worker_which_changes_nothing_of_it(
-    desk: Any, spec_of: Any, undisturbed: Any, found: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    desk, spec_of, undisturbed, found, monkeypatch
+):
     monkeypatch.setattr("workers.watch.LOOK_EVERY_S", 0.0)
     long = desk.until(desk.submit(spec_of(trials=TRIALS)), StageKind.SEARCH)
     small = desk.submit(spec_of(confirm=None))
@@ -377,8 +370,8 @@ def test_a_small_job_is_done_during_a_long_search_on_the_only_worker_which_chang
     ],
 )
 def test_a_wrong_option_or_setting_ends_with_exit_code_2_and_says_what_is_wrong(
-    monkeypatch: pytest.MonkeyPatch, options: list[str], heartbeat: str, message: str
-) -> None:
+    monkeypatch, options, heartbeat, message
+):
     monkeypatch.setattr("workers.__main__.configure_logs", lambda _: None)
     monkeypatch.setattr("workers.__main__.adopt_loggers", lambda *_: None)
     monkeypatch.setenv("PHO_HEARTBEAT_S", heartbeat)

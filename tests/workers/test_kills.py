@@ -5,10 +5,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -27,17 +25,17 @@ OF_A_SEARCH = [k for k in StageKind if k not in OTHERS]
 
 
 @pytest.fixture
-def job(crew: Any, spec_of: Any) -> Any:
+def job(crew, spec_of):
     """A job that two workers have."""
     crew.man(2)
     return crew.submit(spec_of(trials=TRIALS))
 
 
 @pytest.fixture
-def ends_right(crew: Any, undisturbed: Any, found: Any) -> Callable[[Any], bool]:
+def ends_right(crew, undisturbed, found):
     """Waits for a job; whether it has the trials and the result of one that nothing happened to."""
 
-    def wait(job: Any) -> bool:
+    def wait(job):
         done = crew.succeeded(job)
         alone = undisturbed(JobSpec.model_validate({**job.spec, "prune": False}))
         return (crew.trials(done), found(done)) == ([alone.trials], alone.configuration)
@@ -55,8 +53,8 @@ def ends_right(crew: Any, undisturbed: Any, found: Any) -> Callable[[Any], bool]
     ],
 )
 def test_killed_in_any_stage_a_worker_is_replaced_by_another_which_ends_with_the_same_result(
-    kind: StageKind, crew: Any, spec_of: Any, ends_right: Any
-) -> None:
+    kind, crew, spec_of, ends_right
+):
     crew.man(2)
     for _ in range(10):  # a short stage may be over before it is seen, on a busy machine
         job = crew.submit(spec_of(trials=TRIALS, prune=kind is StageKind.PRUNE))
@@ -68,9 +66,7 @@ def test_killed_in_any_stage_a_worker_is_replaced_by_another_which_ends_with_the
     assert max(s.attempt for s in crew.store.get(job.id).of_kind(kind)) > 1
 
 
-def test_killed_while_it_searches_one_of_several_patterns_too(
-    crew: Any, spec_of: Any, undisturbed: Any
-) -> None:
+def test_killed_while_it_searches_one_of_several_patterns_too(crew, spec_of, undisturbed):
     asked = {"trials": TRIALS, "confirm": {"finalists": 2}}
     crew.man(2)
     for _ in range(10):
@@ -87,16 +83,16 @@ def test_killed_while_it_searches_one_of_several_patterns_too(
 
 
 def test_killed_while_it_prunes_with_blocks_that_the_confirmation_trained_the_bytes_are_the_same(
-    crew: Any, spec_of: Any
-) -> None:
+    crew, spec_of
+):
     steps = {"update": "least-squares", "reconstruction": {"method": "block"}}
     spec = spec_of(preset="crepe", trials=10, confirm={"finalists": 1}, steps=steps, prune=True)
 
-    def weights(job: Any) -> dict[str, str]:
+    def weights(job):
         files = crew.succeeded(job).pruning.result["files"]
         return {f["name"]: f["sha256"] for f in files if f["name"].endswith(".safetensors")}
 
-    def waiting() -> bool:
+    def waiting():
         pruned = crew.folder / "data/artifacts/pruned" / str(job.id)
         return len([*pruned.glob(".*.blocks/*.safetensors")]) == 2
 
@@ -113,17 +109,15 @@ def test_killed_while_it_prunes_with_blocks_that_the_confirmation_trained_the_by
     assert len(alone) == 2  # the weights and the masks
 
 
-def test_killed_in_the_midst_of_recording_a_generation_too(
-    crew: Any, job: Any, ends_right: Any
-) -> None:
+def test_killed_in_the_midst_of_recording_a_generation_too(crew, job, ends_right):
     crew.kill(job, StageKind.SEARCH, done=6, when=crew.in_a_write)
 
     assert ends_right(job)
 
 
 def test_a_pause_that_a_dead_worker_cannot_follow_is_followed_for_it_and_can_be_ended(
-    crew: Any, job: Any, ends_right: Any
-) -> None:
+    crew, job, ends_right
+):
     with crew.frozen(job, StageKind.SEARCH, done=14) as process:
         asked = crew.store.ask(job.id, "pause")
         os.kill(process, signal.SIGKILL)
@@ -137,8 +131,8 @@ def test_a_pause_that_a_dead_worker_cannot_follow_is_followed_for_it_and_can_be_
 
 
 def test_a_stage_that_has_killed_max_attempts_workers_fails_its_job_which_can_be_resumed(
-    crew: Any, spec_of: Any, ends_right: Any
-) -> None:
+    crew, spec_of, ends_right
+):
     crew.man(3)
     job = crew.submit(spec_of(trials=TRIALS, max_attempts=2))
     crew.kill(job, StageKind.SEARCH, done=14)
@@ -155,8 +149,8 @@ def test_a_stage_that_has_killed_max_attempts_workers_fails_its_job_which_can_be
 
 @pytest.mark.parametrize("in_a_write", [False, pytest.param(True, marks=pytest.mark.thorough)])
 def test_frozen_beyond_the_limit_a_worker_has_lost_its_stage_and_writes_nothing_when_it_wakes(
-    crew: Any, job: Any, ends_right: Any, in_a_write: bool
-) -> None:
+    crew, job, ends_right, in_a_write
+):
     """In the midst of a write, too: its locks hold up nobody for long."""
     moment = {"done": 6, "when": crew.in_a_write} if in_a_write else {"done": 14}
     with crew.frozen(job, StageKind.SEARCH, **moment):
@@ -171,8 +165,8 @@ def test_frozen_beyond_the_limit_a_worker_has_lost_its_stage_and_writes_nothing_
 
 @pytest.mark.thorough
 def test_a_worker_that_has_lost_its_stage_does_not_take_it_out_of_the_queue_when_it_wakes(
-    crew: Any, job: Any, ends_right: Any
-) -> None:
+    crew, job, ends_right
+):
     with crew.frozen(job, StageKind.SEARCH, done=14):
         crew.kill(job, StageKind.SEARCH, attempt=2)
 
@@ -181,8 +175,8 @@ def test_a_worker_that_has_lost_its_stage_does_not_take_it_out_of_the_queue_when
 
 @pytest.mark.thorough
 def test_a_worker_that_wakes_and_hands_back_takes_nothing_away_from_the_one_that_works_now(
-    crew: Any, spec_of: Any, ends_right: Any
-) -> None:
+    crew, spec_of, ends_right
+):
     crew.man(2)
     job = crew.submit(spec_of(trials=LONG))
     with crew.frozen(job, StageKind.SEARCH, done=14) as first:
@@ -197,8 +191,8 @@ def test_a_worker_that_wakes_and_hands_back_takes_nothing_away_from_the_one_that
 
 
 def test_told_to_stop_a_worker_hands_its_search_back_at_once_and_another_ends_it(
-    crew: Any, job: Any, ends_right: Any
-) -> None:
+    crew, job, ends_right
+):
     """Until then it is listed with its device, its stages, and what it is busy with."""
     with crew.frozen(job, StageKind.SEARCH, done=14) as process:
         worker = crew.at_work()[process]
@@ -218,7 +212,7 @@ def test_told_to_stop_a_worker_hands_its_search_back_at_once_and_another_ends_it
 
 
 @pytest.mark.thorough
-def test_restricted(own_crew: Any, spec_of: Any) -> None:
+def test_restricted(own_crew, spec_of):
     """A worker with --stages does those alone, and is listed with them."""
     worker = own_crew.start("--stages", "calibrate, search")
     own_crew.man(1)
@@ -236,7 +230,7 @@ def test_restricted(own_crew: Any, spec_of: Any) -> None:
     ]
 
 
-def test_stopped_twice(own_crew: Any, spec_of: Any) -> None:
+def test_stopped_twice(own_crew, spec_of):
     """Told to stop again, to its very end, a worker hands its stage back and says no more."""
     own_crew.man(1)
     job = own_crew.submit(spec_of(trials=LONG))
@@ -253,7 +247,7 @@ def test_stopped_twice(own_crew: Any, spec_of: Any) -> None:
 
 
 @pytest.fixture
-def small_disk(desk: Any) -> Iterator[Path]:
+def small_disk(desk):
     """The place of the bundles, with 32 KiB of space until it is unmounted."""
     folder = Path(desk.bundles / "bundles")
     folder.mkdir(parents=True)
@@ -270,8 +264,8 @@ def small_disk(desk: Any) -> Iterator[Path]:
 
 
 def test_a_full_disk_fails_the_job_clearly_with_space_again_it_is_resumed_and_ends_right(
-    desk: Any, spec_of: Any, undisturbed: Any, found: Any, small_disk: Path
-) -> None:
+    desk, spec_of, undisturbed, found, small_disk
+):
     failed = desk.work(desk.submit(spec_of()))
     left = list(small_disk.iterdir())
     subprocess.run(["umount", str(small_disk)], check=True)
@@ -286,11 +280,11 @@ def test_a_full_disk_fails_the_job_clearly_with_space_again_it_is_resumed_and_en
 
 
 @pytest.fixture
-def restart(tmp_path: Path, crew: Any) -> Iterator[tuple[Any, Callable[[], None]]]:
+def restart(tmp_path, crew):
     """A crew on a PostgreSQL of its own, and what restarts that as after a crash."""
     server = Postmaster(tmp_path / "postgresql")
 
-    def crash() -> None:
+    def crash():
         server.stop(0.0)
         server.start()
 
@@ -308,9 +302,7 @@ def restart(tmp_path: Path, crew: Any) -> Iterator[tuple[Any, Callable[[], None]
         server.stop()
 
 
-def test_postgresql_restarts(
-    restart: tuple[Any, Callable[[], None]], spec_of: Any, undisturbed: Any, found: Any
-) -> None:
+def test_postgresql_restarts(restart, spec_of, undisturbed, found):
     """When PostgreSQL crashes in a search, the same worker goes on, and it is no failed attempt."""
     own, crash = restart
     spec = spec_of(trials=TRIALS, max_attempts=1)
@@ -328,9 +320,7 @@ def test_postgresql_restarts(
     assert found(job) == undisturbed(spec).configuration
 
 
-def test_an_upgrade_with_jobs_half_way(
-    own_crew: Any, spec_of: Any, undisturbed: Any, found: Any
-) -> None:
+def test_an_upgrade_with_jobs_half_way(own_crew, spec_of, undisturbed, found):
     """All workers end, one by a kill; the database is migrated; new ones end what was begun."""
     crew = own_crew
     specs = [
@@ -371,10 +361,10 @@ def test_an_upgrade_with_jobs_half_way(
     assert search.attempt > 1
 
 
-def test_started_before_the_service(own_crew: Any, spec_of: Any) -> None:
+def test_started_before_the_service(own_crew, spec_of):
     """A worker that finds the tables of an older version waits until the service makes its own."""
 
-    def migrated_to(version: str) -> None:
+    def migrated_to(version):
         with own_crew.database.transaction() as connection:
             connection.execute(
                 text("UPDATE pho.alembic_version SET version_num = :version"), {"version": version}

@@ -1,7 +1,5 @@
 """A job has one best, and shows the same one everywhere; more trials never make it worse."""
 
-from typing import Any
-
 import optuna
 import pytest
 from optuna_dashboard import get_note
@@ -12,11 +10,11 @@ from pho_service.shown.report import Report
 from pho_service.spec.configuration import Configuration
 from pho_service.tuning import validation
 from pho_service.tuning.result import chosen_in
-from storage.records import REFERENCE_NUMBERS, VALIDATION, JobRecord, JobState, StageKind
+from storage.records import REFERENCE_NUMBERS, VALIDATION, JobState, StageKind
 from storage.studies import open_storage, study_name
 
 
-def studies(hand: Any, job: JobRecord) -> list[optuna.Study]:
+def studies(hand, job):
     """Of all islands, with what they say read already."""
     found = []
     with open_storage(hand.store.database.studies_url) as storage:
@@ -31,7 +29,7 @@ def studies(hand: Any, job: JobRecord) -> list[optuna.Study]:
     return found
 
 
-def measured(job: JobRecord) -> dict[int, float]:
+def measured(job):
     """The perplexities of a job by trial."""
     return {
         s.number: s.result["perplexity"]
@@ -41,7 +39,7 @@ def measured(job: JobRecord) -> dict[int, float]:
 
 
 @pytest.mark.thorough
-def test_extended(hand: Any, small: Any) -> None:
+def test_extended(hand, small):
     """What was confirmed before an extension stays a finalist, and so no result gets worse."""
     spec = small(confirm={"finalists": 1, "windows": 1}, trials=7, stream=True)
     job = hand.done(spec)
@@ -58,7 +56,7 @@ def test_extended(hand: Any, small: Any) -> None:
 
 
 @pytest.mark.parametrize("islands", [1, 2])
-def test_marked(hand: Any, small: Any, islands: int) -> None:
+def test_marked(hand, small, islands):
     """Studies, their notes, the API and the report name the chosen trial, not the best by proxy."""
     job = hand.until(hand.submit(small(islands=islands)), StageKind.FINISH)
     last = max(measured(job))
@@ -85,7 +83,7 @@ def test_marked(hand: Any, small: Any, islands: int) -> None:
     assert report.winner.number == last
 
 
-def test_unconfirmed(hand: Any, small: Any) -> None:
+def test_unconfirmed(hand, small):
     """Also where the best is that of the objective, while more trials are being searched."""
     job = hand.done(small(confirm=None))
     (study,) = studies(hand, job)
@@ -104,13 +102,13 @@ DOUBT = "The proxy does not rank."
 
 
 @pytest.fixture
-def doubted(monkeypatch: pytest.MonkeyPatch) -> None:
+def doubted(monkeypatch):
     """Whatever the proxy says, nobody believes it."""
     monkeypatch.setattr(validation, "verdict", lambda *_: DOUBT)
 
 
 @pytest.mark.usefixtures("doubted")
-def test_before_confirming(hand: Any, small: Any) -> None:
+def test_before_confirming(hand, small):
     """All random candidates are measured first; more finalists are confirmed, and told."""
     job = hand.until(hand.submit(small(**ASKED, trials=12)), StageKind.CONFIRM)
     first = [stage.number for stage in job.of_kind(StageKind.PERPLEXITY)]

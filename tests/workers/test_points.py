@@ -1,7 +1,6 @@
 """Jobs with several patterns: each point is what a search of it alone finds, whatever happens."""
 
 from threading import Barrier, Event, Thread
-from typing import Any
 from unittest.mock import Mock
 
 import optuna
@@ -9,11 +8,10 @@ import pytest
 from optuna.trial import create_trial
 
 from pho_service.errors import TargetMissed
-from pho_service.models.scratch import KeptBlock, KeptBlocks
+from pho_service.models.scratch import KeptBlocks
 from pho_service.pipeline import rating
 from pho_service.tuning.search import add_point
-from storage.jobs import JobStore
-from storage.records import Claim, JobRecord, JobState, LostClaim, NewStage, StageKind, StageState
+from storage.records import JobState, LostClaim, NewStage, StageKind, StageState
 from storage.studies import open_storage, open_study, pareto_study_name, study_name
 from workers.conductor import Conductor, pareto_of_job
 from workers.watch import TurnOver, Turns, Watch
@@ -21,7 +19,7 @@ from workers.watch import TurnOver, Turns, Watch
 TARGET = {"perplexity_rise": 0.02, "step": 0.2, "lowest": 0.1, "highest": 0.9}
 
 
-def found(job: JobRecord) -> list[dict[str, Any]]:
+def found(job):
     """What the points have stored, without what differs from job to job."""
     return [
         {
@@ -33,13 +31,13 @@ def found(job: JobRecord) -> list[dict[str, Any]]:
     ]
 
 
-def without_study(configuration: dict[str, Any]) -> dict[str, Any]:
+def without_study(configuration):
     """As another study would give it."""
     search = {k: v for k, v in configuration["search"].items() if k != "study"}
     return {**configuration, "search": search}
 
 
-def assert_pareto(store: JobStore, job: JobRecord) -> None:
+def assert_pareto(store, job):
     """The Pareto study has each finished trial of each point once, with its sparsity."""
     with open_storage(store.database.studies_url) as storage:
         pareto = optuna.load_study(study_name=pareto_study_name(job.name), storage=storage)
@@ -61,8 +59,8 @@ def assert_pareto(store: JobStore, job: JobRecord) -> None:
 
 
 def test_each_patterns_configuration_is_that_of_pho_search_at_it_after_one_calibration(
-    desk: Any, spec_of: Any, undisturbed: Any
-) -> None:
+    desk, spec_of, undisturbed
+):
     """Also where a worker was killed at the end of a point."""
     spec = spec_of(
         pattern=None, patterns=["2:4", "0.3"], preset="crepe-plus", trials=10,
@@ -83,11 +81,11 @@ def test_each_patterns_configuration_is_that_of_pho_search_at_it_after_one_calib
     assert_pareto(desk.store, job)
 
 
-def _killed(*_: Any, **__: Any) -> None:
+def _killed(*_, **__):
     raise SystemExit
 
 
-def test_target(hand: Any, small: Any) -> None:
+def test_target(hand, small):
     """
     The answer is within the target and the next step is not, both measured; killed in the middle
     and done again, the same job has the same points.
@@ -114,7 +112,7 @@ def test_target(hand: Any, small: Any) -> None:
     assert_pareto(hand.store, again)
 
 
-def test_missed(hand: Any, small: Any) -> None:
+def test_missed(hand, small):
     """A target that nothing is within fails the job in words; what was measured stays."""
     spec = small(
         pattern=None,
@@ -132,7 +130,7 @@ def test_missed(hand: Any, small: Any) -> None:
     assert [stage.about for stage in job.of_kind(StageKind.POINT)] == ["0.7"]
 
 
-def test_one_point(hand: Any, small: Any) -> None:
+def test_one_point(hand, small):
     """A job with one pattern in its list has the study of that, and no Pareto study."""
     job = hand.done(small(pattern=None, patterns=["0.3"], preset="score"))
     with open_storage(hand.store.database.studies_url) as storage:
@@ -142,7 +140,7 @@ def test_one_point(hand: Any, small: Any) -> None:
 
 
 @pytest.fixture
-def claims(hand: Any, small: Any) -> list[Claim]:
+def claims(hand, small):
     """Both points of a job, each in the hand of a worker; nothing is searched yet."""
     job = hand.submit(small(pattern=None, patterns=["0.3", "0.5"], preset="score"))
     points = [
@@ -153,13 +151,13 @@ def claims(hand: Any, small: Any) -> list[Claim]:
     return [hand.take(job, number) for number in (0, 1)]
 
 
-def test_at_once(hand: Any, claims: list[Claim], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_once(hand, claims, monkeypatch):
     """Two workers whose points end at the same time make one Pareto study, which has both."""
     monkeypatch.setattr("pho_service.tuning.search._AT_ONCE", 3)
     together = Barrier(2, timeout=60)
-    failed: list[BaseException] = []
+    failed = []
 
-    def end(claim: Claim) -> None:
+    def end(claim):
         name = study_name(claim.job.name, claim.stage.number)
         pattern = str(claim.stage.about)
         try:
@@ -188,7 +186,7 @@ def test_at_once(hand: Any, claims: list[Claim], monkeypatch: pytest.MonkeyPatch
     assert_pareto(hand.store, hand.store.get(claims[0].job.id))
 
 
-def test_lost(hand: Any, claims: list[Claim]) -> None:
+def test_lost(hand, claims):
     """A worker that has lost its point makes no Pareto study: the job may be deleted by then."""
     hand.store.give_up(claims[0])
     with open_storage(hand.store.database.studies_url) as storage:
@@ -199,9 +197,7 @@ def test_lost(hand: Any, claims: list[Claim]) -> None:
     assert pareto_study_name(claims[0].job.name) not in names
 
 
-def test_after_its_turn_a_curve_lets_another_job_in_before_its_next_point(
-    hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_its_turn_a_curve_lets_another_job_in_before_its_next_point(hand, small, monkeypatch):
     monkeypatch.setattr("workers.watch.Watch.look_between", Mock())  # not within a point
     with hand.store.database.transaction() as connection:  # what other tests left waits no more
         left = "UPDATE procrastinate_jobs SET status = 'cancelled' WHERE status = 'todo'"
@@ -225,8 +221,8 @@ def test_after_its_turn_a_curve_lets_another_job_in_before_its_next_point(
 
 
 def test_a_point_gives_its_worker_away_between_its_perplexities_and_goes_on_there(
-    hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    hand, small, monkeypatch
+):
     job = hand.until(
         hand.submit(small(pattern=None, patterns=["0.3", "0.5"], preset="score")), StageKind.POINT
     )
@@ -254,19 +250,19 @@ def test_a_point_gives_its_worker_away_between_its_perplexities_and_goes_on_ther
 
 
 def test_the_training_of_blocks_gives_its_worker_away_and_goes_on_with_those_that_are_trained(
-    hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    hand, small, monkeypatch
+):
     steps = {"update": "least-squares", "reconstruction": {"method": "block"}}
     spec = small(preset="crepe", confirm={"finalists": 1}, steps=steps)
     job, alone = (hand.until(hand.submit(spec), StageKind.FINISH) for _ in range(2))
     hand.until(alone, None)
     keep, trained, given_away = KeptBlocks.keep, [], []
 
-    def kept(self: KeptBlocks, name: str, block: KeptBlock) -> None:
+    def kept(self, name, block):
         trained.append(name)
         keep(self, name, block)
 
-    def look(_: Watch) -> None:
+    def look(_):
         if trained and not given_away:
             given_away.append(trained[-1])
             raise TurnOver

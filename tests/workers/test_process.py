@@ -4,12 +4,10 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from pretended_machine import Cards
 
 from pho_service.errors import DeviceLost, InvalidInput
 from pho_service.host.access import Access
@@ -21,7 +19,7 @@ from workers.process import own_folder, take_device
 
 
 @pytest.fixture
-def killed(tmp_path: Path) -> Path:
+def killed(tmp_path):
     """The folder of a worker that was killed an hour ago."""
     folder = tmp_path / "pho-worker-killed"
     folder.mkdir()
@@ -31,12 +29,12 @@ def killed(tmp_path: Path) -> Path:
     return folder
 
 
-def _age(folder: Path) -> None:
+def _age(folder):
     hour_ago = time.time() - 3600
     os.utime(folder / "in-use", (hour_ago, hour_ago))
 
 
-def test_killed_workers(tmp_path: Path, killed: Path) -> None:
+def test_killed_workers(tmp_path, killed):
     """What a killed worker has left is removed by the next one; other folders are not."""
     other = tmp_path / "pho-worker"
     other.mkdir()
@@ -47,14 +45,14 @@ def test_killed_workers(tmp_path: Path, killed: Path) -> None:
     assert not folder.exists()
 
 
-def test_the_folder_of_a_worker_that_lives_stays_however_old_it_is(tmp_path: Path) -> None:
+def test_the_folder_of_a_worker_that_lives_stays_however_old_it_is(tmp_path):
     with own_folder(tmp_path) as first:
         _age(first)
         with own_folder(tmp_path) as second:
             assert {first, second} == {*tmp_path.iterdir()}
 
 
-def test_beginning(tmp_path: Path, killed: Path) -> None:
+def test_beginning(tmp_path, killed):
     """A folder that has just been made may be about to be locked, and stays."""
     (killed / "in-use").unlink()
     (killed / "in-use").touch()
@@ -66,10 +64,10 @@ Machine = Callable[..., None]
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+def machine(monkeypatch):
     """Pretend that this process sees these cards, in this order."""
 
-    def see(*uuids: str) -> None:
+    def see(*uuids):
         ones = torch.ones
         monkeypatch.setattr(torch, "ones", lambda *size, **_: ones(*size))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -83,15 +81,15 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 @pytest.fixture
-def two_gpus(machine: Machine) -> None:
+def two_gpus(machine):
     """A machine on which torch says that it has two."""
     machine("aa", "bb")
 
 
 @pytest.mark.usefixtures("two_gpus")
 def test_two_workers_get_different_gpus_a_third_shares_the_first_and_a_warning_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+    tmp_path, caplog
+):
     with take_device("auto", tmp_path) as first, take_device("auto", tmp_path) as second:
         warned = [*caplog.records]
         with take_device("auto", tmp_path) as third:
@@ -103,7 +101,7 @@ def test_two_workers_get_different_gpus_a_third_shares_the_first_and_a_warning_s
 
 
 @pytest.mark.usefixtures("two_gpus")
-def test_given_back(tmp_path: Path) -> None:
+def test_given_back(tmp_path):
     """A GPU that a worker has left, even by an error, is the next one's."""
     with pytest.raises(RuntimeError), take_device("auto", tmp_path):
         raise RuntimeError
@@ -112,7 +110,7 @@ def test_given_back(tmp_path: Path) -> None:
         assert device == torch.device("cuda:0")
 
 
-def test_by_the_card(tmp_path: Path, machine: Machine) -> None:
+def test_by_the_card(tmp_path, machine):
     """Cards are told apart by what they are, not by the number that CUDA_VISIBLE_DEVICES gives."""
     machine("aa", "bb")
     with take_device("auto", tmp_path) as first:
@@ -124,7 +122,7 @@ def test_by_the_card(tmp_path: Path, machine: Machine) -> None:
 
 
 @pytest.mark.usefixtures("two_gpus")
-def test_named(tmp_path: Path) -> None:
+def test_named(tmp_path):
     """A GPU that is asked for by its number is the worker's alone; ``cuda`` takes a free one."""
     with take_device("cuda:0", tmp_path) as first, take_device("cuda", tmp_path) as second:
         assert (first, second) == (torch.device("cuda:0"), torch.device("cuda:1"))
@@ -134,7 +132,7 @@ def test_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("two_gpus")
-def test_all(tmp_path: Path) -> None:
+def test_all(tmp_path):
     """A worker with all GPUs leaves none to others, and waits for none that another has."""
     with take_device("all", tmp_path) as first:
         assert first == torch.device("cuda:0")
@@ -151,13 +149,13 @@ def test_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("two_gpus")
-def test_the_cpu_is_kept_from_nobody(tmp_path: Path) -> None:
+def test_the_cpu_is_kept_from_nobody(tmp_path):
     with take_device("cpu", tmp_path) as first, take_device("cpu", tmp_path) as second:
         assert first == second == torch.device("cpu")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_gpus(tmp_path, monkeypatch):
     """Where there is no GPU, all work on the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
@@ -170,12 +168,12 @@ def test_without_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("two_gpus")
 @pytest.mark.parametrize("name", ["cuda:2", "gpu", "meta", "", "cuda:x"])
-def test_what_is_not_there_or_not_known_is_refused_by_name(tmp_path: Path, name: str) -> None:
+def test_what_is_not_there_or_not_known_is_refused_by_name(tmp_path, name):
     with pytest.raises(InvalidInput, match=repr(name)), take_device(name, tmp_path):
         pass
 
 
-def test_models_of_a_worker_with_all(model_folder: Path, pretended_gpus: Cards) -> None:
+def test_models_of_a_worker_with_all(model_folder, pretended_gpus):
     root = model_folder.parent
     access = Access(model_roots=(root,), text_roots=(root,), hub_models=(), hub_datasets=())
     bundles = BundleStore(str(root / "bundles"), root / "bundles")
@@ -190,8 +188,8 @@ def test_models_of_a_worker_with_all(model_folder: Path, pretended_gpus: Cards) 
 
 
 def test_a_card_that_does_not_work_is_passed_over_and_what_it_did_before_is_a_lost_device(
-    tmp_path: Path, pretended_gpus: Cards, caplog: pytest.LogCaptureFixture
-) -> None:
+    tmp_path, pretended_gpus, caplog
+):
     gone = torch.AcceleratorError("CUDA error: device not ready")
     pretended_gpus[0].fault = gone
     with take_device("auto", tmp_path) as device:

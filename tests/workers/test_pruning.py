@@ -39,7 +39,7 @@ _begun: list[Any] = []
 
 
 @pytest.fixture
-def job(hand: Any, small: Any) -> Any:
+def job(hand, small):
     """A job that waits to be pruned; its search is done once for all tests of this file."""
     if not _begun:
         _begun.append(hand.done(small(confirm=None)))
@@ -49,14 +49,14 @@ def job(hand: Any, small: Any) -> Any:
     return ask_to_prune(hand.store.database, job.id)
 
 
-def folder_of(hand: Any, job: Any) -> Path:
+def folder_of(hand, job):
     """The files of a job, in its store."""
     (found,) = (hand.bundles / "pruned" / str(job.id)).iterdir()
     assert isinstance(found, Path)
     return found
 
 
-def sums(folder: Path) -> dict[str, str]:
+def sums(folder):
     """The SHA-256 of each file of a folder."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -65,7 +65,7 @@ def sums(folder: Path) -> dict[str, str]:
     }
 
 
-def test_as_pho_prune(hand: Any, small: Any, tmp_path: Path) -> None:
+def test_as_pho_prune(hand, small, tmp_path):
     """`prune` in a document ends the job with the bytes of `pho prune`, and their hashes."""
     spec = small(prune=True, confirm=None)
     job = hand.done(spec)
@@ -91,9 +91,9 @@ TRAINED = {
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_blocks_that_the_confirmation_has_trained_are_not_trained_again_for_the_same_bytes(
-    hand: Any, small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[str],
-    killed: bool,
-) -> None:  # fmt: skip
+    hand, small, tmp_path, monkeypatch, trained,
+    killed,
+):  # fmt: skip
     """Also where a worker was killed when it had taken up the first of them."""
     spec = small(pattern="0.5", **TRAINED)
     job = hand.until(hand.submit(spec), StageKind.PRUNE)
@@ -121,8 +121,8 @@ def test_blocks_that_the_confirmation_has_trained_are_not_trained_again_for_the_
 
 
 def test_of_a_target_only_the_blocks_of_its_answer_wait_and_they_are_not_trained_again(
-    hand: Any, small: Any, trained: list[str]
-) -> None:
+    hand, small, trained
+):
     target = {"perplexity_rise": 9.0, "step": 0.1, "lowest": 0.4, "highest": 0.6}
     job = hand.until(hand.submit(small(pattern=None, target=target, **TRAINED)), StageKind.PRUNE)
     waiting = [*hand.bundles.glob(f"pruned/{job.id}/.*.blocks")]
@@ -138,7 +138,7 @@ def test_of_a_target_only_the_blocks_of_its_answer_wait_and_they_are_not_trained
     assert (folder_of(hand, job) / "model.safetensors").is_file()
 
 
-def test_cut_off_at_the_end(hand: Any, job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cut_off_at_the_end(hand, job, monkeypatch):
     with monkeypatch.context() as killed:
         killed.setattr(hand.store, "complete", _killed)
         with pytest.raises(SystemExit):
@@ -154,11 +154,11 @@ def test_cut_off_at_the_end(hand: Any, job: Any, monkeypatch: pytest.MonkeyPatch
     assert {file["name"]: file["sha256"] for file in found.pruning.result["files"]} == written
 
 
-def _killed(*_: Any, **__: Any) -> None:
+def _killed(*_, **__):
     raise SystemExit
 
 
-def test_full_store(hand: Any, job: Any, limited_disk: Any) -> None:
+def test_full_store(hand, job, limited_disk):
     """
     A full store fails the job in words, and what a killed worker had half written does not stay;
     with room again the job is resumed and ends. The worker's next model is dense.
@@ -184,7 +184,7 @@ def test_full_store(hand: Any, job: Any, limited_disk: Any) -> None:
     assert hand.inputs.model(spec).weights_sha256 == dense
 
 
-def test_object_store(hand: Any, job: Any, tmp_path: Path) -> None:
+def test_object_store(hand, job, tmp_path):
     """In an object store the files are the same, and nothing stays in the worker's cache."""
     url = "memory://bucket-of-pruned"
     hand.inputs.pruned = PrunedStore(url, tmp_path / "cache")
@@ -204,12 +204,12 @@ def test_object_store(hand: Any, job: Any, tmp_path: Path) -> None:
     assert files.find(root) == []
 
 
-def test_deleted_meanwhile(hand: Any, job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deleted_meanwhile(hand, job, monkeypatch):
     """A job that is deleted while a worker prunes leaves no files."""
     keep = hand.inputs.pruned.keep
     _begun.clear()
 
-    def delete(*given: Any) -> None:
+    def delete(*given):
         keep(*given)
         with hand.store.database.transaction() as connection:
             connection.execute(sql_delete(jobs).where(jobs.c.id == job.id))
@@ -221,7 +221,7 @@ def test_deleted_meanwhile(hand: Any, job: Any, monkeypatch: pytest.MonkeyPatch)
     assert list((hand.bundles / "pruned").iterdir()) == []
 
 
-def test_from_a_question_to_a_model(hand: Any, tmp_path: Path) -> None:
+def test_from_a_question_to_a_model(hand, tmp_path):
     """
     A document without a preset is searched by `best`; what is pulled is what the configuration
     says, is whole when it is packed, and writes the same text before and after.
@@ -259,9 +259,7 @@ def test_from_a_question_to_a_model(hand: Any, tmp_path: Path) -> None:
     assert texts[0] == texts[1]
 
 
-def test_a_job_on_several_texts_says_them_and_their_shares_where_it_says_its_text(
-    hand: Any, small: Any
-) -> None:
+def test_a_job_on_several_texts_says_them_and_their_shares_where_it_says_its_text(hand, small):
     calibration = {"more_texts": ["report.jsonl"], "shares": [2, 1]}
     spec = small(prune=True, recovery={"tokens": 640}, calibration=calibration)
     job = hand.done(spec)
@@ -281,7 +279,7 @@ def test_a_job_on_several_texts_says_them_and_their_shares_where_it_says_its_tex
     assert names in shown
 
 
-def test_a_text_too_short_to_recover_on_is_named_before_the_search(hand: Any, small: Any) -> None:
+def test_a_text_too_short_to_recover_on_is_named_before_the_search(hand, small):
     lines = (hand.folder / "report.jsonl").read_text().splitlines()
     (hand.folder / "short.jsonl").write_text("\n".join(lines[:8]))
     error = hand.failed(small(prune=True, recovery={"tokens": 640, "text": "short.jsonl"}))
@@ -290,9 +288,7 @@ def test_a_text_too_short_to_recover_on_is_named_before_the_search(hand: Any, sm
     assert re.search(r"short\.jsonl has too few windows .* on: [1-3], and 4", error["message"])
 
 
-def test_a_recovered_model_is_what_is_kept_and_the_report_says_what_it_gained(
-    hand: Any, small: Any
-) -> None:
+def test_a_recovered_model_is_what_is_kept_and_the_report_says_what_it_gained(hand, small):
     spec = small(prune=True, recovery={"tokens": 640, "rate": 2e-3})
     job = hand.done(spec)
     folder = folder_of(hand, job)

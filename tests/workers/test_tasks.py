@@ -1,8 +1,6 @@
 """The stages that measure tasks: what `pho evaluate --tasks` says, whatever happens."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,7 +23,7 @@ pytest.importorskip("lm_eval", reason="it is not installed: see extra eval")
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
-def likeliest(folder: Path) -> list[int]:
+def likeliest(folder):
     """The answers that a model finds likeliest, by a plain loop over its log-likelihoods."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float64").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -42,7 +40,7 @@ def likeliest(folder: Path) -> list[int]:
     return found
 
 
-def evaluated(folder: Path, tasks: Path) -> list[dict[str, Any]]:
+def evaluated(folder, tasks):
     """What `pho evaluate --tasks` says of a folder."""
     words = ["evaluate", folder, "--tasks", "words", "--tasks-dir", tasks, "--device", "cpu"]
     result = CliRunner().invoke(main, [*map(str, words), "--json"])
@@ -52,11 +50,11 @@ def evaluated(folder: Path, tasks: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _killed(*_: Any, **__: Any) -> None:
+def _killed(*_, **__):
     raise SystemExit
 
 
-def test_as_pho_evaluate(hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_pho_evaluate(hand, small, monkeypatch):
     """
     Both models score what `pho evaluate` says of their folders, the dense one what a plain loop
     says; so do the configuration, the pruned folder and its card. A killed worker's successor
@@ -96,7 +94,7 @@ def test_as_pho_evaluate(hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch)
     assert tasks_table(found.tasks).markdown() in (pruned / "README.md").read_text()
 
 
-def test_a_recovered_model_is_what_the_tasks_are_measured_on(hand: Any, small: Any) -> None:
+def test_a_recovered_model_is_what_the_tasks_are_measured_on(hand, small):
     write_task(hand.folder / "tasks", [0] * len(QUESTIONS))
     spec = small(
         tasks=["words"], tasks_dir="./", prune=True, pattern="0.9",
@@ -120,7 +118,7 @@ def test_a_recovered_model_is_what_the_tasks_are_measured_on(hand: Any, small: A
     assert all(check.passed for check in check_folder(folder, original=None))
 
 
-def test_target(hand: Any, small: Any) -> None:
+def test_target(hand, small):
     """The answer of a target is measured; the examples must be the same for both models."""
     write_task(hand.folder / "tasks", [0] * len(QUESTIONS))
     target = {"perplexity_rise": 9.0, "lowest": 0.5, "highest": 0.51}
@@ -139,7 +137,7 @@ def test_target(hand: Any, small: Any) -> None:
     assert job.with_tasks(job.best)["tasks"] == job.tasks
 
 
-def test_gone(hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gone(hand, small, monkeypatch):
     """A task that is not there fails the job before its search, in words; so does a wrong hub."""
     write_task(hand.folder / "tasks", [0] * len(QUESTIONS))
     monkeypatch.setattr(task_files, "harness_folder", lambda: hand.folder / "tasks")
@@ -155,7 +153,7 @@ def test_gone(hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hand.store.get(job.id).of_kind(StageKind.SEARCH) == []
 
 
-def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra(monkeypatch):
     """A worker without the harness takes every other stage, and refuses to be told to take this."""
     assert chosen_kinds(None) == tuple(StageKind)
     monkeypatch.setattr("workers.__main__.harness_folder", lambda: None)

@@ -1,7 +1,6 @@
 """Transfers, joint searches and warm starts, done by workers."""
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from storage.records import StageKind
 
 
 @pytest.fixture
-def other(home: Path) -> Path:
+def other(home):
     """A model that is not the one of the jobs."""
     folder = home / "other"
     if not folder.is_dir():
@@ -35,7 +34,7 @@ _searched: list[Any] = []
 
 
 @pytest.fixture
-def searched(desk: Any, spec_of: Any) -> Any:
+def searched(desk, spec_of):
     """A job that has a configuration, in the database that all tests of this file share."""
     if not _searched:
         _searched.append(desk.done(spec_of()))
@@ -43,10 +42,10 @@ def searched(desk: Any, spec_of: Any) -> Any:
 
 
 @pytest.fixture
-def transfer_of(searched: Any, home: Path) -> Any:
+def transfer_of(searched, home):
     """The document of a transfer of what the job has found."""
 
-    def build(*models: Path | str, **changes: Any) -> TransferSpec:
+    def build(*models, **changes):
         document = {
             "models": [str(model) for model in models],
             "report": {"text": str(home / "report.jsonl"), "windows": 3},
@@ -58,14 +57,14 @@ def transfer_of(searched: Any, home: Path) -> Any:
     return build
 
 
-def measured(job: Any) -> list[dict[str, Any]]:
+def measured(job):
     """What a transfer gave, model by model."""
     return [stage.result for stage in job.of_kind(StageKind.TRANSFER)]
 
 
 def test_the_numbers_are_those_of_pho_transfer_for_the_same_model_and_texts(
-    desk: Any, transfer_of: Any, other: Path, calibrated: Any
-) -> None:
+    desk, transfer_of, other, calibrated
+):
     spec = transfer_of(other, search={"trials": 14, "confirm": {"finalists": 2, "windows": 3}})
     (mine,) = measured(desk.done(spec))
     target = spec.target(0)
@@ -93,7 +92,7 @@ def test_the_numbers_are_those_of_pho_transfer_for_the_same_model_and_texts(
     assert mine == transfer_job(given, found, search=search).to_dict()
 
 
-def test_a_stage_each(desk: Any, transfer_of: Any, other: Path, home: Path) -> None:
+def test_a_stage_each(desk, transfer_of, other, home):
     """Each model has a stage; one that cannot be read is said, and the others are measured."""
     job = desk.done(transfer_of(other, home / "texts-only", home / "model"))
     first, failed, last = measured(job)
@@ -106,7 +105,7 @@ def test_a_stage_each(desk: Any, transfer_of: Any, other: Path, home: Path) -> N
     assert last["perplexities"]["ria"] > 0
 
 
-def test_without_report(desk: Any, transfer_of: Any, other: Path) -> None:
+def test_without_report(desk, transfer_of, other):
     """Without a report text the proxies are compared, and nothing else."""
     (mine,) = measured(desk.done(transfer_of(other, report=None)))
 
@@ -115,7 +114,7 @@ def test_without_report(desk: Any, transfer_of: Any, other: Path) -> None:
     assert mine["report"] is None
 
 
-def test_into_the_library(desk: Any, searched: Any, transfer_of: Any, other: Path) -> None:
+def test_into_the_library(desk, searched, transfer_of, other):
     """The library keeps what was measured with the configuration, and the own best beside it."""
     job = desk.done(transfer_of(other, search={"trials": 14, "confirm": {"windows": 3}}))
     library = {each.id: each for each in ConfigurationStore(desk.store.database).all()}
@@ -130,8 +129,8 @@ def test_into_the_library(desk: Any, searched: Any, transfer_of: Any, other: Pat
 
 
 def test_a_worker_that_dies_in_the_midst_of_a_model_loses_neither_the_others_nor_that_one(
-    crew: Any, desk: Any, transfer_of: Any, other: Path, home: Path
-) -> None:
+    crew, desk, transfer_of, other, home
+):
     crew.man(1)
     spec = transfer_of(home / "model", other, search={"trials": 100, "confirm": {"windows": 3}})
     job = crew.submit(spec)
@@ -145,8 +144,8 @@ def test_a_worker_that_dies_in_the_midst_of_a_model_loses_neither_the_others_nor
 
 
 def test_a_job_over_several_models_finds_what_pho_search_of_them_finds(
-    desk: Any, spec_of: Any, found: Any, other: Path, calibrated: Any
-) -> None:
+    desk, spec_of, found, other, calibrated
+):
     spec = spec_of(trials=30, confirm=None, more_models=[str(other)], objective={"over": "worst"})
     job = desk.done(spec)
     bundles = {
@@ -164,14 +163,14 @@ def test_a_job_over_several_models_finds_what_pho_search_of_them_finds(
 
 
 @pytest.fixture
-def own_desk(desk: Any, database: Any) -> Any:
+def own_desk(desk, database):
     """With a library of its own."""
     return type(desk)(database, desk.folder, desk.bundles)
 
 
 def test_a_warm_job_begins_with_the_librarys_best_its_document_says_with_what(
-    own_desk: Any, spec_of: Any, other: Path
-) -> None:
+    own_desk, spec_of, other
+):
     searched = own_desk.done(spec_of(confirm=None))
     spec = spec_of(model=str(other), seed=5, confirm=None, warm_start={})
     job = own_desk.done(spec)
@@ -187,7 +186,7 @@ def test_a_warm_job_begins_with_the_librarys_best_its_document_says_with_what(
     assert own_desk.trials(again) == own_desk.trials(job)
 
 
-def test_nothing_to_begin_with(desk: Any, spec_of: Any) -> None:
+def test_nothing_to_begin_with(desk, spec_of):
     """If the library has nothing for the pattern, the search is cold, and says so."""
     job = desk.done(spec_of(pattern="3:4", trials=20, confirm=None, warm_start={}))
 

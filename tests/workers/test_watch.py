@@ -22,12 +22,12 @@ class Store:
         answers: States of the job, or errors.
     """
 
-    def __init__(self, *answers: JobState | Exception) -> None:
+    def __init__(self, *answers):
         self.answers = [*answers]
-        self.steps: list[Any] = []
-        self.waiting: list[bool] = []
+        self.steps = []
+        self.waiting = []
 
-    def watch(self, claim: Any, step: Any) -> JobState:
+    def watch(self, claim, step):
         """The next answer."""
         assert claim is CLAIM
         self.steps.append(step)
@@ -36,24 +36,22 @@ class Store:
             raise answer
         return answer
 
-    def another_waits(self, claim: Any, kinds: Any) -> bool:
+    def another_waits(self, claim, kinds):
         """The next answer."""
         assert (claim, kinds) == (CLAIM, Turns().kinds)
         return self.waiting.pop(0)
 
 
-def watching(
-    *answers: JobState | Exception, stopping: bool = False, turn_s: float = 0.0
-) -> tuple[Watch, Store]:
+def watching(*answers, stopping=False, turn_s=0.0):
     """A watch of a stage, and what it asks."""
-    store: Any = Store(*answers)
+    store = Store(*answers)
     stop = threading.Event()
     if stopping:
         stop.set()
     return Watch(store, CLAIM, stop, Turns(seconds=turn_s)), store
 
 
-def test_outage(caplog: pytest.LogCaptureFixture) -> None:
+def test_outage(caplog):
     """While the database is away, work goes on; when it is back, its word counts."""
     watch, _ = watching(DatabaseGone("refused"), DatabaseGone("refused"), JobState.CANCELLING)
     watch.look(now=True)
@@ -64,7 +62,7 @@ def test_outage(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages == ["calibrate goes on without a database: refused"] * 2
 
 
-def test_a_stage_that_another_worker_was_given_meanwhile_is_lost() -> None:
+def test_a_stage_that_another_worker_was_given_meanwhile_is_lost():
     watch, _ = watching(DatabaseGone("refused"), LostClaim())
     watch.look(now=True)
 
@@ -72,7 +70,7 @@ def test_a_stage_that_another_worker_was_given_meanwhile_is_lost() -> None:
         watch.look(now=True)
 
 
-def test_the_database_is_not_asked_at_every_step() -> None:
+def test_the_database_is_not_asked_at_every_step():
     watch, store = watching(JobState.RUNNING)
     watch.look()
     asked_at_once = not store.answers
@@ -82,7 +80,7 @@ def test_the_database_is_not_asked_at_every_step() -> None:
     assert not store.answers
 
 
-def test_a_worker_that_is_told_to_stop_puts_its_stage_down_without_asking() -> None:
+def test_a_worker_that_is_told_to_stop_puts_its_stage_down_without_asking():
     watch, store = watching(JobState.RUNNING, stopping=True)
 
     with pytest.raises(HandBack):
@@ -91,14 +89,14 @@ def test_a_worker_that_is_told_to_stop_puts_its_stage_down_without_asking() -> N
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
+def clock(monkeypatch):
     """The time in seconds, which a test sets."""
     now = SimpleNamespace(now=100.0)
     monkeypatch.setattr("workers.watch.time", SimpleNamespace(monotonic=lambda: now.now))
     return now
 
 
-def test_turns(clock: Any) -> None:
+def test_turns(clock):
     """After its turn a search asks each second, and ends when another job waits for so long."""
     watch, store = watching(turn_s=60)
     store.waiting = [False, True, False, True, True]
@@ -112,7 +110,7 @@ def test_turns(clock: Any) -> None:
     assert not store.waiting
 
 
-def test_stages_of_a_job_have_one_turn_together(clock: Any) -> None:
+def test_stages_of_a_job_have_one_turn_together(clock):
     turns = Turns(seconds=60)
     mine, other = (SimpleNamespace(id=uuid.uuid4()) for _ in range(2))
     turns.begin(mine)
@@ -125,7 +123,7 @@ def test_stages_of_a_job_have_one_turn_together(clock: Any) -> None:
     assert (before, over, turns.is_over) == (False, True, False)
 
 
-def test_with_0_seconds_a_search_never_asks(clock: Any) -> None:
+def test_with_0_seconds_a_search_never_asks(clock):
     watch, _ = watching(turn_s=0)
     watch.look_for_others()
     clock.now = 1e6
