@@ -3,7 +3,7 @@
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ from pho_service.spec.configuration import NEW_TOKENS, beside_in_words
 from pho_service.spec.document import SEEDS, check_choice, with_error
 from pho_service.spec.objective import SearchOptions, options_of
 from pho_service.spec.pattern import Linears, Pattern
+from pho_service.spec.recovery import Recovery
 from pho_service.spec.tasks import TaskScore, task_names
 
 if TYPE_CHECKING:
@@ -287,9 +288,7 @@ _OF_SEARCHES = (
     *(name for name in options_of(SearchOptions()) if name != "seed"),
     "confirm/text", "confirm/windows", "confirm/finalists",
 )  # fmt: skip
-_OF_RECOVERIES = tuple(
-    f"recovery/{name}" for name in ("train", "minutes", "tokens", "written", "rate")
-)
+_OF_RECOVERIES = tuple(f"recovery/{field.name}" for field in fields(Recovery))
 
 
 @click.command(
@@ -388,7 +387,6 @@ def compare(
     from pho_service.pipeline.rating import RecoveryText
     from pho_service.pipeline.tasks import also_tasks
     from pho_service.spec.configuration import read_configuration
-    from pho_service.spec.recovery import Recovery
 
     measured = report_spec(report)
     if measured is None:

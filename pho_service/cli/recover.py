@@ -3,6 +3,7 @@
 """
 
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 
 import click
@@ -19,14 +20,14 @@ from pho_service.cli.options import (
 from pho_service.cli.terminal import loading, print_json, progress, say, show_table
 from pho_service.errors import InvalidInput
 from pho_service.progress import silent
+from pho_service.spec.recovery import Recovery
 
 _TEXT = (
     "text", "dataset", "dataset_config", "data_file", "split", "field", "more_texts", "shares",
     "context_length", "bos",
 )  # fmt: skip
 _NAMES = {
-    f"recovery/{name}": f"--{name.replace('_', '-')}"
-    for name in ("train", "minutes", "tokens", "written", "rate", "adam_bits", "seed")
+    f"recovery/{field.name}": f"--{field.name.replace('_', '-')}" for field in fields(Recovery)
 }
 
 
@@ -81,7 +82,6 @@ def recover(
     from pho_service.pipeline.recover import PrunedModel, Workplace, recover_model
     from pho_service.pruning.recovery import Processes
     from pho_service.shown.tables import continuations_table, recovered_table
-    from pho_service.spec.recovery import Recovery
 
     settings = given.part("recovery", Recovery)
     how = given.calibration()

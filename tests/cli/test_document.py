@@ -91,6 +91,44 @@ def test_each_field_of_a_jobs_document_has_an_option_but_for_the_models():
     assert document_fields()["confirm"].name == "--no-confirm"
 
 
+WITHOUT_STATISTICS = {
+    "fisher_samples", "kernel_sizes", "memory_bytes", "mixed_precision", "projection_rows",
+    "rows_per_layer", "samples", "seed",
+}  # fmt: skip
+# What a verb leaves out of a part that it has some options of, and why.
+LEFT_OUT = {
+    "recover": {  # trains on a text, and measures on one that is an option of its own
+        "calibration": WITHOUT_STATISTICS, "confirm": {"text", "finalists"}, "recovery": {"text"},
+    },
+    "evaluate": {  # one text alone, whose split is an option of its own
+        "calibration": {*WITHOUT_STATISTICS, "more_texts", "shares", "split"},
+    },
+    "compare": {"recovery": {"text"}},  # recovers on the calibration's text
+    "validate": {"confirm": {"finalists"}},  # has none
+}  # fmt: skip
+FROM_A_PRESET = {"prune", "compare", "validate"}  # or from a configuration: all steps
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        v
+        for v in main.list_commands(PARENT)
+        if isinstance(main.get_command(PARENT, v), DocumentCommand)
+    ],
+)
+def test_a_verb_has_all_options_of_a_part_that_it_has_one_of(verb):
+    paths = {field.path for field in command(verb).fields}
+    parts = {path.partition("/")[0] for path in paths if "/" in path}
+    missing = {
+        part: {p.removeprefix(f"{part}/") for p in document_fields() if p.startswith(f"{part}/")}
+        - {path.removeprefix(f"{part}/") for path in paths}
+        for part in parts - ({"steps"} if verb in FROM_A_PRESET else set())
+    }
+
+    assert {part: names for part, names in missing.items() if names} == LEFT_OUT.get(verb, {})
+
+
 @pytest.mark.parametrize("verb", ["search", "submit", "calibrate", "recover"])
 def test_text_given_again_is_another_text(verb):
     model = {"search": ["m", "--pattern", "0.5"], "submit": ["m"], "calibrate": ["m", "--out", "b"]}
