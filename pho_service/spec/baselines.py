@@ -170,31 +170,37 @@ def search_baselines(
     uniform = replace(steps, allocation=replace(steps.allocation, method="uniform"))
     narrow: dict[tuple[Coefficients, Pattern], Candidate] = {}
     for candidate in score_baselines(pattern):
-        scope = min(candidate.pattern.scope, pattern.scope, key=lambda s: s.width)
-        coefficients = replace(candidate.coefficients, kernel_size=kernel_size)
-        fitted = replace(
-            candidate, pattern=pattern.within(scope), coefficients=coefficients, steps=uniform
-        )
+        fitted = _within(pattern, candidate, kernel_size=kernel_size, steps=uniform)
         narrow.setdefault((fitted.coefficients, fitted.pattern), fitted)
-    found = list(narrow.values())
+    baselines = list(narrow.values())
     plain = replace(_FISHER, kernel_size=kernel_size)
     if fisher and pattern.scope is not Scope.ROW:
-        found.append(Candidate(method="fisher", coefficients=plain, pattern=pattern, steps=uniform))
+        baselines.append(
+            Candidate(method="fisher", coefficients=plain, pattern=pattern, steps=uniform)
+        )
     if "fisher" in allocations:
         bounded = replace(steps, allocation=replace(steps.allocation, method="fisher"))
-        found.append(
+        baselines.append(
             Candidate(method="fisher-bounded", coefficients=plain, pattern=pattern, steps=bounded)
         )
-    return found
+    return baselines
+
+
+def _within(pattern: Pattern, candidate: Candidate, *, kernel_size: int, steps: Steps) -> Candidate:
+    """A published score in no wider scope than that of a pattern."""
+    scope = min(candidate.pattern.scope, pattern.scope, key=lambda s: s.width)
+    coefficients = replace(candidate.coefficients, kernel_size=kernel_size)
+    return replace(candidate, pattern=pattern.within(scope), coefficients=coefficients, steps=steps)
 
 
 def reference_methods(pattern: Pattern, linears: Linears = Linears()) -> dict[str, Candidate]:
     """``wanda``, and ``ria`` in the widest scope of a pattern: what results are measured by."""
+    scores = {candidate.method: candidate for candidate in score_baselines(pattern)}
+    ria = "ria-row" if pattern.scope is Scope.ROW else "ria-layer"
     steps = Steps(linears=linears)
-    baselines = search_baselines(pattern, kernel_size=3, fisher=False, steps=steps)
     return {
-        name: next(c for c in reversed(baselines) if c.method.startswith(name))
-        for name in ("wanda", "ria")
+        name: _within(pattern, scores[method], kernel_size=3, steps=steps)
+        for name, method in (("wanda", "wanda"), ("ria", ria))
     }
 
 

@@ -5,9 +5,15 @@ from dataclasses import replace
 import pytest
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.baselines import named_baselines, shown_baselines, step_by_step
+from pho_service.spec import baselines
+from pho_service.spec.baselines import (
+    named_baselines,
+    reference_methods,
+    shown_baselines,
+    step_by_step,
+)
 from pho_service.spec.configuration import Configuration
-from pho_service.spec.pattern import Linears, Pattern
+from pho_service.spec.pattern import Linears, Pattern, Scope
 from pho_service.spec.steps import Reconstruction, Steps
 
 HALF = Pattern.parse("0.5", "row")
@@ -55,6 +61,27 @@ def test_a_name_says_which_steps_a_method_takes_all_stands_for_every_one():
 def test_a_method_that_is_not_there_is_refused(name, pattern, message):
     with pytest.raises(InvalidInput, match=message):
         shown_baselines([name], Pattern.parse(pattern))
+
+
+@pytest.mark.parametrize("scope", ["row", "layer", "global"])
+@pytest.mark.parametrize("at_the_end", [True, False])
+def test_another_published_score_changes_nothing_that_verdicts_measure_by(
+    monkeypatch, scope, at_the_end
+):
+    pattern = Pattern.parse("0.5", scope)
+    references = reference_methods(pattern)
+    more = [
+        (f"{method}-{own}", coefficients, own)
+        for method, coefficients, _ in baselines._SCORES
+        for own in Scope
+    ]
+    rows = [*baselines._SCORES, *more] if at_the_end else [*more, *baselines._SCORES]
+    rows = [*{method: (method, *rest) for method, *rest in rows}.values()]
+    monkeypatch.setattr(baselines, "_SCORES", tuple(rows))
+
+    assert reference_methods(pattern) == references
+    assert references["wanda"].method == "wanda"
+    assert references["ria"].method == ("ria-row" if scope == "row" else "ria-layer")
 
 
 def test_an_ablation_adds_one_step_after_the_other_and_ends_with_the_candidate_itself():
