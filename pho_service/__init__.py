@@ -77,41 +77,15 @@ _HOME = {
 __all__ = [*_HOME]
 
 
-# The arguments by the names of the options that messages have.
-_ARGUMENTS = {
-    **{
-        name: name.replace("-", "_")
-        for name in (
-            "bos", "confirm-windows", "context-length", "deployable", "device", "device-map",
-            "dtype", "finalists", "fisher-samples", "in-full", "kernel-sizes", "limit",
-            "mixed-precision", "objective", "other-family", "pattern", "projection-rows",
-            "revision", "rows-per-layer", "sampler", "samples", "space", "stream", "study", "tasks",
-            "tasks-dir", "trials", "validate",
-        )
-    },
-    "calibration-memory": "memory_bytes",
-    "config": "configurations",
-    "confirm-text": "confirm",
-    "preset": "presets",
-    "reconstruction": "steps",
-    "reconstruction-rate": "steps",
-    "report-text": "report",
-    "sparsity": "sparsities",
-    "text": "texts",
-}  # fmt: skip
-
-
 def _in_python(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, whose messages name arguments instead of options."""
-    from pho_service.errors import PhoError, renamed
+    """The function, whose messages name arguments."""
+    from pho_service.errors import told_to
+    from pho_service.spec.job_options import argument
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        try:
+        with told_to(argument):
             return function(*args, **kwargs)
-        except PhoError as error:
-            error.args = (renamed(str(error), _ARGUMENTS),)
-            raise
 
     call.__module__, call.__qualname__ = __name__, function.__name__  # as it is pickled
     return call

@@ -21,9 +21,10 @@ Each message says the thing, the value, the rule and the way out. Wrong use by
 a programmer stays ``TypeError`` or ``ValueError``.
 """
 
-import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 # Texts that others wrote, as they may be shown: in logs, on terminals, in messages.
@@ -59,12 +60,41 @@ def shown(value: object, most: int = 100) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
-_OPTION = re.compile(r"`[^`]*`|--([a-z][a-z-]*[a-z])")  # but not in a command
+# What may be asked for has another name for each reader of a message: an option, an argument, a
+# field of a job's document, a label of the form. Each face says which, and messages are made so.
+Wording = Callable[[str, object], str]
 
 
-def renamed(message: str, names: Mapping[str, str]) -> str:
-    """A message with the names that its reader knows for options of the command line."""
-    return _OPTION.sub(lambda found: names.get(found[1] or "", found[0]), message)
+def _last_part(path: str, value: object) -> str:
+    name = path.rpartition("/")[2]
+    return name if value is None else f"{name}={value}"
+
+
+_wording: ContextVar[Wording] = ContextVar("wording", default=_last_part)
+
+
+def field_name(path: str, value: object = None) -> str:
+    """
+    What the reader of a message calls a field of a job's document, or what else may be asked for.
+
+    Args:
+        path: Where the field is in the document, or the name of an argument in Python.
+        value: Said with the name: ``--dtype bfloat16``. True is that of a flag.
+
+    Returns:
+        The name; "" if it is something that this reader cannot ask for.
+    """
+    return _wording.get()(path, value)
+
+
+@contextmanager
+def told_to(wording: Wording) -> Iterator[None]:
+    """Inside, messages have the names that one kind of reader knows."""
+    before = _wording.set(wording)
+    try:
+        yield
+    finally:
+        _wording.reset(before)
 
 
 class PhoError(Exception):

@@ -41,7 +41,7 @@ from pho_service.errors import (
     OutOfMemory,
     OutputError,
     PhoError,
-    renamed,
+    told_to,
 )
 from pho_service.host.access import Access
 from pho_service.host.artifacts import PrunedStore, store_url
@@ -49,7 +49,7 @@ from pho_service.host.logs import about, span
 from pho_service.host.machine import let_go_of_memory
 from pho_service.host.settings import Settings
 from pho_service.pruning.hardware import cards_memory, gpus
-from pho_service.spec.job_options import document_fields
+from pho_service.spec.job_options import entry
 from storage.claims import worker_name
 from storage.database import Database, taking_turns
 from storage.jobs import JobStore
@@ -297,7 +297,7 @@ class _Worker:
             "attempt": claim.attempt,
             "worker": worker_name(os.getpid()),
         }
-        with about(**fields), span(claim.stage.kind.value, **fields):
+        with about(**fields), span(claim.stage.kind.value, **fields), told_to(entry):
             try:
                 self._run_claimed(claim)
             finally:
@@ -374,7 +374,7 @@ class _Worker:
         """An error as the job's owner is told of it."""
         described: dict[str, Any] = {
             "type": type(error).__name__,
-            "message": self._hide(renamed(str(error), _fields())) or type(error).__name__,
+            "message": self._hide(str(error)) or type(error).__name__,
         }
         known = {
             "layer": getattr(error, "layer", None),
@@ -520,12 +520,3 @@ def _device_name(device: torch.device, *, spread: bool) -> str:
         named = f"{device} ({torch.cuda.get_device_name(device)})"
         return f"{torch.cuda.device_count()} GPUs from {named}" if spread else named
     return str(device)
-
-
-@functools.cache
-def _fields() -> dict[str, str]:
-    """The fields of a job's document by the names of their options, which messages have."""
-    return {
-        field.name.removeprefix("--"): path.replace("/", ".")
-        for path, field in document_fields().items()
-    }

@@ -37,7 +37,7 @@ METRICS = "/metrics"
 SESSION = "pho_session"  # the cookie of a login
 
 _SCRAPE_ONLY = (
-    "This key reads /metrics, and nothing else: it was made with --scrape-only. "
+    "This key reads /metrics, and nothing else: it was made by `pho keys create --scrape-only`. "
     "`pho keys create NAME` makes one for jobs."
 )
 _KNOWN = 100_000  # keys that are remembered

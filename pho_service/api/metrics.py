@@ -39,7 +39,7 @@ def metrics(service: ServiceParam, caller: CallerParam) -> Response:
     It takes a key that sees all jobs, or one that reads the metrics alone.
     """
     if not (caller.sees_all or caller.scrape_only):
-        return needs_all("The metrics count", "with --scrape-only one that reads /metrics alone")
+        return needs_all("The metrics count", "with `--scrape-only` one that reads /metrics alone")
     registry = CollectorRegistry()
     registry.register(_Stored(service))
     text = generate_latest(registry) + generate_latest(service.registry)

@@ -27,6 +27,7 @@ from pho_service.api.pages import draw
 from pho_service.api.plan import Card, at_hand, likely_card
 from pho_service.api.problems import TOO_MANY_JOBS, field_problem, sentence
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
+from pho_service.errors import told_to
 from pho_service.host.access import list_roots
 from pho_service.planning.costs import named_machine
 from pho_service.planning.plan import format_span
@@ -35,7 +36,7 @@ from pho_service.spec.job import JobSpec
 from pho_service.spec.job_options import (
     SECTIONS,
     JobField,
-    document_fields,
+    entry,
     job_fields,
     minimal_document,
     number,
@@ -424,7 +425,6 @@ PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
 CARDS = get_args(Card)
 _CONTEXT = "calibration/context_length"
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{16,64}")
-_OPTION = re.compile(r"(--[a-z][a-z-]*)(?: ([^\s,)]+))?")
 
 
 @dataclass(kw_only=True)
@@ -581,12 +581,12 @@ def _beside(
         beside.told += "job would take."
         return beside
     try:
-        plan = service.plan(filled.spec, named_machine(card), place).to_dict()
+        with told_to(_label):
+            plan = service.plan(filled.spec, named_machine(card), place)
     except FieldError as error:
-        beside.told = f"No plan can be made. {_in_words(str(error))}"
+        beside.told = f"No plan can be made. {error}"
         return beside
-    plan["ways_out"] = [_in_words(way) for way in plan["ways_out"]]
-    beside.plan = PlanAnswer.model_validate(plan)
+    beside.plan = PlanAnswer.model_validate(plan.to_dict())
     return beside
 
 
@@ -608,17 +608,11 @@ def _fit(typed: Typed, service: Service) -> dict[str, str]:
     return {_CONTEXT: str(shortest)}
 
 
-def _in_words(text: str) -> str:
-    """A message with the names of fields instead of options: ``--dtype bfloat16``."""
-    names = {each.name: path for path, each in reversed(document_fields().items())}
-
-    def said(option: re.Match[str]) -> str:
-        path = names.get(option[1])
-        if path not in form_fields():
-            return option[0]
-        return f"{field_label(str(path))}{f': {option[2]}' if option[2] else ''}"
-
-    return _OPTION.sub(said, text)
+def _label(path: str, value: object = None) -> str:
+    """What messages call a field: its label in the form."""
+    if path not in form_fields():
+        return entry(path, value)
+    return field_label(path) + ("" if value in (None, True) else f": {value}")
 
 
 def _new_token() -> str:

@@ -16,7 +16,9 @@ from pho_service.api.guard import OPEN
 from pho_service.api.pages import as_page, is_page
 from pho_service.api.problems import problem
 from pho_service.api.service import Answers
+from pho_service.errors import told_to
 from pho_service.host.logs import about, request_span
+from pho_service.spec.job_options import entry
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ class RequestLog:
             await send(message)
 
         traced = request_span(scope["method"], scope["path"], request)
-        with about(request=request), traced as answered:
+        with about(request=request), told_to(entry), traced as answered:
             try:
                 await self.app(scope, receive, named)
             except asyncio.CancelledError:  # the service stops, and waits no longer

@@ -273,6 +273,11 @@ class DocumentCommand(GroupedCommand):
             found[str(option.name)] = (field, option)
         return found
 
+    @property
+    def names(self) -> dict[str, str]:
+        """The options of this verb by the paths of their fields."""
+        return {field.path: option.opts[0] for field, option in self._options.values()}
+
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """All of them, those of the document first."""
         own = super().get_params(ctx)
@@ -303,6 +308,23 @@ class DocumentCommand(GroupedCommand):
             parameter: field.shown.section for parameter, (field, _) in self._options.items()
         }
         return {**super().groups(), **of_fields}
+
+
+def option(path: str, value: object = None) -> str:
+    """What messages call a field: its option of the verb that runs, or of others."""
+    context, field = click.get_current_context(silent=True), document_fields().get(path)
+    name = f"--{path.replace('_', '-')}" if field is None else field.name
+    if context is not None and isinstance(context.command, DocumentCommand):
+        name = context.command.names.get(path, name)
+    return name if value in (None, True) else f"{name} {value}"
+
+
+def report_option(path: str, value: object = None) -> str:
+    """What messages about a text to report on call a field: its own option, if it has one."""
+    name, context = option(path, value), click.get_current_context(silent=True)
+    own = f"--report-{name.removeprefix('--')}"
+    options = [] if context is None else [o for each in context.command.params for o in each.opts]
+    return own if own.split()[0] in options else name
 
 
 def given_target(given: Given) -> Target | None:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from pho_service.cli.document import report_option
 from pho_service.cli.terminal import loading, progress, say, verb, working
-from pho_service.errors import BundleError, InvalidInput, TextError
+from pho_service.errors import BundleError, InvalidInput, TextError, told_to
 from pho_service.host.data_sets import USUAL_TEXTS
 from pho_service.host.files import write_text
 from pho_service.pipeline.inputs import Calibrated, Inputs
@@ -247,7 +248,7 @@ class Terminal(Inputs):
         most: int | None,
         unlike: "Tensor | None" = None,
     ) -> "ReportText":
-        with working(f"Reading {source}"):
+        with working(f"Reading {source}"), told_to(report_option):
             return super().report(model, source, how, most, unlike)
 
     @property

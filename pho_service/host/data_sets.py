@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from pho_service.errors import InvalidInput, shown
+from pho_service.errors import InvalidInput, field_name, shown
 from pho_service.host.machine import versions
 
 # Data set cards: what they say of the files of a data set, before anything follows it.
@@ -59,7 +59,7 @@ def check_card(file: str, content: bytes, name: str) -> None:
                 raise InvalidInput(
                     f"{name}: its {file} names the files {shown(value)!r}, but a data set's files "
                     "lie in its folder: no absolute path, no '..', no URL. Copy them there, or "
-                    "give a file as --text."
+                    f"give a file as {field_name('calibration/text')}."
                 )
     except (yaml.YAMLError, _OddYaml) as error:
         reason = shown(" ".join(str(error).split()))
@@ -227,5 +227,5 @@ def unknown_task(name: str, known: Iterable[str], folder: Path | None) -> Invali
         f"the task {name!r} is not one of lm-eval {versions('lm-eval')['lm-eval']}"
         + (f", and not in {folder}." if folder else ".")
         + (f" Did you mean {' or '.join(near)}?" if near else "")
-        + " Name the folder of task files of your own with --tasks-dir (a job's tasks_dir)."
+        + f" Name the folder of task files of your own with {field_name('tasks_dir')}."
     )

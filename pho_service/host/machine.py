@@ -14,7 +14,7 @@ from importlib.metadata import distributions, requires, version
 from pathlib import Path
 from typing import Any
 
-from pho_service.errors import DeviceLost, ModelError, OutOfMemory, PhoError
+from pho_service.errors import DeviceLost, ModelError, OutOfMemory, PhoError, field_name
 
 
 def machine() -> str:
@@ -130,13 +130,15 @@ def _told(error: BaseException) -> PhoError | None:
     said = first_words(error)
     if ran_out_of_memory(error):
         return OutOfMemory(
-            f"memory ran out{said}. Use a smaller model, shorter windows (--context-length), "
-            "--dtype bfloat16 or --stream, or give it more memory."
+            f"memory ran out{said}. Use a smaller model, shorter windows "
+            f"({field_name('calibration/context_length')}), {field_name('dtype', 'bfloat16')} or "
+            f"{field_name('stream', True)}, or give it more memory."
         )
     if device_is_lost(error):
+        another = field_name("device") or "GPU"
         return DeviceLost(
             f"the GPU failed{said}. A new process may work; if this happens again, see what "
-            "nvidia-smi and the kernel's log say of the card, or use another --device."
+            f"nvidia-smi and the kernel's log say of the card, or use another {another}."
         )
     if type(error).__name__ == "PanicException":  # of a library in Rust; it is no Exception here
         return ModelError(

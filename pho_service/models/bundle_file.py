@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pho_service.errors import BundleError, PhoError, shown
+from pho_service.errors import BundleError, PhoError, field_name, shown
 from pho_service.host.files import new_file
 from pho_service.pruning.bundle import LayerSample, ProxyBundle
 from pho_service.pruning.scores import TINY
@@ -147,8 +147,9 @@ def read_bundle(path: str | Path) -> ProxyBundle:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         raise BundleError(
-            f"{path} does not fit into the memory: {error}. Give more, or make a smaller bundle: "
-            "--rows-per-layer and --projection-rows of `pho calibrate`."
+            f"{path} does not fit into the memory: {error}. Give more, or calibrate a smaller "
+            f"bundle: {field_name('calibration/rows_per_layer')} and "
+            f"{field_name('calibration/projection_rows')}."
         ) from error
 
 

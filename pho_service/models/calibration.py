@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pho_service.errors import BundleError, InvalidInput, OutOfMemory, OutputError
+from pho_service.errors import BundleError, InvalidInput, OutOfMemory, OutputError, field_name
 from pho_service.host.machine import first_words, let_go_of_memory, ran_out_of_memory, versions
 from pho_service.models.architecture import decoder_blocks, footprint_of
 from pho_service.models.blockwise import collect_statistics_blockwise, measure_perplexity
@@ -118,18 +118,19 @@ def _ways_out(
         )  # fmt: skip
         return plan.fits
 
-    ways = ["allow it more (--calibration-memory)"]
+    ways = [f"allow it more ({field_name('calibration/memory_bytes')})"]
     shorter = settings.context_length // 2
     while shorter >= 64 and not fits(replace(settings, context_length=shorter)):
         shorter //= 2
     if shorter >= 64:
-        ways.append(f"take shorter windows (--context-length {shorter})")
+        ways.append(f"take shorter windows ({field_name('calibration/context_length', shorter)})")
     if not settings.projection_rows and fits(replace(settings, projection_rows=128)):
-        ways.append("project the activations (--projection-rows 128)")
+        ways.append(f"project the activations ({field_name('calibration/projection_rows', 128)})")
     if not place.stream:
-        ways.append("leave the weights on disk (--stream, for safetensors)")
+        ways.append(f"leave the weights on disk ({field_name('stream', True)}, for safetensors)")
     else:
-        ways.append("take fewer windows (--samples, --fisher-samples)")
+        counts = f"{field_name('calibration/samples')}, {field_name('calibration/fisher_samples')}"
+        ways.append(f"take fewer windows ({counts})")
     return f"A{', or '.join(ways)[1:]}."
 
 
@@ -192,8 +193,8 @@ def _within_memory(
     if settings.mixed_precision and model.dtype != torch.float32:
         raise InvalidInput(
             f"mixed precision is for float32 models, but {model.name} is loaded as "
-            f"{str(model.dtype).removeprefix('torch.')}, which is as fast. Leave --mixed-precision "
-            "out."
+            f"{str(model.dtype).removeprefix('torch.')}, which is as fast. Leave "
+            f"{field_name('calibration/mixed_precision')} out."
         )
     windows, fisher_windows = len(text.calibration), _fisher_windows(text, settings)
     plan = plan_calibration(model, settings, windows=windows, fisher_windows=fisher_windows)

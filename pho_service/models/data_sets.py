@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from pho_service.errors import InvalidInput, TextError, shown
+from pho_service.errors import InvalidInput, TextError, field_name, shown
 from pho_service.host.access import is_path
 from pho_service.host.data_sets import (
     CARDS,
@@ -97,7 +97,7 @@ def kind_of(name: str) -> tuple[str, str | None]:
         raise TextError(
             f"the file {shown(path.name)} cannot be read as text: only .json, .jsonl, .parquet, "
             ".txt, .csv and .tsv can, also packed as .gz, .bz2, .xz or .zst. Name others out of "
-            "the way with --data-file."
+            f"the way with {field_name('calibration/data_file')}."
         )
     return kind, packing
 
@@ -170,8 +170,8 @@ def read_parquet(file: BinaryIO, field: str, where: str, budget: Budget) -> Iter
         schema = pyarrow.parquet.read_schema(file)
         if field not in schema.names:
             raise TextError(
-                f"{where} has no column {shown(field)!r}, only {listed(schema.names)}. Name the "
-                "column with --field."
+                f"{where} has no column {shown(field)!r}, only {listed(schema.names)}. "
+                f"{_way_out('column')}"
             )
         kind = schema.field(field).type
         if getattr(kind, "value_type", kind) not in strings or pyarrow.types.is_nested(kind):
@@ -244,16 +244,13 @@ def _text_of(row: Any, field: str, where: str) -> str:
         return value
     names = [str(name) for name in row] if isinstance(row, dict) else []
     only = f", only {listed(names)}" if names else ""
-    raise TextError(
-        f"{where} has no text in the field {shown(field)!r}{only}. Name the field with --field."
-    )
+    raise TextError(f"{where} has no text in the field {shown(field)!r}{only}. {_way_out('field')}")
 
 
-# The options of a data set's fields, of calibrations and of reports.
-_OPTIONS = {
-    "config": "--dataset-config (or --report-dataset-config; dataset_config in a job)",
-    "split": "--split (or --report-split; split in a job)",
-}
+def _way_out(what: str) -> str:
+    """How texts are found that lie in a column or a field of another name."""
+    name = field_name("calibration/field")
+    return f"Name the {what} with {name}." if name else f"Call the {what} 'text'."
 
 
 def read_dataset(source: "TextSource", budget: Budget) -> Iterator[str]:
@@ -301,7 +298,7 @@ def _split(source: "TextSource", known: list[str]) -> str:
     if wanted not in known:
         raise TextError(
             f"the data set {source} cannot be read: there is no split {wanted!r}, only "
-            f"{listed(known)}. Name one with {_OPTIONS['split']}."
+            f"{listed(known)}. Name one with {field_name('calibration/split')}."
         )
     return wanted
 
@@ -348,7 +345,7 @@ def _builder(source: "TextSource", place: str, **more: Any) -> Any:
         configs = listed([*map(str, datasets.get_dataset_config_names(place, **more))])
         raise TextError(
             f"the data set {source.dataset} cannot be read: {told}. Name one of these with "
-            f"{_OPTIONS['config']}: {configs}."
+            f"{field_name('calibration/dataset_config')}: {configs}."
         ) from error
 
 
@@ -371,7 +368,7 @@ def _cached(dataset: str) -> Path:
             f"the data set {dataset} cannot be read: no folder here has this name, and as a name "
             "on the hub it cannot be looked up: the hub cannot be reached, and no copy is in the "
             "local cache. Check the spelling, the network and HF_ENDPOINT, or give a local file "
-            "with --text." + near_usual(dataset)
+            f"with {field_name('calibration/text')}." + near_usual(dataset)
         ) from error
 
 
@@ -408,5 +405,6 @@ def _readable(source: "TextSource") -> Iterator[None]:
 def _unreadable(source: "TextSource", reason: str) -> TextError:
     return TextError(
         f"the data set {source} cannot be read: {reason}. Check the name, its configuration, file "
-        "and split, and the network; or give a local file with --text." + near_usual(source.dataset)
+        "and split, and the network; or give a local file with "
+        f"{field_name('calibration/text')}." + near_usual(source.dataset)
     )

@@ -34,7 +34,14 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from pho_service.errors import ChangedInput, InvalidInput, ModelError, NumericalError, PhoError
+from pho_service.errors import (
+    ChangedInput,
+    InvalidInput,
+    ModelError,
+    NumericalError,
+    PhoError,
+    field_name,
+)
 from pho_service.host.access import (
     NAMING_FILES,
     check_config,
@@ -70,7 +77,9 @@ def spread(
     # cut.
     cards = gpus()
     if not cards:
-        raise InvalidInput("--device-map needs a GPU, and torch sees none. Leave it out.")
+        raise InvalidInput(
+            f"{field_name('device_map')} needs a GPU, and torch sees none. Leave it out."
+        )
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
     model.tie_weights()
@@ -86,7 +95,7 @@ def spread(
             f"{name} takes {format_bytes(size)} in {str(model.dtype).removeprefix('torch.')}, but "
             f"the GPUs have room for: {places}. {len(elsewhere)} modules, {elsewhere[0]} first, "
             "would lie in main memory or on disk, where nothing is computed. Use more or "
-            "freer GPUs, --dtype bfloat16, or --stream."
+            f"freer GPUs, {field_name('dtype', 'bfloat16')}, or {field_name('stream', True)}."
         )
     return {module: torch.device("cuda", place) for module, place in found.items()}
 
@@ -167,12 +176,15 @@ def check_name(name: str, revision: str | None) -> None:
 def check_local_name(name: str, revision: str | None) -> None:
     path = Path(name).expanduser()
     if revision:
-        raise InvalidInput(f"--revision {revision} is for hub ids, but {name} is a local path.")
+        raise InvalidInput(
+            f"{field_name('revision', revision)} is for hub ids, but {name} is a local path."
+        )
     if path.exists():
         return
     beside = path.parent != Path() and path.parent.is_dir()
     though = f", though the folder {path.parent} does" if beside else ""
-    hint = f" For the hub's {name} give --revision main." if _HUB_ID.fullmatch(name) else ""
+    of_hub = f" For the hub's {name} give {field_name('revision', 'main')}."
+    hint = of_hub if _HUB_ID.fullmatch(name) else ""
     hint += did_you_mean(name)
     raise ModelError(
         f"{name} does not exist{though}. Give a hub id, a model folder or a .gguf file.{hint}"
@@ -537,7 +549,8 @@ class LanguageModel:
         if self.longest is not None and context_length > self.longest:
             raise InvalidInput(
                 f"context_length={context_length} is more than {self.name} can read: "
-                f"{self.longest}. Use --context-length {self.longest} or less."
+                f"{self.longest}. Use {field_name('calibration/context_length', self.longest)} or "
+                "less."
             )
 
     def window_prefix(self, bos: str) -> list[int]:
@@ -548,7 +561,8 @@ class LanguageModel:
         token = tokenizer.bos_token_id
         if bos == "always":
             if token is None:
-                raise InvalidInput(f"{self.name} has no BOS token. Use --bos auto or never.")
+                way_out = f"Use {field_name('calibration/bos', 'auto')} or never."
+                raise InvalidInput(f"{self.name} has no BOS token. {way_out}")
             return [token]
         adds_it = token is not None and tokenizer("a").input_ids[:1] == [token]
         return [token] if adds_it else []
@@ -589,9 +603,10 @@ def load_model(
     if device_map not in (None, *DEVICE_MAPS):
         raise InvalidInput(f"device map {device_map!r} is not known. Use auto, or leave it out.")
     if device_map is not None and (stream or device not in ("auto", "cuda")):
+        other = field_name("stream") if stream else field_name("device")
         raise InvalidInput(
             f"a device map puts a model on several GPUs, which {'streaming' if stream else device} "
-            "does not. Leave --device-map out, or " + ("--stream." if stream else "--device.")
+            f"does not. Leave {field_name('device_map')} out, or {other}."
         )
     if target.type == "cuda" and target.index is None:
         target = torch.device("cuda", torch.cuda.current_device())
@@ -668,7 +683,8 @@ def _device_map(checkpoint: Checkpoint, dtype: str) -> dict[str, torch.device]:
     if checkpoint.is_gguf:
         raise InvalidInput(
             f"{checkpoint.name} cannot be put on several GPUs: GGUF is dequantised as a whole when "
-            "it is read. Leave --device-map out, or give the safetensors folder that it came from."
+            f"it is read. Leave {field_name('device_map')} out, or give the safetensors "
+            "folder that it came from."
         )
     config = checkpoint.config()
     return spread(checkpoint.name, config, None if dtype == "auto" else getattr(torch, dtype))
@@ -679,8 +695,8 @@ def _check_mapped(name: str, model: PreTrainedModel, dtype: str) -> None:
     if dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
         raise InvalidInput(
             f"{name} cannot be streamed as {dtype}: its weights stay in their files, in "
-            f"{str(model.dtype).removeprefix('torch.')}. Use --dtype auto, or load it without "
-            "streaming."
+            f"{str(model.dtype).removeprefix('torch.')}. Use {field_name('dtype', 'auto')}, or "
+            "load it without streaming."
         )
     for parameter_name, parameter in model.named_parameters():
         # The storage of a mapped tensor has a fixed size, that of a copy has not.

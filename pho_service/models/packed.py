@@ -159,7 +159,7 @@ def as_folder(path: Path) -> Iterator[Path]:
 def _opened(path: Path) -> Iterator[ZipFile]:
     """Turn what zip and zstandard say of a damaged file into a ModelError."""
     if not path.is_file():
-        raise ModelError(f"{path} does not exist. Give what `pho pack` wrote with --out.")
+        raise ModelError(f"{path} does not exist. Give what `pho pack --out` wrote.")
     try:
         with ZipFile(path) as archive:
             if archive.comment != _WRITTEN_BY:

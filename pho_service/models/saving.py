@@ -383,7 +383,7 @@ def recipe_document(folder: Path) -> dict[str, Any]:
     """The recipe as JSON, of the version that this PHO reads."""
     path = folder / RECIPE
     if not folder.is_dir():
-        raise ModelError(f"{folder} is no folder. Give what `pho prune` wrote with --out.")
+        raise ModelError(f"{folder} is no folder. Give what `pho prune --out` wrote.")
     if not path.is_file():
         raise ConfigurationError(
             f"{folder} has no {RECIPE}, so `pho prune` did not write it. Give a folder that it did."

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pho_service.errors import InvalidInput, NumericalError, TextError, shown
+from pho_service.errors import InvalidInput, NumericalError, TextError, field_name, shown
 from pho_service.host.data_sets import harness_folder, harness_tasks, unknown_task
 from pho_service.host.machine import missing_extra
 from pho_service.models.blockwise import BlockNetwork
@@ -53,7 +53,9 @@ def load_tasks(
     # Functions that a task file names (``!function``) are code beside it, and run: a folder must be
     # one that is trusted.
     if folder is not None and not folder.is_dir():
-        raise InvalidInput(f"the folder for tasks {folder} does not exist. Check --tasks-dir.")
+        raise InvalidInput(
+            f"the folder for tasks {folder} does not exist. Check {field_name('tasks_dir')}."
+        )
     manager = _manager(names, folder)
     _check_kinds(manager, names)
     for dataset in _hub_datasets(manager, names):
@@ -185,7 +187,8 @@ def _told(name: str) -> Iterator[None]:
         raise TextError(
             f"the examples of the task {name} cannot be read: {reason}. Run it once with a network "
             "and then with HF_DATASETS_OFFLINE=1, or give a task file of that name whose data are "
-            "local with --tasks-dir (dataset_path: json, dataset_kwargs: data_files)."
+            f"local with {field_name('tasks_dir')} (dataset_path: json, dataset_kwargs: "
+            "data_files)."
         ) from error
     except Exception as error:  # the harness raises whatever a task file makes it stumble over
         reason = shown(" ".join(str(error).split()), 300)
@@ -274,6 +277,6 @@ def _rated(logits: Tensor, continuation: Continuation) -> Likelihood:
     if log != log:
         raise NumericalError(
             "the log-likelihood of an answer is NaN: the model's weights overflow in this dtype. "
-            "Use --dtype float32."
+            f"Use {field_name('dtype', 'float32')}."
         )
     return Likelihood(log=log, greedy=bool((ending.argmax(dim=-1) == wanted).all()))

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pho_service.errors import InvalidInput, TextError
+from pho_service.errors import InvalidInput, TextError, field_name
 from pho_service.host.access import did_you_mean
 from pho_service.host.data_sets import USUAL_TEXTS, separator_of
 from pho_service.host.settings import read_settings
@@ -435,7 +435,7 @@ def _sample_mixed(
             raise TextError(
                 f"the text {text} fills too few windows of {windows.shape[1]} tokens: "
                 f"{len(windows)}, and its share of {count} is {needed}. Give a longer text, a "
-                "smaller share of it, or take fewer windows (--samples)."
+                f"smaller share of it, or take fewer windows ({field_name('calibration/samples')})."
             )
         for other, _ in records:
             if record.sha256 == other.sha256:

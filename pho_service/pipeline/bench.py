@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pho_service.errors import InvalidInput
+from pho_service.errors import InvalidInput, field_name
 from pho_service.host.access import is_packed
 from pho_service.host.machine import conditions, versions
 from pho_service.models.loading import LanguageModel, load_model
@@ -110,7 +110,7 @@ def _reasons(folder: Path) -> Callable[[str], str]:
         if name in masks.shapes and masks.mask(name).order is not None:
             return (
                 "its groups hold in another channel order, which could not be folded into the "
-                "stored weights: prune with --deployable"
+                f"stored weights: prune with {field_name('steps/deployable', True)}"
             )
         return unknown
 
@@ -257,8 +257,8 @@ def _fitted(settings: BenchSettings, loaded: Mapping[str, LanguageModel]) -> Ben
         return settings
     if known[name] <= settings.new_tokens:
         raise InvalidInput(
-            f"--new-tokens {settings.new_tokens} leaves no room for a prompt: {name} reads "
-            f"{known[name]} tokens. Give fewer."
+            f"{field_name('new_tokens', settings.new_tokens)} leaves no room for a prompt: "
+            f"{name} reads {known[name]} tokens. Give fewer."
         )
     return replace(settings, prompt=known[name] - settings.new_tokens)
 

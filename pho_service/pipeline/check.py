@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from pho_service.errors import field_name
 from pho_service.models.loading import DTYPES, LanguageModel, load_model
 from pho_service.models.mask_file import MASKS, LayerMask, MaskFile, read_masks, weight_sha256
 from pho_service.models.packed import as_folder
@@ -303,7 +304,7 @@ def _origin_check(recipe: Recipe, model: LanguageModel, original: LanguageModel 
             name=name,
             passed=False,
             detail=f"{original.name} is loaded in {dtype}, but the model was pruned in "
-            f"{recipe.model.dtype}: load it in that (--dtype {recipe.model.dtype})",
+            f"{recipe.model.dtype}: load it in that ({field_name('dtype', recipe.model.dtype)})",
         )
     found = original.weights_sha256
     if found != recipe.model.weights_sha256 or _shapes(original) != _shapes(model):

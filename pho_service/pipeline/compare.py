@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pho_service.errors import BundleError, ConfigurationError, InvalidInput
+from pho_service.errors import BundleError, ConfigurationError, InvalidInput, field_name
 from pho_service.host.machine import versions
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
@@ -244,7 +244,7 @@ def fitting(name: str, configuration: Configuration, pattern: Pattern) -> Candid
     if str(candidate.pattern) != str(pattern):
         raise ConfigurationError(
             f"{name} is for the pattern {candidate.pattern}, but the comparison is for {pattern}. "
-            f"Compare it with --pattern {candidate.pattern}."
+            f"Compare it with {field_name('pattern', str(candidate.pattern))}."
         )
     return candidate
 
@@ -259,7 +259,7 @@ def check_family(
         raise ConfigurationError(
             f"{name} was found on {' and '.join(sorted(set(known)))}, but {model.name} is of the "
             f"family {model.family}, where it may be no better than a baseline. Search on this "
-            "model; or give --other-family, and compare it with the baselines."
+            f"model; or give {field_name('other_family', True)}, and compare it with the baselines."
         )
 
 
@@ -291,7 +291,7 @@ class ComparisonRequest:
         if self.ablation or self.recovery:
             done = "taken apart" if self.ablation else "recovered"
             told = f"configurations are {done}, and there is none"
-            raise InvalidInput(f"{told}. Give --config FILE or --preset NAME.")
+            raise InvalidInput(f"{told}. Give one, or a preset to search with.")
 
     def rows(
         self, own: Sequence[tuple[str, Configuration]], *, has_text: bool
@@ -527,14 +527,14 @@ def _check_texts(request: ComparisonRequest, given: Calibrated, report: ReportTe
     if given.confirm is None:
         raise InvalidInput(
             f"the preset {next(iter(request.searches))} is searched, and what it finds confirmed "
-            "on a text of its own. Give --confirm-text."
+            f"on a text of its own. Give {field_name('confirm/text')}."
         )
     shown = {window.numpy().tobytes() for window in report.windows}
     if any(window.numpy().tobytes() in shown for window in given.confirm.windows):
         raise InvalidInput(
             f"the text that searches are confirmed on, {given.confirm.record.source}, has windows "
             "of the report text: what is chosen on a text must not be reported on it. Give "
-            "another --confirm-text."
+            f"another {field_name('confirm/text')}."
         )
 
 
@@ -544,7 +544,7 @@ def _check_draws(given: Calibrated, count: int) -> None:
         raise InvalidInput(
             f"the calibration text fills {len(given.calibration)} windows, and all of them are "
             "drawn with each seed, so the deviation would say nothing. Give a longer text, or "
-            "fewer windows: --samples."
+            f"fewer windows: {field_name('calibration/samples')}."
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
-from pho_service.errors import InvalidInput, NumericalError
+from pho_service.errors import InvalidInput, NumericalError, field_name
 from pho_service.models.architecture import decoder_blocks
 from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.objectives import rate_by_proxy
@@ -64,7 +64,8 @@ def correct_best(
     if len(calibration) < 2:
         raise InvalidInput(
             "corrections measure on other windows than those that they learn from, and the "
-            "calibration has only one. Give 2 --samples or more, or corrections=0."
+            "calibration has only one. Give 2 "
+            f"{field_name('calibration/samples')} or more, or corrections=0."
         )
     held_out = min(corrected_windows(calibration.shape[1]), len(calibration) // 2)
     training, held_out_windows = calibration[:-held_out], calibration[-held_out:]

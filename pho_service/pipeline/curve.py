@@ -14,7 +14,7 @@ import optuna
 from optuna.storages import BaseStorage
 from pydantic import TypeAdapter
 
-from pho_service.errors import StudyError, TargetMissed
+from pho_service.errors import StudyError, TargetMissed, field_name
 from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.rating import Subject
 from pho_service.pipeline.search import (
@@ -208,7 +208,7 @@ def opened_pareto(
         with open_storage(url) as storage:
             yield pareto_of(requests, subject, storage)
     except StorageError as error:
-        raise StudyError(f"--study {url}: {error}") from error
+        raise StudyError(f"{field_name('study', url)}: {error}") from error
 
 
 def pareto_of(
@@ -412,5 +412,5 @@ def _missed(target: Target, points: Sequence[CurvePoint]) -> str:
         f"no sparsity is within {target}: the dense model's perplexity is {number(dense)}, so at "
         f"most {number(target.limit(dense))} is wanted, and already the lowest sparsity, "
         f"{target.lowest:g}, is above. Measured: {shown}. Allow a higher rise, or search with a "
-        "better --preset, such as best."
+        f"better {field_name('preset')}, such as best."
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 import optuna
 from torch import Tensor
 
-from pho_service.errors import InvalidInput, NumericalError
+from pho_service.errors import InvalidInput, NumericalError, field_name
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator, ProxyRating
 from pho_service.spec.baselines import reference_methods
@@ -260,7 +260,7 @@ def rated_on(request: SearchRequest, text: "ReportText | None") -> str:
 def _needs_text() -> InvalidInput:
     return InvalidInput(
         "the objective perplexity needs the model and a text to measure it on: give a model "
-        "instead of a bundle, and --confirm-text."
+        f"instead of a bundle, and {field_name('confirm/text')}."
     )
 
 

@@ -11,7 +11,7 @@ from itertools import islice
 
 from torch import Tensor
 
-from pho_service.errors import InvalidInput
+from pho_service.errors import InvalidInput, field_name
 from pho_service.models.blockwise import (
     Block,
     changed_blocks,
@@ -106,7 +106,7 @@ def _given(calibration: Tensor | None, candidate: Candidate) -> Tensor:
         raise InvalidInput(
             f"statistics {steps.statistics!r}, permutation {steps.permutation!r}, repruning "
             f"{steps.repruning!r} and update {steps.update!r} need a calibration text, not only "
-            "its statistics. Give --text."
+            f"its statistics. Give {field_name('calibration/text')}."
         )
     return calibration
 
@@ -309,7 +309,8 @@ def few_tokens(
     return (
         f"The calibration has {windows.numel()} tokens, fewer than the {widths[name]} inputs of "
         f"{name}: update {candidate.steps.update!r} fits them, held back only by damping. Take "
-        f"{enough} windows of {windows.shape[1]} tokens or more (--samples {enough})."
+        f"{enough} windows of {windows.shape[1]} tokens or more "
+        f"({field_name('calibration/samples', enough)})."
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pho_service.errors import field_name
 from pho_service.host.machine import versions
 from pho_service.models.loading import LanguageModel, sha256_each
 from pho_service.models.mask_file import LayerMask, PackedMask
@@ -61,7 +62,7 @@ def orders_in_words(orders: Mapping[str, int]) -> str:
         return f"{folded}, {orders['kept']} as the model has them. No runtime has to permute."
     return (
         f"{folded}; {orders['gathered']} linears hold their groups in an order that a runtime must "
-        "gather their inputs in. With --deployable none does."
+        f"gather their inputs in. With {field_name('steps/deployable', True)} none does."
     )
 
 

@@ -30,6 +30,7 @@ from pho_service.errors import (
     OutOfMemory,
     PhoError,
     TextError,
+    field_name,
 )
 from pho_service.host.machine import first_words, let_go_of_memory, ran_out_of_memory, versions
 from pho_service.models.architecture import decoder_blocks, footprint_of
@@ -318,13 +319,16 @@ def _shortage_told(model: LanguageModel, text: RecoveryText, settings: Recovery)
     except Exception as error:
         if not ran_out_of_memory(error):
             raise
-        less = "" if settings.train != "kept" else ", or train less (--train lora or norms)"
+        less = ""
+        if settings.train == "kept":
+            less += f", or train less ({field_name('recovery/train', 'lora')} or norms)"
         if settings.adam_bits == 32:
-            less += ", or let Adam remember less (--adam-bits 8)"
+            less += f", or let Adam remember less ({field_name('recovery/adam_bits', 8)})"
         raise OutOfMemory(
             f"the recovery of {model.name} on windows of {text.context_length} tokens ran out of "
-            f"memory{first_words(error)}. Take shorter windows (--context-length){less}. `pho "
-            "plan` says what a recovery takes."
+            f"memory{first_words(error)}. Take shorter windows "
+            f"({field_name('calibration/context_length')}){less}. `pho plan` says what a "
+            "recovery takes."
         ) from error
 
 
@@ -346,8 +350,8 @@ def check_trainable(
     if processes.count > 1 and len(model.devices) > 1:
         raise InvalidInput(
             f"{model.name} lies on {len(model.devices)} devices, and is to be trained by "
-            f"{processes.count} processes, of which each has one. Leave --device-map out, or "
-            "start one process."
+            f"{processes.count} processes, of which each has one. Leave "
+            f"{field_name('device_map')} out, or start one process."
         )
     if model.stream:
         raise InvalidInput(
@@ -451,7 +455,7 @@ def _draw(
         raise TextError(
             f"the text {text.source} has too few windows of {text.context_length} tokens to "
             f"recover on: {len(windows)}, and {LEAST_WINDOWS} are the least, of which one is held "
-            "out. Give a longer text, or a smaller --context-length."
+            f"out. Give a longer text, or a smaller {field_name('calibration/context_length')}."
         )
     return windows, record
 
@@ -557,7 +561,8 @@ def _steps(
     if steps < 1:
         raise InvalidInput(
             f"{settings.time_s / 60:g} minutes are too few: one window of {text.context_length} "
-            f"tokens takes {min(took):.1f} s. Give more, or shorter windows (--context-length)."
+            f"tokens takes {min(took):.1f} s. Give more, or shorter windows "
+            f"({field_name('calibration/context_length')})."
         )
     return steps
 

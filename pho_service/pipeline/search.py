@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import optuna
 from torch import Tensor
 
-from pho_service.errors import BundleError, InvalidInput, NumericalError, StudyError
+from pho_service.errors import BundleError, InvalidInput, NumericalError, StudyError, field_name
 from pho_service.pipeline.objectives import (
     KnownRatings,
     OwnObjective,
@@ -122,7 +122,7 @@ def check_study_url(url: str) -> None:
     try:
         check_url(url)
     except StorageError as error:
-        raise StudyError(f"--study {url}: {error}") from error
+        raise StudyError(f"{field_name('study', url)}: {error}") from error
 
 
 def study_name(
@@ -155,7 +155,8 @@ def check_study(study: optuna.Study, bundles: Iterable[ProxyBundle]) -> None:
         raise StudyError(
             f"study {study.study_name!r} is of a bundle with other weights under the same key, "
             f"{', '.join(bundle.key for bundle in found)}. Give each bundle's provenance a key "
-            "of its own, or none, which names it by its contents; or use another --study."
+            "of its own, or none, which names it by its contents; or use another "
+            f"{field_name('study') or 'study'}."
         )
 
 
@@ -247,7 +248,8 @@ def search_job(
     if request.validation is not None and (model is None or confirm_text is None):
         raise InvalidInput(
             "the proxy is validated by perplexities, which need the model and a text: give a model "
-            "instead of a bundle, and --confirm-text; or leave --validate out."
+            f"instead of a bundle, and {field_name('confirm/text')}; or leave "
+            f"{field_name('validation/candidates')} out."
         )
     if model is not None:
         only_one(named, "a model").check_model(model.linears)
@@ -695,7 +697,7 @@ def opened_study(
         with open_storage(url) as storage:
             yield open_study(storage, name, direction=request.objective.direction)
     except StorageError as error:
-        raise StudyError(f"--study {url}: {error}") from error
+        raise StudyError(f"{field_name('study', url)}: {error}") from error
 
 
 def memory_study(
@@ -729,7 +731,7 @@ def search_plan(request: SearchRequest, bundles: Mapping[str, ProxyBundle]) -> S
     if not common:
         raise BundleError(
             f"the bundles {', '.join(bundles)} have no kernel size in common. Calibrate them with "
-            "the same --kernel-sizes."
+            f"the same {field_name('calibration/kernel_sizes')}."
         )
     if len(bundles) > 1 and request.objective.over is None:
         raise InvalidInput("a search over several models needs to be told how they count: over.")

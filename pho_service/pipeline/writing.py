@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pho_service.errors import InvalidInput, shown
+from pho_service.errors import InvalidInput, field_name, shown
 from pho_service.models.loading import LanguageModel
 from pho_service.spec.configuration import NEW_TOKENS, Continuation
 
@@ -84,7 +84,7 @@ def write(model: LanguageModel, prompts: Sequence[str], tokens: int) -> list[str
         if model.longest is not None and needed > model.longest:
             raise InvalidInput(
                 f"the prompt {shown(prompt, 30)!r} has {len(cut[-1])} tokens, which is {needed} "
-                f"with --tokens {tokens}, but {model.name} reads {model.longest}. Shorten the "
-                "prompt, or write fewer tokens."
+                f"with {field_name('tokens', tokens)}, but {model.name} reads {model.longest}. "
+                "Shorten the prompt, or write fewer tokens."
             )
     return [continued(model, each[None], tokens)[0] for each in cut]

@@ -10,7 +10,7 @@ from functools import cache
 
 import numpy as np
 
-from pho_service.errors import InvalidInput
+from pho_service.errors import InvalidInput, field_name
 from pho_service.planning.shapes import DTYPE_BYTES, LinearShape, ModelShapes
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.configuration import NEW_TOKENS
@@ -103,7 +103,8 @@ def named_machine(name: str) -> Machine:
     if found is None:
         raise InvalidInput(
             f"the card {name!r} is not known. Known are {', '.join(CARDS)}, and cpu for this "
-            "machine without one; --device-memory says how much memory another card has."
+            f"machine without one; {field_name('device_memory')} says how much memory "
+            "another card has."
         )
     return found
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pho_service.errors import InvalidInput
+from pho_service.errors import InvalidInput, field_name
 from pho_service.planning.costs import Machine, Work, recovered_tokens, stage_seconds
 from pho_service.planning.shapes import DTYPE_BYTES, ModelShapes
 from pho_service.planning.stage_memory import (
@@ -128,7 +128,8 @@ def plan_job(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> Plan:
     if shapes.context is not None and settings.context_length > shapes.context:
         raise InvalidInput(
             f"context_length={settings.context_length} is more than {spec.model} can read: "
-            f"{shapes.context}. Use --context-length {shapes.context} or less."
+            f"{shapes.context}. Use {field_name('calibration/context_length', shapes.context)} or "
+            "less."
         )
     request, finalists = spec.request(0), spec.confirm.finalists if spec.confirm else 0
     work = Work(
@@ -352,33 +353,34 @@ def _ways_out(plan: Plan) -> Iterator[str]:
 
     projected = replace(settings, projection_rows=128)
     if not settings.projection_rows and fits(calibration=projected):
-        yield "project the activations (--projection-rows 128)"
+        yield f"project the activations ({field_name('calibration/projection_rows', 128)})"
     shorter = settings.context_length // 2
     while shorter >= 64 and not fits(calibration=replace(settings, context_length=shorter)):
         shorter //= 2
     if shorter >= 64:
-        yield f"take shorter windows (--context-length {shorter})"
+        yield f"take shorter windows ({field_name('calibration/context_length', shorter)})"
     if DTYPE_BYTES[work.dtype] > 2 and not work.stream and fits(dtype="bfloat16"):
-        yield "load it in 16 bits (--dtype bfloat16)"
+        yield f"load it in 16 bits ({field_name('dtype', 'bfloat16')})"
     recovery = work.recovery
     if recovery is not None and fits(recovery=replace(recovery, adam_bits=8)):
-        yield "let Adam remember 8 bits a number (--recover-adam-bits 8)"
+        yield f"let Adam remember 8 bits a number ({field_name('recovery/adam_bits', 8)})"
     # The experts of a block lie in one parameter: neither low-rank changes nor processes part it.
     parts = all(linear.share == 1 for linear in plan.shapes.linears)
     if recovery is not None and parts and fits(recovery=replace(recovery, train="lora")):
-        yield "train a low-rank change of each linear (--recover-train lora)"
+        yield f"train a low-rank change of each linear ({field_name('recovery/train', 'lora')})"
     streamed = {"stream": True, "dtype": plan.shapes.dtype}
-    for option, changes in (("", {}), (" and with --stream", streamed)):
+    for option, changes in (("", {}), (f" and with {field_name('stream', True)}", streamed)):
         if recovery and parts and machine.is_gpu and fits(recovery=None, **changes):
             yield from _afterwards(plan, option)
             break
     if not work.stream and recovery is None and fits(stream=True, dtype=plan.shapes.dtype):
-        yield "leave the weights on disk (--stream, for safetensors)"
+        yield f"leave the weights on disk ({field_name('stream', True)}, for safetensors)"
     if not work.stream and machine.is_gpu:
         for cards in _CARDS:
             together = machine.resized(cards * machine.memory_bytes)
             if _plan(plan.shapes, work, together).fits:
-                yield f"spread it over {cards} such cards (--device-map auto)"
+                way = field_name("device_map", "auto") or "`pho worker --device all`"
+                yield f"spread it over {cards} such cards ({way})"
                 break
     device, host = plan.peak.device, plan.peak.host
     if machine.is_gpu and device > machine.memory_bytes:

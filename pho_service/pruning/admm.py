@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from pho_service.errors import NumericalError
+from pho_service.errors import NumericalError, field_name
 from pho_service.pruning.masks import Support
 
 # Second moments with each input scaled to one size, as masks by ADMM want them.
@@ -51,7 +51,7 @@ class Normalised:
         if not bool(torch.isfinite(gram).all()):
             raise NumericalError(
                 f"{layer}: the second moments of its inputs are NaN or infinite. Check the model's "
-                "weights, or calibrate in float32 (--dtype float32).",
+                f"weights, or calibrate in float32 ({field_name('dtype', 'float32')}).",
                 layer=layer,
             )
         diagonal = gram.diagonal()

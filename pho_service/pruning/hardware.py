@@ -182,7 +182,7 @@ def pick_device(name: str) -> torch.device:
             + (
                 "Use one of these, auto or cpu."
                 if there
-                else "Use --device cpu, or install a CUDA build of torch and look at nvidia-smi."
+                else "Use auto or cpu, or install a CUDA build of torch and look at nvidia-smi."
             )
         )
     return device

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from pho_service.errors import BundleError, NumericalError
+from pho_service.errors import BundleError, NumericalError, field_name
 from pho_service.pruning.allocation import allocate
 from pho_service.pruning.bundle import LayerSample, ProxyBundle
 from pho_service.pruning.hardware import in_threads
@@ -81,7 +81,7 @@ class Stack:
                 raise BundleError(
                     f"the bundle has no window means for kernel size {c.kernel_size}, only for "
                     f"{', '.join(map(str, self.kernel_sizes))}. Calibrate again with "
-                    "--kernel-sizes."
+                    f"{field_name('calibration/kernel_sizes')}."
                 )
             windows.append(self.kernel_sizes.index(c.kernel_size) if needs_window else 0)
         return importance(

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from pho_service.errors import ModelError, NumericalError, OutOfMemory, TextError
+from pho_service.errors import ModelError, NumericalError, OutOfMemory, TextError, field_name
 from pho_service.host.machine import first_words, let_go_of_memory, ran_out_of_memory
 from pho_service.planning.stage_memory import FLOAT, MOST, ROOM, windows_at_once
 from pho_service.pruning.hardware import free_memory
@@ -82,7 +82,8 @@ def cut_windows(
     if count == 0:
         raise TextError(
             f"the text {name} has {len(tokens)} tokens, which do not fill one window of "
-            f"{context_length}. Give a longer text, or a smaller --context-length."
+            f"{context_length}. Give a longer text, or a smaller "
+            f"{field_name('calibration/context_length')}."
         )
     windows = tokens[: count * body].view(count, body)
     start = torch.tensor(prefix, dtype=torch.int64).expand(count, -1)
@@ -127,8 +128,10 @@ def window_logits(model: nn.Module, windows: Tensor, *, most: int = MOST) -> Ite
             if halved or len(batch) == 1:
                 raise OutOfMemory(
                     f"{device} has no memory for {len(batch)} windows of {batch.shape[1]} tokens"
-                    f"{first_words(error)}. Take shorter windows (--context-length), "
-                    "--dtype bfloat16, or leave the weights on disk (--stream)."
+                    f"{first_words(error)}. Take shorter windows "
+                    f"({field_name('calibration/context_length')}), "
+                    f"{field_name('dtype', 'bfloat16')}, or leave the weights on disk "
+                    f"({field_name('stream', True)})."
                 ) from error
             most, halved = len(batch) // 2, True
         if halved and size > most:  # after the error, which holds on to what was computed
@@ -236,7 +239,7 @@ def require_finite_loss(mean: float) -> float:
     if not math.isfinite(mean):
         raise NumericalError(
             "the loss is NaN or infinite: the model's weights overflow in this dtype. "
-            "Use --dtype float32."
+            f"Use {field_name('dtype', 'float32')}."
         )
     return mean
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pho_service.errors import InvalidInput
+from pho_service.errors import InvalidInput, field_name
 from pho_service.progress import Advance
 from pho_service.pruning.scores import TINY
 from pho_service.pruning.statistics import PrunableLinear
@@ -65,7 +65,8 @@ def check_windows(count: int) -> None:
     if count < 2:
         raise InvalidInput(
             f"a reconstruction trains on some calibration windows and holds out at least one, but "
-            f"there is only {count}. Give 2 --samples or more, or --reconstruction none."
+            f"there is only {count}. Give 2 {field_name('calibration/samples')} or more, or "
+            f"{field_name('steps/reconstruction/method', 'none')}."
         )
 
 

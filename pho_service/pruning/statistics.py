@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
-from pho_service.errors import ModelError, NumericalError
+from pho_service.errors import ModelError, NumericalError, field_name
 from pho_service.pruning.hardware import to_device
 from pho_service.pruning.perplexity import frozen, recomputed, run_backward
 
@@ -597,6 +597,6 @@ def require_finite(values: Tensor, layer: str, what: str) -> None:
     if not bool(torch.isfinite(values).all()):
         raise NumericalError(
             f"{layer}: the {what} of the calibration text are NaN or infinite. Check the model's "
-            "weights, or calibrate in float32 (--dtype float32).",
+            f"weights, or calibrate in float32 ({field_name('dtype', 'float32')}).",
             layer=layer,
         )

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pho_service.errors import NumericalError
+from pho_service.errors import NumericalError, field_name
 from pho_service.pruning.selection import keep_highest, nm_mask
 
 _DEAD = 1e-15  # diagonal of an input that is always 0, as a share of the mean diagonal
@@ -53,7 +53,7 @@ def inverse_factor(gram: Tensor, *, damping: float = 0.01, layer: str) -> Tensor
     if not bool(torch.isfinite(gram).all()):
         raise NumericalError(
             f"{layer}: the second moments of its inputs are NaN or infinite. Check the model's "
-            "weights, or calibrate in float32 (--dtype float32).",
+            f"weights, or calibrate in float32 ({field_name('dtype', 'float32')}).",
             layer=layer,
         )
     for dtype in (torch.float32, torch.float64):

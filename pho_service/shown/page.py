@@ -222,8 +222,8 @@ def _result(report: Report) -> Section:
         texts.append(
             "There is no configuration yet." + "".join(map(partial(_so_far, report), best))
             if report.subject == "search"
-            else "Without its configuration (--config) it is not known what was chosen: the first "
-            "row of the finalists is the best of what the study holds."
+            else "Without its configuration (`pho report --config`) it is not known what was "
+            "chosen: the first row of the finalists is the best of what the study holds."
         )
     else:
         texts += _how_good(report)
@@ -429,7 +429,7 @@ def _transfers(report: Report) -> Section:
         else "This configuration was not measured on other models: `pho transfer-job` does it.",
         "transfer": "Nothing is measured yet.",
         "study": "Nothing is known of other models: `pho transfer` measures it, and its "
-        "transfer.json can be given as --config.",
+        "transfer.json is shown by `pho report --config`.",
     }[report.subject]
     return replace(section, texts=[missing])
 

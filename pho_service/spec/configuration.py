@@ -403,7 +403,7 @@ def check_format(
 
 def parse_configuration(document: Any, name: str) -> Configuration:
     """Check a configuration."""
-    way_out = " `pho search` writes one with --out."
+    way_out = " `pho search --out` writes one."
     check_format(document, name, "configuration of PHO", (FORMAT, VERSION), way_out, "search")
     try:
         found = Configuration.model_validate(document)

@@ -38,6 +38,7 @@ class FieldShown:
     rank: int = 0  # Place among the fields that the form always shows; 0: it is under More
     # Name of its option, if it does not follow from the field's; "" if it has none
     option: str | None = None
+    argument: str | None = None  # In Python, if not the last part of its path; "" if none
     label: str = ""  # Name in the form, if it does not follow from the path
     help: str = ""  # Help of its option, if that is not written as the field is
     # What `--help` calls its default, if that is not the value; "" says nothing

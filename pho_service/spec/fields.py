@@ -97,9 +97,9 @@ def check_models(names: Mapping[str, str], access: Access) -> None:
 class TextSpec(Document):
     """Where a text is: in a file, or in a data set of the hub or in a folder."""
 
-    text: Annotated[Name | None, FieldShown(rank=3, label="Text file", picks="texts")] = Field(
-        None, description="Text file: .txt, .jsonl or .parquet."
-    )
+    text: Annotated[
+        Name | None, FieldShown(rank=3, argument="texts", label="Text file", picks="texts")
+    ] = Field(None, description="Text file: .txt, .jsonl or .parquet.")
     dataset: Annotated[Name | None, FieldShown(label="Data set")] = Field(
         None,
         description="Data set instead of a file: hub id or folder; or c4 or wikitext2, for what "
@@ -115,7 +115,9 @@ class TextSpec(Document):
         None,
         description="Split of the data set; null: test, or the only one that there is.",
     )
-    field: Name = Field("text", description="Field or column that holds the text.")
+    field: Annotated[Name, FieldShown(argument="")] = Field(
+        "text", description="Field or column that holds the text."
+    )
 
     @field_validator("dataset")
     @classmethod
@@ -304,9 +306,9 @@ class CalibrationSpec(TextSpec, CalibrationSettings):  # pydantic reads a datacl
 class ConfirmSpec(Document):
     """How the finalists are confirmed by perplexity."""
 
-    text: Annotated[Name | None, FieldShown(option="--confirm-text", picks="texts")] = Field(
-        None, description="A text file; by default windows that the calibration did not use."
-    )
+    text: Annotated[
+        Name | None, FieldShown(option="--confirm-text", argument="confirm", picks="texts")
+    ] = Field(None, description="A text file; by default windows that the calibration did not use.")
     finalists: Annotated[int, FieldShown(option="--finalists")] = Field(
         5,
         ge=1,
@@ -342,8 +344,8 @@ class RecoverySpec(Document, Recovery):
 class ValidationSpec(Document):
     """Random candidates rated by every proxy and by perplexity: does the proxy rank here?"""
 
-    candidates: Annotated[int, FieldShown(option="--validate", default="")] = Field(
-        40, ge=8, le=1000, description="Number of random candidates."
+    candidates: Annotated[int, FieldShown(option="--validate", argument="validate", default="")] = (
+        Field(40, ge=8, le=1000, description="Number of random candidates.")
     )
     seed: Annotated[Seed, FieldShown(option="--validation-seed")] = Field(
         0, description="Seed of the random candidates."

@@ -2,6 +2,7 @@
 The fields of a job's document, one by one, as options of the command line and fields of the form.
 """
 
+import json
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -46,6 +47,12 @@ class JobField:
     default: Any  # Its value if nothing is said; None, too, if the part that it is in is null then
     nullable: bool  # Whether null may be said
     shown: FieldShown  # How it is shown
+
+    @property
+    def argument(self) -> str:
+        """What Python calls it; "" if no function has it."""
+        own = self.path.rpartition("/")[2]
+        return own if self.shown.argument is None else self.shown.argument
 
     @property
     def is_part(self) -> bool:
@@ -340,6 +347,22 @@ def document_fields() -> dict[str, Field]:
         and field.shown.option != ""
         and (not field.is_part or field.shown.option)
     }
+
+
+# What messages call a field, by its path: in Python, and in a job.
+def argument(path: str, value: object = None) -> str:
+    """The argument of a function, or the key of one that is a dictionary."""
+    field = job_fields().get(path)
+    name = path if field is None else field.argument
+    return name if value is None else f"{name}={value!r}"
+
+
+def entry(path: str, value: object = None) -> str:
+    """The place in a job's document; "" for what no job asks for."""
+    if path not in job_fields():
+        return ""
+    name = path.replace("/", ".")
+    return name if value is None else f"{name}={json.dumps(value)}"
 
 
 def search_command(document: Mapping[str, Any], *more: str) -> str:

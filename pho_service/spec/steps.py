@@ -184,7 +184,7 @@ class Reconstruction:
 
     method: Annotated[
         ReconstructionMethod,
-        FieldShown(option="--reconstruction", default="the preset's"),
+        FieldShown(option="--reconstruction", argument="reconstruction", default="the preset's"),
         Field(
             description="none. block: the kept weights of each pruned block are trained until its "
             "output is near the dense block's."

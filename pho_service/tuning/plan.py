@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from pho_service.errors import InvalidInput
+from pho_service.errors import InvalidInput, field_name
 from pho_service.spec.baselines import search_baselines
 from pho_service.spec.document import check_seed
 from pho_service.spec.fields import ValidationSpec
@@ -185,7 +185,8 @@ class SearchRequest(SearchOptions):
         if missing:
             raise InvalidInput(
                 f"search space kernel_sizes: {missing[0]} is not in the bundle, which has "
-                f"{', '.join(map(str, kernel_sizes))}. Calibrate with --kernel-sizes."
+                f"{', '.join(map(str, kernel_sizes))}. Calibrate with "
+                f"{field_name('calibration/kernel_sizes')}."
             )
         return SearchPlan(
             pattern=self.pattern,

@@ -11,6 +11,7 @@ from typing import Any
 
 import optuna
 
+from pho_service.errors import field_name
 from pho_service.host.machine import versions
 from pho_service.spec.configuration import Configuration, Confirmation, ProxyQuality, Rating
 from pho_service.spec.document import number
@@ -231,7 +232,7 @@ def _warnings(
                 "Nor were the dense models, Wanda and RIA: each model has its own tokens, and one "
                 "after the other is in memory. `pho transfer` measures all of them on each model."
                 if several
-                else "Search from the model with --confirm-text to confirm it."
+                else f"Search from the model with {field_name('confirm/text')} to confirm it."
             )
         )
     if configuration.method != "crepe":

@@ -19,7 +19,7 @@ from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from pho_service.errors import StudyError
+from pho_service.errors import StudyError, field_name
 from pho_service.progress import Fence
 from pho_service.spec.steps import Candidate
 from pho_service.tuning.correction import Correction
@@ -59,7 +59,8 @@ def run_search(
     if unfinished:
         raise StudyError(
             f"trial {unfinished[0]} of study {study.study_name!r} is not finished, and PHO only "
-            "records finished ones: another program writes to this study. Use another --study."
+            "records finished ones: another program writes to this study. Use another "
+            f"{field_name('study') or 'study'}."
         )
     directions = [direction.name.lower() for direction in study.directions]
     if directions != [plan.direction]:
@@ -245,7 +246,8 @@ class _Recorder:
         return StudyError(
             f"trial {trial.number} of study {self.study.study_name!r} has other coefficients "
             "or steps than this search asks for there: it was made by another version of PHO "
-            "or of a sampler, or by two searches at once. Use another --study."
+            "or of a sampler, or by two searches at once. Use another "
+            f"{field_name('study') or 'study'}."
         )
 
 

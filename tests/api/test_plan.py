@@ -40,7 +40,7 @@ def test_the_default_card_is_an_h100(client, tmp_path, write_header):
     assert default["model"]["parameters"] == pytest.approx(6.74e9, rel=0.01)
     assert not small["fits"]
     assert small["machine"]["memory_bytes"] == 8 * 2**30
-    assert any("--stream" in way for way in small["ways_out"])
+    assert any("stream=true" in way for way in small["ways_out"])
     assert long.json()["errors"][0]["pointer"] == "/calibration/context_length"
     assert "8192 is more than seven can read: 4096." in long.text
     assert str(tmp_path) not in long.text

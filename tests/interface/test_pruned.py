@@ -44,7 +44,7 @@ def test_fewer_tokens_than_inputs_are_said_once_with_the_number_that_would_do_an
 
     assert len(said) == 1
     assert "22 tokens, fewer than the 64 inputs of model.layers.0.mlp.down_proj" in said[0]
-    assert said[0].endswith("Take 6 windows of 11 tokens or more (--samples 6).")
+    assert said[0].endswith("Take 6 windows of 11 tokens or more (samples=6).")
     assert [recipe["few_tokens"] for recipe in recipes] == said * 2
 
 

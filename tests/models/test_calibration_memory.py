@@ -63,7 +63,9 @@ def test_that_is_tried_once_then_the_error_says_what_would_fit(model, texts, mon
     text = calibration_text(model, TextSource(path=str(texts["calibration"])), SETTINGS)
     given = crowded(model, monkeypatch, 0)
 
-    with pytest.raises(OutOfMemory, match=r"of 24 tokens ran out of memory: CUDA.*or .*--stream"):
+    with pytest.raises(
+        OutOfMemory, match=r"of 24 tokens ran out of memory: CUDA.*or .*stream=True"
+    ):
         measure(model, text, SETTINGS)
     assert given == [1, 1]  # the one window that is run backward
 
@@ -136,7 +138,7 @@ def test_windows_that_are_too_long_are_named_with_a_length_that_fits(model_folde
     limit = plan(256, None).peak.host - weights + memory_in_use(model.device) + 2**20
     with pytest.raises(InvalidInput) as refusal:
         plan(4096, limit)
-    (shorter,) = re.findall(r"--context-length (\d+)", str(refusal.value))
+    (shorter,) = re.findall(r"context_length=(\d+)", str(refusal.value))
 
     assert plan(int(shorter), limit).fits
     with pytest.raises(InvalidInput):

@@ -117,7 +117,7 @@ def test_cards_that_are_too_small(folder, pretended_gpus):
     for card in pretended_gpus:
         card.memory_bytes = 2**15
 
-    with pytest.raises(ModelError, match=r"takes .* float32, but .*cuda:0 .*cuda:1 .* --stream"):
+    with pytest.raises(ModelError, match=r"takes .* float32, but .*cuda:0 .*cuda:1 .* stream=True"):
         load_model(str(folder), device_map="auto")
     assert all(card.allocated == 0 for card in pretended_gpus)
 
@@ -125,7 +125,7 @@ def test_cards_that_are_too_small(folder, pretended_gpus):
 @pytest.mark.usefixtures("two_cards")
 def test_several_cards_and_one_or_none_at_a_time_cannot_both_be_had(folder):
     for options in ({"stream": True}, {"device": "cuda:1"}, {"device": "cpu"}):
-        with pytest.raises(InvalidInput, match=r"on several GPUs.*Leave --device-map out"):
+        with pytest.raises(InvalidInput, match=r"on several GPUs.*Leave device_map out"):
             load_model(str(folder), device_map="auto", **options)
     with pytest.raises(
         InvalidInput, match=r"'cuda:2' does not exist: torch sees cuda:0 \(.*cuda:1"
@@ -138,5 +138,5 @@ def test_several_cards_and_one_or_none_at_a_time_cannot_both_be_had(folder):
 def test_where_there_is_no_gpu_that_is_said_and_what_there_is(folder):
     with pytest.raises(InvalidInput, match="torch sees none"):
         load_model(str(folder), device_map="auto")
-    with pytest.raises(InvalidInput, match=r"torch sees no GPU\. Use --device cpu"):
+    with pytest.raises(InvalidInput, match=r"torch sees no GPU\. Use auto or cpu"):
         pick_device("cuda:3")

@@ -49,7 +49,7 @@ def test_missing_folder(name, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="does not exist") as told:
         load_model(name)
     assert asked == []
-    assert ("give --revision main" in str(told.value)) is (name == "models/tiny")
+    assert ("give revision=main" in str(told.value)) is (name == "models/tiny")
 
     if name == "models/tiny":
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -308,7 +308,7 @@ def test_a_column_without_text_is_refused(tmp_path, values):
     ("changes", "message"),
     [
         ({"field": "body"}, "line 1 has no text in the field 'body', only text"),
-        ({"split": "test"}, r"data set .* test cannot be read: .*test.* Name one with --split"),
+        ({"split": "test"}, r"data set .* test cannot be read: .*test.* Name one with split"),
         ({"data_file": "none.jsonl"}, r"cannot be read: .*none\.jsonl"),
     ],
 )

@@ -316,7 +316,7 @@ def test_another_dtype(pruned, model_folder):
 
     assert read_recipe(pruned.path).model.dtype == "float32"
     assert failed(checks) == ["original model"]
-    assert "--dtype float32" in detail(checks, "original model")
+    assert "dtype=float32" in detail(checks, "original model")
 
 
 def test_kept_weights_that_were_updated_are_not_compared_the_rest_of_the_model_still_is(

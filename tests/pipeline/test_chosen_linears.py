@@ -162,8 +162,8 @@ def test_stored_order(model, bundle, report, tmp_path, monkeypatch, deployable):
         assert broken
         assert pruned.orders["kept"] == 0
         assert all("another channel order" in reason for reason in done.left.values())
-        assert all("--deployable" in reason for reason in done.left.values())
-        assert "--deployable" in orders_in_words(pruned.orders)
+        assert all("deployable=True" in reason for reason in done.left.values())
+        assert "deployable=True" in orders_in_words(pruned.orders)
 
 
 def test_foldable(model, streamed):

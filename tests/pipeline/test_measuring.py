@@ -449,5 +449,5 @@ def test_refused(model, report, drawn):
     whole = replace(given, left=0)
     with pytest.raises(InvalidInput, match="fills 3 windows, and all of them are drawn"):
         compare_over_seeds(model, report, asked(), {0: lambda: whole, 1: lambda: whole})
-    with pytest.raises(ConfigurationError, match=r"b was found on gpt2.*--other-family"):
+    with pytest.raises(ConfigurationError, match=r"b was found on gpt2.*other_family"):
         check_family(elsewhere, model, "b", other_family=False)

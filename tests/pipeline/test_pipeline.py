@@ -147,7 +147,7 @@ def test_in_place_when_called(model, bundle):
 
 def test_without_a_text(model, bundle):
     """Steps that need a text say so, with the way out."""
-    with pytest.raises(InvalidInput, match=r"update 'obs' need a calibration text.* Give --text"):
+    with pytest.raises(InvalidInput, match=r"update 'obs' need a calibration text.* Give text"):
         prune_model(model, bundle.statistics(), OBS, None)
 
 

@@ -132,7 +132,7 @@ def test_dense_linears_stay(model, bundle, windows):
 
 def test_too_few_windows(model, bundle, windows):
     """One window cannot be trained on and held out."""
-    with pytest.raises(InvalidInput, match=r"only 1\. Give 2 --samples or more"):
+    with pytest.raises(InvalidInput, match=r"only 1\. Give 2 samples or more"):
         Run(model, bundle, windows[:1])
 
 

@@ -183,7 +183,7 @@ def test_what_several_processes_cannot_train_is_named(folder, monkeypatch):
     pruned = PrunedModel.read(folder, device="cpu")
     cards = (torch.device("cuda", 0), torch.device("cuda", 1))
     monkeypatch.setattr(LanguageModel, "devices", cards)
-    with pytest.raises(InvalidInput, match=r"on 2 devices, .* by 2 processes.*--device-map out"):
+    with pytest.raises(InvalidInput, match=r"on 2 devices, .* by 2 processes.*device_map out"):
         check_trainable(pruned.model, pruned.masks, SETTINGS, several)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InvalidInput, match=r"WORLD_SIZE is 2, .* RANK and LOCAL_RANK and MASTER_"):

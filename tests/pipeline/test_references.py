@@ -286,5 +286,5 @@ def test_python():
 
 
 def test_from_a_bundle_alone_nothing_can_be_validated(bundle):
-    with pytest.raises(InvalidInput, match=r"give a model instead of a bundle.*--validate"):
+    with pytest.raises(InvalidInput, match=r"give a model instead of a bundle.*candidates"):
         search_job(REQUEST, bundle)

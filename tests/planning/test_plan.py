@@ -90,7 +90,7 @@ def test_seventy_billion():
 
     assert not whole.fits
     assert "of the H100 are needed, and it has 79.0 GiB" in whole.obstacles[0]
-    assert any("--stream" in way for way in whole.ways_out)
+    assert any("stream=True" in way for way in whole.ways_out)
     assert any("2 such cards" in way for way in whole.ways_out)
     assert streamed.fits
     assert streamed.peak.host < 64e9
@@ -108,12 +108,12 @@ GRAMS = {"projection_rows": 0, "samples": 8, "context_length": 256}
 @pytest.mark.parametrize(
     ("fields", "gib", "way", "changed"),
     [
-        ({}, 14, "--stream", {"stream": True}),
-        ({"dtype": "float32"}, 24, "--dtype bfloat16", {"dtype": "bfloat16"}),
+        ({}, 14, "stream=True", {"stream": True}),
+        ({"dtype": "float32"}, 24, "dtype=bfloat16", {"dtype": "bfloat16"}),
         (
             {"calibration": GRAMS},
             30,
-            "--projection-rows 128",
+            "projection_rows=128",
             {"calibration": {**GRAMS, "projection_rows": 128}},
         ),
     ],

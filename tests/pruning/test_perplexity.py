@@ -187,6 +187,6 @@ def test_it_is_tried_once_then_the_error_says_what_may_help(
     monkeypatch.setattr("pho_service.pruning.perplexity.batch_size", lambda *_, **__: 4)
     given = crowded(tiny_llama, most)
 
-    with pytest.raises(OutOfMemory, match=r"of 24 tokens: CUDA out of memory.*--context-length"):
+    with pytest.raises(OutOfMemory, match=r"of 24 tokens: CUDA out of memory.*context_length"):
         rate_perplexity(tiny_llama, windows)
     assert given == tried
