@@ -1,9 +1,9 @@
 """
-Draw which part of PHO imports which, and list its files: docs/architecture.svg and .md.
+Draw which part of PHO imports which, and list its folders: docs/architecture.svg and .md.
 
     python docs/site/architecture.py
 
-The list has the first clause of each file's docstring. The picture is that of the import graph.
+The list has the first sentence of each folder's docstring. The picture is that of the import graph.
 A line that follows from others is left out: what imports the search need not be joined with what
 the search imports. Every line goes down but those of ``UPWARDS``, which are dashed; other parts
 that import each other are an error.
@@ -11,7 +11,7 @@ that import each other are an error.
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from graphlib import TopologicalSorter
 from html import escape
 from itertools import pairwise
@@ -23,9 +23,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "architecture.md"
 TREE = re.compile(r"(?<=\n## The tree\n\n```text\n).*?(?=```\n)", re.DOTALL)
 LISTED = ("pho_service", "storage", "workers")
-UNLISTED = {"migrations"}
-CLAUSE, SENTENCE = re.compile(r"[.:;?](?=\s|$)"), re.compile(r"[.;](?=\s|$)")
-LONG = 9  # words of a line; longer ones end at a comma
+SENTENCE = re.compile(r"[.;](?=\s|$)")
 
 PACKAGES = ("workers", "pho_service", "storage")
 TOGETHER = {
@@ -52,33 +50,21 @@ def main() -> None:
 
 
 def tree(root: Path = ROOT) -> str:
-    """List the files of the product, a line each: the name, and what its docstring begins with."""
-    return "".join(line + "\n" for package in LISTED for line in _lines(root / package, 0))
+    """List the folders of the product, a line each: name and first sentence of the docstring."""
+    packages = [path for name in LISTED for path in sorted((root / name).rglob("__init__.py"))]
+    lines = ((path.parent.relative_to(root), _first_sentence(path)) for path in packages)
+    return "".join(
+        f"{'  ' * (len(folder.parts) - 1)}{folder.name + '/':22} {sentence}\n"
+        for folder, sentence in lines
+        if sentence
+    )
 
 
-def _lines(folder: Path, depth: int) -> Iterator[str]:
-    said = SENTENCE.split(_said(folder / "__init__.py"))[0]
-    yield _line_of(f"{folder.name}/", said, depth)
-    if folder.name in UNLISTED:
-        return
-    for path in sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name)):
-        if path.is_dir() and any(path.glob("*.py")):
-            yield from _lines(path, depth + 1)
-        elif path.suffix == ".py" and path.name != "__init__.py":
-            clause = CLAUSE.split(_said(path))[0]
-            short = clause if len(clause.split()) <= LONG else clause.split(", ")[0]
-            yield _line_of(path.name, short, depth + 1)
-
-
-def _said(path: Path) -> str:
-    """The first paragraph of a file's docstring as plain text, empty if there is none."""
-    said = ast.get_docstring(ast.parse(path.read_text())) if path.exists() else None
-    paragraph = " ".join((said or "").partition("\n\n")[0].split())
-    return re.sub(r":\w+:(?=`)|`", "", paragraph)
-
-
-def _line_of(name: str, said: str, depth: int) -> str:
-    return f"{'  ' * depth}{name:22} {said}".rstrip()
+def _first_sentence(path: Path) -> str:
+    """What a file's docstring begins with, as plain text; empty if there is none."""
+    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    paragraph = " ".join(docstring.partition("\n\n")[0].split())
+    return re.sub(r":\w+:(?=`)|`", "", SENTENCE.split(paragraph)[0])
 
 
 def imports() -> dict[str, set[str]]:
