@@ -127,22 +127,22 @@ def faults_told() -> Iterator[None]:
 
 
 def _told(error: BaseException) -> PhoError | None:
-    said = first_words(error)
+    reason = first_words(error)
     if ran_out_of_memory(error):
         return OutOfMemory(
-            f"memory ran out{said}. Use a smaller model, shorter windows "
+            f"memory ran out{reason}. Use a smaller model, shorter windows "
             f"({field_name('calibration/context_length')}), {field_name('dtype', 'bfloat16')} or "
             f"{field_name('stream', True)}, or give it more memory."
         )
     if device_is_lost(error):
         another = field_name("device") or "GPU"
         return DeviceLost(
-            f"the GPU failed{said}. A new process may work; if this happens again, see what "
+            f"the GPU failed{reason}. A new process may work; if this happens again, see what "
             f"nvidia-smi and the kernel's log say of the card, or use another {another}."
         )
     if type(error).__name__ == "PanicException":  # of a library in Rust; it is no Exception here
         return ModelError(
-            f"a library stopped inside its own code (a panic){said}. It was given something that "
+            f"a library stopped inside its own code (a panic){reason}. It was given something that "
             "it cannot work with: if it is the tokenizer, check the model's tokenizer.json, or "
             "give another text."
         )

@@ -337,14 +337,14 @@ def _builder(source: "TextSource", place: str, **more: Any) -> Any:
         )
     except ValueError as error:
         if "Config name is missing" in str(error):
-            told = "it has several configurations"
+            problem = "it has several configurations"
         elif source.config is not None and "not found. Available" in str(error):
-            told = f"there is no configuration {source.config!r}"
+            problem = f"there is no configuration {source.config!r}"
         else:
             raise
         configs = listed([*map(str, datasets.get_dataset_config_names(place, **more))])
         raise TextError(
-            f"the data set {source.dataset} cannot be read: {told}. Name one of these with "
+            f"the data set {source.dataset} cannot be read: {problem}. Name one of these with "
             f"{field_name('calibration/dataset_config')}: {configs}."
         ) from error
 

@@ -77,17 +77,16 @@ def spread(
     # cut.
     cards = gpus()
     if not cards:
-        raise InvalidInput(
-            f"{field_name('device_map')} needs a GPU, and torch sees none. Leave it out."
-        )
+        device_map = field_name("device_map")
+        raise InvalidInput(f"{device_map} needs a GPU, and torch sees none. Leave it out.")
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
     model.tie_weights()
     room = {card.index: int(USED * free_memory(card)) for card in cards}
     blocks = list(model._no_split_modules or ())
     memory = get_balanced_memory(model, dict(room), no_split_module_classes=blocks)
-    found = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=blocks)
-    elsewhere = [module for module, place in found.items() if not isinstance(place, int)]
+    device_of = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=blocks)
+    elsewhere = [module for module, place in device_of.items() if not isinstance(place, int)]
     if elsewhere:
         size = sum(parameter.nbytes for parameter in model.parameters())
         places = ", ".join(f"cuda:{card} {format_bytes(free)}" for card, free in room.items())
@@ -97,7 +96,7 @@ def spread(
             "would lie in main memory or on disk, where nothing is computed. Use more or "
             f"freer GPUs, {field_name('dtype', 'bfloat16')}, or {field_name('stream', True)}."
         )
-    return {module: torch.device("cuda", place) for module, place in found.items()}
+    return {module: torch.device("cuda", place) for module, place in device_of.items()}
 
 
 # Work with the cache alone while the Hugging Face hub is away, instead of waiting for it.
@@ -176,15 +175,14 @@ def check_name(name: str, revision: str | None) -> None:
 def check_local_name(name: str, revision: str | None) -> None:
     path = Path(name).expanduser()
     if revision:
-        raise InvalidInput(
-            f"{field_name('revision', revision)} is for hub ids, but {name} is a local path."
-        )
+        version = field_name("revision", revision)
+        raise InvalidInput(f"{version} is for hub ids, but {name} is a local path.")
     if path.exists():
         return
     beside = path.parent != Path() and path.parent.is_dir()
     though = f", though the folder {path.parent} does" if beside else ""
-    of_hub = f" For the hub's {name} give {field_name('revision', 'main')}."
-    hint = of_hub if _HUB_ID.fullmatch(name) else ""
+    version = field_name("revision", "main")
+    hint = f" For the hub's {name} give {version}." if _HUB_ID.fullmatch(name) else ""
     hint += did_you_mean(name)
     raise ModelError(
         f"{name} does not exist{though}. Give a hub id, a model folder or a .gguf file.{hint}"
@@ -726,9 +724,7 @@ def check_weights(linears: dict[str, PrunableLinear]) -> None:
 
 # A model that a program has loaded already, taken as it is: nothing of it changes here.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_HOOKS = (
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
-)  # fmt: skip
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def given_model(model: PreTrainedModel, tokenizer: Any = None) -> LanguageModel:

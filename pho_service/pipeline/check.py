@@ -306,12 +306,12 @@ def _origin_check(recipe: Recipe, model: LanguageModel, original: LanguageModel 
             detail=f"{original.name} is loaded in {dtype}, but the model was pruned in "
             f"{recipe.model.dtype}: load it in that ({field_name('dtype', recipe.model.dtype)})",
         )
-    found = original.weights_sha256
-    if found != recipe.model.weights_sha256 or _shapes(original) != _shapes(model):
+    weights_sha256 = original.weights_sha256
+    if weights_sha256 != recipe.model.weights_sha256 or _shapes(original) != _shapes(model):
         return Check(
             name=name,
             passed=False,
-            detail=f"another model: {original.name} has the hash {found[:16]}, "
+            detail=f"another model: {original.name} has the hash {weights_sha256[:16]}, "
             f"but {recipe.model.name} was pruned, {recipe.model.weights_sha256[:16]}",
         )
     return Check(name=name, passed=True, detail=f"{original.name} is the model that was pruned")

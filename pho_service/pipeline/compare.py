@@ -289,9 +289,11 @@ class ComparisonRequest:
         if self.configurations or self.searches:
             return
         if self.ablation or self.recovery:
-            done = "taken apart" if self.ablation else "recovered"
-            told = f"configurations are {done}, and there is none"
-            raise InvalidInput(f"{told}. Give one, or a preset to search with.")
+            use = "taken apart" if self.ablation else "recovered"
+            raise InvalidInput(
+                f"configurations are {use}, and there is none. Give one, or a preset to search "
+                "with."
+            )
 
     def rows(
         self, own: Sequence[tuple[str, Configuration]], *, has_text: bool

@@ -319,15 +319,15 @@ def _shortage_told(model: LanguageModel, text: RecoveryText, settings: Recovery)
     except Exception as error:
         if not ran_out_of_memory(error):
             raise
-        less = ""
+        others = ""
         if settings.train == "kept":
-            less += f", or train less ({field_name('recovery/train', 'lora')} or norms)"
+            others += f", or train less ({field_name('recovery/train', 'lora')} or norms)"
         if settings.adam_bits == 32:
-            less += f", or let Adam remember less ({field_name('recovery/adam_bits', 8)})"
+            others += f", or let Adam remember less ({field_name('recovery/adam_bits', 8)})"
         raise OutOfMemory(
             f"the recovery of {model.name} on windows of {text.context_length} tokens ran out of "
             f"memory{first_words(error)}. Take shorter windows "
-            f"({field_name('calibration/context_length')}){less}. `pho plan` says what a "
+            f"({field_name('calibration/context_length')}){others}. `pho plan` says what a "
             "recovery takes."
         ) from error
 
