@@ -19,7 +19,14 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from pho_service.errors import InvalidInput, ModelError, NumericalError, OutOfMemory, TextError
+from pho_service.errors import (
+    InvalidInput,
+    ModelError,
+    NumericalError,
+    OutOfMemory,
+    TextError,
+    told_to,
+)
 from pho_service.models.loading import given_model, load_model
 from pho_service.models.mask_file import groups_of
 from pho_service.models.saving import read_recipe, save_pruned
@@ -33,6 +40,7 @@ from pho_service.pruning.perplexity import dense_reference, rate_divergence
 from pho_service.pruning.recovery import Recovering
 from pho_service.shown.tables import recovered_table
 from pho_service.spec.configuration import published
+from pho_service.spec.job_options import argument, entry
 from pho_service.spec.recovery import PASSES, Recovery
 
 LENGTH = 32
@@ -475,13 +483,23 @@ def test_tied_weights_stay_tied_and_masked_or_are_refused(pruned_folder, recover
         recover(PrunedModel.of(pruned), replace(SETTINGS, train="lora"), teacher=teacher)
 
 
-def test_memory_that_runs_out_is_told_with_the_ways_out(pruned_folder, recover, monkeypatch):
+@pytest.mark.parametrize(
+    ("wording", "less"),
+    [
+        (argument, r"\(train='lora' or norms\).*\(adam_bits=8\)"),
+        (entry, r'\(recovery\.train="lora" or norms\).*\(recovery\.adam_bits=8\)'),
+    ],
+)
+def test_memory_that_runs_out_is_told_with_the_ways_out_that_the_reader_has(
+    pruned_folder, recover, monkeypatch, wording, less
+):
     def full(*_):
         raise MemoryError
 
     monkeypatch.setattr(Recovering, "backward", full)
-    with pytest.raises(
-        OutOfMemory, match=r"of 32 tokens ran out of memory.*train=lora or norms.*adam_bits=8"
+    with (
+        told_to(wording),
+        pytest.raises(OutOfMemory, match=rf"of 32 tokens ran out of memory.*{less}"),
     ):
         recover(PrunedModel.read(pruned_folder("0.5"), device="cpu"))
 

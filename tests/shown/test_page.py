@@ -262,7 +262,7 @@ def test_what_was_asked_commands_documents_versions_and_events_are_there(page_of
         (
             "study",
             {
-                "result": "Without its configuration (`pho report --config`)",
+                "result": "Without its configuration (pho report --config)",
                 "layers": "A study does not keep the errors",
                 "transfer": "pho transfer measures it",
                 "happened": "The time of each stage is not known",
