@@ -220,7 +220,7 @@ def test_bad_bundle(tiny_llama, windows, tmp_path):
 def test_an_option_in_a_message_is_an_argument_here(bundle, tmp_path):
     with pytest.raises(InvalidInput, match=r"instead of a bundle, and confirm\.") as caught:
         pho.search(bundle, "0.5", objective="perplexity")
-    with pytest.raises(InvalidInput, match="revision main is for hub ids"):
+    with pytest.raises(InvalidInput, match="revision='main' is for hub ids"):
         pho.load_model(str(tmp_path), revision="main")
 
     assert "--" not in str(caught.value)
