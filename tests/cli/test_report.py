@@ -80,7 +80,7 @@ def test_without_the_configuration_the_best_is_shown(pho, searched):
 
     assert result.exit_code == 0, result.stderr
     assert "(best so far)" in visible("report.html")
-    assert "Without its configuration (--config)" in visible("report.html")
+    assert "Without its configuration ( pho report --config )" in visible("report.html")
 
 
 def test_transfers_of_a_study(pho, searched, bundle_file):
