@@ -193,19 +193,19 @@ def allocate(views: Views, pattern: Pattern, allocation: Allocation) -> dict[str
         return _uniform(model, pattern)
     if allocation.method == "uniform":
         model, _ = _scan(views, pattern, allocation.unit, lambda _: [])
-        wanted = model.sizes * pattern.sparsity
+        targets = model.sizes * pattern.sparsity
     elif allocation.method == "owl":
-        model, wanted = _owl(views, pattern, allocation)
+        model, targets = _owl(views, pattern, allocation)
     elif allocation.method == "fisher":
-        model, wanted = _fisher(views, pattern, allocation)
+        model, targets = _fisher(views, pattern, allocation)
     else:
-        model, wanted = _curves(views, pattern, allocation)
+        model, targets = _curves(views, pattern, allocation)
     if allocation.offsets or allocation.depth:
         firsts = [model.names[members[0]] for members in model.members]
-        wanted = offset(firsts, model.sizes, wanted / model.sizes, allocation, pattern)
+        targets = offset(firsts, model.sizes, targets / model.sizes, allocation, pattern)
     if pattern.group:
-        return _whole_groups(model, wanted, pattern, allocation.spread)
-    sparsity = (wanted / model.sizes).tolist()
+        return _whole_groups(model, targets, pattern, allocation.spread)
+    sparsity = (targets / model.sizes).tolist()
     shares = [
         sparsity[unit] * size for unit, size in zip(model.unit_of, model.linear_sizes, strict=True)
     ]
@@ -303,19 +303,21 @@ def _uniform(model: _Model, pattern: Pattern) -> dict[str, int]:
     return dict(zip(model.names, apportion(shares, pattern.removed(model.weights)), strict=True))
 
 
-def _whole_groups(model: _Model, wanted: Tensor, pattern: Pattern, spread: float) -> dict[str, int]:
+def _whole_groups(
+    model: _Model, targets: Tensor, pattern: Pattern, spread: float
+) -> dict[str, int]:
     """Round what each unit should lose to N kept of M; the rule is in :func:`allocate`."""
     allowed = allowed_keeps(pattern, spread)
     sizes = [int(size) for size in model.sizes.tolist()]
-    ideal = (pattern.group * (1 - wanted / model.sizes)).tolist()
+    ideal = (pattern.group * (1 - targets / model.sizes)).tolist()
     keeps = [max(floor(keep), allowed[0]) for keep in ideal]  # 1.9999... may stand for 2
-    left = pattern.keep * sum(sizes) - sum(k * n for k, n in zip(keeps, sizes, strict=True))
+    spare = pattern.keep * sum(sizes) - sum(k * n for k, n in zip(keeps, sizes, strict=True))
     order = sorted(range(len(keeps)), key=lambda i: keeps[i] - ideal[i])
     for _ in range(pattern.group):
         for i in order:
-            if keeps[i] < allowed[-1] and sizes[i] <= left:
+            if keeps[i] < allowed[-1] and sizes[i] <= spare:
                 keeps[i] += 1
-                left -= sizes[i]
+                spare -= sizes[i]
     return {name: keeps[unit] for name, unit in zip(model.names, model.unit_of, strict=True)}
 
 
@@ -326,10 +328,11 @@ def _owl(views: Views, pattern: Pattern, allocation: Allocation) -> tuple[_Model
     count = max(blocks) + 1
     weighted = [value * w for value, w in zip(sums, model.weights_per_value, strict=True)]
     mean = _added_up(weighted, blocks, count) / _added_up(model.linear_sizes, blocks, count)
-    limits = [allocation.outlier_ratio * float(mean[block]) for block in blocks]
-    rest = iter(limits)
+    limits = iter([allocation.outlier_ratio * float(mean[block]) for block in blocks])
     counts = [
-        count for view in views() for count in view.outliers(list(islice(rest, len(view.linears))))
+        count
+        for view in views()
+        for count in view.outliers(list(islice(limits, len(view.linears))))
     ]
     above = [count * w for count, w in zip(counts, model.weights_per_value, strict=True)]
     outliers = model.by_unit(above) / model.sizes  # D of each unit
@@ -365,7 +368,7 @@ def _fisher(views: Views, pattern: Pattern, allocation: Allocation) -> tuple[_Mo
     below, prefix = torch.zeros_like(model.sizes), 0
     for shift in _SHIFTS:
         if shift != _SHIFTS[0]:
-            counts = [each for view in views() for each in view.digit_counts(shift, prefix)]
+            counts = [row for view in views() for row in view.digit_counts(shift, prefix)]
         digit, below, equal = _digit(model, counts, below, low, high, target)
         prefix = (prefix << DIGIT_BITS) | digit
     return model, between(below.clamp(low, high), (below + equal).clamp(low, high), target)
@@ -398,8 +401,8 @@ def _curves(views: Views, pattern: Pattern, allocation: Allocation) -> tuple[_Mo
     # are the errors at each allowed N.
     low, high = bounds(pattern, allocation.spread)
     if pattern.group:
-        kept = reversed(allowed_keeps(pattern, allocation.spread))
-        grid = [1 - n / pattern.group for n in kept]
+        keeps = reversed(allowed_keeps(pattern, allocation.spread))
+        grid = [1 - n / pattern.group for n in keeps]
     else:
         grid = torch.linspace(low, high, GRID_POINTS, dtype=torch.float64).tolist()
     model, curves = _scan(

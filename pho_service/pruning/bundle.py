@@ -103,7 +103,7 @@ class ProxyBundle:
             )
         )  # fmt: skip
         inputs = (
-            ("input", part) for each in self.inputs for part in (each.activation_norm, each.root)
+            ("input", part) for entry in self.inputs for part in (entry.activation_norm, entry.root)
         )
         return _sha256(chain([(str(self.kernel_sizes), torch.empty(0))], layers, inputs))
 

@@ -39,8 +39,8 @@ def peak_memory(*devices: torch.device) -> Iterator[Callable[[], int | None]]:
 
 
 def _high_water_mark() -> int | None:
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024 if found else None
+    match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(match[1]) * 1024 if match else None
 
 
 def memory_in_use(device: torch.device) -> int:
@@ -98,9 +98,9 @@ def in_threads(work: Callable[[Piece], Done], pieces: Sequence[Piece]) -> list[D
     threads = torch.get_num_threads()
     if threads == 1 or len(pieces) < 2:
         return [work(piece) for piece in pieces]
-    done = list(_pool(threads).map(work, pieces))
+    results = list(_pool(threads).map(work, pieces))
     torch.set_num_threads(threads)  # a new thread of the pool sets what others begin with
-    return done
+    return results
 
 
 @lru_cache(maxsize=1)
@@ -176,12 +176,12 @@ def pick_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise InvalidInput(f"device {name!r} is not supported. Use auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        there = ", ".join(f"{gpu} ({torch.cuda.get_device_name(gpu)})" for gpu in gpus())
+        existing = ", ".join(f"{gpu} ({torch.cuda.get_device_name(gpu)})" for gpu in gpus())
         raise InvalidInput(
-            f"device {name!r} does not exist: torch sees {there or 'no GPU'}. "
+            f"device {name!r} does not exist: torch sees {existing or 'no GPU'}. "
             + (
                 "Use one of these, auto or cpu."
-                if there
+                if existing
                 else "Use auto or cpu, or install a CUDA build of torch and look at nvidia-smi."
             )
         )

@@ -114,15 +114,15 @@ def _mark(lines: Bits, removed: Numbers, thresholds: Bits, marks: Marks) -> None
     """Mark what is above a line's threshold, and the first that equal it."""
     n = lines.shape[1]
     for j in range(len(lines)):
-        line, kept, threshold = lines[j], marks[j], thresholds[j]
+        line, mask, threshold = lines[j], marks[j], thresholds[j]
         above = 0
         for i in range(n):
-            kept[i] = _ordered(line[i]) > threshold
-            above += kept[i]
+            mask[i] = _ordered(line[i]) > threshold
+            above += mask[i]
         spare, i = n - removed[j] - above, 0  # how many that equal the threshold stay
         while spare > 0:
-            if not kept[i] and _ordered(line[i]) == threshold:
-                kept[i] = True
+            if not mask[i] and _ordered(line[i]) == threshold:
+                mask[i] = True
                 spare -= 1
             i += 1
 
@@ -137,7 +137,7 @@ def _keep_in_groups(lines: Floats, keep: Numbers, group: int, marks: Marks) -> N
             inside[distance, i] = i % group < group - distance
     better = np.empty(n, np.int8)  # values of the same run, by which each one is beaten
     for j in range(len(lines)):
-        line, kept = lines[j], marks[j]
+        line, mask = lines[j], marks[j]
         better[:] = 0
         # All pairs at one distance at once, which a processor does many at a time.
         for distance in range(1, group):
@@ -147,7 +147,7 @@ def _keep_in_groups(lines: Floats, keep: Numbers, group: int, marks: Marks) -> N
             for i in range(n - distance):
                 better[i + distance] += alike[i] & (line[i + distance] <= line[i])
         for i in range(n):
-            kept[i] = better[i] < keep[j]
+            mask[i] = better[i] < keep[j]
 
 
 @_compiled
@@ -188,12 +188,12 @@ def combine_terms(
 ) -> None:
     """:func:`scores.plain_combine_terms` on the CPU, in one reading of the weights."""
     terms = [_array(t) for t in (magnitude, row_terms, column_terms)]
-    means, rest = _array(window_means), [_array(t) for t in (activations, fishers)]
+    means, weightings = _array(window_means), [_array(t) for t in (activations, fishers)]
     near, which = np.array(neighbourhoods, np.float32), np.array(windows, np.int64)
     scores = out.numpy()
 
     def work(part: slice) -> None:
-        _combine_terms(*terms, near, means, which, *rest, scores, part.start, part.stop)
+        _combine_terms(*terms, near, means, which, *weightings, scores, part.start, part.stop)
 
     _over(magnitude.numel() // magnitude.shape[-1], scores.size, work)
 

@@ -123,8 +123,8 @@ class Stack:
             (I, C, L, R), float32.
         """
         rows = self.rows[:, None]
-        kept = out.copy_(keep.view(torch.uint8))  # 1 or 0
-        return _row_errors(torch.addcmul(rows, rows, kept, value=-1, out=out), self.roots)
+        kept_share = out.copy_(keep.view(torch.uint8))  # 1 or 0
+        return _row_errors(torch.addcmul(rows, rows, kept_share, value=-1, out=out), self.roots)
 
 
 def _row_errors(rows: Tensor, roots: Tensor) -> Tensor:
@@ -160,10 +160,10 @@ def stack_bundle(
         shapes.setdefault(shape, []).append(together)
     stacks = []
     for (n, rows, linears), groups in shapes.items():
-        most = len(groups) if values is None else max(1, values // (n * rows * linears))
+        group_limit = len(groups) if values is None else max(1, values // (n * rows * linears))
         stacks += [
-            _stack(bundle, groups[start : start + most], device, dtype)
-            for start in range(0, len(groups), most)
+            _stack(bundle, groups[start : start + group_limit], device, dtype)
+            for start in range(0, len(groups), group_limit)
         ]
     return stacks
 
@@ -181,8 +181,8 @@ def _stack(
     rows, n = layers[0].rows.shape
     count, linears = len(groups), len(groups[0])
 
-    def stacked(of: Callable[[LayerSample], Tensor], *shape: int) -> Tensor:
-        tensors = torch.stack([of(layer) for layer in layers])
+    def stacked(tensor_of: Callable[[LayerSample], Tensor], *shape: int) -> Tensor:
+        tensors = torch.stack([tensor_of(layer) for layer in layers])
         return tensors.view(count, linears, *shape).to(device)
 
     weights = stacked(lambda layer: layer.rows, rows, n)
@@ -300,9 +300,9 @@ class StackedView:
 
     def _each(self, measure: Callable[[Stack], Tensor]) -> Tensor:
         """What ``measure`` gives for the I * L linears of a stack, in the bundle's order."""
-        found = torch.cat([measure(stack) for stack in self.stacks]).cpu()
-        ordered = torch.empty_like(found)
-        ordered[torch.cat([stack.positions for stack in self.stacks])] = found
+        values = torch.cat([measure(stack) for stack in self.stacks]).cpu()
+        ordered = torch.empty_like(values)
+        ordered[torch.cat([stack.positions for stack in self.stacks])] = values
         return ordered
 
     def _require_finite(self, highest: Sequence[float]) -> None:
@@ -340,8 +340,8 @@ def _error_curves(stack: Stack, grid: Sequence[float], group: int) -> Tensor:
         values = score.shape[2] * score.shape[3]
         limits = [values - round(sparsity * values) for sparsity in grid]
     errors = []
-    for kept in limits:
-        keep = (rank < kept)[:, None]
+    for limit in limits:
+        keep = (rank < limit)[:, None]
         change = torch.empty_like(score)[:, None]
         lost = stack.row_errors(keep, out=change)[:, 0]  # (I, L, R)
         errors.append((lost * stack.fisher).sum(dim=-1))
@@ -405,14 +405,14 @@ class LayerErrors:
         Raises:
             NumericalError: A score is NaN or infinite; names the layer.
         """
-        found = self._by_position(
+        sums = self._by_position(
             self._each(lambda stack: self._rate(stack, candidates, lost, with_gini), self.stacks)
         )
-        for highest in found[..., 0].unbind(dim=1):
+        for highest in sums[..., 0].unbind(dim=1):
             require_finite(self.bundle.layers, highest, "a score of a candidate")
-        return found
+        return sums
 
-    def each_shares(self, candidates: Sequence[Candidate]) -> list[Tensor | None]:
+    def candidate_shares(self, candidates: Sequence[Candidate]) -> list[Tensor | None]:
         """:meth:`shares` of each candidate; on a CPU side by side."""
         return self._each(self.shares, candidates)
 
@@ -443,8 +443,8 @@ class LayerErrors:
         blend = loss * (error / stack.row_energy[:, None]).sqrt()
         scale = stack.weights_per_value.view(inputs, 1, -1)
         sums = [rows.sum(dim=3) * scale for rows in (loss, error, blend)]
-        found = torch.stack([highest, inequality, *sums], dim=-1)  # (I, C, L, 5)
-        return found.transpose(1, 2).flatten(0, 1)
+        rating = torch.stack([highest, inequality, *sums], dim=-1)  # (I, C, L, 5)
+        return rating.transpose(1, 2).flatten(0, 1)
 
     def _views(self, device: torch.device) -> list[View]:
         """What allocations look at: one linear after the other on a CPU, all at once on a GPU."""
@@ -462,8 +462,8 @@ class LayerErrors:
     def _scores(self) -> Tensor:
         """Memory for the scores of a batch in the largest stack, of this thread."""
         if not hasattr(self._memory, "scores"):
-            most = BATCH * max(stack.rows.numel() for stack in self.stacks)
-            self._memory.scores = torch.empty(most, device=self.stacks[0].rows.device)
+            size = BATCH * max(stack.rows.numel() for stack in self.stacks)
+            self._memory.scores = torch.empty(size, device=self.stacks[0].rows.device)
         scores: Tensor = self._memory.scores
         return scores
 
@@ -476,9 +476,9 @@ class LayerErrors:
 
     def _by_position(self, values: Sequence[Tensor]) -> Tensor:
         """What stacks have of each linear, (I * L, ...), in the order of the bundle, on the CPU."""
-        found = torch.cat(list(values)).cpu()
-        ordered = torch.empty_like(found)
-        ordered[self._positions] = found
+        joined = torch.cat(list(values)).cpu()
+        ordered = torch.empty_like(joined)
+        ordered[self._positions] = joined
         return ordered
 
     def shares(self, candidate: Candidate) -> Tensor | None:
@@ -503,7 +503,7 @@ class LayerErrors:
             ]
         )
 
-    def own_shares(self, patterns: Sequence[Pattern]) -> Tensor:
+    def pattern_shares(self, patterns: Sequence[Pattern]) -> Tensor:
         """
         What each layer loses by a pattern of its own.
 
@@ -578,8 +578,8 @@ def _view(bundle: ProxyBundle, layer: LayerSample) -> LayerView:
 def _keep(score: Tensor, pattern: Pattern, shares: Tensor | None) -> Tensor:
     rows, n = score.shape[3:]
     if pattern.group:
-        kept = pattern.keep if shares is None else shares[..., None]
-        return nm_mask(score, keep=kept, group=pattern.group)
+        keeps = pattern.keep if shares is None else shares[..., None]
+        return nm_mask(score, keep=keeps, group=pattern.group)
     removed: int | Tensor
     if pattern.scope is Scope.ROW:
         lines = score.view(-1, n)

@@ -98,8 +98,8 @@ def linear_masks(
         NumericalError: A score is NaN or infinite; names the layer.
     """
     losses = linear_losses(linears, statistics, candidate, movable)
-    meant = {name: linear for name, linear in linears.items() if name in losses.names}
-    return masks_of(meant, statistics, candidate, losses)
+    pruned = {name: linear for name, linear in linears.items() if name in losses.names}
+    return masks_of(pruned, statistics, candidate, losses)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class Losses:
 
     names: frozenset[str]  # Names of the linears that are pruned
     shares: Mapping[str, int]  # See linear_shares
-    own: Mapping[str, Pattern]  # Patterns of linears that have one of their own
+    patterns: Mapping[str, Pattern]  # Of linears that have one of their own
     movable: frozenset[str] | None = None  # Whose inputs a permutation may move; None is all
 
 
@@ -130,7 +130,7 @@ def linear_losses(
             candidate.pattern.check_width(linear.weight.shape[1], name)
     together = {name: linears[name] for name in chosen.shared}
     shares = linear_shares(together, statistics, candidate) if together else {}
-    return Losses(names=chosen.names, shares=shares, own=chosen.own, movable=movable)
+    return Losses(names=chosen.names, shares=shares, patterns=chosen.patterns, movable=movable)
 
 
 def masks_of(
@@ -156,10 +156,10 @@ def masks_of(
         moves = losses.movable is None or losses.movable.issuperset(names)
         if candidate.steps.permutation == "score" and moves:
             together = torch.cat(list(scores.values()))  # (all their rows, in_features)
-            kept = candidate.pattern.keep
-            order = permute_channels(together, keep=kept, group=candidate.pattern.group)
+            keep = candidate.pattern.keep
+            order = permute_channels(together, keep=keep, group=candidate.pattern.group)
         for name in names:
-            pattern = losses.own.get(name, candidate.pattern)
+            pattern = losses.patterns.get(name, candidate.pattern)
             yield name, mask_of(scores.pop(name), pattern, losses.shares.get(name), order)
 
 
@@ -258,8 +258,8 @@ def over_rows(removed: Tensor, rows: int) -> Tensor:
     Returns:
         (layers * rows,), int64, layer by layer.
     """
-    each, more = (removed // rows)[:, None], (removed % rows)[:, None]
-    return (each + (torch.arange(rows, device=removed.device) < more)).flatten()
+    whole, remainder = (removed // rows)[:, None], (removed % rows)[:, None]
+    return (whole + (torch.arange(rows, device=removed.device) < remainder)).flatten()
 
 
 def _shares(
@@ -294,11 +294,11 @@ def share_ties(
         for less by under one score of a layer.
     """
     removed = list(below)
-    left = total - sum(n * weight for n, weight in zip(below, weights, strict=True))
+    rest_to_remove = total - sum(n * weight for n, weight in zip(below, weights, strict=True))
     for i in reversed(range(len(removed))):
-        taken = min(tied[i], int(left / weights[i] + 1e-6))
-        removed[i] += taken
-        left -= taken * weights[i]
+        share = min(tied[i], int(rest_to_remove / weights[i] + 1e-6))
+        removed[i] += share
+        rest_to_remove -= share * weights[i]
     return removed
 
 
@@ -363,7 +363,7 @@ def model_sparsity(linears: Mapping[str, PrunableLinear], sparsity: Mapping[str,
         linears: Linears of the model; there may be more.
         sparsity: Sparsity of each linear that is pruned.
     """
-    sizes = {name: each.weight.numel() for name, each in linears.items() if name in sparsity}
+    sizes = {name: linear.weight.numel() for name, linear in linears.items() if name in sparsity}
     return sum(sparsity[name] * size for name, size in sizes.items()) / sum(sizes.values())
 
 
@@ -455,8 +455,8 @@ def to_semi_structured(weight: Tensor) -> Tensor:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it is a prototype
-        found: Tensor = torch.sparse.to_sparse_semi_structured(weight)
-        return found
+        semi_structured: Tensor = torch.sparse.to_sparse_semi_structured(weight)
+        return semi_structured
 
 
 def broken_groups(weight: Tensor) -> int:
@@ -470,8 +470,8 @@ def broken_groups(weight: Tensor) -> int:
     out_features, in_features = weight.shape
     if in_features % GROUP:
         return out_features * -(-in_features // GROUP)
-    kept = weight.ne(0).view(out_features, -1, GROUP).sum(dim=-1, dtype=torch.uint8)
-    return int((kept > KEEP).count_nonzero())
+    keeps = weight.ne(0).view(out_features, -1, GROUP).sum(dim=-1, dtype=torch.uint8)
+    return int((keeps > KEEP).count_nonzero())
 
 
 # A mask in few bytes.

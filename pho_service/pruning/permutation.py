@@ -129,9 +129,9 @@ def permute_channels(score: Tensor, *, keep: int, group: int) -> Tensor:
         torch.arange(score.shape[1], device=score.device),
         _canonical(_dealt_out(score.sum(dim=0), group), group),
     ]
-    kept = [retained_score(score, order, keep=keep, group=group) for order in candidates]
-    best = kept.index(max(kept))
-    order, most = candidates[best], kept[best]
+    totals = [retained_score(score, order, keep=keep, group=group) for order in candidates]
+    best = totals.index(max(totals))
+    order, best_total = candidates[best], totals[best]
     channels = _sample_rows(score).T / score.max().clamp_min(TINY)
     channels = channels.contiguous()  # (in_features, rows)
     generator = torch.Generator().manual_seed(0)
@@ -141,8 +141,8 @@ def permute_channels(score: Tensor, *, keep: int, group: int) -> Tensor:
             groups = _shuffled(groups, generator)
         swept = _canonical(_swept(channels, groups, keep), group)
         retained = retained_score(score, swept, keep=keep, group=group)
-        if retained > most:
-            order, most = swept, retained
+        if retained > best_total:
+            order, best_total = swept, retained
     return order
 
 
@@ -287,14 +287,14 @@ def foldable(model: nn.Module, linears: Mapping[str, PrunableLinear]) -> frozens
 
     Each is proven as :func:`fold_order` proves it, with a random order; the model stays as it is.
     """
-    found = set()
+    names = set()
     for name, reader in linears.items():
         writers = find_writers(model, reader, linears)
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(reader.weight.shape[1], generator=generator)
         if writers and _is_exact(model, reader, writers, order):
-            found.add(name)
-    return frozenset(found)
+            names.add(name)
+    return frozenset(names)
 
 
 def fold_order(

@@ -141,8 +141,8 @@ def window_logits(model: nn.Module, windows: Tensor, *, most: int = MOST) -> Ite
             continue
         begin += len(batch)
         size = min(  # what the fullest card has room for
-            batch_size(logits[0].numel(), each, weights=its_weights, most=most)
-            for each, its_weights in weights.items()
+            batch_size(logits[0].numel(), card, weights=weight_bytes, most=most)
+            for card, weight_bytes in weights.items()
         )
         yield from logits
         del logits  # before the next are made
@@ -230,7 +230,7 @@ def perplexity_of(losses: Sequence[Sequence[float]], predicted: int) -> Perplexi
         perplexity=math.exp(min(mean, 700.0)),
         tokens=tokens,
         windows=len(losses),
-        losses=tuple(float(f"{each:.7g}") for blocks in runs for each in blocks),
+        losses=tuple(float(f"{loss:.7g}") for blocks in runs for loss in blocks),
     )
 
 
@@ -288,12 +288,12 @@ def dense_reference(
                 logs.append(top.values.cpu())
             advance(1)
     shape = (len(windows), windows.shape[1] - 1, -1)
-    kept = torch.cat(logs)
-    require_finite_loss(float(kept[:, 0].sum()))
+    top_logs = torch.cat(logs)
+    require_finite_loss(float(top_logs[:, 0].sum()))
     return DenseReference(
         windows=windows,
         tokens=torch.cat(tokens).view(shape),
-        log_probabilities=kept.view(shape),
+        log_probabilities=top_logs.view(shape),
     )
 
 
@@ -415,8 +415,8 @@ def window_backward(model: nn.Module, reference: DenseReference, window: int) ->
     def loss(logits: Tensor, start: int, stop: int) -> Tensor:
         rows = slice(start, stop)
         logs = logits[0].log_softmax(dim=-1, dtype=torch.float32)  # (positions, vocabulary)
-        mine = logs.gather(1, tokens[rows].to(logs.device, torch.int64))  # (positions, k)
-        return divergence(dense[rows].to(logs.device), mine).sum() / len(tokens)
+        log_q = logs.gather(1, tokens[rows].to(logs.device, torch.int64))  # (positions, k)
+        return divergence(dense[rows].to(logs.device), log_q).sum() / len(tokens)
 
     return float(run_backward(model, batch, loss))
 
@@ -437,18 +437,18 @@ def _loss_gradient(
         stop = min(start + step, tokens - 1)
         # With strides of its own, or the head would be copied to be multiplied.
         leaf = hidden[:, start:stop].clone(memory_format=torch.contiguous_format).requires_grad_()
-        given = type(output)(**{**output, "last_hidden_state": leaf})
-        with forward_replaced(decoder, lambda *_args, given=given, **_kwargs: given):
+        decoded = type(output)(**{**output, "last_hidden_state": leaf})
+        with forward_replaced(decoder, lambda *_args, decoded=decoded, **_kwargs: decoded):
             logits = model(input_ids=batch[:, start:stop], use_cache=False).logits
         summed = loss(logits, start, stop)
-        (found,) = torch.autograd.grad(summed, leaf, allow_unused=True)
-        if found is None:
+        (leaf_gradient,) = torch.autograd.grad(summed, leaf, allow_unused=True)
+        if leaf_gradient is None:
             raise ModelError(
                 f"{type(model).__name__}: its logits do not come from what its decoder "
                 f"({type(decoder).__name__}) gives, so their gradients are not known. This "
                 "model's architecture is not supported."
             )
-        gradient[:, start:stop] = found
+        gradient[:, start:stop] = leaf_gradient
         losses.append(summed.detach())  # nobody waits for it here
     return torch.stack(losses).sum(), gradient
 
@@ -456,15 +456,15 @@ def _loss_gradient(
 @contextmanager
 def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Inside, a module has another forward."""
-    own = vars(module).get("forward")  # of the module alone: it hides that of its class
+    own_forward = vars(module).get("forward")  # of the module alone: it hides that of its class
     module.forward = forward
     try:
         yield
     finally:
-        if own is None:
+        if own_forward is None:
             del module.forward
         else:
-            module.forward = own
+            module.forward = own_forward
 
 
 @contextmanager

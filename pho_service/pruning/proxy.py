@@ -79,7 +79,7 @@ class ProxyEvaluator:
     ) -> None:
         self.bundle = bundle
         self._device, self._dtype = torch.device(device), dtype
-        self._known: dict[tuple[str, ...], LayerErrors] = {}
+        self._errors_of: dict[tuple[str, ...], LayerErrors] = {}
         self._chosen = lru_cache(maxsize=256)(bundle.choose)
 
     @property
@@ -108,7 +108,7 @@ class ProxyEvaluator:
             together = list(alike)
             for start in range(0, len(together), BATCH):
                 layers, sums = self._sums(together[start : start + BATCH], with_gini)
-                ratings += [_summary(layers, each, with_gini) for each in sums]
+                ratings += [_summary(layers, candidate_sums, with_gini) for candidate_sums in sums]
         return ratings
 
     def layer_errors(self, candidate: Candidate) -> dict[str, float]:
@@ -139,7 +139,7 @@ class ProxyEvaluator:
         shares = {} if lost is None else dict(zip(chosen.shared, lost.tolist(), strict=True))
         return {
             layer.name: _sparsity(
-                layer, chosen.own.get(layer.name, candidate.pattern), shares.get(layer.name)
+                layer, chosen.patterns.get(layer.name, candidate.pattern), shares.get(layer.name)
             )
             if layer.name in chosen.names
             else 0.0
@@ -153,31 +153,31 @@ class ProxyEvaluator:
         first = candidates[0]
         chosen = self._chosen(first.steps.linears, first.pattern)
         layers: list[LayerSample] = []
-        found: list[Tensor] = []
+        sums: list[Tensor] = []
         if chosen.shared:
             errors = self._errors(chosen.shared)
             layers += errors.bundle.layers
-            found.append(errors.sums(candidates, errors.each_shares(candidates), with_gini))
-        if chosen.own:
-            errors = self._errors(tuple(chosen.own))
+            sums.append(errors.sums(candidates, errors.candidate_shares(candidates), with_gini))
+        if chosen.patterns:
+            errors = self._errors(tuple(chosen.patterns))
             layers += errors.bundle.layers
-            lost = errors.own_shares(list(chosen.own.values()))
-            found.append(errors.sums(candidates, [lost] * len(candidates), with_gini))
-        return layers, [_Sums(*values.T) for values in torch.cat(found).unbind(dim=1)]
+            lost = errors.pattern_shares(list(chosen.patterns.values()))
+            sums.append(errors.sums(candidates, [lost] * len(candidates), with_gini))
+        return layers, [_Sums(*values.T) for values in torch.cat(sums).unbind(dim=1)]
 
     def _errors(self, names: Sequence[str]) -> LayerErrors:
         """What rates some linears of the bundle, in its order."""
         key = tuple(names)
-        if key not in self._known:
-            wanted = set(key)
-            places = [i for i, layer in enumerate(self.bundle.layers) if layer.name in wanted]
+        if key not in self._errors_of:
+            chosen = set(key)
+            places = [i for i, layer in enumerate(self.bundle.layers) if layer.name in chosen]
             part = self.bundle
             if len(places) < len(part.layers):
                 part = replace(part, layers=[part.layers[place] for place in places])
-            self._known[key] = LayerErrors(part, self._device, self._dtype)
+            self._errors_of[key] = LayerErrors(part, self._device, self._dtype)
             for place, layer in zip(places, part.layers, strict=True):
                 self.bundle.layers[place] = layer  # a view of the stack's, so it is held once
-        return self._known[key]
+        return self._errors_of[key]
 
 
 def _kind(candidate: Candidate) -> tuple[Pattern, bool, Linears]:

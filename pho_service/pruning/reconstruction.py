@@ -115,12 +115,12 @@ def reconstruct(
         best = before = fit.error_of(held_out)
         weights_then, rate = fit.copies(), settings.learning_rate
         better = worse = 0
-        known = math.isfinite(before)
+        measurable = math.isfinite(before)
         generator = torch.Generator().manual_seed(settings.seed)
-        while known and better < settings.passes and worse <= _RETRIES:
+        while measurable and better < settings.passes and worse <= _RETRIES:
             for place, index in enumerate(torch.randperm(len(training), generator=generator)):
-                done = (better + place / len(training)) / settings.passes
-                fit.step(training[int(index)], rate * (1 - done))
+                progress = (better + place / len(training)) / settings.passes
+                fit.step(training[int(index)], rate * (1 - progress))
                 advance(0)
             error = fit.error_of(held_out)
             if error < best:  # never of a NaN
@@ -129,8 +129,8 @@ def reconstruct(
                 fit.restore(weights_then)
                 rate, worse = rate * _SLOWER, worse + 1
     return Reconstructed(
-        before=before if known else None,
-        after=best if known else None,
+        before=before if measurable else None,
+        after=best if measurable else None,
         passes=better + worse,
         kept=better > 0,
     )
@@ -145,15 +145,15 @@ def split(count: int) -> tuple[list[int], list[int]]:
 
 def summary(blocks: Mapping[str, Reconstructed]) -> str:
     """What the training of a model's blocks came to, in a sentence; at least one block."""
-    better = [each for each in blocks.values() if each.kept and each.before and each.after]
-    left = [name for name, each in blocks.items() if not each.kept]
-    sentence = f"{len(blocks) - len(left)} of {len(blocks)} blocks reconstructed"
+    better = [block for block in blocks.values() if block.kept and block.before and block.after]
+    unchanged = [name for name, block in blocks.items() if not block.kept]
+    sentence = f"{len(blocks) - len(unchanged)} of {len(blocks)} blocks reconstructed"
     if better:
         ratio = sum(math.log(e.after / e.before) for e in better if e.after and e.before)
         sentence += f", held-out error {math.expm1(ratio / len(better)):+.1%} on average"
-    if left:
-        more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
-        sentence += f"; no better, so left as they were: {', '.join(left[:_NAMED])}{more}"
+    if unchanged:
+        more = f" and {len(unchanged) - _NAMED} more" if len(unchanged) > _NAMED else ""
+        sentence += f"; no better, so left as they were: {', '.join(unchanged[:_NAMED])}{more}"
     return sentence
 
 
@@ -171,15 +171,15 @@ class _Fit:
         self.weights = weights
         self.run = run
         self.targets = targets
-        self.parameters = [*dict.fromkeys(each.linear.parameter for each in weights)]
+        self.parameters = [*dict.fromkeys(weight.linear.parameter for weight in weights)]
         self.exact = [
-            each.linear.weight.detach().to(torch.float32, memory_format=torch.contiguous_format)
-            for each in weights
+            weight.linear.weight.detach().to(torch.float32, memory_format=torch.contiguous_format)
+            for weight in weights
         ]
         # Adam moves every weight by about its rate, however large weights are: models differ.
         self.sizes = [  # root mean squares
-            float(exact[each.keep].norm()) / max(1, int(each.keep.sum())) ** 0.5
-            for exact, each in zip(self.exact, weights, strict=True)
+            float(exact[weight.keep].norm()) / max(1, int(weight.keep.sum())) ** 0.5
+            for exact, weight in zip(self.exact, weights, strict=True)
         ]
         groups = [{"params": [exact]} for exact in self.exact]
         self.adam = torch.optim.Adam(groups, fused=True)  # and no copies of all at once
@@ -187,13 +187,13 @@ class _Fit:
     @contextmanager
     def ready(self) -> Iterator["_Fit"]:
         """Inside, the weights have gradients."""
-        asked = [parameter.requires_grad for parameter in self.parameters]
+        flags = [parameter.requires_grad for parameter in self.parameters]
         try:
             for parameter in self.parameters:
                 parameter.requires_grad_(True)
             yield self
         finally:
-            for parameter, flag in zip(self.parameters, asked, strict=True):
+            for parameter, flag in zip(self.parameters, flags, strict=True):
                 parameter.requires_grad_(flag)
 
     def _error(self, window: int) -> Tensor:
@@ -212,11 +212,12 @@ class _Fit:
         """One step of Adam towards the target of a window."""
         gradients = torch.autograd.grad(self._error(window), self.parameters, allow_unused=True)
         by_parameter = dict(zip(map(id, self.parameters), gradients, strict=True))
-        for exact, each in zip(self.exact, self.weights, strict=True):
-            gradient = by_parameter[id(each.linear.parameter)]
+        for exact, weight in zip(self.exact, self.weights, strict=True):
+            gradient = by_parameter[id(weight.linear.parameter)]
             # Experts that no token of the window reached have none, or zeros, and stay.
-            mine = None if gradient is None else each.linear.part_of(gradient).float() * each.keep
-            exact.grad = mine if mine is not None and bool(mine.any()) else None
+            if gradient is not None:
+                gradient = weight.linear.part_of(gradient).float() * weight.keep
+            exact.grad = gradient if gradient is not None and bool(gradient.any()) else None
         for group, size in zip(self.adam.param_groups, self.sizes, strict=True):
             group["lr"] = rate * size
         self.adam.step()
@@ -236,5 +237,5 @@ class _Fit:
 
     def _write(self) -> None:
         """Into the model; what is not in 16 bits is the model's own tensor."""
-        for each, exact in zip(self.weights, self.exact, strict=True):
-            each.linear.weight.detach().copy_(exact)
+        for weight, exact in zip(self.weights, self.exact, strict=True):
+            weight.linear.weight.detach().copy_(exact)

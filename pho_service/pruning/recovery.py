@@ -74,10 +74,10 @@ class Processes:
 
     def every(self, value: Any) -> list[Any]:
         """What each of them found, in their order."""
-        found = [value] * self.count
+        values = [value] * self.count
         if self.count > 1:
-            dist.all_gather_object(found, value)
-        return found
+            dist.all_gather_object(values, value)
+        return values
 
     def wait(self) -> None:
         """Until all are here."""
@@ -87,13 +87,13 @@ class Processes:
     def alone(self) -> Iterator[None]:
         """Inside, a trainer takes this process for the only one: it trains what lies here."""
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-        known = {name: os.environ.pop(name) for name in names if name in os.environ}
+        variables = {name: os.environ.pop(name) for name in names if name in os.environ}
         for name in ("training_args", "trainer_utils"):  # which wonder at that
             logging.getLogger(f"transformers.{name}").setLevel(logging.ERROR)
         try:
             yield
         finally:
-            os.environ.update(known)
+            os.environ.update(variables)
 
     @contextmanager
     def sharing(
@@ -106,15 +106,15 @@ class Processes:
         Source:
             Zhao et al. 2023, arXiv:2304.11277 (FSDP), by torch's ``fully_shard``.
         """
-        own, there = dict(model.named_parameters()), {id(each) for each in trained}
-        inside = {id(each) for block in blocks for each in block.parameters()}
+        parameters, trained_ids = dict(model.named_parameters()), {id(p) for p in trained}
+        block_ids = {id(parameter) for block in blocks for parameter in block.parameters()}
         outside = [
             module
             for module in model.modules()
-            if any(id(p) in there - inside for p in module.parameters(recurse=False))
+            if any(id(p) in trained_ids - block_ids for p in module.parameters(recurse=False))
         ]
         copied = copy.deepcopy(
-            model, {id(each): each for each in [*own.values(), *model.buffers()]}
+            model, {id(tensor): tensor for tensor in [*parameters.values(), *model.buffers()]}
         )
         twin = dict(zip(model.modules(), copied.modules(), strict=True))
         mesh = init_device_mesh(self.device.type, (self.count,))
@@ -123,17 +123,17 @@ class Processes:
             share.unshard()  # or the first time in inference mode would forbid gradients
             share.reshard()
         shared = dict(copied.to(self.device).named_parameters())
-        for name, each in own.items():
+        for name, parameter in parameters.items():
             if isinstance(shared[name], DTensor):
-                each.data = each.data.new_zeros(()).expand_as(each)  # no memory
+                parameter.data = parameter.data.new_zeros(()).expand_as(parameter)  # no memory
         yield (
             copied,
             [twin[block] for block in blocks],
-            [shared[name] for name, each in own.items() if id(each) in there],
+            [shared[name] for name, p in parameters.items() if id(p) in trained_ids],
         )
-        for name, each in own.items():
+        for name, parameter in parameters.items():
             if isinstance(shared[name], DTensor):
-                each.data = _whole(shared[name].detach()).cpu()
+                parameter.data = _whole(shared[name].detach()).cpu()
 
 
 class Recovering(nn.Module):
@@ -154,7 +154,7 @@ class Recovering(nn.Module):
         super().__init__()
         self.processes = processes
         self.recompute = True  # blocks keep only their inputs for the backward pass, and run again
-        self.trained = nn.ParameterList([_here(each) for each in trained])
+        self.trained = nn.ParameterList([_here(parameter) for parameter in trained])
         self._model = (model, [*blocks], [*trained])  # not as modules of this one
 
     @property
@@ -170,15 +170,15 @@ class Recovering(nn.Module):
     @property
     def hf_device_map(self) -> dict[str, torch.device]:
         """For a trainer: all of it stays where it is, on several devices if it is there."""
-        return {f"{number}": each.device for number, each in enumerate(self.trained)}
+        return {f"{number}": parameter.device for number, parameter in enumerate(self.trained)}
 
     def groups(self, rate: float) -> list[dict[str, object]]:
         """Each parameter, with a learning rate that is a share of its size."""
         # Adam moves every weight by about its rate, however large weights are: models differ.
-        sizes = [_size(_whole(each.detach())) for each in self._model[2]]
+        sizes = [_size(_whole(parameter.detach())) for parameter in self._model[2]]
         return [
-            {"params": [each], "lr": rate * size}
-            for each, size in zip(self.trained, sizes, strict=True)
+            {"params": [parameter], "lr": rate * size}
+            for parameter, size in zip(self.trained, sizes, strict=True)
         ]
 
     def backward(self, reference: DenseReference, window: int) -> float:
@@ -201,29 +201,29 @@ class Recovering(nn.Module):
             logger.warning("memory ran out: blocks run again for the backward pass from here on")
         # After the error, which holds on to what was computed.
         self.recompute = True
-        for each in self._model[2]:
-            each.grad = None
+        for parameter in self._model[2]:
+            parameter.grad = None
         let_go_of_memory()
         return self._backward(reference, window)
 
     def _backward(self, reference: DenseReference, window: int) -> float:
-        model, blocks, own = self._model
+        model, blocks, originals = self._model
         device = next(model.parameters()).device
         again = blocks if self.recompute else []
         with frozen(model), recomputed(again, nullcontext), mixed(device, gradients=True):
-            for each in own:
-                each.requires_grad_(True)
+            for original in originals:
+                original.requires_grad_(True)
             value = window_backward(model, reference, window)
-        for mine, each in zip(self.trained, own, strict=True):
-            if isinstance(each, DTensor):
-                mine.grad, each.grad = _here(each.grad), None
-            if self.zeros_stay and mine.grad is not None and mine.dim() > 1:
-                mine.grad.mul_(mine.detach().sign().abs_())
+        for parameter, original in zip(self.trained, originals, strict=True):
+            if isinstance(original, DTensor):
+                parameter.grad, original.grad = _here(original.grad), None
+            if self.zeros_stay and parameter.grad is not None and parameter.dim() > 1:
+                parameter.grad.mul_(parameter.detach().sign().abs_())
         return value
 
     def clip(self) -> None:
         """Make all gradients together no longer than 1."""
-        norm = get_total_norm([each.grad for each in self.trained if each.grad is not None])
+        norm = get_total_norm([p.grad for p in self.trained if p.grad is not None])
         if self.processes.count > 1:
             norm = norm.square()
             dist.all_reduce(norm)
@@ -232,8 +232,8 @@ class Recovering(nn.Module):
 
     def round_(self, dtype: torch.dtype) -> None:
         """Round the weights as they will be stored, so that what is measured is what is saved."""
-        for each in self.trained:
-            each.data.copy_(each.data.to(dtype))
+        for parameter in self.trained:
+            parameter.data.copy_(parameter.data.to(dtype))
 
 
 def _size(weights: Tensor) -> float:
@@ -244,8 +244,8 @@ def _size(weights: Tensor) -> float:
 
 def multiplies_halves() -> bool:
     """Whether this CPU has units for products in bfloat16 (AMX); older versions of torch say no."""
-    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(known.get("amx_bf16"))
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16"))
 
 
 def mixed(device: torch.device, *, gradients: bool = False) -> AbstractContextManager[object]:
@@ -259,16 +259,16 @@ def mixed(device: torch.device, *, gradients: bool = False) -> AbstractContextMa
     return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
 
-def _here(each: Any) -> Any:
+def _here(tensor: Any) -> Any:
     """A tensor as it is, or of one that processes share what lies here."""
-    if not isinstance(each, DTensor):
-        return each
-    local = cast(Any, each.detach()).to_local()
-    return nn.Parameter(local) if isinstance(each, nn.Parameter) else local
+    if not isinstance(tensor, DTensor):
+        return tensor
+    local = cast(Any, tensor.detach()).to_local()
+    return nn.Parameter(local) if isinstance(tensor, nn.Parameter) else local
 
 
-def _whole(each: Tensor) -> Tensor:
-    return each.full_tensor() if isinstance(each, DTensor) else each
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager
@@ -281,28 +281,28 @@ def recovering(
 ) -> Iterator[Recovering]:
     """Find what is trained of a model. After it, low-rank changes are merged into the weights."""
     weights = {id(linear.parameter) for linear in linears.values()}
-    named = [*model.named_parameters()]
+    parameters = [*model.named_parameters()]
     with ExitStack() as stack:
         if settings.train == "lora":
             generator = torch.Generator().manual_seed(settings.seed)
-            places = [name.rpartition(".")[::2] for name, each in named if id(each) in weights]
-            modules = [(model.get_submodule(path), own) for path, own in places]
-            for module, own in modules:
-                change = MaskedLowRank(getattr(module, own).detach(), generator)
-                parametrize.register_parametrization(module, own, change)
-                stack.callback(parametrize.remove_parametrizations, module, own)
-            found = [each for change in _changes(model) for each in change.parameters()]
+            places = [name.rpartition(".")[::2] for name, p in parameters if id(p) in weights]
+            modules = [(model.get_submodule(path), attribute) for path, attribute in places]
+            for module, attribute in modules:
+                change = MaskedLowRank(getattr(module, attribute).detach(), generator)
+                parametrize.register_parametrization(module, attribute, change)
+                stack.callback(parametrize.remove_parametrizations, module, attribute)
+            trained = [parameter for change in _changes(model) for parameter in change.parameters()]
         else:
             norms = settings.train == "norms"
-            found = [p for _, p in named if (p.dim() == 1 if norms else id(p) in weights)]
-            for each in found:
-                each.data = each.data.float()
-        given = (model, blocks, found)
+            trained = [p for _, p in parameters if (p.dim() == 1 if norms else id(p) in weights)]
+            for parameter in trained:
+                parameter.data = parameter.data.float()
+        parts = (model, blocks, trained)
         if processes.count > 1:
-            given = stack.enter_context(processes.sharing(*given))
-        yield (_LowRank if settings.train == "lora" else Recovering)(*given, processes)
-        for mine, shared in zip(_changes(model), _changes(given[0]), strict=True):
-            mine.dtype = shared.dtype
+            parts = stack.enter_context(processes.sharing(*parts))
+        yield (_LowRank if settings.train == "lora" else Recovering)(*parts, processes)
+        for change_here, shared in zip(_changes(model), _changes(parts[0]), strict=True):
+            change_here.dtype = shared.dtype
 
 
 def _changes(model: nn.Module) -> list["MaskedLowRank"]:
@@ -338,8 +338,8 @@ class _LowRank(Recovering):
 
     def groups(self, rate: float) -> list[dict[str, object]]:
         """Rates with which each weight moves by about as much as if it was trained itself."""
-        found = Recovering.groups(self, rate)
-        return [*({**left, "lr": rate} for left in found[::2]), *found[1::2]]
+        groups = Recovering.groups(self, rate)
+        return [*({**group, "lr": rate} for group in groups[::2]), *groups[1::2]]
 
     def round_(self, dtype: torch.dtype) -> None:
         for change in _changes(self.model):

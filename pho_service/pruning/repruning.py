@@ -185,8 +185,8 @@ def _swap_(
         least=least,
     )
     while len(rows.origin):
-        found = _best_in_runs(rows, gram, group) if group else _best_in_parts(rows)
-        channel, swap = _best_swaps(rows, found, gram)
+        candidates = _best_in_runs(rows, gram, group) if group else _best_in_parts(rows)
+        channel, swap = _best_swaps(rows, candidates, gram)
         row, place = swap.nonzero(as_tuple=True)
         at = channel[row, place]
         _move_(rows, channel, swap, row, at, gram)
@@ -241,17 +241,17 @@ def _least_of_parts(values: Tensor) -> tuple[Tensor, Tensor]:
     return least.values, least.indices + torch.arange(parts, device=values.device) * length
 
 
-def _best_swaps(rows: _Rows, found: _Candidates, gram: Tensor) -> tuple[Tensor, Tensor]:
+def _best_swaps(rows: _Rows, candidates: _Candidates, gram: Tensor) -> tuple[Tensor, Tensor]:
     """Choose swaps one after the other: the best, then the best after that one, and so on."""
-    width = found.back.shape[1]
-    channel = torch.cat([found.back, found.out], dim=1)  # (R, 2K)
+    width = candidates.back.shape[1]
+    channel = torch.cat([candidates.back, candidates.out], dim=1)  # (R, 2K)
     coupling = _coupling(rows, channel, gram)
     mutual = coupling[:, :width, width:]
-    if found.paired:
-        others = ~torch.eye(width, dtype=torch.bool, device=mutual.device)
-        mutual = mutual.masked_fill(others, torch.inf)
-    back_change, out_change = found.back_change.clone(), found.out_change.clone()
-    each = torch.arange(len(channel), device=channel.device)
+    if candidates.paired:
+        off_diagonal = ~torch.eye(width, dtype=torch.bool, device=mutual.device)
+        mutual = mutual.masked_fill(off_diagonal, torch.inf)
+    back_change, out_change = candidates.back_change.clone(), candidates.out_change.clone()
+    row = torch.arange(len(channel), device=channel.device)
     places, swaps = [], []
     for _ in range(min(_SWAPS_A_ROUND, width)):
         change = back_change[:, :, None] + out_change[:, None, :] + mutual
@@ -263,12 +263,12 @@ def _best_swaps(rows: _Rows, found: _Candidates, gram: Tensor) -> tuple[Tensor, 
         if not bool(swap.any()):
             break
         rows.left.sub_(swap.long())
-        after = (coupling[each, back] + coupling[each, out + width]).mul_(swap[:, None])  # (R, 2K)
+        after = (coupling[row, back] + coupling[row, out + width]).mul_(swap[:, None])  # (R, 2K)
         back_change += after[:, :width]
         out_change += after[:, width:]
         # A weight moves once a round. A row that made no swap has none left in it.
-        back_change[each, back] = torch.inf
-        out_change[each, out] = torch.inf
+        back_change[row, back] = torch.inf
+        out_change[row, out] = torch.inf
     return channel.gather(1, torch.stack(places, dim=1)), torch.stack(swaps, dim=1)
 
 
@@ -361,12 +361,12 @@ def dsnot_refine(
     # A sum of all rows, so that no chunk changes how it rounds.
     errors = shares.masked_fill(mask, 0).sum(dim=1, dtype=torch.float64)
     for rows in row_chunks(weight, width=4):
-        share, kept = shares[rows], mask[rows]
+        share, keep = shares[rows], mask[rows]
         balance = _Balance(
             origin=torch.arange(len(share), device=share.device),
             share=share,
-            growth=(share * inverse).masked_fill(kept, 0),
-            wanda=(weight[rows].float().abs() * activation_norm).masked_fill(~kept, torch.inf),
+            growth=(share * inverse).masked_fill(keep, 0),
+            wanda=(weight[rows].float().abs() * activation_norm).masked_fill(~keep, torch.inf),
             error=errors[rows],
         )
         for _ in range(max_cycles):
@@ -399,20 +399,20 @@ def _balanced(rows: _Balance, mask: Tensor, group: int, threshold: float) -> _Ba
         best = gain.masked_fill(closed, 0).max(dim=1)
         run = best.indices[:, None] // group
         out = (cheapest.indices.gather(1, run) + run * group)[:, 0]
-        found = best.values > 0
+        possible = best.values > 0
     else:
         best, least = gain.max(dim=1), cost.min(dim=1)
         out = least.indices
-        found = (best.values > 0) & torch.isfinite(least.values)
+        possible = (best.values > 0) & torch.isfinite(least.values)
     back = best.indices
-    each = torch.arange(len(sign), device=sign.device)
-    error = rows.error + (rows.share[each, out].double() - rows.share[each, back].double())
-    swap = found & (rows.error.abs() > threshold) & (error.abs() < rows.error.abs())
+    row = torch.arange(len(sign), device=sign.device)
+    error = rows.error + (rows.share[row, out].double() - rows.share[row, back].double())
+    swap = possible & (rows.error.abs() > threshold) & (error.abs() < rows.error.abs())
     # Read where it is not written, and without waiting for a GPU to count the swaps.
     mask[rows.origin, back] |= swap
     mask[rows.origin, out] &= ~swap
-    rows.growth[each, back] = 0
-    rows.wanda[each, out] = torch.inf
+    rows.growth[row, back] = 0
+    rows.wanda[row, out] = torch.inf
     rows = replace(rows, error=error)
     active = swap.nonzero()[:, 0]
     if len(active) == len(swap):

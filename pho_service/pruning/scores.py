@@ -58,8 +58,8 @@ def _run_sums(values: Tensor, length: int, dim: int) -> Tensor:
         if begin == length:
             assert total is not None
             return total
-        left = runs.shape[dim] - width
-        runs = runs.narrow(dim, 0, left) + runs.narrow(dim, width, left)
+        width_left = runs.shape[dim] - width
+        runs = runs.narrow(dim, 0, width_left) + runs.narrow(dim, width, width_left)
         width *= 2
 
 

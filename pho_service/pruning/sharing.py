@@ -54,8 +54,8 @@ class Border:
 
     def slope(self, gradient: Tensor) -> float:
         """The mean of -g w, of the parameter's gradient."""
-        own = self.linear.part_of(gradient)[self.rows, self.columns].float()
-        return -float(own @ self.dense) / max(1, len(self.dense))
+        border_gradient = self.linear.part_of(gradient)[self.rows, self.columns].float()
+        return -float(border_gradient @ self.dense) / max(1, len(self.dense))
 
 
 def border_places(score: Tensor, sparsity: float) -> Tensor:
@@ -72,14 +72,14 @@ def border_places(score: Tensor, sparsity: float) -> Tensor:
     lines, n = score.shape
     rows = torch.arange(0, lines, max(1, lines * n // _LOOKED_AT), device=score.device)
     columns = torch.arange(0, n, max(1, len(rows) * n // _LOOKED_AT), device=score.device)
-    seen = score[rows][:, columns]
+    sample = score[rows][:, columns]
     width = _BORDER * min(sparsity, 1 - sparsity)
-    most = len(columns)
+    count = len(columns)
     low, high = (
-        seen.kthvalue(min(max(round(share * most), 1), most), dim=1, keepdim=True).values
+        sample.kthvalue(min(max(round(share * count), 1), count), dim=1, keepdim=True).values
         for share in (sparsity - width, sparsity + width)
     )
-    row, column = ((seen >= low) & (seen <= high)).nonzero(as_tuple=True)
+    row, column = ((sample >= low) & (sample <= high)).nonzero(as_tuple=True)
     return rows[row] * n + columns[column]
 
 
@@ -105,16 +105,16 @@ def slopes(
     Yields:
         After each window, for each linear the mean of -g w over its border, in nats a weight.
     """
-    found: dict[str, float] = {}
+    sums: dict[str, float] = {}
     by_parameter: dict[int, list[str]] = {}
-    parameters = {id(each.linear.parameter): each.linear.parameter for each in borders.values()}
+    parameters = {id(b.linear.parameter): b.linear.parameter for b in borders.values()}
     for name, border in borders.items():
         by_parameter.setdefault(id(border.linear.parameter), []).append(name)
 
     def read(parameter: nn.Parameter) -> None:
         assert parameter.grad is not None  # that is why it is called
         for name in by_parameter[id(parameter)]:
-            found[name] = found.get(name, 0.0) + borders[name].slope(parameter.grad)
+            sums[name] = sums.get(name, 0.0) + borders[name].slope(parameter.grad)
         parameter.grad = None  # of all linears at once they would be as large as the model
 
     with frozen(model), recomputed(blocks, nullcontext), ExitStack() as stack:
@@ -122,9 +122,9 @@ def slopes(
             parameter.requires_grad_(True)
             stack.callback(parameter.register_post_accumulate_grad_hook(read).remove)
         for window in range(len(reference.windows)):
-            found.clear()
+            sums.clear()
             window_backward(model, reference, window)
-            yield {name: found.get(name, 0.0) for name in borders}
+            yield {name: sums.get(name, 0.0) for name in borders}
 
 
 def fairer(

@@ -85,8 +85,8 @@ class SecondMoment:
         sign = sign[token]
         if x.device.type != "cpu":  # all in one copy, which nobody waits for
             numbers = torch.cat([token.int(), first.int(), sign.view(torch.int32)])
-            there = to_device(numbers, x.device)
-            token, first, sign = there.split([len(token), len(first), len(sign)])
+            on_device = to_device(numbers, x.device)
+            token, first, sign = on_device.split([len(token), len(first), len(sign)])
             sign = sign.view(torch.float32)
         # One pass over x, and the same order of additions every time, on a GPU too.
         projected: Tensor = embedding_bag(token, x, first, mode="sum", per_sample_weights=sign)
@@ -95,9 +95,9 @@ class SecondMoment:
     @classmethod
     def of_sums(cls, squares: Tensor, moment: Tensor, rows: int) -> Self:
         """What has been streamed elsewhere; the tensors are taken as they are."""
-        taken = cls(0, squares.device, projection_rows=0, seed=0)
-        taken.rows, taken.squares, taken.moment = rows, squares, moment
-        return taken
+        moments = cls(0, squares.device, projection_rows=0, seed=0)
+        moments.rows, moments.squares, moments.moment = rows, squares, moment
+        return moments
 
     @classmethod
     def mean(cls, moments: list[Self]) -> Self:
@@ -244,8 +244,8 @@ class InputGroups:
         return index if self.readers[index] == name else None
 
     def _group(self, name: str, x: Tensor) -> None:
-        for seen, index in self._recent:
-            if seen is x:
+        for recent, index in self._recent:
+            if recent is x:
                 self.input_of[name] = index
                 return
         index = self.add(name)
@@ -292,9 +292,9 @@ class PrunableLinear:
     @property
     def parameter(self) -> nn.Parameter:
         """What holds the weight: of a fused expert, the weights of all of them."""
-        found = getattr(self.module, "held_by", self.module.weight)
-        assert isinstance(found, nn.Parameter)
-        return found
+        parameter = getattr(self.module, "held_by", self.module.weight)
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
 
     def part_of(self, gradient: Tensor) -> Tensor:
         """The part of the parameter's gradient that is this weight's."""
@@ -471,8 +471,8 @@ class Collector:
         return Sums(
             readers=self.groups.readers,
             input_of=self.groups.input_of,
-            squares=[each.squares for each in moments],
-            moments=[each.moment for each in moments],
+            squares=[m.squares for m in moments],
+            moments=[m.moment for m in moments],
             fisher=self.fisher,
             gradient_tokens=self._gradient_tokens,
         )
@@ -484,16 +484,16 @@ class Collector:
         The first that are added are taken as they are, and changed in place by the next.
         """
         for index, reader in enumerate(sums.readers):
-            mine = self.groups.input_of.get(reader)
-            if mine is None:
-                mine = self.groups.add(reader)
+            group = self.groups.input_of.get(reader)
+            if group is None:
+                group = self.groups.add(reader)
             device = self.linears[reader].weight.device
             squares, moment = sums.squares[index].to(device), sums.moments[index].to(device)
-            if mine in self._moments:
-                self._moments[mine].squares += squares
-                self._moments[mine].moment += moment
+            if group in self._moments:
+                self._moments[group].squares += squares
+                self._moments[group].moment += moment
             else:
-                self._moments[mine] = SecondMoment.of_sums(squares, moment, self.projection_rows)
+                self._moments[group] = SecondMoment.of_sums(squares, moment, self.projection_rows)
         for name, index in sums.input_of.items():
             if name not in self.groups.input_of:
                 self.groups.input_of[name] = self.groups.input_of[sums.readers[index]]
@@ -521,18 +521,18 @@ class Collector:
 
     def _fill_in_inputs(self) -> None:
         """Give experts without tokens the mean input of their siblings, one for all of them."""
-        known: dict[tuple[int, ...], int] = {}
+        group_of: dict[tuple[int, ...], int] = {}
         for name, linear in self.linears.items():
             if name in self.groups.input_of:
                 continue
-            found = {self.groups.input_of.get(n, -1) for n in self._siblings(linear)}
-            seen = tuple(sorted(found & self._moments.keys()))
-            if not seen:
+            sibling_groups = {self.groups.input_of.get(n, -1) for n in self._siblings(linear)}
+            groups = tuple(sorted(sibling_groups & self._moments.keys()))
+            if not groups:
                 continue
-            if seen not in known:
-                known[seen] = self.groups.add(name)
-                self._moments[known[seen]] = SecondMoment.mean([self._moments[i] for i in seen])
-            self.groups.input_of[name] = known[seen]
+            if groups not in group_of:
+                index = group_of[groups] = self.groups.add(name)
+                self._moments[index] = SecondMoment.mean([self._moments[i] for i in groups])
+            self.groups.input_of[name] = group_of[groups]
 
     def _siblings(self, linear: PrunableLinear) -> list[str]:
         """The names of the linears that do the same in other experts."""
@@ -540,8 +540,8 @@ class Collector:
             return []
         return [
             name
-            for name, other in self.linears.items()
-            if other.siblings == linear.siblings and name != linear.name
+            for name, sibling in self.linears.items()
+            if sibling.siblings == linear.siblings and name != linear.name
         ]
 
     def _fill_in_fisher(self) -> None:
@@ -550,10 +550,10 @@ class Collector:
         for name, linear in self.linears.items():
             if name in self.fisher or name not in self.groups.input_of:
                 continue
-            others = [n for n in self._siblings(linear) if n in self.fisher]
-            if others:
+            siblings = [n for n in self._siblings(linear) if n in self.fisher]
+            if siblings:
                 filled[name] = torch.stack(
-                    [self.fisher[n] / self._gradient_tokens[n] for n in others]
+                    [self.fisher[n] / self._gradient_tokens[n] for n in siblings]
                 ).mean(dim=0)
         if filled:
             logger.warning(

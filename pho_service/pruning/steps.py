@@ -110,11 +110,11 @@ def finish(
     order = linears[0].mask.order  # one for all that read the input
     ordered = moments if order is None else _reordered(moments, order)
     solver = _Solver(ordered, steps, linears[0].name)
-    found = solver.refined([_masked(linear, order, pattern) for linear in linears])
+    refined = solver.refined([_masked(linear, order, pattern) for linear in linears])
     for linear in linears:
         masked = _masked(linear, order, pattern)
-        if found:
-            start, keep = found.pop(0)
+        if refined:
+            start, keep = refined.pop(0)
         else:
             start, keep = None, _repruned(masked.weight, masked.keep, ordered, pattern, steps)
         keep, changed = solver.updated(replace(masked, keep=keep), start)

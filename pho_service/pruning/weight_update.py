@@ -208,17 +208,17 @@ def _sweep(
     # Transposed: a column of weights is contiguous, and everything below works on columns.
     current = weight.detach().float().T.contiguous().clone()  # (in_features, out_features)
     errors = torch.empty_like(current)
-    kept = torch.empty_like(current, dtype=torch.bool)
+    mask = torch.empty_like(current, dtype=torch.bool)
     for start in range(0, in_features, block):
         stop = min(start + block, in_features)
         _catch_up(current, errors, factor, 0, start, stop)
         for first in range(start, stop, piece):
             last = min(first + piece, stop)
             _catch_up(current, errors, factor, start, first, last)
-            kept[first:last] = choose(current[first:last].T, first, last).T
-            _remove(current, errors, factor, kept, first, last)
-    current.masked_fill_(~kept, 0)
-    return current.T.contiguous(), kept.T.contiguous()
+            mask[first:last] = choose(current[first:last].T, first, last).T
+            _remove(current, errors, factor, mask, first, last)
+    current.masked_fill_(~mask, 0)
+    return current.T.contiguous(), mask.T.contiguous()
 
 
 def _catch_up(
@@ -229,10 +229,10 @@ def _catch_up(
 
 
 def _remove(
-    current: Tensor, errors: Tensor, factor: Tensor, kept: Tensor, first: int, last: int
+    current: Tensor, errors: Tensor, factor: Tensor, mask: Tensor, first: int, last: int
 ) -> None:
     """Find the errors of columns first to last, whose masks are known."""
-    gone = (~kept[first:last]).float() / factor.diagonal()[first:last, None]
+    gone = (~mask[first:last]).float() / factor.diagonal()[first:last, None]
     for start in range(first, last, _STEP):
         stop = min(start + _STEP, last)
         _catch_up(current, errors, factor, first, start, stop)

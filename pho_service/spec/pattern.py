@@ -218,11 +218,11 @@ class ChosenLinears:
 
     # Names of those that lose the pattern's share together, in the order of the model
     shared: tuple[str, ...]
-    own: Mapping[str, Pattern]  # The pattern of each of the others, by name
+    patterns: Mapping[str, Pattern]  # The pattern of each of the others, by name
 
     @cached_property
     def names(self) -> frozenset[str]:
-        return frozenset(self.shared) | self.own.keys()
+        return frozenset(self.shared) | self.patterns.keys()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,11 +298,11 @@ class Linears(JsonDocument):
     ) -> ChosenLinears:
         """Find out which linears of a model are meant."""
         if not self:
-            return ChosenLinears(shared=tuple(names), own={})
+            return ChosenLinears(shared=tuple(names), patterns={})
         rest, given = _named(self, tuple(names), model)
         return ChosenLinears(
             shared=tuple(name for name in rest if name not in given),
-            own={
+            patterns={
                 name: _own(given[name], self.sparsities[given[name]], pattern)
                 for name in rest
                 if name in given

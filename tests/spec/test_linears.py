@@ -48,16 +48,16 @@ def test_a_target_that_is_ignored_stays_dense_and_has_no_sparsity_by_hand_either
         NAMES, HALF
     )
     assert chosen.shared == ()
-    assert chosen.own == {"model.layers.0.mlp.down_proj": Pattern.parse("0.25", "global")}
+    assert chosen.patterns == {"model.layers.0.mlp.down_proj": Pattern.parse("0.25", "global")}
 
 
 def test_they_are_shares_for_a_ratio_and_another_n_of_the_same_m_for_n_m():
     by_share = Linears(sparsities={"*.down_proj": 0.3}).choose(NAMES, HALF)
     by_groups = Linears(sparsities={"*.down_proj": "3:4"}).choose(NAMES, Pattern.parse("2:4"))
 
-    assert set(by_share.own.values()) == {Pattern.parse("0.3", "global")}
-    assert set(by_groups.own.values()) == {Pattern.parse("3:4")}
-    assert list(by_share.own) == [name for name in NAMES if name not in by_share.shared]
+    assert set(by_share.patterns.values()) == {Pattern.parse("0.3", "global")}
+    assert set(by_groups.patterns.values()) == {Pattern.parse("3:4")}
+    assert list(by_share.patterns) == [name for name in NAMES if name not in by_share.shared]
 
 
 @pytest.mark.parametrize(
