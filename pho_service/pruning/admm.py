@@ -12,7 +12,6 @@ from torch import Tensor
 from pho_service.errors import NumericalError, field_name
 from pho_service.pruning.masks import Support
 
-# Second moments with each input scaled to one size, as masks by ADMM want them.
 DAMPING = 0.01  # share of the mean diagonal that is added to it, as in the literature
 _DEAD = 1e-15  # square of an input that is always 0, as a share of the mean: its weights go first
 
@@ -242,7 +241,7 @@ def admm(
     return moments.unscaled((free + multiplier) * keep), keep
 
 
-# ALPS: mask and weights of a linear together, by ADMM with a growing penalty.
+# The constants of ALPS.
 _PENALTY = 0.1  # rho at the start
 _MOST = 300  # iterations
 _CHANGE_EVERY = 3  # iterations between two looks at how much the mask changes

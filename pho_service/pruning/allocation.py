@@ -17,7 +17,6 @@ from pho_service.pruning.layer_view import DIGIT_BITS, LinearSize, View, Views
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.steps import Allocation
 
-# Offsets of an allocation: which linears keep more than its method gives them, and which less.
 MAX_SPARSITY = 0.995  # no linear loses more, unless the pattern itself does
 
 _BISECTIONS = 64
@@ -322,7 +321,7 @@ def _whole_groups(
 
 
 def _owl(views: Views, pattern: Pattern, allocation: Allocation) -> tuple[_Model, Tensor]:
-    """What each unit should lose, (units,), float64: less where many scores are outliers."""
+    """Weights that each unit loses, (units,), float64: fewer where many scores are outliers."""
     model, sums = _scan(views, pattern, allocation.unit, lambda view: view.wanda_sums())
     blocks = numbered([block_of(name) for name in model.names])
     count = max(blocks) + 1
@@ -355,7 +354,7 @@ def _from_0_to_1(values: Tensor) -> Tensor:
 
 
 def _fisher(views: Views, pattern: Pattern, allocation: Allocation) -> tuple[_Model, Tensor]:
-    """What each unit should lose, (units,), float64, under one threshold for all clipped counts."""
+    """Weights that each unit loses, (units,), float64, under one threshold for all."""
     # A radix selection over the bits of the scores, as :func:`selection.threshold_of`, but with
     # counts of each linear: the sum of the units' clipped counts rises with the threshold as an
     # unclipped one does. Scores that equal the threshold go in equal shares everywhere.

@@ -1,5 +1,5 @@
 """
-Memory, threads, and how work is cut into pieces that fit a CPU's caches or a GPU.
+Devices, their memory, threads, and pieces of work that fit a CPU's caches or a GPU.
 """
 
 import re
@@ -16,8 +16,12 @@ from torch import Tensor
 
 from pho_service.errors import InvalidInput
 
-# How much memory is in use, and how much a piece of work takes at its peak.
 CGROUP = Path("/sys/fs/cgroup")  # of the container that this process runs in
+GPU_CHUNK = 1 << 28  # values: all rows of a linear of 4,096 x 16,384 where 4 are held for a weight
+BYTES = 64  # of a GPU's free memory for each value; all temporaries of a chunk take 10 to 50
+
+Piece = TypeVar("Piece")
+Done = TypeVar("Done")
 
 
 @contextmanager
@@ -85,13 +89,8 @@ def available_memory() -> int:
     return min(available, max(0, limit - used))
 
 
-# Independent pieces of work in as many threads as torch has, none of which starts others.
-Piece = TypeVar("Piece")
-Done = TypeVar("Done")
-
-
 def in_threads(work: Callable[[Piece], Done], pieces: Sequence[Piece]) -> list[Done]:
-    """What work that releases the interpreter, mostly, gives for pieces, done side by side."""
+    """Do pieces of work side by side; most of it must release the interpreter."""
     # In the threads torch itself takes one thread, so a piece gives the same bits however many
     # there are. That is faster than threads within each operation where operations are small, and
     # where some of them are not torch's.
@@ -114,11 +113,6 @@ def _alone() -> None:
     torch.set_num_threads(1)
 
 
-# How much of a matrix is worked on at a time: what stays in a CPU's caches, or fills a GPU.
-GPU_CHUNK = 1 << 28  # values: all rows of a linear of 4,096 x 16,384 where 4 are held for a weight
-BYTES = 64  # of a GPU's free memory for each value; all temporaries of a chunk take 10 to 50
-
-
 def chunk_size(device: torch.device, on_cpu: int) -> int:
     """
     Give the number of values of a temporary tensor: ``on_cpu``, or more on a GPU.
@@ -133,7 +127,6 @@ def chunk_size(device: torch.device, on_cpu: int) -> int:
     return max(on_cpu, min(GPU_CHUNK, 1 << fitting.bit_length() - 1))
 
 
-# Copies between main memory and a GPU that nobody waits for.
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """
     The same values on a device; on the CPU, or if it is there already, the tensor itself.
@@ -162,7 +155,6 @@ def arrived(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# The device that work is done on.
 def pick_device(name: str) -> torch.device:
     """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` into a device that exists."""
     if name == "auto":

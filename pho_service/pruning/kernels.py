@@ -166,7 +166,7 @@ def _add_digits(
 
 @_compiled
 def _count_below(lines: Floats, threshold: float, below: Numbers, tied: Numbers) -> None:
-    """How many values of each line are below a threshold, and how many equal it."""
+    """Count the values of each line below a threshold, and those that equal it."""
     for j in range(len(lines)):
         line, less, equal = lines[j], 0, 0
         for i in range(len(line)):

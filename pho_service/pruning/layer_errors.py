@@ -38,7 +38,6 @@ from pho_service.spec.pattern import Coefficients, Pattern, Scope
 from pho_service.spec.steps import Candidate
 
 
-# The sampled linears of a bundle, stacked so that many of them are rated at once.
 @dataclass(frozen=True, kw_only=True)
 class Stack:
     """
@@ -229,7 +228,6 @@ def _share(bundle: ProxyBundle, stack: Stack, groups: Sequence[Sequence[int]]) -
         bundle.inputs[index] = replace(bundle.inputs[index], root=stack.roots[i])
 
 
-# All linears of a bundle as allocations see them on a GPU: some launches for each stack of them.
 _BINS = 1 << DIGIT_BITS
 
 
@@ -299,7 +297,7 @@ class StackedView:
         return values
 
     def _each(self, measure: Callable[[Stack], Tensor]) -> Tensor:
-        """What ``measure`` gives for the I * L linears of a stack, in the bundle's order."""
+        """Measure the I * L linears of each stack; values in the bundle's order."""
         values = torch.cat([measure(stack) for stack in self.stacks]).cpu()
         ordered = torch.empty_like(values)
         ordered[torch.cat([stack.positions for stack in self.stacks])] = values
@@ -447,7 +445,7 @@ class LayerErrors:
         return rating.transpose(1, 2).flatten(0, 1)
 
     def _views(self, device: torch.device) -> list[View]:
-        """What allocations look at: one linear after the other on a CPU, all at once on a GPU."""
+        """Views for allocations: one linear after the other on a CPU, all at once on a GPU."""
         layers = self.bundle.layers
         if device.type == "cpu":
             return [_view(self.bundle, layer) for layer in layers]
@@ -475,7 +473,7 @@ class LayerErrors:
         return plain
 
     def _by_position(self, values: Sequence[Tensor]) -> Tensor:
-        """What stacks have of each linear, (I * L, ...), in the order of the bundle, on the CPU."""
+        """Bring values of stacks, (I * L, ...) each, into the order of the bundle, on the CPU."""
         joined = torch.cat(list(values)).cpu()
         ordered = torch.empty_like(joined)
         ordered[self._positions] = joined

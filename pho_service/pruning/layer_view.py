@@ -57,7 +57,7 @@ class View(Protocol):
         """The sum of the scores A * x of each linear's rows, in float64."""
 
     def outliers(self, limits: Sequence[float]) -> list[int]:
-        """How many scores A * x of each linear's rows are above its limit."""
+        """Number of scores A * x of each linear's rows above its limit."""
 
     def digit_counts(self, shift: int, prefix: int) -> list[Tensor]:
         """

@@ -104,7 +104,7 @@ def linear_masks(
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """What a candidate says of each linear of a model before any mask is made."""
+    """The share that a candidate takes of each linear of a model, before any mask is made."""
 
     names: frozenset[str]  # Names of the linears that are pruned
     shares: Mapping[str, int]  # See linear_shares
@@ -265,7 +265,7 @@ def over_rows(removed: Tensor, rows: int) -> Tensor:
 def _shares(
     score: Callable[[str], Tensor], linears: Mapping[str, PrunableLinear], pattern: Pattern
 ) -> dict[str, int]:
-    """How many weights each linear loses under one threshold; they add up exactly."""
+    """Number of weights that each linear loses under one threshold; they add up exactly."""
     total = pattern.removed(sum(linear.weight.numel() for linear in linears.values()))
     threshold = threshold_of(lambda: ((score(name), 1.0) for name in linears), total)
     below, tied = [], []
@@ -367,7 +367,6 @@ def model_sparsity(linears: Mapping[str, PrunableLinear], sparsity: Mapping[str,
     return sum(sparsity[name] * size for name, size in sizes.items()) / sum(sizes.values())
 
 
-# Which weights of a linear compete for the places that a mask has, and how many places there are.
 @dataclass(frozen=True, kw_only=True)
 class Support:
     """
@@ -437,7 +436,6 @@ class Support:
         return keep_highest(lines, removed).view(score.shape)
 
 
-# Weights in torch's format for 2:4: two of each four neighbours, and where they stood.
 KEEP, GROUP = 2, 4  # the only pattern that GPUs have kernels for
 
 
@@ -474,7 +472,6 @@ def broken_groups(weight: Tensor) -> int:
     return int((keeps > KEEP).count_nonzero())
 
 
-# A mask in few bytes.
 def pack(keep: Tensor) -> Tensor:
     """(ceil(numel / 8),), uint8, on the CPU: the rows one after the other, one bit a weight."""
     flat = keep.detach().contiguous().view(-1)

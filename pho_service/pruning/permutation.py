@@ -15,7 +15,6 @@ from pho_service.pruning.scores import TINY
 from pho_service.pruning.selection import nm_mask
 from pho_service.pruning.statistics import PrunableLinear
 
-# Which of K candidates goes to which of K places, so that the gains add up to the most.
 _WHOLE = 256  # up to so many candidates all pairs are looked at
 _BEST = 16  # otherwise: pairs that each candidate and each place has at least
 _ROUNDS = 10  # of balancing
@@ -211,7 +210,7 @@ def moved_scores(channels: Tensor, moving: Tensor, staying: Tensor, keep: int) -
 
 
 def _sample_rows(values: Tensor) -> Tensor:
-    """As many of the rows as are looked at, evenly spaced."""
+    """At most 1,024 of the rows, evenly spaced."""
     if len(values) <= _ROWS:
         return values
     return values[torch.arange(_ROWS, device=values.device) * len(values) // _ROWS]
@@ -250,7 +249,7 @@ def _swept(channels: Tensor, groups: Tensor, keep: int) -> Tensor:
     return groups.flatten()
 
 
-# Put an order of hidden channels into a model's weights, so that no input is permuted at run time.
+# Of the proof that a folded order of channels changes nothing.
 _TOKENS = 16  # of the random input that a module is tried on
 _TOLERANCE = 1e-9  # of the output's norm; float64 sums in another order differ by about 1e-15
 
@@ -344,7 +343,7 @@ def fold_order(
 def _is_exact(
     model: nn.Module, reader: PrunableLinear, writers: list[PrunableLinear], order: Tensor
 ) -> bool:
-    """Whether the parent module computes the same in this order."""
+    """Try whether the parent module computes the same in this order."""
     parent_name, _, _ = reader.name.rpartition(".")
     parent = deepcopy(model.get_submodule(parent_name)).double().eval()
     copies = [_twin(linear, parent) for linear in (reader, *writers)]
@@ -368,7 +367,7 @@ def _twin(linear: PrunableLinear, parent: nn.Module) -> PrunableLinear:
 
 @torch.no_grad()
 def _output(module: nn.Module, tokens: Tensor) -> Tensor | None:
-    """What the module gives for one tensor, or None if it isn't a function of one tensor."""
+    """The output for one tensor, or None if the module isn't a function of one tensor."""
     try:
         output = module(tokens)
     except Exception:  # an attention without its positions raises whatever it stumbles over

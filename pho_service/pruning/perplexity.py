@@ -149,7 +149,7 @@ def window_logits(model: nn.Module, windows: Tensor, *, most: int = MOST) -> Ite
 
 
 def batch_size(logits: int, device: torch.device, *, weights: int, most: int) -> int:
-    """How many windows with so many logits each to run at once, by :func:`window_logits`'s rule."""
+    """Number of windows of so many logits to run at once, by :func:`window_logits`'s rule."""
     if device.type != "cuda":
         return 1
     _, total = torch.cuda.mem_get_info(device)
@@ -222,7 +222,7 @@ def rate_perplexity(
 
 
 def perplexity_of(losses: Sequence[Sequence[float]], predicted: int) -> Perplexity:
-    """The perplexity of windows of so many tokens, by what :func:`block_losses` gave of each."""
+    """The perplexity of windows of so many tokens from the :func:`block_losses` of each."""
     tokens = len(losses) * predicted
     mean = require_finite_loss(sum(sum(blocks) for blocks in losses) / tokens)
     runs = losses if len(losses) < FEW else [[sum(blocks)] for blocks in losses]
@@ -235,7 +235,7 @@ def perplexity_of(losses: Sequence[Sequence[float]], predicted: int) -> Perplexi
 
 
 def require_finite_loss(mean: float) -> float:
-    """The same, or NumericalError."""
+    """Return a mean loss, or raise NumericalError."""
     if not math.isfinite(mean):
         raise NumericalError(
             "the loss is NaN or infinite: the model's weights overflow in this dtype. "
@@ -244,9 +244,7 @@ def require_finite_loss(mean: float) -> float:
     return mean
 
 
-# How far a pruned model's predictions are from the dense model's: far fewer tokens than a
-# perplexity.
-TOP_K = 64
+TOP_K = 64  # next tokens that a divergence compares
 TINY = 1e-6  # smallest probability of all other tokens: what float32 leaves of 1 minus a sum
 
 
@@ -340,7 +338,7 @@ def rate_divergence(
 
 
 def window_divergence(logits: Tensor, reference: DenseReference, number: int) -> float:
-    """That of :func:`rate_divergence`, summed over one window; its logits are (tokens, all)."""
+    """The divergence of :func:`rate_divergence`, summed over a window with logits (tokens, all)."""
     tokens = reference.tokens[number].to(logits.device, torch.int64)
     dense = reference.log_probabilities[number].to(logits.device)
     return sum(
@@ -358,9 +356,7 @@ def divergence(dense: Tensor, pruned: Tensor) -> Tensor:
     return (p * (log_p - log_q)).sum(dim=-1) + rest_p * (rest_p / rest_q).log()
 
 
-# Forward and backward passes of a causal language model that compute no more than is asked for.
 HEAD_TOKENS = 256  # whose logits are held at a time
-
 
 # The summed loss of some positions: their logits, (windows, positions, vocabulary), and the first
 # and the last but one of them.

@@ -166,7 +166,7 @@ class ProxyEvaluator:
         return layers, [_Sums(*values.T) for values in torch.cat(sums).unbind(dim=1)]
 
     def _errors(self, names: Sequence[str]) -> LayerErrors:
-        """What rates some linears of the bundle, in its order."""
+        """The errors of some linears of the bundle, in its order."""
         key = tuple(names)
         if key not in self._errors_of:
             chosen = set(key)
@@ -181,7 +181,7 @@ class ProxyEvaluator:
 
 
 def _kind(candidate: Candidate) -> tuple[Pattern, bool, Linears]:
-    """What candidates that are rated together have in common."""
+    """Pattern, allocation and linears, which candidates that are rated together share."""
     steps = candidate.steps
     return candidate.pattern, steps.allocation.is_even, steps.linears
 
@@ -198,7 +198,7 @@ def _sparsity(layer: LayerSample, pattern: Pattern, lost: int | None) -> float:
 
 @dataclass(frozen=True)
 class _Sums:
-    """What a candidate does to each layer, in the order of the linears: each (layers,)."""
+    """The sums of a candidate for each layer, in the order of the linears: each (layers,)."""
 
     highest: Tensor  # score
     gini: Tensor
@@ -208,7 +208,7 @@ class _Sums:
 
 
 def _losses(layers: Sequence[LayerSample], sums: _Sums) -> dict[Weighting, Tensor]:
-    """What each linear adds to a rating, by the rating's weighting: each (layers,)."""
+    """Losses of the linears that a rating adds up, by its weighting: each (layers,)."""
     energy = torch.tensor([layer.output_energy for layer in layers])
     relative = sums.absolute / energy.clamp_min(TINY)
     return {

@@ -144,7 +144,7 @@ def split(count: int) -> tuple[list[int], list[int]]:
 
 
 def summary(blocks: Mapping[str, Reconstructed]) -> str:
-    """What the training of a model's blocks came to, in a sentence; at least one block."""
+    """Say in a sentence what the training of a model's blocks came to; at least one block."""
     better = [block for block in blocks.values() if block.kept and block.before and block.after]
     unchanged = [name for name, block in blocks.items() if not block.kept]
     sentence = f"{len(blocks) - len(unchanged)} of {len(blocks)} blocks reconstructed"

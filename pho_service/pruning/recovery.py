@@ -65,7 +65,7 @@ class Processes:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
 
     def agreed(self, value: Any) -> Any:
-        """What the first process found, for all of them."""
+        """Give all processes the value of the first one."""
         if self.count == 1:
             return value
         box = [value]
@@ -73,7 +73,7 @@ class Processes:
         return box[0]
 
     def every(self, value: Any) -> list[Any]:
-        """What each of them found, in their order."""
+        """Give all processes the value of each of them, in their order."""
         values = [value] * self.count
         if self.count > 1:
             dist.all_gather_object(values, value)
@@ -164,7 +164,7 @@ class Recovering(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """That of what is trained, or of the first of it."""
+        """Device of the parameters that are trained, or of the first of them."""
         return next(self.parameters()).device
 
     @property

@@ -53,8 +53,6 @@ def row_chunks(weight: Tensor, *, width: int) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-# Re-pruning by exact swaps: a kept and a removed weight of a row change places where the error
-# falls.
 _CANDIDATES = 16  # per row and round, to put back and as many to remove
 _SWAPS_A_ROUND = 8
 _ROUNDING = 1e-6  # of the first error; a smaller gain may be float32 noise
@@ -300,7 +298,6 @@ def _error_fell(weight: Tensor, before: Tensor, after: Tensor, gram: Tensor) -> 
     return fall > _ROUNDING * terms.abs().sum(dim=1, keepdim=True)
 
 
-# Re-pruning as DSnoT does it: by the expected change of a row's sum, not by its error.
 def dsnot_refine(
     weight: Tensor,
     mask: Tensor,

@@ -64,7 +64,7 @@ def _run_sums(values: Tensor, length: int, dim: int) -> Tensor:
 
 
 def _run_lengths(count: int, reach: int, device: torch.device) -> Tensor:
-    """How many of the neighbours within ``reach`` exist, for each of ``count`` places."""
+    """Number of neighbours within ``reach`` that exist, for each of ``count`` places."""
     place = torch.arange(count, device=device)
     return place.clamp(max=reach) + (count - 1 - place).clamp(max=reach) + 1
 

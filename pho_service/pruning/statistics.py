@@ -17,11 +17,10 @@ from pho_service.pruning.hardware import to_device
 from pho_service.pruning.perplexity import frozen, recomputed, run_backward
 
 
-# Sums over the tokens of one input: its activation norm and its second moment.
 @dataclass(frozen=True, kw_only=True)
 class InputStatistics:
     """
-    What is known of one input, shared by all linears that read it.
+    The activation norm and the second moment of one input, shared by all linears that read it.
 
     Attributes:
         activation_norm: (in_features,), float32. Square root of the mean over
@@ -94,14 +93,14 @@ class SecondMoment:
 
     @classmethod
     def of_sums(cls, squares: Tensor, moment: Tensor, rows: int) -> Self:
-        """What has been streamed elsewhere; the tensors are taken as they are."""
+        """Sums that were streamed elsewhere; the tensors are taken as they are."""
         moments = cls(0, squares.device, projection_rows=0, seed=0)
         moments.rows, moments.squares, moments.moment = rows, squares, moment
         return moments
 
     @classmethod
     def mean(cls, moments: list[Self]) -> Self:
-        """What the mean of several inputs' second moments would have been streamed as."""
+        """The sums that would have given the mean of several inputs' second moments."""
         (_, width), device, rows = (
             moments[0].moment.shape,
             moments[0].moment.device,
@@ -165,7 +164,7 @@ def tensor_cores() -> Iterator[None]:
 
 
 def mirrored_(gram: Tensor) -> Tensor:
-    """The same matrix, made symmetric by its upper triangle."""
+    """Make a matrix symmetric by its upper triangle."""
     for start in range(0, len(gram), PANEL):
         panel = slice(start, start + PANEL)
         corner = gram[panel, panel]
@@ -194,9 +193,8 @@ def square_root(gram: Tensor) -> Tensor:
     return root
 
 
-# The sums of one shard of a calibration's windows, which several shards' are added up from. The
-# signs of their tokens must be drawn apart: with the same ones, products of tokens at the same
-# places would not vanish in expectation.
+# The signs of the tokens of several shards must be drawn apart: with the same ones, products of
+# tokens at the same places would not vanish in expectation.
 APART = 2_654_435_761  # between two shards' seeds; torch's generator on the CPU reads 32 bits
 
 
@@ -222,7 +220,6 @@ class Sums:
     gradient_tokens: dict[str, int]
 
 
-# Groups of linears that read the same input.
 class InputGroups:
     """
     Which linears are handed the very same tensor, in the order of their first calls.
@@ -291,7 +288,7 @@ class PrunableLinear:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """What holds the weight: of a fused expert, the weights of all of them."""
+        """The parameter that holds the weight: that of all experts, if they are fused."""
         parameter = getattr(self.module, "held_by", self.module.weight)
         assert isinstance(parameter, nn.Parameter)
         return parameter
@@ -466,7 +463,7 @@ class Collector:
         self._gradient_tokens[name] = self._gradient_tokens.get(name, 0) + len(squares)
 
     def sums(self) -> Sums:
-        """What was gathered, of inputs that are not finished; nothing is added afterwards."""
+        """The sums of inputs that are not finished; nothing is added afterwards."""
         moments = [self._moments[index] for index in range(len(self.groups.readers))]
         return Sums(
             readers=self.groups.readers,

@@ -155,7 +155,7 @@ def _repruned(
 
 
 class _Solver:
-    """What a step needs of an input's second moments, made once for the linears that read it."""
+    """Factors of an input's second moments, made once for the linears that read it."""
 
     def __init__(self, moments: InputMoments, steps: Steps, layer: str) -> None:
         self.gram, self._steps, self._layer = moments.gram, steps, layer
