@@ -24,10 +24,10 @@ class Correction(JsonDocument):
 
     def __str__(self) -> str:
         before, after = self.divergences
-        what = (
+        comparison = (
             f"{self.count} allocations by the slope of the loss, compared on {self.tokens} tokens"
         )
         if self.trial is None:
-            return f"{what}: none is nearer than trial {self.corrects}, {number(before)}"
-        found = f"{number(after)} at trial {self.trial}"
-        return f"{what}: {number(before)} at trial {self.corrects}, {found}"
+            return f"{comparison}: none is nearer than trial {self.corrects}, {number(before)}"
+        best = f"{number(after)} at trial {self.trial}"
+        return f"{comparison}: {number(before)} at trial {self.corrects}, {best}"

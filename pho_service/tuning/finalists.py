@@ -29,16 +29,16 @@ def finalists(rated: Sequence[RatedCandidate], count: int) -> list[RatedCandidat
     # allocation does. Where each measurement takes a calibration of its own (re-pruning, weight
     # updates), baselines get one only if they are among the best.
     costly = any(c.candidate.steps.needs_text for c in rated)
-    found = [c for c in rated if costly or c.candidate.method == "crepe"]
-    judged = [(c.second_opinion, c) for c in found if c.second_opinion is not None]
-    orders = (iter(found), (c for _, c in sorted(judged, key=lambda pair: pair[0])))
+    contenders = [c for c in rated if costly or c.candidate.method == "crepe"]
+    judged = [(c.second_opinion, c) for c in contenders if c.second_opinion is not None]
+    orders = (iter(contenders), (c for _, c in sorted(judged, key=lambda pair: pair[0])))
     chosen: list[RatedCandidate] = []
     for order in islice(cycle(orders), 2 * count):  # twice, should the second have none to propose
         if len(chosen) < count:
             chosen += islice(
-                (c for c in order if all(_differ(c.params, other.params) for other in chosen)), 1
+                (c for c in order if all(_differ(c.params, f.params) for f in chosen)), 1
             )
-    passed_over = {c.number for c in found} - {c.number for c in chosen}
+    passed_over = {c.number for c in contenders} - {c.number for c in chosen}
     return [c for c in rated if c.number not in passed_over]
 
 
@@ -50,7 +50,7 @@ def _differ(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Divergences:
-    """How far candidates are from the dense model."""
+    """Divergences of candidates from the dense model."""
 
     # Mean Kullback-Leibler divergence in nats, by number of the trial.
     by_number: Mapping[int, float] = field(default_factory=dict)
@@ -65,11 +65,11 @@ def confirmed_before(
     # one that it extends.
     records = [record_of(study) for study in islands.studies]
 
-    def of(number: int) -> Any:
-        _, there = islands.place(number)
-        return records[islands.of_island(number)].get(f"perplexity:{there}", {}).get("text_sha256")
+    def text_of(number: int) -> Any:
+        _, trial = islands.place(number)
+        return records[islands.of_island(number)].get(f"perplexity:{trial}", {}).get("text_sha256")
 
-    return [candidate for candidate in rated if of(candidate.number) == text_sha256]
+    return [candidate for candidate in rated if text_of(candidate.number) == text_sha256]
 
 
 def united(
@@ -80,7 +80,7 @@ def united(
     return [candidate for candidate in rated if candidate.number in numbers]
 
 
-# Which of several finalists is the best on a text, when most of them need not be measured on all.
+# A race of finalists on a text, in which most of them need not be measured on all windows.
 LEVEL = 0.01  # chance of an error in a single test; see :func:`is_behind` for a whole race
 GROWTH = 1.25  # of the windows seen from one look to the next
 
@@ -108,15 +108,15 @@ def still_racing(
     windows: int,
     level: float = LEVEL,
 ) -> list[int]:
-    """Those of the finalists that may still turn out to be the best."""
+    """Return the finalists that may still turn out to be the best."""
     blocks = {
-        number: np.array([block for window in seen for block in own[window]])
-        for number, own in losses.items()
+        number: np.array([block for window in seen for block in window_losses[window]])
+        for number, window_losses in losses.items()
     }
     leader = min(blocks, key=lambda number: float(blocks[number].sum()))
     apart: dict[bytes, int] = {}
-    for number, own in blocks.items():  # those that prune alike have the very same losses
-        apart.setdefault(own.tobytes(), number)
+    for number, values in blocks.items():  # those that prune alike have the very same losses
+        apart.setdefault(values.tobytes(), number)
     return [
         number
         for number in apart.values()
@@ -124,17 +124,17 @@ def still_racing(
     ]
 
 
-def paired_error(mine: Blocks, other: Blocks, tokens: int) -> float | None:
+def paired_error(losses: Blocks, reference: Blocks, tokens: int) -> float | None:
     """
     The standard error of the difference of two models' mean losses on one text, in nats a token.
 
     That is, of the logarithm of the ratio of their perplexities. Losses are summed over windows or
     runs of tokens, the same for both; None where they are not known, or only one.
     """
-    if len(mine) != len(other) or len(mine) < 2:
+    if len(losses) != len(reference) or len(losses) < 2:
         return None
-    differences = np.subtract(mine, other)
-    return float(differences.std(ddof=1)) * math.sqrt(len(mine)) / tokens
+    differences = np.subtract(losses, reference)
+    return float(differences.std(ddof=1)) * math.sqrt(len(losses)) / tokens
 
 
 def is_behind(

@@ -78,7 +78,7 @@ class SearchPlan(SearchOptions):
 
     @property
     def generation(self) -> int:
-        """How many candidates the sampler gives before it is told their values."""
+        """Number of candidates that the sampler gives before it is told their values."""
         return SAMPLERS[self.sampler] if isinstance(self.sampler, str) else 1
 
     def baselines(self) -> list[Candidate]:
@@ -117,10 +117,9 @@ class RatedCandidate:
     second_opinion: float | None = None
 
 
-# Request of a user for a search.
 @dataclass(frozen=True, kw_only=True)
 class SearchRequest(SearchOptions):
-    """What a user asks a search for, besides the model and the texts."""
+    """A user's request for a search, besides the model and the texts."""
 
     pattern: Pattern  # What is pruned
     objective: Objective = field(default_factory=Objective)  # What candidates are rated by
@@ -170,12 +169,12 @@ class SearchRequest(SearchOptions):
 
     def plan(self, kernel_sizes: tuple[int, ...]) -> SearchPlan:
         allocation = self.steps.allocation
-        given = {
+        defaults = {
             "kernel_sizes": kernel_sizes,
             "allocations": (allocation.method,),
             "allocation_spread": (allocation.spread, allocation.spread),
         }
-        space = SearchSpace(**{**given, **self.bounds})
+        space = SearchSpace(**{**defaults, **self.bounds})
         if self.corrections and space.allocation_spread[1] == 0:
             raise InvalidInput(
                 f"corrections={self.corrections} has nothing to correct: with an allocation "
@@ -203,14 +202,15 @@ class SearchRequest(SearchOptions):
         """The points to start from, each once; baselines are in every search anyway."""
         points: list[dict[str, Any]] = []
         for candidate in self.warm_start:
-            mine, found = candidate.pattern, candidate.method == "crepe"
-            if str(mine) != str(self.pattern) or (found and mine.scope is not self.pattern.scope):
+            pattern, searched = candidate.pattern, candidate.method == "crepe"
+            other_scope = pattern.scope is not self.pattern.scope
+            if str(pattern) != str(self.pattern) or (searched and other_scope):
                 raise InvalidInput(
-                    f"a configuration to start from is for {mine} in scope {mine.scope.value}, but "
-                    f"the search is for {self.pattern} in scope {self.pattern.scope.value}. Leave "
-                    "it out, or search in its pattern and scope."
+                    f"a configuration to start from is for {pattern} in scope "
+                    f"{pattern.scope.value}, but the search is for {self.pattern} in scope "
+                    f"{self.pattern.scope.value}. Leave it out, or search in its pattern and scope."
                 )
             point = space.nearest(candidate)
-            if found and point not in points:
+            if searched and point not in points:
                 points.append(point)
         return tuple(points)

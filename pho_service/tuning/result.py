@@ -41,7 +41,7 @@ def describe_study(
 ) -> None:
     """Keep in the study what it is a record of, and what its values are called."""
     # What people read is a user attribute; documents, which searches go on with, are records.
-    known = record_of(study)
+    record = record_of(study)
     for key, value in {
         "pattern": str(plan.pattern),
         "scope": plan.pattern.scope.value,
@@ -49,14 +49,14 @@ def describe_study(
         "sampler": plan.sampler_name,
         **plan.identity(),
     }.items():
-        if key not in known:
+        if key not in record:
             study.set_user_attr(key, value)
     for key, value in {
         "space": plan.space.to_dict(),
         "steps": plan.steps.to_dict(),
         "calibration": dict(provenance),
     }.items():
-        if key not in known:
+        if key not in record:
             keep_record(study, key, value)
     if study.metric_names is None:
         with warnings.catch_warnings():
@@ -80,10 +80,10 @@ def mark_chosen(
     }
     if study.user_attrs.get(CHOSEN) != mark:
         study.set_user_attr(CHOSEN, mark)
-    for each in study.get_trials(deepcopy=False):
-        is_chosen = of_study == study.study_name and each.number == trial
-        if each.user_attrs.get(CHOSEN, False) is not is_chosen:
-            note_trial(study, each.number, CHOSEN, is_chosen)
+    for frozen_trial in study.get_trials(deepcopy=False):
+        is_chosen = of_study == study.study_name and frozen_trial.number == trial
+        if frozen_trial.user_attrs.get(CHOSEN, False) is not is_chosen:
+            note_trial(study, frozen_trial.number, CHOSEN, is_chosen)
 
 
 def chosen_in(study: optuna.Study) -> int | None:
@@ -176,7 +176,7 @@ def search_result(
 
 
 def _started(rated: list[RatedCandidate], plan: SearchPlan) -> list[dict[str, Any]]:
-    """What a search started from, and its values here."""
+    """The points that a search started from, with their values here."""
     first = len(plan.baselines())
     numbers = range(first, first + len(plan.warm_start))
     values = {r.number: r.value for r in rated if r.number in numbers}
@@ -190,10 +190,10 @@ def _at_chance(provenance: Mapping[str, Any]) -> Iterator[str]:
     """A sentence for each model that predicts no better than chance, as bundles say."""
     several = provenance.get("bundles")
     parts = provenance.get("model", {}).get("models", []) if several else []
-    for each, model in (
+    for origin, model in (
         zip(several, parts, strict=True) if several else [(provenance, provenance.get("model", {}))]
     ):
-        dense = each.get("dense")  # bundles that were put together by hand do not say
+        dense = origin.get("dense")  # bundles that were put together by hand do not say
         if dense and dense["perplexity"] > CHANCE * dense["vocabulary"]:
             yield (
                 f"The dense model {Path(model.get('name', 'model')).name} predicts no better than "

@@ -28,14 +28,13 @@ from pho_service.spec.objective import SAMPLERS, SearchOptions
 from pho_service.spec.space import RIA
 
 
-# Optuna's distributions as samplers need them: lists of values, and ranges from 0 to 1.
 def searchable(space: Mapping[str, BaseDistribution]) -> dict[str, BaseDistribution]:
-    """What has more than one value, by name."""
+    """The distributions that have more than one value, by name."""
     return {name: d for name, d in sorted(space.items()) if not d.single()}
 
 
 def fixed(space: Mapping[str, BaseDistribution]) -> dict[str, Any]:
-    """The only value of what has but one, by name."""
+    """The only values of the distributions that have but one, by name."""
     return {
         name: d.choices[0] if isinstance(d, CategoricalDistribution) else d.low
         for name, d in space.items()
@@ -58,7 +57,7 @@ def listed(distribution: BaseDistribution) -> list[Any] | None:
 
 
 def ascending(values: Sequence[Any]) -> bool:
-    """Whether these are numbers, each above the one before."""
+    """Return whether values are numbers, each above the one before."""
     numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
     return numbers and all(a < b for a, b in itertools.pairwise(values))
 
@@ -86,8 +85,8 @@ def to_unit(distribution: FloatDistribution | IntDistribution, value: float) -> 
     return (value - low) / (high - low)
 
 
-# Hill climbing: what people do by hand, one step and one rating at a time.
-# Parts of a range. Fractions, so that a step back leads exactly to where the climb came from.
+# Steps of a hill climb, as parts of a range. Fractions, so that a step back leads exactly to where
+# the climb came from.
 FIRST_STEP = Fraction(1, 4)
 LAST_STEP = Fraction(1, 32)
 
@@ -149,7 +148,7 @@ class HillClimbSampler(_InASpace):
         self._independent.reseed_rng()
 
     def is_exhausted(self, study: optuna.Study) -> bool:
-        """Whether the climb is over: no step is better than the best point."""
+        """Return whether the climb is over: no step is better than the best point."""
         return self._walk(study, self._space(study)).is_over
 
     def infer_relative_search_space(
@@ -179,7 +178,7 @@ class HillClimbSampler(_InASpace):
         return tuple(sorted(self._effective({**self._fixed, **params}).items()))
 
     def _losses(self, study: optuna.Study, names: Mapping[str, Any]) -> dict[Key, float]:
-        """What is known of each point: low is good, a failure infinite."""
+        """The loss of each point that was rated: low is good, a failure infinite."""
         sign = -1 if study.direction is optuna.study.StudyDirection.MAXIMIZE else 1
         losses: dict[Key, float] = {}
         for trial in study.get_trials(deepcopy=False):
@@ -206,12 +205,12 @@ class HillClimbSampler(_InASpace):
         step, turn, failures = FIRST_STEP, 0, 0
         while moves and step >= LAST_STEP:
             axis, direction = moves[turn]
-            there = {**place, axis.name: axis.moved(place[axis.name], direction * step)}
-            loss = losses.get(self._key(params(there)))
+            neighbour = {**place, axis.name: axis.moved(place[axis.name], direction * step)}
+            loss = losses.get(self._key(params(neighbour)))
             if loss is None:
-                return _Place(params=params(there), is_over=False)
+                return _Place(params=params(neighbour), is_over=False)
             if loss < best:
-                place, best, failures = there, loss, 0
+                place, best, failures = neighbour, loss, 0
                 continue
             turn, failures = (turn + 1) % len(moves), failures + 1
             if failures == len(moves):
@@ -297,7 +296,7 @@ def make_sampler(
 
 
 def is_exhausted(sampler: BaseSampler, study: optuna.Study) -> bool:
-    """Whether a sampler has no candidate left: a hill climb ends by itself."""
+    """Return whether a sampler has no candidate left: a hill climb ends by itself."""
     return isinstance(sampler, HillClimbSampler) and sampler.is_exhausted(study)
 
 
@@ -451,10 +450,10 @@ class _Encoding:
 
     def _one_hot(self, params: Mapping[str, Any]) -> Any:
         """(unordered variables, most values of one): 1 for the value that a point has."""
-        found = np.zeros((len(self.unordered), max(map(len, self.unordered.values()), default=0)))
-        for row, (name, values) in zip(found, self.unordered.items(), strict=True):
+        one_hot = np.zeros((len(self.unordered), max(map(len, self.unordered.values()), default=0)))
+        for row, (name, values) in zip(one_hot, self.unordered.items(), strict=True):
             row[values.index(params[name])] = 1
-        return found
+        return one_hot
 
     def solution(self, params: Mapping[str, Any]) -> CatCMAwM.Solution:
         """The solution that a point is the form of; as if the CMA-ES had drawn it in the space."""

@@ -72,12 +72,12 @@ def run_search(
     recorder = _Recorder(study, plan, recorded, fence, callbacks)
     recorder.finish(plan.baselines(), evaluate, advance)
     space = plan.space.distributions()
-    found = recorder.finish(
+    values = recorder.finish(
         [plan.space.candidate(params, plan.pattern, plan.steps) for params in plan.warm_start],
         evaluate,
         advance,
     )
-    warm = [(v, p) for v, p in zip(found, plan.warm_start, strict=True) if v is not None]
+    warm = [(v, p) for v, p in zip(values, plan.warm_start, strict=True) if v is not None]
     better = min if plan.direction == "minimize" else max
     start = better(warm, key=lambda pair: pair[0])[1] if warm else None
     sampler = plan.sampler
@@ -91,24 +91,24 @@ def run_search(
         )
     with quiet_optuna():
         memory = optuna.create_study(direction=plan.direction, sampler=sampler)
-    for known, params in warm:
-        memory.add_trial(create_trial(value=known, params=dict(params), distributions=space))
+    for start_value, params in warm:
+        memory.add_trial(create_trial(value=start_value, params=dict(params), distributions=space))
     if not isinstance(plan.sampler, str):  # nobody knows what it would have drawn
-        memory.add_trials([_told(trial, plan, study) for trial in recorder.skip(advance)])
+        memory.add_trials([_as_point(trial, plan, study) for trial in recorder.skip(advance)])
     first = recorder.done  # what a sampler draws before it is told anything is the same everywhere
     while (
         recorder.done < plan.trials and not recorder.stopped and not is_exhausted(sampler, memory)
     ):
         # Always a whole generation, so that a longer search begins as a shorter one did.
-        asked = [memory.ask(space) for _ in range(plan.generation)]
-        wanted = asked[: plan.trials - recorder.done]
+        generation = [memory.ask(space) for _ in range(plan.generation)]
+        trials = generation[: plan.trials - recorder.done]
         outcomes = recorder.finish(
-            [plan.space.candidate(trial.params, plan.pattern, plan.steps) for trial in wanted],
+            [plan.space.candidate(trial.params, plan.pattern, plan.steps) for trial in trials],
             evaluate,
             advance,
-            _adopting(sampler, wanted) if recorder.done > first else None,
+            _adopting(sampler, trials) if recorder.done > first else None,
         )
-        for trial, value in zip(wanted, outcomes, strict=True):
+        for trial, value in zip(trials, outcomes, strict=True):
             if value is None:
                 memory.tell(trial, state=TrialState.FAIL)
             else:
@@ -117,22 +117,22 @@ def run_search(
 
 
 def _adopting(
-    sampler: BaseSampler, asked: Sequence[optuna.Trial]
+    sampler: BaseSampler, trials: Sequence[optuna.Trial]
 ) -> Callable[[int, Mapping[str, Any]], None] | None:
-    """What makes a sampler take other points for those it was asked for; None if it cannot."""
+    """Give a function that makes a sampler take other points for its own; None if it cannot."""
     if not isinstance(sampler, CmaSampler):
         return None
-    return lambda i, params: sampler.adopt(asked[i].number, params)
+    return lambda i, params: sampler.adopt(trials[i].number, params)
 
 
-def _told(trial: FrozenTrial, plan: SearchPlan, study: optuna.Study) -> FrozenTrial:
-    """A recorded trial as a sampler is told of it: a point of the space that is searched."""
-    known = {name: trial.user_attrs.get(name) for name in ("coefficients", "steps")}
+def _as_point(trial: FrozenTrial, plan: SearchPlan, study: optuna.Study) -> FrozenTrial:
+    """Make a recorded trial one that a sampler can be told: a point of the searched space."""
+    attributes = {name: trial.user_attrs.get(name) for name in ("coefficients", "steps")}
     point = None
-    if all(known.values()):
+    if all(attributes.values()):
         point = plan.space.nearest(Candidate.from_dict(trial.user_attrs, plan.pattern))
-        mine = plan.space.candidate(point, plan.pattern, plan.steps).to_dict()
-    if point is None or not _alike(known, {name: mine[name] for name in known}):
+        document = plan.space.candidate(point, plan.pattern, plan.steps).to_dict()
+    if point is None or not _alike(attributes, {name: document[name] for name in attributes}):
         raise StudyError(
             f"trial {trial.number} of study {study.study_name!r} is not in the space that this "
             "search is to be in, or has other steps. Use another study."
@@ -177,10 +177,10 @@ class _Recorder:
 
     def skip(self, advance: Callable[[int], None]) -> list[FrozenTrial]:
         """The recorded trials that are left, without a look at what they are."""
-        rest = [*self.recorded[self.done :]]
-        self.done += len(rest)
-        advance(len(rest))
-        return rest
+        trials = [*self.recorded[self.done :]]
+        self.done += len(trials)
+        advance(len(trials))
+        return trials
 
     def finish(
         self,
@@ -191,8 +191,8 @@ class _Recorder:
     ) -> list[float | None]:
         """The value of each candidate, from the record or from ``evaluate``."""
         # ``adopt`` is told of the recorded ones that are others: their places, and their points.
-        known = self.recorded[self.done : self.done + len(candidates)]
-        for i, (trial, candidate) in enumerate(zip(known, candidates, strict=False)):
+        recorded = self.recorded[self.done : self.done + len(candidates)]
+        for i, (trial, candidate) in enumerate(zip(recorded, candidates, strict=False)):
             if self._is_of(trial, candidate):
                 continue
             if adopt is None or trial.user_attrs.get("method") != candidate.method:
@@ -201,8 +201,8 @@ class _Recorder:
                 "trial %d of study %r is another machine's", trial.number, self.study.study_name
             )
             adopt(i, trial.params)
-        values = [trial.value if trial.state is TrialState.COMPLETE else None for trial in known]
-        fresh = candidates[len(known) :]
+        values = [trial.value if trial.state is TrialState.COMPLETE else None for trial in recorded]
+        fresh = candidates[len(recorded) :]
         if fresh:
             began = datetime.now()  # as Optuna's times are
             outcomes = evaluate(fresh)
@@ -238,9 +238,9 @@ class _Recorder:
         self.stopped = self.stopped or self.study._stop_flag
 
     def _is_of(self, trial: FrozenTrial, candidate: Candidate) -> bool:
-        """Whether a recorded trial is a candidate's, but for rounding."""
-        known, asked = trial.user_attrs, candidate.to_dict()
-        return all(_alike(known.get(part), asked[part]) for part in ("coefficients", "steps"))
+        """Return whether a recorded trial is a candidate's, but for rounding."""
+        record, document = trial.user_attrs, candidate.to_dict()
+        return all(_alike(record.get(part), document[part]) for part in ("coefficients", "steps"))
 
     def _other(self, trial: FrozenTrial) -> StudyError:
         return StudyError(
@@ -269,13 +269,13 @@ def finished_trial(
     return trial
 
 
-def _alike(known: Any, asked: Any) -> bool:
-    """Whether two JSON documents are the same, but for rounding that has grown."""
-    if isinstance(known, Mapping) and isinstance(asked, Mapping):
-        return known.keys() == asked.keys() and all(_alike(known[k], asked[k]) for k in asked)
-    if isinstance(known, float) and isinstance(asked, float):
-        return math.isclose(known, asked, rel_tol=_ROUNDING, abs_tol=_ROUNDING)
-    return bool(known == asked)
+def _alike(first: Any, second: Any) -> bool:
+    """Return whether two JSON documents are the same, but for rounding that has grown."""
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return first.keys() == second.keys() and all(_alike(first[k], second[k]) for k in second)
+    if isinstance(first, float) and isinstance(second, float):
+        return math.isclose(first, second, rel_tol=_ROUNDING, abs_tol=_ROUNDING)
+    return bool(first == second)
 
 
 def searched(study: optuna.Study, plan: SearchPlan) -> list[FrozenTrial]:
@@ -309,10 +309,9 @@ def ranked(study: optuna.Study, plan: SearchPlan) -> list[RatedCandidate]:
     return sorted(rated, key=lambda r: (sign * r.value, r.number))
 
 
-# The studies of one search: one of the command line's, several of a job with islands.
 @dataclass(frozen=True)
 class Islands:
-    """The studies of one search, whose trials have numbers of their own among all of them."""
+    """The studies of one search, one an island; trials have numbers of their own among all."""
 
     # Trial 3 of the second of four islands is number 3 * 4 + 1. With one study the numbers are its.
 
@@ -328,10 +327,10 @@ class Islands:
         """The finished trials of all islands, best first; equal values by number."""
         # The baselines are the same in each island: only those of the first count.
         rated = [
-            replace(each, number=each.number * len(self.studies) + island)
+            replace(trial, number=trial.number * len(self.studies) + island)
             for island, (study, plan) in enumerate(zip(self.studies, self.plans, strict=True))
-            for each in ranked(study, plan)
-            if island == 0 or each.candidate.method == "crepe"
+            for trial in ranked(study, plan)
+            if island == 0 or trial.candidate.method == "crepe"
         ]
         sign = 1 if self.plan.direction == "minimize" else -1
         return sorted(rated, key=lambda r: (sign * r.value, r.number))
@@ -339,54 +338,53 @@ class Islands:
     def corrected(self, correction: Correction | None) -> list[RatedCandidate]:
         """The candidate that a correction found; none if it found none."""
         number = None if correction is None else correction.trial
-        return [each for each in self.corrections() if each.number == number]
+        return [candidate for candidate in self.corrections() if candidate.number == number]
 
     def corrections(self) -> list[RatedCandidate]:
         """The corrected candidates of all islands, by island and number."""
         return [
-            replace(each, number=each.number * len(self.studies) + island)
+            replace(candidate, number=candidate.number * len(self.studies) + island)
             for island, (study, plan) in enumerate(zip(self.studies, self.plans, strict=True))
-            for each in rated_trials(
+            for candidate in rated_trials(
                 [t for t in study.get_trials(deepcopy=False) if CORRECTS in t.user_attrs], plan
             )
         ]
 
     def place(self, number: int) -> tuple[optuna.Study, int]:
         """The study that a trial is in, and its number there."""
-        there, island = divmod(number, len(self.studies))
-        return self.studies[island], there
+        trial, island = divmod(number, len(self.studies))
+        return self.studies[island], trial
 
     def of_island(self, number: int) -> int:
         """The island that a trial is in, from 0."""
         return number % len(self.studies)
 
     def attributes(self, number: int) -> Mapping[str, Any]:
-        study, there = self.place(number)
-        (trial,) = (t for t in study.get_trials(deepcopy=False) if t.number == there)
+        study, trial_number = self.place(number)
+        (trial,) = (t for t in study.get_trials(deepcopy=False) if t.number == trial_number)
         attributes: Mapping[str, Any] = trial.user_attrs
         return attributes
 
     @property
     def finished(self) -> int:
-        """How many trials were rated, the baselines in each island."""
+        """Number of trials that were rated, the baselines in each island."""
         return sum(
             len(searched(study, plan)) for study, plan in zip(self.studies, self.plans, strict=True)
         )
 
     @property
     def asked(self) -> int:
-        """How many trials the plans ask for."""
+        """Number of trials that the plans ask for."""
         return sum(plan.trials for plan in self.plans)
 
 
-# The trials of a curve as one study of two objectives: sparsity and what a search minimised.
 _OF = "of_study"  # user attribute of a trial: where it was searched
 _KEPT = ("method", "coefficients", "steps", "perplexity", "divergence")
 _AT_ONCE = 100  # trials that are written within one fence: about half a second
 
 
 def pareto_name(model: str, studies: Sequence[str]) -> str:
-    """What the study of a curve is called: the same studies give the same one."""
+    """The name of the study of a curve: the same studies give the same one."""
     digest = hashlib.sha256(json.dumps(sorted(studies)).encode()).hexdigest()[:10]
     return f"{model} curve of sparsities {digest}"
 
@@ -414,14 +412,14 @@ def add_point(
     fence: Fence = nullcontext,
 ) -> None:
     """Add the trials of a search to the study of its curve; those that are there are left out."""
-    known = {
+    keys = {
         (trial.user_attrs.get(_OF), trial.user_attrs.get("trial"))
         for trial in pareto.get_trials(deepcopy=False)
     }
     points = [
         _point(trial, study.study_name, (sparsity, trial.value), pattern)
         for trial in study.get_trials(deepcopy=False)
-        if trial.value is not None and (study.study_name, trial.number) not in known
+        if trial.value is not None and (study.study_name, trial.number) not in keys
     ]
     for first in range(0, len(points), _AT_ONCE):
         with fence():
@@ -431,11 +429,11 @@ def add_point(
 def _point(
     trial: FrozenTrial, study: str, values: tuple[float, float], pattern: str
 ) -> FrozenTrial:
-    kept = {name: trial.user_attrs[name] for name in _KEPT if name in trial.user_attrs}
+    attributes = {name: trial.user_attrs[name] for name in _KEPT if name in trial.user_attrs}
     point = create_trial(
         state=TrialState.COMPLETE,
         values=values,
-        user_attrs={"pattern": pattern, _OF: study, "trial": trial.number, **kept},
+        user_attrs={"pattern": pattern, _OF: study, "trial": trial.number, **attributes},
     )
     point.datetime_start, point.datetime_complete = trial.datetime_start, trial.datetime_complete
     return point

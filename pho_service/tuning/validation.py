@@ -52,13 +52,13 @@ def random_candidates(
     return candidates
 
 
-def planned_candidates(plan: SearchPlan, asked: ValidationSpec) -> list[Candidate]:
+def planned_candidates(plan: SearchPlan, validation: ValidationSpec) -> list[Candidate]:
     """The random candidates that a search's proxy is validated on: of its space and its linears."""
     return random_candidates(
         plan.space,
         plan.pattern,
-        count=asked.candidates,
-        seed=asked.seed,
+        count=validation.candidates,
+        seed=validation.seed,
         linears=plan.steps.linears,
     )
 
@@ -82,8 +82,8 @@ def proxy_quality(
             (x, y), statistic, paired=True, n_resamples=RESAMPLES, method="percentile",
             batch=max(1, BATCH // len(x) ** 2), rng=np.random.default_rng(seed),
         )  # fmt: skip
-        found = result.confidence_interval
-        return float(found.low), float(found.high)
+        bounds = result.confidence_interval
+        return float(bounds.low), float(bounds.high)
 
     better = y <= np.median(y)
     return ProxyQuality(
@@ -98,11 +98,9 @@ def proxy_quality(
     )
 
 
-# SciPy's own take one sample at a time, of which a bootstrap needs thousands.
-
-
 def _spearman(x: Values, y: Values, axis: int = -1) -> Values:
     """Correlate each sample; 0 where one side is constant, which a resample can be."""
+    # SciPy's own takes one sample at a time, of which a bootstrap needs thousands.
     ranks = [stats.rankdata(side, axis=axis) for side in (x, y)]
     return _cosine(*(rank - rank.mean(axis=axis, keepdims=True) for rank in ranks), axes=(axis,))
 
@@ -116,37 +114,37 @@ def _kendall(x: Values, y: Values, axis: int = -1) -> Values:
 
 def _cosine(a: Values, b: Values, *, axes: tuple[int, ...]) -> Values:
     norm: Values = np.sqrt((a * a).sum(axis=axes) * (b * b).sum(axis=axes))
-    found: Values = np.divide((a * b).sum(axis=axes), norm, out=np.zeros_like(norm), where=norm > 0)
-    return found
+    ratio: Values = np.divide((a * b).sum(axis=axes), norm, out=np.zeros_like(norm), where=norm > 0)
+    return ratio
 
 
 def verdict(name: str, quality: ProxyQuality) -> str | None:
     """One plain sentence if a proxy does not rank, or not where a search ends; None if it does."""
     sign = -1 if is_maximised(name) else 1
     whole, better_half = sign * quality.spearman, sign * quality.spearman_better_half
-    said = f"rank correlation with perplexity is {quality.spearman:+.2f}"
+    evidence = f"rank correlation with perplexity is {quality.spearman:+.2f}"
     if whole < RANKS:
         worth = "worse than chance" if whole <= -RANKS else "little better than chance"
         return (
-            f"The proxy {name} does not rank candidates on this model: its {said}, so what it "
+            f"The proxy {name} does not rank candidates on this model: its {evidence}, so what it "
             f"finds is {worth}."
         )
     if better_half < ORDERS:
         return (
             f"The proxy {name} tells good candidates from bad ones on this model, but does not "
-            f"order the better half of them: its {said}, and {quality.spearman_better_half:+.2f} "
-            "in that half, where a search ends."
+            f"order the better half of them: its {evidence}, and "
+            f"{quality.spearman_better_half:+.2f} in that half, where a search ends."
         )
     return None
 
 
 def finalists_wanted(count: int, name: str, quality: ProxyQuality) -> tuple[int, str | None]:
-    """How many finalists are confirmed; and why, if they are more than were asked for."""
+    """Number of finalists to confirm; and why, if they are more than were asked for."""
     doubt = verdict(name, quality)
     if doubt is None:
         return count, None
-    more = WIDER * count
-    return more, f"{doubt} So the best {more} by it are finalists instead of {count}."
+    wider = WIDER * count
+    return wider, f"{doubt} So the best {wider} by it are finalists instead of {count}."
 
 
 def qualities(
