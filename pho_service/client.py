@@ -203,10 +203,10 @@ class Client:
                     if not event.data:  # the service's sign of life, which httpx-sse gives an id
                         continue
                     try:
-                        found = Event(id=int(event.id), kind=event.event, data=event.json())
+                        parsed = Event(id=int(event.id), kind=event.event, data=event.json())
                     except ValueError as error:
                         raise _no_pho() from error
-                    yield found
+                    yield parsed
         except httpx_sse.SSEError as error:
             raise _no_pho() from error
         except httpx.TransportError as error:
@@ -259,7 +259,7 @@ class Client:
         files = self.artifacts(job_id).files
         path = self._job_path(job_id, "/artifacts")
         with empty_bars(shown=watched(progress), of_bytes=True) as bars:
-            task = bars.add_task("Downloading", total=sum(each.bytes for each in files))
+            task = bars.add_task("Downloading", total=sum(file.bytes for file in files))
             part = partial(self._part, path)
             return pull(files, Path(folder), part, partial(bars.advance, task))
 
@@ -315,11 +315,11 @@ class Client:
         limit: int = 10,
     ) -> list[ConfigurationMatch]:
         """The configurations of the library that are likely to be good, best first."""
-        found = self._get(
+        matches = self._get(
             ConfigurationMatches, "/configurations", pattern=pattern, scope=scope, family=family,
             parameters=parameters, limit=limit,
         )  # fmt: skip
-        return found.configurations
+        return matches.configurations
 
     def import_configuration(self, file: LibraryFile) -> ConfigurationMatch:
         """Add a configuration that was found elsewhere to the library."""
@@ -357,8 +357,8 @@ class Client:
             device_memory: Bytes of that card, if it has others than usual.
             main_memory: Bytes of main memory.
         """
-        asked = {"card": card, "device_memory": device_memory, "main_memory": main_memory}
-        params = {name: value for name, value in asked.items() if value is not None}
+        options = {"card": card, "device_memory": device_memory, "main_memory": main_memory}
+        params = {name: value for name, value in options.items() if value is not None}
         return _read(PlanAnswer, self._request("POST", "/plan", json=dict(spec), params=params))
 
     def workers(self) -> list[Worker]:
@@ -416,11 +416,11 @@ class Client:
                     total=done.total,
                     description=f"{job.state}, {job.stage or 'waiting'}",
                 )
-                for each in map(done.of, ("point", "perplexity")):
-                    if each.total:
+                for part in map(done.of, ("point", "perplexity")):
+                    if part.total:
                         bars.update(
-                            confirmation, completed=each.done, total=each.total,
-                            description=each.unit, visible=True,
+                            confirmation, completed=part.done, total=part.total,
+                            description=part.unit, visible=True,
                         )  # fmt: skip
                 if job.state.is_over:
                     return job
@@ -430,8 +430,8 @@ class Client:
                 job = patient(self.job, job_id)
 
     def _get(self, kind: type[Answer], path: str, **params: Any) -> Answer:
-        given = {name: value for name, value in params.items() if value is not None}
-        return _read(kind, self._request("GET", path, params=given))
+        query = {name: value for name, value in params.items() if value is not None}
+        return _read(kind, self._request("GET", path, params=query))
 
     def _pages(self, kind: type[Page], path: str, params: dict[str, Any]) -> Iterator[Page]:
         while True:
@@ -451,23 +451,23 @@ class Client:
         path = self._job_path(job_id, f":{verb}")
         return _read(Job, self._request("POST", path, json=document, params=params))
 
-    def _job_path(self, given: uuid.UUID | str, rest: str = "") -> str:
+    def _job_path(self, job_id: uuid.UUID | str, rest: str = "") -> str:
         """The path of a job, or of what is below it; the beginning of its id is enough."""
-        begins = str(given)
+        begins = str(job_id)
         if not _SHORT_ID.fullmatch(begins) or len(begins.replace("-", "")) == 32:
-            return f"/jobs/{_path_id(given)}{rest}"
-        found = self._get(JobPage, "/jobs", id=begins, page_size=_MOST_NAMED + 1).jobs
-        if not found:
+            return f"/jobs/{_path_id(job_id)}{rest}"
+        jobs = self._get(JobPage, "/jobs", id=begins, page_size=_MOST_NAMED + 1).jobs
+        if not jobs:
             raise InvalidInput(
                 f"no job's id begins with {begins!r}. `pho jobs` shows the ids of all."
             )
-        if len(found) > 1:
-            named = ", ".join(f"{job.id} ({job.name})" for job in found[:_MOST_NAMED])
-            more = ", and more" if len(found) > _MOST_NAMED else ""
+        if len(jobs) > 1:
+            names = ", ".join(f"{job.id} ({job.name})" for job in jobs[:_MOST_NAMED])
+            more = ", and more" if len(jobs) > _MOST_NAMED else ""
             raise InvalidInput(
-                f"the ids of several jobs begin with {begins!r}: {named}{more}. Give more of it."
+                f"the ids of several jobs begin with {begins!r}: {names}{more}. Give more of it."
             )
-        return f"/jobs/{found[0].id}{rest}"
+        return f"/jobs/{jobs[0].id}{rest}"
 
     @contextmanager
     def _part(self, path: str, file: File, first: int) -> Iterator[tuple[bool, Iterator[bytes]]]:
@@ -509,7 +509,7 @@ class Client:
         return answer
 
     def _unreachable(self, error: httpx.TransportError) -> ServiceUnavailable:
-        """What is raised where the service is away."""
+        """The error of a service that is away."""
         return ServiceUnavailable(
             f"the service at {self.url} cannot be reached: {error}. Start it with `pho serve`, or "
             "set PHO_API_URL."
@@ -534,8 +534,8 @@ def _retrying() -> Retrying:
 
 def _as_told(state: RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
-    told = error.retry_after_s if isinstance(error, ServiceError) else None
-    return 1.0 if told is None else told
+    wait_s = error.retry_after_s if isinstance(error, ServiceError) else None
+    return 1.0 if wait_s is None else wait_s
 
 
 def _read(kind: type[Answer], answer: httpx.Response) -> Answer:
@@ -546,7 +546,7 @@ def _read(kind: type[Answer], answer: httpx.Response) -> Answer:
 
 
 def _no_pho() -> ServiceError:
-    """What is raised where somebody else answers."""
+    """The error of an answer that is somebody else's."""
     return ServiceError(
         "the answer is not one that PHO gives: something else listens there, or a service of "
         "another version. Check PHO_API_URL.",
@@ -554,12 +554,12 @@ def _no_pho() -> ServiceError:
     )
 
 
-def _path_id(given: uuid.UUID | str, thing: str = "a job", verb: str = "jobs") -> str:
+def _path_id(name: uuid.UUID | str, thing: str = "a job", verb: str = "jobs") -> str:
     try:
-        return str(uuid.UUID(str(given)))
+        return str(uuid.UUID(str(name)))
     except ValueError:
         raise InvalidInput(
-            f"{str(given)!r} is not {thing}'s id. `pho {verb}` shows the ids of all."
+            f"{str(name)!r} is not {thing}'s id. `pho {verb}` shows the ids of all."
         ) from None
 
 
@@ -574,10 +574,10 @@ def _refused(answer: httpx.Response) -> ServiceError:
     if len(problem.errors or ()) > 1:
         lines = [f"{e.pointer or e.parameter}: {e.detail}" for e in problem.errors or ()]
     kind = ServiceUnavailable if problem.status in (502, 503, 504) else ServiceError
-    told = answer.headers.get("Retry-After", "")
+    wait_s = answer.headers.get("Retry-After", "")
     return kind(
         "\n".join(lines),
         status=problem.status,
         code=problem.code,
-        retry_after_s=float(told) if told.isdecimal() and len(told) < 10 else None,
+        retry_after_s=float(wait_s) if wait_s.isdecimal() and len(wait_s) < 10 else None,
     )

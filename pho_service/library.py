@@ -25,13 +25,11 @@ from pho_service.spec.configuration import (
 )
 from pho_service.spec.pattern import Pattern, Scope
 
-# Files of a library: configurations, and transfers, which hold one and what it was worth
-# elsewhere.
-TRANSFER_VERSION = 1
+TRANSFER_VERSION = 1  # of the format of a transfer's file
 
 
 class TransferTarget(BaseModel):
-    """What of a measured transfer counts here; the rest is kept, and not looked at."""
+    """The parts of a measured transfer that count here; the rest is kept, and not looked at."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
@@ -63,10 +61,10 @@ class LibraryFile:
     def to_dict(self, source: str) -> dict[str, Any]:
         """A configuration's file; that of a transfer if there are any."""
         # The targets' own bests are left out: each is a configuration of its own.
-        written = self.configuration.model_dump(mode="json")
+        document = self.configuration.model_dump(mode="json")
         if not self.targets:
-            return written
-        file = TransferFile(source=source, configuration=written, targets=[*self.targets])
+            return document
+        file = TransferFile(source=source, configuration=document, targets=[*self.targets])
         return file.model_dump(mode="json", exclude={"targets": {"__all__": {"own"}}})
 
 
@@ -78,12 +76,12 @@ def parse_library_file(document: Any, name: str) -> LibraryFile:
     kind = (TRANSFER_FORMAT, TRANSFER_VERSION)
     check_format(document, name, "transfer", kind, "", "transfer the configuration")
     try:
-        found = TransferFile.model_validate(document)
+        transfer = TransferFile.model_validate(document)
     except ValidationError as error:
         raise ConfigurationError(f"{name} breaks the format: {reasons(error)}.") from error
     return LibraryFile(
-        configuration=parse_configuration(found.configuration, f"{name}: configuration"),
-        targets=tuple(found.targets),
+        configuration=parse_configuration(transfer.configuration, f"{name}: configuration"),
+        targets=tuple(transfer.targets),
     )
 
 
@@ -98,25 +96,23 @@ def read_folder(folder: Path) -> tuple[dict[str, LibraryFile], list[str]]:
             f"the library {folder} is no folder. Give a folder of configurations, or the URL of a "
             "service."
         )
-    found, others = {}, []
+    files, problems = {}, []
     for path in sorted(folder.rglob("*.json")):
         try:
-            found[str(path.relative_to(folder))] = read_library_file(path)
+            files[str(path.relative_to(folder))] = read_library_file(path)
         except ConfigurationError as error:
-            others.append(str(error))
-    return found, others
+            problems.append(str(error))
+    return files, problems
 
 
 def stored_file(document: Mapping[str, Any], transfers: Sequence[Mapping[str, Any]]) -> LibraryFile:
     """An entry of a service's store, which was checked when it was stored."""
     return LibraryFile(
         configuration=Configuration.model_validate(document),
-        targets=tuple(TransferTarget.model_validate(each) for each in transfers),
+        targets=tuple(TransferTarget.model_validate(target) for target in transfers),
     )
 
 
-# What a library knows of each of its configurations: the models, and how much better than RIA it
-# was.
 # Files come from others: what is beyond these is no measurement, and must not stop a ranking.
 MOST_PARAMETERS = 10**15
 _LARGEST = sys.float_info.max
@@ -154,14 +150,14 @@ class ModelFacts:
         )
 
     def shortened(self) -> dict[str, Any]:
-        """As JSON values, with the beginning of what is long."""
+        """Return JSON values, with long ones cut."""
         family = None if self.family is None else self.family[:_LONGEST]
         return {"name": self.name[:_LONGEST], "family": family, "parameters": self.parameters}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gain:
-    """How much better than RIA, in the widest scope of the pattern."""
+    """A gain over RIA in the widest scope of the pattern."""
 
     # By perplexity or divergence: nats a token below RIA, that is, the logarithm of how many times
     # RIA's perplexity is as high. By a proxy: the share of RIA's that is saved.
@@ -171,12 +167,12 @@ class Gain:
     def __str__(self) -> str:
         share = abs(self.share)
         direction = "below" if self.value > 0 else "above"
-        what = {
+        measure = {
             "perplexity": "perplexity",
             "divergence": "perplexity, as its divergence from the dense model tells",
             "proxy": "proxy; RIA's perplexity was not measured",
         }[self.by]
-        return f"{share:.1%} {direction} RIA's {what}" if share else f"RIA's {what}"
+        return f"{share:.1%} {direction} RIA's {measure}" if share else f"RIA's {measure}"
 
     @property
     def share(self) -> float:
@@ -195,7 +191,7 @@ def _by(gain: Gain | None) -> dict[MeasuredBy, float | None]:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredElsewhere:
-    """What a configuration was worth on a model that it was not found on."""
+    """The gain of a configuration on a model that it was not found on."""
 
     model: ModelFacts
     gain: Gain
@@ -214,7 +210,7 @@ class Entry:
 
     @classmethod
     def of(cls, entry_id: str, file: LibraryFile) -> Self:
-        """What a configuration and its transfers say of themselves."""
+        """Read an entry from a configuration and its transfers."""
         configuration = file.configuration
         several = configuration.model.get("models")
         models = [m for m in several if isinstance(m, Mapping)] if isinstance(several, list) else []
@@ -252,7 +248,7 @@ class Entry:
 
     @classmethod
     def of_facts(cls, entry_id: str, facts: Mapping[str, Any]) -> Self:
-        """What :meth:`facts` has given."""
+        """Read what :meth:`facts` gave."""
         return cls(
             id=entry_id,
             method=facts["method"],
@@ -278,7 +274,7 @@ class Entry:
 
 
 def measured_gain(configuration: Configuration) -> Gain | None:
-    """How much better than RIA a configuration was where it was found."""
+    """The gain of a configuration over RIA where it was found."""
     baselines = [b for b in configuration.baselines if b.method.startswith("ria")]
     relative = configuration.objective.get("relative_to_ria")
     if isinstance(relative, Mapping) and relative:
@@ -291,26 +287,26 @@ def measured_gain(configuration: Configuration) -> Gain | None:
     if not baselines:
         return None
     ria = baselines[-1]  # of the widest scope
-    mine = _own_rating(configuration)
-    perplexities = {"ria": ria.perplexity, "transferred": mine.perplexity}
+    rating = _own_rating(configuration)
+    perplexities = {"ria": ria.perplexity, "transferred": rating.perplexity}
     if configuration.confirmation is not None:
         perplexities["transferred"] = configuration.confirmation.perplexity
     by_perplexity = _gain(perplexities, "perplexity")
     if by_perplexity is not None:
         return by_perplexity
-    if ria.divergence is not None and mine.divergence is not None:
-        return Gain(value=ria.divergence - mine.divergence, by="divergence")
+    if ria.divergence is not None and rating.divergence is not None:
+        return Gain(value=ria.divergence - rating.divergence, by="divergence")
     minimised = configuration.objective.get("direction", "minimize") == "minimize"
-    return _gain({"ria": ria.proxy, "transferred": mine.proxy}, "proxy") if minimised else None
+    return _gain({"ria": ria.proxy, "transferred": rating.proxy}, "proxy") if minimised else None
 
 
 def transferred_gain(target: TransferTarget) -> Gain | None:
-    """How much better than RIA a configuration was on a model that it was taken to."""
+    """The gain of a configuration over RIA on a model that it was taken to."""
     return _gain(target.perplexities, "perplexity") or _gain(target.proxies, "proxy")
 
 
 def _own_rating(configuration: Configuration) -> Rating:
-    """What was measured of the configuration itself: it is the first that was confirmed."""
+    """The rating of the configuration itself: it is the first that was confirmed."""
     if configuration.finalists and configuration.confirmation is not None:
         return configuration.finalists[0]
     proxy = _number(configuration.objective.get("value"))
@@ -325,16 +321,15 @@ def _number(value: Any) -> float | None:
 
 
 def _gain(values: Mapping[str, float | None], by: MeasuredBy) -> Gain | None:
-    ria, mine = values.get("ria"), values.get("transferred")
-    if ria is None or mine is None or ria <= 0 or mine <= 0:
+    ria, transferred = values.get("ria"), values.get("transferred")
+    if ria is None or transferred is None or ria <= 0 or transferred <= 0:
         return None
     if by == "proxy":
-        return Gain(value=1 - min(mine / ria, _LARGEST), by=by)
-    return Gain(value=math.log(ria) - math.log(mine), by=by)
+        return Gain(value=1 - min(transferred / ria, _LARGEST), by=by)
+    return Gain(value=math.log(ria) - math.log(transferred), by=by)
 
 
-# Which configuration of a library is likely to be good on a model, and why.
-# How much of a gain is expected to be left on a model of another kind. Judgement, not measured:
+# Share of a gain that is expected to be left on a model of another kind. Judgement, not measured:
 # they only order what was not measured on the asked family.
 RELATED_FAMILY = 0.95  # gemma2 and gemma3_text
 OTHER_FAMILY = 0.85
@@ -344,7 +339,7 @@ PER_DOUBLING = 0.98  # of the number of parameters, up or down
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What a configuration is looked for; None is any."""
+    """The pattern, scope and model that a configuration is looked for; None is any."""
 
     pattern: Pattern | None = None  # With its scope, if ``scope_matters`` and ``scope`` is None
     # Where weights compete, of any pattern; one that the pattern never has fits nothing.
@@ -362,10 +357,10 @@ class Wanted:
         parameters: int | None = None,
     ) -> Self:
         """Return the target that a user describes."""
-        asked = None if scope is None else Pattern.parse("0.5", scope).scope
+        scope_value = None if scope is None else Pattern.parse("0.5", scope).scope
         return cls(
             pattern=None if pattern is None else Pattern.parse(pattern, scope),
-            scope=asked,
+            scope=scope_value,
             scope_matters=scope is not None,
             family=family,
             parameters=parameters,
@@ -430,8 +425,8 @@ def _distance(entry: Entry, wanted: Wanted) -> float:
 
 
 def _same_scope(entry: Entry, wanted: Wanted) -> bool:
-    asked = _asked_scope(wanted)
-    return asked is None or entry.pattern.scope is asked
+    wanted_scope = _asked_scope(wanted)
+    return wanted_scope is None or entry.pattern.scope is wanted_scope
 
 
 def _asked_scope(wanted: Wanted) -> Scope | None:
@@ -440,15 +435,15 @@ def _asked_scope(wanted: Wanted) -> Scope | None:
 
 def _expected(entry: Entry, wanted: Wanted) -> tuple[Gain | None, float | None]:
     """The measurement that counts for the asked model, and the gain that it makes likely there."""
-    there = [m.gain for m in entry.measured if _kinship(m.model.family, wanted.family) == 1]
-    if wanted.family is not None and there:
-        worst = min(there, key=lambda gain: (gain.by == "proxy", gain.share))
+    relatives = [m.gain for m in entry.measured if _kinship(m.model.family, wanted.family) == 1]
+    if wanted.family is not None and relatives:
+        worst = min(relatives, key=lambda gain: (gain.by == "proxy", gain.share))
         return worst, worst.share
     if entry.gain is None:
         return None, None
-    left = max((_left(model, wanted) for model in entry.models), default=UNKNOWN)
+    share_left = max((_left(model, wanted) for model in entry.models), default=UNKNOWN)
     share = entry.gain.share
-    return entry.gain, share * left if share > 0 else share
+    return entry.gain, share * share_left if share > 0 else share
 
 
 def _left(model: ModelFacts, wanted: Wanted) -> float:
@@ -472,22 +467,22 @@ def _kinship(family: str | None, wanted: str | None) -> float:
 
 def _stem(family: str) -> str:
     """The letters that a family's name begins with: gemma of gemma3_text."""
-    found = re.match(r"[a-z]+", family.lower())
-    return found.group() if found else family
+    match = re.match(r"[a-z]+", family.lower())
+    return match.group() if match else family
 
 
 def _reasons(entry: Entry, wanted: Wanted) -> Iterable[str]:
-    mine = f"pattern {entry.pattern}, scope {entry.pattern.scope.value}"
+    kind = f"pattern {entry.pattern}, scope {entry.pattern.scope.value}"
     if wanted.pattern is not None and _distance(entry, wanted) > 0:
-        yield f"{mine}, but {wanted.pattern} is asked for: search again, beginning with it or not"
+        yield f"{kind}, but {wanted.pattern} is asked for: search again, beginning with it or not"
     elif wanted.scope_matters and not _same_scope(entry, wanted):
-        yield f"{mine}, but scope {_asked_scope(wanted)} is asked"
+        yield f"{kind}, but scope {_asked_scope(wanted)} is asked"
     else:
-        yield mine
+        yield kind
     for model in entry.models:
         yield _model_reason(model, wanted)
-    found = " + ".join(model.name for model in entry.models)
-    yield f"where it was found, {entry.gain or 'RIA was not measured beside it'} ({found})"
+    models = " + ".join(model.name for model in entry.models)
+    yield f"where it was found, {entry.gain or 'RIA was not measured beside it'} ({models})"
     for measured in entry.measured:
         yield f"on {measured.model.name}, {measured.gain}"
     if entry.method != "crepe":
@@ -502,10 +497,10 @@ def _size(parameters: int) -> str:
 
 def _model_reason(model: ModelFacts, wanted: Wanted) -> str:
     size = _size(model.parameters) if model.parameters else "unknown size"
-    said = f"found on {model.name}, {model.family or 'unknown family'}, {size}"
+    origin = f"found on {model.name}, {model.family or 'unknown family'}, {size}"
     if wanted.family is None:
-        return said
+        return origin
     if model.family is None:
-        return f"{said}; asked for is {wanted.family}"
+        return f"{origin}; asked for is {wanted.family}"
     kin = {1.0: "the family", RELATED_FAMILY: "a family related to the one"}
-    return f"{said}: {kin.get(_kinship(model.family, wanted.family), 'not the family')} asked for"
+    return f"{origin}: {kin.get(_kinship(model.family, wanted.family), 'not the family')} asked for"

@@ -34,23 +34,23 @@ def best_so_far(values: Sequence[float], *, maximised: bool) -> list[float]:
 
 def history_chart(report: Report) -> Chart | None:
     """The objective of every trial, and the best so far; None without trials."""
-    known = [t for t in report.trials if t.value is not None and math.isfinite(t.value)]
-    if not known:
+    rated = [t for t in report.trials if t.value is not None and math.isfinite(t.value)]
+    if not rated:
         return None
-    values = [trial.value or 0.0 for trial in known]
+    values = [trial.value or 0.0 for trial in rated]
     best = best_so_far(values, maximised=report.maximised)
     series = [
-        _trials("found", "dot", [t for t in known if not t.is_baseline]),
-        _trials("baseline", "diamond", [t for t in known if t.is_baseline]),
-        _course("best so far", "best", [trial.number for trial in known], best),
+        _trials("found", "dot", [t for t in rated if not t.is_baseline]),
+        _trials("baseline", "diamond", [t for t in rated if t.is_baseline]),
+        _course("best so far", "best", [trial.number for trial in rated], best),
     ]
     within = worth_showing(values, maximised=report.maximised)
     beyond = sum(not within[0] <= value <= within[1] for value in values)
     return Chart(
         id="history",
         title="Objective by trial",
-        text=f"{len(known)} rated trials. The best value, {number(best[-1])}, is that of trial "
-        f"{known[best.index(best[-1])].number}; the first trial had {number(best[0])}. "
+        text=f"{len(rated)} rated trials. The best value, {number(best[-1])}, is that of trial "
+        f"{rated[best.index(best[-1])].number}; the first trial had {number(best[0])}. "
         + ("Higher" if report.maximised else "Lower")
         + " is better."
         + (f" {beyond} that are far worse are drawn at the edge." if beyond else ""),
@@ -70,11 +70,11 @@ def searches_chart(searches: Sequence[tuple[str, Sequence[float], bool]]) -> Cha
         if len(values) > 1
     ]
     within = min(low for low, _ in ranges), max(high for _, high in ranges)
-    most = max(len(values) for _, values, _ in searches)
+    longest = max(len(values) for _, values, _ in searches)
     return Chart(
         id="searches",
         title="Best objective so far",
-        text=f"The best objective so far of each job, over {most} trials. Objectives of other "
+        text=f"The best objective so far of each job, over {longest} trials. Objectives of other "
         "models or patterns have other sizes.",
         drawing=plot(series, x="trial", y="objective", within=within),
     )
@@ -131,10 +131,10 @@ def confirmed_chart(report: Report) -> Chart | None:
                     t.value or 0.0, t.perplexity or 0.0,
                     f"{_named(t)}: proxy {number(t.value)}, perplexity {number(t.perplexity)}",
                 )
-                for t in some
+                for t in trials
             ],
         )
-        for name, mark, some in kinds
+        for name, mark, trials in kinds
     ]  # fmt: skip
     best, worst = measured[0], measured[-1]
     return Chart(
@@ -177,7 +177,7 @@ def transfer_chart(
     rows: Sequence[tuple[str, Mapping[str, float | None]]],
     what: Literal["perplexity", "proxy"],
 ) -> Chart | None:
-    """What a configuration was worth on other models, by name, beside the other methods."""
+    """A configuration on other models, by name, beside the other methods."""
     if not rows:
         return None
     groups = [
@@ -244,8 +244,8 @@ def timings_chart(spent: Mapping[str, float]) -> Chart | None:
         return None
     longest = max(spent, key=lambda name: spent[name])
     shown = [
-        Bar(label=name, look="found", value=each, text=f"{seconds(each)} s")
-        for name, each in spent.items()
+        Bar(label=name, look="found", value=value, text=f"{seconds(value)} s")
+        for name, value in spent.items()
     ]
     return Chart(
         id="timings",
@@ -262,9 +262,9 @@ def curves_chart(curves: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> C
     if len({point["sparsity"] for point in every}) < 2:
         return None
     series = [
-        each
+        line
         for place, (name, points) in enumerate(curves, 1)
-        for each in _joined(points, name, f"line-{place}", "perplexity")
+        for line in _joined(points, name, f"line-{place}", "perplexity")
     ]
     return Chart(
         id="curves",
@@ -278,21 +278,21 @@ def curves_chart(curves: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> C
 def _joined(points: Sequence[Mapping[str, Any]], name: str, look: str, key: str) -> list[Series]:
     """A line through the points of ratios, and those of N:M beside it."""
     ratios, groups = (
-        _marks([each for each in points if (":" in each["pattern"]) is of_groups], name, key)
+        _marks([point for point in points if (":" in point["pattern"]) is of_groups], name, key)
         for of_groups in (False, True)
     )
-    found = [Series(name=name, look=look, points=ratios, line="straight")] if ratios else []
+    lines = [Series(name=name, look=look, points=ratios, line="straight")] if ratios else []
     if groups:
-        found.append(Series(name=f"{name}, N:M", look=look, points=groups, mark="cross"))
-    return found
+        lines.append(Series(name=f"{name}, N:M", look=look, points=groups, mark="cross"))
+    return lines
 
 
 def curve_chart(points: Sequence[Mapping[str, Any]], dense: float) -> Chart:
     """Perplexity against sparsity: a line through the ratios, N:M beside it."""
     series = [
-        each
+        line
         for name, key in (("found", "perplexity"), ("wanda", "wanda"), ("ria", "ria"))
-        for each in _joined(points, name, name, key)
+        for line in _joined(points, name, name, key)
     ]
     ends = [min(0.0, *(p["sparsity"] for p in points)), max(p["sparsity"] for p in points)]
     level = [(end, dense, "") for end in ends]
@@ -312,23 +312,23 @@ def _marks(
     points: Sequence[Mapping[str, Any]], name: str, key: str
 ) -> list[tuple[float, float, str]]:
     return [
-        (each["sparsity"], each[key], f"{name}, {each['pattern']}: {number(each[key])}")
-        for each in points
-        if each[key] is not None
+        (point["sparsity"], point[key], f"{name}, {point['pattern']}: {number(point[key])}")
+        for point in points
+        if point[key] is not None
     ]
 
 
 def _heat_map(cells: Sequence[LayerCell], what: Literal["error", "sparsity"]) -> Drawing:
     blocks = [*dict.fromkeys(cell.block for cell in cells)]
     kinds = [*dict.fromkeys(cell.kind for cell in cells)]
-    told = number if what == "error" else percent
+    in_words = number if what == "error" else percent
     return heat_map(
         _short(kinds),
         _short(blocks),
         {
             (kinds.index(cell.kind), blocks.index(cell.block)): (
                 getattr(cell, what),
-                f"{_place(cell)}: {told(getattr(cell, what))}",
+                f"{_place(cell)}: {in_words(getattr(cell, what))}",
             )
             for cell in cells
         },

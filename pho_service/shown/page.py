@@ -25,13 +25,12 @@ from pho_service.tuning.plan import CORRECTS
 from pho_service.tuning.result import chosen_in
 from storage.studies import quiet_optuna, record_of
 
-# What the studies of a search say: trials, and how much each parameter mattered.
 ENOUGH = 50  # candidates for importances: optuna wants five in the best tenth
 
 
 def trials_of(islands: Sequence[Sequence[FrozenTrial]], count: int) -> list[ReportTrial]:
     """The trials of so many islands by number; baselines, which all share, only once."""
-    found = [
+    rated = [
         ReportTrial(
             number=trial.number * count + island,
             method=str(trial.user_attrs.get("method", "crepe")),
@@ -42,12 +41,12 @@ def trials_of(islands: Sequence[Sequence[FrozenTrial]], count: int) -> list[Repo
         if trial.state.is_finished()
         and (island == 0 or trial.user_attrs.get("method", "crepe") == "crepe")
     ]
-    return sorted(found, key=lambda trial: trial.number)
+    return sorted(rated, key=lambda trial: trial.number)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredTrials:
-    """What was measured of trials, by their numbers."""
+    """Measurements of trials, by their numbers."""
 
     perplexities: Mapping[int, float] = field(default_factory=dict)
     divergences: Mapping[int, float] = field(default_factory=dict)
@@ -78,22 +77,22 @@ def with_measurements(
 
 def study_report(study: optuna.Study, configuration: Configuration | None) -> Report:
     """All that a study of a search says, and what was found if it is known."""
-    known, recorded = record_of(study), study.get_trials(deepcopy=False)
+    record, recorded = record_of(study), study.get_trials(deepcopy=False)
     maximised = study.direction is optuna.study.StudyDirection.MAXIMIZE
     times = [trial.datetime_complete for trial in recorded if trial.datetime_complete]
     measured = measured_in(study) if configuration is None else MeasuredTrials()
     return Report(
         title=study.study_name,
         subject="study",
-        asked=words.study_in_words(known),
+        asked=words.study_in_words(record),
         configuration=configuration,
-        objective=str(known.get("objective", "objective")),
+        objective=str(record.get("objective", "objective")),
         maximised=maximised,
         trials=with_measurements(trials_of([recorded], 1), measured, configuration),
         chosen=chosen_in(study),
         importance=importances([recorded], maximised=maximised),
         recorded=(min(times), max(times)) if times else None,
-        versions=known.get("calibration", {}).get("versions", {})
+        versions=record.get("calibration", {}).get("versions", {})
         if configuration is None
         else configuration.versions,
     )
@@ -102,17 +101,17 @@ def study_report(study: optuna.Study, configuration: Configuration | None) -> Re
 def measured_in(study: optuna.Study) -> MeasuredTrials:
     """The perplexities and divergences that a study keeps, by number of the trial."""
     # Nothing where they are of several texts: which of them a search chose by is not known.
-    found: dict[str, dict[int, float]] = {"perplexity": {}, "divergence": {}}
-    for what, values in found.items():
+    measures: dict[str, dict[int, float]] = {"perplexity": {}, "divergence": {}}
+    for measure, values in measures.items():
         texts = set()
-        for key, kept in record_of(study).items():
+        for key, measurement in record_of(study).items():
             name, _, number = key.partition(":")
-            if name == what and number.isdecimal():
-                values[int(number)] = float(kept[what])
-                texts.add(kept.get("text_sha256"))
+            if name == measure and number.isdecimal():
+                values[int(number)] = float(measurement[measure])
+                texts.add(measurement.get("text_sha256"))
         if len(texts) > 1:
             values.clear()
-    return MeasuredTrials(perplexities=found["perplexity"], divergences=found["divergence"])
+    return MeasuredTrials(perplexities=measures["perplexity"], divergences=measures["divergence"])
 
 
 def importances(islands: Sequence[Sequence[FrozenTrial]], *, maximised: bool) -> dict[str, float]:
@@ -123,25 +122,25 @@ def importances(islands: Sequence[Sequence[FrozenTrial]], *, maximised: bool) ->
     # It loads scikit-learn, which takes longer than all that the API needs to start.
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
-    found = [
+    candidates = [
         create_trial(value=trial.value, params=trial.params, distributions=trial.distributions)
         for trials in islands
         for trial in trials
         if trial.state is TrialState.COMPLETE and trial.user_attrs.get("method") == "crepe"
         if CORRECTS not in trial.user_attrs  # whose offsets are no parameters
     ]
-    if len(found) < ENOUGH:
+    if len(candidates) < ENOUGH:
         return {}
     searched = [
         name
-        for name in found[0].params
-        if name != "method" and len({trial.params.get(name) for trial in found}) > 1
+        for name in candidates[0].params
+        if name != "method" and len({trial.params.get(name) for trial in candidates}) > 1
     ]
     if not searched:
         return {}
     with quiet_optuna():
         study = optuna.create_study(direction="maximize" if maximised else "minimize")
-    study.add_trials(found)
+    study.add_trials(candidates)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         shares = get_param_importances(
@@ -155,8 +154,8 @@ _CAPTIONS = {"search": "The job", "transfer": "The job", "study": "The study"}
 
 def render(report: Report) -> str:
     """The whole page of a report as HTML."""
-    what = f"{report.subject}, {report.state}" if report.state else "study of a search"
-    lead = f"{what.capitalize()}. Report of {report.made_at:%Y-%m-%d %H:%M %Z}."
+    subject = f"{report.subject}, {report.state}" if report.state else "study of a search"
+    lead = f"{subject.capitalize()}. Report of {report.made_at:%Y-%m-%d %H:%M %Z}."
     return page(report.title, sections(report), lead=lead, error=report.error, back=report.job_page)
 
 
@@ -197,8 +196,8 @@ def sections(report: Report) -> list[Section]:
     """All sections of a report, in their order."""
     curve = [] if report.points is None else [curve_section(report.curve, report.points)]
     if report.points is not None and report.configuration is None:
-        found = replace(curve[0], texts=[*curve[0].texts, *report.warnings])
-        return [found, *_writing_at_each(report.curve), _settings(report), _happened(report)]
+        results = replace(curve[0], texts=[*curve[0].texts, *report.warnings])
+        return [results, *_writing_at_each(report.curve), _settings(report), _happened(report)]
     parts = [_result(report), *curve]
     parts += [] if report.recovery is None else [_recovery(report.recovery)]
     if report.subject != "transfer":
@@ -210,14 +209,14 @@ def sections(report: Report) -> list[Section]:
 
 
 def _result(report: Report) -> Section:
-    found, good = report.configuration, report.perplexities
+    config, good = report.configuration, report.perplexities
     texts = []
     if report.subject == "transfer":
         texts.append(
             "A transfer searches nothing: it measures the configuration of another job on other "
             "models. The report of that job says how it was found."
         )
-    elif found is None:
+    elif config is None:
         best = report.rated[:1]
         texts.append(
             "There is no configuration yet." + "".join(map(partial(_so_far, report), best))
@@ -234,7 +233,7 @@ def _result(report: Report) -> Section:
         title="Result",
         texts=texts,
         tables=[] if good is None else [tables.verdict_table(good)],
-        commands=report.prune_commands if found is not None else (),
+        commands=report.prune_commands if config is not None else (),
     )
 
 
@@ -249,13 +248,13 @@ def _so_far(report: Report, trial: ReportTrial) -> str:
 
 def _how_good(report: Report) -> list[str]:
     """Sentences on the result of a search: its gain, its sparsity, and how it was measured."""
-    found = report.configuration
-    assert found is not None
-    gain, how, good = measured_gain(found), found.confirmation, found.perplexities
+    config = report.configuration
+    assert config is not None
+    gain, how, good = measured_gain(config), config.confirmation, config.perplexities
     texts = [] if gain is None else [f"The result is {gain}."]
     if good is not None:
         texts = [f"{good.sentence}."]
-    texts.append(f"Pattern {words.pattern_in_words(found.pattern)}, scope {found.scope}.")
+    texts.append(f"Pattern {words.pattern_in_words(config.pattern)}, scope {config.scope}.")
     if how is not None:
         rebuilt = (
             ""
@@ -271,48 +270,48 @@ def _how_good(report: Report) -> list[str]:
 
 
 def _writing(report: Report) -> Section:
-    written = report.continuations
-    table, known = tables.continuations_table(written), bool(written)
+    continuations = report.continuations
+    table, has_rows = tables.continuations_table(continuations), bool(continuations)
     return Section(
         id="writing",
         title="How it writes",
-        texts=[] if known else table.notes,
-        tables=[table] if known else [],
+        texts=[] if has_rows else table.notes,
+        tables=[table] if has_rows else [],
     )
 
 
 def _writing_at_each(curve: Mapping[str, Any] | None) -> list[Section]:
-    """What is written at each point of a curve, the highest sparsity last."""
+    """The texts written at each point of a curve, the highest sparsity last."""
     if curve is None:
         return []
-    found = [Configuration.model_validate(each["configuration"]) for each in curve["points"]]
-    each_table = {f.pattern: tables.continuations_table(f.continuations) for f in found}
-    known = [replace(t, title=f"At {p}", notes=()) for p, t in each_table.items() if t.rows]
-    notes = tables.continuations_table([c for f in found for c in f.continuations]).notes
-    return [Section(id="writing", title="How it writes", texts=notes, tables=known)]
+    configs = [Configuration.model_validate(point["configuration"]) for point in curve["points"]]
+    tables_by_pattern = {f.pattern: tables.continuations_table(f.continuations) for f in configs}
+    filled = [replace(t, title=f"At {p}", notes=()) for p, t in tables_by_pattern.items() if t.rows]
+    notes = tables.continuations_table([c for f in configs for c in f.continuations]).notes
+    return [Section(id="writing", title="How it writes", texts=notes, tables=filled)]
 
 
 def _recovery(recovered: Recovered) -> Section:
-    """What the pruned model gained by training towards the dense one."""
-    said = str(recovered)
+    """The gain of the pruned model by training towards the dense one."""
+    sentence = str(recovered)
     table = [tables.recovered_table(recovered)] if recovered.perplexities else []
     texts = [
-        f"{said[0].upper()}{said[1:]}. The text was {tables.name_of(recovered.text)}.",
+        f"{sentence[0].upper()}{sentence[1:]}. The text was {tables.name_of(recovered.text)}.",
         "The result, and what its search tells, are of the pruned model as it was before.",
     ]
     return Section(id="recovery", title="Recovery", texts=texts, tables=table)
 
 
 def _tasks(scores: TaskScores, recovery: Recovered | None) -> Section:
-    other = "pruned" if recovery is None else "recovered"
-    asked = "all examples" if scores.limit is None else f"the first {scores.limit} of each task"
-    used = ", ".join(f"{name} {version}" for name, version in scores.versions.items())
+    last_model = "pruned" if recovery is None else "recovered"
+    examples = "all examples" if scores.limit is None else f"the first {scores.limit} of each task"
+    harness = ", ".join(f"{name} {version}" for name, version in scores.versions.items())
     return Section(
         id="tasks",
         title="Zero-shot tasks",
         texts=[
-            f"Asked of the dense model and of the {other} one: {asked}, "
-            f"{'with' if scores.bos else 'without'} BOS. Measured by {used}."
+            f"Asked of the dense model and of the {last_model} one: {examples}, "
+            f"{'with' if scores.bos else 'without'} BOS. Measured by {harness}."
         ],
         tables=[tables.tasks_table(scores)],
     )
@@ -382,9 +381,9 @@ def _layers(report: Report) -> Section:
         return Section(id="layers", title="Layers", texts=[missing])
     estimated, steps = False, "none"
     if report.configuration is not None:
-        asked = report.configuration.steps
-        estimated = report.configuration.scope == "global" or not asked.allocation.is_even
-        steps = ", ".join(asked.beside_mask)
+        candidate_steps = report.configuration.steps
+        estimated = report.configuration.scope == "global" or not candidate_steps.allocation.is_even
+        steps = ", ".join(candidate_steps.beside_mask)
     texts = [
         "Errors are estimated from the rows of each linear that the calibration sampled.",
         "So are sparsities, for in this scope or allocation each linear gets its own; all together "
@@ -402,19 +401,19 @@ def _layers(report: Report) -> Section:
 
 
 def transfer_section(transfers: Sequence[Mapping[str, Any]]) -> Section:
-    """What a configuration was worth on other models: the targets of a transfer's file."""
-    found: list[Table] = []
+    """A configuration on other models: the targets of a transfer's file."""
+    filled: list[Table] = []
     drawn: list[Chart] = []
-    for what in tables.MEASURES:
-        table = tables.transfer_table(transfers, what)
-        chart = charts.transfer_chart(tables.transfer_rows(transfers, what), what)
-        found += [] if table is None else [table]
+    for measure in tables.MEASURES:
+        table = tables.transfer_table(transfers, measure)
+        chart = charts.transfer_chart(tables.transfer_rows(transfers, measure), measure)
+        filled += [] if table is None else [table]
         drawn += [] if chart is None else [chart]
     return Section(
         id="transfer",
         title="On other models",
         texts=tables.failed_transfers(transfers),
-        tables=found,
+        tables=filled,
         charts=drawn,
     )
 
@@ -435,21 +434,21 @@ def _transfers(report: Report) -> Section:
 
 
 def _settings(report: Report) -> Section:
-    """What was asked and what was found, in full, and how to do it again."""
-    found = report.configuration
+    """The request and the configuration in full, and how to do it again."""
+    config = report.configuration
     shown = []
     if report.asked:
         caption = _CAPTIONS[report.subject]
         shown.append(pairs_table(caption, "part", [*report.asked.items()]))
-    if found is not None:
-        shown.append(pairs_table("The configuration", "part", tables.configuration_rows(found)))
+    if config is not None:
+        shown.append(pairs_table("The configuration", "part", tables.configuration_rows(config)))
     if report.versions:
         shown.append(pairs_table("Versions", "package", [*report.versions.items()]))
     blocks = [("To do the same again", "\n".join(report.commands))] if report.commands else []
     if report.document is not None:
         blocks.append(("Document", json.dumps(report.document, indent=2, ensure_ascii=False)))
-    if found is not None:
-        document = found.model_dump(mode="json")
+    if config is not None:
+        document = config.model_dump(mode="json")
         blocks.append(("config.json", json.dumps(document, indent=2, ensure_ascii=False)))
     texts = [] if report.asked else ["What was asked is not known."]
     texts.append(
@@ -460,11 +459,11 @@ def _settings(report: Report) -> Section:
 
 
 def _happened(report: Report) -> Section:
-    found = Section(id="happened", title="What happened", events=report.happened)
+    section = Section(id="happened", title="What happened", events=report.happened)
     if report.stages:
         chart = charts.timings_chart(tables.seconds_by_stage(report.stages))
         return replace(
-            found,
+            section,
             tables=[tables.timings_table(report)],
             charts=[] if chart is None else [chart],
         )
@@ -479,4 +478,4 @@ def _happened(report: Report) -> Section:
             f"{last:%Y-%m-%d}: {seconds(spent)} s, {seconds(1000 * spent / count)} ms a "
             "trial, breaks included."
         )
-    return replace(found, texts=texts)
+    return replace(section, texts=texts)

@@ -1,5 +1,5 @@
 """
-What results are shown as: tables, charts and sentences, and how each is printed and drawn.
+Tables, charts and sentences that results are shown as, and how each is printed and drawn.
 """
 
 import base64
@@ -19,7 +19,6 @@ from markupsafe import Markup, escape
 
 from pho_service.spec.document import format_bytes, format_count, number, percent
 
-# Charts as SVG: scales, axes, marks, bars and maps, as shapes that a page's template puts in.
 WIDTH, HEIGHT = 480.0, 300.0  # of a chart, in the units of its view box
 _TOP, _BOTTOM, _RIGHT = 24.0, 42.0, 12.0  # room around a plot
 _LETTER = 7.0  # width of one, about
@@ -46,8 +45,8 @@ class Shape:
         inside = f"{escape(self.text)}"
         if self.text and self.tag != "text":
             inside = f"<title>{inside}</title>"
-        named = "".join(f' {name}="{escape(value)}"' for name, value in self.attributes.items())
-        return f"<{self.tag}{named}>{inside}</{self.tag}>"
+        pairs = "".join(f' {name}="{escape(value)}"' for name, value in self.attributes.items())
+        return f"<{self.tag}{pairs}>{inside}</{self.tag}>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +128,9 @@ class Scale:
         decades = range(math.floor(low), math.ceil(high) + 1)
         every = max(1, len(decades) // 6)
         steps = (1.0, 2.0, 5.0) if len(decades) < 4 else (1.0,)
-        found = [m * 10.0**k for k in decades[::every] for m in steps]
-        found = [value for value in found if low <= math.log10(value) <= high]
-        return found if len(found) > 2 else _round_values(10.0**low, 10.0**high)
+        ticks = [m * 10.0**k for k in decades[::every] for m in steps]
+        ticks = [value for value in ticks if low <= math.log10(value) <= high]
+        return ticks if len(ticks) > 2 else _round_values(10.0**low, 10.0**high)
 
 
 def plot(
@@ -148,10 +147,10 @@ def plot(
     # ``within`` is the lowest and the highest y: what lies beyond is drawn at the edge.
     low, high = within
     shown = [
-        (each, [(x, min(max(y, low), high), told) for x, y, told in _finite(each.points)])
-        for each in series
+        (line, [(x, min(max(y, low), high), text) for x, y, text in _finite(line.points)])
+        for line in series
     ]
-    shown = [(each, points) for each, points in shown if points]
+    shown = [(line, points) for line, points in shown if points]
     places = [point for _, points in shown for point in points]
     up = Scale([p[1] for p in places], log=log_y, start=HEIGHT - _BOTTOM, end=_TOP)
     labels = [(f"{value:.4g}", up.at(value)) for value in up.ticks()]
@@ -164,23 +163,23 @@ def plot(
         label = f"{value:.0%}" if percent_x else f"{value:.4g}"
         frame.append(_text(label, across.at(value), HEIGHT - _BOTTOM + 17, "middle"))
     frame.append(_text(x, (left + WIDTH - _RIGHT) / 2, HEIGHT - 6, "middle"))
-    return Drawing(frame=frame, groups=[_drawn(each, pts, across, up) for each, pts in shown])
+    return Drawing(frame=frame, groups=[_drawn(line, pts, across, up) for line, pts in shown])
 
 
 def bars(groups: Sequence[tuple[str, Sequence[Bar]]]) -> Drawing:
     """Draw horizontal bars, all on one scale; each group has a heading, empty for none."""
-    every = [bar for _, some in groups for bar in some]
+    every = [bar for _, group in groups for bar in group]
     longest = max((bar.value for bar in every), default=0.0)
     left = 10 + _LETTER * max((len(bar.label) for bar in every), default=0)
     right = WIDTH - 12 - _LETTER * max((len(bar.text) for bar in every), default=0)
     frame: list[Shape] = []
     drawn = []
     down = 0.0
-    for heading, some in groups:
+    for heading, group in groups:
         if heading:
             frame.append(_text(heading, 0, down + 16))
             down += _ROW
-        for bar in some:
+        for bar in group:
             length = max(0.0, bar.value / longest * (right - left)) if longest > 0 else 0.0
             shape = _rectangle(left, down + 3, max(1.0, length), _ROW - 6)
             drawn.append(Marks(name=bar.label, look=bar.look, shapes=[shape]))
@@ -209,11 +208,11 @@ def heat_map(
     left = 8 + _LETTER * max(len(name) for name in rows)
     width = (WIDTH - left) / len(columns)
     shapes = []
-    for (row, column), (value, told) in cells.items():
+    for (row, column), (value, text) in cells.items():
         share = (place(value) - low) / (high - low) if high > low else 0.5
         shapes.append(
             _rectangle(
-                left + column * width, row * _ROW, 0.94 * width, _ROW - 2, _colour(share), told
+                left + column * width, row * _ROW, 0.94 * width, _ROW - 2, _colour(share), text
             )
         )
     below = len(rows) * _ROW
@@ -236,7 +235,7 @@ def heat_map(
 
 
 def _drawn(series: Series, points: Sequence[Dot], across: Scale, up: Scale) -> Marks:
-    places = [(across.at(x), up.at(y), told) for x, y, told in points]
+    places = [(across.at(x), up.at(y), text) for x, y, text in points]
     shapes = []
     if series.line is not None and len(places) > 1:
         corners = [places[0][:2]]
@@ -253,13 +252,13 @@ def _drawn(series: Series, points: Sequence[Dot], across: Scale, up: Scale) -> M
     return Marks(name=series.name, look=series.look, shapes=shapes, sample=sample)
 
 
-def _mark(mark: Mark, x: float, y: float, told: str) -> Shape:
+def _mark(mark: Mark, x: float, y: float, text: str) -> Shape:
     if mark in ("dot", "ring"):
         radius = 3.5 if mark == "dot" else 8
         attributes: dict[str, str | float] = {"cx": x, "cy": y, "r": radius}
-        return Shape(tag="circle", attributes={**attributes, "class": mark}, text=told)
+        return Shape(tag="circle", attributes={**attributes, "class": mark}, text=text)
     drawn = "m0-6 6 6-6 6-6-6z" if mark == "diamond" else "m-5-5 10 10m0-10-10 10"
-    return Shape(tag="path", attributes={"d": f"M{x:g} {y:g}{drawn}", "class": mark}, text=told)
+    return Shape(tag="path", attributes={"d": f"M{x:g} {y:g}{drawn}", "class": mark}, text=text)
 
 
 def _text(text: str, x: float, y: float, anchor: str = "start") -> Shape:
@@ -272,11 +271,11 @@ def _line(x1: float, y1: float, x2: float, y2: float) -> Shape:
 
 
 def _rectangle(
-    x: float, y: float, width: float, height: float, fill: str = "", told: str = ""
+    x: float, y: float, width: float, height: float, fill: str = "", text: str = ""
 ) -> Shape:
     place = {"x": x, "y": y, "width": width, "height": height}
     attributes: dict[str, str | float] = {name: round(v, 1) for name, v in place.items()}
-    return Shape(tag="rect", attributes=attributes | ({"fill": fill} if fill else {}), text=told)
+    return Shape(tag="rect", attributes=attributes | ({"fill": fill} if fill else {}), text=text)
 
 
 def _colour(share: float) -> str:
@@ -298,8 +297,8 @@ def _round_values(low: float, high: float) -> list[float]:
         return [low]
     step = power * next(m for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
     first = math.ceil(low / step)
-    found = [(first + i) * step for i in range(8)]
-    return [0.0 if abs(value) < step / 2 else value for value in found if value <= high]
+    multiples = [(first + i) * step for i in range(8)]
+    return [0.0 if abs(value) < step / 2 else value for value in multiples if value <= high]
 
 
 def _finite(points: Sequence[Dot]) -> list[Dot]:
@@ -343,7 +342,7 @@ class Table:
         return "\n".join([*title, *lines, *notes])
 
     def html(self) -> str:
-        head = "".join(f"<th>{html.escape(each)}</th>" for each in self.columns)
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in self.columns)
         body = "".join(
             f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>"
             for row in self.cells
@@ -364,11 +363,11 @@ class Table:
         )
 
     def columns_but(self, names: Sequence[str]) -> Self:
-        kept = [i for i, name in enumerate(self.columns) if name not in names]
+        places = [i for i, name in enumerate(self.columns) if name not in names]
         return replace(
             self,
-            columns=[self.columns[i] for i in kept],
-            rows=[[row[i] for i in kept] for row in self.cells],
+            columns=[self.columns[i] for i in places],
+            rows=[[row[i] for i in places] for row in self.cells],
         )
 
 
@@ -447,7 +446,7 @@ class Section:
 
     @property
     def is_known(self) -> bool:
-        """Whether it has more than a sentence on what is missing."""
+        """Return whether it has more than a sentence on what is missing."""
         return bool(self.tables or self.charts or self.events)
 
 
@@ -472,7 +471,7 @@ def page(
 
 @cache
 def content_security_policy() -> str:
-    """What a browser lets the page do: look as it does. It runs no script, and needs no network."""
+    """The policy that lets a page look as it does, without scripts and without the network."""
     return (
         f"default-src 'none'; style-src {policy_hash(_style())}; base-uri 'none'; "
         "form-action 'none'"
@@ -498,9 +497,9 @@ def template_environment(*folder: str) -> Environment:
     """
     # A template is read once: a policy names what is in it by its hash, and both must be of one
     # time.
-    here = PackageLoader("pho_service.shown", ".")
+    loader = PackageLoader("pho_service.shown", ".")
     environment = Environment(
-        loader=ChoiceLoader([PackageLoader(*folder), here]) if folder else here,
+        loader=ChoiceLoader([PackageLoader(*folder), loader]) if folder else loader,
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

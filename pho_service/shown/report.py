@@ -12,8 +12,7 @@ from pho_service.library import Gain, MeasuredBy
 from pho_service.spec.configuration import Configuration, Continuation, Perplexities
 from pho_service.spec.recovery import Recovered
 
-# What a configuration does to each linear, by block and kind: small enough to be kept with a job.
-_DIGITS = 6  # that are kept
+_DIGITS = 6  # of an error and a sparsity that are kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +28,12 @@ class LayerCell:
     sparsity: float
 
     def to_list(self) -> list[Any]:
-        """As JSON values; a job keeps hundreds of these."""
+        """Return JSON values; a job keeps hundreds of these."""
         return [self.block, self.kind, self.error, self.sparsity]
 
     @classmethod
     def of(cls, values: list[Any]) -> Self:
-        """What :meth:`to_list` has written."""
+        """Read the values of :meth:`to_list`."""
         block, kind, error, sparsity = values
         return cls(block=block, kind=kind, error=error, sparsity=sparsity)
 
@@ -61,8 +60,8 @@ def _place(name: str) -> tuple[str, str]:
     first = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
     if first is None or first == len(parts) - 1:
         return "", name
-    rest = [part for part in parts[first + 1 :] if not part.isdecimal()]
-    return ".".join(parts[: first + 1]), ".".join(rest)
+    kinds = [part for part in parts[first + 1 :] if not part.isdecimal()]
+    return ".".join(parts[: first + 1]), ".".join(kinds)
 
 
 def _mean(values: list[float]) -> float:
@@ -136,7 +135,7 @@ class Report:
 
     @property
     def continuations(self) -> Sequence[Continuation]:
-        """What models write after prompts: with the recovered one, where there is one."""
+        """The texts that models write after prompts, with the recovered one where there is one."""
         recovered = [] if self.recovery is None else self.recovery.continuations
         return recovered or (self.configuration.continuations if self.configuration else [])
 
@@ -144,18 +143,18 @@ class Report:
     def rated(self) -> list[ReportTrial]:
         """The trials that have a value, best first."""
         sign = -1 if self.maximised else 1
-        known = [trial for trial in self.trials if trial.value is not None]
-        return sorted(known, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+        rated = [trial for trial in self.trials if trial.value is not None]
+        return sorted(rated, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
 
     @property
     def measured(self) -> list[ReportTrial]:
         """The trials that have a perplexity, best first."""
-        known = [trial for trial in self.trials if trial.perplexity is not None]
-        return sorted(known, key=lambda trial: (trial.perplexity or 0.0, trial.number))
+        measured = [trial for trial in self.trials if trial.perplexity is not None]
+        return sorted(measured, key=lambda trial: (trial.perplexity or 0.0, trial.number))
 
     @property
     def winner(self) -> ReportTrial | None:
-        """What was chosen; or what would be now, while nothing is."""
+        """The chosen trial; or, while none is, the one that would be chosen now."""
         if self.configuration is not None and self.configuration.finalists:
             return self._trial(self.configuration.finalists[0].trial)
         if self.chosen is not None:
@@ -171,39 +170,39 @@ class Report:
 
     @property
     def ria(self) -> ReportTrial | None:
-        """What gains are counted from: RIA in the widest scope that was rated."""
-        known = [trial for trial in self.trials if trial.method.startswith("ria")]
-        return known[-1] if known else None
+        """RIA in the widest scope that was rated: gains are counted from it."""
+        trials = [trial for trial in self.trials if trial.method.startswith("ria")]
+        return trials[-1] if trials else None
 
     @property
     def perplexities(self) -> Perplexities | None:
-        """How good the result is; None where that was not measured."""
+        """The perplexities of the result; None where they were not measured."""
         return None if self.configuration is None else self.configuration.perplexities
 
     @classmethod
-    def of(cls, found: Configuration) -> Self:
+    def of(cls, config: Configuration) -> Self:
         """The report of a configuration alone: what it says of its finalists and baselines."""
-        ratings = {each.trial: each for each in (*found.baselines, *found.finalists)}
+        ratings = {rating.trial: rating for rating in (*config.baselines, *config.finalists)}
         return cls(
-            title=found.method,
+            title=config.method,
             subject="search",
-            configuration=found,
-            objective=str(found.objective.get("name", "objective")),
-            maximised=found.objective.get("direction") == "maximize",
+            configuration=config,
+            objective=str(config.objective.get("name", "objective")),
+            maximised=config.objective.get("direction") == "maximize",
             trials=[
                 ReportTrial(
                     number=number,
-                    method=each.method,
-                    value=each.proxy,
-                    perplexity=each.perplexity,
-                    divergence=each.divergence,
+                    method=rating.method,
+                    value=rating.proxy,
+                    perplexity=rating.perplexity,
+                    divergence=rating.divergence,
                 )
-                for number, each in sorted(ratings.items())
+                for number, rating in sorted(ratings.items())
             ],
         )
 
     def gain(self, trial: ReportTrial, by: MeasuredBy) -> Gain | None:
-        """How much better than RIA a trial is by one measure; None where it is not known."""
+        """The gain of a trial over RIA by one measure; None where it is not known."""
         ria = self.ria
         if by == "perplexity":
             published = None if self.perplexities is None else self.perplexities.ria
@@ -212,16 +211,16 @@ class Report:
             return gain_over(by, published, trial.perplexity)
         if ria is None or (by == "proxy" and self.maximised):
             return None
-        values = [(each.divergence, each.value)[by == "proxy"] for each in (ria, trial)]
+        values = [(t.divergence, t.value)[by == "proxy"] for t in (ria, trial)]
         return gain_over(by, *values)
 
 
-def gain_over(by: MeasuredBy, ria: float | None, mine: float | None) -> Gain | None:
+def gain_over(by: MeasuredBy, ria: float | None, value: float | None) -> Gain | None:
     """The gain over RIA of what was measured; low values are good."""
-    if ria is None or mine is None:
+    if ria is None or value is None:
         return None
     if by == "divergence":
-        return Gain(value=ria - mine, by=by)
-    if not (ria > 0 and mine > 0):
+        return Gain(value=ria - value, by=by)
+    if not (ria > 0 and value > 0):
         return None
-    return Gain(value=math.log(ria / mine) if by == "perplexity" else 1 - mine / ria, by=by)
+    return Gain(value=math.log(ria / value) if by == "perplexity" else 1 - value / ria, by=by)

@@ -37,40 +37,40 @@ MOST = 20  # measured trials that are shown
 BEST = 5  # rated trials that are shown where nothing was measured
 
 
-def configuration_rows(found: Configuration) -> list[tuple[str, str]]:
-    """What was found and how it was chosen, as names and values."""
-    c, how = found.coefficients, found.confirmation
+def configuration_rows(config: Configuration) -> list[tuple[str, str]]:
+    """A configuration and how it was chosen, as names and values."""
+    c, how = config.coefficients, config.confirmation
     shares = [("row", c.row), ("column", c.column), ("neighbourhood", c.neighbourhood)]
     exponents = [("activation", c.activation_exponent), ("gradient", c.gradient_exponent)]
     rows = [
-        ("method", f"{found.method}, pattern {found.pattern}, scope {found.scope}"),
+        ("method", f"{config.method}, pattern {config.pattern}, scope {config.scope}"),
         ("coefficients", listed([*shares, ("kernel", c.kernel_size)])),
         ("exponents", listed(exponents)),
         *([] if c.normalisation == "mean" else [("normalised", c.normalisation)]),
-        ("steps", str(found.steps)),
+        ("steps", str(config.steps)),
     ]
-    if "value" in found.objective:
-        value = number(found.objective["value"])
-        rows.append(("objective", f"{found.objective.get('name', 'objective')} {value}"))
-    for name, value in found.objective.get("relative_to_ria", {}).items():
+    if "value" in config.objective:
+        value = number(config.objective["value"])
+        rows.append(("objective", f"{config.objective.get('name', 'objective')} {value}"))
+    for name, value in config.objective.get("relative_to_ria", {}).items():
         rows.append(("", f"{number(value)} of RIA's on {name}"))
     if how is not None:
         rows.append(("perplexity", f"{number(how.perplexity)} on {text_of(how)}"))
         if how.before_reconstruction is not None:
             before = how.beside("before_reconstruction")
             rows.append(("", f"before the reconstruction of its blocks {before}"))
-        if found.beside_the_next:
-            rows.append(("", found.beside_the_next))
+        if config.beside_the_next:
+            rows.append(("", config.beside_the_next))
         if how.divergence_tokens is not None:
-            rows.append(("", f"the best of {len(found.finalists)} finalists, baselines included"))
+            rows.append(("", f"the best of {len(config.finalists)} finalists, baselines included"))
     return rows
 
 
 def text_of(how: Confirmation | Mapping[str, Any]) -> str:
-    """What perplexities were measured on, without the folder that it lay in."""
-    known = how if isinstance(how, Mapping) else vars(how)
-    name = name_of(known["text"])
-    return f"{known['tokens']} tokens of {name}, in windows of {known['context_length']}"
+    """The text that perplexities were measured on, without the folder that it lay in."""
+    facts = how if isinstance(how, Mapping) else vars(how)
+    name = name_of(facts["text"])
+    return f"{facts['tokens']} tokens of {name}, in windows of {facts['context_length']}"
 
 
 def name_of(text: Mapping[str, Any]) -> str:
@@ -89,9 +89,9 @@ def verdict_table(good: Perplexities) -> Table:
         if name != "dense" and perplexity is not None:
             rise = perplexity / good.dense - 1
             gain = None if name == "RIA" else gain_over("perplexity", good.ria, perplexity)
-        share, of = None if gain is None else gain.share, name.lower()
-        against = percent(rise, signed=True, error=good.error("dense", of))
-        saved = percent(share, error=good.error("ria", of))
+        share, key = None if gain is None else gain.share, name.lower()
+        against = percent(rise, signed=True, error=good.error("dense", key))
+        saved = percent(share, error=good.error("ria", key))
         rows.append((name, number(perplexity) or "none", against, saved))
     return Table(
         ("model", "perplexity", "against dense", "below RIA"),
@@ -106,48 +106,48 @@ def verdict_table(good: Perplexities) -> Table:
     ).without_empty()
 
 
-def continuations_table(found: Sequence[Continuation]) -> Table:
+def continuations_table(continuations: Sequence[Continuation]) -> Table:
     return Table(
         ("prompt", "dense", "pruned", "recovered"),
         [  # small models write little else than ends of lines
             tuple(
                 re.sub(r"\n(\s*\n)+", "\n\n", text)
-                for text in (each.prompt, each.dense, each.pruned, each.recovered or "")
+                for text in (c.prompt, c.dense, c.pruned, c.recovered or "")
             )
-            for each in found
+            for c in continuations
         ],
         title="How the dense and the pruned model go on",
         notes=(
             "Each next token is the likeliest. Prompts are from the text of the confirmation."
-            if found
+            if continuations
             else "Nothing was written: that takes a text to confirm on, a tokenizer, and a model "
             "that is not read block by block.",
         ),
         numbers=False,
         texts=True,
-    ).columns_but([] if any(each.recovered is not None for each in found) else ["recovered"])
+    ).columns_but([] if any(c.recovered is not None for c in continuations) else ["recovered"])
 
 
 def recovered_table(recovered: Recovered) -> Table:
     """The dense model, the pruned one, and what it was after its recovery."""
-    found, errors = recovered.perplexities, recovered.errors
+    values, errors = recovered.perplexities, recovered.errors
 
-    def against(name: str, other: str) -> str:
-        if not {name, other} <= found.keys():
+    def against(name: str, base: str) -> str:
+        if not {name, base} <= values.keys():
             return ""
-        return compared(found[name], found[other], errors.get(f"{name}/{other}"))
+        return compared(values[name], values[base], errors.get(f"{name}/{base}"))
 
     return Table(
         ("model", "perplexity", "against dense", "against pruned"),
         [
             (
                 name,
-                number(found[name]),
+                number(values[name]),
                 "" if name == "dense" else against(name, "dense"),
                 against(name, "pruned") if name == "recovered" else "",
             )
             for name in ("dense", "pruned", "recovered")
-            if name in found
+            if name in values
         ],
         title="Perplexity: lower is better",
         notes=(_ERROR.strip(),) if errors else (),
@@ -168,9 +168,9 @@ def results_table(report: Report) -> Table | None:
     shown += [trial for trial in report.trials if trial.is_baseline]
     rows = [*{trial.number: trial for trial in shown}.values()]
     mark = "chosen" if report.configuration is not None else "best so far"
-    found = report.configuration
-    behind = {} if found is None else _behind(found.finalists)
-    alone = ", of the masks alone" if found is not None and found.steps.needs_text else ""
+    config = report.configuration
+    behind = {} if config is None else _behind(config.finalists)
+    alone = ", of the masks alone" if config is not None and config.steps.needs_text else ""
     return Table(
         (
             "candidate", "perplexity", "above the lowest", GAINS["perplexity"], "divergence",
@@ -205,12 +205,12 @@ def results_table(report: Report) -> Table | None:
 
 def _behind(finalists: Sequence[Rating]) -> dict[int, str]:
     """How far finalists are behind the best of them, by trial: ``+1.2 ± 0.4%``."""
-    known = [(c.trial, c.perplexity, c.error) for c in finalists if c.perplexity is not None]
-    return {trial: compared(mine, known[0][1], error) for trial, mine, error in known[1:]}
+    measured = [(c.trial, c.perplexity, c.error) for c in finalists if c.perplexity is not None]
+    return {trial: compared(value, measured[0][1], error) for trial, value, error in measured[1:]}
 
 
 def result_in_words(point: Mapping[str, Any]) -> str:
-    """What a result is: found by the search, or a baseline that no candidate was better than."""
+    """Say whether the search found a result, or a baseline is that no candidate was better than."""
     # With the search's steps it is not the published method that stands beside it.
     method = point.get("method")
     if method in (None, "crepe"):
@@ -230,30 +230,35 @@ def rises_of(points: Sequence[Any]) -> str:
     """The rise of a point, or the lowest and the highest of several."""
     if len(points) == 1:
         return rise_of(points[0])
-    return range_of((each.rise for each in points), partial(percent, signed=True))
+    return range_of((point.rise for point in points), partial(percent, signed=True))
 
 
-def range_of(values: Iterable[float | None], said: Callable[[float], str] = number) -> str:
+def range_of(values: Iterable[float | None], in_words: Callable[[float], str] = number) -> str:
     """The lowest and the highest value in words, or the only one."""
-    known = [value for value in values if value is not None]
-    return " to ".join(dict.fromkeys([said(min(known)), said(max(known))])) if known else ""
+    measured = [value for value in values if value is not None]
+    return (
+        " to ".join(dict.fromkeys([in_words(min(measured)), in_words(max(measured))]))
+        if measured
+        else ""
+    )
 
 
 def _beside(point: Mapping[str, Any], method: str) -> str:
     """The perplexity of a published method, and how far the point's result is from it."""
-    mine, other = point["perplexity"], point[method]
-    if not mine or not other:
-        return number(other)
-    return f"{number(other)} ({compared(mine, other, (point.get('errors') or {}).get(method))})"
+    result, published = point["perplexity"], point[method]
+    if not result or not published:
+        return number(published)
+    error = (point.get("errors") or {}).get(method)
+    return f"{number(published)} ({compared(result, published, error)})"
 
 
 def points_table(
     points: Sequence[Mapping[str, Any]], measured: Confirmation | None = None
 ) -> Table:
     """A row for each sparsity of a curve or a target, with what is measured of it."""
-    on = "" if measured is None else f"Perplexities are of {text_of(measured)}. "
-    chosen = [each.get("configuration") or each for each in points]
-    dense = next((each["dense"] for each in points if each.get("dense")), None)
+    text_note = "" if measured is None else f"Perplexities are of {text_of(measured)}. "
+    chosen = [point.get("configuration") or point for point in points]
+    dense = next((point["dense"] for point in points if point.get("dense")), None)
     return Table(
         (
             "pattern", "perplexity", "against dense", "Wanda", "RIA", "result", "scope", "state",
@@ -261,34 +266,34 @@ def points_table(
         ),
         [
             (
-                each["pattern"],
-                number(each["perplexity"]),
-                percent(each["rise"], signed=True, error=each.get("rise_error")),
-                _beside(each, "wanda"),
-                _beside(each, "ria"),
-                result_in_words({**each, "method": found.get("method")}),
-                found["scope"],
-                each.get("state"),
-                {True: "yes", False: "no"}.get(each.get("within")),  # type: ignore[arg-type]
-                number(each["proxy"]),
-                each["trials"],
-                seconds(each["seconds"]),
+                point["pattern"],
+                number(point["perplexity"]),
+                percent(point["rise"], signed=True, error=point.get("rise_error")),
+                _beside(point, "wanda"),
+                _beside(point, "ria"),
+                result_in_words({**point, "method": choice.get("method")}),
+                choice["scope"],
+                point.get("state"),
+                {True: "yes", False: "no"}.get(point.get("within")),  # type: ignore[arg-type]
+                number(point["proxy"]),
+                point["trials"],
+                seconds(point["seconds"]),
             )
-            for each, found in zip(points, chosen, strict=True)
+            for point, choice in zip(points, chosen, strict=True)
         ],
         title="Perplexity at each sparsity"
         + (f"; the dense model has {number(dense)}" if dense else ""),
         notes=(
-            f"{on}Seconds are of search, confirmation, Wanda and RIA, without the calibration."
-            " What was found was chosen on the text that it is measured on. In brackets: the "
-            "result against Wanda and RIA."
-            + (_ERROR if any(each.get("rise_error") for each in points) else ""),
+            f"{text_note}Seconds are of search, confirmation, Wanda and RIA, without the "
+            "calibration. What was found was chosen on the text that it is measured on. In "
+            "brackets: the result against Wanda and RIA."
+            + (_ERROR if any(point.get("rise_error") for point in points) else ""),
         ),
     ).without_empty()  # fmt: skip
 
 
 def scores_table(scores: Sequence[TaskScore]) -> Table:
-    """What one model scored in zero-shot tasks."""
+    """The scores of one model in zero-shot tasks."""
     mean = mean_accuracy(scores)
     return Table(
         ("task", "metric", "score", "examples", "shots", "version"),
@@ -301,7 +306,7 @@ def scores_table(scores: Sequence[TaskScore]) -> Table:
 
 
 def tasks_table(scores: TaskScores) -> Table:
-    """What a model scored in zero-shot tasks before and after it was pruned."""
+    """The scores of a model in zero-shot tasks before and after it was pruned."""
     return Table(scores.columns, scores.rows(), title="Zero-shot tasks", notes=(scores.note,))
 
 
@@ -320,7 +325,7 @@ def transfer_rows(
 def transfer_table(
     targets: Sequence[Mapping[str, Any]], what: Literal["perplexity", "proxy"]
 ) -> Table | None:
-    """What a configuration was worth on other models; None where that was not measured."""
+    """The gains of a configuration on other models; None where that was not measured."""
     measured = [target for target in targets if target.get(_KEYS[what])]
     if not measured:
         return None
@@ -362,16 +367,16 @@ def transfer_table(
 
 def _rise(values: Mapping[str, float | None], target: Mapping[str, Any]) -> str:
     """The rise of what was transferred over the dense model, with its standard error."""
-    mine, dense = values.get("transferred"), values.get("dense")
+    moved, dense = values.get("transferred"), values.get("dense")
     error = _error(target, "transferred")
-    return percent(mine / dense - 1, signed=True, error=error) if mine and dense else ""
+    return percent(moved / dense - 1, signed=True, error=error) if moved and dense else ""
 
 
 def _saved_error(values: Mapping[str, float | None], target: Mapping[str, Any]) -> float | None:
     """The standard error of the share of RIA's perplexity that is saved."""
-    mine, ria = values.get("transferred"), values.get("ria")
+    moved, ria = values.get("transferred"), values.get("ria")
     error = _error(target, "transferred/ria")
-    return error * mine / ria if error and mine and ria else None
+    return error * moved / ria if error and moved and ria else None
 
 
 def _error(target: Mapping[str, Any], name: str) -> float | None:
@@ -382,8 +387,10 @@ def _error(target: Mapping[str, Any], name: str) -> float | None:
 
 def failed_transfers(targets: Sequence[Mapping[str, Any]]) -> list[str]:
     """A sentence for each model that nothing could be measured on, or where it does not hold."""
-    said = [target.get("warnings") for target in targets]  # of files that others may have written
-    return [str(warning) for each in said if isinstance(each, list) for warning in each]
+    lists = [target.get("warnings") for target in targets]  # of files that others may have written
+    return [
+        str(warning) for warnings in lists if isinstance(warnings, list) for warning in warnings
+    ]
 
 
 def seconds_by_stage(stages: Sequence[StageTime]) -> dict[str, float]:
@@ -400,22 +407,22 @@ def timings_table(report: Report) -> Table:
     rows = []
     spent = seconds_by_stage(report.stages)
     for kind in dict.fromkeys(stage.kind for stage in report.stages):
-        mine = [stage for stage in report.stages if stage.kind == kind]
-        known = [stage.seconds for stage in mine if stage.seconds is not None]
+        stages = [stage for stage in report.stages if stage.kind == kind]
+        times = [stage.seconds for stage in stages if stage.seconds is not None]
         per = ""
-        if known and kind == "search" and report.trials:
+        if times and kind == "search" and report.trials:
             count = len(report.trials) + report.left_out
             per = f"{seconds(1000 * spent[kind] / count)} ms a trial"
-        elif len(known) > 1:
-            per = f"{seconds(spent[kind] / len(known))} s each"
+        elif len(times) > 1:
+            per = f"{seconds(spent[kind] / len(times))} s each"
         rows.append(
             (
                 kind,
-                f"{sum(stage.done for stage in mine)} of {len(mine)}",
+                f"{sum(stage.done for stage in stages)} of {len(stages)}",
                 seconds(spent.get(kind)),
-                seconds(max(known, default=None)),
+                seconds(max(times, default=None)),
                 per,
-                sum(stage.attempts for stage in mine),
+                sum(stage.attempts for stage in stages),
             )
         )
     return Table(

@@ -43,15 +43,15 @@ def search_in_words(spec: JobSpec) -> dict[str, str]:
 
 
 def _tasks(spec: JobSpec) -> str:
-    named = ", ".join(spec.tasks or ())
-    return named + (
+    names = ", ".join(spec.tasks or ())
+    return names + (
         f" (the first {spec.tasks_limit} examples of each)" if spec.tasks_limit is not None else ""
     )
 
 
 def _patterns(spec: JobSpec) -> dict[str, str]:
     """Describe how sparse the model is to be."""
-    scopes = {each.scope.value: None for each in spec.points}
+    scopes = {point.scope.value: None for point in spec.points}
     scope = {"scope" if len(scopes) == 1 else "scopes": ", ".join(scopes)}
     if spec.target is not None:
         return {"target": f"the highest sparsity within {spec.target}", **scope}
@@ -61,7 +61,7 @@ def _patterns(spec: JobSpec) -> dict[str, str]:
 
 
 def search_commands(document: str = "job.json") -> list[str]:
-    """How a job's document is submitted again."""
+    """The command that submits a job's document again."""
     return [
         f"# the document below, saved as {document}",
         f"pho submit --job {document} --watch",
@@ -70,7 +70,7 @@ def search_commands(document: str = "job.json") -> list[str]:
 
 
 def prune_commands(job_id: str, spec: JobSpec) -> list[str]:
-    """How a model is pruned with what a job has found."""
+    """Commands that prune a model with a job's configuration."""
     fetch = f"pho best {job_id} --out config.json"
     if spec.more_models:  # whose service prunes none of them
         models = [shlex.join(["pho", "prune", name, "--config", "config.json", "--out", "pruned"])
@@ -99,7 +99,7 @@ def transfer_in_words(spec: TransferSpec) -> dict[str, str]:
 
 
 def transfer_commands(spec: TransferSpec) -> list[str]:
-    """How the same transfer is asked for again."""
+    """The command that asks for the same transfer again."""
     return [
         "# the document below, saved as transfer-request.json",
         f"curl -s $PHO_API_URL/v1/jobs/{shlex.quote(spec.source)}:transfer "
@@ -107,53 +107,53 @@ def transfer_commands(spec: TransferSpec) -> list[str]:
     ]
 
 
-def study_in_words(known: Mapping[str, Any]) -> dict[str, str]:
-    """What the search asked for whose study has this record."""
-    provenance = _dict(known.get("calibration"))
+def study_in_words(record: Mapping[str, Any]) -> dict[str, str]:
+    """The request that a study's record belongs to, in words."""
+    provenance = _dict(record.get("calibration"))
     text, settings = _dict(provenance.get("text")), _dict(provenance.get("settings"))
-    asked = {
+    parts = {
         "model": ", ".join(_models(provenance)),
-        "pattern": pattern_in_words(str(known.get("pattern", "unknown"))),
-        "scope": str(known.get("scope", "unknown")),
-        "objective": str(known.get("objective", "unknown")),
-        "sampler": str(known.get("sampler", "unknown")),
-        "seed": str(known.get("seed", "unknown")),
-        "search space": _space(_dict(known.get("space"))),
+        "pattern": pattern_in_words(str(record.get("pattern", "unknown"))),
+        "scope": str(record.get("scope", "unknown")),
+        "objective": str(record.get("objective", "unknown")),
+        "sampler": str(record.get("sampler", "unknown")),
+        "seed": str(record.get("seed", "unknown")),
+        "search space": _space(_dict(record.get("space"))),
         "calibration": "; ".join(
             [str(value) for value in [text.get("source")] if value]
             + [f"{_words(name)} {value}" for name, value in settings.items() if value is not None]
         ),
     }
-    return {name: value for name, value in asked.items() if value}
+    return {name: value for name, value in parts.items() if value}
 
 
-def study_document(known: Mapping[str, Any], trials: int) -> dict[str, Any]:
+def study_document(record: Mapping[str, Any], trials: int) -> dict[str, Any]:
     """The document of the search whose study has this record, and so many trials."""
     # Those of Python have no document: what they say of the search is put together, all but how it
     # was confirmed.
-    if isinstance(known.get("document"), dict):
-        return dict(known["document"])
-    provenance = _dict(known.get("calibration"))
-    pattern = str(known.get("pattern"))
-    name, _, weighting = str(known.get("objective", "")).partition("/")
+    if isinstance(record.get("document"), dict):
+        return dict(record["document"])
+    provenance = _dict(record.get("calibration"))
+    pattern = str(record.get("pattern"))
+    name, _, weighting = str(record.get("objective", "")).partition("/")
     weighting, over, _ = (*weighting.split(", "), "", "")[:3]
     objective = {"name": name, "weighting": weighting, "over": over.partition(" ")[0]}
-    model, *others = _models(provenance)
+    model, *more_models = _models(provenance)
     settings, text = _dict(provenance.get("settings")), _dict(provenance.get("text"))
     return {
         "model": model,
-        "more_models": others,
+        "more_models": more_models,
         "pattern": pattern,
-        "scope": None if ":" in pattern else known.get("scope"),
+        "scope": None if ":" in pattern else record.get("scope"),
         "objective": {field: value for field, value in objective.items() if value},
         "preset": "score",  # and all that differs from it
-        "steps": _dict(known.get("steps")),
-        "search_space": _dict(known.get("space")),
-        "sampler": known.get("sampler"),
-        "seed": known.get("seed"),
+        "steps": _dict(record.get("steps")),
+        "search_space": _dict(record.get("space")),
+        "sampler": record.get("sampler"),
+        "seed": record.get("seed"),
         "trials": trials,
         "calibration": {**settings, **_texts(text)},
-        **({"confirm": None} if others else {}),
+        **({"confirm": None} if more_models else {}),
     }
 
 
@@ -163,11 +163,11 @@ _FILE = re.compile(r"[/*]|\.(jsonl?|ndjson|parquet|txt|[ct]sv|gz|bz2|xz|zst)$")
 
 def _texts(text: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a record's text, or of its several texts."""
-    parts = [_dict(each) for each in text.get("texts") or [text]]
-    first, *more = [_source(str(each.get("source", ""))) for each in parts]
+    parts = [_dict(part) for part in text.get("texts") or [text]]
+    first, *more = [_source(str(part.get("source", ""))) for part in parts]
     if not more:
         return first
-    shares = [each.get("share") for each in parts]
+    shares = [part.get("share") for part in parts]
     return {**first, "more_texts": [m.get("text") or m.get("dataset") for m in more],
             "shares": shares}  # fmt: skip
 
@@ -192,7 +192,7 @@ def _source(text: str) -> dict[str, Any]:
 def _models(provenance: Mapping[str, Any]) -> list[str]:
     """The names of the models that a bundle, or several, are of."""
     model = _dict(provenance.get("model"))
-    return [str(_dict(each).get("name", "unknown")) for each in model.get("models") or [model]]
+    return [str(_dict(part).get("name", "unknown")) for part in model.get("models") or [model]]
 
 
 def _dict(value: Any) -> dict[str, Any]:
@@ -203,8 +203,8 @@ def _dict(value: Any) -> dict[str, Any]:
 def pattern_in_words(pattern: str) -> str:
     """A pattern, and what it says."""
     if ":" in pattern:
-        kept, _, group = pattern.partition(":")
-        return f"{pattern}: {kept} of every {group} weights are kept"
+        keep, _, group = pattern.partition(":")
+        return f"{pattern}: {keep} of every {group} weights are kept"
     try:
         return f"{pattern}: {100 * float(pattern):.4g} % of the weights are removed"
     except ValueError:  # a study of others
