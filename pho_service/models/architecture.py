@@ -29,7 +29,6 @@ from pho_service.planning.stage_memory import Footprint, shapes_footprint
 from pho_service.pruning.statistics import PrunableLinear
 
 
-# The experts of a mixture, one linear for each matrix.
 class _Owner:
     """A module, which this does not keep alive: circles wait for the garbage collector."""
 
@@ -164,7 +163,7 @@ def separate_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _is_fused(module: nn.Module) -> bool:
-    """Whether a module keeps to transformers' contract for experts, in its plainest layout."""
+    """Return whether a module keeps to transformers' contract for experts, in its plainest layout."""
     # The flags are set by ``use_experts_implementation``; whatever has them takes (hidden_states,
     # top_k_index, top_k_weights) and gates with ``_apply_gate``.
     shapes = {name: p.shape for name, p in module.named_parameters(recurse=False)}
@@ -183,7 +182,7 @@ def _is_fused(module: nn.Module) -> bool:
 def _forward(
     owner: _Owner, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """What the fused module computes, expert by expert."""
+    """Compute what the fused module computes, expert by expert."""
     experts = experts_of(owner())
     routes = top_k_index.flatten()  # (tokens * k,)
     by_expert = routes.argsort(stable=True)
@@ -242,10 +241,10 @@ def prunable_linears(model: PreTrainedModel) -> dict[str, PrunableLinear]:
         )
     if not linears:
         raise ModelError(f"{type(model).__name__} has no linears in its blocks: nothing to prune.")
-    for each in linears.values():
-        if not each.weight.numel():
+    for layer in linears.values():
+        if not layer.weight.numel():
             raise ModelError(
-                f"{each.name} has no weights: its shape is {tuple(each.weight.shape)}. Check the "
+                f"{layer.name} has no weights: its shape is {tuple(layer.weight.shape)}. Check the "
                 "sizes in the model's config.json."
             )
     return linears
@@ -292,10 +291,9 @@ def decoder_blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     return blocks
 
 
-# Mixtures of experts whose weights stay in their files.
 @dataclass(frozen=True, kw_only=True)
 class ExpertFiles:
-    """How a checkpoint's tensors become a model's weights."""
+    """The way from a checkpoint's tensors to the weights of a mixture that stay in its files."""
 
     # Parameters that transformers would make of several tensors, and that cannot be kept apart.
     # Empty: all weights can be mapped.
@@ -313,23 +311,23 @@ def expert_files(config: PreTrainedConfig, stored: Iterable[str]) -> ExpertFiles
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
     conversions = get_model_conversion_mapping(model)
-    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
-    converters = [each for each in conversions if isinstance(each, WeightConverter)]
-    by_source = {source: each for each in converters for source in each.source_patterns}
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_source = {source: c for c in converters for source in c.source_patterns}
     parameters = model.state_dict()
-    made: dict[str, WeightConverter] = {}  # what several tensors become, and how
+    converted: dict[str, WeightConverter] = {}  # what several tensors become, and how
     for name in stored:
         target, source = rename_source_key(
             name, renamings, converters, model.base_model_prefix, parameters
         )
         if source is not None and target in parameters:
-            made[target] = by_source[source]
-    names = {target: _matrices(converter) for target, converter in made.items()}
-    key_mapping = {source: name for each in names.values() for source, name in each.items()}
+            converted[target] = by_source[source]
+    names = {target: _matrices(converter) for target, converter in converted.items()}
+    key_mapping = {source: name for mapping in names.values() for source, name in mapping.items()}
     separate_experts(model)
-    left = model.state_dict()  # without what became matrices
+    separate = model.state_dict()  # without what became matrices
     return ExpertFiles(
-        converted=sorted(target for target in made if target in left or not names[target]),
+        converted=sorted(target for target in converted if target in separate or not names[target]),
         separate=_with_separate_experts(type(model)) if key_mapping else None,
         key_mapping={s: name for s, name in key_mapping.items() if not _same(s, name)},
     )
@@ -337,15 +335,15 @@ def expert_files(config: PreTrainedConfig, stored: Iterable[str]) -> ExpertFiles
 
 def _matrices(converter: WeightConverter) -> dict[str, str]:
     """Return the key mapping of a converter that stacks plain experts, or an empty one."""
-    operations = [(type(each), getattr(each, "dim", None)) for each in converter.operations]
-    sources, (target, *others) = converter.source_patterns, converter.target_patterns
+    operations = [(type(o), getattr(o, "dim", None)) for o in converter.operations]
+    sources, (target, *more_targets) = converter.source_patterns, converter.target_patterns
     experts, _, parameter = target.rpartition(".")
     kinds = {
         ("gate_up_proj", 2): ([(MergeModulelist, 0), (Concatenate, 1)], ("gate_proj", "up_proj")),
         ("down_proj", 1): ([(MergeModulelist, 0)], ("down_proj",)),
     }
     expected, matrices = kinds.get((parameter, len(sources)), ([], ()))
-    if others or operations != expected or any(source.count("*") != 1 for source in sources):
+    if more_targets or operations != expected or any(source.count("*") != 1 for source in sources):
         return {}
     return {
         re.escape(source).replace(r"\*", r"(\d+)"): rf"{experts}.\1.{matrix}.weight"
@@ -354,7 +352,7 @@ def _matrices(converter: WeightConverter) -> dict[str, str]:
 
 
 def _same(source: str, name: str) -> bool:
-    """Whether a matrix is stored under the name that it has in the model."""
+    """Return whether a matrix is stored under the name that it has in the model."""
     return source == re.escape(name).replace(r"\\1", r"(\d+)")
 
 
@@ -367,9 +365,8 @@ def _with_separate_experts(model_class: type[PreTrainedModel]) -> type[PreTraine
     return type(model_class.__name__, (model_class,), names)
 
 
-# The footprint of a model of transformers; its weights may be on the ``meta`` device.
 def footprint_of(model: PreTrainedModel, *, dtype: torch.dtype | None = None) -> Footprint:
-    """Add up a model's shapes; by default as it would be loaded in the dtype of its weights."""
+    """Add up a model's shapes, of weights on any device; by default in the dtype of its weights."""
     config = model.config.get_text_config()
     tensors = {name: TensorHeader(tuple(p.shape), "F32") for name, p in model.named_parameters()}
     shapes = model_shapes(type(model).__name__, Header(config=config.to_dict(), tensors=tensors))

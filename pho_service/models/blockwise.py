@@ -40,7 +40,6 @@ from pho_service.pruning.statistics import (
 )
 from pho_service.pruning.steps import InputMoments
 
-# What the blocks of a decoder are called with, kept so that each can be called by itself.
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block gets besides its hidden states
 
 
@@ -99,9 +98,9 @@ class CallRecorder:
     def _shared(self, tensor: Tensor) -> Tensor:
         if self._common is None:
             return tensor
-        for known in self._common:
-            if known.dtype == tensor.dtype and torch.equal(known, tensor):
-                return known
+        for common in self._common:
+            if common.dtype == tensor.dtype and torch.equal(common, tensor):
+                return common
         return tensor.cpu()
 
 
@@ -129,7 +128,7 @@ def _notes_or(value: Any, block: str) -> Any:
 
 
 def has_notes(call: Call) -> bool:
-    """Whether a block gets a mapping that other blocks might write to."""
+    """Return whether a block gets a mapping that other blocks might write to."""
     args, kwargs = call
     return any(isinstance(value, _Notes) for value in (*args, *kwargs.values()))
 
@@ -144,12 +143,12 @@ def _not_a_chain(block: str, what: str) -> ModelError:
 def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
     """The hidden states, and what else a block is called with; caches are left out."""
     if args:
-        hidden, *others = args
+        hidden, *more_args = args
     else:
         kwargs = dict(kwargs)
-        hidden, others = kwargs.pop("hidden_states"), []
+        hidden, more_args = kwargs.pop("hidden_states"), []
     return hidden, (
-        tuple(None if isinstance(value, Cache) else value for value in others),
+        tuple(None if isinstance(value, Cache) else value for value in more_args),
         {k: v for k, v in kwargs.items() if not isinstance(v, Cache)},
     )
 
@@ -158,15 +157,14 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, (tuple, list)):
-        return type(value)(map_tensors(each, function) for each in value)
+        return type(value)(map_tensors(item, function) for item in value)
     if isinstance(value, dict):
-        return {key: map_tensors(each, function) for key, each in value.items()}
+        return {key: map_tensors(item, function) for key, item in value.items()}
     return value
 
 
-# A model as its blocks, with windows on their way through them: forwards, and for gradients back.
 class BlockNetwork:
-    """A model as its blocks, and windows on their way through them."""
+    """A model as its blocks, and windows on their way through them, forwards and back."""
 
     def __init__(
         self,
@@ -205,9 +203,9 @@ class BlockNetwork:
     def _call(
         self, index: int, window: int, hidden: Tensor, forward: Callable[..., Any]
     ) -> Tensor | tuple[Any, ...]:
-        there = partial(to_device, device=self._device(index))
-        args, kwargs = map_tensors(self._calls[index][window], there)
-        output: Tensor | tuple[Any, ...] = forward(there(hidden), *args, **kwargs)
+        onto_device = partial(to_device, device=self._device(index))
+        args, kwargs = map_tensors(self._calls[index][window], onto_device)
+        output: Tensor | tuple[Any, ...] = forward(onto_device(hidden), *args, **kwargs)
         return output
 
     def _there(self, tensor: Tensor) -> Tensor:
@@ -227,10 +225,10 @@ class BlockNetwork:
         states = self.hidden[:count]
         if folder is None:
             return states
-        there = {str(number): to_main_memory(state) for number, state in enumerate(states)}
+        copies = {str(number): to_main_memory(state) for number, state in enumerate(states)}
         for device in self.model.devices:
             arrived(device)
-        return list(mapped_copy(there, folder).values())
+        return list(mapped_copy(copies, folder).values())
 
     def step(
         self, index: int, advance: Advance, end_of_window: Callable[[], None] = lambda: None
@@ -275,8 +273,8 @@ class BlockNetwork:
         states = (self._there(state) for state in hidden)
 
         def hand_on(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            given = split_call(args, kwargs)[0]
-            return self._output_like(block, next(states) if block is last else given)
+            state = split_call(args, kwargs)[0]
+            return self._output_like(block, next(states) if block is last else state)
 
         last = self.blocks[-1][1]
         with self._replaced(hand_on):
@@ -340,7 +338,7 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 
 def _states_fit(model: LanguageModel, windows: Tensor, streams: int) -> bool:
-    """Whether the hidden states of all windows may stay on a GPU; on a CPU there is no choice."""
+    """Return whether the hidden states of all windows may stay on a GPU; on a CPU they do."""
     if model.device.type != "cuda":
         return True
     embedding: Any = model.model.get_input_embeddings()
@@ -395,7 +393,7 @@ class Block:
 
     def only(self, names: Collection[str]) -> "Block":
         return replace(
-            self, linears={name: each for name, each in self.linears.items() if name in names}
+            self, linears={name: linear for name, linear in self.linears.items() if name in names}
         )
 
     def moments(self) -> tuple[list[InputMoments], dict[str, int]]:
@@ -424,7 +422,7 @@ class Block:
         tokens = sum(x.shape[1] for x in self.inputs)
         for name, index in groups.input_of.items():
             require_finite(sums[index].gram.diagonal(), name, "activations")
-        return [each.finish(len(self.inputs), tokens) for each in sums], groups.input_of
+        return [input_sums.finish(len(self.inputs), tokens) for input_sums in sums], groups.input_of
 
 
 class _InputSums:
@@ -493,7 +491,7 @@ def changed_blocks(model: LanguageModel) -> Iterator[dict[str, PrunableLinear]]:
 
 
 def _linears_of(model: LanguageModel, block: str) -> dict[str, PrunableLinear]:
-    return {name: each for name, each in model.linears.items() if name.startswith(f"{block}.")}
+    return {name: linear for name, linear in model.linears.items() if name.startswith(f"{block}.")}
 
 
 def _store_of(model: LanguageModel) -> Path | None:

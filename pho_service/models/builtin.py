@@ -64,16 +64,15 @@ def write_parts(
     for index, part in enumerate(PARTS):
         paths[part] = folder / f"{part}.jsonl"
         whole = {name: documents[name].split("\n\n") for name in names[index :: len(PARTS)]}
-        kept = {name: [p for p in each if p.strip() not in before] for name, each in whole.items()}
+        fresh = {name: [p for p in ps if p.strip() not in before] for name, ps in whole.items()}
         if apart:
-            before |= {paragraph.strip() for each in whole.values() for paragraph in each}
-        texts = {name: "\n\n".join(each) for name, each in kept.items() if each}
+            before |= {p.strip() for ps in whole.values() for p in ps}
+        texts = {name: "\n\n".join(ps) for name, ps in fresh.items() if ps}
         lines = [json.dumps({"topic": name, "text": text}) for name, text in texts.items()]
         write_text(paths[part], "\n".join(lines) + "\n")
     return paths
 
 
-# A small LLaMA, trained from random weights in seconds or minutes: where models are few.
 VOCABULARY = 512
 HEADS = 4
 LAST = 20  # steps that the final loss is the mean of: that of one is of a few windows only
@@ -81,7 +80,7 @@ LAST = 20  # steps that the final loss is the mean of: that of one is of a few w
 
 @dataclass(frozen=True, kw_only=True)
 class SmallLlama:
-    """What is trained, and how."""
+    """Sizes of a small LLaMA that is trained from random weights in seconds or minutes."""
 
     hidden: int = 128  # Width of the blocks
     intermediate: int = 384  # Width of their MLPs

@@ -168,7 +168,7 @@ class _Tensors:
         view = self.file.get_slice(name)
         actual = view.get_shape()
         fits = len(actual) == len(shape) and all(
-            wanted in (-1, size) for wanted, size in zip(shape, actual, strict=True)
+            expected in (-1, size) for expected, size in zip(shape, actual, strict=True)
         )
         # A copy: what is read stays a map of the file, and dies with the process if it shrinks.
         tensor: Tensor | None = self.file.get_tensor(name).clone() if fits else None
@@ -200,10 +200,10 @@ def _assemble(document: dict[str, Any], tensors: _Tensors) -> ProxyBundle:
     if not layers or not kernel_sizes:
         raise _BUNDLE.damaged(tensors.path, "it has no layers or kernel sizes")
     bundle = ProxyBundle(layers=layers, inputs=inputs, provenance=provenance)
-    written = document.get("sha256")
-    if written != bundle.contents_sha256:
+    sha256 = document.get("sha256")
+    if sha256 != bundle.contents_sha256:
         mine = bundle.contents_sha256[:12]
-        said = f"its contents have the hash {mine}, but its header says {shown(written)[:12]}"
+        said = f"its contents have the hash {mine}, but its header says {shown(sha256)[:12]}"
         raise _BUNDLE.damaged(tensors.path, said)
     return bundle
 
@@ -244,8 +244,7 @@ def _layer(
     )
 
 
-# The sums of a calibration's shard on disk, for a short while: one safetensors file.
-SUMS_FORMAT = "pho-sums"
+SUMS_FORMAT = "pho-sums"  # of the sums of a calibration's shard, which are kept a short while
 
 
 def write_sums(sums: Sums, path: Path, *, key: str, shard: int) -> None:
@@ -261,8 +260,8 @@ def write_sums(sums: Sums, path: Path, *, key: str, shard: int) -> None:
         "gradient_tokens": [sums.gradient_tokens[name] for name in names],
     }
     tensors = {
-        **{f"squares.{i}": each for i, each in enumerate(sums.squares)},
-        **{f"moments.{i}": each for i, each in enumerate(sums.moments)},
+        **{f"squares.{i}": tensor for i, tensor in enumerate(sums.squares)},
+        **{f"moments.{i}": tensor for i, tensor in enumerate(sums.moments)},
         **{f"fisher.{i}": sums.fisher[name] for i, name in enumerate(names)},
     }
     with new_file(path) as partial, os_errors():

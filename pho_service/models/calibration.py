@@ -45,8 +45,11 @@ from pho_service.pruning.statistics import APART, Collector, Statistics, Sums, g
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.document import format_bytes
 
-# How a calibration stays within a memory: planned before the work starts.
+logger = logging.getLogger(__name__)
+
 USED = 0.9  # of what is free; the rest is lost between blocks of torch's allocator
+
+T = TypeVar("T")
 
 
 def plan_calibration(
@@ -134,12 +137,6 @@ def _ways_out(
     return f"A{', or '.join(ways)[1:]}."
 
 
-# One try at a calibration, and another one in smaller pieces where memory runs out.
-T = TypeVar("T")
-
-logger = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Shard:
     """Some of a calibration's windows, whose sums are gathered together."""
@@ -189,7 +186,7 @@ def _within_memory(
     progress: Progress,
     run: Callable[[CalibrationTry], T],
 ) -> T:
-    """What a run over a text's windows gives, planned to fit; if not, once more in small pieces."""
+    """Run over a text's windows, planned to fit; if it does not, once more in small pieces."""
     if settings.mixed_precision and model.dtype != torch.float32:
         raise InvalidInput(
             f"mixed precision is for float32 models, but {model.name} is loaded as "
@@ -309,7 +306,7 @@ def measure(
     text: CalibrationText,
     settings: CalibrationSettings,
     progress: Progress = silent,
-    known: Callable[[int], Sums | None] = lambda _: None,
+    stored_sums: Callable[[int], Sums | None] = lambda _: None,
 ) -> Statistics:
     """Run the dense model once over the calibration windows."""
     # Where memory runs out although the plan said that it is enough, half as many windows are run
@@ -326,7 +323,7 @@ def measure(
             else:
                 total = Collector(model.linears, settings.projection_rows, settings.seed)
                 for number, shard in enumerate(shards):
-                    sums = known(number)
+                    sums = stored_sums(number)
                     if sums is None:
                         sums = how.gather(shard, advance).sums()
                     else:
@@ -377,8 +374,8 @@ def _measured_blockwise(how: CalibrationTry, text: CalibrationText) -> Statistic
 
 
 def _fisher_windows(text: CalibrationText, settings: CalibrationSettings) -> int:
-    asked = settings.fisher_samples or max(1, settings.samples // 4)
-    return min(asked, len(text.calibration))
+    samples = settings.fisher_samples or max(1, settings.samples // 4)
+    return min(samples, len(text.calibration))
 
 
 def calibrate(
@@ -386,10 +383,10 @@ def calibrate(
     text: CalibrationText,
     settings: CalibrationSettings,
     progress: Progress = silent,
-    known: Callable[[int], Sums | None] = lambda _: None,
+    stored_sums: Callable[[int], Sums | None] = lambda _: None,
 ) -> ProxyBundle:
     """Make the proxy bundle of a model: one pass of the dense model, then a sample of rows."""
-    statistics = measure(model, text, settings, progress, known)
+    statistics = measure(model, text, settings, progress, stored_sums)
     with progress("Sampling rows", len(model.linears)) as advance:
         return sample_bundle(
             model.linears,
@@ -412,7 +409,7 @@ def calibrate(
 
 
 def _dense(model: LanguageModel, text: CalibrationText) -> dict[str, Any]:
-    """How well the dense model predicts the first windows, beside chance: its vocabulary."""
+    """The dense model's perplexity on the first windows, beside chance: its vocabulary."""
     count = max(1, DENSE_TOKENS // text.calibration.shape[1])
     rating = measure_perplexity(model, text.calibration[:count])
     return {
@@ -422,7 +419,6 @@ def _dense(model: LanguageModel, text: CalibrationText) -> dict[str, Any]:
     }
 
 
-# Bundles made once and kept: the second job on a model starts at once.
 def bundle_path(cache_dir: Path, key: str) -> Path:
     return cache_dir.expanduser() / "bundles" / f"{key}.safetensors"
 
@@ -444,7 +440,7 @@ def cached_bundle(
     settings: CalibrationSettings,
     cache_dir: Path,
     progress: Progress = silent,
-    known: Callable[[int], Sums | None] = lambda _: None,
+    stored_sums: Callable[[int], Sums | None] = lambda _: None,
 ) -> ProxyBundle:
     """Calibrate, or take the bundle of an earlier calibration with the same inputs."""
     # The file's name is the hash of weights, windows, settings and versions, so a bundle in the
@@ -461,7 +457,7 @@ def cached_bundle(
             return kept_bundle(cache_dir, text.bundle_key)
         except BundleError:
             path.unlink()  # a damaged copy: what was stored is made again
-    bundle = calibrate(model, text, settings, progress, known)
+    bundle = calibrate(model, text, settings, progress, stored_sums)
     model.check_unchanged()
     write_bundle(bundle, path)
     return kept_bundle(cache_dir, text.bundle_key)  # exactly what the next search will see

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from pho_service.models.texts import TextSource
 
 
-# Rows of text from files of any size, in little memory: nothing is read that is beyond a limit.
 _NAMES_SHOWN = 10  # columns, in a message
 _BATCH = 64  # rows of a parquet file, whose texts are looked at one by one
 _GULP = 2**20
@@ -88,7 +87,7 @@ class Budget:
 
 
 def kind_of(name: str) -> tuple[str, str | None]:
-    """What a file of a data set is read as, and how it is packed."""
+    """The format that a file of a data set is read in, and how it is packed."""
     path = PurePath(name)
     packing = _PACKED.get(path.suffix.lower())
     suffix = PurePath(path.stem).suffix if packing else path.suffix
@@ -194,9 +193,9 @@ def read_parquet(file: BinaryIO, field: str, where: str, budget: Budget) -> Iter
 
 def listed(names: Sequence[str]) -> str:
     """The first names of many, for a message."""
-    told = ", ".join(shown(name) for name in names[:_NAMES_SHOWN])
-    left = len(names) - _NAMES_SHOWN
-    return told if left <= 0 else f"{told} and {left} more"
+    names_shown = ", ".join(shown(name) for name in names[:_NAMES_SHOWN])
+    more = len(names) - _NAMES_SHOWN
+    return names_shown if more <= 0 else f"{names_shown} and {more} more"
 
 
 def _whole(file: BinaryIO, where: str, budget: Budget) -> bytes:
@@ -292,13 +291,13 @@ def with_split(source: "TextSource") -> "TextSource":
     return replace(source, split=_split(source, [*map(str, builder.config.data_files or {})]))
 
 
-def _split(source: "TextSource", known: list[str]) -> str:
+def _split(source: "TextSource", splits: list[str]) -> str:
     """The split to read; by default test, or the only one that there is."""
-    wanted = source.split or ("test" if "test" in known or len(known) != 1 else known[0])
-    if wanted not in known:
+    wanted = source.split or ("test" if "test" in splits or len(splits) != 1 else splits[0])
+    if wanted not in splits:
         raise TextError(
             f"the data set {source} cannot be read: there is no split {wanted!r}, only "
-            f"{listed(known)}. Name one with {field_name('calibration/split')}."
+            f"{listed(splits)}. Name one with {field_name('calibration/split')}."
         )
     return wanted
 
@@ -328,7 +327,7 @@ def _found_folder(source: "TextSource", folder: Path) -> tuple[str, Any]:
 
 
 def _builder(source: "TextSource", place: str, **more: Any) -> Any:
-    """What ``datasets`` knows of the files of a data set."""
+    """Let ``datasets`` look for the files of a data set."""
     import datasets
 
     try:
@@ -379,8 +378,8 @@ def _checked_commit(dataset: str) -> tuple[str, str]:
     from huggingface_hub.errors import EntryNotFoundError
 
     hub = HfApi(endpoint=config.HF_ENDPOINT)
-    found = hub.dataset_info(dataset)
-    dataset, commit = found.id, str(found.sha)  # wikitext is Salesforce/wikitext by now
+    info = hub.dataset_info(dataset)
+    dataset, commit = info.id, str(info.sha)  # wikitext is Salesforce/wikitext by now
     for card in CARDS:
         try:
             path = hub.hf_hub_download(dataset, card, repo_type="dataset", revision=commit)

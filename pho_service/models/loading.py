@@ -64,7 +64,6 @@ from pho_service.spec.document import check_choice, format_bytes
 logger = logging.getLogger(__name__)
 
 
-# One model over several GPUs: which module lies on which, by accelerate.
 DEVICE_MAPS = ("auto",)
 USED = 0.9  # of what is free on a card; the rest is lost between blocks of torch's allocator
 
@@ -99,9 +98,6 @@ def spread(
     return {module: torch.device("cuda", place) for module, place in device_of.items()}
 
 
-# Work with the cache alone while the Hugging Face hub is away, instead of waiting for it.
-
-
 def hub_is_away() -> bool:
     """Return whether nothing may be asked of the hub, or it cannot be reached; asks once."""
     offline = any(place.HF_HUB_OFFLINE for place in _places())  # or HF_DATASETS_OFFLINE
@@ -132,7 +128,6 @@ def _places() -> list[Any]:
     return [huggingface_hub.constants, *([datasets.config] if datasets else [])]
 
 
-# What the name of a model stands for: something on this machine, or on the Hugging Face hub.
 # Why a model of the hub cannot be had, in the sentence that begins with its name.
 AWAY = (
     "no folder or file here has this name, and as a name on the hub it cannot be looked up: the "
@@ -162,13 +157,13 @@ def check_name(name: str, revision: str | None) -> None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        kept = try_to_load_from_cache(name, "config.json", revision=revision)
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
     except HFValidationError as error:
         raise ModelError(
             f"{name!r} is neither a folder or file here nor a name on the hub, which looks like "
             "org/name. Check the spelling."
         ) from error
-    if not isinstance(kept, str) and hub_is_away():
+    if not isinstance(cached, str) and hub_is_away():
         raise ModelError(f"{name} cannot be loaded: {AWAY}")
 
 
@@ -189,7 +184,6 @@ def check_local_name(name: str, revision: str | None) -> None:
     )
 
 
-# Find a checkpoint on the hub or on a disk, and read it with transformers.
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """Location of a model."""
@@ -227,13 +221,13 @@ class Checkpoint:
         name = source.pop("pretrained_model_name_or_path")
         with loading_errors(self.name):
             for filename in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
-                found = cached_file(
+                path = cached_file(
                     name, filename, **source, _raise_exceptions_for_missing_entries=False
                 )
-                if found is not None and filename == SAFE_WEIGHTS_INDEX_NAME:
-                    return list(json.loads(Path(found).read_bytes())["weight_map"])
-                if found is not None:
-                    with safe_open(found, framework="pt") as file:
+                if path is not None and filename == SAFE_WEIGHTS_INDEX_NAME:
+                    return list(json.loads(Path(path).read_bytes())["weight_map"])
+                if path is not None:
+                    with safe_open(path, framework="pt") as file:
                         return list(file.keys())
         return []  # whoever reads it says so
 
@@ -243,7 +237,7 @@ class Checkpoint:
         """Read model and tokenizer with transformers; its errors become ours, with the way out."""
         if self.is_gguf:
             extra["quantization_config"] = GgufConfig(dequantize=True)
-        wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+        torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
         loaded: Any
         with loading_errors(self.name), gguf_read_once() if self.is_gguf else nullcontext():
             if self.is_gguf:  # those of other models are checked in their files
@@ -253,7 +247,7 @@ class Checkpoint:
                 **extra,
                 use_safetensors=None if self.is_gguf else True,
                 trust_remote_code=False,
-                dtype=wanted,
+                dtype=torch_dtype,
                 output_loading_info=True,
             )
             tokenizer: Any = AutoTokenizer.from_pretrained(**self.source, trust_remote_code=False)
@@ -284,14 +278,14 @@ def find_checkpoint(name: str, revision: str | None) -> Checkpoint:
             check_names(beside)
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         return Checkpoint(name=name, source=source, is_gguf=True)
-    held = unpacked(path) if is_packed(path) else None
-    folder = path if held is None else held.folder
+    unpacked_model = unpacked(path) if is_packed(path) else None
+    folder = path if unpacked_model is None else unpacked_model.folder
     if not folder.is_dir():
         raise ModelError(f"{name} is neither a folder nor a .gguf or .pho file.")
     _check_folder(folder)
     check_model_folder(folder)
     source = {"pretrained_model_name_or_path": str(folder)}
-    return Checkpoint(name=name, source=source, unpacked=held)
+    return Checkpoint(name=name, source=source, unpacked=unpacked_model)
 
 
 def _check_hub_files(name: str, revision: Mapping[str, str]) -> None:
@@ -312,11 +306,11 @@ def _check_hub_files(name: str, revision: Mapping[str, str]) -> None:
 
 def _pinned(name: str, revision: str | None) -> dict[str, str]:
     """Return the argument that names one commit of a hub model, for all its files alike."""
-    given = {"revision": revision} if revision else {}
+    argument = {"revision": revision} if revision else {}
     with loading_errors(name):
-        config = cached_file(name, "config.json", **given)
+        config = cached_file(name, "config.json", **argument)
     commit = re.search(r"/snapshots/([0-9a-f]{40})/", Path(str(config)).as_posix())
-    return given if commit is None else {"revision": commit[1]}
+    return argument if commit is None else {"revision": commit[1]}
 
 
 def _check_folder(path: Path) -> None:
@@ -391,8 +385,8 @@ def weights_sha256(
     tensors = dict(sorted(separate_weights(model).items()))
     hashes = sha256_each(tensors.values(), threads=threads, dtype=dtype)
     digest = hashlib.sha256()
-    for (name, tensor), each in zip(tensors.items(), hashes, strict=True):
-        digest.update(f"{name} {tuple(tensor.shape)} {dtype or tensor.dtype} {each}\n".encode())
+    for (name, tensor), sha256 in zip(tensors.items(), hashes, strict=True):
+        digest.update(f"{name} {tuple(tensor.shape)} {dtype or tensor.dtype} {sha256}\n".encode())
     return digest.hexdigest()
 
 
@@ -442,7 +436,7 @@ class LanguageModel:
 
     @property
     def stream(self) -> bool:
-        """Whether the weights stay on disk, and one block at a time is on the device."""
+        """Return whether the weights stay on disk, and one block at a time is on the device."""
         return self.streamed_to is not None
 
     @property
@@ -497,11 +491,11 @@ class LanguageModel:
 
     @property
     def parameters(self) -> int:
-        """How many there are, pruned or not; shared ones count once."""
+        """Number of weights, pruned or not; shared ones count once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def to_dict(self) -> dict[str, Any]:
-        """What is stored with every result of this model."""
+        """The facts of this model that are stored with every result."""
         return {
             "name": self.name,
             "family": self.family,
@@ -532,7 +526,7 @@ class LanguageModel:
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens the model has an embedding for."""
+        """Number of tokens that the model has an embedding for."""
         embedding: Any = self.model.get_input_embeddings()
         return int(embedding.weight.shape[0])
 
@@ -609,19 +603,19 @@ def load_model(
     if target.type == "cuda" and target.index is None:
         target = torch.device("cuda", torch.cuda.current_device())
     check_choice("dtype", dtype, DTYPES)
-    wanted = "float32" if dtype == "auto" and target.type == "cpu" else dtype
+    dtype_name = "float32" if dtype == "auto" and target.type == "cpu" else dtype
     with hub_or_cache(wanted=is_on_hub(name, revision)):
         checkpoint = find_checkpoint(name, revision)
         if target.type == "cuda":
             gc.collect()  # a model that lay on several GPUs has circles in it, and may be there
         reader: dict[str, Any] = {}
         if stream:
-            wanted, reader = "auto", _mapped_reader(checkpoint)
+            dtype_name, reader = "auto", _mapped_reader(checkpoint)
         elif device_map is not None:
-            reader = {"device_map": _device_map(checkpoint, wanted)}
+            reader = {"device_map": _device_map(checkpoint, dtype_name)}
         elif target.type == "cuda":  # each tensor on its own, not the model by way of main memory
             reader = {"device_map": {"": target}}
-        model, tokenizer = checkpoint.read(wanted, **reader)
+        model, tokenizer = checkpoint.read(dtype_name, **reader)
         if checkpoint.is_gguf:
             # Dequantised now: a saved copy must not claim to be GGUF.
             for leftover in ("quantization_config", "_pre_quantization_dtype"):
@@ -722,7 +716,6 @@ def check_weights(linears: dict[str, PrunableLinear]) -> None:
             )
 
 
-# A model that a program has loaded already, taken as it is: nothing of it changes here.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -740,8 +733,8 @@ def given_model(model: PreTrainedModel, tokenizer: Any = None) -> LanguageModel:
     for fault in _faults(model):
         raise InvalidInput(f"the model {name} {fault}")
     linears = prunable_linears(model)
-    for linear, found in linears.items():
-        weight = found.weight
+    for linear, prunable in linears.items():
+        weight = prunable.weight
         if weight.is_meta or weight.dtype not in _DTYPES:
             raise InvalidInput(
                 f"the model {name} has a weight, {linear}, "
@@ -764,7 +757,7 @@ def given_model(model: PreTrainedModel, tokenizer: Any = None) -> LanguageModel:
 
 
 def _faults(model: PreTrainedModel) -> Iterator[str]:
-    """What keeps a model from being measured as it is, each with the way out."""
+    """The faults that keep a model from being measured as it is, each with the way out."""
     modules = dict(model.named_modules())
     training = [path or "the whole model" for path, module in modules.items() if module.training]
     if training:

@@ -122,7 +122,7 @@ def weight_sha256(weight: Tensor) -> str:
 
 
 def is_permutation(order: Tensor, length: int) -> bool:
-    """Whether ``order``, a 1-D tensor of whole numbers, has each of 0..length-1 once."""
+    """Return whether ``order``, a 1-D tensor of whole numbers, has each of 0..length-1 once."""
     return torch.equal(order.sort().values, torch.arange(length, dtype=order.dtype))
 
 
@@ -211,16 +211,16 @@ def _is_size(value: object) -> bool:
 
 def _check_tensors(file: Any, shapes: dict[str, tuple[int, int]], path: Path) -> None:
     """Raise ModelError unless the file has the tensors of these masks and no others."""
-    found = set(file.keys())
-    wanted: dict[str, tuple[str, list[int]]] = {}
+    names = set(file.keys())
+    expected: dict[str, tuple[str, list[int]]] = {}
     for name, (out_features, in_features) in shapes.items():
-        wanted[f"{name}.keep"] = ("U8", [(out_features * in_features + 7) // 8])
-        if f"{name}.order" in found:
-            wanted[f"{name}.order"] = ("I32", [in_features])
-    if found != set(wanted):
-        odd = ", ".join(map(shown, sorted(found ^ set(wanted))[:4]))
+        expected[f"{name}.keep"] = ("U8", [(out_features * in_features + 7) // 8])
+        if f"{name}.order" in names:
+            expected[f"{name}.order"] = ("I32", [in_features])
+    if names != set(expected):
+        odd = ", ".join(map(shown, sorted(names ^ set(expected))[:4]))
         raise _MASKS.damaged(path, f"{odd} should not be in it, or is missing")
-    for tensor, (dtype, shape) in wanted.items():
+    for tensor, (dtype, shape) in expected.items():
         view = file.get_slice(tensor)
         actual = (str(view.get_dtype()), view.get_shape())
         if actual != (dtype, shape):

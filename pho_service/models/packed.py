@@ -90,8 +90,8 @@ def _files(folder: Path) -> list[str]:
         raise InvalidInput(f"{folder} is packed already. Unpack it with `pho unpack`.")
     if not folder.is_dir():
         raise InvalidInput(f"{folder} is not a folder. Give a model folder, as `pho prune` writes.")
-    found = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    names = [p.as_posix() for p in found if not any(part.startswith(".") for part in p.parts)]
+    paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    names = [p.as_posix() for p in paths if not any(part.startswith(".") for part in p.parts)]
     if "config.json" not in names or not any(n.endswith(".safetensors") for n in names):
         raise InvalidInput(
             f"{folder} has no config.json or no safetensors, so it is not a model folder that can "
@@ -140,9 +140,9 @@ def unpacked(path: Path) -> Unpacked:
     """The folder of a packed model, for as long as somebody holds what is returned."""
     stat = path.stat()
     key = (path.resolve(), stat.st_mtime_ns, stat.st_size)
-    found = _IN_USE.get(key) or Unpacked(path)
-    _IN_USE[key] = found
-    return found
+    folder = _IN_USE.get(key) or Unpacked(path)
+    _IN_USE[key] = folder
+    return folder
 
 
 @contextmanager
@@ -151,8 +151,8 @@ def as_folder(path: Path) -> Iterator[Path]:
     if not is_packed(path):
         yield path
         return
-    held = unpacked(path)
-    yield held.folder
+    holder = unpacked(path)
+    yield holder.folder
 
 
 @contextmanager
@@ -212,17 +212,17 @@ def _write(archive: ZipFile, sizes: dict[str, int], folder: Path, progress: Prog
         for name, size in sizes.items():
             place = folder / name
             place.parent.mkdir(parents=True, exist_ok=True)
-            left = size
+            bytes_left = size
             with archive.open(f"{name}.zst") as entry, place.open("wb") as file:
                 with zstandard.ZstdDecompressor().stream_reader(entry, closefd=False) as stream:
                     while data := stream.read(_CHUNK):
-                        left -= len(data)
-                        if left < 0:
+                        bytes_left -= len(data)
+                        if bytes_left < 0:
                             break
                         file.write(data)
                         advance(1)
                 # What a reader of a zip archive has read to the end, it compares with its CRC.
-                if left or entry.read(1):
+                if bytes_left or entry.read(1):
                     raise EOFError(f"{shown(name)} is not as long as it says")
 
 

@@ -44,16 +44,16 @@ from pho_service.shown.tables import (
 from pho_service.spec.configuration import Configuration, check_format, read_document, reasons
 from pho_service.spec.recovery import Recovered
 
-# What a recipe says to others: of files of this machine their names, not where they lie.
 _ROOTED = re.compile(r"[/\\~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]")
 _WEIGHTS = ("layers", "folded", "dense", "blocks")  # parts that are of linears, by their names
 
 
 def shareable(value: Any) -> Any:
+    """Return a recipe for others: with the names of this machine's files, not where they lie."""
     if isinstance(value, dict):
-        return {k: each if k in _WEIGHTS else shareable(each) for k, each in value.items()}
+        return {k: item if k in _WEIGHTS else shareable(item) for k, item in value.items()}
     if isinstance(value, list):
-        return [shareable(each) for each in value]
+        return [shareable(item) for item in value]
     return _name(value) if isinstance(value, str) and _is_path(value) else value
 
 
@@ -71,8 +71,7 @@ def _name(path: str) -> str:
     return PureWindowsPath(path).name or "a local folder"
 
 
-# The card of a pruned model: ``README.md`` in its folder, with the head that the hub reads.
-CARD = "README.md"
+CARD = "README.md"  # of a pruned model, with the head that the hub reads
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 _LICENCE_FIELDS = {
@@ -85,23 +84,23 @@ _TOLD = ("method", "coefficients", "exponents", "normalised", "steps")
 
 
 def licence_of(name: str, revision: str | None) -> dict[str, str]:
-    """What a model says of its licence, in the keys of the hub; empty if nothing is known."""
+    """The licence of a model by its own words, in the keys of the hub; empty if it says nothing."""
     path = Path(name).expanduser()
     try:
         if path.is_file() and path.suffix == ".gguf":
             fields, _ = read_gguf(path)
-            said = {
+            head = {
                 ours: fields[field]
                 for field, ours in _LICENCE_FIELDS.items()
                 if isinstance(fields.get(field), str)
             }
         elif path.exists():
             with as_folder(path) as folder:
-                said = _head(folder / CARD)
+                head = _head(folder / CARD)
         elif is_hub_id(name):
-            said = _head(Path(hf_hub_download(name, CARD, revision=revision)))
+            head = _head(Path(hf_hub_download(name, CARD, revision=revision)))
         else:
-            said = {}
+            head = {}
     except (
         OSError,
         ValueError,
@@ -110,8 +109,8 @@ def licence_of(name: str, revision: str | None) -> dict[str, str]:
         yaml.YAMLError,
     ):  # no network, no card, or not one to be read
         return {}
-    found = {key: said.get(key) for key in _LICENCE_KEYS}
-    return {k: v for k, v in found.items() if isinstance(v, str) and _PLAIN.fullmatch(v)}
+    licence = {key: head.get(key) for key in _LICENCE_KEYS}
+    return {k: v for k, v in licence.items() if isinstance(v, str) and _PLAIN.fullmatch(v)}
 
 
 def _head(card: Path) -> dict[str, Any]:
@@ -125,29 +124,29 @@ def is_hub_id(name: str) -> bool:
 
 def model_card(recipe: Mapping[str, Any], licence: Mapping[str, str]) -> str:
     name = str(recipe["model"]["name"])
-    asked = recipe["configuration"]
-    found = None if asked is None else Configuration.model_validate(asked)  # None: elsewhere
+    document = recipe["configuration"]
+    config = None if document is None else Configuration.model_validate(document)  # None: elsewhere
     on_hub = is_hub_id(name) and not Path(name).exists()
     base = name if on_hub else PurePath(name).name or "a model in memory"
-    known: dict[str, Any] = {"license": "unknown", **licence}
+    head_fields: dict[str, Any] = {"license": "unknown", **licence}
     head = ModelCardData(
-        **known,
+        **head_fields,
         base_model=name if on_hub else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["pho", "pruned", "sparse", *([f"sparsity-{found.pattern}"] if found else [])],
+        tags=["pho", "pruned", "sparse", *([f"sparsity-{config.pattern}"] if config else [])],
     ).to_yaml()
     parts = [
         f"---\n{head}\n---\n\n# {base}, pruned\n",
         f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`",
         f"with {recipe['sparsity']:.2%} of the weights of {len(recipe['layers'])} linears set to "
-        f"zero{' by PHO' if found else ''}.\n",
+        f"zero{' by PHO' if config else ''}.\n",
         "## How it was pruned\n",
-        *(f"* {line}" for line in _how(recipe, found)),
+        *(f"* {line}" for line in _how(recipe, config)),
         "\n`pruning.json` has the whole recipe, `pruning/masks.safetensors` the masks; "
         "`pho prune --check FOLDER` compares the weights with both.\n",
         "## How good it is\n",
-        *_how_good(recipe, found),
+        *_how_good(recipe, config),
         "\n## How to load it\n",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained(".")  # this folder, or its name on the hub\n'
@@ -160,12 +159,12 @@ def model_card(recipe: Mapping[str, Any], licence: Mapping[str, str]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _how(recipe: Mapping[str, Any], found: Configuration | None) -> Iterator[str]:
+def _how(recipe: Mapping[str, Any], config: Configuration | None) -> Iterator[str]:
     """The method, its numbers, and the text."""
-    if found is None:
+    if config is None:
         yield "By another tool than PHO, which has its masks from the zeros"
     else:
-        for name, value in configuration_rows(found):
+        for name, value in configuration_rows(config):
             if name in _TOLD:
                 yield f"{name.capitalize()}: `{value}`"
         yield f"Calibration: {_text(recipe.get('calibration') or {})}"
@@ -180,41 +179,41 @@ def _how(recipe: Mapping[str, Any], found: Configuration | None) -> Iterator[str
     yield f"PHO {recipe['versions'].get('pho-service', '')}"
 
 
-def _how_good(recipe: Mapping[str, Any], found: Configuration | None) -> Iterator[str]:
+def _how_good(recipe: Mapping[str, Any], config: Configuration | None) -> Iterator[str]:
     recovery = recipe.get("recovery")
     recovered = None if recovery is None else Recovered.from_dict(recovery)
     if recovered is not None and recovered.perplexities:
         yield f"{recovered_table(recovered).markdown()}\n"
-        written = continuations_table(recovered.continuations)
-        yield f"{written.markdown()}\n" if written.rows else ""
+        writing = continuations_table(recovered.continuations)
+        yield f"{writing.markdown()}\n" if writing.rows else ""
     elif recovered is not None:
         yield "The perplexity after the recovery was not measured.\n"
     before = "" if recovered is None else ", before the recovery"
-    if found is None or found.confirmation is None:
+    if config is None or config.confirmation is None:
         if recovered is None:
             yield "Its perplexity was not measured."
     else:
-        yield f"Measured when it was found, on {text_of(found.confirmation)}{before}.\n"
-        good = found.perplexities
-        table = results_table(Report.of(found)) if good is None else verdict_table(good)
+        yield f"Measured when it was found, on {text_of(config.confirmation)}{before}.\n"
+        good = config.perplexities
+        table = results_table(Report.of(config)) if good is None else verdict_table(good)
         yield "" if table is None else table.markdown()
         if not (recovered and recovered.continuations):
-            written = continuations_table(found.continuations)
-            yield f"\n{written.markdown() if written.rows else written.notes[0]}"
-    if found is not None and found.tasks is not None:
-        limit = found.tasks.limit
-        asked = "" if limit is None else f", the first {limit} examples of each"
-        yield f"\nBy lm-evaluation-harness{asked}:\n\n{tasks_table(found.tasks).markdown()}"
+            writing = continuations_table(config.continuations)
+            yield f"\n{writing.markdown() if writing.rows else writing.notes[0]}"
+    if config is not None and config.tasks is not None:
+        limit = config.tasks.limit
+        limit_note = "" if limit is None else f", the first {limit} examples of each"
+        yield f"\nBy lm-evaluation-harness{limit_note}:\n\n{tasks_table(config.tasks).markdown()}"
 
 
 def _text(about: Mapping[str, Any]) -> str:
-    """What is known of a text, without the folders that it lay in."""
+    """A text and its windows, without the folders that it lay in."""
     name = str((about.get("text") or {}).get("source") or "")
     settings = about.get("settings") or {}
     sizes = [f"{settings[k]} {k.replace('_', ' ')}" for k in ("samples", "context_length")
              if k in settings]  # fmt: skip
-    said = f"`{PurePath(name).name if name[0] in '/.~' else name}`" if name else "a text"
-    return ", ".join([said, *sizes])
+    title = f"`{PurePath(name).name if name[0] in '/.~' else name}`" if name else "a text"
+    return ", ".join([title, *sizes])
 
 
 def _licence(base: str, licence: Mapping[str, str]) -> str:
@@ -262,8 +261,7 @@ def with_configuration(folder: Path, configuration: Mapping[str, Any]) -> None:
     write_text(folder / RECIPE, json.dumps(recipe, indent=2) + "\n")
 
 
-# The recipe of a pruned folder, ``pruning.json``: what was done to each linear, read with care.
-FORMAT = "pho-pruning"
+FORMAT = "pho-pruning"  # of the recipe of a pruned folder, ``pruning.json``
 VERSION = 2
 MAX_BYTES = 2**28  # a mixture of experts names each expert, and each folded channel
 MAX_GROUP = 64  # M of N:M, as in pho_service.spec.pattern.Pattern
@@ -326,14 +324,14 @@ class BlockRecord(_Document):
 
 
 class RecoveryRecord(_Document):
-    """What is looked at of a :class:`~pho_service.spec.recovery.Recovered`."""
+    """The fields of a :class:`~pho_service.spec.recovery.Recovered` that are looked at."""
 
     train: Literal["kept", "norms", "lora"]
     kept: bool  # Whether the trained weights were taken
 
 
 class PatternRecord(_Document):
-    """What of the configuration is looked at."""
+    """The fields of the configuration that are looked at."""
 
     pattern: str
 
@@ -365,8 +363,8 @@ class Recipe(_Document):
             return value
         fits = LayerRecord.__pydantic_validator__.isinstance_python
         wrong = (name for name, record in value.items() if not fits(record))
-        some = list(islice(wrong, _FAULTS))
-        return {name: value[name] for name in some} if len(some) == _FAULTS else value
+        names = list(islice(wrong, _FAULTS))
+        return {name: value[name] for name in names} if len(names) == _FAULTS else value
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -394,7 +392,6 @@ def recipe_document(folder: Path) -> dict[str, Any]:
     return document
 
 
-# A pruned folder on the Hugging Face hub.
 # Of the HTTP library that huggingface_hub takes: httpx, or in newer versions httpx2.
 _HTTPError: type[BaseException] = HfHubHTTPError.__bases__[0]
 

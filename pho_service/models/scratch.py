@@ -64,8 +64,7 @@ def mapped_copy(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
         ) from error
 
 
-# Blocks that are pruned and trained already, kept on disk until their model is saved.
-_META = "pho-block"
+_META = "pho-block"  # of a block that is kept on disk until its model is saved
 
 
 @dataclass(frozen=True, kw_only=True)

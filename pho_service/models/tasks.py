@@ -21,7 +21,6 @@ from pho_service.models.loading import LanguageModel, hub_or_cache
 from pho_service.progress import Advance
 from pho_service.pruning.perplexity import window_logits
 
-# Tasks of lm-evaluation-harness, found by their names: its own, and those of a folder.
 _FILES = ("json", "csv", "parquet", "text", "arrow")  # data sets that are files of their own
 _RATED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
 
@@ -35,12 +34,12 @@ class LoadedTasks:
 
     def questions_sha256(self) -> str:
         """Hash of all examples: what was measured on others cannot be compared."""
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for name, task in self.tasks["tasks"].items():
-            found.update(f"{name} {task.VERSION}\n".encode())
+            digest.update(f"{name} {task.VERSION}\n".encode())
             for example in task.eval_docs:
-                found.update(json.dumps(example, sort_keys=True, default=str).encode() + b"\n")
-        return found.hexdigest()
+                digest.update(json.dumps(example, sort_keys=True, default=str).encode() + b"\n")
+        return digest.hexdigest()
 
 
 def load_tasks(
@@ -60,15 +59,15 @@ def load_tasks(
     _check_kinds(manager, names)
     for dataset in _hub_datasets(manager, names):
         check_dataset(dataset)
-    found: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     with hub_or_cache(wanted=bool(_hub_datasets(manager, names))):
         for name in names:
             with _told(name):
                 for part, members in manager.load([name]).items():
-                    found[part].update(members)
-    for name, task in found["tasks"].items():
+                    loaded[part].update(members)
+    for name, task in loaded["tasks"].items():
         _check_rated(name, task.get_config("output_type"))
-    return LoadedTasks(names=tuple(names), tasks=found)
+    return LoadedTasks(names=tuple(names), tasks=loaded)
 
 
 def _manager(names: Sequence[str], folder: Path | None) -> Any:
@@ -81,8 +80,8 @@ def _manager(names: Sequence[str], folder: Path | None) -> Any:
         if needs is None:
             raise
         raise ModuleNotFoundError(f"measuring tasks {needs}", name=error.name) from error
-    own = harness_folder()
-    assert own is not None  # it is imported already
+    root = harness_folder()
+    assert root is not None  # it is imported already
     index: Mapping[str, set[Path]] = {}
     places: set[Path] = set()
     while True:
@@ -91,8 +90,8 @@ def _manager(names: Sequence[str], folder: Path | None) -> Any:
         missing = [n for n in _members(manager, names) if n not in manager.task_index]
         if not missing:
             break
-        index = harness_tasks(own)
-        more = {own / file.relative_to(own).parts[0] for n in missing for file in index.get(n, ())}
+        index = harness_tasks(root)
+        more = {root / f.relative_to(root).parts[0] for n in missing for f in index.get(n, ())}
         if more <= places:
             break
         places |= more
@@ -123,9 +122,9 @@ def _beside(entries: Iterable[Any], folder: Path) -> None:
 def _placed(files: Any, folder: Path) -> Any:
     """``data_files`` with paths that exist below a folder made absolute."""
     if isinstance(files, dict):
-        return {split: _placed(each, folder) for split, each in files.items()}
+        return {split: _placed(file, folder) for split, file in files.items()}
     if isinstance(files, list):
-        return [_placed(each, folder) for each in files]
+        return [_placed(file, folder) for file in files]
     if isinstance(files, str) and "://" not in files and (folder / files).is_file():
         return str(folder / files)
     return files
@@ -137,8 +136,8 @@ def _members(manager: Any, names: Iterable[str]) -> Iterator[str]:
         entry = manager.task_index.get(name)
         inner = (entry.cfg or {}).get("task") if entry else None
         if isinstance(inner, list):
-            said = [each if isinstance(each, str) else each.get("task") for each in inner]
-            yield from _members(manager, [each for each in said if isinstance(each, str)])
+            members = [m if isinstance(m, str) else m.get("task") for m in inner]
+            yield from _members(manager, [m for m in members if isinstance(m, str)])
         elif entry and entry.yaml_path is None and entry.tags:
             yield from _members(manager, sorted(entry.tags))
         else:
@@ -171,8 +170,8 @@ def _check_rated(name: str, kind: str) -> None:
 def _hub_datasets(manager: Any, names: Sequence[str]) -> list[str]:
     """The data sets that tasks have on the hub: neither files nor folders of this machine."""
     leaves = _leaves(manager, names)
-    named = [leaf.get("dataset_path") or leaf.get("task") for leaf in leaves]  # code may name one
-    return [str(each) for each in named if each not in _FILES and not Path(str(each)).exists()]
+    places = [leaf.get("dataset_path") or leaf.get("task") for leaf in leaves]  # code may name one
+    return [str(place) for place in places if place not in _FILES and not Path(str(place)).exists()]
 
 
 @contextmanager
@@ -198,7 +197,6 @@ def _told(name: str) -> Iterator[None]:
         ) from error
 
 
-# How likely a model finds the end of a sequence of tokens, given its beginning.
 AT_ONCE = 128  # sequences that are padded to the same length, on a GPU
 STREAMED = 2**16  # tokens for which a streamed model is read once
 
@@ -227,17 +225,17 @@ def rate_continuations(
     """Rate continuations, in any number and of any lengths."""
     # What differs in its last token alone is read once. Long sequences come first, so a GPU whose
     # memory is not enough says so at once.
-    asked: dict[tuple[int, ...], list[int]] = {}  # what is read, and who asks for it
-    for number, each in enumerate(continuations):
-        asked.setdefault(each.tokens[:-1], []).append(number)
-    inputs = sorted(asked, key=lambda tokens: (-len(tokens), tokens))
-    found: dict[int, Likelihood] = {}
+    readers: dict[tuple[int, ...], list[int]] = {}  # what is read, and who asks for it
+    for number, continuation in enumerate(continuations):
+        readers.setdefault(continuation.tokens[:-1], []).append(number)
+    inputs = sorted(readers, key=lambda tokens: (-len(tokens), tokens))
+    likelihoods: dict[int, Likelihood] = {}
     for batch in _batches(model, inputs):
         for tokens, logits in zip(batch, _logits(model, batch), strict=True):
-            for number in asked[tokens]:
-                found[number] = _rated(logits[: len(tokens)], continuations[number])
-            advance(len(asked[tokens]))
-    return [found[number] for number in range(len(continuations))]
+            for number in readers[tokens]:
+                likelihoods[number] = _rated(logits[: len(tokens)], continuations[number])
+            advance(len(readers[tokens]))
+    return [likelihoods[number] for number in range(len(continuations))]
 
 
 def _batches(
@@ -270,13 +268,13 @@ def _logits(model: LanguageModel, batch: Sequence[tuple[int, ...]]) -> Iterator[
 
 
 def _rated(logits: Tensor, continuation: Continuation) -> Likelihood:
-    wanted = torch.tensor(continuation.tokens[-continuation.length :], device=logits.device)
+    targets = torch.tensor(continuation.tokens[-continuation.length :], device=logits.device)
     ending = logits[-continuation.length :].log_softmax(dim=-1, dtype=torch.float32)
-    chosen = ending.gather(1, wanted[:, None])  # (length, 1)
+    chosen = ending.gather(1, targets[:, None])  # (length, 1)
     log = float(chosen.double().sum())
     if log != log:
         raise NumericalError(
             "the log-likelihood of an answer is NaN: the model's weights overflow in this dtype. "
             f"Use {field_name('dtype', 'float32')}."
         )
-    return Likelihood(log=log, greedy=bool((ending.argmax(dim=-1) == wanted).all()))
+    return Likelihood(log=log, greedy=bool((ending.argmax(dim=-1) == targets).all()))

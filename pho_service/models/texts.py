@@ -32,7 +32,6 @@ from pho_service.models.loading import LanguageModel
 from pho_service.pruning.perplexity import cut_windows
 from pho_service.spec.calibration import windows_of, with_shares
 
-# Texts that a program has in memory: documents, or windows that are cut already.
 SHORTEST = 8  # tokens of a window
 
 
@@ -95,26 +94,25 @@ class GivenWindows:
         return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
 
 
-# Windows that no calibration has seen: texts may be the same, or share documents.
 RUN = 32  # tokens in a row that two texts do not share by chance
 _BASE = 6_364_136_223_846_793_005  # odd, so that it has an inverse modulo 2^64
 _INVERSE = pow(_BASE, -1, 2**64) - 2**64  # as a signed number; negative, as it is above 2^63
 _CHUNK = 64  # windows that are looked at together
 
 
-def apart(windows: Tensor, others: Tensor, most: int | None = None) -> Tensor:
+def apart(windows: Tensor, others: Tensor, limit: int | None = None) -> Tensor:
     """Return the windows that share no run of 32 tokens with others, in their order."""
     # In windows of fewer than 128 tokens a quarter of one is a run, but no less than 8 tokens.
-    seen = _runs(others).unique()
-    kept: list[Tensor] = []
+    other_runs = _runs(others).unique()
+    chunks: list[Tensor] = []
     count = 0
     for chunk in windows.split(_CHUNK):
-        fresh = chunk[~torch.isin(_runs(chunk), seen).any(dim=1)]
-        kept.append(fresh)
+        fresh = chunk[~torch.isin(_runs(chunk), other_runs).any(dim=1)]
+        chunks.append(fresh)
         count += len(fresh)
-        if most is not None and count >= most:
+        if limit is not None and count >= limit:
             break
-    return torch.cat([windows[:0], *kept])[:most]
+    return torch.cat([windows[:0], *chunks])[:limit]
 
 
 def recut(windows: Tensor, count: int, seed: int) -> Tensor:
@@ -125,12 +123,12 @@ def recut(windows: Tensor, count: int, seed: int) -> Tensor:
     first = int(bool((windows[:, 0] == windows[0, 0]).all()))
     generator = torch.Generator().manual_seed(seed)
     cuts = -(-count // len(windows))
-    found = [windows]
+    parts = [windows]
     for cut in range(1, cuts):
         text = windows[torch.randperm(len(windows), generator=generator), first:]
         moved = text.flatten().roll(text.shape[1] * cut // cuts)
-        found.append(cut_windows(moved, windows.shape[1], windows[0, :first].tolist()))
-    return torch.cat(found)[:count]
+        parts.append(cut_windows(moved, windows.shape[1], windows[0, :first].tolist()))
+    return torch.cat(parts)[:count]
 
 
 def _runs(windows: Tensor) -> Tensor:
@@ -205,18 +203,18 @@ class MixedText:
             raise InvalidInput(
                 f"there are {len(self.shares)} shares of {len(self.texts)} texts. Give as many."
             )
-        seen: set[object] = set()
+        identities: set[object] = set()
         for text, share in zip(self.texts, self.shares, strict=True):
             if not 0 < share < math.inf:
                 raise InvalidInput(
                     f"the share of {text} is {share}. Give a number above 0, or leave the text out."
                 )
-            own: object = id(text)
+            identity: object = id(text)
             if isinstance(text, TextSource):
-                own = Path(text.path).expanduser().resolve() if text.path else text
-            if own in seen:
+                identity = Path(text.path).expanduser().resolve() if text.path else text
+            if identity in identities:
                 raise InvalidInput(f"the text {text} is given twice. Give each text once.")
-            seen.add(own)
+            identities.add(identity)
 
     def __str__(self) -> str:
         return with_shares(map(str, self.texts), self.shares)
@@ -236,7 +234,7 @@ def mixed_text(texts: Sequence[T], shares: Sequence[float] = ()) -> T | MixedTex
 
 @dataclass(frozen=True, kw_only=True)
 class TextRecord:
-    """What a number was measured on, to be stored with it."""
+    """The text that a number was measured on, to be stored with it."""
 
     source: str  # As :class:`TextSource` prints itself
     # SHA-256 of the documents that were read, joined by two newlines; of several texts, of theirs.
@@ -340,8 +338,8 @@ def read_windows(
     """Read a whole text for perplexity: joined, tokenised once, cut, the tail dropped."""
     model.check_context(context_length)
     if isinstance(source, TextSource):
-        source, most = source.usual(measured=True)
-        source, max_windows = with_split(source), max_windows or most
+        source, default_windows = source.usual(measured=True)
+        source, max_windows = with_split(source), max_windows or default_windows
     if isinstance(source, GivenWindows):
         windows, record = _given(model, source, context_length)
     else:
@@ -393,7 +391,7 @@ def sample_windows(
     _require_text(documents, source)
     random.Random(seed).shuffle(documents)  # noqa: S311 - a sample, not a secret
     prefix = model.window_prefix(bos)
-    wanted = count * (context_length - len(prefix))
+    tokens_needed = count * (context_length - len(prefix))
     separator = model.tokenize(SEPARATOR)
     pieces: list[Tensor] = []
     used: list[str] = []
@@ -403,7 +401,7 @@ def sample_windows(
         pieces += [piece, separator]
         used.append(document)
         tokens += len(piece) + len(separator)
-        if tokens >= wanted:
+        if tokens >= tokens_needed:
             break
     windows = cut_windows(torch.cat(pieces), context_length, prefix, str(source))
     generator = torch.Generator().manual_seed(seed)
@@ -447,7 +445,7 @@ def _sample_mixed(
         records.append((record, share))
     together = "\n".join(f"{record.sha256} {share:.6f}" for record, share in records)
     return torch.cat([*map(_in_turns, drawn)]), TextRecord(
-        source=with_shares((_short(each.source) for each, _ in records), source.shares),
+        source=with_shares((_short(r.source) for r, _ in records), source.shares),
         sha256=hashlib.sha256(together.encode()).hexdigest(),
         documents=sum(record.documents for record, _ in records),
         texts=tuple(records),
@@ -455,11 +453,11 @@ def _sample_mixed(
 
 
 def _in_turns(windows: list[Tensor]) -> Tensor:
-    """Those of several texts, spread evenly."""
+    """Spread the windows of several texts evenly."""
     order = sorted(
-        ((place + 0.5) / len(own), number, place)
-        for number, own in enumerate(windows)
-        for place in range(len(own))
+        ((place + 0.5) / len(text_windows), number, place)
+        for number, text_windows in enumerate(windows)
+        for place in range(len(text_windows))
     )
     return torch.cat([windows[0][:0], *(windows[n][p : p + 1] for _, n, p in order)])
 
@@ -501,6 +499,6 @@ def _record(source: TextSource | GivenText, documents: list[str]) -> TextRecord:
 
 def record_to_dict(record: TextRecord, **more: Any) -> dict[str, Any]:
     """JSON values of a record, with ``more`` beside them."""
-    parts = [{**record_to_dict(each), "share": round(share, 6)} for each, share in record.texts]
+    parts = [{**record_to_dict(part), "share": round(share, 6)} for part, share in record.texts]
     several = {"texts": parts} if parts else {}
     return {"source": record.source, "sha256": record.sha256, **several, **more}

@@ -53,7 +53,7 @@ def test_by_whoever(model, text, tmp_path):
         model,
         text,
         SETTINGS,
-        known=lambda n: (
+        stored_sums=lambda n: (
             read_sums(tmp_path / f"{n}", key="k", shard=n) if (tmp_path / f"{n}").exists() else None
         ),
     )
@@ -80,7 +80,7 @@ def test_added_up_from_files_on_one_gpu_or_on_two_that_a_model_lies_on_shards_gi
         )
         for part in parts
     ]
-    together = measure(model, text, SETTINGS, known=on_cpu.__getitem__)
+    together = measure(model, text, SETTINGS, stored_sums=on_cpu.__getitem__)
 
     assert used == [True, device_map == "auto"]
     assert all(map(torch.equal, tensors(together), tensors(alone)))
