@@ -163,7 +163,7 @@ def separate_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _is_fused(module: nn.Module) -> bool:
-    """Return whether a module keeps to transformers' contract for experts, in its plainest layout."""
+    """Return whether a module keeps to transformers' contract for experts, in its plainest form."""
     # The flags are set by ``use_experts_implementation``; whatever has them takes (hidden_states,
     # top_k_index, top_k_weights) and gates with ``_apply_gate``.
     shapes = {name: p.shape for name, p in module.named_parameters(recurse=False)}
