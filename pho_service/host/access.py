@@ -82,7 +82,7 @@ def _checked(content: bytes, file: str) -> list[str]:
         check_counts(document, file)
         weights = document.get("transformers_weights")
         names = iter([] if weights is None else [("transformers_weights", weights)])
-    found = []
+    plain_names = []
     for key, name in names:
         if not is_plain(name):
             raise InvalidInput(
@@ -91,8 +91,8 @@ def _checked(content: bytes, file: str) -> list[str]:
                 "':' and '..'. Put the file into the model's folder and write its plain name, or "
                 "take the entry out."
             )
-        found.append(str(name))
-    return found
+        plain_names.append(str(name))
+    return plain_names
 
 
 def check_counts(config: Mapping[str, Any], file: str) -> None:
@@ -107,7 +107,7 @@ def check_counts(config: Mapping[str, Any], file: str) -> None:
 
 
 def is_plain(name: object) -> bool:
-    """Whether a value is a file's name without any path, drive or URL."""
+    """Return whether a value is a file's name without any path, drive or URL."""
     return isinstance(name, str) and name not in (".", "..") and bool(_PLAIN.fullmatch(name))
 
 
@@ -185,9 +185,9 @@ class Access:
     def model(self, name: str) -> str:
         """The absolute path of a local model, or the id of one on the hub."""
         if not is_path(name):
-            found = _below(name, self.model_roots, _model_files)
-            if found is not None:
-                return str(found)
+            path = _below(name, self.model_roots, _model_files)
+            if path is not None:
+                return str(path)
             return _on_hub(name, self.hub_models, "model", "PHO_HUB_MODELS")
         return str(_local(name, self.model_roots, "model", "PHO_MODEL_ROOTS", _model_files))
 
@@ -227,9 +227,9 @@ class Access:
             _on_hub(usual.dataset, self.hub_datasets, "data set", "PHO_HUB_DATASETS")
             return name
         if not is_path(name):
-            found = _below(name, self.text_roots, _dataset_files)
-            if found is not None:
-                return str(found)
+            path = _below(name, self.text_roots, _dataset_files)
+            if path is not None:
+                return str(path)
             return _on_hub(name, self.hub_datasets, "data set", "PHO_HUB_DATASETS")
         return str(_local(name, self.text_roots, "data set", "PHO_TEXT_ROOTS", _dataset_files))
 
@@ -283,7 +283,7 @@ def _named_below(path: str, *kinds: tuple[Path, ...]) -> str:
 
 
 def is_path(name: str) -> bool:
-    """Whether a name can only be a path: a hub id has no more than one slash, and no suffix."""
+    """Return whether a name can only be a path: a hub id has at most one slash, and no suffix."""
     return (
         name.startswith((".", "/", "~", "\\"))
         or name.count("/") > 1
@@ -293,7 +293,7 @@ def is_path(name: str) -> bool:
 
 
 def near_name(path: Path) -> str | None:
-    """What lies where a path leads and is nearly spelt like it, if nothing is there."""
+    """The name nearly spelt like a path, where it leads, if nothing is there."""
     try:
         with os.scandir(path.parent) as entries:
             names = [entry.name for entry in islice(entries, _IN_A_MODEL)]
@@ -309,7 +309,7 @@ def did_you_mean(name: str, *places: Path) -> str:
 
 
 def is_packed(path: Path) -> bool:
-    """Whether a path is a packed model, by its name alone."""
+    """Return whether a path is a packed model, by its name alone."""
     return path.suffix == PACKED_SUFFIX and path.is_file()
 
 
@@ -343,7 +343,7 @@ def _below(name: str, roots: tuple[Path, ...], files: Files) -> Path | None:
 
 
 def _model_files(folder: Path, name: str) -> Iterator[os.DirEntry[str]]:
-    """What a loader of models opens: the folder's own files, and none below it but templates."""
+    """The files that a loader of models opens: the folder's own, and none below but templates."""
     yield from _entries(folder, _IN_A_MODEL, f"model {name!r}", "the model's folder alone")
     if (folder / _TEMPLATES).is_dir():
         yield from _entries(folder / _TEMPLATES, _IN_A_MODEL, f"model {name!r}", "fewer templates")
@@ -360,12 +360,12 @@ def _model_files(folder: Path, name: str) -> Iterator[os.DirEntry[str]]:
 def _dataset_files(folder: Path, name: str) -> Iterator[os.DirEntry[str]]:
     """All files of a data set, at all depths, after its card was checked."""
     check_cards(folder, f"data set {name!r}")
-    folders, left = [folder], _IN_A_DATASET
+    folders, entries_left = [folder], _IN_A_DATASET
     linked = {folder}
     while folders:
         way_out = "one of its folders, or a file as calibration.text"
-        for entry in _entries(folders.pop(), left, f"data set {name!r}", way_out):
-            left -= 1
+        for entry in _entries(folders.pop(), entries_left, f"data set {name!r}", way_out):
+            entries_left -= 1
             yield entry  # and whoever looks at it refuses a link that leads out
             if entry.is_dir(follow_symlinks=False):
                 folders.append(Path(entry.path))
@@ -380,10 +380,10 @@ def _no_files(_folder: Path, _name: str) -> Iterator[os.DirEntry[str]]:
 
 
 def _entries(folder: Path, most: int, thing: str, way_out: str) -> Iterator[os.DirEntry[str]]:
-    """What a folder has, unless that is more than ``most``."""
+    """The entries of a folder, unless they are more than ``most``."""
     try:
-        with os.scandir(folder) as found:
-            for number, entry in enumerate(found):
+        with os.scandir(folder) as entries:
+            for number, entry in enumerate(entries):
                 if number >= most:
                     raise InvalidInput(
                         f"{thing} has too many files to be looked through: a model may have "
@@ -405,9 +405,9 @@ def _local(name: str, roots: tuple[Path, ...], thing: str, variable: str, files:
             f"{thing} {name!r} does not lie below {places}. Move it there, or let the operator "
             f"add its folder to {variable}."
         )
-    found = _below(name, roots, files)
-    if found is not None:
-        return found
+    existing = _below(name, roots, files)
+    if existing is not None:
+        return existing
     if any(root.is_dir() for root in roots):
         meant = did_you_mean(name, *filter(None, allowed))
         raise InvalidInput(f"{thing} {name!r} does not exist below {places}.{meant}")
@@ -457,7 +457,7 @@ def list_roots(model_roots: Sequence[Path], text_roots: Sequence[Path]) -> Listi
 
 
 class _Budget:
-    """How much may be looked at."""
+    """The files and the time that a look below the roots may still take."""
 
     def __init__(self) -> None:
         self._entries, self._end = MOST_ENTRIES, time.monotonic() + MOST_S
@@ -482,34 +482,34 @@ def _names(roots: Sequence[Path], budget: _Budget) -> tuple[tuple[str, ...], tup
     for number, root in enumerate(roots):
         for path, is_model in _walk(root, budget):
             name = _name(path, root, roots[:number])
-            found = models if is_model else texts
-            if name is None or len(found) >= MOST:
+            names = models if is_model else texts
+            if name is None or len(names) >= MOST:
                 budget.cut()
             else:
-                found.append(name)
+                names.append(name)
     return tuple(models), tuple(texts)
 
 
 def _name(path: Path, root: Path, before: Sequence[Path]) -> str | None:
-    """What a job calls a path: relative to its root, unless an earlier root has that, too."""
+    """The name of a path in jobs: relative to its root, unless an earlier root has that, too."""
     name = str(path.relative_to(root))
     if name.startswith("~"):
         name = f"./{name}"
-    if any((other / name).exists() for other in before):
+    if any((earlier / name).exists() for earlier in before):
         name = str(path)
     return name if name.isprintable() and len(name) <= _LONGEST else None
 
 
 def _walk(root: Path, budget: _Budget) -> list[tuple[Path, bool]]:
     """Paths of models (True) and texts (False) below a root, level by level and by name."""
-    found: list[tuple[Path, bool]] = []
+    paths: list[tuple[Path, bool]] = []
     folders = deque([(root, 0)])
-    seen = {root}
+    visited = {root}
     while folders:
         folder, depth = folders.popleft()
         entries = _listed_entries(folder, root, budget)
         if any(entry.name == "config.json" for entry in entries) and folder != root:
-            found.append((folder, True))
+            paths.append((folder, True))
             continue
         for entry in entries:
             path = folder / entry.name
@@ -517,29 +517,29 @@ def _walk(root: Path, budget: _Budget) -> list[tuple[Path, bool]]:
                 real = path.resolve()
                 if depth == DEEPEST:
                     budget.cut()
-                elif real not in seen:
-                    seen.add(real)
+                elif real not in visited:
+                    visited.add(real)
                     folders.append((path, depth + 1))
             elif entry.name.endswith(".gguf"):
-                found.append((path, True))
+                paths.append((path, True))
             elif entry.name.endswith(_TEXTS):
-                found.append((path, False))
-    return found
+                paths.append((path, False))
+    return paths
 
 
 def _listed_entries(folder: Path, root: Path, budget: _Budget) -> list[os.DirEntry[str]]:
-    """What is in a folder, by name, without what is hidden and links that lead out of the root."""
-    kept = []
+    """The entries of a folder by name, but hidden ones and links that lead out of the root."""
+    visible = []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if not budget.spend():
                     break
                 if not entry.name.startswith(".") and _stays(entry, root):
-                    kept.append(entry)
+                    visible.append(entry)
     except OSError:  # that cannot be read, or is gone
         return []
-    return sorted(kept, key=lambda entry: entry.name)
+    return sorted(visible, key=lambda entry: entry.name)
 
 
 def _stays(entry: os.DirEntry[str], root: Path) -> bool:

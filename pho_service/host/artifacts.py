@@ -56,7 +56,7 @@ class PrunedStore:
         return cls(store_url(settings), settings.cache_dir.expanduser().resolve())
 
     def id(self, *, new: bool = False) -> str:
-        """What tells this store from others; empty if nothing does yet and no new id is made."""
+        """The id that tells this store from others; empty if it has none and no new one is made."""
         place = f"{self._root}/{_ID}"
         try:
             if not self._files.exists(place):
@@ -74,19 +74,19 @@ class PrunedStore:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of the bundles, the pruned models and the rest; in a folder, what is free, too."""
-        found = {"bundles": 0, "pruned": 0, "other": 0}
+        sizes = {"bundles": 0, "pruned": 0, "other": 0}
         try:
             files = self._files.find(self._root, detail=True)
             for place, about in files.items():
                 first = place.removeprefix(self._root).strip("/").partition("/")[0]
-                found[first if first in found else "other"] += about["size"] or 0
+                sizes[first if first in sizes else "other"] += about["size"] or 0
             if self._is_local:
-                found["free"] = shutil.disk_usage(self._root).free
+                sizes["free"] = shutil.disk_usage(self._root).free
         except OSError as error:
             raise OutputError(
                 f"the artifact store {self._root} cannot be measured: {error.strerror or error}."
             ) from error
-        return found
+        return sizes
 
     def workplace(self, job_id: uuid.UUID, key: str) -> Path:
         """Where a worker puts a model together; after :meth:`keep` it is in the store."""
@@ -103,9 +103,9 @@ class PrunedStore:
                     self._files.makedirs(f"{place}/{name}".rpartition("/")[0], exist_ok=True)
                     self._files.put_file(str(folder / name), f"{place}/{name}")
                 shutil.rmtree(self._cached(job_id), ignore_errors=True)
-            for other in self._files.ls(self._of_job(job_id), detail=False):
-                if other.rstrip("/").rpartition("/")[2] != key:
-                    self._files.rm(other, recursive=True)
+            for path in self._files.ls(self._of_job(job_id), detail=False):
+                if path.rstrip("/").rpartition("/")[2] != key:
+                    self._files.rm(path, recursive=True)
         except OSError as error:
             raise OutputError(
                 f"the pruned model cannot be put into the artifact store {place}: "

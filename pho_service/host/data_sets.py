@@ -44,10 +44,10 @@ def check_card(file: str, content: bytes, name: str) -> None:
     """Check that a card names nothing but what lies in its data set."""
     text = content.decode(errors="replace")
     if file.endswith(".md"):
-        found = _YAML.search(text)
-        if found is None and not (text.lstrip().startswith("---") and len(content) > MOST_BYTES):
+        match = _YAML.search(text)
+        if match is None and not (text.lstrip().startswith("---") and len(content) > MOST_BYTES):
             return  # without YAML, it says nothing of files
-        text = "" if found is None else found[2]
+        text = "" if match is None else match[2]
     if len(content) > MOST_BYTES and (not text or not file.endswith(".md")):
         raise InvalidInput(
             f"{name}: the YAML of {file} is longer than {MOST_BYTES} bytes. Take out of it what is "
@@ -188,8 +188,8 @@ _TAG = re.compile(rb"^tag[ \t]*:[ \t]*((?:\n[ \t]*-[^\n]*)+|[^\n]*)", re.MULTILI
 
 def harness_folder() -> Path | None:
     """Where the harness has its tasks; None if it is not installed: it comes with ``eval``."""
-    found = find_spec("lm_eval")
-    return None if found is None or not found.origin else Path(found.origin).parent / "tasks"
+    spec = find_spec("lm_eval")
+    return None if spec is None or not spec.origin else Path(spec.origin).parent / "tasks"
 
 
 @cache
@@ -200,13 +200,13 @@ def harness_tasks(folder: Path) -> Mapping[str, set[Path]]:
 
 def tasks_in(folder: Path) -> dict[str, set[Path]]:
     """The files that define each task, group and tag, without reading more of them than names."""
-    found: dict[str, set[Path]] = {}
+    files: dict[str, set[Path]] = {}
     for file in folder.rglob("*.yaml"):
         text = file.read_bytes()
         tags = [word for block in _TAG.findall(text) for word in re.findall(rb"[\w.-]+", block)]
         for name in (*_NAME.findall(text), *tags):
-            found.setdefault(name.decode(errors="replace"), set()).add(file)
-    return found
+            files.setdefault(name.decode(errors="replace"), set()).add(file)
+    return files
 
 
 def check_tasks(names: Sequence[str], folder: Path | None) -> None:
@@ -214,15 +214,15 @@ def check_tasks(names: Sequence[str], folder: Path | None) -> None:
     harness = harness_folder()
     if harness is None or (folder is not None and not folder.is_dir()):
         return
-    mine = {} if folder is None else tasks_in(folder)
+    folder_tasks = {} if folder is None else tasks_in(folder)
     for name in names:
-        if name not in mine and name not in harness_tasks(harness):
-            raise unknown_task(name, [*harness_tasks(harness), *mine], folder)
+        if name not in folder_tasks and name not in harness_tasks(harness):
+            raise unknown_task(name, [*harness_tasks(harness), *folder_tasks], folder)
 
 
-def unknown_task(name: str, known: Iterable[str], folder: Path | None) -> InvalidInput:
+def unknown_task(name: str, names: Iterable[str], folder: Path | None) -> InvalidInput:
     """The error for a task that is not there, with the names that are near."""
-    near = difflib.get_close_matches(name, {*known}, n=3)
+    near = difflib.get_close_matches(name, {*names}, n=3)
     return InvalidInput(
         f"the task {name!r} is not one of lm-eval {versions('lm-eval')['lm-eval']}"
         + (f", and not in {folder}." if folder else ".")

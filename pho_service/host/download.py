@@ -81,11 +81,11 @@ def _fetch(file: File, place: Path, part: Part, advance: Advance) -> None:
 
 
 def _fetch_rest(file: File, place: Path, part: Part, advance: Advance) -> None:
-    here = _size(place)
-    if here < file.bytes or not place.exists():
-        with part(file, here) as (goes_on, chunks):
+    size = _size(place)
+    if size < file.bytes or not place.exists():
+        with part(file, size) as (goes_on, chunks):
             if not goes_on:
-                advance(-here)
+                advance(-size)
             with place.open("ab" if goes_on else "wb") as out:
                 for chunk in chunks:
                     out.write(chunk)

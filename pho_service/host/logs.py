@@ -47,7 +47,7 @@ def request_id() -> str | None:
 
 
 def is_about(**fields: Any) -> bool:
-    """Whether lines that are logged here carry these fields."""
+    """Return whether lines that are logged here carry these fields."""
     return fields.items() <= _about.get().items()
 
 
@@ -112,8 +112,7 @@ def _json() -> logging.Formatter:
     )
 
 
-# Spans of requests and stages for OpenTelemetry, which is only imported if it is wanted.
-_tracer: "Tracer | None" = None
+_tracer: "Tracer | None" = None  # OpenTelemetry is only imported if it is wanted
 
 
 def configure_tracing(service: str) -> None:

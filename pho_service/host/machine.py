@@ -28,8 +28,8 @@ def conditions() -> str:
 
 def _processor() -> str:
     about = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)", about.read_text() if about.is_file() else "", re.M)
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*:\s*(.+)", about.read_text() if about.is_file() else "", re.M)
+    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -47,7 +47,7 @@ EXTRAS = {"worker": "to run models", "api": "to serve jobs", "eval": "for zero-s
 
 def _packages_of(extra: str) -> list[str]:
     matched = re.compile(rf"([\w.-]+).*extra == ['\"]{extra}['\"]").fullmatch
-    return [found[1] for each in requires("pho-service") or () if (found := matched(each))]
+    return [match[1] for r in requires("pho-service") or () if (match := matched(r))]
 
 
 def _module(name: str) -> str:
@@ -56,12 +56,12 @@ def _module(name: str) -> str:
 
 def missing_of(extra: str) -> list[str]:
     """The packages of an extra that are not installed."""
-    there = {_module(each.name).lower() for each in distributions()}
-    return [name for name in _packages_of(extra) if _module(name).lower() not in there]
+    installed = {_module(distribution.name).lower() for distribution in distributions()}
+    return [name for name in _packages_of(extra) if _module(name).lower() not in installed]
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:
-    """What is needed, and how to install it: ``needs torch: pip install 'pho-service[worker]'``."""
+    """Say what to install: ``needs torch: pip install 'pho-service[worker]'``."""
     if error.name is None:
         return None
     module = error.name.partition(".")[0]
@@ -75,7 +75,7 @@ PATIENCE_S = 5.0  # with a hub that does not answer, before it counts as away
 
 
 def hub_answers() -> bool:
-    """Whether the Hugging Face hub can be reached from here, and may be."""
+    """Return whether the Hugging Face hub can be reached from here, and may be."""
     import httpx
     from huggingface_hub import constants
 
@@ -87,7 +87,6 @@ def hub_answers() -> bool:
     return False
 
 
-# What goes wrong with the machine rather than with the input, told in words.
 LONGEST = 300  # characters of a library's message
 
 # What allocators say in a RuntimeError: torch's on a CPU, CUDA's outside of torch's own.
@@ -95,14 +94,14 @@ _NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory, of a GPU or of the machine, was not enough."""
+    """Return whether an error says that memory, of a GPU or of the machine, was not enough."""
     if isinstance(error, (MemoryError, _torch("OutOfMemoryError"))):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 def device_is_lost(error: BaseException) -> bool:
-    """Whether an error says that a GPU failed: nothing more can be done on it by this process."""
+    """Return whether a GPU failed: nothing more can be done on it by this process."""
     # An illegal access or an uncorrectable memory error breaks the CUDA context; a card that fell
     # off its bus looks the same.
     if ran_out_of_memory(error):
@@ -120,10 +119,10 @@ def faults_told() -> Iterator[None]:
     except PhoError:
         raise
     except BaseException as error:
-        told = _told(error)
-        if told is None:
+        fault = _told(error)
+        if fault is None:
             raise
-        raise told from error
+        raise fault from error
 
 
 def _told(error: BaseException) -> PhoError | None:
@@ -150,11 +149,11 @@ def _told(error: BaseException) -> PhoError | None:
 
 
 def first_words(error: BaseException) -> str:
-    """What a library says, up to the advice that it gives to programmers: ``: CUDA error ...``."""
+    """The words of a library up to its advice to programmers: ``: CUDA error ...``."""
     line = " ".join(str(error).split("\n\n")[0].split())
-    said = re.split(r" If reserved but| CUDA kernel errors| Search for `", line)[0]
-    said = re.sub(r"^\[enforce fail at [^]]*\] *", "", said).rstrip(". ")
-    return f": {said[:LONGEST]}" if said else ""
+    words = re.split(r" If reserved but| CUDA kernel errors| Search for `", line)[0]
+    words = re.sub(r"^\[enforce fail at [^]]*\] *", "", words).rstrip(". ")
+    return f": {words[:LONGEST]}" if words else ""
 
 
 def let_go_of_memory() -> None:

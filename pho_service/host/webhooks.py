@@ -86,17 +86,17 @@ class WebhookRules:
         """The address to connect to: what the name stands for now, all of which must be allowed."""
         host, port = str(parts.hostname), parts.port or _PORTS[parts.scheme]
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
             raise NotDelivered(f"{host} has no address: {error}") from error
-        addresses = [str(each[4][0]).partition("%")[0] for each in found]
+        addresses = [str(info[4][0]).partition("%")[0] for info in infos]
         for address in addresses:
             self._check_address(host, ipaddress.ip_address(address))
         return addresses[0]
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address is on the internet, and does not carry another one that may not be."""
+    """Return whether an address is on the internet, and carries none that may not be."""
     if isinstance(address, ipaddress.IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour
         if inner is not None or address.teredo is not None or address in _CARRIES_IPV4:
