@@ -51,8 +51,8 @@ def score_baselines(pattern: Pattern) -> list[Candidate]:
         "Plug-and-Play" (RIA: sums, exponent 0.5).
     """
     return [
-        Candidate(method=method, coefficients=each, pattern=pattern.within(scope or pattern.scope))
-        for method, each, scope in _SCORES
+        Candidate(method=method, coefficients=c, pattern=pattern.within(scope or pattern.scope))
+        for method, c, scope in _SCORES
     ]
 
 
@@ -80,9 +80,9 @@ def comparison_baselines(pattern: Pattern, linears: Linears = Linears()) -> list
         )
     ]
     return [
-        replace(each, steps=replace(each.steps, linears=linears))
-        for each in (*score_baselines(pattern), *with_wanda)
-        if not (pattern.group and each.method.startswith("owl"))
+        replace(candidate, steps=replace(candidate.steps, linears=linears))
+        for candidate in (*score_baselines(pattern), *with_wanda)
+        if not (pattern.group and candidate.method.startswith("owl"))
     ]
 
 
@@ -94,15 +94,15 @@ def named_baselines(pattern: Pattern, linears: Linears = Linears()) -> dict[str,
     the activation norms of its score from the pruned blocks before, ``-permuted`` cuts the groups
     of N:M in the channel order that keeps the most score.
     """
-    found: dict[str, Candidate] = {}
+    candidates: dict[str, Candidate] = {}
     for plain in comparison_baselines(pattern, linears):
         variants = [plain]
         if plain.coefficients.activation_exponent and not plain.steps.needs_text:
             variants.append(_variant(plain, SEQUENTIAL, statistics="sequential"))
         if pattern.group:
-            variants += [_variant(each, PERMUTED, permutation="score") for each in variants]
-        found.update((each.method, each) for each in variants)
-    return found
+            variants += [_variant(c, PERMUTED, permutation="score") for c in variants]
+        candidates.update((c.method, c) for c in variants)
+    return candidates
 
 
 def _variant(candidate: Candidate, ending: str, **steps: str) -> Candidate:
@@ -114,11 +114,11 @@ def shown_baselines(
     names: Sequence[str] | None, pattern: Pattern, linears: Linears = Linears()
 ) -> list[Candidate]:
     """The rows of a comparison that are not the user's own."""
-    known = named_baselines(pattern, linears)
+    candidates = named_baselines(pattern, linears)
     if names is None:
-        return [each for name, each in known.items() if _shown(name, pattern)]
+        return [candidate for name, candidate in candidates.items() if _shown(name, pattern)]
     if ALL in names:
-        return list(known.values())
+        return list(candidates.values())
     return [baseline(name, pattern, linears) for name in dict.fromkeys(names)]
 
 
@@ -134,26 +134,26 @@ def _shown(name: str, pattern: Pattern) -> bool:
 
 def baseline(name: str, pattern: Pattern, linears: Linears = Linears()) -> Candidate:
     """A published method by its name."""
-    known = named_baselines(pattern, linears)
-    if name in known:
-        return known[name]
+    candidates = named_baselines(pattern, linears)
+    if name in candidates:
+        return candidates[name]
     if pattern.group and name.startswith("owl"):
         raise InvalidInput(f"method {name!r} at {pattern}: {OWL_AT_NM} Leave it out.")
     plain = name.removesuffix(PERMUTED)
-    if name.endswith(PERMUTED) and not pattern.group and plain in known:
+    if name.endswith(PERMUTED) and not pattern.group and plain in candidates:
         raise InvalidInput(
             f"method {name!r} at {pattern}: the order of channels only matters to N:M. Take "
             f"{plain!r}."
         )
     plain = plain.removesuffix(SEQUENTIAL)
-    if plain in known:
+    if plain in candidates:
         raise InvalidInput(
             f"method {name!r}: {plain} reads no activation norms, or has them from the pruned "
             f"blocks before in any case. Take {plain!r}."
         )
-    near = get_close_matches(name, [*known], 3, cutoff=0.5)
+    near = get_close_matches(name, [*candidates], 3, cutoff=0.5)
     raise InvalidInput(
-        f"method {name!r} is not one of those at {pattern}: {', '.join(known)}."
+        f"method {name!r} is not one of those at {pattern}: {', '.join(candidates)}."
         + (f" Near: {', '.join(near)}." if near else "")
     )
 
@@ -186,13 +186,6 @@ def search_baselines(
     return baselines
 
 
-def _within(pattern: Pattern, candidate: Candidate, *, kernel_size: int, steps: Steps) -> Candidate:
-    """A published score in no wider scope than that of a pattern."""
-    scope = min(candidate.pattern.scope, pattern.scope, key=lambda s: s.width)
-    coefficients = replace(candidate.coefficients, kernel_size=kernel_size)
-    return replace(candidate, pattern=pattern.within(scope), coefficients=coefficients, steps=steps)
-
-
 def reference_methods(pattern: Pattern, linears: Linears = Linears()) -> dict[str, Candidate]:
     """``wanda``, and ``ria`` in the widest scope of a pattern: what results are measured by."""
     scores = {candidate.method: candidate for candidate in score_baselines(pattern)}
@@ -204,7 +197,6 @@ def reference_methods(pattern: Pattern, linears: Linears = Linears()) -> dict[st
     }
 
 
-# A configuration taken apart: what each of its steps adds.
 _WORDS = {"repruning": "re-pruning"}
 
 

@@ -23,7 +23,7 @@ SHARDED_FROM = 2**17  # tokens: half of the default's
 
 
 def windows_of(shares: Sequence[float], count: int) -> list[int]:
-    """How many of ``count`` windows each share gets, by the largest remainders."""
+    """Number of windows of ``count`` that each share gets, by the largest remainders."""
     quotas = [share * count / sum(shares) for share in shares]
     counts = [int(quota) for quota in quotas]
     order = sorted(range(len(shares)), key=lambda number: counts[number] - quotas[number])
@@ -166,7 +166,7 @@ class CalibrationSettings:
         return 1 if small or stream or not self.projection_rows else min(SHARDS, self.samples)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values, all that decides what a bundle holds."""
+        """Return JSON values of all that decides what a bundle holds."""
         values = asdict(self) | {"kernel_sizes": list(self.kernel_sizes)}
         del values["memory_bytes"]
         return values

@@ -21,7 +21,6 @@ from pho_service.spec.pattern import Coefficients, Linears, Pattern
 from pho_service.spec.steps import Candidate, Steps
 from pho_service.spec.tasks import TaskScores
 
-# How good a pruned model is: its perplexity beside those of the dense model, Wanda and RIA.
 REFERENCES = ("dense", "wanda", "ria")  # what a result is judged by, in this order
 _TITLES = {"wanda": "Wanda", "ria": "RIA"}
 
@@ -57,23 +56,23 @@ class Perplexities(Document):
         references: Mapping[str, float | None],
         errors: Mapping[str, float] = MappingProxyType({}),
     ) -> Self | None:
-        """Those of a result; None where the dense model was not measured."""
+        """The perplexities of a result; None where the dense model was not measured."""
         dense = references.get("dense")
         if dense is None:
             return None
-        found: dict[str, Any] = {name: references.get(name) for name in REFERENCES}
-        return cls(pruned=pruned, errors=dict(errors), **found)
+        perplexities: dict[str, Any] = {name: references.get(name) for name in REFERENCES}
+        return cls(pruned=pruned, errors=dict(errors), **perplexities)
 
     @property
     def rise(self) -> float:
         """Share by which pruning raises the perplexity."""
         return self.pruned / self.dense - 1
 
-    def error(self, name: str, of: str = "pruned") -> float | None:
+    def error(self, name: str, measured: str = "pruned") -> float | None:
         """Standard error of the result's perplexity, as a share of that of ``dense`` and others."""
-        error = self.errors.get(name if of == "pruned" else f"{of}/{name}")
-        mine, other = getattr(self, of), getattr(self, name)
-        return None if error is None or not mine or not other else error * mine / other
+        error = self.errors.get(name if measured == "pruned" else f"{measured}/{name}")
+        value, reference = getattr(self, measured), getattr(self, name)
+        return None if error is None or not value or not reference else error * value / reference
 
     def against(self, name: str) -> str:
         """``22.6 ± 0.4% above dense``; ``not told apart from Wanda`` within two standard errors."""
@@ -85,8 +84,8 @@ class Perplexities(Document):
         """
         ``Perplexity 27.70: 22.6 ± 0.4% above dense (22.60), 30.6 ± 0.3% below Wanda (39.90)``.
         """
-        told = [self.against(name) for name in REFERENCES if getattr(self, name) is not None]
-        return f"Perplexity {number(self.pruned)}: {', '.join(told)}"
+        parts = [self.against(name) for name in REFERENCES if getattr(self, name) is not None]
+        return f"Perplexity {number(self.pruned)}: {', '.join(parts)}"
 
     def __str__(self) -> str:
         """In one line: ``22.60 dense, 27.70 pruned (+22.6 ± 0.4%), Wanda 39.90, RIA 41.20``."""
@@ -96,34 +95,34 @@ class Perplexities(Document):
         )
 
 
-def compared(mine: float, other: float, error: float | None) -> str:
+def compared(perplexity: float, reference: float, error: float | None) -> str:
     """The share by which a perplexity is above another one; the error is that of its logarithm."""
-    share = None if error is None else error * mine / other
-    return percent(mine / other - 1, signed=True, error=share)
+    share = None if error is None else error * perplexity / reference
+    return percent(perplexity / reference - 1, signed=True, error=share)
 
 
-def against(mine: float, other: float, error: float | None, title: str) -> str:
+def against(perplexity: float, reference: float, error: float | None, title: str) -> str:
     """A perplexity beside another one, in words; the error is that of their ratio's logarithm."""
-    if mine == other:
+    if perplexity == reference:
         return f"the same as {title}"
-    if error is not None and abs(math.log(mine / other)) < 2 * error:
-        return f"not told apart from {title} ({number(other)})"
-    share = mine / other - 1
+    if error is not None and abs(math.log(perplexity / reference)) < 2 * error:
+        return f"not told apart from {title} ({number(reference)})"
+    share = perplexity / reference - 1
     side = "above" if share > 0 else "below"
-    known = None if error is None else error * mine / other
-    return f"{percent(abs(share), error=known)} {side} {title} ({number(other)})"
+    share_error = None if error is None else error * perplexity / reference
+    return f"{percent(abs(share), error=share_error)} {side} {title} ({number(reference)})"
 
 
-def beside_in_words(mine: float, beside: Mapping[str, Any]) -> str:
-    """What :func:`pho_service.pipeline.rating.beside` gives, in words."""
-    other, error = beside["perplexity"], beside["rise_error"]
-    error = None if error is None else error * other / mine
-    return against(mine, other, error, Path(beside["model"]["name"]).name)
+def beside_in_words(perplexity: float, beside: Mapping[str, Any]) -> str:
+    """The comparison of :func:`pho_service.pipeline.rating.beside` in words."""
+    reference, error = beside["perplexity"], beside["rise_error"]
+    error = None if error is None else error * reference / perplexity
+    return against(perplexity, reference, error, Path(beside["model"]["name"]).name)
 
 
 def in_words(
     dense: float,
-    found: Mapping[str, float],
+    results: Mapping[str, float],
     methods: Mapping[str, float | None],
     errors: Mapping[str, float | None] = MappingProxyType({}),
 ) -> str:
@@ -132,14 +131,14 @@ def in_words(
     error, and of ``wanda``, ``ria`` or others, where they have one.
     """
     rises = {
-        name: percent(each / dense - 1, signed=True, error=errors.get(name))
-        for name, each in found.items()
+        name: percent(value / dense - 1, signed=True, error=errors.get(name))
+        for name, value in results.items()
     }
     return ", ".join(
         [
             f"{number(dense)} dense",
-            *(f"{number(each)} {name} ({rises[name]})" for name, each in found.items()),
-            *(f"{_TITLES.get(n, n)} {number(each)}" for n, each in methods.items() if each),
+            *(f"{number(value)} {name} ({rises[name]})" for name, value in results.items()),
+            *(f"{_TITLES.get(n, n)} {number(value)}" for n, value in methods.items() if value),
         ]
     )
 
@@ -194,8 +193,8 @@ class Confirmation(Document):
 
     def beside(self, name: str) -> str:
         """``any_order`` or ``before_reconstruction``, and how far the perplexity is from it."""
-        other = getattr(self, name)
-        return f"{number(other)} ({compared(self.perplexity, other, self.errors.get(name))})"
+        value = getattr(self, name)
+        return f"{number(value)} ({compared(self.perplexity, value, self.errors.get(name))})"
 
 
 NEW_TOKENS = 40  # that a model writes after a prompt
@@ -291,23 +290,23 @@ class Configuration(Document):
         ``0.4 ± 0.1% below the next finalist (27.80)``, or that they are not told apart; empty where
         fewer than two were measured.
         """
-        known = [(c.perplexity, c.error) for c in self.finalists if c.perplexity is not None]
-        if len(known) < 2:
+        rated = [(c.perplexity, c.error) for c in self.finalists if c.perplexity is not None]
+        if len(rated) < 2:
             return ""
-        (best, _), (other, error) = known[:2]
-        told = against(best, other, error, "the next finalist")
+        (best, _), (runner_up, error) = rated[:2]
+        comparison = against(best, runner_up, error, "the next finalist")
         rebuilt = self.confirmation and self.confirmation.before_reconstruction
-        return f"{told}, before the reconstruction" if rebuilt else told
+        return f"{comparison}, before the reconstruction" if rebuilt else comparison
 
     @property
     def warm_start(self) -> str:
         """``27.70 at trial 3, the best of 5``: of what the search began with; empty without any."""
         points = self.search.get("warm_start", [])
-        known = [(point["value"], point["trial"]) for point in points if point["value"] is not None]
-        if not known:
+        rated = [(point["value"], point["trial"]) for point in points if point["value"] is not None]
+        if not rated:
             return ""
         better = min if self.objective["direction"] == "minimize" else max
-        value, trial = better(known, key=lambda pair: pair[0])
+        value, trial = better(rated, key=lambda pair: pair[0])
         return f"{number(value)} at trial {trial}, the best of {len(points)}"
 
     def deployable(self) -> Self:
@@ -334,13 +333,13 @@ class Configuration(Document):
 def published(
     method: str, pattern: str | Pattern, scope: str | None = None, linears: Linears = Linears()
 ) -> Configuration:
-    """What prunes as a published method does."""
-    asked = pattern if isinstance(pattern, Pattern) else Pattern.parse(pattern, scope)
-    candidate = baseline(method, asked, linears)
-    own = candidate.pattern.scope.value
-    if scope is not None and own != scope:
+    """The configuration that prunes as a published method does."""
+    parsed = pattern if isinstance(pattern, Pattern) else Pattern.parse(pattern, scope)
+    candidate = baseline(method, parsed, linears)
+    own_scope = candidate.pattern.scope.value
+    if scope is not None and own_scope != scope:
         raise InvalidInput(
-            f"{method} counts in scope {own}, but scope {scope!r} is given. Leave it out."
+            f"{method} counts in scope {own_scope}, but scope {scope!r} is given. Leave it out."
         )
     return Configuration.of(candidate)
 
@@ -406,13 +405,13 @@ def parse_configuration(document: Any, name: str) -> Configuration:
     way_out = " `pho search --out` writes one."
     check_format(document, name, "configuration of PHO", (FORMAT, VERSION), way_out, "search")
     try:
-        found = Configuration.model_validate(document)
+        configuration = Configuration.model_validate(document)
     except ValidationError as error:
         raise ConfigurationError(f"{name} breaks the format: {reasons(error)}.") from error
     except InvalidInput as error:
         raise ConfigurationError(f"{name} breaks the format: {error}") from error
     check_values(document, name)
-    return found
+    return configuration
 
 
 def reasons(error: ValidationError) -> str:
@@ -425,10 +424,10 @@ def reasons(error: ValidationError) -> str:
     return first_of(error.errors(include_url=False), told)
 
 
-def first_of(faults: Sequence[Any], told: Callable[[Any], str] = str) -> str:
+def first_of(faults: Sequence[Any], in_words: Callable[[Any], str] = str) -> str:
     """The first faults in full, and how many more there are: of thousands, few are put in words."""
     more = [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
-    return "; ".join([*map(told, faults[:_SHOWN]), *more])
+    return "; ".join([*map(in_words, faults[:_SHOWN]), *more])
 
 
 def check_values(document: Any, name: str) -> None:
@@ -449,11 +448,10 @@ def _check_value(value: Any, name: str, depth: int) -> None:
         return
     if depth == 0:
         raise ConfigurationError(f"{name} is more than {DEPTH} lists and objects deep.")
-    for each in [*value, *value.values()] if isinstance(value, dict) else value:
-        _check_value(each, name, depth - 1)
+    for item in [*value, *value.values()] if isinstance(value, dict) else value:
+        _check_value(item, name, depth - 1)
 
 
-# How well a proxy ranks candidates, as validations give it and the API answers it.
 WIDER = 4  # times as many finalists are confirmed where the proxy does not rank
 
 Interval = tuple[float, float]

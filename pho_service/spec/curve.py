@@ -20,24 +20,24 @@ CURVE_FINALISTS = 2  # of each pattern: a confirmation is most of what a further
 STEP, LOWEST, HIGHEST = 0.025, 0.05, 0.95  # of a target's sparsities
 
 
-def curve_patterns(asked: Sequence[str | float | Pattern], scope: str | None) -> list[Pattern]:
+def curve_patterns(values: Sequence[str | float | Pattern], scope: str | None) -> list[Pattern]:
     """Read the patterns of a curve, in the order of their sparsity."""
-    found = [
-        each
-        if isinstance(each, Pattern)
-        else Pattern.parse(str(each).strip(), None if ":" in str(each) else scope)
-        for each in asked
+    patterns = [
+        value
+        if isinstance(value, Pattern)
+        else Pattern.parse(str(value).strip(), None if ":" in str(value) else scope)
+        for value in values
     ]
-    if not 1 <= len(found) <= MOST_PATTERNS:
+    if not 1 <= len(patterns) <= MOST_PATTERNS:
         raise InvalidInput(
-            f"{len(found)} patterns are given, but a curve has 1 to {MOST_PATTERNS}. Give some, "
+            f"{len(patterns)} patterns are given, but a curve has 1 to {MOST_PATTERNS}. Give some, "
             "such as 0.3,0.5,0.7,2:4."
         )
-    names = [str(each) for each in found]
+    names = [str(pattern) for pattern in patterns]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise InvalidInput(f"the pattern {twice[0]} is given twice. Leave one of them out.")
-    return sorted(found, key=lambda each: (each.sparsity, each.group))
+    return sorted(patterns, key=lambda pattern: (pattern.sparsity, pattern.group))
 
 
 class Target(Document):
@@ -86,8 +86,8 @@ class Target(Document):
             return cls(**values)
         except ValidationError as error:
             faults = [
-                f"{'.'.join(map(str, each['loc'])) or 'the range'}: {broken_rule(each)}"
-                for each in error.errors()
+                f"{'.'.join(map(str, fault['loc'])) or 'the range'}: {broken_rule(fault)}"
+                for fault in error.errors()
             ]
             raise InvalidInput(f"the target breaks a rule: {'; '.join(faults)}.") from error
 
@@ -130,7 +130,6 @@ def parse_rise(text: str, name: str) -> float:
     return value
 
 
-# Jobs with several patterns: which they are, and what such a job cannot ask for.
 def one_of(pattern: str | None, patterns: Sequence[str] | None, target: Target | None) -> None:
     given = {"pattern": pattern, "patterns": patterns, "target": target}
     said = [name for name, value in given.items() if value is not None]
@@ -146,21 +145,21 @@ def one_of(pattern: str | None, patterns: Sequence[str] | None, target: Target |
         )
 
 
-def asked_patterns(given: Mapping[str, Any]) -> list[Pattern]:
-    """What may be pruned, by sparsity."""
-    target: Target | None = given["target"]
+def asked_patterns(fields: Mapping[str, Any]) -> list[Pattern]:
+    """The patterns that a job may prune in, by sparsity."""
+    target: Target | None = fields["target"]
     if target is not None:
-        return [Pattern.parse(str(each), given["scope"]) for each in target.sparsities]
-    if given["patterns"] is not None:
-        return curve_patterns(given["patterns"], given["scope"])
-    return [Pattern.parse(given["pattern"], given["scope"])]
+        return [Pattern.parse(str(sparsity), fields["scope"]) for sparsity in target.sparsities]
+    if fields["patterns"] is not None:
+        return curve_patterns(fields["patterns"], fields["scope"])
+    return [Pattern.parse(fields["pattern"], fields["scope"])]
 
 
 def first_of_kinds(patterns: Sequence[Pattern]) -> list[Pattern]:
     """The first share and the first N:M: what a preset means differs between these two alone."""
     kinds: dict[bool, Pattern] = {}
-    for each in patterns:
-        kinds.setdefault(bool(each.group), each)
+    for pattern in patterns:
+        kinds.setdefault(bool(pattern.group), pattern)
     return [*kinds.values()]
 
 

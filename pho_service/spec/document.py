@@ -23,6 +23,8 @@ from pydantic.fields import FieldInfo
 
 from pho_service.errors import InvalidInput
 
+P = TypeVar("P", bound="Partial")
+
 # Of a dataclass. An instance is checked again, so that a whole number where a real one belongs is
 # written as one.
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, revalidate_instances="always")
@@ -30,7 +32,7 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, revalidate_instances="a
 
 @dataclass(frozen=True, kw_only=True)
 class FieldShown:
-    """How a field is shown as an option of the command line and in the form, beside its type."""
+    """The look of a field as an option of the command line and in the form, beside its type."""
 
     # Section of `--help` and of the form; that of the part it is in if there is one
     section: str = ""
@@ -70,8 +72,8 @@ def printable(value: str) -> str:
 
 
 @cache
-def _adapter(of: type) -> TypeAdapter[Any]:
-    return TypeAdapter(of)
+def _adapter(kind: type) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 class JsonDocument:
@@ -79,23 +81,23 @@ class JsonDocument:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values, but those that their ``exclude_if`` leaves out."""
-        own: Any = type(self)
-        values: dict[str, Any] = _adapter(own).dump_python(self, mode="json")
+        kind: Any = type(self)
+        values: dict[str, Any] = _adapter(kind).dump_python(self, mode="json")
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """What :meth:`to_dict` gave."""
-        own: Any = cls
+        """Read the values of :meth:`to_dict`."""
+        kind: Any = cls
         try:
-            found: Self = _adapter(own).validate_python(values)
+            document: Self = _adapter(kind).validate_python(values)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
             ours = isinstance(first.get("ctx", {}).get("error"), InvalidInput)
             rule = broken_rule(first)
             raise InvalidInput(rule if ours else f"{place}: {rule}.") from error
-        return found
+        return document
 
 
 def broken_rule(error: Mapping[str, Any]) -> str:
@@ -128,29 +130,26 @@ class Partial(Document):
         return {name: value for name, value in self if value is not None}
 
 
-P = TypeVar("P", bound=Partial)
-
-
-def optional(of: type) -> Callable[[type[P]], type[P]]:
+def optional(dataclass: type) -> Callable[[type[P]], type[P]]:
     """Give a document the fields of a dataclass, each of which may be null, and is by default."""
 
     def decorate(document: type[P]) -> type[P]:
-        made: dict[str, Any] = {}
-        for name, annotation in get_type_hints(of, include_extras=True).items():
+        fields: dict[str, Any] = {}
+        for name, annotation in get_type_hints(dataclass, include_extras=True).items():
             field = FieldInfo.from_annotation(annotation)
-            own: Any = field.annotation
-            checked = any(isinstance(each, AfterValidator) for each in field.metadata)
-            if get_origin(own) is tuple and not checked:  # as JSON has it
-                own = list.__class_getitem__(get_args(own)[0])
+            value_type: Any = field.annotation
+            checked = any(isinstance(entry, AfterValidator) for entry in field.metadata)
+            if get_origin(value_type) is tuple and not checked:  # as JSON has it
+                value_type = list.__class_getitem__(get_args(value_type)[0])
             if field.metadata:
-                own = Annotated[(own, *field.metadata)]
-            made[name] = (own | None, Field(None, description=field.description))
+                value_type = Annotated[(value_type, *field.metadata)]
+            fields[name] = (value_type | None, Field(None, description=field.description))
         return create_model(
             document.__name__,
             __base__=document,
             __module__=document.__module__,
             __doc__=document.__doc__,
-            **made,
+            **fields,
         )
 
     return decorate
@@ -161,12 +160,14 @@ def parse_bytes(text: str, option: str) -> int:
     """The bytes that ``8GiB``, ``800 MB`` or ``8e9`` say."""
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
-    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)", text.strip().lower())
+    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)", text.strip().lower())
     try:
-        number, unit = found.groups()  # type: ignore[union-attr]
+        number, unit = match.groups()  # type: ignore[union-attr]
         # ByteSize reads neither 8e9 nor 8Gi.
-        one = TypeAdapter(ByteSize).validate_python(f"1{unit}b" if unit[-1:] == "i" else f"1{unit}")
-        return int(float(number) * one)
+        size = TypeAdapter(ByteSize).validate_python(
+            f"1{unit}b" if unit[-1:] == "i" else f"1{unit}"
+        )
+        return int(float(number) * size)
     except (AttributeError, ValidationError, ValueError, OverflowError):
         raise InvalidInput(
             f"{option} {text!r} is not a size. Give a number with a unit: 8GiB, 800MB."
@@ -226,8 +227,8 @@ def format_bytes(count: int) -> str:
 def sizes_told(sizes: Mapping[str, int]) -> str:
     """Bytes by what takes them, and those that are free, in words."""
     parts = [f"{name} {format_bytes(size)}" for name, size in sizes.items() if name != "free"]
-    left = f"; {format_bytes(sizes['free'])} free" if "free" in sizes else ""
-    return ", ".join(parts) + left
+    free = f"; {format_bytes(sizes['free'])} free" if "free" in sizes else ""
+    return ", ".join(parts) + free
 
 
 def format_count(count: int) -> str:

@@ -244,15 +244,15 @@ class CalibrationSpec(TextSpec, CalibrationSettings):  # pydantic reads a datacl
     @property
     def parts(self) -> dict[str, TextSpec]:
         """The texts by the fields that name them; a file among the further ones by its ending."""
-        found: dict[str, TextSpec] = {"text" if self.dataset is None else "dataset": self}
+        texts: dict[str, TextSpec] = {"text" if self.dataset is None else "dataset": self}
         for number, name in enumerate(self.more_texts):
             if name.endswith(TEXT_FILES):
                 part = TextSpec(text=name, field=self.field)
             else:
                 split = None if name in USUAL_TEXTS else "train"
                 part = TextSpec(dataset=name, split=split, field=self.field)
-            found[f"more_texts/{number}"] = part
-        return found
+            texts[f"more_texts/{number}"] = part
+        return texts
 
     @property
     def names(self) -> list[str]:
@@ -278,11 +278,11 @@ class CalibrationSpec(TextSpec, CalibrationSettings):  # pydantic reads a datacl
             check_field(f"{field}/{pointer}", once, part.text or str(part.dataset))
 
     def placed(self, access: Access) -> Self:
-        more = [
+        names = [
             name if name.endswith(TEXT_FILES) else access.placed_dataset(name)
             for name in self.more_texts
         ]
-        return super().placed(access).model_copy(update={"more_texts": more})
+        return super().placed(access).model_copy(update={"more_texts": names})
 
     def fitted(self, longest: int | None) -> Self:
         """With windows that a model reads, if no length was given; None is any length."""
@@ -294,7 +294,7 @@ class CalibrationSpec(TextSpec, CalibrationSettings):  # pydantic reads a datacl
     def settings(self) -> CalibrationSettings:
         """In the form that a calibration takes."""
         return CalibrationSettings(
-            **{each.name: getattr(self, each.name) for each in fields(CalibrationSettings)}
+            **{option.name: getattr(self, option.name) for option in fields(CalibrationSettings)}
         )
 
     @property
@@ -338,7 +338,7 @@ class RecoverySpec(Document, Recovery):
 
     def settings(self) -> Recovery:
         """In the form that a recovery takes."""
-        return Recovery(**{each.name: getattr(self, each.name) for each in fields(Recovery)})
+        return Recovery(**{option.name: getattr(self, option.name) for option in fields(Recovery)})
 
 
 class ValidationSpec(Document):

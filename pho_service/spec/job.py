@@ -53,7 +53,6 @@ from pho_service.spec.steps import Candidate, Steps, StepsSpec
 from pho_service.spec.tasks import MOST_TASKS, USUAL_TASKS, task_names
 from pho_service.tuning.plan import SearchPlan, SearchRequest
 
-# Rules of the fields of a job's document, each told of the fields before its own.
 _PATTERN = {"patterns", "target", "pattern", "scope"}  # what says which patterns are searched
 
 
@@ -138,13 +137,13 @@ def more_than_baselines(value: int, info: ValidationInfo) -> int:
     """The plan of the search is one."""
     needed = {"preset", "steps", "calibration", "search_space"}
     if _PATTERN | needed <= info.data.keys():
-        given = info.data
-        for pattern in first_of_kinds(asked_patterns(given)):
-            preset = preset_of(given, pattern)
+        fields = info.data
+        for pattern in first_of_kinds(asked_patterns(fields)):
+            preset = preset_of(fields, pattern)
             request = SearchRequest(
                 pattern=pattern, trials=value, steps=preset.steps, bounds=preset.bounds
             )
-            request.plan(tuple(given["calibration"].kernel_sizes))
+            request.plan(tuple(fields["calibration"].kernel_sizes))
     return value
 
 
@@ -166,7 +165,7 @@ def each_task_once(value: list[str] | None) -> list[str] | None:
 
 
 def of_tasks(value: Any, info: ValidationInfo) -> Any:
-    """What says how tasks are measured needs some."""
+    """Settings of how tasks are measured need some tasks."""
     if value is not None and info.data.get("tasks", ()) is None:
         raise ValueError("it is of tasks, but none is named: give tasks, or leave it out")
     return value
@@ -200,10 +199,10 @@ def in_memory(value: int, info: ValidationInfo) -> int:
     return value
 
 
-def preset_of(given: Mapping[str, Any], pattern: Pattern) -> Preset:
+def preset_of(fields: Mapping[str, Any], pattern: Pattern) -> Preset:
     """The preset of a job with these fields, with its steps and bounds."""
-    preset = Preset.of(given["preset"], pattern)
-    return preset.changed(given["steps"].given(), given["search_space"].given())
+    preset = Preset.of(fields["preset"], pattern)
+    return preset.changed(fields["steps"].given(), fields["search_space"].given())
 
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -456,12 +455,12 @@ class JobSpec(Document):
 
     @property
     def several(self) -> bool:
-        """Whether several sparsities are searched: given ones, or those that a target needs."""
+        """Return whether several sparsities are searched: given ones, or those of a target."""
         return self.pattern is None
 
     @property
     def points(self) -> list[Pattern]:
-        """What may be pruned, by sparsity: one pattern, all of several, or any of a target's."""
+        """Patterns that may be pruned in, by sparsity: one, all of several, or a target's."""
         return asked_patterns(dict(self))
 
     @property
@@ -482,7 +481,7 @@ class JobSpec(Document):
         )
 
     def pruning(self) -> Pattern:
-        """What is pruned; of several patterns the first."""
+        """The pattern to prune in; of several the first."""
         return self.points[0]
 
     def request(self, island: int) -> SearchRequest:
@@ -506,7 +505,7 @@ class JobSpec(Document):
         )
 
     def _warm_points(self, steps: Steps) -> tuple[Candidate, ...]:
-        found = (self.warm_start.found if self.warm_start else None) or []
+        points = (self.warm_start.found if self.warm_start else None) or []
         return tuple(
             Candidate(
                 method="crepe",
@@ -514,7 +513,7 @@ class JobSpec(Document):
                 pattern=self.pruning(),
                 steps=replace(steps, allocation=point.allocation),
             )
-            for point in found
+            for point in points
         )
 
     def plan(self, island: int) -> SearchPlan:
@@ -523,13 +522,13 @@ class JobSpec(Document):
 
     @property
     def title(self) -> str:
-        """What the job is called before its id."""
+        """The name of the job before its id."""
         names = " + ".join(name.rstrip("/").rpartition("/")[2] or name for name in self.models)
         return self.name or f"{names[:200]} {self.asked}"
 
     @property
     def asked(self) -> str:
-        """How sparse the model is to be, in words."""
+        """The asked sparsity in words."""
         if self.target is not None:
             return f"within {self.target}"
         if self.patterns is not None:

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from pho_service.spec.job import JobSpec
 
 
-# The fields of a job's document, one by one: options of the command line and fields of the form
-# are made from them.
 # Sections of --help and of the form, with what the form calls them under More.
 SECTIONS = {
     "Model": "Several models, revision, data type",
@@ -56,7 +54,7 @@ class JobField:
 
     @property
     def is_part(self) -> bool:
-        """Whether it is an object with fields of its own, which come after it."""
+        """Return whether it is an object with fields of its own, which come after it."""
         return "properties" in self.schema
 
     @property
@@ -83,7 +81,7 @@ class JobField:
     def numbers(self, texts: Iterable[str]) -> list[int | float | str]:
         """The numbers that are typed for a list of them; texts that are none stay texts."""
         whole = self.schema["items"]["type"] == "integer"
-        return [number(each, whole=whole) for each in texts]
+        return [number(text, whole=whole) for text in texts]
 
 
 def number(typed: str, *, whole: bool = False) -> int | float | str:
@@ -120,12 +118,12 @@ def _fields(
     for name, field in schema["properties"].items():
         path = f"{above}{name}"
         choices = field.get("anyOf", [field])
-        own = next(each for each in choices if each.get("type") != "null")
-        part = parts[own["$ref"].rpartition("/")[2]] if "$ref" in own else own
+        variant = next(choice for choice in choices if choice.get("type") != "null")
+        part = parts[variant["$ref"].rpartition("/")[2]] if "$ref" in variant else variant
         default = None if defaults is None else defaults.get(name, field.get("default"))
         about = {key: field[key] for key in ("description",) if key in field}
-        said = [*_said_of_field(types[name])]
-        shown = next((each for each in said if isinstance(each, FieldShown)), FieldShown())
+        metadata = [*_said_of_field(types[name])]
+        shown = next((entry for entry in metadata if isinstance(entry, FieldShown)), FieldShown())
         shown = replace(
             shown, section=shown.section or within.section, fold=shown.fold or within.fold
         )
@@ -137,32 +135,32 @@ def _fields(
             shown=shown,
         )
         if "properties" in part:
-            inner = next(e for e in said if is_dataclass(e) or hasattr(e, "model_fields"))
+            inner = next(e for e in metadata if is_dataclass(e) or hasattr(e, "model_fields"))
             yield from _fields(inner, part, parts, f"{path}/", default, shown)
 
 
 def _said_of_field(annotation: Any) -> Iterator[Any]:
     """The alternatives of a type, and what is said of it and of them."""
     if get_origin(annotation) in (Annotated, Union, UnionType):
-        for each in get_args(annotation):
-            yield from _said_of_field(each)
+        for part in get_args(annotation):
+            yield from _said_of_field(part)
     else:
         yield annotation
 
 
 def within(path: str, part: str) -> bool:
-    """Whether a field is a part of the document, or in it; "" is all of it."""
+    """Return whether a field is a part of the document, or in it; "" is all of it."""
     return part in ("", path) or path.startswith(f"{part}/")
 
 
 def value_at(document: Mapping[str, Any], path: str, default: Any = None) -> Any:
     """The value of a field."""
-    found: Any = document
+    value: Any = document
     for part in path.split("/"):
-        if not isinstance(found, Mapping) or part not in found:
+        if not isinstance(value, Mapping) or part not in value:
             return default
-        found = found[part]
-    return found
+        value = value[part]
+    return value
 
 
 def remove_at(document: dict[str, Any], path: str) -> None:
@@ -192,16 +190,16 @@ def minimal_document(spec: "JobSpec") -> dict[str, Any]:
 
 
 def _changed(path: str, value: Any) -> Any:
-    """What is not as it is by default, of a value that is not."""
+    """The parts of a value that are not as they are by default."""
     if not isinstance(value, dict) or not job_fields()[path].is_part:
         return value
-    found = {}
-    for name, each in value.items():
+    changes = {}
+    for name, part in value.items():
         field = job_fields()[f"{path}/{name}"]
-        own = field.schema.get("default", field.default)
-        if each is not None and each != own:
-            found[name] = _changed(field.path, each)
-    return found
+        default = field.schema.get("default", field.default)
+        if part is not None and part != default:
+            changes[name] = _changed(field.path, part)
+    return changes
 
 
 def _filled(small: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,25 +209,25 @@ def _filled(small: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any
         if _same(tried, whole):
             full = tried
             continue
-        for each in whole[name] if isinstance(whole[name], dict) else ():
-            without = {key: value for key, value in full[name].items() if key != each}
+        for inner in whole[name] if isinstance(whole[name], dict) else ():
+            without = {key: value for key, value in full[name].items() if key != inner}
             less = [without]
-            if each in small[name]:
-                less.append({**without, each: small[name][each]})
-            tries = [{**full, name: kept} for kept in less]
+            if inner in small[name]:
+                less.append({**without, inner: small[name][inner]})
+            tries = [{**full, name: part} for part in less]
             full = next((tried for tried in tries if _same(tried, whole)), full)
     return full if _same(full, whole) else dict(whole)
 
 
 def _same(document: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
-    """Whether a document asks for the job that this one, complete, asks for."""
+    """Return whether a document asks for the job that this one, complete, asks for."""
     from pho_service.spec.job import JobSpec
 
     try:
-        made = JobSpec.model_validate(document)
+        job = JobSpec.model_validate(document)
     except ValueError:
         return False
-    return made.model_dump(mode="json") == whole
+    return job.model_dump(mode="json") == whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,26 +236,26 @@ class Field(JobField):
 
     @property
     def name(self) -> str:
-        own = self.path.rpartition("/")[2].replace("_", "-")
-        return f"--{own}" if self.shown.option is None else self.shown.option
+        word = self.path.rpartition("/")[2].replace("_", "-")
+        return f"--{word}" if self.shown.option is None else self.shown.option
 
     @property
     def written(self) -> str:
-        """How its option is written."""
+        """The way its option is written."""
         return self.shown.kind or self.kind
 
     @property
     def is_flag(self) -> bool:
-        """Whether its option has no value."""
+        """Return whether its option has no value."""
         return self.written in ("flag", "off")
 
     def parameter(self, name: str) -> str:
-        """What click calls its option with this name: a name that Python could have."""
+        """The name that click has for its option: one that Python could have."""
         return f"{self.path}_{name}".replace("/", "_").replace("-", "_")
 
     def option(self, name: str, *, required: bool) -> click.Option:
         """Its option, by this name."""
-        kind, named = self.written, self.written in ("bounds", "pairs")
+        kind, has_names = self.written, self.written in ("bounds", "pairs")
         types = {"integer": click.INT, "number": click.FLOAT}
         choices = self.schema.get("enum")
         about = self.shown.help or self.schema.get("description", "")
@@ -269,15 +267,15 @@ class Field(JobField):
         return click.Option(
             [self.parameter(name), name],
             type=None if self.is_flag else click.Choice(choices) if choices else types.get(kind),
-            multiple=named or kind in ("points", "lines"),
-            metavar="NAME=VALUE" if named else None,
+            multiple=has_names or kind in ("points", "lines"),
+            metavar="NAME=VALUE" if has_names else None,
             help=about.strip(),
             required=required,
             **({"is_flag": True} if self.is_flag else optional),
         )
 
     def _default(self) -> str:
-        """What `--help` calls its default; "" says nothing."""
+        """The words of `--help` for its default; "" says nothing."""
         if self.shown.default is not None or self.written in ("bounds", "off"):
             return self.shown.default or ""
         default = self.schema.get("default", self.default)
@@ -289,7 +287,7 @@ class Field(JobField):
         return _joined(default) if isinstance(default, list) else str(default)
 
     def value(self, said: Any, name: str) -> Any:
-        """What an option says, as JSON."""
+        """Read the text of an option as JSON."""
         from pho_service.spec.curve import parse_rise
         from pho_service.spec.space import parse_bounds
 
@@ -297,7 +295,7 @@ class Field(JobField):
             case "size":
                 return parse_bytes(said, name)
             case "words":
-                return [each.strip() for each in said.split(",")]
+                return [word.strip() for word in said.split(",")]
             case "rise":
                 return parse_rise(said, name)
             case "off":
@@ -305,8 +303,8 @@ class Field(JobField):
             case "bounds":
                 return {bound: list(values) for bound, values in parse_bounds(said).items()}
             case "numbers":
-                values = self.numbers(each.strip() for each in said.split(","))
-                if any(isinstance(each, str) for each in values):
+                values = self.numbers(word.strip() for word in said.split(","))
+                if any(isinstance(word, str) for word in values):
                     whole = self.schema["items"]["type"] == "integer"
                     raise InvalidInput(
                         f"{name} {said!r} are not numbers with commas between: "
@@ -314,7 +312,7 @@ class Field(JobField):
                     )
                 return values
             case "pairs":
-                pairs = [each.rpartition("=") for each in said]
+                pairs = [word.rpartition("=") for word in said]
                 if not all(key for key, _, _ in pairs):
                     raise InvalidInput(f"{name} {' '.join(said)}: write NAME=VALUE.")
                 return {key: number(value) for key, _, value in pairs}
@@ -327,14 +325,14 @@ class Field(JobField):
         match self.written:
             case "bounds":
                 pairs = {bound: _bound(bound, values) for bound, values in value.items() if values}
-                said = [f"{bound}={text}" for bound, text in pairs.items()]
+                texts = [f"{bound}={text}" for bound, text in pairs.items()]
             case "pairs":
-                said = [f"{key}={each}" for key, each in value.items()]
+                texts = [f"{key}={part}" for key, part in value.items()]
             case "lines":
-                said = [str(each) for each in value]
+                texts = [str(line) for line in value]
             case _:
-                said = [_joined(value) if isinstance(value, list) else str(value)]
-        return [word for each in said for word in (self.name, each)]
+                texts = [_joined(value) if isinstance(value, list) else str(value)]
+        return [word for option_text in texts for word in (self.name, option_text)]
 
 
 @cache
@@ -396,48 +394,48 @@ def _said(document: Mapping[str, Any], part: str) -> list[str]:
 def submit_command(document: Mapping[str, Any], *more: str) -> str | None:
     """The `pho submit` that sends a document; None if no options say what is in it."""
     models = [str(document["model"]), *map(str, document.get("more_models") or ())]
-    left = deepcopy(dict(document))
-    left = {name: value for name, value in left.items() if name not in ("model", "more_models")}
-    left |= {name: _first_field(name) for name, value in left.items() if value == {}}
-    if "warm_start" in left:
-        left["warm_start"] = {**_first_field("warm_start"), **left["warm_start"]}
+    rest = deepcopy(dict(document))
+    rest = {name: value for name, value in rest.items() if name not in ("model", "more_models")}
+    rest |= {name: _first_field(name) for name, value in rest.items() if value == {}}
+    if "warm_start" in rest:
+        rest["warm_start"] = {**_first_field("warm_start"), **rest["warm_start"]}
     words: list[str] = []
     nothing = object()
     for path, field in document_fields().items():
-        value = value_at(left, path, nothing)
+        value = value_at(rest, path, nothing)
         if value is nothing or (field.written == "off" and value is not None):
             continue
-        said = field.words(value)
-        if not said or not _says(field, said, value):
+        option_words = field.words(value)
+        if not option_words or not _says(field, option_words, value):
             return None
         # Without a value, which another option must follow: from what the service has found.
-        words += ["--warm-start", *said] if path == "warm_start/count" else said
-        remove_at(left, path)
-    if left:
+        words += ["--warm-start", *option_words] if path == "warm_start/count" else option_words
+        remove_at(rest, path)
+    if rest:
         return None
     words += more
     is_option = any(model.startswith("-") for model in models)
-    said = [*words, "--", *models] if is_option else [*models, *words]
-    return shlex.join(["pho", "submit", *said])
+    arguments = [*words, "--", *models] if is_option else [*models, *words]
+    return shlex.join(["pho", "submit", *arguments])
 
 
 def _first_field(part: str) -> dict[str, Any]:
     """A part of the document that says its first default, as no option says nothing."""
     fields = [f for path, f in job_fields().items() if path.startswith(f"{part}/")]
-    named = (f for f in fields if f.schema.get("default") is not None)
-    return {f.path.rpartition("/")[2]: f.schema["default"] for f in [next(named, None)] if f}
+    with_default = (f for f in fields if f.schema.get("default") is not None)
+    return {f.path.rpartition("/")[2]: f.schema["default"] for f in [next(with_default, None)] if f}
 
 
 def _says(field: Field, words: Sequence[str], value: Any) -> bool:
-    """Whether an option with its value is read as the value that was meant."""
+    """Return whether an option with its value is read as the value that was meant."""
     if field.is_flag:
         return True
     many = field.written in ("bounds", "lines", "pairs")
-    said = tuple(words[1::2]) if many else words[1]
+    text = tuple(words[1::2]) if many else words[1]
     types = {"integer": int, "number": float}
     try:
         return bool(
-            field.value(types.get(field.written, lambda same: same)(said), words[0]) == value
+            field.value(types.get(field.written, lambda same: same)(text), words[0]) == value
         )
     except (InvalidInput, ValueError):
         return False

@@ -82,16 +82,15 @@ class Objective:
 
     @property
     def direction(self) -> Literal["minimize", "maximize"]:
-        """What is good: low values, or high ones."""
+        """The direction of good values: low ones, or high ones."""
         return "maximize" if is_maximised(self.name) else "minimize"
 
 
 def is_maximised(name: str | None) -> bool:
-    """Whether high values are good: of Gini they went with lower perplexity in our measurements."""
+    """Return whether high values are good: of Gini they went with lower perplexity here."""
     return name == "gini"
 
 
-# The samplers that a search can take its candidates from, and what else every search is told.
 Sampler = Literal["cmaes", "tpe", "random", "qmc", "gp", "hill-climb"]
 
 # How many candidates each sampler gives before it wants to know their values.
@@ -165,7 +164,7 @@ class SearchOptions:
         How many trials, corrections and finalists do not: a longer search goes on with a shorter.
         """
         values = options_of(self)
-        defaults = {each.name: each.default for each in fields(SearchOptions)}
+        defaults = {option.name: option.default for option in fields(SearchOptions)}
         return {
             name: value
             for name, value in values.items()
@@ -174,15 +173,15 @@ class SearchOptions:
 
 
 def corrected_windows(context_length: int) -> int:
-    """How many calibration windows pruned models are compared with the dense one on, at most."""
+    """Most calibration windows that pruned models are compared with the dense one on."""
     return max(1, CORRECTED_TOKENS // context_length)
 
 
 def shared_windows(windows: int, context_length: int) -> int:
-    """How many of the other windows a correction learns from."""
+    """Number of the other windows that a correction learns from."""
     return min(windows, max(1, SHARED_TOKENS // context_length))
 
 
 def options_of(source: object) -> dict[str, Any]:
     """Return the :class:`SearchOptions` of a document, a request or a plan by their names."""
-    return {each.name: getattr(source, each.name) for each in fields(SearchOptions)}
+    return {option.name: getattr(source, option.name) for option in fields(SearchOptions)}

@@ -126,7 +126,6 @@ class Pattern:
         return f"{self.keep}:{self.group}" if self.group else repr(self.sparsity)
 
 
-# The importance score of a weight: the coefficients of its parts.
 KERNEL_SIZES = (3, 5, 9, 15)  # that a bundle is made for, and that a search chooses from
 Normalisation = Literal["mean", "sum", "none"]
 NORMALISATIONS: tuple[Normalisation, ...] = get_args(Normalisation)
@@ -202,7 +201,6 @@ class Coefficients(JsonDocument):
         check_choice("normalisation", self.normalisation, NORMALISATIONS)
 
 
-# Which linears of a model are pruned, and which of them lose a share of their own.
 REGULAR = "re:"  # begins a regular expression
 LONGEST = 512  # characters of a pattern
 MOST = 256  # patterns of each kind
@@ -265,8 +263,8 @@ class Linears(JsonDocument):
 
     def __post_init__(self) -> None:
         for kind in ("targets", "ignore"):
-            given = getattr(self, kind)
-            object.__setattr__(self, kind, (given,) if isinstance(given, str) else tuple(given))
+            globs = getattr(self, kind)
+            object.__setattr__(self, kind, (globs,) if isinstance(globs, str) else tuple(globs))
         object.__setattr__(self, "sparsities", dict(self.sparsities))
         for kind, patterns in self._patterns():
             if len(patterns) > MOST:
@@ -280,13 +278,13 @@ class Linears(JsonDocument):
             _own(pattern, value, None)
 
     def __bool__(self) -> bool:
-        """Whether anything is said; if not, all linears are pruned alike."""
+        """Return whether anything is said; if not, all linears are pruned alike."""
         return bool(self.targets or self.ignore or self.sparsities)
 
     def __str__(self) -> str:
         """In one line, for people; empty if nothing is said."""
-        own = [f"{pattern}={value}" for pattern, value in self.sparsities.items()]
-        parts = {"only": self.targets, "without": self.ignore, "by hand": own}
+        by_hand = [f"{pattern}={value}" for pattern, value in self.sparsities.items()]
+        parts = {"only": self.targets, "without": self.ignore, "by hand": by_hand}
         return ", ".join(f"{word} {' '.join(values)}" for word, values in parts.items() if values)
 
     def check_pattern(self, pattern: Pattern) -> None:
@@ -352,15 +350,15 @@ def _own(name: str, value: float | str, pattern: Pattern | None) -> Pattern:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise InvalidInput(f"{what} is not a sparsity. Give a share (0.3) or N:M (3:4).")
     try:
-        own = Pattern.parse(str(value))
+        parsed = Pattern.parse(str(value))
     except InvalidInput as error:
         raise InvalidInput(f"{what}: {error} To keep a linear dense, ignore it.") from error
     if pattern is None:
-        return own
-    if own.group != pattern.group:
+        return parsed
+    if parsed.group != pattern.group:
         rule = f"N:{pattern.group}, the N to keep" if pattern.group else "a share to remove, 0.3"
         raise InvalidInput(f"{what} does not fit the pattern {pattern}. Give {rule}.")
-    return replace(own, scope=pattern.scope)
+    return replace(parsed, scope=pattern.scope)
 
 
 @lru_cache(maxsize=16)  # all points and candidates of a job ask the same
@@ -396,13 +394,13 @@ def _matched(
     kind: str, patterns: Iterable[str], names: Sequence[str], of: str, end: float
 ) -> set[str]:
     """The names that one of the patterns matches; each must match some."""
-    found: set[str] = set()
+    all_matched: set[str] = set()
     for pattern in patterns:
         matched = _matches(kind, pattern, names, end)
         if not matched:
             raise InvalidInput(f"{kind}: {pattern!r} matches none {of}. {_nearest(pattern, names)}")
-        found |= matched
-    return found
+        all_matched |= matched
+    return all_matched
 
 
 def _matches(kind: str, pattern: str, names: Sequence[str], end: float) -> set[str]:
@@ -410,23 +408,23 @@ def _matches(kind: str, pattern: str, names: Sequence[str], end: float) -> set[s
         return {name for name in names if fnmatchcase(name, pattern)}
     import regex  # only where models are; Python's own cannot be stopped, and holds all threads
 
-    found = set()
+    matched = set()
     try:
         expression = regex.compile(pattern.removeprefix(REGULAR), cache_pattern=False)
         for name in names:
             # One without time left stops at its first look at the clock.
             if expression.fullmatch(name, timeout=max(end - time.monotonic(), 1e-9)):
-                found.add(name)
+                matched.add(name)
     except TimeoutError as error:
         raise InvalidInput(
             f"the regular expressions up to {pattern!r} of {kind} take more than {SECONDS:g} s on "
             f"{len(names)} names. Write them without repeats in repeats, or as globs."
         ) from error
-    return found
+    return matched
 
 
 def _nearest(pattern: str, names: Sequence[str]) -> str:
-    """What may have been meant, in a sentence."""
+    """Say in a sentence what may have been meant."""
     ends = dict.fromkeys(f"*.{name.rpartition('.')[2]}" for name in names)
     near = get_close_matches(pattern.removeprefix(REGULAR), [*ends, *names], _NEAR, cutoff=0.5)
     return f"Near: {', '.join(near or [*ends][:_NEAR])}."

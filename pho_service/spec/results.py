@@ -189,22 +189,22 @@ class Transfer:
 def _warnings(
     target: str, perplexities: Mapping[str, float], proxies: Mapping[str, float | None]
 ) -> list[str]:
-    found = []
+    warnings = []
     way_out = f"Search there: pho search {target}"
-    for what, values in (("perplexity", perplexities), ("proxy", proxies)):
+    for measure, values in (("perplexity", perplexities), ("proxy", proxies)):
         if no_better_than_ria(values):
-            found.append(
-                f"{target}: the {what} of the transferred configuration, "
+            warnings.append(
+                f"{target}: the {measure} of the transferred configuration, "
                 f"{number(values['transferred'])}, is no better than RIA's, "
                 f"{number(values['ria'])}: it does not transfer. {way_out}"
             )
     lost = regret(perplexities) if perplexities else regret(proxies)
-    if not found and lost is not None and lost > MUCH:
-        found.append(
+    if not warnings and lost is not None and lost > MUCH:
+        warnings.append(
             f"{target}: {lost:.0%} of what the model's own best gains over RIA is lost. "
             "Use its own."
         )
-    return found
+    return warnings
 
 
 def regret(values: Mapping[str, float | None]) -> float | None:
@@ -217,9 +217,9 @@ def regret(values: Mapping[str, float | None]) -> float | None:
 
 
 def no_better_than_ria(values: Mapping[str, float | None]) -> bool:
-    """Whether a transferred configuration is judged so; not where one of the two is not known."""
-    ria, mine = values.get("ria"), values.get("transferred")
-    return ria is not None and mine is not None and mine >= ria
+    """Judge a transferred configuration; False where one of the two is not known."""
+    ria, transferred = values.get("ria"), values.get("transferred")
+    return ria is not None and transferred is not None and transferred >= ria
 
 
 def _difference(values: Mapping[str, float | None], above: str, below: str) -> float | None:

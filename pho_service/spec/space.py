@@ -209,16 +209,16 @@ class SearchSpace(JsonDocument):
         Which values lie within 2 % of an end of their range, or at an extreme kernel size, where
         there is more beyond it, and they change a mask.
         """
-        names, known = [], self.effective(params)
+        names, effective = [], self.effective(params)
         for name, highest in _HIGHEST.items():
             low, high = getattr(self, name)
             margin = 0.02 * (high - low)
             below = low > 0 and params[name] < low + margin
             above = high < highest and params[name] > high - margin
-            if name in known and margin and (below or above):
+            if name in effective and margin and (below or above):
                 names.append(name)
         ends = {self.kernel_sizes[0], self.kernel_sizes[-1]} - {3}  # the smallest that there is
-        if len(self.kernel_sizes) > 1 and known.get("kernel_size") in ends:
+        if len(self.kernel_sizes) > 1 and effective.get("kernel_size") in ends:
             names.append("kernel_size")
         return names
 
@@ -274,7 +274,6 @@ def _known(methods: Sequence[str]) -> Sequence[str]:
     return methods
 
 
-# Searches with a name: what is searched, and what every candidate goes through.
 PresetName = Literal["score", "crepe", "crepe-plus", "best"]
 PRESETS: tuple[PresetName, ...] = get_args(PresetName)
 DEFAULT_PRESET: PresetName = "best"
@@ -320,9 +319,9 @@ class Preset:
 
         Where no step is left that has a use for the preset's shrinkage, it goes.
         """
-        own = self.bounds
+        base = self.bounds
         if "allocation" in given:
-            own = {name: value for name, value in own.items() if "allocation" not in name}
+            base = {name: value for name, value in base.items() if "allocation" not in name}
         try:
             steps = replace(replace(self.steps, shrinkage=0.0), **given)
             if "shrinkage" not in given and steps.reads_moments:
@@ -331,7 +330,7 @@ class Preset:
             raise InvalidInput(
                 f"{error} Steps that were not given are the preset's; those of 'score' are none."
             ) from error
-        return replace(self, steps=steps, bounds={**own, **bounds})
+        return replace(self, steps=steps, bounds={**base, **bounds})
 
     @classmethod
     def _plus(cls, pattern: Pattern) -> Self:

@@ -25,7 +25,6 @@ from pho_service.spec.document import (
 )
 from pho_service.spec.pattern import LONGEST, Coefficients, Linears, Pattern, Scope
 
-# How the sparsity is spread over the linears of a model.
 AllocationMethod = Literal["uniform", "owl", "fisher", "curves"]
 AllocationUnit = Literal["linear", "block"]
 ALLOCATIONS: tuple[AllocationMethod, ...] = get_args(AllocationMethod)
@@ -161,7 +160,6 @@ class Allocation(JsonDocument):
         return f"{self.method}{spread}{shifts}"
 
 
-# Block reconstruction: what the kept weights of a block are trained with, after it is pruned.
 ReconstructionMethod = Literal["none", "block"]
 RECONSTRUCTIONS: tuple[ReconstructionMethod, ...] = get_args(ReconstructionMethod)
 
@@ -231,7 +229,7 @@ class Reconstruction:
 
     @property
     def wanted(self) -> bool:
-        """Whether anything is trained."""
+        """Return whether anything is trained."""
         return self.method != "none"
 
     def __str__(self) -> str:
@@ -369,12 +367,12 @@ class Steps(JsonDocument):
 
     @property
     def reads_moments(self) -> bool:
-        """Whether a step looks at more of the second moments than their diagonal."""
+        """Return whether a step looks at more of the second moments than their diagonal."""
         return self.repruning in ("swaps", "admm") or self.update != "none"
 
     @property
     def needs_text(self) -> bool:
-        """Whether more than a bundle is needed: the second moments of all inputs, in full."""
+        """Return whether more than a bundle is needed: second moments of all inputs, in full."""
         return (
             self.statistics != "dense"
             or self.reads_moments
@@ -384,12 +382,12 @@ class Steps(JsonDocument):
 
     @property
     def gives_up_orders(self) -> bool:
-        """Whether linears are kept from an order of channels that they would have."""
+        """Return whether linears are kept from an order of channels that they would have."""
         return self.deployable and self.permutation != "none"
 
     @property
     def chooses_mask(self) -> bool:
-        """Whether the update chooses what is removed, so that a score has no say."""
+        """Return whether the update chooses what is removed, so that a score has no say."""
         return self.update in CHOOSING
 
     @property
@@ -404,7 +402,7 @@ class Steps(JsonDocument):
 
     @property
     def changes_weights(self) -> bool:
-        """Whether weights that stay have other values afterwards."""
+        """Return whether weights that stay have other values afterwards."""
         return self.update != "none" or self.reconstruction.wanted
 
     @property
@@ -448,10 +446,9 @@ class StepsSpec(Partial):
     """Describe the steps of candidates beside the score. What is null is the preset's."""
 
 
-# What a search rates and a model is pruned with: score, pattern and steps together.
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """Something a search can rate and a model can be pruned with."""
+    """Score, pattern and steps together: a search can rate it, and a model be pruned with it."""
 
     method: str  # ``crepe``, or the name of the baseline that it stands for
     coefficients: Coefficients  # The score

@@ -49,7 +49,7 @@ class TaskScore:
         return f"{self._number(self.value)}{error}"
 
     def change(self, pruned: float) -> str:
-        """How much more or less another model has: of accuracies in points."""
+        """The difference to another model: of accuracies in points."""
         return self._number(pruned - self.value, sign="+")
 
     def _number(self, value: float, sign: str = "") -> str:
@@ -113,5 +113,5 @@ def task_names(said: str | Iterable[str]) -> tuple[str, ...]:
 
 def mean_accuracy(scores: Sequence[TaskScore]) -> float | None:
     """The mean of all ``acc``, as papers give it; None if there are fewer than two."""
-    found = [score.value for score in scores if score.metric == "acc" and score.examples]
-    return sum(found) / len(found) if len(found) > 1 else None
+    accuracies = [score.value for score in scores if score.metric == "acc" and score.examples]
+    return sum(accuracies) / len(accuracies) if len(accuracies) > 1 else None

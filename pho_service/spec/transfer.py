@@ -135,18 +135,18 @@ class TransferSpec(TransferRequest):
 
     @classmethod
     def of(
-        cls, request: TransferRequest, source: str, found: dict[str, Any], spec: dict[str, Any]
+        cls, request: TransferRequest, source: str, config: dict[str, Any], spec: dict[str, Any]
     ) -> Self:
         """Put together what is asked and what it is asked of."""
         calibration = request.calibration or CalibrationSpec.model_validate(spec["calibration"])
-        size = int(found["coefficients"]["kernel_size"])
+        size = int(config["coefficients"]["kernel_size"])
         sizes = sorted({*calibration.kernel_sizes, size})
         return cls(
             **{
                 **request.model_dump(),
                 "calibration": {**calibration.model_dump(), "kernel_sizes": sizes},
                 "source": source,
-                "configuration": found,
+                "configuration": config,
             }
         )
 
@@ -157,16 +157,16 @@ class TransferSpec(TransferRequest):
         """
         calibration = self.calibration
         assert calibration is not None  # the document says so
-        each, measured = calibration.tokens, 1
+        model_tokens, measured = calibration.tokens, 1
         if self.search is not None:
             limits.check_trials("/search/trials", self.search.trials, len(self.models), "models")
             confirm = self.search.confirm
-            each += confirm.finalists * confirm.windows * calibration.context_length
+            model_tokens += confirm.finalists * confirm.windows * calibration.context_length
             measured += 1
         if self.report is not None and self.report.windows is not None:
-            each += measured * self.report.windows * calibration.context_length
-        limits.check_tokens("/models", each * len(self.models))
-        return each * len(self.models)
+            model_tokens += measured * self.report.windows * calibration.context_length
+        limits.check_tokens("/models", model_tokens * len(self.models))
+        return model_tokens * len(self.models)
 
     def found(self) -> Configuration:
         """Configuration that is measured on other models."""
@@ -174,7 +174,7 @@ class TransferSpec(TransferRequest):
 
     @property
     def title(self) -> str:
-        """What the job is called before its id."""
+        """The name of the job before its id."""
         model = str(self.configuration["model"].get("name", "a model")).rpartition("/")[2]
         pattern = self.configuration["pattern"]
         return self.name or f"transfer of {model[:180]} {pattern} {self.configuration['scope']}"
