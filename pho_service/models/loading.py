@@ -42,17 +42,16 @@ from pho_service.errors import (
     PhoError,
     field_name,
 )
-from pho_service.host.access import (
+from pho_service.host.access import did_you_mean, is_path
+from pho_service.host.machine import device_is_lost, hub_answers, ran_out_of_memory
+from pho_service.host.model_files import (
     NAMING_FILES,
     check_config,
     check_counts,
     check_model_folder,
     check_names,
-    did_you_mean,
     is_packed,
-    is_path,
 )
-from pho_service.host.machine import device_is_lost, hub_answers, ran_out_of_memory
 from pho_service.models.architecture import expert_files, prunable_linears, separate_weights
 from pho_service.models.packed import Unpacked, unpacked
 from pho_service.planning.shapes import gguf_read_once

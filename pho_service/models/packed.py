@@ -18,8 +18,8 @@ from zipfile import BadZipFile, ZipFile, ZipInfo
 import zstandard
 
 from pho_service.errors import InvalidInput, ModelError, OutputError, shown
-from pho_service.host.access import PACKED_SUFFIX, is_packed, is_plain
 from pho_service.host.files import new_file, new_folder
+from pho_service.host.model_files import PACKED_SUFFIX, is_packed, is_plain
 from pho_service.models.scratch import scratch_folder
 from pho_service.progress import Progress, bars, silent
 from pho_service.spec.document import format_bytes

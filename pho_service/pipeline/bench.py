@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pho_service.errors import InvalidInput, field_name
-from pho_service.host.access import is_packed
 from pho_service.host.machine import conditions, versions
+from pho_service.host.model_files import is_packed
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.mask_file import MASKS, read_masks
 from pho_service.models.packed import as_folder

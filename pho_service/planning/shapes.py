@@ -20,8 +20,9 @@ import gguf
 import numpy as np
 
 from pho_service.errors import InvalidInput, ModelError, shown
-from pho_service.host.access import MAX_BYTES, check_config, is_path, shards_of
+from pho_service.host.access import is_path
 from pho_service.host.machine import hub_answers
+from pho_service.host.model_files import MAX_BYTES, check_config, shards_of
 
 _T = TypeVar("_T")
 

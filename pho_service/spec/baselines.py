@@ -186,6 +186,13 @@ def search_baselines(
     return baselines
 
 
+def _within(pattern: Pattern, candidate: Candidate, *, kernel_size: int, steps: Steps) -> Candidate:
+    """A published score in no wider scope than that of a pattern."""
+    scope = min(candidate.pattern.scope, pattern.scope, key=lambda s: s.width)
+    coefficients = replace(candidate.coefficients, kernel_size=kernel_size)
+    return replace(candidate, pattern=pattern.within(scope), coefficients=coefficients, steps=steps)
+
+
 def reference_methods(pattern: Pattern, linears: Linears = Linears()) -> dict[str, Candidate]:
     """``wanda``, and ``ria`` in the widest scope of a pattern: what results are measured by."""
     scores = {candidate.method: candidate for candidate in score_baselines(pattern)}

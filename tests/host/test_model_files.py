@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pho_service.errors import InvalidInput, ModelError
-from pho_service.host.access import MAX_BYTES, check_model_folder, is_plain
+from pho_service.host.model_files import MAX_BYTES, check_model_folder, is_plain
 
 OUTSIDE = [
     "../secret/model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", ".", "",
