@@ -12,10 +12,10 @@ from typing import Any
 import click
 
 from pho_service.errors import InvalidInput, PhoError
-from pho_service.host.data_sets import harness_folder
 from pho_service.host.logs import adopt_loggers, configure_logs, configure_tracing
 from pho_service.host.machine import missing_extra
 from pho_service.host.settings import read_settings
+from pho_service.host.tasks import harness_folder
 from storage.records import StageKind
 from storage.studies import StorageError
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import optuna
 
 from pho_service.errors import ChangedInput, OutputError, PhoError
-from pho_service.host.data_sets import harness_folder
+from pho_service.host.tasks import harness_folder
 from pho_service.library import Entry, ModelFacts, Wanted, rank, stored_file
 from pho_service.models.calibration import cut, measure_shard
 from pho_service.models.loading import LanguageModel, load_model

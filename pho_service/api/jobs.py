@@ -45,9 +45,10 @@ from pho_service.api.schema import EVENT, PAGE_TOKEN, PATTERN
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.errors import InvalidInput, ModelError, OutputError
 from pho_service.host.access import Access
-from pho_service.host.data_sets import check_tasks, near_usual
+from pho_service.host.data_sets import near_usual
 from pho_service.host.machine import hub_answers
 from pho_service.host.settings import Settings
+from pho_service.host.tasks import check_tasks
 from pho_service.library import TransferFile, TransferTarget
 from pho_service.planning.shapes import (
     config_at_hand,

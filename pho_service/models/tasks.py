@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pho_service.errors import InvalidInput, NumericalError, TextError, field_name, shown
-from pho_service.host.data_sets import harness_folder, harness_tasks, unknown_task
 from pho_service.host.machine import missing_extra
+from pho_service.host.tasks import harness_folder, harness_tasks, unknown_task
 from pho_service.models.blockwise import BlockNetwork
 from pho_service.models.loading import LanguageModel, hub_or_cache
 from pho_service.progress import Advance

@@ -7,7 +7,7 @@ import pytest
 from pho_service.api import jobs
 from pho_service.api.answers import Job
 from pho_service.cli.remote import show_after
-from pho_service.host import data_sets
+from pho_service.host import tasks as task_files
 from pho_service.spec.configuration import Configuration, published
 from storage.claims import Found
 from storage.records import NewStage, StageKind
@@ -28,7 +28,7 @@ def harness(tmp_path, monkeypatch):
     folder = tmp_path / "harness"
     folder.mkdir()
     (folder / "words.yaml").write_text("task: words\n")
-    monkeypatch.setattr(data_sets, "harness_folder", lambda: folder)
+    monkeypatch.setattr(task_files, "harness_folder", lambda: folder)
     return folder
 
 
@@ -122,7 +122,7 @@ def test_folder(client_of, tmp_path, monkeypatch):
     status, text = asked("min", "mine")
     assert status == 422
     assert "Did you mean mine?" in text
-    monkeypatch.setattr(data_sets, "harness_folder", lambda: None)
+    monkeypatch.setattr(task_files, "harness_folder", lambda: None)
     assert asked("min", "mine")[0] == 202
 
 
