@@ -28,9 +28,10 @@ from pho_service.errors import PhoError
 from pho_service.host.settings import Settings
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.calibration import cached_bundle, calibration_text
+from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import LanguageModel
 from pho_service.models.tasks import LoadedTasks, load_tasks
-from pho_service.models.texts import TextSource, read_windows
+from pho_service.models.texts import read_windows
 from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.tasks import as_extra, measure_tasks

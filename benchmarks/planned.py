@@ -23,8 +23,8 @@ from machine import conditions, software
 from subject import MODELS, first_windows, load_benchmark_model
 
 from pho_service.models.calibration import cached_bundle, calibration_text
+from pho_service.models.data_sets import TextSource
 from pho_service.models.saving import save_pruned
-from pho_service.models.texts import TextSource
 from pho_service.pipeline import search
 from pho_service.pipeline.prune import prune_in_place
 from pho_service.planning import costs

@@ -32,8 +32,9 @@ from pho_service.cli.terminal import progress, say
 from pho_service.errors import PhoError
 from pho_service.host.settings import Settings
 from pho_service.models.blockwise import measure_perplexity
+from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import LanguageModel
-from pho_service.models.texts import TextSource, mixed_text
+from pho_service.models.texts import mixed_text
 from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pipeline.rating import RecoveryText
 from pho_service.pipeline.recover import PrunedModel, recover_model

@@ -15,8 +15,9 @@ from pho_service.host.files import new_file
 from pho_service.host.settings import Settings
 from pho_service.models.builtin import smollm2
 from pho_service.models.calibration import bundle_path, cached_bundle, calibration_text
+from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import LanguageModel, load_model
-from pho_service.models.texts import MixedText, Text, TextSource, mixed_text, read_windows
+from pho_service.models.texts import MixedText, Text, mixed_text, read_windows
 from pho_service.pipeline.rating import ReportText
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.calibration import CalibrationSettings

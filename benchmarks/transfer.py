@@ -31,7 +31,7 @@ from subject import Subject, load_subject
 from pho_service.cli.terminal import print_table, progress, say
 from pho_service.host.machine import versions
 from pho_service.models.builtin import Training, train_small_model, write_texts
-from pho_service.models.texts import TextSource
+from pho_service.models.data_sets import TextSource
 from pho_service.pipeline.compare import compare_candidates
 from pho_service.pipeline.objectives import rate_by_proxy
 from pho_service.pipeline.search import search_job

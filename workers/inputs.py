@@ -24,9 +24,10 @@ from pho_service.host.artifacts import PrunedStore, open_store
 from pho_service.host.files import new_file
 from pho_service.models.bundle_file import read_sums, write_sums
 from pho_service.models.calibration import CalibrationText, bundle_path, cached_bundle, kept_bundle
+from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.tasks import LoadedTasks, load_tasks
-from pho_service.models.texts import MixedText, Text, TextSource, mixed_text
+from pho_service.models.texts import MixedText, Text, mixed_text
 from pho_service.pipeline import inputs
 from pho_service.pipeline.rating import RecoveryText, ReportText, windows_key
 from pho_service.progress import Advance, Progress

@@ -43,9 +43,10 @@ from pho_service.spec.recovery import Recovery
 from pho_service.spec.tasks import TaskScore, task_names
 
 if TYPE_CHECKING:
+    from pho_service.models.data_sets import TextSource
     from pho_service.models.loading import LanguageModel
     from pho_service.models.tasks import LoadedTasks
-    from pho_service.models.texts import MixedText, TextSource
+    from pho_service.models.texts import MixedText
     from pho_service.pipeline.compare import Comparison
     from pho_service.pipeline.inputs import Calibrated
     from pho_service.spec.fields import CalibrationSpec, TextSpec

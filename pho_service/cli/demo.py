@@ -276,7 +276,7 @@ def _train(text: Path, folder: Path) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from pho_service.models import builtin
-    from pho_service.models.texts import TextSource
+    from pho_service.models.data_sets import TextSource
 
     disable_progress_bar()  # ours is shown
     torch.set_num_threads(1)  # more would wait for each other most of the time

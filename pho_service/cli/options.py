@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
     from pho_service.cli.document import Given
     from pho_service.models.calibration import CalibrationText
+    from pho_service.models.data_sets import TextSource
     from pho_service.models.loading import LanguageModel
-    from pho_service.models.texts import MixedText, Text, TextSource
+    from pho_service.models.texts import MixedText, Text
     from pho_service.pipeline.confirmation import Validation
     from pho_service.pipeline.inputs import Cut
     from pho_service.pipeline.rating import ReportText
@@ -118,7 +119,8 @@ def check_bundle(name: str) -> None:
 
 def text_source(spec: "TextSpec", *, measured: bool = False) -> "TextSource":
     """The text that is named, to calibrate or to measure on; its first row was read."""
-    from pho_service.models.texts import TextSource, check_text
+    from pho_service.models.data_sets import TextSource
+    from pho_service.models.texts import check_text
 
     source = TextSource(
         path=spec.text,

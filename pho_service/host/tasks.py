@@ -57,5 +57,5 @@ def unknown_task(name: str, names: Iterable[str], folder: Path | None) -> Invali
         f"the task {name!r} is not one of lm-eval {versions('lm-eval')['lm-eval']}"
         + (f", and not in {folder}." if folder else ".")
         + (f" Did you mean {' or '.join(near)}?" if near else "")
-        + " Name the folder of task files of your own with --tasks-dir (a job's tasks_dir)."
+        + f" Name the folder of task files of your own with {field_name('tasks_dir')}."
     )

@@ -16,13 +16,13 @@ from pho_service.host.data_sets import USUAL_TEXTS
 from pho_service.host.settings import Settings
 from pho_service.models.bundle_file import read_bundle
 from pho_service.models.calibration import CalibrationText, drawn_windows
+from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import LanguageModel, given_model, load_model
 from pho_service.models.texts import (
     GivenText,
     GivenWindows,
     MixedText,
     Text,
-    TextSource,
     mixed_text,
 )
 from pho_service.pipeline.inputs import Calibrated, Inputs

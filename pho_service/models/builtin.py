@@ -27,7 +27,8 @@ from transformers import (
 
 from pho_service.errors import ModelError, OutputError
 from pho_service.host.files import write_text
-from pho_service.models.texts import SEPARATOR, TextSource, read_documents
+from pho_service.models.data_sets import TextSource
+from pho_service.models.texts import SEPARATOR, read_documents
 from pho_service.progress import Progress, silent
 
 PARTS = ("calibration", "confirmation", "report")

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from pho_service.errors import InvalidInput, TextError, field_name, shown
 from pho_service.host.access import is_path
@@ -27,10 +27,6 @@ from pho_service.host.data_sets import (
 from pho_service.host.settings import Settings
 from pho_service.models.loading import hub_is_away
 
-if TYPE_CHECKING:
-    from pho_service.models.texts import TextSource
-
-
 _NAMES_SHOWN = 10  # columns, in a message
 _BATCH = 64  # rows of a parquet file, whose texts are looked at one by one
 _GULP = 2**20
@@ -40,6 +36,46 @@ _KINDS = {
     ".csv": "csv", ".tsv": "csv",
 }  # fmt: skip
 _PACKED = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSource:
+    """Where documents come from: exactly one of ``path`` and ``dataset``."""
+
+    path: str | None = None  # .txt (one document), .jsonl or .parquet (one document a row)
+    # Hub id or local folder, for the ``datasets`` library; or the name of a usual text.
+    dataset: str | None = None
+    config: str | None = None  # Configuration of the data set
+    data_file: str | None = None  # One file of the data set
+    # Split of the data set; None takes test, or the only one that there is.
+    split: str | None = "train"
+    field: str = "text"  # Column that holds the text
+    rows: int | None = None  # How many rows are joined, the first; None takes all
+    # What joins the rows to one document, empty ones, too; None leaves each a document, unless they
+    # are lines of one text (WikiText).
+    separator: str | None = None
+
+    def __str__(self) -> str:
+        if self.path:
+            return self.path
+        return " ".join(filter(None, (self.dataset, self.config, self.data_file, self.split)))
+
+    def usual(self, *, measured: bool) -> "tuple[TextSource, int | None]":
+        """Return what a usual text's name stands for, and how many windows are measured on."""
+        usual = USUAL_TEXTS.get(self.dataset or "")
+        if usual is None:
+            return self, None
+        part = usual.evaluation if measured else usual.calibration
+        source = TextSource(
+            dataset=usual.dataset,
+            config=part.config,
+            data_file=part.data_file,
+            split=part.split,
+            field=self.field,
+            rows=part.rows,
+            separator=part.separator,
+        )
+        return source, part.windows
 
 
 class TextTooLong(TextError):
@@ -252,7 +288,7 @@ def _way_out(what: str) -> str:
     return f"Name the {what} with {name}." if name else f"Call the {what} 'text'."
 
 
-def read_dataset(source: "TextSource", budget: Budget) -> Iterator[str]:
+def read_dataset(source: TextSource, budget: Budget) -> Iterator[str]:
     """The documents of all files of a split, in the order of the ``datasets`` library."""
     # It finds the files, and follows no card that was not checked before; they are read here,
     # because it sets no bounds to what it reads.
@@ -282,7 +318,7 @@ def read_dataset(source: "TextSource", budget: Budget) -> Iterator[str]:
                 yield from (line for _, line in _lines(content, where, budget))
 
 
-def with_split(source: "TextSource") -> "TextSource":
+def with_split(source: TextSource) -> TextSource:
     """Return the source with the split that is read of its data set, which records name."""
     if source.dataset is None or source.split is not None:
         return source
@@ -291,7 +327,7 @@ def with_split(source: "TextSource") -> "TextSource":
     return replace(source, split=_split(source, [*map(str, builder.config.data_files or {})]))
 
 
-def _split(source: "TextSource", splits: list[str]) -> str:
+def _split(source: TextSource, splits: list[str]) -> str:
     """The split to read; by default test, or the only one that there is."""
     wanted = source.split or ("test" if "test" in splits or len(splits) != 1 else splits[0])
     if wanted not in splits:
@@ -302,7 +338,7 @@ def _split(source: "TextSource", splits: list[str]) -> str:
     return wanted
 
 
-def _found_dataset(source: "TextSource") -> tuple[str, Any]:
+def _found_dataset(source: TextSource) -> tuple[str, Any]:
     """Where a data set is, and how ``datasets`` reads it; its cards are checked before."""
     name = str(source.dataset)
     folder = Path(name).expanduser()
@@ -320,13 +356,13 @@ def _found_dataset(source: "TextSource") -> tuple[str, Any]:
     return f"hf://datasets/{name}@{commit}", builder
 
 
-def _found_folder(source: "TextSource", folder: Path) -> tuple[str, Any]:
+def _found_folder(source: TextSource, folder: Path) -> tuple[str, Any]:
     place = str(folder.resolve())
     check_cards(folder, f"the data set {source}")
     return place, _builder(source, place)
 
 
-def _builder(source: "TextSource", place: str, **more: Any) -> Any:
+def _builder(source: TextSource, place: str, **more: Any) -> Any:
     """Let ``datasets`` look for the files of a data set."""
     import datasets
 
@@ -391,7 +427,7 @@ def _checked_commit(dataset: str) -> tuple[str, str]:
 
 
 @contextmanager
-def _readable(source: "TextSource") -> Iterator[None]:
+def _readable(source: TextSource) -> Iterator[None]:
     try:
         yield
     except (TextError, InvalidInput, GeneratorExit, MemoryError):
@@ -401,7 +437,7 @@ def _readable(source: "TextSource") -> Iterator[None]:
         raise _unreadable(source, f"{type(error).__name__}: {reason}") from error
 
 
-def _unreadable(source: "TextSource", reason: str) -> TextError:
+def _unreadable(source: TextSource, reason: str) -> TextError:
     return TextError(
         f"the data set {source} cannot be read: {reason}. Check the name, its configuration, file "
         "and split, and the network; or give a local file with "

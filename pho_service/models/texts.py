@@ -21,6 +21,7 @@ from pho_service.host.settings import read_settings
 from pho_service.models.data_sets import (
     Budget,
     TextLimits,
+    TextSource,
     TextTooLong,
     read_dataset,
     read_json,
@@ -145,46 +146,6 @@ def _runs(windows: Tensor) -> Tensor:
 
 POOL = 20_000  # documents that a sample is drawn from; C4's first file has 356,317
 SEPARATOR = "\n\n"  # between documents, as in the perplexity protocol
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextSource:
-    """Where documents come from: exactly one of ``path`` and ``dataset``."""
-
-    path: str | None = None  # .txt (one document), .jsonl or .parquet (one document a row)
-    # Hub id or local folder, for the ``datasets`` library; or the name of a usual text.
-    dataset: str | None = None
-    config: str | None = None  # Configuration of the data set
-    data_file: str | None = None  # One file of the data set
-    # Split of the data set; None takes test, or the only one that there is.
-    split: str | None = "train"
-    field: str = "text"  # Column that holds the text
-    rows: int | None = None  # How many rows are joined, the first; None takes all
-    # What joins the rows to one document, empty ones, too; None leaves each a document, unless they
-    # are lines of one text (WikiText).
-    separator: str | None = None
-
-    def __str__(self) -> str:
-        if self.path:
-            return self.path
-        return " ".join(filter(None, (self.dataset, self.config, self.data_file, self.split)))
-
-    def usual(self, *, measured: bool) -> "tuple[TextSource, int | None]":
-        """Return what a usual text's name stands for, and how many windows are measured on."""
-        usual = USUAL_TEXTS.get(self.dataset or "")
-        if usual is None:
-            return self, None
-        part = usual.evaluation if measured else usual.calibration
-        source = TextSource(
-            dataset=usual.dataset,
-            config=part.config,
-            data_file=part.data_file,
-            split=part.split,
-            field=self.field,
-            rows=part.rows,
-            separator=part.separator,
-        )
-        return source, part.windows
 
 
 Text = TextSource | GivenText | GivenWindows

@@ -11,8 +11,8 @@ from pho_service.cli import main
 from pho_service.host.settings import read_settings
 from pho_service.models.bundle_file import write_bundle
 from pho_service.models.calibration import calibrate, calibration_text
+from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import load_model
-from pho_service.models.texts import TextSource
 from pho_service.spec.calibration import CalibrationSettings
 
 

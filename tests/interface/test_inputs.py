@@ -12,7 +12,8 @@ import pho_service as pho
 from pho_service.errors import BundleError, InvalidInput, ModelError, NumericalError, TextError
 from pho_service.interface.inputs import opened
 from pho_service.models.calibration import calibration_text
-from pho_service.models.texts import MixedText, TextSource
+from pho_service.models.data_sets import TextSource
+from pho_service.models.texts import MixedText
 from pho_service.spec.calibration import CalibrationSettings
 
 SMALL = {"samples": 6, "context_length": 32, "rows_per_layer": 4, "kernel_sizes": (3, 5)}

@@ -15,7 +15,7 @@ from pho_service.models.calibration import (
     calibrate,
     calibration_text,
 )
-from pho_service.models.texts import TextSource
+from pho_service.models.data_sets import TextSource
 from pho_service.pruning.bundle import sample_bundle
 from pho_service.spec.calibration import CalibrationSettings
 

@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pho_service.errors import InvalidInput, OutOfMemory, OutputError
 from pho_service.models.calibration import calibrate, calibration_text, measure, plan_calibration
+from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import load_model
-from pho_service.models.texts import TextSource
 from pho_service.planning.stage_memory import CalibrationPlan, CalibrationRun, Peak
 from pho_service.pruning.hardware import available_memory, memory_in_use
 from pho_service.spec.calibration import CalibrationSettings

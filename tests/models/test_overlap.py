@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from pho_service.errors import TextError
 from pho_service.models.calibration import calibration_text
-from pho_service.models.texts import TextSource, apart, read_windows
+from pho_service.models.data_sets import TextSource
+from pho_service.models.texts import apart, read_windows
 from pho_service.spec.calibration import CalibrationSettings
 
 SETTINGS = CalibrationSettings(

@@ -15,8 +15,8 @@ from pho_service.models.calibration import (
     measure,
     measure_shard,
 )
+from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import load_model
-from pho_service.models.texts import TextSource
 from pho_service.pruning.statistics import Collector, gather
 from pho_service.spec.calibration import CalibrationSettings
 

@@ -3,8 +3,8 @@
 import json
 
 from pho_service.models.builtin import EXAMPLE, train_small_model, write_parts
+from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import load_model
-from pho_service.models.texts import TextSource
 
 
 def test_the_same_steps_give_the_same_model(texts, tmp_path):

@@ -15,8 +15,8 @@ import pytest
 
 from pho_service.errors import InvalidInput, TextError
 from pho_service.models import texts
-from pho_service.models.data_sets import TextLimits, TextTooLong
-from pho_service.models.texts import TextSource, read_documents
+from pho_service.models.data_sets import TextLimits, TextSource, TextTooLong
+from pho_service.models.texts import read_documents
 
 MEMORY_BYTES = 64 * 2**20  # that any of them may take beside what the tests have
 LIMITS = TextLimits(document_bytes=2**20, text_bytes=2**21)

@@ -10,10 +10,10 @@ import torch
 
 from pho_service.errors import InvalidInput, PhoError, TextError
 from pho_service.models.calibration import calibrate, calibration_text
+from pho_service.models.data_sets import TextSource
 from pho_service.models.texts import (
     GivenText,
     MixedText,
-    TextSource,
     read_documents,
     read_windows,
     recut,

@@ -9,8 +9,8 @@ import pytest
 
 from pho_service.errors import TextError
 from pho_service.host.data_sets import USUAL_TEXTS
+from pho_service.models.data_sets import TextSource
 from pho_service.models.texts import (
-    TextSource,
     check_text,
     read_documents,
     read_windows,

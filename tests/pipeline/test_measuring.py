@@ -8,8 +8,8 @@ import torch
 
 from pho_service.errors import BundleError, ConfigurationError, InvalidInput, NumericalError
 from pho_service.models.calibration import calibrate, calibration_text
+from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import load_model
-from pho_service.models.texts import TextSource
 from pho_service.pipeline.compare import (
     ComparisonRequest,
     ComparisonRow,

@@ -27,10 +27,11 @@ from pho_service.errors import (
     TextError,
     told_to,
 )
+from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import given_model, load_model
 from pho_service.models.mask_file import groups_of
 from pho_service.models.saving import read_recipe, save_pruned
-from pho_service.models.texts import GivenWindows, TextSource, sample_windows
+from pho_service.models.texts import GivenWindows, sample_windows
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.rating import RecoveryText

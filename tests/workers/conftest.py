@@ -28,8 +28,9 @@ from pho_service.host.access import Access
 from pho_service.host.artifacts import PrunedStore
 from pho_service.host.settings import read_settings
 from pho_service.models.calibration import CalibrationText, cached_bundle, calibration_text
+from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import LanguageModel, load_model
-from pho_service.models.texts import TextSource, read_windows
+from pho_service.models.texts import read_windows
 from pho_service.pipeline.confirmation import rate_by_all_proxies
 from pho_service.pipeline.rating import ReportText, rate_pruned
 from pho_service.pipeline.search import search_job

@@ -11,8 +11,8 @@ import torch
 
 from pho_service.errors import BundleError, InvalidInput, OutputError
 from pho_service.models.calibration import CalibrationText, calibration_text, measure_shard
+from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import LanguageModel, load_model
-from pho_service.models.texts import TextSource
 from pho_service.progress import silent
 from pho_service.spec.calibration import CalibrationSettings
 from workers.inputs import BundleStore

@@ -21,9 +21,9 @@ from pho_service.host.artifacts import PrunedStore
 from pho_service.host.settings import read_settings
 from pho_service.models.bundle_file import read_bundle
 from pho_service.models.calibration import bundle_path, calibration_text
+from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import load_model
 from pho_service.models.scratch import KeptBlocks
-from pho_service.models.texts import TextSource
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.prune import prune_job
 from pho_service.progress import silent

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from transformers import LlamaForCausalLM
 
-from pho_service.models.texts import TextSource, read_windows
+from pho_service.models.data_sets import TextSource
+from pho_service.models.texts import read_windows
 from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.search import search_job
