@@ -153,7 +153,7 @@ def admm_refine(
         and the mask to start from are ours. Ended 1 to 4 % below its error, in as many
         iterations or fewer.
     """
-    searches = [_Search.of(linear, moments) for linear in linears]
+    searches = [_Refinement.of(linear, moments) for linear in linears]
     growth = (_LAST / _FIRST) ** (1 / (_STEPS - 1))
     for step in range(_STEPS):
         penalty = _FIRST * growth**step
@@ -168,7 +168,7 @@ def admm_refine(
     return [searches.pop(0).result(moments) for _ in linears]
 
 
-class _Search:
+class _Refinement:
     """The iterations of one linear, all of whose tensors are on scaled inputs and rows."""
 
     def __init__(self, dense: Tensor, keep: Tensor, support: Support, rows: Tensor | None) -> None:
@@ -176,7 +176,7 @@ class _Search:
         self.state = dense.masked_fill(~keep, 0)
 
     @classmethod
-    def of(cls, linear: Masked, moments: Normalised) -> "_Search":
+    def of(cls, linear: Masked, moments: Normalised) -> "_Refinement":
         dense, rows = moments.scaled(linear.weight), None
         if linear.importance is not None:
             share = linear.importance / linear.importance.mean()

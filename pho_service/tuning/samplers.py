@@ -189,7 +189,7 @@ class HillClimbSampler(_InASpace):
                 losses[key] = min(loss, losses.get(key, loss))
         return losses
 
-    def _walk(self, study: optuna.Study, space: Mapping[str, BaseDistribution]) -> "_Place":
+    def _walk(self, study: optuna.Study, space: Mapping[str, BaseDistribution]) -> "_Climb":
         """Climb over the known points, up to the first that is not."""
         losses = self._losses(study, space)
         axes = [_Axis(name, distribution) for name, distribution in space.items()]
@@ -200,7 +200,7 @@ class HillClimbSampler(_InASpace):
 
         best = losses.get(self._key(params(place)))
         if best is None:
-            return _Place(params=params(place), is_over=False)
+            return _Climb(params=params(place), is_over=False)
         moves = [(axis, direction) for axis in axes for direction in (1, -1)]
         step, turn, failures = FIRST_STEP, 0, 0
         while moves and step >= LAST_STEP:
@@ -208,18 +208,18 @@ class HillClimbSampler(_InASpace):
             neighbour = {**place, axis.name: axis.moved(place[axis.name], direction * step)}
             loss = losses.get(self._key(params(neighbour)))
             if loss is None:
-                return _Place(params=params(neighbour), is_over=False)
+                return _Climb(params=params(neighbour), is_over=False)
             if loss < best:
                 place, best, failures = neighbour, loss, 0
                 continue
             turn, failures = (turn + 1) % len(moves), failures + 1
             if failures == len(moves):
                 step, failures = step / 2, 0
-        return _Place(params=params(place), is_over=True)
+        return _Climb(params=params(place), is_over=True)
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Climb:
     """Where a climb is: the next point to be rated, or its end."""
 
     params: Params
