@@ -40,9 +40,9 @@ from pho_service.spec.results import (
     Calibration,
     Finished,
     Gathered,
+    StoredModel,
     TasksMeasured,
     Transfer,
-    Written,
 )
 from pho_service.spec.steps import Candidate
 from pho_service.spec.transfer import TransferSpec
@@ -270,7 +270,7 @@ class _Job:
             for measured in each("tasks", both, self._tasks, TasksMeasured):
                 check_tasks(measured.questions_sha256, job)
         if spec.prune or job.pruning is not None:
-            once("prune", self._prune, Written)
+            once("prune", self._prune, StoredModel)
 
     # The pieces.
 
@@ -384,7 +384,7 @@ class _Job:
         check = partial(check_tasks, job=self._store.get(self._claim.job.id))
         return tasks_piece(self._opened, self._inputs, self._claim.job, piece.number, run, check)
 
-    def _prune(self, run: Run) -> Written:
+    def _prune(self, run: Run) -> StoredModel:
         return prune_piece(self._opened, self._inputs, self._claim, self._watch, run)
 
 

@@ -47,7 +47,7 @@ from pho_service.spec.configuration import Configuration
 from pho_service.spec.fields import WarmPoint
 from pho_service.spec.job import JobSpec
 from pho_service.spec.recovery import Recovered, Recovery
-from pho_service.spec.results import Calibration, Gathered, TasksMeasured, Transfer, Written
+from pho_service.spec.results import Calibration, Gathered, StoredModel, TasksMeasured, Transfer
 from pho_service.spec.steps import Candidate
 from pho_service.spec.tasks import TaskScore
 from pho_service.spec.transfer import TransferSpec
@@ -227,7 +227,7 @@ class IslandSearch:
 # The piece of a job that writes the pruned model into the artifact store.
 def prune_piece(
     opened: "Opened", inputs: WorkerInputs, claim: Claim, watch: Watch, run: Run
-) -> Written:
+) -> StoredModel:
     """Prune the model of a job with what it found, as `pho prune` does, and keep the files."""
     # What an attempt before has written whole is taken up; so are the blocks that its
     # reconstruction had trained.
@@ -241,7 +241,7 @@ def prune_piece(
     files = described(folder, run)
     watch.look(now=True)
     inputs.pruned.keep(claim.job.id, key, [file["name"] for file in files])
-    return Written(
+    return StoredModel(
         key=key,
         files=files,
         recovery=None if recovered is None else Recovered.from_dict(shareable(recovered)),

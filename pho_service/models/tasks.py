@@ -202,7 +202,7 @@ STREAMED = 2**16  # tokens for which a streamed model is read once
 
 
 @dataclass(frozen=True, kw_only=True)
-class Continuation:
+class Ending:
     """Tokens whose end is rated."""
 
     # The context and after it the continuation: no more than the model can read, and one.
@@ -218,7 +218,7 @@ class Likelihood:
 
 def rate_continuations(
     model: LanguageModel,
-    continuations: Sequence[Continuation],
+    continuations: Sequence[Ending],
     *,
     advance: Advance = lambda _: None,
 ) -> list[Likelihood]:
@@ -267,7 +267,7 @@ def _logits(model: LanguageModel, batch: Sequence[tuple[int, ...]]) -> Iterator[
         yield from window_logits(model.model, windows, most=1)
 
 
-def _rated(logits: Tensor, continuation: Continuation) -> Likelihood:
+def _rated(logits: Tensor, continuation: Ending) -> Likelihood:
     targets = torch.tensor(continuation.tokens[-continuation.length :], device=logits.device)
     ending = logits[-continuation.length :].log_softmax(dim=-1, dtype=torch.float32)
     chosen = ending.gather(1, targets[:, None])  # (length, 1)

@@ -31,7 +31,7 @@ from pho_service.spec.baselines import reference_methods
 from pho_service.spec.configuration import REFERENCES, Confirmation, Perplexities, ProxyQuality
 from pho_service.spec.configuration import REFERENCES as NAMES
 from pho_service.spec.fields import ValidationSpec
-from pho_service.spec.results import Chosen, Measured, Searched, Wanted
+from pho_service.spec.results import Chosen, Measured, PerplexityRequest, Searched
 from pho_service.spec.steps import Allocation, Candidate
 from pho_service.tuning.correction import Correction
 from pho_service.tuning.finalists import Divergences, paired_error
@@ -336,7 +336,7 @@ def conduct(
     )
 
 
-def _piece(wanted: Wanted) -> Piece:
+def _piece(wanted: PerplexityRequest) -> Piece:
     about = {"candidate": wanted.candidate, "trial": wanted.trial}
     return Piece(number=wanted.number, about=about)
 
@@ -404,7 +404,7 @@ class _Steps:
             return []
         candidates = planned_candidates(self._plan, self._request.validation)
         return [
-            _piece(Wanted(number=VALIDATION + i, candidate=each.to_dict()))
+            _piece(PerplexityRequest(number=VALIDATION + i, candidate=each.to_dict()))
             for i, each in enumerate(candidates)
         ]
 
@@ -487,7 +487,9 @@ class _Steps:
         if raced.divergences.by_number:
             self._inputs.check()
         finalists = [
-            Wanted(number=each.number, candidate=each.candidate.to_dict(), trial=each.number)
+            PerplexityRequest(
+                number=each.number, candidate=each.candidate.to_dict(), trial=each.number
+            )
             for each in raced.finalists
         ]
         numbers = [each.number for each in raced.finalists]
@@ -529,10 +531,12 @@ class _Steps:
         proxies = rate_by_all_proxies(bundle, candidates, device=run.device)
         return qualities(proxies, perplexities, seed=asked.seed)
 
-    def _judges(self, rated: Sequence[RatedCandidate], measured: Container[int]) -> list[Wanted]:
+    def _judges(
+        self, rated: Sequence[RatedCandidate], measured: Container[int]
+    ) -> list[PerplexityRequest]:
         """What a result is judged by, but for trials that have a perplexity or get one."""
         return [
-            Wanted(
+            PerplexityRequest(
                 number=REFERENCE_NUMBERS + i,
                 candidate=None if each.candidate is None else each.candidate.to_dict(),
                 trial=each.trial,

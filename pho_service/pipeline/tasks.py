@@ -16,7 +16,7 @@ from typing import Any
 from pho_service.errors import InvalidInput
 from pho_service.host.machine import versions
 from pho_service.models.loading import LanguageModel
-from pho_service.models.tasks import Continuation, Likelihood, LoadedTasks, rate_continuations
+from pho_service.models.tasks import Ending, Likelihood, LoadedTasks, rate_continuations
 from pho_service.pipeline.compare import STDERR, Also
 from pho_service.progress import Progress, silent
 from pho_service.spec.tasks import TaskScore, mean_accuracy
@@ -117,11 +117,11 @@ class TaskModel:
         rated = iter(self._rate([window for text in texts for window in text]))
         return [sum(next(rated).log for _ in text) for text in texts]
 
-    def _rate(self, continuations: Sequence[Continuation]) -> list[Likelihood]:
+    def _rate(self, continuations: Sequence[Ending]) -> list[Likelihood]:
         with self._progress("Measuring tasks", len(continuations)) as advance:
             return rate_continuations(self._model, continuations, advance=advance)
 
-    def _encode(self, context: str, continuation: str) -> Continuation:
+    def _encode(self, context: str, continuation: str) -> Ending:
         """Tokens of a context and what follows it, tokenised together and then cut."""
         # Spaces at the end of the context belong to what follows, as in the harness.
         known = self._tokens(context.rstrip())
@@ -131,16 +131,16 @@ class TaskModel:
         start = self._prefix or ([] if known else [self._first_token()])
         tokens = (*start, *whole[len(start) - self._longest - 1 :])  # a context may be too long
         length = min(len(whole) - len(known), len(tokens) - 1)
-        return Continuation(tokens=tokens, length=max(1, length))
+        return Ending(tokens=tokens, length=max(1, length))
 
-    def _windows(self, text: str) -> list[Continuation]:
+    def _windows(self, text: str) -> list[Ending]:
         """A text as the harness cuts it: each token is predicted once."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         first = self._prefix[0] if self._prefix else self._first_token()
         windows = get_rolling_token_windows(self._tokens(text), first, self._longest, 1)
         cut = (make_disjoint_window(window) for window in windows)
-        return [Continuation(tokens=(*a, *b), length=len(b)) for a, b in cut]
+        return [Ending(tokens=(*a, *b), length=len(b)) for a, b in cut]
 
     def _tokens(self, text: str) -> list[int]:
         found: list[int] = self._model.tokenize(text).tolist()

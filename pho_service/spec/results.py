@@ -46,7 +46,7 @@ class Searched:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class PerplexityRequest:
     """A perplexity to be measured: of a candidate, or of the dense model; which may be a trial."""
 
     number: int
@@ -61,7 +61,7 @@ class Chosen:
     # Numbers of the trials that get a perplexity on the whole text
     finalists: list[int] = field(default_factory=list)
     # The perplexities to be measured: of these, and of what the result is judged by
-    wanted: list[Wanted] = field(default_factory=list)
+    wanted: list[PerplexityRequest] = field(default_factory=list)
     # From the dense model in nats, of all trials that were compared with it
     divergences: dict[int, float] = field(default_factory=dict)
     # Predictions that these are the mean of; None if nothing was compared
@@ -117,7 +117,7 @@ class TasksMeasured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written:
+class StoredModel:
     """A pruned model in the artifact store."""
 
     key: str  # Names the configuration that it was pruned with
