@@ -1,5 +1,5 @@
 """
-What goes with long-running work: where it runs, who is told how far it is, who may end it.
+Progress reporting for long-running work: where it runs, who is told, who may end it.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,5 +1,5 @@
 """
-What jobs may name: models and texts below certain folders, and certain names on the hub.
+Access of jobs to models and texts: those below certain folders, and certain names on the hub.
 """
 
 import difflib

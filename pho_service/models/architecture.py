@@ -1,5 +1,5 @@
 """
-Which weights of a decoder can be pruned: the linears of its blocks and of its experts.
+The weights of a decoder that can be pruned: the linears of its blocks and of its experts.
 """
 
 import re

@@ -1,5 +1,5 @@
 """
-How much sparsity each linear of a model gets, so that the whole model has the pattern's.
+The sparsity of each linear of a model, so that the whole model has the pattern's.
 """
 
 from bisect import bisect_left
@@ -16,6 +16,8 @@ from torch import Tensor
 from pho_service.pruning.layer_view import DIGIT_BITS, LinearSize, View, Views
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.steps import Allocation
+
+T = TypeVar("T")
 
 MAX_SPARSITY = 0.995  # no linear loses more, unless the pattern itself does
 
@@ -143,8 +145,6 @@ GRID_POINTS = 12  # sparsities on an error curve
 
 _SHIFTS = (22, 11, 0)  # of the lowest bits of a score's three digits
 _ROUNDING = 1e-3  # weights; sums of fractional weights in float64 are surer than this
-
-T = TypeVar("T")
 
 
 def allocate(views: Views, pattern: Pattern, allocation: Allocation) -> dict[str, int]:

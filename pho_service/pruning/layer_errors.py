@@ -1,5 +1,5 @@
 """
-What candidates do to each linear of a bundle, many linears at once in stacks.
+Errors of candidates on each linear of a bundle, many linears at once in stacks.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,6 +36,9 @@ from pho_service.pruning.selection import (
 )
 from pho_service.spec.pattern import Coefficients, Pattern, Scope
 from pho_service.spec.steps import Candidate
+
+Piece = TypeVar("Piece")
+Done = TypeVar("Done")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,9 +356,6 @@ def _rank_from_highest(score: Tensor) -> Tensor:
     places = torch.arange(flat.shape[-1], device=flat.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, places).view(score.shape)
 
-
-Piece = TypeVar("Piece")
-Done = TypeVar("Done")
 
 BATCH = 8  # candidates that are rated at once: a generation of the default sampler
 CACHED = 1 << 21  # scores of a batch in a stack, 8 MiB for each thread, on a CPU

@@ -1,5 +1,5 @@
 """
-What allocations measure of a linear: its scores' sum, outliers and counts, its error curve.
+Measurements of a linear for allocations: its scores' sum, outliers and counts, its error curve.
 """
 
 import math

@@ -1,5 +1,5 @@
 """
-Which input channels share an N:M group, and how an order of channels is folded into the weights.
+Permutations of input channels: which share an N:M group, and how an order is folded into weights.
 """
 
 from collections.abc import Mapping

@@ -1,5 +1,5 @@
 """
-Which weights stay: exact counts, and ties that fall the same way on every device.
+Selection of the weights that stay: exact counts, and ties that fall alike on every device.
 
 A mask is True where a weight is kept. Among equal scores the lower index
 stays, whatever the device or the number of threads. What is written here in

@@ -1,5 +1,5 @@
 """
-Which linears of a pruned model should lose more and which less, by the slope of its predictions.
+The linears of a pruned model that should lose more or less, by the slope of its predictions.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,5 +1,5 @@
 """
-What a dense model's activations and gradients say about its linears, in one pass.
+Statistics of a dense model's activations and gradients, for each linear, in one pass.
 """
 
 import logging
@@ -15,6 +15,8 @@ from torch.nn.functional import embedding_bag
 from pho_service.errors import ModelError, NumericalError, field_name
 from pho_service.pruning.hardware import to_device
 from pho_service.pruning.perplexity import frozen, recomputed, run_backward
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,9 +260,6 @@ class InputGroups:
     def end_of_window(self) -> None:
         """Let go of the window's tensors."""
         self._recent = []
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)

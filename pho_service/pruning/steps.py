@@ -1,5 +1,5 @@
 """
-What follows the mask: re-pruning and weight updates, one linear at a time.
+Steps after the mask: re-pruning and weight updates, one linear at a time.
 
 All of it needs the full second moment of the linear's input, which a proxy
 bundle has only as a projection.

@@ -1,5 +1,5 @@
 """
-What was asked, in words, and the commands that ask the same again.
+A request in words, and the commands that ask the same again.
 """
 
 import re

@@ -1,5 +1,5 @@
 """
-How a model is calibrated.
+Settings of a calibration.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,5 +1,5 @@
 """
-What a search rates candidates by, and where it takes them from.
+The objective of a search, and the samplers that it takes candidates from.
 """
 
 from dataclasses import dataclass, fields, replace

@@ -1,5 +1,5 @@
 """
-How much is pruned, by which score, and of which linears.
+The pattern of a pruning, its score, and its linears.
 """
 
 import re

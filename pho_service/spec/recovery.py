@@ -1,5 +1,5 @@
 """
-What a pruned model is recovered with, and what that came to.
+Settings of a recovery, and its result.
 """
 
 from dataclasses import dataclass, field

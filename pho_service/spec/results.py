@@ -1,5 +1,5 @@
 """
-What the pieces of a job give, as it is stored and shown: JSON values with names.
+Results of a job's pieces, as they are stored and shown: JSON values with names.
 """
 
 from collections.abc import Mapping

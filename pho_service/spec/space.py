@@ -1,5 +1,5 @@
 """
-What a search may choose, and searches with a name.
+The space of a search, and searches with a name.
 """
 
 from collections.abc import Mapping, Sequence

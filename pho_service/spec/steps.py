@@ -1,5 +1,5 @@
 """
-What a candidate is made of beside its score: allocation, re-pruning, updates, reconstruction.
+Steps of a candidate beside its score: allocation, re-pruning, updates, reconstruction.
 """
 
 from collections.abc import Mapping

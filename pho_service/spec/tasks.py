@@ -1,5 +1,5 @@
 """
-What zero-shot tasks a model is measured on, and what it scored.
+Zero-shot tasks that a model is measured on, and its scores.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,5 +1,5 @@
 """
-What is asked of the transfer of a job's configuration to other models, checked field by field.
+The request to transfer a job's configuration to other models, checked field by field.
 """
 
 from typing import Any, Literal, Self

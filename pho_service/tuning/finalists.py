@@ -1,5 +1,5 @@
 """
-Which candidates of a search are looked at again, and which of them wins a race.
+Candidates of a search that are looked at again, and a race between them.
 """
 
 import math

@@ -1,5 +1,5 @@
 """
-What a search found, as a configuration and in plain sentences.
+The result of a search, as a configuration and in plain sentences.
 """
 
 import warnings

@@ -1,5 +1,5 @@
 """
-Where candidates come from: Optuna's samplers, a CMA-ES that stays in memory, a hill climb.
+Sources of candidates: Optuna's samplers, a CMA-ES that stays in memory, a hill climb.
 """
 
 import itertools
