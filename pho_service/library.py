@@ -162,7 +162,7 @@ class Gain:
     # By perplexity or divergence: nats a token below RIA, that is, the logarithm of how many times
     # RIA's perplexity is as high. By a proxy: the share of RIA's that is saved.
     value: float
-    by: MeasuredBy  # What was measured
+    by: MeasuredBy
 
     def __str__(self) -> str:
         share = abs(self.share)

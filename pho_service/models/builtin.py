@@ -85,7 +85,7 @@ class SmallLlama:
 
     hidden: int = 128  # Width of the blocks
     intermediate: int = 384  # Width of their MLPs
-    blocks: int = 4  # How many
+    blocks: int = 4
     batch: int = 2  # Windows of a step
     learning_rate: float = 3e-3  # Learning rate of AdamW, at its highest
 

@@ -200,7 +200,7 @@ class TextRecord:
     source: str  # As :class:`TextSource` prints itself
     # SHA-256 of the documents that were read, joined by two newlines; of several texts, of theirs.
     sha256: str
-    documents: int  # How many were read
+    documents: int
     # Of several texts: each with its share of the windows.
     texts: tuple[tuple["TextRecord", float], ...] = ()
 

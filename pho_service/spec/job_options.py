@@ -44,7 +44,7 @@ class JobField:
     schema: Mapping[str, Any]  # Its JSON schema, without null
     default: Any  # Its value if nothing is said; None, too, if the part that it is in is null then
     nullable: bool  # Whether null may be said
-    shown: FieldShown  # How it is shown
+    shown: FieldShown
 
     @property
     def argument(self) -> str:

@@ -21,7 +21,7 @@ class Calibration:
     provenance: dict[str, Any] = field(default_factory=dict)  # Provenance of the bundle
     # Hashes of everything that was read, which later pieces compare
     inputs: dict[str, Any] = field(default_factory=dict)
-    seconds: float | None = None  # What it took
+    seconds: float | None = None
     # In how many parts it is to be done, if it is large; the parts are added up then
     shards: int = 0
     key: str | None = None  # Key of the bundle that the parts become
@@ -113,7 +113,7 @@ class TasksMeasured:
     bos: bool  # Whether a token stands before each text
     versions: dict[str, str | None]  # Versions of the packages that measured it
     questions_sha256: str  # Hash of the examples; both models have the same
-    seconds: float = 0.0  # What it took
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ class StoredModel:
     key: str  # Names the configuration that it was pruned with
     files: list[dict[str, Any]]  # Name, size in bytes and SHA-256 of each
     recovery: Recovered | None = None  # What its recovery came to, if there was one
-    seconds: float = 0.0  # What it took
+    seconds: float = 0.0
 
 
 MUCH = 0.5  # of the own best's gain: if more of it is lost, the transfer has a warning

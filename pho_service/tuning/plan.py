@@ -42,7 +42,7 @@ Evaluate = Callable[[Sequence[Candidate]], list[Outcome]]
 class SearchPlan(SearchOptions):
     """A search, complete but for the function that rates."""
 
-    pattern: Pattern  # What is pruned
+    pattern: Pattern
     space: SearchSpace  # The box; fitted to the pattern
     # What every candidate goes through; method and spread of its allocation are those of the space.
     steps: Steps = field(default_factory=Steps)
@@ -109,7 +109,7 @@ class RatedCandidate:
     """A finished trial."""
 
     number: int  # Number of the trial
-    candidate: Candidate  # What was rated
+    candidate: Candidate
     params: dict[str, Any]  # Its place in the search space
     value: float  # Its rating by the objective
     # Its rating by the weighting that also proposes finalists, lower is better; None if there is
@@ -121,8 +121,8 @@ class RatedCandidate:
 class SearchRequest(SearchOptions):
     """A user's request for a search, besides the model and the texts."""
 
-    pattern: Pattern  # What is pruned
-    objective: Objective = field(default_factory=Objective)  # What candidates are rated by
+    pattern: Pattern
+    objective: Objective = field(default_factory=Objective)
     # Fields of the search space that differ from its defaults.
     bounds: Mapping[str, Any] = field(default_factory=dict)
     # What every candidate goes through beside the score. Its allocation is the only one of the
