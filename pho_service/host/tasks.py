@@ -9,7 +9,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from pho_service.errors import InvalidInput
+from pho_service.errors import InvalidInput, field_name
 from pho_service.host.machine import versions
 
 _NAME = re.compile(rb"^(?:task|group)[ \t]*:[ \t]*['\"]?([^'\"\s#\[]+)", re.MULTILINE)
