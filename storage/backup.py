@@ -33,10 +33,10 @@ def back_up(database: Database, file: Path) -> None:
 
 def restore(database: Database, file: Path) -> None:
     """Fill a database from such a file, all of it or nothing, and bring it to this version."""
-    found = _schemas(database)
-    if found:
+    schemas = _schemas(database)
+    if schemas:
         raise StorageError(
-            f"the database is not empty: it has the schema {', '.join(found)}, and nothing is "
+            f"the database is not empty: it has the schema {', '.join(schemas)}, and nothing is "
             "overwritten. Give the --data-dir of a new folder, or the --database-url of a new "
             "database."
         )
@@ -63,10 +63,10 @@ def _revision(database: Database, file: Path, schema: str) -> str:
     """The version of the tables of a schema in a dump."""
     table = ("--data-only", f"--schema={schema}", "--table=alembic_version", "--file=-")
     written = _run("pg_restore", database, *table, str(file), file=file)
-    found = re.search(rf"^COPY {schema}\.alembic_version .*\n(\S+)$", written, re.M)
-    if found is None:
+    match = re.search(rf"^COPY {schema}\.alembic_version .*\n(\S+)$", written, re.M)
+    if match is None:
         raise StorageError(f"{file} is a dump, but not one of PHO. `pho backup` writes those.")
-    return found[1]
+    return match[1]
 
 
 def _run(
@@ -106,8 +106,8 @@ def _run(
         finally:
             running.terminate()  # if it still runs: it ends what it does on the server, too
     if running.returncode:
-        said = errors.strip().splitlines() or [f"exit code {running.returncode}"]
-        reason = next((line for line in said if "error:" in line), said[0])
+        lines = errors.strip().splitlines() or [f"exit code {running.returncode}"]
+        reason = next((line for line in lines if "error:" in line), lines[0])
         reason = reason.removeprefix(f"{program}: ").removeprefix("error: ").rstrip(".")
         raise StorageError(
             f"{program} of PostgreSQL fails: {reason}."
@@ -124,13 +124,15 @@ def _program(name: str, database: Database) -> str:
     with database.transaction() as connection:
         query = text("SELECT current_setting('server_version_num')::int / 10000")
         server = int(connection.execute(query).scalar_one())
-    found = [(version, path) for path in _programs(name) if (version := _version(path)) >= server]
-    if not found:
+    candidates = [
+        (version, path) for path in _programs(name) if (version := _version(path)) >= server
+    ]
+    if not candidates:
         raise StorageError(
             f"{name} {server} or newer is not found, and the database's server is version "
             f"{server}. Install PostgreSQL's client programs, so that {name} is on the PATH."
         )
-    return min(found, key=lambda each: each[0])[1]
+    return min(candidates, key=lambda candidate: candidate[0])[1]
 
 
 def _programs(name: str) -> Iterator[str]:
@@ -143,10 +145,10 @@ def _programs(name: str) -> Iterator[str]:
 def _version(program: str) -> int:
     """The major version of a program of PostgreSQL; 0 if it does not run."""
     try:
-        said = subprocess.run(  # noqa: S603 - found above
+        answer = subprocess.run(  # noqa: S603 - found above
             [program, "--version"], capture_output=True, text=True, check=True
         ).stdout
     except (OSError, subprocess.CalledProcessError):
         return 0
-    found = re.search(r"(\d+)", said)
-    return int(found[1]) if found else 0
+    match = re.search(r"(\d+)", answer)
+    return int(match[1]) if match else 0

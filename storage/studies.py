@@ -90,17 +90,19 @@ class StudyStorage(RDBStorage):
         )
         session.add(trial)
         session.flush()  # gives it its id
-        mine = {"trial_id": trial.trial_id}
-        for objective, each in enumerate(template.values or ()):
-            value, kind = models.TrialValueModel.value_to_stored_repr(each)
+        trial_key = {"trial_id": trial.trial_id}
+        for objective, value in enumerate(template.values or ()):
+            stored, kind = models.TrialValueModel.value_to_stored_repr(value)
             session.add(
-                models.TrialValueModel(**mine, objective=objective, value=value, value_type=kind)
+                models.TrialValueModel(
+                    **trial_key, objective=objective, value=stored, value_type=kind
+                )
             )
         # As objects, not as one list to execute: psycopg sends a list as a pipeline, in which
         # PostgreSQL does not notice that a worker has frozen in the midst of its transaction.
         session.add_all(
             models.TrialParamModel(
-                **mine,
+                **trial_key,
                 param_name=name,
                 param_value=template.distributions[name].to_internal_repr(value),
                 distribution_json=distributions[name],
@@ -108,7 +110,7 @@ class StudyStorage(RDBStorage):
             for name, value in template.params.items()
         )
         session.add_all(
-            models.TrialUserAttributeModel(**mine, key=key, value_json=json.dumps(value))
+            models.TrialUserAttributeModel(**trial_key, key=key, value_json=json.dumps(value))
             for key, value in template.user_attrs.items()
         )
         trial.number = trial.count_past_trials(session)
@@ -128,13 +130,13 @@ class StudyStorage(RDBStorage):
         with _create_scoped_session(self.scoped_session) as session:
             models.StudyModel.find_or_raise_by_id(study_id, session)
             ids = sorted({*included_trial_ids, *session.execute(newer).scalars()})
-        known: dict[str, BaseDistribution] = {}
+        distributions: dict[str, BaseDistribution] = {}
         trials = []
         for first in range(0, len(ids), _PAGE):
             page = {*ids[first : first + _PAGE]}
             for trial in super()._get_trials(study_id, states, page, _NO_ID):
-                for name, each in trial.distributions.items():  # one of each for all trials
-                    trial.distributions[name] = known.setdefault(repr(each), each)
+                for name, value in trial.distributions.items():  # one of a kind for all trials
+                    trial.distributions[name] = distributions.setdefault(repr(value), value)
                 trials.append(trial)
         return trials
 
@@ -173,21 +175,22 @@ def open_storage(url: str, *, upgrade: bool = False) -> Iterator[RDBStorage]:
 
 
 def _check_version(storage: RDBStorage, *, upgrade: bool) -> None:
-    found, needed = storage.get_current_version(), storage.get_head_version()
-    if found == needed:
+    version, own_version = storage.get_current_version(), storage.get_head_version()
+    if version == own_version:
         return
-    older = found in storage.get_all_versions()
-    if older and upgrade:
+    is_older = version in storage.get_all_versions()
+    if is_older and upgrade:
         storage.upgrade()
         return
     way_out = (
         "`optuna storage upgrade --storage URL` brings them there, and `pho serve` a service's."
-        if older
+        if is_older
         else "Install the newer Optuna that made them, or give another database."
     )
     raise StorageError(
-        f"the studies are in tables of Optuna's version {found}, and Optuna {optuna.__version__}, "
-        f"which is installed, needs {needed}. {way_out} What they hold is kept."
+        f"the studies are in tables of Optuna's version {version}, and Optuna "
+        f"{optuna.__version__}, which is installed, needs {own_version}. {way_out} What they hold "
+        "is kept."
     )
 
 
@@ -257,9 +260,9 @@ def marked_alike(study: optuna.Study, key: str, value: str) -> list[str]:
 
 def record_of(study: optuna.Study) -> dict[str, Any]:
     """What a study holds beside its trials, by name: :func:`keep_record`'s and user attributes."""
-    held = study._storage.get_study_system_attrs(study._study_id)
-    kept = {k.removeprefix(_RECORD): v for k, v in held.items() if k.startswith(_RECORD)}
-    return {**study.user_attrs, **kept}
+    attributes = study._storage.get_study_system_attrs(study._study_id)
+    records = {k.removeprefix(_RECORD): v for k, v in attributes.items() if k.startswith(_RECORD)}
+    return {**study.user_attrs, **records}
 
 
 def keep_record(study: optuna.Study, key: str, value: Any) -> None:
@@ -284,14 +287,14 @@ def once(
     note: tuple[int, str] | None = None,
 ) -> dict[str, Any]:
     """Return what a study's record of this name holds; if not about this, make and keep it."""
-    found = kept(study, key, about)
-    if not found:
-        found = {**make(), **about}
+    record = kept(study, key, about)
+    if not record:
+        record = {**make(), **about}
         with fence():
             if note is not None:
-                note_trial(study, *note, found[note[1]])
-            keep_record(study, key, found)  # last: with it nothing is made again
-    return found
+                note_trial(study, *note, record[note[1]])
+            keep_record(study, key, record)  # last: with it nothing is made again
+    return record
 
 
 def note_trial(study: optuna.Study, number: int, key: str, value: Any) -> None:
@@ -371,7 +374,6 @@ def check_url(url: str) -> None:
             raise StorageError(f"the folder {folder} does not exist. Make it first.")
 
 
-# Trials of a service's studies, read in a few statements: a page of them, or all.
 _TRIALS = models.TrialModel.__table__
 _STUDIES = models.StudyModel.__table__
 _VALUES = models.TrialValueModel.__table__

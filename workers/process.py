@@ -21,6 +21,9 @@ from pho_service.errors import InvalidInput
 from pho_service.host.machine import first_words
 from pho_service.pruning.hardware import gpus, pick_device
 
+logger = logging.getLogger(__name__)
+
+ALL = "all"  # GPUs of this machine, together
 _PREFIX = "pho-worker-"
 _LOCK = "in-use"
 _MADE_WITHIN_S = 60.0  # a younger folder's worker may be about to take its lock
@@ -63,12 +66,6 @@ def start_anew(arguments: Sequence[str]) -> NoReturn:
     os.execv(sys.executable, command)  # noqa: S606 - our own interpreter
 
 
-# One GPU for each worker of a machine.
-logger = logging.getLogger(__name__)
-
-ALL = "all"  # GPUs of this machine, together
-
-
 @contextmanager
 def take_device(name: str, locks: Path | None = None) -> Iterator[torch.device]:
     """The device to work on; of GPUs, one that no other worker of this machine has."""
@@ -77,10 +74,10 @@ def take_device(name: str, locks: Path | None = None) -> Iterator[torch.device]:
     # warning.
     if name == ALL:
         with ExitStack() as stack:
-            taken_all = [stack.enter_context(take_device(str(card), locks)) for card in gpus()]
-            if not taken_all:
+            cards = [stack.enter_context(take_device(str(card), locks)) for card in gpus()]
+            if not cards:
                 raise InvalidInput("--device all needs GPUs, and torch sees none. Use auto or cpu.")
-            yield taken_all[0]
+            yield cards[0]
         return
     device = pick_device(name)
     if device.type != "cuda":

@@ -22,8 +22,13 @@ from storage.studies import DatabaseGone, StorageError
 
 logger = logging.getLogger(__name__)
 
-
 LOOK_EVERY_S = 1.0  # between two looks at whether the job may go on
+PATIENCE_S = 5.0  # with a stage that should be put down
+MOST_LINES = 200  # of an attempt; the worker's own log has all
+_LONGEST_LINE = 500  # characters
+# What every record has, and every line of a stage.
+_SAME = {*logging.makeLogRecord({}).__dict__, "message", "asctime", "taskName"}
+_SAME |= {"job", "stage", "number", "attempt", "worker", "trace", "span"}
 
 
 class HandBack(Exception):
@@ -61,11 +66,7 @@ class Watch:
     """Looks now and then whether a stage may go on."""
 
     def __init__(
-        self,
-        store: JobStore,
-        claim: Claim,
-        stopping: threading.Event,
-        turns: Turns,
+        self, store: JobStore, claim: Claim, stopping: threading.Event, turns: Turns
     ) -> None:
         self._store = store
         self._claim = claim
@@ -126,16 +127,8 @@ class Watch:
         yield advance
 
 
-# What a worker logs while it works on a stage, kept with the job for its page.
-MOST_LINES = 200  # of an attempt; the worker's own log has all
-_LONGEST = 500  # characters of a line
-# What every record has, and every line of a stage.
-_SAME = {*logging.makeLogRecord({}).__dict__, "message", "asctime", "taskName"}
-_SAME |= {"job", "stage", "number", "attempt", "worker", "trace", "span"}
-
-
 class StageLog(logging.Handler):
-    """Takes the lines that are logged about a stage, until they are stored."""
+    """Takes the lines that are logged about a stage, for the job's page, until they are stored."""
 
     # Nothing is stored while a line is logged: who logs may hold a row that would be waited for.
 
@@ -161,11 +154,11 @@ class StageLog(logging.Handler):
             return
         self._count += 1
         at = datetime.fromtimestamp(record.created, UTC)
-        said = record.getMessage().replace(f" of job {self._claim.job.id}", "")
-        said = plain_line(self._hide(redact(" ".join([said, *_more(record)]))))[:_LONGEST]
+        message = record.getMessage().replace(f" of job {self._claim.job.id}", "")
+        line = plain_line(self._hide(redact(" ".join([message, *_more(record)]))))
         if self._count > MOST_LINES:
-            said = "... The worker's own log has the rest."
-        self._lines.append(f"{at:%H:%M:%S} {record.levelname} {said}")
+            line = "... The worker's own log has the rest."
+        self._lines.append(f"{at:%H:%M:%S} {record.levelname} {line[:_LONGEST_LINE]}")
 
     def store(self) -> None:
         """Store the lines that are not stored yet; later, if the database is away."""
@@ -186,12 +179,8 @@ def _more(record: logging.LogRecord) -> list[str]:
     return [f"{n}={v}" for n, v in fields.items() if not Path(str(v)).is_absolute()]
 
 
-# The stage that a worker has in hand, and how it is let go of where its own thread does not.
-PATIENCE_S = 5.0  # with a stage that should be put down
-
-
 class Hold:
-    """At most one stage at a time."""
+    """The stage that a worker has in hand, at most one, let go of by force where it must be."""
 
     def __init__(self, store: JobStore, worker: str, hide: Callable[[str], str] = str) -> None:
         self._store, self._worker, self._hide = store, worker, hide
