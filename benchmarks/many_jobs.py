@@ -35,9 +35,9 @@ from sqlalchemy import select
 
 from storage.database import Database
 from storage.embedded import embedded_postgresql
-from storage.jobs import JobStore
+from storage.jobs import JobStore, NewJob
 from storage.keys import KeyStore
-from storage.records import JobState, NewStage, Outcome, StageKind
+from storage.records import AttemptEnd, JobState, NewStage, StageKind
 from storage.studies import StorageError
 from storage.tables import events, jobs
 from workers.watch import Turns
@@ -115,17 +115,18 @@ def main(
             store = JobStore(database)
             for key in keys:
                 for i in range(count // owners):
-                    store.submit(
-                        {"model": "org/name", "pattern": "0.5"}, name="n", owner_id=key,
+                    new = NewJob(
+                        spec={"model": "org/name", "pattern": "0.5"}, name="n",
                         trials=1 if (i + 1) % 10 else LONG, max_attempts=20,
-                        first=NewStage(kind=StageKind.SEARCH),
+                        stages=[NewStage(kind=StageKind.SEARCH)],
                     )  # fmt: skip
+                    store.submit(new, owner_id=key)
             crew = Crew(url, store, workers, (trial_s, turn_s), random.Random(seed))  # noqa: S311 - no secret
             began, kills = time.monotonic(), crew.until_done(kill_every_s)
             took_s = time.monotonic() - began
             allowed_s = SLOWER * (owners / workers + 1) * (turn_s + trial_s) + ALIVE_S
             broken = list(violations(store, keys, count // owners, allowed_s))
-            lost = sum(t.count for t in store.tallies() if t.outcome is Outcome.LOST)
+            lost = sum(t.count for t in store.tallies() if t.outcome is AttemptEnd.LOST)
             database.close()
     memory = "; ".join(f"{size >> 20} MiB" for size in crew.sizes)
     print(f"{count} jobs of {owners} keys, {workers} workers: {took_s:.0f} s, {kills} kills")
@@ -198,7 +199,7 @@ def violations(
         ).all()
     if unfinished := [row for row in rows if row.state is not JobState.SUCCEEDED]:
         yield f"{len(unfinished)} jobs have not succeeded"
-    done = sum(t.count for t in store.tallies() if t.outcome is Outcome.DONE)
+    done = sum(t.count for t in store.tallies() if t.outcome is AttemptEnd.DONE)
     if done != len(rows):
         yield f"{done} stages were finished for {len(rows)} jobs"
     first, longest = taken[0].created_at, 0.0

@@ -41,9 +41,9 @@ from sqlalchemy.engine import make_url
 
 from storage.database import Database
 from storage.embedded import embedded_postgresql
-from storage.jobs import JobStore
+from storage.jobs import JobStore, Limits, NewJob
+from storage.queue import TASK, EnteredWorker
 from storage.records import NewStage, StageKind
-from storage.rows import TASK
 
 WORKERS = (10, 50, 100, 200)
 OF_A_JOB = 32  # stages
@@ -71,9 +71,10 @@ class Worker:
         )
         self.app.task(name=TASK, pass_context=True)(self._run_stage)
 
-    def beat(self) -> None:
-        """Report."""
-        self._store.enter_worker(self._id, name=str(self._id), device="cpu", kinds=[*StageKind])
+    def beat(self) -> int:
+        """Report, and give the number in the registry."""
+        report = {"name": str(self._id), "device": "cpu", "kinds": [*StageKind]}
+        return self._store.enter_worker(self._id, **report).number
 
     def _run_stage(self, context: procrastinate.JobContext, stage_id: int) -> None:
         assert context.job.id is not None
@@ -93,7 +94,7 @@ class Worker:
     async def run(self, go: Any, stop: Any) -> None:
         """Work between two events."""
         async with self.app.open_async():
-            await asyncio.to_thread(self.beat)
+            self.app.job_manager = EnteredWorker(self.app, await asyncio.to_thread(self.beat))
             beating = asyncio.create_task(self._keep_beating())
             while not go.is_set():
                 await asyncio.sleep(0.1)
@@ -226,20 +227,19 @@ class Point:
 
     def _clear(self) -> None:
         with self._database.transaction() as connection:
-            for table in ("procrastinate_jobs", "pho.jobs", "pho.workers"):
+            for table in ("procrastinate_jobs", "pho.jobs", "procrastinate_workers"):
                 connection.execute(text(f"DELETE FROM {table}"))  # noqa: S608 - ours
 
     def _submit(self) -> None:
         """Enough stages for all workers to the end."""
         lasts_s = WARM_UP_S + self._seconds + SPARE_S
         stages = round(self._count * lasts_s / self._stage_s)
-        new = [NewStage(kind=StageKind.PERPLEXITY, number=i) for i in range(OF_A_JOB)]
-        spec = {"model": "org/name", "pattern": "0.5"}
+        new = NewJob(
+            spec={"model": "org/name", "pattern": "0.5"}, name="scale", trials=1, max_attempts=3,
+            stages=[NewStage(kind=StageKind.PERPLEXITY, number=i) for i in range(OF_A_JOB)],
+        )  # fmt: skip
         for _ in range(1 + stages // OF_A_JOB):
-            self._store.submit(
-                spec, name="scale", first=new[0], more=new[1:], trials=1, max_attempts=3,
-                max_unfinished=10**6,
-            )  # fmt: skip
+            self._store.submit(new, limits=Limits(unfinished=10**6))
 
     def _most_connections(self, until: float) -> int:
         query = text("SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'")

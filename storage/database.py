@@ -31,6 +31,8 @@ from storage.studies import (
 )
 from storage.tables import READER, SCHEMA
 
+logger = logging.getLogger(__name__)
+
 _MIGRATION_LOCK = 7_466_446  # any number that nobody else locks in this database
 _MIGRATIONS = str(Path(__file__).parent / "migrations")
 SCHEMAS = ("pho", "procrastinate", "optuna")
@@ -48,6 +50,8 @@ _PATIENCE = {
 }
 _NO_LIMIT = "-cstatement_timeout=0"
 _DISK_FULL = "53100"  # PostgreSQL's code
+_AWAY = (SQLAlchemyError, DatabaseGone)
+_PING_S = 2.0  # well below the time after which the server ends a transaction that rests
 _STATEMENT_S = 120  # a statement that waits longer, say for a lock, is ended by the server
 
 
@@ -77,9 +81,9 @@ class Database:
     # within ten seconds, unless the URL has time-outs of its own.
 
     def __init__(self, url: str, *, pool: int = POOL, idle_limit_s: float = 30.0) -> None:
-        self._given = _parse(url)
-        patience = {k: v for k, v in _PATIENCE.items() if k not in self._given.query}
-        self.url = self._given.update_query_dict(patience)
+        self._user_url = _parse(url)
+        patience = {k: v for k, v in _PATIENCE.items() if k not in self._user_url.query}
+        self.url = self._user_url.update_query_dict(patience)
         self._options = (f"-cidle_in_transaction_session_timeout={round(idle_limit_s * 1000)}",)
         self._limit = f"-cstatement_timeout={_STATEMENT_S * 1000}"
         self.engine: Engine = create_engine(
@@ -133,8 +137,8 @@ class Database:
         size = func.pg_database_size(func.current_database())
         version = func.current_setting("server_version")
         with self.transaction() as connection:
-            found = connection.execute(select(version, size)).one()
-        return found[0], found[1]
+            row = connection.execute(select(version, size)).one()
+        return row[0], row[1]
 
     def tables(self) -> list[TableState]:
         """Those of the three schemas that need a vacuum, or the one with the most dead rows."""
@@ -144,9 +148,9 @@ class Database:
             " WHERE schemaname = ANY(:schemas) ORDER BY n_dead_tup DESC, 1"
         )
         with self.transaction() as connection:
-            found = connection.execute(query, {"schemas": [*SCHEMAS]})
-            all_of_them = [TableState(**row._mapping) for row in found]
-        return [table for table in all_of_them if table.is_swollen] or all_of_them[:1]
+            rows = connection.execute(query, {"schemas": [*SCHEMAS]})
+            tables = [TableState(**row._mapping) for row in rows]
+        return [table for table in tables if table.is_swollen] or tables[:1]
 
     @property
     def conninfo(self) -> str:
@@ -170,7 +174,7 @@ class Database:
 
     @property
     def shown_studies_url(self) -> str:
-        url = _with_schema(self._given, "optuna").difference_update_query(["password"])
+        url = _with_schema(self._user_url, "optuna").difference_update_query(["password"])
         return URL.create(
             url.drivername, username=url.username, host=url.host, port=url.port,
             database=url.database, query=url.query,
@@ -194,8 +198,8 @@ class Database:
         # It has no password: the server says who may be it. That of a service's own PostgreSQL lets
         # in who runs the service; see :class:`~storage.embedded.Postmaster`.
         with self._taking_turns() as connection:
-            there = text("SELECT 1 FROM pg_roles WHERE rolname = :name")
-            if connection.scalar(there, {"name": READER}) is None:
+            query = text("SELECT 1 FROM pg_roles WHERE rolname = :name")
+            if connection.scalar(query, {"name": READER}) is None:
                 connection.execute(text(f"CREATE ROLE {READER} LOGIN"))
             for statement in (
                 f"ALTER ROLE {READER} SET default_transaction_read_only = on",
@@ -215,11 +219,11 @@ class Database:
 
     def check_migrated(self) -> None:
         with self.transaction() as connection:
-            found = _version(connection)
+            version = _version(connection)
             # What Optuna writes last of its tables, which come after ours.
             whole = connection.scalar(text("SELECT to_regclass('optuna.alembic_version')"))
-        check_version(found, "the database")
-        if found != ScriptDirectory(_MIGRATIONS).get_current_head() or whole is None:
+        check_version(version, "the database")
+        if version != ScriptDirectory(_MIGRATIONS).get_current_head() or whole is None:
             raise DatabaseGone(
                 "the database does not have the tables of this version yet: `pho serve` makes them "
                 "when it starts"
@@ -235,20 +239,20 @@ def known_versions() -> set[str]:
     return {script.revision for script in ScriptDirectory(_MIGRATIONS).walk_revisions()}
 
 
-def check_version(found: str | None, what: str) -> None:
-    known = known_versions()
-    if found is None or found in known:
+def check_version(version: str | None, place: str) -> None:
+    versions = known_versions()
+    if version is None or version in versions:
         return
-    if found < min(known):
+    if version < min(versions):
         raise StorageError(
-            f"{what} has tables of version {found}, of a PHO before the first release, and this "
-            f"one upgrades those of version {min(known)} and newer ones. Start a PHO with version "
-            f"{min(known)} on it first, or begin with the --data-dir of a new folder or the "
-            "--database-url of a new database. What it holds is kept."
+            f"{place} has tables of version {version}, of a PHO before the first release, which no "
+            "release upgrades. Begin with the --data-dir of a new folder or the --database-url of "
+            "a new database. What it holds is kept."
         )
     raise StorageError(
-        f"{what} was written by a newer PHO: its tables are of version {found}, and this PHO knows "
-        f"versions up to {max(known)}. Install that PHO, or a newer one. What it holds is kept."
+        f"{place} was written by a newer PHO: its tables are of version {version}, and this PHO "
+        f"knows versions up to {max(versions)}. Install that PHO, or a newer one. What it holds is "
+        "kept."
     )
 
 
@@ -274,17 +278,10 @@ def _parse(url: str) -> URL:
 
 def _with_schema(url: URL, schema: str, *more: str, before: str = "") -> URL:
     """The URL with a search path, beside the server options that it has already."""
-    given = url.query.get("options", ())
-    given = (given,) if isinstance(given, str) else given
-    options = " ".join(filter(None, (before, *given, f"-csearch_path={schema}", *more)))
+    parts = url.query.get("options", ())
+    parts = (parts,) if isinstance(parts, str) else parts
+    options = " ".join(filter(None, (before, *parts, f"-csearch_path={schema}", *more)))
     return url.update_query_dict({"options": options})
-
-
-# Taking turns with everybody else who uses a database.
-logger = logging.getLogger(__name__)
-
-_AWAY = (SQLAlchemyError, DatabaseGone)
-_PING_S = 2.0  # well below the time after which the server ends a transaction that rests
 
 
 @contextmanager
@@ -296,13 +293,13 @@ def taking_turns(database: Database, name: str, wait: Callable[[], None]) -> Ite
     if connection is None:
         yield
         return
-    left = threading.Event()
-    awake = threading.Thread(target=_keep_awake, args=[connection, left], daemon=True)
+    end = threading.Event()
+    awake = threading.Thread(target=_keep_awake, args=[connection, end], daemon=True)
     awake.start()
     try:
         yield
     finally:
-        left.set()
+        end.set()
         awake.join()
         _end(connection)
 
@@ -323,8 +320,8 @@ def _begun(database: Database, name: str, wait: Callable[[], None]) -> Connectio
         wait()  # without a connection, which another thread may need
 
 
-def _keep_awake(connection: Connection, left: threading.Event) -> None:
-    while not left.wait(_PING_S):
+def _keep_awake(connection: Connection, end: threading.Event) -> None:
+    while not end.wait(_PING_S):
         try:
             connection.scalar(select(1))
         except _AWAY as error:

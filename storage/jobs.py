@@ -5,21 +5,33 @@ The store of jobs: what the API does to them and to their pruned models.
 import hashlib
 import json
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from optuna.storages import RDBStorage
-from sqlalchemy import ColumnElement, Connection, and_, delete, func, select, text, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 
-from storage.claims import OutcomeStore
+from storage.claims import LOST_FOR_S, ClaimStore
 from storage.database import Database
 from storage.keys import NO_WORK, Work, charge, refund
+from storage.listing import (
+    EVERYTHING,
+    NEWEST,
+    Facets,
+    JobFilter,
+    Sort,
+    columns_of,
+    ordered,
+    read_facets,
+)
+from storage.queue import clear_ended, waited_s
 from storage.records import (
     PATTERN,
     VERBS,
+    AttemptEnd,
     Drain,
     EventRecord,
     IdempotencyKeyReused,
@@ -27,7 +39,6 @@ from storage.records import (
     JobState,
     NewStage,
     NoSuchJob,
-    Outcome,
     Stage,
     StageKind,
     StageState,
@@ -38,27 +49,50 @@ from storage.records import (
     settled,
 )
 from storage.rows import (
-    EVERYTHING,
     LOG,
-    NEWEST,
-    Facets,
-    JobFilter,
-    Sort,
     add_event,
     add_stages,
-    columns_of,
-    enqueue_again,
     enqueue_stage,
     find_job,
     find_jobs,
-    interval,
-    ordered,
-    read_facets,
     set_state,
     update_stage,
 )
 from storage.studies import written_on
-from storage.tables import events, jobs, notifications, service, stages, tallies, workers
+from storage.tables import events, interval, jobs, queue_workers, service, stages, tallies, workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewJob:
+    """A job to be submitted."""
+
+    spec: Mapping[str, Any]  # The document, with the defaults
+    name: str
+    stages: Sequence[NewStage]  # That wait at once
+    trials: int  # Of each island
+    max_attempts: int  # Of each stage
+    priority: int = 0
+    work: Work = field(default_factory=lambda: NO_WORK)  # What it is planned to take
+    request: Mapping[str, Any] | None = None  # The document as it came, if that is another one
+    idempotency_key: str | None = None
+
+    @property
+    def fingerprint(self) -> bytes:
+        """SHA-256 of what was submitted."""
+        document = json.dumps(self.spec if self.request is None else self.request, sort_keys=True)
+        return hashlib.sha256(document.encode()).digest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How many jobs an owner may have; None: as many as one likes."""
+
+    unfinished: int = 1000
+    urgent: int | None = None  # Unfinished ones with a priority above 0
+    finished: int | None = None
+
+
+DEFAULT_LIMITS = Limits()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,88 +100,44 @@ class Tally:
     """How many attempts have ended alike."""
 
     kind: StageKind
-    outcome: Outcome
+    outcome: AttemptEnd
     up_to_s: float  # of DURATIONS_S: the least that their stages have not worked longer than
     count: int
     seconds: float  # that their stages have worked, in all
 
 
-class JobStore(OutcomeStore):
+class JobStore(ClaimStore):
     """All jobs of a database."""
 
-    # A worker needs the half that is a :class:`~storage.claims.OutcomeStore`.
-
     def submit(
-        self,
-        spec: Mapping[str, Any],
-        *,
-        name: str,
-        first: NewStage,
-        more: Sequence[NewStage] = (),
-        priority: int = 0,
-        trials: int,
-        max_attempts: int,
-        work: Work = NO_WORK,
-        asked: Mapping[str, Any] | None = None,
-        owner_id: uuid.UUID | None = None,
-        idempotency_key: str | None = None,
-        max_unfinished: int = 1000,
-        max_urgent: int | None = None,
-        max_finished: int | None = None,
+        self, new: NewJob, *, owner_id: uuid.UUID | None = None, limits: Limits = DEFAULT_LIMITS
     ) -> tuple[JobRecord, bool]:
-        """Store a job and put its first stage, or stages, into the queue."""
-        document = json.dumps(spec if asked is None else asked, sort_keys=True)
-        fingerprint = hashlib.sha256(document.encode()).digest()
-        mine = jobs.c.owner_id == owner_id  # IS NULL for None
+        """Store a job and put its first stages into the queue; or find it, not new, by its key."""
         job_id = uuid.uuid4()
         values = {
             "id": job_id,
             "owner_id": owner_id,
-            "name": f"{name} {job_id.hex[:12]}",
-            "spec": dict(spec),
-            **columns_of(spec),
+            "name": f"{new.name} {job_id.hex[:12]}",
+            "spec": dict(new.spec),
+            **columns_of(new.spec),
             "state": JobState.QUEUED,
-            "priority": priority,
-            "trials": trials,
-            "max_attempts": max_attempts,
-            "idempotency_key": idempotency_key,
-            "fingerprint": fingerprint,
+            "priority": new.priority,
+            "trials": new.trials,
+            "max_attempts": new.max_attempts,
+            "idempotency_key": new.idempotency_key,
+            "fingerprint": new.fingerprint,
         }
+        insert = pg_insert(jobs).values(values).on_conflict_do_nothing().returning(jobs.c.id)
         with self.database.transaction() as connection:
-            new = pg_insert(jobs).values(values).on_conflict_do_nothing().returning(jobs.c.id)
-            while connection.execute(new).first() is None:
-                earlier = connection.execute(
-                    select(jobs.c.id, jobs.c.fingerprint).where(
-                        jobs.c.idempotency_key == idempotency_key, mine
-                    )
-                ).first()
-                if earlier is None:  # deleted just now, so that its key is free
-                    continue
-                if bytes(earlier.fingerprint) != fingerprint:
-                    raise IdempotencyKeyReused
-                with suppress(NoSuchJob):
-                    return find_job(connection, earlier.id), False
-            # One submission of an owner after the other, so that none slips past the limit.
-            own = func.hashtext(f"pho submissions of {owner_id}")
-            connection.execute(select(func.pg_advisory_xact_lock(own)))
-            goes_on = jobs.c.state.in_([s for s in JobState if not s.is_over])
-            total = func.count()
-            urgent_ones = and_(goes_on, jobs.c.priority > 0)
-            counts = select(total, total.filter(goes_on), total.filter(urgent_ones))
-            every, unfinished, urgent = connection.execute(
-                counts.select_from(jobs).where(mine)
-            ).one()
-            if unfinished > max_unfinished:
-                raise TooManyJobs("unfinished")
-            if priority > 0 and max_urgent is not None and urgent > max_urgent:
-                raise TooManyJobs("urgent")
-            if max_finished is not None and every - unfinished >= max_finished:
-                raise TooManyJobs("finished")
+            while connection.execute(insert).first() is None:
+                earlier_job = _same_key(connection, new, owner_id)
+                if earlier_job is not None:  # else it was deleted just now, and its key is free
+                    return earlier_job, False
+            _check_limits(connection, new, owner_id, limits)
             if owner_id is not None:
-                charge(connection, owner_id, job_id, work)
+                charge(connection, owner_id, job_id, new.work)
             add_event(connection, job_id, "state", {"state": JobState.QUEUED})
-            job = find_job(connection, job_id)
-            add_stages(connection, job, [first, *more])
+            add_stages(connection, find_job(connection, job_id), new.stages)
             return find_job(connection, job_id), True
 
     def get(self, job_id: uuid.UUID, *, visible_to: uuid.UUID | None = None) -> JobRecord:
@@ -156,7 +146,7 @@ class JobStore(OutcomeStore):
 
     def page(
         self,
-        which: JobFilter = EVERYTHING,
+        job_filter: JobFilter = EVERYTHING,
         *,
         sort: Sort = NEWEST,
         before: int | None = None,
@@ -167,18 +157,18 @@ class JobStore(OutcomeStore):
         with self.database.transaction() as connection:
             return find_jobs(
                 connection,
-                *which.conditions(),
+                *job_filter.conditions(),
                 *older,
-                visible_to=which.visible_to,
+                visible_to=job_filter.visible_to,
                 order=ordered(sort),
                 skip=skip,
                 limit=limit,
             )
 
-    def facets(self, which: JobFilter, *, limit: int = 12) -> Facets:
+    def facets(self, job_filter: JobFilter, *, limit: int = 12) -> Facets:
         """How many jobs of a list there are by state, and by the most frequent models, patterns."""
         with self.database.transaction() as connection:
-            return read_facets(connection, which, limit=limit)
+            return read_facets(connection, job_filter, limit=limit)
 
     def ask(
         self,
@@ -253,24 +243,28 @@ class JobStore(OutcomeStore):
 
     def events(self, job_id: uuid.UUID, *, after: int = 0, limit: int = 500) -> list[EventRecord]:
         """What happened to a job after the event with this id, oldest first; without logs."""
-        which = (events.c.id > after, events.c.kind != LOG)
-        return self._events(job_id, *which, order=events.c.id, limit=limit)
+        conditions = (events.c.id > after, events.c.kind != LOG)
+        return self._events(job_id, *conditions, order=events.c.id, limit=limit)
 
     def history(self, job_id: uuid.UUID, *, limit: int) -> list[EventRecord]:
         """The last events of a job, newest first, without logs and what tells how far it is."""
-        which = events.c.kind.not_in(["progress", LOG])
-        return self._events(job_id, which, order=events.c.id.desc(), limit=limit)
+        condition = events.c.kind.not_in(["progress", LOG])
+        return self._events(job_id, condition, order=events.c.id.desc(), limit=limit)
 
     def logs(self, job_id: uuid.UUID, *, limit: int) -> list[EventRecord]:
         """The last lines that workers have logged of a job's stages, oldest first: see ``log``."""
-        which = events.c.kind == LOG
-        return self._events(job_id, which, order=events.c.id.desc(), limit=limit)[::-1]
+        condition = events.c.kind == LOG
+        return self._events(job_id, condition, order=events.c.id.desc(), limit=limit)[::-1]
 
     def _events(
-        self, job_id: uuid.UUID, *which: ColumnElement[bool], order: ColumnElement[int], limit: int
+        self,
+        job_id: uuid.UUID,
+        *conditions: ColumnElement[bool],
+        order: ColumnElement[int],
+        limit: int,
     ) -> list[EventRecord]:
-        columns = select(events.c.id, events.c.kind, events.c.data, events.c.created_at)
-        query = columns.where(events.c.job_id == job_id, *which).order_by(order).limit(limit)
+        query = select(events.c.id, events.c.kind, events.c.data, events.c.created_at)
+        query = query.where(events.c.job_id == job_id, *conditions).order_by(order).limit(limit)
         with self.database.transaction() as connection:
             return [EventRecord(**row._mapping) for row in connection.execute(query)]
 
@@ -278,16 +272,23 @@ class JobStore(OutcomeStore):
         """The workers that reported in the last ``alive_s`` seconds, oldest first."""
         running = and_(stages.c.worker_id == workers.c.id, stages.c.state == StageState.RUNNING)
         query = (
-            select(workers, stages.c.job_id, stages.c.kind.label("stage"))
+            select(
+                *(column for column in workers.c if column is not workers.c.number),
+                queue_workers.c.last_heartbeat.label("heartbeat_at"),
+                stages.c.job_id,
+                stages.c.kind.label("stage"),
+            )
+            .select_from(workers)
+            .join(queue_workers)
             .outerjoin(stages, running)
-            .where(workers.c.heartbeat_at > func.now() - interval(alive_s))
+            .where(_reported(alive_s))
             .order_by(workers.c.started_at, workers.c.id, stages.c.id)
         )
         with self.database.transaction() as connection:
             # Of a stage that it lost and one that it has, the latter.
             rows = connection.execute(query)
-            found = {row.id: WorkerRecord(**row._mapping) for row in rows}
-        return [*found.values()]
+            records = {row.id: WorkerRecord(**row._mapping) for row in rows}
+        return [*records.values()]
 
     def drain(self, worker_id: uuid.UUID, how: Drain, *, alive_s: float) -> WorkerRecord | None:
         """Ask a worker to take no more stages and to end; None if it does not report."""
@@ -297,10 +298,10 @@ class JobStore(OutcomeStore):
 
     def stores(self, alive_s: float) -> tuple[str | None, list[str | None]]:
         """Ids of the artifact stores that the API and the workers that reported lately see."""
+        query = select(workers.c.store).join(queue_workers).where(_reported(alive_s))
         with self.database.transaction() as connection:
-            own = connection.scalar(select(service.c.store))
-            alive = workers.c.heartbeat_at > func.now() - interval(alive_s)
-            return own, [*connection.execute(select(workers.c.store).where(alive)).scalars()]
+            api_store = connection.scalar(select(service.c.store))
+            return api_store, [*connection.execute(query).scalars()]
 
     def set_artifact_store(self, store: str) -> None:
         """Note which artifact store the API sees."""
@@ -326,18 +327,13 @@ class JobStore(OutcomeStore):
 
     def oldest_waiting(self) -> dict[StageKind, float]:
         """For how many seconds the first of the stages that wait has waited, by kind."""
-        # Since it was last put into the queue, or came back there for another attempt.
-        query = text(
-            "SELECT entry.queue_name, extract(epoch FROM now() - min((SELECT max(event.at)"
-            " FROM procrastinate_events event WHERE event.job_id = entry.id)))::float8"
-            " FROM procrastinate_jobs entry JOIN pho.stages ON stages.queue_id = entry.id"
-            " JOIN pho.jobs ON jobs.id = stages.job_id"
-            " WHERE entry.status = 'todo' AND jobs.state = ANY(:states) GROUP BY 1"
-        )
-        states = [state for state in JobState if state.may_work]
         with self.database.transaction() as connection:
-            rows = connection.execute(query, {"states": states})
-            return {StageKind(kind): seconds or 0.0 for kind, seconds in rows}
+            return waited_s(connection)
+
+    def clear_queue(self, days: float) -> int:
+        """Remove entries of the queue that have been over for so many days; tell how many."""
+        with self.database.transaction() as connection:
+            return clear_ended(connection, days)
 
     def tallies(self) -> list[Tally]:
         """What came of all attempts that have ended."""
@@ -346,9 +342,53 @@ class JobStore(OutcomeStore):
 
     def lost_workers(self, *, alive_s: float) -> int:
         """How many workers have ended in the last day without a word."""
-        silent = workers.c.heartbeat_at <= func.now() - interval(alive_s)
+        lost = (~_reported(alive_s), _reported(LOST_FOR_S))
+        query = select(func.count()).select_from(workers).join(queue_workers).where(*lost)
         with self.database.transaction() as connection:
-            return connection.execute(select(func.count()).where(silent)).scalar_one()
+            return connection.execute(query).scalar_one()
+
+
+def _reported(seconds: float) -> ColumnElement[bool]:
+    """That a worker did in the last seconds."""
+    since: ColumnElement[Any] = func.now() - interval(seconds)
+    return since < queue_workers.c.last_heartbeat
+
+
+def _same_key(connection: Connection, new: NewJob, owner_id: uuid.UUID | None) -> JobRecord | None:
+    """The job of an earlier submission with the same idempotency key, if it is there still."""
+    row = connection.execute(
+        select(jobs.c.id, jobs.c.fingerprint).where(
+            jobs.c.idempotency_key == new.idempotency_key,
+            jobs.c.owner_id == owner_id,  # IS NULL for None
+        )
+    ).first()
+    if row is None:
+        return None
+    if bytes(row.fingerprint) != new.fingerprint:
+        raise IdempotencyKeyReused
+    with suppress(NoSuchJob):
+        return find_job(connection, row.id)
+    return None
+
+
+def _check_limits(
+    connection: Connection, new: NewJob, owner_id: uuid.UUID | None, limits: Limits
+) -> None:
+    """Raise TooManyJobs if an owner's new job, which is stored already, is one too many."""
+    # One submission of an owner after the other, so that none slips past the limit.
+    turn = func.hashtext(f"pho submissions of {owner_id}")
+    connection.execute(select(func.pg_advisory_xact_lock(turn)))
+    is_open = jobs.c.state.in_([s for s in JobState if not s.is_over])
+    is_urgent = and_(is_open, jobs.c.priority > 0)
+    number = func.count()
+    counts = select(number, number.filter(is_open), number.filter(is_urgent)).select_from(jobs)
+    total, unfinished, urgent = connection.execute(counts.where(jobs.c.owner_id == owner_id)).one()
+    if unfinished > limits.unfinished:
+        raise TooManyJobs("unfinished")
+    if new.priority > 0 and limits.urgent is not None and urgent > limits.urgent:
+        raise TooManyJobs("urgent")
+    if limits.finished is not None and total - unfinished >= limits.finished:
+        raise TooManyJobs("finished")
 
 
 def _take_up(connection: Connection, job: JobRecord) -> None:
@@ -357,7 +397,7 @@ def _take_up(connection: Connection, job: JobRecord) -> None:
     for stage in job.stages:
         if stage.state in (StageState.WAITING, StageState.FAILED):
             update_stage(connection, stage.id, state=StageState.WAITING, failures=0)
-            enqueue_again(connection, job, stage)
+            enqueue_stage(connection, job, stage)
 
 
 def _extend(connection: Connection, job: JobRecord, trials: int) -> None:
@@ -375,8 +415,8 @@ def _extend(connection: Connection, job: JobRecord, trials: int) -> None:
         .where(jobs.c.id == job.id)
         .values(trials=total, spec={**job.spec, "trials": total})
     )
-    again = [StageKind.CONFIRM, StageKind.FINISH, StageKind.TASKS, StageKind.PRUNE]
-    connection.execute(delete(stages).where(stages.c.job_id == job.id, stages.c.kind.in_(again)))
+    later = [StageKind.CONFIRM, StageKind.FINISH, StageKind.TASKS, StageKind.PRUNE]
+    connection.execute(delete(stages).where(stages.c.job_id == job.id, stages.c.kind.in_(later)))
     # Islands that are done already, too, if others are not.
     connection.execute(
         update(stages)
@@ -390,7 +430,7 @@ def _extend(connection: Connection, job: JobRecord, trials: int) -> None:
     if job.state in (JobState.QUEUED, JobState.RUNNING):
         for stage in job.of_kind(StageKind.SEARCH):
             if stage.state is StageState.DONE:
-                enqueue_stage(connection, job, stage.id, stage.kind, None)
+                enqueue_stage(connection, job, stage)
 
 
 def _is_late(stage: Stage) -> bool:
@@ -402,7 +442,6 @@ def _is_late(stage: Stage) -> bool:
     return stage.kind is StageKind.FINISH
 
 
-# The pruned models of jobs, as the API asks for them: which are wanted, and which are old.
 REMOVED = "removed"  # in the stage's result: when the files were deleted, if they were
 
 _LATER = "Wait until it has succeeded; `prune` in a job's document prunes as soon as that."
@@ -416,13 +455,13 @@ _WAY_OUT = {
 
 def chosen(job: JobRecord, pattern: str | None) -> dict[str, Any]:
     """The configuration that a job has found; of several patterns, that of one."""
-    found = job.best
+    configuration = job.best
     if pattern is not None:
         results = (s.result or {} for s in job.of_kind(StageKind.POINT) if s.about == pattern)
-        found = next(results, {}).get("configuration")
-    if found is None:
+        configuration = next(results, {}).get("configuration")
+    if configuration is None:
         raise LookupError(f"the job has no configuration for {pattern or 'its pattern'}")
-    return found
+    return configuration
 
 
 def ask_to_prune(
@@ -437,20 +476,20 @@ def ask_to_prune(
     with database.transaction() as connection:
         job = find_job(connection, job_id, visible_to=visible_to, lock=True)
         stage = job.pruning
-        ended = job.state in (JobState.FAILED, JobState.CANCELLING, JobState.CANCELLED)
-        mine = stage is not None and stage.about == pattern
-        if stage and mine and not ended and REMOVED not in (stage.result or {}):
+        is_lost = job.state in (JobState.FAILED, JobState.CANCELLING, JobState.CANCELLED)
+        is_same = stage is not None and stage.about == pattern
+        if stage and is_same and not is_lost and REMOVED not in (stage.result or {}):
             return job
         if job.state is not JobState.SUCCEEDED:
             raise StateConflict("prune", job.state, _WAY_OUT.get(job.state, _LATER))
         if job.owner_id is not None:
             charge(connection, job.owner_id, job.id, work)
-        pruning = (stages.c.job_id == job.id, stages.c.kind == StageKind.PRUNE)
-        connection.execute(delete(stages).where(*pruning))
+        earlier = (stages.c.job_id == job.id, stages.c.kind == StageKind.PRUNE)
+        connection.execute(delete(stages).where(*earlier))
         set_state(connection, job, JobState.QUEUED)
         params = None if pattern is None else {PATTERN: pattern}
-        new = NewStage(kind=StageKind.PRUNE, params=params)
-        add_stages(connection, find_job(connection, job_id), [new])
+        pruning = NewStage(kind=StageKind.PRUNE, params=params)
+        add_stages(connection, find_job(connection, job_id), [pruning])
         return find_job(connection, job_id)
 
 
@@ -479,84 +518,3 @@ def pruned_for(database: Database, days: float, limit: int = 100) -> list[uuid.U
     )
     with database.transaction() as connection:
         return [*connection.execute(query).scalars()]
-
-
-def clear_queue(database: Database, days: float) -> int:
-    """Remove entries of the queue that have been over for so many days; tell how many."""
-    query = text(
-        "DELETE FROM procrastinate_jobs entry WHERE status NOT IN ('todo', 'doing')"
-        " AND NOT EXISTS (SELECT FROM procrastinate_events event WHERE event.job_id = entry.id"
-        "  AND event.at > now() - make_interval(secs => :seconds))"
-    )
-    with database.transaction() as connection:
-        return connection.execute(query, {"seconds": days * 86_400}).rowcount
-
-
-# Messages that a job has ended: kept until they are delivered, or given up.
-LEASE_S = 120.0  # longer than an attempt takes, with all its requests
-KEEP_S = 30 * 86_400.0  # what was delivered, or given up
-GIVE_UP_AFTER = 12  # attempts; the last is 17 hours after the first
-
-
-@dataclass(frozen=True, kw_only=True)
-class Notification:
-    """A message to be sent."""
-
-    id: uuid.UUID  # The same in every attempt
-    url: str  # Where to
-    document: dict[str, Any]  # JSON values
-    attempts: int  # How many were made, this one included
-
-
-def take(database: Database, *, but_to: Collection[str] = ()) -> Notification | None:
-    """The message that is due for longest, for :data:`LEASE_S`; None if none is."""
-    host = func.lower(func.substring(notifications.c.url, "^[a-z]+://([^/?#]*)"))
-    due = (
-        select(notifications.c.id)
-        .where(
-            notifications.c.ended_at.is_(None),
-            notifications.c.due_at <= func.now(),
-            host.not_in(but_to),
-        )
-        .order_by(notifications.c.due_at)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-    )
-    taken = (
-        update(notifications)
-        .where(notifications.c.id.in_(due.scalar_subquery()))
-        .values(attempts=notifications.c.attempts + 1, due_at=func.now() + interval(LEASE_S))
-        .returning(
-            notifications.c.id,
-            notifications.c.url,
-            notifications.c.document,
-            notifications.c.attempts,
-        )
-    )
-    with database.transaction() as connection:
-        row = connection.execute(taken).first()
-    return None if row is None else Notification(**row._mapping)
-
-
-def end(database: Database, taken: Notification, *, error: str | None = None) -> None:
-    """Note that a message was delivered, or, with an error, that it never will be."""
-    _change(database, taken, ended_at=func.now(), error=error)
-    old = notifications.c.ended_at < func.now() - interval(KEEP_S)
-    with database.transaction() as connection:
-        connection.execute(delete(notifications).where(old))
-
-
-def put_off(database: Database, taken: Notification, *, error: str) -> bool:
-    """Note that a message could not be delivered."""
-    if taken.attempts >= GIVE_UP_AFTER:
-        end(database, taken, error=error)
-        return False
-    wait_s = 30.0 * 2 ** (taken.attempts - 1)
-    _change(database, taken, due_at=func.now() + interval(wait_s), error=error)
-    return True
-
-
-def _change(database: Database, taken: Notification, **values: Any) -> None:
-    mine = notifications.c.id == taken.id
-    with database.transaction() as connection:
-        connection.execute(update(notifications).where(mine).values(values))

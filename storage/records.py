@@ -1,5 +1,5 @@
 """
-The life of jobs and stages, and what the stores give and refuse.
+The life of jobs and stages, as plain tables, and what the stores give and refuse: no SQL here.
 """
 
 import uuid
@@ -9,7 +9,6 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, Literal
 
-# The life of a job and of its stages, as plain tables: no SQL here.
 # Stages that measure the perplexity of a trial have its number; those of a validation, and of what
 # a result is judged by, have numbers from here.
 VALIDATION, REFERENCE_NUMBERS = 10_000_000, 20_000_000
@@ -74,7 +73,7 @@ class StageState(StrEnum):
     FAILED = "failed"
 
 
-class Outcome(StrEnum):
+class AttemptEnd(StrEnum):
     """How an attempt of a stage has ended."""
 
     DONE = "done"  # with a result
@@ -130,10 +129,9 @@ def settled(state: JobState, *, busy: bool) -> JobState:
     """The state once it is known whether a worker is still busy with the job."""
     if busy:
         return state
-    return {
-        JobState.PAUSING: JobState.PAUSED,
-        JobState.CANCELLING: JobState.CANCELLED,
-    }.get(state, state)
+    return {JobState.PAUSING: JobState.PAUSED, JobState.CANCELLING: JobState.CANCELLED}.get(
+        state, state
+    )
 
 
 class NoSuchJob(LookupError):
@@ -262,8 +260,8 @@ class JobRecord:
         return {**configuration, **({} if tasks is None else {"tasks": tasks})}
 
     @staticmethod
-    def _sorted(found: Iterable[Stage]) -> list[Stage]:
-        return sorted(found, key=lambda stage: stage.number)
+    def _sorted(stages: Iterable[Stage]) -> list[Stage]:
+        return sorted(stages, key=lambda stage: stage.number)
 
 
 @dataclass(frozen=True, kw_only=True)

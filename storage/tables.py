@@ -1,5 +1,6 @@
 """
-The tables of the schema ``pho``. Optuna's and procrastinate's have schemas of their own.
+The tables of the schema ``pho``, and procrastinate's table of workers, which has a row for each of
+ours. Optuna and procrastinate have schemas of their own.
 
 Documents are JSON and not JSONB where the order of their keys must be kept: a
 configuration comes out as it went in, byte for byte.
@@ -32,7 +33,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY
 
-from storage.records import Drain, JobState, Outcome, StageKind, StageState
+from storage.records import AttemptEnd, Drain, JobState, StageKind, StageState
 
 SCHEMA = "pho"
 READER = "pho_reader"  # the role that reads studies, and nothing else
@@ -142,15 +143,25 @@ jobs = Table(
     Index("ix_jobs_patterns", "patterns", postgresql_using="gin"),
 )
 
-workers = Table(
+queue_workers = Table(  # procrastinate's: what it knows of a worker
+    "procrastinate_workers",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("last_heartbeat", _utc, nullable=False, server_default=_now),
+    schema="procrastinate",
+)
+
+workers = Table(  # the rest of each of those rows, which go together
     "workers",
     metadata,
     Column("id", Uuid, primary_key=True),
+    Column(
+        "number", ForeignKey(queue_workers.c.id, ondelete="CASCADE"), nullable=False, unique=True
+    ),
     Column("name", Text, nullable=False),
     Column("device", Text, nullable=False),
     Column("stages", JSON, nullable=False),
     Column("started_at", _utc, nullable=False, server_default=_now),
-    Column("heartbeat_at", _utc, nullable=False, server_default=_now),
     Column("store", Text),  # id of the artifact store that it sees; "": one without; null: unknown
     Column("drain", _Word(Drain)),  # null: it takes stages
     Column("memory_used", BigInteger),  # bytes of its GPUs; null: it has none, or not used one yet
@@ -193,7 +204,7 @@ tallies = Table(  # of attempts that have ended, also of jobs that are deleted
     "tallies",
     metadata,
     Column("kind", _Word(StageKind), primary_key=True),
-    Column("outcome", _Word(Outcome), primary_key=True),
+    Column("outcome", _Word(AttemptEnd), primary_key=True),
     Column("up_to_s", Float, primary_key=True),  # of DURATIONS_S: how long the stage has worked
     Column("count", BigInteger, nullable=False),
     Column("seconds", Float, nullable=False),  # how long their stages have worked, in all
@@ -245,3 +256,8 @@ notifications = Table(
     Column("created_at", _utc, nullable=False, server_default=_now),
     Index("ix_notifications_due_at", "due_at", postgresql_where=text("ended_at IS NULL")),
 )
+
+
+def interval(seconds: float) -> Any:
+    """So many seconds, in SQL."""
+    return func.make_interval(0, 0, 0, 0, 0, 0, seconds)

@@ -19,6 +19,7 @@ from pho_service.client import Client
 from pho_service.errors import InvalidInput, PhoError, ServiceError, ServiceUnavailable
 from pho_service.host.settings import read_settings
 from pho_service.spec.job import JobSpec
+from storage.jobs import NewJob
 from storage.keys import KeyStore
 from storage.records import NewStage, StageKind
 from storage.studies import open_storage
@@ -62,10 +63,8 @@ def meanwhile(*acts, after_s=0.5):
 def test_a_listing_goes_over_all_pages(client, store):
     spec = JobSpec.model_validate(SPEC).model_dump(mode="json")
     first = NewStage(kind=StageKind.CALIBRATE)
-    ids = [
-        store.submit(spec, name="n", first=first, trials=200, max_attempts=3)[0].id
-        for _ in range(120)
-    ]
+    new = NewJob(spec=spec, name="n", stages=[first], trials=200, max_attempts=3)
+    ids = [store.submit(new)[0].id for _ in range(120)]
     for job_id in ids[::2]:
         store.ask(job_id, "cancel")
 

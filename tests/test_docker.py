@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pho_service.api.app import create_app
 from pho_service.host.settings import Settings, read_settings
+from storage.jobs import NewJob
 from storage.records import NewStage, StageKind
 
 DOCKER = Path(__file__).parents[1] / "docker"
@@ -113,7 +114,8 @@ def test_keda_counts_the_stages_that_could_be_worked_on_at_once_with_the_rights_
     calibrate = partial(NewStage, kind=StageKind.CALIBRATE)
     firsts = [calibrate(), calibrate(lock="a"), calibrate(lock="a"), NewStage(kind=StageKind.TASKS)]
     jobs = [
-        store.submit({}, name="n", first=first, trials=1, max_attempts=1)[0] for first in firsts
+        store.submit(NewJob(spec={}, name="n", stages=[first], trials=1, max_attempts=1))[0]
+        for first in firsts
     ]
     counts = []
     with store.database.transaction() as connection:

@@ -49,7 +49,7 @@ from pho_service.spec.transfer import TransferSpec
 from pho_service.tuning.plan import SearchRequest
 from pho_service.tuning.result import SearchResult
 from pho_service.tuning.search import pareto_study
-from storage.claims import Entry, Found
+from storage.claims import JobResult, LibraryAddition
 from storage.jobs import JobStore
 from storage.records import Claim, JobRecord, LostClaim, NewStage, StageKind, StageState
 from storage.studies import kept, open_storage, open_study, pareto_study_name, study_name
@@ -99,8 +99,8 @@ class StoredJournal(Journal):
         super().__init__(run)
         self.claim = claim
         self.mine: dict[str, Any] | None = None
-        self.found: Found | None = None
-        self.library: list[Entry] = []
+        self.job_result: JobResult | None = None
+        self.library: list[LibraryAddition] = []
         self.spec: Mapping[str, Any] | None = None
 
     def each(
@@ -217,7 +217,7 @@ class _Job:
             library = _of_transfer(job.spec["configuration"], journal.mine)
         try:
             return self._store.complete(
-                self._claim, journal.mine, then=then, ended=ended, found=journal.found,
+                self._claim, journal.mine, then=then, ended=ended, job_result=journal.job_result,
                 library=library, spec=journal.spec, seen=job,
             )  # fmt: skip
         except LostClaim:
@@ -350,7 +350,9 @@ class _Job:
                 show_result(study, one, point.configuration)
             opened.check()
             if spec.target is None:
-                self._journal.library = [Entry(point.configuration.model_dump(mode="json"))]
+                self._journal.library = [
+                    LibraryAddition(point.configuration.model_dump(mode="json"))
+                ]
             return point
 
         requests = [spec.of_pattern(pattern).request(0) for pattern in spec.points]
@@ -363,7 +365,7 @@ class _Job:
             found = target_found(spec.target, points).result
             best, warnings = found.configuration.model_dump(mode="json"), found.warnings
         self._opened.forget_blocks()
-        self._journal.found = Found(best=best, warnings=warnings)
+        self._journal.job_result = JobResult(best=best, warnings=warnings)
         return Finished()
 
     def _finish(self, spec: JobSpec, result: SearchResult) -> Finished:
@@ -372,7 +374,7 @@ class _Job:
         for number in range(spec.islands):
             with self._fence():
                 show_result(opened.study(number), spec, configuration)
-        self._journal.found = Found(
+        self._journal.job_result = JobResult(
             best=configuration.model_dump(mode="json"),
             warnings=[*result.warnings, *started(spec, configuration)],
         )
@@ -481,13 +483,15 @@ def _of_models(specs: Sequence[JobSpec]) -> list[Piece]:
     return [Piece(number=n, lock=each.calibration_key) for n, each in enumerate(specs)]
 
 
-def _of_transfer(configuration: Mapping[str, Any], result: Mapping[str, Any]) -> list[Entry]:
+def _of_transfer(
+    configuration: Mapping[str, Any], result: Mapping[str, Any]
+) -> list[LibraryAddition]:
     """What the library gets of a model that a configuration was taken to."""
     if "error" in result:
         return []
     measured = {name: value for name, value in result.items() if name != "own"}
-    own = [] if result["own"] is None else [Entry(result["own"])]
-    return [Entry(configuration, measured), *own]
+    own = [] if result["own"] is None else [LibraryAddition(result["own"])]
+    return [LibraryAddition(configuration, measured), *own]
 
 
 def pareto_of_job(store: JobStore, claim: Claim, storage: RDBStorage) -> optuna.Study | None:

@@ -50,11 +50,11 @@ from pho_service.host.machine import let_go_of_memory
 from pho_service.host.settings import Settings
 from pho_service.pruning.hardware import cards_memory, gpus
 from pho_service.spec.job_options import entry
-from storage.claims import worker_name
+from storage.claims import LOST_FOR_S, Registration, worker_name
 from storage.database import Database, taking_turns
 from storage.jobs import JobStore
+from storage.queue import TASK, EnteredWorker
 from storage.records import Claim, Drain, JobRecord, LostClaim, StageKind
-from storage.rows import TASK
 from storage.studies import DatabaseGone, StorageError
 from workers.conductor import Conductor
 from workers.inputs import BundleStore, WorkerInputs
@@ -117,10 +117,7 @@ def run_worker(database_url: str, settings: Settings, options: WorkerOptions) ->
         settings = settings.model_copy(update={"liveness_file": _touched(settings.liveness_file)})
     database = Database(database_url, pool=4, idle_limit_s=idle_limit_s)
     try:
-        with (
-            take_device(options.device) as device,
-            own_folder() as folder,
-        ):
+        with take_device(options.device) as device, own_folder() as folder:
             access = Access.of(settings)  # before the folder changes
             bundles = BundleStore(
                 store_url(settings),
@@ -248,14 +245,17 @@ class _Worker:
             await connector.close_async()
             raise DatabaseGone(str(error)) from error
         try:
-            await asyncio.to_thread(self._enter_anew)
+            number = await asyncio.to_thread(self._enter_anew)
+            if number is None:
+                return
+            app.job_manager = EnteredWorker(app, number)
             logger.info("working on %s", ", ".join(self._options.kinds))
             await app.run_worker_async(
                 queues=[*self._options.kinds],
                 concurrency=1,
                 fetch_job_polling_interval=2.0,
                 update_heartbeat_interval=self._settings.heartbeat_s,
-                stalled_worker_timeout=self._settings.stalled_after_s,
+                stalled_worker_timeout=LOST_FOR_S,
                 delete_jobs="successful",
                 install_signal_handlers=False,
             )
@@ -317,14 +317,14 @@ class _Worker:
         with self._hold.of(claim):
             logger.info("%s of job %s begins", claim.stage.kind, claim.job.id)
             began = time.monotonic()
-            report, after_s = self._tried(claim)
+            report, after_s = self._attempt(claim)
             if report is not None or time.monotonic() - began > _LONG_S:
                 let_go_of_memory()  # after the error, which holds on to what was computed
-            again = report is not None and self._when_possible(report)
-        if again:
+            comes_again = report is not None and self._when_possible(report)
+        if comes_again:
             raise Again(after_s)
 
-    def _tried(self, claim: Claim) -> tuple[Callable[[], bool] | None, float]:
+    def _attempt(self, claim: Claim) -> tuple[Callable[[], bool] | None, float]:
         """Do a stage; how to report that it is not done, and after how long it may come again."""
         after_s = self._settings.retry_after_s
         try:
@@ -343,45 +343,46 @@ class _Worker:
             self._stop()
             if claim.attempt < _LOST_DEVICES:  # no fault of the job
                 return functools.partial(self._store.hand_back, claim), after_s
-            described = self._described(error, claim)
-            return functools.partial(self._store.fail, claim, described, retry=True), after_s
+            return self._failure(claim, error, retry=True), after_s
         except PhoError as error:
             logger.warning("%s of job %s failed: %s", claim.stage.kind, claim.job.id, error)
             if isinstance(error, OutOfMemory):
                 self._inputs.clear()
-            described = self._described(error, claim)
-            report = functools.partial(self._store.fail, claim, described, retry=False)
+            return self._failure(claim, error, retry=False), 0.0
         except Exception as error:
             logger.exception("%s of job %s failed", claim.stage.kind, claim.job.id)
             self._inputs.clear()
-            described = self._described(error, claim)
-            return functools.partial(self._store.fail, claim, described, retry=True), after_s
-        else:
-            logger.info("%s of job %s done", claim.stage.kind, claim.job.id)
-            return None, 0.0
-        return report, 0.0
+            return self._failure(claim, error, retry=True), after_s
+        logger.info("%s of job %s done", claim.stage.kind, claim.job.id)
+        return None, 0.0
+
+    def _failure(self, claim: Claim, error: Exception, *, retry: bool) -> Callable[[], bool]:
+        """Return the report that a stage failed."""
+        return functools.partial(
+            self._store.fail, claim, self._described(error, claim), retry=retry
+        )
 
     def _hide(self, message: str) -> str:
         """A message without where things lie on this machine."""
-        kept = {
+        places = {
             store_url(self._settings): "artifact store",
             str(self._settings.cache_dir.expanduser().resolve()): "cache",
             tempfile.gettempdir(): "temporary folder",
         }
-        return self._inputs.access.hide_places(message, kept)
+        return self._inputs.access.hide_places(message, places)
 
     def _described(self, error: Exception, claim: Claim) -> dict[str, Any]:
         """An error as the job's owner is told of it."""
-        described: dict[str, Any] = {
-            "type": type(error).__name__,
-            "message": self._hide(str(error)) or type(error).__name__,
-        }
-        known = {
+        details = {
             "layer": getattr(error, "layer", None),
             "candidate": getattr(error, "candidate", None)
             or (claim.stage.params or {}).get("candidate"),
         }
-        return {**described, **{name: value for name, value in known.items() if value is not None}}
+        return {
+            "type": type(error).__name__,
+            "message": self._hide(str(error)) or type(error).__name__,
+            **{name: value for name, value in details.items() if value is not None},
+        }
 
     def _when_possible(self, report: Callable[[], bool]) -> bool:
         """What a report says: now, or when the database is back, unless the worker stops."""
@@ -402,13 +403,15 @@ class _Worker:
             logger.warning("the database is away: the stage comes again when it is back")
             return True  # the database may be back before the queue hears that this entry is done
 
-    def _enter_anew(self) -> None:
-        """As another worker: what this one has left undone in an outage is not its work now."""
+    def _enter_anew(self) -> int | None:
+        """Enter the registry as another worker, and give its number; None once this one leaves."""
+        # What this one has left undone in an outage is not its work now.
         if self._entered:
             self._heal_after = time.monotonic() + self._settings.stalled_after_s
-        self._store.remove_worker(self._id)
-        self._id = uuid.uuid4()
-        self._enter()
+        with self._reporting:
+            self._store.remove_worker(self._id)
+            self._id = uuid.uuid4()
+        registration = self._enter()
         self._entered = True
         if self._store_expected not in (None, self._store_seen):
             raise OutputError(
@@ -419,12 +422,13 @@ class _Worker:
             )
         self._store.next_turn(self._options.kinds)  # or the oldest job has all new workers
         self._hold.idle_since = time.monotonic()
+        return None if registration is None else registration.number
 
-    def _enter(self) -> Drain | None:
+    def _enter(self) -> Registration | None:
         with self._reporting:
             if self._left:
                 return None
-            drain, self._store_expected = self._store.enter_worker(
+            registration = self._store.enter_worker(
                 self._id,
                 name=worker_name(os.getpid()),
                 device=_device_name(self._inputs.device, spread=self._inputs.spread),
@@ -432,13 +436,14 @@ class _Worker:
                 store=self._store_seen,
                 memory=cards_memory(gpus() if self._inputs.spread else [self._inputs.device]),
             )
+        self._store_expected = registration.store
         if self._store_expected not in (None, self._store_seen):
             try:
                 self._store_seen = self._inputs.pruned.id()  # told with the next report
             except OutputError as error:
                 self._store_seen = ""
                 logger.warning("%s", error)
-        return drain
+        return registration
 
     async def _show_life(self) -> None:
         """Touch the file of the probes, as long as the loop of events turns."""
@@ -467,9 +472,10 @@ class _Worker:
                 self._stop()
                 return
             try:
-                if self._entered and (asked := await asyncio.to_thread(self._enter)):
+                registration = await asyncio.to_thread(self._enter) if self._entered else None
+                if registration is not None and registration.drain is not None:
                     self._drain(working, "drained")
-                    if asked is Drain.NOW:
+                    if registration.drain is Drain.NOW:
                         self._stop()
                 stuck = await asyncio.to_thread(self._hold.is_stuck)
             except StorageError as error:
@@ -517,6 +523,6 @@ def _say_what_was_lost(loop: asyncio.AbstractEventLoop, context: dict[str, Any])
 
 def _device_name(device: torch.device, *, spread: bool) -> str:
     if device.type == "cuda":
-        named = f"{device} ({torch.cuda.get_device_name(device)})"
-        return f"{torch.cuda.device_count()} GPUs from {named}" if spread else named
+        card = f"{device} ({torch.cuda.get_device_name(device)})"
+        return f"{torch.cuda.device_count()} GPUs from {card}" if spread else card
     return str(device)

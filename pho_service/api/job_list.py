@@ -42,8 +42,8 @@ from pho_service.spec.curve import Target
 from pho_service.spec.document import number, percent
 from pho_service.spec.objective import is_maximised
 from storage import records as stored
+from storage.listing import NEWEST, SORTS, Sort
 from storage.records import VERBS, JobState, NoSuchJob, StageKind, StateConflict
-from storage.rows import NEWEST, SORTS, Sort
 from storage.studies import read_course, study_ids
 
 # What the page of a job shows: a head that is alive, over the sections of its report.

@@ -60,10 +60,10 @@ from pho_service.spec.job import JobSpec
 from pho_service.spec.objective import MAX_TRIALS
 from pho_service.spec.transfer import TransferRequest, TransferSpec
 from storage import records as stored
-from storage.jobs import JobStore
+from storage.jobs import JobStore, Limits, NewJob
 from storage.keys import NO_WORK, Work
+from storage.listing import NEWEST, JobFilter, Sort
 from storage.records import JobRecord, JobState, NewStage, StageKind
-from storage.rows import NEWEST, JobFilter, Sort
 from storage.studies import DatabaseGone, open_storage, read_trials, study_name
 
 
@@ -153,27 +153,23 @@ def enter(
     work: Work = NO_WORK,
 ) -> JobRecord:
     """Store a job and queue its first stages; a used idempotency key gives the job of that time."""
-    first, *more = first_stages(spec)
-    limits = {} if settings is None else {
-        "max_unfinished": settings.max_unfinished_jobs,
-        "max_urgent": settings.max_urgent_jobs,
-        "max_finished": settings.max_finished_jobs,
-    }  # fmt: skip
-    job, _ = store.submit(
-        spec.model_dump(mode="json"),
-        asked=(asked or spec).model_dump(mode="json"),
+    limits = Limits() if settings is None else Limits(
+        unfinished=settings.max_unfinished_jobs,
+        urgent=settings.max_urgent_jobs,
+        finished=settings.max_finished_jobs,
+    )  # fmt: skip
+    new = NewJob(
+        spec=spec.model_dump(mode="json"),
+        request=(asked or spec).model_dump(mode="json"),
         name=spec.title,
-        first=first,
-        more=more,
+        stages=first_stages(spec),
         priority=spec.priority,
         trials=spec.trials if isinstance(spec, JobSpec) else 0,
         max_attempts=spec.max_attempts,
         work=work,
-        owner_id=owner_id,
         idempotency_key=idempotency_key,
-        **limits,
     )
-    return job
+    return store.submit(new, owner_id=owner_id, limits=limits)[0]
 
 
 def first_stages(spec: JobSpec | TransferSpec) -> list[NewStage]:

@@ -20,7 +20,7 @@ from pho_service.api.guard import METRICS
 from pho_service.api.operations import needs_all
 from pho_service.api.problems import documented_file
 from pho_service.api.service import CallerParam, Service, ServiceParam
-from storage.records import DURATIONS_S, JobState, Outcome, StageKind, StageState
+from storage.records import DURATIONS_S, AttemptEnd, JobState, StageKind, StageState
 
 router = APIRouter(tags=["operations"])
 
@@ -124,10 +124,10 @@ class _Stored:
             labels=["kind"],
         )  # fmt: skip
         for kind in StageKind:
-            for outcome in Outcome:
+            for outcome in AttemptEnd:
                 alike = [t.count for t in tallies if (t.kind, t.outcome) == (kind, outcome)]
                 attempts.add_metric([kind, outcome], sum(alike))
-            done = [t for t in tallies if (t.kind, t.outcome) == (kind, Outcome.DONE)]
+            done = [t for t in tallies if (t.kind, t.outcome) == (kind, AttemptEnd.DONE)]
             buckets = [
                 (floatToGoString(limit), sum(t.count for t in done if t.up_to_s <= limit))
                 for limit in DURATIONS_S

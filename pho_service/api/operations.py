@@ -21,7 +21,13 @@ from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.errors import InvalidInput, OutputError
 from pho_service.host.webhooks import NotDelivered, send
 from pho_service.spec.document import format_bytes, sizes_told
-from storage.jobs import Notification, clear_queue, end, pruned_for, put_off, take
+from storage.jobs import pruned_for
+from storage.notifications import (
+    Notification,
+    end_notification,
+    postpone_notification,
+    take_notification,
+)
 from storage.records import (
     Drain,
     NoSuchJob,
@@ -220,7 +226,7 @@ def sweep(service: Service) -> None:
                 continue
     days = service.settings.keep_configurations_days
     entries = service.configurations.delete_older(days) if days else 0
-    clear_queue(service.database, QUEUE_DAYS)
+    service.jobs.clear_queue(QUEUE_DAYS)
     if deleted or entries or removed:
         logger.info(
             "deleted %d jobs, %d library entries and %d pruned models of old age",
@@ -249,7 +255,7 @@ async def keep_telling(service: Service) -> None:
 def tell_next(service: Service) -> bool:
     """Send the message that is due for longest, of the hosts that none is being sent to."""
     with service.choosing:
-        due = take(service.database, but_to=[*service.receivers])
+        due = take_notification(service.database, but_to=[*service.receivers])
         if due is None:
             return False
         host = urlsplit(due.url).netloc.lower()
@@ -268,13 +274,13 @@ def _tell(service: Service, due: Notification) -> None:
         send(service.webhooks, due.url, str(due.id), body)
     except InvalidInput as error:  # the rules have changed since, or its name's address
         logger.warning("a webhook may not be sent: %s", error, extra=fields)
-        end(service.database, due, error=str(error))
+        end_notification(service.database, due, error=str(error))
     except NotDelivered as error:
-        again = put_off(service.database, due, error=str(error))
+        again = postpone_notification(service.database, due, error=str(error))
         logger.warning(
             "a webhook was not delivered, and is %s: %s",
             "tried again" if again else "given up", error, extra=fields,
         )  # fmt: skip
     else:
         logger.info("a webhook was delivered", extra=fields)
-        end(service.database, due)
+        end_notification(service.database, due)

@@ -18,7 +18,7 @@ from pho_service.api.app import create_app
 from pho_service.host.access import Access
 from pho_service.host.settings import read_settings
 from pho_service.spec.configuration import Configuration
-from storage.claims import Entry, Found
+from storage.claims import JobResult, LibraryAddition
 from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import KeyStore
@@ -272,8 +272,9 @@ class Hand:
     def finish(self, job_id, best, *warnings, layers=None):
         """The last stage of a job."""
         result = {} if layers is None else {"layers": {"org/name": layers}}
-        found = Found(best=best, warnings=warnings)
-        self.store.complete(self.take(job_id, StageKind.FINISH), result, found=found, ended=True)
+        claim = self.take(job_id, StageKind.FINISH)
+        job_result = JobResult(best=best, warnings=warnings)
+        self.store.complete(claim, result, job_result=job_result, ended=True)
 
     def fail(self, job_id, **error):
         error = {"type": "ModelError", "message": "org/name is not there.", **error}
@@ -378,7 +379,7 @@ def measure(hand, point):
         result = point(claim.stage.about, perplexity, f"study {number}")
         finish = [NewStage(kind=StageKind.FINISH)]
         found = result["configuration"]
-        hand.store.complete(claim, result, then=finish, library=[Entry(found)])
+        hand.store.complete(claim, result, then=finish, library=[LibraryAddition(found)])
         return result
 
     return of

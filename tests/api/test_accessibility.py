@@ -8,7 +8,7 @@ from axe_playwright_python.sync_playwright import Axe
 
 from pho_service.api import jobs as listing
 from pho_service.api.job_list import PAGE_SIZE
-from storage.claims import Entry
+from storage.claims import LibraryAddition
 from storage.records import JobState, StageKind
 
 HEAVIEST = 300_000  # bytes of a page that is not a report
@@ -52,9 +52,8 @@ def jobs(client, submit, hand, begin, measure):
     )
     moved = client.post(f"/v1/jobs/{best['id']}:transfer", json={"models": ["org/other"]}).json()
     claim = hand.take(moved["id"], StageKind.TRANSFER)
-    hand.store.complete(
-        claim, TRANSFER, library=[Entry(claim.job.spec["configuration"], TRANSFER)], ended=True
-    )
+    addition = LibraryAddition(claim.job.spec["configuration"], TRANSFER)
+    hand.store.complete(claim, TRANSFER, library=[addition], ended=True)
     points = begin(["0.3", "2:4"], patterns=["0.3", "2:4"])
     measure(points, 0, 22.0)
     measure(points, 1, 24.0)

@@ -92,7 +92,9 @@ def test_workers_are_listed_as_long_as_they_report(client_of, hand):
     hand.store.enter_worker(gone, name="gone", device="cuda:0", kinds=list(StageKind))
     with hand.store.database.transaction() as connection:
         connection.exec_driver_sql(
-            "UPDATE pho.workers SET heartbeat_at = now() - interval '6 s' WHERE id = %s", (gone,)
+            "UPDATE procrastinate_workers SET last_heartbeat = now() - interval '6 s'"
+            " WHERE id = (SELECT number FROM pho.workers WHERE id = %s)",
+            (gone,),
         )
     (worker,) = client.get("/v1/workers").json()["workers"]
 

@@ -49,7 +49,9 @@ def test_jobs_stages_and_workers_are_counted(client, submit, hand):
         hand.store.enter_worker(worker, name="w", device="cpu", kinds=list(StageKind))
     with hand.store.database.transaction() as connection:
         connection.exec_driver_sql(
-            "UPDATE pho.workers SET heartbeat_at = now() - interval '1 h' WHERE id = %s", (gone,)
+            "UPDATE procrastinate_workers SET last_heartbeat = now() - interval '1 h'"
+            " WHERE id = (SELECT number FROM pho.workers WHERE id = %s)",
+            (gone,),
         )
 
     assert {("pho_jobs", state) for state in JobState} <= {*nothing}

@@ -20,7 +20,7 @@ from pho_service.errors import InvalidInput
 from pho_service.host import webhooks
 from pho_service.host.settings import read_settings
 from pho_service.host.webhooks import NotDelivered, WebhookRules, is_public, send, signature
-from storage.jobs import GIVE_UP_AFTER, LEASE_S, take
+from storage.notifications import GIVE_UP_AFTER, LEASE_S, take_notification
 from storage.records import JobState
 from storage.tables import notifications
 
@@ -130,7 +130,7 @@ def test_killed_sender(client, submit, hand, received):
     """A message whose sender died is sent by the next one, with the same id; doubles are told."""
     service = client.app.state.service  # type: ignore[attr-defined]
     hand.bring(submit(notify=received["url"])["id"], JobState.CANCELLED)
-    taken = take(service.database)
+    taken = take_notification(service.database)
     assert taken is not None
     assert not tell_next(service)  # it has it for some time
     body = json.dumps({"id": str(taken.id), **taken.document}).encode()

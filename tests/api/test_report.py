@@ -2,7 +2,7 @@
 
 import re
 
-from storage.claims import Entry
+from storage.claims import LibraryAddition
 from storage.records import JobState, StageKind
 
 TRANSFER = {
@@ -28,9 +28,8 @@ def transfer(client, hand, job_id, *results):
     job = client.post(f"/v1/jobs/{job_id}:transfer", json={"models": models}).json()
     for number, result in enumerate(results):
         claim = hand.take(job["id"], StageKind.TRANSFER, number)
-        hand.store.complete(
-            claim, result, library=[Entry(claim.job.spec["configuration"], result)], ended=True
-        )
+        addition = LibraryAddition(claim.job.spec["configuration"], result)
+        hand.store.complete(claim, result, library=[addition], ended=True)
     return str(job["id"])
 
 

@@ -9,7 +9,7 @@ from pho_service.api.answers import Job
 from pho_service.cli.remote import show_after
 from pho_service.host import tasks as task_files
 from pho_service.spec.configuration import Configuration, published
-from storage.claims import Found
+from storage.claims import JobResult
 from storage.records import NewStage, StageKind
 
 HOW = {"limit": None, "bos": True, "versions": {"lm-eval": "0.4.13"}, "seconds": 1.5}
@@ -40,7 +40,7 @@ def test_once_both_models_are_measured_all_that_shows_a_job_has_the_scores(
     finish = hand.take(job_id, StageKind.FINISH)
     best = published("wanda", "0.5").model_dump(mode="json")
     two = [NewStage(kind=StageKind.TASKS, number=number) for number in range(2)]
-    hand.store.complete(finish, {}, found=Found(best=best, warnings=[]), then=two)
+    hand.store.complete(finish, {}, job_result=JobResult(best=best, warnings=[]), then=two)
     states = []
     for number, value in enumerate((0.75, 0.5)):
         states.append(client.get(f"/v1/jobs/{job_id}").json())

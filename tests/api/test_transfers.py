@@ -5,7 +5,7 @@ import uuid
 import pytest
 
 from pho_service.library import parse_library_file
-from storage.claims import Entry
+from storage.claims import LibraryAddition
 from storage.records import JobState, StageKind
 
 MODELS = {"models": ["org/one", "org/two"]}
@@ -38,7 +38,7 @@ def done(hand, job_id, *results, first=0):
     for number, each in enumerate(results, first):
         claim = hand.take(job_id, StageKind.TRANSFER, number)
         configuration = claim.job.spec["configuration"]
-        hand.store.complete(claim, each, library=[Entry(configuration, each)], ended=True)
+        hand.store.complete(claim, each, library=[LibraryAddition(configuration, each)], ended=True)
 
 
 def test_submit(client, hand, searched, configuration):

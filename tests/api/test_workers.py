@@ -26,7 +26,7 @@ def client(client_of, monkeypatch):
 def enter(store, worker, *, sees=None):
     """A worker reports, with the id of the artifact store that it sees."""
     kinds = [StageKind.SEARCH]
-    return store.enter_worker(worker, name="host:7", device="cpu", kinds=kinds, store=sees)[0]
+    return store.enter_worker(worker, name="host:7", device="cpu", kinds=kinds, store=sees).drain
 
 
 def test_readyz_compares_the_store_of_the_api_with_those_of_its_workers(

@@ -20,7 +20,7 @@ from pho_service.cli.remote import good
 from pho_service.client import Client
 from pho_service.spec.configuration import write_configuration
 from pho_service.spec.job import JobSpec
-from storage.jobs import JobStore
+from storage.jobs import JobStore, NewJob
 from storage.keys import KeyStore
 from storage.records import NewStage, StageKind
 
@@ -478,15 +478,9 @@ def test_a_key_with_a_quota(pho, keys, database, database_url):
     made = pho("keys", "create", "team", "--quota", "200M/7d", *of)
     _, key = KeyStore(database).all()
     first = NewStage(kind=StageKind.CALIBRATE)
-    JobStore(database).submit(
-        {},
-        name="n",
-        first=first,
-        trials=1,
-        max_attempts=1,
-        owner_id=key.id,
-        work={"tokens": 1_234_567},
-    )
+    work = {"tokens": 1_234_567}
+    new = NewJob(spec={}, name="n", stages=[first], trials=1, max_attempts=1, work=work)
+    JobStore(database).submit(new, owner_id=key.id)
     table = keys("list").stdout
     free, row = json.loads(pho("keys", "list", "--json", *of).stdout)
     later = pho("keys", "quota", *of, key.prefix, "5k/12h")
@@ -525,7 +519,7 @@ def test_a_span_that_is_none_is_bad_usage(pho, database, database_url):
 
 def test_who_makes_a_key_is_told_of_jobs_that_it_does_not_see(keys, store):
     first = NewStage(kind=StageKind.CALIBRATE)
-    store.submit(SPEC, name="n", first=first, trials=1, max_attempts=1)
+    store.submit(NewJob(spec=SPEC, name="n", stages=[first], trials=1, max_attempts=1))
     made = keys("create", "mine")
     prefix = made.stdout[:10]
     taken = keys("take-over", prefix)

@@ -7,7 +7,7 @@ import pytest
 from pretended_user import FOUND, SPEC, succeed, take
 
 from pho_service.client import Client
-from storage.claims import Entry
+from storage.claims import LibraryAddition
 from storage.records import StageKind
 
 PERPLEXITIES = {"dense": 10.0, "wanda": 24.0, "ria": 25.0, "transferred": 20.5, "own": 20.0}
@@ -28,7 +28,7 @@ def work(store, job_id):
     }  # fmt: skip
     for number, result in enumerate((done, bad)):
         claim = take(store, job_id, StageKind.TRANSFER, number)
-        store.complete(claim, result, library=[Entry(document, result)], ended=True)
+        store.complete(claim, result, library=[LibraryAddition(document, result)], ended=True)
 
 
 @pytest.fixture

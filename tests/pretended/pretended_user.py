@@ -13,7 +13,7 @@ from sqlalchemy import select
 
 from pho_service.api.app import create_app
 from pho_service.spec.configuration import Configuration
-from storage.claims import Found
+from storage.claims import JobResult
 from storage.database import Database
 from storage.records import NewStage, StageKind
 from storage.tables import stages
@@ -58,8 +58,8 @@ def succeed(store, job_id, found):
     """Do a job as far as a client can see."""
     finish = [NewStage(kind=StageKind.FINISH)]
     store.complete(take(store, job_id, StageKind.CALIBRATE), {}, then=finish)
-    best = Found(best=found.model_dump(mode="json"), warnings=["the best lies on the border"])
-    store.complete(take(store, job_id, StageKind.FINISH), {}, found=best, ended=True)
+    best = JobResult(best=found.model_dump(mode="json"), warnings=["the best lies on the border"])
+    store.complete(take(store, job_id, StageKind.FINISH), {}, job_result=best, ended=True)
 
 
 class Service:

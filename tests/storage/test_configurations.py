@@ -7,13 +7,9 @@ from pretended_user import take
 
 import storage.claims
 import storage.configurations
-from storage.claims import Found
-from storage.configurations import (
-    ConfigurationStore,
-    NoSuchConfiguration,
-    keep,
-    keep_transfer,
-)
+from storage.claims import JobResult
+from storage.configurations import ConfigurationStore, NoSuchConfiguration, keep, keep_transfer
+from storage.jobs import NewJob
 from storage.keys import KeyStore
 from storage.records import LostClaim, NewStage, StageKind
 
@@ -35,16 +31,15 @@ def owners(database):
 
 def finishing(store, owner_id=None):
     """The claim on the last stage of a new job."""
-    job, _ = store.submit(
-        {"trials": 1}, name="job", first=FINISH, trials=1, max_attempts=1, owner_id=owner_id
-    )
+    new = NewJob(spec={"trials": 1}, name="job", stages=[FINISH], trials=1, max_attempts=1)
+    job, _ = store.submit(new, owner_id=owner_id)
     return take(store, job.id, StageKind.FINISH)
 
 
 def succeeded(store, best=BEST, owner_id=None):
     """A new job that has found this."""
     claim = finishing(store, owner_id)
-    store.complete(claim, {}, found=Found(best=best, warnings=[]), ended=True)
+    store.complete(claim, {}, job_result=JobResult(best=best, warnings=[]), ended=True)
     return store.get(claim.job.id)
 
 
@@ -69,7 +64,7 @@ def test_a_lost_stage_leaves_nothing(store, library):
     store.hand_back(claim)
 
     with pytest.raises(LostClaim):
-        store.complete(claim, {}, found=Found(best=BEST, warnings=[]), ended=True)
+        store.complete(claim, {}, job_result=JobResult(best=BEST, warnings=[]), ended=True)
     assert library.all() == []
 
 
@@ -84,7 +79,7 @@ def test_a_job_that_cannot_be_ended_leaves_nothing_in_the_library_and_is_where_i
     monkeypatch.setattr(storage.claims, "set_state", broken)
 
     with pytest.raises(ZeroDivisionError):
-        store.complete(claim, {}, found=Found(best=BEST, warnings=[]), ended=True)
+        store.complete(claim, {}, job_result=JobResult(best=BEST, warnings=[]), ended=True)
     assert library.all() == []
     assert store.get(claim.job.id).best is None
 

@@ -2,19 +2,17 @@
 
 import socket
 import time
-import uuid
 from contextlib import closing
 
 import psycopg
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine, insert, select, text
-from sqlalchemy.engine import make_url
+from psycopg.conninfo import conninfo_to_dict
+from sqlalchemy import create_engine, text
+from sqlalchemy.engine import URL, make_url
 
-from storage import tables
 from storage.database import Database
-from storage.records import JobState, StageKind, StageState
 from storage.studies import (
     DatabaseFull,
     DatabaseGone,
@@ -27,10 +25,11 @@ from storage.tables import metadata
 
 
 def test_the_migrations_give_the_tables_that_the_code_declares(database):
-    def ours(_object, _name, kind, reflected, _other):
-        return not (kind == "table" and reflected and getattr(_object, "schema", None) != "pho")
+    def ours(_object, _name, kind, _reflected, _other):
+        return kind != "table" or _object.schema == "pho"
 
     with database.transaction() as connection:
+        connection.exec_driver_sql("SET LOCAL search_path = public")  # names of schemas stay
         context = MigrationContext.configure(
             connection,
             opts={
@@ -44,10 +43,10 @@ def test_the_migrations_give_the_tables_that_the_code_declares(database):
         assert compare_metadata(context, metadata) == []
 
 
-def test_what_an_older_version_made_is_waited_for(database):
+def test_what_is_only_half_made_is_waited_for(database):
     database.check_migrated()
     with database.transaction() as connection:
-        connection.exec_driver_sql("UPDATE pho.alembic_version SET version_num = '0010'")
+        connection.exec_driver_sql("DROP TABLE optuna.alembic_version")
 
     with pytest.raises(DatabaseGone, match="`pho serve` makes them"):
         database.check_migrated()
@@ -74,7 +73,7 @@ def test_optunas_tables_of_a_newer_version_are_not_touched(database):
 @pytest.mark.parametrize(
     ("version", "said"),
     [
-        ("0009", r"version 0009, .* those of version 0010 .*kept"),  # before the first release
+        ("0011", r"version 0011, .*before the first release, .*a new database.*is kept"),
         ("9999", r"by a newer PHO.*9999.*Install that PHO, .* What it holds is kept"),
     ],
 )
@@ -87,40 +86,6 @@ def test_tables_of_a_version_that_is_not_known_are_not_touched(database, asked, 
         asked(database)
     with database.transaction() as connection:
         assert connection.scalar(text("SELECT version_num FROM pho.alembic_version")) == version
-
-
-def test_tables_before_fields_were_left_out(database):
-    now = {
-        "preset": "best", "calibration": {"samples": 6}, "warm_start": {"count": 3},
-        "confirm": {"finalists": 4}, "validation": {"candidates": 9},
-    }  # fmt: skip
-    then = {
-        "preset": "best-reconstructed", "preset_meaning": {"of": "best"},
-        "calibration": {"samples": 6, "stop": "early"},
-        "warm_start": {"count": 3, "compare_cold": True},
-        "confirm": {"candidates": 4}, "validation": {"candidates": 9},
-    }  # fmt: skip
-    best = {"format": "pho-configuration", "candidates": [1], "pattern": "0.5"}
-    sealed = {"local": True, "documents": "d", "weights_scheme": 2}
-    with database.transaction() as connection:
-        connection.exec_driver_sql("UPDATE pho.alembic_version SET version_num = '0010'")
-        values = {"id": uuid.uuid4(), "name": "old", "spec": then, "best": best,
-                  "state": JobState.QUEUED,
-                  "priority": 0, "trials": 1, "max_attempts": 1, "fingerprint": b""}  # fmt: skip
-        connection.execute(insert(tables.jobs).values(values))
-        stage = {"job_id": values["id"], "kind": StageKind.CALIBRATE, "number": 0,
-                 "state": StageState.DONE, "result": {"inputs": sealed}}  # fmt: skip
-        connection.execute(insert(tables.stages).values(stage))
-    database.migrate()
-    with database.transaction() as connection:
-        found, best = connection.execute(select(tables.jobs.c.spec, tables.jobs.c.best)).one()
-        params, result = connection.execute(
-            select(tables.stages.c.params, tables.stages.c.result)
-        ).one()
-
-    assert found == now
-    assert list(best) == ["format", "finalists", "pattern"]
-    assert (params, result) == (None, {"inputs": {"local": True}})
 
 
 def test_a_database_that_no_service_has_seen_is_waited_for(postgresql):
@@ -144,10 +109,7 @@ def test_a_server_that_accepts_and_says_nothing_is_gone_within_ten_seconds():
         with pytest.raises(DatabaseGone, match="timeout") as caught:
             database.check()
         took_s = time.monotonic() - began
-        others = (
-            make_url(database.studies_url).query,
-            psycopg.conninfo.conninfo_to_dict(database.conninfo),
-        )
+        others = (make_url(database.studies_url).query, conninfo_to_dict(database.conninfo))
 
     assert took_s < 10
     assert "geheim" not in str(caught.value)
@@ -237,3 +199,66 @@ def test_the_role_that_reads_studies_does_nothing_else(database):
 
     assert studies == ["job"]
     assert set(refused) == {psycopg.errors.InsufficientPrivilege}
+
+
+PASSWORDS = ["plain", "p%40%", "{braces}", "%s %d", "a b", "a+b", "@:/?#&=", "ü€", "'\"\\", "%(x)s"]
+BASE = URL.create("postgresql", username="u", password="p", host="h", port=5432, database="d")
+
+
+class TestUrls:
+    """What a user writes into the URL gets to where the connections are made."""
+
+    @pytest.mark.parametrize("password", PASSWORDS)
+    def test_libpq_and_optuna_get_the_password_whatever_is_in_it(self, password):
+        url = BASE.set(password=password).render_as_string(hide_password=False)
+        parsed = conninfo_to_dict(Database(url).conninfo)
+
+        assert parsed["password"] == make_url(Database(url).studies_url).password == password
+        assert (parsed["user"], parsed["host"], parsed["dbname"]) == ("u", "h", "d")
+
+    @pytest.mark.parametrize("host", ["/a/with space", "/a/with+plus", "/a/100%41", "/a/b&c=d"])
+    def test_a_servers_socket_folder_may_be_called_anything(self, host):
+        url = BASE.set(host=None).update_query_dict({"host": host}).render_as_string()
+        database = Database(url)
+
+        assert make_url(database.studies_url).query["host"] == host
+        assert conninfo_to_dict(database.conninfo)["host"] == host
+
+    def test_a_url_may_name_several_hosts_of_which_one_is_the_primary(self):
+        query = "host=h1:5432&host=h2:5433&target_session_attrs=primary"
+        parsed = conninfo_to_dict(Database(f"postgresql://u:p@/d?{query}").conninfo)
+
+        assert (parsed["host"], parsed["port"]) == ("h1,h2", "5432,5433")
+        assert parsed["target_session_attrs"] == "primary"
+
+    @pytest.mark.parametrize("place", ["h:x", "h1:5432,h2:5433"])
+    def test_a_port_that_is_no_number_is_not_understood(self, place):
+        with pytest.raises(StorageError, match="is not understood"):
+            Database(f"postgresql://u:p@{place}/d")
+
+    @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg2"])
+    def test_all_ways_to_write_postgresql_mean_the_same(self, scheme):
+        database = Database(f"{scheme}://u:p@h/d?sslmode=require")
+
+        assert conninfo_to_dict(database.conninfo)["sslmode"] == "require"
+        assert database.studies_url.startswith("postgresql+psycopg://")
+
+    def test_server_options_are_kept_but_for_schemas(self, database):
+        options = "&options=-cstatement_timeout%3D54321%20-cwork_mem%3D5MB%20-csearch_path%3Dpublic"
+        given = Database(database.url.render_as_string() + options)
+        studies = create_engine(given.studies_url)
+        names = ("statement_timeout", "work_mem", "search_path", "synchronous_commit")
+        with (
+            given.engine.connect() as ours,
+            studies.connect() as optunas,
+            psycopg.connect(given.conninfo) as queues,
+        ):
+            shown = [
+                [(run(f"SHOW {name}").fetchone() or ())[0] for name in names]
+                for run in (ours.exec_driver_sql, optunas.exec_driver_sql, queues.execute)
+            ]
+        given.close()
+        studies.dispose()
+
+        assert shown[1] == ["54321ms", "5MB", "optuna", "off"]
+        assert shown[0] == shown[2] == ["54321ms", "5MB", "procrastinate", "on"]

@@ -13,9 +13,10 @@ import pytest
 from sqlalchemy import delete, event, func, select, text, update
 
 import storage.rows
-from storage.claims import Found, worker_name
-from storage.jobs import JobStore
+from storage.claims import LOST_FOR_S, JobResult, worker_name
+from storage.jobs import DEFAULT_LIMITS, JobStore, Limits, NewJob
 from storage.keys import KeyStore
+from storage.queue import enqueue
 from storage.records import (
     Claim,
     IdempotencyKeyReused,
@@ -29,13 +30,13 @@ from storage.records import (
     TooManyJobs,
     TooManyTrials,
 )
-from storage.rows import enqueue
 from storage.studies import DatabaseGone
-from storage.tables import events, jobs, keys, stages, workers
+from storage.tables import events, interval, jobs, keys, queue_workers, stages, workers
 
 WORKER, OTHER = uuid.UUID(int=1), uuid.UUID(int=2)
 CALIBRATE = NewStage(kind=StageKind.CALIBRATE, lock="bundle")
 CONFIRM, FINISH = NewStage(kind=StageKind.CONFIRM), NewStage(kind=StageKind.FINISH)
+ONE_JOB = Limits(unfinished=1)
 ERROR = {"type": "Boom", "message": "it broke"}
 
 
@@ -49,7 +50,7 @@ def database(shared_database):
 def store(database):
     """No jobs, keys or workers, and nothing in the queue."""
     with database.transaction() as connection:
-        for table in (jobs, workers, keys):
+        for table in (jobs, queue_workers, keys):
             connection.execute(delete(table))
         connection.exec_driver_sql("DELETE FROM procrastinate_jobs")
     return JobStore(database)
@@ -62,10 +63,11 @@ def submit(store, spec=None, **changes):
     return job
 
 
-def submit_any(store, spec=None, **changes):
+def submit_any(store, spec=None, *, owner_id=None, limits=DEFAULT_LIMITS, **changes):
     """The same, which may be an earlier job."""
-    given = {"name": "job", "first": CALIBRATE, "trials": 10, "max_attempts": 3} | changes
-    return store.submit({"trials": 10} if spec is None else spec, **given)
+    spec = {"trials": 10} if spec is None else spec
+    new = NewJob(spec=spec, name="job", stages=[CALIBRATE], trials=10, max_attempts=3)
+    return store.submit(replace(new, **changes), owner_id=owner_id, limits=limits)
 
 
 def queue_id(store, stage_id):
@@ -86,6 +88,27 @@ def claim(store, stage_id, worker=WORKER):
     return claimed
 
 
+def at_work(store, worker=WORKER, name="worker"):
+    """The claim of a worker that is in the registry and has the entry of a new job in hand."""
+    (stage,) = submit(store, stages=[NewStage(kind=CALIBRATE.kind)]).stages
+    registration = store.enter_worker(worker, name=name, device="cpu", kinds=[CALIBRATE.kind])
+    values = {"entry": queue_id(store, stage.id), "number": registration.number}
+    query = "UPDATE procrastinate_jobs SET status = 'doing', worker_id = :number WHERE id = :entry"
+    with store.database.transaction() as connection:
+        connection.execute(text(query), values)
+    return store.claim(stage.id, values["entry"], worker)
+
+
+def late(store, worker, seconds):
+    """A worker's last report was so long ago."""
+    with store.database.transaction() as connection:
+        connection.execute(
+            update(queue_workers)
+            .where(queue_workers.c.id == workers.c.number, workers.c.id == worker)
+            .values(last_heartbeat=func.now() - interval(seconds))
+        )
+
+
 def begun(store, **changes):
     """The claim on the first stage of a new job."""
     return claim(store, submit(store, **changes).stages[0].id)
@@ -99,6 +122,12 @@ def islands(store, count, **changes):
     return [claim(store, s.id) for s in store.get(first.job.id).of_kind(StageKind.SEARCH)]
 
 
+def ends(store, taken, best=None, *warnings):
+    """A worker ends a job with a configuration."""
+    job_result = JobResult(best={"b": 1} if best is None else best, warnings=warnings)
+    return store.complete(taken, {"r": 1}, job_result=job_result, ended=True)
+
+
 def succeeded(store, **changes):
     """A job of one island that has its configuration."""
     (search,) = islands(store, 1, **changes)
@@ -106,7 +135,7 @@ def succeeded(store, **changes):
     confirm = claim(store, only(store, search.job.id, StageKind.CONFIRM))
     store.complete(confirm, {"finalists": []}, then=[FINISH])
     finish = claim(store, only(store, search.job.id, StageKind.FINISH))
-    store.complete(finish, {}, found=Found(best={"pattern": "2:4"}, warnings=["w"]), ended=True)
+    ends(store, finish, {"pattern": "2:4"}, "w")
     return store.get(search.job.id)
 
 
@@ -274,39 +303,34 @@ class TestSubmit:
 
         assert len({job.id for job in made}) == 3
 
-    def test_no_key_is_no_key(self, store):
-        one, two = submit(store), submit(store)
-
-        assert one.id != two.id
-        assert one.name != two.name
-
     def test_the_job_over_the_limit_leaves_nothing_behind(self, store):
-        job, _ = (submit(store, max_unfinished=2) for _ in range(2))
+        two = Limits(unfinished=2)
+        job, _ = (submit(store, limits=two) for _ in range(2))
         with unchanged(store), pytest.raises(TooManyJobs):
-            submit_any(store, {"other": 1}, max_unfinished=2, idempotency_key="k")
+            submit_any(store, {"other": 1}, limits=two, idempotency_key="k")
         store.ask(job.id, "cancel")
 
-        assert submit(store, max_unfinished=2, idempotency_key="k").state is JobState.QUEUED
+        assert submit(store, limits=two, idempotency_key="k").state is JobState.QUEUED
 
     def test_at_the_limit_a_repeated_request_still_gets_its_job(self, store):
-        job = submit(store, max_unfinished=1, idempotency_key="k")
+        job = submit(store, limits=ONE_JOB, idempotency_key="k")
 
-        assert submit_any(store, max_unfinished=1, idempotency_key="k") == (job, False)
+        assert submit_any(store, limits=ONE_JOB, idempotency_key="k") == (job, False)
 
     def test_limit_counts_what_is_not_over(self, store):
         succeeded(store)
         store.fail(begun(store), ERROR, retry=False)
         store.ask(submit(store).id, "cancel")
-        store.ask(submit(store, max_unfinished=1).id, "pause")
+        store.ask(submit(store, limits=ONE_JOB).id, "pause")
         with pytest.raises(TooManyJobs):
-            submit_any(store, max_unfinished=1)
+            submit_any(store, limits=ONE_JOB)
 
         assert len(store.page()) == 4
 
     def test_one_owners_jobs_do_not_count_for_another_nor_for_nobody(self, store):
         owner = KeyStore(store.database).create("a", sees_all=False)[0].id
-        submit(store, max_unfinished=1)
-        submit(store, max_unfinished=1, owner_id=owner)
+        submit(store, limits=ONE_JOB)
+        submit(store, limits=ONE_JOB, owner_id=owner)
 
         assert len(store.page()) == 2
 
@@ -319,7 +343,7 @@ class TestSubmit:
             return enqueue(*args, **kwargs)
 
         monkeypatch.setattr(storage.rows, "enqueue", enqueue_after_both)
-        answers = together(*[lambda: submit_any(store, max_unfinished=1)] * 2)
+        answers = together(*[lambda: submit_any(store, limits=ONE_JOB)] * 2)
 
         assert [type(a) for a in answers].count(TooManyJobs) == 1
         assert len(store.page()) == 1
@@ -357,6 +381,7 @@ class TestReading:
             submit(store)
 
         assert [job.id for job in seen] == [job.id for job in reversed(made)]
+        assert len({job.name for job in made}) == 5  # though their documents are the same
 
     @pytest.mark.parametrize("owned", [False, True])
     def test_what_a_key_may_not_see_is_not_there(self, store, owned):
@@ -472,64 +497,57 @@ class TestClaim:
         assert told(store, job.id)[-1] == {"state": "failed", "error": job.error}
         assert job.finished_at is not None
 
-    def test_given_back_is_no_failure(self, store):
+    @pytest.mark.parametrize("put_down", [JobStore.hand_back, JobStore.give_up, JobStore.end_turn])
+    def test_put_down_is_no_failure(self, store, put_down):
         first = begun(store, max_attempts=1)
+        entry = queue_id(store, first.stage.id)
+        comes_again_with_its_entry = put_down(store, first)
+        has_its_entry = queue_id(store, first.stage.id) == entry
+        again = claim(store, first.stage.id, OTHER)
 
-        assert store.hand_back(first) is True
-        again = claim(store, first.stage.id)
+        assert has_its_entry is bool(comes_again_with_its_entry)
+        assert has_its_entry is (put_down is JobStore.hand_back)
         assert (again.attempt, again.stage.failures) == (2, 0)
 
-    def test_cut_off_from_the_queue(self, store):
-        stage = begun(store).stage.id
+    def test_a_stage_comes_again_once_its_worker_has_gone(self, store):
+        stage = at_work(store).stage.id
         entry = queue_id(store, stage)
-        store.enter_worker(WORKER, name="worker", device="cpu", kinds=[CALIBRATE.kind])
         store.enter_worker(OTHER, name="other", device="cpu", kinds=[CALIBRATE.kind])
         kept = not store.give_again(entry, alive_s=60.0)
-        meanwhile = runnable(store)
+        meanwhile = runnable(store), store.stalled(60.0)
         store.remove_worker(WORKER)
 
         assert kept
-        assert meanwhile == []
+        assert meanwhile == ([], [])
+        assert store.stalled(60.0) == [entry]
         assert store.give_again(entry, alive_s=60.0)
         assert runnable(store) == [stage]
         assert store.give_again(entry, alive_s=60.0)  # it stands for nothing any more
         assert runnable(store) == [stage]
 
     def test_an_entry_is_stalled_once_its_worker_is_silent_or_gone(self, store):
-        first = begun(store)
-        searches = [NewStage(kind=StageKind.SEARCH, number=i) for i in range(2)]
-        store.complete(first, {"provenance": {}}, then=searches)
-        found = store.get(first.job.id).of_kind(StageKind.SEARCH)
-        entries = [queue_id(store, stage.id) for stage in found]
-        with store.database.transaction() as connection:
-            run = connection.exec_driver_sql
-            ids = [*run("SELECT procrastinate_register_worker_v1() FROM generate_series(1, 2)")]
-            for entry, (worker,) in zip(entries, ids, strict=True):
-                values = {"entry": entry, "worker": worker}
-                run("UPDATE procrastinate_jobs SET status = 'doing', worker_id = %(worker)s"
-                    " WHERE id = %(entry)s", values)  # fmt: skip
-            run("UPDATE procrastinate_workers SET last_heartbeat = now() - interval '9 s'"
-                " WHERE id = %(worker)s", values)  # fmt: skip
-        silent = store.stalled(5.0)
-        with store.database.transaction() as connection:
-            connection.exec_driver_sql("DELETE FROM procrastinate_workers")
+        silent, gone = (
+            queue_id(store, at_work(store, worker).stage.id) for worker in (WORKER, OTHER)
+        )
+        late(store, WORKER, 9)
+        before = store.stalled(5.0)
+        store.remove_worker(OTHER)
 
-        assert silent == entries[1:]
-        assert sorted(store.stalled(5.0)) == entries
-        assert store.give_again(entries[0], alive_s=0.0)
-        assert store.stalled(5.0) == entries[1:]  # the old entry is out of the queue
+        assert before == [silent]
+        assert sorted(store.stalled(5.0)) == [silent, gone]
+        assert store.give_again(silent, alive_s=5.0)
+        assert store.stalled(5.0) == [gone]  # the old entry is out of the queue
 
     def test_a_worker_that_is_silent_too_long_has_lost_its_stage(self, store):
-        stage = begun(store).stage.id
-        store.enter_worker(WORKER, name="worker", device="cpu", kinds=[CALIBRATE.kind])
+        stage = at_work(store).stage.id
 
         assert store.give_again(queue_id(store, stage), alive_s=0.0)
         assert runnable(store) == [stage]
 
-    def test_put_down_and_not_taken_out(self, store):
-        first = begun(store)
-        store.enter_worker(WORKER, name="worker", device="cpu", kinds=[CALIBRATE.kind])
+    def test_put_down_by_a_worker_that_goes_before_the_queue_hears_of_it(self, store):
+        first = at_work(store)
         store.hand_back(first)
+        store.remove_worker(WORKER)
 
         assert store.give_again(queue_id(store, first.stage.id), alive_s=60.0)
         assert runnable(store) == [first.stage.id]
@@ -576,9 +594,7 @@ WRITES: dict[str, Callable[[JobStore, Claim], Any]] = {
     "progress": lambda s, c: s.progress(c, done=7, elapsed_s=9.0, best_value=0.5),
     "complete": lambda s, c: s.complete(c, {"r": 1}, then=[CONFIRM]),
     "moved": lambda s, c: s.complete(c, {"r": 1}, seen=replace(c.job, trials=1)),
-    "succeed": lambda s, c: s.complete(
-        c, {}, found=Found(best={"b": 1}, warnings=["w"]), ended=True
-    ),
+    "succeed": lambda s, c: ends(s, c, None, "w"),
     "retry": lambda s, c: s.fail(c, ERROR, retry=True),
     "fail": lambda s, c: s.fail(c, ERROR, retry=False),
     "hand_back": lambda s, c: s.hand_back(c),
@@ -805,7 +821,7 @@ class TestWork:
     def test_the_configuration_is_kept_in_its_order_with_warnings(self, store):
         taken = begun(store)
         best = {"z": 0.1 + 0.2, "a": {"y": 1, "b": "\ud800\0"}}
-        store.complete(taken, {"r": 1}, found=Found(best=best, warnings=["one", "two"]), ended=True)
+        ends(store, taken, best, "one", "two")
         job = store.get(taken.job.id)
 
         assert job.best == best
@@ -816,22 +832,20 @@ class TestWork:
         assert job.finished_at is not None
         assert told(store, job.id)[-1] == {"state": "succeeded"}
 
-    def test_cancelled_while_its_last_stage_ends_has_no_result(self, store):
+    @pytest.mark.parametrize(
+        ("verb", "then", "best"), [("pause", "succeeded", {"b": 1}), ("cancel", "cancelled", None)]
+    )
+    def test_paused_while_its_last_stage_ends_a_job_has_succeeded_cancelled_it_has_no_result(
+        self, store, verb, then, best
+    ):
         taken = begun(store)
-        store.ask(taken.job.id, "cancel")
-        store.complete(taken, {"r": 1}, found=Found(best={"a": 1}, warnings=[]), ended=True)
+        store.ask(taken.job.id, verb)
+        ends(store, taken)
         job = store.get(taken.job.id)
 
-        assert (job.state, job.best) == (JobState.CANCELLED, None)
+        assert (job.state, job.best) == (then, best)
         assert job.stages[0].state is StageState.DONE
-        assert told(store, job.id)[-1] == {"state": "cancelled"}
-
-    def test_paused_while_its_last_stage_ends_has_succeeded(self, store):
-        taken = begun(store)
-        store.ask(taken.job.id, "pause")
-        store.complete(taken, {"r": 1}, found=Found(best={"a": 1}, warnings=[]), ended=True)
-
-        assert store.get(taken.job.id).state is JobState.SUCCEEDED
+        assert told(store, job.id)[-1] == {"state": then}
 
     def test_an_attempt_that_may_be_retried_puts_the_stage_down(self, store):
         taken = begun(store)
@@ -863,34 +877,16 @@ class TestWork:
         assert store.fail(second, ERROR, retry=True) is False
         assert store.get(first.job.id).state is JobState.FAILED
 
-    @pytest.mark.parametrize("retry", [False, True])
+    @pytest.mark.parametrize("put_down", ["hand_back", "give_up", "end_turn", "retry", "fail"])
     @pytest.mark.parametrize(("verb", "then"), [("pause", "paused"), ("cancel", "cancelled")])
-    def test_fail_on_the_way_out(self, store, verb, then, retry):
+    def test_put_down_on_the_way_out_of_its_job_a_stage_does_not_come_again(
+        self, store, verb, then, put_down
+    ):
         taken = begun(store)
         store.ask(taken.job.id, verb)
 
-        assert store.fail(taken, ERROR, retry=retry) is False
+        assert not WRITES[put_down](store, taken)
         assert store.get(taken.job.id).state == then
-
-
-class TestGiveUp:
-    """A worker that ends in the midst of a stage gives it up."""
-
-    def test_a_new_entry_stands_for_the_stage_at_once(self, store):
-        taken = begun(store)
-        before = queue_id(store, taken.stage.id)
-        store.give_up(taken)
-        again = claim(store, taken.stage.id, OTHER)
-
-        assert queue_id(store, taken.stage.id) != before
-        assert (again.attempt, again.stage.failures) == (2, 0)
-
-    def test_of_a_job_that_is_cancelled_nothing_comes_again(self, store):
-        taken = begun(store)
-        store.ask(taken.job.id, "cancel")
-        store.give_up(taken)
-
-        assert store.get(taken.job.id).state is JobState.CANCELLED
         assert runnable(store) == []
 
 
@@ -1046,7 +1042,7 @@ def end(store, job_id):
         taken = claim(store, stage.id)
         ran.append(stage.kind)
         if stage.kind is StageKind.FINISH:
-            store.complete(taken, {}, found=Found(best={}, warnings=[]), ended=True)
+            ends(store, taken, {})
         elif stage.kind is StageKind.SEARCH:
             store.complete(taken, {}, then=[CONFIRM])
         else:
@@ -1105,12 +1101,7 @@ class TestExtend:
         job = at_perplexity(store)
         for stage in job.of_kind(StageKind.PERPLEXITY):
             store.complete(claim(store, stage.id), {"perplexity": 1.0}, then=[FINISH])
-        store.complete(
-            claim(store, only(store, job.id, StageKind.FINISH)),
-            {},
-            found=Found(best={}, warnings=[]),
-            ended=True,
-        )
+        ends(store, claim(store, only(store, job.id, StageKind.FINISH)), {})
         extended = store.ask(job.id, "extend", trials=5)
         kept = extended.of_kind(StageKind.PERPLEXITY)
 
@@ -1143,10 +1134,7 @@ class TestExtend:
 
     def test_a_job_gets_no_more_trials_than_it_may_have(self, store):
         job = submit(store)
-        with (
-            unchanged(store),
-            pytest.raises(TooManyTrials, match="10 trials and 6 more are"),
-        ):
+        with unchanged(store), pytest.raises(TooManyTrials, match="10 trials and 6 more are"):
             store.ask(job.id, "extend", trials=6, max_trials=15)
         assert store.ask(job.id, "extend", trials=5, max_trials=15).trials == 15
 
@@ -1272,15 +1260,6 @@ class TestWorkers:
         """A worker reports."""
         store.enter_worker(worker, name="w", device="cpu", kinds=[StageKind.SEARCH])
 
-    def late(self, store, worker, seconds):
-        """Its last report was so long ago."""
-        with store.database.transaction() as connection:
-            connection.execute(
-                update(workers)
-                .where(workers.c.id == worker)
-                .values(heartbeat_at=func.now() - func.make_interval(0, 0, 0, 0, 0, 0, seconds))
-            )
-
     def test_a_worker_that_reported_is_listed_with_nothing_to_do(self, store):
         self.enter(store)
         (record,) = store.workers(alive_s=30)
@@ -1293,7 +1272,7 @@ class TestWorkers:
     def test_only_those_that_reported_lately_are_listed(self, store):
         self.enter(store)
         self.enter(store, OTHER)
-        self.late(store, OTHER, 31)
+        late(store, OTHER, 31)
 
         assert [r.id for r in store.workers(alive_s=30)] == [WORKER]
         assert [r.id for r in store.workers(alive_s=60)] == [WORKER, OTHER]
@@ -1302,18 +1281,24 @@ class TestWorkers:
     def test_a_report_makes_a_worker_alive_again(self, store):
         self.enter(store)
         (before,) = store.workers(alive_s=30)
-        self.late(store, WORKER, 3600)
+        late(store, WORKER, 3600)
         self.enter(store)
         (record,) = store.workers(alive_s=30)
 
         assert record.started_at == before.started_at
         assert record.heartbeat_at > before.heartbeat_at
 
-    def test_those_not_heard_of_for_a_day_are_forgotten(self, store):
-        self.enter(store, OTHER)
-        self.late(store, OTHER, 25 * 3600)
+    def test_those_not_heard_of_for_a_day_are_forgotten_once_another_starts(self, store):
         self.enter(store)
+        self.enter(store, OTHER)
+        lost = []
+        for hours in (0, 23, 25):
+            late(store, OTHER, hours * 3600)
+            lost.append(store.lost_workers(alive_s=30))
+        with store.database.transaction() as connection:  # as procrastinate does
+            connection.execute(select(func.procrastinate_prune_stalled_workers_v1(LOST_FOR_S)))
 
+        assert lost == [0, 1, 0]
         assert [r.id for r in store.workers(alive_s=1e6)] == [WORKER]
 
     def test_one_that_went_in_order_is_not_listed(self, store):
@@ -1324,8 +1309,7 @@ class TestWorkers:
         assert store.workers(alive_s=30) == []
 
     def test_a_worker_whose_process_was_seen_to_end_is_not_listed(self, store):
-        stage = begun(store).stage.id
-        store.enter_worker(WORKER, name=worker_name(7), device="cpu", kinds=[CALIBRATE.kind])
+        stage = at_work(store, name=worker_name(7)).stage.id
         store.enter_worker(OTHER, name=worker_name(77), device="cpu", kinds=[CALIBRATE.kind])
         store.forget_worker(worker_name(7))
 

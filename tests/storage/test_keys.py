@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import delete, func, select, update
 
 from storage.configurations import ConfigurationStore
-from storage.jobs import JobStore
+from storage.jobs import JobStore, NewJob
 from storage.keys import (
     MOST_LOGINS,
     KeyStore,
@@ -20,8 +20,8 @@ from storage.keys import (
     SessionStore,
     key_digest,
 )
+from storage.listing import JobFilter
 from storage.records import NewStage, StageKind
-from storage.rows import JobFilter
 from storage.tables import configurations, jobs, keys, stages, work
 
 WEIRD = [
@@ -176,11 +176,11 @@ def test_a_key_gets_the_jobs_of_nobody_and_none_of_anothers(store):
 
 def submitted(store, owner, *, idempotency_key=None, tokens=0):
     """A job of a key, or of nobody; the same for the same Idempotency-Key."""
-    job, _ = JobStore(store.database).submit(
-        {"model": "org/name"}, name="n", first=NewStage(kind=StageKind.CALIBRATE), trials=1,
-        max_attempts=1, owner_id=owner, idempotency_key=idempotency_key,
-        work={"tokens": tokens, "seconds": tokens},
+    new = NewJob(
+        spec={"model": "org/name"}, name="n", stages=[NewStage(kind=StageKind.CALIBRATE)], trials=1,
+        max_attempts=1, idempotency_key=idempotency_key, work={"tokens": tokens, "seconds": tokens},
     )  # fmt: skip
+    job, _ = JobStore(store.database).submit(new, owner_id=owner)
     return job.id
 
 

@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import pytest
 
+from storage.jobs import NewJob
 from storage.keys import KeyStore
+from storage.listing import SORTS, JobFilter, best_columns, columns_of
 from storage.records import JobRecord, JobState, NewStage, StageKind
-from storage.rows import SORTS, JobFilter, columns_of, found_columns
 from storage.tables import jobs
 
 Submit = Callable[..., JobRecord]
@@ -19,10 +20,8 @@ def submit(store):
     def make(model="org/a", pattern="0.5", *, name="job", owner_id=None, **spec):
         document = {"model": model, "pattern": pattern, "islands": 1, **spec}
         first = NewStage(kind=StageKind.CALIBRATE)
-        job, _ = store.submit(
-            document, name=name, first=first, trials=1, max_attempts=1, owner_id=owner_id
-        )
-        return job
+        new = NewJob(spec=document, name=name, stages=[first], trials=1, max_attempts=1)
+        return store.submit(new, owner_id=owner_id)[0]
 
     return make
 
@@ -117,7 +116,7 @@ def test_searches_transfers_several_patterns_and_targets_are_found_by_all_that_t
     }  # fmt: skip
     assert columns_of({"model": "m", "target": {"perplexity_rise": 0.1}})["patterns"] == ["target"]
     assert columns_of(transfer) == {"models": ["m", "n"], "patterns": ["2:4"]}
-    assert found_columns(best) == {"perplexity": 25.0, "rise": 0.25, "gain": 0.375}
-    assert found_columns({"confirmation": None}) == found_columns(None)
-    assert found_columns({"confirmation": {"perplexity": 3.0}})["perplexity"] == 3.0
-    assert {*found_columns(None).values()} == {None}
+    assert best_columns(best) == {"perplexity": 25.0, "rise": 0.25, "gain": 0.375}
+    assert best_columns({"confirmation": None}) == best_columns(None)
+    assert best_columns({"confirmation": {"perplexity": 3.0}})["perplexity"] == 3.0
+    assert {*best_columns(None).values()} == {None}

@@ -19,13 +19,7 @@ from sqlalchemy.engine import make_url
 
 import storage.embedded
 from storage.database import Database
-from storage.embedded import (
-    Postmaster,
-    embedded_postgresql,
-    programs,
-    reading_url,
-    running_url,
-)
+from storage.embedded import Postmaster, embedded_postgresql, programs, reading_url, running_url
 from storage.studies import DatabaseGone, StorageError
 
 SOCKET = ".s.PGSQL.5432"

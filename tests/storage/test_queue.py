@@ -8,23 +8,13 @@ from contextlib import suppress
 import procrastinate
 import psycopg
 import pytest
-from psycopg.conninfo import conninfo_to_dict
-from sqlalchemy import create_engine, delete, func, select, text
-from sqlalchemy.engine import URL, make_url
+from sqlalchemy import delete, func, select, text
 
-from storage.claims import Found
-from storage.database import Database
-from storage.jobs import JobStore
+from storage.claims import JobResult
+from storage.jobs import JobStore, NewJob
 from storage.keys import KeyStore
-from storage.records import (
-    JobState,
-    NewStage,
-    StageKind,
-    StageState,
-    StateConflict,
-)
-from storage.rows import TASK, enqueue
-from storage.studies import StorageError
+from storage.queue import TASK, enqueue
+from storage.records import JobState, NewStage, StageKind, StageState, StateConflict
 from storage.tables import jobs
 
 CALIBRATE, SEARCH, FINISH = StageKind.CALIBRATE, StageKind.SEARCH, StageKind.FINISH
@@ -37,11 +27,12 @@ def database(shared_database):
 
 
 @pytest.fixture(autouse=True)
-def empty(database):
+def store(database):
     """No jobs, and nothing in the queue."""
     with database.transaction() as connection:
         connection.execute(delete(jobs))
         connection.exec_driver_sql("DELETE FROM procrastinate_jobs")
+    return JobStore(database)
 
 
 def put(database, stage_id, kind, *, priority=0, lock=None):
@@ -82,6 +73,30 @@ def in_order(database):
         given.append(entry[1])
         finish(database, entry[0])
     return given
+
+
+def new_keys(store, names):
+    return [KeyStore(store.database).create(name, sees_all=False)[0].id for name in names]
+
+
+def submitted(store, priority=0, *, kind=CALIBRATE, lock=None, owner_id=None):
+    """A job whose first stage is in the queue."""
+    first = NewStage(kind=kind, lock=lock)
+    new = NewJob(spec={}, name="n", stages=[first], trials=1, max_attempts=1, priority=priority)
+    return store.submit(new, owner_id=owner_id)[0]
+
+
+def first_stages(*jobs):
+    return [job.stages[0].id for job in jobs]
+
+
+def taken(store, job=None):
+    """A worker's entry and its claim, after it took the first in the queue, which is the job's."""
+    entry, stage_id = fetch(store.database)
+    claim = store.claim(stage_id, entry, uuid.uuid4())
+    assert claim is not None
+    assert job is None or claim.job.id == job.id
+    return entry, claim
 
 
 class TestEntries:
@@ -143,7 +158,7 @@ class TestOrder:
         put(database, 1, FINISH)
         put(database, 2, SEARCH)
 
-        assert (fetch(database, SEARCH, CALIBRATE) or ())[1:] == (2,)
+        assert fetch(database, SEARCH, CALIBRATE)[1:] == (2,)
         assert fetch(database, SEARCH, CALIBRATE) is None
 
     def test_workers_that_fetch_at_once_get_different_entries(self, database):
@@ -160,45 +175,41 @@ class TestOrder:
         for stage_id, lock in ((1, "a"), (2, "a"), (3, "b"), (4, None), (5, None)):
             put(database, stage_id, CALIBRATE, lock=lock)
         given = [fetch(database) for _ in range(5)]
-        assert given[0] is not None
         finish(database, given[0][0])
 
         assert [entry and entry[1] for entry in given] == [1, 3, 4, 5, None]
-        assert (fetch(database) or ())[1:] == (2,)
+        assert fetch(database)[1:] == (2,)
 
     def test_lock_of_a_dead_worker(self, database):
         put(database, 1, CALIBRATE, lock="a")
         put(database, 2, CALIBRATE, lock="a")
         given = fetch(database)
-        assert given is not None
         waiting = fetch(database)
         retry(database, given[0])
 
         assert waiting is None
         assert in_order(database) == [1, 2]
 
-    def test_a_search_after_its_turn_stands_behind(self, database):
-        store = JobStore(database)
-        first = submitted(store, 0, kind=SEARCH)
+    def test_a_search_after_its_turn_stands_behind(self, database, store):
+        first = submitted(store, kind=SEARCH)
         entry, claim = taken(store, first)
-        second, urgent = submitted(store, 0), submitted(store, 1)
+        second, urgent = submitted(store), submitted(store, 1)
         ended = store.end_turn(claim)
         finish(database, entry)
-        third = submitted(store, 0)
+        third = submitted(store)
 
         assert ended is False
         assert store.get(first.id).stages[0].state is StageState.WAITING
-        assert in_order(database) == [j.stages[0].id for j in (urgent, second, first, third)]
+        assert in_order(database) == first_stages(urgent, second, first, third)
 
-    def test_so_do_its_other_islands_that_wait(self, database):
-        store = JobStore(database)
-        job = submitted(store, 0)
+    def test_so_do_its_other_islands_that_wait(self, database, store):
+        job = submitted(store)
         entry, claim = taken(store, job)
         store.complete(claim, {}, then=[NewStage(kind=SEARCH, number=i) for i in range(3)])
         finish(database, entry)
         entry, claim = taken(store, job)
         taken(store, job)  # by another worker, which keeps it
-        waiting = submitted(store, 0)
+        waiting = submitted(store)
         store.end_turn(claim)
         finish(database, entry)
         islands = store.get(job.id).of_kind(SEARCH)
@@ -206,12 +217,11 @@ class TestOrder:
         assert in_order(database) == [waiting.stages[0].id, islands[0].id, islands[2].id]
 
     def test_after_its_turn_a_keys_next_stages_and_its_other_jobs_let_another_key_in(
-        self, database
+        self, database, store
     ):
-        store = JobStore(database)
-        mine, yours = (KeyStore(database).create(n, sees_all=False)[0].id for n in "ab")
-        job, other = (submitted(store, 0, owner_id=mine) for _ in range(2))
-        paused, theirs, later = (submitted(store, 0, owner_id=yours) for _ in range(3))
+        mine, yours = new_keys(store, "ab")
+        job, other = (submitted(store, owner_id=mine) for _ in range(2))
+        paused, theirs, later = (submitted(store, owner_id=yours) for _ in range(3))
         store.ask(paused.id, "pause")
         entry, claim = taken(store, job)
         points = [NewStage(kind=StageKind.POINT, number=i) for i in range(2)]
@@ -221,34 +231,31 @@ class TestOrder:
         first, second = (stage.id for stage in store.get(job.id).of_kind(StageKind.POINT))
 
         assert in_order(database) == [
-            theirs.stages[0].id, first, second,
-            *(each.stages[0].id for each in (other, paused, later)),
+            *first_stages(theirs), first, second, *first_stages(other, paused, later)
         ]  # fmt: skip
 
-    def test_when_a_job_ends_the_key_is_let_in_that_was_not_served_for_longest(self, database):
+    def test_when_a_job_ends_the_key_is_let_in_that_was_not_served_for_longest(
+        self, database, store
+    ):
         """However soon: a key with many small jobs has no turn to spend on all of them."""
-        store = JobStore(database)
-        keys = [KeyStore(database).create(n, sees_all=False)[0].id for n in "abcd"]
+        keys = new_keys(store, "abcd")
         for key in keys:
             for _ in range(3):
-                submitted(store, 0, owner_id=key)
+                submitted(store, owner_id=key)
         served = []
-        while (given := fetch(database)) is not None:
-            claim = store.claim(given[1], given[0], uuid.uuid4())
-            assert claim is not None
-            assert claim.job.owner_id is not None
+        for _ in range(12):
+            entry, claim = taken(store)
             served.append(keys.index(claim.job.owner_id))
             store.complete(claim, {}, ended=True)
             store.next_turn([CALIBRATE], claim.job)
-            finish(database, given[0])
+            finish(database, entry)
 
         assert served == [0, 1, 2, 3] * 3
 
-    def test_without_another_key_it_lets_its_other_job_in(self, database):
-        store = JobStore(database)
-        job = submitted(store, 0)
+    def test_without_another_key_it_lets_its_other_job_in(self, database, store):
+        job = submitted(store)
         entry, claim = taken(store, job)
-        other = submitted(store, 0)
+        other = submitted(store)
         store.complete(claim, {}, then=[NewStage(kind=StageKind.POINT)])
         store.next_turn([CALIBRATE], claim.job, over=True)
         finish(database, entry)
@@ -256,26 +263,24 @@ class TestOrder:
 
         assert in_order(database) == [other.stages[0].id, point.id]
 
-    def test_its_jobs_are_let_in_one_after_the_other(self, database):
+    def test_its_jobs_are_let_in_one_after_the_other(self, database, store):
         """One that waits for its first turn comes before the later stages of one that had some."""
-        store = JobStore(database)
-        begun = [submitted(store, 0) for _ in range(3)]
+        begun = [submitted(store) for _ in range(3)]
         for i, job in enumerate(begun[:2]):
             entry, claim = taken(store, job)
             store.complete(claim, {}, then=[NewStage(kind=StageKind.POINT)])
             store.next_turn([*StageKind], claim.job, over=True)
             finish(database, entry)
 
-            assert (fetch(database) or ())[1:] == (begun[i + 1].stages[0].id,)
+            assert fetch(database)[1:] == (begun[i + 1].stages[0].id,)
             with database.transaction() as connection:
                 connection.exec_driver_sql("UPDATE procrastinate_jobs SET status = 'todo'")
 
-    def test_a_job_goes_on_while_its_turn_lasts(self, database):
-        store = JobStore(database)
-        mine, yours = (KeyStore(database).create(n, sees_all=False)[0].id for n in "ab")
-        job = submitted(store, 0, owner_id=mine)
+    def test_a_job_goes_on_while_its_turn_lasts(self, database, store):
+        mine, yours = new_keys(store, "ab")
+        job = submitted(store, owner_id=mine)
         entry, claim = taken(store, job)
-        theirs = submitted(store, 0, owner_id=yours)
+        theirs = submitted(store, owner_id=yours)
         store.complete(claim, {}, then=[NewStage(kind=SEARCH)])
         store.next_turn([*StageKind], claim.job)
         finish(database, entry)
@@ -283,93 +288,62 @@ class TestOrder:
 
         assert in_order(database) == [search.id, theirs.stages[0].id]
 
-    def test_but_not_for_a_worker_that_cannot_do_what_is_left_of_it(self, database):
-        store = JobStore(database)
-        keys = [KeyStore(database).create(n, sees_all=False)[0].id for n in "ab"]
-        first, _, theirs = (submitted(store, 0, owner_id=key) for key in [keys[0], *keys])
+    def test_but_not_for_a_worker_that_cannot_do_what_is_left_of_it(self, database, store):
+        keys = new_keys(store, "ab")
+        first, _, theirs = (submitted(store, owner_id=key) for key in [keys[0], *keys])
         entry, claim = taken(store, first)
         store.complete(claim, {}, then=[NewStage(kind=SEARCH)])
         store.next_turn([CALIBRATE], claim.job)
         finish(database, entry)
 
-        assert (fetch(database, CALIBRATE) or ())[1:] == (theirs.stages[0].id,)
+        assert fetch(database, CALIBRATE)[1:] == (theirs.stages[0].id,)
 
-    def test_workers_that_begin_at_once_let_in_a_key_each(self, database):
+    def test_workers_that_begin_at_once_let_in_a_key_each(self, database, store):
         """And what they let in is next, though they are killed before they take it."""
-        store = JobStore(database)
-        keys = [KeyStore(database).create(n, sees_all=False)[0].id for n in "abc"]
-        of_keys = [[submitted(store, 0, owner_id=key) for _ in range(4)] for key in keys]
+        keys = new_keys(store, "abc")
+        of_keys = [[submitted(store, owner_id=key) for _ in range(4)] for key in keys]
         for _ in range(6):
             store.next_turn([CALIBRATE])
         order = in_order(database)
 
         assert order[:4] == [own[number].stages[0].id for number in (0, 1) for own in of_keys][:4]
 
-    def test_what_was_let_in_first_is_taken_first_however_many_are_killed_before(self, database):
-        """The oldest jobs do not come first again and again."""
-        store = JobStore(database)
-        keys = [KeyStore(database).create(n, sees_all=False)[0].id for n in "abcd"]
+    @pytest.mark.parametrize("beginning", [1, 3])
+    def test_keys_are_served_in_turn_though_every_worker_is_killed(self, store, beginning):
+        """Also if more are killed before they take what they let in: the oldest job is not next."""
+        keys = new_keys(store, "abcd")
         for key in keys:
             for _ in range(8):
-                submitted(store, 0, owner_id=key)
+                submitted(store, owner_id=key)
         served = []
         for _ in range(12):
-            for _ in range(3):
-                store.next_turn([CALIBRATE])  # of workers that are killed, and of one that is not
-            served.append(keys.index(taken_next(store).owner_id))
+            for _ in range(beginning):
+                store.next_turn([CALIBRATE])  # as a worker does that begins
+            served.append(keys.index(taken(store)[1].job.owner_id))
 
         assert served == [0, 1, 2, 3] * 3
 
-    def test_no_key_is_let_in_before_a_more_urgent_job(self, database):
-        store = JobStore(database)
-        keys = [KeyStore(database).create(n, sees_all=False)[0].id for n in "ab"]
+    def test_no_key_is_let_in_before_a_more_urgent_job(self, database, store):
+        keys = new_keys(store, "ab")
         low, high = (submitted(store, i, owner_id=key) for i, key in enumerate(keys))
         for _ in range(3):
             store.next_turn([CALIBRATE])
 
-        assert in_order(database) == [high.stages[0].id, low.stages[0].id]
+        assert in_order(database) == first_stages(high, low)
 
-    def test_keys_are_served_in_turn_though_every_worker_is_killed(self, database):
-        store = JobStore(database)
-        keys = [KeyStore(database).create(n, sees_all=False)[0].id for n in "abc"]
-        for key in keys:
-            for _ in range(3):
-                submitted(store, 0, owner_id=key)
-        served = []
-        for _ in range(9):
-            store.next_turn([CALIBRATE])  # as a worker does that begins
-            served.append(keys.index(taken_next(store).owner_id))
-
-        assert served == [0, 1, 2] * 3
-
-    def test_a_dead_workers_stage_is_the_next(self, database):
-        store = JobStore(database)
-        entry, claim = taken(store, submitted(store, 0))
-        since, urgent = submitted(store, 0), submitted(store, 1)
+    def test_a_dead_workers_stage_is_the_next(self, database, store):
+        entry, claim = taken(store, submitted(store))
+        since, urgent = submitted(store), submitted(store, 1)
         store.give_again(entry, alive_s=0.0)
 
-        assert in_order(database) == [
-            each.stages[0].id for each in (urgent, claim.job, since)
-        ]  # fmt: skip
+        assert in_order(database) == first_stages(urgent, claim.job, since)
 
-    @pytest.mark.parametrize("verb", ["pause", "cancel"])
-    def test_its_search_is_put_down_and_nothing_waits(self, database, verb):
-        store = JobStore(database)
-        entry, claim = taken(store, submitted(store, 0))
-        store.ask(claim.job.id, verb)
-        store.end_turn(claim)
-        finish(database, entry)
-
-        assert store.get(claim.job.id).state in (JobState.PAUSED, JobState.CANCELLED)
-        assert in_order(database) == []
-
-    def test_another_waits_if_this_worker_could_take_it(self, database):
-        store = JobStore(database)
-        _, claim = taken(store, submitted(store, 0))
+    def test_another_waits_if_this_worker_could_take_it(self, store):
+        _, claim = taken(store, submitted(store))
         alone = store.another_waits(claim, [CALIBRATE])
         submitted(store, -1)
         less_urgent = store.another_waits(claim, [CALIBRATE])
-        waiting = submitted(store, 0)
+        waiting = submitted(store)
 
         assert (alone, less_urgent) == (False, False)
         assert store.another_waits(claim, [CALIBRATE, FINISH])
@@ -377,118 +351,21 @@ class TestOrder:
         store.ask(waiting.id, "pause")
         assert not store.another_waits(claim, [CALIBRATE])
 
-    def test_another_waits_for_somebody_else(self, database):
-        store = JobStore(database)
-        _, claim = taken(store, submitted(store, 0))
+    def test_another_waits_for_somebody_else(self, store):
+        _, claim = taken(store, submitted(store))
         taken(store, submitted(store, 1, lock="a"))
-        submitted(store, 0, lock="a")
+        submitted(store, lock="a")
 
         assert not store.another_waits(claim, [CALIBRATE])
 
-    def test_lock_of_a_paused_job(self, database):
-        store = JobStore(database)
-        first = NewStage(kind=CALIBRATE, lock="a")
-        paused, waiting = (
-            store.submit({}, name="n", first=first, trials=1, max_attempts=1)[0] for _ in "ab"
-        )
+    def test_lock_of_a_paused_job(self, database, store):
+        paused, waiting = (submitted(store, lock="a") for _ in "ab")
         store.ask(paused.id, "pause")
-        given = fetch(database)
-        assert given is not None
+        entry, stage_id = fetch(database)
 
-        assert store.claim(given[1], given[0], uuid.uuid4()) is None
-        finish(database, given[0])
-        assert in_order(database) == [waiting.stages[0].id]
-
-
-def taken_next(store):
-    """The job whose stage a worker gets and claims."""
-    given = fetch(store.database)
-    assert given is not None
-    claim = store.claim(given[1], given[0], uuid.uuid4())
-    assert claim is not None
-    assert claim.job.owner_id is not None
-    return claim.job
-
-
-def submitted(store, priority, *, kind=CALIBRATE, lock=None, owner_id=None):
-    """A job whose first stage is in the queue."""
-    first = NewStage(kind=kind, lock=lock)
-    return store.submit(
-        {}, name="n", first=first, trials=1, max_attempts=1, priority=priority, owner_id=owner_id
-    )[0]
-
-
-def taken(store, job):
-    """A worker's entry and its claim, after it took the first in the queue, which is the job's."""
-    given = fetch(store.database)
-    assert given is not None
-    claim = store.claim(given[1], given[0], uuid.uuid4())
-    assert claim is not None
-    assert claim.job.id == job.id
-    return given[0], claim
-
-
-PASSWORDS = ["plain", "p%40%", "{braces}", "%s %d", "a b", "a+b", "@:/?#&=", "ü€", "'\"\\", "%(x)s"]
-BASE = URL.create("postgresql", username="u", password="p", host="h", port=5432, database="d")
-
-
-class TestUrls:
-    """What a user writes into the URL gets to where the connections are made."""
-
-    @pytest.mark.parametrize("password", PASSWORDS)
-    def test_libpq_and_optuna_get_the_password_whatever_is_in_it(self, password):
-        url = BASE.set(password=password).render_as_string(hide_password=False)
-        parsed = conninfo_to_dict(Database(url).conninfo)
-
-        assert parsed["password"] == make_url(Database(url).studies_url).password == password
-        assert (parsed["user"], parsed["host"], parsed["dbname"]) == ("u", "h", "d")
-
-    @pytest.mark.parametrize("host", ["/a/with space", "/a/with+plus", "/a/100%41", "/a/b&c=d"])
-    def test_a_servers_socket_folder_may_be_called_anything(self, host):
-        url = BASE.set(host=None).update_query_dict({"host": host}).render_as_string()
-        database = Database(url)
-
-        assert make_url(database.studies_url).query["host"] == host
-        assert conninfo_to_dict(database.conninfo)["host"] == host
-
-    def test_a_url_may_name_several_hosts_of_which_one_is_the_primary(self):
-        query = "host=h1:5432&host=h2:5433&target_session_attrs=primary"
-        parsed = conninfo_to_dict(Database(f"postgresql://u:p@/d?{query}").conninfo)
-
-        assert (parsed["host"], parsed["port"]) == ("h1,h2", "5432,5433")
-        assert parsed["target_session_attrs"] == "primary"
-
-    @pytest.mark.parametrize("place", ["h:x", "h1:5432,h2:5433"])
-    def test_a_port_that_is_no_number_is_not_understood(self, place):
-        with pytest.raises(StorageError, match="is not understood"):
-            Database(f"postgresql://u:p@{place}/d")
-
-    @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg2"])
-    def test_all_ways_to_write_postgresql_mean_the_same(self, scheme):
-        database = Database(f"{scheme}://u:p@h/d?sslmode=require")
-
-        assert conninfo_to_dict(database.conninfo)["sslmode"] == "require"
-        assert database.studies_url.startswith("postgresql+psycopg://")
-
-    def test_server_options_are_kept_but_for_schemas(self, database):
-        options = "&options=-cstatement_timeout%3D54321%20-cwork_mem%3D5MB%20-csearch_path%3Dpublic"
-        given = Database(database.url.render_as_string() + options)
-        studies = create_engine(given.studies_url)
-        names = ("statement_timeout", "work_mem", "search_path", "synchronous_commit")
-        with (
-            given.engine.connect() as ours,
-            studies.connect() as optunas,
-            psycopg.connect(given.conninfo) as queues,
-        ):
-            shown = [
-                [(run(f"SHOW {name}").fetchone() or ())[0] for name in names]
-                for run in (ours.exec_driver_sql, optunas.exec_driver_sql, queues.execute)
-            ]
-        given.close()
-        studies.dispose()
-
-        assert shown[1] == ["54321ms", "5MB", "optuna", "off"]
-        assert shown[0] == shown[2] == ["54321ms", "5MB", "procrastinate", "on"]
+        assert store.claim(stage_id, entry, uuid.uuid4()) is None
+        finish(database, entry)
+        assert in_order(database) == first_stages(waiting)
 
 
 class Life:
@@ -507,7 +384,8 @@ class Life:
         self.busy = []  # (entry, claim) of workers at work
         self.dead = []  # entries of workers that died
         first = NewStage(kind=CALIBRATE, lock="bundle")
-        self.job_id = self.store.submit({}, name="n", first=first, trials=10, max_attempts=3)[0].id
+        new = NewJob(spec={}, name="n", stages=[first], trials=10, max_attempts=3)
+        self.job_id = self.store.submit(new)[0].id
 
     @property
     def state(self):
@@ -553,7 +431,7 @@ class Life:
     def complete(self, claim):
         """Do a stage as the workers do it."""
         if claim.stage.kind is FINISH:
-            self.store.complete(claim, {}, found=Found(best={}, warnings=[]), ended=True)
+            self.store.complete(claim, {}, job_result=JobResult(best={}, warnings=[]), ended=True)
             return
         then = [NewStage(kind=FINISH)]
         if claim.stage.kind is CALIBRATE:

@@ -3,7 +3,7 @@
 import pytest
 from sqlalchemy import select, update
 
-from storage.jobs import JobStore
+from storage.jobs import JobStore, NewJob
 from storage.records import VERBS, JobState, NewStage, StageKind, StageState, StateConflict, settled
 from storage.tables import events, jobs, stages
 
@@ -51,9 +51,8 @@ def store(shared_database):
 
 def job_in(store, state, *, busy):
     """A job in this state, whose only stage, a search, is running or waits."""
-    job, _ = store.submit(
-        {}, name="n", first=NewStage(kind=StageKind.SEARCH), trials=10, max_attempts=3
-    )
+    search = NewStage(kind=StageKind.SEARCH)
+    job, _ = store.submit(NewJob(spec={}, name="n", stages=[search], trials=10, max_attempts=3))
     stage = StageState.RUNNING if busy else StageState.WAITING
     with store.database.transaction() as connection:
         connection.execute(update(jobs).where(jobs.c.id == job.id).values(state=state))

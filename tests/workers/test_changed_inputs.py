@@ -12,7 +12,7 @@ from pho_service.models.loading import load_model
 from pho_service.models.texts import apart
 from pho_service.pipeline.rating import measure
 from pho_service.spec.transfer import TransferRequest, TransferSpec
-from storage.claims import Entry
+from storage.claims import LibraryAddition
 from storage.records import JobState, LostClaim, StageKind
 
 COMMITS = ("a" * 40, "b" * 40)
@@ -288,7 +288,7 @@ def test_claims_still_count(hand, transfer):
     lost = replace(claim, stage=replace(claim.stage, attempt=99))
 
     with pytest.raises(LostClaim):
-        hand.store.complete(lost, {}, library=[Entry({}, {})], ended=True)
+        hand.store.complete(lost, {}, library=[LibraryAddition({}, {})], ended=True)
 
 
 def test_confirmed_on_the_calibration_text(hand, small):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from sqlalchemy import text
 
 from pho_service.host.settings import read_settings
+from storage.jobs import NewJob
 from storage.keys import KeyStore
 from storage.records import JobState, NewStage, StageKind
 from storage.studies import DatabaseGone
@@ -100,8 +101,9 @@ def test_a_worker_that_starts_lets_in_the_key_that_was_not_served_for_longest(de
     """Or those that are killed before their first turn is over would all serve the oldest job."""
     store, kinds = desk.store, (StageKind.TRANSFER,)
     keys = [KeyStore(store.database).create(n, sees_all=False)[0].id for n in "ab"]
-    urgent = {"first": NewStage(kind=kinds[0]), "priority": 99, "trials": 1, "max_attempts": 9}
-    waiting = [store.submit({}, name="n", owner_id=key, **urgent)[0] for key in keys for _ in "12"]
+    stages = [NewStage(kind=kinds[0])]
+    new = NewJob(spec={}, name="n", stages=stages, priority=99, trials=1, max_attempts=9)
+    waiting = [store.submit(new, owner_id=key)[0] for key in keys for _ in "12"]
     served = []
     for _ in range(3):
         worker = _Worker(store.database, read_settings(), WorkerOptions(kinds=kinds), desk.inputs)
