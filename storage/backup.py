@@ -47,9 +47,9 @@ def restore(database: Database, file: Path) -> None:
             f"{file} was written with a newer Optuna: its studies are in tables of version "
             f"{revision}, which Optuna {optuna.__version__} does not know. Install that Optuna."
         )
-    whole = ("--single-transaction", "--exit-on-error", "--dbname={server}")
+    options = ("--single-transaction", "--exit-on-error", "--dbname={server}")
     longest_s = LEAST_S + file.stat().st_size / SLOWEST
-    _run("pg_restore", database, *whole, str(file), file=file, longest_s=longest_s)
+    _run("pg_restore", database, *options, str(file), file=file, longest_s=longest_s)
     database.migrate()
 
 

@@ -90,8 +90,8 @@ class ConfigurationStore:
         """Keep what a ranking reads of an entry, unless it has changed since it was read."""
         with self.database.transaction() as connection:
             query = select(configurations.c.transfers).where(configurations.c.id == entry.id)
-            now = connection.execute(query.with_for_update()).scalar()
-            if now == entry.transfers:
+            transfers = connection.execute(query.with_for_update()).scalar()
+            if transfers == entry.transfers:
                 connection.execute(
                     update(configurations)
                     .where(configurations.c.id == entry.id)

@@ -168,8 +168,8 @@ class Database:
         return self._studies_url(self._limit)
 
     def _studies_url(self, limit: str) -> str:
-        more = ("-csynchronous_commit=off", *self._options)
-        url = _with_schema(self.url, "optuna", *more, before=limit)
+        options = ("-csynchronous_commit=off", *self._options)
+        url = _with_schema(self.url, "optuna", *options, before=limit)
         return url.render_as_string(hide_password=False)
 
     @property
@@ -221,9 +221,9 @@ class Database:
         with self.transaction() as connection:
             version = _version(connection)
             # What Optuna writes last of its tables, which come after ours.
-            whole = connection.scalar(text("SELECT to_regclass('optuna.alembic_version')"))
+            optunas_tables = connection.scalar(text("SELECT to_regclass('optuna.alembic_version')"))
         check_version(version, "the database")
-        if version != ScriptDirectory(_MIGRATIONS).get_current_head() or whole is None:
+        if version != ScriptDirectory(_MIGRATIONS).get_current_head() or optunas_tables is None:
             raise DatabaseGone(
                 "the database does not have the tables of this version yet: `pho serve` makes them "
                 "when it starts"

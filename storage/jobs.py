@@ -305,10 +305,10 @@ class JobStore(ClaimStore):
 
     def set_artifact_store(self, store: str) -> None:
         """Note which artifact store the API sees."""
-        new = pg_insert(service).values(id=1, store=store)
-        again = new.on_conflict_do_update(index_elements=[service.c.id], set_={"store": store})
+        insert = pg_insert(service).values(id=1, store=store)
+        upsert = insert.on_conflict_do_update(index_elements=[service.c.id], set_={"store": store})
         with self.database.transaction() as connection:
-            connection.execute(again)
+            connection.execute(upsert)
 
     def counts(self) -> tuple[dict[JobState, int], dict[tuple[StageKind, StageState], int]]:
         """How many jobs are in each state, and how many stages of jobs that may work."""

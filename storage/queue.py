@@ -91,8 +91,8 @@ def waits(
     connection: Connection, kinds: Sequence[StageKind], job: JobRecord, *, another: bool
 ) -> bool:
     """Whether a job waits for a worker; or another one, of its priority or a higher one, does."""
-    which = "job <> :job AND priority >= :priority" if another else "job = :job"
-    query = text(f"SELECT EXISTS (SELECT FROM ({_WAITING}) AS waiting WHERE {which})")  # noqa: S608 - ours
+    condition = "job <> :job AND priority >= :priority" if another else "job = :job"
+    query = text(f"SELECT EXISTS (SELECT FROM ({_WAITING}) AS waiting WHERE {condition})")  # noqa: S608 - ours
     priority = {"priority": job.priority} if another else {}
     values = {**_parameters(kinds), "job": job.id, **priority}
     return bool(connection.execute(query, values).scalar_one())

@@ -363,9 +363,9 @@ def check_url(url: str) -> None:
         parsed = make_url(url)
         parsed.get_dialect()
     except (ArgumentError, NoSuchModuleError):
-        _, at, rest = url.rpartition("@")
-        said = f"***@{rest}" if at else url  # what is misspelt may hold a password
-        raise StorageError(f"{said!r} is not a database URL. {hint}") from None
+        _, separator, rest = url.rpartition("@")
+        shown_url = f"***@{rest}" if separator else url  # what is misspelt may hold a password
+        raise StorageError(f"{shown_url!r} is not a database URL. {hint}") from None
     if parsed.get_backend_name() == "sqlite":
         if parsed.database in (None, "", ":memory:"):
             raise StorageError(f"{url} is a database in memory, which keeps nothing. {hint}")
@@ -396,7 +396,7 @@ def read_trials(
     def rows(query: Any) -> Any:
         return connection.execute(query, execution_options=_IN_SCHEMA)
 
-    wanted = (
+    query = (
         select(
             _TRIALS.c.trial_id, _TRIALS.c.number, _TRIALS.c.state, _TRIALS.c.datetime_start,
             _TRIALS.c.datetime_complete,
@@ -412,27 +412,27 @@ def read_trials(
             datetime_complete=row.datetime_complete, params={}, distributions={}, user_attrs={},
             system_attrs={}, intermediate_values={}, trial_id=row.trial_id,
         )
-        for row in rows(wanted)
+        for row in rows(query)
     }  # fmt: skip
     # A trial that is added while these statements run is in the later ones alone.
     last = max((trial.number for trial in trials.values()), default=-1)
-    ids = wanted.where(_TRIALS.c.number <= last).with_only_columns(_TRIALS.c.trial_id).subquery()
+    ids = query.where(_TRIALS.c.number <= last).with_only_columns(_TRIALS.c.trial_id).subquery()
     for row in rows(select(_VALUES).join(ids, ids.c.trial_id == _VALUES.c.trial_id)):
         value = models.TrialValueModel.stored_repr_to_value(row.value, row.value_type)
         trials[row.trial_id].value = value
-    known: dict[str, BaseDistribution] = {}
-    of_params = select(_PARAMS).join(ids, ids.c.trial_id == _PARAMS.c.trial_id)
-    for row in rows(of_params) if params else ():
-        if row.distribution_json not in known:
-            known[row.distribution_json] = json_to_distribution(row.distribution_json)
-        distribution = known[row.distribution_json]
+    distributions: dict[str, BaseDistribution] = {}
+    params_query = select(_PARAMS).join(ids, ids.c.trial_id == _PARAMS.c.trial_id)
+    for row in rows(params_query) if params else ():
+        if row.distribution_json not in distributions:
+            distributions[row.distribution_json] = json_to_distribution(row.distribution_json)
+        distribution = distributions[row.distribution_json]
         trial = trials[row.trial_id]
         trial.distributions[row.param_name] = distribution
         trial.params[row.param_name] = distribution.to_external_repr(row.param_value)
-    of_attributes = select(_ATTRIBUTES).join(ids, ids.c.trial_id == _ATTRIBUTES.c.trial_id)
+    attributes_query = select(_ATTRIBUTES).join(ids, ids.c.trial_id == _ATTRIBUTES.c.trial_id)
     if attributes is not None:
-        of_attributes = of_attributes.where(_ATTRIBUTES.c.key.in_(attributes))
-    for row in rows(of_attributes):
+        attributes_query = attributes_query.where(_ATTRIBUTES.c.key.in_(attributes))
+    for row in rows(attributes_query):
         trials[row.trial_id].user_attrs[row.key] = json.loads(row.value_json)
     return [*trials.values()]
 
@@ -444,20 +444,20 @@ def read_course(
     if not sizes:
         return []
     names, size = column("name", String), column("size", Integer)
-    given = values(names, size, name="given").data([*sizes.items()])
-    place = (_TRIALS.c.number // given.c.size).label("place")
+    searches = values(names, size, name="given").data([*sizes.items()])
+    place = (_TRIALS.c.number // searches.c.size).label("place")
     value = _VALUES.c.value
     query = (
-        select(given.c.name, place, func.min(value), func.max(value))
-        .join(_STUDIES, _STUDIES.c.study_name == given.c.name)
+        select(searches.c.name, place, func.min(value), func.max(value))
+        .join(_STUDIES, _STUDIES.c.study_name == searches.c.name)
         .join(_TRIALS, _TRIALS.c.study_id == _STUDIES.c.study_id)
         .join(_VALUES, _VALUES.c.trial_id == _TRIALS.c.trial_id)
         .where(
             _TRIALS.c.state == TrialState.COMPLETE,
             _VALUES.c.value_type == models.TrialValueModel.TrialValueType.FINITE,
         )
-        .group_by(given.c.name, place)
-        .order_by(given.c.name, place)
+        .group_by(searches.c.name, place)
+        .order_by(searches.c.name, place)
     )
     rows = connection.execute(query, execution_options=_IN_SCHEMA)
     return [(row[0], row[1], row[2], row[3]) for row in rows]

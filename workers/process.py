@@ -34,8 +34,8 @@ def own_folder(parent: Path | None = None) -> Iterator[Path]:
     """An empty folder for as long as the block runs."""
     # Those of workers that were killed are removed: their locks are free.
     parent = parent or Path(tempfile.gettempdir())
-    for left in parent.glob(f"{_PREFIX}*"):
-        _remove_if_left(left)
+    for old_folder in parent.glob(f"{_PREFIX}*"):
+        _remove_if_left(old_folder)
     with (
         tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent) as folder,
         FileLock(Path(folder) / _LOCK),
@@ -85,7 +85,7 @@ def take_device(name: str, locks: Path | None = None) -> Iterator[torch.device]:
         return
     indices = range(torch.cuda.device_count()) if device.index is None else [device.index]
     folder = locks or Path(tempfile.gettempdir())
-    taken, why_not = [], []
+    busy_cards, why_not = [], []
     for card in (torch.device("cuda", index) for index in indices):
         broken = _why_broken(card)
         if broken is not None:
@@ -96,7 +96,7 @@ def take_device(name: str, locks: Path | None = None) -> Iterator[torch.device]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            taken.append(card)
+            busy_cards.append(card)
             why_not.append(f"{card} (GPU {_uuid(card)}) is another worker's on this machine")
             continue
         except PermissionError:
@@ -107,9 +107,9 @@ def take_device(name: str, locks: Path | None = None) -> Iterator[torch.device]:
         finally:
             lock.release()
         return
-    if name == "auto" and taken:
-        logger.warning("all GPUs are taken by other workers: sharing %s", taken[0])
-        yield taken[0]
+    if name == "auto" and busy_cards:
+        logger.warning("all GPUs are taken by other workers: sharing %s", busy_cards[0])
+        yield busy_cards[0]
         return
     raise InvalidInput(
         f"--device {name}: {'; '.join(why_not)}. One worker has one GPU: start no more workers "
