@@ -86,9 +86,11 @@ class ClaimStore:
     def claim(self, stage_id: int, queue_id: int, worker_id: uuid.UUID) -> Claim | None:
         """Take a stage that the queue gave out."""
         with self.database.transaction() as connection:
-            query = select(stages.c.job_id).where(stages.c.id == stage_id)
+            row = connection.execute(select(stages.c.job_id).where(stages.c.id == stage_id)).first()
+            if row is None:
+                return None
             try:
-                job = find_job(connection, connection.execute(query).scalar(), lock=True)
+                job = find_job(connection, row.job_id, lock=True)
             except NoSuchJob:  # deleted since
                 return None
             stage = _open_stage(connection, stage_id, queue_id)
