@@ -1,5 +1,5 @@
 """
-The life of jobs and stages, as plain tables, and what the stores give and refuse: no SQL here.
+The life of jobs and stages, and what the stores give and refuse: plain values, no SQL.
 """
 
 import uuid
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 # Stages that measure the perplexity of a trial have its number; those of a validation, and of what
 # a result is judged by, have numbers from here.
@@ -41,15 +41,31 @@ class JobState(StrEnum):
 class StageKind(StrEnum):
     """The work of a job, in this order; a transfer is a job of its own, a stage for each model."""
 
-    TRANSFER = "transfer"  # measure a configuration on another model
-    CALIBRATE = "calibrate"  # make the bundle, or find it
-    POINT = "point"  # search and confirm one of several patterns
-    SEARCH = "search"  # one island
-    CONFIRM = "confirm"  # choose the finalists, compare them with the dense model
-    PERPLEXITY = "perplexity"  # prune with one candidate and measure
-    FINISH = "finish"  # choose the best and write the configuration, or the answer of a target
-    TASKS = "tasks"  # measure the dense model, or the pruned one, on zero-shot tasks
-    PRUNE = "prune"  # write the pruned model into the artifact store
+    _value_: str
+    heading: str  # What it does, for people
+    unit: str  # What its stages are of, or what else is counted of them
+
+    def __new__(cls, value: str, heading: str = "", unit: str = "stages") -> Self:
+        kind = str.__new__(cls, value)
+        kind._value_, kind.heading, kind.unit = value, heading, unit
+        return kind
+
+    TRANSFER = "transfer", "Measure on other models", "models"
+    # Make the bundle, or find it.
+    CALIBRATE = "calibrate", "Calibrate", "parts"
+    # Search and confirm one of several patterns.
+    POINT = "point", "Search and confirm each pattern", "patterns"
+    SEARCH = "search", "Search", "trials"  # one island
+    # Compare candidates with the dense model.
+    CONFIRM = "confirm", "Choose the finalists"
+    # Prune with one candidate and measure.
+    PERPLEXITY = "perplexity", "Measure perplexities", "perplexities"
+    # Write the configuration, or the answer of a target.
+    FINISH = "finish", "Choose the best"
+    # Measure the dense model, or the pruned one, on zero-shot tasks.
+    TASKS = "tasks", "Measure tasks, dense and pruned", "models"
+    # Into the artifact store.
+    PRUNE = "prune", "Write the pruned model"
 
     @property
     def rank(self) -> int:

@@ -280,22 +280,13 @@ def _pruned(job: stored.JobRecord) -> Literal["waiting", "done", "removed"] | No
     return "removed" if REMOVED in job.pruning.result else "done"
 
 
-# What stages of a kind are of, or what else is counted of them.
-_UNITS = {
-    StageKind.TRANSFER: "models",
-    StageKind.CALIBRATE: "parts",
-    StageKind.POINT: "patterns",
-    StageKind.SEARCH: "trials",
-    StageKind.PERPLEXITY: "perplexities",
-    StageKind.TASKS: "models",
-}
-
-
 def _pieces(job: stored.JobRecord) -> list[Pieces]:
     """What is known of each kind of stage, in the order of the work: how much of it is done."""
-    units = {**_UNITS, **({StageKind.POINT: "patterns at most"} if job.spec.get("target") else {})}
+    at_most = " at most" if job.spec.get("target") else ""
     return [
-        Pieces(stage=kind, unit=units.get(kind, "stages"), done=done, total=total)
+        Pieces(
+            stage=kind, unit=kind.unit + at_most * (kind is StageKind.POINT), done=done, total=total
+        )
         for kind in StageKind
         for done, total in [_counted(job, kind)]
         if total

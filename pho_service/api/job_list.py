@@ -30,7 +30,7 @@ from pho_service.api.operations import workers
 from pho_service.api.pages import Pairs, draw
 from pho_service.api.plan import likely_card
 from pho_service.api.problems import sentence, wrong_parameter
-from pho_service.api.report import TITLES, collected
+from pho_service.api.report import collected
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.api.stepper import StepRow, span, steps, time_left
 from pho_service.errors import OutputError
@@ -144,9 +144,7 @@ def _logs(events: Sequence[stored.EventRecord], *, named: bool) -> list[Logged]:
     left = LOG_LINES
     for event in reversed(events):
         data = event.data
-        kind = StageKind(data["stage"])
-        title = TITLES.get(kind, kind.value.capitalize())
-        title += f", {data['worker']}" * named
+        title = StageKind(data["stage"]).heading + f", {data['worker']}" * named
         lines = data["lines"][-left:] if left else []
         left -= len(lines)
         if lines:

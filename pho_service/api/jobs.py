@@ -496,7 +496,7 @@ def extend(job_id: UUID, extension: Extension, service: ServiceParam, caller: Ca
         service.jobs.ask, job_id, "extend", visible_to=caller.visible_to, trials=extension.trials,
         max_trials=most,
     )  # fmt: skip
-    job = service.charged(ask, tokens, [more], without=("calibrate",))
+    job = service.charged(ask, tokens, [more], without={StageKind.CALIBRATE})
     if had_files:  # of a model that is not the best any more
         try:
             service.pruned.remove(job_id)

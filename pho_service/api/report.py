@@ -40,17 +40,6 @@ from storage.studies import read_trials
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 EVENTS, MOST_EVENTS = 50, 1000  # the newest that are shown, and that are read for them
-TITLES = {
-    StageKind.TRANSFER: "Measure on other models",
-    StageKind.CALIBRATE: "Calibrate",
-    StageKind.POINT: "Search and confirm each pattern",
-    StageKind.SEARCH: "Search",
-    StageKind.CONFIRM: "Choose the finalists",
-    StageKind.PERPLEXITY: "Measure perplexities",
-    StageKind.FINISH: "Choose the best",
-    StageKind.TASKS: "Measure tasks, dense and pruned",
-    StageKind.PRUNE: "Write the pruned model",
-}
 MOST_TRIALS = 10_000  # that are read, which takes seconds; of whole islands, the first in any case
 
 
@@ -101,12 +90,13 @@ def without_turns(events: Sequence[stored.EventRecord]) -> list[stored.EventReco
 def told(event: stored.EventRecord) -> str:
     """An event, in words."""
     data = event.data
-    if event.kind == "stage":
+    if event.kind in ("stage", "put_down"):
+        heading = StageKind(data["stage"]).heading.lower()
+        if event.kind == "put_down":
+            reason = {"turn": "gave its turn to another job", "stopped": "its worker stopped"}
+            return f"put down: {heading}, {reason[data['why']]}"
         again = "tried again" if data.get("failures") else "went on"
-        return f"{again if 'attempt' in data else 'began'}: {TITLES[data['stage']].lower()}"
-    if event.kind == "put_down":
-        reason = {"turn": "gave its turn to another job", "stopped": "its worker stopped"}
-        return f"put down: {TITLES[data['stage']].lower()}, {reason[data['why']]}"
+        return f"{again if 'attempt' in data else 'began'}: {heading}"
     if event.kind == "retry":
         return f"{data['stage']} failed, and is tried again: {data['message']} ({data['type']})"
     error = data.get("error")

@@ -30,7 +30,7 @@ from pho_service.host.artifacts import PrunedStore
 from pho_service.host.settings import Settings
 from pho_service.host.webhooks import WebhookRules
 from pho_service.planning.costs import Machine, named_machine
-from pho_service.planning.plan import PRUNING, Plan, plan_job
+from pho_service.planning.plan import Plan, plan_job
 from pho_service.planning.shapes import read_shapes
 from pho_service.spec.fields import FieldError, JobLimits
 from pho_service.spec.job import JobSpec
@@ -220,7 +220,7 @@ class Service:
 
     def charged(
         self, store: Callable[..., T], tokens: int, specs: Sequence[JobSpec],
-        *, without: Collection[str] = (),
+        *, without: Collection[StageKind] = (),
     ) -> T:  # fmt: skip
         """What ``store`` gives for the work of jobs, which are planned only if a quota asks."""
         try:
@@ -228,7 +228,7 @@ class Service:
         except NotPlanned:
             return store(work={"tokens": tokens, "seconds": self._seconds(specs, without)})
 
-    def _seconds(self, specs: Sequence[JobSpec], without: Collection[str]) -> int:
+    def _seconds(self, specs: Sequence[JobSpec], without: Collection[StageKind]) -> int:
         """Those of the plans of jobs, without some stages."""
         if not self._turns.acquire(timeout=TURN_S):
             told = "Other jobs are being planned, which takes long if the hub is slow. Try again."
@@ -236,9 +236,9 @@ class Service:
         seconds, card = 0.0, named_machine("H100")
         try:
             for spec in specs:
-                left_out = {*without} if spec.prune else {*without, *PRUNING}
+                left_out = {*without} if spec.prune else {*without, StageKind.PRUNE}
                 for stage in self.plan(spec, card).stages:
-                    if stage.title.partition(",")[0] not in left_out:
+                    if stage.kind not in left_out:
                         seconds += stage.seconds[1]
         except FieldError as error:
             told = f"{error} The quota of this key counts hours, so jobs must be planned."

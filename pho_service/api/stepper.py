@@ -2,7 +2,7 @@
 How far a job is: all of its stages from the first to the last, what one waits for, the time left.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from math import sqrt
@@ -10,21 +10,11 @@ from math import sqrt
 from pho_service.api.answers import Progress, Worker
 from pho_service.api.describe import is_several, is_transfer, step_of, worked_s
 from pho_service.api.plan import Card, at_hand
-from pho_service.api.report import TITLES
 from pho_service.api.service import Service
 from pho_service.planning.costs import named_machine
-from pho_service.planning.plan import Plan
 from pho_service.spec.fields import FieldError
 from pho_service.spec.job import JobSpec
 from storage.records import JobRecord, JobState, Stage, StageKind, StageState
-
-# Which stage does what a plan has under a title, up to the first comma.
-_PLANNED = {
-    **dict.fromkeys(("read the model", "hash the weights", "calibrate"), StageKind.CALIBRATE),
-    "search": StageKind.SEARCH, "correct": StageKind.CONFIRM, "validate": StageKind.PERPLEXITY,
-    "confirm by perplexity": StageKind.PERPLEXITY, "prune": StageKind.PRUNE,
-    "save": StageKind.PRUNE,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +73,7 @@ def _step(
         at.append(f"attempt {attempt}")
     return StepRow(
         kind=kind,
-        title=TITLES[kind],
+        title=kind.heading,
         state=state,
         done=done,
         total=total,
@@ -141,32 +131,24 @@ def time_left(
     if place is None:
         return ""
     try:
-        plan = _by_kind(service.plan(spec, named_machine(card), place), spec)
+        plan = service.plan(spec, named_machine(card), place)
     except FieldError:  # its page says why once it fails
         return ""
+    planned_s = dict.fromkeys(StageKind, 0.0)
+    for stage in plan.stages:
+        planned_s[stage.kind] += sqrt(stage.seconds[0] * stage.seconds[1])
     searched = StageKind.POINT if spec.several else StageKind.SEARCH
     at, worked, pace = progress.of(searched), worked_s(job, searched), 1.0
-    if worked and at.done and plan.get(searched):
-        pace = worked / at.done * at.total / plan[searched]
+    if worked and at.done and planned_s[searched]:
+        pace = worked / at.done * at.total / planned_s[searched]
     left = 0.0
     for row in rows:
         if row.state == StageState.DONE:
             continue
         share = 1 - row.done / row.total if row.total else 1.0
         by_pace = progress.seconds_left if row.kind is job.stage else None
-        left += plan.get(row.kind, 0.0) * pace * share if by_pace is None else by_pace
+        left += planned_s[row.kind] * pace * share if by_pace is None else by_pace
     return span(left)
-
-
-def _by_kind(plan: Plan, spec: JobSpec) -> Mapping[StageKind, float]:
-    """Seconds of each kind of stage, between the least and the most that a plan says."""
-    found: dict[StageKind, float] = {}
-    for stage in plan.stages:
-        kind = _PLANNED.get(stage.title.partition(",")[0], StageKind.FINISH)
-        if spec.several and kind in (StageKind.SEARCH, StageKind.CONFIRM, StageKind.PERPLEXITY):
-            kind = StageKind.POINT
-        found[kind] = found.get(kind, 0.0) + sqrt(stage.seconds[0] * stage.seconds[1])
-    return found
 
 
 def span(seconds: float) -> str:

@@ -47,8 +47,8 @@ class Machine:
                     f"a memory of {size} bytes holds no model. Give a size with a unit: 80GiB."
                 )
         main = main_bytes or (self.main_bytes if self.is_gpu else memory_bytes) or self.main_bytes
-        own = memory_bytes or (self.memory_bytes if self.is_gpu else main)
-        return replace(self, memory_bytes=own, main_bytes=main)
+        models = memory_bytes or (self.memory_bytes if self.is_gpu else main)
+        return replace(self, memory_bytes=models, main_bytes=main)
 
     def to_dict(self) -> dict[str, object]:
         return {
@@ -99,14 +99,14 @@ def named_machine(name: str) -> Machine:
     """The machine of a name: ``H100``, ``a100``, or ``cpu`` for this one."""
     if name.lower() == "cpu":
         return this_cpu()
-    found = {known.lower(): card for known, card in CARDS.items()}.get(name.lower())
-    if found is None:
+    card = next((card for card in CARDS.values() if card.name.lower() == name.lower()), None)
+    if card is None:
         raise InvalidInput(
             f"the card {name!r} is not known. Known are {', '.join(CARDS)}, and cpu for this "
             f"machine without one; {field_name('device_memory')} says how much memory "
             "another card has."
         )
-    return found
+    return card
 
 
 @cache
@@ -214,43 +214,8 @@ class Work:
         return self.calibration.samples * self.calibration.context_length
 
 
-def stage_seconds(shapes: ModelShapes, work: Work, machine: Machine) -> dict[str, float]:
-    """Estimate the seconds of each stage of a job, in the order of the stages."""
-    costs = _Costs(shapes, work, machine)
-    stages = {
-        "read the model": costs.reading(),
-        "hash the weights": shapes.bytes(work.dtype) / (HASHED * min(machine.cores, 8)),
-        "calibrate": costs.calibration(),
-        f"search, {work.trials} trials": costs.search(),
-    }
-    if work.corrections:
-        stages[f"correct, {work.corrections} allocations"] = costs.correction()
-    if work.validated:
-        stages[f"validate, {work.validated} candidates"] = work.validated * costs.measured()
-    if work.finalists:
-        stages["confirm by perplexity"] = costs.confirmation()
-    stages["prune"] = (
-        costs.again() if work.kept else costs.pruning(work.steps) + costs.reconstruction()
-    )
-    stages["prune"] += costs.streaming(0 if work.steps.needs_text else 1)
-    if work.recovery is not None:
-        stages["recover"] = costs.recovery(work.recovery)
-    stages["save"] = costs.saving()
-    return stages
-
-
-def recovered_tokens(shapes: ModelShapes, work: Work, machine: Machine) -> int:
-    """Tokens that a recovery trains on: as many as asked for, or as its time allows."""
-    assert work.recovery is not None
-    if work.recovery.tokens is not None:
-        return work.recovery.tokens
-    context = work.calibration.context_length
-    each = _Costs(shapes, work, machine).recovered(context)
-    return context * max(1, int(work.recovery.time_s / each))
-
-
-class _Costs:
-    """The stages of one job on one machine."""
+class Costs:
+    """Seconds of what one job does on one machine."""
 
     def __init__(self, shapes: ModelShapes, work: Work, machine: Machine) -> None:
         self.shapes = shapes
@@ -268,6 +233,9 @@ class _Costs:
         """Its files, to the card."""
         size = self.shapes.bytes()
         return STARTED_S + size / self.machine.disk + size / self.machine.copies
+
+    def hashing(self) -> float:
+        return self.shapes.bytes(self.work.dtype) / (HASHED * min(self.machine.cores, 8))
 
     def streaming(self, passes: float) -> float:
         """The weights of a streamed model, read and copied again in each pass."""
@@ -345,10 +313,10 @@ class _Costs:
         context, windows = self.work.calibration.context_length, self.work.calibration.samples
         compared = self.forward(corrected_windows(context) * context, context, head=True)
         learned = shared_windows(windows, context) * context
-        asked = self.forward(learned, context, head=True)
+        learning = self.forward(learned, context, head=True)
         # Two forward passes, as blocks are run again, and one backward, which is two of them.
-        steps = self.work.corrections * (4 * asked + compared + 2 * self.masks())
-        return asked + compared + self.masks() + steps
+        steps = self.work.corrections * (4 * learning + compared + 2 * self.masks())
+        return learning + compared + self.masks() + steps
 
     def perplexity(self) -> float:
         """The model over the windows that perplexities are measured on."""
@@ -393,11 +361,18 @@ class _Costs:
         moved = SCORED * (1 + 3 * (not self.work.steps.allocation.is_even))
         return self.shapes.prunable * moved / self.machine.bandwidth
 
-    def recovery(self, asked: Recovery) -> float:
+    def recovery(self, settings: Recovery) -> float:
         """What it may take; or the dense model, and the steps of the pruned one."""
-        if asked.tokens is None:
-            return asked.time_s
-        return self.recovered(asked.tokens) + self.written_windows(asked.written)
+        if settings.tokens is None:
+            return settings.time_s
+        return self.recovered(settings.tokens) + self.written_windows(settings.written)
+
+    def recovered_tokens(self, settings: Recovery) -> int:
+        """Tokens that a recovery trains on: as many as asked for, or as its time allows."""
+        if settings.tokens is not None:
+            return settings.tokens
+        context = self.work.calibration.context_length
+        return context * max(1, int(settings.time_s / self.recovered(context)))
 
     def written_windows(self, tokens: int) -> float:
         """What the dense model writes, a token of some windows at once."""
@@ -428,10 +403,13 @@ class _Costs:
         forward = self.forward(self.work.tokens, context, head=False)
         return passes * forward + moved / self.machine.bandwidth
 
-    def again(self) -> float:
-        """The dense stream and the pruned one through blocks that are trained already."""
-        context = self.work.calibration.context_length
-        return 2 * self.forward(self.work.tokens, context, head=False)
+    def pruned(self) -> float:
+        """The winner's weights: from the dense model, or where its blocks were kept from these."""
+        streamed = self.streaming(0 if self.work.steps.needs_text else 1)
+        if self.work.kept:  # the dense stream and the pruned one through blocks that are trained
+            context = self.work.calibration.context_length
+            return 2 * self.forward(self.work.tokens, context, head=False) + streamed
+        return self.pruning(self.work.steps) + self.reconstruction() + streamed
 
     def pruning(self, steps: Steps) -> float:
         """One candidate's masks, and its weights where a step before a reconstruction does."""

@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pho_service.errors import InvalidInput, field_name
-from pho_service.planning.costs import Machine, Work, recovered_tokens, stage_seconds
+from pho_service.planning.costs import Costs, Machine, Work
 from pho_service.planning.shapes import DTYPE_BYTES, ModelShapes
 from pho_service.planning.stage_memory import (
     MOST,
     CalibrationPlan,
-    Footprint,
     Peak,
     Place,
     choose_run,
@@ -26,7 +25,9 @@ from pho_service.planning.stage_memory import (
 from pho_service.spec.curve import first_of_kinds
 from pho_service.spec.document import format_bytes
 from pho_service.spec.job import JobSpec
+from pho_service.spec.recovery import Recovery
 from pho_service.spec.steps import Steps
+from storage.records import StageKind
 
 PROCESS = 2**30  # Python with torch and transformers, before any model; thrice with CUDA
 CONTEXT = 2**30  # what a CUDA context and its libraries take of a card
@@ -34,18 +35,18 @@ FREE = 0.95  # of a card that can be used: the rest is lost between blocks
 # What `pho pack` leaves of a kept weight's sign and exponent and of a removed weight, in bytes, in
 # bfloat16.
 PACKED_BYTE, PACKED_ZERO = 0.53, 0.36
-# Stages, by their titles up to the first comma: at each pattern, and what ends in a pruned model.
-SEARCHING = ("search", "correct", "validate", "confirm by perplexity")
-PRUNING = ("prune", "recover", "save")
+# What is done at each pattern.
+SEARCHING = {StageKind.POINT, StageKind.SEARCH, StageKind.CONFIRM, StageKind.PERPLEXITY}
 _CARDS = (2, 4, 8, 16)  # of a machine
 SEARCHED = 3  # times its bundle that a search holds at its peak
 
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """Time and memory of one stage."""
+    """Time and memory of one thing that a stage does."""
 
-    title: str  # What is done
+    kind: StageKind
+    title: str  # What is done, and how often
     seconds: tuple[float, float]  # At least and at most
     peak: Peak  # Bytes at its peak, the model and the process included
 
@@ -159,31 +160,29 @@ def _of_several(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> Plan:
     The plan of a job with several patterns: what is done at each of them takes as long as at the
     first of its kind. The model that is pruned in the end is that of the first.
     """
-    points, kinds = spec.points, first_of_kinds(spec.points)
-    one = spec.model_copy(update={"prune": False})  # nothing is kept of so many winners
-    plans = [plan_job(one.of_pattern(each), shapes, machine) for each in kinds]
+    patterns, firsts = spec.points, first_of_kinds(spec.points)
+    unpruned = spec.model_copy(update={"prune": False})  # nothing is kept of so many winners
+    plans = [plan_job(unpruned.of_pattern(pattern), shapes, machine) for pattern in firsts]
     for width in {linear.in_features for linear in shapes.linears}:
-        for each in points:
-            each.check_width(width, spec.model)
-    counts = [sum(bool(p.group) == bool(kind.group) for p in points) for kind in kinds]
+        for pattern in patterns:
+            pattern.check_width(width, spec.model)
+    counts = [sum(bool(p.group) == bool(first.group) for p in patterns) for first in firsts]
     if spec.target is not None:
         counts = [spec.most_points]
     stages = []
     for alike in zip(*(plan.stages for plan in plans), strict=True):
-        repeated = alike[0].title.partition(",")[0] in SEARCHING
+        repeated = alike[0].kind in SEARCHING
         times = counts if repeated else [1] + [0] * (len(plans) - 1)
         low, high = (
             sum(n * stage.seconds[end] for n, stage in zip(times, alike, strict=True))
             for end in (0, 1)
         )
-        title = alike[0].title
-        stages.append(
-            replace(
-                max(alike, key=lambda stage: stage.peak.device + stage.peak.host),
-                title=f"{title}, at each of {sum(counts)} patterns" if repeated else title,
-                seconds=(low, high),
-            )
-        )
+        largest = max(alike, key=lambda stage: stage.peak.device + stage.peak.host)
+        stage = replace(largest, title=alike[0].title, seconds=(low, high))
+        if repeated:
+            title = f"{stage.title}, at each of {sum(counts)} patterns"
+            stage = replace(stage, kind=StageKind.POINT, title=title)
+        stages.append(stage)
     lacking = next((plan for plan in plans if not plan.fits), plans[0])
     return replace(lacking, stages=tuple(stages))
 
@@ -196,31 +195,20 @@ def _dtype(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> str:
 
 
 def _plan(shapes: ModelShapes, work: Work, machine: Machine) -> Plan:
-    footprint = shapes_footprint(shapes, work.dtype)
-    place = Place(on_gpu=machine.is_gpu, stream=work.stream)
-    card = int(FREE * machine.memory_bytes) - CONTEXT if machine.is_gpu else None
+    memory = _Memory(shapes, work, machine)
     calibration = choose_run(
-        footprint, work.calibration, place,
+        memory.footprint, work.calibration, memory.place,
         windows=work.calibration.samples, fisher_windows=work.fisher_samples,
-        device_limit=card, host_limit=machine.main_bytes - PROCESS,
+        device_limit=memory.card, host_limit=machine.main_bytes - PROCESS,
         device_size=machine.memory_bytes if machine.is_gpu else None,
     )  # fmt: skip
     work = replace(work, batch=calibration.run.windows)
-    peaks = _peaks(footprint, place, work, calibration, card, DTYPE_BYTES[shapes.dtype])
     if work.recovery is not None:
-        plain = replace(work, recompute=work.recovery.train == "lora")
-        peak = _with_process(_recovery(footprint, shapes, plain, machine), machine)
+        once = replace(work, recompute=work.recovery.train == "lora")
+        peak = _with_process(_Memory(shapes, once, machine).recovery(work.recovery), machine)
         if peak.device <= machine.memory_bytes and peak.host <= machine.main_bytes:
-            work = plain
-        peaks["recover"] = _recovery(footprint, shapes, work, machine)
-    stages = tuple(
-        StagePlan(
-            title=title,
-            seconds=(took / machine.uncertainty, took * machine.uncertainty),
-            peak=_with_process(peaks[title.partition(",")[0]], machine),
-        )
-        for title, took in stage_seconds(shapes, work, machine).items()
-    )
+            work = once
+    stages = tuple(_stages(_Memory(shapes, work, machine), calibration))
     return Plan(
         shapes=shapes,
         machine=machine,
@@ -231,15 +219,35 @@ def _plan(shapes: ModelShapes, work: Work, machine: Machine) -> Plan:
     )
 
 
-def _recovery(
-    footprint: Footprint, shapes: ModelShapes, work: Work, machine: Machine, processes: int = 1
-) -> Peak:
-    assert work.recovery is not None
-    return recovery_peak(
-        footprint, Place(on_gpu=machine.is_gpu, stream=work.stream), work.recovery,
-        tokens=work.calibration.context_length, asked=recovered_tokens(shapes, work, machine),
-        processes=processes, recompute=work.recompute,
-    )  # fmt: skip
+def _stages(memory: "_Memory", calibration: CalibrationPlan) -> Iterator[StagePlan]:
+    """All that a job with one pattern does, in order."""
+    work, machine = memory.work, memory.machine
+    costs = Costs(memory.shapes, work, machine)
+
+    def stage(kind: StageKind, title: str, seconds: float, peak: Peak) -> StagePlan:
+        low, high = seconds / machine.uncertainty, seconds * machine.uncertainty
+        peak = _with_process(peak, machine)
+        return StagePlan(kind=kind, title=title, seconds=(low, high), peak=peak)
+
+    yield stage(StageKind.CALIBRATE, "read the model", costs.reading(), memory.loaded())
+    yield stage(StageKind.CALIBRATE, "hash the weights", costs.hashing(), memory.loaded())
+    yield stage(StageKind.CALIBRATE, "calibrate", costs.calibration(), calibration.peak)
+    title = f"search, {work.trials} trials"
+    yield stage(StageKind.SEARCH, title, costs.search(), memory.search())
+    if work.corrections:
+        title = f"correct, {work.corrections} allocations"
+        yield stage(StageKind.CONFIRM, title, costs.correction(), memory.correction())
+    if work.validated:
+        title, seconds = f"validate, {work.validated} candidates", work.validated * costs.measured()
+        yield stage(StageKind.PERPLEXITY, title, seconds, memory.confirmation())
+    if work.finalists:
+        title, seconds = "confirm by perplexity", costs.confirmation()
+        yield stage(StageKind.PERPLEXITY, title, seconds, memory.confirmation())
+    yield stage(StageKind.PRUNE, "prune", costs.pruned(), memory.pruned())
+    if work.recovery is not None:
+        seconds, peak = costs.recovery(work.recovery), memory.recovery(work.recovery)
+        yield stage(StageKind.PRUNE, "recover", seconds, peak)
+    yield stage(StageKind.PRUNE, "save", costs.saving(), memory.saving())
 
 
 def _with_process(peak: Peak, machine: Machine) -> Peak:
@@ -247,86 +255,90 @@ def _with_process(peak: Peak, machine: Machine) -> Peak:
     return replace(peak, device=device, host=peak.host + PROCESS * (3 if machine.is_gpu else 1))
 
 
-def _peaks(
-    footprint: Footprint,
-    place: Place,
-    work: Work,
-    calibration: CalibrationPlan,
-    card: int | None,
-    stored_itemsize: int,
-) -> dict[str, Peak]:
-    """What each stage holds, by its title, without the process and the card's context."""
-    settings = work.calibration
-    block = max(sizes.weights for sizes in footprint.blocks)
-    loaded = Peak.at(place, device=block if work.stream else footprint.weights, host=0)
-    bundle = footprint.bundle(settings)
-    searching = Place(on_gpu=place.on_gpu)
-    streams = 1 + work.steps.reconstruction.wanted
-    pruning = pruning_peak(
-        footprint, place, work.steps,
-        windows=settings.samples, tokens=settings.context_length, keep_dense=False,
-        states_on_device=_stay(footprint, place, streams * settings.samples, work, card),
-    )  # fmt: skip
-    peaks = {
-        "read the model": loaded,
-        "hash the weights": loaded,
-        "calibrate": calibration.peak,
-        "search": Peak.at(searching, device=SEARCHED * bundle, host=bundle),
-        "prune": pruning,
-        "save": saving_peak(footprint, place, stored_itemsize=stored_itemsize),
-    }
-    if work.kept:  # weights and masks, of a byte each
-        trained = footprint.prunable * (stored_itemsize + 1)
-        peaks["prune"] = replace(pruning, disk=pruning.disk + trained)
-    if work.corrections:
-        rated = replace(work, steps=work.steps.rated, windows=1)
-        measured = _confirmation(footprint, place, rated, card)
-        run_back = footprint.backward(settings.context_length, 1, recompute=True)
-        on_gpu, on_cpu = (run_back, 0) if place.on_gpu else (0, run_back)
-        peaks["correct"] = replace(
-            measured, device=measured.device + on_gpu, host=measured.host + on_cpu
-        )
-    if work.finalists:
-        peaks["confirm by perplexity"] = _confirmation(footprint, place, work, card)
-        peaks["validate"] = peaks["confirm by perplexity"]
-        if work.by_perplexity:
-            peaks["search"] = peaks["search"].with_(peaks["validate"])
-    return peaks
+class _Memory:
+    """Peaks of what one job does on one machine, without the process and the card's context."""
 
+    def __init__(self, shapes: ModelShapes, work: Work, machine: Machine) -> None:
+        self.shapes = shapes
+        self.work = work
+        self.machine = machine
+        self.settings = work.calibration
+        self.footprint = shapes_footprint(shapes, work.dtype)
+        self.place = Place(on_gpu=machine.is_gpu, stream=work.stream)
+        self.card = int(FREE * machine.memory_bytes) - CONTEXT if machine.is_gpu else None
+        self.stored_itemsize = DTYPE_BYTES[shapes.dtype]
 
-def _confirmation(footprint: Footprint, place: Place, work: Work, card: int | None) -> Peak:
-    """Return the peak for a candidate that is pruned, measured and made dense again."""
-    settings = work.calibration
-    if work.steps.needs_text:
-        streams = 1 + work.steps.reconstruction.wanted
-        pruned = pruning_peak(
-            footprint, place, work.steps,
-            windows=settings.samples, tokens=settings.context_length, keep_dense=True,
-            states_on_device=_stay(footprint, place, streams * settings.samples, work, card),
+    def loaded(self) -> Peak:
+        block = max(sizes.weights for sizes in self.footprint.blocks)
+        weights = block if self.work.stream else self.footprint.weights
+        return Peak.at(self.place, device=weights, host=0)
+
+    def search(self) -> Peak:
+        bundle = self.footprint.bundle(self.settings)
+        peak = Peak.at(Place(on_gpu=self.place.on_gpu), device=SEARCHED * bundle, host=bundle)
+        return peak.with_(self.confirmation()) if self.work.by_perplexity else peak
+
+    def correction(self) -> Peak:
+        work = replace(self.work, steps=self.work.steps.rated, windows=1)
+        measured = _Memory(self.shapes, work, self.machine).confirmation()
+        backward = self.footprint.backward(self.settings.context_length, 1, recompute=True)
+        on_gpu, on_cpu = (backward, 0) if self.place.on_gpu else (0, backward)
+        return replace(measured, device=measured.device + on_gpu, host=measured.host + on_cpu)
+
+    def confirmation(self) -> Peak:
+        """A candidate that is pruned, measured and made dense again."""
+        work, settings, card = self.work, self.settings, self.card
+        if work.steps.needs_text:
+            references = replace(work, steps=Steps(linears=work.steps.linears))  # Wanda and RIA
+            measured = _Memory(self.shapes, references, self.machine).confirmation()
+            return self.pruning(keep_dense=True).with_(measured)
+        most = 1
+        if card is not None and not self.place.stream:
+            logits = settings.context_length * self.footprint.vocabulary
+            weights = self.footprint.weights
+            most = windows_at_once(logits, device_size=card, weights=weights, most=MOST)
+        peaks = [
+            confirmation_peak(
+                self.footprint, self.place, tokens=settings.context_length, windows=work.windows,
+                at_once=min(at_once, work.windows), sparsity=work.pattern.sparsity,
+                removed_on_device=on_device, states_on_device=self.states_stay(work.windows),
+            )
+            for at_once, on_device in ((most, True), (most, False), (1, False))
+        ]  # fmt: skip
+        return next((peak for peak in peaks if card is None or peak.device <= card), peaks[-1])
+
+    def pruning(self, *, keep_dense: bool) -> Peak:
+        streams = 1 + self.work.steps.reconstruction.wanted
+        return pruning_peak(
+            self.footprint, self.place, self.work.steps,
+            windows=self.settings.samples, tokens=self.settings.context_length,
+            keep_dense=keep_dense,
+            states_on_device=self.states_stay(streams * self.settings.samples),
         )  # fmt: skip
-        scores = replace(work, steps=Steps(linears=work.steps.linears))  # Wanda and RIA
-        return pruned.with_(_confirmation(footprint, place, scores, card))
-    most = 1
-    if card is not None and not place.stream:
-        logits = settings.context_length * footprint.vocabulary
-        most = windows_at_once(logits, device_size=card, weights=footprint.weights, most=MOST)
-    peaks = [
-        confirmation_peak(
-            footprint, place, tokens=settings.context_length, windows=work.windows,
-            at_once=min(at_once, work.windows), sparsity=work.pattern.sparsity,
-            removed_on_device=on_device,
-            states_on_device=_stay(footprint, place, work.windows, work, card),
-        )
-        for at_once, on_device in ((most, True), (most, False), (1, False))
-    ]  # fmt: skip
-    return next((peak for peak in peaks if card is None or peak.device <= card), peaks[-1])
 
+    def states_stay(self, windows: int) -> bool:
+        """Whether the hidden states of so many windows stay on the card."""
+        if self.card is None:
+            return False
+        free = self.card - (0 if self.place.stream else self.footprint.weights)
+        return self.footprint.states(windows, self.settings.context_length) <= free // 4
 
-def _stay(footprint: Footprint, place: Place, windows: int, work: Work, card: int | None) -> bool:
-    if card is None:
-        return False
-    free = card - (0 if place.stream else footprint.weights)
-    return footprint.states(windows, work.calibration.context_length) <= free // 4
+    def pruned(self) -> Peak:
+        peak = self.pruning(keep_dense=False)
+        if not self.work.kept:
+            return peak
+        trained = self.footprint.prunable * (self.stored_itemsize + 1)  # masks of a byte each
+        return replace(peak, disk=peak.disk + trained)
+
+    def recovery(self, settings: Recovery, processes: int = 1) -> Peak:
+        return recovery_peak(
+            self.footprint, self.place, settings, tokens=self.settings.context_length,
+            asked=Costs(self.shapes, self.work, self.machine).recovered_tokens(settings),
+            processes=processes, recompute=self.work.recompute,
+        )  # fmt: skip
+
+    def saving(self) -> Peak:
+        return saving_peak(self.footprint, self.place, stored_itemsize=self.stored_itemsize)
 
 
 def _obstacles(stages: tuple[StagePlan, ...], machine: Machine) -> Iterator[str]:
@@ -371,7 +383,7 @@ def _ways_out(plan: Plan) -> Iterator[str]:
     streamed = {"stream": True, "dtype": plan.shapes.dtype}
     for option, changes in (("", {}), (f" and with {field_name('stream', True)}", streamed)):
         if recovery and parts and machine.is_gpu and fits(recovery=None, **changes):
-            yield from _afterwards(plan, option)
+            yield from _afterwards(plan, recovery, option)
             break
     if not work.stream and recovery is None and fits(stream=True, dtype=plan.shapes.dtype):
         yield f"leave the weights on disk ({field_name('stream', True)}, for safetensors)"
@@ -389,11 +401,11 @@ def _ways_out(plan: Plan) -> Iterator[str]:
         yield f"take a machine with {format_bytes(host)} of main memory"
 
 
-def _afterwards(plan: Plan, option: str) -> Iterator[str]:
+def _afterwards(plan: Plan, recovery: Recovery, option: str) -> Iterator[str]:
     """The fewest processes that a recovery fits, each with such a card."""
-    footprint = shapes_footprint(plan.shapes, plan.work.dtype)
+    memory = _Memory(plan.shapes, plan.work, plan.machine)
     for count in _CARDS:
-        peak = _recovery(footprint, plan.shapes, plan.work, plan.machine, count)
+        peak = memory.recovery(recovery, count)
         if _with_process(peak, plan.machine).device <= plan.machine.memory_bytes:
             host = format_bytes(peak.host + 3 * count * PROCESS)
             yield (

@@ -261,20 +261,20 @@ class Hand:
         if StageKind.FINISH not in kinds:
             self.confirm(job_id, *trials)
 
-    def succeed(self, job_id, *warnings, layers=None, perplexities=None):
-        """All that is left of a job without perplexities."""
+    def succeed(self, job_id, *warnings, layers=None, perplexities=None, then=()):
+        """All that is left of a job without perplexities, up to the stages ``then``."""
         self.to_confirm(job_id)
         best = CONFIGURATION.model_dump(mode="json")
         if perplexities is not None:
             best["perplexities"] = perplexities
-        self.finish(job_id, best, *warnings, layers=layers)
+        self.finish(job_id, best, *warnings, layers=layers, then=then)
 
-    def finish(self, job_id, best, *warnings, layers=None):
-        """The last stage of a job."""
+    def finish(self, job_id, best, *warnings, layers=None, then=()):
+        """Choose the best, which ends a job that has no more stages ``then``."""
         result = {} if layers is None else {"layers": {"org/name": layers}}
         claim = self.take(job_id, StageKind.FINISH)
         job_result = JobResult(best=best, warnings=warnings)
-        self.store.complete(claim, result, job_result=job_result, ended=True)
+        self.store.complete(claim, result, job_result=job_result, then=then, ended=not then)
 
     def fail(self, job_id, **error):
         error = {"type": "ModelError", "message": "org/name is not there.", **error}

@@ -6,7 +6,7 @@ import pytest
 
 from pho_service.api.job_list import view
 from pho_service.api.service import Caller
-from storage.records import JobState, StageKind, StageState
+from storage.records import JobState, NewStage, StageKind, StageState
 
 ADMIN = Caller(key_id=None, sees_all=True)
 
@@ -130,3 +130,15 @@ def test_the_time_left_counts_the_stages_to_come(submit, shown, hand, tmp_path, 
     assert before.endswith((" s", " min"))
     assert " h" in during or "days" in during  # ten hours of the search, and more in proportion
     assert shown(unknown["id"]).left == ""
+
+
+def test_the_time_left_of_a_model_that_is_written_counts_its_recovery(
+    submit, shown, hand, tmp_path, write_small
+):
+    write_small(tmp_path / "small")
+    calibration = {"context_length": 128}
+    job = submit(model="small", calibration=calibration, prune=True, recovery={"minutes": 600})
+    hand.store.enter_worker(hand.worker_id, name="host:1", device="cpu", kinds=[*StageKind])
+    hand.succeed(job["id"], then=[NewStage(kind=StageKind.PRUNE)])
+
+    assert shown(job["id"]).left == "10 h 0 min"

@@ -11,6 +11,7 @@ from pho_service.planning.shapes import Header, TensorHeader, model_shapes
 from pho_service.spec.document import format_bytes, format_count
 from pho_service.spec.job import JobSpec
 from pho_service.spec.recovery import WRITTEN_AT_ONCE
+from storage.records import StageKind
 
 GIB = 2**30
 H100 = CARDS["H100"]
@@ -219,6 +220,19 @@ def test_one_calibration_and_one_model_to_write_search_and_confirmation_at_each_
         assert stage.seconds[0] == pytest.approx(expected)
         assert stage.title.endswith("at each of 3 patterns") == stage.title.startswith(repeated)
     assert "at each of 6" in planned(pattern=None, target={"perplexity_rise": 0.1}).stages[3].title
+
+
+def test_each_thing_that_a_plan_has_is_of_a_kind_of_stage_in_the_order_of_the_work():
+    after = {"prune": True, "recovery": {"tokens": 1000}, "validation": {"candidates": 30}}
+    one = [stage.kind for stage in planned(**after).stages]
+    several = [stage.kind for stage in planned(pattern=None, patterns=["0.3", "2:4"]).stages]
+
+    assert one == sorted(one, key=lambda kind: kind.rank)
+    assert {*one} == {
+        StageKind.CALIBRATE, StageKind.SEARCH, StageKind.PERPLEXITY, StageKind.PRUNE
+    }  # fmt: skip
+    assert [*dict.fromkeys(several)] == [StageKind.CALIBRATE, StageKind.POINT, StageKind.PRUNE]
+    assert one[-3:] == [StageKind.PRUNE] * 3  # pruned, recovered, saved
 
 
 def test_known_cards_are_listed_a_memory_without_a_unit_is_not_believed():
