@@ -192,7 +192,7 @@ class Job(_Answer):
             return []
         spec, good = self.spec.get("configuration", self.spec), best.perplexities
         pattern = Pattern.parse(str(spec["pattern"]), spec.get("scope"))
-        known = {} if good is None else {
+        values = {} if good is None else {
             **good.model_dump(include={"dense", "wanda", "ria"}), "errors": good.errors,
             "rise": good.rise, "rise_error": good.error("dense"),
         }  # fmt: skip
@@ -201,7 +201,7 @@ class Job(_Answer):
             Point(
                 pattern=str(pattern), scope=pattern.scope.value, sparsity=pattern.sparsity,
                 state="done", trials_done=trials, method=best.method, perplexity=best.perplexity,
-                proxy=best.objective, **known,
+                proxy=best.objective, **values,
             )
         ]  # fmt: skip
 

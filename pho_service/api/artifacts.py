@@ -7,27 +7,29 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import partial
 from tarfile import BLOCKSIZE, GNU_FORMAT, TarInfo
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, BinaryIO
 from urllib.parse import quote
 from uuid import UUID
 
 from fastapi import APIRouter, Header, Response
 from fastapi.responses import StreamingResponse
+from pydantic import TypeAdapter
 
 from pho_service.api.answers import Artifact, ArtifactList, Job
-from pho_service.api.describe import check_search, configuration_of, describe, pattern_named
 from pho_service.api.jobs import OnePattern
-from pho_service.api.problems import Conflict, documented, documented_file, problem
+from pho_service.api.problems import documented, documented_file, problem
 from pho_service.api.service import CallerParam, Service, ServiceParam
+from pho_service.api.view import JobView
 from pho_service.planning.plan import SEARCHING
-from pho_service.spec.job import JobSpec
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.results import Written
 from storage import records as stored
 from storage.jobs import REMOVED, ask_to_prune, note_removed
 from storage.records import JobState
 
 router = APIRouter(prefix="/v1/jobs", tags=["artifacts"])
 
+_WRITTEN = TypeAdapter(Written)
 _CHUNK = 2**20
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 _BYTES = {"type": "string", "format": "binary"}
@@ -48,31 +50,31 @@ def prune(
 
     In a job with several patterns it is the model of one pattern, and replaces that of another.
     """
-    return describe(asked(service, job_id, visible_to=caller.visible_to, pattern=pattern))
+    job = write_pruned(service, job_id, visible_to=caller.visible_to, pattern=pattern)
+    return JobView(job).answer
 
 
-def asked(
+def write_pruned(
     service: Service, job_id: UUID, *, visible_to: UUID | None, pattern: str | None = None
 ) -> stored.JobRecord:
     """The job, whose pruned model is written or on its way."""
-    job = service.jobs.get(job_id, visible_to=visible_to)
-    check_search(job)
-    if job.spec.get("more_models"):
-        raise Conflict(
+    view = JobView(service.jobs.get(job_id, visible_to=visible_to))
+    view.check_search()
+    if len(view.document.models) > 1:
+        raise view.conflict(
             "several_models",
             "The job is a search for several models, and one is pruned at a time. Prune each of "
             "them with the result: `pho prune MODEL --config config.json`.",
-            job.state,
         )
-    named = None if pattern is None else pattern_named(job, pattern)
-    if job.state is JobState.SUCCEEDED:
-        configuration_of(job, named)  # refuses where one must be named
-        if job.pruning is not None and job.pruning.about != named:
+    name = None if pattern is None else view.pattern_named(pattern)
+    pruning, spec = view.record.pruning, view.spec
+    if view.record.state is JobState.SUCCEEDED:
+        view.configuration(name)  # refuses where one must be named
+        if pruning is not None and pruning.about != name:
             service.pruned.remove(job_id)  # of another pattern
-    spec = JobSpec.model_validate(job.spec)
-    one = spec if named is None else spec.of_pattern(Pattern.parse(named))
+    one = spec if name is None else spec.of_pattern(Pattern.parse(name))
     one = one.model_copy(update={"prune": True})
-    ask = partial(ask_to_prune, service.database, job_id, visible_to=visible_to, pattern=named)
+    ask = partial(ask_to_prune, service.database, job_id, visible_to=visible_to, pattern=name)
     return service.charged(ask, spec.tokens_to_prune, [one], without=SEARCHING)
 
 
@@ -81,40 +83,39 @@ def asked(
 )
 def artifacts(job_id: UUID, service: ServiceParam, caller: CallerParam) -> ArtifactList:
     """List the files of a job's pruned model with sizes and SHA-256."""
-    return listed(service.jobs.get(job_id, visible_to=caller.visible_to))
+    return listed(JobView(service.jobs.get(job_id, visible_to=caller.visible_to)))
 
 
-def listed(job: stored.JobRecord) -> ArtifactList:
+def listed(view: JobView) -> ArtifactList:
     """The files of a job's pruned model, by name."""
+    place = f"/v1/jobs/{view.record.id}/artifacts"
     files = [
-        Artifact(**file, href=f"/v1/jobs/{job.id}/artifacts/{quote(file['name'])}")
-        for file in _pruned(job)["files"]
+        Artifact(**file, href=f"{place}/{quote(file['name'])}") for file in _written(view).files
     ]
     return ArtifactList(
-        job_id=job.id,
+        job_id=view.record.id,
         files=files,
         bytes=sum(file.bytes for file in files),
-        archive=f"/v1/jobs/{job.id}/artifacts.tar",
+        archive=f"{place}.tar",
     )
 
 
-def _pruned(job: stored.JobRecord) -> dict[str, Any]:
-    """What the stage that wrote the pruned model has stored."""
-    check_search(job)
-    result = job.pruning.result if job.pruning else None
-    if result is None:
-        on_its_way = "It is on its way." if job.pruning else f"POST /v1/jobs/{job.id}:prune."
-        raise Conflict(
-            "not_pruned", f"The job is {job.state} and has no pruned model. {on_its_way}", job.state
+def _written(view: JobView) -> Written:
+    """The pruned model, as the stage that wrote it has stored it."""
+    view.check_search()
+    job, pruning = view.record, view.record.pruning
+    if pruning is None or pruning.result is None:
+        way_out = "It is on its way." if pruning else f"POST /v1/jobs/{job.id}:prune."
+        raise view.conflict(
+            "not_pruned", f"The job is {job.state} and has no pruned model. {way_out}"
         )
-    if REMOVED in result:
-        raise Conflict(
+    if REMOVED in pruning.result:
+        raise view.conflict(
             "pruned_model_removed",
-            f"The files of the pruned model were deleted at {result[REMOVED]}: the service keeps "
-            f"them for a time. POST /v1/jobs/{job.id}:prune writes them again.",
-            job.state,
+            f"The files of the pruned model were deleted at {pruning.result[REMOVED]}: the service "
+            f"keeps them for a time. POST /v1/jobs/{job.id}:prune writes them again.",
         )
-    return result
+    return _WRITTEN.validate_python(pruning.result)
 
 
 @router.get(
@@ -126,18 +127,18 @@ def _pruned(job: stored.JobRecord) -> dict[str, Any]:
 )
 def archive(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Response:
     """Download a job's pruned model as one tar: a folder with its files, not compressed."""
-    found = _pruned(service.jobs.get(job_id, visible_to=caller.visible_to))
+    written = _written(JobView(service.jobs.get(job_id, visible_to=caller.visible_to)))
     folder = f"pruned-{str(job_id)[:8]}"
-    sizes = {file["name"]: int(file["bytes"]) for file in found["files"]}
+    sizes = {file["name"]: int(file["bytes"]) for file in written.files}
     heads = {name: _tar_head(f"{folder}/{name}", size) for name, size in sizes.items()}
     length = sum(len(heads[name]) + size + -size % BLOCKSIZE for name, size in sizes.items())
     for name in [*sizes][:1]:  # a store that cannot be read is told before anything is sent
-        service.pruned.open(job_id, found["key"], name).close()
+        service.pruned.open(job_id, written.key, name).close()
 
     def content() -> Iterator[bytes]:
         for name, size in sizes.items():
             yield heads[name]
-            yield from _read(service.pruned.open(job_id, found["key"], name), 0, size)
+            yield from _read(service.pruned.open(job_id, written.key, name), 0, size)
             yield bytes(-size % BLOCKSIZE)
         yield bytes(2 * BLOCKSIZE)  # the end of an archive
 
@@ -153,9 +154,9 @@ def archive(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Respons
 
 def _tar_head(name: str, size: int) -> bytes:
     """Make what stands before a file in an archive."""
-    about = TarInfo(name)
-    about.size = size
-    return about.tobuf(GNU_FORMAT)
+    info = TarInfo(name)
+    info.size = size
+    return info.tobuf(GNU_FORMAT)
 
 
 @router.get(
@@ -180,8 +181,8 @@ def download(
     if_none_match: Annotated[str | None, Header(description="An ETag that is there.")] = None,
 ) -> Response:
     """Download a file of a job's pruned model, or a range of it. The ETag is its SHA-256."""
-    found = _pruned(service.jobs.get(job_id, visible_to=caller.visible_to))
-    file = next((each for each in found["files"] if each["name"] == name), None)
+    written = _written(JobView(service.jobs.get(job_id, visible_to=caller.visible_to)))
+    file = next((file for file in written.files if file["name"] == name), None)
     if file is None:
         return problem(
             404,
@@ -204,7 +205,7 @@ def download(
     first, end = (0, size) if part is None else (part.start, part.stop)
     if part is not None:
         headers["Content-Range"] = f"bytes {first}-{end - 1}/{size}"
-    content = service.pruned.open(job_id, found["key"], name)
+    content = service.pruned.open(job_id, written.key, name)
     return StreamingResponse(
         _read(content, first, end),
         status_code=200 if part is None else 206,
@@ -213,12 +214,12 @@ def download(
     )
 
 
-def _range(wanted: str | None, size: int) -> range | None:
+def _range(header: str | None, size: int) -> range | None:
     """The bytes that a Range asks for; None for all, as of anything but a single range."""
-    found = _RANGE.fullmatch((wanted or "").replace(" ", ""))
-    if found is None or not any(found.groups()):
+    match = _RANGE.fullmatch((header or "").replace(" ", ""))
+    if match is None or not any(match.groups()):
         return None
-    first, last = found.groups()
+    first, last = match.groups()
     if not first:
         return range(max(0, size - int(last)), size)
     if last and int(last) < int(first):

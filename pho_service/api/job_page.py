@@ -6,9 +6,9 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from http import HTTPStatus
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl
 from uuid import UUID
 
@@ -17,9 +17,11 @@ from pydantic import ValidationError
 from starlette.responses import RedirectResponse
 
 from pho_service.api import artifacts, jobs
-from pho_service.api.answers import Point
-from pho_service.api.job_list import REFRESH_S, JobHead, ListView, draw_list, view
+from pho_service.api.answers import ArtifactList, Point
+from pho_service.api.job_list import REFRESH_S, ListView, draw_list
+from pho_service.api.operations import workers
 from pho_service.api.pages import Typed, draw
+from pho_service.api.plan import likely_card
 from pho_service.api.problems import (
     TOO_MANY_JOBS,
     Conflict,
@@ -28,21 +30,94 @@ from pho_service.api.problems import (
     sentence,
     wrong_parameter,
 )
-from pho_service.api.report import rated_values
+from pho_service.api.report import collected, rated_values
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
-from pho_service.api.stepper import span
+from pho_service.api.stepper import StepRow, steps, time_left
+from pho_service.api.view import JobView, span
 from pho_service.shown.charts import curves_chart, searches_chart
+from pho_service.shown.page import sections
+from pho_service.shown.parts import Section
 from pho_service.shown.tables import result_in_words, rise_of
 from pho_service.spec.document import number
 from pho_service.spec.fields import FieldError
 from pho_service.spec.transfer import TransferRequest
 from storage import records as stored
 from storage.keys import QuotaExceeded
-from storage.records import NoSuchJob, StateConflict, TooManyJobs, TooManyTrials
+from storage.records import NoSuchJob, StageKind, StateConflict, TooManyJobs, TooManyTrials
+from storage.studies import study_ids
 
 router = APIRouter(include_in_schema=False)
 
 MOST_FITTING = 20  # jobs that are shown for the beginning of an id
+LOGS = 100  # parts of logs that are shown, the newest
+LOG_LINES = 300  # the newest
+_FIRST = ("result", "curve", "recovery", "writing")  # sections above the buttons
+_SHOWN = ("tasks", "search", "finalists", "layers", "transfer")
+FEWEST, MOST = 2, 8  # jobs side by side
+_HIDDEN = "configuration"  # it would fill the page
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """A head that is alive, over the sections of the job's report."""
+
+    head: JobView
+    # A word and the number in optuna-dashboard of each, for those who may look there.
+    studies: Sequence[tuple[str, int]]
+    steps: Sequence[StepRow]  # In the order of the work
+    left: str  # How long it takes still in all; empty if that is not known
+    first: Sequence[Section]  # Sections of the report that stand above the buttons
+    sections: Sequence[Section]  # Those below them
+    happened: Section  # The last of them
+    logs: Sequence["Logged"]  # What workers have logged, the oldest first
+    files: ArtifactList | None  # Files of the pruned model; None if there are none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logged:
+    """Lines that a worker has logged of a stage, and the stage."""
+
+    title: str
+    lines: Sequence[str]
+
+
+def contents(
+    service: Service, caller: Caller, job: stored.JobRecord, now: datetime | None = None
+) -> Contents:
+    """Gather what the page of a job shows."""
+    view, numbers = JobView(job, now=now, notes=service.notes(job)), {}
+    names = view.studies_in_words
+    if caller.sees_all:  # others may not look into the dashboard
+        with service.database.transaction() as connection:
+            numbers = study_ids(connection, [*names])
+    parts = {section.id: section for section in sections(collected(service, view))}
+    reporting = workers(service, caller).workers
+    rows = steps(view, reporting)
+    return Contents(
+        head=view,
+        studies=[(word, numbers[name]) for name, word in names.items() if name in numbers],
+        steps=rows,
+        left=time_left(service, view, rows, likely_card(reporting)),
+        first=[parts[name] for name in _FIRST if name in parts],
+        sections=[parts[name] for name in _SHOWN if name in parts and parts[name].is_known],
+        happened=Section(id="happened", title="What happened", events=parts["happened"].events),
+        logs=_logs(service.jobs.logs(job.id, limit=LOGS), named=caller.sees_all),
+        files=artifacts.listed(view) if view.pruned == "done" else None,
+    )
+
+
+def _logs(events: Sequence[stored.EventRecord], *, named: bool) -> list[Logged]:
+    """The last lines, those of a kind of stage and a worker together."""
+    lines_of: dict[str, list[str]] = {}
+    left = LOG_LINES
+    for event in reversed(events):
+        data = event.data
+        title = StageKind(data["stage"]).heading + f", {data['worker']}" * named
+        lines = data["lines"][-left:] if left else []
+        left -= len(lines)
+        if lines:
+            lines_of[title] = [*lines, *lines_of.get(title, [])]
+    return [Logged(title=title, lines=lines) for title, lines in reversed(lines_of.items())]
 
 
 @router.api_route("/jobs/{job_id:uuid}", methods=["GET", "HEAD"])
@@ -59,8 +134,8 @@ def find(beginning: str, service: ServiceParam, caller: CallerParam) -> Response
         which = jobs.which_jobs(caller, id_begins=beginning)
         fits = service.jobs.page(which, limit=MOST_FITTING)
     if not fits:
-        told = f"No job has the id {beginning[:40]}, nor one that begins so. It may be deleted."
-        return problem(404, "no_such_job", told)
+        detail = f"No job has the id {beginning[:40]}, nor one that begins so. It may be deleted."
+        return problem(404, "no_such_job", detail)
     if len(fits) == 1:
         return RedirectResponse(f"/jobs/{fits[0].id}", 302)
     return draw("several.html", status=300, caller=caller, beginning=beginning, fits=fits)
@@ -76,7 +151,7 @@ def extend(job_id: UUID, typed: Typed, service: ServiceParam, caller: CallerPara
         jobs.extend(job_id, extension, service, caller)
         return job_id
 
-    return _asked(service, caller, job_id, ask, jobs.Extension)
+    return _form_answer(service, caller, job_id, ask, jobs.Extension)
 
 
 @router.post("/jobs/{job_id:uuid}/transfer")
@@ -88,7 +163,7 @@ def transfer(job_id: UUID, typed: Typed, service: ServiceParam, caller: CallerPa
         request = TransferRequest.model_validate({"models": names})
         return jobs.transfer(job_id, request, service, caller, Response()).id
 
-    return _asked(service, caller, job_id, ask, TransferRequest)
+    return _form_answer(service, caller, job_id, ask, TransferRequest)
 
 
 @router.post("/jobs/{job_id:uuid}/{verb}")
@@ -100,25 +175,25 @@ def ask(
     caller: CallerParam,
 ) -> Response:
     """Do what a button says, and go back to the page that it was on."""
-    asked = ListView.of(parse_qsl(typed.get("view", "").removeprefix("?")))
+    listed = ListView.of(parse_qsl(typed.get("view", "").removeprefix("?")))
     on_job_page = typed.get("back") == "job"
     try:
         if verb == "delete":
             jobs.delete(job_id, service, caller)
-            return RedirectResponse(f"/{asked.query}", 303)
+            return RedirectResponse(f"/{listed.query}", 303)
         if verb == "prune":
-            artifacts.asked(service, job_id, visible_to=caller.visible_to)
+            artifacts.write_pruned(service, job_id, visible_to=caller.visible_to)
         else:
             service.jobs.ask(job_id, verb, visible_to=caller.visible_to)
     except NoSuchJob:
-        return draw_list(service, caller, asked, 404, "This job no longer exists.")
+        return draw_list(service, caller, listed, 404, "This job no longer exists.")
     except (StateConflict, Conflict) as error:
         if on_job_page:
             return _page(service, caller, job_id, 409, _sentence(str(error)))
-        return draw_list(service, caller, asked, 409, _sentence(str(error)))
+        return draw_list(service, caller, listed, 409, _sentence(str(error)))
     if on_job_page:
         return RedirectResponse(f"/jobs/{job_id}", 303)
-    return RedirectResponse(f"/{asked.query}#job-{job_id}", 303)
+    return RedirectResponse(f"/{listed.query}#job-{job_id}", 303)
 
 
 @router.api_route("/jobs/{job_id:uuid}/delete", methods=["GET", "HEAD"])
@@ -127,19 +202,18 @@ def confirm_deletion(
 ) -> Response:
     """Ask once more before a job is deleted."""
     job = service.jobs.get(job_id, visible_to=caller.visible_to)
-    asked = ListView.of(request.query_params.multi_items())
-    head = JobHead.of(job, datetime.now(UTC))
-    return draw("delete.html", caller=caller, head=head, view=asked)
+    listed = ListView.of(request.query_params.multi_items())
+    return draw("delete.html", caller=caller, head=JobView(job), view=listed)
 
 
 @router.api_route("/jobs/{job_id:uuid}/files", methods=["GET", "HEAD"])
 def files(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Response:
     """Show the files of a job's pruned model, to be downloaded."""
     job = service.jobs.get(job_id, visible_to=caller.visible_to)
-    return draw("files.html", caller=caller, job=job, found=artifacts.listed(job))
+    return draw("files.html", caller=caller, job=job, found=artifacts.listed(JobView(job)))
 
 
-def _asked(
+def _form_answer(
     service: Service,
     caller: Caller,
     job_id: UUID,
@@ -152,16 +226,16 @@ def _asked(
     except ValidationError as error:
         faults = [field_problem({**each, "loc": ("body", *each["loc"])}, model)
                   for each in error.errors()]  # fmt: skip
-        told, status = " ".join(_sentence(fault["detail"]) for fault in faults), 422
+        problem, status = " ".join(_sentence(fault["detail"]) for fault in faults), 422
     except (FieldError, TooManyTrials) as error:
-        told, status = _sentence(str(error)), 422
+        problem, status = _sentence(str(error)), 422
     except (StateConflict, Conflict) as error:
-        told, status = _sentence(str(error)), 409
+        problem, status = _sentence(str(error)), 409
     except TooManyJobs as error:
-        told, status = TOO_MANY_JOBS[error.which], 429
+        problem, status = TOO_MANY_JOBS[error.which], 429
     except QuotaExceeded as error:
-        told, status = _sentence(str(error)), 429
-    return _page(service, caller, job_id, status, told)
+        problem, status = _sentence(str(error)), 429
+    return _page(service, caller, job_id, status, problem)
 
 
 def _page(
@@ -172,26 +246,21 @@ def _page(
     problem: str | None = None,
 ) -> Response:
     job = service.jobs.get(job_id, visible_to=caller.visible_to)
-    shown = view(service, caller, job, datetime.now(UTC))
+    page = contents(service, caller, job)
     return draw(
         "job.html",
         status=status,
         script="live.js",
         caller=caller,
-        view=shown,
+        view=page,
         problem=problem,
-        refresh_s=REFRESH_S if shown.head.moves and problem is None else 0,
+        refresh_s=REFRESH_S if page.head.moves and problem is None else 0,
         address=f"/jobs/{job_id}",
     )
 
 
-def _sentence(told: str) -> str:
-    return f"{sentence(told.rstrip('.'))}."
-
-
-# Jobs side by side: what was asked differently, what each found, and their searches on one scale.
-FEWEST, MOST = 2, 8  # jobs on a page
-_HIDDEN = "configuration"  # it would fill the page
+def _sentence(message: str) -> str:
+    return f"{sentence(message.rstrip('.'))}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,72 +279,69 @@ class Line:
 def compare(
     service: ServiceParam, caller: CallerParam, job: Annotated[Sequence[UUID], Query()] = ()
 ) -> Response:
-    """Show jobs side by side."""
+    """Show jobs side by side: what was asked differently, what was found, one scale for all."""
     chosen = list(dict.fromkeys(job))
     if not FEWEST <= len(chosen) <= MOST:
         raise wrong_parameter(
             "job", f"names {len(chosen)} jobs, but {FEWEST} to {MOST} are shown side by side"
         )
-    found = [service.jobs.get(each, visible_to=caller.visible_to) for each in chosen]
-    now = datetime.now(UTC)
-    heads = [JobHead.of(each, now) for each in found]
-    curves = {each.job.name: each.job.measured for each in heads}
-    points = [(each, cast("list[Point | None]", curves[each.job.name]) or [None]) for each in heads]
-    columns = [(each, point) for each, some in points for point in some]
-    charts = [
-        curves_chart([(name, [p.model_dump() for p in some]) for name, some in curves.items()]),
-        searches_chart([(each.name, *rated_values(service, each)) for each in found]),
+    views = [JobView(service.jobs.get(id_, visible_to=caller.visible_to)) for id_ in chosen]
+    points: list[tuple[JobView, Sequence[Point | None]]] = [
+        (view, view.answer.measured or [None]) for view in views
     ]
+    curves = [
+        (view.record.name, [point.model_dump() for point in view.answer.measured]) for view in views
+    ]
+    values = [(view.record.name, *rated_values(service, view)) for view in views]
+    charts = [curves_chart(curves), searches_chart(values)]
     return draw(
         "compare.html",
         caller=caller,
-        columns=[(each.job, len(some)) for each, some in points],
-        alone=[(each.job, 1) for each in heads],
-        figures=_figures(columns),
-        settings=_settings([each.spec for each in found]),
+        columns=[(view.answer, len(columns)) for view, columns in points],
+        alone=[(view.answer, 1) for view in views],
+        figures=_figures([(view, point) for view, columns in points for point in columns]),
+        settings=_settings([view.record.spec for view in views]),
         charts=[chart for chart in charts if chart is not None],
     )
 
 
-def _figures(columns: Sequence[tuple[JobHead, Point | None]]) -> list[Line]:
+def _figures(columns: Sequence[tuple[JobView, Point | None]]) -> list[Line]:
     """What was found, by job; of one with several patterns, in a column for each."""
     points = [point for _, point in columns]
-    rows = [
-        ("Pattern", [point.pattern if point else head.facts[0][1] for head, point in columns]),
-        ("State", [str(head.job.state) for head, _ in columns]),
-        ("Result", [result_in_words(vars(point)) if point else "" for point in points]),
-    ]
-    for title, name in (
-        ("Perplexity, pruned", "perplexity"), ("Dense", "dense"), ("Wanda", "wanda"),
-        ("RIA", "ria"),
-    ):  # fmt: skip
-        rows.append((title, [number(getattr(point, name, None)) for point in points]))
-    rises = [rise_of(point) if point else "" for point in points]
-    best = [point.proxy if point else h.job.progress.best_value for h, point in columns]
-    trials = [(point and point.trials) or h.job.progress.of("search").done for h, point in columns]
-    rows += [
-        ("Against dense", rises),
-        ("Objective", [number(value) for value in best]),
-        ("Trials", [f"{count}" for count in trials]),
-        ("Time", [f"took {span(p.seconds)}" if p and p.seconds else h.time for h, p in columns]),
-    ]
-    return [Line(name=name, values=values) for name, values in rows if any(values)]
+    patterns = [point.pattern if point else view.document.sparsity[1] for view, point in columns]
+    values = [p.proxy if p else view.progress.best_value for view, p in columns]
+    trials = [(p and p.trials) or view.progress.of("search").done for view, p in columns]
+    times = [f"took {span(p.seconds)}" if p and p.seconds else view.time for view, p in columns]
+    rows = {
+        "Pattern": patterns,
+        "State": [str(view.record.state) for view, _ in columns],
+        "Result": [result_in_words(vars(point)) if point else "" for point in points],
+        "Perplexity, pruned": [number(point.perplexity if point else None) for point in points],
+        "Dense": [number(point.dense if point else None) for point in points],
+        "Wanda": [number(point.wanda if point else None) for point in points],
+        "RIA": [number(point.ria if point else None) for point in points],
+        "Against dense": [rise_of(point) if point else "" for point in points],
+        "Objective": [number(value) for value in values],
+        "Trials": [f"{count}" for count in trials],
+        "Time": times,
+    }
+    return [Line(name=name, values=values) for name, values in rows.items() if any(values)]
 
 
 def _settings(specs: Sequence[Mapping[str, Any]]) -> list[Line]:
     """Every field that a job has, those that differ first."""
-    flat = [_flat(spec) for spec in specs]
-    names = dict.fromkeys(name for each in flat for name in each)
-    rows = [Line(name=name, values=[each.get(name, "") for each in flat]) for name in names]
+    leaves = [_flat(spec) for spec in specs]
+    names = dict.fromkeys(name for fields in leaves for name in fields)
+    rows = [Line(name=name, values=[fields.get(name, "") for fields in leaves]) for name in names]
     return sorted(rows, key=lambda row: not row.differs)
 
 
 def _flat(document: Mapping[str, Any], above: str = "") -> dict[str, str]:
     """The leaves of a document by their paths; what is not given is left out."""
-    found: dict[str, str] = {}
+    leaves: dict[str, str] = {}
     for name, value in document.items():
         if isinstance(value, Mapping) and value and name != _HIDDEN:
-            found |= _flat(value, f"{above}{name}.")
+            leaves |= _flat(value, f"{above}{name}.")
         elif value is not None and name != _HIDDEN:
-            found[f"{above}{name}"] = value if isinstance(value, str) else json.dumps(value)
-    return found
+            leaves[f"{above}{name}"] = value if isinstance(value, str) else json.dumps(value)
+    return leaves

@@ -1,5 +1,8 @@
 """
 ``/v1/jobs``: submit, list, look, transfer, and say what to do with a job.
+
+Pages share how a document becomes a job, with what it must keep to here and the stages that it
+begins with; and which jobs a list has, in which order.
 """
 
 import asyncio
@@ -23,18 +26,8 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
 from pho_service.api.answers import Job, JobPage, Submitted, Trial, TrialPage
-from pho_service.api.describe import (
-    check_one_pattern,
-    check_search,
-    configuration_of,
-    describe,
-    is_transfer,
-    islands,
-    studies_in_words,
-)
 from pho_service.api.problems import (
     RETRY_AFTER_S,
-    Conflict,
     NoSuchIsland,
     documented,
     documented_file,
@@ -43,6 +36,7 @@ from pho_service.api.problems import (
 )
 from pho_service.api.schema import EVENT, PAGE_TOKEN, PATTERN
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
+from pho_service.api.view import JobView
 from pho_service.errors import InvalidInput, ModelError, OutputError
 from pho_service.host.access import Access
 from pho_service.host.data_sets import near_usual
@@ -66,8 +60,13 @@ from storage.listing import NEWEST, JobFilter, Sort
 from storage.records import JobRecord, JobState, NewStage, StageKind
 from storage.studies import DatabaseGone, open_storage, read_trials, study_name
 
+logger = logging.getLogger(__name__)
 
-# How a document becomes a job: what it must keep to here, and the stages that it begins with.
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+EVENTS_EVERY_S = 0.5  # how often a stream looks for new events
+
+
 def checks(spec: JobSpec, service: Service) -> Iterator[Callable[[], object]]:
     """What a job must keep to on this service; each raises FieldError if it does not."""
     yield from spec.access_checks(service.access)
@@ -94,13 +93,13 @@ def _check_tasks(tasks: Sequence[str], tasks_dir: str | None, access: Access) ->
 
 def _check_context(spec: JobSpec, access: Access) -> None:
     """See that no window is longer than a model reads, as far as this machine knows."""
-    asked = spec.calibration.context_length
+    length = spec.calibration.context_length
     for name in spec.models:
         longest = longest_window(name, access, spec.revision)
-        if longest is not None and asked > longest:
+        if longest is not None and length > longest:
             raise FieldError(
                 "/calibration/context_length",
-                f"{asked} is more than {name} can read: {longest}. Give {longest} or less.",
+                f"{length} is more than {name} can read: {longest}. Give {longest} or less.",
             )
 
 
@@ -108,15 +107,15 @@ def _check_linears(spec: JobSpec, access: Access) -> None:
     """See that what is said of single linears fits the models that lie on this machine."""
     linears = spec.request(0).steps.linears
     for name in spec.models if linears else ():
-        found = []
+        shapes = []
         with suppress(InvalidInput, ModelError):  # whoever loads it says why
             place = access.model(name)
             if Path(place).is_absolute() and Path(place).is_dir():
-                found = [*read_shapes(name, path=place).linears]
-        if not found or any(each.count > 1 for each in found):
+                shapes = [*read_shapes(name, path=place).linears]
+        if not shapes or any(linear.count > 1 for linear in shapes):
             continue  # fused experts have other names in a file
         try:
-            linears.choose([each.name for each in found], spec.points[0], model=name)
+            linears.choose([linear.name for linear in shapes], spec.points[0], model=name)
         except InvalidInput as error:
             raise FieldError("/steps/linears", str(error)) from error
         except ModuleNotFoundError:
@@ -184,7 +183,6 @@ def first_stages(spec: JobSpec | TransferSpec) -> list[NewStage]:
     ]
 
 
-# Which jobs a list has, and in which order: what ``GET /v1/jobs`` and the page for people share.
 BEGINNING = "[0-9a-fA-F-]{4,36}"  # of an id that is looked for
 
 PageSize = Annotated[int, Query(ge=1, le=200, description="At most so many.")]
@@ -225,7 +223,7 @@ def which_jobs(
     )
 
 
-async def _asked(
+async def _filter(
     caller: CallerParam,
     state: Annotated[list[JobState] | None, Query(description="Only jobs in these states.")] = None,
     model: Annotated[
@@ -265,7 +263,7 @@ async def _asked(
     )
 
 
-Asked = Annotated[JobFilter, Depends(_asked)]
+Filter = Annotated[JobFilter, Depends(_filter)]
 
 
 def page_of(
@@ -276,13 +274,13 @@ def page_of(
     # other; in other orders, whose values change while jobs run, it is how many were given before.
     after = decode(token)
     if sort == NEWEST:
-        found = service.jobs.page(which, before=after, limit=size + 1)
-        last = str(found[size - 1].number) if len(found) > size else None
+        records = service.jobs.page(which, before=after, limit=size + 1)
+        last = str(records[size - 1].number) if len(records) > size else None
     else:
         skip = after or 0
-        found = service.jobs.page(which, sort=sort, skip=skip, limit=size + 1)
-        last = str(skip + size) if len(found) > size else None
-    return found[:size], last
+        records = service.jobs.page(which, sort=sort, skip=skip, limit=size + 1)
+        last = str(skip + size) if len(records) > size else None
+    return records[:size], last
 
 
 def decode(token: str | None) -> int | None:
@@ -293,12 +291,6 @@ def decode(token: str | None) -> int | None:
         )
     return None if token is None else int(token)
 
-
-logger = logging.getLogger(__name__)
-
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
-
-EVENTS_EVERY_S = 0.5  # how often a stream looks for new events
 
 OnePattern = Annotated[
     str | None,
@@ -347,24 +339,24 @@ def submit(
     )
 
 
-def _shorter(asked: JobSpec, job: stored.JobRecord) -> Iterator[str]:
+def _shorter(spec: JobSpec, job: stored.JobRecord) -> Iterator[str]:
     length = job.spec["calibration"]["context_length"]
-    if length != asked.calibration.context_length:
-        yield f"Windows have {length} tokens, since {', '.join(asked.models)} reads no more."
+    if length != spec.calibration.context_length:
+        yield f"Windows have {length} tokens, since {', '.join(spec.models)} reads no more."
 
 
-def doubts(asked: JobSpec, access: Access) -> Iterator[str]:
+def doubts(spec: JobSpec, access: Access) -> Iterator[str]:
     """Tell what a job names that may not be there, before it runs."""
-    for name, near in ((each, access.near_model(each)) for each in asked.models):
+    for name, near in ((model, access.near_model(model)) for model in spec.models):
         if near is not None:
             yield f"{name} is not a folder here, but taken for the hub's. Did you mean {near}?"
-    models = [name for name in asked.models if not Path(access.model(name)).is_absolute()]
-    parts = asked.calibration.parts.values()
-    named = [part.dataset for part in parts if part.dataset is not None]
-    sets = [name for name in named if not Path(access.dataset(name)).is_absolute()]
-    for name, meant in ((each, near_usual(each)) for each in sets):
-        if meant:
-            yield f"{name} is taken for a data set on the hub.{meant}"
+    models = [name for name in spec.models if not Path(access.model(name)).is_absolute()]
+    parts = spec.calibration.parts.values()
+    names = [part.dataset for part in parts if part.dataset is not None]
+    sets = [name for name in names if not Path(access.dataset(name)).is_absolute()]
+    for name, question in ((name, near_usual(name)) for name in sets):
+        if question:
+            yield f"{name} is taken for a data set on the hub.{question}"
     away = [*models, *sets]
     if away and not HUB.answers():
         yield (
@@ -409,21 +401,21 @@ def take(
 @router.get("", response_model=JobPage, responses=documented(422))
 def list_jobs(
     service: ServiceParam,
-    asked: Asked,
+    which: Filter,
     sort: Sorted = NEWEST,
     page_size: PageSize = 50,
     page_token: PageToken = None,
 ) -> JobPage:
     """List jobs, newest first or as `sort` says; all filters that are given hold at once."""
-    found, token = page_of(service, asked, sort, page_size, page_token)
-    return JobPage(jobs=[describe(job) for job in found], next_page_token=token)
+    records, token = page_of(service, which, sort, page_size, page_token)
+    return JobPage(jobs=[JobView(job).answer for job in records], next_page_token=token)
 
 
 @router.get("/{job_id:uuid}", response_model=Job, responses=documented(404, 422))
 def show(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Job:
     """Show a job with its progress."""
     job = service.jobs.get(job_id, visible_to=caller.visible_to)
-    return describe(job, service.notes(job))
+    return JobView(job, notes=service.notes(job)).answer
 
 
 @router.delete(
@@ -446,7 +438,7 @@ def forget(service: Service, job_id: UUID, *, visible_to: UUID | None = None) ->
     ):
         if job.pruning is not None or job.of_kind(StageKind.TASKS):
             service.pruned.remove(job_id)
-        for name in studies_in_words(job):
+        for name in JobView(job).studies_in_words:
             try:
                 optuna.delete_study(study_name=name, storage=storage)
             except KeyError:  # it never began
@@ -464,7 +456,7 @@ def _verb(name: str, summary: str) -> None:
         description=summary,
     )
     def ask(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Job:
-        return describe(service.jobs.ask(job_id, name, visible_to=caller.visible_to))
+        return JobView(service.jobs.ask(job_id, name, visible_to=caller.visible_to)).answer
 
 
 _verb("cancel", "Cancel a job. A worker that is busy with it stops at the next generation.")
@@ -485,9 +477,10 @@ def extend(job_id: UUID, extension: Extension, service: ServiceParam, caller: Ca
     The files of its pruned model are deleted; `prune` in its document writes the new one's.
     """
     job = service.jobs.get(job_id, visible_to=caller.visible_to)
-    check_search(job)
-    check_one_pattern(job)
-    spec = JobSpec.model_validate(job.spec)
+    view = JobView(job)
+    view.check_search()
+    view.check_one_pattern()
+    spec = view.spec
     tokens = spec.extension(extension.trials, service.limits)
     more = spec.model_copy(update={"trials": extension.trials})
     had_files = job.pruning is not None
@@ -502,7 +495,7 @@ def extend(job_id: UUID, extension: Extension, service: ServiceParam, caller: Ca
             service.pruned.remove(job_id)
         except OutputError as error:
             logger.warning("the files of a pruned model stay: %s", error)
-    return describe(job)
+    return JobView(job).answer
 
 
 @router.get("/{job_id:uuid}/trials", response_model=TrialPage, responses=documented(404, 409, 422))
@@ -517,21 +510,17 @@ def trials(
     page_token: PageToken = None,
 ) -> TrialPage:
     """List the trials of one island of a search by number."""
-    job = service.jobs.get(job_id, visible_to=caller.visible_to)
-    check_search(job)
-    count = islands(job)
+    view = JobView(service.jobs.get(job_id, visible_to=caller.visible_to))
+    view.check_search()
+    count = view.islands
     if island >= count:
         raise NoSuchIsland(count)
     after = decode(page_token)
     first = 0 if after is None else after + 1
     with service.database.transaction() as connection:
-        name = study_name(job.name, island)
-        found = read_trials(connection, name, first=first, limit=page_size + 1)
-    measured = {
-        s.number: s.result["perplexity"]
-        for s in job.of_kind(StageKind.PERPLEXITY)
-        if s.result is not None
-    }
+        name = study_name(view.record.name, island)
+        frozen_trials = read_trials(connection, name, first=first, limit=page_size + 1)
+    perplexities = view.perplexities
     page = [
         Trial(
             island=island,
@@ -539,15 +528,15 @@ def trials(
             state="complete" if t.value is not None else "failed",
             method=t.user_attrs["method"],
             value=t.value,
-            perplexity=measured.get(t.number * count + island, t.user_attrs.get("perplexity")),
+            perplexity=perplexities.get(t.number * count + island, t.user_attrs.get("perplexity")),
             scope=t.user_attrs["scope"],
             coefficients=t.user_attrs["coefficients"],
             failure=t.user_attrs.get("failure"),
             seconds=t.user_attrs.get("seconds"),
         )
-        for t in found[:page_size]
+        for t in frozen_trials[:page_size]
     ]
-    more = len(found) > page_size
+    more = len(frozen_trials) > page_size
     return TrialPage(trials=page, next_page_token=str(page[-1].number) if more else None)
 
 
@@ -566,8 +555,8 @@ def best(
     Models and texts of the service's folders are named from there, without the path to them.
     """
     job = service.jobs.get(job_id, visible_to=caller.visible_to)
-    found = job.with_tasks(configuration_of(job, pattern))
-    return json_file(service.access.without_places(found))
+    configuration = job.with_tasks(JobView(job).configuration(pattern))
+    return json_file(service.access.without_places(configuration))
 
 
 @router.get(
@@ -597,18 +586,18 @@ async def events(
                 if not await run_in_threadpool(service.lets_in, caller):
                     return  # the key was revoked meanwhile
                 job = await run_in_threadpool(_unless_deleted, service, job_id)
-                found = await run_in_threadpool(service.jobs.events, job_id, after=after)
+                new_events = await run_in_threadpool(service.jobs.events, job_id, after=after)
             except DatabaseGone as error:
                 logger.warning("a stream of events waits for the database: %s", error)
                 await asyncio.sleep(RETRY_AFTER_S)
                 continue
-            for event in found:
+            for event in new_events:
                 after = event.id
                 data = {**event.data, "at": event.created_at.isoformat()}
                 yield ServerSentEvent(id=str(event.id), event=event.kind, data=json.dumps(data))
-            if job is None or (job.state.is_over and not found):
+            if job is None or (job.state.is_over and not new_events):
                 return
-            if not found:
+            if not new_events:
                 await asyncio.sleep(EVENTS_EVERY_S)
 
     return EventSourceResponse(stream())
@@ -621,7 +610,6 @@ def _unless_deleted(service: ServiceParam, job_id: UUID) -> stored.JobRecord | N
         return None
 
 
-# What a job has found, on other models: ``:transfer`` asks for it, ``/transfer`` shows it.
 @router.post(
     "/{job_id:uuid}:transfer",
     status_code=202,
@@ -639,21 +627,22 @@ def transfer(
 ) -> Job:
     """Measure a job's configuration on other models, in a job with a stage for each model."""
     source = service.jobs.get(job_id, visible_to=caller.visible_to)
-    found = configuration_of(source, pattern)
+    configuration = JobView(source).configuration(pattern)
     request.check_access(service.access)
-    asked = TransferSpec.of(request, str(source.id), found, source.spec)
-    tokens = asked.check_size(service.limits)
+    spec = TransferSpec.of(request, str(source.id), configuration, source.spec)
+    tokens = spec.check_size(service.limits)
     if request.notify is not None:
         check_field("notify", service.webhooks.check, request.notify)
-    targets = [asked.target(number) for number in range(len(asked.models))]
-    placed = TransferSpec.of(request.placed(service.access), str(source.id), found, source.spec)
+    targets = [spec.target(number) for number in range(len(spec.models))]
+    request = request.placed(service.access)
+    placed = TransferSpec.of(request, str(source.id), configuration, source.spec)
     store = partial(
-        enter, service.jobs, placed, asked=asked, owner_id=caller.key_id,
+        enter, service.jobs, placed, asked=spec, owner_id=caller.key_id,
         idempotency_key=idempotency_key, settings=service.settings,
     )  # fmt: skip
     job = service.charged(store, tokens, targets)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
-    return describe(job)
+    return JobView(job).answer
 
 
 @router.get(
@@ -663,18 +652,17 @@ def transfer(
 )
 def measured(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Response:
     """Get what a transfer has measured so far: the transfer.json that `pho transfer` writes."""
-    job = service.jobs.get(job_id, visible_to=caller.visible_to)
-    if not is_transfer(job):
-        raise Conflict(
+    view = JobView(service.jobs.get(job_id, visible_to=caller.visible_to))
+    if not view.document.is_transfer:
+        raise view.conflict(
             "not_a_transfer",
             "The job is a search. POST :transfer measures its configuration on other models, as a "
             "job of its own.",
-            job.state,
         )
-    results = [stage.result for stage in job.of_kind(StageKind.TRANSFER)]
+    spec = view.transfer
     document = TransferFile(
-        source=job.spec["source"],
-        configuration=job.spec["configuration"],
-        targets=[TransferTarget.model_validate(result) for result in results if result],
+        source=spec.source,
+        configuration=spec.configuration,
+        targets=[TransferTarget.model_validate(result) for result in view.transfers],
     )
     return json_file(document.model_dump(mode="json"))

@@ -1,5 +1,8 @@
 """
 The form that submits a job: its fields, what was typed into them, and what the job would take.
+
+The fields are made from those of the document, in sections; what is typed becomes a document, with
+errors by field; and the same document can be submitted from a shell, by HTTP and in Python.
 """
 
 import json
@@ -19,7 +22,6 @@ from starlette.responses import RedirectResponse
 
 from pho_service.api import jobs
 from pho_service.api.answers import PlanAnswer
-from pho_service.api.describe import check_search
 from pho_service.api.jobs import checks, shortest_window
 from pho_service.api.operations import workers
 from pho_service.api.pages import Typed as Fields
@@ -27,6 +29,7 @@ from pho_service.api.pages import draw
 from pho_service.api.plan import Card, at_hand, likely_card
 from pho_service.api.problems import TOO_MANY_JOBS, field_problem, sentence
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
+from pho_service.api.view import JobView
 from pho_service.errors import told_to
 from pho_service.host.access import list_roots
 from pho_service.planning.costs import named_machine
@@ -48,7 +51,6 @@ from pho_service.spec.job_options import (
 from storage.keys import QuotaExceeded
 from storage.records import IdempotencyKeyReused, TooManyJobs
 
-# The fields of the form that submits a job: made from the fields of the document, in sections.
 MORE = "more"  # takes as JSON what has no field
 
 _NAME = re.compile(r"\b[a-z]+(?:_[a-z]+)+\b")  # of a field of the document, in a message
@@ -72,8 +74,8 @@ class FormField(JobField):
     def label(self) -> str:
         *above, last = self.path.split("/")
         short = len(above) == 1 and above[0] in _SHORT
-        own = " ".join([*above[-1:], last][short:]).replace("_", " ").capitalize()
-        return self.shown.label or own
+        words = " ".join([*above[-1:], last][short:]).replace("_", " ").capitalize()
+        return self.shown.label or words
 
     @property
     def unsaid(self) -> Any:
@@ -90,9 +92,8 @@ class FormField(JobField):
         unsaid = ("", "the preset's" if within(self.path, "steps") else "default")
         if self.schema.get("type") == "boolean":
             return [unsaid, ("yes", "yes"), ("no", "no")]
-        known = self.schema["enum"]
-        named = [(value, value) for value in known if value != default]
-        return [unsaid if default is None else ("", f"{default} (default)"), *named]
+        values = [(value, value) for value in self.schema["enum"] if value != default]
+        return [unsaid if default is None else ("", f"{default} (default)"), *values]
 
     @property
     def hint(self) -> str:
@@ -209,7 +210,6 @@ def _pair(line: str) -> tuple[str, float | str]:
     return name, number(value)
 
 
-# From what was typed into the form to the document of a job, and back; errors by field.
 Errors = dict[str, list[str]]
 
 # What the rules of this machine look at: checked also where other fields are wrong.
@@ -292,20 +292,20 @@ class Typed:
             return JobSpec.model_validate(self.document)
         except ValidationError as error:
             for each in error.errors():
-                found = field_problem({**each, "loc": ("body", *each["loc"])}, JobSpec)
-                self.add_at(found["pointer"], _rule_in_words(found["detail"]))
+                fault = field_problem({**each, "loc": ("body", *each["loc"])}, JobSpec)
+                self.add_at(fault["pointer"], _rule_in_words(fault["detail"]))
             return None
 
     def places(self) -> JobSpec | None:
         """A job with the models and texts of this one, as far as these can be read."""
-        found: dict[str, Any] = {"model": "org/model", "pattern": "0.5"}
+        places: dict[str, Any] = {"model": "org/model", "pattern": "0.5"}
         for path in _PLACES:
             value = value_at(self.document, path)
             if value is not None and path not in self.errors:
-                _put(found, path, value)
-        for tried in (found, {"model": found["model"], "pattern": "0.5"}):
+                _put(places, path, value)
+        for document in (places, {"model": places["model"], "pattern": "0.5"}):
             try:
-                return JobSpec.model_validate(tried)
+                return JobSpec.model_validate(document)
             except ValidationError:
                 continue
         return None
@@ -334,7 +334,7 @@ class Typed:
         if not text.strip():
             return
         try:
-            found = json.loads(text)
+            more = json.loads(text)
         except json.JSONDecodeError as error:
             where = f"line {error.lineno}, column {error.colno}"
             self.add(MORE, f"This is not JSON: {error.msg} in {where}.")
@@ -342,13 +342,13 @@ class Typed:
         except (ValueError, RecursionError):
             self.add(MORE, "This cannot be read as JSON.")
             return
-        if not isinstance(found, dict):
+        if not isinstance(more, dict):
             self.add(MORE, 'This is not a JSON object. Write, for example, {"trials": 100}.')
             return
-        twice = [*_merge(self.document, found, "")]
+        twice = [*_merge(self.document, more, "")]
         for pointer in twice:
             self.add(MORE, f"{pointer}: is given above, too. Give it in one of the two places.")
-        self._as_json = found
+        self._as_json = more
 
 
 def _rule_in_words(rule: str) -> str:
@@ -370,16 +370,15 @@ def _merge(document: dict[str, Any], more: Mapping[str, Any], above: str) -> Ite
     """Put in what is not there; gives pointers to what is."""
     for name, value in more.items():
         pointer = f"{above}/{name.replace('~', '~0').replace('/', '~1')}"
-        own = document.get(name)
+        old = document.get(name)
         if name not in document:
             document[name] = deepcopy(value)
-        elif isinstance(own, dict) and isinstance(value, dict):
-            yield from _merge(own, value, pointer)
+        elif isinstance(old, dict) and isinstance(value, dict):
+            yield from _merge(old, value, pointer)
         else:
             yield pointer
 
 
-# How a job is submitted without the form: the same document from a shell, by HTTP and in Python.
 _END = "END"  # of the document; no line of JSON is this word
 
 
@@ -443,8 +442,8 @@ class Filled:
         typed = Typed.of(fields)
         fitted = _fit(typed, service)
         spec = typed.spec()
-        told = spec or typed.places()
-        for check in () if told is None else checks(told, service):
+        checked = spec or typed.places()
+        for check in () if checked is None else checks(checked, service):
             try:
                 check()
             except FieldError as error:
@@ -463,7 +462,7 @@ class Beside:
 
     card: str  # That the plan is for
     plan: PlanAnswer | None = None  # What the job would take
-    told: str = ""  # Why there is no plan
+    no_plan: str = ""  # Why there is none
     commands: list[tuple[str, str]] = field(default_factory=list)  # What submits the same, by title
 
 
@@ -474,9 +473,9 @@ def new(
     """Show the form, empty or as another job was submitted."""
     if job is None:
         return _page(request, service, caller, Filled(typed=Typed(fields={}), spec=None))
-    asked = service.jobs.get(job, visible_to=caller.visible_to)
-    check_search(asked)
-    filled = Filled.of(typed_as(asked.spec), service)
+    view = JobView(service.jobs.get(job, visible_to=caller.visible_to))
+    view.check_search()
+    filled = Filled.of(typed_as(view.record.spec), service)
     return _page(request, service, caller, filled, quiet=True)
 
 
@@ -494,12 +493,14 @@ def submit(
         filled.typed.add_at(error.pointer, str(error))
         return _page(request, service, caller, filled, status=422)
     except IdempotencyKeyReused:
-        told = "This form has made a job already, of other values. Submit it again for another job."
-        filled.typed.add("", told)
+        fault = (
+            "This form has made a job already, of other values. Submit it again for another job."
+        )
+        filled.typed.add("", fault)
         return _page(request, service, caller, filled, status=422, token=_new_token())
     except (TooManyJobs, QuotaExceeded) as error:
-        known = TOO_MANY_JOBS[error.which] if isinstance(error, TooManyJobs) else str(error)
-        filled.typed.add("", sentence(known))
+        fault = TOO_MANY_JOBS[error.which] if isinstance(error, TooManyJobs) else str(error)
+        filled.typed.add("", sentence(fault))
         return _page(request, service, caller, filled, status=429)
     return RedirectResponse(f"/jobs/{job.id}", 303)
 
@@ -567,24 +568,25 @@ def _page(
 def _beside(
     request: Request, service: Service, caller: Caller, filled: Filled, *, may_ask_hub: bool
 ) -> Beside:
-    asked = filled.typed.fields.get("card", "")
-    card = asked if asked in CARDS else likely_card(workers(service, caller).workers)
+    card = filled.typed.fields.get("card", "")
+    if card not in CARDS:
+        card = likely_card(workers(service, caller).workers)
     if filled.spec is None or not filled.is_right:
-        told = "Once a model and a pattern are given and nothing is wrong, this says how much time "
-        return Beside(card=card, told=f"{told}and memory the job would take.")
+        no_plan = "Once a model and a pattern are given and nothing is wrong, this says how much "
+        return Beside(card=card, no_plan=f"{no_plan}time and memory the job would take.")
     url = str(request.base_url).rstrip("/")
     commands = equivalents(filled.spec, url, with_key=caller.key_id is not None)
     beside = Beside(card=card, commands=commands)
     place = None if may_ask_hub else at_hand(filled.spec, service)
     if place is None and not may_ask_hub:
-        beside.told = "“Check and plan” reads the configuration of the model, and says what the "
-        beside.told += "job would take."
+        beside.no_plan = "“Check and plan” reads the configuration of the model, and says what the "
+        beside.no_plan += "job would take."
         return beside
     try:
         with told_to(_label):
             plan = service.plan(filled.spec, named_machine(card), place)
     except FieldError as error:
-        beside.told = f"No plan can be made. {error}"
+        beside.no_plan = f"No plan can be made. {error}"
         return beside
     beside.plan = PlanAnswer.model_validate(plan.to_dict())
     return beside

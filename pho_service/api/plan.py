@@ -56,5 +56,5 @@ def at_hand(spec: JobSpec, service: Service) -> str | None:
     path = service.access.model(spec.model)
     place = place_at_hand(path, spec.revision)
     local = Path(path).is_absolute()
-    found = place is not None and (local or any(place.glob("model*.safetensors")))
-    return str(place) if found else None
+    is_here = place is not None and (local or any(place.glob("model*.safetensors")))
+    return str(place) if is_here else None

@@ -11,27 +11,15 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 from optuna.trial import FrozenTrial
 
-from pho_service.api.describe import (
-    answer_stage,
-    curve,
-    failure,
-    is_several,
-    is_transfer,
-    islands,
-    points,
-    recovery,
-    study_names,
-)
 from pho_service.api.problems import documented_file
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
+from pho_service.api.view import JobView, result_seconds
 from pho_service.shown import words
 from pho_service.shown.page import MeasuredTrials, importances, render, trials_of, with_measurements
 from pho_service.shown.parts import content_security_policy
 from pho_service.shown.report import LayerCell, Report, StageTime
 from pho_service.spec.configuration import Configuration
-from pho_service.spec.job import JobSpec
 from pho_service.spec.objective import is_maximised
-from pho_service.spec.transfer import TransferSpec
 from pho_service.tuning.plan import CORRECTS
 from storage import records as stored
 from storage.records import StageKind, StageState
@@ -67,27 +55,29 @@ async def report(
 
 def _page(job_id: UUID, service: Service, caller: Caller, back: str | None) -> str:
     job = service.jobs.get(job_id, visible_to=caller.visible_to)
-    return render(replace(collected(service, job, whole=True), job_page=back))
+    view = JobView(job, notes=service.notes(job))
+    return render(replace(collected(service, view, whole=True), job_page=back))
 
 
-def collected(service: Service, job: stored.JobRecord, *, whole: bool = False) -> Report:
+def collected(service: Service, view: JobView, *, whole: bool = False) -> Report:
     """What is known of a job; the whole also says how much each coefficient mattered."""
-    found = _of_transfer(job) if is_transfer(job) else _of_search(service, job, whole=whole)
-    events = without_turns(service.jobs.history(job.id, limit=MOST_EVENTS))[:EVENTS]
-    return replace(found, happened=[(event.created_at, told(event)) for event in events])
+    of_transfer = view.document.is_transfer
+    report = _of_transfer(view) if of_transfer else _of_search(service, view, whole=whole)
+    events = without_turns(service.jobs.history(view.record.id, limit=MOST_EVENTS))[:EVENTS]
+    return replace(report, happened=[(event.created_at, in_words(event)) for event in events])
 
 
 def without_turns(events: Sequence[stored.EventRecord]) -> list[stored.EventRecord]:
     """Leave out all turns of a search but the last: a long one gives up hundreds."""
-    said = [(each.kind, each.data.get("stage"), each.data.get("why")) for each in events]
+    turns = [(event.kind, event.data.get("stage"), event.data.get("why")) for event in events]
     return [
         event
-        for number, event in enumerate(events)
-        if not {"why", "attempt"} & {*event.data} or number < 2 or said[number] != said[number - 2]
+        for n, event in enumerate(events)
+        if not {"why", "attempt"} & {*event.data} or n < 2 or turns[n] != turns[n - 2]
     ]
 
 
-def told(event: stored.EventRecord) -> str:
+def in_words(event: stored.EventRecord) -> str:
     """An event, in words."""
     data = event.data
     if event.kind in ("stage", "put_down"):
@@ -104,79 +94,67 @@ def told(event: stored.EventRecord) -> str:
     return f"{data.get('state', event.kind)}{why}"
 
 
-def rated_values(service: Service, job: stored.JobRecord) -> tuple[list[float], bool]:
+def rated_values(service: Service, view: JobView) -> tuple[list[float], bool]:
     """The values of a search with one pattern, by trial, and whether high ones are good."""
-    found = [] if is_several(job.spec) else _studies(service, job, None, whole=False)
-    values = [trial.value for trial in trials_of(found, islands(job))]
+    studies = [] if view.document.several else _studies(service, view, whole=False)
+    values = [trial.value for trial in trials_of(studies, view.islands)]
     finite = [value for value in values if value is not None and math.isfinite(value)]
-    return finite, is_maximised(job.spec.get("objective", {}).get("name"))
+    return finite, view.document.is_maximised
 
 
-def _of_transfer(job: stored.JobRecord) -> Report:
-    spec = TransferSpec.model_validate(job.spec)
-    results = [stage.result for stage in job.of_kind(StageKind.TRANSFER)]
-    found = spec.found()
+def _of_transfer(view: JobView) -> Report:
+    job, spec = view.record, view.transfer
+    configuration = spec.found()
     return Report(
         title=job.name,
         subject="transfer",
         state=job.state.value,
         asked=words.transfer_in_words(spec),
-        error=failure(job),
-        configuration=found,
-        transfers=[result for result in results if result],
+        error=view.failure,
+        configuration=configuration,
+        transfers=view.transfers,
         stages=[_time(stage) for stage in job.stages],
         document=spec.model_dump(mode="json", exclude={"kind", "source", "configuration"}),
         commands=words.transfer_commands(spec),
-        versions=found.versions,
+        versions=configuration.versions,
     )
 
 
-def _of_search(service: Service, job: stored.JobRecord, *, whole: bool) -> Report:
-    spec = JobSpec.model_validate(job.spec)
-    configuration = (
-        None if job.best is None else Configuration.model_validate(job.with_tasks(job.best))
-    )
-    several = is_several(job.spec)
-    answer = answer_stage(job) if several else None
-    studies = _studies(service, job, answer, whole=whole)
-    measured = {
-        stage.number: float(stage.result["perplexity"])
-        for stage in job.of_kind(StageKind.PERPLEXITY)
-        if stage.result is not None and stage.result["perplexity"] is not None
-    }
-    compared = {
-        int(number): float(value)
-        for stage in job.of_kind(StageKind.CONFIRM)
-        for number, value in ((stage.result or {}).get("divergences") or {}).items()
-    }
-    trials = trials_of(studies, 1 if several else islands(job))
+def _of_search(service: Service, view: JobView, *, whole: bool) -> Report:
+    job, spec, several = view.record, view.spec, view.document.several
+    configuration = transfers = None
+    if job.best is not None:
+        configuration = Configuration.model_validate(job.with_tasks(job.best))
+        transfers = service.configurations.transfers(job.best, owner_id=job.owner_id)
+    studies = _studies(service, view, whole=whole)
+    measured = {n: value for n, value in view.perplexities.items() if value is not None}
     objective = spec.request(0).objective
     maximised = is_maximised(objective.name)
-    transfers = (
-        []
-        if job.best is None
-        else service.configurations.transfers(job.best, owner_id=job.owner_id)
-    )
     return Report(
         title=job.name,
         subject="search",
         state=job.state.value,
         asked=words.search_in_words(spec),
-        error=failure(job),
-        warnings=[*(job.warnings or ()), *service.notes(job)],
+        error=view.failure,
+        warnings=[*(job.warnings or ()), *view.notes],
         configuration=configuration,
-        recovery=recovery(job),
+        recovery=view.recovery,
         objective=objective.label,
         maximised=maximised,
         trials=with_measurements(
-            trials, MeasuredTrials(perplexities=measured, divergences=compared), configuration
+            trials_of(studies, 1 if several else view.islands),
+            MeasuredTrials(perplexities=measured, divergences=view.divergences),
+            configuration,
         ),
         left_out=sum(stage.done for stage in job.of_kind(StageKind.SEARCH)[len(studies) :]),
-        points=[each.model_dump() for each in points(job) or ()] if several else None,
-        curve=curve(job),
+        points=None if view.points is None else [point.model_dump() for point in view.points],
+        curve=view.curve,
         importance=importances(studies, maximised=maximised) if whole else {},
-        layers=_layers(job),
-        transfers=transfers,
+        layers={
+            model: [LayerCell.of(cell) for cell in cells]
+            for model, cells in view.finished.layers.items()
+        },
+        transfers=transfers or [],
         stages=[_time(stage) for stage in job.stages],
         document=job.spec,
         commands=words.search_commands(),
@@ -185,36 +163,27 @@ def _of_search(service: Service, job: stored.JobRecord, *, whole: bool) -> Repor
     )
 
 
-def _studies(
-    service: Service, job: stored.JobRecord, answer: stored.Stage | None, *, whole: bool
-) -> list[list[FrozenTrial]]:
+def _studies(service: Service, view: JobView, *, whole: bool) -> list[list[FrozenTrial]]:
     """The trials of the first islands that have begun; of several patterns, those of the answer."""
-    found: list[list[FrozenTrial]] = []
-    names = study_names(job)
-    if is_several(job.spec):
+    studies: list[list[FrozenTrial]] = []
+    names = view.study_names
+    if view.document.several:
+        answer = view.answer_stage
         names = [] if answer is None else [names[answer.number]]
     for name in names:
         with service.database.transaction() as connection:
             attributes = ["method", CORRECTS] if whole else ["method"]
-            found.append(read_trials(connection, name, attributes=attributes, params=whole))
-        if sum(map(len, found)) >= MOST_TRIALS:
+            studies.append(read_trials(connection, name, attributes=attributes, params=whole))
+        if sum(map(len, studies)) >= MOST_TRIALS:
             break
-    return found
-
-
-def _layers(job: stored.JobRecord) -> dict[str, list[LayerCell]]:
-    """By model; none of a job that has not ended well."""
-    for stage in job.of_kind(StageKind.FINISH):
-        layers = (stage.result or {}).get("layers") or {}
-        return {model: [LayerCell.of(cell) for cell in cells] for model, cells in layers.items()}
-    return {}
+    return studies
 
 
 def _time(stage: stored.Stage) -> StageTime:
-    seconds = stage.elapsed_s or None
-    if stage.result is not None and "seconds" in stage.result:
-        seconds = float(stage.result["seconds"])
-    elif seconds is None and stage.started_at and stage.finished_at:
+    seconds = result_seconds(stage)
+    if seconds is None:
+        seconds = stage.elapsed_s or None
+    if seconds is None and stage.started_at and stage.finished_at:
         seconds = (stage.finished_at - stage.started_at).total_seconds()
     return StageTime(
         kind=stage.kind.value,

@@ -87,7 +87,6 @@ class Answers:
         self._seconds.labels(route).observe(seconds)
 
 
-# Whether the database answers, and which stores are in use, asked beside all other requests.
 ANSWER_S = 0.8  # for who asks whether all is well, and takes a second for a no
 
 
@@ -109,21 +108,21 @@ class Probe:
             self._asked = Future()
             # A daemon: the process need not wait for a server that is frozen.
             threading.Thread(target=self._ask, args=(self._asked,), daemon=True).start()
-        asked = asyncio.wrap_future(self._asked)
+        answer = asyncio.wrap_future(self._asked)
         try:
-            return await asyncio.wait_for(asyncio.shield(asked), ANSWER_S)
+            return await asyncio.wait_for(asyncio.shield(answer), ANSWER_S)
         except TimeoutError:
-            asked.add_done_callback(lambda done: done.cancelled() or done.exception())  # heard
+            answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # heard
             raise DatabaseGone(f"the database has not answered for {ANSWER_S:g} s") from None
 
     def close(self) -> None:
         self._jobs.database.close()
 
-    def _ask(self, asked: "Future[Stores]") -> None:
+    def _ask(self, answer: "Future[Stores]") -> None:
         try:
-            asked.set_result(self._jobs.stores(self._alive_s))
+            answer.set_result(self._jobs.stores(self._alive_s))
         except BaseException as error:
-            asked.set_exception(error)
+            answer.set_exception(error)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from pho_service.host.logs import about
-from storage.records import REFERENCE_NUMBERS, JobState, StageKind
+from storage.records import REFERENCE_NUMBERS, StageKind
 from workers.watch import MOST_LINES, StageLog
 
 NOBODY = "00000000-0000-0000-0000-000000000000"
@@ -30,17 +30,6 @@ def section(text, name):
 def words(text):
     shown = re.sub(r"<(script|style).*?</\1>|<[^>]+>", " ", text, flags=re.DOTALL)
     return " ".join(html.unescape(shown).replace("\N{EN DASH}", "-").split())
-
-
-def test_a_job_has_a_page_at_any_time(client, hand, submit):
-    for state in JobState:
-        job = submit()
-        hand.bring(job["id"], state)
-        text = source(client, job["id"])
-
-        assert section(text, "head").startswith(f"{job['name']} {state}")
-        assert (" data-moves" in text) == (not state.is_over and state is not JobState.PAUSED)
-        assert ('<noscript><meta http-equiv="refresh"' in text) == (" data-moves" in text)
 
 
 def test_a_calibration_shows_what_it_is_at(client, hand, submit):

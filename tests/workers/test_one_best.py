@@ -4,7 +4,7 @@ import optuna
 import pytest
 from optuna_dashboard import get_note
 
-from pho_service.api.describe import describe
+from pho_service.api.view import JobView
 from pho_service.shown.page import trials_of
 from pho_service.shown.report import Report
 from pho_service.spec.configuration import Configuration
@@ -65,7 +65,7 @@ def test_marked(hand, small, islands):
     number, island = divmod(last, islands)
     every = studies(hand, job)
     mark = every[island].user_attrs["chosen"]
-    shown = describe(job)
+    shown = JobView(job).answer
     report = Report(
         title="", subject="search", made_at=job.created_at,
         configuration=Configuration.model_validate(job.best),
