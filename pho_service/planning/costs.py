@@ -1,5 +1,6 @@
 """
-How long the stages of a job take, and what machines can do.
+How long the stages of a job take, and what machines can do: named GPUs by their makers' sheets,
+this CPU by a measurement of a moment.
 """
 
 import os
@@ -19,7 +20,6 @@ from pho_service.spec.pattern import Pattern
 from pho_service.spec.recovery import BEGINNING, WRITTEN_AT_ONCE, Recovery
 from pho_service.spec.steps import Steps
 
-# What machines can do: named GPUs by their makers' sheets, this CPU by a measurement of a moment.
 GIB = 2**30
 
 

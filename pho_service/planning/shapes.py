@@ -130,7 +130,7 @@ def model_shapes(name: str, header: Header) -> ModelShapes:
         size for block in linears for li in block for size in (li.out_features, li.in_features)
     )
     hidden = sizes.most_common(1)[0][0]
-    blocks = tuple(_block(block, own, hidden) for block, own in zip(inside, linears, strict=True))
+    blocks = tuple(_block(*block, hidden) for block in zip(inside, linears, strict=True))
     dtypes = [
         str(each.get(field)).removeprefix("torch.")
         for each in (config, header.config)
@@ -186,8 +186,8 @@ def _split(
     """The tensors of each block of the decoder, by their names inside of it; and all others."""
     lists: dict[str, dict[int, _Tensors]] = defaultdict(lambda: defaultdict(dict))
     for full_name, tensor in tensors.items():
-        if _is_parameter(full_name, tensor) and (found := _IN_BLOCK.fullmatch(full_name)):
-            lists[found[1]][int(found[2])][found[3]] = tensor
+        if _is_parameter(full_name, tensor) and (match := _IN_BLOCK.fullmatch(full_name)):
+            lists[match[1]][int(match[2])][match[3]] = tensor
 
     # A vision tower has blocks, too: fewer, or smaller ones.
     def rank(numbered: dict[int, _Tensors]) -> tuple[bool, int]:
@@ -196,8 +196,8 @@ def _split(
 
     decoder = max(lists, key=lambda where: rank(lists[where]), default="")
     # Blocks beyond the last one predict further tokens in training; they are not loaded.
-    own = lists[decoder]
-    blocks = [own[i] for i in sorted(own) if layers is None or i < layers]
+    numbered = lists[decoder]
+    blocks = [numbered[i] for i in sorted(numbered) if layers is None or i < layers]
     outside = {
         full_name: tensor
         for full_name, tensor in tensors.items()
@@ -213,7 +213,7 @@ def _is_parameter(name: str, tensor: TensorHeader) -> bool:
 
 def _linears(name: str, block: _Tensors, chosen: int | None) -> list[LinearShape]:
     """The linears of a block, without its routers; their inputs are not known yet."""
-    found: dict[str, LinearShape] = {}
+    linears: dict[str, LinearShape] = {}
     experts: dict[str, int] = {}
     for full_name, (shape, dtype) in block.items():
         if len(shape) < 2:
@@ -227,7 +227,7 @@ def _linears(name: str, block: _Tensors, chosen: int | None) -> list[LinearShape
         expert = _EXPERT.fullmatch(path)
         if len(shape) == 3 and expert:
             for linear in _fused(path, shape):
-                found[linear.name], experts[expert[1]] = linear, shape[0]
+                linears[linear.name], experts[expert[1]] = linear, shape[0]
         elif len(shape) != 2 or path == full_name:
             raise InvalidInput(
                 f"{name}: {full_name} {shape} of a block is not the weight of a linear, so that it "
@@ -236,18 +236,18 @@ def _linears(name: str, block: _Tensors, chosen: int | None) -> list[LinearShape
             )
         elif expert:
             short = f"{expert[1]}.{expert[2]}"
-            before = found[short].count if short in found else 0
-            found[short] = _linear(short, shape, count=before + 1)
+            before = linears[short].count if short in linears else 0
+            linears[short] = _linear(short, shape, count=before + 1)
             experts[expert[1]] = before + 1
         else:
             bias = block.get(f"{path}.bias", TensorHeader((), "")).shape
             # GPT-2 keeps its weights as (in, out): the bias has the size of what comes out.
-            found[path] = _linear(path, shape if bias in ((), shape[:1]) else shape[::-1])
+            linears[path] = _linear(path, shape if bias in ((), shape[:1]) else shape[::-1])
     _check_bound(name, "experts of a linear", max(experts.values(), default=0), MOST_EXPERTS)
-    routers = {each for where, count in experts.items() for each in _routers(found, where, count)}
+    routers = {path for where, n in experts.items() for path in _routers(linears, where, n)}
     return [
         replace(li, share=min(1.0, (chosen or li.count) / li.count)) if li.count > 1 else li
-        for path, li in found.items()
+        for path, li in linears.items()
         if path not in routers
     ]
 
@@ -285,17 +285,19 @@ def _block(block: _Tensors, linears: list[LinearShape], hidden: int) -> BlockSha
     by_parent = defaultdict(list)
     for linear in linears:
         by_parent[linear.name.rpartition(".")[0]].append(linear)
-    known = []
-    for parent, own in by_parent.items():
+    readers = []
+    for parent, siblings in by_parent.items():
         # One of them gives the hidden states back, and reads what the others have made.
-        backs = [li for li in own[::-1] if li.out_features == hidden] if len(own) > 1 else []
+        backs = [li for li in siblings[::-1] if li.out_features == hidden]
+        if len(siblings) == 1:
+            backs = []
         back = max(backs, key=lambda li: li.in_features != hidden, default=None)
-        for linear in own:
+        for linear in siblings:
             where = "" if together and linear.in_features == hidden else parent
             reads = f"{parent} back" if linear is back else f"{where} {linear.in_features}"
-            known.append(replace(linear, reads=reads))
+            readers.append(replace(linear, reads=reads))
     return BlockShape(
-        linears=tuple(known),
+        linears=tuple(readers),
         parameters=sum(prod(t.shape) for t in block.values()),
         norms=sum(
             size if size >= hidden else _read_by_norm(norm, size, by_parent)
@@ -306,8 +308,8 @@ def _block(block: _Tensors, linears: list[LinearShape], hidden: int) -> BlockSha
 
 def _read_by_norm(norm: str, size: int, linears: Mapping[str, list[LinearShape]]) -> int:
     """Elements of a token that a narrow norm reads: ``q_norm`` all heads of ``q_proj``."""
-    parent, _, own = norm.removesuffix(".weight").rpartition(".")
-    lead = re.split(r"_?(?:layer)?norm", own)[0]
+    parent, _, name = norm.removesuffix(".weight").rpartition(".")
+    lead = re.split(r"_?(?:layer)?norm", name)[0]
     outs = [
         li.out_features
         for li in linears.get(parent, ())
@@ -372,10 +374,10 @@ def read_shapes(name: str, *, revision: str | None = None, path: str | None = No
         about = [(file, file.stat()) for file in files if file.suffix in _READ]
     state = tuple(sorted((file.name, of.st_size, of.st_mtime_ns) for file, of in about))
     with _READING:
-        found = _shapes_here(name, str(place), state)
-    if isinstance(found, ModelShapes):
-        return found
-    raise type(found)(str(found))
+        shapes = _shapes_here(name, str(place), state)
+    if isinstance(shapes, ModelShapes):
+        return shapes
+    raise type(shapes)(str(shapes))
 
 
 @lru_cache(maxsize=32)
@@ -541,10 +543,10 @@ def _cached(name: str, revision: str | None) -> Path | None:
     if ".." in (revision or "") or (revision or "").startswith("/"):
         return None
     try:
-        found = try_to_load_from_cache(name, CONFIG, revision=revision)
+        file = try_to_load_from_cache(name, CONFIG, revision=revision)
     except (HFValidationError, OSError, ValueError):
         return None
-    return Path(found).parent if isinstance(found, str) else None
+    return Path(file).parent if isinstance(file, str) else None
 
 
 def _of_hub(name: str, revision: str | None) -> Header:
@@ -574,9 +576,9 @@ def _of_hub(name: str, revision: str | None) -> Header:
         ) from error
 
 
-async def _within_time(asked: Coroutine[Any, Any, _T]) -> _T:
+async def _within_time(request: Coroutine[Any, Any, _T]) -> _T:
     async with asyncio.timeout(TIMEOUT_S):  # each read alone could wait as often as it likes
-        return await asked
+        return await request
 
 
 async def _config_on_hub(name: str, revision: str | None) -> tuple[bytes, str | None]:
@@ -584,14 +586,15 @@ async def _config_on_hub(name: str, revision: str | None) -> tuple[bytes, str | 
     from huggingface_hub import get_async_session
 
     async with get_async_session() as session:
-        found = await _from_hub(session, name, CONFIG, revision, lambda _: MOST_BYTES + 1)
-    if found is None:
+        answer = await _from_hub(session, name, CONFIG, revision, lambda _: MOST_BYTES + 1)
+    if answer is None:
         raise ModelError(
             f"{name}: the hub has no such model or revision, or it is private or gated. Check "
             "the spelling, accept its licence on the hub and set HF_TOKEN, or give a local "
             "folder."
         )
-    return found[0], found[1] or revision
+    content, commit = answer
+    return content, commit or revision
 
 
 @lru_cache(maxsize=16)
@@ -609,10 +612,10 @@ async def _tensors_on_hub(name: str, commit: str | None) -> dict[str, TensorHead
 
         async def read(file: str) -> bool:
             async with at_once:
-                found = await _from_hub(session, name, file, commit, _header_end)
-            if found is None:
+                answer = await _from_hub(session, name, file, commit, _header_end)
+            if answer is None:
                 return False
-            tensors.update(_tensors(name, file, found[0]))
+            tensors.update(_tensors(name, file, answer[0]))
             _check_number(name, tensors)
             return True
 

@@ -1,5 +1,6 @@
 """
-How much memory each stage of a job takes at its peak, from the model's shapes.
+How much memory each stage of a job takes at its peak, from the model's shapes, and the fastest way
+to run a calibration that fits a memory.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,6 @@ from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.recovery import RANK, WRITTEN_AT_ONCE, Recovery
 from pho_service.spec.steps import Steps
 
-# What a model's passes, statistics and bundle take, in bytes, from its shapes alone.
 FLOAT = 4  # bytes: norms, sums and scores are float32, whatever the weights are
 MARGIN = 1.15  # on what passes keep, for what differs between families
 ATTENTION = 3  # (heads, tokens, tokens) in a block whose attention is not fused
@@ -504,7 +504,6 @@ def saving_peak(footprint: Footprint, place: Place, *, stored_itemsize: int) -> 
     return Peak.at(place, device=max(footprint.weights, stored), host=host, disk=disk)
 
 
-# The fastest way to run a calibration that fits a memory.
 AT_ONCE = 8192  # tokens that a GPU runs at once, if they fit
 BATCHED = 0.75  # of a card, for more windows than one at once: so its other users matter little
 
