@@ -444,7 +444,7 @@ class JobView:
     def _seconds_left(self, pieces: Mapping[StageKind, Pieces]) -> float | None:
         """How long the present stage takes at its pace so far, with the workers that are at it."""
         job, kind = self.record, self.record.stage
-        if job.state is not JobState.RUNNING or kind not in _PACED:
+        if job.state is not JobState.RUNNING or kind not in _PACED or kind not in pieces:
             return None
         stages, counted = job.of_kind(kind), pieces[kind]
         workers = sum(stage.state is StageState.RUNNING for stage in stages)

@@ -271,41 +271,6 @@ def test_progress_of_a_search(client, submit, hand):
     assert client.get(f"/v1/jobs/{job}").json()["progress"]["seconds_left"] is None
 
 
-def test_no_time_is_left_to_tell_while_no_worker_has_the_stage(client, submit, hand):
-    job = submit(trials=40)["id"]
-    hand.calibrate(job)
-    claim = hand.take(job, StageKind.SEARCH)
-    hand.store.progress(claim, done=10, elapsed_s=20.0, best_value=0.5)
-    working = client.get(f"/v1/jobs/{job}").json()["progress"]["seconds_left"]
-    assert hand.store.hand_back(claim)
-
-    assert working == 60.0
-    assert client.get(f"/v1/jobs/{job}").json()["progress"]["seconds_left"] is None
-
-
-def test_the_best_of_a_maximum_is_highest(client, submit, hand):
-    job = submit(trials=40, islands=2, objective={"name": "gini"})["id"]
-    hand.calibrate(job)
-    for island, value in enumerate((0.5, 0.25)):
-        claim = hand.take(job, StageKind.SEARCH, island)
-        hand.store.progress(claim, done=10, elapsed_s=1.0, best_value=value)
-
-    assert client.get(f"/v1/jobs/{job}").json()["progress"]["best_value"] == 0.5
-
-
-def test_perplexities_are_counted_and_timed(client, submit, hand):
-    job = submit(trials=40)["id"]
-    hand.to_confirm(job, 0, 7, 9)
-    hand.measure(job, 7, perplexity=20.0, seconds=3.0)
-    hand.take(job, StageKind.PERPLEXITY, 9)
-    shown = client.get(f"/v1/jobs/{job}").json()
-
-    assert shown["stage"] == "perplexity"
-    assert (shown["progress"]["done"], shown["progress"]["total"]) == (1, 3)
-    assert shown["progress"]["pieces"][-1]["unit"] == "perplexities"
-    assert shown["progress"]["seconds_left"] == 6.0
-
-
 def test_a_failed_job_says_why(client, submit, hand, refusal):
     job = submit()["id"]
     hand.fail(job, type="NumericalError", message="NaN in 4.q", layer="4.q", other="dropped")

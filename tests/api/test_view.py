@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import pytest
 
 from pho_service.api.view import JobDocument, JobView
-from storage.records import JobRecord, JobState
+from storage.records import JobRecord, JobState, Stage, StageKind, StageState
 
 NOW = datetime(2026, 12, 1, tzinfo=UTC)
 SEARCH = {"model": "org/name", "pattern": "0.5", "scope": "row", "preset": "crepe"}
@@ -24,6 +24,19 @@ def view(document=SEARCH, state=JobState.QUEUED, **fields):
         "finished_at": None, "stages": [],
     }  # fmt: skip
     return JobView(JobRecord(**{**record, **fields}), now=NOW)
+
+
+def stage(kind, number=0, state=StageState.RUNNING, **fields):
+    values = {
+        "id": number, "job_id": uuid.uuid4(), "attempt": 1, "failures": 0, "worker_id": None,
+        "params": None, "done": 0, "elapsed_s": 0.0, "best_value": None, "step": None,
+        "result": None, "started_at": NOW, "finished_at": None,
+    }  # fmt: skip
+    return Stage(kind=kind, number=number, state=state, **{**values, **fields})
+
+
+def running(stages, document=SEARCH):
+    return view(document, JobState.RUNNING, stage=stages[-1].kind, stages=stages).progress
 
 
 @pytest.mark.parametrize(
@@ -102,3 +115,28 @@ def test_the_time_of_a_job_is_what_it_took_or_has_taken():
     assert view().time == "not begun"
     assert view(state=JobState.RUNNING, started_at=began).time == "0 s since it began"
     assert view(state=JobState.FAILED, started_at=began, finished_at=ended).time == "took 2 h 0 min"
+
+
+def test_no_time_is_left_to_tell_while_no_worker_has_the_stage():
+    search = {"kind": StageKind.SEARCH, "done": 4, "elapsed_s": 20.0}
+    document = {**SEARCH, "islands": 1}
+
+    assert running([stage(**search)], document).seconds_left == 20.0
+    assert running([stage(**search, state=StageState.WAITING)], document).seconds_left is None
+
+
+def test_the_best_of_a_maximum_is_highest():
+    islands = [stage(StageKind.SEARCH, n, best_value=value) for n, value in enumerate((0.5, 0.25))]
+
+    assert running(islands).best_value == 0.25
+    assert running(islands, {**SEARCH, "objective": {"name": "gini"}}).best_value == 0.5
+
+
+def test_perplexities_are_counted_and_timed():
+    done = {"state": StageState.DONE, "result": {"perplexity": 20.0, "seconds": 3.0}}
+    states = (done, {}, {"state": StageState.WAITING})
+    progress = running([stage(StageKind.PERPLEXITY, n, **each) for n, each in enumerate(states)])
+
+    assert (progress.done, progress.total) == (1, 3)
+    assert progress.pieces[-1].unit == "perplexities"
+    assert progress.seconds_left == 6.0  # two at 3 s each, one after the other
