@@ -72,18 +72,17 @@ async def find(
 
 def _ranked(service: Service, caller: Caller, wanted: Wanted, limit: int) -> ConfigurationMatches:
     pattern = None if wanted.pattern is None else str(wanted.pattern)
-    found = service.configurations.facts(pattern=pattern, visible_to=caller.visible_to)
     entries = {}
-    for each in found:
-        facts = each.facts
+    for row in service.configurations.facts(pattern=pattern, visible_to=caller.visible_to):
+        facts = row.facts
         if facts is None or facts.get("version") != FACTS_VERSION:
             try:
-                stored = service.configurations.get(each.id)
+                stored = service.configurations.get(row.id)
             except NoSuchConfiguration:  # deleted meanwhile
                 continue
-            facts = Entry.of(str(each.id), _file(stored)).facts()
+            facts = Entry.of(str(row.id), _file(stored)).facts()
             service.configurations.remember(stored, facts)
-        entries[str(each.id)] = each, Entry.of_facts(str(each.id), facts)
+        entries[str(row.id)] = row, Entry.of_facts(str(row.id), facts)
     matches = rank([entry for _, entry in entries.values()], wanted)
     return ConfigurationMatches(
         configurations=[describe(m, entries[m.entry.id][0]) for m in matches[:limit]],

@@ -49,7 +49,7 @@ def workers(service: ServiceParam, caller: CallerParam) -> WorkerList:
 
     A key that sees its own jobs alone is told of the others' neither machine nor work.
     """
-    found = []
+    reported = []
     records = service.jobs.workers(alive_s=service.settings.stalled_after_s)
     for number, record in enumerate(records, start=1):
         worker = _shown(service, record)
@@ -57,8 +57,8 @@ def workers(service: ServiceParam, caller: CallerParam) -> WorkerList:
             worker.name = f"worker {number}"
             if worker.job_id is not None and not _visible(service, worker.job_id, caller):
                 worker.job_id = worker.stage = None
-        found.append(worker)
-    return WorkerList(workers=found)
+        reported.append(worker)
+    return WorkerList(workers=reported)
 
 
 def _shown(service: Service, record: WorkerRecord) -> Worker:
@@ -150,11 +150,11 @@ def _sizes(service: Service) -> list[str]:
 
 
 async def _ready(service: Service) -> Health:
-    own, stores = await service.probe.check()
+    api_store, stores = await service.probe.check()
     if isinstance(service.store, OutputError):
         raise service.store
     others = sum(map(service.sees_other, stores))
-    if others == 0 and not service.sees_other(own):
+    if others == 0 and not service.sees_other(api_store):
         return Health(status="ok")
     who = f"{others} of {len(stores)} workers see" if others else "another process of the API sees"
     said = (
@@ -217,8 +217,8 @@ def sweep(service: Service) -> None:
                 removed += 1
     jobs_days = service.settings.keep_jobs_days
     deleted = 0
-    while jobs_days and (found := service.jobs.over_for(jobs_days)):
-        for job_id in found:
+    while jobs_days and (old_jobs := service.jobs.over_for(jobs_days)):
+        for job_id in old_jobs:
             try:
                 forget(service, job_id)
                 deleted += 1
@@ -244,11 +244,11 @@ async def keep_telling(service: Service) -> None:
     limiter = CapacityLimiter(1)
     while service.webhooks.secret is not None and service.webhooks.hosts:
         try:
-            told = await run_sync(tell_next, service, abandon_on_cancel=True, limiter=limiter)
+            was_sent = await run_sync(tell_next, service, abandon_on_cancel=True, limiter=limiter)
         except StorageError as error:
             logger.warning("who asked to be told must wait: %s", error)
-            told = False
-        if not told:
+            was_sent = False
+        if not was_sent:
             await asyncio.sleep(NOTIFY_EVERY_S)
 
 

@@ -136,11 +136,11 @@ def add_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        found = error.errors()
-        errors = [field_problem(dict(e), _body_model(request)) for e in found[:MOST_ERRORS]]
+        faults = error.errors()
+        errors = [field_problem(dict(e), _body_model(request)) for e in faults[:MOST_ERRORS]]
         first = errors[0]
         place = first.get("pointer") or first.get("parameter") or "the body"
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         return problem(422, "invalid_request", f"{place}: {first['detail']}{more}", errors=errors)
 
     @app.exception_handler(NoSuchJob)
@@ -248,11 +248,11 @@ PLAIN: dict[type[Exception], Callable[[Any], JSONResponse]] = {
 
 
 def _methods(request: Request, routes: Sequence[BaseRoute]) -> set[str]:
-    found: set[str] = set()
+    methods: set[str] = set()
     for route in routes:
         if isinstance(route, Route) and route.path_regex.match(request.url.path):
-            found |= route.methods or set()
-    return found
+            methods |= route.methods or set()
+    return methods
 
 
 def _body_model(request: Request) -> type[BaseModel]:

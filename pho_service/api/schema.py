@@ -159,6 +159,6 @@ def _inlined(schema: Mapping[str, Any]) -> dict[str, Any]:
             return inline(definitions[value["$ref"].rpartition("/")[2]])
         return {key: inline(part) for key, part in value.items() if key != "$defs"}
 
-    found = inline(dict(schema))
-    assert isinstance(found, dict)
-    return found
+    inlined = inline(dict(schema))
+    assert isinstance(inlined, dict)
+    return inlined

@@ -269,21 +269,21 @@ class _Workers:
 
 def _answers(url: str) -> bool:
     """Whether a database does, within moments."""
-    found = threading.Event()
+    answered = threading.Event()
 
     def ask() -> None:
         with closing(Database(url, pool=1)) as database, suppress(StorageError):
             database.check()
-            found.set()
+            answered.set()
 
     threading.Thread(target=ask, daemon=True).start()
-    return found.wait(_ANSWERS_S)
+    return answered.wait(_ANSWERS_S)
 
 
 def _studies_url(settings: Settings, database: Database) -> str:
     """Where programs of Optuna's find the studies: of our own server, for reading alone."""
-    own = reading_url(settings.data_dir) if settings.database_url is None else None
-    return own or database.shown_studies_url
+    embedded = reading_url(settings.data_dir) if settings.database_url is None else None
+    return embedded or database.shown_studies_url
 
 
 def _without_password(url: str) -> str:
