@@ -20,7 +20,6 @@ from pho_service.shown.parts import content_security_policy
 from pho_service.shown.report import LayerCell, Report, StageTime
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.objective import is_maximised
-from pho_service.tuning.plan import CORRECTS
 from storage import records as stored
 from storage.records import StageKind, StageState
 from storage.studies import read_trials
@@ -172,8 +171,7 @@ def _studies(service: Service, view: JobView, *, whole: bool) -> list[list[Froze
         names = [] if answer is None else [names[answer.number]]
     for name in names:
         with service.database.transaction() as connection:
-            attributes = ["method", CORRECTS] if whole else ["method"]
-            studies.append(read_trials(connection, name, attributes=attributes, params=whole))
+            studies.append(read_trials(connection, name, attributes=["method"], params=whole))
         if sum(map(len, studies)) >= MOST_TRIALS:
             break
     return studies

@@ -206,7 +206,6 @@ def _finish(
 def describe(result: "SearchResult", path: Path, study: str) -> str:
     """What was found, in a few lines."""
     from pho_service.shown.tables import configuration_rows
-    from pho_service.tuning.correction import Correction
 
     found = result.configuration
     good = found.perplexities
@@ -226,8 +225,6 @@ def describe(result: "SearchResult", path: Path, study: str) -> str:
             f"ratings      {result.rated_before} were taken from a study that rated the same "
             "candidates"
         )
-    if "correction" in found.search:
-        lines.append(f"correction   {Correction.from_dict(found.search['correction'])}")
     if found.warm_start:
         lines.append(f"warm start   {found.warm_start}; the result is trial {result.trial}")
     lines += [

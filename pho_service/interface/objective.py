@@ -33,7 +33,7 @@ from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Steps
 from pho_service.tuning.plan import Evaluate, SearchPlan, SearchRequest
 from pho_service.tuning.result import chosen_in, describe_study, search_result
-from pho_service.tuning.search import Islands, ranked
+from pho_service.tuning.search import ranked
 from storage.studies import record_of
 
 
@@ -200,7 +200,7 @@ def configuration(study: optuna.Study, bundle: Given) -> Configuration:
     trials = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
     plan = request.plan(taken.kernel_sizes)
     plan = replace(plan, trials=max([plan.trials, *(t.number + 1 for t in trials)]))
-    rated = [*ranked(study, plan), *Islands([study], [plan]).corrections()]
+    rated = ranked(study, plan)
     chosen = chosen_in(study)
     rated.sort(key=lambda each: each.number != chosen)  # stable: the best first otherwise
     result = search_result(request, plan, taken.origin, study.study_name, rated, [], None)

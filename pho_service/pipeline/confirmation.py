@@ -1,5 +1,5 @@
 """
-From the best by the proxy to the result: corrections, the race, the validation.
+From the best by the proxy to the result: the race and the validation.
 """
 
 from collections.abc import Iterator, Sequence
@@ -62,8 +62,6 @@ def choose_finalists(
     count: int,
     subject: Subject,
     run: Run,
-    *,
-    entered: Sequence[RatedCandidate] = (),
 ) -> Raced:
     """Choose the finalists that get a perplexity on the whole text: those that a race leaves."""
     # They are measured a few windows at a time, in an order that the search's seed gives, and
@@ -78,7 +76,7 @@ def choose_finalists(
     # What a shorter search has measured on the same text stays a finalist, beside those that this
     # search would have had from the start.
     before = confirmed_before(islands, rated, text_sha256=subject.text.key)
-    pool = united(rated, finalists(rated, count), before, entered)
+    pool = united(rated, finalists(rated, count), before)
     costly = any(each.candidate.steps.needs_text for each in pool)
     in_full = islands.plan.pruned_in_full(len(pool), islands.plan.pattern)
     masks_alone = costly and in_full < len(pool)

@@ -25,7 +25,6 @@ from pho_service.spec.pattern import Linears, Pattern
 from pho_service.spec.steps import Candidate
 from pho_service.tuning.finalists import What
 from pho_service.tuning.plan import (
-    CORRECTS,
     SECOND_OPINION,
     Evaluate,
     Outcome,
@@ -309,8 +308,6 @@ class KnownRatings:
         for trial in other.get_trials(deepcopy=False):
             if trial.value is None or not {"method", "coefficients"} <= trial.user_attrs.keys():
                 continue
-            if CORRECTS in trial.user_attrs:
-                continue  # not of a search
             candidate = Candidate.from_dict(trial.user_attrs, plan.pattern)
             own = {*candidate.to_dict(), *_NOTED}
             attributes = {n: value for n, value in trial.user_attrs.items() if n not in own}

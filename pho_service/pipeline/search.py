@@ -33,7 +33,6 @@ from pho_service.spec.configuration import REFERENCES as NAMES
 from pho_service.spec.fields import ValidationSpec
 from pho_service.spec.results import Chosen, Measured, PerplexityRequest, Searched
 from pho_service.spec.steps import Allocation, Candidate
-from pho_service.tuning.correction import Correction
 from pho_service.tuning.finalists import Divergences, paired_error
 from pho_service.tuning.plan import Evaluate, RatedCandidate, SearchPlan, SearchRequest
 from pho_service.tuning.result import SearchResult, describe_study, mark_chosen, search_result
@@ -253,11 +252,6 @@ def search_job(
         )
     if model is not None:
         only_one(named, "a model").check_model(model.linears)
-    if plan.corrections and (model is None or calibration is None):
-        raise InvalidInput(
-            f"corrections={plan.corrections} compares pruned models with the dense one on "
-            "calibration windows: give the model instead of a bundle, and its text."
-        )
     origin = origin_of([bundle.origin for bundle in named.values()])
     record = study or memory_study(request, bundles, confirm_text)
 
@@ -462,13 +456,11 @@ class _Steps:
         return study, f"perplexity:{there}", (there, "perplexity")
 
     def choose(self, validated: Sequence[Measured], run: Run) -> Chosen:
-        """Correct the best, if that is asked for, and choose whose perplexities are measured."""
+        """Choose whose perplexities are measured."""
         islands, request = self._islands, self._request
         rated = islands.ranked()
-        correction = self._corrected(rated, run)
-        kept = None if correction is None else correction.to_dict()
         if self._inputs.text() is None or self._subject is None:
-            return Chosen(correction=kept)
+            return Chosen()
         count, doubt, validation = request.finalists, None, None
         if request.validation is not None:
             validation = self._judged(request.validation, validated, run)
@@ -478,12 +470,10 @@ class _Steps:
         if self._by_perplexity:
             measured = {each.number for each in rated}
             wanted = self._judges(rated, measured)
-            return Chosen(wanted=wanted, correction=kept, validation=validation, doubt=doubt)
+            return Chosen(wanted=wanted, validation=validation, doubt=doubt)
         from pho_service.pipeline.confirmation import choose_finalists  # loads transformers
 
-        entered = islands.corrected(correction)
-        rated = [*rated, *entered]
-        raced = choose_finalists(islands, rated, count, self._subject, run, entered=entered)
+        raced = choose_finalists(islands, rated, count, self._subject, run)
         if raced.divergences.by_number:
             self._inputs.check()
         finalists = [
@@ -499,25 +489,9 @@ class _Steps:
             divergences=dict(raced.divergences.by_number),
             divergence_tokens=raced.divergences.tokens,
             evaluations=raced.evaluations,
-            correction=kept,
             validation=validation,
             doubt=doubt,
         )
-
-    def _corrected(self, rated: Sequence[RatedCandidate], run: Run) -> Correction | None:
-        if not self._plan.corrections:
-            return None
-        from pho_service.pipeline.correction import correct_best  # loads transformers
-
-        inputs = self._inputs
-        model, calibration = inputs.model(), inputs.calibration()
-        assert model is not None  # it was checked
-        assert calibration is not None
-        bundle = only_one(inputs.bundles(), "a model")
-        objective = self._request.objective
-        found = correct_best(self._islands, rated, objective, model, bundle, calibration, run=run)
-        inputs.check()
-        return found
 
     def _judged(
         self, asked: ValidationSpec, validated: Sequence[Measured], run: Run
@@ -550,11 +524,9 @@ class _Steps:
     ) -> SearchResult:
         """Choose the best of all that was found, and write down how, and what is known of it."""
         islands, request = self._islands, self._request
-        correction = None if chosen.correction is None else Correction.from_dict(chosen.correction)
-        found = islands.ranked()
-        rated = [*islands.corrected(correction), *found]
+        rated = islands.ranked()
         own = {each.number: value for each, value in zip(chosen.wanted, measured, strict=True)}
-        perplexities, measured_on = self._perplexities(found, chosen, own)
+        perplexities, measured_on = self._perplexities(rated, chosen, own)
         confirmed = sorted(
             ((perplexities[each.number], each) for each in rated if each.number in perplexities),
             key=lambda pair: pair[0],
@@ -576,7 +548,6 @@ class _Steps:
             Divergences(by_number=chosen.divergences, tokens=chosen.divergence_tokens),
             errors=self._behind(best, own, confirmation),
             ended_after=finished if finished < islands.asked and not out_of_time else None,
-            correction=correction,
         )
         if request.objective.over is not None:
             result = with_each_model(result, islands.attributes(rated[0].number)["relative_to_ria"])
@@ -592,7 +563,7 @@ class _Steps:
         if judged is not None:
             result = replace(result, losses=judged.losses)
         result = self._looked_at_again(result, [] if judged is None else judged.written, run)
-        result = with_perplexities(result, *self._judged_by(found, perplexities, own))
+        result = with_perplexities(result, *self._judged_by(rated, perplexities, own))
         for each in islands.studies:
             with run.fence():
                 mark_chosen(each, result.configuration, result.study_name, result.trial)

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 
 from pho_service.errors import ConfigurationError, InvalidInput
 from pho_service.host.machine import versions
@@ -23,7 +22,7 @@ from pho_service.spec.objective import Objective, SearchOptions, options_of
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.results import Transfer
 from pho_service.spec.space import SearchSpace
-from pho_service.spec.steps import Allocation, Candidate, Steps
+from pho_service.spec.steps import Candidate
 from pho_service.tuning.plan import SearchRequest
 
 
@@ -45,7 +44,6 @@ def own_search(
     configuration: Configuration, options: SearchOptions, *, finalists: int
 ) -> SearchRequest:
     """How a model's own best is searched for: in a configuration's pattern, steps and space."""
-    # Offsets that a correction found on the configuration's own model are left out.
     candidate = configuration.candidate()
     bounds = configuration.search.get("space", {})
     try:
@@ -58,27 +56,15 @@ def own_search(
     return SearchRequest(
         pattern=candidate.pattern,
         bounds={name: tuple(values) for name, values in bounds.items() if name != "kernel_sizes"},
-        steps=_uncorrected(configuration),
+        steps=candidate.steps,
         finalists=finalists,
         **options_of(options),
     )
 
 
-def _uncorrected(configuration: Configuration) -> Steps:
-    """The steps with the allocation that was corrected on the configuration's own model."""
-    steps = configuration.steps
-    if "correction" not in configuration.search:
-        return steps
-    before = configuration.search["correction"].get("allocation", {})
-    return replace(steps, allocation=Allocation(**before))
-
-
-def _beside(configuration: Configuration, bundle: ProxyBundle) -> dict[str, Candidate]:
-    """Wanda and RIA, and what is transferred: offsets of single linears if the model has them."""
+def _beside(configuration: Configuration) -> dict[str, Candidate]:
+    """Wanda and RIA, and what is transferred."""
     candidate = configuration.candidate()
-    names = {layer.name for layer in bundle.layers}
-    if not all(name in names for name in candidate.steps.allocation.offsets if "." in name):
-        candidate = replace(candidate, steps=_uncorrected(configuration))
     methods = reference_methods(candidate.pattern, candidate.steps.linears)
     return {**methods, "transferred": candidate}
 
@@ -94,8 +80,7 @@ def transfer_key(
         own = [
             plan.sampler_name, plan.trials, *plan.identity().values(), search.finalists,
             search.objective.label, *([plan.in_full] if plan.in_full else []),
-            plan.space.to_dict(), *([plan.corrections] if plan.corrections else []),
-            None if target.confirm is None else target.confirm.key,
+            plan.space.to_dict(), None if target.confirm is None else target.confirm.key,
         ]  # fmt: skip
     identity = [
         candidate.coefficients.to_dict(), candidate.steps.to_dict(), str(candidate.pattern),
@@ -110,7 +95,7 @@ def proxies_of(
     bundle: ProxyBundle, configuration: Configuration, device: str = "cpu"
 ) -> dict[str, float | None]:
     """What a bundle says of a configuration, in milliseconds: as :attr:`Transfer.proxies`."""
-    candidates = _beside(configuration, bundle)
+    candidates = _beside(configuration)
     candidate = candidates["transferred"]
     bundle.choose(candidate.steps.linears, candidate.pattern)
     evaluator = ProxyEvaluator(bundle, device)
@@ -137,7 +122,7 @@ def transfer_job(
     run: Run = Run(),
 ) -> Transfer:
     """Rate a configuration on another model, beside Wanda, RIA and the model's own best."""
-    candidates = _beside(configuration, target.bundle)
+    candidates = _beside(configuration)
     proxies = proxies_of(target.bundle, configuration, run.device)  # refuses what the bundle lacks
     own = None
     if search is not None:

@@ -15,7 +15,6 @@ from pho_service.errors import InvalidInput, field_name
 from pho_service.planning.shapes import DTYPE_BYTES, LinearShape, ModelShapes
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.configuration import NEW_TOKENS
-from pho_service.spec.objective import corrected_windows, shared_windows
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.recovery import BEGINNING, WRITTEN_AT_ONCE, Recovery
 from pho_service.spec.steps import Steps
@@ -197,7 +196,6 @@ class Work:
     dtype: str  # That the model computes in
     stream: bool  # Whether its weights stay on disk
     batch: int = 1  # Windows that are run at once
-    corrections: int = 0  # Steps that move sparsity between linears
     validated: int = 0  # Candidates that say how far the proxy can be trusted
     by_perplexity: bool = False  # Whether candidates are rated by perplexity, not by the proxy
     recovery: Recovery | None = None  # Of the pruned model
@@ -307,16 +305,6 @@ class Costs:
             RATED_S * sum(li.count for li in self.shapes.linears) + rating / self.machine.bandwidth
         )
         return BEGUN_S + self.work.trials * (TRIAL_S + curves * rating)
-
-    def correction(self) -> float:
-        """Each step's backward pass, the divergence of what it proposes, and the masks of both."""
-        context, windows = self.work.calibration.context_length, self.work.calibration.samples
-        compared = self.forward(corrected_windows(context) * context, context, head=True)
-        learned = shared_windows(windows, context) * context
-        learning = self.forward(learned, context, head=True)
-        # Two forward passes, as blocks are run again, and one backward, which is two of them.
-        steps = self.work.corrections * (4 * learning + compared + 2 * self.masks())
-        return learning + compared + self.masks() + steps
 
     def perplexity(self) -> float:
         """The model over the windows that perplexities are measured on."""

@@ -143,7 +143,6 @@ def plan_job(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> Plan:
         windows=spec.confirm.windows if spec.confirm else 0,
         dtype=_dtype(spec, shapes, machine),
         stream=spec.stream,
-        corrections=spec.corrections,
         validated=spec.validation.candidates if spec.validation else 0,
         by_perplexity=spec.objective.name == "perplexity",
         recovery=None if spec.recovery is None else spec.recovery.settings(),
@@ -234,9 +233,6 @@ def _stages(memory: "_Memory", calibration: CalibrationPlan) -> Iterator[StagePl
     yield stage(StageKind.CALIBRATE, "calibrate", costs.calibration(), calibration.peak)
     title = f"search, {work.trials} trials"
     yield stage(StageKind.SEARCH, title, costs.search(), memory.search())
-    if work.corrections:
-        title = f"correct, {work.corrections} allocations"
-        yield stage(StageKind.CONFIRM, title, costs.correction(), memory.correction())
     if work.validated:
         title, seconds = f"validate, {work.validated} candidates", work.validated * costs.measured()
         yield stage(StageKind.PERPLEXITY, title, seconds, memory.confirmation())
@@ -277,13 +273,6 @@ class _Memory:
         bundle = self.footprint.bundle(self.settings)
         peak = Peak.at(Place(on_gpu=self.place.on_gpu), device=SEARCHED * bundle, host=bundle)
         return peak.with_(self.confirmation()) if self.work.by_perplexity else peak
-
-    def correction(self) -> Peak:
-        work = replace(self.work, steps=self.work.steps.rated, windows=1)
-        measured = _Memory(self.shapes, work, self.machine).confirmation()
-        backward = self.footprint.backward(self.settings.context_length, 1, recompute=True)
-        on_gpu, on_cpu = (backward, 0) if self.place.on_gpu else (0, backward)
-        return replace(measured, device=measured.device + on_gpu, host=measured.host + on_cpu)
 
     def confirmation(self) -> Peak:
         """A candidate that is pruned, measured and made dense again."""

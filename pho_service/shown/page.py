@@ -21,7 +21,6 @@ from pho_service.spec.configuration import Configuration
 from pho_service.spec.document import number, percent, seconds
 from pho_service.spec.recovery import Recovered
 from pho_service.spec.tasks import TaskScores
-from pho_service.tuning.plan import CORRECTS
 from pho_service.tuning.result import chosen_in
 from storage.studies import quiet_optuna, record_of
 
@@ -127,7 +126,6 @@ def importances(islands: Sequence[Sequence[FrozenTrial]], *, maximised: bool) ->
         for trials in islands
         for trial in trials
         if trial.state is TrialState.COMPLETE and trial.user_attrs.get("method") == "crepe"
-        if CORRECTS not in trial.user_attrs  # whose offsets are no parameters
     ]
     if len(candidates) < ENOUGH:
         return {}

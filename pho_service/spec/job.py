@@ -36,16 +36,13 @@ from pho_service.spec.fields import (
 )
 from pho_service.spec.objective import (
     MAX_TRIALS,
-    Corrections,
     InFull,
     Objective,
     Sampler,
     SamplerSeed,
     SearchOptions,
     Trials,
-    corrected_windows,
     options_of,
-    shared_windows,
 )
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import DEFAULT_PRESET, Preset, PresetName, SearchSpaceSpec
@@ -189,16 +186,6 @@ def differ(value: int, info: ValidationInfo) -> int:
     return value
 
 
-def in_memory(value: int, info: ValidationInfo) -> int:
-    """A streamed model is not corrected."""
-    if value and info.data.get("stream"):
-        raise ValueError(
-            "a streamed model is read again for each correction, which takes as long as a "
-            "calibration: give 0, or do not stream"
-        )
-    return value
-
-
 def preset_of(fields: Mapping[str, Any], pattern: Pattern) -> Preset:
     """The preset of a job with these fields, with its steps and bounds."""
     preset = Preset.of(fields["preset"], pattern)
@@ -331,7 +318,6 @@ class JobSpec(Document):
         1, ge=1, le=64, description="Number of searches, each with a seed of its own."
     )
     seed: SamplerSeed = SearchOptions.seed
-    corrections: Corrections = SearchOptions.corrections
     in_full: InFull = SearchOptions.in_full
     # `pho evaluate --tasks` measures what was pruned.
     tasks: Annotated[
@@ -420,7 +406,6 @@ class JobSpec(Document):
     _has_one_model = field_validator("prune", "tasks")(has_one_model)
     _of_pruned = field_validator("recovery")(of_pruned)
     _differ = field_validator("islands")(differ)
-    _in_memory = field_validator("corrections")(in_memory)
 
     @model_validator(mode="before")
     @classmethod
@@ -573,10 +558,6 @@ class JobSpec(Document):
             trained = self.request(0).steps.reconstruction
             tokens += points * trained.passes * self.calibration.tokens if trained.wanted else 0
             limits.check_tokens("/confirm/windows", tokens)
-        length = self.calibration.context_length
-        corrected = corrected_windows(length) + shared_windows(self.calibration.samples, length)
-        tokens += points * self.corrections * corrected * length
-        limits.check_tokens("/corrections", tokens)
         if self.recovery is not None:
             tokens += (self.recovery.tokens or 0) + self.recovery.written
             limits.check_tokens("/recovery/tokens", tokens)

@@ -99,10 +99,7 @@ SAMPLERS: dict[str, int] = {
     **{"cmaes": 8, "random": 8, "qmc": 8},
 }
 MAX_TRIALS = 10_000  # of an island; the dashboard draws every trial
-MAX_CORRECTIONS = 1_000  # each takes as long as the model takes for some windows
-_LENGTHS = ("trials", "corrections", "in_full")
-CORRECTED_TOKENS = 1024  # of the calibration text, on which pruned models are compared with it
-SHARED_TOKENS = 8192  # of the rest of it, which each correction runs backward
+_LENGTHS = ("trials", "in_full")
 
 
 Trials = Annotated[
@@ -115,18 +112,6 @@ Trials = Annotated[
     ),
 ]
 SamplerSeed = Annotated[Seed, Field(description="Seed of the sampler.")]
-Corrections = Annotated[
-    Whole,
-    Field(
-        ge=0,
-        le=MAX_CORRECTIONS,
-        description="Steps after the search that move sparsity between linears: by the gradient of "
-        "the divergence from the dense model, those where one more weight costs more lose fewer. "
-        "0 leaves the best allocation as it is.",
-    ),
-]
-
-
 InFull = Annotated[
     Annotated[Whole, Field(ge=1, le=100)] | None,
     Field(
@@ -150,7 +135,6 @@ class SearchOptions:
 
     trials: Trials = 200
     seed: SamplerSeed = 0
-    corrections: Corrections = 0
     in_full: InFull = None
 
     def pruned_in_full(self, finalists: int, pattern: Pattern) -> int:
@@ -161,7 +145,7 @@ class SearchOptions:
         """
         Return what makes it another search: the seed, and what differs from its default.
 
-        How many trials, corrections and finalists do not: a longer search goes on with a shorter.
+        How many trials and finalists do not: a longer search goes on with a shorter.
         """
         values = options_of(self)
         defaults = {option.name: option.default for option in fields(SearchOptions)}
@@ -170,16 +154,6 @@ class SearchOptions:
             for name, value in values.items()
             if name == "seed" or (name not in _LENGTHS and value != defaults[name])
         }
-
-
-def corrected_windows(context_length: int) -> int:
-    """Most calibration windows that pruned models are compared with the dense one on."""
-    return max(1, CORRECTED_TOKENS // context_length)
-
-
-def shared_windows(windows: int, context_length: int) -> int:
-    """Number of the other windows that a correction learns from."""
-    return min(windows, max(1, SHARED_TOKENS // context_length))
 
 
 def options_of(source: object) -> dict[str, Any]:

@@ -68,8 +68,6 @@ class Chosen:
     divergence_tokens: int | None = None
     # What choosing and these perplexities take, in perplexities of the whole text
     evaluations: float = 0.0
-    # What corrections of the best came to, if there were any
-    correction: dict[str, Any] | None = None
     # How well each proxy ranks, by name, if that was asked for
     validation: dict[str, ProxyQuality] | None = None
     doubt: str | None = None  # What to know of a proxy that does not rank

@@ -16,7 +16,7 @@ from pho_service.tuning.plan import RatedCandidate
 from pho_service.tuning.search import Islands
 from storage.studies import record_of
 
-What = Literal["divergence", "perplexity", "calibration_divergence"]
+What = Literal["divergence", "perplexity"]
 
 
 def finalists(rated: Sequence[RatedCandidate], count: int) -> list[RatedCandidate]:

@@ -11,7 +11,7 @@ from pho_service.spec.baselines import search_baselines
 from pho_service.spec.document import check_seed
 from pho_service.spec.fields import ValidationSpec
 from pho_service.spec.objective import SAMPLERS, Objective, SearchOptions, options_of
-from pho_service.spec.pattern import Pattern, Scope
+from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Candidate, Steps
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
 
-CORRECTS = "corrects"  # user attribute of a trial: the trial whose allocation it corrects
-SECOND_OPINION = "second_opinion"  # and its rating by the other weighting that proposes finalists
+# User attribute of a trial: its rating by the other weighting that proposes finalists.
+SECOND_OPINION = "second_opinion"
 
 Direction = Literal["minimize", "maximize"]
 
@@ -144,28 +144,6 @@ class SearchRequest(SearchOptions):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidInput(f"{name}={value} is below 1.")
-        self._check_corrections()
-
-    def _check_corrections(self) -> None:
-        if not self.corrections:
-            return
-        pattern = self.pattern
-        if pattern.group or pattern.scope is Scope.GLOBAL:
-            raise InvalidInput(
-                f"corrections={self.corrections} is for allocations of a ratio in scope layer or "
-                f"row: at {pattern} in scope {pattern.scope.value} nothing is shared out among the "
-                "linears that could be corrected. Give corrections=0."
-            )
-        if self.steps.allocation.unit == "block":
-            raise InvalidInput(
-                f"corrections={self.corrections} shifts single linears, and allocation unit "
-                "'block' gives those of a block one sparsity. Take unit 'linear', or corrections=0."
-            )
-        if self.objective.name != "activation-reconstruction" or self.objective.over is not None:
-            raise InvalidInput(
-                f"corrections={self.corrections} is for activation reconstruction on one model, "
-                f"and the objective is {self.objective.label}. Give corrections=0."
-            )
 
     def plan(self, kernel_sizes: tuple[int, ...]) -> SearchPlan:
         allocation = self.steps.allocation
@@ -175,11 +153,6 @@ class SearchRequest(SearchOptions):
             "allocation_spread": (allocation.spread, allocation.spread),
         }
         space = SearchSpace(**{**defaults, **self.bounds})
-        if self.corrections and space.allocation_spread[1] == 0:
-            raise InvalidInput(
-                f"corrections={self.corrections} has nothing to correct: with an allocation "
-                "spread of 0 all linears lose the same share. Give corrections=0, or a spread."
-            )
         missing = sorted(set(space.kernel_sizes) - set(kernel_sizes))
         if missing:
             raise InvalidInput(

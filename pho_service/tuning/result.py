@@ -15,7 +15,6 @@ from pho_service.errors import field_name
 from pho_service.host.machine import versions
 from pho_service.spec.configuration import Configuration, Confirmation, ProxyQuality, Rating
 from pho_service.spec.document import number
-from pho_service.tuning.correction import Correction
 from pho_service.tuning.finalists import Divergences
 from pho_service.tuning.plan import RatedCandidate, SearchPlan, SearchRequest
 from storage.studies import keep_record, note_trial, record_of
@@ -104,7 +103,6 @@ def search_result(
     *,
     errors: Mapping[int, float] = MappingProxyType({}),
     ended_after: int | None = None,
-    correction: Correction | None = None,
 ) -> SearchResult:
     """Choose the winner and write down how it was found."""
     best = measured[0][1] if measured else rated[0]
@@ -154,7 +152,6 @@ def search_result(
             "study": name,
             **({} if ended_after is None else {"finished": ended_after}),
             **({"warm_start": _started(rated, plan)} if plan.warm_start else {}),
-            **({} if correction is None else {"correction": correction.to_dict()}),
         },
         model=provenance.get("model", {}),
         calibration={k: v for k, v in provenance.items() if k != "model"},
@@ -225,9 +222,8 @@ def _warnings(
             "nothing; another sampler or another search space may."
         )
     if not confirmed:
-        by = "the divergence" if "correction" in configuration.search else "the proxy"
         warnings.append(
-            f"Not confirmed: no perplexity was measured, so this is the best by {by} alone. "
+            "Not confirmed: no perplexity was measured, so this is the best by the proxy alone. "
             + (
                 "Nor were the dense models, Wanda and RIA: each model has its own tokens, and one "
                 "after the other is in memory. `pho transfer` measures all of them on each model."

@@ -22,9 +22,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from pho_service.errors import StudyError, field_name
 from pho_service.progress import Fence
 from pho_service.spec.steps import Candidate
-from pho_service.tuning.correction import Correction
 from pho_service.tuning.plan import (
-    CORRECTS,
     SECOND_OPINION,
     Direction,
     Evaluate,
@@ -208,7 +206,7 @@ class _Recorder:
             outcomes = evaluate(fresh)
             spans = _spans(began, datetime.now(), outcomes)
             trials = [  # fewer than candidates where one of them raised
-                finished_trial(self.plan, *each)
+                _finished_trial(self.plan, *each)
                 for each in zip(fresh, outcomes, spans, strict=False)
             ]
             with self.fence():
@@ -251,7 +249,7 @@ class _Recorder:
         )
 
 
-def finished_trial(
+def _finished_trial(
     plan: SearchPlan, candidate: Candidate, outcome: Outcome, span: tuple[datetime, datetime]
 ) -> FrozenTrial:
     """The trial of a candidate that was rated, with when that began and ended."""
@@ -279,13 +277,14 @@ def _alike(first: Any, second: Any) -> bool:
 
 
 def searched(study: optuna.Study, plan: SearchPlan) -> list[FrozenTrial]:
-    """The trials of the search itself, by number: corrections are trials of the study, too."""
-    trials = study.get_trials(deepcopy=False)
-    return [t for t in trials if CORRECTS not in t.user_attrs][: plan.trials]
+    """The trials of a search, by number: its study has more if a longer search went on with it."""
+    return study.get_trials(deepcopy=False)[: plan.trials]
 
 
-def rated_trials(trials: Sequence[FrozenTrial], plan: SearchPlan) -> list[RatedCandidate]:
-    return [
+def ranked(study: optuna.Study, plan: SearchPlan) -> list[RatedCandidate]:
+    """The finished trials of a search, best first; equal values by number."""
+    trials = searched(study, plan)
+    rated = [
         RatedCandidate(
             number=t.number,
             candidate=Candidate.from_dict(t.user_attrs, plan.pattern),
@@ -296,12 +295,6 @@ def rated_trials(trials: Sequence[FrozenTrial], plan: SearchPlan) -> list[RatedC
         for t in trials
         if t.state is TrialState.COMPLETE and t.value is not None
     ]
-
-
-def ranked(study: optuna.Study, plan: SearchPlan) -> list[RatedCandidate]:
-    """The finished trials of a search, best first; equal values by number."""
-    trials = searched(study, plan)
-    rated = rated_trials(trials, plan)
     if not rated:
         cause = trials[0].user_attrs.get("failure", "unknown") if trials else "no trials"
         raise StudyError(f"every trial of study {study.study_name!r} failed. The first: {cause}")
@@ -334,21 +327,6 @@ class Islands:
         ]
         sign = 1 if self.plan.direction == "minimize" else -1
         return sorted(rated, key=lambda r: (sign * r.value, r.number))
-
-    def corrected(self, correction: Correction | None) -> list[RatedCandidate]:
-        """The candidate that a correction found; none if it found none."""
-        number = None if correction is None else correction.trial
-        return [candidate for candidate in self.corrections() if candidate.number == number]
-
-    def corrections(self) -> list[RatedCandidate]:
-        """The corrected candidates of all islands, by island and number."""
-        return [
-            replace(candidate, number=candidate.number * len(self.studies) + island)
-            for island, (study, plan) in enumerate(zip(self.studies, self.plans, strict=True))
-            for candidate in rated_trials(
-                [t for t in study.get_trials(deepcopy=False) if CORRECTS in t.user_attrs], plan
-            )
-        ]
 
     def place(self, number: int) -> tuple[optuna.Study, int]:
         """The study that a trial is in, and its number there."""

@@ -11,14 +11,13 @@ def test_each_stage_has_a_range_of_seconds_and_its_peaks(pho, model_folder):
     weights = model_folder / "model.safetensors"
     with weights.open("rb+") as file:
         file.truncate(8 + int.from_bytes(file.read(8), "little"))
-    asked = (*FEW, "--corrections", 9, "--card", "H100", "--json")
-    found = json.loads(pho("plan", model_folder, *asked).stdout)
+    found = json.loads(pho("plan", model_folder, *FEW, "--card", "H100", "--json").stdout)
 
     assert found["fits"]
     assert found["model"]["prunable"] == 18_432
     assert [stage["title"] for stage in found["stages"]] == [
         "read the model", "hash the weights", "calibrate", "search, 200 trials",
-        "correct, 9 allocations", "confirm by perplexity", "prune", "save",
+        "confirm by perplexity", "prune", "save",
     ]  # fmt: skip
     assert all(0 <= low <= high for low, high in (s["seconds"] for s in found["stages"]))
 

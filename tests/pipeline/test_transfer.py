@@ -215,19 +215,13 @@ def test_the_own_best_is_searched_for_in_the_configurations_space_and_with_its_s
     assert request.steps.allocation.method == "fisher"
 
 
-@pytest.mark.parametrize("corrected", [True, False])
-def test_own_search_is_uncorrected(corrected):
-    """Offsets that a correction found are of its model; those that were asked for are kept."""
+def test_an_own_search_keeps_the_offsets_that_were_asked_for():
     allocation = Allocation(offsets={"model.layers.0.mlp.up_proj": 0.5})
-    before = Allocation(method="fisher", spread=0.1, depth=(0.1, 0.0))
-    search = {"correction": {"allocation": before.to_dict()}} if corrected else {}
-    configuration = GOOD.model_copy(
-        update={"steps": Steps(allocation=allocation), "search": search}
-    )
+    configuration = GOOD.model_copy(update={"steps": Steps(allocation=allocation)})
 
-    found = own_search(configuration, SearchOptions(), finalists=2).steps.allocation
+    request = own_search(configuration, SearchOptions(), finalists=2)
 
-    assert found == (before if corrected else allocation)
+    assert request.steps.allocation == allocation
 
 
 @pytest.mark.parametrize("space", [{"rows": [0, 1]}, {"row_share": [2, 3]}, {"row_share": 7}, [1]])

@@ -65,13 +65,10 @@ def test_what_decides_the_value_is_the_most_important(sign):
 
 
 def test_too_few():
-    """Of few or equal candidates nothing is told; baselines and corrections are none."""
+    """Of few or equal candidates nothing is told; baselines are none."""
     others = [frozen(n, 1.0, "ria-row") for n in range(60)]
-    for correction in (corrections := candidates(60)):
-        correction.set_user_attr("corrects", 3)
-
     same = [frozen(n, n / 10) for n in range(60)]
-    assert importances([[*candidates(ENOUGH - 1), *others, *corrections]], maximised=False) == {}
+    assert importances([[*candidates(ENOUGH - 1), *others]], maximised=False) == {}
     assert importances([same], maximised=False) == {}
 
 

@@ -142,8 +142,6 @@ WRONG: list[tuple[dict[str, Any], tuple[str | int, ...]]] = [
     ({"trials": "200"}, ("trials",)),
     ({"islands": 65}, ("islands",)),
     ({"sampler": "hill-climb", "islands": 2}, ("islands",)),  # they would be the same
-    ({"corrections": 1001}, ("corrections",)),
-    ({"corrections": 1, "stream": True}, ("corrections",)),  # read anew for each
     ({"seed": 2**32}, ("seed",)),
     ({"priority": 101}, ("priority",)),
     ({"timeout_s": float("inf")}, ("timeout_s",)),
@@ -363,7 +361,6 @@ def test_each_has_the_request_of_a_job_with_it_alone():
         ({"patterns": ["0.3"], "prune": True}, ":prune with its pattern"),
         ({"patterns": ["0.3"], "tasks": ["boolq"]}, "tasks cannot be asked for with several"),
         ({"patterns": ["0.3", "2:4"], "trials": 3}, "trials=3 is too few"),
-        ({"patterns": ["0.3", "2:4"], "corrections": 3, "preset": "best"}, "at 2:4 in scope row"),
     ],
 )
 def test_what_is_of_one_pattern_is_refused(changes, told):

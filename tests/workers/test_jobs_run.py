@@ -49,7 +49,7 @@ FOLDED = {"permutation": "score", "deployable": True}
     [
         pytest.param({}, id="as-it-is"),
         pytest.param({"pattern": "2:4", "seed": 3, "steps": FOLDED}, id="2:4-deployable"),
-        pytest.param({"preset": "best", "corrections": 3}, id="best-corrected"),
+        pytest.param({"preset": "best"}, id="best"),
         thorough("on-held-out-windows", confirm={"text": None}),
         thorough("hill-climb-to-its-end", **CLIMB),
         thorough("4:8-streamed", pattern="4:8", **STREAMED),
