@@ -7,7 +7,7 @@ import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from optuna.storages import RDBStorage
@@ -16,7 +16,7 @@ from sqlalchemy.dialects.postgresql import insert as pg_insert
 
 from storage.claims import LOST_FOR_S, ClaimStore
 from storage.database import Database
-from storage.keys import NO_WORK, Work, charge, refund
+from storage.keys import charge, refund
 from storage.listing import (
     EVERYTHING,
     NEWEST,
@@ -72,7 +72,7 @@ class NewJob:
     trials: int  # Of each island
     max_attempts: int  # Of each stage
     priority: int = 0
-    work: Work = field(default_factory=lambda: NO_WORK)  # What it is planned to take
+    tokens: int = 0  # That models are run over
     request: Mapping[str, Any] | None = None  # The document as it came, if that is another one
     idempotency_key: str | None = None
 
@@ -135,7 +135,7 @@ class JobStore(ClaimStore):
                     return earlier_job, False
             _check_limits(connection, new, owner_id, limits)
             if owner_id is not None:
-                charge(connection, owner_id, job_id, new.work)
+                charge(connection, owner_id, job_id, new.tokens)
             add_event(connection, job_id, "state", {"state": JobState.QUEUED})
             add_stages(connection, find_job(connection, job_id), new.stages)
             return find_job(connection, job_id), True
@@ -178,7 +178,7 @@ class JobStore(ClaimStore):
         visible_to: uuid.UUID | None = None,
         trials: int = 0,
         max_trials: int | None = None,
-        work: Work = NO_WORK,
+        tokens: int = 0,
     ) -> JobRecord:
         """Cancel, pause, resume or extend a job."""
         # What it is already, it may be asked to be again.
@@ -194,7 +194,7 @@ class JobStore(ClaimStore):
                         "of a job"
                     )
                 if job.owner_id is not None:
-                    charge(connection, job.owner_id, job.id, work)
+                    charge(connection, job.owner_id, job.id, tokens)
                 _extend(connection, job, trials)
                 job = find_job(connection, job_id)
             if verb == "cancel" and not any(s.attempt for s in job.stages):
@@ -470,7 +470,7 @@ def ask_to_prune(
     *,
     visible_to: uuid.UUID | None = None,
     pattern: str | None = None,
-    work: Work = NO_WORK,
+    tokens: int = 0,
 ) -> JobRecord:
     """Have the pruned model of a job written, if it is not there or on its way already."""
     with database.transaction() as connection:
@@ -483,7 +483,7 @@ def ask_to_prune(
         if job.state is not JobState.SUCCEEDED:
             raise StateConflict("prune", job.state, _WAY_OUT.get(job.state, _LATER))
         if job.owner_id is not None:
-            charge(connection, job.owner_id, job.id, work)
+            charge(connection, job.owner_id, job.id, tokens)
         earlier = (stages.c.job_id == job.id, stages.c.kind == StageKind.PRUNE)
         connection.execute(delete(stages).where(*earlier))
         set_state(connection, job, JobState.QUEUED)

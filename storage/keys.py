@@ -5,10 +5,9 @@ API keys with their quotas and logins of browsers: shown once, stored as hashes.
 import hashlib
 import secrets
 import uuid
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import Any
 
 from sqlalchemy import Connection, and_, delete, exists, func, insert, or_, select, update
 
@@ -20,29 +19,17 @@ MOST_LOGINS = 20  # of a key
 _SHOWN = 10  # characters of a key that tell it apart from others
 
 
-Unit = Literal["tokens", "seconds"]  # that models are run over, or of an H100: the most of a plan
-Work = Mapping[Unit, int]  # What a job takes, in the units that it is known in
-NO_WORK: Work = {"tokens": 0, "seconds": 0}
-
-
 @dataclass(frozen=True)
 class Quota:
-    """How much work the jobs of a key may plan."""
+    """How many tokens the jobs of a key may plan to run models over."""
 
-    most: int
+    tokens: int
     span: timedelta  # In any stretch of time that is so long
-    unit: Unit = "tokens"
 
     def __str__(self) -> str:
         days = self.span / timedelta(days=1)
         time = f"{days:g} days" if days >= 2 else f"{days * 24:g} hours"
-        return f"{self.told(self.most)} in {time}"
-
-    def told(self, amount: int) -> str:
-        """So much of what it counts, in words."""
-        if self.unit == "tokens":
-            return f"{amount:,} tokens"
-        return f"{amount / 3600:.3g} h of an H100"
+        return f"{self.tokens:,} tokens in {time}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +45,8 @@ class Key:
     quota: Quota | None  # None: its jobs may plan as much as they like
 
 
-class NotPlanned(Exception):
-    """A quota counts work that is not known of a job yet."""
-
-
 class QuotaExceeded(Exception):
-    """A job would plan more work than the quota of its key leaves."""
+    """A job would plan more tokens than the quota of its key leaves."""
 
     def __init__(
         self, quota: Quota, *, used: int, asked: int, free_at: datetime | None, name: str
@@ -75,8 +58,8 @@ class QuotaExceeded(Exception):
             else f"Enough is free from {free_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC on."
         )
         super().__init__(
-            f"the quota of key {name!r} is {quota}. {quota.told(used)} are used, and this is "
-            f"planned to take {quota.told(asked)}. {when}"
+            f"the quota of key {name!r} is {quota}. {used:,} tokens are used, and this is "
+            f"planned to take {asked:,} tokens. {when}"
         )
         self.free_at = free_at  # None: never
 
@@ -118,18 +101,18 @@ class KeyStore:
             return made
 
     def set_quota(self, prefix: str, quota: Quota | None) -> Key:
-        """Give a key a quota, or none. What was planned before counts if the unit stays."""
+        """Give a key a quota, which counts what was planned under the one before, or none."""
         key = self._chosen(prefix)
         if key.scrape_only:
             raise NoSuchKey(prefix)
         change = update(keys).where(keys.c.id == key.id).values(**_columns(quota))
         with self.database.transaction() as connection:
-            if key.quota and (quota is None or quota.unit != key.quota.unit):
+            if quota is None:
                 connection.execute(delete(work).where(work.c.key_id == key.id))
             return _key(connection.execute(change.returning(*KEY_COLUMNS)).one())
 
     def used(self) -> dict[uuid.UUID, int]:
-        """How much of its quota each key has used that has one and has used some."""
+        """How many tokens of its quota each key has used that has one and has used some."""
         query = (
             select(work.c.key_id, func.sum(work.c.amount))
             .join(keys, keys.c.id == work.c.key_id)
@@ -208,7 +191,7 @@ class KeyStore:
             return connection.execute(select(keys.c.id).limit(1)).first() is not None
 
 
-_QUOTA = (keys.c.quota, keys.c.quota_span, keys.c.quota_unit)
+_QUOTA = (keys.c.quota, keys.c.quota_span)
 KEY_COLUMNS = (
     keys.c.id, keys.c.name, keys.c.prefix, keys.c.sees_all, keys.c.scrape_only, keys.c.created_at,
     keys.c.revoked_at, keys.c.expires_at, *_QUOTA,
@@ -224,44 +207,42 @@ def key_digest(secret: str) -> bytes:
 
 
 def _columns(quota: Quota | None) -> dict[str, Any]:
-    values = (None, None, None) if quota is None else (quota.most, quota.span, quota.unit)
+    values = (None, None) if quota is None else (quota.tokens, quota.span)
     return {column.name: value for column, value in zip(_QUOTA, values, strict=True)}
 
 
 def _key(row: Any) -> Key:
     """The key of a row of :data:`KEY_COLUMNS`."""
     own = dict(row._mapping)
-    most, span, unit = (own.pop(column.name) for column in _QUOTA)
-    return Key(**own, quota=None if most is None else Quota(most, span, unit))
+    tokens, span = (own.pop(column.name) for column in _QUOTA)
+    return Key(**own, quota=None if tokens is None else Quota(tokens, span))
 
 
 # Work counts from when it is planned, whatever becomes of its job: else a key that deletes its jobs
 # would have no quota.
-def charge(connection: Connection, key_id: uuid.UUID, job_id: uuid.UUID, amounts: Work) -> None:
-    """Count work that is planned now, or raise QuotaExceeded if its key's quota has no room."""
+def charge(connection: Connection, key_id: uuid.UUID, job_id: uuid.UUID, tokens: int) -> None:
+    """Count tokens that are planned now, or raise QuotaExceeded if the key's quota has no room."""
     mine = select(*KEY_COLUMNS).where(keys.c.id == key_id)
     # One after the other, so that none slips past the quota.
     key = _key(connection.execute(mine.with_for_update(key_share=True)).one())
     if (quota := key.quota) is None:
         return
-    if (amount := amounts.get(quota.unit)) is None:
-        raise NotPlanned
     begins = func.now() - quota.span
     connection.execute(delete(work).where(work.c.key_id == key_id, work.c.planned_at <= begins))
     counted = select(work.c.amount, work.c.planned_at).where(work.c.key_id == key_id)
     found = connection.execute(counted.order_by(work.c.planned_at, work.c.id)).all()
-    left, free_at = quota.most - sum(row.amount for row in found), None
-    if amount > left:
+    left, free_at = quota.tokens - sum(row.amount for row in found), None
+    if tokens > left:
         room = left
         for row in found:
             room += row.amount
-            if room >= amount:
+            if room >= tokens:
                 free_at = row.planned_at + quota.span
                 break
         raise QuotaExceeded(
-            quota, used=quota.most - left, asked=amount, free_at=free_at, name=key.name
+            quota, used=quota.tokens - left, asked=tokens, free_at=free_at, name=key.name
         )
-    connection.execute(insert(work).values(key_id=key_id, job_id=job_id, amount=amount))
+    connection.execute(insert(work).values(key_id=key_id, job_id=job_id, amount=tokens))
 
 
 def refund(connection: Connection, job_id: uuid.UUID) -> None:

@@ -79,8 +79,7 @@ keys = Table(
     Column("created_at", _utc, nullable=False, server_default=_now),
     Column("revoked_at", _utc),
     Column("expires_at", _utc),  # null: never
-    Column("quota", BigInteger),  # what its jobs may plan in the span; null: no quota
-    Column("quota_unit", Text),
+    Column("quota", BigInteger),  # tokens that its jobs may plan in the span; null: no quota
     Column("quota_span", Interval),
 )
 
@@ -90,7 +89,7 @@ work = Table(  # what the jobs of keys with a quota were planned to take
     Column("id", BigInteger, Identity(always=True), primary_key=True),
     Column("key_id", Uuid, ForeignKey("pho.keys.id", ondelete="CASCADE"), nullable=False),
     Column("job_id", Uuid, nullable=False),  # no foreign key: a deleted job counts, too
-    Column("amount", BigInteger, nullable=False),  # in the unit of the quota
+    Column("amount", BigInteger, nullable=False),  # tokens
     Column("planned_at", _utc, nullable=False, server_default=_now),
     Index("ix_work_key_id_planned_at", "key_id", "planned_at"),
 )

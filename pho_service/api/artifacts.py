@@ -5,7 +5,6 @@
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from functools import partial
 from tarfile import BLOCKSIZE, GNU_FORMAT, TarInfo
 from typing import Annotated, BinaryIO
 from urllib.parse import quote
@@ -20,8 +19,6 @@ from pho_service.api.jobs import OnePattern
 from pho_service.api.problems import documented, documented_file, problem
 from pho_service.api.service import CallerParam, Service, ServiceParam
 from pho_service.api.view import JobView
-from pho_service.planning.plan import SEARCHING
-from pho_service.spec.pattern import Pattern
 from pho_service.spec.results import Written
 from storage import records as stored
 from storage.jobs import REMOVED, ask_to_prune, note_removed
@@ -72,10 +69,9 @@ def write_pruned(
         view.configuration(name)  # refuses where one must be named
         if pruning is not None and pruning.about != name:
             service.pruned.remove(job_id)  # of another pattern
-    one = spec if name is None else spec.of_pattern(Pattern.parse(name))
-    one = one.model_copy(update={"prune": True})
-    ask = partial(ask_to_prune, service.database, job_id, visible_to=visible_to, pattern=name)
-    return service.charged(ask, spec.tokens_to_prune, [one], without=SEARCHING)
+    return ask_to_prune(
+        service.database, job_id, visible_to=visible_to, pattern=name, tokens=spec.tokens_to_prune
+    )
 
 
 @router.get(

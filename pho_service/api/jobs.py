@@ -55,7 +55,6 @@ from pho_service.spec.objective import MAX_TRIALS
 from pho_service.spec.transfer import TransferRequest, TransferSpec
 from storage import records as stored
 from storage.jobs import JobStore, Limits, NewJob
-from storage.keys import NO_WORK, Work
 from storage.listing import NEWEST, JobFilter, Sort
 from storage.records import JobRecord, JobState, NewStage, StageKind
 from storage.studies import DatabaseGone, open_storage, read_trials, study_name
@@ -149,7 +148,7 @@ def enter(
     owner_id: UUID | None = None,
     idempotency_key: str | None = None,
     settings: Settings | None = None,
-    work: Work = NO_WORK,
+    tokens: int = 0,
 ) -> JobRecord:
     """Store a job and queue its first stages; a used idempotency key gives the job of that time."""
     limits = Limits() if settings is None else Limits(
@@ -165,7 +164,7 @@ def enter(
         priority=spec.priority,
         trials=spec.trials if isinstance(spec, JobSpec) else 0,
         max_attempts=spec.max_attempts,
-        work=work,
+        tokens=tokens,
         idempotency_key=idempotency_key,
     )
     return store.submit(new, owner_id=owner_id, limits=limits)[0]
@@ -390,12 +389,11 @@ def take(
     whole = fitted(spec, service.access)
     for check in checks(whole, service):
         check()
-    each = [whole.of_model(number) for number in range(len(whole.models))]
-    store = partial(
-        enter, service.jobs, whole.placed(service.access), asked=spec, owner_id=caller.key_id,
+    return enter(
+        service.jobs, whole.placed(service.access), asked=spec, owner_id=caller.key_id,
         idempotency_key=idempotency_key, settings=service.settings,
+        tokens=whole.check_size(service.limits),
     )  # fmt: skip
-    return service.charged(store, whole.check_size(service.limits), each)
 
 
 @router.get("", response_model=JobPage, responses=documented(422))
@@ -482,14 +480,12 @@ def extend(job_id: UUID, extension: Extension, service: ServiceParam, caller: Ca
     view.check_one_pattern()
     spec = view.spec
     tokens = spec.extension(extension.trials, service.limits)
-    more = spec.model_copy(update={"trials": extension.trials})
     had_files = job.pruning is not None
     most = min(MAX_TRIALS, service.limits.trials // spec.islands)  # of several at a time, too
-    ask = partial(
-        service.jobs.ask, job_id, "extend", visible_to=caller.visible_to, trials=extension.trials,
-        max_trials=most,
+    job = service.jobs.ask(
+        job_id, "extend", visible_to=caller.visible_to, trials=extension.trials, max_trials=most,
+        tokens=tokens,
     )  # fmt: skip
-    job = service.charged(ask, tokens, [more], without={StageKind.CALIBRATE})
     if had_files:  # of a model that is not the best any more
         try:
             service.pruned.remove(job_id)
@@ -633,14 +629,13 @@ def transfer(
     tokens = spec.check_size(service.limits)
     if request.notify is not None:
         check_field("notify", service.webhooks.check, request.notify)
-    targets = [spec.target(number) for number in range(len(spec.models))]
-    request = request.placed(service.access)
-    placed = TransferSpec.of(request, str(source.id), configuration, source.spec)
-    store = partial(
-        enter, service.jobs, placed, asked=spec, owner_id=caller.key_id,
-        idempotency_key=idempotency_key, settings=service.settings,
+    placed = TransferSpec.of(
+        request.placed(service.access), str(source.id), configuration, source.spec
+    )
+    job = enter(
+        service.jobs, placed, asked=spec, owner_id=caller.key_id,
+        idempotency_key=idempotency_key, settings=service.settings, tokens=tokens,
     )  # fmt: skip
-    job = service.charged(store, tokens, targets)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     return JobView(job).answer
 

@@ -3,9 +3,8 @@ State that all operations of the API share: the stores, the settings, and what b
 """
 
 import asyncio
-import math
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -14,7 +13,7 @@ from uuid import UUID
 
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
-from fastapi import Depends, HTTPException, Request
+from fastapi import Depends, Request
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -29,7 +28,7 @@ from pho_service.host.access import Access
 from pho_service.host.artifacts import PrunedStore
 from pho_service.host.settings import Settings
 from pho_service.host.webhooks import WebhookRules
-from pho_service.planning.costs import Machine, named_machine
+from pho_service.planning.costs import Machine
 from pho_service.planning.plan import Plan, plan_job
 from pho_service.planning.shapes import read_shapes
 from pho_service.spec.fields import FieldError, JobLimits
@@ -37,13 +36,12 @@ from pho_service.spec.job import JobSpec
 from storage.configurations import ConfigurationStore
 from storage.database import Database
 from storage.jobs import JobStore
-from storage.keys import Key, KeyStore, NotPlanned, SessionStore
+from storage.keys import Key, KeyStore, SessionStore
 from storage.records import JobRecord, StageKind, StageState
 from storage.studies import DatabaseGone
 
 # Requests that take seconds of a core: a few at a time, so that the others are answered meanwhile.
 AT_ONCE = 2
-TURN_S = 1.0  # that a submission waits for its turn to be planned
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
@@ -170,7 +168,6 @@ class Service:
         self.answers = Answers(self.registry)
         self.heavy = Heavy()
         self.planning = Heavy()  # which waits for the hub, too
-        self._turns = threading.Semaphore(AT_ONCE)  # to plan in the thread of a submission
 
     @cached_property
     def pruned(self) -> PrunedStore:
@@ -216,35 +213,6 @@ class Service:
             return plan_job(spec, shapes, machine)
         except (InvalidInput, ModelError) as error:
             raise FieldError("/model", str(error)) from error
-
-    def charged(
-        self, store: Callable[..., T], tokens: int, specs: Sequence[JobSpec],
-        *, without: Collection[StageKind] = (),
-    ) -> T:  # fmt: skip
-        """What ``store`` gives for the work of jobs, which are planned only if a quota asks."""
-        try:
-            return store(work={"tokens": tokens})
-        except NotPlanned:
-            return store(work={"tokens": tokens, "seconds": self._seconds(specs, without)})
-
-    def _seconds(self, specs: Sequence[JobSpec], without: Collection[StageKind]) -> int:
-        """Those of the plans of jobs, without some stages."""
-        if not self._turns.acquire(timeout=TURN_S):
-            told = "Other jobs are being planned, which takes long if the hub is slow. Try again."
-            raise HTTPException(429, told, headers={"Retry-After": "5"})
-        seconds, card = 0.0, named_machine("H100")
-        try:
-            for spec in specs:
-                left_out = {*without} if spec.prune else {*without, StageKind.PRUNE}
-                for stage in self.plan(spec, card).stages:
-                    if stage.kind not in left_out:
-                        seconds += stage.seconds[1]
-        except FieldError as error:
-            told = f"{error} The quota of this key counts hours, so jobs must be planned."
-            raise FieldError(error.pointer, told) from error
-        finally:
-            self._turns.release()
-        return math.ceil(seconds)
 
     def close(self) -> None:
         self.probe.close()

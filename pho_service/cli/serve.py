@@ -187,32 +187,30 @@ _LONGEST = timedelta(days=36_500)
 
 
 class _Quota(click.ParamType["Quota | None"]):
-    """So many tokens, or hours of an H100, in a time; or none."""
+    """So many tokens in a time; or none."""
 
-    name = "WORK/SPAN"
+    name = "TOKENS/SPAN"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> "Quota | None":
-        """Return the quota that `200M/7d` or `40h/7d` means, say."""
+        """Return the quota that `200M/7d` means, say."""
         from storage.keys import Quota
 
         if value == "none":
             return None
-        found = re.fullmatch(r"([1-9][0-9]{0,11})([kMBh]?)/(.+)", value)
+        found = re.fullmatch(r"([1-9][0-9]{0,11})([kMB]?)/(.+)", value)
         if found is None:
             self.fail(
-                f"{value!r} is not work in a time. Write 200M/7d for tokens, or 40h/7d "
-                "for hours of an H100: k, M and B are thousands, millions and billions; h, d and w "
-                "hours, days and weeks.",
+                f"{value!r} is not a number of tokens in a time. Write 200M/7d, say: k, M and B "
+                "are thousands, millions and billions; h, d and w hours, days and weeks.",
                 param,
                 ctx,
             )
-        most, span = int(found[1]) * _TIMES[found[2]], _Span().convert(found[3], param, ctx)
-        return Quota(most, span, "seconds" if found[2] == "h" else "tokens")
+        return Quota(int(found[1]) * _TIMES[found[2]], _Span().convert(found[3], param, ctx))
 
 
-_TIMES = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "h": 3600}
+_TIMES = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}
 
 
 @click.group()
@@ -238,8 +236,8 @@ def keys() -> None:
 @click.option(
     "--quota",
     type=_Quota(),
-    help="How many tokens its jobs may plan to run models over in any such time, as 200M/7d, or "
-    "hours of an H100, as 40h/7d.  [default: no limit]",
+    help="How many tokens its jobs may plan to run models over in any such time, as 200M/7d.  "
+    "[default: no limit]",
 )
 @database_verb
 def create_key(
@@ -296,8 +294,7 @@ def list_keys(as_json: bool, database_url: str | None, data_dir: str | None) -> 
             "expires_at": _minute(key.expires_at),
             "revoked_at": _minute(key.revoked_at),
             "logins": logins.get(key.id, 0),
-            "quota": key.quota and key.quota.most,
-            "quota_unit": key.quota and key.quota.unit,
+            "quota": key.quota and key.quota.tokens,
             "quota_hours": key.quota and key.quota.span / _UNITS["h"],
             "used": key.quota and used.get(key.id, 0),
         }
@@ -311,7 +308,7 @@ def list_keys(as_json: bool, database_url: str | None, data_dir: str | None) -> 
     if any(key.quota for key in found):
         columns += ["quota", "used"]
         for of, row in zip(found, cells, strict=True):
-            row += [of.quota, of.quota.told(used.get(of.id, 0))] if of.quota else [None, None]
+            row += [of.quota, f"{used.get(of.id, 0):,} tokens"] if of.quota else [None, None]
     print_table("Keys", columns, cells, spare=("created_at",))
 
 
@@ -354,12 +351,11 @@ def set_quota(
     Limit what the jobs of the key that begins with PREFIX may plan, from now on.
 
     QUOTA is a number of tokens and a time, as in 200M/7d: the tokens that its
-    jobs may plan to run models over in any seven days. 40h/7d are hours of an
-    H100, at most as `pho plan` says. `none` takes it away.
+    jobs may plan to run models over in any seven days. `none` takes it away.
 
     \b
     Example:
-      pho keys quota pho_AbCdEf 40h/7d
+      pho keys quota pho_AbCdEf 200M/7d
       pho keys quota pho_AbCdEf none
     """
     with _key_store(database_url, data_dir) as store, _known(prefix):

@@ -36,7 +36,7 @@ FREE = 0.95  # of a card that can be used: the rest is lost between blocks
 # bfloat16.
 PACKED_BYTE, PACKED_ZERO = 0.53, 0.36
 # What is done at each pattern.
-SEARCHING = {StageKind.POINT, StageKind.SEARCH, StageKind.CONFIRM, StageKind.PERPLEXITY}
+_SEARCHING = {StageKind.POINT, StageKind.SEARCH, StageKind.CONFIRM, StageKind.PERPLEXITY}
 _CARDS = (2, 4, 8, 16)  # of a machine
 SEARCHED = 3  # times its bundle that a search holds at its peak
 
@@ -170,7 +170,7 @@ def _of_several(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> Plan:
         counts = [spec.most_points]
     stages = []
     for alike in zip(*(plan.stages for plan in plans), strict=True):
-        repeated = alike[0].kind in SEARCHING
+        repeated = alike[0].kind in _SEARCHING
         times = counts if repeated else [1] + [0] * (len(plans) - 1)
         low, high = (
             sum(n * stage.seconds[end] for n, stage in zip(times, alike, strict=True))

@@ -1,13 +1,8 @@
 """``POST /v1/plan``: a job's document, and what it would take."""
 
-import math
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from datetime import timedelta
-from itertools import islice
+from concurrent.futures import ThreadPoolExecutor
 from typing import get_args
-from unittest.mock import Mock
 
 import pytest
 from transformers import LlamaConfig
@@ -16,7 +11,6 @@ from pho_service.api.plan import Card
 from pho_service.api.service import AT_ONCE
 from pho_service.errors import ModelError
 from pho_service.planning.costs import CARDS
-from storage.keys import Quota
 from storage.records import StageKind
 
 
@@ -56,50 +50,6 @@ def test_what_cannot_be_planned_is_refused_with_the_rule(client, refusal):
         assert words in refusal(ask(client, query, **fields), 422)["errors"][0]["detail"]
 
 
-def test_a_quota_in_hours_counts_what_plans_say(
-    client, keys, tmp_path, write_header, refusal, hand,
-    monkeypatch,
-):  # fmt: skip
-    """Of the stages that a request is for; a job that cannot be planned is refused."""
-    write_header(tmp_path / "seven", LlamaConfig(dtype="bfloat16", max_position_embeddings=4096))
-    key, secret = keys.create(
-        "team", sees_all=False, quota=Quota(3600, timedelta(days=7), "seconds")
-    )
-    headers = {"Authorization": f"Bearer {secret}"}
-    document = {"model": "seven", "pattern": "0.5", "preset": "score", "trials": 2000}
-
-    def post(path="/v1/jobs", **changes):
-        return client.post(path, json={**document, **changes}, headers=headers)
-
-    planned = post("/v1/plan").json()["stages"]
-    stages = {stage["title"].partition(",")[0]: stage["seconds"][1] for stage in planned}
-    job = post().json()["id"]
-    used = [keys.used()[key.id]]
-    hand.succeed(job)
-    client.post(f"/v1/jobs/{job}:prune", headers=headers)
-    used.append(keys.used()[key.id])
-    repeat = {"Idempotency-Key": "once"}
-    once = [client.post("/v1/jobs", json=document, headers=headers | repeat)]
-    with monkeypatch.context() as patch:  # what is done already is not planned again
-        patch.setattr("pho_service.api.service.read_shapes", Mock(side_effect=ModelError("away")))
-        once.append(client.post("/v1/jobs", json=document, headers=headers | repeat))
-        pruning = client.post(f"/v1/jobs/{job}:prune", headers=headers)
-    large = post(calibration={"samples": 60_000})
-    away = post(model="org/name")
-
-    assert once[0].json()["id"] == once[1].json()["id"]
-    assert pruning.status_code == 202
-    writing = stages["prune"] + stages["save"]
-    assert used[0] == math.ceil(sum(stages.values()) - writing)
-    reading = stages["read the model"] + stages["hash the weights"] + stages["calibrate"]
-    assert used[1] - used[0] == math.ceil(reading + writing)
-    told = refusal(large, 422, "job_too_large")["detail"]
-    assert "The quota of key 'team' is 1 h of an H100 in 7 days." in told
-    (error,) = refusal(away, 422)["errors"]
-    assert error["pointer"] == "/model"
-    assert "The quota of this key counts hours" in error["detail"]
-
-
 @pytest.mark.parametrize("path", ["/v1/plan", "/new/check"])
 def test_plans_take_few_threads_whoever_asks(client, monkeypatch, path, at_once):
     """The headers of a large model take seconds, and the hub may take twenty."""
@@ -117,32 +67,6 @@ def test_plans_take_few_threads_whoever_asks(client, monkeypatch, path, at_once)
 
     assert ["it took long" in answer.text for answer in answers] == [True] * 8
     assert at_once.most == AT_ONCE
-
-
-def test_submissions_that_are_planned_take_few_threads_and_others_are_told_to_come_again(
-    client, keys, monkeypatch, at_once, refusal
-):
-    over = threading.Event()
-
-    def read(*_, **__):
-        with at_once:
-            over.wait(60)
-        raise ModelError("it took long")
-
-    monkeypatch.setattr("pho_service.api.service.read_shapes", read)
-    monkeypatch.setattr("pho_service.api.service.TURN_S", 0.1)
-    quota = Quota(3600, timedelta(days=7), "seconds")
-    _, secret = keys.create("team", sees_all=False, quota=quota)
-    document, own = {"model": "org/name", "pattern": "0.5"}, {"Authorization": f"Bearer {secret}"}
-    with ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(client.post, "/v1/jobs", json=document, headers=own) for _ in range(8)]
-        late = [each.result() for each in islice(as_completed(asked), 8 - AT_ONCE)]
-        over.set()
-
-    assert at_once.most == AT_ONCE
-    assert [each.result().status_code for each in asked].count(422) == AT_ONCE
-    assert "are being planned" in refusal(late[0], 429, "too_many_requests")["detail"]
-    assert late[0].headers["Retry-After"] == "5"
 
 
 def test_pages_plan_what_the_hubs_cache_has_and_ask_nobody(

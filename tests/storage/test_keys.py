@@ -178,7 +178,7 @@ def submitted(store, owner, *, idempotency_key=None, tokens=0):
     """A job of a key, or of nobody; the same for the same Idempotency-Key."""
     new = NewJob(
         spec={"model": "org/name"}, name="n", stages=[NewStage(kind=StageKind.CALIBRATE)], trials=1,
-        max_attempts=1, idempotency_key=idempotency_key, work={"tokens": tokens, "seconds": tokens},
+        max_attempts=1, idempotency_key=idempotency_key, tokens=tokens,
     )  # fmt: skip
     job, _ = JobStore(store.database).submit(new, owner_id=owner)
     return job.id
@@ -298,19 +298,6 @@ def test_a_quota_stays_when_its_key_is_rotated_and_can_be_changed(store):
     assert store.used() == {}
     with pytest.raises(NoSuchKey):
         store.set_quota(scraper.prefix, WEEK)
-
-
-def test_what_was_planned_in_another_unit_does_not_count(store):
-    key, _ = store.create("team", sees_all=False, quota=WEEK)
-    submitted(store, key.id, tokens=60)
-    hours = store.set_quota(key.prefix, Quota(2 * 3600, timedelta(days=7), "seconds")).quota
-
-    assert str(hours) == "2 h of an H100 in 7 days"
-    assert store.used() == {}
-    assert submitted(store, key.id, tokens=5400)
-    with pytest.raises(QuotaExceeded, match=r"1\.5 h of an H100 are used") as refused:
-        submitted(store, key.id, tokens=2000)
-    assert "planned to take 0.556 h" in str(refused.value)
 
 
 @pytest.mark.parametrize(

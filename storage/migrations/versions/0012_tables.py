@@ -26,7 +26,6 @@ CREATE TABLE pho.keys (
     revoked_at timestamptz,
     expires_at timestamptz,
     quota bigint,
-    quota_unit text,
     quota_span interval
 );
 CREATE TABLE pho.work (
