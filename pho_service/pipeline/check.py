@@ -4,7 +4,8 @@ Check a pruned folder against its own recipe and masks, and against the model th
 
 import json
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,55 +19,9 @@ from pho_service.models.mask_file import MASKS, LayerMask, MaskFile, read_masks,
 from pho_service.models.packed import as_folder
 from pho_service.models.saving import Folded, LayerRecord, Recipe, recipe_document
 from pho_service.progress import Progress, silent
-from pho_service.pruning.masks import to_semi_structured
 from pho_service.pruning.statistics import PrunableLinear
 from pho_service.spec.configuration import first_of, reasons
 
-
-# What of a recipe, and of masks, cannot be true of a model.
-def recipe_problems(recipe: Recipe, linears: Mapping[str, PrunableLinear]) -> list[str]:
-    """Find what a recipe says that cannot be true of a model with these linears."""
-    said = [*recipe.layers, *recipe.dense]
-    problems = [f"{name} is not in it" for name in linears if name not in {*said}]
-    problems += [f"the model has no {name}" for name in said if name not in linears]
-    problems += [f"{name} is both pruned and dense" for name in recipe.dense.keys() & recipe.layers]
-    if recipe.configuration is not None and ":" in recipe.configuration.pattern:
-        problems += [
-            f"{name} has no groups, but the pattern is {recipe.configuration.pattern}"
-            for name, record in recipe.layers.items()
-            if record.group is None
-        ]
-    seen: set[tuple[str, int]] = set()
-    for folded in recipe.folded:
-        # What reads the channels has them in dimension 1, what writes them in dimension 0.
-        for name, dim in [(folded.reader, 1), *((writer, 0) for writer in folded.writers)]:
-            if name not in linears:
-                problems.append(f"folded {name} is not a linear of the model")
-            elif (name, dim) in seen:
-                problems.append(f"{name} is folded twice")
-            elif sorted(folded.order) != list(range(linears[name].weight.shape[dim])):
-                problems.append(
-                    f"the order folded into {name} is not a permutation of its "
-                    f"{linears[name].weight.shape[dim]} channels"
-                )
-            seen.add((name, dim))
-    return problems
-
-
-def mask_problems(masks: MaskFile, linears: Mapping[str, PrunableLinear]) -> list[str]:
-    """Why masks cannot be those of a model with these linears."""
-    problems = [f"{name} has no mask" for name in linears if name not in masks.shapes]
-    for name, shape in masks.shapes.items():
-        if name not in linears:
-            problems.append(f"{name} has a mask, but is not a pruned linear of the model")
-        elif shape != tuple(linears[name].weight.shape):
-            problems.append(
-                f"{name} has the shape {tuple(linears[name].weight.shape)}, its mask {shape}"
-            )
-    return problems
-
-
-TOLERANCE = 1e-6  # of a sparsity: a float32 mean rounds
 _NOT_CHECKED = "not checked: "
 
 
@@ -88,6 +43,10 @@ class Check:
         return "skipped" if self.skipped else "ok" if self.passed else "FAILED"
 
 
+def _check(name: str, problems: list[str], detail: str) -> Check:
+    return Check(name=name, passed=not problems, detail=first_of(problems) if problems else detail)
+
+
 def check_folder(
     folder: Path, *, original: LanguageModel | None, progress: Progress = silent
 ) -> list[Check]:
@@ -96,29 +55,20 @@ def check_folder(
     # masks of another model end the report: one fault is told once.
     folder = folder.expanduser()
     with as_folder(folder) as small:
-        return _check_files(folder, small, original, progress)
-
-
-def _check_files(
-    folder: Path, small: Path, original: LanguageModel | None, progress: Progress
-) -> list[Check]:
-    document = recipe_document(small)
-    try:
-        recipe = Recipe.model_validate(document)
-    except ValidationError as error:
-        return [_check("recipe", [reasons(error)], "")]
-    masks = read_masks(small / MASKS)
-    model = load_model(str(folder), device="cpu", dtype=_saved_dtype(small))
-    recipe_check = _check(
-        "recipe", recipe_problems(recipe, model.linears), f"complete, {_linears(recipe)}"
-    )
-    if not recipe_check.passed:
-        return [recipe_check]
-    pruned = {name: each for name, each in model.linears.items() if name in recipe.layers}
-    problems = mask_problems(masks, pruned)
-    if problems:
-        return [recipe_check, _check("masks", problems, "")]
-    return [recipe_check, *_check_weights(recipe, masks, model, original, progress)]
+        try:
+            recipe = Recipe.model_validate(recipe_document(small))
+        except ValidationError as error:
+            return [_check("recipe", [reasons(error)], "")]
+        masks = read_masks(small / MASKS)
+        model = load_model(str(folder), device="cpu", dtype=_saved_dtype(small))
+        dense = f", {len(recipe.dense)} of them dense" if recipe.dense else ""
+        whole = f"complete, {len(recipe.layers) + len(recipe.dense)} linears{dense}"
+        recipe_check = _check("recipe", [*_recipe_problems(recipe, model.linears)], whole)
+        if not recipe_check.passed:
+            return [recipe_check]
+        if problems := [*_mask_problems(masks, recipe, model.linears)]:
+            return [recipe_check, _check("masks", problems, "")]
+        return [recipe_check, *_check_weights(recipe, masks, model, original, progress)]
 
 
 def _saved_dtype(folder: Path) -> str:
@@ -131,34 +81,34 @@ def _saved_dtype(folder: Path) -> str:
     return dtype if dtype in DTYPES else "auto"
 
 
-def _linears(recipe: Recipe) -> str:
-    dense = f", {len(recipe.dense)} of them dense" if recipe.dense else ""
-    return f"{len(recipe.layers) + len(recipe.dense)} linears{dense}"
+def _recipe_problems(recipe: Recipe, linears: Mapping[str, PrunableLinear]) -> Iterator[str]:
+    """What a recipe says that cannot be true of a model with these linears."""
+    named = {**recipe.layers, **recipe.dense}
+    yield from (f"{name} is not in it" for name in linears if name not in named)
+    yield from (f"the model has no {name}" for name in named if name not in linears)
+    yield from (f"{name} is both pruned and dense" for name in recipe.dense.keys() & recipe.layers)
+    if recipe.configuration is not None and ":" in (pattern := recipe.configuration.pattern):
+        for name, record in recipe.layers.items():
+            if record.group is None:
+                yield f"{name} has no groups, but the pattern is {pattern}"
+    for folded in recipe.folded:
+        # What reads the channels has them in dimension 1, what writes them in dimension 0.
+        for name, dim in [(folded.reader, 1), *((writer, 0) for writer in folded.writers)]:
+            channels = linears[name].weight.shape[dim] if name in linears else 0
+            if sorted(folded.order) != list(range(channels)):
+                yield f"the order folded into {name} is not one of its {channels} channels"
 
 
-class _Report:
-    """What has been found so far, check by check."""
-
-    def __init__(self) -> None:
-        self.problems: dict[str, list[str]] = {}
-        self.linears = 0  # with the recipe's mask
-        self.weights = 0
-        self.removed = 0
-        self.kept_zeros = 0
-        self.groups = 0
-        self.semi_structured = 0
-        self.refused: list[str] = []
-
-    def add(self, check: str, layer: str, problem: str | None) -> None:
-        if problem:
-            self.problems.setdefault(check, []).append(f"{layer}: {problem}")
-
-    def check(self, name: str, detail: str) -> Check:
-        return _check(name, self.problems.get(name, []), detail)
-
-
-def _check(name: str, problems: list[str], detail: str) -> Check:
-    return Check(name=name, passed=not problems, detail=first_of(problems) if problems else detail)
+def _mask_problems(
+    masks: MaskFile, recipe: Recipe, linears: Mapping[str, PrunableLinear]
+) -> Iterator[str]:
+    """Why masks cannot be those of the linears that a recipe says are pruned."""
+    yield from (f"{name} has no mask" for name in recipe.layers if name not in masks.shapes)
+    for name, shape in masks.shapes.items():
+        if name not in recipe.layers:
+            yield f"{name} has a mask, but is not a pruned linear of the model"
+        elif shape != (own := tuple(linears[name].weight.shape)):
+            yield f"{name} has the shape {own}, its mask {shape}"
 
 
 def _check_weights(
@@ -169,92 +119,74 @@ def _check_weights(
     progress: Progress,
 ) -> list[Check]:
     """Everything beyond the recipe itself."""
-    report = _Report()
     origin = _origin_check(recipe, model, original)
-    compared = original if origin.passed else None
+    dense_model = original if origin.passed else None
     rows, columns = _renumbered(recipe.folded)
-    with progress("Checking", len(recipe.layers)) as advance:
-        for name, record in recipe.layers.items():
-            weight = model.linears[name].weight.to("cpu", model.stored_dtype)
-            if weight_sha256(weight) != record.weights_sha256:
-                report.add("weight hashes", name, "the weight is not the one that was saved")
-            if masks.sha256(name) != record.mask_sha256:
-                report.add("masks", name, "the mask is not the one that was saved")
-            else:
-                mask = masks.mask(name)
-                _check_linear(report, name, record, weight, mask)
-                if compared is not None and not recipe.updated:
-                    before = compared.linears[name].weight.cpu()
-                    expected = _taken(before, rows.get(name), columns.get(name))
-                    changed = (weight != expected.to(weight.dtype)) & mask.keep
-                    report.add("kept weights", name, _some(changed, "kept weights were changed"))
+    problems: dict[str, list[str]] = defaultdict(list)
+    weights = removed = 0
+    records: dict[str, LayerRecord | None] = {**recipe.layers, **dict.fromkeys(recipe.dense)}
+    with progress("Checking", len(records)) as advance:
+        for name, record in records.items():
             advance(1)
-    for name, sha256 in recipe.dense.items():
-        weight = model.linears[name].weight.to("cpu", model.stored_dtype)
-        if weight_sha256(weight) != sha256:
-            report.add("weight hashes", name, "the weight is not the one that was saved")
-        if compared is not None:
-            expected = _taken(compared.linears[name].weight.cpu(), rows.get(name), None)
-            changed = weight != expected.to(weight.dtype)
-            report.add("dense linears", name, _some(changed, "weights were changed"))
-    checks = [*_own_checks(report, recipe), origin]
-    dense = ["dense linears"] if recipe.dense else []
-    if original is None or not origin.passed:
+            weight = model.linears[name].weight.to("cpu", model.stored_dtype)
+            sha256 = recipe.dense[name] if record is None else record.weights_sha256
+            if weight_sha256(weight) != sha256:
+                problems["weight hashes"].append(
+                    f"{name}: the weight is not the one that was saved"
+                )
+            kept = torch.ones_like(weight, dtype=torch.bool)
+            if record is not None:
+                if masks.sha256(name) != record.mask_sha256:
+                    problems["masks"].append(f"{name}: the mask is not the one that was saved")
+                    continue
+                mask = masks.mask(name)
+                kept = mask.keep
+                weights += kept.numel()
+                removed += kept.numel() - int(kept.count_nonzero())
+                left = weight.bool() & ~kept
+                problems["zeros"] += _some(name, left, "removed weights are not zero")
+                problems["groups"] += _group_problems(name, mask, record)
+            if dense_model is not None and (record is None or not recipe.updated):
+                before = dense_model.linears[name].weight.cpu()
+                before = _taken(before, rows.get(name), columns.get(name)).to(weight.dtype)
+                changed = (weight != before) & kept
+                problems["kept weights"] += _some(name, changed, "kept weights were changed")
+    share = removed / max(weights, 1)
+    groups = sum(record.group is not None for record in recipe.layers.values())
+    checks = [
+        _check(name, problems[name], detail)
+        for name, detail in (
+            ("masks", f"{len(recipe.layers)} masks as recorded"),
+            ("zeros", f"{removed:,} removed weights are zero, {share:.4%} of {weights:,}"),
+            ("groups", f"{groups} linears" if groups else "no linear has N:M groups"),
+            ("weight hashes", f"{len(records)} weights as recorded"),
+        )
+    ]
+    if dense_model is None:
         reason = "no original model was given" if original is None else "it is another model"
-        checks += [
-            Check(name=name, passed=True, detail=f"{_NOT_CHECKED}{reason}")
-            for name in ("kept weights", *dense, "other parameters")
-        ]
-    else:
-        checks += [
-            report.check("kept weights", _kept_detail(recipe)),
-            *(report.check(name, f"{len(recipe.dense)} as in the original") for name in dense),
-            _check_others(recipe, model, original, rows),
-        ]
-    return [*checks, _semi_structured_check(report)]
+        names = ("kept weights", "other parameters")
+        return [*checks, origin, *(_check(name, [], f"{_NOT_CHECKED}{reason}") for name in names)]
+    kept_check = _check("kept weights", problems["kept weights"], _kept_detail(recipe))
+    return [*checks, origin, kept_check, _check_others(recipe, model, dense_model, rows)]
 
 
-def _check_linear(
-    report: _Report, name: str, record: LayerRecord, weight: Tensor, mask: LayerMask
-) -> None:
-    """What can be told of one linear from its mask alone."""
-    removed = weight.numel() - _count(mask.keep)
-    share = removed / weight.numel()
-    report.linears += 1
-    report.weights += weight.numel()
-    report.removed += removed
-    nonzero = weight.bool()
-    report.kept_zeros += weight.numel() - removed - _count(nonzero & mask.keep)
-    report.add("zeros", name, _some(nonzero & ~mask.keep, "removed weights are not zero"))
-    if abs(share - record.sparsity) > TOLERANCE:
-        report.add("sparsity", name, f"{share:.6%} removed, {record.sparsity:.6%} in the recipe")
-    if record.group is not None:
-        report.groups += 1
-        report.add("groups", name, _group_problem(mask, record))
-    if (record.keep, record.group) == (2, 4) and torch.cuda.is_available():
-        report.semi_structured += 1
-        _check_semi_structured(report, name, _taken(weight, None, mask.order))
+def _some(linear: str, wrong: Tensor, what: str) -> list[str]:
+    count = int(wrong.count_nonzero())  # ten times as fast as a sum
+    return [f"{linear}: {count} {what}"] if count else []
 
 
-def _count(true: Tensor) -> int:
-    return int(true.count_nonzero())  # ten times as fast as a sum
-
-
-def _some(wrong: Tensor, what: str) -> str | None:
-    count = _count(wrong)
-    return f"{count} {what}" if count else None
-
-
-def _group_problem(mask: LayerMask, record: LayerRecord) -> str | None:
+def _group_problems(linear: str, mask: LayerMask, record: LayerRecord) -> list[str]:
     """Why a mask is not N:M in its own channel order."""
-    assert record.group is not None
+    if record.group is None:
+        return []
     out_features, in_features = mask.keep.shape
     if in_features % record.group:
-        return f"in_features={in_features} is not a multiple of M={record.group}"
+        return [f"{linear}: in_features={in_features} is not a multiple of M={record.group}"]
     keep = _taken(mask.keep, None, mask.order).to(torch.uint8)
     groups = keep.reshape(out_features, -1, record.group)
     kept = groups.sum(dim=-1, dtype=torch.uint8)  # (out_features, groups); at most MAX_GROUP
-    return _some(kept.ne(record.keep or 0), f"groups do not keep {record.keep} of {record.group}")
+    wrong = kept.ne(record.keep or 0)
+    return _some(linear, wrong, f"groups do not keep {record.keep} of {record.group}")
 
 
 def _taken(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
@@ -273,57 +205,32 @@ def _renumbered(folded: list[Folded]) -> tuple[dict[str, Tensor], dict[str, Tens
     return rows, columns
 
 
-def _own_checks(report: _Report, recipe: Recipe) -> list[Check]:
-    """The checks of the linears that need no other model."""
-    whole = report.linears == len(recipe.layers)  # else the total is not known
-    total = report.removed / max(report.weights, 1)
-    if whole and abs(total - recipe.sparsity) > TOLERANCE:
-        said = f"{total:.6%} removed, {recipe.sparsity:.6%} in the recipe"
-        report.add("sparsity", "the whole model", said)
-    some = "" if whole else f" ({report.linears} of {len(recipe.layers)} linears looked at)"
-    zeros = f"{report.removed:,} removed weights are zero; {report.kept_zeros:,} kept ones are too"
-    groups = f"{report.groups} linears" if report.groups else "no linear has N:M groups"
-    return [
-        report.check("masks", f"{len(recipe.layers)} masks as recorded"),
-        report.check("zeros", zeros + some),
-        report.check("sparsity", f"{total:.4%} of {report.weights:,} weights" + some),
-        report.check("groups", groups + some),
-        report.check(
-            "weight hashes", f"{len(recipe.layers) + len(recipe.dense)} weights as recorded"
-        ),
-    ]
-
-
 def _origin_check(recipe: Recipe, model: LanguageModel, original: LanguageModel | None) -> Check:
-    name = "original model"
     if original is None:
-        return Check(name=name, passed=True, detail=f"{_NOT_CHECKED}no original model was given")
+        return _check("original model", [], f"{_NOT_CHECKED}no original model was given")
+    problems, pruned = [], recipe.model
     dtype = str(original.dtype).removeprefix("torch.")
-    if dtype != recipe.model.dtype:
-        return Check(
-            name=name,
-            passed=False,
-            detail=f"{original.name} is loaded in {dtype}, but the model was pruned in "
-            f"{recipe.model.dtype}: load it in that ({field_name('dtype', recipe.model.dtype)})",
-        )
-    weights_sha256 = original.weights_sha256
-    if weights_sha256 != recipe.model.weights_sha256 or _shapes(original) != _shapes(model):
-        return Check(
-            name=name,
-            passed=False,
-            detail=f"another model: {original.name} has the hash {weights_sha256[:16]}, "
-            f"but {recipe.model.name} was pruned, {recipe.model.weights_sha256[:16]}",
-        )
-    return Check(name=name, passed=True, detail=f"{original.name} is the model that was pruned")
-
-
-def _shapes(model: LanguageModel) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(linear.weight.shape) for name, linear in model.linears.items()}
+    shapes, pruned_shapes = (
+        {name: linear.weight.shape for name, linear in each.linears.items()}
+        for each in (original, model)
+    )
+    if dtype != pruned.dtype:
+        problems = [
+            f"{original.name} is loaded in {dtype}, but the model was pruned in {pruned.dtype}: "
+            f"load it in that ({field_name('dtype', pruned.dtype)})"
+        ]
+    elif original.weights_sha256 != pruned.weights_sha256 or shapes != pruned_shapes:
+        problems = [
+            f"another model: {original.name} has the hash {original.weights_sha256[:16]}, but "
+            f"{pruned.name} was pruned, {pruned.weights_sha256[:16]}"
+        ]
+    return _check("original model", problems, f"{original.name} is the model that was pruned")
 
 
 def _kept_detail(recipe: Recipe) -> str:
     if recipe.updated:
-        return f"{_NOT_CHECKED}the kept weights were updated"
+        dense = f"{len(recipe.dense)} dense linears as in the original, the others were updated"
+        return dense if recipe.dense else f"{_NOT_CHECKED}the kept weights were updated"
     count = len({name for f in recipe.folded for name in (f.reader, *f.writers)})
     return "as in the original" + (f", {count} linears with other channel orders" * (count > 0))
 
@@ -361,30 +268,3 @@ def _beside_linears(model: LanguageModel) -> dict[str, Tensor]:
 
     state = model.model.state_dict()
     return {name: value for name, value in state.items() if not holds_linear(value)}
-
-
-def _check_semi_structured(report: _Report, name: str, weight: Tensor) -> None:
-    """Whether torch's 2:4 format holds a weight, (out_features, in_features), without loss."""
-    if weight.dtype is torch.float32:
-        weight = weight.bfloat16()  # torch's format for float32 is 1:2
-    weight = weight.cuda().contiguous()
-    try:
-        dense = to_semi_structured(weight).to_dense()
-    except RuntimeError as error:  # a shape that the kernels do not take, or no kernels
-        report.refused.append(f"{name}: {error}")
-    else:
-        report.add("semi-structured", name, _some(dense.ne(weight), "weights are lost in 2:4"))
-
-
-def _semi_structured_check(report: _Report) -> Check:
-    if not torch.cuda.is_available():
-        detail = f"{_NOT_CHECKED}no CUDA device"
-    elif not report.semi_structured:
-        detail = f"{_NOT_CHECKED}no linear is 2:4"
-    elif len(report.refused) == report.semi_structured:
-        detail = f"{_NOT_CHECKED}torch refuses every linear, the first with {report.refused[0]}"
-    else:
-        detail = f"{report.semi_structured - len(report.refused)} linears"
-        if report.refused:
-            detail += f"; torch refuses {len(report.refused)}: {report.refused[0]}"
-    return report.check("semi-structured", detail)
