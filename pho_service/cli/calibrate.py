@@ -40,9 +40,8 @@ def calibrate(model: str, given: Given, out: str, inputs: Terminal, as_json: boo
     """
     Run MODEL once over a text and write its proxy bundle.
 
-    The bundle has all that a search needs: sampled rows of every linear and
-    statistics of its activations and gradients. A search from it needs neither
-    the model nor the text. Without --text or --dataset, C4 is used.
+    A search from the bundle needs neither the model nor the text. Without --text
+    or --dataset, C4 is used.
 
     \b
     Example:
@@ -96,9 +95,7 @@ def validate(
     Measure how well the proxies rank candidates on MODEL.
 
     Random candidates of the search space, that of --preset, are rated by every
-    proxy and by perplexity. Spearman and Kendall are rank correlations; the regret is how
-    much worse than the best of all the best perplexity among the proxy's top
-    candidates is. Intervals are 95 %, by bootstrap.
+    proxy and by perplexity. Intervals are 95 %, by bootstrap.
 
     \b
     Example:

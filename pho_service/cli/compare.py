@@ -98,13 +98,9 @@ def evaluate(
     """
     Print the perplexity of MODEL on a text, or what it scores in zero-shot tasks.
 
-    MODEL is a hub id, a local folder or a .gguf file. The text is joined,
-    tokenised once and cut into windows that do not overlap; the tail is
-    dropped. tokens counts the predicted ones, all but the first of a window.
-    With --tasks, a perplexity is measured only if a text is given, too.
-
-    ± is the standard error as of other texts of the same kind. --beside tells
-    how far MODEL is from another model on this text, which is far surer.
+    MODEL is a hub id, a local folder or a .gguf file. With --tasks, a perplexity
+    is measured only if a text is given, too. --beside tells how far MODEL is from
+    another model on this text, which is far surer than each one's error (±).
 
     \b
     Example:
@@ -357,18 +353,10 @@ def compare(
     """
     Print a table of perplexities: dense, the published methods, configurations.
 
-    All rows share the calibration windows, the text and the pattern. Magnitude competes
-    within layers, Wanda within rows, RIA is shown both ways, CRePE with equal
-    coefficients takes --scope, a configuration its own. OWL gives each block a
-    sparsity of its own; SparseGPT updates the weights that stay. All prune the
-    linears that the configurations prune, or that are named by options.
-
-    A name that ends in -sequential takes a score's activation norms from the
-    pruned blocks before, as Wanda and RIA are published. At N:M, one that ends in
-    -permuted cuts the groups in the channel order that keeps the most score.
-
-    With --recover-tokens or --recover-minutes, what is found is recovered, too, on
-    windows of the calibration's text that nothing else uses: a row more for each.
+    All rows share the calibration windows, the text and the pattern. A name that
+    ends in -sequential takes activation norms from the pruned blocks before; at
+    N:M, one that ends in -permuted reorders channels. With --recover-tokens or
+    --recover-minutes, what is found is recovered, too: a row more for each.
 
     \b
     Example:
@@ -533,9 +521,7 @@ def bench(
     Measure how fast MODELS load, read a prompt and write, on this machine.
 
     Each is a folder, packed or not, a hub id or a .gguf file; the others are
-    compared with the first. All are in memory at once, and every round runs
-    each of them. On a GPU, a folder with 2:4 linears is measured a second time,
-    with torch's kernels for them.
+    compared with the first, and all are in memory at once.
 
     \b
     Example:

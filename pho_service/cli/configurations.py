@@ -45,10 +45,8 @@ def configurations(
     """
     Find the configurations of a library that are likely to be good on a model.
 
-    They are ranked by pattern, by the similarity of the models, and by what
-    was measured: the gain over RIA where they were found, and where they were
-    taken to. The reasons of the first are printed below the table. JSON has all
-    of them, and whether each fits.
+    They are ranked by pattern, by the similarity of the models, and by what was
+    measured. The reasons of the first are printed below the table.
 
     \b
     Example:
@@ -118,8 +116,7 @@ def import_files(files: tuple[str, ...], url: str | None, as_json: bool) -> None
     Put configurations that were found elsewhere into a service's library.
 
     FILE is a config.json of `pho search` or a transfer.json of `pho transfer`,
-    or a folder of such. All are read before the first is sent. What is there
-    already is not stored twice.
+    or a folder of such. What is there already is not stored twice.
 
     \b
     Example:

@@ -77,17 +77,10 @@ def curve(
     """
     Show how good MODEL still is at each of several sparsities.
 
-    MODEL is calibrated once, and searched at each pattern. The table and the
-    plot have the perplexity of what was found, of Wanda and RIA, and of the
-    dense model, all on the same windows, with what each point took. The folder --out
-    gets the plot (curve.html), the table (curve.json) and the configuration of
-    each point (0.5.json, 2-4.json) for `pho prune`. Two candidates of each
-    pattern are confirmed beside the baselines unless --finalists says more.
-
-    A study of sparsity and objective holds the trials of all points:
-    optuna-dashboard draws its Pareto front. Interrupted and started again with
-    the same options, a curve continues where it was; the study of a pattern is
-    that of `pho search` with the same options.
+    MODEL is calibrated once, and searched at each pattern. The folder --out gets
+    the plot (curve.html), the table (curve.json) and the configuration of each
+    point (0.5.json, 2-4.json) for `pho prune`. An interrupted curve continues with
+    the same command.
 
     \b
     Example:

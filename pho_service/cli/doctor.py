@@ -29,8 +29,7 @@ def doctor(as_json: bool) -> None:
     """
     Look at this machine: device, hub, caches, extras, database, store and disk.
 
-    Nothing is changed or downloaded. Exit code 1 if something fails; what is noted works, but with
-    less than PHO can do.
+    Nothing is changed or downloaded. Exit code 1 if something fails.
 
     \b
     Example:

@@ -38,10 +38,8 @@ def plan(
     """
     Say what a search on MODEL would take: memory, disk and time, before anything is read.
 
-    MODEL is a hub id, a local folder or a .gguf file; the headers of its files alone are read. The
-    other options are those of `pho submit`. Peaks are of all that a stage holds, the process
-    included. Times are ranges: those of a CPU follow from a short measurement, those of a card from
-    its data sheet. Exit code 1: it does not fit.
+    MODEL is a hub id, a local folder or a .gguf file; the other options are those
+    of `pho submit`. Times are ranges. Exit code 1: it does not fit.
 
     \b
     Example:

@@ -127,10 +127,8 @@ def push(folder: Path, repository: str, public: bool, as_json: bool) -> None:
     """
     Upload a pruned FOLDER to the Hugging Face hub, as REPOSITORY (org/name).
 
-    The token is that of HF_TOKEN, or of `hf auth login`. A repository that is
-    not there is made, private unless --public is given; one that is there stays
-    as visible as it is. All files go there; in pruning.json, models and texts of
-    this machine are named without their folders.
+    The token is that of HF_TOKEN, or of `hf auth login`. In pruning.json, models
+    and texts of this machine are named without their folders.
 
     \b
     Example:
@@ -220,22 +218,14 @@ def prune(
     """
     Prune MODEL with a configuration and save it as a Hugging Face folder.
 
-    The folder has safetensors with exact zeros, the tokenizer, pruning/masks.safetensors
-    with one bit a weight, and pruning.json: the recipe, with the sparsity and
-    the hashes of each layer; and README.md, a card. --push uploads it as `pho
-    push` does. Zeros alone make nothing smaller or faster: that
-    needs a runtime that skips them. --check compares a folder with its recipe.
+    The folder has safetensors with exact zeros, the tokenizer, masks, the recipe
+    (pruning.json) and a card. Zeros alone make nothing smaller or faster: that
+    needs a runtime that skips them.
 
-    --method prunes with a published method, such as Wanda, in the same way; the
-    recipe says which. --deployable keeps a permutation to what can be folded
-    into the weights, also one that was found otherwise. The options --targets, --ignore and
-    --sparsity choose the linears of a method.
-
-    --from-library searches nothing: it takes what was found on other models
-    (`pho configurations` shows it), and notes in pruning.json where it came
-    from. What the proxy judges no better than RIA on MODEL is left out, and
-    the next one taken; if none of the five most promising holds, nothing is
-    pruned.
+    --method prunes with a published method instead. --from-library takes what was
+    found on other models (`pho configurations` shows it), unless the proxy judges
+    it no better than RIA on MODEL. --deployable keeps a permutation to what can be
+    folded into the weights. --check compares a folder with its recipe.
 
     \b
     Example:
@@ -489,9 +479,7 @@ def pack(folder: str, out: str, as_json: bool) -> None:
     """
     Make a model folder smaller, without losing a bit.
 
-    Each file is compressed by zstandard. `pho unpack` restores the folder, and
-    wherever a MODEL is asked for, what is packed can be given: it is unpacked
-    into the cache for as long as it is needed.
+    Wherever a MODEL is asked for, what is packed can be given.
 
     \b
     Example:

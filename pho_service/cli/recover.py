@@ -60,16 +60,9 @@ def recover(
     Train what FOLDER keeps towards what the dense model predicts, masks fixed.
 
     FOLDER is a pruned model: of `pho prune`, or of any tool that writes exact
-    zeros. Any text will do, as no labels are needed; it should be other text
-    than the calibration's, and more of it. Every eighth window, 16 at most, is held
-    out: it says when to stop, and whether the result is taken. Zeros stay zeros,
-    so an N:M pattern holds. An interrupted run goes on with the same command.
-
-    --written lets the dense model write windows to train on beside the text, which
-    keeps more of what it knows of other things.
-
-    --minutes is the time for all of it; the number of tokens that fit into it is
-    measured at the start, and the same --tokens later give the same weights.
+    zeros. Take other text than the calibration's, and more of it; no labels are
+    needed. --written adds windows that the dense model writes. --minutes is the
+    time for all of it. An interrupted run goes on with the same command.
 
     \b
     Example:

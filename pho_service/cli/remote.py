@@ -198,9 +198,8 @@ def jobs(
     """
     List jobs, newest first; all filters that are given hold at once.
 
-    --state, --model and --pattern may be given several times: any of theirs will do.
-    On a terminal ids are as short as tells them apart, which every verb takes;
-    in a pipe they are whole, and each job is a line.
+    --state, --model and --pattern may be given several times: any of theirs will
+    do. On a terminal ids are shortened, in a pipe they are whole.
 
     \b
     Example:
@@ -519,7 +518,7 @@ def submit(
     Submit a search job for MODEL, a hub id or a path that the workers see.
 
     With several models, the search is for a configuration that is good on all
-    of them. What is left out has the defaults of `pho search`. The job's id is printed.
+    of them. The job's id is printed.
 
     \b
     Example:
@@ -627,8 +626,8 @@ def transfer_job(
     """
     Measure what the job JOB_ID has found on MODEL..., hub ids or paths that the workers see.
 
-    It is a job of its own, a stage for each model; its id is printed. Without
-    --report-text or --report-dataset only proxies are compared. Without MODEL, JOB_ID is such a
+    It is a job of its own, whose id is printed. Without --report-text or
+    --report-dataset only proxies are compared. Without MODEL, JOB_ID is such a
     job: --out and --plot give what it has measured.
 
     \b

@@ -62,17 +62,12 @@ def search(
     Find the best coefficients for a model, and confirm them by perplexity.
 
     MODEL is a hub id, a local folder, a .gguf file, or a bundle of `pho
-    calibrate` (.safetensors). From a bundle neither the model nor a text is
-    needed, and no perplexity can be measured. Interrupted and started again
-    with the same options, a search continues where it was.
+    calibrate` (.safetensors), which needs no text and is not confirmed. An
+    interrupted search continues with the same command.
 
     With several models the search is for coefficients that are good on all of
-    them, by the proxy relative to RIA's; `pho transfer` measures what the
-    result is worth on each.
-
-    With --within instead of --pattern it finds the highest sparsity that is
-    still good enough: sparsities are bisected, each is searched and confirmed,
-    and all are shown. The answer and the next sparser one were both measured.
+    them. With --within instead of --pattern it finds the highest sparsity that is
+    still good enough.
 
     \b
     Example:

@@ -80,11 +80,10 @@ def serve(
     """
     Serve jobs over HTTP, with workers and optuna-dashboard.
 
-    On a bare machine this starts a PostgreSQL of its own; with --database-url
-    it uses yours. On 127.0.0.1 no key is needed until the first is made;
-    elsewhere `pho keys create` comes first. Jobs may name models and texts
-    below the folder that this is started in: PHO_MODEL_ROOTS and
-    PHO_TEXT_ROOTS give others.
+    On a bare machine this starts a PostgreSQL of its own; --database-url names
+    yours. On 127.0.0.1 no key is needed until the first is made. Jobs may name
+    models and texts below the folder that this is started in, or below
+    PHO_MODEL_ROOTS and PHO_TEXT_ROOTS.
 
     \b
     Example:
@@ -140,10 +139,8 @@ def worker(
     """
     Work for a service, from any machine that reaches its database.
 
-    Each worker of a machine takes a GPU of its own. SIGTERM: what is being done
-    is handed back within a generation, and the worker stops. The bundles must
-    be where all workers reach them: set PHO_ARTIFACTS to a shared folder or an
-    object store (s3://, gs://).
+    Each worker of a machine takes a GPU of its own. All workers must reach the
+    bundles: set PHO_ARTIFACTS to a shared folder or an object store (s3://, gs://).
 
     \b
     Example:
@@ -438,10 +435,8 @@ def backup(file: Path, database_url: str | None, data_dir: str | None) -> None:
     """
     Write all jobs, studies, keys and the library of a service to one file.
 
-    The service may go on meanwhile: the file has everything as of one moment.
-    It is a custom-format dump of PostgreSQL's pg_dump. Bundles are not in it:
-    a job whose bundle is lost makes it again. Nor are the files of pruned
-    models: copy the folder `pruned` of the artifact store, or prune again.
+    The service may go on meanwhile. Bundles and the files of pruned models are
+    not in it: copy the folder `pruned` of the artifact store, or prune again.
 
     \b
     Example:
@@ -470,9 +465,8 @@ def restore(file: Path, database_url: str | None, data_dir: str | None) -> None:
     """
     Fill an empty database with what `pho backup` wrote to FILE.
 
-    All of it or nothing is restored, and then brought to this version of PHO.
-    A database that holds anything of PHO is left as it is: give a new data
-    folder, or the URL of a new database.
+    All of it or nothing is restored. A database that holds anything of PHO is
+    left as it is.
 
     \b
     Example:

@@ -78,12 +78,10 @@ def transfer(
     Measure what CONFIGURATION is worth on other models.
 
     For each MODEL: the perplexity of the dense model, of Wanda, of RIA, of the
-    configuration, and with --search of the model's own best; the gain over RIA,
-    and the regret: the share of the own best's gain that is lost. A MODEL may
-    also be a bundle of `pho calibrate` (.safetensors): then the proxy alone
-    says whether the configuration holds, in milliseconds.
-
-    Each model is written to --out when it is done; the same command continues.
+    configuration, and with --search of the model's own best. A MODEL may also be a
+    bundle of `pho calibrate`: then the proxy alone says whether the configuration
+    holds. Each model is written to --out when it is done; the same command
+    continues.
 
     \b
     Example:
