@@ -35,7 +35,6 @@ from pho_service.models.data_sets import TextSource
 from pho_service.pipeline.compare import compare_candidates
 from pho_service.pipeline.objectives import rate_by_proxy
 from pho_service.pipeline.search import search_job
-from pho_service.pipeline.transfer import regret
 from pho_service.progress import Run
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.pruning.proxy import ProxyEvaluator
@@ -43,6 +42,7 @@ from pho_service.spec.baselines import reference_methods
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.results import regret
 from pho_service.tuning.plan import RatedCandidate, SearchRequest
 from pho_service.tuning.search import run_search
 
