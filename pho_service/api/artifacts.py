@@ -19,14 +19,14 @@ from pho_service.api.jobs import OnePattern
 from pho_service.api.problems import documented, documented_file, problem
 from pho_service.api.service import CallerParam, Service, ServiceParam
 from pho_service.api.view import JobView
-from pho_service.spec.results import Written
+from pho_service.spec.results import StoredModel
 from storage import records as stored
 from storage.jobs import REMOVED, ask_to_prune, note_removed
 from storage.records import JobState
 
 router = APIRouter(prefix="/v1/jobs", tags=["artifacts"])
 
-_WRITTEN = TypeAdapter(Written)
+_WRITTEN = TypeAdapter(StoredModel)
 _CHUNK = 2**20
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 _BYTES = {"type": "string", "format": "binary"}
@@ -96,7 +96,7 @@ def listed(view: JobView) -> ArtifactList:
     )
 
 
-def _written(view: JobView) -> Written:
+def _written(view: JobView) -> StoredModel:
     """The pruned model, as the stage that wrote it has stored it."""
     view.check_search()
     job, pruning = view.record, view.record.pruning
