@@ -48,13 +48,13 @@ os.environ.pop("COLUMNS", None)
 settings.register_profile("fuzz", max_examples=300, deadline=None, database=None)
 
 
-# What takes longest comes first, so that no process is left alone with one of them at the end;
-# `make test` keeps this order. The first line is thorough as a whole.
+# What takes longest comes first, so that no process is left alone with one of them at the end.
+# Most of them have one test in `make test`, marked ``thorough(False)`` in a file that is thorough.
 SLOWEST = (
     "test_images", "docs/test_tutorial", "docs/test_notebook", "pretended/test_whole_product",
-    "workers/test_kills", "api/test_serving", "api/test_openapi", "pipeline/test_recover",
-    "workers/test_ends", "pipeline/test_recover_together", "workers/test_jobs_run",
-    "workers/test_faults", "pretended/test_whole_jobs",
+    "workers/test_kills", "api/test_serving", "pipeline/test_recover_together",
+    "workers/test_jobs_run", "pipeline/test_recover", "workers/test_changed_inputs",
+    "api/test_openapi",
 )  # fmt: skip
 
 
@@ -89,7 +89,8 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     """Leave out what is only for ``--thorough``; bring the files of ``SLOWEST`` to the front."""
     if not config.getoption("--thorough"):
-        left_out = [item for item in items if item.get_closest_marker("thorough")]
+        marks = [(item, item.get_closest_marker("thorough")) for item in items]
+        left_out = [item for item, mark in marks if mark and mark.args != (False,)]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in {*left_out}]
     places = {f"tests/{name}.py": place for place, name in enumerate(SLOWEST)}

@@ -37,6 +37,8 @@ TRIALS = 200  # of a job that is stopped: long enough to be at it still
 _TABLES = text("SELECT schemaname, tablename FROM pg_tables ORDER BY 1, 2")
 PHO = [sys.executable, "-c", "from pho_service.cli import main; main()"]
 
+pytestmark = pytest.mark.thorough  # but for one service, and what needs none
+
 
 def until(condition, what):
     deadline = time.monotonic() + PATIENCE_S
@@ -182,6 +184,7 @@ def begun(served):
     return job
 
 
+@pytest.mark.thorough(False)
 def test_a_bare_folder_leads_to_a_result_whatever_is_killed(place):
     served = place.serve("--workers", 1)
     killed = served.worker()
@@ -227,7 +230,6 @@ def elsewhere(place):
     server.stop()
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("how", ["killed", "frozen"])
 def test_without_its_database_it_still_ends(place, elsewhere, how):
     served = place.serve("--workers", 1, "--database-url", elsewhere.url)
@@ -306,6 +308,7 @@ def _listen(served, job, events):
             events.append(event)
 
 
+@pytest.mark.thorough(False)
 def test_keys_can_be_made_before_the_first_service(place):
     created = CliRunner().invoke(main, ["keys", "create", "first", "--data-dir", str(place.data)])
     listed = CliRunner().invoke(main, ["keys", "list", "--json", "--data-dir", str(place.data)])
@@ -316,7 +319,6 @@ def test_keys_can_be_made_before_the_first_service(place):
     assert not place.postgresql
 
 
-@pytest.mark.thorough
 def test_what_is_backed_up_while_a_job_runs_is_restored_elsewhere(place):
 
     def pho(*words):
@@ -422,7 +424,6 @@ def test_what_one_replica_was_told_another_goes_on_with(replicas, database):
     assert "Traceback" not in second.log
 
 
-@pytest.mark.thorough
 def test_replicas_and_workers_are_replaced_one_by_one_while_jobs_run(place, replicas):
     *running, secret = replicas
     document = {**tiny(), "trials": MANY}
@@ -474,7 +475,6 @@ def test_replicas_and_workers_are_replaced_one_by_one_while_jobs_run(place, repl
     assert "config.json" in {file.name for file in artifacts.files}
 
 
-@pytest.mark.thorough
 def test_json_logs(place, database, database_url):
     """Every line is JSON and says what it is about, no secret is in any; a given database stays."""
     with database.transaction() as connection:
@@ -544,6 +544,7 @@ def test_a_password_is_in_no_list_of_processes(place):
     assert "planted" not in said
 
 
+@pytest.mark.thorough(False)
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_an_answer_is_sent_without_waiting_for_the_clients_system(host):
     with serving._listening(read_settings(host=host, port=0)) as listener:
@@ -552,6 +553,7 @@ def test_an_answer_is_sent_without_waiting_for_the_clients_system(host):
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
+@pytest.mark.thorough(False)
 def test_without_torch_local_workers_are_refused_at_once(monkeypatch):
     monkeypatch.setattr(serving, "find_spec", lambda _: None)
 

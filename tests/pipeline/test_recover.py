@@ -47,6 +47,10 @@ from pho_service.spec.recovery import PASSES, Recovery
 LENGTH = 32
 SETTINGS = Recovery(tokens=24 * LENGTH, rate=2e-3)
 HASTY = replace(SETTINGS, rate=0.1)
+EACH_TRAIN = [
+    "kept",
+    *(pytest.param(name, marks=pytest.mark.thorough) for name in ("norms", "lora")),
+]
 
 
 @pytest.fixture
@@ -87,7 +91,7 @@ def same(one, other):
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-@pytest.mark.parametrize("train", ["kept", "norms", "lora"])
+@pytest.mark.parametrize("train", EACH_TRAIN)
 def test_a_recovered_folder_passes_its_check(
     train, pruned_folder, recover, original, tmp_path, caplog, monkeypatch
 ):
@@ -108,7 +112,13 @@ def test_a_recovered_folder_passes_its_check(
     assert "divergence from the dense model" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize(("bits", "rate"), [(32, 2e-3), (8, 2e-3), (32, HASTY.rate)])
+@pytest.mark.parametrize(
+    ("bits", "rate"),
+    [
+        (8, 2e-3),
+        *(pytest.param(32, rate, marks=pytest.mark.thorough) for rate in (2e-3, HASTY.rate)),
+    ],
+)
 def test_the_same_tokens_give_the_same_bits_also_after_a_kill(
     bits, rate, pruned_folder,
     recover, tmp_path, monkeypatch,
@@ -195,6 +205,7 @@ def test_a_text_that_is_too_short_comes_again_in_other_windows(
     assert f"each of {found.windows} windows 3.8 times, in other cuts: more text" in str(found)
 
 
+@pytest.mark.thorough
 def test_at_a_check_another_job_may_have_its_turn_and_nothing_is_lost(
     pruned_folder, recover, tmp_path
 ):
@@ -368,7 +379,7 @@ def test_groups_are_found_only_where_each_keeps_as_many():
 def test_a_time_is_turned_into_tokens_that_give_the_same_weights(pruned_folder, recover):
     folder = pruned_folder("0.5")
     timed, counted = (PrunedModel.read(folder, device="cpu") for _ in range(2))
-    first = recover(timed, Recovery(minutes=0.1, rate=2e-3))
+    first = recover(timed, Recovery(minutes=0.03, rate=2e-3))
     second = recover(counted, Recovery(tokens=first.tokens, rate=2e-3))
 
     assert second.tokens == first.tokens
@@ -527,7 +538,7 @@ def test_a_transposed_linear_is_trained_too(text, tmp_path):
     assert all(torch.equal(linear.weight == 0, zeros[n]) for n, linear in given.linears.items())
 
 
-@pytest.mark.parametrize("train", ["kept", "norms", "lora"])
+@pytest.mark.parametrize("train", EACH_TRAIN)
 def test_experts_that_lie_in_one_parameter(train, text, tmp_path):
     config = MixtralConfig(
         vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,

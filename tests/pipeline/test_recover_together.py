@@ -95,6 +95,7 @@ def _step_together(folder, dense, out):
         save_file(_step(model, dense, train, [number]), out / f"{train}-{number}")
 
 
+@pytest.mark.thorough
 def test_a_step_is_along_the_mean_of_all_gradients_and_all_have_the_whole_model(
     folder, model_folder, tmp_path
 ):

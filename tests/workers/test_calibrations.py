@@ -96,6 +96,7 @@ def test_in_shards_the_bundle_and_what_is_found_are_those_of_one_process(
     assert found(job) == undisturbed(shared).configuration
 
 
+@pytest.mark.thorough
 def test_killed_in_a_shard(own_crew, shared, alone, tmp_path):
     """A worker that dies in the midst of a shard loses that one alone, and none counts twice."""
     sabotage = SHARED + DEADLY.format(flag=tmp_path / "flag")
@@ -110,6 +111,7 @@ def test_killed_in_a_shard(own_crew, shared, alone, tmp_path):
     assert bundles(own_crew.folder / "data" / "artifacts") == [alone(shared)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("before", "module", "function"),
     [

@@ -1,8 +1,6 @@
-"""Workers whose process can do no more: the stage is handed back, and a new process goes on."""
+"""What a worker does when a text, the database or its start goes wrong."""
 
 import json
-import os
-import signal
 import threading
 import time
 import uuid
@@ -13,41 +11,9 @@ from sqlalchemy import text
 from pho_service.host.settings import read_settings
 from storage.jobs import NewJob
 from storage.keys import KeyStore
-from storage.records import JobState, NewStage, StageKind
+from storage.records import NewStage, StageKind
 from storage.studies import DatabaseGone
 from workers.worker import WorkerOptions, _Worker
-
-BROKEN = """
-import torch
-from pho_service.pipeline.search import _Steps
-
-def fail(self, validated, run):
-    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-
-_Steps.choose = fail
-"""
-ENDLESS = """
-import time
-import workers.inputs
-
-def load(*args, **kwargs):
-    while True:
-        time.sleep(0.001)
-
-workers.inputs.load_model = load
-"""
-
-
-def test_broken_context(own_crew, spec_of, undisturbed, found):
-    """A GPU that fails costs the job no attempt: a new process, under the same number, ends it."""
-    spec = spec_of(max_attempts=1)
-    process = own_crew.start(sabotage=BROKEN)
-    job = own_crew.done(spec)
-
-    assert own_crew.alive == {process}
-    assert [s.attempt for s in job.of_kind(StageKind.CONFIRM)] == [2]
-    assert "the GPU failed: CUDA error: an illegal memory access" in own_crew.logs()
-    assert found(job) == undisturbed(spec).configuration
 
 
 def test_a_tokenizer_that_panics_fails_the_job_in_words_at_once(hand, spec_of):
@@ -64,37 +30,6 @@ def test_a_tokenizer_that_panics_fails_the_job_in_words_at_once(hand, spec_of):
     assert (error["type"], error["attempts"]) == ("ModelError", 1)
     assert "retry-limit-in-match over" in error["message"]
     assert "tokenizer.json" in error["message"]
-
-
-def test_cancelled_while_it_loads(own_crew, spec_of):
-    """A model that is loaded for ever can be cancelled; a new process is its worker."""
-    process = own_crew.start(sabotage=ENDLESS)
-    job = own_crew.submit(spec_of())
-    own_crew.busy(job, StageKind.CALIBRATE)
-    own_crew.store.ask(job.id, "cancel")
-    cancelled = own_crew.wait(job, JobState.CANCELLED)
-    queued = own_crew.queued(job)
-
-    assert cancelled.state is JobState.CANCELLED
-    assert queued == []
-    assert own_crew.alive == {process}
-
-
-def test_stopped_while_it_loads(own_crew, spec_of):
-    """Told to stop, a worker that loads for ever hands its stage back and ends within 10 s."""
-    process = own_crew.start(sabotage=ENDLESS)
-    job = own_crew.submit(spec_of())
-    own_crew.busy(job, StageKind.CALIBRATE)
-    told = time.monotonic()
-    os.kill(process, signal.SIGTERM)
-    code = own_crew.ended(process)
-    took_s = time.monotonic() - told
-
-    assert code == 0
-    assert took_s < 10
-    assert own_crew.queued(job) == ["todo"]
-    assert own_crew.at_work() == {}
-    assert own_crew.store.get(job.id).stages[0].failures == 0
 
 
 def test_a_worker_that_starts_lets_in_the_key_that_was_not_served_for_longest(desk):

@@ -48,8 +48,8 @@ FOLDED = {"permutation": "score", "deployable": True}
     "changes",
     [
         pytest.param({}, id="as-it-is"),
-        pytest.param({"pattern": "2:4", "seed": 3, "steps": FOLDED}, id="2:4-deployable"),
-        pytest.param({"preset": "best"}, id="best"),
+        thorough("2:4-deployable", pattern="2:4", seed=3, steps=FOLDED),
+        thorough("best", preset="best"),
         thorough("on-held-out-windows", confirm={"text": None}),
         thorough("hill-climb-to-its-end", **CLIMB),
         thorough("4:8-streamed", pattern="4:8", **STREAMED),
@@ -68,6 +68,7 @@ def test_the_trials_and_the_configuration_are_those_of_pho_search(
     assert found(job) == alone.configuration
 
 
+@pytest.mark.thorough
 def test_a_validation_ranks_random_candidates_by_each_proxy_and_changes_nothing_of_the_search(
     desk, spec_of, undisturbed, found
 ):
@@ -130,6 +131,7 @@ def test_each_island_is_the_search_with_its_own_seed_the_best_of_all_of_them_win
     assert (job.best["search"]["islands"], job.best["search"]["island"]) == (3, best)
 
 
+@pytest.mark.thorough
 def test_an_extended_job_has_the_trials_of_one_with_as_many_from_the_start_and_no_worse_best(
     desk, spec_of, undisturbed, found
 ):
@@ -146,9 +148,9 @@ def test_an_extended_job_has_the_trials_of_one_with_as_many_from_the_start_and_n
 def test_extended_in_the_midst_of_its_search_it_ends_as_if_it_had_been_that_long(
     desk, spec_of, undisturbed, found
 ):
-    job = desk.submit(spec_of(trials=TRIALS - 20))
+    job = desk.submit(spec_of(trials=TRIALS - 20, confirm=None))
     job = desk.work(job, at=14, do=lambda: desk.store.ask(job.id, "extend", trials=20))
-    alone = undisturbed(spec_of(trials=TRIALS))
+    alone = undisturbed(spec_of(trials=TRIALS, confirm=None))
 
     assert desk.trials(job) == [alone.trials]
     assert found(job) == alone.configuration
@@ -186,7 +188,7 @@ def test_a_search_whose_time_is_up_ends_with_the_best_of_the_trials_that_it_has(
 def test_jobs_with_the_same_calibration_share_one_bundle_and_one_that_was_lost_is_made_again(
     desk, spec_of, undisturbed
 ):
-    first = desk.done(spec_of(trials=10))
+    first = desk.done(spec_of(trials=10, confirm=None))
     made = bundles(desk)
     second = desk.done(spec_of(trials=10, seed=1, confirm=None))
     shared = bundles(desk)
@@ -198,7 +200,7 @@ def test_jobs_with_the_same_calibration_share_one_bundle_and_one_that_was_lost_i
     assert len(made) == 1
     assert first.best["calibration"] == second.best["calibration"]
     assert bundles(desk).keys() == made.keys()
-    assert desk.trials(longer) == [undisturbed(spec_of()).trials]
+    assert desk.trials(longer) == [undisturbed(spec_of(confirm=None)).trials]
 
 
 def test_without_its_text_a_job_fails_at_once_says_why_and_can_be_resumed_when_it_is_there(
@@ -329,7 +331,8 @@ def test_a_cancel_reaches_the_worker_in_the_midst_of_a_search_and_what_was_found
 def test_a_paused_job_stands_still_resumed_it_ends_as_if_nothing_had_happened(
     desk, spec_of, undisturbed, found
 ):
-    job = desk.submit(spec_of(trials=TRIALS))
+    spec = spec_of(trials=TRIALS, confirm=None)
+    job = desk.submit(spec)
     job = desk.work(job, at=7, do=lambda: desk.store.ask(job.id, "pause"))
     (trials,) = desk.trials(job)
 
@@ -338,15 +341,16 @@ def test_a_paused_job_stands_still_resumed_it_ends_as_if_nothing_had_happened(
 
     job = desk.work(desk.store.ask(job.id, "resume"))
 
-    assert desk.trials(job) == [undisturbed(spec_of(trials=TRIALS)).trials]
-    assert found(job) == undisturbed(spec_of(trials=TRIALS)).configuration
+    assert desk.trials(job) == [undisturbed(spec).trials]
+    assert found(job) == undisturbed(spec).configuration
 
 
 def test_a_small_job_is_done_during_a_long_search_on_the_only_worker_which_changes_nothing_of_it(
     desk, spec_of, undisturbed, found, monkeypatch
 ):
     monkeypatch.setattr("workers.watch.LOOK_EVERY_S", 0.0)
-    long = desk.until(desk.submit(spec_of(trials=TRIALS)), StageKind.SEARCH)
+    spec = spec_of(trials=TRIALS, confirm=None)
+    long = desk.until(desk.submit(spec), StageKind.SEARCH)
     small = desk.submit(spec_of(confirm=None))
     long = desk.work(long, turn_s=1e-6, most=1)
     (search,) = long.of_kind(StageKind.SEARCH)
@@ -356,8 +360,8 @@ def test_a_small_job_is_done_during_a_long_search_on_the_only_worker_which_chang
     assert (long.state, small.state) == (JobState.RUNNING, JobState.SUCCEEDED)
     assert 0 < search.done < TRIALS
     assert done.of_kind(StageKind.SEARCH)[0].failures == 0
-    assert desk.trials(done) == [undisturbed(spec_of(trials=TRIALS)).trials]
-    assert found(done) == undisturbed(spec_of(trials=TRIALS)).configuration
+    assert desk.trials(done) == [undisturbed(spec).trials]
+    assert found(done) == undisturbed(spec).configuration
 
 
 @pytest.mark.parametrize(

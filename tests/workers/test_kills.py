@@ -1,4 +1,8 @@
-"""Workers that are killed, frozen or cut off: the job ends as an undisturbed one does."""
+"""
+Workers as processes that are killed, frozen, cut off, drained or broken.
+
+The job ends as an undisturbed one does.
+"""
 
 import os
 import shutil
@@ -14,10 +18,37 @@ from sqlalchemy import text
 from pho_service.spec.job import JobSpec
 from storage.database import Database
 from storage.embedded import Postmaster
-from storage.records import JobState, StageKind, StageState
+from storage.records import Drain, JobState, StageKind, StageState
 
 TRIALS = 60
 LONG = 600  # trials; long enough to be waited for
+SLOW_REPORTS = """
+import time
+from storage.jobs import JobStore
+report = JobStore.enter_worker
+JobStore.enter_worker = lambda *given, **named: (time.sleep(0.5), report(*given, **named))[1]
+"""
+BROKEN = """
+import torch
+from pho_service.pipeline.search import _Steps
+
+def fail(self, validated, run):
+    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+_Steps.choose = fail
+"""
+ENDLESS = """
+import time
+import workers.inputs
+
+def load(*args, **kwargs):
+    while True:
+        time.sleep(0.001)
+
+workers.inputs.load_model = load
+"""
+
+pytestmark = pytest.mark.thorough  # but for one kill, one fault and one end
 
 
 OTHERS = (StageKind.TRANSFER, StageKind.POINT, StageKind.TASKS)
@@ -46,9 +77,7 @@ def ends_right(crew, undisturbed, found):
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(kind, marks=pytest.mark.thorough)
-        if kind in (StageKind.CONFIRM, StageKind.FINISH)
-        else kind
+        pytest.param(kind, marks=pytest.mark.thorough(kind is not StageKind.SEARCH))
         for kind in OF_A_SEARCH
     ],
 )
@@ -147,7 +176,7 @@ def test_a_stage_that_has_killed_max_attempts_workers_fails_its_job_which_can_be
     assert "2 workers died" in failed.error["message"]
 
 
-@pytest.mark.parametrize("in_a_write", [False, pytest.param(True, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("in_a_write", [False, True])
 def test_frozen_beyond_the_limit_a_worker_has_lost_its_stage_and_writes_nothing_when_it_wakes(
     crew, job, ends_right, in_a_write
 ):
@@ -163,7 +192,6 @@ def test_frozen_beyond_the_limit_a_worker_has_lost_its_stage_and_writes_nothing_
     assert ends_right(job)
 
 
-@pytest.mark.thorough
 def test_a_worker_that_has_lost_its_stage_does_not_take_it_out_of_the_queue_when_it_wakes(
     crew, job, ends_right
 ):
@@ -173,7 +201,6 @@ def test_a_worker_that_has_lost_its_stage_does_not_take_it_out_of_the_queue_when
     assert ends_right(job)
 
 
-@pytest.mark.thorough
 def test_a_worker_that_wakes_and_hands_back_takes_nothing_away_from_the_one_that_works_now(
     crew, spec_of, ends_right
 ):
@@ -211,7 +238,6 @@ def test_told_to_stop_a_worker_hands_its_search_back_at_once_and_another_ends_it
     assert (search.attempt, search.failures) == (2, 0)
 
 
-@pytest.mark.thorough
 def test_restricted(own_crew, spec_of):
     """A worker with --stages does those alone, and is listed with them."""
     worker = own_crew.start("--stages", "calibrate, search")
@@ -360,3 +386,124 @@ def test_an_upgrade_with_jobs_half_way(own_crew, spec_of, undisturbed, found):
     assert idle
     (search,) = ended[0].of_kind(StageKind.SEARCH)
     assert search.attempt > 1
+
+
+@pytest.mark.thorough(False)
+def test_broken_context(own_crew, spec_of, undisturbed, found):
+    """A GPU that fails costs the job no attempt: a new process, under the same number, ends it."""
+    spec = spec_of(max_attempts=1)
+    process = own_crew.start(sabotage=BROKEN)
+    job = own_crew.done(spec)
+
+    assert own_crew.alive == {process}
+    assert [s.attempt for s in job.of_kind(StageKind.CONFIRM)] == [2]
+    assert "the GPU failed: CUDA error: an illegal memory access" in own_crew.logs()
+    assert found(job) == undisturbed(spec).configuration
+
+
+def test_cancelled_while_it_loads(own_crew, spec_of):
+    """A model that is loaded for ever can be cancelled; a new process is its worker."""
+    process = own_crew.start(sabotage=ENDLESS)
+    job = own_crew.submit(spec_of())
+    own_crew.busy(job, StageKind.CALIBRATE)
+    own_crew.store.ask(job.id, "cancel")
+    cancelled = own_crew.wait(job, JobState.CANCELLED)
+    queued = own_crew.queued(job)
+
+    assert cancelled.state is JobState.CANCELLED
+    assert queued == []
+    assert own_crew.alive == {process}
+
+
+def test_stopped_while_it_loads(own_crew, spec_of):
+    """Told to stop, a worker that loads for ever hands its stage back and ends within 10 s."""
+    process = own_crew.start(sabotage=ENDLESS)
+    job = own_crew.submit(spec_of())
+    own_crew.busy(job, StageKind.CALIBRATE)
+    told = time.monotonic()
+    os.kill(process, signal.SIGTERM)
+    code = own_crew.ended(process)
+    took_s = time.monotonic() - told
+
+    assert code == 0
+    assert took_s < 10
+    assert own_crew.queued(job) == ["todo"]
+    assert own_crew.at_work() == {}
+    assert own_crew.store.get(job.id).stages[0].failures == 0
+
+
+@pytest.mark.thorough(False)
+def test_without_work_for_so_long_a_worker_ends_and_until_then_does_what_comes(own_crew, spec_of):
+    """Meanwhile it touches the file of the probes; a report on its way is not behind the last."""
+    alive = own_crew.folder / "alive"
+    variable = f"os.environ['PHO_LIVENESS_FILE'] = {str(alive)!r}"
+    worker = own_crew.start("--exit-when-idle", "2", sabotage=f"{variable}\n{SLOW_REPORTS}")
+    own_crew.man(1)
+    job = own_crew.done(spec_of())
+    touched = alive.stat().st_mtime
+    own_crew.until(lambda: alive.stat().st_mtime > touched)
+
+    assert own_crew.ended(worker) == 0
+    assert {stage.attempt for stage in job.stages} == {1}
+    assert own_crew.at_work() == {}
+    assert "no stage came for 2 s" in own_crew.logs()
+    assert "Traceback" not in own_crew.logs()
+
+
+def test_a_file_for_probes_that_cannot_be_written_is_refused(own_crew):
+    variable = "os.environ['PHO_LIVENESS_FILE'] = '/proc/alive'"
+    worker = own_crew.start(sabotage=variable)
+
+    assert own_crew.ended(worker) == 2
+    assert "PHO_LIVENESS_FILE=/proc/alive cannot be written" in own_crew.logs()
+
+
+@pytest.mark.parametrize("how", list(Drain))
+def test_drained_a_worker_finishes_its_stage_or_hands_it_back_takes_none_and_ends(
+    how, own_crew, spec_of
+):
+    worker = own_crew.start()
+    job = own_crew.submit(spec_of(trials=LONG))
+    own_crew.busy(job, StageKind.SEARCH, done=14)
+    own_crew.store.drain(own_crew.at_work()[worker].id, how, alive_s=60.0)
+    code = own_crew.ended(worker)
+    stages = own_crew.store.get(job.id).stages
+    (search,) = (stage for stage in stages if stage.kind is StageKind.SEARCH)
+
+    assert code == 0
+    assert own_crew.at_work() == {}
+    assert {*own_crew.queued(job)} == {"todo"}
+    assert (search.attempt, search.failures) == (1, 0)
+    expected = StageState.DONE if how is Drain.FINISH else StageState.WAITING
+    assert search.state is expected
+
+
+def test_a_dead_workers_stage_comes_again_while_all_others_are_busy(own_crew, spec_of):
+    own_crew.man(1)
+    busy = own_crew.submit(spec_of(trials=10_000))
+    own_crew.busy(busy, StageKind.SEARCH, done=14)
+    own_crew.man(2)
+    other = own_crew.submit(spec_of(trials=LONG, name="other"))
+    own_crew.kill(other, StageKind.SEARCH, done=14)
+    own_crew.until(lambda: own_crew.queued(other) == ["todo"])
+    (search,) = own_crew.store.get(busy.id).of_kind(StageKind.SEARCH)
+
+    assert (search.state, search.attempt) == (StageState.RUNNING, 1)
+
+
+def test_on_another_artifact_store_than_the_api_a_worker_takes_nothing_until_that_is_mended(
+    own_crew, spec_of
+):
+    own_crew.store.set_artifact_store("the api's")
+    job = own_crew.submit(spec_of())
+    own_crew.start()
+    own_crew.until(lambda: "is not the artifact store that the API sees" in own_crew.logs())
+    own_crew.until(lambda: "" in own_crew.store.stores(60.0)[1])
+    queued = own_crew.queued(job)
+    own = Path(own_crew.folder, "data", "artifacts", "store-id")
+    own.parent.mkdir(parents=True, exist_ok=True)
+    own.write_text("the api's")
+
+    assert own_crew.succeeded(job)
+    assert queued == ["todo"]
+    own_crew.until(lambda: own_crew.store.stores(60.0)[1] == ["the api's"])

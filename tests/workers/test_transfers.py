@@ -129,6 +129,7 @@ def test_into_the_library(desk, searched, transfer_of, other):
     assert own[0].document == found
 
 
+@pytest.mark.thorough
 def test_a_worker_that_dies_in_the_midst_of_a_model_loses_neither_the_others_nor_that_one(
     crew, desk, transfer_of, other, home
 ):
