@@ -37,8 +37,6 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LLAMA,
     "llama-bfloat16": SHALLOW,
     "llama-streamed": LLAMA,
-    "llama-bfloat16-streamed": SHALLOW,
-    "llama-two-cards": LLAMA,
     "mixtral": MixtralConfig(**ONE_BLOCK, num_local_experts=3, num_experts_per_tok=2),
     "gpt-2": GPT2Config(
         vocab_size=96, n_embd=16, n_layer=1, n_head=2, n_positions=64, initializer_range=0.2
@@ -72,16 +70,10 @@ class Subject:
         """Loaded, or mapped if it is to be streamed."""
         return load_model(
             str(self.folder),
-            device="auto" if self.spread else self.device,
+            device=self.device,
             dtype="auto" if "streamed" in self.name else self.dtype,
             stream="streamed" in self.name,
-            device_map="auto" if self.spread else None,
         )
-
-    @property
-    def spread(self):
-        """Whether it lies on two cards."""
-        return "two-cards" in self.name and self.device != "cpu"
 
     @property
     def dtype(self):

@@ -1,22 +1,40 @@
-"""The whole product on a pretended GPU: every path, and what it gives is what the CPU gives."""
+"""
+What users ask for as a whole, on a pretended GPU: what it gives is what the CPU gives.
 
+`make test` runs the verbs; tests/pipeline/test_two_gpus.py takes a model on two cards.
+"""
+
+import json
 import math
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from pretended_subjects import CONFIGS, SETTINGS, Subject, unchanged
 
+from pho_service.cli import main
 from pho_service.models.blockwise import measure_perplexity
-from pho_service.models.bundle_file import read_bundle, write_bundle
 from pho_service.models.calibration import calibrate, measure, plan_calibration
+from pho_service.pipeline.check import check_folder
+from pho_service.pipeline.compare import ComparisonRequest, compare_over_seeds
+from pho_service.pipeline.confirmation import validate_job
+from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.pipeline import pruned_model
+from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.rating import rate_pruned
+from pho_service.pipeline.search import search_job
+from pho_service.pipeline.transfer import transfer_job
+from pho_service.progress import Run
 from pho_service.pruning.perplexity import dense_reference, rate_divergence
 from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.spec.objective import WEIGHTINGS
+from pho_service.spec.configuration import Configuration, read_configuration
+from pho_service.spec.fields import ValidationSpec
+from pho_service.spec.objective import WEIGHTINGS, Objective
 from pho_service.spec.pattern import Coefficients, Pattern
+from pho_service.spec.space import Preset
 from pho_service.spec.steps import (
     ALLOCATION_UNITS,
     ALLOCATIONS,
@@ -28,10 +46,10 @@ from pho_service.spec.steps import (
     Candidate,
     Steps,
 )
+from pho_service.tuning.plan import SearchRequest
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.thorough  # but for the verbs
 
-SUBJECTS = tuple(CONFIGS)
 CREPE = Coefficients(
     row=0.4, column=1, neighbourhood=0.8, kernel_size=5, activation_exponent=0.7,
     gradient_exponent=0.3,
@@ -40,18 +58,9 @@ PATTERNS = [
     Pattern.parse(text, scope)
     for text, scope in (("0.5", "row"), ("0.5", "layer"), ("0.6", "global"), ("2:4", "row"))
 ]
-AFTERWARDS = [
-    (r, u)
-    for r, u in product(REPRUNINGS, UPDATES)
-    if (u not in CHOOSING or r == "none") and (r, u) != ("admm", "none")
-]
-FEW = {("none", "none"), ("swaps", "obs"), ("dsnot", "least-squares")}
 
 
-ALIKE = ("llama-bfloat16-streamed", "llama-two-cards")  # as others in most
-
-
-@pytest.fixture(params=SUBJECTS)
+@pytest.fixture(params=CONFIGS)
 def subject(request, subject_of):
     """Each kind of model."""
     return subject_of(request.param)
@@ -65,16 +74,6 @@ def assert_close(found, expected, *, rtol):
         )
     for name, fisher in expected.fisher.items():
         torch.testing.assert_close(found.fisher[name], fisher, rtol=rtol, atol=1e-9)
-
-
-def test_a_bundle_is_written_and_read(subject, tmp_path):
-    with unchanged(subject.model):
-        bundle = subject.bundle
-    write_bundle(bundle, tmp_path / "b.safetensors")
-    read = read_bundle(tmp_path / "b.safetensors")
-    read.check_model(subject.model.linears)
-
-    assert len(read.layers) == len(subject.model.linears)
 
 
 def test_without_a_projection_moments_are_in_full(subject):
@@ -149,26 +148,18 @@ def test_every_proxy_rates_as_on_the_cpu(subject, pattern):
 
 
 def combinations():
-    """
-    Of steps, for every way that a model is loaded.
-
-    All of them on one card, at a ratio by layer and at N:M; a few by row. Where a model is another
-    or lies elsewhere, each step once at N:M; where it is alike in both, a few.
-    """
-    once = FEW | {("admm", "least-squares"), *(("none", update) for update in CHOOSING)}
-
-    def wanted(name, pattern, steps):
-        if name == "llama":
-            return steps in FEW or pattern != "0.5 row"
-        if pattern != "2:4 row":
-            return steps == ("swaps", "obs")
-        return steps in (FEW if name in ALIKE else once)
-
+    """Each step once, at N:M and by layer, on a Llama; a few on the other kinds of model."""
+    steps = [
+        (repruning, update)
+        for repruning, update in product(REPRUNINGS, UPDATES)
+        if (update not in CHOOSING or repruning == "none")
+        and (repruning, update) != ("admm", "none")
+    ]
+    few = [("none", "none"), ("swaps", "obs"), ("dsnot", "least-squares")]
     return [
-        (name, pattern, *steps)
-        for name, pattern in product(SUBJECTS, ("0.5 row", "0.5 layer", "2:4 row"))
-        for steps in AFTERWARDS
-        if wanted(name, pattern, steps)
+        (name, pattern, *each)
+        for name, pattern in product(CONFIGS, ("0.5 layer", "2:4 row"))
+        for each in (steps if name == "llama" else few)
     ]
 
 
@@ -177,16 +168,13 @@ def test_every_combination_of_steps_prunes_to_the_pattern_and_the_model_is_dense
     subject_of, name, pattern, repruning, update
 ):
     subject, parsed = subject_of(name), Pattern.parse(*pattern.split())
-    permutations = PERMUTATIONS if parsed.group else PERMUTATIONS[:1]
-    every = name == "llama" and (repruning, update) in FEW
-    for permutation in permutations if every else permutations[-1:]:
+    for permutation in PERMUTATIONS if parsed.group else PERMUTATIONS[:1]:
         steps = Steps(permutation=permutation, repruning=repruning, update=update)
         candidate = Candidate(method="x", coefficients=CREPE, pattern=parsed, steps=steps)
-        statistics = subject.bundle.statistics()
         with unchanged(subject.model):
             result, sparsity = rate_pruned(
                 subject.model,
-                statistics,
+                subject.bundle.statistics(),
                 candidate,
                 subject.report().windows,
                 calibration=subject.text.calibration,
@@ -196,14 +184,11 @@ def test_every_combination_of_steps_prunes_to_the_pattern_and_the_model_is_dense
 
 
 @pytest.mark.parametrize("method", ALLOCATIONS[1:])
-@pytest.mark.parametrize("pattern", ["0.5 row", "2:4 row"])
-def test_allocated(subject, pattern, method):
-    """Allocations of the whole model, from its weights on the card."""
-    parsed = Pattern.parse(*pattern.split())
+def test_shares_are_allocated_from_the_weights_on_the_card(subject, method):
     candidate = Candidate(
         method="x",
         coefficients=CREPE,
-        pattern=parsed,
+        pattern=Pattern.parse("0.5", "row"),
         steps=Steps(allocation=Allocation(method=method, spread=0.25)),
     )
     with (
@@ -211,5 +196,207 @@ def test_allocated(subject, pattern, method):
         pruned_model(subject.model, subject.bundle.statistics(), candidate, None) as shares,
     ):
         assert len(shares) == len(subject.model.linears)
-        if parsed.group == 0:  # an N:M may leave no other choice
-            assert len({round(share, 3) for share in shares.values()}) > 1
+        assert len({round(share, 3) for share in shares.values()}) > 1
+
+
+SEARCHES: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("llama", "0.5", "row", {}),
+    ("llama-streamed", "0.5", "layer", {}),
+    ("mixtral", "0.5", "global", {}),
+    ("gpt-2", "2:4", "row", {}),
+    ("gpt-2", "0.5", "layer", {"objective": Objective(name="gini")}),
+    ("llama-bfloat16", "0.5", "layer", {"objective": Objective(name="perplexity")}),
+    ("gpt-2", "0.5", "layer", {"preset": "crepe-plus"}),
+    ("llama-bfloat16", "0.5", "layer", {"preset": "best"}),
+    ("mixtral", "2:4", "row", {"preset": "best"}),
+]
+
+
+@pytest.mark.parametrize(("name", "pattern", "scope", "changes"), SEARCHES)
+def test_every_scope_pattern_and_objective_is_searched_and_confirmed(
+    subject_of, name, pattern, scope, changes
+):
+    subject, parsed = subject_of(name), Pattern.parse(pattern, scope)
+    preset = Preset.of(changes.get("preset", "score"), parsed)
+    request = SearchRequest(
+        pattern=parsed,
+        steps=preset.steps,
+        bounds=preset.bounds,
+        objective=changes.get("objective", Objective()),
+        trials=9,
+        finalists=1,
+    )
+    with unchanged(subject.model):
+        configuration = search_job(
+            request,
+            subject.bundle,
+            model=subject.model,
+            confirm_text=subject.report("confirmation"),
+            calibration=subject.text.calibration,
+            run=Run(device=subject.device),
+        ).configuration
+
+    assert configuration.confirmation is not None
+    assert configuration.confirmation.perplexity > 1
+
+
+def configuration_of(pattern, preset):
+    """A configuration with a preset's steps, as a file has it."""
+    parsed = Pattern.parse(pattern)
+    steps = Preset.of(preset, parsed).steps
+    return Configuration(
+        method="crepe", coefficients=CREPE, pattern=pattern, scope="row", steps=steps
+    )
+
+
+def test_baselines_of_each_kind_beside_a_configuration(subject):
+    pattern = "0.5" if "bfloat16" in subject.name else "2:4"
+    parsed = Pattern.parse(pattern)
+    own = "wanda-permuted" if parsed.group else "owl-wanda"
+    methods = ["wanda", "wanda-sequential", "ria-layer", own, "sparsegpt"]
+    with unchanged(subject.model):
+        request = ComparisonRequest(
+            pattern=parsed,
+            configurations=[("mine", configuration_of(pattern, "crepe-plus"))],
+            methods=methods,
+        )
+        given = Calibrated(bundle=subject.bundle, calibration=subject.text.calibration)
+        rows = compare_over_seeds(
+            subject.model, subject.report(), request, {0: lambda: given},
+            run=Run(device=subject.device),
+        ).rows  # fmt: skip
+
+    assert [row.method for row in rows] == ["dense", *methods, "mine"]
+    assert all(row.memory_bytes for row in rows)
+
+
+def test_random_candidates_by_every_proxy_and_by_perplexity(subject):
+    result = validate_job(
+        subject.model,
+        subject.bundle,
+        subject.report(),
+        SearchRequest(pattern=Pattern.parse("0.5", "global")).plan(subject.bundle.kernel_sizes),
+        ValidationSpec(candidates=8),
+        calibration=subject.text.calibration,
+        run=Run(device=subject.device),
+    )
+
+    assert len(result.perplexity) == 8
+
+
+def test_transfer(subject):
+    """A configuration that was found elsewhere, and the model's own best."""
+    target = Calibrated(
+        name=subject.name,
+        bundle=subject.bundle,
+        model=subject.model,
+        report=subject.report(),
+        calibration=subject.text.calibration,
+        confirm=subject.report("confirmation"),
+    )
+    request = SearchRequest(
+        pattern=Pattern.parse("0.5"),
+        trials=8,
+        finalists=1,
+    )
+    done = transfer_job(
+        target,
+        configuration_of("0.5", "score"),
+        search=request,
+        run=Run(device=subject.device),
+    )
+
+    assert set(done.perplexities) == {"dense", "wanda", "ria", "transferred", "own"}
+
+
+@pytest.mark.parametrize("over", ["mean", "worst"])
+def test_one_search_over_three_families(subject_of, over):
+    subjects = [subject_of(name) for name in ("llama", "mixtral", "gpt-2")]
+    request = SearchRequest(
+        pattern=Pattern.parse("0.5", "global" if over == "mean" else "layer"),
+        objective=Objective(over=over),
+        trials=9,
+    )
+    bundles = {subject.name: subject.bundle for subject in subjects}
+    found = search_job(request, bundles, run=Run(device="cuda"))
+
+    assert set(found.configuration.objective["relative_to_ria"]) == set(bundles)
+
+
+@pytest.mark.parametrize(("pattern", "preset"), [("0.5", "best"), ("2:4", "crepe-plus")])
+def test_a_model_is_pruned_for_good_and_saved_and_what_was_saved_passes_its_check(
+    subject, pattern, preset, tmp_path, monkeypatch
+):
+    # The sparse matrices of a card's own kernels are what no pretended card has.
+    monkeypatch.setattr("pho_service.pipeline.check._check_semi_structured", lambda *_: None)
+    spoiled = replace(subject)  # it is left pruned
+    out = tmp_path / "out"
+    done = prune_job(
+        spoiled.model,
+        subject.bundle,
+        configuration_of(pattern, preset),
+        out,
+        calibration=subject.text.calibration,
+    )
+    checks = check_folder(out, original=subject.model)
+
+    assert done.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert [check.name for check in checks if not check.passed] == []
+
+
+SMALL = (
+    "--samples", 4, "--context-length", 24, "--rows-per-layer", 8, "--projection-rows", 16,
+    "--kernel-sizes", "3,5",
+)  # fmt: skip
+
+
+@pytest.mark.thorough(False)
+def test_every_verb_that_runs_a_model_as_a_user_calls_it_some_of_them_on_the_second_card(
+    subject_of, cards, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    subject = subject_of("llama")
+    model, texts = subject.folder, subject.texts
+    calibration = ("--text", texts["calibration"], *SMALL)
+    report = ("--report-text", texts["report"], "--report-windows", 2)
+    study = f"sqlite:///{tmp_path / 'study.db'}"
+    confirm = ("--confirm-text", texts["confirmation"], "--confirm-windows", 2)
+    second = ("--device", "cuda:1")
+    used = cards[1].counts.launches
+
+    def pho(*words):
+        result = CliRunner().invoke(main, [*map(str, words), "--json"], catch_exceptions=False)
+        assert result.exit_code == 0, (words[0], result.output)
+        assert json.loads(result.stdout)
+
+    pho("calibrate", model, *calibration, "--out", "b.safetensors", *second)
+    pho("search", model, *calibration, *confirm, "--preset", "score",
+        "--pattern", "0.5", "--scope", "global",
+        "--trials", 9, "--finalists", 1, "--study", study, *second)  # fmt: skip
+    assert cards[1].counts.launches > used
+    pho("evaluate", model, "--text", texts["report"], "--context-length", 24, "--max-windows", 2)
+    pho("compare", model, *calibration, *report, "--pattern", "0.5", "--config", "config.json",
+        "--method", "wanda")  # fmt: skip
+    pho("prune", model, "--config", "config.json", *calibration, "--out", "out")
+    pho("prune", model, "--check", "out")
+    for train, where in (("norms", ()), ("kept", second), ("lora", ("--device-map", "auto"))):
+        used = cards[1].counts.launches
+        pho("recover", "out", "--teacher", model, "--text", texts["report"], "--tokens", 240,
+            "--context-length", 24, "--train", train, "--out", train, *where)  # fmt: skip
+        pho("prune", model, "--check", train)
+        assert (cards[1].counts.launches > used) is bool(where)
+
+
+def test_pho_demo_with_another_model_in_the_place_of_the_built_in_one(
+    subject_of, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pho_service.models.builtin.smollm2", lambda: subject_of("llama").folder)
+    monkeypatch.setattr("pho_service.cli.demo.CONTEXT_LENGTH", SETTINGS.context_length)
+    words = ["demo", "--out", "demo", "--trials", "9"]
+    result = CliRunner().invoke(main, words, catch_exceptions=False)
+
+    assert result.exit_code == 0, result.output
+    assert all(name in result.stdout for name in ("sparsegpt", "score", "crepe-plus", "best"))
+    assert (tmp_path / "demo" / "pruned" / "pruning.json").is_file()
+    assert read_configuration("demo/config.json").perplexities is not None
