@@ -65,10 +65,7 @@ def jobs(client, submit, hand, begin, measure):
 
 
 @pytest.fixture
-def pages(
-    client, jobs, tmp_path, keys,
-    monkeypatch, write_small,
-):  # fmt: skip
+def pages(client, jobs, tmp_path, keys, monkeypatch, write_small):
     write_small(tmp_path / "small")
     # Of more than 16 ids, two begin with the same digit.
     monkeypatch.setattr(listing, "BEGINNING", "[0-9a-f]+")

@@ -7,8 +7,6 @@ import pytest
 
 from pho_service.spec.configuration import Configuration
 
-Headers = dict[str, str]
-
 HERE = "/v1/configurations"
 NOBODY = f"{HERE}/00000000-0000-0000-0000-000000000000"
 JSON = {"Content-Type": "application/json"}
@@ -80,9 +78,8 @@ def found(client):
 
 
 def test_what_a_job_has_found_is_in_the_library_with_its_id_and_stays_when_it_goes(
-    submit, hand, found,
-    client, configuration,
-):  # fmt: skip
+    submit, hand, found, client, configuration
+):
     job = submit()
     hand.succeed(job["id"])
     (before,) = found()
@@ -201,9 +198,8 @@ def test_a_deleted_entry_is_gone_alone(client, refusal, imported):
 
 
 def test_to_a_key_another_keys_entry_is_not_there_and_stays_whether_found_or_imported(
-    client, refusal, imported, bearer_of,
-    submit, hand, found,
-):  # fmt: skip
+    client, refusal, imported, bearer_of, submit, hand, found
+):
     mine, other, everybody = bearer_of("a"), bearer_of("b"), bearer_of("all", sees_all=True)
     job = submit(headers=mine)["id"]
     hand.succeed(job)

@@ -13,9 +13,6 @@ from pho_service.spec.job import JobSpec
 from storage.keys import KeyStore, Quota
 from storage.records import StageKind
 
-Headers = dict[str, str]
-Operations = list[tuple[str, str]]
-
 DOCUMENT = {"model": "org/name", "pattern": "0.5"}
 NOBODY = "00000000-0000-0000-0000-000000000000"
 
@@ -198,9 +195,8 @@ def others(client, bearer_of, hand):
 
 
 def test_to_a_key_the_job_of_another_is_not_there_in_any_operation_nor_changed(
-    client, refusal, secret, others, hand,
-    operations,
-):  # fmt: skip
+    client, refusal, secret, others, hand, operations
+):
     before = hand.store.page()
     headers = {**bearer(secret), "X-Request-ID": "a"}
     for method, path in operations:

@@ -17,8 +17,6 @@ from storage.records import DURATIONS_S, JobState, StageKind
 
 DOCKER = Path(__file__).parents[2] / "docker"
 
-Samples = dict[tuple[str, ...], float]
-
 
 def samples(client, **headers):
     """All that is told, by name and the values of labels."""

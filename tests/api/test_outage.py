@@ -171,10 +171,7 @@ def test_under_load_each_answer_is_right_or_503(front, server):
     assert {*ids} <= stored  # what was answered is not lost
 
 
-def test_a_stream_of_events_goes_on_after_an_outage(
-    front, server, monkeypatch,
-    caplog,
-):  # fmt: skip
+def test_a_stream_of_events_goes_on_after_an_outage(front, server, monkeypatch, caplog):
     monkeypatch.setattr("pho_service.api.jobs.RETRY_AFTER_S", 0.2)
     read, all_sent = JobStore.events, threading.Event()
 

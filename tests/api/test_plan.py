@@ -70,9 +70,8 @@ def test_plans_take_few_threads_whoever_asks(client, monkeypatch, path, at_once)
 
 
 def test_pages_plan_what_the_hubs_cache_has_and_ask_nobody(
-    client, submit, hand, tmp_path, write_header,
-    monkeypatch,
-):  # fmt: skip
+    client, submit, hand, tmp_path, write_header, monkeypatch
+):
     """A hub that hangs would hold a thread for twenty seconds at each look at a job."""
     cache = tmp_path / "hub" / "models--org--cached"
     (cache / "refs").mkdir(parents=True)

@@ -11,8 +11,6 @@ from sqlalchemy import Connection
 from pho_service.api.service import ANSWER_S, AT_ONCE, Heavy
 from storage.studies import DatabaseGone, read_trials
 
-DOCUMENT = {"model": "org/name", "pattern": "0.5"}
-
 
 @pytest.fixture
 def frozen(client, monkeypatch):

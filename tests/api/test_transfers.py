@@ -134,9 +134,8 @@ def test_a_transfer_has_the_verbs_of_a_search(client, searched):
     ],
 )
 def test_what_is_wrong_is_named_with_its_place_and_the_rule_and_no_job_is_made(
-    client, refusal, searched, changes, pointer,
-    rule,
-):  # fmt: skip
+    client, refusal, searched, changes, pointer, rule
+):
     answer = client.post(f"/v1/jobs/{searched}:transfer", json={**MODELS, **changes})
     problem = refusal(answer, 422, "invalid_request")
 

@@ -1,15 +1,11 @@
 """Files and folders appear whole or not at all."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from pho_service.errors import OutputError
 from pho_service.host.files import check_file, check_free, new_file, new_folder
-
-LimitedDisk = Callable[[int], AbstractContextManager[None]]
 
 
 def write_and_interrupt(path):

@@ -3,7 +3,6 @@
 import io
 import json
 import logging
-from collections.abc import Callable
 from contextvars import copy_context
 from threading import Thread
 
@@ -11,8 +10,6 @@ import pytest
 
 from pho_service.host import logs
 from pho_service.host.logs import about, redact, request_id
-
-Written = Callable[[], str]
 
 
 @pytest.fixture

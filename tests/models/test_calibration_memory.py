@@ -17,7 +17,6 @@ from pho_service.pruning.hardware import available_memory, memory_in_use
 from pho_service.spec.calibration import CalibrationSettings
 
 SETTINGS = CalibrationSettings(samples=4, context_length=24, projection_rows=8)
-WINDOW = 448  # tokens, of the larger model
 
 
 def test_without_a_limit_a_cpu_runs_window_by_window_and_keeps_it_all(model):

@@ -171,9 +171,8 @@ UPDATED = [("0.5", Steps(update="obs")), ("0.5", TRAINED)]
     ],
 )
 def test_to_prune_a_model_measure_it_and_make_it_dense_again_takes_what_is_planned_as_well(
-    pretended_gpu, windows, folder, steps, *,
-    stream,
-):  # fmt: skip
+    pretended_gpu, windows, folder, steps, *, stream
+):
     model = load_model(str(folder), device="cuda", dtype="auto", stream=stream)
     footprint, place = footprint_of(model.model), Place(on_gpu=True, stream=stream)
     few = windows[:4]

@@ -1,13 +1,12 @@
 """Shapes from headers alone, against the models that transformers builds."""
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig
 from transformers.activations import ACT2FN
 
 from pho_service.errors import InvalidInput
@@ -19,8 +18,6 @@ from pho_service.planning.shapes import (
     model_shapes,
     read_header,
 )
-
-HeaderOf = Callable[[PreTrainedConfig], Header]
 
 GATED = {
     "vocab_size": 96, "num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 4,

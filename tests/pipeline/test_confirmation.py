@@ -76,9 +76,8 @@ def test_race(bundle, confirming, runs, monkeypatch):
 
 @pytest.mark.parametrize(("pattern", "given"), [("0.5", None), ("2:4", 2)])
 def test_where_pruning_takes_a_text_finalists_race_on_their_masks_and_few_are_pruned_in_full(
-    pattern, given, bundle, confirming, windows,
-    monkeypatch,
-):  # fmt: skip
+    pattern, given, bundle, confirming, windows, monkeypatch
+):
     monkeypatch.setattr(confirmation, "still_racing", lambda losses, *_, **__: [*losses])
     asked = request_of(
         pattern=Pattern.parse(pattern), finalists=4, in_full=given, steps=Steps(update="obs")

@@ -54,11 +54,17 @@ CONFIGURATION = Configuration(
 
 
 def compared_on(
-    model, bundle, report, pattern,
-    configurations, *,
-    calibration = None, also = None, text = None,
+    model,
+    bundle,
+    report,
+    pattern,
+    configurations,
+    *,
+    calibration=None,
+    also=None,
+    text=None,
     **asked,
-):  # fmt: skip
+):
     """The rows of a comparison on one calibration."""
     request = ComparisonRequest(pattern=pattern, configurations=configurations, **asked)
     given = Calibrated(bundle=bundle, model=model, calibration=calibration)

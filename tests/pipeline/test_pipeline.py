@@ -192,9 +192,8 @@ SCORED = [
 
 @pytest.mark.parametrize(("pattern", "steps"), SCORED)
 def test_streamed_and_without_text_steps_a_candidate_runs_the_report_once_and_writes_nothing(
-    streamed, model, bundle, report,
-    own_cache, pattern, steps,
-):  # fmt: skip
+    streamed, model, bundle, report, own_cache, pattern, steps
+):
     candidate = replace(OBS, pattern=Pattern.parse(pattern), steps=steps)
     expected, share = rate_pruned(model, bundle.statistics(), candidate, report.windows)
     before = {name: p.data_ptr() for name, p in streamed.model.named_parameters()}

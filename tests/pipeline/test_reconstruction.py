@@ -107,9 +107,8 @@ def test_resumed(model, model_folder, bundle, windows, tmp_path):
 
 
 def test_a_streamed_model_ends_with_the_same_weights_another_seed_gives_other_ones(
-    model, original, streamed, bundle,
-    windows,
-):  # fmt: skip
+    model, original, streamed, bundle, windows
+):
     other = replace(TRAINED, seed=1)
     seeded = replace(CANDIDATE, steps=replace(CANDIDATE.steps, reconstruction=other))
     first = Run(model, bundle, windows)
@@ -136,10 +135,7 @@ def test_too_few_windows(model, bundle, windows):
         Run(model, bundle, windows[:1])
 
 
-def test_pruned_folder(
-    model, original, model_folder, bundle,
-    windows, tmp_path,
-):  # fmt: skip
+def test_pruned_folder(model, original, model_folder, bundle, windows, tmp_path):
     """`pho prune` keeps finished blocks beside its folder until that is whole, with a record."""
     configuration = Configuration(
         method="crepe", coefficients=CANDIDATE.coefficients, steps=CANDIDATE.steps,
@@ -176,10 +172,7 @@ def test_pruned_folder(
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
-def test_winner(
-    searched, bundle, confirming,
-    monkeypatch, factor,
-):  # fmt: skip
+def test_winner(searched, bundle, confirming, monkeypatch, factor):
     """Only the winner is trained, once in a study, and only a better perplexity is taken."""
     measured = []
 

@@ -120,9 +120,8 @@ def test_a_recovered_folder_passes_its_check(
     ],
 )
 def test_the_same_tokens_give_the_same_bits_also_after_a_kill(
-    bits, rate, pruned_folder,
-    recover, tmp_path, monkeypatch,
-):  # fmt: skip
+    bits, rate, pruned_folder, recover, tmp_path, monkeypatch
+):
     # It leaves smaller linears in 32 bits, and those of this model are.
     monkeypatch.setattr("bitsandbytes.optim.adam.Adam8bit", partial(Adam8bit, min_8bit_size=256))
     remembered = set()
@@ -164,9 +163,8 @@ def test_the_same_tokens_give_the_same_bits_also_after_a_kill(
 
 
 def test_the_dense_model_is_asked_in_bfloat16_only_for_what_is_trained_on(
-    pruned_folder, recover,
-    monkeypatch,
-):  # fmt: skip
+    pruned_folder, recover, monkeypatch
+):
     """On a CPU that has units for it, as gradients are: what is held out decides, in float32."""
     asked = []
 
@@ -182,10 +180,7 @@ def test_the_dense_model_is_asked_in_bfloat16_only_for_what_is_trained_on(
     assert found.kept
 
 
-def test_a_text_that_is_too_short_comes_again_in_other_windows(
-    pruned_folder, recover,
-    monkeypatch,
-):  # fmt: skip
+def test_a_text_that_is_too_short_comes_again_in_other_windows(pruned_folder, recover, monkeypatch):
     """The dense model says something new of each, and no more than four times as many come."""
     asked = []
 

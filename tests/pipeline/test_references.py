@@ -61,9 +61,8 @@ def pruned_with(monkeypatch):
     ],
 )
 def test_they_are_wanda_and_ria_as_published_whatever_the_steps_none_is_measured_again(
-    bundle, model, report, pruned_with,
-    pattern, steps, objective, same,
-):  # fmt: skip
+    bundle, model, report, pruned_with, pattern, steps, objective, same
+):
     asked = SearchRequest(
         pattern=Pattern.parse(pattern), trials=8, steps=steps, finalists=1,
         objective=Objective(name=objective),

@@ -74,9 +74,8 @@ def test_the_bundle_is_that_of_one_card(spread, model, calibrated, projection_ro
     ],
 )
 def test_masks_orders_and_weights_are_those_of_one_card_and_pass_their_check(
-    spread, model, bundle, report,
-    tmp_path, pattern, scope, steps,
-):  # fmt: skip
+    spread, model, bundle, report, tmp_path, pattern, scope, steps
+):
     configuration = Configuration(
         method="crepe", coefficients=COEFFICIENTS, pattern=pattern, scope=scope,  # type: ignore[arg-type]
         steps=Steps(**steps),

@@ -5,10 +5,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
 
 import uvicorn
-from click.testing import Result
 from sqlalchemy import select
 
 from pho_service.api.app import create_app
@@ -18,7 +16,6 @@ from storage.database import Database
 from storage.records import NewStage, StageKind
 from storage.tables import stages
 
-Pho = Callable[..., Result]  # runs `pho` with these words
 SPEC = {"model": "org/name", "pattern": "0.5"}
 FOUND = Configuration.model_validate(
     {

@@ -1,11 +1,9 @@
 """Masks by ADMM and by ALPS, against plain loops in float64."""
 
-from collections.abc import Callable
 from itertools import product
 
 import pytest
 import torch
-from torch import Tensor
 
 from pho_service.errors import NumericalError
 from pho_service.pruning.admm import (
@@ -21,7 +19,6 @@ from pho_service.pruning.admm import (
 from pho_service.pruning.masks import Support
 
 ROWS, WIDTH = 6, 24
-Choose = Callable[[Tensor, float], Tensor]
 KINDS = ("layer", "row", "2:4")
 
 

@@ -1,7 +1,6 @@
 """How sparsity is shared over linears, against sorting, plain loops and inequalities."""
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 from fractions import Fraction
 from itertools import permutations
@@ -17,7 +16,6 @@ from pho_service.spec.steps import ALLOCATIONS, Allocation
 
 METHODS = ALLOCATIONS
 UNITS = ("linear", "block")
-Views = Callable[[], Iterable[LayerView]]
 
 # Of very different sizes, two blocks and one linear outside of them.
 ODD_SHAPES = {

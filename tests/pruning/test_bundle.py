@@ -9,8 +9,6 @@ from pho_service.pruning.bundle import sample_bundle
 from pho_service.pruning.scores import window_mean
 from pho_service.pruning.statistics import PrunableLinear
 
-Linears = dict[str, PrunableLinear]
-
 
 @pytest.fixture
 def bundle(linears, statistics):

@@ -9,11 +9,8 @@ from pho_service.errors import InvalidInput
 from pho_service.pruning.bundle import sample_bundle
 from pho_service.pruning.masks import layer_score, linear_masks
 from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.pruning.statistics import PrunableLinear
 from pho_service.spec.pattern import Coefficients, Linears, Pattern
 from pho_service.spec.steps import Allocation, Candidate, Steps
-
-Model = dict[str, PrunableLinear]
 
 CREPE = Coefficients(row=0.4, column=1, neighbourhood=0.8, kernel_size=5, gradient_exponent=0.3)
 LEFT_OUT = Linears(ignore=["*.o_proj", "re:.*layers\\.0\\.mlp\\..*"])

@@ -20,8 +20,6 @@ from pho_service.pruning.permutation import (
 from pho_service.pruning.selection import nm_mask
 from pho_service.pruning.statistics import PrunableLinear
 
-Linears = dict[str, PrunableLinear]
-
 MLP = "model.layers.0.mlp"
 
 

@@ -20,8 +20,6 @@ from pho_service.pruning.statistics import PrunableLinear
 from pho_service.spec.pattern import Coefficients, Pattern
 from pho_service.spec.steps import Candidate
 
-Linears = dict[str, PrunableLinear]
-
 RIA = Coefficients(row=1, column=1, neighbourhood=0, normalisation="sum")
 CREPE = Coefficients(row=0.4, column=1, neighbourhood=0.8, kernel_size=5, gradient_exponent=0.3)
 

@@ -84,9 +84,6 @@ def layers(draw, weight):
     return drawn_weight, draw(tensors(beside, in_features)), draw(tensors(beside, out_features))
 
 
-Layer = tuple[Tensor, Tensor, Tensor]
-
-
 def score_of(layer, score):
     weight, norm, fisher = layer
     return layer_importance(

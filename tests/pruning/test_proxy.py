@@ -12,11 +12,8 @@ from pho_service.pruning.layer_errors import BATCH
 from pho_service.pruning.masks import linear_masks
 from pho_service.pruning.proxy import ProxyEvaluator, ProxyRating
 from pho_service.pruning.scores import layer_importance
-from pho_service.pruning.statistics import PrunableLinear
 from pho_service.spec.pattern import Coefficients, Pattern
 from pho_service.spec.steps import Allocation, Candidate, Steps
-
-Linears = dict[str, PrunableLinear]
 
 COEFFICIENTS = {
     "magnitude": Coefficients(

@@ -1,7 +1,6 @@
 """Importance scores, against slow float64 loops and the formulas of the papers."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -25,7 +24,6 @@ MAGNITUDE = replace(WANDA, activation_exponent=0)
 EQUAL = Coefficients(row=1, column=1, neighbourhood=1)
 
 Rows = list[list[float]]
-Formula = Callable[[Rows, list[float]], Rows]
 
 
 def random_layer():

@@ -9,8 +9,6 @@ from torch import nn
 from pho_service.errors import ModelError, NumericalError
 from pho_service.pruning.statistics import PrunableLinear, gather
 
-Linears = dict[str, PrunableLinear]
-
 
 def collected(model, linears, windows, rows=0, **more):
     """What the product says, with one Fisher window unless told otherwise."""

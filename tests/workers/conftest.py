@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import Any, TypeVar
+from typing import Any
 
 import optuna
 import pytest
@@ -27,14 +27,13 @@ from pho_service.errors import PhoError
 from pho_service.host.access import Access
 from pho_service.host.artifacts import PrunedStore
 from pho_service.host.settings import read_settings
-from pho_service.models.calibration import CalibrationText, cached_bundle, calibration_text
+from pho_service.models.calibration import cached_bundle, calibration_text
 from pho_service.models.data_sets import TextSource
-from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.loading import load_model
 from pho_service.models.texts import read_windows
 from pho_service.pipeline.confirmation import rate_by_all_proxies
 from pho_service.pipeline.rating import ReportText, rate_pruned
 from pho_service.pipeline.search import search_job
-from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.job import JobSpec
 from pho_service.tuning.validation import qualities, random_candidates
 from storage.database import Database
@@ -59,7 +58,6 @@ CALIBRATION = {
     "kernel_sizes": [3, 5],
 }  # fmt: skip
 
-T = TypeVar("T")
 Trials = list[tuple[Any, ...]]
 
 
@@ -447,9 +445,6 @@ def own_crew(warm_start, database_url, tmp_path):
     """No workers yet, and a database that nobody else uses."""
     with crew_of(warm_start, database_url, tmp_path.parent, tmp_path / "crew") as found:
         yield found
-
-
-Calibrated = tuple[LanguageModel, CalibrationText, ProxyBundle]
 
 
 @pytest.fixture

@@ -120,10 +120,7 @@ def test_killed_in_a_shard(own_crew, shared, alone, tmp_path):
     ],
     ids=["in shards", "whole"],
 )
-def test_made_once(
-    own_crew, spec_of, home, tmp_path, before, module,
-    function,
-):  # fmt: skip
+def test_made_once(own_crew, spec_of, home, tmp_path, before, module, function):
     """Two jobs that need the same bundle at the same time make it once, whatever they call it."""
     notes = tmp_path / "notes"
     notes.touch()

@@ -3,7 +3,6 @@
 import logging
 import os
 import time
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -58,9 +57,6 @@ def test_beginning(tmp_path, killed):
     (killed / "in-use").touch()
     with own_folder(tmp_path):
         assert killed.exists()
-
-
-Machine = Callable[..., None]
 
 
 @pytest.fixture

@@ -91,9 +91,8 @@ TRAINED = {
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_blocks_that_the_confirmation_has_trained_are_not_trained_again_for_the_same_bytes(
-    hand, small, tmp_path, monkeypatch, trained,
-    killed,
-):  # fmt: skip
+    hand, small, tmp_path, monkeypatch, trained, killed
+):
     """Also where a worker was killed when it had taken up the first of them."""
     spec = small(pattern="0.5", **TRAINED)
     job = hand.until(hand.submit(spec), StageKind.PRUNE)
