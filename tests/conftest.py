@@ -172,7 +172,6 @@ def new_llama():
 
 @pytest.fixture
 def tiny_llama(new_llama):
-    """One of a test's own."""
     return new_llama()
 
 
@@ -290,7 +289,6 @@ def texts(tmp_path):
 
 @pytest.fixture(scope="session")
 def texts_of_all(tmp_path_factory):
-    """The same texts, and ``tokenizer``, a folder with the tokenizer, to read only."""
     folder = tmp_path_factory.mktemp("texts")
     small_tokenizer(adds_bos=False).save_pretrained(folder / "tokenizer")
     return {**_write_texts(folder), "tokenizer": folder / "tokenizer"}
@@ -315,7 +313,6 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def browser(chromium):
-    """One for all tests of a file."""
     from playwright.sync_api import expect, sync_playwright
 
     expect.set_options(timeout=30_000)  # ms; 5 s are not enough beside other work
@@ -370,22 +367,25 @@ def empty_database(new_database):
 
 
 @pytest.fixture(scope="module")
-def shared_database(new_database):
+def url_of_file(new_database):
+    return new_database()
+
+
+@pytest.fixture(scope="module")
+def shared_database(url_of_file):
     """A migrated database for all tests of a file: to make one takes longer than they do."""
-    opened = Database(new_database())
+    opened = Database(url_of_file)
     yield opened
     opened.close()
 
 
 @pytest.fixture
 def database_url(new_database):
-    """A fresh, migrated database."""
     return new_database()
 
 
 @pytest.fixture
 def database(database_url):
-    """The same, open."""
     opened = Database(database_url)
     yield opened
     opened.close()
@@ -393,7 +393,6 @@ def database(database_url):
 
 @pytest.fixture
 def store(database):
-    """Its jobs, for what workers do."""
     return JobStore(database)
 
 

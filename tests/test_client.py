@@ -30,7 +30,6 @@ PATIENCE_S = 120.0
 
 @pytest.fixture
 def service(database_url):
-    """It has stopped after the test."""
     running = Service(database_url, read_settings())
     yield running
     running.stop()
@@ -38,7 +37,6 @@ def service(database_url):
 
 @pytest.fixture
 def client(service):
-    """Of this service."""
     with Client(service.url) as opened:
         yield opened
 

@@ -181,7 +181,6 @@ REQUEST = {
 
 
 def _bundle():
-    """Of two small linears."""
     layers = [
         LayerSample(
             name=f"blocks.{i}.up", out_features=6, input_index=0, row_index=torch.tensor([0, 4]),
@@ -330,7 +329,6 @@ KINDS = (
 
 @pytest.fixture(scope="module")
 def formats(tmp_path_factory):
-    """All of them."""
     return _formats(tmp_path_factory.mktemp("valid"))
 
 

@@ -49,7 +49,6 @@ def loaded_by(code):
 
 @pytest.fixture(scope="module")
 def loaded():
-    """The same after each of ``LIGHT`` alone."""
     return dict(map(json.loads, run(EACH, *LIGHT).splitlines()))
 
 

@@ -53,23 +53,9 @@ CONFIGURATION = Configuration.model_validate(
 
 
 @pytest.fixture(scope="module")
-def url_of_file(new_database):
-    """The URL of a database for the tests of a file."""
-    return new_database()
-
-
-@pytest.fixture(scope="module")
-def database_of_file(url_of_file):
-    """The same, open."""
-    opened = Database(url_of_file)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture(scope="module")
-def tables(database_of_file):
+def tables(shared_database):
     """All tables but those that say which version they are of."""
-    with database_of_file.transaction() as connection:
+    with shared_database.transaction() as connection:
         found = connection.exec_driver_sql(
             "SELECT schemaname || '.' || tablename FROM pg_tables"
             " WHERE schemaname IN ('pho', 'procrastinate', 'optuna')"
@@ -78,13 +64,13 @@ def tables(database_of_file):
 
 
 @pytest.fixture
-def database(database_of_file, tables):
+def database(shared_database, tables):
     """The database of the file, empty."""
-    with database_of_file.transaction() as connection:
+    with shared_database.transaction() as connection:
         # Neither triggers nor foreign keys are looked after: all of it goes.
         connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
         connection.exec_driver_sql("; ".join(f"DELETE FROM {table}" for table in tables))  # noqa: S608 - ours
-    return database_of_file
+    return shared_database
 
 
 @pytest.fixture
@@ -158,7 +144,6 @@ def write_small(write_header):
 
 @pytest.fixture(scope="session")
 def operations():
-    """Everything that needs a key and is no page, by method and path; the id of a job is ``{}``."""
     database = Database("postgresql://localhost/pho")  # which is never asked
     documented = create_app(database, read_settings()).openapi()["paths"]
     database.close()
@@ -223,7 +208,6 @@ class Hand:
         return claim
 
     def calibrate(self, job_id):
-        """Up to the searches."""
         claim = self.take(job_id, StageKind.CALIBRATE)
         islands = [
             NewStage(kind=StageKind.SEARCH, number=i) for i in range(claim.job.spec["islands"])
@@ -236,7 +220,6 @@ class Hand:
             self.store.complete(claim, {}, then=[NewStage(kind=StageKind.CONFIRM)])
 
     def confirm(self, job_id, *trials):
-        """From there to the perplexities of some trials."""
         measured = [NewStage(kind=StageKind.PERPLEXITY, number=n) for n in trials]
         self.store.complete(
             self.take(job_id, StageKind.CONFIRM),

@@ -28,7 +28,6 @@ def basic(user, password):
 
 @pytest.fixture
 def secret(keys):
-    """Of a key that sees its own jobs."""
     return keys.create("own", sees_all=False)[1]
 
 

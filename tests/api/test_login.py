@@ -17,7 +17,6 @@ DOCUMENT = {"model": "org/name", "pattern": "0.5"}
 
 @pytest.fixture
 def secret(keys):
-    """Of a key that sees all jobs."""
     return keys.create("admin", sees_all=True)[1]
 
 

@@ -31,7 +31,6 @@ def samples(client, **headers):
 
 
 def told(client, *names):
-    """Those of these names that are not 0."""
     return {key: value for key, value in samples(client).items() if value and key[0] in names}
 
 

@@ -150,7 +150,6 @@ class Place:
 
 @pytest.fixture
 def place(model_folder, texts):
-    """With the tiny model and its texts, in a folder with a short name."""
     with tempfile.TemporaryDirectory(prefix="pho-") as name:
         folder = Path(name)
         model_folder.rename(folder / "model")

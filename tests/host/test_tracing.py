@@ -24,7 +24,6 @@ from pho_service.host.settings import read_settings
 
 @pytest.fixture
 def spans():
-    """What would be sent."""
     exporter = InMemorySpanExporter()
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))

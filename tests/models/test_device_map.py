@@ -48,7 +48,6 @@ def two_cards(folder, pretended_gpus):
 
 
 def on_cpu(folder):
-    """The same model on the CPU in its stored dtype."""
     model = load_model(str(folder), device="cpu")
     return load_model(str(folder), device="cpu", dtype=str(model.stored_dtype)[6:])
 

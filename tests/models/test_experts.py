@@ -35,7 +35,6 @@ def mixtral():
 
 @pytest.fixture
 def window():
-    """(1, 20), int64."""
     return torch.randint(256, (1, 20), generator=torch.Generator().manual_seed(1))
 
 

@@ -27,7 +27,6 @@ SETTINGS = CalibrationSettings(
 
 @pytest.fixture(autouse=True)
 def _any_size(monkeypatch):
-    """Cut the smallest calibration."""
     monkeypatch.setattr("pho_service.spec.calibration.SHARDED_FROM", 1)
 
 

@@ -118,7 +118,6 @@ def confirming(model, report):
 
 @pytest.fixture
 def studies():
-    """A record of searches."""
     return InMemoryStorage()
 
 

@@ -212,7 +212,6 @@ BLEND = "activation-reconstruction/blend"
 
 
 def quality(spearman, better_half=None):
-    """Of a proxy with this rank correlation, and the same or another in the better half."""
     half = spearman if better_half is None else better_half
     return ProxyQuality(
         spearman=spearman, spearman_interval=(spearman, spearman), spearman_better_half=half,

@@ -24,7 +24,6 @@ class Formula:
     asked: list[float] = field(default_factory=list)
 
     def find(self, request, title):
-        """Without any model."""
         del title
         sparsity = request.pattern.sparsity
         self.asked.append(sparsity)

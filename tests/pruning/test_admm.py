@@ -35,7 +35,6 @@ def gram_of(width=WIDTH, tokens=200, dead=0):
 
 
 def weight_of(seed=1):
-    """Standard normal, (out_features, in_features)."""
     return torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 

@@ -46,7 +46,6 @@ _SHAPES = st.tuples(st.integers(1, 7), st.integers(1, 9))
 
 
 def tensors(elements, shape=_SHAPES):
-    """float32."""
     return arrays.arrays(np.float32, shape, elements=elements).map(torch.from_numpy)
 
 

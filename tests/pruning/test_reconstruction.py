@@ -45,7 +45,6 @@ def trained(parameter, keep, inputs, targets):
 
 
 def plain(weight, keep, inputs, targets):
-    """The same in float64, gradient and Adam written out; the best weight and its error."""
     weight, keep, inputs, targets = (t.double() for t in (weight, keep, inputs, targets))
     training, held_out = split(len(inputs))
 

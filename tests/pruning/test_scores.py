@@ -66,7 +66,6 @@ def published_wanda(weight, squares):
 
 
 def published_magnitude(weight, squares):  # noqa: ARG001  # one shape
-    """|W|."""
     return [[abs(w) for w in row] for row in weight]
 
 

@@ -81,7 +81,6 @@ def closed_form(weight, mask, gram):
 
 
 def damped_error(weight, changed, gram):
-    """Of each row, in float64, with the damped matrix."""
     difference = weight.double() - changed.double()
     return ((difference @ damped(gram)) * difference).sum(dim=1)
 

@@ -27,7 +27,6 @@ exit 1
 
 @pytest.fixture
 def filled(database):
-    """With a job in the queue, a key, a configuration and a study."""
     key, _ = KeyStore(database).create("laptop", sees_all=False)
     first = NewStage(kind=StageKind.CALIBRATE, lock="bundle")
     new = NewJob(spec={"trials": 10}, name="job", stages=[first], trials=10, max_attempts=3)
@@ -70,7 +69,6 @@ def contents(database):
 
 
 def schemas(database):
-    """Those of ours that are there."""
     return {table.partition(".")[0] for table in contents(database)}
 
 

@@ -19,13 +19,11 @@ FINISH = NewStage(kind=StageKind.FINISH)
 
 @pytest.fixture
 def library(database):
-    """An empty one."""
     return ConfigurationStore(database)
 
 
 @pytest.fixture
 def owners(database):
-    """Two keys."""
     return [KeyStore(database).create(name, sees_all=False)[0].id for name in ("a", "b")]
 
 

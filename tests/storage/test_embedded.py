@@ -32,7 +32,6 @@ def short_folder():
 
 @pytest.fixture
 def folder():
-    """An own one."""
     with short_folder() as made:
         yield made
 
@@ -67,7 +66,6 @@ def serves(folder):
 
 @pytest.fixture(scope="module")
 def own_server():
-    """One for all tests of this file that need no fresh one, with a migrated database."""
     with short_folder() as made:
         found = Postmaster(made / "postgresql")
         found.start()
@@ -82,7 +80,6 @@ def own_server():
 
 @pytest.fixture
 def server(own_server):
-    """It, running before the test."""
     if not own_server.lives():
         own_server.start()
     return own_server
@@ -90,7 +87,6 @@ def server(own_server):
 
 @pytest.fixture
 def own_database(server):
-    """Its database, with connections that were used before."""
     database = Database(server.url)
     at_once(lambda _: database.check())
     yield database

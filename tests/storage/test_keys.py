@@ -32,7 +32,6 @@ WEIRD = [
 
 @pytest.fixture(scope="module")
 def database(shared_database):
-    """One for all tests of this file."""
     return shared_database
 
 

@@ -15,12 +15,10 @@ class Stop(Exception):
 
 
 def stop():
-    """Wait no longer."""
     raise Stop
 
 
 def end_transactions(database):
-    """As the server does with those of a process that is frozen."""
     with database.transaction() as connection:
         connection.execute(
             text(

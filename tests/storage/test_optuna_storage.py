@@ -9,7 +9,6 @@ from storage.studies import open_storage
 
 @pytest.fixture(scope="module")
 def database(shared_database):
-    """One for all tests of this file."""
     return shared_database
 
 
@@ -43,7 +42,6 @@ class TestOptunaStorageInAFile(StorageTestCase):
 
     @pytest.fixture
     def storage(self, tmp_path):
-        """A new one."""
         with open_storage(f"sqlite:///{tmp_path / 'study.db'}") as storage:
             yield storage
 

@@ -80,7 +80,6 @@ def as_another():
 
 
 def group():
-    """Of the other user."""
     return pwd.getpwnam("nobody").pw_gid
 
 
@@ -112,7 +111,6 @@ def another_runs(server, killed):
 
 
 def answers(database):
-    """Whether the server does."""
     try:
         database.check()
     except DatabaseGone:

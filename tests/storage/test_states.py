@@ -61,7 +61,6 @@ def job_in(store, state, *, busy):
 
 
 def rows(store, job_id):
-    """Everything that is stored about a job, and the whole queue."""
     with store.database.transaction() as connection:
         return [
             connection.execute(select(jobs).where(jobs.c.id == job_id)).all(),

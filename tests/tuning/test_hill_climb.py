@@ -48,7 +48,6 @@ def climbed_on_line(loss, start):
 
 
 def bowl(params):
-    """Its minimum is at a = 0.3, b = 1.1, k = 9."""
     window = {3: 2, 5: 1, 9: 0, 15: 1}[params["k"]]
     return float((params["a"] - 0.3) ** 2 + (params["b"] - 1.1) ** 2 + 0.1 * window)
 

@@ -178,7 +178,6 @@ class WarmStart:
 
 @pytest.fixture(scope="session")
 def warm_start(tmp_path_factory):
-    """Where all workers of the tests come from."""
     found = WarmStart(tmp_path_factory.mktemp("exits"))
     yield found
     found.close()
@@ -260,7 +259,6 @@ class Crew:
         }
 
     def submit(self, spec):
-        """As the API does."""
         return enter(self.store, spec)
 
     def wait(self, job, *states):
@@ -387,7 +385,6 @@ class Crew:
         )
 
     def close(self):
-        """End all workers."""
         for process in self.alive:
             os.kill(process, signal.SIGKILL)
             self.ended(process)
@@ -565,7 +562,6 @@ class Hand:
         self.inputs = self.new_inputs()
 
     def new_inputs(self):
-        """Those of a worker that has nothing in memory."""
         access = Access(
             model_roots=(self.folder,), text_roots=(self.folder,), hub_models=("*",),
             hub_datasets=(), task_roots=(self.folder / "tasks",),
@@ -575,7 +571,6 @@ class Hand:
         return WorkerInputs(access, BundleStore(place, self.bundles), pruned, torch.device("cpu"))
 
     def submit(self, spec):
-        """As the API does."""
         return enter(self.store, spec)
 
     def waiting(self, job):
@@ -675,7 +670,6 @@ def hand(shared_database, home, tmp_path):
 
 @pytest.fixture
 def desk(shared_database, home, tmp_path):
-    """The same on the folder of all tests, which the jobs of ``spec_of`` name in full."""
     return Hand(shared_database, home, tmp_path / "bundles")
 
 

@@ -32,7 +32,6 @@ class Source:
 
     @property
     def key(self):
-        """Of the bundle."""
         return self.text.bundle_key
 
     def ensure(self, store):

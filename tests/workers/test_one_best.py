@@ -15,7 +15,6 @@ from storage.studies import open_storage, study_name
 
 
 def studies(hand, job):
-    """Of all islands, with what they say read already."""
     found = []
     with open_storage(hand.store.database.studies_url) as storage:
         for island in range(job.spec["islands"]):

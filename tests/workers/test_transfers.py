@@ -166,7 +166,6 @@ def test_a_job_over_several_models_finds_what_pho_search_of_them_finds(
 
 @pytest.fixture
 def own_desk(desk, database):
-    """With a library of its own."""
     return type(desk)(database, desk.folder, desk.bundles)
 
 

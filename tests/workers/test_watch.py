@@ -28,7 +28,6 @@ class Store:
         self.waiting = []
 
     def watch(self, claim, step):
-        """The next answer."""
         assert claim is CLAIM
         self.steps.append(step)
         answer = self.answers.pop(0)
@@ -37,7 +36,6 @@ class Store:
         return answer
 
     def another_waits(self, claim, kinds):
-        """The next answer."""
         assert (claim, kinds) == (CLAIM, Turns().kinds)
         return self.waiting.pop(0)
 
