@@ -413,6 +413,7 @@ HOSTILE = {
 }  # fmt: skip
 
 
+@pytest.mark.thorough
 def test_declared_terabytes_and_very_many_faults_take_little_memory(tmp_path):
     for name, (file, content) in HOSTILE.items():
         folder = tmp_path / name

@@ -107,6 +107,7 @@ def test_the_front_end_needs_api_alone(extras):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.thorough
 def test_a_worker_needs_worker_alone(extras):
     missing = modules(extras["api"]) - modules(extras["worker"])
     result = run_without(missing | {"starlette"}, "import workers.worker, optuna_dashboard")

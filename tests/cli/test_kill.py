@@ -41,9 +41,8 @@ def search(bundle, folder):
     assert result.exit_code == 0, result.output
 
 
-@pytest.mark.parametrize(
-    "stop", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.thorough)]
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
 def test_killed(bundle_file, tmp_path, stop):
     """After kill -9 or Ctrl-C, the same command ends with the same bytes."""
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"

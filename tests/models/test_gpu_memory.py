@@ -52,7 +52,7 @@ def windows():
         pytest.param(CalibrationRun(), 32, torch.float32, marks=pytest.mark.thorough),
         (CalibrationRun(windows=4, forward_windows=4), 32, torch.bfloat16),
         (CalibrationRun(forward_windows=4, recompute=True), 32, torch.float32),
-        (CalibrationRun(), 0, torch.bfloat16),
+        pytest.param(CalibrationRun(), 0, torch.bfloat16, marks=pytest.mark.thorough),
     ],
 )
 def test_a_calibration_takes_what_is_planned_or_down_to_two_thirds_of_it_in_both_dtypes(
@@ -130,7 +130,7 @@ def waits(card, windows, rows):
     return counts.by_cause
 
 
-@pytest.mark.parametrize("rows", [8, 0])
+@pytest.mark.parametrize("rows", [8, pytest.param(0, marks=pytest.mark.thorough)])
 def test_waits(pretended_gpu, windows, rows):
     """A calibration waits for its results, and once a window, where transformers looks at it."""
     few, many = (waits(pretended_gpu, windows[:count, :16], rows) for count in (2, 8))
