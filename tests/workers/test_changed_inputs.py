@@ -236,16 +236,21 @@ def test_local_model_is_not_asked_of_the_hub(hand, small, hub):
         hand.step(job)
 
 
+_sources = []
+
+
 @pytest.fixture
 def transfer(hand, small):
-    """The document of a transfer to these models."""
-    source = hand.done(small())
+    """The document of a transfer to these models; its source is done once for all tests here."""
+    if not _sources:
+        _sources.append(hand.done(small()))
+    (source,) = _sources
 
     def build(*models, **changes):
         report = {"text": "confirmation.jsonl", "windows": 2}
         document = {"models": [*models], "report": report, **changes}
         request = TransferRequest.model_validate(document)
-        return TransferSpec.of(request, str(source.id), source.best or {}, source.spec)
+        return TransferSpec.of(request, str(source.id), source.best, source.spec)
 
     return build
 
