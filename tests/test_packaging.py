@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import venv
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -15,14 +16,18 @@ PACKAGES = ("pho_service", "storage", "workers")
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def wheel_file(tmp_path_factory):
     """Built from this checkout, without a network."""
     pytest.importorskip("hatchling", reason="the build backend is not installed: see extra dev")
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=ROOT)
     (path,) = folder.glob("*.whl")
-    return zipfile.ZipFile(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(wheel_file):
+    return zipfile.ZipFile(wheel_file)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +43,13 @@ def extras(wheel):
         requirement.marker = None
         found[extra[1] if extra else ""][requirement.name] = requirement
     return found
+
+
+def run(*words, **options):
+    """What a command prints; the test fails with what it said if it fails."""
+    done = subprocess.run(words, capture_output=True, text=True, check=False, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def modules(requirements):
@@ -75,6 +87,31 @@ def test_the_wheel_has_every_file_of_the_packages_and_nothing_else(wheel):
 
     assert {f"{package}/py.typed" for package in PACKAGES} <= wanted
     assert wanted == {name for name in wheel.namelist() if ".dist-info/" not in name}
+
+
+def test_installed_from_the_wheel_alone_it_says_its_version_imports_and_finds(wheel_file, tmp_path):
+    """The dependencies are those of this environment, for nothing is fetched."""
+    venv.create(tmp_path / "env")
+    programs = tmp_path / "env" / "bin"
+    words = ("--quiet", "--no-deps", "--no-index", "--no-compile", wheel_file)
+    run(sys.executable, "-m", "pip", "--python", programs / "python", "install", *words)
+    (packages,) = (tmp_path / "env").glob("lib/*/site-packages")
+    dependencies = [path for path in sys.path if path.endswith("-packages")]
+    (packages / "dependencies.pth").write_text("\n".join(dependencies))
+
+    def installed(program, *words):
+        return run(programs / program, *words, cwd=tmp_path)
+
+    library = ROOT / "tests" / "stored" / "0.1.0"
+    places = "import pho_service, pho_service.api.serving, storage, workers.__main__"
+    shown = "print(pho_service.__file__, storage.__file__, workers.__file__, sep='\\n')"
+
+    version = re.search(r"-([\d.]+)-", wheel_file.name)[1]
+    assert installed("pho", "--version").split()[-1] == version
+    assert "prune" in installed("pho", "--help")
+    assert "config.json" in installed("pho", "configurations", "--library", library)
+    for path in installed("python", "-c", f"{places}; {shown}").splitlines():
+        assert Path(path).is_relative_to(packages)
 
 
 def test_each_extra_brings_what_its_part_needs_and_no_more(extras):

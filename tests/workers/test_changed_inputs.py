@@ -71,7 +71,7 @@ def test_text_changed_between_perplexities(hand, small, tmp_path):
 BY_PERPLEXITY = {"objective": {"name": "perplexity"}, "trials": 6}
 
 
-@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize("restarted", [True, pytest.param(False, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize(
     ("changes", "kind", "what", "said"),
     [
@@ -154,13 +154,13 @@ def test_a_lost_bundle_is_not_replaced_by_one_of_other_inputs_or_of_another_vers
 
 def test_bundle_of_another_model(hand, small):
     """A bundle that lies under another one's name is not taken: the right one is made again."""
-    expected = hand.done(small()).best
+    expected = hand.done(small(confirm=None)).best
     (mine,) = hand.bundles.rglob("*.safetensors")
     hand.done(small(calibration={"seed": 1}, confirm=None))
     (other,) = {*hand.bundles.rglob("*.safetensors")} - {mine}
     shutil.copy(other, mine)
     hand.inputs = hand.new_inputs()
-    found = hand.done(small()).best
+    found = hand.done(small(confirm=None)).best
 
     assert {**found, "search": None} == {**expected, "search": None}
 
