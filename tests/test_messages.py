@@ -94,12 +94,16 @@ def names():
 
 
 PATHS = sorted({path for _, path, _ in names()})
-PARENT = click.Context(main)
+PARENT = click.Context(main, **main.context_settings)
 VERBS = {verb: main.get_command(PARENT, verb) for verb in main.list_commands(PARENT)}
 
 
 def options(command):
-    return {name for each in command.get_params(click.Context(command)) for name in each.opts}
+    return {
+        name
+        for each in command.get_params(click.Context(command, parent=PARENT))
+        for name in each.opts
+    }
 
 
 def test_no_message_outside_the_command_line_has_the_name_of_an_option():
