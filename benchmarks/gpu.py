@@ -34,6 +34,7 @@ from gpu_parts import (
 from gpu_shapes import SHAPES, Shape, random_text, write_model
 from gpu_tables import print_shape, write_tables
 from machine import card, conditions, software
+from pho_service.pipeline.pruned_model import PrunedModel
 
 from pho_service.cli.terminal import progress, say, verb
 from pho_service.host.files import new_file
@@ -46,8 +47,9 @@ from pho_service.pipeline.compare import compare_candidates
 from pho_service.pipeline.pipeline import finished_block
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.rating import RecoveryText, ReportText
-from pho_service.pipeline.recover import PrunedModel, recover_model
+from pho_service.pipeline.recover import recover_model
 from pho_service.pipeline.search import opened_study, search_job
+from pho_service.pipeline.work import Work
 from pho_service.planning.costs import CARDS, Machine
 from pho_service.planning.plan import Plan, plan_job
 from pho_service.planning.shapes import read_shapes
@@ -246,18 +248,23 @@ class _Job:
         """Trials alone, and the same search gone on with to its confirmation."""
         request = SearchRequest(pattern=HALF, trials=self.trials, seed=self.settings.seed)
         run = Run(device=str(self.device), progress=progress)
-        with opened_study(f"sqlite:///{self.folder / 'study.db'}", request, bundle) as study:
+        with opened_study(
+            f"sqlite:///{self.folder / 'study.db'}", request, Work.of(bundle)
+        ) as study:
             self._part(
                 f"{self.trials} trials",
-                lambda: search_job(request, bundle, study=study, run=run),
+                lambda: search_job(request, Work.of(bundle), study=study, run=run),
             )
             self._part(
                 "confirm",
-                lambda: search_job(
-                    request, bundle, study=study, model=model, confirm_text=self.report,
-                    calibration=self.text.calibration, run=run,
-                ),
-            )  # fmt: skip
+                lambda: search_job(request, self._work(model, bundle), study=study, run=run),
+            )
+
+    def _work(self, model: LanguageModel, bundle: ProxyBundle) -> Work:
+        return Work(
+            bundles={model.name: bundle}, dense=model, confirm=self.report, report=self.report,
+            calibration=self.text.calibration,
+        )  # fmt: skip
 
     def _steps(self, model: LanguageModel, bundle: ProxyBundle) -> None:
         """Every step on the linears of the first block."""
@@ -282,8 +289,7 @@ class _Job:
             self._part(
                 f"{name}, pruned and measured",
                 lambda name=name: compare_candidates(
-                    model, bundle, self.report, [(name, chosen[name])],
-                    calibration=self.text.calibration,
+                    self._work(model, bundle), [(name, chosen[name])],
                     run=Run(device=str(self.device), progress=progress),
                 ),
             )  # fmt: skip
@@ -323,7 +329,9 @@ class _Job:
             trials=16,
             seed=self.settings.seed,
         )
-        found = search_job(request, bundle, run=Run(device=str(self.device), progress=progress))
+        found = search_job(
+            request, Work.of(bundle), run=Run(device=str(self.device), progress=progress)
+        )
         prune_job(
             model, bundle, found.configuration, self.folder / "pruned",
             calibration=self.text.calibration, progress=progress,

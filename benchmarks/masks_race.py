@@ -15,6 +15,7 @@ from subject import load_subject
 
 from pho_service.cli.terminal import progress
 from pho_service.pipeline.search import memory_study, search_job
+from pho_service.pipeline.work import Work
 from pho_service.progress import Run
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import Preset
@@ -62,17 +63,14 @@ def main(
                     bounds=preset.bounds, seed=seed, finalists=finalists,
                 )  # fmt: skip
                 # Both studies have the same trials, which are searched before the clock runs.
-                studies = [
-                    memory_study(request, subject.bundle, subject.confirmation) for _ in "ab"
-                ]
+                studies = [memory_study(request, subject.work) for _ in "ab"]
                 found, took = [], []
                 for study, in_full in zip(studies, (2, finalists), strict=True):
-                    search_job(request, subject.bundle, study=study)
+                    search_job(request, Work.of(subject.bundle), study=study)
                     began = time.perf_counter()
                     result = search_job(
-                        replace(request, in_full=in_full), subject.bundle, study=study,
-                        model=subject.model, confirm_text=subject.confirmation,
-                        calibration=subject.calibration, run=Run(progress=progress),
+                        replace(request, in_full=in_full), subject.work, study=study,
+                        run=Run(progress=progress),
                     )  # fmt: skip
                     took.append(time.perf_counter() - began)
                     found.append(result.configuration)

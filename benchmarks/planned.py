@@ -27,6 +27,7 @@ from pho_service.models.data_sets import TextSource
 from pho_service.models.saving import save_pruned
 from pho_service.pipeline import search
 from pho_service.pipeline.prune import prune_in_place
+from pho_service.pipeline.work import Work
 from pho_service.planning import costs
 from pho_service.planning.plan import plan_job
 from pho_service.planning.shapes import read_shapes
@@ -69,6 +70,7 @@ def took(spec: JobSpec, texts: dict[str, Path], folder: Path) -> dict[str, float
     assert spec.confirm is not None
     context = settings.context_length
     confirm = first_windows(model, texts["confirmation"], spec.confirm.windows, context)
+    work = Work.of(bundle, model, confirm, text.calibration)
     with ExitStack() as patched:
         for name, stage in STEPS.items():
             step = getattr(search._Steps, name)
@@ -79,11 +81,8 @@ def took(spec: JobSpec, texts: dict[str, Path], folder: Path) -> dict[str, float
             patched.enter_context(patch.object(search._Steps, name, timed))
         request = spec.request(0)
         url = f"sqlite:///{folder / 'study.db'}"  # as `pho search` has it
-        study = patched.enter_context(search.opened_study(url, request, bundle, confirm))
-        found = search.search_job(
-            request, bundle, study=study, model=model, confirm_text=confirm,
-            calibration=text.calibration,
-        )  # fmt: skip
+        study = patched.enter_context(search.opened_study(url, request, work))
+        found = search.search_job(request, work, study=study)
     pruned = clock.timed(
         "prune", prune_in_place, model, bundle, found.configuration, calibration=text.calibration
     )

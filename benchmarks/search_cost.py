@@ -239,15 +239,12 @@ def search(
     whole = Cost()
     with (
         metered(whole, memory=False),
-        opened_study(url, request, subject.bundle, subject.confirmation) as study,
+        opened_study(url, request, subject.work) as study,
     ):
         result = search_job(
             request,
-            subject.bundle,
+            subject.work,
             study=study,
-            model=subject.model,
-            confirm_text=subject.confirmation,
-            calibration=subject.calibration,
             run=Run(device=str(subject.model.device), progress=watched),
         )
     with open_storage(url) as storage:

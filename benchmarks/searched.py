@@ -1,5 +1,6 @@
 """What the search of a preset finds on a benchmark's model."""
 
+from dataclasses import replace
 from typing import Any
 
 from subject import Subject
@@ -47,14 +48,8 @@ def searched(
         finalists=finalists,
     )
     confirm = confirm_steps or not request.steps.needs_text
-    result = search_job(
-        request,
-        subject.bundle,
-        model=subject.model,
-        confirm_text=subject.confirmation if confirm else None,
-        calibration=subject.calibration,
-        run=Run(progress=progress),
-    )
+    work = subject.work if confirm else replace(subject.work, confirm=None)
+    result = search_job(request, work, run=Run(progress=progress))
     found = result.configuration
     return found.candidate(), {
         "found": found.method,

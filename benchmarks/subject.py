@@ -19,6 +19,7 @@ from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.texts import MixedText, Text, mixed_text, read_windows
 from pho_service.pipeline.rating import ReportText
+from pho_service.pipeline.work import Work
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.calibration import CalibrationSettings
 
@@ -65,6 +66,17 @@ class Subject:
     calibration: Tensor
     confirmation: ReportText
     report: ReportText
+
+    @property
+    def work(self) -> Work:
+        """The same, as searches and comparisons take it."""
+        return Work(
+            bundles={self.model.name: self.bundle},
+            dense=self.model,
+            calibration=self.calibration,
+            confirm=self.confirmation,
+            report=self.report,
+        )
 
 
 def load_benchmark_model(name: str, dtype: str) -> LanguageModel:

@@ -35,6 +35,7 @@ from pho_service.models.data_sets import TextSource
 from pho_service.pipeline.compare import compare_candidates
 from pho_service.pipeline.objectives import rate_by_proxy
 from pho_service.pipeline.search import search_job
+from pho_service.pipeline.work import Work
 from pho_service.progress import Run
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.pruning.proxy import ProxyEvaluator
@@ -163,10 +164,7 @@ def find(name: str, subject: Subject, request: SearchRequest) -> Configuration:
     say(f"{request.pattern}: searching on {name}")
     return search_job(
         request,
-        subject.bundle,
-        model=subject.model,
-        confirm_text=subject.confirmation,
-        calibration=subject.calibration,
+        subject.work,
         run=Run(device=str(subject.model.device), progress=progress),
     ).configuration
 
@@ -176,7 +174,9 @@ def find_jointly(subjects: Mapping[str, Subject], request: SearchRequest) -> Con
     bundles = {name: subject.bundle for name, subject in subjects.items()}
     asked = replace(request, objective=Objective(over="mean"))
     device = str(next(iter(subjects.values())).model.device)
-    return search_job(asked, bundles, run=Run(device=device, progress=progress)).configuration
+    return search_job(
+        asked, Work(bundles=bundles), run=Run(device=device, progress=progress)
+    ).configuration
 
 
 def measure(
@@ -194,11 +194,8 @@ def measure(
         "joint": joint.candidate(),
     }
     rows = compare_candidates(
-        subject.model,
-        subject.bundle,
-        subject.report,
+        subject.work,
         list(candidates.items()),
-        calibration=subject.calibration,
         run=Run(device=str(subject.model.device), progress=progress),
     )
     perplexities: dict[str, float | None] = {row.method: row.perplexity for row in rows}

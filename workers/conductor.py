@@ -16,12 +16,9 @@ from typing import Any, TypeVar
 import optuna
 from optuna.storages import RDBStorage
 from pydantic import TypeAdapter
-from torch import Tensor
 
 from pho_service.errors import DeviceLost, PhoError
 from pho_service.host.machine import faults_told
-from pho_service.models.loading import LanguageModel
-from pho_service.models.scratch import KeptBlocks
 from pho_service.pipeline.curve import (
     DENSE_MEASURED,
     CurvePoint,
@@ -30,10 +27,8 @@ from pho_service.pipeline.curve import (
     point_warnings,
     target_found,
 )
-from pho_service.pipeline.rating import RecoveryText, ReportText, Subject
-from pho_service.pipeline.search import Asked, Journal, Piece, SearchInputs, conduct, origin_of
+from pho_service.pipeline.search import IslandsAsked, Journal, Piece, conduct, origin_of
 from pho_service.progress import Run
-from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.calibration import SHARDS
 from pho_service.spec.job import JobSpec
 from pho_service.spec.results import (
@@ -44,16 +39,15 @@ from pho_service.spec.results import (
     TasksMeasured,
     Transfer,
 )
-from pho_service.spec.steps import Candidate
 from pho_service.spec.transfer import TransferSpec
 from pho_service.tuning.plan import SearchRequest
 from pho_service.tuning.result import SearchResult
 from pho_service.tuning.search import pareto_study
 from storage.claims import JobResult, LibraryAddition
 from storage.jobs import JobStore
-from storage.records import Claim, JobRecord, LostClaim, NewStage, StageKind, StageState
+from storage.records import Claim, LostClaim, NewStage, StageKind, StageState
 from storage.studies import kept, open_storage, open_study, pareto_study_name, study_name
-from workers.inputs import Seal, WorkerInputs
+from workers.inputs import WorkerInputs
 from workers.pieces import (
     DENSE,
     PARTS,
@@ -73,11 +67,11 @@ from workers.pieces import (
     show_result,
     started,
     tasks_piece,
-    trained_blocks,
     transfer_piece,
     warmed,
 )
 from workers.watch import Turns, Watch
+from workers.work import SealedWork
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +162,7 @@ class Conductor:
 class _Job:
     """One job, with one of its stages claimed."""
 
-    _opened: "Opened"  # once it is calibrated
+    _work: SealedWork  # once it is calibrated
 
     def __init__(
         self,
@@ -236,30 +230,21 @@ class _Job:
         spec = JobSpec.model_validate(job.spec)
         made = self._calibrated(spec)
         spec = self._warmed(spec, made)
-        self._opened = opened = Opened(
-            self._inputs, job, spec, made, lambda: self._storage, self._journal.run
-        )
+        self._work = SealedWork(self._inputs, job, spec, made, self._journal.run)
         if spec.several:
             points = self._points(spec)
             once("finish", lambda _: self._finish_points(spec, points), Finished)
         else:
             islands = range(spec.islands)
             conduct(
-                Asked(
+                IslandsAsked(
                     requests=[spec.request(number) for number in islands],
                     plans=[spec.plan(number) for number in islands],
+                    studies=partial(self._study, spec),
                     origin=origin_of([one.provenance for one in made]),
                     timeout_s=spec.timeout_s,
                 ),
-                SearchInputs(
-                    bundles=opened.bundles,
-                    model=opened.model,
-                    text=opened.text,
-                    calibration=opened.calibration,
-                    study=opened.study,
-                    check=opened.check,
-                    blocks=opened.blocks,
-                ),
+                self._work,
                 self._journal,
                 self._island_search(spec),
                 partial(self._finish, spec),
@@ -322,21 +307,27 @@ class _Job:
         self._journal.spec = document
         return JobSpec.model_validate(document)
 
+    def _study(self, spec: JobSpec, number: int) -> optuna.Study:
+        """The record of an island, or of a pattern."""
+        direction = spec.request(0).objective.direction
+        name = study_name(self._claim.job.name, number)
+        return open_study(self._storage, name, direction=direction)
+
     def _island_search(self, spec: JobSpec) -> IslandSearch:
         return IslandSearch(self._store, self._claim, spec, self._watch, self._fence)
 
     def _points(self, spec: JobSpec) -> list[CurvePoint]:
         """A point for each pattern, as `pho curve` finds them; or those that a target asks for."""
-        opened, run, claim = self._opened, self._journal.run, self._claim
+        run, claim, study_of = self._journal.run, self._claim, partial(self._study, spec)
 
         def find(request: SearchRequest, title: str) -> CurvePoint:
             # The study holds whatever another attempt has done.
             one = spec.of_pattern(request.pattern)
             points = claim.job.of_kind(StageKind.POINT)
-            known = next((opened.study(each.number) for each in points if each.result), None)
-            study = opened.study(claim.stage.number)
+            known = next((study_of(each.number) for each in points if each.result), None)
+            study = study_of(claim.stage.number)
             finder = CurvePoints(
-                opened.subject(),
+                self._work.opened(),
                 lambda _: nullcontext(study),
                 pareto=pareto_of_job(self._store, claim, self._storage),
                 dense=None if known is None else kept(known, DENSE_MEASURED, {}),
@@ -348,7 +339,7 @@ class _Job:
             point = finder.find(request, title)
             with run.fence():
                 show_result(study, one, point.configuration)
-            opened.check()
+            self._work.check()
             if spec.target is None:
                 self._journal.library = [
                     LibraryAddition(point.configuration.model_dump(mode="json"))
@@ -364,113 +355,30 @@ class _Job:
         if spec.target is not None:
             found = target_found(spec.target, points).result
             best, warnings = found.configuration.model_dump(mode="json"), found.warnings
-        self._opened.forget_blocks()
+        self._work.forget_blocks()
         self._journal.job_result = JobResult(best=best, warnings=warnings)
         return Finished()
 
     def _finish(self, spec: JobSpec, result: SearchResult) -> Finished:
-        configuration, opened = result.configuration, self._opened
-        layers = of_layers(opened.bundles(), configuration.candidate(), str(self._inputs.device))
+        configuration, work = result.configuration, self._work
+        layers = of_layers(work.bundles, configuration.candidate(), str(self._inputs.device))
         for number in range(spec.islands):
             with self._fence():
-                show_result(opened.study(number), spec, configuration)
+                show_result(self._study(spec, number), spec, configuration)
         self._journal.job_result = JobResult(
             best=configuration.model_dump(mode="json"),
             warnings=[*result.warnings, *started(spec, configuration)],
         )
         validation = None if result.validation is None else dict(result.validation)
-        opened.forget_blocks()
+        work.forget_blocks()
         return Finished(layers=layers, validation=validation)
 
     def _tasks(self, piece: Piece, run: Run) -> TasksMeasured:
         check = partial(check_tasks, job=self._store.get(self._claim.job.id))
-        return tasks_piece(self._opened, self._inputs, self._claim.job, piece.number, run, check)
+        return tasks_piece(self._work, self._inputs, self._claim.job, piece.number, run, check)
 
     def _prune(self, run: Run) -> StoredModel:
-        return prune_piece(self._opened, self._inputs, self._claim, self._watch, run)
-
-
-class Opened:
-    """What a job works on: models, texts, bundles and studies, each opened when it is needed."""
-
-    # Whatever is read is compared with what the calibrations have read.
-
-    def __init__(
-        self,
-        inputs: WorkerInputs,
-        job: JobRecord,
-        spec: JobSpec,
-        made: Sequence[Calibration],
-        storage: Callable[[], RDBStorage],
-        run: Run,
-    ) -> None:
-        self.spec = spec
-        self._inputs, self._job, self._storage, self.run = inputs, job, storage, run
-        self.keeps_blocks = bool(spec.prune or spec.tasks or job.pruning)  # what prunes needs them
-        self._keys = [str(each.provenance["key"]) for each in made]
-        self._seals = [Seal(**each.inputs) for each in made]
-
-    def bundles(self) -> dict[str, ProxyBundle]:
-        """The bundles of all models, by name."""
-        return {
-            name: self._inputs.bundle(self.spec.of_model(i), seal, key, self.run.progress)
-            for i, (name, seal, key) in enumerate(
-                zip(self.spec.models, self._seals, self._keys, strict=True)
-            )
-        }
-
-    def bundle(self) -> ProxyBundle:
-        return self.bundles()[self.spec.model]
-
-    def model(self) -> LanguageModel:
-        return self._inputs.model(self.spec, self._seals[0])
-
-    def text(self) -> ReportText | None:
-        """What perplexities are measured on; None if nothing is confirmed."""
-        if self.spec.confirm is None:
-            return None
-        return self._inputs.confirmation_text(self.spec, self._seals[0])
-
-    def calibration(self) -> Tensor:
-        """The windows that the bundle was made of."""
-        return self._inputs.calibration_text(self.spec, self._seals[0]).calibration
-
-    def recovery_text(self) -> RecoveryText:
-        return self._inputs.recovery_text(self.spec, self._seals[0])
-
-    def subject(self) -> Subject:
-        """All of it together, of a job that is confirmed."""
-        text = self.text()
-        assert text is not None
-        return Subject(
-            model=self.model(),
-            bundle=self.bundle(),
-            text=text,
-            calibration=self.calibration(),
-            blocks=self.blocks,
-        )
-
-    def blocks(self, candidate: Candidate) -> KeptBlocks | None:
-        """Where the winner's trained blocks wait for what is done with the pruned model."""
-        if not candidate.steps.reconstruction.wanted:
-            return None
-        return trained_blocks(self, self._inputs, self._job, candidate)
-
-    def forget_blocks(self) -> None:
-        """Remove the trained blocks of a job that nothing will prune."""
-        if not self.keeps_blocks:
-            self._inputs.pruned.remove(self._job.id)
-
-    def study(self, number: int) -> optuna.Study:
-        """The record of an island, or of a pattern."""
-        direction = self.spec.request(0).objective.direction
-        return open_study(self._storage(), study_name(self._job.name, number), direction=direction)
-
-    def check(self) -> str | None:
-        """Compare the model once more, if its files have changed: they were read all the time."""
-        # Not only a streamed model's: on a CPU, weights in their stored type are the file's own
-        # pages, and change with it when somebody writes into it.
-        return self._inputs.weights_sha256(self.spec, self._seals[0])
+        return prune_piece(self._work, self._inputs, self._claim, self._watch, run)
 
 
 _POINT = TypeAdapter(CurvePoint)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import torch
 from fsspec.implementations.local import LocalFileSystem
@@ -28,7 +28,7 @@ from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.tasks import LoadedTasks, load_tasks
 from pho_service.models.texts import MixedText, Text, mixed_text
-from pho_service.pipeline import inputs
+from pho_service.pipeline.inputs import Inputs
 from pho_service.pipeline.rating import RecoveryText, ReportText, windows_key
 from pho_service.progress import Advance, Progress
 from pho_service.pruning.bundle import ProxyBundle
@@ -37,6 +37,9 @@ from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.fields import CalibrationSpec, TextSpec
 from pho_service.spec.job import JobSpec
 from pho_service.spec.transfer import ReportSpec
+
+if TYPE_CHECKING:
+    from pho_service.pipeline.inputs import Cut
 
 
 # What the first stage of a job read, so that later stages notice when a file has changed since.
@@ -313,7 +316,7 @@ def _state(source: TextSource | MixedText | str) -> Hashable:
     return tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in found)
 
 
-class WorkerInputs(inputs.Inputs):
+class WorkerInputs(Inputs):
     """Opens what a job names where it may lie on this machine, and keeps the last of each."""
 
     def __init__(
@@ -447,7 +450,7 @@ class WorkerInputs(inputs.Inputs):
         self,
         model: LanguageModel,
         source: Text,
-        how: "inputs.Cut",
+        how: "Cut",
         most: int | None,
         unlike: Tensor | None = None,
     ) -> ReportText:

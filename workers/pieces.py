@@ -10,13 +10,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 
-from pho_service.errors import ChangedInput, OutputError, PhoError
+from pho_service.errors import ChangedInput, PhoError
 from pho_service.host.tasks import harness_folder
 from pho_service.library import Entry, ModelFacts, Wanted, rank, stored_file
 from pho_service.models.calibration import cut, measure_shard
@@ -28,14 +27,13 @@ from pho_service.models.saving import (
     shareable,
     with_configuration,
 )
-from pho_service.models.scratch import KeptBlocks
 from pho_service.models.tasks import LoadedTasks
 from pho_service.pipeline.curve import check_patterns
-from pho_service.pipeline.inputs import Calibrated
-from pho_service.pipeline.prune import blocks_kept, prune_in_place, prune_job
+from pho_service.pipeline.prune import prune_in_place, prune_job
 from pho_service.pipeline.search import Piece
 from pho_service.pipeline.tasks import measure_tasks, tasks_document
 from pho_service.pipeline.transfer import own_search, transfer_job
+from pho_service.pipeline.work import Work
 from pho_service.progress import Fence, Run
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
@@ -60,10 +58,7 @@ from storage.jobs import JobStore, chosen
 from storage.records import Claim, JobRecord, NoSuchJob, StageKind
 from workers.inputs import Seal, WorkerInputs
 from workers.watch import HandBack, Watch
-
-if TYPE_CHECKING:
-    from workers.conductor import Opened
-
+from workers.work import SealedWork, store_faults_told
 
 logger = logging.getLogger(__name__)
 
@@ -226,16 +221,16 @@ class IslandSearch:
 
 # The piece of a job that writes the pruned model into the artifact store.
 def prune_piece(
-    opened: "Opened", inputs: WorkerInputs, claim: Claim, watch: Watch, run: Run
+    work: SealedWork, inputs: WorkerInputs, claim: Claim, watch: Watch, run: Run
 ) -> StoredModel:
     """Prune the model of a job with what it found, as `pho prune` does, and keep the files."""
     # What an attempt before has written whole is taken up; so are the blocks that its
     # reconstruction had trained.
     began = time.monotonic()
     found = chosen(claim.job, claim.stage.about)
-    folder = _written(opened, inputs, claim.job, found, run)
+    folder = _written(work, inputs, claim.job, found, run)
     key = folder.name
-    if opened.spec.recovery is not None:  # tasks are measured on the folder, once it is written
+    if work.spec.recovery is not None:  # tasks are measured on the folder, once it is written
         with_configuration(folder, claim.job.with_tasks(found))
     recovered = recipe_document(folder).get("recovery")
     files = described(folder, run)
@@ -250,18 +245,18 @@ def prune_piece(
 
 
 def _written(
-    opened: "Opened", inputs: WorkerInputs, job: JobRecord, found: Mapping[str, Any], run: Run
+    work: SealedWork, inputs: WorkerInputs, job: JobRecord, found: Mapping[str, Any], run: Run
 ) -> Path:
     """The folder of the pruned model, recovered if that is asked for, made unless it is there."""
-    recovery = opened.spec.recovery
+    recovery = work.spec.recovery
     told = found if recovery is None else {**found, "recovery": recovery.model_dump(mode="json")}
     folder = inputs.pruned.workplace(job.id, configuration_key(told))
     before = inputs.pruned.workplace(job.id, configuration_key(found))
     if not (folder / RECIPE).is_file() and not (before / RECIPE).is_file():
         configuration = Configuration.model_validate(job.with_tasks(found))
-        _prune(opened, inputs, job, configuration, before, run)
+        _prune(work, inputs, configuration, before, run)
     if recovery is not None and not (folder / RECIPE).is_file():
-        _recover(opened, inputs, recovery.settings(), before, folder, run)
+        _recover(work, inputs, recovery.settings(), before, folder, run)
     return folder
 
 
@@ -285,28 +280,9 @@ def described(folder: Path, run: Run) -> list[dict[str, Any]]:
     return found
 
 
-def trained_blocks(
-    opened: "Opened", inputs: WorkerInputs, job: JobRecord, candidate: Candidate
-) -> KeptBlocks | None:
-    """Where the pieces of a job keep and find the blocks that a reconstruction has trained."""
-    # If nothing prunes the model later, they are there so that another attempt goes on, or another
-    # job may have its turn.
-
-    def folder(key: str) -> Path:
-        place = inputs.pruned.workplace(job.id, key[:16])
-        if opened.keeps_blocks:
-            with store_faults_told():
-                place.parent.mkdir(parents=True, exist_ok=True)
-        return place.with_name(f".{place.name}.blocks")
-
-    kept = blocks_kept(opened.model(), opened.bundle(), candidate, opened.calibration(), folder)
-    return kept and replace(kept, look=opened.run.look, spare=not opened.keeps_blocks)
-
-
 def _prune(
-    opened: "Opened",
+    work: SealedWork,
     inputs: WorkerInputs,
-    job: JobRecord,
     configuration: Configuration,
     folder: Path,
     run: Run,
@@ -317,12 +293,12 @@ def _prune(
             for left in folder.parent.glob(".pho-*"):  # of an attempt that was killed
                 shutil.rmtree(left, ignore_errors=True)
             prune_job(
-                opened.model(),
-                opened.bundle(),
+                work.model,
+                work.bundle,
                 configuration,
                 folder,
-                calibration=opened.calibration(),
-                done=trained_blocks(opened, inputs, job, configuration.candidate()),
+                calibration=work.calibration,
+                done=work.blocks(configuration.candidate()),
                 progress=run.progress,
             )
     finally:
@@ -330,7 +306,7 @@ def _prune(
 
 
 def _recover(
-    opened: "Opened",
+    work: SealedWork,
     inputs: WorkerInputs,
     settings: Recovery,
     before: Path,
@@ -342,11 +318,11 @@ def _recover(
 
     @contextmanager
     def dense() -> Iterator[LanguageModel]:
-        yield opened.model()
+        yield work.model
         inputs.clear()  # the room is needed
 
-    text = opened.recovery_text()
-    pruned = PrunedModel.read(before, **inputs.placing(opened.spec))
+    text = work.recovery_text
+    pruned = PrunedModel.read(before, **inputs.placing(work.spec))
     place = Workplace(folder.with_name(f".{folder.name}.recovery"))
     with store_faults_told():
         recovered = recover_model(
@@ -355,18 +331,6 @@ def _recover(
         found = pruned.after(recovered)
         save_pruned(pruned.model, folder, found.masks.items(), found.recipe)
         place.remove()
-
-
-@contextmanager
-def store_faults_told() -> Iterator[None]:
-    """Inside, an artifact store that is full or away raises OutputError."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"the artifact store cannot be written: {error.strerror or error}. See that there is "
-            "room, and that it can be reached; then resume the job."
-        ) from error
 
 
 def remove_if_deleted(store: JobStore, inputs: WorkerInputs, job: JobRecord) -> None:
@@ -382,7 +346,7 @@ DENSE, PRUNED = 0, 1  # the numbers of the pieces
 
 
 def tasks_piece(
-    opened: "Opened",
+    work: SealedWork,
     inputs: WorkerInputs,
     job: JobRecord,
     number: int,
@@ -393,14 +357,14 @@ def tasks_piece(
     # The pruned one is pruned as `pho prune` does it; blocks that a reconstruction has trained are
     # kept for another attempt, and for the piece that writes the pruned model.
     began = time.monotonic()
-    tasks = inputs.tasks(opened.spec)
+    tasks = inputs.tasks(work.spec)
     questions = tasks.questions_sha256()
     check(questions)
     if number == DENSE:
-        measured = _measured(opened.model(), opened.spec, tasks, run)
-        opened.check()
+        measured = _measured(work.model, work.spec, tasks, run)
+        work.check()
     else:
-        measured = _pruned(opened, inputs, job, tasks, run)
+        measured = _pruned(work, inputs, job, tasks, run)
     return TasksMeasured(
         **measured, questions_sha256=questions, seconds=round(time.monotonic() - began, 3)
     )
@@ -418,17 +382,17 @@ def check_tasks(questions: str, job: JobRecord) -> None:
 
 
 def _pruned(
-    opened: "Opened", inputs: WorkerInputs, job: JobRecord, tasks: LoadedTasks, run: Run
+    work: SealedWork, inputs: WorkerInputs, job: JobRecord, tasks: LoadedTasks, run: Run
 ) -> dict[str, Any]:
-    found, calibration = chosen(job, None), opened.calibration()
-    if opened.spec.recovery is not None:  # that model is what the user gets
-        folder = _written(opened, inputs, job, found, run)
+    found, calibration = chosen(job, None), work.calibration
+    if work.spec.recovery is not None:  # that model is what the user gets
+        folder = _written(work, inputs, job, found, run)
         inputs.clear()  # the room is needed
-        recovered = load_model(str(folder), **inputs.placing(opened.spec))
-        return _measured(recovered, opened.spec, tasks, run)
+        recovered = load_model(str(folder), **inputs.placing(work.spec))
+        return _measured(recovered, work.spec, tasks, run)
     configuration = Configuration.model_validate(found)
-    bundle, model = opened.bundle(), opened.model()
-    blocks, dtype = trained_blocks(opened, inputs, job, configuration.candidate()), model.dtype
+    bundle, model = work.bundle, work.model
+    blocks, dtype = work.blocks(configuration.candidate()), model.dtype
     try:
         prune_in_place(
             model,
@@ -439,10 +403,10 @@ def _pruned(
             progress=run.progress,
         )
         model.model.to(dtype)  # type: ignore[arg-type]  # rounded as it is stored, and read again
-        measured = _measured(model, opened.spec, tasks, run)
+        measured = _measured(model, work.spec, tasks, run)
     finally:
         inputs.clear()  # the model is not dense any more
-    if blocks is not None and not opened.spec.prune:
+    if blocks is not None and not work.spec.prune:
         blocks.remove()
     return measured
 
@@ -498,10 +462,10 @@ def transfer_piece(
     bundle = inputs.calibrate(target, seal, run.progress)
     watch.look(now=True)
     transfer = transfer_job(
-        Calibrated(
-            name=target.model,
-            bundle=bundle,
-            model=inputs.model(target, seal),
+        target.model,
+        Work(
+            bundles={target.model: bundle},
+            dense=inputs.model(target, seal),
             calibration=inputs.calibration_text(target, seal).calibration,
             confirm=inputs.confirmation_text(target, seal) if spec.search else None,
             report=inputs.report_text(target, spec.report, seal) if spec.report else None,

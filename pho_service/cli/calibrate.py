@@ -113,15 +113,12 @@ def validate(
     settings, source = spec.calibration.settings(), calibration_source(spec.calibration)
     why = "there is no text to measure perplexity on. Give --confirm-text."
     asked = spec.request(0)
-    subject = inputs.calibrated(model, source, settings, confirm, why=why, asked=[asked]).subject
+    work = inputs.calibrated(model, source, settings, confirm, why=why, asked=[asked])
     result = validate_job(
-        subject.model,
-        subject.bundle,
-        subject.text,
+        work,
         spec.plan(0),  # of the preset, with its allocation
         validation,
-        calibration=subject.calibration,
-        run=inputs.run(subject.model),
+        run=inputs.run(work.model),
     )
     if plot_path:
         plot_validation(result, plot_path, f"{Path(model).name} at {parsed}")
@@ -141,15 +138,15 @@ def validate(
                     }
                     for i, candidate in enumerate(result.candidates)
                 ],
-                "text": subject.text.to_dict(),
-                "model": subject.model.to_dict(),
+                "text": work.text.to_dict(),
+                "model": work.model.to_dict(),
                 "seed": validation.seed,
-                "calibration": subject.bundle.provenance,
+                "calibration": work.bundle.provenance,
                 "warning": _warning(result),
             }
         )
     else:
-        _show(result, f"{Path(subject.model.name).name} at {parsed}, scope {parsed.scope.value}")
+        _show(result, f"{Path(work.model.name).name} at {parsed}, scope {parsed.scope.value}")
     warning = _warning(result)
     if warning:
         say(warning)

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from pho_service.models.tasks import LoadedTasks
     from pho_service.models.texts import MixedText
     from pho_service.pipeline.compare import Comparison
-    from pho_service.pipeline.inputs import Calibrated
+    from pho_service.pipeline.work import Work
     from pho_service.spec.fields import CalibrationSpec, TextSpec
     from pho_service.spec.job import JobSpec
 
@@ -475,7 +475,7 @@ def _calibration(
     seed: int,
     search: "JobSpec | None",
     inputs: Terminal,
-) -> "Callable[[], Calibrated]":
+) -> "Callable[[], Work]":
     """What calibrates on the windows of a seed, when its turn comes."""
     settings = replace(spec.settings(), seed=seed)
     confirm = None if search is None else search.confirm

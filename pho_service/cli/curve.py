@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from optuna import Study
 
     from pho_service.pipeline.curve import CurvePoint, CurvePoints, Within
-    from pho_service.pipeline.inputs import Calibrated
+    from pho_service.pipeline.work import Work
     from pho_service.spec.job import JobSpec
     from pho_service.tuning.plan import SearchRequest
 
@@ -101,7 +101,7 @@ def curve(
     with opened_points(opened, study, specs, inputs) as (points, pareto):
         found = find_points(points.find, requests)
     document = curve_document(
-        found, opened.subject, seconds=opened.seconds, study={"url": study, "name": pareto}
+        found, opened, seconds=opened.calibration_s, study={"url": study, "name": pareto}
     )
     _write(folder, document)
     for warning in point_warnings(found):
@@ -124,7 +124,7 @@ def point_spec(model: str, given: Given, pattern: Pattern) -> "JobSpec":
 
 def open_curve(
     spec: "JobSpec", given: Given, requests: "Sequence[SearchRequest]", inputs: Terminal
-) -> "Calibrated":
+) -> "Work":
     """Load the model of several searches, see that all patterns fit, and calibrate it."""
     _refuse_bundle(spec.model)
     source, settings = calibration_source(spec.calibration), given.calibration().settings()
@@ -140,7 +140,7 @@ def open_curve(
 
 @contextmanager
 def opened_points(
-    opened: "Calibrated",
+    work: "Work",
     study: str,
     specs: "Sequence[JobSpec]",
     inputs: Terminal,
@@ -153,18 +153,17 @@ def opened_points(
     from pho_service.pipeline.search import opened_study
     from storage.studies import keep_record
 
-    subject = opened.subject
     documents = {str(each.pruning()): each.model_dump(mode="json") for each in specs}
 
     @contextmanager
     def record(request: "SearchRequest") -> "Iterator[Study]":
-        with opened_study(study, request, subject.bundle, subject.text) as kept:
+        with opened_study(study, request, work) as kept:
             keep_record(kept, DOCUMENT, documents[str(request.pattern)])
             yield kept
 
-    with opened_pareto(study, [each.request(0) for each in specs], subject) as pareto:
-        run = inputs.run(subject.model)
-        points = CurvePoints(subject, record, pareto=pareto, run=run, target=target)
+    with opened_pareto(study, [each.request(0) for each in specs], work) as pareto:
+        run = inputs.run(work.model)
+        points = CurvePoints(work, record, pareto=pareto, run=run, target=target)
         yield points, pareto.study_name
 
 

@@ -22,7 +22,8 @@ from pho_service.progress import Run
 
 if TYPE_CHECKING:
     from pho_service.pipeline.compare import ComparisonRow
-    from pho_service.pipeline.rating import ReportText, Subject
+    from pho_service.pipeline.rating import ReportText
+    from pho_service.pipeline.work import Work
     from pho_service.pruning.perplexity import Perplexity
     from pho_service.spec.configuration import Configuration
     from pho_service.spec.job import JobSpec
@@ -40,7 +41,7 @@ BASELINES = ("wanda", "ria-row", "sparsegpt")
 class _Place:
     """Model, texts and study that all searches of the demo share."""
 
-    subject: "Subject"
+    work: "Work"
     report: "ReportText"
     study: str
     run: Run
@@ -50,19 +51,12 @@ class _Place:
         from pho_service.pipeline.search import opened_study, search_job
         from storage.studies import keep_record
 
-        request, subject = spec.request(0), self.subject
-        confirmed = not request.steps.needs_text
-        with opened_study(self.study, request, subject.bundle, subject.text) as record:
+        request, work = spec.request(0), replace(self.work, cache_dir=None)
+        with opened_study(self.study, request, work) as record:
             keep_record(record, DOCUMENT, spec.model_dump(mode="json"))
-            return search_job(
-                request,
-                subject.bundle,
-                study=record,
-                model=subject.model if confirmed else None,
-                confirm_text=subject.text if confirmed else None,
-                calibration=subject.calibration,
-                run=self.run,
-            )
+            if request.steps.needs_text:
+                work = replace(work, dense=None, confirm=None)
+            return search_job(request, work, study=record, run=self.run)
 
     def pruned(
         self, found: "Configuration", judged_by: "Configuration", folder: Path
@@ -76,7 +70,7 @@ class _Place:
         from pho_service.spec.configuration import Confirmation
         from pho_service.tuning.finalists import paired_error
 
-        model, confirm, started = self.subject.model, self.subject.text, time.perf_counter()
+        model, confirm, started = self.work.model, self.work.text, time.perf_counter()
 
         def measured(title: str) -> "list[Perplexity]":
             with progress(title, len(self.report.windows) + len(confirm.windows)) as advance:
@@ -89,9 +83,9 @@ class _Place:
         with peak_memory(*model.devices) as peak:
             pruned = prune_in_place(
                 model,
-                self.subject.bundle,
+                self.work.bundle,
                 found,
-                calibration=self.subject.calibration,
+                calibration=self.work.calibration,
                 progress=progress,
             )
             after = measured("Measuring what was pruned")
@@ -171,14 +165,13 @@ def demo(given: Given, out: str, pattern: str, scope: str | None, as_json: bool)
     inputs = Terminal(cache_dir=folder / "cache")
     source = text_source(specs["score"].calibration)
     opened = inputs.calibrated(str(gguf), source, settings, specs["score"].confirm)
-    subject = opened.subject
-    report = inputs.report(subject.model, file_source(texts["report"]), settings, REPORT_WINDOWS)
-    place = _Place(subject=subject, report=report, study=study, run=inputs.run(subject.model))
+    report = inputs.report(opened.model, file_source(texts["report"]), settings, REPORT_WINDOWS)
+    place = _Place(work=opened, report=report, study=study, run=inputs.run(opened.model))
     results = {name: place.searched(spec) for name, spec in specs.items()}
     found = {name: result.configuration for name, result in results.items()}
     first = [(name, found[name]) for name in SHOWN[:-1]]
     compared = compare_over_seeds(
-        subject.model,
+        opened.model,
         report,
         ComparisonRequest(
             pattern=parsed,

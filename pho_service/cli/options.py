@@ -17,7 +17,8 @@ from pho_service.cli.terminal import loading, progress, say, verb, working
 from pho_service.errors import BundleError, InvalidInput, TextError, told_to
 from pho_service.host.data_sets import USUAL_TEXTS
 from pho_service.host.files import write_text
-from pho_service.pipeline.inputs import Calibrated, Inputs
+from pho_service.pipeline.inputs import Inputs
+from pho_service.pipeline.work import Work
 from pho_service.progress import Run
 
 if TYPE_CHECKING:
@@ -273,7 +274,7 @@ class Terminal(Inputs):
         *,
         why: str = "",
         asked: "Sequence[Candidate | SearchRequest]" = (),
-    ) -> Calibrated:
+    ) -> Work:
         """Load a model unless it is, read its texts, and calibrate it or take what is cached."""
         # What is ``asked`` is compared with the model before its text is read; ``why`` is raised if
         # there is no text to confirm on.
@@ -293,14 +294,13 @@ class Terminal(Inputs):
         kept = bundle_path(self.cache, text.bundle_key).is_file()
         started = time.monotonic()
         bundle = cached_bundle(loaded, text, settings, self.cache, progress)
-        return Calibrated(
-            bundle=bundle,
-            name=loaded.name,
-            model=loaded,
+        return Work(
+            bundles={loaded.name: bundle},
+            dense=loaded,
             calibration=text.calibration,
             confirm=confirmed,
-            left=len(text.held_out),
-            seconds=None if kept else round(time.monotonic() - started, 3),
+            unused_windows=len(text.held_out),
+            calibration_s=None if kept else round(time.monotonic() - started, 3),
             cache_dir=self.cache,
         )
 

@@ -27,7 +27,7 @@ from pho_service.cli.options import (
 )
 from pho_service.cli.terminal import print_json, print_table, progress, say
 from pho_service.errors import ConfigurationError, InvalidInput, ModelError
-from pho_service.pipeline.inputs import Calibrated
+from pho_service.pipeline.work import Work
 from pho_service.spec.document import number
 from pho_service.spec.pattern import Linears, Pattern
 
@@ -352,7 +352,6 @@ def _prune(
             )
     if source.deployable:
         configuration = configuration.deployable()
-    assert opened.model is not None
     trained = opened.blocks(configuration.candidate())
     result = prune_job(
         opened.model,
@@ -403,7 +402,7 @@ def _opened(
     statistics: _Statistics,
     configurations: "Sequence[Configuration]",
     inputs: Terminal,
-) -> "Calibrated":
+) -> Work:
     """The model, its statistics, and the calibration windows if there is a text."""
     from pho_service.models.bundle_file import read_bundle
 
@@ -430,9 +429,9 @@ def _opened(
     source = calibration_source(statistics.calibration) if named else None
     loaded = inputs.model(model) if isinstance(model, str) else model
     text = None if source is None else inputs.windows(loaded, source, settings)
-    return Calibrated(
-        bundle=bundle,
-        model=loaded,
+    return Work(
+        bundles={loaded.name: bundle},
+        dense=loaded,
         calibration=None if text is None else text.calibration,
         cache_dir=inputs.cache,
     )

@@ -21,7 +21,7 @@ from pho_service.cli.options import (
 )
 from pho_service.cli.terminal import print_json, say, show_table
 from pho_service.errors import InvalidInput
-from pho_service.pipeline.inputs import Calibrated
+from pho_service.pipeline.work import Work
 
 if TYPE_CHECKING:
     from pho_service.pipeline.curve import Within
@@ -90,23 +90,14 @@ def search(
     bundles = _bundles(models, given)
     spec = _asked(models, given, bundles)
     request = replace(spec.request(0), warm_start=tuple(library.of_files(given, spec)))
-    bundles, opened = _opened(spec, given, bundles, inputs)
-    about = {} if spec.more_models else bundles[spec.model].provenance.get("model", {})
+    work = _opened(spec, given, bundles, inputs)
+    about = {} if spec.more_models else work.bundle.provenance.get("model", {})
     found = library.of_libraries(given, request.pattern, about)
     request = replace(request, warm_start=(*request.warm_start, *found))
-    with opened_study(study, request, bundles, opened.confirm) as record:
+    with opened_study(study, request, work) as record:
         keep_record(record, DOCUMENT, spec.model_dump(mode="json"))
         keep_record(record, WARM, given("warm_start/found") or [])
-        result = search_job(
-            request,
-            bundles,
-            study=record,
-            model=opened.model,
-            confirm_text=opened.confirm,
-            calibration=opened.calibration,
-            blocks=opened.blocks,
-            run=inputs.run(opened.model),
-        )
+        result = search_job(request, work, study=record, run=inputs.run(work.dense))
     _finish(result, path, study, as_json)
 
 
@@ -143,21 +134,21 @@ def _asked(
 
 def _opened(
     spec: "JobSpec", given: Given, bundles: "dict[str, ProxyBundle]", inputs: Terminal
-) -> "tuple[dict[str, ProxyBundle], Calibrated]":
-    """The bundles of a search, made of the models that are none; and its only model, if it has."""
+) -> Work:
+    """The bundles of a search, made of the models that are none, with its only model, if it has."""
     if spec.models == [*bundles]:
-        return bundles, Calibrated(bundle=bundles[spec.model])
-    found, source = {**bundles}, calibration_source(spec.calibration)
+        return Work(bundles=bundles)
+    made, source = {**bundles}, calibration_source(spec.calibration)
     settings, alone = given.calibration().settings(), not spec.more_models
     for name in spec.models:
         if name not in bundles:
             confirm, asked = spec.confirm if alone else None, [spec.request(0)]
-            opened = inputs.calibrated(name, source, settings, confirm, asked=asked)
-            found[name] = opened.bundle
+            work = inputs.calibrated(name, source, settings, confirm, asked=asked)
             if alone:
-                return found, opened
-            del opened  # two may not fit
-    return {name: found[name] for name in spec.models}, Calibrated(bundle=found[spec.model])
+                return work
+            made[name] = work.bundle
+            del work  # two may not fit
+    return Work(bundles={name: made[name] for name in spec.models})
 
 
 def _finish(

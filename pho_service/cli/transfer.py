@@ -26,7 +26,7 @@ from pho_service.cli.options import (
 )
 from pho_service.cli.terminal import print_json, say, show_table
 from pho_service.errors import InvalidInput
-from pho_service.pipeline.inputs import Calibrated
+from pho_service.pipeline.work import Work
 
 if TYPE_CHECKING:
     from pho_service.spec.configuration import Configuration
@@ -137,16 +137,15 @@ def transfer(
     def measured(name: str) -> dict[str, Any]:
         """Measure one model, and release it before the next is loaded: two may not fit."""
         if is_bundle(name):
-            target = Calibrated(name=name, bundle=read_bundle(Path(name)))
+            work = Work(bundles={name: read_bundle(Path(name))})
         else:
             assert measured_on is not None  # it is a model
-            target = inputs.calibrated(name, source, settings, confirm)
-            assert target.model is not None
-            text = inputs.report(target.model, report_source, settings, measured_on.windows)
-            target = replace(target, report=text)
-        run = inputs.run(target.model)
-        return document.known(transfer_key(target, found, request)) or document.add(
-            transfer_job(target, found, search=request, study_url=study, run=run)
+            work = inputs.calibrated(name, source, settings, confirm)
+            text = inputs.report(work.model, report_source, settings, measured_on.windows)
+            work = replace(work, report=text)
+        run = inputs.run(work.dense)
+        return document.known(transfer_key(work, found, request)) or document.add(
+            transfer_job(name, work, found, search=request, study_url=study, run=run)
         )
 
     for name in models:

@@ -26,8 +26,8 @@ from pho_service.pipeline.curve import (
     table_of,
     target_found,
 )
-from pho_service.pipeline.rating import Subject
 from pho_service.pipeline.search import check_study_url, memory_study, opened_study
+from pho_service.pipeline.work import Work
 from pho_service.shown.parts import Drawn, Shown, Table
 from pho_service.spec.curve import CURVE_FINALISTS, HIGHEST, LOWEST, STEP, Target, curve_patterns
 from pho_service.spec.objective import Sampler
@@ -136,15 +136,15 @@ def curve(asked: CurveArguments) -> Curve:
     """
     each = replace(asked, scope=None)
     requests = [each.request(pattern) for pattern in curve_patterns(asked.patterns, asked.scope)]
-    subject = _subject(asked, requests)
-    with _points(subject, requests, asked.study, asked.progress) as (points, pareto):
+    work = _work(asked, requests)
+    with _points(work, requests, asked.study, asked.progress) as (points, pareto):
         found = find_points(points.find, requests)
         name = pareto.study_name
     told = {"url": asked.study, "name": name}
     return Curve(
         points=found,
         study=pareto if asked.study is None else None,
-        document=curve_document(found, subject, seconds=None, study=told),
+        document=curve_document(found, work, seconds=None, study=told),
     )
 
 
@@ -181,12 +181,12 @@ def search_within(asked: WithinArguments) -> Within:
     """
     target = Target.of(**{name: getattr(asked, name) for name in Target.model_fields})
     of_all = [asked.request(each) for each in target.sparsities]
-    subject = _subject(asked, of_all)
-    with _points(subject, of_all, asked.study, asked.progress, target) as (points, _):
+    work = _work(asked, of_all)
+    with _points(work, of_all, asked.study, asked.progress, target) as (points, _):
         return target_found(target, find_points(points.find, of_all, target))
 
 
-def _subject(asked: PointsArguments, requests: Sequence[SearchRequest]) -> Subject:
+def _work(asked: PointsArguments, requests: Sequence[SearchRequest]) -> Work:
     taken = opened_bundle(asked.bundle)
     loaded = opened_for(taken, asked.model, asked.tokenizer)
     check_patterns(loaded, [each.pattern for each in requests], requests[0].steps.linears)
@@ -196,12 +196,12 @@ def _subject(asked: PointsArguments, requests: Sequence[SearchRequest]) -> Subje
             "the calibration's text has no windows left to confirm on. Give another text as "
             "confirm, or calibrate on fewer samples."
         )
-    return known.subject
+    return known
 
 
 @contextmanager
 def _points(
-    subject: Subject,
+    work: Work,
     requests: Sequence[SearchRequest],
     study: str | None,
     progress: bool | None,
@@ -211,18 +211,18 @@ def _points(
     record: Callable[[SearchRequest], AbstractContextManager[optuna.Study]]
     opening: AbstractContextManager[optuna.Study]
     if study is None:
-        opening = nullcontext(pareto_of(requests, subject, None))
+        opening = nullcontext(pareto_of(requests, work, None))
 
         def record(request: SearchRequest) -> AbstractContextManager[optuna.Study]:
-            return nullcontext(memory_study(request, subject.bundle, subject.text))
+            return nullcontext(memory_study(request, work))
     else:
         url = study
         check_study_url(url)
-        opening = opened_pareto(url, requests, subject)
+        opening = opened_pareto(url, requests, work)
 
         def record(request: SearchRequest) -> AbstractContextManager[optuna.Study]:
-            return opened_study(url, request, subject.bundle, subject.text)
+            return opened_study(url, request, work)
 
     with opening as pareto:
-        run = run_on(subject.model, progress)
-        yield CurvePoints(subject, record, pareto=pareto, run=run, target=target), pareto
+        run = run_on(work.model, progress)
+        yield CurvePoints(work, record, pareto=pareto, run=run, target=target), pareto

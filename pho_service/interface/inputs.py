@@ -25,8 +25,9 @@ from pho_service.models.texts import (
     Text,
     mixed_text,
 )
-from pho_service.pipeline.inputs import Calibrated, Inputs
+from pho_service.pipeline.inputs import Inputs
 from pho_service.pipeline.rating import ReportText
+from pho_service.pipeline.work import Work
 from pho_service.progress import Run, bars
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.calibration import CalibrationSettings
@@ -266,7 +267,7 @@ def calibrated(
     texts: "MixedTexts | None",
     confirm: "Texts | None" = None,
     windows: int | None = None,
-) -> Calibrated:
+) -> Work:
     """
     A model with its bundle and texts.
 
@@ -285,11 +286,11 @@ def calibrated(
         text = measured_text(model, confirm, settings_of(bundle), windows, calibration)
     elif windows is not None:
         text = Inputs().held_out(drawn, windows)
-    return Calibrated(
-        bundle=bundle,
-        model=model,
+    return Work(
+        bundles={model.name: bundle},
+        dense=model,
         calibration=calibration,
         confirm=text,
-        left=None if drawn is None else len(drawn.held_out),
+        unused_windows=None if drawn is None else len(drawn.held_out),
         cache_dir=Settings().cache_dir,
     )

@@ -37,9 +37,9 @@ from pho_service.pipeline.compare import (
     common_linears,
     compare_over_seeds,
 )
-from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.rating import RecoveryText
 from pho_service.pipeline.tasks import also_tasks, measure_tasks
+from pho_service.pipeline.work import Work
 from pho_service.progress import bars
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.shown.parts import Shown, Table
@@ -333,7 +333,7 @@ def compare(asked: CompareArguments) -> Comparison:
     for name, each in named:
         check_family(each, loaded, name, other_family=asked.other_family)
 
-    def drawn(number: int) -> Calibrated:
+    def drawn(number: int) -> Work:
         made, given = known, texts
         if made is None:
             assert texts is not None

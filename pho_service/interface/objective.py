@@ -24,6 +24,7 @@ from pho_service.interface.search import (
 )
 from pho_service.pipeline.objectives import rate_by_proxy
 from pho_service.pipeline.search import check_study, search_plan
+from pho_service.pipeline.work import Work
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.configuration import Configuration, published
@@ -116,7 +117,7 @@ class ProxyObjective:
                 f"direction={self.plan.direction!r}."
             )
         if "pattern" in study.user_attrs or len(study.get_trials(deepcopy=False)) > 1:
-            check_study_is_of(study, self.bundle, self.request)
+            check_study_is_of(study, Work.of(self.bundle), self.request)
         check_study(study, [self.bundle])
         plan = replace(self.plan, sampler=study.sampler)
         describe_study(study, self.request, plan, self.bundle.origin)
@@ -188,7 +189,7 @@ def configuration(study: optuna.Study, bundle: Given) -> Configuration:
             f"study {study.study_name!r} was not made by pho.objective or pho.search, so its "
             "trials are not candidates."
         )
-    check_bundle_of(study, taken)
+    check_bundle_of(study, Work.of(taken))
     check_study(study, [taken])
     request = SearchRequest(
         pattern=Pattern.parse(known["pattern"], known["scope"]),

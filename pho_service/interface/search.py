@@ -38,17 +38,15 @@ from pho_service.models.calibration import CalibrationText, calibration_text
 from pho_service.models.calibration import calibrate as make_bundle
 from pho_service.models.loading import LanguageModel
 from pho_service.models.texts import GivenWindows
-from pho_service.pipeline.inputs import Calibrated
-from pho_service.pipeline.objectives import OwnObjective, only_one
+from pho_service.pipeline.objectives import OwnObjective
 from pho_service.pipeline.search import (
-    Bundles,
-    by_name,
     check_study_url,
     memory_study,
     opened_study,
     origin_of,
     search_job,
 )
+from pho_service.pipeline.work import Work
 from pho_service.progress import bars
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
@@ -168,11 +166,11 @@ def validation_of(candidates: int | None) -> ValidationSpec | None:
     return ValidationSpec(candidates=candidates)
 
 
-def given_bundles(bundle: Given | Mapping[str, Given]) -> Bundles:
+def given_bundles(bundle: Given | Mapping[str, Given]) -> Work:
     """One bundle, or several by the names of their models, each in memory or from its file."""
     if isinstance(bundle, Mapping):
-        return {name: opened_bundle(each) for name, each in bundle.items()}
-    return opened_bundle(bundle)
+        return Work(bundles={name: opened_bundle(each) for name, each in bundle.items()})
+    return Work.of(opened_bundle(bundle))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,7 +317,7 @@ def _check_names(what: str, given: Mapping[str, Any], known: Sequence[str]) -> N
             raise InvalidInput(f"{what}: {name!r} is not one of {', '.join(known)}.")
 
 
-def check_study_is_of(study: optuna.Study, bundles: Bundles, request: SearchRequest) -> None:
+def check_study_is_of(study: optuna.Study, work: Work, request: SearchRequest) -> None:
     """See before anything is written that a study is new, or of this search on these bundles."""
     known = record_of(study)
     if "pattern" not in known:
@@ -345,13 +343,12 @@ def check_study_is_of(study: optuna.Study, bundles: Bundles, request: SearchRequ
             f"study {study.study_name!r} is of another search: its linears are "
             f"{theirs or 'all'}, and these are {ours or 'all'}. Give another study."
         )
-    check_bundle_of(study, bundles)
+    check_bundle_of(study, work)
 
 
-def check_bundle_of(study: optuna.Study, bundles: Bundles) -> None:
+def check_bundle_of(study: optuna.Study, work: Work) -> None:
     """See that a study does not say that it is of another bundle."""
-    named = by_name(bundles)
-    key = origin_of([bundle.origin for bundle in named.values()]).get("key")
+    key = origin_of([bundle.origin for bundle in work.bundles.values()]).get("key")
     known = record_of(study).get("calibration", {}).get("key")
     if known is not None and known != key:
         raise StudyError(
@@ -550,10 +547,10 @@ def search(asked: FoundArguments) -> Found:
         TextError: A text cannot be read, or does not fill one window.
         StudyError: The study is of another search or of another bundle, or cannot be opened.
     """
-    bundles, study = given_bundles(asked.bundle), asked.study
+    work, study = given_bundles(asked.bundle), asked.study
     request = asked.request(
         asked.pattern,
-        bundles=len(bundles) if isinstance(bundles, Mapping) else 1,
+        bundles=len(work.bundles),
         over=asked.over,
         sampler=asked.sampler,
         finalists=asked.finalists,
@@ -563,13 +560,13 @@ def search(asked: FoundArguments) -> Found:
     if isinstance(study, str):
         check_study_url(study)
     elif study is not None:
-        check_study_is_of(study, bundles, request)
-    named = by_name(bundles)
-    known = Calibrated(bundle=next(iter(named.values())))
+        check_study_is_of(study, work, request)
     if asked.model is not None:
-        taken = only_one(named, "a model")
-        loaded = opened_for(taken, asked.model, asked.tokenizer)
-        known = calibrated(loaded, taken, asked.texts, asked.confirm, asked.confirm_windows)
+        loaded = opened_for(work.bundle, asked.model, asked.tokenizer)
+        work = replace(
+            calibrated(loaded, work.bundle, asked.texts, asked.confirm, asked.confirm_windows),
+            bundles=work.bundles,
+        )
     elif asked.confirm is not None or asked.texts is not None:
         raise InvalidInput(
             "a text is given, but no perplexity can be measured without the model. Give model=, "
@@ -577,25 +574,21 @@ def search(asked: FoundArguments) -> Found:
         )
     record: AbstractContextManager[optuna.Study]
     if isinstance(study, str):
-        record = opened_study(study, request, bundles, known.confirm)
+        record = opened_study(study, request, work)
     else:
-        record = nullcontext(study or memory_study(request, bundles, known.confirm))
+        record = nullcontext(study or memory_study(request, work))
     with record as kept:
         result = search_job(
             request,
-            bundles,
+            work,
             study=kept,
-            model=known.model,
-            confirm_text=known.confirm,
-            calibration=known.calibration,
-            blocks=known.blocks,
-            run=run_on(known.model, asked.progress),
+            run=run_on(work.dense, asked.progress),
             callbacks=asked.callbacks,
         )
         _note_ratings(kept, result.configuration)
     parts = {part.name: getattr(result, part.name) for part in fields(SearchResult)}
     table = _table(result.configuration, result.trial)
-    return Found(**parts, study=kept, table=table, bundles=named)
+    return Found(**parts, study=kept, table=table, bundles=work.bundles)
 
 
 def _note_ratings(study: optuna.Study, found: Configuration) -> None:

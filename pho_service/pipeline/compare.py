@@ -19,18 +19,16 @@ from pho_service.errors import BundleError, ConfigurationError, InvalidInput, fi
 from pho_service.host.machine import versions
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
-from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.objectives import mask_proxy
 from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pipeline.rating import RecoveryText, ReportText, rate_pruned
 from pho_service.pipeline.search import search_job
+from pho_service.pipeline.work import Work
 from pho_service.progress import Advance, Run
-from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.hardware import peak_memory
 from pho_service.pruning.masks import model_sparsity
 from pho_service.pruning.perplexity import Perplexity
 from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.pruning.statistics import Statistics
 from pho_service.shown.parts import Shown, Table
 from pho_service.spec.baselines import (
     ALL,
@@ -103,12 +101,9 @@ RECOVERED = ", recovered"  # ends the name of a row
 
 
 def compare_candidates(
-    model: LanguageModel,
-    bundle: ProxyBundle,
-    report: ReportText,
+    work: Work,
     candidates: Sequence[tuple[str, Candidate]],
     *,
-    calibration: Tensor | None = None,
     also: Also | None = None,
     dense: ComparisonRow | None = None,
     beside: str | None = None,
@@ -117,9 +112,10 @@ def compare_candidates(
 ) -> list[ComparisonRow]:
     """Prune with each candidate and measure the perplexity on one text: a row each, dense first."""
     # ``behind`` of the rows is against the row that is called ``beside``, or else the best one.
-    bundle.check_model(model.linears)
-    evaluator = ProxyEvaluator(bundle, run.device)
-    statistics = bundle.statistics()
+    model, report = work.model, work.report
+    assert report is not None
+    work.bundle.check_model(model.linears)
+    evaluator = ProxyEvaluator(work.bundle, run.device)
     recovered = {} if recovery is None else recovery.names
     total = len(candidates) + len(recovered) + (dense is None)
     with run.progress("Measuring perplexities", total * len(report.windows)) as advance:
@@ -133,10 +129,8 @@ def compare_candidates(
             names = [name] if name not in recovered else [name, recovered[name]]
             then = recovery if name in recovered else None
             with peak_memory(*model.devices) as peak:
-                found = _measured(
-                    model, statistics, candidate, report, calibration, also, then, advance, run
-                )
-                for row, (rating, sparsity, extra) in zip(names, found, strict=True):
+                measured = _measured(work, report, candidate, also, then, advance, run)
+                for row, (rating, sparsity, extra) in zip(names, measured, strict=True):
                     rated.append(rating.losses)
                     rows.append(
                         ComparisonRow(
@@ -184,17 +178,16 @@ def _against(dense: ComparisonRow, losses: Sequence[float], rating: Perplexity) 
 
 
 def _measured(
-    model: LanguageModel,
-    statistics: Statistics,
-    candidate: Candidate,
+    work: Work,
     report: ReportText,
-    calibration: Tensor | None,
+    candidate: Candidate,
     also: Also | None,
     recovery: ThenRecovered | None,
     advance: Advance,
     run: Run,
 ) -> Iterator[tuple[Perplexity, float, Mapping[str, float]]]:
     """Measure the model pruned with a candidate, and then, if asked for, recovered as well."""
+    model, statistics, calibration = work.model, work.bundle.statistics(), work.calibration
     if also is None and recovery is None:
         result, sparsity = rate_pruned(
             model, statistics, candidate, report.windows, advance, calibration=calibration
@@ -447,7 +440,7 @@ def compare_over_seeds(
     model: LanguageModel,
     report: ReportText,
     request: ComparisonRequest,
-    calibrations: Mapping[int, Callable[[], Calibrated]],
+    calibrations: Mapping[int, Callable[[], Work]],
     *,
     text: RecoveryText | None = None,
     also: Also | None = None,
@@ -463,31 +456,29 @@ def compare_over_seeds(
     configurations: dict[int, dict[str, Configuration]] = {}
     dense = None
     for seed, calibrate in calibrations.items():
-        given = calibrate()
-        _check_texts(request, given, report)
-        _check_draws(given, len(calibrations))
-        found = {
-            name: _searched(model, given, replace(each, seed=seed), run)
+        work = replace(calibrate(), dense=model, report=report)
+        _check_texts(request, work, report)
+        _check_draws(work, len(calibrations))
+        searches = {
+            name: _searched(work, replace(each, seed=seed), run)
             for name, each in request.searches.items()
         }
-        own = [*request.configurations, *((name, each.found) for name, each in found.items())]
-        candidates, names = request.rows(own, has_text=given.calibration is not None)
+        results = {name: each.configuration for name, each in searches.items()}
+        rows_of = [*request.configurations, *results.items()]
+        candidates, names = request.rows(rows_of, has_text=work.calibration is not None)
         rows = compare_candidates(
-            model,
-            given.bundle,
-            report,
+            work,
             candidates,
-            calibration=given.calibration,
             also=also,
             dense=dense,
-            recovery=_then_recovered(request.recovery, text, names, seed, given, report),
+            recovery=_then_recovered(request.recovery, text, names, seed, work, report),
             run=run,
         )
         dense = rows[0]
         seeds[seed] = [
-            _with_search(row, found.get(row.method.removesuffix(RECOVERED))) for row in rows
+            _with_search(row, searches.get(row.method.removesuffix(RECOVERED))) for row in rows
         ]
-        configurations[seed] = {name: each.found for name, each in found.items()}
+        configurations[seed] = results
     return Comparison(
         pattern=str(request.pattern),
         rows=mean_rows([*seeds.values()]),
@@ -510,41 +501,41 @@ def _then_recovered(
     text: RecoveryText | None,
     names: Mapping[str, str],
     seed: int,
-    given: Calibrated,
+    work: Work,
     report: ReportText,
 ) -> ThenRecovered | None:
     """The recoveries of a calibration."""
     if settings is None or text is None:
         return None
-    seen = [report.windows, given.calibration, given.confirm and given.confirm.windows]
+    seen = [report.windows, work.calibration, work.confirm and work.confirm.windows]
     unlike = torch.cat([each for each in seen if isinstance(each, Tensor)])
     return ThenRecovered(
         text=replace(text, unlike=unlike), settings=replace(settings, seed=seed), names=names
     )
 
 
-def _check_texts(request: ComparisonRequest, given: Calibrated, report: ReportText) -> None:
+def _check_texts(request: ComparisonRequest, work: Work, report: ReportText) -> None:
     if not request.searches:
         return
-    if given.confirm is None:
+    if work.confirm is None:
         raise InvalidInput(
             f"the preset {next(iter(request.searches))} is searched, and what it finds confirmed "
             f"on a text of its own. Give {field_name('confirm/text')}."
         )
     shown = {window.numpy().tobytes() for window in report.windows}
-    if any(window.numpy().tobytes() in shown for window in given.confirm.windows):
+    if any(window.numpy().tobytes() in shown for window in work.confirm.windows):
         raise InvalidInput(
-            f"the text that searches are confirmed on, {given.confirm.record.source}, has windows "
+            f"the text that searches are confirmed on, {work.confirm.record.source}, has windows "
             "of the report text: what is chosen on a text must not be reported on it. Give "
             f"another {field_name('confirm/text')}."
         )
 
 
-def _check_draws(given: Calibrated, count: int) -> None:
+def _check_draws(work: Work, count: int) -> None:
     """See that another seed draws other windows."""
-    if count > 1 and given.left == 0 and given.calibration is not None:
+    if count > 1 and work.unused_windows == 0 and work.calibration is not None:
         raise InvalidInput(
-            f"the calibration text fills {len(given.calibration)} windows, and all of them are "
+            f"the calibration text fills {len(work.calibration)} windows, and all of them are "
             "drawn with each seed, so the deviation would say nothing. Give a longer text, or "
             f"fewer windows: {field_name('calibration/samples')}."
         )
@@ -554,29 +545,17 @@ def _check_draws(given: Calibrated, count: int) -> None:
 class _Search:
     """What a search found, and what it took."""
 
-    found: Configuration
+    configuration: Configuration
     seconds: float
     memory_bytes: int | None
 
 
-def _searched(
-    model: LanguageModel,
-    given: Calibrated,
-    request: SearchRequest,
-    run: Run,
-) -> _Search:
+def _searched(work: Work, request: SearchRequest, run: Run) -> _Search:
     started = time.perf_counter()
-    with peak_memory(*model.devices) as peak:
-        result = search_job(
-            request,
-            given.bundle,
-            model=model,
-            confirm_text=given.confirm,
-            calibration=given.calibration,
-            run=run,
-        )
+    with peak_memory(*work.model.devices) as peak:  # no trained blocks are kept: nothing prunes
+        result = search_job(request, replace(work, cache_dir=None), run=run)
     return _Search(
-        found=result.configuration,
+        configuration=result.configuration,
         seconds=time.perf_counter() - started,
         memory_bytes=peak(),
     )

@@ -8,14 +8,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import optuna
-from torch import Tensor
 
 from pho_service.errors import NumericalError
 from pho_service.models.blockwise import measure_perplexity
-from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.objectives import proxy_value
 from pho_service.pipeline.pipeline import pruned_model
-from pho_service.pipeline.rating import Glances, ReportText, Subject, compared_count, rate_pruned
+from pho_service.pipeline.rating import Glances, ReportText, compared_count, rate_pruned
+from pho_service.pipeline.work import Work
 from pho_service.pipeline.writing import prompts_of, side_by_side, written_by
 from pho_service.progress import Advance, Run
 from pho_service.pruning.bundle import ProxyBundle
@@ -60,7 +59,7 @@ def choose_finalists(
     islands: Islands,
     rated: Sequence[RatedCandidate],
     count: int,
-    subject: Subject,
+    work: Work,
     run: Run,
 ) -> Raced:
     """Choose the finalists that get a perplexity on the whole text: those that a race leaves."""
@@ -75,12 +74,12 @@ def choose_finalists(
     #
     # What a shorter search has measured on the same text stays a finalist, beside those that this
     # search would have had from the start.
-    before = confirmed_before(islands, rated, text_sha256=subject.text.key)
+    before = confirmed_before(islands, rated, text_sha256=work.text.key)
     pool = united(rated, finalists(rated, count), before)
     costly = any(each.candidate.steps.needs_text for each in pool)
     in_full = islands.plan.pruned_in_full(len(pool), islands.plan.pattern)
     masks_alone = costly and in_full < len(pool)
-    stream = subject.model.stream
+    stream = work.model.stream
     if len(pool) <= 1 or (not masks_alone and (stream or costly)):
         return Raced(finalists=pool, evaluations=float(len(pool)))
     if masks_alone:
@@ -89,19 +88,19 @@ def choose_finalists(
             for each in pool
         ]
     if stream:
-        left = united(rated, _best_masks(islands, pool, subject, run)[:in_full], before)
+        left = united(rated, _best_masks(islands, pool, work, run)[:in_full], before)
         return Raced(finalists=left, evaluations=float(len(pool) + len(left)))
-    race = _Race(islands, pool, subject, run, in_full=in_full if masks_alone else None)
+    race = _Race(islands, pool, work, run, in_full=in_full if masks_alone else None)
     with run.progress("Racing finalists", len(pool) * race.windows) as advance:
         left = united(rated, race.run(advance), before)
     return Raced(finalists=left, divergences=race.divergences(), evaluations=race.evaluations(left))
 
 
 def _best_masks(
-    islands: Islands, pool: Sequence[RatedCandidate], subject: Subject, run: Run
+    islands: Islands, pool: Sequence[RatedCandidate], work: Work, run: Run
 ) -> list[RatedCandidate]:
     """The finalists by the perplexity of each one's mask, best first."""
-    windows, statistics = subject.text.windows, subject.bundle.statistics()
+    windows, statistics = work.text.windows, work.bundle.statistics()
     found: list[tuple[float, RatedCandidate]] = []
     with run.progress("Comparing masks", len(pool) * len(windows)) as advance:
         for each in pool:
@@ -110,10 +109,10 @@ def _best_masks(
 
             def make(masked: Candidate = each.candidate) -> dict[str, float]:
                 with named(masked):
-                    rated, _ = rate_pruned(subject.model, statistics, masked, windows, advance)
+                    rated, _ = rate_pruned(work.model, statistics, masked, windows, advance)
                 return {"perplexity": rated.perplexity}
 
-            about = {"text_sha256": subject.text.key}
+            about = {"text_sha256": work.text.key}
             stored = once(study, f"masks:perplexity:{there}", about, make, fence=run.fence)
             found.append((float(stored["perplexity"]), each))
     return [each for _, each in sorted(found, key=lambda pair: pair[0])]
@@ -130,10 +129,10 @@ class _Race:
     """A race of finalists over the windows of a text."""
 
     def __init__(
-        self, islands: Islands, pool: Sequence[RatedCandidate], subject: Subject, run: Run,
+        self, islands: Islands, pool: Sequence[RatedCandidate], work: Work, run: Run,
         *, in_full: int | None,
     ) -> None:  # fmt: skip
-        text = subject.text
+        text = work.text
         self.masks_alone = in_full is not None
         self.enough = in_full or 1  # that may be left before the last window
         self.kept = "masks:" if self.masks_alone else ""  # begins the names of its records
@@ -143,13 +142,13 @@ class _Race:
         self.order = race_order(self.windows, islands.plan.seed)
         self.compared = self.order[: compared_count(text.windows)]
         self.compared_key = ReportText(windows=text.windows[self.compared], record=text.record).key
-        self.subject = subject
+        self.work = work
         self.seen: dict[int, int] = {}  # windows by number of the trial
 
     def run(self, advance: Advance) -> list[RatedCandidate]:
         """Those that are not told from the best before the last window; of masks the best few."""
         looks = race_looks(self.windows, len(self.compared))
-        glances = Glances(self.subject, lambda _: advance(0), self.compared)
+        glances = Glances(self.work, lambda _: advance(0), self.compared)
         left = [*self.pool]
         for windows in looks[:-1]:
             if len(left) <= self.enough:
@@ -222,7 +221,7 @@ def reconstruct_winner(
     result: SearchResult,
     settings: Reconstruction,
     study: optuna.Study,
-    subject: Subject | None,
+    work: Work | None,
     run: Run = Run(),
 ) -> SearchResult:
     """Add a reconstruction to what a search found, if it makes it better."""
@@ -230,16 +229,16 @@ def reconstruct_winner(
     steps = replace(configuration.steps, reconstruction=settings)
     rebuilt = configuration.model_copy(update={"steps": steps})
     confirmation = configuration.confirmation
-    if subject is None or confirmation is None:
+    if work is None or confirmation is None:
         return replace(result, configuration=rebuilt)
     before = confirmation.perplexity
     measured = measured_once(
-        study, subject, rebuilt.candidate(), run,
+        study, work, rebuilt.candidate(), run,
         kept="reconstructed", title="Reconstructing the best", writes=True,
     )  # fmt: skip
     after = measured.perplexity
     if not after < before:
-        if kept := subject.blocks(rebuilt.candidate()):
+        if kept := work.blocks(rebuilt.candidate()):
             kept.remove()
         warning = (
             f"The reconstruction was left out: with it the perplexity is {number(after)}, without "
@@ -263,7 +262,7 @@ def with_error_of(told: Confirmation, name: str, error: float | None) -> Confirm
 
 def measured_once(
     study: optuna.Study,
-    subject: Subject,
+    work: Work,
     candidate: Candidate,
     run: Run,
     *,
@@ -273,24 +272,24 @@ def measured_once(
 ) -> Perplexity:
     """The perplexity that the study holds; measured and kept at once if it is not there."""
     # So is what the model writes, if that is wanted, since pruning it again would take long.
-    about = {"candidate": candidate.to_dict(), "text_sha256": subject.text.key}
+    about = {"candidate": candidate.to_dict(), "text_sha256": work.text.key}
 
     def make() -> dict[str, Any]:
-        return _measure(subject, candidate, run, title, writes=writes)
+        return _measure(work, candidate, run, title, writes=writes)
 
     stored = once(study, kept, about, make, fence=run.fence)
     return Perplexity(**{each.name: stored[each.name] for each in fields(Perplexity)})
 
 
 def _measure(
-    subject: Subject, candidate: Candidate, run: Run, title: str, *, writes: bool
+    work: Work, candidate: Candidate, run: Run, title: str, *, writes: bool
 ) -> dict[str, Any]:
-    model, windows, statistics = subject.model, subject.text.windows, subject.bundle.statistics()
-    chosen = subject.bundle.choose(candidate.steps.linears, candidate.pattern)
-    blocks = subject.blocks(candidate)
+    model, windows, statistics = work.model, work.text.windows, work.bundle.statistics()
+    chosen = work.bundle.choose(candidate.steps.linears, candidate.pattern)
+    blocks = work.blocks(candidate)
     with (
         run.progress(title, len(chosen.names)) as advance,
-        pruned_model(model, statistics, candidate, subject.calibration, advance, blocks),
+        pruned_model(model, statistics, candidate, work.calibration, advance, blocks),
     ):
         measured = measure_perplexity(model, windows, advance=lambda _: advance(0))
         said = written_by(model, windows) if writes else {}
@@ -301,19 +300,19 @@ def with_continuations(
     result: SearchResult,
     written: Sequence[str],
     study: optuna.Study,
-    subject: Subject,
+    work: Work,
     run: Run = Run(),
 ) -> SearchResult:
     """Add what the dense and the pruned model write, which may be known; the study keeps it."""
-    model, candidate = subject.model, result.configuration.candidate()
-    windows = subject.text.windows
+    model, candidate = work.model, result.configuration.candidate()
+    windows = work.text.windows
     if prompts_of(model, windows) is None:
         return result
-    text = {"text_sha256": subject.text.key}
+    text = {"text_sha256": work.text.key}
     about = {**text, "candidate": candidate.to_dict()}
 
     def prune_and_write() -> dict[str, Any]:
-        calibration, statistics = subject.calibration, subject.bundle.statistics()
+        calibration, statistics = work.calibration, work.bundle.statistics()
         with pruned_model(model, statistics, candidate, calibration, lambda _: advance(0)):
             return written_by(model, windows)
 
@@ -336,7 +335,7 @@ def with_continuations(
 def priced(
     result: SearchResult,
     study: optuna.Study,
-    subject: Subject,
+    work: Work,
     run: Run = Run(),
 ) -> SearchResult:
     """Say of a result whose orders must fold what it would be with every order free."""
@@ -344,14 +343,12 @@ def priced(
     steps, confirmation = configuration.steps, configuration.confirmation
     if confirmation is None or not steps.gives_up_orders:
         return result
-    chosen = subject.bundle.choose(steps.linears, configuration.candidate().pattern)
-    given_up = len(chosen.names - subject.model.foldable)
+    chosen = work.bundle.choose(steps.linears, configuration.candidate().pattern)
+    given_up = len(chosen.names - work.model.foldable)
     if not given_up:
         return result
     free = replace(configuration.candidate(), steps=replace(steps, deployable=False))
-    measured = measured_once(
-        study, subject, free, run, kept="any_order", title="Pruning in any order"
-    )
+    measured = measured_once(study, work, free, run, kept="any_order", title="Pruning in any order")
     told = with_error_of(
         confirmation.model_copy(update={"any_order": measured.perplexity}),
         "any_order",
@@ -408,26 +405,19 @@ class Validation:
 
 
 def validate_job(
-    model: LanguageModel,
-    bundle: ProxyBundle,
-    text: ReportText,
-    plan: SearchPlan,
-    asked: ValidationSpec,
-    *,
-    calibration: Tensor | None = None,
-    run: Run = Run(),
+    work: Work, plan: SearchPlan, validation: ValidationSpec, *, run: Run = Run()
 ) -> Validation:
     """Rate random candidates of a search both ways."""
-    bundle.check_model(model.linears)
-    candidates = planned_candidates(plan, asked)
+    work.bundle.check_model(work.model.linears)
+    candidates = planned_candidates(plan, validation)
     with run.progress("Rating by the proxies", len(candidates)) as advance:
-        proxies = rate_by_all_proxies(bundle, candidates, device=run.device, advance=advance)
+        proxies = rate_by_all_proxies(work.bundle, candidates, device=run.device, advance=advance)
     perplexity = []
-    statistics = bundle.statistics()
+    statistics, windows = work.bundle.statistics(), work.text.windows
     with run.progress("Rating by perplexity", len(candidates)) as advance:
         for candidate in candidates:
             result, _ = rate_pruned(
-                model, statistics, candidate, text.windows, calibration=calibration
+                work.model, statistics, candidate, windows, calibration=work.calibration
             )
             perplexity.append(result.perplexity)
             advance(1)
@@ -435,5 +425,5 @@ def validate_job(
         candidates=candidates,
         perplexity=perplexity,
         proxies=proxies,
-        qualities=qualities(proxies, perplexity, seed=asked.seed),
+        qualities=qualities(proxies, perplexity, seed=validation.seed),
     )

@@ -16,7 +16,6 @@ from pydantic import TypeAdapter
 
 from pho_service.errors import StudyError, TargetMissed, field_name
 from pho_service.models.loading import LanguageModel
-from pho_service.pipeline.rating import Subject
 from pho_service.pipeline.search import (
     IslandSearch,
     Journal,
@@ -25,6 +24,7 @@ from pho_service.pipeline.search import (
     reference_record,
     search_job,
 )
+from pho_service.pipeline.work import Work
 from pho_service.progress import Advance, Run
 from pho_service.shown.parts import Shown, Table
 from pho_service.shown.tables import points_table, rise_of
@@ -91,7 +91,7 @@ class CurvePoints:
 
     def __init__(
         self,
-        subject: Subject,
+        work: Work,
         record: Record,
         *,
         pareto: optuna.Study | None = None,
@@ -101,27 +101,23 @@ class CurvePoints:
         target: Target | None = None,
         before: Sequence[CurvePoint] = (),
     ) -> None:
-        self._subject, self._record, self._pareto = subject, record, pareto
+        self._work, self._record, self._pareto = work, record, pareto
         self._run, self._dense, self._search = run, dense, search
         self._target, self._found = target, [*before]
 
     def find(self, request: SearchRequest, title: str) -> CurvePoint:
         """Search, confirm, and measure the published methods beside."""
-        subject = self._subject
+        work = self._work
         with self._record(request) as study:
-            about = {"text_sha256": subject.text.key}
+            about = {"text_sha256": work.text.key}
             known = self._dense
             if known:  # what another search's study has of the dense model on these windows
                 once(study, DENSE_MEASURED, about, lambda: known)
-            with _timed(study, request, subject.text.key) as seconds:
+            with _timed(study, request, work.text.key) as seconds:
                 result = search_job(
                     request,
-                    subject.bundle,
+                    work,
                     study=study,
-                    model=subject.model,
-                    confirm_text=subject.text,
-                    calibration=subject.calibration,
-                    blocks=subject.blocks,
                     search=self._search,
                     run=_titled(self._run, title),
                 )
@@ -160,7 +156,7 @@ class CurvePoints:
         before, answer = self._answer(self._found[:-1]), self._answer(self._found)
         for each in (before, self._found[-1]):
             if each is not None and each is not answer:
-                blocks = self._subject.blocks(each.configuration.candidate())
+                blocks = self._work.blocks(each.configuration.candidate())
                 if blocks is not None:
                     blocks.remove()
 
@@ -201,40 +197,40 @@ def find_points(
 
 @contextmanager
 def opened_pareto(
-    url: str, requests: Sequence[SearchRequest], subject: Subject
+    url: str, requests: Sequence[SearchRequest], work: Work
 ) -> Iterator[optuna.Study]:
     """Open the study of (sparsity, objective) that takes the trials of some searches."""
     try:
         with open_storage(url) as storage:
-            yield pareto_of(requests, subject, storage)
+            yield pareto_of(requests, work, storage)
     except StorageError as error:
         raise StudyError(f"{field_name('study', url)}: {error}") from error
 
 
 def pareto_of(
-    requests: Sequence[SearchRequest], subject: Subject, storage: BaseStorage | None
+    requests: Sequence[SearchRequest], work: Work, storage: BaseStorage | None
 ) -> optuna.Study:
-    names = [name_of_study(each, subject.bundle, subject.text) for each in requests]
-    model = Path(subject.model.name).name
+    names = [name_of_study(each, work) for each in requests]
+    model = Path(work.model.name).name
     objective = requests[0].objective
     return pareto_study(pareto_name(model, names), objective.direction, objective.label, storage)
 
 
 def curve_document(
     points: Sequence[CurvePoint],
-    subject: Subject,
+    work: Work,
     *,
     seconds: float | None,
     study: Mapping[str, Any],
 ) -> dict[str, Any]:
-    text = subject.text
+    text = work.text
     return {
         "format": FORMAT,
         "version": 1,
-        "model": dict(subject.bundle.provenance.get("model", {})),
+        "model": dict(work.bundle.provenance.get("model", {})),
         "dense": points[0].dense,
         "confirmation": {**text.measured_on(), "text_sha256": text.key},
-        "calibration": {"key": subject.bundle.key, "seconds": seconds},
+        "calibration": {"key": work.bundle.key, "seconds": seconds},
         "study": dict(study),
         "points": [each.to_dict() for each in points],
     }

@@ -2,66 +2,19 @@
 Models, texts and bundles, opened one way for whoever asks: a terminal, a program, a service.
 """
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
     from pho_service.models.calibration import CalibrationText
     from pho_service.models.loading import LanguageModel
-    from pho_service.models.scratch import KeptBlocks
     from pho_service.models.texts import MixedText, Text
-    from pho_service.pipeline.rating import ReportText, Subject
-    from pho_service.pruning.bundle import ProxyBundle
+    from pho_service.pipeline.rating import ReportText
     from pho_service.spec.calibration import CalibrationSettings
     from pho_service.spec.fields import CalibrationSpec
-    from pho_service.spec.steps import Candidate
 
     Cut: TypeAlias = CalibrationSettings | CalibrationSpec  # how a text is cut into windows
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibrated:
-    """A bundle, and what there is of its model beside."""
-
-    bundle: "ProxyBundle"  # Bundle of the model
-    name: str = ""  # What its user calls the model
-    model: "LanguageModel | None" = None  # Dense; None: only proxies are known
-    # The windows that the bundle was made of, for steps that need a text.
-    calibration: "Tensor | None" = None
-    confirm: "ReportText | None" = None  # What perplexities choose on
-    # What perplexities are reported on; nothing may have been chosen on it.
-    report: "ReportText | None" = None
-    # How many windows of the text were not drawn; None where that is not known.
-    left: int | None = None
-    seconds: float | None = None  # Duration of the calibration; None if there was one already
-    cache_dir: "Path | None" = None  # Where trained blocks are kept; None: not at all
-
-    @property
-    def subject(self) -> "Subject":
-        """What is pruned and measured, where there are a model and a text to confirm on."""
-        from pho_service.pipeline.rating import Subject
-
-        assert self.model is not None
-        assert self.confirm is not None
-        return Subject(
-            model=self.model,
-            bundle=self.bundle,
-            text=self.confirm,
-            calibration=self.calibration,
-            blocks=self.blocks,
-        )
-
-    def blocks(self, winner: "Candidate") -> "KeptBlocks | None":
-        """Where the trained blocks of a search's winner are kept, until it is pruned with."""
-        from pho_service.pipeline.prune import cached_blocks
-
-        if self.model is None or self.cache_dir is None:
-            return None
-        return cached_blocks(self.cache_dir, self.model, self.bundle, winner, self.calibration)
 
 
 class Inputs:

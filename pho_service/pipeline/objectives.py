@@ -16,6 +16,7 @@ import optuna
 from torch import Tensor
 
 from pho_service.errors import InvalidInput, NumericalError, field_name
+from pho_service.pipeline.work import Work
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator, ProxyRating
 from pho_service.spec.baselines import reference_methods
@@ -216,26 +217,24 @@ def joint_provenance(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]
 def objective_function(
     objective: Objective,
     plan: SearchPlan,
-    bundles: Mapping[str, ProxyBundle],
-    model: "LanguageModel | None",
-    text: "ReportText | None",
+    work: Work,
     device: str,
-    calibration: Tensor | None = None,
 ) -> Evaluate:
     """What a search rates candidates by: a proxy on one or several bundles, or perplexity."""
     if objective.over is not None:
-        evaluators = {name: ProxyEvaluator(bundle, device) for name, bundle in bundles.items()}
+        evaluators = {name: ProxyEvaluator(each, device) for name, each in work.bundles.items()}
         return rate_jointly(evaluators, plan.pattern, objective, plan.steps.linears)
-    bundle = only_one(bundles, f"the objective {objective.name}")
+    bundle = only_one(work.bundles, f"the objective {objective.name}")
     if isinstance(objective, OwnObjective):
-        return objective.rate(ProxyEvaluator(bundle, device), model, calibration)
+        return objective.rate(ProxyEvaluator(bundle, device), work.dense, work.calibration)
     if objective.name != "perplexity":
         return rate_by_proxy(ProxyEvaluator(bundle, device), objective)
-    if model is None or text is None:
+    if not work.measures:
         raise _needs_text()
     from pho_service.pipeline.rating import rate_by_perplexity
 
-    return rate_by_perplexity(model, bundle.statistics(), text.windows, calibration)
+    windows = work.text.windows
+    return rate_by_perplexity(work.model, bundle.statistics(), windows, work.calibration)
 
 
 def only_one(bundles: Mapping[str, ProxyBundle], what: str) -> ProxyBundle:

@@ -18,12 +18,11 @@ from torch import Tensor
 from pho_service.errors import InvalidInput, NumericalError
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
-from pho_service.models.scratch import KeptBlocks
 from pho_service.models.texts import MixedText, Text, TextRecord, record_to_dict
 from pho_service.pipeline.pipeline import pruned_model, rate_streamed, whole_masks
+from pho_service.pipeline.work import Work
 from pho_service.pipeline.writing import written_by
 from pho_service.progress import Advance, Progress
-from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import model_sparsity, pack, pruned, unpack
 from pho_service.pruning.perplexity import (
     DenseReference,
@@ -147,20 +146,8 @@ def rate_pruned(
     return result, model_sparsity(model.linears, sparsity)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """A dense model with all that it takes to prune it with a candidate and measure the result."""
-
-    model: LanguageModel  # Dense; it is given back dense
-    bundle: ProxyBundle  # Bundle of the model
-    text: ReportText  # To measure on
-    calibration: Tensor | None = None  # Windows for candidates whose steps need a text
-    # Where the trained blocks of the winner are kept for what prunes the model later.
-    blocks: Callable[[Candidate], KeptBlocks | None] = lambda _: None
-
-
 def measure(
-    subject: Subject,
+    work: Work,
     candidate: Candidate | None,
     advance: Advance = lambda _: None,
     *,
@@ -169,33 +156,33 @@ def measure(
 ) -> Measured:
     """Prune with a candidate, measure the perplexity, let it write, and put the weights back."""
     started = time.monotonic()
-    windows = subject.text.windows
+    windows = work.text.windows
     said: dict[str, Any] = {}
     if candidate is None:
-        rating, sparsity = measure_perplexity(subject.model, windows, advance=advance), 0.0
+        rating, sparsity = measure_perplexity(work.model, windows, advance=advance), 0.0
     elif known:
         rest = [number for number in range(len(windows)) if number not in known]
-        glance = Glances(subject, advance)(candidate, rest)
+        glance = Glances(work, advance)(candidate, rest)
         losses = {**known, **glance.losses}
         ordered = [losses[number] for number in range(len(windows))]
         rating, sparsity = perplexity_of(ordered, windows.shape[1] - 1), glance.sparsity
     else:
         rating, sparsity = rate_pruned(
-            subject.model,
-            subject.bundle.statistics(),
+            work.model,
+            work.bundle.statistics(),
             candidate,
             windows,
             advance,
-            calibration=subject.calibration,
-            then=lambda: said.update(written_by(subject.model, windows) if writes else {}),
+            calibration=work.calibration,
+            then=lambda: said.update(written_by(work.model, windows) if writes else {}),
         )
     return Measured(
         perplexity=rating.perplexity,
         sparsity=sparsity,
         seconds=round(time.monotonic() - started, 3),
-        measured_on=subject.text.measured_on(),
+        measured_on=work.text.measured_on(),
         losses=[*rating.losses],
-        text_sha256=subject.text.key,
+        text_sha256=work.text.key,
         **said,
     )
 
@@ -226,9 +213,9 @@ class Glances:
     # measured before the first of them, once.
 
     def __init__(
-        self, subject: Subject, advance: Advance = lambda _: None, compared: Sequence[int] = ()
+        self, work: Work, advance: Advance = lambda _: None, compared: Sequence[int] = ()
     ) -> None:
-        self._subject = subject
+        self._work = work
         self._advance = advance
         self._compared = list(compared)
         self._glances: Counter[str] = Counter()  # by candidate
@@ -236,8 +223,8 @@ class Glances:
 
     @cached_property
     def _reference(self) -> DenseReference:
-        windows = self._subject.text.windows[self._compared]
-        return dense_reference(self._subject.model.model, windows)
+        windows = self._work.text.windows[self._compared]
+        return dense_reference(self._work.model.model, windows)
 
     def __call__(self, candidate: Candidate, numbers: Sequence[int]) -> Glance:
         """Prune with a candidate, measure, and put the weights back."""
@@ -245,14 +232,14 @@ class Glances:
             raise InvalidInput("a candidate whose steps need a text is measured as a whole.")
         compares = bool(self._compared) and list(numbers[: len(self._compared)]) == self._compared
         reference = self._reference if compares else None  # of the dense model: first
-        subject, losses, divergence = self._subject, {}, 0.0
+        work, losses, divergence = self._work, {}, 0.0
         with (
-            pruned(subject.model.linears, self._masks(candidate)) as shares,
+            pruned(work.model.linears, self._masks(candidate)) as shares,
             torch.inference_mode(),
         ):
             self._advance(0)
-            windows = subject.text.windows[list(numbers)]
-            for place, logits in enumerate(window_logits(subject.model.model, windows)):
+            windows = work.text.windows[list(numbers)]
+            for place, logits in enumerate(window_logits(work.model.model, windows)):
                 losses[numbers[place]] = block_losses(logits, windows[place])
                 require_finite_loss(sum(losses[numbers[place]]))
                 if reference is not None and place < len(self._compared):
@@ -263,7 +250,7 @@ class Glances:
             divergence=None
             if reference is None
             else require_finite_loss(divergence / reference.predictions),
-            sparsity=model_sparsity(subject.model.linears, shares),
+            sparsity=model_sparsity(work.model.linears, shares),
         )
 
     def _masks(self, candidate: Candidate) -> Iterator[tuple[str, Tensor]]:
@@ -271,15 +258,15 @@ class Glances:
         # Most candidates are dropped before, so few masks are kept: a bit a weight, in main memory.
         key = json.dumps(candidate.to_dict(), sort_keys=True)
         self._glances[key] += 1
-        linears, packed = self._subject.model.linears, self._packed.get(key)
+        linears, packed = self._work.model.linears, self._packed.get(key)
         if packed is not None:
             for name, bits in packed.items():
                 weight = linears[name].weight
                 yield name, unpack(bits, tuple(weight.shape)).to(weight.device)
             return
         packed = {}
-        subject = self._subject
-        for name, mask in whole_masks(subject.model, subject.bundle.statistics(), candidate):
+        work = self._work
+        for name, mask in whole_masks(work.model, work.bundle.statistics(), candidate):
             if self._glances[key] > 1:
                 packed[name] = pack(mask.keep)
             yield name, mask.keep

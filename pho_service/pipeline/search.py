@@ -10,10 +10,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import optuna
-from torch import Tensor
 
 from pho_service.errors import BundleError, InvalidInput, NumericalError, StudyError, field_name
 from pho_service.pipeline.objectives import (
@@ -25,6 +24,7 @@ from pho_service.pipeline.objectives import (
     rated_on,
     with_each_model,
 )
+from pho_service.pipeline.work import Work
 from pho_service.progress import Advance, Run
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.baselines import reference_methods
@@ -49,12 +49,6 @@ from storage.studies import (
     quiet_optuna,
     record_of,
 )
-
-if TYPE_CHECKING:
-    from pho_service.models.loading import LanguageModel
-    from pho_service.models.scratch import KeptBlocks
-    from pho_service.pipeline.rating import ReportText, Subject
-
 
 # A job is a function that is run from the top: what its journal holds is not done again.
 T = TypeVar("T")
@@ -223,37 +217,30 @@ def with_perplexities(
 
 # Brings a study to the trials of its plan; whether its time was up before.
 IslandSearch = Callable[[optuna.Study, SearchPlan, Evaluate], bool]
-Bundles = ProxyBundle | Mapping[str, ProxyBundle]  # of one model; or of several, by their names
 
 
 def search_job(
     request: SearchRequest,
-    bundles: Bundles,
+    work: Work,
     *,
     study: optuna.Study | None = None,
-    model: "LanguageModel | None" = None,
-    confirm_text: "ReportText | None" = None,
-    calibration: Tensor | None = None,
     callbacks: Sequence[Callback] = (),
     search: "IslandSearch | None" = None,
-    blocks: "Callable[[Candidate], KeptBlocks | None]" = lambda _: None,
     run: Run = Run(),
 ) -> SearchResult:
     """Search, confirm, and say how good what was found is; goes on with what the study holds."""
     # On several bundles, a candidate's value is the mean, or the worst, over the models of its
     # proxy relative to RIA's on the same model: below 1 it is better. Nothing is confirmed then.
-    named = by_name(bundles)
-    plan = search_plan(request, named)
-    if request.validation is not None and (model is None or confirm_text is None):
+    plan = search_plan(request, work.bundles)
+    if request.validation is not None and not work.measures:
         raise InvalidInput(
             "the proxy is validated by perplexities, which need the model and a text: give a model "
             f"instead of a bundle, and {field_name('confirm/text')}; or leave "
             f"{field_name('validation/candidates')} out."
         )
-    if model is not None:
-        only_one(named, "a model").check_model(model.linears)
-    origin = origin_of([bundle.origin for bundle in named.values()])
-    record = study or memory_study(request, bundles, confirm_text)
+    if work.dense is not None:
+        work.bundle.check_model(work.dense.linears)
+    record = study or memory_study(request, work)
 
     def at_once(study: optuna.Study, plan: SearchPlan, rate: Evaluate) -> bool:
         with run.progress(f"Searching ({request.objective.label})", plan.trials) as advance:
@@ -261,15 +248,13 @@ def search_job(
         return False
 
     return conduct(
-        Asked(requests=[request], plans=[plan], origin=origin),
-        SearchInputs(
-            bundles=lambda: named,
-            model=lambda: model,
-            text=lambda: confirm_text,
-            calibration=lambda: calibration,
-            study=lambda _: record,
-            blocks=blocks,
+        IslandsAsked(
+            requests=[request],
+            plans=[plan],
+            studies=lambda _: record,
+            origin=origin_of([bundle.origin for bundle in work.bundles.values()]),
         ),
+        work,
         Journal(run),
         search or at_once,
         lambda result: result,
@@ -278,42 +263,26 @@ def search_job(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What a search is to do."""
+class IslandsAsked:
+    """What each island of a search is to do, and its record."""
 
     requests: Sequence[SearchRequest]
     plans: Sequence[SearchPlan]
+    studies: Callable[[int], optuna.Study]  # The record of an island
     origin: Mapping[str, Any]  # Where what is searched comes from, see :func:`origin_of`
     timeout_s: float | None = None  # Time limit of each island
 
 
-@dataclass(frozen=True, kw_only=True)
-class SearchInputs:
-    """What a search works on; each is opened when it is asked for."""
-
-    # The bundles of all models, by name. model, text: The model, and what perplexities are measured
-    # on; None if none are to be.
-    bundles: Callable[[], Mapping[str, ProxyBundle]]
-    model: "Callable[[], LanguageModel | None]"
-    text: "Callable[[], ReportText | None]"
-    calibration: Callable[[], Tensor | None]  # The windows that the bundle was made of
-    study: Callable[[int], optuna.Study]  # The record of an island
-    # Refuses files that have changed meanwhile; gives the hash of the weights, if known.
-    check: Callable[[], str | None] = lambda: None
-    # Where the trained blocks of the winner are kept, if something prunes the model later.
-    blocks: "Callable[[Candidate], KeptBlocks | None]" = lambda _: None
-
-
 def conduct(
-    asked: Asked,
-    inputs: SearchInputs,
+    asked: IslandsAsked,
+    work: Work,
     journal: Journal,
     search: IslandSearch,
     finished: Callable[[SearchResult], T],
     kind: type[T],
 ) -> T:
     """The way of every search: on the command line, in Python, and in a service."""
-    steps = _Steps(asked, inputs, search)
+    steps = _Steps(asked, work, search)
     islands = [Piece(number=number) for number in range(len(asked.plans))]
     searched = journal.each("search", islands, steps.search, Searched)
     validated = journal.each(
@@ -338,48 +307,29 @@ def _piece(wanted: PerplexityRequest) -> Piece:
 class _Steps:
     """The pieces of a search."""
 
-    def __init__(
-        self,
-        asked: Asked,
-        inputs: SearchInputs,
-        search: IslandSearch,
-    ) -> None:
-        self._asked, self._inputs, self._search = asked, inputs, search
+    def __init__(self, asked: IslandsAsked, work: Work, search: IslandSearch) -> None:
+        self._asked, self._work, self._search = asked, work, search
         self._request, self._plan = asked.requests[0], asked.plans[0]
         self._by_perplexity = self._request.objective.name == "perplexity"
 
     @cached_property
     def _islands(self) -> Islands:
         plans = self._asked.plans
-        return Islands([self._inputs.study(number) for number in range(len(plans))], plans)
+        return Islands([self._asked.studies(number) for number in range(len(plans))], plans)
 
     @cached_property
-    def _subject(self) -> "Subject | None":
+    def _measured(self) -> Work | None:
         """What perplexities are measured of; None if none are to be."""
-        text = self._inputs.text()
-        model = None if text is None else self._inputs.model()
-        if text is None or model is None:
-            return None
-        from pho_service.pipeline.rating import Subject  # loads transformers
-
-        bundle = only_one(self._inputs.bundles(), "a model")
-        calibration = self._inputs.calibration()
-        blocks = self._inputs.blocks
-        return Subject(
-            model=model, bundle=bundle, text=text, calibration=calibration, blocks=blocks
-        )
+        return self._work.opened() if self._work.measures else None
 
     def search(self, piece: Piece, run: Run) -> Searched:
         """Search on one island, or go on with it."""
         request, plan = self._asked.requests[piece.number], self._asked.plans[piece.number]
-        inputs, study = self._inputs, self._inputs.study(piece.number)
-        bundles = inputs.bundles()
-        model = text = calibration = None
+        study, bundles = self._asked.studies(piece.number), self._work.bundles
+        rated = Work(bundles=bundles)  # no model is read for a proxy
         if self._by_perplexity or isinstance(request.objective, OwnObjective):
-            model, text, calibration = inputs.model(), inputs.text(), inputs.calibration()
-        rate = objective_function(
-            request.objective, plan, bundles, model, text, run.device, calibration
-        )
+            rated = self._work.opened()
+        rate = objective_function(request.objective, plan, rated, run.device)
         check_study(study, bundles.values())
         describe_study(study, request, plan, self._asked.origin)
         rows = [bundle.rows_sha256 for bundle in bundles.values()]
@@ -387,7 +337,7 @@ class _Steps:
         known = KnownRatings(study, request, plan, [key, *rows])
         out_of_time = self._search(study, plan, known.before(rate))
         if self._by_perplexity:
-            inputs.check()
+            self._work.check()
         return Searched(
             trials=len(searched(study, plan)), out_of_time=out_of_time, rated_before=known.taken
         )
@@ -407,9 +357,9 @@ class _Steps:
         from pho_service.pipeline.confirmation import known_losses, named
         from pho_service.pipeline.rating import measure
 
-        subject, trial = self._subject, piece.about.get("trial")
-        assert subject is not None  # else none is wanted
-        given, text = piece.about["candidate"], subject.text
+        work, trial = self._measured, piece.about.get("trial")
+        assert work is not None  # else none is wanted
+        given, text = piece.about["candidate"], work.text
         candidate = given and Candidate.from_dict(given, self._plan.pattern)
         # Each of these may win, and pruning it again only to write would take as long once more.
         writes = piece.number < VALIDATION and candidate.steps.needs_text
@@ -422,7 +372,7 @@ class _Steps:
                 advance(len(known))
                 try:
                     with named(candidate) if candidate else nullcontext():
-                        found = measure(subject, candidate, advance, known=known, writes=writes)
+                        found = measure(work, candidate, advance, known=known, writes=writes)
                 except NumericalError as error:
                     if candidate is None or piece.number < REFERENCE_NUMBERS:
                         raise
@@ -432,7 +382,7 @@ class _Steps:
                         "failure": f"The result is not compared with {name}, which has no "
                         f"perplexity here: {error}",
                     }
-            self._inputs.check()  # before it is kept
+            self._work.check()  # before it is kept
             names = ("perplexity", "sparsity", "seconds", "losses", "written")
             return {name: getattr(found, name) for name in names}
 
@@ -440,7 +390,7 @@ class _Steps:
         names = [each.name for each in fields(Measured) if each.name in stored]
         return Measured(
             **{"measured_on": text.measured_on(), **{name: stored[name] for name in names}},
-            weights_sha256=self._inputs.check(),
+            weights_sha256=self._work.check(),
         )
 
     def _record(self, number: int) -> tuple[optuna.Study, str, tuple[int, str] | None]:
@@ -459,7 +409,7 @@ class _Steps:
         """Choose whose perplexities are measured."""
         islands, request = self._islands, self._request
         rated = islands.ranked()
-        if self._inputs.text() is None or self._subject is None:
+        if self._measured is None:
             return Chosen()
         count, doubt, validation = request.finalists, None, None
         if request.validation is not None:
@@ -473,9 +423,9 @@ class _Steps:
             return Chosen(wanted=wanted, validation=validation, doubt=doubt)
         from pho_service.pipeline.confirmation import choose_finalists  # loads transformers
 
-        raced = choose_finalists(islands, rated, count, self._subject, run)
+        raced = choose_finalists(islands, rated, count, self._measured, run)
         if raced.divergences.by_number:
-            self._inputs.check()
+            self._work.check()
         finalists = [
             PerplexityRequest(
                 number=each.number, candidate=each.candidate.to_dict(), trial=each.number
@@ -499,7 +449,7 @@ class _Steps:
         """How well each proxy ranks the random candidates."""
         from pho_service.pipeline.confirmation import rate_by_all_proxies  # loads transformers
 
-        bundle = only_one(self._inputs.bundles(), "a validation")
+        bundle = only_one(self._work.bundles, "a validation")
         perplexities = [float(each.perplexity or math.nan) for each in validated]
         candidates = planned_candidates(self._plan, asked)
         proxies = rate_by_all_proxies(bundle, candidates, device=run.device)
@@ -595,8 +545,8 @@ class _Steps:
         self, found: Sequence[RatedCandidate], chosen: Chosen, own: Mapping[int, Measured]
     ) -> tuple[dict[int, float], dict[str, Any]]:
         """The perplexities that decide, by trial, and what they were measured on."""
-        text = self._inputs.text() if self._by_perplexity else None
-        if text is not None:
+        if self._by_perplexity:
+            text = self._work.text
             return {each.number: each.value for each in found}, text.measured_on()
         values = {number: own[number] for number in chosen.finalists}
         on = next((value.measured_on for value in values.values()), {})
@@ -639,8 +589,8 @@ class _Steps:
         self, result: SearchResult, written: Sequence[str], run: Run
     ) -> SearchResult:
         """With what orders that fold cost it, reconstructed if that is better, and writing."""
-        steps, study, subject = self._request.steps, self._islands.studies[0], self._subject
-        if subject is None and not steps.reconstruction.wanted:
+        steps, study, work = self._request.steps, self._islands.studies[0], self._measured
+        if work is None and not steps.reconstruction.wanted:
             return result
         from pho_service.pipeline.confirmation import (
             priced,  # loads transformers
@@ -648,26 +598,21 @@ class _Steps:
             with_continuations,
         )
 
-        if subject is not None:
-            result = priced(result, study, subject, run)
+        if work is not None:
+            result = priced(result, study, work, run)
         if steps.reconstruction.wanted:
-            result = reconstruct_winner(result, steps.reconstruction, study, subject, run)
-        if subject is not None:
-            result = with_continuations(result, written, study, subject, run)
-            self._inputs.check()
+            result = reconstruct_winner(result, steps.reconstruction, study, work, run)
+        if work is not None:
+            result = with_continuations(result, written, study, work, run)
+            self._work.check()
         return result
 
 
 @contextmanager
-def opened_study(
-    url: str,
-    request: SearchRequest,
-    bundles: Bundles,
-    confirm_text: "ReportText | None" = None,
-) -> Iterator[optuna.Study]:
+def opened_study(url: str, request: SearchRequest, work: Work) -> Iterator[optuna.Study]:
     """Open the study of a search in a database, with what the storage says turned into ours."""
     # Its name says what is searched: the same request on the same bundles finds it again.
-    name = name_of_study(request, bundles, confirm_text)
+    name = name_of_study(request, work)
     try:
         with open_storage(url) as storage:
             yield open_study(storage, name, direction=request.objective.direction)
@@ -675,28 +620,17 @@ def opened_study(
         raise StudyError(f"{field_name('study', url)}: {error}") from error
 
 
-def memory_study(
-    request: SearchRequest, bundles: Bundles, confirm_text: "ReportText | None" = None
-) -> optuna.Study:
+def memory_study(request: SearchRequest, work: Work) -> optuna.Study:
     """Make a new study in memory, with the name that :func:`opened_study` would give it."""
-    name = name_of_study(request, bundles, confirm_text)
+    name = name_of_study(request, work)
     with quiet_optuna():
         return optuna.create_study(study_name=name, direction=request.objective.direction)
 
 
-def name_of_study(
-    request: SearchRequest, bundles: Bundles, confirm_text: "ReportText | None"
-) -> str:
-    named = by_name(bundles)
-    origin = origin_of([bundle.origin for bundle in named.values()])
-    plan = search_plan(request, named)
-    return study_name(request, plan, origin, rated_on(request, confirm_text))
-
-
-def by_name(bundles: Bundles) -> Mapping[str, ProxyBundle]:
-    if isinstance(bundles, Mapping):
-        return bundles
-    return {str(bundles.provenance.get("model", {}).get("name", "model")): bundles}
+def name_of_study(request: SearchRequest, work: Work) -> str:
+    origin = origin_of([bundle.origin for bundle in work.bundles.values()])
+    plan = search_plan(request, work.bundles)
+    return study_name(request, plan, origin, rated_on(request, work.confirm))
 
 
 def search_plan(request: SearchRequest, bundles: Mapping[str, ProxyBundle]) -> SearchPlan:

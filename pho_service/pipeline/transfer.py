@@ -6,12 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 
 from pho_service.errors import ConfigurationError, InvalidInput
 from pho_service.host.machine import versions
-from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.objectives import mask_proxy
 from pho_service.pipeline.search import opened_study, search_job
+from pho_service.pipeline.work import Work
 from pho_service.progress import Run
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
@@ -69,23 +70,21 @@ def _beside(configuration: Configuration) -> dict[str, Candidate]:
     return {**methods, "transferred": candidate}
 
 
-def transfer_key(
-    target: Calibrated, configuration: Configuration, search: SearchRequest | None
-) -> str:
+def transfer_key(work: Work, configuration: Configuration, search: SearchRequest | None) -> str:
     """Names everything that the numbers of a transfer depend on."""
     candidate = configuration.candidate()
     own = None
     if search is not None:
-        plan = search.plan(target.bundle.kernel_sizes)
+        plan = search.plan(work.bundle.kernel_sizes)
         own = [
             plan.sampler_name, plan.trials, *plan.identity().values(), search.finalists,
             search.objective.label, *([plan.in_full] if plan.in_full else []),
-            plan.space.to_dict(), None if target.confirm is None else target.confirm.key,
+            plan.space.to_dict(), None if work.confirm is None else work.confirm.key,
         ]  # fmt: skip
     identity = [
         candidate.coefficients.to_dict(), candidate.steps.to_dict(), str(candidate.pattern),
-        candidate.pattern.scope.value, target.bundle.key,
-        None if target.report is None else target.report.key, own,
+        candidate.pattern.scope.value, work.bundle.key,
+        None if work.report is None else work.report.key, own,
         versions("torch", "transformers"),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
@@ -114,7 +113,8 @@ def proxy_sentence(name: str, proxies: Mapping[str, float | None]) -> str:
 
 
 def transfer_job(
-    target: Calibrated,
+    name: str,
+    work: Work,
     configuration: Configuration,
     *,
     search: SearchRequest | None = None,
@@ -123,52 +123,33 @@ def transfer_job(
 ) -> Transfer:
     """Rate a configuration on another model, beside Wanda, RIA and the model's own best."""
     candidates = _beside(configuration)
-    proxies = proxies_of(target.bundle, configuration, run.device)  # refuses what the bundle lacks
+    proxies = proxies_of(work.bundle, configuration, run.device)  # refuses what the bundle lacks
     own = None
     if search is not None:
-        opened = (
-            nullcontext()
-            if study_url is None
-            else opened_study(study_url, search, target.bundle, target.confirm)
-        )
+        opened = nullcontext() if study_url is None else opened_study(study_url, search, work)
         with opened as study:
-            own = search_job(
-                search,
-                target.bundle,
-                study=study,
-                model=target.model,
-                confirm_text=target.confirm,
-                calibration=target.calibration,
-                run=run,
-            ).configuration
+            searched = replace(work, cache_dir=None)  # no trained blocks are kept
+            own = search_job(search, searched, study=study, run=run).configuration
         candidates["own"] = own.candidate()
-        evaluator = ProxyEvaluator(target.bundle, run.device)
+        evaluator = ProxyEvaluator(work.bundle, run.device)
         proxies["own"] = mask_proxy(evaluator, candidates["own"], Objective())
     perplexities, errors = {}, {}
-    if target.model is not None and target.report is not None:
+    if work.dense is not None and work.report is not None:
         from pho_service.pipeline.compare import compare_candidates  # loads transformers
 
-        rows = compare_candidates(
-            target.model,
-            target.bundle,
-            target.report,
-            list(candidates.items()),
-            calibration=target.calibration,
-            beside="ria",
-            run=run,
-        )
+        rows = compare_candidates(work, list(candidates.items()), beside="ria", run=run)
         perplexities = {row.method: row.perplexity for row in rows}
         errors = {row.method: row.error for row in rows if row.error is not None}
         behind = {row.method: row.behind for row in rows if row.behind is not None}
         if "transferred" in behind:
             errors["transferred/ria"] = behind["transferred"]
     return Transfer(
-        target=target.name,
-        key=transfer_key(target, configuration, search),
+        target=name,
+        key=transfer_key(work, configuration, search),
         perplexities=perplexities,
         errors=errors,
         proxies=proxies,
         own=None if own is None else own.model_dump(mode="json"),
-        model=target.bundle.provenance.get("model", {}),
-        report=None if target.report is None else target.report.measured_on(),
+        model=work.bundle.provenance.get("model", {}),
+        report=None if work.report is None else work.report.measured_on(),
     ).judged()

@@ -87,6 +87,11 @@ class ProxyBundle:
         return str(self.provenance.get("key") or self.contents_sha256)
 
     @property
+    def model_name(self) -> str:
+        """What the model is called that it was made of."""
+        return str(self.provenance.get("model", {}).get("name", "model"))
+
+    @property
     def origin(self) -> dict[str, Any]:
         """The provenance, with the key in any case."""
         return {**self.provenance, "key": self.key}

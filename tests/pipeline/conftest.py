@@ -13,6 +13,7 @@ from pho_service.models.loading import load_model
 from pho_service.models.texts import read_windows
 from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.search import name_of_study, search_job
+from pho_service.pipeline.work import Work
 from pho_service.spec.calibration import CalibrationSettings
 from storage.studies import open_study
 
@@ -111,9 +112,9 @@ def report(model, read_report):
 
 
 @pytest.fixture
-def confirming(model, report):
-    """What a search takes that confirms by perplexity."""
-    return {"model": model, "confirm_text": report}
+def confirming(bundle, model, report):
+    """A model, its bundle and a text, for a search that confirms by perplexity."""
+    return Work.of(bundle, model=model, confirm=report)
 
 
 @pytest.fixture
@@ -125,9 +126,10 @@ def studies():
 def searched(studies):
     """Searches that go on with what ``studies`` has of them, or another record."""
 
-    def search(request, bundles, *, storage=studies, **options):
-        name = name_of_study(request, bundles, options.get("confirm_text"))
-        study = open_study(storage, name, direction=request.objective.direction)
-        return search_job(request, bundles, study=study, **options)
+    def search(request, work, *, storage=studies, **options):
+        study = open_study(
+            storage, name_of_study(request, work), direction=request.objective.direction
+        )
+        return search_job(request, work, study=study, **options)
 
     return search

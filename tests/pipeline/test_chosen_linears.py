@@ -13,12 +13,12 @@ from pho_service.pipeline import bench
 from pho_service.pipeline.bench import convert_
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.compare import ComparisonRequest, compare_over_seeds
-from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.pipeline import prune_model
 from pho_service.pipeline.prune import orders_in_words, prune_job
 from pho_service.pipeline.rating import rate_pruned
 from pho_service.pipeline.search import search_job
 from pho_service.pipeline.transfer import transfer_job
+from pho_service.pipeline.work import Work
 from pho_service.pruning.masks import broken_groups
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.baselines import reference_methods
@@ -80,10 +80,10 @@ OF_SOME = SearchRequest(
 def test_a_searchs_configuration_says_which_linears_a_pruned_folder_of_it_passes_its_checks(
     bundle, confirming, original, tmp_path
 ):
-    model, report = confirming.values()
-    found = search_job(OF_SOME, bundle, **confirming).configuration
+    model, report = confirming.model, confirming.text
+    found = search_job(OF_SOME, confirming).configuration
     request = ComparisonRequest(pattern=Pattern.parse("2:4"), configurations=[("found", found)])
-    given = Calibrated(bundle=bundle)
+    given = Work.of(bundle=bundle)
     rows = compare_over_seeds(model, report, request, {0: lambda: given}).rows
     pruned = prune_job(model, bundle, found, tmp_path / "out")
     recipe = read_recipe(tmp_path / "out")
@@ -102,8 +102,8 @@ def test_a_searchs_configuration_says_which_linears_a_pruned_folder_of_it_passes
 
 
 def test_two_searches_of_different_linears_have_studies_of_their_own(bundle):
-    some = search_job(OF_SOME, bundle)
-    whole = search_job(replace(OF_SOME, steps=Steps(permutation="score")), bundle)
+    some = search_job(OF_SOME, Work.of(bundle))
+    whole = search_job(replace(OF_SOME, steps=Steps(permutation="score")), Work.of(bundle))
 
     assert some.study_name != whole.study_name
     assert some.configuration.objective["value"] < whole.configuration.objective["value"]
@@ -111,23 +111,23 @@ def test_two_searches_of_different_linears_have_studies_of_their_own(bundle):
 
 def test_transferred(bundle):
     """Patterns are looked up anew on each model; one that matches nothing there names it."""
-    found = search_job(OF_SOME, bundle).configuration
+    found = search_job(OF_SOME, Work.of(bundle)).configuration
     other = replace(
         bundle,
         layers=[replace(la, name=la.name.replace("o_proj", "dense")) for la in bundle.layers],
         provenance={"model": {"name": "other/model"}, "key": "other"},
     )
-    transfer = transfer_job(Calibrated(name="same", bundle=bundle), found)
+    transfer = transfer_job("same", Work.of(bundle), found)
 
     assert transfer.proxies["transferred"] == found.objective["value"]
     with pytest.raises(InvalidInput, match=r"'\*\.o_proj' matches none of the 14 .* other/model"):
-        transfer_job(Calibrated(name="other", bundle=other), found)
+        transfer_job("other", Work.of(other), found)
 
 
 def test_over_models(bundle):
     """Over several models RIA, which all is relative to, prunes what the candidates prune."""
     joint = replace(OF_SOME, objective=Objective(over="mean"))
-    found = search_job(joint, {"one": bundle, "two": bundle}).configuration
+    found = search_job(joint, Work(bundles={"one": bundle, "two": bundle})).configuration
     linears = found.candidate().steps.linears
     ria = reference_methods(Pattern.parse("2:4"), linears)["ria"]
     mine, its = ProxyEvaluator(bundle).evaluate([found.candidate(), ria])
@@ -177,14 +177,14 @@ def test_foldable(model, streamed):
 
 def test_price(searched, bundle, confirming):
     """A search says what its result would be with every order free, as measured so."""
-    model, report = confirming.values()
+    model, report = confirming.model, confirming.text
     request = SearchRequest(
         pattern=Pattern.parse("2:4"),
         steps=Steps(permutation="score", deployable=True),
         trials=8,
         finalists=1,
     )
-    first, second = (searched(request, bundle, **confirming) for _ in range(2))
+    first, second = (searched(request, confirming) for _ in range(2))
     found = first.configuration
     free = replace(found.candidate(), steps=replace(found.steps, deployable=False))
     measured, _ = rate_pruned(model, bundle.statistics(), free, report.windows, calibration=None)

@@ -7,8 +7,9 @@ import pytest
 
 from pho_service.errors import InvalidInput, NumericalError
 from pho_service.pipeline import confirmation, search
-from pho_service.pipeline.rating import Subject, measure, rate_pruned
+from pho_service.pipeline.rating import measure, rate_pruned
 from pho_service.pipeline.search import search_job
+from pho_service.pipeline.work import Work
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.steps import Steps
@@ -58,8 +59,8 @@ def runs(model):
 def test_race(bundle, confirming, runs, monkeypatch):
     """The winner has its perplexity of the whole text, and what that took is counted."""
     monkeypatch.setattr(search._Steps, "_judges", lambda *_: [])  # is not counted
-    model, report = confirming.values()
-    found = search_job(request_of(finalists=3), bundle, **confirming).configuration
+    model, report = confirming.model, confirming.text
+    found = search_job(request_of(finalists=3), confirming).configuration
     spent = sum(runs)
     confirmed = found.confirmation
     rated = [each for each in found.finalists if each.perplexity is not None]
@@ -76,17 +77,17 @@ def test_race(bundle, confirming, runs, monkeypatch):
 
 @pytest.mark.parametrize(("pattern", "given"), [("0.5", None), ("2:4", 2)])
 def test_where_pruning_takes_a_text_finalists_race_on_their_masks_and_few_are_pruned_in_full(
-    pattern, given, bundle, confirming, windows, monkeypatch
+    pattern, given, confirming, windows, monkeypatch
 ):
     monkeypatch.setattr(confirmation, "still_racing", lambda losses, *_, **__: [*losses])
     asked = request_of(
         pattern=Pattern.parse(pattern), finalists=4, in_full=given, steps=Steps(update="obs")
     )
-    options = {**confirming, "calibration": windows}
-    found = search_job(asked, bundle, **options).configuration
+    work = replace(confirming, calibration=windows)
+    found = search_job(asked, work).configuration
     in_full = [each for each in found.finalists if each.perplexity is not None]
     compared = [each for each in found.finalists if each.divergence is not None]
-    everybody = search_job(replace(asked, in_full=9), bundle, **options).configuration
+    everybody = search_job(replace(asked, in_full=9), work).configuration
     spent = found.confirmation.evaluations
 
     assert (len(in_full), len(compared)) == (2, 4)
@@ -98,21 +99,19 @@ def test_where_pruning_takes_a_text_finalists_race_on_their_masks_and_few_are_pr
 
 def test_masks_of_a_streamed_model_are_compared_on_all_windows(bundle, streamed, report, windows):
     asked = request_of(finalists=3, steps=Steps(update="obs"))
+    work = Work.of(bundle, streamed, report, windows)
     for given, count in ((None, 2), (1, 1)):
-        found = search_job(
-            replace(asked, in_full=given), bundle,
-            model=streamed, confirm_text=report, calibration=windows,
-        ).configuration  # fmt: skip
+        found = search_job(replace(asked, in_full=given), work).configuration
 
         assert len([each for each in found.finalists if each.perplexity is not None]) == count
         assert found.confirmation.evaluations == 3 + count
 
 
 @pytest.mark.usefixtures("eager")
-def test_interrupted(bundle, confirming, runs, searched):
+def test_interrupted(confirming, runs, searched):
     """Interrupted anywhere in the race, a search goes on and ends with the same bytes."""
-    model = confirming["model"]
-    whole = search_job(request_of(finalists=2), bundle, **confirming).configuration
+    model = confirming.model
+    whole = search_job(request_of(finalists=2), confirming).configuration
     windows = sum(runs)
     runs.clear()
 
@@ -124,17 +123,17 @@ def test_interrupted(bundle, confirming, runs, searched):
     hook = model.model.register_forward_pre_hook(stop)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            searched(request_of(finalists=2), bundle, **confirming)
-    resumed = searched(request_of(finalists=2), bundle, **confirming).configuration
+            searched(request_of(finalists=2), confirming)
+    resumed = searched(request_of(finalists=2), confirming).configuration
     hook.remove()
 
     assert resumed == whole
     assert sum(runs) < windows + 2 * (3 + 3)  # what the race has measured is not measured again
 
 
-def test_another_seed_looks_at_other_windows_first_the_same_one_at_the_same(bundle, confirming):
+def test_another_seed_looks_at_other_windows_first_the_same_one_at_the_same(confirming):
     rated = [
-        search_job(request_of(seed=seed, trials=9), bundle, **confirming).configuration.finalists
+        search_job(request_of(seed=seed, trials=9), confirming).configuration.finalists
         for seed in (0, 0, 1)
     ]
     wanda = [next(c.divergence for c in each if c.method == "wanda") for each in rated]
@@ -144,7 +143,7 @@ def test_another_seed_looks_at_other_windows_first_the_same_one_at_the_same(bund
 
 
 def test_a_window_whose_loss_is_nan_ends_the_search_and_the_error_says_of_which_candidate(
-    bundle, confirming
+    confirming,
 ):
     seen = []
 
@@ -154,9 +153,9 @@ def test_a_window_whose_loss_is_nan_ends_the_search_and_the_error_says_of_which_
             output.logits[:] = float("nan")
         return output
 
-    confirming["model"].model.register_forward_hook(spoil)
+    confirming.model.model.register_forward_hook(spoil)
     with pytest.raises(NumericalError, match="NaN or infinite") as told:
-        search_job(request_of(finalists=2), bundle, **confirming)
+        search_job(request_of(finalists=2), confirming)
 
     assert {"method", "coefficients"} <= told.value.candidate.keys()
 
@@ -165,7 +164,7 @@ def test_windows_that_are_known_are_not_run_again_and_count_in_the_order_of_the_
     bundle, model, report, runs
 ):
     candidate = reference_methods(Pattern.parse("0.5"))["wanda"]
-    subject = Subject(model=model, bundle=bundle, text=report)
+    subject = Work.of(bundle, model, report)
     whole = measure(subject, candidate)
     losses = {number: [float(number), 2.0] for number in range(WINDOWS - 1)}
     runs.clear()

@@ -18,18 +18,17 @@ from pho_service.pipeline.compare import (
     mean_rows,
 )
 from pho_service.pipeline.confirmation import validate_job
-from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.pipeline import prune_model
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.rating import (
     Glances,
     RecoveryText,
     ReportText,
-    Subject,
     compared_count,
     rate_by_perplexity,
     rate_pruned,
 )
+from pho_service.pipeline.work import Work
 from pho_service.pruning.masks import linear_masks, pruned
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.spec.baselines import OWL_AT_NM, comparison_baselines, named_baselines
@@ -67,7 +66,7 @@ def compared_on(
 ):
     """The rows of a comparison on one calibration."""
     request = ComparisonRequest(pattern=pattern, configurations=configurations, **asked)
-    given = Calibrated(bundle=bundle, model=model, calibration=calibration)
+    given = Work.of(bundle=bundle, model=model, calibration=calibration)
     return compare_over_seeds(model, report, request, {0: lambda: given}, text=text, also=also).rows
 
 
@@ -117,7 +116,7 @@ def test_glance(model, bundle, report):
     before = bits(model)
     candidate = comparison_baselines(Pattern.parse("0.5", "layer"))[1]
     statistics = bundle.statistics()
-    glances = Glances(Subject(model=model, bundle=bundle, text=report), compared=[0])
+    glances = Glances(Work.of(bundle, model, report), compared=[0])
     value = glances(candidate, [0]).divergence
     after = bits(model)
     with torch.no_grad():
@@ -190,7 +189,7 @@ def test_validate(model, bundle, report):
     pattern = Pattern.parse("2:4")
     plan = SearchRequest(pattern=pattern).plan(bundle.kernel_sizes)
     asked = ValidationSpec(candidates=8, seed=2)
-    result = validate_job(model, bundle, report, plan, asked)
+    result = validate_job(Work.of(bundle, model, report), plan, asked)
     first, _ = rate_pruned(model, bundle.statistics(), result.candidates[0], report.windows)
 
     assert len(result.candidates) == len(result.perplexity) == 8
@@ -256,7 +255,7 @@ def drawn(model, texts):
             text = calibration_text(model, TextSource(path=str(texts["calibration"])), settings)
             confirm = ReportText(windows=text.held_out[:2], record=text.record)
             bundle = calibrate(model, text, settings)
-            return Calibrated(bundle=bundle, calibration=text.calibration, confirm=confirm)
+            return Work.of(bundle=bundle, calibration=text.calibration, confirm=confirm)
 
         return make
 
@@ -388,7 +387,7 @@ def test_seeds(model, report, drawn):
 def test_the_summary_names_the_best_published_variant_by_its_own_name(model, bundle, report):
     names = ["wanda", "wanda-sequential", "ria-row", "ria-layer"]
     request = ComparisonRequest(pattern=HALF, methods=names)
-    given = Calibrated(bundle=bundle, calibration=report.windows)
+    given = Work.of(bundle=bundle, calibration=report.windows)
     found = compare_over_seeds(model, report, request, {0: lambda: given})
     values = {row.method: row.perplexity for row in found.rows}
     best = [min(names[:2], key=values.__getitem__), min(names[2:], key=values.__getitem__)]
@@ -400,7 +399,7 @@ def test_the_summary_names_the_best_published_variant_by_its_own_name(model, bun
 def test_owl_is_left_out_with_a_sentence(model, bundle, report):
     def compared(methods):
         request = ComparisonRequest(pattern=NM, methods=methods)
-        return compare_over_seeds(model, report, request, {0: lambda: Calibrated(bundle=bundle)})
+        return compare_over_seeds(model, report, request, {0: lambda: Work.of(bundle=bundle)})
 
     assert compared(None).notes == [OWL_AT_NM]
     assert "OWL has no row at N:M" in compared(None).caption
@@ -452,7 +451,7 @@ def test_refused(model, report, drawn):
         compared(replace(given, confirm=report))
     with pytest.raises(InvalidInput, match="configurations are recovered, and there is none"):
         asked(recovery=Recovery())
-    whole = replace(given, left=0)
+    whole = replace(given, unused_windows=0)
     with pytest.raises(InvalidInput, match="fills 3 windows, and all of them are drawn"):
         compare_over_seeds(model, report, asked(), {0: lambda: whole, 1: lambda: whole})
     with pytest.raises(ConfigurationError, match=r"b was found on gpt2.*other_family"):

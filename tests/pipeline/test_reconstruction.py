@@ -16,6 +16,7 @@ from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.pipeline import prune_model
 from pho_service.pipeline.prune import cached_blocks, prune_job
 from pho_service.pipeline.search import search_job
+from pho_service.pipeline.work import Work
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.pattern import Coefficients, Linears, Pattern
 from pho_service.spec.steps import Candidate, Reconstruction, Steps
@@ -172,7 +173,7 @@ def test_pruned_folder(model, original, model_folder, bundle, windows, tmp_path)
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
-def test_winner(searched, bundle, confirming, monkeypatch, factor):
+def test_winner(searched, confirming, monkeypatch, factor):
     """Only the winner is trained, once in a study, and only a better perplexity is taken."""
     measured = []
 
@@ -185,12 +186,12 @@ def test_winner(searched, bundle, confirming, monkeypatch, factor):
         return {**rated, "written": ["one", "two", "three"]}
 
     monkeypatch.setattr(confirmation, "_measure", measure)
-    texts = {**confirming, "calibration": confirming["confirm_text"].windows}
+    work = replace(confirming, calibration=confirming.text.windows)
     request = SearchRequest(pattern=Pattern.parse("0.5"), trials=10, finalists=1)
-    before = searched(request, bundle, **texts)
+    before = searched(request, work)
     without = before.configuration
     asked = replace(request, steps=Steps(reconstruction=TRAINED))
-    first, second = (searched(asked, bundle, **texts) for _ in range(2))
+    first, second = (searched(asked, work) for _ in range(2))
     found = first.configuration
 
     assert second.configuration == found
@@ -218,7 +219,7 @@ def test_without_a_text_to_confirm_on_the_reconstruction_is_added_as_asked_for(b
         pattern=Pattern.parse("0.5"), trials=10, steps=Steps(reconstruction=TRAINED)
     )
 
-    assert search_job(request, bundle).configuration.steps.reconstruction == TRAINED
+    assert search_job(request, Work.of(bundle)).configuration.steps.reconstruction == TRAINED
 
 
 def test_the_cache_holds_the_blocks_of_the_last_three_searches(model, bundle, tmp_path):

@@ -13,6 +13,7 @@ from pho_service.models.blockwise import measure_perplexity
 from pho_service.pipeline import rating, search
 from pho_service.pipeline.rating import rate_pruned
 from pho_service.pipeline.search import memory_study, search_job
+from pho_service.pipeline.work import Work
 from pho_service.shown.tables import configuration_rows, verdict_table
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.configuration import (
@@ -67,11 +68,11 @@ def test_they_are_wanda_and_ria_as_published_whatever_the_steps_none_is_measured
         pattern=Pattern.parse(pattern), trials=8, steps=steps, finalists=1,
         objective=Objective(name=objective),
     )  # fmt: skip
-    study = memory_study(asked, bundle, report)
-    options = {"model": model, "confirm_text": report, "study": study}
-    found = search_job(asked, bundle, **options).configuration
+    study = memory_study(asked, Work.of(bundle, confirm=report))
+    work = Work.of(bundle, model, report)
+    found = search_job(asked, work, study=study).configuration
     measured = [*pruned_with]
-    again = search_job(asked, bundle, **options).configuration
+    again = search_job(asked, work, study=study).configuration
     methods = reference_methods(asked.pattern)
     alone = {
         name: rate_pruned(model, bundle.statistics(), each, report.windows)[0].perplexity
@@ -105,8 +106,10 @@ def test_finalists_say_how_far_they_are_behind_the_best_and_whether_that_may_be_
     bundle, model, report
 ):
     asked = SearchRequest(pattern=Pattern.parse("0.5"), trials=8, finalists=2)
-    study = memory_study(asked, bundle, report)
-    found = search_job(asked, bundle, model=model, confirm_text=report, study=study).configuration
+    study = memory_study(asked, Work.of(bundle, confirm=report))
+    found = search_job(
+        asked, Work.of(bundle, model=model, confirm=report), study=study
+    ).configuration
     measured = [each for each in found.finalists if each.perplexity is not None]
     losses = [np.array(record_of(study)[f"perplexity:{each.trial}"]["losses"]) for each in measured]
     best, other = found.finalists[:2]
@@ -138,13 +141,13 @@ def test_a_published_method_never_wins_against_a_worse_variant_of_itself(bundle,
     asked = SearchRequest(
         pattern=Pattern.parse("0.5"), trials=8, objective=Objective(name="perplexity")
     )
-    found = search_job(asked, bundle, model=model, confirm_text=report).configuration
+    found = search_job(asked, Work.of(bundle, model=model, confirm=report)).configuration
     rows = {each.method: each.perplexity for each in found.baselines}
 
     assert found.perplexities.ria == min(rows["ria-row"], rows["ria-layer"])
 
 
-def test_without_a_perplexity(bundle, confirming, monkeypatch):
+def test_without_a_perplexity(confirming, monkeypatch):
     """A published method whose model gives NaN has none, and the search ends all the same."""
     really = rating.measure
 
@@ -156,7 +159,7 @@ def test_without_a_perplexity(bundle, confirming, monkeypatch):
     monkeypatch.setattr(rating, "measure", measure)
     steps = Steps(permutation="score")
     asked = SearchRequest(pattern=Pattern.parse("2:4"), trials=8, steps=steps, finalists=1)
-    found = search_job(asked, bundle, **confirming)
+    found = search_job(asked, confirming)
     good = found.configuration.perplexities
 
     assert good.wanda is None
@@ -256,13 +259,13 @@ def measured(monkeypatch):
     return calls
 
 
-def test_confirmation_takes_over(bundle, confirming, searched, measured):
+def test_confirmation_takes_over(confirming, searched, measured):
     """More finalists are looked at, the result says why, and what is measured is kept."""
-    wide = searched(REQUEST, bundle, **confirming)
+    wide = searched(REQUEST, confirming)
     count = len(measured)
-    again = searched(REQUEST, bundle, **confirming)
+    again = searched(REQUEST, confirming)
     at_once = len(measured)
-    plain = search_job(replace(REQUEST, validation=None), bundle, **confirming)
+    plain = search_job(replace(REQUEST, validation=None), confirming)
 
     def compared(result):
         return sum(each.divergence is not None for each in result.configuration.finalists)
@@ -285,4 +288,4 @@ def test_python():
 
 def test_from_a_bundle_alone_nothing_can_be_validated(bundle):
     with pytest.raises(InvalidInput, match=r"give a model instead of a bundle.*candidates"):
-        search_job(REQUEST, bundle)
+        search_job(REQUEST, Work.of(bundle))

@@ -13,6 +13,7 @@ from pho_service.models.calibration import bundle_path, cached_bundle
 from pho_service.pipeline import search as search_module
 from pho_service.pipeline.objectives import rate_by_proxy
 from pho_service.pipeline.search import name_of_study, search_job
+from pho_service.pipeline.work import Work
 from pho_service.pruning.bundle import sample_bundle
 from pho_service.pruning.masks import linear_masks
 from pho_service.pruning.proxy import ProxyEvaluator
@@ -50,7 +51,7 @@ def test_the_value_is_the_proxy_of_the_configurations_own_candidate_in_the_asked
     bundle, weighting
 ):
     objective = Objective(weighting=weighting)
-    found = search_job(request_of(objective=objective), bundle).configuration
+    found = search_job(request_of(objective=objective), Work.of(bundle)).configuration
     (outcome,) = rate_by_proxy(ProxyEvaluator(bundle), objective)([found.candidate()])
     second = {"blend": "geometric", "geometric": "blend"}.get(weighting)
 
@@ -66,14 +67,14 @@ def test_the_value_is_the_proxy_of_the_configurations_own_candidate_in_the_asked
 
 
 def test_of_gini_the_highest_wins(bundle):
-    found = search_job(request_of(objective=Objective(name="gini")), bundle).configuration
+    found = search_job(request_of(objective=Objective(name="gini")), Work.of(bundle)).configuration
 
     assert found.objective["direction"] == "maximize"
     assert found.objective["value"] >= max(proxies(found))
 
 
-def test_searched_by_perplexity_the_value_is_the_confirmation(bundle, confirming):
-    result = search_job(request_of(objective=BY_PERPLEXITY, trials=9), bundle, **confirming)
+def test_searched_by_perplexity_the_value_is_the_confirmation(confirming):
+    result = search_job(request_of(objective=BY_PERPLEXITY, trials=9), confirming)
     found = result.configuration
 
     assert found.confirmation.perplexity == found.objective["value"] <= min(proxies(found))
@@ -82,20 +83,20 @@ def test_searched_by_perplexity_the_value_is_the_confirmation(bundle, confirming
 
 @pytest.mark.parametrize("sampler", ["hill-climb", "cmaes"])
 def test_a_search_by_perplexity_goes_on_where_it_was_with_the_same_trials(
-    bundle, confirming, sampler, searched
+    confirming, sampler, searched
 ):
     request = request_of(objective=BY_PERPLEXITY, sampler=sampler)
-    searched(replace(request, trials=10), bundle, **confirming)
-    found = searched(request, bundle, **confirming).configuration
+    searched(replace(request, trials=10), confirming)
+    found = searched(request, confirming).configuration
 
-    assert found == search_job(request, bundle, **confirming).configuration
+    assert found == search_job(request, confirming).configuration
     assert found.search["sampler"] == sampler
 
 
 def test_a_climb_begins_at_rias_coefficients_rates_no_point_twice_and_says_when_it_ended(
     bundle, studies, searched
 ):
-    result = searched(request_of(sampler="hill-climb", trials=300), bundle)
+    result = searched(request_of(sampler="hill-climb", trials=300), Work.of(bundle))
     trials = loaded(studies, result.study_name).trials
     climb = [t for t in trials if t.params["method"] == "crepe"]
     c = climb[0].user_attrs["coefficients"]
@@ -113,7 +114,7 @@ def test_what_a_stopped_search_says_is_not_that_its_sampler_knows_nothing_better
         if trial.number == 11:
             study.stop()
 
-    result = search_job(request_of(trials=30), bundle, callbacks=[stop])
+    result = search_job(request_of(trials=30), Work.of(bundle), callbacks=[stop])
 
     assert result.configuration.search["finished"] < 30
     assert any("was stopped after" in w for w in result.warnings)
@@ -138,7 +139,7 @@ def test_what_a_stopped_search_says_is_not_that_its_sampler_knows_nothing_better
 )
 def test_what_a_bundle_cannot_tell_is_refused(bundle, changes, message):
     with pytest.raises(InvalidInput, match=message):
-        search_job(request_of(**changes), bundle)
+        search_job(request_of(**changes), Work.of(bundle))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_whatever_wins_removes_what_was_asked_for_and_is_counted_in_no_wider_sco
     bundle, model, pattern, scope
 ):
     asked = Pattern.parse(pattern, scope)
-    configuration = search_job(request_of(pattern=asked), bundle).configuration
+    configuration = search_job(request_of(pattern=asked), Work.of(bundle)).configuration
     found, searched = configuration.candidate(), configuration.search["space"]
     masks = {n: m.keep for n, m in linear_masks(model.linears, bundle.statistics(), found)}
     removed = sum(int((~mask).sum()) for mask in masks.values())
@@ -165,7 +166,8 @@ def test_whatever_wins_removes_what_was_asked_for_and_is_counted_in_no_wider_sco
 def test_a_best_value_on_the_border_is_named_in_the_result_and_in_a_warning(bundle):
     bounds = ("activation_exponent=3.8:3.9", "gradient_exponent=0", "kernel_sizes=3")
     result = search_job(
-        request_of(bounds=parse_bounds(bounds), objective=Objective(name="gini"), trials=60), bundle
+        request_of(bounds=parse_bounds(bounds), objective=Objective(name="gini"), trials=60),
+        Work.of(bundle),
     )
 
     assert result.configuration.method == "crepe"
@@ -176,7 +178,7 @@ def test_a_best_value_on_the_border_is_named_in_the_result_and_in_a_warning(bund
 
 def test_every_candidate_but_the_baselines_lies_in_the_asked_box(bundle, studies, searched):
     bounds = ("activation_exponent=0.6:0.7", "row_share=0.25", "kernel_sizes=5")
-    name = searched(request_of(bounds=parse_bounds(bounds), trials=22), bundle).study_name
+    name = searched(request_of(bounds=parse_bounds(bounds), trials=22), Work.of(bundle)).study_name
     found = [t.params for t in loaded(studies, name).trials if t.params["method"] == "crepe"]
 
     assert len(found) == 22 - 6
@@ -196,28 +198,28 @@ def test_another_seed_sampler_pattern_scope_objective_or_space_is_another_study(
         request_of(bounds={"row_share": (0.5, 0.5)}),
     ]
 
-    assert len({name_of_study(each, bundle, None) for each in requests}) == len(requests)
+    assert len({name_of_study(each, Work.of(bundle)) for each in requests}) == len(requests)
 
 
 def test_more_trials_go_on_with_the_study_of_fewer_and_never_end_worse(bundle, searched):
-    short, long = (searched(request_of(trials=n), bundle) for n in (10, 30))
+    short, long = (searched(request_of(trials=n), Work.of(bundle)) for n in (10, 30))
 
     assert short.study_name == long.study_name
     assert long.configuration.objective["value"] <= short.configuration.objective["value"]
 
 
 def test_what_a_shorter_search_confirmed_on_the_same_text_stays_a_finalist(
-    bundle, confirming, studies, searched
+    confirming, studies, searched
 ):
-    short = searched(request_of(trials=8, finalists=1), bundle, **confirming)
-    study, key = loaded(studies, short.study_name), confirming["confirm_text"].key
+    short = searched(request_of(trials=8, finalists=1), confirming)
+    study, key = loaded(studies, short.study_name), confirming.text.key
     measured = {"method": "crepe", "perplexity": 1.5, "text_sha256": key}
     keep_record(study, "perplexity:6", measured)  # as if it had been that good
     of_another_text = {**measured, "perplexity": 1.0, "text_sha256": "b"}
     keep_record(study, "perplexity:7", of_another_text)
     asked = request_of(trials=40, finalists=1)
-    long = searched(asked, bundle, **confirming)
-    own = search_job(asked, bundle, **confirming).configuration
+    long = searched(asked, confirming)
+    own = search_job(asked, confirming).configuration
 
     assert 6 not in {each.trial for each in own.finalists}
     assert long.trial == 6
@@ -227,7 +229,7 @@ def test_what_a_shorter_search_confirmed_on_the_same_text_stays_a_finalist(
 
 @pytest.mark.parametrize("confirmed", [False, True])
 def test_the_study_says_which_trial_the_result_is(bundle, confirming, studies, searched, confirmed):
-    found = searched(request_of(), bundle, **(confirming if confirmed else {}))
+    found = searched(request_of(), confirming if confirmed else Work.of(bundle))
     study, confirmation = loaded(studies, found.study_name), found.configuration.confirmation
 
     assert [t.number for t in study.trials if t.user_attrs.get("chosen")] == [found.trial]
@@ -242,23 +244,23 @@ def test_the_study_says_which_trial_the_result_is(bundle, confirming, studies, s
     assert chosen_in(study) == found.trial
 
 
-def test_a_search_that_is_asked_again_measures_no_perplexity_again(bundle, confirming, searched):
-    first = searched(request_of(), bundle, **confirming)
+def test_a_search_that_is_asked_again_measures_no_perplexity_again(confirming, searched):
+    first = searched(request_of(), confirming)
     calls = []
-    confirming["model"].model.register_forward_pre_hook(lambda *_: calls.append(1))
-    second = searched(request_of(), bundle, **confirming)
+    confirming.model.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    second = searched(request_of(), confirming)
 
     assert calls == []
     assert second.configuration == first.configuration
 
 
 @pytest.mark.parametrize("why", ["a step needs a text", "the model is streamed"])
-def test_no_race_where_pruning_costs(bundle, confirming, streamed, windows, why):
+def test_no_race_where_pruning_costs(confirming, streamed, windows, why):
     steps = Steps(repruning="dsnot") if why == "a step needs a text" else Steps()
     if why == "the model is streamed":
-        confirming["model"] = streamed
+        confirming = replace(confirming, dense=streamed)
     asked = request_of(steps=steps, trials=9, finalists=2)
-    found = search_job(asked, bundle, calibration=windows % 30, **confirming).configuration
+    found = search_job(asked, replace(confirming, calibration=windows % 30)).configuration
 
     assert found.confirmation.divergence_tokens is None
     assert found.confirmation.evaluations == len(found.finalists)
@@ -269,9 +271,9 @@ def test_a_study_carries_its_pattern_scope_objective_space_sampler_seed_and_cali
     bundle, studies, searched
 ):
     """Also one whose process was killed while it described it, once somebody goes on with it."""
-    name = name_of_study(request_of(seed=5), bundle, None)
+    name = name_of_study(request_of(seed=5), Work.of(bundle))
     optuna.create_study(study_name=name, storage=studies).set_user_attr("pattern", "0.5")
-    searched(request_of(seed=5), bundle)
+    searched(request_of(seed=5), Work.of(bundle))
     study = loaded(studies, name)
     attributes = record_of(study)
 
@@ -293,11 +295,11 @@ def test_weights_beyond_float32_fail_every_trial_and_the_layer_is_named(bundle):
     layers = [*bundle.layers[:3], broken, *bundle.layers[4:]]
 
     with pytest.raises(StudyError, match=rf"every trial .* failed\. The first: {broken.name}"):
-        search_job(request_of(), replace(bundle, layers=layers))
+        search_job(request_of(), Work.of(replace(bundle, layers=layers)))
 
 
 def test_if_nothing_beats_a_baseline_it_is_the_result_in_its_own_scope_and_says_so(bundle):
-    result = search_job(request_of(trials=6), bundle)
+    result = search_job(request_of(trials=6), Work.of(bundle))
 
     assert result.configuration.method != "crepe"
     assert any("better than the baseline" in warning for warning in result.warnings)
@@ -334,7 +336,7 @@ def test_a_bundle_says_how_well_the_dense_model_predicts_out_of_how_many_tokens(
 def test_from_half_the_vocabulary_on_the_search_says_that_nothing_can_be_told_apart(
     bundle, perplexity, warned
 ):
-    found = search_job(SHORTEST, with_dense(bundle, perplexity)).warnings
+    found = search_job(SHORTEST, Work.of(with_dense(bundle, perplexity))).warnings
     said = [warning for warning in found if "no better than chance" in warning]
 
     assert len(said) == warned
@@ -347,7 +349,7 @@ def test_of_several_models_those_that_predict_nothing_are_named(bundle):
         for name, perplexity in (("good", 9.0), ("bad", 250.0))
     }
     request = replace(SHORTEST, objective=Objective(over="mean"))
-    (said,) = [w for w in search_job(request, bundles).warnings if "than chance" in w]
+    (said,) = [w for w in search_job(request, Work(bundles=bundles)).warnings if "than chance" in w]
 
     assert said.startswith("The dense model bad predicts")
 
@@ -388,10 +390,10 @@ def rated(monkeypatch):
 def test_best_after_crepe_plus_rates_nothing_and_finds_to_the_byte_what_it_finds_alone(
     bundle, database, searched, rated
 ):
-    first = searched(preset_search("crepe-plus"), bundle, storage=database)
-    alone = search_job(preset_search("best"), bundle)
+    first = searched(preset_search("crepe-plus"), Work.of(bundle), storage=database)
+    alone = search_job(preset_search("best"), Work.of(bundle))
     rated.clear()
-    second = searched(preset_search("best"), bundle, storage=database)
+    second = searched(preset_search("best"), Work.of(bundle), storage=database)
 
     assert rated == []
     assert (first.rated_before, second.rated_before) == (0, 16)
@@ -403,16 +405,16 @@ def test_best_after_crepe_plus_rates_nothing_and_finds_to_the_byte_what_it_finds
 def test_what_the_other_study_has_not_is_rated_and_with_another_weighting_or_pattern_everything(
     bundle, database, searched, rated
 ):
-    searched(preset_search("crepe-plus"), bundle, storage=database)
+    searched(preset_search("crepe-plus"), Work.of(bundle), storage=database)
     rated.clear()
-    longer = searched(preset_search("best", trials=20), bundle, storage=database)
+    longer = searched(preset_search("best", trials=20), Work.of(bundle), storage=database)
 
     assert (longer.rated_before, sum(rated)) == (16, 4)
     for changes in (
         {"objective": Objective(weighting="fisher")},
         {"pattern": Pattern.parse("0.6")},
     ):
-        found = searched(preset_search("best", **changes), bundle, storage=database)
+        found = searched(preset_search("best", **changes), Work.of(bundle), storage=database)
         assert found.rated_before == 0
 
 
@@ -440,7 +442,9 @@ def test_without_a_key_a_bundle_is_named_by_its_contents_which_alone_find_its_st
     by_hand, searched
 ):
     first, again, other = by_hand(), by_hand(), by_hand(factor=3.0)
-    of_first, of_again, of_other = (searched(REQUEST, each) for each in (first, again, other))
+    of_first, of_again, of_other = (
+        searched(REQUEST, Work.of(each)) for each in (first, again, other)
+    )
 
     assert of_again == of_first
     assert of_other.study_name != of_first.study_name
@@ -463,12 +467,15 @@ def test_what_a_rating_depends_on_is_in_the_name_of_a_bundle_without_a_key(by_ha
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_same_key_for_two_models(by_hand, joint, searched):
+    def both(bundle):
+        return Work(bundles={"a": bundle, "b": replace(bundle)}) if joint else Work.of(bundle)
+
     first, second = (by_hand(factor, provenance={"key": "mine"}) for factor in (1.0, 3.0))
     request = replace(REQUEST, objective=Objective(over="mean")) if joint else REQUEST
-    searched(request, {"a": first, "b": replace(first)} if joint else first)
+    searched(request, both(first))
 
     with pytest.raises(StudyError, match="other weights under the same key, mine"):
-        searched(request, {"a": second, "b": replace(second)} if joint else second)
+        searched(request, both(second))
 
 
 def test_written_into_while_it_is_calibrated(model, text_of, tmp_path):

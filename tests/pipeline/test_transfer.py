@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from pho_service.errors import BundleError, ConfigurationError, InvalidInput, NumericalError
-from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.objectives import rate_jointly
 from pho_service.pipeline.rating import rate_pruned
 from pho_service.pipeline.search import search_job
@@ -16,6 +15,7 @@ from pho_service.pipeline.transfer import (
     transfer_job,
     transfer_key,
 )
+from pho_service.pipeline.work import Work
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.shown.tables import transfer_table
 from pho_service.spec.baselines import reference_methods
@@ -72,7 +72,7 @@ def test_regret(values, expected):
 
 def test_bundle(bundle):
     """Of a bundle the proxies are known, those of the very candidates, and no perplexity."""
-    done = transfer_job(Calibrated(name="b", bundle=bundle), GOOD)
+    done = transfer_job("b", Work.of(bundle), GOOD)
     candidates = [*reference_methods(Pattern.parse("0.5", "layer")).values(), GOOD.candidate()]
     ratings = ProxyEvaluator(bundle).evaluate(candidates)
 
@@ -85,8 +85,8 @@ def test_bundle(bundle):
 
 def test_model(model, bundle, report, request_of_own):
     """Of a model every perplexity is on the report text, that of its own best among them."""
-    target = Calibrated(name="m", bundle=bundle, model=model, report=report, confirm=report)
-    done = transfer_job(target, GOOD, search=request_of_own)
+    target = Work(bundles={"m": bundle}, dense=model, report=report, confirm=report)
+    done = transfer_job("m", target, GOOD, search=request_of_own)
     assert done.own is not None
 
     def perplexity(configuration):
@@ -108,7 +108,7 @@ def test_model(model, bundle, report, request_of_own):
 
 
 def test_own_best_of_a_bundle(bundle, request_of_own):
-    done = transfer_job(Calibrated(name="b", bundle=bundle), GOOD, search=request_of_own)
+    done = transfer_job("b", Work.of(bundle), GOOD, search=request_of_own)
     own, mine = done.proxies["own"], done.proxies["transferred"]
     assert mine is not None
 
@@ -118,11 +118,11 @@ def test_own_best_of_a_bundle(bundle, request_of_own):
 
 def test_it_does_not_transfer(bundle):
     """Where the configuration is no better than RIA, a sentence says so, and what to do."""
-    (warning,) = transfer_job(Calibrated(name="b", bundle=bundle), BAD).warnings
+    (warning,) = transfer_job("b", Work.of(bundle), BAD).warnings
 
     assert "b: the proxy of the transferred configuration" in warning
     assert "it does not transfer. Search there: pho search b" in warning
-    assert transfer_job(Calibrated(name="b", bundle=bundle), GOOD).warnings == []
+    assert transfer_job("b", Work.of(bundle), GOOD).warnings == []
 
 
 @pytest.mark.parametrize(("transferred", "warned"), [(24.0, 0), (26.0, 1), (31.0, 1)])
@@ -136,10 +136,10 @@ def test_half_of_the_gain(transferred, warned):
 
 def test_key(bundle, report, request_of_own):
     """All that the numbers depend on changes the key, and nothing else does."""
-    target = Calibrated(name="a", bundle=bundle)
+    target = Work.of(bundle)
     key = transfer_key(target, GOOD, None)
 
-    assert transfer_key(replace(target, name="b"), GOOD, None) == key
+    assert transfer_key(replace(target, unused_windows=3), GOOD, None) == key
     assert len(
         {
             key,
@@ -155,10 +155,8 @@ def test_key(bundle, report, request_of_own):
 def test_the_configurations_steps_are_taken_along(model, bundle, report, windows):
     steps = Steps(repruning="swaps")
     configuration = GOOD.model_copy(update={"steps": steps})
-    target = Calibrated(
-        name="m", bundle=bundle, model=model, report=report, calibration=windows % 30
-    )
-    plain, swapped = (transfer_job(target, each) for each in (GOOD, configuration))
+    target = Work(bundles={"m": bundle}, dense=model, report=report, calibration=windows % 30)
+    plain, swapped = (transfer_job("m", target, each) for each in (GOOD, configuration))
 
     assert swapped.perplexities["transferred"] != plain.perplexities["transferred"]
     assert swapped.perplexities["ria"] == plain.perplexities["ria"]
@@ -170,7 +168,7 @@ def test_missing_kernel_size(bundle):
     configuration = GOOD.model_copy(update={"coefficients": coefficients})
 
     with pytest.raises(BundleError, match=r"kernel size 9, only for 3, 5. Calibrate again"):
-        transfer_job(Calibrated(name="b", bundle=bundle), configuration)
+        transfer_job("b", Work.of(bundle), configuration)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +269,7 @@ def jointly(bundles, objective):
 def test_a_candidate_counts_by_its_proxy_relative_to_rias_on_each_model_the_lowest_wins(
     bundles, objective, joined
 ):
-    result = search_job(request_of(objective), bundles)
+    result = search_job(request_of(objective), Work(bundles=bundles))
     found = result.configuration
     ria = reference_methods(PATTERN)["ria"]
     relative = []
@@ -294,17 +292,17 @@ def test_a_candidate_counts_by_its_proxy_relative_to_rias_on_each_model_the_lowe
 
 
 def test_a_joint_search_that_is_asked_again_or_longer_goes_on_with_its_study(bundles, searched):
-    first = searched(request_of(MEAN), bundles)
+    first = searched(request_of(MEAN), Work(bundles=bundles))
 
-    assert searched(request_of(MEAN), bundles) == first
-    longer = searched(request_of(MEAN, trials=30), bundles)
+    assert searched(request_of(MEAN), Work(bundles=bundles)) == first
+    longer = searched(request_of(MEAN, trials=30), Work(bundles=bundles))
     assert longer.study_name == first.study_name
     assert longer.configuration.objective["value"] <= first.configuration.objective["value"]
 
 
 def test_where_the_result_is_worse_than_ria_on_a_model_a_sentence_names_the_model(bundles):
     bounds = {"activation_exponent": (1.5, 1.5), "gradient_exponent": (1.0, 1.0)}
-    result = search_job(request_of(MEAN, bounds=bounds), bundles)
+    result = search_job(request_of(MEAN, bounds=bounds), Work(bundles=bundles))
     relative = result.configuration.objective["relative_to_ria"]
     worse = [name for name, value in relative.items() if value >= 1]
 
@@ -334,7 +332,7 @@ def test_bundles_that_share_no_kernel_size_are_refused_with_the_way_out(bundles)
     apart = {**bundles, "two": replace(bundles["two"], layers=layers)}
 
     with pytest.raises(BundleError, match=r"one, two have no kernel size in common. Calibrate"):
-        search_job(request_of(MEAN), apart)
+        search_job(request_of(MEAN), Work(bundles=apart))
 
 
 @pytest.mark.parametrize(
@@ -352,4 +350,4 @@ def test_an_objective_over_models_has_a_common_scale_and_one_of_two_ways_to_coun
 
 def test_how_the_models_count_has_to_be_said(bundles):
     with pytest.raises(InvalidInput, match="how they count"):
-        search_job(request_of(Objective()), bundles)
+        search_job(request_of(Objective()), Work(bundles=bundles))

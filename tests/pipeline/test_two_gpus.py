@@ -10,8 +10,8 @@ from pho_service.models.loading import load_model
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.compare import ComparisonRequest, compare_over_seeds
 from pho_service.pipeline.confirmation import validate_job
-from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.prune import prune_job
+from pho_service.pipeline.work import Work
 from pho_service.progress import Run
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.configuration import Configuration
@@ -102,13 +102,13 @@ def test_so_are_perplexities_and_ratings_by_the_proxies_and_the_model_is_dense_a
     run = Run(device="cuda:0")
     plan = SearchRequest(pattern=Pattern.parse("2:4")).plan(bundle.kernel_sizes)
     validations = [
-        validate_job(each, bundle, report, plan, ValidationSpec(candidates=8), run=run)
+        validate_job(Work.of(bundle, each, report), plan, ValidationSpec(candidates=8), run=run)
         for each in (model, spread)
     ]
     rows = [
         compare_over_seeds(
             each, report, ComparisonRequest(pattern=Pattern.parse("0.5")),
-            {0: lambda: Calibrated(bundle=bundle, calibration=report.windows)}, run=run,
+            {0: lambda: Work.of(bundle=bundle, calibration=report.windows)}, run=run,
         ).rows
         for each in (model, spread)
     ]  # fmt: skip

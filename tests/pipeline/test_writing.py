@@ -9,6 +9,7 @@ from pho_service.errors import InvalidInput
 from pho_service.pipeline import confirmation
 from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pipeline.search import search_job
+from pho_service.pipeline.work import Work
 from pho_service.pipeline.writing import write, written_by
 from pho_service.shown.page import render
 from pho_service.shown.report import Report
@@ -32,15 +33,15 @@ def likeliest(model, prompt, count):
 
 
 def test_a_result_has_what_both_models_write_and_the_study_keeps_it(bundle, confirming, searched):
-    model, windows = confirming["model"], confirming["confirm_text"].windows
+    model, windows = confirming.model, confirming.text.windows
     prompts = windows[:, : min(32, model.longest // 2)]
     count = min(40, model.longest - prompts.shape[1])
-    found = searched(REQUEST, bundle, **confirming).configuration
+    found = searched(REQUEST, confirming).configuration
     dense = [likeliest(model, prompt, count) for prompt in prompts]
     with pruned_model(model, bundle.statistics(), found.candidate(), None):
         after = [likeliest(model, prompt, count) for prompt in prompts]
     model.model.generate = None  # whoever writes again fails
-    again = searched(REQUEST, bundle, **confirming).configuration
+    again = searched(REQUEST, confirming).configuration
 
     assert [each.dense for each in found.continuations] == dense
     assert [each.pruned for each in found.continuations] == after
@@ -49,12 +50,12 @@ def test_a_result_has_what_both_models_write_and_the_study_keeps_it(bundle, conf
 
 def test_a_winner_that_takes_a_text_is_pruned_once(bundle, confirming, searched, monkeypatch):
     """It writes when it is measured, and pruned again it writes the same."""
-    texts = {**confirming, "calibration": confirming["confirm_text"].windows}
+    work = replace(confirming, calibration=confirming.text.windows)
     asked = replace(REQUEST, steps=Steps(statistics="sequential"))
     monkeypatch.setattr(confirmation, "pruned_model", None)  # whoever prunes to write fails
-    found = searched(asked, bundle, **texts).configuration
-    model, windows = confirming["model"], confirming["confirm_text"].windows
-    with pruned_model(model, bundle.statistics(), found.candidate(), texts["calibration"]):
+    found = searched(asked, work).configuration
+    model, windows = confirming.model, confirming.text.windows
+    with pruned_model(model, bundle.statistics(), found.candidate(), work.calibration):
         after = written_by(model, windows)["written"]
 
     assert [each.pruned for each in found.continuations] == after
@@ -63,8 +64,8 @@ def test_a_winner_that_takes_a_text_is_pruned_once(bundle, confirming, searched,
 def test_a_streamed_model_and_a_search_without_a_text_write_nothing_and_the_report_says_so(
     bundle, confirming, streamed
 ):
-    alone = search_job(REQUEST, bundle).configuration
-    read = search_job(REQUEST, bundle, **{**confirming, "model": streamed}).configuration
+    alone = search_job(REQUEST, Work.of(bundle)).configuration
+    read = search_job(REQUEST, replace(confirming, dense=streamed)).configuration
 
     assert alone.continuations == read.continuations == []
     assert "Nothing was written: that takes a text" in render(Report.of(read))

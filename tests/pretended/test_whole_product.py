@@ -21,12 +21,12 @@ from pho_service.models.calibration import calibrate, measure, plan_calibration
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.compare import ComparisonRequest, compare_over_seeds
 from pho_service.pipeline.confirmation import validate_job
-from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.rating import rate_pruned
 from pho_service.pipeline.search import search_job
 from pho_service.pipeline.transfer import transfer_job
+from pho_service.pipeline.work import Work
 from pho_service.progress import Run
 from pho_service.pruning.perplexity import dense_reference, rate_divergence
 from pho_service.pruning.proxy import ProxyEvaluator
@@ -227,14 +227,11 @@ def test_every_scope_pattern_and_objective_is_searched_and_confirmed(
         finalists=1,
     )
     with unchanged(subject.model):
-        configuration = search_job(
-            request,
-            subject.bundle,
-            model=subject.model,
-            confirm_text=subject.report("confirmation"),
-            calibration=subject.text.calibration,
-            run=Run(device=subject.device),
-        ).configuration
+        work = Work.of(
+            subject.bundle, subject.model, subject.report("confirmation"), subject.text.calibration
+        )
+        run = Run(device=subject.device)
+        configuration = search_job(request, work, run=run).configuration
 
     assert configuration.confirmation is not None
     assert configuration.confirmation.perplexity > 1
@@ -260,7 +257,7 @@ def test_baselines_of_each_kind_beside_a_configuration(subject):
             configurations=[("mine", configuration_of(pattern, "crepe-plus"))],
             methods=methods,
         )
-        given = Calibrated(bundle=subject.bundle, calibration=subject.text.calibration)
+        given = Work.of(subject.bundle, calibration=subject.text.calibration)
         rows = compare_over_seeds(
             subject.model, subject.report(), request, {0: lambda: given},
             run=Run(device=subject.device),
@@ -272,12 +269,9 @@ def test_baselines_of_each_kind_beside_a_configuration(subject):
 
 def test_random_candidates_by_every_proxy_and_by_perplexity(subject):
     result = validate_job(
-        subject.model,
-        subject.bundle,
-        subject.report(),
+        Work.of(subject.bundle, subject.model, subject.report(), subject.text.calibration),
         SearchRequest(pattern=Pattern.parse("0.5", "global")).plan(subject.bundle.kernel_sizes),
         ValidationSpec(candidates=8),
-        calibration=subject.text.calibration,
         run=Run(device=subject.device),
     )
 
@@ -286,10 +280,9 @@ def test_random_candidates_by_every_proxy_and_by_perplexity(subject):
 
 def test_transfer(subject):
     """A configuration that was found elsewhere, and the model's own best."""
-    target = Calibrated(
-        name=subject.name,
-        bundle=subject.bundle,
-        model=subject.model,
+    work = Work(
+        bundles={subject.name: subject.bundle},
+        dense=subject.model,
         report=subject.report(),
         calibration=subject.text.calibration,
         confirm=subject.report("confirmation"),
@@ -300,7 +293,8 @@ def test_transfer(subject):
         finalists=1,
     )
     done = transfer_job(
-        target,
+        subject.name,
+        work,
         configuration_of("0.5", "score"),
         search=request,
         run=Run(device=subject.device),
@@ -318,17 +312,15 @@ def test_one_search_over_three_families(subject_of, over):
         trials=9,
     )
     bundles = {subject.name: subject.bundle for subject in subjects}
-    found = search_job(request, bundles, run=Run(device="cuda"))
+    found = search_job(request, Work(bundles=bundles), run=Run(device="cuda"))
 
     assert set(found.configuration.objective["relative_to_ria"]) == set(bundles)
 
 
 @pytest.mark.parametrize(("pattern", "preset"), [("0.5", "best"), ("2:4", "crepe-plus")])
 def test_a_model_is_pruned_for_good_and_saved_and_what_was_saved_passes_its_check(
-    subject, pattern, preset, tmp_path, monkeypatch
+    subject, pattern, preset, tmp_path
 ):
-    # The sparse matrices of a card's own kernels are what no pretended card has.
-    monkeypatch.setattr("pho_service.pipeline.check._check_semi_structured", lambda *_: None)
     spoiled = replace(subject)  # it is left pruned
     out = tmp_path / "out"
     done = prune_job(

@@ -34,6 +34,7 @@ from pho_service.models.texts import read_windows
 from pho_service.pipeline.confirmation import rate_by_all_proxies
 from pho_service.pipeline.rating import ReportText, rate_pruned
 from pho_service.pipeline.search import search_job
+from pho_service.pipeline.work import Work
 from pho_service.spec.job import JobSpec
 from pho_service.tuning.validation import qualities, random_candidates
 from storage.database import Database
@@ -508,11 +509,8 @@ def _searched(spec, folder):
     study = optuna.create_study(direction=plan.direction)
     result = search_job(
         spec.request(0),
-        bundle,
+        Work.of(bundle, model=model, confirm=report, calibration=calibration.calibration),
         study=study,
-        model=model,
-        confirm_text=report,
-        calibration=calibration.calibration,
     )
     configuration = result.configuration.model_dump(mode="json")
     del configuration["search"]["study"]

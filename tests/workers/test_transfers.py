@@ -8,10 +8,10 @@ from transformers import LlamaForCausalLM
 
 from pho_service.models.data_sets import TextSource
 from pho_service.models.texts import read_windows
-from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.search import search_job
 from pho_service.pipeline.transfer import own_search, transfer_job
+from pho_service.pipeline.work import Work
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.transfer import TransferRequest, TransferSpec
 from storage.configurations import ConfigurationStore
@@ -79,10 +79,9 @@ def test_the_numbers_are_those_of_pho_transfer_for_the_same_model_and_texts(
     )
     held_out = text.held_out[: target.confirm.windows]
     found = Configuration.model_validate(spec.configuration)
-    given = Calibrated(
-        name=target.model,
-        bundle=bundle,
-        model=model,
+    work = Work(
+        bundles={target.model: bundle},
+        dense=model,
         calibration=text.calibration,
         confirm=ReportText(windows=held_out, record=text.record),
         report=ReportText(windows=windows, record=record),
@@ -90,7 +89,7 @@ def test_the_numbers_are_those_of_pho_transfer_for_the_same_model_and_texts(
     search = own_search(found, spec.search, finalists=spec.search.confirm.finalists)
 
     assert set(mine["perplexities"]) == {"dense", "wanda", "ria", "transferred", "own"}
-    assert mine == transfer_job(given, found, search=search).to_dict()
+    assert mine == transfer_job(target.model, work, found, search=search).to_dict()
 
 
 def test_a_stage_each(desk, transfer_of, other, home):
@@ -153,7 +152,7 @@ def test_a_job_over_several_models_finds_what_pho_search_of_them_finds(
     bundles = {
         name: calibrated(spec.of_model(number))[2] for number, name in enumerate(spec.models)
     }
-    expected = search_job(spec.request(0), bundles)
+    expected = search_job(spec.request(0), Work(bundles=bundles))
     configuration = expected.configuration.model_dump(mode="json")
     del configuration["search"]["study"]
 

@@ -1,0 +1,141 @@
+"""
+What a job works on, in a service: opened when it is needed, and as its calibrations have read it.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from pho_service.errors import OutputError
+from pho_service.models.loading import LanguageModel
+from pho_service.models.scratch import KeptBlocks
+from pho_service.pipeline.prune import blocks_kept
+from pho_service.pipeline.rating import RecoveryText, ReportText
+from pho_service.pipeline.work import Work
+from pho_service.progress import Run
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.spec.job import JobSpec
+from pho_service.spec.results import Calibration
+from pho_service.spec.steps import Candidate
+from storage.records import JobRecord
+from workers.inputs import Seal, WorkerInputs
+
+
+class SealedWork(Work):
+    """Models, texts and bundles of a job, compared with its seals whenever they are read."""
+
+    def __init__(
+        self,
+        inputs: WorkerInputs,
+        job: JobRecord,
+        spec: JobSpec,
+        calibrations: Sequence[Calibration],
+        run: Run,
+    ) -> None:
+        self.spec, self.run = spec, run
+        self._inputs, self._job = inputs, job
+        self.keeps_blocks = bool(spec.prune or spec.tasks or job.pruning)  # what prunes needs them
+        self._keys = [str(each.provenance["key"]) for each in calibrations]
+        self._seals = [Seal(**each.inputs) for each in calibrations]
+
+    @property
+    def bundles(self) -> dict[str, ProxyBundle]:
+        """The bundles of all models, by name."""
+        return {
+            name: self._inputs.bundle(self.spec.of_model(i), seal, key, self.run.progress)
+            for i, (name, seal, key) in enumerate(
+                zip(self.spec.models, self._seals, self._keys, strict=True)
+            )
+        }
+
+    @property
+    def bundle(self) -> ProxyBundle:
+        return self.bundles[self.spec.model]
+
+    @property
+    def dense(self) -> LanguageModel:
+        return self._inputs.model(self.spec, self._seals[0])
+
+    @property
+    def confirm(self) -> ReportText | None:
+        """What perplexities are measured on; None if nothing is confirmed."""
+        if self.spec.confirm is None:
+            return None
+        return self._inputs.confirmation_text(self.spec, self._seals[0])
+
+    @property
+    def calibration(self) -> Tensor:
+        return self._inputs.calibration_text(self.spec, self._seals[0]).calibration
+
+    @property
+    def recovery_text(self) -> RecoveryText:
+        return self._inputs.recovery_text(self.spec, self._seals[0])
+
+    @property
+    def measures(self) -> bool:
+        return self.spec.confirm is not None
+
+    def opened(self) -> Work:
+        return _Opened(
+            bundles={self.spec.model: self.bundle},
+            dense=self.dense,
+            confirm=self.confirm,
+            calibration=self.calibration,
+            sealed=self,
+        )
+
+    def blocks(self, winner: Candidate) -> KeptBlocks | None:
+        """Where the winner's trained blocks wait for what is done with the pruned model."""
+        # If nothing prunes the model later, they are there so that another attempt goes on, or
+        # another job may have its turn.
+        if not winner.steps.reconstruction.wanted:
+            return None
+
+        def folder(key: str) -> Path:
+            place = self._inputs.pruned.workplace(self._job.id, key[:16])
+            if self.keeps_blocks:
+                with store_faults_told():
+                    place.parent.mkdir(parents=True, exist_ok=True)
+            return place.with_name(f".{place.name}.blocks")
+
+        kept = blocks_kept(self.model, self.bundle, winner, self.calibration, folder)
+        return kept and replace(kept, look=self.run.look, spare=not self.keeps_blocks)
+
+    def forget_blocks(self) -> None:
+        """Remove the trained blocks of a job that nothing will prune."""
+        if not self.keeps_blocks:
+            self._inputs.pruned.remove(self._job.id)
+
+    def check(self) -> str | None:
+        """Compare the model once more, if its files have changed: they were read all the time."""
+        # Not only a streamed model's: on a CPU, weights in their stored type are the file's own
+        # pages, and change with it when somebody writes into it.
+        return self._inputs.weights_sha256(self.spec, self._seals[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened(Work):
+    """What was read of a job's work, for measurements that do not read it again each time."""
+
+    sealed: SealedWork
+
+    def blocks(self, winner: Candidate) -> KeptBlocks | None:
+        return self.sealed.blocks(winner)
+
+    def check(self) -> str | None:
+        return self.sealed.check()
+
+
+@contextmanager
+def store_faults_told() -> Iterator[None]:
+    """Inside, an artifact store that is full or away raises OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"the artifact store cannot be written: {error.strerror or error}. See that there is "
+            "room, and that it can be reached; then resume the job."
+        ) from error
