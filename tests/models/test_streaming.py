@@ -155,7 +155,7 @@ def test_converted_checkpoint_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("declared", "dtype", "message"),
     [
-        ("float32", "float16", r"as float16.*in float32.*--dtype auto"),
+        ("float32", "float16", r"as float16.*in float32.*dtype=auto"),
         ("bfloat16", "auto", r"converts weights when it reads them"),
     ],
 )

@@ -122,10 +122,10 @@ def test_a_copy_in_a_folder_is_the_same_text(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "several configurations.*--dataset-config.*wikitext-103-raw-v1, wikitext-2-raw-v1"),
-        ({"config": "raw"}, "no configuration 'raw'.*--dataset-config.*wikitext-103-raw-v1"),
-        ({"config": CONFIGS[1], "split": "dev"}, "no split 'dev', only test, train.*--split"),
-        ({"config": CONFIGS[1], "field": "body"}, "no column 'body', only text.*--field"),
+        ({}, "several configurations.*dataset_config.*wikitext-103-raw-v1, wikitext-2-raw-v1"),
+        ({"config": "raw"}, "no configuration 'raw'.*dataset_config.*wikitext-103-raw-v1"),
+        ({"config": CONFIGS[1], "split": "dev"}, "no split 'dev', only test, train.*with split"),
+        ({"config": CONFIGS[1], "field": "body"}, "no column 'body', only text.*with field"),
     ],
 )
 def test_wrong_part(tmp_path, changes, message):
