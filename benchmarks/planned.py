@@ -73,12 +73,12 @@ def took(spec: JobSpec, texts: dict[str, Path], folder: Path) -> dict[str, float
     work = Work.of(bundle, model, confirm, text.calibration)
     with ExitStack() as patched:
         for name, stage in STEPS.items():
-            step = getattr(search._Steps, name)
+            step = getattr(search._SearchPieces, name)
 
             def timed(*given: Any, step: Any = step, stage: str = stage) -> Any:
                 return clock.timed(stage, step, *given)
 
-            patched.enter_context(patch.object(search._Steps, name, timed))
+            patched.enter_context(patch.object(search._SearchPieces, name, timed))
         request = spec.request(0)
         url = f"sqlite:///{folder / 'study.db'}"  # as `pho search` has it
         study = patched.enter_context(search.opened_study(url, request, work))

@@ -104,8 +104,8 @@ def _reasons(folder: Path) -> Callable[[str], str]:
         if record is None:
             return "it was left dense"
         if (record.keep, record.group) != (KEEP, GROUP):
-            asked = recipe.configuration.pattern if recipe.configuration else "no groups"
-            cut = f"{record.keep}:{record.group}" if record.group else asked
+            pattern = recipe.configuration.pattern if recipe.configuration else "no groups"
+            cut = f"{record.keep}:{record.group}" if record.group else pattern
             return f"it was pruned at {cut}, and GPUs have kernels for {KEEP}:{GROUP}"
         if name in masks.shapes and masks.mask(name).order is not None:
             return (
@@ -251,16 +251,16 @@ def bench(
 
 def _fitted(settings: BenchSettings, loaded: Mapping[str, LanguageModel]) -> BenchSettings:
     """Prompts that every model has room for beside the new tokens."""
-    known = {name: model.longest for name, model in loaded.items() if model.longest is not None}
-    name = min(known, key=known.__getitem__, default=None)
-    if name is None or known[name] >= settings.prompt + settings.new_tokens:
+    longest = {name: model.longest for name, model in loaded.items() if model.longest is not None}
+    name = min(longest, key=longest.__getitem__, default=None)
+    if name is None or longest[name] >= settings.prompt + settings.new_tokens:
         return settings
-    if known[name] <= settings.new_tokens:
+    if longest[name] <= settings.new_tokens:
         raise InvalidInput(
             f"{field_name('new_tokens', settings.new_tokens)} leaves no room for a prompt: "
-            f"{name} reads {known[name]} tokens. Give fewer."
+            f"{name} reads {longest[name]} tokens. Give fewer."
         )
-    return replace(settings, prompt=known[name] - settings.new_tokens)
+    return replace(settings, prompt=longest[name] - settings.new_tokens)
 
 
 def _loads(

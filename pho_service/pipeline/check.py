@@ -107,8 +107,8 @@ def _mask_problems(
     for name, shape in masks.shapes.items():
         if name not in recipe.layers:
             yield f"{name} has a mask, but is not a pruned linear of the model"
-        elif shape != (own := tuple(linears[name].weight.shape)):
-            yield f"{name} has the shape {own}, its mask {shape}"
+        elif shape != (linear_shape := tuple(linears[name].weight.shape)):
+            yield f"{name} has the shape {linear_shape}, its mask {shape}"
 
 
 def _check_weights(
@@ -249,10 +249,10 @@ def _check_others(
         expected = before[name].cpu()
         if field == "bias" and linear in rows:
             expected = expected[rows[linear]]
-        found = after[name]
-        if found.is_floating_point():
-            expected, found = expected.to(model.stored_dtype), found.to(model.stored_dtype)
-        if not torch.equal(expected, found):
+        actual = after[name]
+        if actual.is_floating_point():
+            expected, actual = expected.to(model.stored_dtype), actual.to(model.stored_dtype)
+        if not torch.equal(expected, actual):
             problems.append(f"{name} was changed")
     but = ", norms and biases aside, which were trained" if trained else ""
     return _check("other parameters", sorted(problems), f"{len(after)} as in the original{but}")

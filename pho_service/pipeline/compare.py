@@ -152,8 +152,10 @@ def compare_candidates(
         best = [row.method for row in rows].index(beside)
     tokens = len(report.windows) * (report.windows.shape[1] - 1)
     return [
-        row if number in (0, best) else replace(row, behind=paired_error(its, rated[best], tokens))
-        for number, (row, its) in enumerate(zip(rows, rated, strict=True))
+        row
+        if number in (0, best)
+        else replace(row, behind=paired_error(row_losses, rated[best], tokens))
+        for number, (row, row_losses) in enumerate(zip(rows, rated, strict=True))
     ]
 
 
@@ -220,10 +222,12 @@ def common_linears(
     configurations: Sequence[tuple[str, Configuration]], pattern: Pattern, linears: Linears | None
 ) -> Linears:
     """The linears that all rows of a comparison prune."""
-    found = [(name, fitting(name, each, pattern)) for name, each in configurations]
+    candidates = [
+        (name, fitting(name, configuration, pattern)) for name, configuration in configurations
+    ]
     if linears is None:
-        linears = found[0][1].steps.linears if found else Linears()
-    for name, candidate in found:
+        linears = candidates[0][1].steps.linears if candidates else Linears()
+    for name, candidate in candidates:
         if candidate.steps.linears != linears:
             raise ConfigurationError(
                 f"{name} prunes {candidate.steps.linears or 'all linears'}, but the comparison is "
@@ -246,12 +250,12 @@ def check_family(
     configuration: Configuration, model: LanguageModel, name: str, *, other_family: bool
 ) -> None:
     found_on = configuration.model
-    families = [each.get("family") for each in found_on.get("models", [found_on])]
-    known = [family for family in families if family]
-    if known and model.family not in known and not other_family:
+    origins = found_on.get("models", [found_on])
+    families = [family for origin in origins if (family := origin.get("family"))]
+    if families and model.family not in families and not other_family:
         raise ConfigurationError(
-            f"{name} was found on {' and '.join(sorted(set(known)))}, but {model.name} is of the "
-            f"family {model.family}, where it may be no better than a baseline. Search on this "
+            f"{name} was found on {' and '.join(sorted(set(families)))}, but {model.name} is of "
+            f"the family {model.family}, where it may be no better than a baseline. Search on this "
             f"model; or give {field_name('other_family', True)}, and compare it with the baselines."
         )
 
@@ -289,23 +293,23 @@ class ComparisonRequest:
             )
 
     def rows(
-        self, own: Sequence[tuple[str, Configuration]], *, has_text: bool
+        self, configurations: Sequence[tuple[str, Configuration]], *, has_text: bool
     ) -> tuple[list[tuple[str, Candidate]], dict[str, str]]:
         """
-        The methods, without a text those that need none unless they are named, and ``own``; and how
-        rows of a model recovered are called, by those that they come after.
+        The methods, without a text those that need none unless they are named, and configurations;
+        and how rows of a model recovered are called, by those that they come after.
         """
-        linears = common_linears(own, self.pattern, self.linears)
+        linears = common_linears(configurations, self.pattern, self.linears)
         shown = shown_baselines(self.methods, self.pattern, linears)
         taken = [c for c in shown if has_text or self.methods is not None or not c.steps.needs_text]
-        found = [(name, each.candidate()) for name, each in own]
-        recovered = {name: f"{name}{RECOVERED}" for name, _ in found}
+        candidates = [(name, configuration.candidate()) for name, configuration in configurations]
+        recovered = {name: f"{name}{RECOVERED}" for name, _ in candidates}
         if self.ablation:
-            apart = {name: step_by_step(name, candidate) for name, candidate in found}
-            found = [row for rows in apart.values() for row in rows]
+            apart = {name: step_by_step(name, candidate) for name, candidate in candidates}
+            candidates = [row for rows in apart.values() for row in rows]
             recovered = {rows[0][0]: f"{name}: score + recovery" for name, rows in apart.items()}
             recovered |= {rows[-1][0]: f"{name}: + recovery" for name, rows in apart.items()}
-        return [*((each.method, each) for each in taken), *found], recovered
+        return [*((baseline.method, baseline) for baseline in taken), *candidates], recovered
 
     @property
     def shows_all_at_nm(self) -> bool:
@@ -334,7 +338,7 @@ class Comparison(Shown):
     configurations: dict[int, dict[str, Configuration]]
 
     def _records(self) -> Sequence[dict[str, Any]]:
-        rows = [{**vars(each), **each.extra} for each in self.rows]
+        rows = [{**vars(row), **row.extra} for row in self.rows]
         return [{name: row[name] for name in row if name != "extra"} for row in rows]
 
     def _shown(self) -> Table:
@@ -345,8 +349,8 @@ class Comparison(Shown):
         return {
             **asdict(self),
             "configurations": {
-                seed: {name: each.model_dump(mode="json") for name, each in found.items()}
-                for seed, found in self.configurations.items()
+                seed: {name: best.model_dump(mode="json") for name, best in by_name.items()}
+                for seed, by_name in self.configurations.items()
             },
         }
 
@@ -358,20 +362,20 @@ class Comparison(Shown):
     def summary(self) -> str:
         """How good what was found is, in a line: dense, found, and the best of Wanda and RIA."""
         means = {row.method: row.perplexity for row in self.rows}
-        known = named_baselines(Pattern.parse(self.pattern))
-        found = {
+        baselines = named_baselines(Pattern.parse(self.pattern))
+        found_perplexities = {
             name: value
             for name, value in means.items()
-            if name != "dense" and name not in known and ": " not in name  # no row of an ablation
+            if name != "dense" and name not in baselines and ": " not in name  # none of an ablation
         }
         methods = {}
         for family in ("wanda", "ria"):
-            variants = [name for name in means if name in known and name.startswith(family)]
+            variants = [name for name in means if name in baselines and name.startswith(family)]
             if variants:  # by its own name: of which norms and scope it is
                 best = min(variants, key=lambda name: means[name])
                 methods[best] = means[best]
         errors = {row.method: row.error for row in self.rows}
-        return in_words(means["dense"], found, methods, errors)
+        return in_words(means["dense"], found_perplexities, methods, errors)
 
     @property
     def extra(self) -> list[str]:
@@ -415,7 +419,7 @@ class Comparison(Shown):
     def _behind(self, row: ComparisonRow) -> str:
         if row.behind is None:
             return ""
-        best = min(each.perplexity for each in self.rows if each.method != "dense")
+        best = min(other.perplexity for other in self.rows if other.method != "dense")
         return compared(row.perplexity, best, row.behind)
 
     @property
@@ -460,10 +464,10 @@ def compare_over_seeds(
         _check_texts(request, work, report)
         _check_draws(work, len(calibrations))
         searches = {
-            name: _searched(work, replace(each, seed=seed), run)
-            for name, each in request.searches.items()
+            name: _searched(work, replace(search, seed=seed), run)
+            for name, search in request.searches.items()
         }
-        results = {name: each.configuration for name, each in searches.items()}
+        results = {name: search.configuration for name, search in searches.items()}
         rows_of = [*request.configurations, *results.items()]
         candidates, names = request.rows(rows_of, has_text=work.calibration is not None)
         rows = compare_candidates(
@@ -508,7 +512,7 @@ def _then_recovered(
     if settings is None or text is None:
         return None
     seen = [report.windows, work.calibration, work.confirm and work.confirm.windows]
-    unlike = torch.cat([each for each in seen if isinstance(each, Tensor)])
+    unlike = torch.cat([windows for windows in seen if isinstance(windows, Tensor)])
     return ThenRecovered(
         text=replace(text, unlike=unlike), settings=replace(settings, seed=seed), names=names
     )
@@ -601,6 +605,6 @@ def _mean(rows: Sequence[ComparisonRow]) -> ComparisonRow:
     )
 
 
-def _most(found: Sequence[int | None]) -> int | None:
-    known = [each for each in found if each is not None]
-    return max(known) if known else None
+def _most(sizes: Sequence[int | None]) -> int | None:
+    known_sizes = [size for size in sizes if size is not None]
+    return max(known_sizes) if known_sizes else None

@@ -76,7 +76,7 @@ def choose_finalists(
     # search would have had from the start.
     before = confirmed_before(islands, rated, text_sha256=work.text.key)
     pool = united(rated, finalists(rated, count), before)
-    costly = any(each.candidate.steps.needs_text for each in pool)
+    costly = any(r.candidate.steps.needs_text for r in pool)
     in_full = islands.plan.pruned_in_full(len(pool), islands.plan.pattern)
     masks_alone = costly and in_full < len(pool)
     stream = work.model.stream
@@ -84,8 +84,7 @@ def choose_finalists(
         return Raced(finalists=pool, evaluations=float(len(pool)))
     if masks_alone:
         pool = [
-            replace(each, candidate=replace(each.candidate, steps=each.candidate.steps.masked))
-            for each in pool
+            replace(r, candidate=replace(r.candidate, steps=r.candidate.steps.masked)) for r in pool
         ]
     if stream:
         left = united(rated, _best_masks(islands, pool, work, run)[:in_full], before)
@@ -101,21 +100,21 @@ def _best_masks(
 ) -> list[RatedCandidate]:
     """The finalists by the perplexity of each one's mask, best first."""
     windows, statistics = work.text.windows, work.bundle.statistics()
-    found: list[tuple[float, RatedCandidate]] = []
+    by_perplexity: list[tuple[float, RatedCandidate]] = []
     with run.progress("Comparing masks", len(pool) * len(windows)) as advance:
-        for each in pool:
+        for finalist in pool:
             run.look()
-            study, there = islands.place(each.number)
+            study, there = islands.place(finalist.number)
 
-            def make(masked: Candidate = each.candidate) -> dict[str, float]:
+            def make(masked: Candidate = finalist.candidate) -> dict[str, float]:
                 with named(masked):
                     rated, _ = rate_pruned(work.model, statistics, masked, windows, advance)
                 return {"perplexity": rated.perplexity}
 
             about = {"text_sha256": work.text.key}
             stored = once(study, f"masks:perplexity:{there}", about, make, fence=run.fence)
-            found.append((float(stored["perplexity"]), each))
-    return [each for _, each in sorted(found, key=lambda pair: pair[0])]
+            by_perplexity.append((float(stored["perplexity"]), finalist))
+    return [r for _, r in sorted(by_perplexity, key=lambda pair: pair[0])]
 
 
 def known_losses(islands: Islands, number: int, text_sha256: str, kind: str = "") -> Losses:
@@ -137,7 +136,7 @@ class _Race:
         self.enough = in_full or 1  # that may be left before the last window
         self.kept = "masks:" if self.masks_alone else ""  # begins the names of its records
         self.islands, self.pool, self.text = islands, pool, text
-        self.on = run
+        self.watched = run
         self.windows = len(text.windows)
         self.order = race_order(self.windows, islands.plan.seed)
         self.compared = self.order[: compared_count(text.windows)]
@@ -154,46 +153,46 @@ class _Race:
             if len(left) <= self.enough:
                 break
             seen = self.order[:windows]
-            losses = {each.number: self._measured(each, seen, glances, advance) for each in left}
+            losses = {r.number: self._measured(r, seen, glances, advance) for r in left}
             numbers = still_racing(losses, seen, windows=self.windows)
             advance((len(left) - len(numbers)) * (self.windows - windows))  # not to be run
-            left = [each for each in left if each.number in numbers]
+            left = [r for r in left if r.number in numbers]
             if self.masks_alone:  # best first
-                left.sort(key=lambda each: sum(map(sum, losses[each.number].values())))
+                left.sort(key=lambda r: sum(map(sum, losses[r.number].values())))
         return left[: self.enough] if self.masks_alone else left
 
     def _measured(
-        self, each: RatedCandidate, seen: Sequence[int], glances: Glances, advance: Advance
+        self, finalist: RatedCandidate, seen: Sequence[int], glances: Glances, advance: Advance
     ) -> Losses:
         """The losses of a finalist on some windows; those that are not known are measured."""
         key = self.text.key
-        known = known_losses(self.islands, each.number, key, self.kept)
-        missing = [number for number in seen if number not in known]
+        window_losses = known_losses(self.islands, finalist.number, key, self.kept)
+        missing = [number for number in seen if number not in window_losses]
         if missing:
-            self.on.look()
-            with named(each.candidate):
-                glance = glances(each.candidate, missing)
-            known = {**known, **glance.losses}
-            study, there = self.islands.place(each.number)
-            with self.on.fence():
+            self.watched.look()
+            with named(finalist.candidate):
+                glance = glances(finalist.candidate, missing)
+            window_losses = {**window_losses, **glance.losses}
+            study, there = self.islands.place(finalist.number)
+            with self.watched.fence():
                 if glance.divergence is not None:
                     about, value = {"text_sha256": self.compared_key}, glance.divergence
                     name, note = f"{self.kept}divergence:{there}", (there, "divergence")
                     once(study, name, about, lambda: {"divergence": value}, note=note)
-                losses = {str(window): list(blocks) for window, blocks in known.items()}
+                losses = {str(window): list(blocks) for window, blocks in window_losses.items()}
                 stored = {"text_sha256": key, "losses": losses}
                 keep_record(study, f"{self.kept}losses:{there}", stored)
-        advance(len(seen) - self.seen.get(each.number, 0))
-        self.seen[each.number] = len(seen)
-        return known
+        advance(len(seen) - self.seen.get(finalist.number, 0))
+        self.seen[finalist.number] = len(seen)
+        return window_losses
 
     def divergences(self) -> Divergences:
         """From the dense model, of all finalists."""
         by_number, about = {}, {"text_sha256": self.compared_key}
-        for each in self.pool:
-            study, there = self.islands.place(each.number)
+        for finalist in self.pool:
+            study, there = self.islands.place(finalist.number)
             if stored := kept(study, f"{self.kept}divergence:{there}", about):
-                by_number[each.number] = float(stored["divergence"])
+                by_number[finalist.number] = float(stored["divergence"])
         return Divergences(
             by_number=by_number, tokens=len(self.compared) * (self.text.windows.shape[1] - 1)
         )
@@ -201,7 +200,7 @@ class _Race:
     def evaluations(self, left: Sequence[RatedCandidate]) -> float:
         """What was run and what is still to be run, in perplexities of the whole text."""
         run = sum(self.seen.values()) + (len(self.compared) if self.seen else 0)  # and the dense
-        begun = 0 if self.masks_alone else sum(self.seen.get(each.number, 0) for each in left)
+        begun = 0 if self.masks_alone else sum(self.seen.get(r.number, 0) for r in left)
         return (run - begun) / self.windows + len(left)
 
 
@@ -245,19 +244,19 @@ def reconstruct_winner(
             f"it {number(before)}. A lower learning rate or more samples may change that."
         )
         return replace(result, warnings=[*result.warnings, warning])
-    told = with_error_of(
+    new_confirmation = with_error_of(
         confirmation.model_copy(update={"perplexity": after, "before_reconstruction": before}),
         "before_reconstruction",
         paired_error(measured.losses, result.losses, confirmation.tokens),
     )
-    configuration = rebuilt.model_copy(update={"confirmation": told})
+    configuration = rebuilt.model_copy(update={"confirmation": new_confirmation})
     return replace(result, configuration=configuration, losses=measured.losses)
 
 
-def with_error_of(told: Confirmation, name: str, error: float | None) -> Confirmation:
+def with_error_of(confirmation: Confirmation, name: str, error: float | None) -> Confirmation:
     """With the standard error of how far its perplexity is from another one that it tells."""
-    known = {} if error is None else {name: error}
-    return told.model_copy(update={"errors": {**told.errors, **known}})
+    new_errors = {} if error is None else {name: error}
+    return confirmation.model_copy(update={"errors": {**confirmation.errors, **new_errors}})
 
 
 def measured_once(
@@ -323,12 +322,12 @@ def with_continuations(
         )
         advance(1)
         # A winner that was pruned with a text has written when it was measured.
-        known = kept(study, "reconstructed", about) or ({"written": written} if written else {})
-        pruned = known or once(study, "written", about, prune_and_write, fence=run.fence)
+        stored = kept(study, "reconstructed", about) or ({"written": written} if written else {})
+        pruned = stored or once(study, "written", about, prune_and_write, fence=run.fence)
         advance(1)
-    found = side_by_side(model, windows, dense=dense, pruned=pruned)
-    told = result.configuration.model_copy(update={"continuations": found})
-    return replace(result, configuration=told)
+    continuations = side_by_side(model, windows, dense=dense, pruned=pruned)
+    configuration = result.configuration.model_copy(update={"continuations": continuations})
+    return replace(result, configuration=configuration)
 
 
 # What it costs a search to permute only channels whose order can be folded into the weights.
@@ -349,7 +348,7 @@ def priced(
         return result
     free = replace(configuration.candidate(), steps=replace(steps, deployable=False))
     measured = measured_once(study, work, free, run, kept="any_order", title="Pruning in any order")
-    told = with_error_of(
+    new_confirmation = with_error_of(
         confirmation.model_copy(update={"any_order": measured.perplexity}),
         "any_order",
         paired_error(result.losses, measured.losses, confirmation.tokens),
@@ -357,12 +356,12 @@ def priced(
     sentence = (
         f"Deployable: {given_up} of {len(chosen.names)} linears keep the model's own order of "
         "channels, since no other one can be folded into their weights. The perplexity is "
-        f"{number(told.perplexity)}; permuted as well, which a runtime would have to do, it would "
-        f"be {told.beside('any_order')}."
+        f"{number(new_confirmation.perplexity)}; permuted as well, which a runtime would have to "
+        f"do, it would be {new_confirmation.beside('any_order')}."
     )
     return replace(
         result,
-        configuration=configuration.model_copy(update={"confirmation": told}),
+        configuration=configuration.model_copy(update={"confirmation": new_confirmation}),
         warnings=[*result.warnings, sentence],
     )
 

@@ -82,8 +82,8 @@ class CurvePoint:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, the configuration among them."""
-        found: dict[str, Any] = TypeAdapter(CurvePoint).dump_python(self, mode="json")
-        return found
+        document: dict[str, Any] = TypeAdapter(CurvePoint).dump_python(self, mode="json")
+        return document
 
 
 class CurvePoints:
@@ -110,9 +110,9 @@ class CurvePoints:
         work = self._work
         with self._record(request) as study:
             about = {"text_sha256": work.text.key}
-            known = self._dense
-            if known:  # what another search's study has of the dense model on these windows
-                once(study, DENSE_MEASURED, about, lambda: known)
+            dense = self._dense
+            if dense:  # what another search's study has of the dense model on these windows
+                once(study, DENSE_MEASURED, about, lambda: dense)
             with _timed(study, request, work.text.key) as seconds:
                 result = search_job(
                     request,
@@ -124,26 +124,26 @@ class CurvePoints:
             if self._pareto is not None:
                 pattern = request.pattern
                 add_point(self._pareto, study, pattern.sparsity, str(pattern), self._run.fence)
-        found = result.configuration
-        assert found.perplexities is not None  # there is a text
+        configuration = result.configuration
+        assert configuration.perplexities is not None  # there is a text
         self._dense = kept(study, DENSE_MEASURED, about)
         point = CurvePoint(
-            pattern=found.pattern,
+            pattern=configuration.pattern,
             scope=request.pattern.scope.value,
             sparsity=request.pattern.sparsity,
-            perplexity=found.perplexities.pruned,
-            rise=found.perplexities.rise,
-            rise_error=found.perplexities.error("dense"),
-            errors=found.perplexities.errors,
-            dense=found.perplexities.dense,
-            wanda=found.perplexities.wanda,
-            ria=found.perplexities.ria,
-            proxy=found.objective["value"],
+            perplexity=configuration.perplexities.pruned,
+            rise=configuration.perplexities.rise,
+            rise_error=configuration.perplexities.error("dense"),
+            errors=configuration.perplexities.errors,
+            dense=configuration.perplexities.dense,
+            wanda=configuration.perplexities.wanda,
+            ria=configuration.perplexities.ria,
+            proxy=configuration.objective["value"],
             trials=request.trials,
             seconds=seconds(),
             study=result.study_name,
             trial=result.trial,
-            configuration=found,
+            configuration=configuration,
             warnings=[*result.warnings],
         )
         self._found.append(point)
@@ -154,17 +154,17 @@ class CurvePoints:
         """Keep only those trained blocks that the answer of a target may be made of."""
         # Of earlier points there are those of the answer until now at most.
         before, answer = self._answer(self._found[:-1]), self._answer(self._found)
-        for each in (before, self._found[-1]):
-            if each is not None and each is not answer:
-                blocks = self._work.blocks(each.configuration.candidate())
+        for point in (before, self._found[-1]):
+            if point is not None and point is not answer:
+                blocks = self._work.blocks(point.configuration.candidate())
                 if blocks is not None:
                     blocks.remove()
 
     def _answer(self, points: Sequence[CurvePoint]) -> CurvePoint | None:
         """What a target has of these points; of a curve nobody knows which will be pruned to."""
         target = self._target
-        inside = [each for each in points if target is not None and is_inside(target, each)]
-        return max(inside, key=lambda each: each.sparsity, default=None)
+        inside = [point for point in points if target is not None and is_inside(target, point)]
+        return max(inside, key=lambda point: point.sparsity, default=None)
 
 
 def find_points(
@@ -174,25 +174,25 @@ def find_points(
     journal: Journal | None = None,
 ) -> list[CurvePoint]:
     """A point for each request, by itself; or for those that the bisection of a target asks for."""
-    found: list[CurvePoint] = []
+    points: list[CurvePoint] = []
 
-    def each(asked: Sequence[SearchRequest]) -> list[CurvePoint]:
-        numbered = dict(enumerate(asked, len(found)))
+    def points_of(batch: Sequence[SearchRequest]) -> list[CurvePoint]:
+        numbered = dict(enumerate(batch, len(points)))
         pieces = [Piece(number=n, about={PATTERN: str(r.pattern)}) for n, r in numbered.items()]
 
         def do(piece: Piece, _: Run) -> CurvePoint:
-            of = f"{piece.number + 1} of {len(asked)}" if target is None else f"for {target}"
+            suffix = f"{piece.number + 1} of {len(batch)}" if target is None else f"for {target}"
             request = numbered[piece.number]
-            return find(request, f"{request.pattern}, {of}")
+            return find(request, f"{request.pattern}, {suffix}")
 
         return (journal or Journal(Run())).each("point", pieces, do, CurvePoint)
 
     if target is None:
-        return each(requests)
+        return points_of(requests)
     named = {request.pattern.sparsity: request for request in requests}
-    while (sparsity := next_sparsity(target, found)) is not None:
-        found += each([named[sparsity]])
-    return found
+    while (sparsity := next_sparsity(target, points)) is not None:
+        points += points_of([named[sparsity]])
+    return points
 
 
 @contextmanager
@@ -210,7 +210,7 @@ def opened_pareto(
 def pareto_of(
     requests: Sequence[SearchRequest], work: Work, storage: BaseStorage | None
 ) -> optuna.Study:
-    names = [name_of_study(each, work) for each in requests]
+    names = [name_of_study(request, work) for request in requests]
     model = Path(work.model.name).name
     objective = requests[0].objective
     return pareto_study(pareto_name(model, names), objective.direction, objective.label, storage)
@@ -232,16 +232,16 @@ def curve_document(
         "confirmation": {**text.measured_on(), "text_sha256": text.key},
         "calibration": {"key": work.bundle.key, "seconds": seconds},
         "study": dict(study),
-        "points": [each.to_dict() for each in points],
+        "points": [point.to_dict() for point in points],
     }
 
 
 def point_warnings(points: Sequence[CurvePoint]) -> list[str]:
     """The warnings of all searches, each with the patterns that it is of."""
     by_text: dict[str, list[str]] = {}
-    for each in points:
-        for warning in each.warnings:
-            by_text.setdefault(warning, []).append(each.pattern)
+    for point in points:
+        for warning in point.warnings:
+            by_text.setdefault(warning, []).append(point.pattern)
     return [f"({', '.join(patterns)}) {text}" for text, patterns in by_text.items()]
 
 
@@ -255,10 +255,10 @@ def check_patterns(model: LanguageModel, patterns: Sequence[Pattern], linears: L
 
 
 def _titled(run: Run, title: str) -> Run:
-    def told(step: str, steps: int) -> AbstractContextManager[Advance]:
+    def titled(step: str, steps: int) -> AbstractContextManager[Advance]:
         return run.progress(f"[{title}] {step}", steps)
 
-    return replace(run, progress=told)
+    return replace(run, progress=titled)
 
 
 @contextmanager
@@ -266,14 +266,14 @@ def _timed(
     study: optuna.Study, request: SearchRequest, text_sha256: str
 ) -> Iterator[Callable[[], float]]:
     """Keep in a study what its point takes; what is interrupted adds up."""
-    of = [request.trials, request.finalists, request.in_full, text_sha256]
+    identity = [request.trials, request.finalists, request.in_full, text_sha256]
     kept: Mapping[str, Any] = record_of(study).get(_TIME, {})
-    done = kept.get("done") == of
+    done = kept.get("done") == identity
     before, started = float(kept.get("seconds", 0.0)), time.monotonic()
     taken = before
     try:
         yield lambda: round(taken, 3)
-        kept = {"done": of}
+        kept = {"done": identity}
     finally:
         if not done:
             taken = before + time.monotonic() - started
@@ -303,7 +303,7 @@ class Within(Shown):
     outside: CurvePoint | None
 
     def _records(self) -> Sequence[Mapping[str, Any]]:
-        return [each.to_dict() for each in self.points]
+        return [point.to_dict() for point in self.points]
 
     def _shown(self) -> Table:
         shown = table_of(self.points)
@@ -312,56 +312,57 @@ class Within(Shown):
             f"{self.target}; at most {number(self.target.limit(self.answer.dense))} was wanted"
         )
         return replace(
-            shown, notes=(answer, *shown.notes, *(f"Note: {each}" for each in self.warnings))
+            shown, notes=(answer, *shown.notes, *(f"Note: {warning}" for warning in self.warnings))
         )
 
     @property
     def result(self) -> SearchResult:
         """Result of the answer's search, with the target and its points in it."""
-        found = self.answer.result
-        told = {
+        result = self.answer.result
+        target = {
             **self.target.model_dump(),
             "dense": self.answer.dense,
             "limit": self.target.limit(self.answer.dense),
             "points": [
-                {"sparsity": each.sparsity, "perplexity": each.perplexity} for each in self.points
+                {"sparsity": point.sparsity, "perplexity": point.perplexity}
+                for point in self.points
             ],
         }
-        search = {**found.configuration.search, "target": told}
-        configuration = found.configuration.model_copy(update={"search": search})
+        search = {**result.configuration.search, "target": target}
+        configuration = result.configuration.model_copy(update={"search": search})
         return replace(
-            found, configuration=configuration, warnings=[*found.warnings, *self.warnings]
+            result, configuration=configuration, warnings=[*result.warnings, *self.warnings]
         )
 
     @property
     def warnings(self) -> list[str]:
         """Plain sentences that a user must read."""
-        told = [ASSUMED]
-        for each in (self.answer, self.outside):
-            if each is None or each.rise_error is None:
+        sentences = [ASSUMED]
+        for point in (self.answer, self.outside):
+            if point is None or point.rise_error is None:
                 continue
-            if abs(each.rise - self.target.perplexity_rise) < 2 * each.rise_error:
-                told.append(
-                    f"The perplexity at {each.pattern} is not told apart from the target, "
+            if abs(point.rise - self.target.perplexity_rise) < 2 * point.rise_error:
+                sentences.append(
+                    f"The perplexity at {point.pattern} is not told apart from the target, "
                     f"{self.target}: more windows to confirm on make it surer."
                 )
         if self.outside is None:
-            told.append(
+            sentences.append(
                 f"{self.answer.pattern} is the highest sparsity that was tried, and it is within "
                 f"{self.target}: a sparser model may be, too."
             )
         falls = [b for a, b in pairwise(self.points) if b.perplexity < a.perplexity]
         if falls:
-            told.append(
+            sentences.append(
                 f"The perplexity at {falls[0].pattern} is below that of a lower sparsity, so it "
                 "does not rise everywhere: more windows to confirm on or more trials make it surer."
             )
-        return told
+        return sentences
 
 
 def table_of(points: Sequence[CurvePoint]) -> Table:
     """A row for each point, with the text that its perplexities are of."""
-    return points_table([each.to_dict() for each in points], points[0].configuration.confirmation)
+    return points_table([point.to_dict() for point in points], points[0].configuration.confirmation)
 
 
 # The sparsities of a target are bisected, so that about log2 of them are searched. The answer was
@@ -369,18 +370,18 @@ def table_of(points: Sequence[CurvePoint]) -> Table:
 def next_sparsity(target: Target, points: Sequence[CurvePoint]) -> float | None:
     """The sparsity that the bisection asks for next; None if the points say the answer."""
     sparsities = target.sparsities
-    inside = {sparsities.index(each.sparsity): is_inside(target, each) for each in points}
+    inside = {sparsities.index(point.sparsity): is_inside(target, point) for point in points}
     number = next_asked(len(sparsities), inside)
     return None if number is None else sparsities[number]
 
 
 def target_found(target: Target, points: Sequence[CurvePoint]) -> Within:
     """The answer that the points say, after the last one that :func:`next_sparsity` asks for."""
-    ordered = sorted(points, key=lambda each: each.sparsity)
-    inside = [each for each in ordered if is_inside(target, each)]
+    ordered = sorted(points, key=lambda point: point.sparsity)
+    inside = [point for point in ordered if is_inside(target, point)]
     if not inside:
         raise TargetMissed(_missed(target, ordered))
-    sparser = (each for each in ordered if each.sparsity > inside[-1].sparsity)
+    sparser = (point for point in ordered if point.sparsity > inside[-1].sparsity)
     return Within(target=target, points=ordered, answer=inside[-1], outside=next(sparser, None))
 
 
@@ -402,7 +403,7 @@ def is_inside(target: Target, point: CurvePoint) -> bool:
 
 
 def _missed(target: Target, points: Sequence[CurvePoint]) -> str:
-    shown = ", ".join(f"{number(each.perplexity)} at {each.pattern}" for each in points)
+    shown = ", ".join(f"{number(point.perplexity)} at {point.pattern}" for point in points)
     dense = points[0].dense
     return (
         f"no sparsity is within {target}: the dense model's perplexity is {number(dense)}, so at "

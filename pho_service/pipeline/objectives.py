@@ -131,12 +131,12 @@ class OwnObjective(Objective):
             outcomes: list[Outcome] = []
             for candidate in candidates:
                 try:
-                    found = value(candidate)
+                    objective_value = value(candidate)
                 except Exception as error:
                     failure = f"{type(error).__name__}: {error}"
                     return [*outcomes, Outcome(value=None, failure=failure, raised=error)]
-                nan = f"the objective {self.name} gave NaN" if math.isnan(found) else None
-                outcomes.append(Outcome(value=None if nan else found, failure=nan))
+                nan = f"the objective {self.name} gave NaN" if math.isnan(objective_value) else None
+                outcomes.append(Outcome(value=None if nan else objective_value, failure=nan))
             return outcomes
 
         return rate
@@ -174,12 +174,12 @@ def rate_jointly(
         references[name] = proxy_value(rating, objective)
         if not references[name] > 0:
             raise NumericalError(f"{name}: the proxy of RIA is {references[name]}, no scale.")
-    rates = {name: rate_by_proxy(each, objective) for name, each in evaluators.items()}
+    rates = {name: rate_by_proxy(evaluator, objective) for name, evaluator in evaluators.items()}
 
     def rate(candidates: Sequence[Candidate]) -> list[Outcome]:
         outcomes = {name: rate(candidates) for name, rate in rates.items()}
         return [
-            _joint({name: of[i] for name, of in outcomes.items()}, references, objective)
+            _joint({name: rated[i] for name, rated in outcomes.items()}, references, objective)
             for i in range(len(candidates))
         ]
 
@@ -295,11 +295,13 @@ class KnownRatings:
             return evaluate
 
         def rate(candidates: Sequence[Candidate]) -> list[Outcome]:
-            found = [self._known.get(_key(candidate)) for candidate in candidates]
-            missing = [c for c, known in zip(candidates, found, strict=True) if known is None]
+            outcomes = [self._known.get(_key(candidate)) for candidate in candidates]
+            missing = [
+                c for c, outcome in zip(candidates, outcomes, strict=True) if outcome is None
+            ]
             rated = iter(evaluate(missing) if missing else [])
             self.taken += len(candidates) - len(missing)
-            return [next(rated) if known is None else known for known in found]
+            return [next(rated) if outcome is None else outcome for outcome in outcomes]
 
         return rate
 
@@ -308,8 +310,8 @@ class KnownRatings:
             if trial.value is None or not {"method", "coefficients"} <= trial.user_attrs.keys():
                 continue
             candidate = Candidate.from_dict(trial.user_attrs, plan.pattern)
-            own = {*candidate.to_dict(), *_NOTED}
-            attributes = {n: value for n, value in trial.user_attrs.items() if n not in own}
+            own_names = {*candidate.to_dict(), *_NOTED}
+            attributes = {n: value for n, value in trial.user_attrs.items() if n not in own_names}
             self._known.setdefault(
                 _key(candidate), Outcome(value=trial.value, attributes=attributes)
             )

@@ -175,16 +175,16 @@ def _rebuilt(
         block = whole.only(losses.names)
         if not block.linears:
             continue
-        found = done.read(block.name) if done else None
-        if found is None:
+        kept_block = done.read(block.name) if done else None
+        if kept_block is None:
             masks = dict(_pruned_block(block, statistics, candidate, losses))
             keeps = {name: mask.keep for name, mask in masks.items()}
             result = rebuilding.after(block, keeps, advance)
             if done:
                 done.keep(block.name, KeptBlock.of(block.linears, masks, result.to_dict()))
         else:
-            masks = dict(found.put_into(block.linears))
-            result = Reconstructed(**found.record)
+            masks = dict(kept_block.put_into(block.linears))
+            result = Reconstructed(**kept_block.record)
         rebuilt(block.name, result)
         yield from masks.items()
 
@@ -194,12 +194,12 @@ def _pruned_block(
 ) -> Iterator[tuple[str, LinearMask]]:
     """Take the linears of a block through all steps; gives the name and the mask of each."""
     moments, input_of = block.moments()
-    known = statistics
+    current_statistics = statistics
     if candidate.steps.statistics == "sequential":
-        known = with_norms(statistics, moments, input_of)
-    masks = masks_of(block.linears, known, candidate, losses)
+        current_statistics = with_norms(statistics, moments, input_of)
+    masks = masks_of(block.linears, current_statistics, candidate, losses)
     for name, mask, weight in finished_block(
-        block.linears, known, candidate, masks, moments, input_of
+        block.linears, current_statistics, candidate, masks, moments, input_of
     ):
         block.linears[name].weight.copy_(weight)
         yield name, mask
@@ -214,9 +214,9 @@ def with_norms(
         inputs=[
             replace(
                 statistics.inputs[statistics.input_of[readers[index]]],
-                activation_norm=each.activation_norm,
+                activation_norm=input_moments.activation_norm,
             )
-            for index, each in enumerate(moments)
+            for index, input_moments in enumerate(moments)
         ],
         input_of=dict(input_of),
         fisher=statistics.fisher,

@@ -46,8 +46,8 @@ class PrunedFolder:
         """How many linears have which order of channels; None where none was permuted."""
         # ``folded`` into the stored weights; to be ``gathered`` by a runtime in the order of the
         # masks; or ``kept`` as the model has it.
-        asked = self.recipe["configuration"]
-        if asked is None or asked["steps"]["permutation"] == "none":
+        configuration = self.recipe["configuration"]
+        if configuration is None or configuration["steps"]["permutation"] == "none":
             return None
         folded = len(self.recipe["folded"])
         gathered = sum(mask.order is not None for mask in self.masks.values())
@@ -100,8 +100,8 @@ def prune_job(
     """Prune with a configuration, and write a Hugging Face folder with masks and recipe."""
     # ``done`` has what a confirmation has pruned and trained already, if it is not lost.
     if done is None:
-        own = folder.expanduser().resolve().with_name(f".{folder.name}.blocks")
-        done = blocks_kept(model, bundle, configuration.candidate(), calibration, lambda _: own)
+        blocks = folder.expanduser().resolve().with_name(f".{folder.name}.blocks")
+        done = blocks_kept(model, bundle, configuration.candidate(), calibration, lambda _: blocks)
     pruned = prune_in_place(
         model,
         bundle,
@@ -143,15 +143,15 @@ def cached_blocks(
 ) -> KeptBlocks | None:
     """Where `pho search` keeps the trained blocks of its winner for `pho prune`: the last few."""
     place = cache_dir.expanduser().resolve() / "blocks"
-    found = blocks_kept(model, bundle, candidate, calibration, lambda key: place / key[:16])
-    if found is None:
+    blocks = blocks_kept(model, bundle, candidate, calibration, lambda key: place / key[:16])
+    if blocks is None:
         return None
-    others = [each for each in place.glob("*") if each != found.folder]
+    others = [other for other in place.glob("*") if other != blocks.folder]
     with suppress(OSError):  # somebody else has removed one
-        others.sort(key=lambda each: each.stat().st_mtime)
+        others.sort(key=lambda other: other.stat().st_mtime)
         for old in others[: -(_SETS - 1)]:
             shutil.rmtree(old, ignore_errors=True)
-    return replace(found, spare=True)
+    return replace(blocks, spare=True)
 
 
 def _identity(

@@ -103,22 +103,26 @@ def evaluated(text: ReportText, result: Perplexity) -> dict[str, Any]:
 
 
 def beside(
-    mine: Perplexity, text: ReportText, other: LanguageModel, its: ReportText, progress: Progress
+    rating: Perplexity,
+    text: ReportText,
+    other: LanguageModel,
+    other_text: ReportText,
+    progress: Progress,
 ) -> dict[str, Any]:
     """What another model gives on the same windows, and how far the first one is above it."""
-    if its.key != text.key:
+    if other_text.key != text.key:
         raise InvalidInput(
-            f"{other.name} cuts {its.record.source} into other tokens than the model that it "
-            "stands beside, so that their perplexities do not compare. Give a model with the same "
-            "tokenizer."
+            f"{other.name} cuts {other_text.record.source} into other tokens than the model that "
+            "it stands beside, so that their perplexities do not compare. Give a model with the "
+            "same tokenizer."
         )
-    found = perplexity_on(text, other, progress)
-    error = paired_error(mine.losses, found.losses, mine.tokens)
-    ratio = mine.perplexity / found.perplexity
+    other_rating = perplexity_on(text, other, progress)
+    error = paired_error(rating.losses, other_rating.losses, rating.tokens)
+    ratio = rating.perplexity / other_rating.perplexity
     return {
         "model": other.to_dict(),
-        "perplexity": found.perplexity,
-        "error": found.error,
+        "perplexity": other_rating.perplexity,
+        "error": other_rating.error,
         "rise": ratio - 1,
         "rise_error": None if error is None else error * ratio,
     }
@@ -151,7 +155,7 @@ def measure(
     candidate: Candidate | None,
     advance: Advance = lambda _: None,
     *,
-    known: Losses = MappingProxyType({}),
+    raced_losses: Losses = MappingProxyType({}),
     writes: bool = False,
 ) -> Measured:
     """Prune with a candidate, measure the perplexity, let it write, and put the weights back."""
@@ -160,10 +164,10 @@ def measure(
     said: dict[str, Any] = {}
     if candidate is None:
         rating, sparsity = measure_perplexity(work.model, windows, advance=advance), 0.0
-    elif known:
-        rest = [number for number in range(len(windows)) if number not in known]
+    elif raced_losses:
+        rest = [number for number in range(len(windows)) if number not in raced_losses]
         glance = Glances(work, advance)(candidate, rest)
-        losses = {**known, **glance.losses}
+        losses = {**raced_losses, **glance.losses}
         ordered = [losses[number] for number in range(len(windows))]
         rating, sparsity = perplexity_of(ordered, windows.shape[1] - 1), glance.sparsity
     else:
@@ -286,8 +290,8 @@ def rate_by_perplexity(
         except NumericalError as error:
             return Outcome(value=None, failure=str(error))
         seconds = round(time.perf_counter() - started, 4)
-        found = {"perplexity": result.perplexity, "seconds": seconds}
-        return Outcome(value=result.perplexity, attributes=found)
+        attributes = {"perplexity": result.perplexity, "seconds": seconds}
+        return Outcome(value=result.perplexity, attributes=attributes)
 
     def evaluate(candidates: Sequence[Candidate]) -> list[Outcome]:
         return [rate(candidate) for candidate in candidates]

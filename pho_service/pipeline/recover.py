@@ -122,14 +122,14 @@ class PrunedModel:
         """A model whose linears have zeros, which are its masks if it has no others."""
         if recipe is None:
             keeps = {name: linear.weight != 0 for name, linear in model.linears.items()}
-            found = {name: keep for name, keep in keeps.items() if not bool(keep.all())}
-            if not found:
+            with_zeros = {name: keep for name, keep in keeps.items() if not bool(keep.all())}
+            if not with_zeros:
                 raise ModelError(
                     f"{model.name} has no zeros in its {len(keeps)} linears: it is not pruned, and "
                     "there is nothing to recover. Give the pruned model, and the dense one as its "
                     "teacher."
                 )
-            masks = {name: PackedMask.of(LayerMask(keep=keep)) for name, keep in found.items()}
+            masks = {name: PackedMask.of(LayerMask(keep=keep)) for name, keep in with_zeros.items()}
         return cls(model=model, masks=masks or {}, recipe=recipe)
 
     def after(self, recovered: Recovered) -> PrunedFolder:
@@ -195,7 +195,7 @@ def _check_plain(folder: Path) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Asked:
+class _Lesson:
     """Predictions of the dense model, and what they are of."""
 
     reference: DenseReference  # On what this process trains on, a window a step
@@ -249,18 +249,18 @@ def recover_model(
             measured["pruned"] = perplexity_on(text.measured, there, progress)
         with place.nothing_left():
             with dense() as teacher:
-                asked = _ask(model, teacher, trained, text, settings, place, progress)
+                lesson = _lesson(model, teacher, trained, text, settings, place, progress)
                 said["dense"] = written_by(teacher, windows)
             del teacher
             let_go_of_memory()
-            before = processes.agreed(rate_divergence(trained.model, asked.held_out))
+            before = processes.agreed(rate_divergence(trained.model, lesson.held_out))
             if not before:
                 raise ModelError(
-                    f"the teacher {asked.teacher['name']} predicts exactly what {model.name} does, "
-                    "so there is nothing to recover. Give the dense model that was pruned."
+                    f"the teacher {lesson.teacher['name']} predicts exactly what {model.name} "
+                    "does, so there is nothing to recover. Give the dense model that was pruned."
                 )
         place.keep_initial(trained)
-        training = _Training(trained, asked, before, progress, look)
+        training = _Training(trained, lesson, before, progress, look)
         with processes.alone():
             _train(training, settings, place)
         trained.round_(model.stored_dtype)
@@ -270,7 +270,7 @@ def recover_model(
             place.restore(trained, None)
         if text.measured is not None:
             measured["recovered"] = perplexity_on(text.measured, there, progress)
-            measured |= {} if asked.perplexity is None else {"dense": asked.perplexity}
+            measured |= {} if lesson.perplexity is None else {"dense": lesson.perplexity}
     model.model.to(model.stored_dtype)  # type: ignore[arg-type]  # as in loading.py
     said["recovered"] = written_by(model, windows)
     return Recovered(
@@ -279,18 +279,18 @@ def recover_model(
         after=after if kept else before,
         kept=kept,
         tokens=training.done * processes.count * text.context_length,
-        windows=asked.windows,
-        written=asked.written,
-        held_out=len(asked.held_out.windows),
+        windows=lesson.windows,
+        written=lesson.written,
+        held_out=len(lesson.held_out.windows),
         context_length=text.context_length,
         rate=settings.first_rate(before),
         adam_bits=settings.adam_bits,
         seed=settings.seed,
         teacher={
-            key: asked.teacher[key] for key in ("name", "revision", "weights_sha256", "dtype")
+            key: lesson.teacher[key] for key in ("name", "revision", "weights_sha256", "dtype")
         },
-        text=asked.text,
-        perplexities={name: each.perplexity for name, each in measured.items()},
+        text=lesson.text,
+        perplexities={name: rating.perplexity for name, rating in measured.items()},
         errors=_errors(measured),
         continuations=side_by_side(model, windows, **said),
         seconds=round(time.monotonic() - began, 3),
@@ -366,7 +366,7 @@ def check_trainable(
     for name, parameter in model.model.named_parameters(remove_duplicate=False):
         places.setdefault(id(parameter), []).append(name)
     trained = {name: model.linears[name].parameter for name in pruned}
-    fused = next((name for name, each in trained.items() if each.dim() > 2), None)
+    fused = next((name for name, weight in trained.items() if weight.dim() > 2), None)
     tied = next((places[id(p)] for p in trained.values() if len(places[id(p)]) > 1), None)
     if (tied or fused) and (settings.train == "lora" or processes.count > 1):
         who, way_out = "a low-rank change of one of them", "kept or norms"
@@ -376,8 +376,8 @@ def check_trainable(
         if fused:
             what = f"the experts of a block in one parameter, {fused} among them"
         raise InvalidInput(f"{model.name} has {what}, which {who} would part. Train {way_out}.")
-    held = {id(each) for each in trained.values()}
-    whole = [name for name, each in model.linears.items() if id(each.parameter) in held]
+    held = {id(weight) for weight in trained.values()}
+    whole = [name for name, linear in model.linears.items() if id(linear.parameter) in held]
     beside = next((name for name in whole if name not in trained), None)
     if beside is not None and settings.train == "kept":
         raise InvalidInput(
@@ -387,16 +387,16 @@ def check_trainable(
 
 
 def _errors(measured: Mapping[str, Perplexity]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for mine, other in (("pruned", "dense"), ("recovered", "dense"), ("recovered", "pruned")):
-        if mine in measured and other in measured:
-            one = measured[mine]
+    errors: dict[str, float] = {}
+    for name, other in (("pruned", "dense"), ("recovered", "dense"), ("recovered", "pruned")):
+        if name in measured and other in measured:
+            one = measured[name]
             error = paired_error(one.losses, measured[other].losses, one.tokens)
-            found |= {} if error is None else {f"{mine}/{other}": error}
-    return found
+            errors |= {} if error is None else {f"{name}/{other}": error}
+    return errors
 
 
-def _ask(
+def _lesson(
     pruned: LanguageModel,
     teacher: LanguageModel,
     trained: Recovering,
@@ -404,7 +404,7 @@ def _ask(
     settings: Recovery,
     place: "Workplace",
     progress: Progress,
-) -> _Asked:
+) -> _Lesson:
     """Draw windows, as many as are needed, and keep what the dense model predicts on them."""
     check_teacher(pruned, teacher)
     place.begin(teacher.to_dict())
@@ -421,13 +421,13 @@ def _ask(
         held_out += also
     there = len(windows) - held_out
     taken = steps_of_each(steps, there, together) * together
-    mine = recut(windows[held_out:], taken, settings.seed)[trained.processes.number :: together]
-    with progress("Asking the dense model", held_out + len(mine)) as advance:
+    share = recut(windows[held_out:], taken, settings.seed)[trained.processes.number :: together]
+    with progress("Asking the dense model", held_out + len(share)) as advance:
         held = dense_reference(teacher.model, windows[:held_out], top_k=TOP_K, advance=advance)
         with mixed(teacher.device, gradients=True):
-            asked = dense_reference(teacher.model, mine, top_k=TOP_K, advance=advance)
-    return _Asked(
-        reference=asked,
+            reference = dense_reference(teacher.model, share, top_k=TOP_K, advance=advance)
+    return _Lesson(
+        reference=reference,
         held_out=held,
         windows=min(taken, there),
         written=count,
@@ -493,7 +493,7 @@ def _written(
     cards = [teacher.device] if teacher.device.type == "cuda" else []
 
     def write() -> list[list[int]]:
-        found: list[list[int]] = []
+        written: list[list[int]] = []
         with (
             progress("The dense model writes", len(begins)) as advance,
             torch.random.fork_rng(cards),
@@ -509,30 +509,30 @@ def _written(
                     pad_token_id=0,
                     cache_implementation="static", disable_compile=True,  # or all before is copied
                 )  # fmt: skip
-                found += rows.tolist()
+                written += rows.tolist()
                 advance(len(some))
-        return [window for share in processes.every(found) for window in share]
+        return [window for share in processes.every(written) for window in share]
 
     return torch.tensor(place.once("written", write))
 
 
 def check_teacher(pruned: LanguageModel, teacher: LanguageModel) -> None:
     """See that two models are one before and after a pruning."""
-    theirs = {name: tuple(linear.weight.shape) for name, linear in teacher.linears.items()}
-    mine = {name: tuple(linear.weight.shape) for name, linear in pruned.linears.items()}
-    for name in [*mine, *theirs]:
-        if theirs.get(name) != mine.get(name):
-            ours, its = (
+    teacher_shapes = {name: tuple(linear.weight.shape) for name, linear in teacher.linears.items()}
+    pruned_shapes = {name: tuple(linear.weight.shape) for name, linear in pruned.linears.items()}
+    for name in [*pruned_shapes, *teacher_shapes]:
+        if teacher_shapes.get(name) != pruned_shapes.get(name):
+            here, there = (
                 f"has the shape {shapes[name]}" if name in shapes else "is missing"
-                for shapes in (mine, theirs)
+                for shapes in (pruned_shapes, teacher_shapes)
             )
             raise ModelError(
                 f"the teacher {teacher.name} is of another architecture than {pruned.name}: {name} "
-                f"{ours}, and there it {its}. Give the dense model that was pruned."
+                f"{here}, and there it {there}. Give the dense model that was pruned."
             )
     one, other = pruned.tokenizer, teacher.tokenizer
-    known = one is not None and other is not None
-    if pruned.vocabulary != teacher.vocabulary or (known and one.get_vocab() != other.get_vocab()):
+    both = one is not None and other is not None
+    if pruned.vocabulary != teacher.vocabulary or (both and one.get_vocab() != other.get_vocab()):
         sizes = f"{teacher.vocabulary} tokens and {pruned.vocabulary}"
         if teacher.vocabulary == pruned.vocabulary:
             sizes = "as many tokens, but others"
@@ -648,10 +648,10 @@ class _Training(TrainerCallback):
     """What is trained on what, and how far it is."""
 
     def __init__(
-        self, trained: Recovering, asked: _Asked, before: float, progress: Progress, look: Look
+        self, trained: Recovering, lesson: _Lesson, before: float, progress: Progress, look: Look
     ) -> None:
-        self.trained, self.asked, self._look = trained, asked, look
-        self.checks = min(CHECKS, len(asked.reference.windows))
+        self.trained, self.lesson, self._look = trained, lesson, look
+        self.checks = min(CHECKS, len(lesson.reference.windows))
         self.done = 0  # steps
         self.before, self._now = before, before
         self._progress, self._stack = progress, ExitStack()
@@ -660,7 +660,7 @@ class _Training(TrainerCallback):
     def check(self) -> float:
         """The divergence on the held-out windows; infinite of a model that has come apart."""
         try:
-            self._now = rate_divergence(self.trained.model, self.asked.held_out)
+            self._now = rate_divergence(self.trained.model, self.lesson.held_out)
         except NumericalError:
             self._now = math.inf
         self._now = self.trained.processes.agreed(self._now)
@@ -669,10 +669,10 @@ class _Training(TrainerCallback):
     def _show(self, steps: int) -> None:
         """Begin a bar for the steps until the next check, which says what the last one found."""
         self._stack.close()
-        found = f"divergence {number(self._now)}"
+        status = f"divergence {number(self._now)}"
         if self._now != self.before:
-            found += f", {percent(self._now / self.before - 1, signed=True)}"
-        self._advance = self._stack.enter_context(self._progress(f"Recovering ({found})", steps))
+            status += f", {percent(self._now / self.before - 1, signed=True)}"
+        self._advance = self._stack.enter_context(self._progress(f"Recovering ({status})", steps))
 
     def on_train_begin(self, args: Any, *_: Any, **__: Any) -> None:
         self._show(args.eval_steps)
@@ -707,7 +707,7 @@ class _Trainer(Trainer):
 
     def training_step(self, _model: Any, inputs: Any, _count: Any = None) -> Tensor:
         (window,) = inputs["window"].tolist()
-        value = self.training.trained.backward(self.training.asked.reference, window)
+        value = self.training.trained.backward(self.training.lesson.reference, window)
         self.training.trained.clip()
         return torch.tensor(value, device=self.args.device)
 
@@ -716,9 +716,9 @@ class _Trainer(Trainer):
         if value >= before:
             self._take_back()
             value = before if least is None else least
-        found = {"eval_divergence": value}  # of the weights as they are now
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
-        return found
+        score = {"eval_divergence": value}  # of the weights as they are now
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, score)
+        return score
 
     def _take_back(self) -> None:
         """Go on at a lower rate from the best weights."""
@@ -746,8 +746,8 @@ def _adam(groups: Sequence[dict[str, Any]], bits: AdamBits) -> torch.optim.Optim
 
 
 def _train(training: _Training, settings: Recovery, place: Workplace) -> None:
-    trained, asked = training.trained, training.asked
-    steps = len(asked.reference.windows)
+    trained, lesson = training.trained, training.lesson
+    steps = len(lesson.reference.windows)
     every = steps // training.checks
     device = trained.device
     adam = _adam(trained.groups(settings.first_rate(training.before)), settings.adam_bits)

@@ -81,18 +81,18 @@ class Journal:
         del name, kind
         if title is None or not pieces:
             return [do(piece, self.run) for piece in pieces]
-        found = []
+        results = []
         with self.run.progress(title, len(pieces)) as advance:
             quiet = replace(self.run, progress=_within(advance))
             for piece in pieces:
-                found.append(do(piece, quiet))
+                results.append(do(piece, quiet))
                 advance(1)
-        return found
+        return results
 
     def once(self, name: str, do: Callable[[Run], T], kind: type[T]) -> T:
         """Return what a piece gives that is the only one of its name."""
-        (found,) = self.each(name, [Piece()], lambda _, run: do(run), kind)
-        return found
+        (result,) = self.each(name, [Piece()], lambda _, run: do(run), kind)
+        return result
 
 
 def _within(advance: Advance) -> Callable[[str, int], Any]:
@@ -139,15 +139,15 @@ def check_study(study: optuna.Study, bundles: Iterable[ProxyBundle]) -> None:
     """See that a study is of these bundles and no others, and note it in a new one."""
     # The key of a bundle is in the study's name. Who puts bundles together by hand may give two of
     # them the same, so the sampled weights are compared, too.
-    found = [*bundles]
-    rows = [bundle.rows_sha256 for bundle in found]
-    known = record_of(study).get(_ROWS)
-    if known is None:
+    bundles = [*bundles]
+    rows = [bundle.rows_sha256 for bundle in bundles]
+    recorded_rows = record_of(study).get(_ROWS)
+    if recorded_rows is None:
         keep_record(study, _ROWS, rows)
-    elif known != rows:
+    elif recorded_rows != rows:
         raise StudyError(
             f"study {study.study_name!r} is of a bundle with other weights under the same key, "
-            f"{', '.join(bundle.key for bundle in found)}. Give each bundle's provenance a key "
+            f"{', '.join(bundle.key for bundle in bundles)}. Give each bundle's provenance a key "
             "of its own, or none, which names it by its contents; or use another "
             f"{field_name('study') or 'study'}."
         )
@@ -172,12 +172,12 @@ def reference_record(name: str) -> str:
 def references(plan: SearchPlan, rated: Sequence[RatedCandidate]) -> list[Reference]:
     """What the result of a search is judged by; published baselines may be trials of it."""
     methods = reference_methods(plan.pattern, plan.steps.linears)
-    found = []
+    judges = []
     for name in REFERENCES:
         candidate = methods.get(name)
         same = (r.number for r in rated if candidate and _prune_alike(r.candidate, candidate))
-        found.append(Reference(name=name, candidate=candidate, trial=next(same, None)))
-    return found
+        judges.append(Reference(name=name, candidate=candidate, trial=next(same, None)))
+    return judges
 
 
 def _prune_alike(one: Candidate, other: Candidate) -> bool:
@@ -204,13 +204,13 @@ def with_perplexities(
     for one, other in (("wanda", "dense"), ("ria", "dense"), ("wanda", "ria")):
         pairs[f"{one}/{other}"] = losses.get(one, ()), losses.get(other, ())
     errors = {name: paired_error(*pair, confirmation.tokens) for name, pair in pairs.items()}
-    known = {name: error for name, error in errors.items() if error is not None}
-    found = Perplexities.of(confirmation.perplexity, values, known)
-    if not found:
+    known_errors = {name: error for name, error in errors.items() if error is not None}
+    perplexities = Perplexities.of(confirmation.perplexity, values, known_errors)
+    if not perplexities:
         return result
     return replace(
         result,
-        configuration=result.configuration.model_copy(update={"perplexities": found}),
+        configuration=result.configuration.model_copy(update={"perplexities": perplexities}),
         warnings=[*result.warnings, *(why for why in measured.values() if isinstance(why, str))],
     )
 
@@ -274,7 +274,7 @@ class IslandsAsked:
 
 
 def conduct(
-    asked: IslandsAsked,
+    brief: IslandsAsked,
     work: Work,
     journal: Journal,
     search: IslandSearch,
@@ -282,8 +282,8 @@ def conduct(
     kind: type[T],
 ) -> T:
     """The way of every search: on the command line, in Python, and in a service."""
-    steps = _Steps(asked, work, search)
-    islands = [Piece(number=number) for number in range(len(asked.plans))]
+    steps = _SearchPieces(brief, work, search)
+    islands = [Piece(number=number) for number in range(len(brief.plans))]
     searched = journal.each("search", islands, steps.search, Searched)
     validated = journal.each(
         "perplexity", steps.validation(), steps.measure, Measured,
@@ -291,7 +291,7 @@ def conduct(
     )  # fmt: skip
     chosen = journal.once("confirm", lambda run: steps.choose(validated, run), Chosen)
     measured = journal.each(
-        "perplexity", [_piece(each) for each in chosen.wanted], steps.measure, Measured,
+        "perplexity", [_piece(wanted) for wanted in chosen.wanted], steps.measure, Measured,
         title="Confirming by perplexity",
     )  # fmt: skip
     return journal.once(
@@ -304,18 +304,18 @@ def _piece(wanted: PerplexityRequest) -> Piece:
     return Piece(number=wanted.number, about=about)
 
 
-class _Steps:
+class _SearchPieces:
     """The pieces of a search."""
 
-    def __init__(self, asked: IslandsAsked, work: Work, search: IslandSearch) -> None:
-        self._asked, self._work, self._search = asked, work, search
-        self._request, self._plan = asked.requests[0], asked.plans[0]
+    def __init__(self, brief: IslandsAsked, work: Work, search: IslandSearch) -> None:
+        self._brief, self._work, self._search = brief, work, search
+        self._request, self._plan = brief.requests[0], brief.plans[0]
         self._by_perplexity = self._request.objective.name == "perplexity"
 
     @cached_property
     def _islands(self) -> Islands:
-        plans = self._asked.plans
-        return Islands([self._asked.studies(number) for number in range(len(plans))], plans)
+        plans = self._brief.plans
+        return Islands([self._brief.studies(number) for number in range(len(plans))], plans)
 
     @cached_property
     def _measured(self) -> Work | None:
@@ -324,22 +324,22 @@ class _Steps:
 
     def search(self, piece: Piece, run: Run) -> Searched:
         """Search on one island, or go on with it."""
-        request, plan = self._asked.requests[piece.number], self._asked.plans[piece.number]
-        study, bundles = self._asked.studies(piece.number), self._work.bundles
+        request, plan = self._brief.requests[piece.number], self._brief.plans[piece.number]
+        study, bundles = self._brief.studies(piece.number), self._work.bundles
         rated = Work(bundles=bundles)  # no model is read for a proxy
         if self._by_perplexity or isinstance(request.objective, OwnObjective):
             rated = self._work.opened()
         rate = objective_function(request.objective, plan, rated, run.device)
         check_study(study, bundles.values())
-        describe_study(study, request, plan, self._asked.origin)
+        describe_study(study, request, plan, self._brief.origin)
         rows = [bundle.rows_sha256 for bundle in bundles.values()]
-        key = str(self._asked.origin.get("key", ""))
-        known = KnownRatings(study, request, plan, [key, *rows])
-        out_of_time = self._search(study, plan, known.before(rate))
+        key = str(self._brief.origin.get("key", ""))
+        ratings = KnownRatings(study, request, plan, [key, *rows])
+        out_of_time = self._search(study, plan, ratings.before(rate))
         if self._by_perplexity:
             self._work.check()
         return Searched(
-            trials=len(searched(study, plan)), out_of_time=out_of_time, rated_before=known.taken
+            trials=len(searched(study, plan)), out_of_time=out_of_time, rated_before=ratings.taken
         )
 
     def validation(self) -> list[Piece]:
@@ -348,8 +348,8 @@ class _Steps:
             return []
         candidates = planned_candidates(self._plan, self._request.validation)
         return [
-            _piece(PerplexityRequest(number=VALIDATION + i, candidate=each.to_dict()))
-            for i, each in enumerate(candidates)
+            _piece(PerplexityRequest(number=VALIDATION + i, candidate=candidate.to_dict()))
+            for i, candidate in enumerate(candidates)
         ]
 
     def measure(self, piece: Piece, run: Run) -> Measured:
@@ -367,12 +367,14 @@ class _Steps:
 
         def make() -> dict[str, Any]:
             run.look()
-            known = {} if trial is None else known_losses(self._islands, trial, text.key)
+            raced_losses = {} if trial is None else known_losses(self._islands, trial, text.key)
             with run.progress("Measuring", len(text.windows)) as advance:
-                advance(len(known))
+                advance(len(raced_losses))
                 try:
                     with named(candidate) if candidate else nullcontext():
-                        found = measure(work, candidate, advance, known=known, writes=writes)
+                        measurement = measure(
+                            work, candidate, advance, raced_losses=raced_losses, writes=writes
+                        )
                 except NumericalError as error:
                     if candidate is None or piece.number < REFERENCE_NUMBERS:
                         raise
@@ -384,7 +386,7 @@ class _Steps:
                     }
             self._work.check()  # before it is kept
             names = ("perplexity", "sparsity", "seconds", "losses", "written")
-            return {name: getattr(found, name) for name in names}
+            return {name: getattr(measurement, name) for name in names}
 
         stored = once(study, key, {"text_sha256": text.key}, make, fence=run.fence, note=note)
         names = [each.name for each in fields(Measured) if each.name in stored]
@@ -418,7 +420,7 @@ class _Steps:
             if name in validation:
                 count, doubt = finalists_wanted(count, name, validation[name])
         if self._by_perplexity:
-            measured = {each.number for each in rated}
+            measured = {r.number for r in rated}
             wanted = self._judges(rated, measured)
             return Chosen(wanted=wanted, validation=validation, doubt=doubt)
         from pho_service.pipeline.confirmation import choose_finalists  # loads transformers
@@ -427,12 +429,10 @@ class _Steps:
         if raced.divergences.by_number:
             self._work.check()
         finalists = [
-            PerplexityRequest(
-                number=each.number, candidate=each.candidate.to_dict(), trial=each.number
-            )
-            for each in raced.finalists
+            PerplexityRequest(number=r.number, candidate=r.candidate.to_dict(), trial=r.number)
+            for r in raced.finalists
         ]
-        numbers = [each.number for each in raced.finalists]
+        numbers = [r.number for r in raced.finalists]
         return Chosen(
             finalists=numbers,
             wanted=[*finalists, *self._judges(rated, {*numbers})],
@@ -444,16 +444,16 @@ class _Steps:
         )
 
     def _judged(
-        self, asked: ValidationSpec, validated: Sequence[Measured], run: Run
+        self, validation: ValidationSpec, validated: Sequence[Measured], run: Run
     ) -> dict[str, ProxyQuality]:
         """How well each proxy ranks the random candidates."""
         from pho_service.pipeline.confirmation import rate_by_all_proxies  # loads transformers
 
         bundle = only_one(self._work.bundles, "a validation")
-        perplexities = [float(each.perplexity or math.nan) for each in validated]
-        candidates = planned_candidates(self._plan, asked)
+        perplexities = [float(measurement.perplexity or math.nan) for measurement in validated]
+        candidates = planned_candidates(self._plan, validation)
         proxies = rate_by_all_proxies(bundle, candidates, device=run.device)
-        return qualities(proxies, perplexities, seed=asked.seed)
+        return qualities(proxies, perplexities, seed=validation.seed)
 
     def _judges(
         self, rated: Sequence[RatedCandidate], measured: Container[int]
@@ -462,11 +462,11 @@ class _Steps:
         return [
             PerplexityRequest(
                 number=REFERENCE_NUMBERS + i,
-                candidate=None if each.candidate is None else each.candidate.to_dict(),
-                trial=each.trial,
+                candidate=None if judge.candidate is None else judge.candidate.to_dict(),
+                trial=judge.trial,
             )
-            for i, each in enumerate(references(self._plan, rated))
-            if each.trial is None or each.trial not in measured
+            for i, judge in enumerate(references(self._plan, rated))
+            if judge.trial is None or judge.trial not in measured
         ]
 
     def finish(
@@ -475,10 +475,12 @@ class _Steps:
         """Choose the best of all that was found, and write down how, and what is known of it."""
         islands, request = self._islands, self._request
         rated = islands.ranked()
-        own = {each.number: value for each, value in zip(chosen.wanted, measured, strict=True)}
-        perplexities, measured_on = self._perplexities(rated, chosen, own)
+        measured_by_number = {
+            wanted.number: value for wanted, value in zip(chosen.wanted, measured, strict=True)
+        }
+        perplexities, measured_on = self._perplexities(rated, chosen, measured_by_number)
         confirmed = sorted(
-            ((perplexities[each.number], each) for each in rated if each.number in perplexities),
+            ((perplexities[r.number], r) for r in rated if r.number in perplexities),
             key=lambda pair: pair[0],
         )
         confirmation, best = None, rated[0]
@@ -486,17 +488,17 @@ class _Steps:
             perplexity, best = confirmed[0]
             confirmation = Confirmation(perplexity=perplexity, **measured_on)
         study, number = islands.place(best.number)
-        finished, out_of_time = islands.finished, any(each.out_of_time for each in done)
+        finished, out_of_time = islands.finished, any(island.out_of_time for island in done)
         result = search_result(
             request,
             islands.plan,
-            self._asked.origin,
+            self._brief.origin,
             study.study_name,
             rated,
             confirmed,
             confirmation,
             Divergences(by_number=chosen.divergences, tokens=chosen.divergence_tokens),
-            errors=self._behind(best, own, confirmation),
+            errors=self._behind(best, measured_by_number, confirmation),
             ended_after=finished if finished < islands.asked and not out_of_time else None,
         )
         if request.objective.over is not None:
@@ -505,21 +507,23 @@ class _Steps:
         if len(islands.studies) > 1:
             more = {"islands": len(islands.studies), "island": islands.of_island(best.number)}
         if out_of_time:
-            more = {**more, "timeout_s": self._asked.timeout_s, "finished": finished}
+            more = {**more, "timeout_s": self._brief.timeout_s, "finished": finished}
         search = {**result.configuration.search, **more}
         configuration = result.configuration.model_copy(update={"search": search})
         result = replace(result, configuration=configuration, trial=number)
-        judged = own.get(best.number)
+        judged = measured_by_number.get(best.number)
         if judged is not None:
             result = replace(result, losses=judged.losses)
         result = self._looked_at_again(result, [] if judged is None else judged.written, run)
-        result = with_perplexities(result, *self._judged_by(rated, perplexities, own))
-        for each in islands.studies:
+        result = with_perplexities(
+            result, *self._judged_by(rated, perplexities, measured_by_number)
+        )
+        for island_study in islands.studies:
             with run.fence():
-                mark_chosen(each, result.configuration, result.study_name, result.trial)
+                mark_chosen(island_study, result.configuration, result.study_name, result.trial)
         return replace(
             result,
-            rated_before=sum(each.rated_before for each in done),
+            rated_before=sum(island.rated_before for island in done),
             validation=chosen.validation,
             warnings=[*result.warnings, *([chosen.doubt] if chosen.doubt else [])],
         )
@@ -527,63 +531,63 @@ class _Steps:
     def _behind(
         self,
         best: RatedCandidate,
-        own: Mapping[int, Measured],
+        measured: Mapping[int, Measured],
         confirmation: Confirmation | None,
     ) -> dict[int, float]:
         """By trial, how sure it is by how much a finalist is behind the best."""
-        if confirmation is None or best.number not in own:
+        if confirmation is None or best.number not in measured:
             return {}
-        losses, tokens = own[best.number].losses, confirmation.tokens
+        losses, tokens = measured[best.number].losses, confirmation.tokens
         errors = {
-            number: paired_error(each.losses, losses, tokens)
-            for number, each in own.items()
+            number: paired_error(finalist.losses, losses, tokens)
+            for number, finalist in measured.items()
             if number != best.number
         }
         return {number: error for number, error in errors.items() if error is not None}
 
     def _perplexities(
-        self, found: Sequence[RatedCandidate], chosen: Chosen, own: Mapping[int, Measured]
+        self, rated: Sequence[RatedCandidate], chosen: Chosen, measured: Mapping[int, Measured]
     ) -> tuple[dict[int, float], dict[str, Any]]:
         """The perplexities that decide, by trial, and what they were measured on."""
         if self._by_perplexity:
             text = self._work.text
-            return {each.number: each.value for each in found}, text.measured_on()
-        values = {number: own[number] for number in chosen.finalists}
-        on = next((value.measured_on for value in values.values()), {})
+            return {r.number: r.value for r in rated}, text.measured_on()
+        values = {number: measured[number] for number in chosen.finalists}
+        measured_on = next((value.measured_on for value in values.values()), {})
         took = {"evaluations": chosen.evaluations, "divergence_tokens": chosen.divergence_tokens}
-        known = {n: v.perplexity for n, v in values.items() if v.perplexity is not None}
-        return known, {**on, **took}
+        perplexities = {n: v.perplexity for n, v in values.items() if v.perplexity is not None}
+        return perplexities, {**measured_on, **took}
 
     def _judged_by(
         self,
-        found: Sequence[RatedCandidate],
+        rated: Sequence[RatedCandidate],
         perplexities: Mapping[int, float],
-        own: Mapping[int, Measured],
+        measured: Mapping[int, Measured],
     ) -> tuple[dict[str, float | str], dict[str, Sequence[float]]]:
         """The perplexities that a result is judged by, or why there is none, and their losses."""
-        known: dict[str, float | str] = {}
+        by_name: dict[str, float | str] = {}
         losses: dict[str, Sequence[float]] = {}
-        for i, each in enumerate(references(self._plan, found)):
-            value = own.get(REFERENCE_NUMBERS + i)
-            if each.trial is not None and each.trial in perplexities:
-                known[each.name] = perplexities[each.trial]
-                value = own.get(each.trial)
+        for i, judge in enumerate(references(self._plan, rated)):
+            value = measured.get(REFERENCE_NUMBERS + i)
+            if judge.trial is not None and judge.trial in perplexities:
+                by_name[judge.name] = perplexities[judge.trial]
+                value = measured.get(judge.trial)
             elif value is not None:
-                known[each.name] = value.perplexity or str(value.failure)
+                by_name[judge.name] = value.perplexity or str(value.failure)
             # Of a method's published variants the best that was measured, so that none wins
             # against itself.
             variants = {
                 r.number: perplexities[r.number]
-                for r in found
-                if r.number in perplexities and r.candidate.method.startswith(each.name)
-                if each.candidate is not None and r.candidate.steps == each.candidate.steps
+                for r in rated
+                if r.number in perplexities and r.candidate.method.startswith(judge.name)
+                if judge.candidate is not None and r.candidate.steps == judge.candidate.steps
             }
-            before = known.get(each.name)
+            before = by_name.get(judge.name)
             if variants and isinstance(before, float) and min(variants.values()) < before:
                 number = min(variants, key=lambda n: (variants[n], n))
-                known[each.name], value = variants[number], own.get(number)
-            losses[each.name] = () if value is None else value.losses
-        return known, losses
+                by_name[judge.name], value = variants[number], measured.get(number)
+            losses[judge.name] = () if value is None else value.losses
+        return by_name, losses
 
     def _looked_at_again(
         self, result: SearchResult, written: Sequence[str], run: Run

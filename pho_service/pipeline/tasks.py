@@ -44,21 +44,21 @@ def measure_tasks(
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=_SEED)
     with _quiet():
-        found = evaluate(
+        evaluation = evaluate(
             lm=TaskModel(model, bos, progress),
             task_dict=tasks.tasks,
             limit=limit,
             bootstrap_iters=_RESAMPLES,
             log_samples=False,
         )
-    assert found is not None  # this is the only process
-    return [score for name in found["results"] for score in _scores(name, found)]
+    assert evaluation is not None  # this is the only process
+    return [score for name in evaluation["results"] for score in _scores(name, evaluation)]
 
 
-def _scores(name: str, found: Any) -> Iterator[TaskScore]:
+def _scores(name: str, evaluation: Any) -> Iterator[TaskScore]:
     """The metrics of one task, from what the harness says of all."""
-    metrics = found["results"][name]
-    version, samples = found["versions"].get(name), found["n-samples"].get(name)
+    metrics = evaluation["results"][name]
+    version, samples = evaluation["versions"].get(name), evaluation["n-samples"].get(name)
     for key, value in metrics.items():
         metric, comma, way = key.partition(",")
         if not comma or metric.endswith("_stderr") or isinstance(value, str):
@@ -70,7 +70,7 @@ def _scores(name: str, found: Any) -> Iterator[TaskScore]:
             value=float(value),
             stderr=None if error is None or isinstance(error, str) else float(error),
             examples=samples["effective"] if samples else None,
-            shots=found["n-shot"].get(name),
+            shots=evaluation["n-shot"].get(name),
             version=None if version is None else str(version),
         )
 
@@ -109,7 +109,7 @@ class TaskModel:
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """How likely is each (context, continuation), and is it what the model would write?"""
         rated = self._rate([self._encode(*request.args[:2]) for request in requests])
-        return [(each.log, each.greedy) for each in rated]
+        return [(likelihood.log, likelihood.greedy) for likelihood in rated]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """How likely is each text as a whole, in windows as long as the model can read?"""
@@ -124,13 +124,13 @@ class TaskModel:
     def _encode(self, context: str, continuation: str) -> Ending:
         """Tokens of a context and what follows it, tokenised together and then cut."""
         # Spaces at the end of the context belong to what follows, as in the harness.
-        known = self._tokens(context.rstrip())
+        context_tokens = self._tokens(context.rstrip())
         whole = self._tokens(context + continuation)
         if not whole:
             raise InvalidInput("a task has an example without any text. Check its data.")
-        start = self._prefix or ([] if known else [self._first_token()])
+        start = self._prefix or ([] if context_tokens else [self._first_token()])
         tokens = (*start, *whole[len(start) - self._longest - 1 :])  # a context may be too long
-        length = min(len(whole) - len(known), len(tokens) - 1)
+        length = min(len(whole) - len(context_tokens), len(tokens) - 1)
         return Ending(tokens=tokens, length=max(1, length))
 
     def _windows(self, text: str) -> list[Ending]:
@@ -143,14 +143,14 @@ class TaskModel:
         return [Ending(tokens=(*a, *b), length=len(b)) for a, b in cut]
 
     def _tokens(self, text: str) -> list[int]:
-        found: list[int] = self._model.tokenize(text).tolist()
-        return found
+        tokens: list[int] = self._model.tokenize(text).tolist()
+        return tokens
 
     def _first_token(self) -> int:
         """What stands before a text that nothing stands before: BOS, or else EOS."""
         tokenizer = self._model.tokenizer
-        known = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-        return int(next((token for token in known if token is not None), 0))
+        special_tokens = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        return int(next((token for token in special_tokens if token is not None), 0))
 
 
 def also_tasks(tasks: LoadedTasks | None, *, bos: str, limit: int | None) -> Also | None:
@@ -166,14 +166,14 @@ def also_tasks(tasks: LoadedTasks | None, *, bos: str, limit: int | None) -> Als
 
 def as_extra(scores: Sequence[TaskScore]) -> dict[str, float]:
     """Scores as the further columns of a comparison, with their standard errors beside them."""
-    found = {}
+    columns = {}
     for score in scores:
         name = f"{score.task} {score.metric}"
-        found[name] = score.value
+        columns[name] = score.value
         if score.stderr is not None:
-            found[name + STDERR] = score.stderr
+            columns[name + STDERR] = score.stderr
     mean = mean_accuracy(scores)
-    return found if mean is None else {**found, "mean acc": mean}
+    return columns if mean is None else {**columns, "mean acc": mean}
 
 
 def tasks_document(

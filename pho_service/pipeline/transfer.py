@@ -31,13 +31,13 @@ def check_configuration(
     name: str, configuration: Configuration, pattern: str | None, scope: str | None
 ) -> None:
     """Refuse a configuration of another pattern or scope than is asked for; None is any."""
-    mine = configuration.candidate().pattern
-    asked = Pattern.parse(str(mine) if pattern is None else pattern, scope)
-    if str(asked) != str(mine) or (scope is not None and asked.scope is not mine.scope):
+    origin = configuration.candidate().pattern
+    wanted = Pattern.parse(str(origin) if pattern is None else pattern, scope)
+    if str(wanted) != str(origin) or (scope is not None and wanted.scope is not origin.scope):
         raise ConfigurationError(
-            f"{name} is for {mine} in scope {mine.scope.value}, but {asked} in scope "
-            f"{asked.scope.value} is asked for, and the best coefficients differ from pattern to "
-            f"pattern. Take it for its own, or find another: `pho search MODEL --pattern {asked}`."
+            f"{name} is for {origin} in scope {origin.scope.value}, but {wanted} in scope "
+            f"{wanted.scope.value} is asked for, and the best coefficients differ from pattern to "
+            f"pattern. Take it for its own, or find another: `pho search MODEL --pattern {wanted}`."
         )
 
 
@@ -73,10 +73,10 @@ def _beside(configuration: Configuration) -> dict[str, Candidate]:
 def transfer_key(work: Work, configuration: Configuration, search: SearchRequest | None) -> str:
     """Names everything that the numbers of a transfer depend on."""
     candidate = configuration.candidate()
-    own = None
+    search_identity = None
     if search is not None:
         plan = search.plan(work.bundle.kernel_sizes)
-        own = [
+        search_identity = [
             plan.sampler_name, plan.trials, *plan.identity().values(), search.finalists,
             search.objective.label, *([plan.in_full] if plan.in_full else []),
             plan.space.to_dict(), None if work.confirm is None else work.confirm.key,
@@ -84,7 +84,7 @@ def transfer_key(work: Work, configuration: Configuration, search: SearchRequest
     identity = [
         candidate.coefficients.to_dict(), candidate.steps.to_dict(), str(candidate.pattern),
         candidate.pattern.scope.value, work.bundle.key,
-        None if work.report is None else work.report.key, own,
+        None if work.report is None else work.report.key, search_identity,
         versions("torch", "transformers"),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
@@ -106,10 +106,10 @@ def proxy_sentence(name: str, proxies: Mapping[str, float | None]) -> str:
     warnings = Transfer(target=name, key="", proxies={**proxies}).judged().warnings
     if warnings:
         return f"Note: {warnings[0]}"
-    ria, mine = proxies["ria"], proxies["transferred"]
-    if ria is None or mine is None:
+    ria, value = proxies["ria"], proxies["transferred"]
+    if ria is None or value is None:
         return f"Note: no proxy knows what the steps do to the masks of {name}: measure it."
-    return f"By the proxy it holds on {name}: {number(mine)}, {1 - mine / ria:.1%} below RIA's."
+    return f"By the proxy it holds on {name}: {number(value)}, {1 - value / ria:.1%} below RIA's."
 
 
 def transfer_job(
@@ -124,13 +124,13 @@ def transfer_job(
     """Rate a configuration on another model, beside Wanda, RIA and the model's own best."""
     candidates = _beside(configuration)
     proxies = proxies_of(work.bundle, configuration, run.device)  # refuses what the bundle lacks
-    own = None
+    own_configuration = None
     if search is not None:
         opened = nullcontext() if study_url is None else opened_study(study_url, search, work)
         with opened as study:
             searched = replace(work, cache_dir=None)  # no trained blocks are kept
-            own = search_job(search, searched, study=study, run=run).configuration
-        candidates["own"] = own.candidate()
+            own_configuration = search_job(search, searched, study=study, run=run).configuration
+        candidates["own"] = own_configuration.candidate()
         evaluator = ProxyEvaluator(work.bundle, run.device)
         proxies["own"] = mask_proxy(evaluator, candidates["own"], Objective())
     perplexities, errors = {}, {}
@@ -149,7 +149,7 @@ def transfer_job(
         perplexities=perplexities,
         errors=errors,
         proxies=proxies,
-        own=None if own is None else own.model_dump(mode="json"),
+        own=None if own_configuration is None else own_configuration.model_dump(mode="json"),
         model=work.bundle.provenance.get("model", {}),
         report=None if work.report is None else work.report.measured_on(),
     ).judged()

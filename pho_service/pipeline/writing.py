@@ -54,7 +54,7 @@ def continued(model: LanguageModel, prompts: Tensor, tokens: int) -> list[str]:
     network: Any = model.model
     end = network.generation_config.eos_token_id
     with torch.inference_mode():
-        found = network.generate(
+        generated = network.generate(
             prompts.to(model.device),
             attention_mask=torch.ones_like(prompts).to(model.device),
             max_new_tokens=room,
@@ -63,7 +63,7 @@ def continued(model: LanguageModel, prompts: Tensor, tokens: int) -> list[str]:
             use_cache=True,
             pad_token_id=end[0] if isinstance(end, list) else end or 0,
         )
-    return texts_of(model, found[:, length:])
+    return texts_of(model, generated[:, length:])
 
 
 def texts_of(model: LanguageModel, tokens: Tensor) -> list[str]:
@@ -87,4 +87,4 @@ def write(model: LanguageModel, prompts: Sequence[str], tokens: int) -> list[str
                 f"with {field_name('tokens', tokens)}, but {model.name} reads {model.longest}. "
                 "Shorten the prompt, or write fewer tokens."
             )
-    return [continued(model, each[None], tokens)[0] for each in cut]
+    return [continued(model, prompt[None], tokens)[0] for prompt in cut]

@@ -58,7 +58,7 @@ def runs(model):
 @pytest.mark.usefixtures("eager")
 def test_race(bundle, confirming, runs, monkeypatch):
     """The winner has its perplexity of the whole text, and what that took is counted."""
-    monkeypatch.setattr(search._Steps, "_judges", lambda *_: [])  # is not counted
+    monkeypatch.setattr(search._SearchPieces, "_judges", lambda *_: [])  # is not counted
     model, report = confirming.model, confirming.text
     found = search_job(request_of(finalists=3), confirming).configuration
     spent = sum(runs)
@@ -168,7 +168,7 @@ def test_windows_that_are_known_are_not_run_again_and_count_in_the_order_of_the_
     whole = measure(subject, candidate)
     losses = {number: [float(number), 2.0] for number in range(WINDOWS - 1)}
     runs.clear()
-    part = measure(subject, candidate, known=losses)
+    part = measure(subject, candidate, raced_losses=losses)
 
     assert sum(runs) == 1
     assert part.perplexity != whole.perplexity

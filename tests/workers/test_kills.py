@@ -30,12 +30,12 @@ JobStore.enter_worker = lambda *given, **named: (time.sleep(0.5), report(*given,
 """
 BROKEN = """
 import torch
-from pho_service.pipeline.search import _Steps
+from pho_service.pipeline.search import _SearchPieces
 
 def fail(self, validated, run):
     raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-_Steps.choose = fail
+_SearchPieces.choose = fail
 """
 ENDLESS = """
 import time
