@@ -92,7 +92,7 @@ class StoredJournal(Journal):
     def __init__(self, claim: Claim, run: Run) -> None:
         super().__init__(run)
         self.claim = claim
-        self.mine: dict[str, Any] | None = None
+        self.result: dict[str, Any] | None = None
         self.job_result: JobResult | None = None
         self.library: list[LibraryAddition] = []
         self.spec: Mapping[str, Any] | None = None
@@ -109,11 +109,11 @@ class StoredJournal(Journal):
         del title
         values: TypeAdapter[T] = TypeAdapter(kind)
         stages = self.claim.job.stages
-        known = {stage.number: stage for stage in stages if stage.kind == name}
-        found: list[T] = []
+        stage_by_number = {stage.number: stage for stage in stages if stage.kind == name}
+        results: list[T] = []
         new: list[NewStage] = []
         for piece in pieces:
-            stage = known.get(piece.number)
+            stage = stage_by_number.get(piece.number)
             if stage is None:
                 new.append(
                     NewStage(
@@ -122,14 +122,14 @@ class StoredJournal(Journal):
                     )
                 )  # fmt: skip
             elif stage.id == self.claim.stage.id:
-                if self.mine is None:
-                    self.mine = values.dump_python(do(piece, self.run), mode="json")
-                found.append(values.validate_python(self.mine))
+                if self.result is None:
+                    self.result = values.dump_python(do(piece, self.run), mode="json")
+                results.append(values.validate_python(self.result))
             elif stage.state is StageState.DONE:
-                found.append(values.validate_python(stage.result))
-        if len(found) < len(pieces):
+                results.append(values.validate_python(stage.result))
+        if len(results) < len(pieces):
             raise Later(new)
-        return found
+        return results
 
 
 class Conductor:
@@ -196,22 +196,22 @@ class _Job:
     def read_again(self) -> None:
         """See what others have done meanwhile; a search that was extended goes on."""
         before, job = self._claim, self._store.get(self._claim.job.id)
-        (stage,) = (each for each in job.stages if each.id == before.stage.id)
+        (stage,) = (other for other in job.stages if other.id == before.stage.id)
         self._journal.claim = Claim(job=job, stage=stage)
         if before.job.trials != job.trials:
-            self._journal.mine = None
+            self._journal.result = None
 
     def complete(self, *, then: Sequence[NewStage] = (), ended: bool = False) -> bool:
         """Store what the claimed stage gave; False if the job has moved meanwhile."""
         journal, job = self._journal, self._claim.job
-        assert journal.mine is not None, f"nobody needs {self._claim.stage.kind} of job {job.id}"
+        assert journal.result is not None, f"nobody needs {self._claim.stage.kind} of job {job.id}"
         library = journal.library
         if self._claim.stage.kind is StageKind.TRANSFER:
-            journal.mine = check_report(journal.mine, job)
-            library = _of_transfer(job.spec["configuration"], journal.mine)
+            journal.result = check_report(journal.result, job)
+            library = _of_transfer(job.spec["configuration"], journal.result)
         try:
             return self._store.complete(
-                self._claim, journal.mine, then=then, ended=ended, job_result=journal.job_result,
+                self._claim, journal.result, then=then, ended=ended, job_result=journal.job_result,
                 library=library, spec=journal.spec, seen=job,
             )  # fmt: skip
         except LostClaim:
@@ -223,8 +223,8 @@ class _Job:
         """Go through the job from the top."""
         job, each, once = self._claim.job, self._journal.each, self._journal.once
         if job.spec.get("kind") == "transfer":
-            asked = TransferSpec.model_validate(job.spec)
-            targets = [asked.target(number) for number in range(len(asked.models))]
+            transfer_spec = TransferSpec.model_validate(job.spec)
+            targets = [transfer_spec.target(number) for number in range(len(transfer_spec.models))]
             each("transfer", _of_models(targets), self._transfer, Transfer)
             return
         spec = JobSpec.model_validate(job.spec)
@@ -287,12 +287,12 @@ class _Job:
             model = piece.number - WHOLES
             return calibrate_piece(inputs, models[model], spec, first[model], run)
 
-        asked = _of_models(models)
-        first = each("calibrate", asked, begin, Calibration)
+        model_pieces = _of_models(models)
+        first = each("calibrate", model_pieces, begin, Calibration)
         each("calibrate", shards_of(first), gather, Gathered)
         wholes = [
             replace(piece, number=WHOLES + piece.number)
-            for piece, one in zip(asked, first, strict=True)
+            for piece, one in zip(model_pieces, first, strict=True)
             if one.shards
         ]
         added = iter(each("calibrate", wholes, add_up, Calibration))
@@ -324,17 +324,17 @@ class _Job:
             # The study holds whatever another attempt has done.
             one = spec.of_pattern(request.pattern)
             points = claim.job.of_kind(StageKind.POINT)
-            known = next((study_of(each.number) for each in points if each.result), None)
+            other = next((study_of(stage.number) for stage in points if stage.result), None)
             study = study_of(claim.stage.number)
             finder = CurvePoints(
                 self._work.opened(),
                 lambda _: nullcontext(study),
                 pareto=pareto_of_job(self._store, claim, self._storage),
-                dense=None if known is None else kept(known, DENSE_MEASURED, {}),
+                dense=None if other is None else kept(other, DENSE_MEASURED, {}),
                 search=self._island_search(one),
                 run=run,
                 target=spec.target,
-                before=[_POINT.validate_python(each.result) for each in points if each.result],
+                before=[_POINT.validate_python(stage.result) for stage in points if stage.result],
             )
             point = finder.find(request, title)
             with run.fence():
@@ -353,8 +353,8 @@ class _Job:
         """A target has an answer, patterns have one each; TargetMissed if there is no answer."""
         best, warnings = None, point_warnings(points)
         if spec.target is not None:
-            found = target_found(spec.target, points).result
-            best, warnings = found.configuration.model_dump(mode="json"), found.warnings
+            result = target_found(spec.target, points).result
+            best, warnings = result.configuration.model_dump(mode="json"), result.warnings
         self._work.forget_blocks()
         self._journal.job_result = JobResult(best=best, warnings=warnings)
         return Finished()
@@ -388,7 +388,7 @@ _WRITE = (StageKind.POINT, StageKind.FINISH, StageKind.TASKS, StageKind.PRUNE)
 
 def _of_models(specs: Sequence[JobSpec]) -> list[Piece]:
     """A piece for each model; those that may share a bundle are done one after the other."""
-    return [Piece(number=n, lock=each.calibration_key) for n, each in enumerate(specs)]
+    return [Piece(number=n, lock=spec.calibration_key) for n, spec in enumerate(specs)]
 
 
 def _of_transfer(
@@ -398,8 +398,8 @@ def _of_transfer(
     if "error" in result:
         return []
     measured = {name: value for name, value in result.items() if name != "own"}
-    own = [] if result["own"] is None else [LibraryAddition(result["own"])]
-    return [LibraryAddition(configuration, measured), *own]
+    additions = [] if result["own"] is None else [LibraryAddition(result["own"])]
+    return [LibraryAddition(configuration, measured), *additions]
 
 
 def pareto_of_job(store: JobStore, claim: Claim, storage: RDBStorage) -> optuna.Study | None:

@@ -173,8 +173,8 @@ class BundleStore:
             bundle = self._found(key)  # since another one has made it
             if bundle is not None:
                 return bundle
-            known = partial(self.sums, key)
-            bundle = cached_bundle(model, text, settings, self._folder, progress, known)
+            sums = partial(self.sums, key)
+            bundle = cached_bundle(model, text, settings, self._folder, progress, sums)
             self._upload(key, replace=True)
             self._tidy(key)
         return bundle
@@ -312,8 +312,8 @@ def _state(source: TextSource | MixedText | str) -> Hashable:
     if isinstance(source, MixedText):
         return tuple(_state(each) for each in source.texts if isinstance(each, TextSource))
     path = Path(source if isinstance(source, str) else source.path or str(source.dataset))
-    found = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
-    return tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in found)
+    paths = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
+    return tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in paths)
 
 
 class WorkerInputs(Inputs):
@@ -423,11 +423,11 @@ class WorkerInputs(Inputs):
     def recovery_text(self, spec: JobSpec, seal: Seal) -> RecoveryText:
         """What a pruned model is recovered on: nothing that it was calibrated or is measured on."""
         assert spec.recovery is not None
-        own = spec.recovery.text
+        text = spec.recovery.text
         measured = None if spec.confirm is None else self.confirmation_text(spec, seal)
         calibration = self.calibration_text(spec, seal).calibration
         return RecoveryText(
-            source=self._calibration_source(spec.calibration) if own is None else self._file(own),
+            source=self._calibration_source(spec.calibration) if text is None else self._file(text),
             context_length=spec.calibration.context_length,
             bos=spec.calibration.bos,
             unlike=calibration,

@@ -70,9 +70,9 @@ def show_search(study: optuna.Study, spec: JobSpec) -> None:
 
 def show_curve(study: optuna.Study, spec: JobSpec) -> None:
     patterns = ", ".join(map(str, spec.points))
-    asked = f"**patterns** {patterns}" if spec.target is None else f"**target** {spec.target}"
+    goal = f"**patterns** {patterns}" if spec.target is None else f"**target** {spec.target}"
     lines = [
-        f"**Model** `{spec.model}`, {asked}",
+        f"**Model** `{spec.model}`, {goal}",
         "",
         f"Sparsity and {spec.request(0).objective.label} of the trials of all patterns; those of a "
         "pattern are added when its search is confirmed. Each has its pattern, its study and its "
@@ -179,15 +179,15 @@ class IslandSearch:
             # Proxies rate a generation at once, in milliseconds; a perplexity takes seconds.
             slow = self._spec.objective.name == "perplexity"
             outcomes = []
-            for some in [[each] for each in candidates] if slow else [candidates]:
+            for some in [[candidate] for candidate in candidates] if slow else [candidates]:
                 self._watch.look()
                 limit = self._spec.timeout_s
                 if limit is not None and self._done and self._elapsed_s > limit:
                     raise _TimeIsUp
                 outcomes += rate(some)
             values = [o.value for o in outcomes if o.value is not None]
-            known = [] if self._best is None else [self._best]
-            self._best = better([*known, *values], default=None)
+            best_before = [] if self._best is None else [self._best]
+            self._best = better([*best_before, *values], default=None)
             self._check_failures(candidates, outcomes)
             self._fresh = True
             return outcomes
@@ -227,11 +227,11 @@ def prune_piece(
     # What an attempt before has written whole is taken up; so are the blocks that its
     # reconstruction had trained.
     began = time.monotonic()
-    found = chosen(claim.job, claim.stage.about)
-    folder = _written(work, inputs, claim.job, found, run)
+    best = chosen(claim.job, claim.stage.about)
+    folder = _written(work, inputs, claim.job, best, run)
     key = folder.name
     if work.spec.recovery is not None:  # tasks are measured on the folder, once it is written
-        with_configuration(folder, claim.job.with_tasks(found))
+        with_configuration(folder, claim.job.with_tasks(best))
     recovered = recipe_document(folder).get("recovery")
     files = described(folder, run)
     watch.look(now=True)
@@ -245,15 +245,15 @@ def prune_piece(
 
 
 def _written(
-    work: SealedWork, inputs: WorkerInputs, job: JobRecord, found: Mapping[str, Any], run: Run
+    work: SealedWork, inputs: WorkerInputs, job: JobRecord, best: Mapping[str, Any], run: Run
 ) -> Path:
     """The folder of the pruned model, recovered if that is asked for, made unless it is there."""
     recovery = work.spec.recovery
-    told = found if recovery is None else {**found, "recovery": recovery.model_dump(mode="json")}
-    folder = inputs.pruned.workplace(job.id, configuration_key(told))
-    before = inputs.pruned.workplace(job.id, configuration_key(found))
+    whole = best if recovery is None else {**best, "recovery": recovery.model_dump(mode="json")}
+    folder = inputs.pruned.workplace(job.id, configuration_key(whole))
+    before = inputs.pruned.workplace(job.id, configuration_key(best))
     if not (folder / RECIPE).is_file() and not (before / RECIPE).is_file():
-        configuration = Configuration.model_validate(job.with_tasks(found))
+        configuration = Configuration.model_validate(job.with_tasks(best))
         _prune(work, inputs, configuration, before, run)
     if recovery is not None and not (folder / RECIPE).is_file():
         _recover(work, inputs, recovery.settings(), before, folder, run)
@@ -269,15 +269,15 @@ def configuration_key(configuration: Mapping[str, Any]) -> str:
 def described(folder: Path, run: Run) -> list[dict[str, Any]]:
     """Name, size and SHA-256 of each file of a folder, by name."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    found = []
+    files = []
     with run.progress("Hashing the files", len(paths)) as advance:
         for path in paths:
             with path.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             name = path.relative_to(folder).as_posix()
-            found.append({"name": name, "bytes": path.stat().st_size, "sha256": sha256})
+            files.append({"name": name, "bytes": path.stat().st_size, "sha256": sha256})
             advance(1)
-    return found
+    return files
 
 
 def _prune(
@@ -328,8 +328,8 @@ def _recover(
         recovered = recover_model(
             pruned, dense, text, settings, place.folder, progress=run.progress, look=run.look
         )
-        found = pruned.after(recovered)
-        save_pruned(pruned.model, folder, found.masks.items(), found.recipe)
+        pruned_folder = pruned.after(recovered)
+        save_pruned(pruned.model, folder, pruned_folder.masks.items(), pruned_folder.recipe)
         place.remove()
 
 
@@ -384,13 +384,13 @@ def check_tasks(questions: str, job: JobRecord) -> None:
 def _pruned(
     work: SealedWork, inputs: WorkerInputs, job: JobRecord, tasks: LoadedTasks, run: Run
 ) -> dict[str, Any]:
-    found, calibration = chosen(job, None), work.calibration
+    best, calibration = chosen(job, None), work.calibration
     if work.spec.recovery is not None:  # that model is what the user gets
-        folder = _written(work, inputs, job, found, run)
+        folder = _written(work, inputs, job, best, run)
         inputs.clear()  # the room is needed
         recovered = load_model(str(folder), **inputs.placing(work.spec))
         return _measured(recovered, work.spec, tasks, run)
-    configuration = Configuration.model_validate(found)
+    configuration = Configuration.model_validate(best)
     bundle, model = work.bundle, work.model
     blocks, dtype = work.blocks(configuration.candidate()), model.dtype
     try:
@@ -423,13 +423,13 @@ def _measured(model: Any, spec: JobSpec, tasks: LoadedTasks, run: Run) -> dict[s
 # The pieces of a transfer: each measures a configuration on one model.
 def failed(name: str, error: PhoError) -> Transfer:
     """The result of a model that nothing was measured on, for a reason that a user can act on."""
-    told = {"type": type(error).__name__, "message": str(error)}
-    return Transfer(target=name, key="", error=told, warnings=[f"{name}: {error}"])
+    reason = {"type": type(error).__name__, "message": str(error)}
+    return Transfer(target=name, key="", error=reason, warnings=[f"{name}: {error}"])
 
 
-def check_report(mine: dict[str, Any], job: JobRecord) -> dict[str, Any]:
+def check_report(result: dict[str, Any], job: JobRecord) -> dict[str, Any]:
     """The result of a model; a failed one if others of the job have another report text."""
-    report = _report_sha256(mine)
+    report = _report_sha256(result)
     for stage in job.of_kind(StageKind.TRANSFER):
         other = stage.result or {}
         if report is not None and _report_sha256(other) not in (None, report):
@@ -438,8 +438,8 @@ def check_report(mine: dict[str, Any], job: JobRecord) -> dict[str, Any]:
                 "of the two models could not be compared. Transfer to this model again, as a job "
                 "of its own, or to all of them."
             )
-            return failed(mine["target"], error).to_dict()
-    return mine
+            return failed(result["target"], error).to_dict()
+    return result
 
 
 def _report_sha256(result: Mapping[str, Any]) -> str | None:
@@ -568,11 +568,11 @@ def warmed(
         parameters=facts.parameters,
     )
     stored = ConfigurationStore(database).all(pattern=str(pattern), visible_to=job.owner_id)
-    files = {str(each.id): stored_file(each.document, each.transfers) for each in stored}
+    files = {str(entry.id): stored_file(entry.document, entry.transfers) for entry in stored}
     matches = rank([Entry.of(name, file) for name, file in files.items()], wanted)
     room = spec.trials - len(spec.plan(0).baselines())
     chosen = [m for m in matches if m.fits and m.entry.method == "crepe"]
-    found = [
+    warm_points = [
         WarmPoint(
             id=match.entry.id,
             coefficients=files[match.entry.id].configuration.coefficients,
@@ -581,8 +581,8 @@ def warmed(
         )
         for match in chosen[: min(spec.warm_start.count, room)]
     ]
-    logger.info("warm start", extra={"job": str(job.id), "found": len(found)})
-    warm = spec.warm_start.model_copy(update={"found": found})
+    logger.info("warm start", extra={"job": str(job.id), "found": len(warm_points)})
+    warm = spec.warm_start.model_copy(update={"found": warm_points})
     return spec.model_copy(update={"warm_start": warm}).model_dump(mode="json")
 
 
@@ -593,5 +593,5 @@ def started(spec: JobSpec, configuration: Configuration) -> list[str]:
             f"Warm start: the library had nothing for {spec.pattern} in this scope; the search "
             "began cold."
         ]
-    found = configuration.warm_start
-    return [f"Warm start: {found}."] if found else []
+    warm_start = configuration.warm_start
+    return [f"Warm start: {warm_start}."] if warm_start else []

@@ -38,8 +38,8 @@ class SealedWork(Work):
         self.spec, self.run = spec, run
         self._inputs, self._job = inputs, job
         self.keeps_blocks = bool(spec.prune or spec.tasks or job.pruning)  # what prunes needs them
-        self._keys = [str(each.provenance["key"]) for each in calibrations]
-        self._seals = [Seal(**each.inputs) for each in calibrations]
+        self._keys = [str(calibration.provenance["key"]) for calibration in calibrations]
+        self._seals = [Seal(**calibration.inputs) for calibration in calibrations]
 
     @property
     def bundles(self) -> dict[str, ProxyBundle]:
