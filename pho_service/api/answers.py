@@ -67,7 +67,7 @@ class Progress(_Answer):
     def of(self, stage: str) -> Pieces:
         """How far the stages of a kind are; 0 of 0 before anything is known of them."""
         none = Pieces(stage=StageKind(stage), unit="", done=0, total=0)
-        return next((each for each in self.pieces if each.stage == stage), none)
+        return next((pieces for pieces in self.pieces if pieces.stage == stage), none)
 
 
 class JobError(_Answer):
@@ -184,9 +184,9 @@ class Job(_Answer):
     def measured(self) -> list[Point]:
         """What is measured: its result, or a point for each of its patterns."""
         best = self.best
-        done = [each for each in self.points or () if each.perplexity is not None]
+        done = [point for point in self.points or () if point.perplexity is not None]
         if best is None or done:
-            answer = [each for each in done if best and each.perplexity == best.perplexity]
+            answer = [point for point in done if best and point.perplexity == best.perplexity]
             return answer or done
         if best.perplexity is None:
             return []

@@ -105,7 +105,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             parts["schemas"].pop(unused, None)
         parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         schema["security"] = [{"key": []}, {}]
-        for operation in (each for path in schema["paths"].values() for each in path.values()):
+        for operation in (op for path in schema["paths"].values() for op in path.values()):
             # FastAPI's own is the name of a function: "Show", "Best".
             operation["summary"] = re.split(r"[.:;](?:\s|$)", operation["description"])[0]
             for parameter in operation.get("parameters", []):

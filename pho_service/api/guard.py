@@ -196,12 +196,12 @@ class KeyGuard:
         """Whose key it is; wrong ones count, those that are being looked up too."""
         if secret is None:
             return await run_in_threadpool(self._caller, None)
-        known = key_digest(secret) in self._known
-        self._tried[host] += not known
+        is_known = key_digest(secret) in self._known
+        self._tried[host] += not is_known
         try:
             caller = await run_in_threadpool(self._caller, secret)
         finally:
-            self._tried[host] -= not known
+            self._tried[host] -= not is_known
             if not self._tried[host]:
                 del self._tried[host]
         if caller is None:
@@ -358,10 +358,10 @@ async def log_in(request: Request, typed: Typed, service: ServiceParam) -> Respo
         return _form(to, wrong="Type a key.", status=HTTPStatus.UNPROCESSABLE_ENTITY)
     caller = await request.state.admit(secret)
     if not isinstance(caller, Caller) or caller.key_id is None:
-        told = (
+        message = (
             "This key is not known, has expired, or was revoked. Check that all of it was pasted."
         )
-        return _form(to, wrong=told, status=HTTPStatus.FORBIDDEN)
+        return _form(to, wrong=message, status=HTTPStatus.FORBIDDEN)
     if caller.scrape_only:
         return _form(to, wrong=_SCRAPE_ONLY, status=HTTPStatus.FORBIDDEN)
     hours = service.settings.login_hours

@@ -210,7 +210,7 @@ def confirm_deletion(
 def files(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Response:
     """Show the files of a job's pruned model, to be downloaded."""
     job = service.jobs.get(job_id, visible_to=caller.visible_to)
-    return draw("files.html", caller=caller, job=job, found=artifacts.listed(JobView(job)))
+    return draw("files.html", caller=caller, job=job, listing=artifacts.listed(JobView(job)))
 
 
 def _form_answer(

@@ -130,7 +130,7 @@ def fitted(spec: JobSpec, access: Access) -> JobSpec:
 def shortest_window(names: Sequence[str], access: Access, revision: str | None) -> int | None:
     """The tokens of the longest window that all of some models read; None if none tells."""
     read = [longest_window(name, access, revision) for name in names]
-    return min((each for each in read if each is not None), default=None)
+    return min((length for length in read if length is not None), default=None)
 
 
 def longest_window(name: str, access: Access, revision: str | None = None) -> int | None:
@@ -144,7 +144,7 @@ def enter(
     store: JobStore,
     spec: JobSpec | TransferSpec,
     *,
-    asked: JobSpec | TransferSpec | None = None,
+    submitted: JobSpec | TransferSpec | None = None,
     owner_id: UUID | None = None,
     idempotency_key: str | None = None,
     settings: Settings | None = None,
@@ -158,7 +158,7 @@ def enter(
     )  # fmt: skip
     new = NewJob(
         spec=spec.model_dump(mode="json"),
-        request=(asked or spec).model_dump(mode="json"),
+        request=(submitted or spec).model_dump(mode="json"),
         name=spec.title,
         stages=first_stages(spec),
         priority=spec.priority,
@@ -173,12 +173,12 @@ def enter(
 def first_stages(spec: JobSpec | TransferSpec) -> list[NewStage]:
     """One for each model; those that may share a bundle run one after the other."""
     if isinstance(spec, JobSpec):
-        kind, each = StageKind.CALIBRATE, [spec.of_model(i) for i in range(len(spec.models))]
+        kind, specs = StageKind.CALIBRATE, [spec.of_model(i) for i in range(len(spec.models))]
     else:
-        kind, each = StageKind.TRANSFER, [spec.target(i) for i in range(len(spec.models))]
+        kind, specs = StageKind.TRANSFER, [spec.target(i) for i in range(len(spec.models))]
     return [
         NewStage(kind=kind, number=number, lock=one.calibration_key)
-        for number, one in enumerate(each)
+        for number, one in enumerate(specs)
     ]
 
 
@@ -390,7 +390,7 @@ def take(
     for check in checks(whole, service):
         check()
     return enter(
-        service.jobs, whole.placed(service.access), asked=spec, owner_id=caller.key_id,
+        service.jobs, whole.placed(service.access), submitted=spec, owner_id=caller.key_id,
         idempotency_key=idempotency_key, settings=service.settings,
         tokens=whole.check_size(service.limits),
     )  # fmt: skip
@@ -633,7 +633,7 @@ def transfer(
         request.placed(service.access), str(source.id), configuration, source.spec
     )
     job = enter(
-        service.jobs, placed, asked=spec, owner_id=caller.key_id,
+        service.jobs, placed, submitted=spec, owner_id=caller.key_id,
         idempotency_key=idempotency_key, settings=service.settings, tokens=tokens,
     )  # fmt: skip
     response.headers["Location"] = f"/v1/jobs/{job.id}"

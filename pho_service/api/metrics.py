@@ -141,6 +141,6 @@ def _gauge(
     name: str, what: str, labels: list[str], values: Iterable[tuple[tuple[str, ...], float]]
 ) -> GaugeMetricFamily:
     gauge = GaugeMetricFamily(name, what, labels=labels)
-    for each, value in values:
-        gauge.add_metric(each, value)
+    for label_values, value in values:
+        gauge.add_metric(label_values, value)
     return gauge

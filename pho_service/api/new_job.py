@@ -87,8 +87,8 @@ class FormField(JobField):
         """Values and what they are called; an empty one stands for the default."""
         default = self.default
         if self.kind == "switch":
-            on = default is not None
-            return [("", "yes" if on else "no"), ("no", "no") if on else ("yes", "yes")]
+            is_on = default is not None
+            return [("", "yes" if is_on else "no"), ("no", "no") if is_on else ("yes", "yes")]
         unsaid = ("", "the preset's" if within(self.path, "steps") else "default")
         if self.schema.get("type") == "boolean":
             return [unsaid, ("yes", "yes"), ("no", "no")]
@@ -121,7 +121,7 @@ class FormField(JobField):
         if self.kind == "words":
             return [word for word in re.split(r"[,\s]+", typed) if word]
         if self.kind == "numbers":
-            values = self.numbers(each for each in re.split(r"[,;:\s]+", typed) if each)
+            values = self.numbers(word for word in re.split(r"[,;:\s]+", typed) if word)
             fixed = len(values) == 1 and self.schema.get("minItems") == 2
             return values * 2 if fixed else values
         lines = [line.strip() for line in typed.split("\n") if line.strip()]
@@ -143,7 +143,7 @@ class FormField(JobField):
         if self.kind == "lines":
             return "\n".join(value)
         if self.kind == "pairs":
-            return "\n".join(f"{name} = {each}" for name, each in value.items())
+            return "\n".join(f"{name} = {item}" for name, item in value.items())
         return str(value)
 
 
@@ -173,13 +173,13 @@ class FormSection:
 def sections() -> tuple[FormSection, ...]:
     """All fields, each in one place: first those that are cards, then what More has."""
     fields = form_fields().values()
-    ranked = sorted((each for each in fields if each.shown.rank), key=lambda each: each.shown.rank)
+    ranked = sorted((f for f in fields if f.shown.rank), key=lambda f: f.shown.rank)
     folds: dict[str, list[FormField]] = {}
     for section, title in SECTIONS.items():
-        for each in fields:
-            if each.shown.section == section and each not in ranked:
-                folds.setdefault(each.shown.fold or title, []).append(each)
-    more = [FormSection(title=title, fields=mine) for title, mine in folds.items()]
+        for form_field in fields:
+            if form_field.shown.section == section and form_field not in ranked:
+                folds.setdefault(form_field.shown.fold or title, []).append(form_field)
+    more = [FormSection(title=title, fields=members) for title, members in folds.items()]
     return (FormSection(title="", fields=ranked), *more)
 
 
@@ -223,12 +223,12 @@ def typed_as(document: Mapping[str, Any]) -> dict[str, str]:
     """What to type for the job that has this document; what is as it is by default is left out."""
     left = minimal_document(JobSpec.model_validate(document))
     typed = {}
-    for path, each in form_fields().items():
+    for path, form_field in form_fields().items():
         value = value_at(left, path, left)
         if value is left:
             continue
-        text = each.write(value)
-        if text and each.read(text) == value:
+        text = form_field.write(value)
+        if text and form_field.read(text) == value:
             typed[path] = text
             remove_at(left, path)
     return {**typed, **({MORE: json.dumps(left, indent=2, ensure_ascii=False)} if left else {})}
@@ -246,14 +246,14 @@ class Typed:
     def of(cls, fields: Mapping[str, str]) -> "Typed":
         made = cls(fields=fields)
         switches = {}
-        for path, each in form_fields().items():
+        for path, form_field in form_fields().items():
             text = fields.get(path, "").strip()
             try:
-                value = each.read(text) if text else None
+                value = form_field.read(text) if text else None
             except ValueError as error:
                 made.add(path, str(error))
                 continue
-            if each.kind == "switch":
+            if form_field.kind == "switch":
                 switches[path] = (text, value)
             elif text:
                 _put(made.document, path, value)
@@ -278,10 +278,10 @@ class Typed:
             self.add("", detail)
         elif value_at(self._as_json, path, nothing) is not nothing:
             self.add(MORE, f"{pointer}: {detail}")
-        elif above := [each for each in form_fields() if within(path, each)]:
+        elif above := [outer for outer in form_fields() if within(path, outer)]:
             self.add(above[-1], detail)
-        elif below := [each for each in form_fields() if within(each, path)]:
-            typed = [each for each in below if self.fields.get(each, "").strip()]
+        elif below := [inner for inner in form_fields() if within(inner, path)]:
+            typed = [inner for inner in below if self.fields.get(inner, "").strip()]
             self.add((typed or below)[0], detail)
         else:
             self.add(MORE, f"{pointer}: {detail}")
@@ -291,8 +291,8 @@ class Typed:
         try:
             return JobSpec.model_validate(self.document)
         except ValidationError as error:
-            for each in error.errors():
-                fault = field_problem({**each, "loc": ("body", *each["loc"])}, JobSpec)
+            for violation in error.errors():
+                fault = field_problem({**violation, "loc": ("body", *violation["loc"])}, JobSpec)
                 self.add_at(fault["pointer"], _rule_in_words(fault["detail"]))
             return None
 
@@ -319,8 +319,8 @@ class Typed:
         """Put in a part that is there or null."""
         if text == "no" and path in self.document:
             typed = next(
-                each for each in form_fields() if self.fields.get(each) and within(each, path)
-                and each != path
+                inner for inner in form_fields() if self.fields.get(inner) and within(inner, path)
+                and inner != path
             )  # fmt: skip
             off = form_fields()[path].label
             self.add(typed, f"{off!r} says no. Say yes there, or leave this empty.")
@@ -354,7 +354,7 @@ class Typed:
 def _rule_in_words(rule: str) -> str:
     """A rule as a sentence of the page."""
     rule = rule.replace("Field required", "This is needed")
-    labels = {path.rpartition("/")[2]: each.label for path, each in form_fields().items()}
+    labels = {path.rpartition("/")[2]: f.label for path, f in form_fields().items()}
     named = _NAME.sub(lambda name: f"“{labels[name[0]]}”" if name[0] in labels else name[0], rule)
     return sentence(f"{named.rstrip('.')}.")
 
@@ -413,7 +413,7 @@ def _literal(value: Any, above: str = "") -> str:
     if not isinstance(value, dict) or not value:
         return repr(value)
     inner = f"{above}    "
-    lines = [f"{inner}{name!r}: {_literal(each, inner)},\n" for name, each in value.items()]
+    lines = [f"{inner}{name!r}: {_literal(item, inner)},\n" for name, item in value.items()]
     return f"{{\n{''.join(lines)}{above}}}"
 
 
@@ -447,7 +447,7 @@ class Filled:
             try:
                 check()
             except FieldError as error:
-                if spec is not None or any(within(error.pointer[1:], each) for each in _PLACES):
+                if spec is not None or any(within(error.pointer[1:], place) for place in _PLACES):
                     typed.add_at(error.pointer, str(error))
         return cls(typed=typed, spec=spec, fitted=fitted)
 

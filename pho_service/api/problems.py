@@ -178,12 +178,12 @@ def _no_store(error: Exception) -> JSONResponse:
 
 
 def _no_quota(error: QuotaExceeded) -> JSONResponse:
-    told = sentence(str(error))
+    detail = sentence(str(error))
     if error.free_at is None:
-        return problem(422, "job_too_large", told, errors=[{"pointer": "", "detail": told}])
+        return problem(422, "job_too_large", detail, errors=[{"pointer": "", "detail": detail}])
     wait_s = (error.free_at - datetime.now(UTC)).total_seconds()
     headers = {"Retry-After": str(max(1, math.ceil(wait_s)))}
-    return problem(429, "quota_exceeded", told, headers=headers)
+    return problem(429, "quota_exceeded", detail, headers=headers)
 
 
 def database_gone(error: Exception) -> JSONResponse:
@@ -272,8 +272,8 @@ def field_problem(error: dict[str, Any], body: type[BaseModel]) -> dict[str, Any
         name, part = str(path[-1]), _part_at(body, path[:-1]) if source == "body" else None
         allowed = list(_fields(part))
         near = _places(part, name) or difflib.get_close_matches(name, allowed, n=1)
-        known = f"did you mean {near[0]}?" if near else f"known are {', '.join(allowed)}"
-        detail = f"unknown field; {known}" if allowed else "unknown field"
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(allowed)}"
+        detail = f"unknown field; {hint}" if allowed else "unknown field"
     if error["type"] == "json_invalid":
         reason = error.get("ctx", {}).get("error", "")
         detail = f"the body is not JSON: {reason} at character {path[0] if path else 0}"
@@ -307,7 +307,7 @@ def _places(document: Any, name: str) -> list[str]:
 
 
 def _parts(annotation: Any) -> list[Any]:
-    inner = [part for each in typing.get_args(annotation) for part in _parts(each)]
+    inner = [part for argument in typing.get_args(annotation) for part in _parts(argument)]
     return [annotation] if _fields(annotation) else inner
 
 
