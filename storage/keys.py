@@ -49,7 +49,7 @@ class QuotaExceeded(Exception):
     """A job would plan more tokens than the quota of its key leaves."""
 
     def __init__(
-        self, quota: Quota, *, used: int, asked: int, free_at: datetime | None, name: str
+        self, quota: Quota, *, used: int, planned_tokens: int, free_at: datetime | None, name: str
     ) -> None:
         when = (
             "That is more than the whole quota: ask for fewer or shorter windows or fewer "
@@ -59,7 +59,7 @@ class QuotaExceeded(Exception):
         )
         super().__init__(
             f"the quota of key {name!r} is {quota}. {used:,} tokens are used, and this is "
-            f"planned to take {asked:,} tokens. {when}"
+            f"planned to take {planned_tokens:,} tokens. {when}"
         )
         self.free_at = free_at  # None: never
 
@@ -96,8 +96,8 @@ class KeyStore:
             made = _create(connection, old.name, rights, lasts=lasts)
             _revoke(connection, old.id)
             _give(connection, old.id, made[0].id)
-            mine = update(work).where(work.c.key_id == old.id)
-            connection.execute(mine.values(key_id=made[0].id))
+            key_work = update(work).where(work.c.key_id == old.id)
+            connection.execute(key_work.values(key_id=made[0].id))
             return made
 
     def set_quota(self, prefix: str, quota: Quota | None) -> Key:
@@ -213,34 +213,34 @@ def _columns(quota: Quota | None) -> dict[str, Any]:
 
 def _key(row: Any) -> Key:
     """The key of a row of :data:`KEY_COLUMNS`."""
-    own = dict(row._mapping)
-    tokens, span = (own.pop(column.name) for column in _QUOTA)
-    return Key(**own, quota=None if tokens is None else Quota(tokens, span))
+    columns = dict(row._mapping)
+    tokens, span = (columns.pop(column.name) for column in _QUOTA)
+    return Key(**columns, quota=None if tokens is None else Quota(tokens, span))
 
 
 # Work counts from when it is planned, whatever becomes of its job: else a key that deletes its jobs
 # would have no quota.
 def charge(connection: Connection, key_id: uuid.UUID, job_id: uuid.UUID, tokens: int) -> None:
     """Count tokens that are planned now, or raise QuotaExceeded if the key's quota has no room."""
-    mine = select(*KEY_COLUMNS).where(keys.c.id == key_id)
+    key_row = select(*KEY_COLUMNS).where(keys.c.id == key_id)
     # One after the other, so that none slips past the quota.
-    key = _key(connection.execute(mine.with_for_update(key_share=True)).one())
+    key = _key(connection.execute(key_row.with_for_update(key_share=True)).one())
     if (quota := key.quota) is None:
         return
     begins = func.now() - quota.span
     connection.execute(delete(work).where(work.c.key_id == key_id, work.c.planned_at <= begins))
     counted = select(work.c.amount, work.c.planned_at).where(work.c.key_id == key_id)
-    found = connection.execute(counted.order_by(work.c.planned_at, work.c.id)).all()
-    left, free_at = quota.tokens - sum(row.amount for row in found), None
+    counted_work = connection.execute(counted.order_by(work.c.planned_at, work.c.id)).all()
+    left, free_at = quota.tokens - sum(row.amount for row in counted_work), None
     if tokens > left:
         room = left
-        for row in found:
+        for row in counted_work:
             room += row.amount
             if room >= tokens:
                 free_at = row.planned_at + quota.span
                 break
         raise QuotaExceeded(
-            quota, used=quota.tokens - left, asked=tokens, free_at=free_at, name=key.name
+            quota, used=quota.tokens - left, planned_tokens=tokens, free_at=free_at, name=key.name
         )
     connection.execute(insert(work).values(key_id=key_id, job_id=job_id, amount=tokens))
 
@@ -313,9 +313,9 @@ class SessionStore:
     def begin(self, key_id: uuid.UUID, *, hours: float) -> str:
         """Log in with a key, and forget the logins that have expired, and the oldest of many."""
         token = secrets.token_urlsafe(32)
-        mine = sessions.c.key_id == key_id
+        same_key = sessions.c.key_id == key_id
         newest = sessions.c.expires_at.desc()
-        many = select(sessions.c.sha256).where(mine).order_by(newest).offset(MOST_LOGINS - 1)
+        many = select(sessions.c.sha256).where(same_key).order_by(newest).offset(MOST_LOGINS - 1)
         with self.database.transaction() as connection:
             connection.execute(delete(sessions).where(sessions.c.expires_at <= func.now()))
             connection.execute(delete(sessions).where(sessions.c.sha256.in_(many)))
