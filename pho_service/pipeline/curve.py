@@ -103,7 +103,7 @@ class CurvePoints:
     ) -> None:
         self._work, self._record, self._pareto = work, record, pareto
         self._run, self._dense, self._search = run, dense, search
-        self._target, self._found = target, [*before]
+        self._target, self._points = target, [*before]
 
     def find(self, request: SearchRequest, title: str) -> CurvePoint:
         """Search, confirm, and measure the published methods beside."""
@@ -146,15 +146,15 @@ class CurvePoints:
             configuration=configuration,
             warnings=[*result.warnings],
         )
-        self._found.append(point)
+        self._points.append(point)
         self._forget_blocks()
         return point
 
     def _forget_blocks(self) -> None:
         """Keep only those trained blocks that the answer of a target may be made of."""
         # Of earlier points there are those of the answer until now at most.
-        before, answer = self._answer(self._found[:-1]), self._answer(self._found)
-        for point in (before, self._found[-1]):
+        before, answer = self._answer(self._points[:-1]), self._answer(self._points)
+        for point in (before, self._points[-1]):
             if point is not None and point is not answer:
                 blocks = self._work.blocks(point.configuration.candidate())
                 if blocks is not None:
