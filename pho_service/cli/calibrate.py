@@ -112,8 +112,8 @@ def validate(
     check_models([model], given("revision"), confirm.text)
     settings, source = spec.calibration.settings(), calibration_source(spec.calibration)
     why = "there is no text to measure perplexity on. Give --confirm-text."
-    asked = spec.request(0)
-    work = inputs.calibrated(model, source, settings, confirm, why=why, asked=[asked])
+    request = spec.request(0)
+    work = inputs.calibrated(model, source, settings, confirm, why=why, requests=[request])
     result = validate_job(
         work,
         spec.plan(0),  # of the preset, with its allocation

@@ -125,8 +125,8 @@ def evaluate(
 
         text = inputs.report(loaded, source, how, max_windows)
         bos = bool(loaded.window_prefix(how.bos))
-        found = rating.perplexity_on(text, loaded, progress)
-        document = {**rating.evaluated(text, found), "bos": bos, **document}
+        perplexity = rating.perplexity_on(text, loaded, progress)
+        document = {**rating.evaluated(text, perplexity), "bos": bos, **document}
     scores: Sequence[TaskScore] = ()
     if loaded_tasks is not None:
         from pho_service.pipeline.tasks import measure_tasks, tasks_document
@@ -137,7 +137,7 @@ def evaluate(
         del loaded  # which the other one may need the memory of
         other = replace(inputs, revision=None).model(beside)
         its = inputs.report(other, source, how, max_windows)
-        document["beside"] = rating.beside(found, text, other, its, progress)
+        document["beside"] = rating.beside(perplexity, text, other, its, progress)
     if as_json:
         print_json(document)
         return
@@ -188,18 +188,18 @@ def generate(
     from pho_service.pipeline.writing import PROMPT_TOKENS, beginnings, texts_of, write
     from pho_service.shown.parts import Table
 
-    said, written = [*prompts], []
+    starts, continuations = [*prompts], []
     for name in names:
         with loading(name):
             loaded = load_model(name, device=device, dtype=dtype)
-        if text is not None and not said:
+        if text is not None and not starts:
             windows, _ = read_windows(
                 loaded, file_source(text), context_length=PROMPT_TOKENS, bos="never"
             )
-            said = texts_of(loaded, beginnings(windows))
+            starts = texts_of(loaded, beginnings(windows))
         with working(f"Writing with {name}"):
-            written.append(write(loaded, said, tokens))
-    rows = [*zip(said, *written, strict=True)]
+            continuations.append(write(loaded, starts, tokens))
+    rows = [*zip(starts, *continuations, strict=True)]
     if as_json:
         print_json([dict(zip(("prompt", *names), row, strict=True)) for row in rows])
         return
@@ -212,22 +212,22 @@ def _measured_on(given: Given, split: str | None) -> "TextSpec":
     from pho_service.spec.fields import TextSpec
 
     given.calibration()  # refuses what breaks a rule, by the options' names
-    named = {
-        path.removeprefix("calibration/"): said
-        for path, said in given.said.items()
+    text_fields = {
+        path.removeprefix("calibration/"): value
+        for path, value in given.said.items()
         if path.removeprefix("calibration/") in TextSpec.model_fields
     }
     if not any(field in given.said for field in _TEXT):
         say("No --text given: using c4, the validation part as papers take it.")
-        named["dataset"] = "c4"
+        text_fields["dataset"] = "c4"
     if split is not None:
-        if named.get("dataset") in USUAL_TEXTS or "dataset" not in named:
+        if text_fields.get("dataset") in USUAL_TEXTS or "dataset" not in text_fields:
             raise InvalidInput(
                 f"--split {split} is of a data set that is named by its own name. Leave it out, or "
                 "give --dataset."
             )
-        named["split"] = split
-    return TextSpec(**named)
+        text_fields["split"] = split
+    return TextSpec(**text_fields)
 
 
 def load_asked_tasks(given: Given) -> "LoadedTasks | None":
@@ -383,17 +383,17 @@ def compare(
             "there is no text to measure on. Give --report-text or --report-dataset, such as "
             "wikitext2."
         )
-    named = [(path, read_configuration(Path(path))) for path in config_paths]
+    configurations = [(path, read_configuration(Path(path))) for path in config_paths]
     pattern = Pattern.parse(given("pattern"), given("scope"))
-    asked = given.part("steps/linears", Linears) or None
-    linears = common_linears(named, pattern, asked)
+    given_linears = given.part("steps/linears", Linears) or None
+    linears = common_linears(configurations, pattern, given_linears)
     searches = _searches(model, given, presets, linears)
     recovers = "recovery" in given.document()
     request = ComparisonRequest(
         pattern=pattern,
-        configurations=named,
+        configurations=configurations,
         methods=methods or None,
-        searches={name: each.request(0) for name, each in searches.items()},
+        searches={name: spec.request(0) for name, spec in searches.items()},
         linears=linears,
         ablation=ablation,
         recovery=given.part("recovery", Recovery) if recovers else None,
@@ -406,7 +406,7 @@ def compare(
     source = calibration_source(calibration)
     loaded = inputs.model(model)
     check_patterns(loaded, [pattern], linears)
-    for path, configuration in named:
+    for path, configuration in configurations:
         check_family(configuration, loaded, path, other_family=other_family)
     text = inputs.report(loaded, report_source, settings, measured.windows)
     search = next(iter(searches.values()), None)  # all are confirmed on the same text
@@ -462,10 +462,10 @@ def _seeds(seeds: str | None, given: Given) -> list[int]:
             f"--seeds {seeds!r} are not whole numbers from 0 to {SEEDS - 1} with commas between: "
             "0,1,2."
         )
-    found = [int(word) for word in words]
-    if len({*found}) < len(found):
+    numbers = [int(word) for word in words]
+    if len({*numbers}) < len(numbers):
         raise InvalidInput(f"--seeds {seeds!r}: one is given twice, which counts it twice.")
-    return found
+    return numbers
 
 
 def _calibration(
@@ -537,15 +537,15 @@ def bench(
     )
     check_models(models)
     disable_progress_bar()  # ours is shown
-    found = measure(models, settings, device=device, dtype=dtype, progress=progress)
+    benchmark = measure(models, settings, device=device, dtype=dtype, progress=progress)
     if as_json:
         print_json(
             {
-                "conditions": found.conditions,
-                "settings": asdict(found.settings),
-                "sides": [asdict(side) for side in found.sides],
+                "conditions": benchmark.conditions,
+                "settings": asdict(benchmark.settings),
+                "sides": [asdict(side) for side in benchmark.sides],
             }
         )
         return
-    table = found.table
+    table = benchmark.table
     print_table(table.title, table.columns, table.cells, caption="\n".join(table.notes))

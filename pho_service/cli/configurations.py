@@ -59,23 +59,23 @@ def configurations(
     from pho_service.shown.tables import GAINS
 
     at_least(1, limit=limit, parameters=parameters)
-    found = matches(library, Wanted.parse(pattern, scope, family, parameters), limit)
+    entries = matches(library, Wanted.parse(pattern, scope, family, parameters), limit)
     if as_json:
-        print_json(found)
+        print_json(entries)
         return
-    if not found:
+    if not entries:
         say(
             "The library is empty. Every finished job puts its configuration there; `pho "
             "configurations import FILE...` those of others."
         )
         return
-    listed = [match for match in found if match["fits"] or others]
-    left_out = len(found) - len(listed)
+    listed = [match for match in entries if match["fits"] or others]
+    left_out = len(entries) - len(listed)
     if left_out:
         say(f"Left out, as they are of another pattern or scope: {left_out}. --all lists them.")
     if not listed:
         return
-    known = [by for by in GAINS if any(any(_gains(match, by)) for match in listed)]
+    gains = [by for by in GAINS if any(any(_gains(match, by)) for match in listed)]
     print_table(
         "Configurations, the most promising first",
         (
@@ -84,7 +84,7 @@ def configurations(
             "pattern",
             "scope",
             "method",
-            *(heading for by in known for heading in (GAINS[by], f"{GAINS[by]}, expected")),
+            *(heading for by in gains for heading in (GAINS[by], f"{GAINS[by]}, expected")),
         ),
         [
             (
@@ -93,14 +93,14 @@ def configurations(
                 match["pattern"],
                 match["scope"],
                 match["method"],
-                *(cell for by in known for cell in _gains(match, by)),
+                *(cell for by in gains for cell in _gains(match, by)),
             )
             for match in listed
         ],
         caption="Gain in perplexity: the share of RIA's that is saved where it was found; by "
         "divergence: as the divergence from the dense model tells; in the proxy: the share of "
         "RIA's proxy. Expected: on the model that is asked for.",
-        spare=(*(f"{GAINS[by]}, expected" for by in known), "method", "scope"),
+        spare=(*(f"{GAINS[by]}, expected" for by in gains), "method", "scope"),
     )
     for match in listed if why else listed[:1]:
         tell(f"{match['id']}: {'fits' if match['fits'] else 'does not fit'}")
@@ -140,12 +140,12 @@ def _read(path: Path) -> "dict[str, LibraryFile]":
 
     if not path.is_dir():
         return {str(path): read_library_file(path)}
-    found, others = read_folder(path)
+    files, others = read_folder(path)
     for other in others:
         say(f"Note: left out: {other}")
-    if not found:
+    if not files:
         raise ConfigurationError(f"the folder {path} holds no configuration. Give another.")
-    return {str(path / name): file for name, file in found.items()}
+    return {str(path / name): file for name, file in files.items()}
 
 
 @configurations.command("export")
@@ -174,8 +174,9 @@ def export_files(ids: tuple[str, ...], out: str, url: str | None, as_json: bool)
             say("Note: these are the 200 most promising; name others by their ids.")
         for entry_id in chosen:
             file = client.export_configuration(entry_id)
-            found = file.configuration
-            name = Path(f"{found.model.get('name', 'model')} {found.pattern} {found.scope}").name
+            configuration = file.configuration
+            model = configuration.model.get("name", "model")
+            name = Path(f"{model} {configuration.pattern} {configuration.scope}").name
             # Only letters, and so many, that every file system and shell takes.
             plain = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")[:100] or "configuration"
             path = folder / f"{plain}-{entry_id[:8]}.json"
@@ -187,8 +188,8 @@ def export_files(ids: tuple[str, ...], out: str, url: str | None, as_json: bool)
         return
     if not written:
         say("The library is empty: nothing is written.")
-    for each in written:
-        tell(each)
+    for file_path in written:
+        tell(file_path)
 
 
 @configurations.command("delete")

@@ -91,25 +91,25 @@ def curve(
     from pho_service.pipeline.search import check_study_url
 
     check_study_url(study)
-    asked = curve_patterns(patterns.split(","), given("scope"))
-    specs = [point_spec(model, given, each) for each in asked]
+    point_patterns = curve_patterns(patterns.split(","), given("scope"))
+    specs = [point_spec(model, given, pattern) for pattern in point_patterns]
     requests = [spec.request(0) for spec in specs]
     folder = _folder(out)
     _refuse_bundle(model)
     check_models([model], given("revision"), given("confirm/text"))
     opened = open_curve(specs[0], given, requests, inputs)
     with opened_points(opened, study, specs, inputs) as (points, pareto):
-        found = find_points(points.find, requests)
+        curve_points = find_points(points.find, requests)
     document = curve_document(
-        found, opened, seconds=opened.calibration_s, study={"url": study, "name": pareto}
+        curve_points, opened, seconds=opened.calibration_s, study={"url": study, "name": pareto}
     )
     _write(folder, document)
-    for warning in point_warnings(found):
+    for warning in point_warnings(curve_points):
         say(f"Note: {warning}")
     if as_json:
         print_json({**document, "out": str(folder)})
         return
-    show_points(found)
+    show_points(curve_points)
     tell(f"written      {folder}: curve.html, curve.json, and a configuration for each point")
     tell(f"study        {pareto!r} has the Pareto front; browse it with: optuna-dashboard {study}")
 
@@ -134,7 +134,7 @@ def open_curve(
         settings,
         spec.confirm,
         why="there is no text to confirm on. Give --confirm-text or a longer text.",
-        asked=requests,
+        requests=requests,
     )
 
 
@@ -153,15 +153,15 @@ def opened_points(
     from pho_service.pipeline.search import opened_study
     from storage.studies import keep_record
 
-    documents = {str(each.pruning()): each.model_dump(mode="json") for each in specs}
+    documents = {str(spec.pruning()): spec.model_dump(mode="json") for spec in specs}
 
     @contextmanager
     def record(request: "SearchRequest") -> "Iterator[Study]":
-        with opened_study(study, request, work) as kept:
-            keep_record(kept, DOCUMENT, documents[str(request.pattern)])
-            yield kept
+        with opened_study(study, request, work) as point_study:
+            keep_record(point_study, DOCUMENT, documents[str(request.pattern)])
+            yield point_study
 
-    with opened_pareto(study, [each.request(0) for each in specs], work) as pareto:
+    with opened_pareto(study, [spec.request(0) for spec in specs], work) as pareto:
         run = inputs.run(work.model)
         points = CurvePoints(work, record, pareto=pareto, run=run, target=target)
         yield points, pareto.study_name
@@ -222,7 +222,7 @@ def search_within(
             "--within is of one model's perplexity, and several models are given. Search for each "
             "of them alone."
         )
-    specs = {each: _spec(models[0], given, each) for each in target.sparsities}
+    specs = {sparsity: _spec(models[0], given, sparsity) for sparsity in target.sparsities}
     of_all = [spec.request(0) for spec in specs.values()]
     opened = open_curve(specs[target.sparsities[0]], given, of_all, inputs)
     with opened_points(opened, study, [*specs.values()], inputs, target) as (points, _):
@@ -235,32 +235,32 @@ def _spec(model: str, given: Given, sparsity: float) -> "JobSpec":
     return given.job(document)
 
 
-def show_target(found: "Within") -> None:
+def show_target(target_result: "Within") -> None:
     from pho_service.shown.tables import rise_of
 
-    answer, limit = found.answer, found.target.limit(found.answer.dense)
-    show_points(found.points)
-    told = "" if found.outside is None else (
-        f"; {found.outside.pattern} is outside, with {number(found.outside.perplexity)} "
-        f"({rise_of(found.outside)})"
-    )  # fmt: skip
+    answer, limit = target_result.answer, target_result.target.limit(target_result.answer.dense)
+    show_points(target_result.points)
+    outside = ""
+    if (point := target_result.outside) is not None:
+        perplexity = number(point.perplexity)
+        outside = f"; {point.pattern} is outside, with {perplexity} ({rise_of(point)})"
     tell(
-        f"target       at most {number(limit)}, {found.target}\n"
+        f"target       at most {number(limit)}, {target_result.target}\n"
         f"answer       {answer.pattern}, with {number(answer.perplexity)} "
-        f"({rise_of(answer)}){told}; "
-        f"steps of {found.target.step:g} were looked at"
+        f"({rise_of(answer)}){outside}; "
+        f"steps of {target_result.target.step:g} were looked at"
     )
 
 
-def target_document(found: "Within", path: Path, study: str) -> dict[str, Any]:
-    result = found.result
+def target_document(target_result: "Within", path: Path, study: str) -> dict[str, Any]:
+    result = target_result.result
     return {
         "configuration": result.configuration.model_dump(mode="json"),
         "out": str(path),
         "study": {"url": study, "name": result.study_name},
-        "target": found.target.model_dump(),
-        "dense": found.answer.dense,
-        "limit": found.target.limit(found.answer.dense),
-        "points": [each.to_dict() for each in found.points],
+        "target": target_result.target.model_dump(),
+        "dense": target_result.answer.dense,
+        "limit": target_result.target.limit(target_result.answer.dense),
+        "points": [point.to_dict() for point in target_result.points],
         "warnings": result.warnings,
     }

@@ -59,7 +59,7 @@ class _Place:
             return search_job(request, work, study=record, run=self.run)
 
     def pruned(
-        self, found: "Configuration", judged_by: "Configuration", folder: Path
+        self, configuration: "Configuration", judged_by: "Configuration", folder: Path
     ) -> "tuple[Configuration, ComparisonRow]":
         """Prune with what was found for good, measure it, and write the model."""
         from pho_service.models.blockwise import measure_perplexity
@@ -84,28 +84,31 @@ class _Place:
             pruned = prune_in_place(
                 model,
                 self.work.bundle,
-                found,
+                configuration,
                 calibration=self.work.calibration,
                 progress=progress,
             )
             after = measured("Measuring what was pruned")
-        mine, confirmed = (each.perplexity for each in after)
+        pruned_perplexity, confirmed = (measurement.perplexity for measurement in after)
         error, confirmed_error = (
-            paired_error(each.losses, before.losses, each.tokens)
-            for each, before in zip(after, dense, strict=True)
+            paired_error(measurement.losses, before.losses, measurement.tokens)
+            for measurement, before in zip(after, dense, strict=True)
         )
         others = judged_by.perplexities
-        known = {} if confirmed_error is None else {"dense": confirmed_error}
-        known |= {k: e for k, e in (others.errors if others else {}).items() if "/" in k}
-        good = others and others.model_copy(update={"pruned": confirmed, "errors": known})
+        errors = {} if confirmed_error is None else {"dense": confirmed_error}
+        errors |= {k: e for k, e in (others.errors if others else {}).items() if "/" in k}
+        good = others and others.model_copy(update={"pruned": confirmed, "errors": errors})
         confirmation = Confirmation(perplexity=confirmed, **confirm.measured_on())
-        found = found.model_copy(update={"confirmation": confirmation, "perplexities": good})
-        recipe = {**pruned.recipe, "configuration": found.model_dump(mode="json")}
+        configuration = configuration.model_copy(
+            update={"confirmation": confirmation, "perplexities": good}
+        )
+        recipe = {**pruned.recipe, "configuration": configuration.model_dump(mode="json")}
         save_pruned(model, folder, pruned.masks.items(), recipe)
-        return found, ComparisonRow(
-            method="best", scope=found.scope, perplexity=mine, sparsity=pruned.sparsity,
-            error=error and error * mine / dense[0].perplexity,
-            proxy=found.objective["value"], seconds=time.perf_counter() - started,
+        return configuration, ComparisonRow(
+            method="best", scope=configuration.scope, perplexity=pruned_perplexity,
+            sparsity=pruned.sparsity,
+            error=error and error * pruned_perplexity / dense[0].perplexity,
+            proxy=configuration.objective["value"], seconds=time.perf_counter() - started,
             memory_bytes=peak(),
         )  # fmt: skip
 
@@ -141,8 +144,8 @@ def demo(given: Given, out: str, pattern: str, scope: str | None, as_json: bool)
     if folder.exists():
         check_free(folder / "pruned")
     gguf = smollm2()
-    asked = {name: _asked(given, name, str(gguf), pattern, scope) for name in SHOWN}
-    for document in asked.values():
+    documents = {name: _asked(given, name, str(gguf), pattern, scope) for name in SHOWN}
+    for document in documents.values():
         given.job(document)  # refuses what is wrong before anything is written
     texts = {name: str(path) for name, path in write_texts(folder / "texts").items()}
     calibration = {
@@ -158,7 +161,7 @@ def demo(given: Given, out: str, pattern: str, scope: str | None, as_json: bool)
             "finalists": 2,
         },
     }
-    specs = {name: given.job({**document, **more}) for name, document in asked.items()}
+    specs = {name: given.job({**document, **more}) for name, document in documents.items()}
     study = f"sqlite:///{folder / 'study.db'}"
     check_study_url(study)
     settings, parsed = specs["score"].calibration.settings(), specs["score"].pruning()
@@ -168,8 +171,8 @@ def demo(given: Given, out: str, pattern: str, scope: str | None, as_json: bool)
     report = inputs.report(opened.model, file_source(texts["report"]), settings, REPORT_WINDOWS)
     place = _Place(work=opened, report=report, study=study, run=inputs.run(opened.model))
     results = {name: place.searched(spec) for name, spec in specs.items()}
-    found = {name: result.configuration for name, result in results.items()}
-    first = [(name, found[name]) for name in SHOWN[:-1]]
+    configurations = {name: result.configuration for name, result in results.items()}
+    first = [(name, configurations[name]) for name in SHOWN[:-1]]
     compared = compare_over_seeds(
         opened.model,
         report,
@@ -181,23 +184,27 @@ def demo(given: Given, out: str, pattern: str, scope: str | None, as_json: bool)
         {settings.seed: lambda: opened},
         run=place.run,
     )
-    found["best"], row = place.pruned(found["best"], found["score"], folder / "pruned")
+    configurations["best"], row = place.pruned(
+        configurations["best"], configurations["score"], folder / "pruned"
+    )
     compared = replace(
         compared,
         # The lowest of the others is not that of all.
-        rows=[*(replace(each, behind=None) for each in compared.rows), row],
+        rows=[*(replace(preset_row, behind=None) for preset_row in compared.rows), row],
         seeds={seed: [*rows, row] for seed, rows in compared.seeds.items()},
     )
     config = folder / "config.json"
-    write_configuration(found["best"], config)
-    for name, each in first:
-        write_configuration(each, folder / f"{name}.json")
+    write_configuration(configurations["best"], config)
+    for name, configuration in first:
+        write_configuration(configuration, folder / f"{name}.json")
     for warning in results["score"].warnings:
         say(f"Note: {warning}")
     if as_json:
         print_json(compared.to_dict())
         return
-    click.echo(describe(replace(results["best"], configuration=found["best"]), config, study))
+    click.echo(
+        describe(replace(results["best"], configuration=configurations["best"]), config, study)
+    )
     show_comparison(compared)
     click.echo(
         f"Next:\n"
@@ -211,8 +218,8 @@ def _asked(
 ) -> Mapping[str, Any]:
     """The document of a preset's search, without its texts."""
     widest = "global" if preset == "score" else "layer"
-    own = {"scope": scope or (None if ":" in pattern else widest)}
-    return given.document({"model": model, "pattern": pattern, "preset": preset, **own})
+    scope = scope or (None if ":" in pattern else widest)
+    return given.document({"model": model, "pattern": pattern, "preset": preset, "scope": scope})
 
 
 @click.command()

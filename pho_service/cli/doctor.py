@@ -36,18 +36,18 @@ def doctor(as_json: bool) -> None:
       pho doctor
     """
     settings = read_settings()
-    found: list[Checked] = []
+    checks: list[Checked] = []
     for look in (_packages, _device, _hub, _database, _store, _disk):
         try:
-            found += look(settings)
+            checks += look(settings)
         except Exception as error:  # whatever is wrong with it is what is asked for
-            found.append((look.__name__.removeprefix("_"), "fails", plain_line(str(error))))
+            checks.append((look.__name__.removeprefix("_"), "fails", plain_line(str(error))))
     names = ("what", "state", "detail")
     if as_json:
-        print_json([dict(zip(names, each, strict=True)) for each in found])
+        print_json([dict(zip(names, check, strict=True)) for check in checks])
     else:
-        print_table("This machine", names, found)
-    if any(state == "fails" for _, state, _ in found):
+        print_table("This machine", names, checks)
+    if any(state == "fails" for _, state, _ in checks):
         raise SystemExit(1)
 
 
@@ -83,8 +83,8 @@ def _hub(_: Settings) -> Iterator[Checked]:
 
         token = "with a token" if get_token() else "without a token: public models alone"
         well = hub_answers()
-        said = f"answers, {token}" if well else "does not answer, or may not be asked"
-        yield "hub", "ok" if well else "note", f"{constants.ENDPOINT} {said}"
+        answer = f"answers, {token}" if well else "does not answer, or may not be asked"
+        yield "hub", "ok" if well else "note", f"{constants.ENDPOINT} {answer}"
         yield _place("cache of the hub", Path(constants.HF_HUB_CACHE))
 
 
@@ -94,8 +94,8 @@ def _database(settings: Settings) -> Iterator[Checked]:
     from storage.database import Database
     from storage.embedded import programs, running_url
 
-    given = settings.database_url
-    url = given.get_secret_value() if given else running_url(settings.data_dir.expanduser())
+    secret = settings.database_url
+    url = secret.get_secret_value() if secret else running_url(settings.data_dir.expanduser())
     if url is None:
         yield (
             "database",
@@ -108,7 +108,7 @@ def _database(settings: Settings) -> Iterator[Checked]:
         (version, size), tables = database.server(), database.tables()
     finally:
         database.close()
-    who = "PHO_DATABASE_URL answers" if given else "the embedded one runs"
+    who = "PHO_DATABASE_URL answers" if secret else "the embedded one runs"
     yield "database", "ok", f"{who}: PostgreSQL {version.split()[0]}, {format_bytes(size)}"
     for table in tables:
         yield "dead rows", "note" if table.is_swollen else "ok", str(table)
@@ -135,7 +135,7 @@ def _disk(settings: Settings) -> Iterator[Checked]:
 def _place(what: str, folder: Path) -> Checked:
     """Whether a folder can be written, and what is free there."""
     path = folder.expanduser().resolve()
-    there = next(each for each in (path, *path.parents) if each.exists())
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
     if not os.access(there, os.W_OK):
         return what, "fails", f"{path} cannot be written. Give yourself the right to."
     free = shutil.disk_usage(there).free

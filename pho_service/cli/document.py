@@ -78,8 +78,8 @@ class GroupedCommand(click.Command):
             ["--help-all"], is_flag=True, is_eager=True, expose_value=False, callback=_show_all,
             help="Show all options, in sections.",
         )  # fmt: skip
-        *own, shown = super().get_params(ctx)  # --help is the last
-        return [*own, more, shown]
+        *params, shown = super().get_params(ctx)  # --help is the last
+        return [*params, more, shown]
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The first sentence, the options, and then the rest of the text with the example."""
@@ -94,7 +94,7 @@ class GroupedCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups = self.groups()
-        options = [each for each in self.get_params(ctx) if isinstance(each, click.Option)]
+        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
         if ctx.meta.get(WHOLE_HELP):
             sections = {
                 title: [o for o in options if groups.get(str(o.name), "Output") == title]
@@ -141,7 +141,7 @@ class Given:
         if "calibration/context_length" in self.said:
             return None
         read = [(longest_of(name, self("revision")), name) for name in self.models]
-        length, name = min((each for each in read if each[0]), default=(None, ""))
+        length, name = min((pair for pair in read if pair[0]), default=(None, ""))
         if length is None or length >= CalibrationSettings.context_length:
             return None
         say(f"{name} reads {length} tokens: that is the context length.")
@@ -199,17 +199,17 @@ class Given:
     def _refused(self, error: "ValidationError", above: str) -> InvalidInput:
         """What pydantic says, with the options' names instead of the fields'."""
         sentences = []
-        for each in error.errors():
-            path = above + "/".join(map(str, each["loc"]))
-            message = str(each["msg"]).removeprefix("Value error, ").removesuffix(".")
-            ours = isinstance(each.get("ctx", {}).get("error"), InvalidInput)
-            thing = self._thing(path, each["input"], named=ours)
+        for problem in error.errors():
+            path = above + "/".join(map(str, problem["loc"]))
+            message = str(problem["msg"]).removeprefix("Value error, ").removesuffix(".")
+            ours = isinstance(problem.get("ctx", {}).get("error"), InvalidInput)
+            thing = self._thing(path, problem["input"], named=ours)
             # The plan of the whole search is checked with the number of trials.
             if path == "trials" and ours and not message.startswith("trials"):
                 thing = ""
-            if thing and each["type"] in _RULES:
-                limits = {k: int(v) if v == int(v) else v for k, v in each["ctx"].items()}
-                rule = _RULES[each["type"]].format(**limits)
+            if thing and problem["type"] in _RULES:
+                limits = {k: int(v) if v == int(v) else v for k, v in problem["ctx"].items()}
+                rule = _RULES[problem["type"]].format(**limits)
                 sentences.append(f"{thing.removesuffix(': ')} {rule}")
             else:
                 sentences.append(thing + message.replace("Input should", "it should"))
@@ -217,11 +217,11 @@ class Given:
 
     def _thing(self, path: str, value: object, *, named: bool) -> str:
         """What a message is about: an option with its value, or else a field."""
-        given = [p for p in self.said if within(path, p) or within(p, path)] if path else []
-        if given:
-            said = self.said[given[0]]
-            words = said if isinstance(said, tuple) else () if said is True else (said,)
-            return " ".join((self.names[given[0]], *map(str, words))) + ": "
+        paths = [p for p in self.said if within(path, p) or within(p, path)] if path else []
+        if paths:
+            entry = self.said[paths[0]]
+            words = entry if isinstance(entry, tuple) else () if entry is True else (entry,)
+            return " ".join((self.names[paths[0]], *map(str, words))) + ": "
         if path.partition("/")[0] in ("model", "more_models"):
             return "MODEL: "
         return "" if named or not path else f"/{path} {reprlib.repr(value)}: "
@@ -258,20 +258,20 @@ class DocumentCommand(GroupedCommand):
 
     @cached_property
     def _options(self) -> dict[str, tuple[Field, click.Option]]:
-        found: dict[str, tuple[Field, click.Option]] = {}
+        options: dict[str, tuple[Field, click.Option]] = {}
         for field in self.fields:
             name = self._renamed.get(field.path, field.name)
             option = field.option(name, required=field.path in self._required)
             if field.path == "pattern" and self._needed:
                 option.help = f"{option.help}  [required unless {self._needed}]"
-            if same := [row for row in found.values() if name in row[1].opts]:
-                of, first = same[0]  # given again, it is this field's
+            if same := [row for row in options.values() if name in row[1].opts]:
+                first_field, first = same[0]  # given again, it is this field's
                 option.name, option.help = first.name, f"{str(first.help)[:-1]}; {_AGAIN}"
-                found[str(first.name)] = (of, option)
+                options[str(first.name)] = (first_field, option)
                 self._again[str(first.name)] = field
                 continue
-            found[str(option.name)] = (field, option)
-        return found
+            options[str(option.name)] = (field, option)
+        return options
 
     @property
     def names(self) -> dict[str, str]:
@@ -280,26 +280,26 @@ class DocumentCommand(GroupedCommand):
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """All of them, those of the document first."""
-        own = super().get_params(ctx)
-        arguments = [each for each in own if isinstance(each, click.Argument)]
-        made = [option for _, option in self._options.values()]
-        return [*arguments, *made, *(each for each in own if each not in arguments)]
+        params = super().get_params(ctx)
+        arguments = [param for param in params if isinstance(param, click.Argument)]
+        options = [option for _, option in self._options.values()]
+        return [*arguments, *options, *(param for param in params if param not in arguments)]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read the arguments; what is of the document becomes the argument ``given``."""
         rest = super().parse_args(ctx, args)
-        said: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         names: dict[str, str] = {}
         for parameter, (field, option) in self._options.items():
             value = ctx.params.pop(parameter, None)
             if value and (again := self._again.get(parameter)):
                 value, *more = value
-                said |= {again.path: tuple(more)} if more else {}
+                values |= {again.path: tuple(more)} if more else {}
                 names[again.path] = option.opts[0]
             if value is not None and value != () and value is not False:
-                said[field.path], names[field.path] = value, option.opts[0]
+                values[field.path], names[field.path] = value, option.opts[0]
         models = ctx.params.get("models") or (ctx.params.get("model"),)
-        ctx.params["given"] = Given(said=said, names=names, models=[*filter(None, models)])
+        ctx.params["given"] = Given(said=values, names=names, models=[*filter(None, models)])
         return rest
 
     def groups(self) -> Mapping[str, str]:
@@ -322,18 +322,19 @@ def option(path: str, value: object = None) -> str:
 def report_option(path: str, value: object = None) -> str:
     """What messages about a text to report on call a field: its own option, if it has one."""
     name, context = option(path, value), click.get_current_context(silent=True)
-    own = f"--report-{name.removeprefix('--')}"
-    options = [] if context is None else [o for each in context.command.params for o in each.opts]
-    return own if own.split()[0] in options else name
+    report_name = f"--report-{name.removeprefix('--')}"
+    params = [] if context is None else context.command.params
+    options = [word for param in params for word in param.opts]
+    return report_name if report_name.split()[0] in options else name
 
 
 def given_target(given: Given) -> Target | None:
     """The target of a search; None if it has a pattern instead."""
-    said = [path for path in given.said if within(path, "target")]
-    if "target/perplexity_rise" not in said:
-        if said:
+    paths = [path for path in given.said if within(path, "target")]
+    if "target/perplexity_rise" not in paths:
+        if paths:
             raise InvalidInput(
-                f"{', '.join(given.names[path] for path in said)} is for --within alone. Leave it "
+                f"{', '.join(given.names[path] for path in paths)} is for --within alone. Leave it "
                 "out, or give --within."
             )
         if "pattern" not in given.said:

@@ -86,23 +86,23 @@ def check_library(library: str | None, pattern: str, scope: str | None) -> None:
 def _fitting(
     library: str | None, wanted: "Wanted", note: Callable[[str], None] = say
 ) -> list[dict[str, Any]]:
-    found = matches(library, wanted, 200, note)
-    fitting = [match for match in found if match["fits"]]
+    entries = matches(library, wanted, 200, note)
+    fitting = [match for match in entries if match["fits"]]
     where = f"the library {library}" if library else "the library of the service"
-    asked = f"{wanted.pattern}"
+    pattern_text = f"{wanted.pattern}"
     if wanted.scope_matters and wanted.pattern is not None:
-        asked += f" in scope {wanted.pattern.scope.value}"
-    if not found:
+        pattern_text += f" in scope {wanted.pattern.scope.value}"
+    if not entries:
         raise ConfigurationError(
             f"{where} is empty. Search on any model (`pho search`, `pho submit`), or import "
             "configurations with `pho configurations import`."
         )
     if not fitting:
-        there = sorted({f"{match['pattern']} in scope {match['scope']}" for match in found})
+        there = sorted({f"{match['pattern']} in scope {match['scope']}" for match in entries})
         raise ConfigurationError(
-            f"{where} has nothing for {asked}, and the best coefficients differ from pattern to "
-            f"pattern. It has {', '.join(there)}. Ask for one of these, or search: `pho search "
-            f"MODEL --pattern {wanted.pattern}`."
+            f"{where} has nothing for {pattern_text}, and the best coefficients differ from "
+            f"pattern to pattern. It has {', '.join(there)}. Ask for one of these, or search: "
+            f"`pho search MODEL --pattern {wanted.pattern}`."
         )
     return fitting
 
@@ -120,14 +120,14 @@ def _of_service(url: str | None, wanted: "Wanted", limit: int) -> list[dict[str,
 
     scope = wanted.pattern.scope.value if wanted.pattern and wanted.scope_matters else None
     with Client(url) as client:
-        found = client.configurations(
+        entries = client.configurations(
             pattern=None if wanted.pattern is None else str(wanted.pattern),
             scope=scope,
             family=wanted.family,
             parameters=wanted.parameters,
             limit=limit,
         )
-    return [match.model_dump(mode="json") for match in found]
+    return [match.model_dump(mode="json") for match in entries]
 
 
 def _configuration(library: str | None, entry_id: str) -> "Configuration":
@@ -157,26 +157,26 @@ def of_files(given: Given, spec: "JobSpec") -> "list[Candidate]":
         name = given.names["warm_start/count"]
         raise InvalidInput(f"{name} is of a warm start: give --warm-start, too.")
     names = [name for name in given("warm_start/found") or () if name and not is_library(name)]
-    found = [read_library_file(Path(name)).configuration.candidate() for name in names]
-    request = replace(spec.request(0), warm_start=tuple(found))
+    candidates = [read_library_file(Path(name)).configuration.candidate() for name in names]
+    request = replace(spec.request(0), warm_start=tuple(candidates))
     request.plan(tuple(spec.calibration.kernel_sizes))  # refuses what is of another pattern
-    return found
+    return candidates
 
 
 def of_libraries(given: Given, pattern: "Pattern", model: Mapping[str, Any]) -> "list[Candidate]":
     """The best for a model of this description in the libraries that ``--warm-start`` names."""
     names = [name for name in given("warm_start/found") or () if not name or is_library(name)]
     scope = None if pattern.group else pattern.scope.value
-    found = []
+    entries = []
     for name in names:
         try:
             wanted = wanted_for(model, str(pattern), scope)
-            found += best_of_library(name or None, wanted, given("warm_start/count") or COUNT)
+            entries += best_of_library(name or None, wanted, given("warm_start/count") or COUNT)
         except ConfigurationError as error:
             say(f"Note: nothing to start from: {error}")
-    for each in found:
-        say(f"Starting from {each.origin['id']}: {'; '.join(each.origin['reasons'])}.")
-    return [each.configuration.candidate() for each in found]
+    for entry in entries:
+        say(f"Starting from {entry.origin['id']}: {'; '.join(entry.origin['reasons'])}.")
+    return [entry.configuration.candidate() for entry in entries]
 
 
 def points(candidates: "list[Candidate]") -> list[dict[str, Any]]:

@@ -180,13 +180,13 @@ def report_spec(report: Mapping[str, Any]) -> "ReportSpec | None":
     from pho_service.spec.document import broken_rule
     from pho_service.spec.transfer import ReportSpec
 
-    said = {name.removeprefix("report_"): value for name, value in report.items()}
-    given = {name: value for name, value in said.items() if value is not None}
-    if not given:
+    values = {name.removeprefix("report_"): value for name, value in report.items()}
+    given_values = {name: value for name, value in values.items() if value is not None}
+    if not given_values:
         return None
-    at_least(1, report_windows=given.get("windows"))
+    at_least(1, report_windows=given_values.get("windows"))
     try:
-        return ReportSpec.model_validate(given)
+        return ReportSpec.model_validate(given_values)
     except ValidationError as error:
         first = error.errors()[0]
         place = "-".join(map(str, first["loc"])).replace("_", "-")
@@ -273,17 +273,17 @@ class Terminal(Inputs):
         confirm: "ConfirmSpec | None" = None,
         *,
         why: str = "",
-        asked: "Sequence[Candidate | SearchRequest]" = (),
+        requests: "Sequence[Candidate | SearchRequest]" = (),
     ) -> Work:
         """Load a model unless it is, read its texts, and calibrate it or take what is cached."""
-        # What is ``asked`` is compared with the model before its text is read; ``why`` is raised if
+        # ``requests`` are compared with the model before its text is read; ``why`` is raised if
         # there is no text to confirm on.
         from pho_service.models.calibration import bundle_path, cached_bundle
         from pho_service.pipeline.curve import check_patterns
 
         loaded = self.model(model) if isinstance(model, str) else model
-        for each in asked:
-            check_patterns(loaded, [each.pattern], each.steps.linears)
+        for request in requests:
+            check_patterns(loaded, [request.pattern], request.steps.linears)
         text = self.windows(loaded, source, settings)
         confirmed = None
         if confirm is not None:
@@ -291,7 +291,7 @@ class Terminal(Inputs):
             confirmed = self.confirmation(loaded, other, settings, confirm.windows, text)
             if confirmed is None and why:
                 raise TextError(why)
-        kept = bundle_path(self.cache, text.bundle_key).is_file()
+        is_cached = bundle_path(self.cache, text.bundle_key).is_file()
         started = time.monotonic()
         bundle = cached_bundle(loaded, text, settings, self.cache, progress)
         return Work(
@@ -300,7 +300,7 @@ class Terminal(Inputs):
             calibration=text.calibration,
             confirm=confirmed,
             unused_windows=len(text.held_out),
-            calibration_s=None if kept else round(time.monotonic() - started, 3),
+            calibration_s=None if is_cached else round(time.monotonic() - started, 3),
             cache_dir=self.cache,
         )
 

@@ -54,14 +54,14 @@ def plan(
     memory = {name: int(size) for name, size in sizes.items() if size}
     if url is not None:
         with open_client(url) as client:
-            found = client.plan(spec, card=card, **memory)
+            answer = client.plan(spec, card=card, **memory)
     else:
-        found = _here(spec, card, memory)
+        answer = _here(spec, card, memory)
     if as_json:
-        print_json(found.model_dump(mode="json"))
+        print_json(answer.model_dump(mode="json"))
     else:
-        _show(found, str(spec["model"]))
-    if not found.fits:
+        _show(answer, str(spec["model"]))
+    if not answer.fits:
         raise SystemExit(1)
 
 
@@ -94,17 +94,17 @@ def _this_machine() -> "Machine":
     return like.resized(about.total_memory)
 
 
-def _show(found: PlanAnswer, name: str) -> None:
+def _show(answer: PlanAnswer, name: str) -> None:
     from pho_service.planning.plan import format_span
 
-    model, machine = found.model, found.machine
+    model, machine = answer.model, answer.machine
     rows = [
         (stage.title, format_span(*stage.seconds), *_sizes(stage.peak, gpu=machine.gpu))
-        for stage in found.stages
+        for stage in answer.stages
     ]
-    rows.append(("all of it", format_span(*found.seconds), *_sizes(found.peak, gpu=machine.gpu)))
+    rows.append(("all of it", format_span(*answer.seconds), *_sizes(answer.peak, gpu=machine.gpu)))
     columns = ["stage", "time", *(["GPU"] if machine.gpu else []), "main memory", "disk"]
-    how = "streamed from its files" if found.stream else f"{found.windows_at_once} at once"
+    how = "streamed from its files" if answer.stream else f"{answer.windows_at_once} at once"
     rates = "measured for a moment" if machine.measured else "from its data sheet, not measured"
     print_table(
         f"{name}: {format_count(model.parameters)} parameters ({model.family}), "
@@ -114,15 +114,15 @@ def _show(found: PlanAnswer, name: str) -> None:
         caption=f"on {machine.name} with {format_bytes(machine.memory_bytes)}"
         f"{f' and {format_bytes(machine.main_bytes)} of main memory' if machine.gpu else ''}, "
         f"rates {rates}; windows of the calibration: {how}"
-        f"{', blocks run twice' if found.recompute and not found.stream else ''}",
+        f"{', blocks run twice' if answer.recompute and not answer.stream else ''}",
     )
-    saved, packed = map(format_bytes, (found.pruned.saved_bytes, found.pruned.packed_bytes))
+    saved, packed = map(format_bytes, (answer.pruned.saved_bytes, answer.pruned.packed_bytes))
     click.echo(f"The pruned model takes {saved} on a disk, and about {packed} once it is packed.")
-    if found.fits:
+    if answer.fits:
         click.echo("It fits.")
         return
-    click.echo("It does not fit: " + "; ".join(found.obstacles) + ".")
-    for way in found.ways_out:
+    click.echo("It does not fit: " + "; ".join(answer.obstacles) + ".")
+    for way in answer.ways_out:
         click.echo(f"  - {way}")
 
 

@@ -66,17 +66,17 @@ class Source:
         return best_of_library(self.library, wanted, 1 if self.force else TRIED)
 
     def chosen(
-        self, found: "Sequence[LibraryEntry]", model: "LanguageModel", bundle: "ProxyBundle"
+        self, entries: "Sequence[LibraryEntry]", model: "LanguageModel", bundle: "ProxyBundle"
     ) -> "LibraryEntry":
         """The first that the proxy does not judge worse than RIA."""
         from pho_service.errors import BundleError
         from pho_service.pipeline.transfer import proxies_of, proxy_sentence
         from pho_service.spec.results import no_better_than_ria
 
-        for each in found:
-            about = f"{each.origin['id']} of the library"
+        for entry in entries:
+            about = f"{entry.origin['id']} of the library"
             try:
-                proxies = proxies_of(bundle, each.configuration, str(model.device))
+                proxies = proxies_of(bundle, entry.configuration, str(model.device))
             except BundleError as error:
                 sentence = f"Note: whether it holds on {model.name} is not known: {error}"
             else:
@@ -88,14 +88,14 @@ class Source:
                     )
                     continue
                 sentence = proxy_sentence(model.name, proxies)
-            say(f"Taking {about}: {'; '.join(each.origin['reasons'])}.")
+            say(f"Taking {about}: {'; '.join(entry.origin['reasons'])}.")
             say(sentence)
-            return each
+            return entry
         raise ConfigurationError(
-            f"none of the library's {len(found)} most promising configurations for {self.pattern} "
-            f"holds on {model.name}: by the proxy each is no better than RIA. Search there: `pho "
-            f"search {model.name} --pattern {self.pattern}`; or take the most promising one in "
-            "spite of that with --force."
+            f"none of the library's {len(entries)} most promising configurations for "
+            f"{self.pattern} holds on {model.name}: by the proxy each is no better than RIA. "
+            f"Search there: `pho search {model.name} --pattern {self.pattern}`; or take the most "
+            "promising one in spite of that with --force."
         )
 
 
@@ -242,10 +242,10 @@ def prune(
     }  # fmt: skip
     named = {given.names[path]: path for path in given.said if path.startswith("steps/linears/")}
     of_library = {"--library": library, "--force": force or None}
-    asked = {**of_library, "--pattern": pattern, "--scope": scope, **named}
+    pruning = {**of_library, "--pattern": pattern, "--scope": scope, **named}
     if check_path:
-        asked["--deployable"] = given("steps/deployable")
-        others = {**chosen, **asked, "--out": out, "--push": repository, "--bundle": bundle_path}
+        pruning["--deployable"] = given("steps/deployable")
+        others = {**chosen, **pruning, "--out": out, "--push": repository, "--bundle": bundle_path}
         too_many = [name for name, value in others.items() if value is not None]
         if too_many:
             raise InvalidInput(
@@ -263,7 +263,7 @@ def prune(
         raise InvalidInput(f"{which} needs a --pattern: 0.5 or 2:4, say.")
     if public and repository is None:
         raise InvalidInput("--public is for --push. Leave it out.")
-    _refuse(config_path, method, asked=asked, of_library=of_library, named=named)
+    _refuse(config_path, method, pruning=pruning, of_library=of_library, named=named)
     if pattern is not None:
         Pattern.parse(pattern, scope)  # a wrong one is refused before a model is read
     source = Source(
@@ -288,7 +288,7 @@ def _refuse(
     config: str | None,
     method: str | None,
     *,
-    asked: "Mapping[str, object]",
+    pruning: "Mapping[str, object]",
     of_library: "Mapping[str, object]",
     named: "Mapping[str, object]",
 ) -> None:
@@ -296,7 +296,7 @@ def _refuse(
     library = config is None and method is None
     for refused, foreign, reason in (
         (not library, of_library, "for --from-library alone"),
-        (config is not None, asked, "a configuration has its pattern, scope and linears"),
+        (config is not None, pruning, "a configuration has its pattern, scope and linears"),
         (library, named, "for --method; what is in a library says which linears it prunes"),
     ):
         too_many = [name for name, value in foreign.items() if value is not None]
@@ -326,21 +326,21 @@ def _prune(
     from pho_service.pruning.reconstruction import summary
 
     check_free(folder)
-    given = Path(name).expanduser()
-    if given.is_dir() and folder.expanduser().resolve().is_relative_to(given.resolve()):
+    model_path = Path(name).expanduser()
+    if model_path.is_dir() and folder.expanduser().resolve().is_relative_to(model_path.resolve()):
         raise InvalidInput(f"{folder} would lie in {name}, which is pruned. Give another place.")
     check_models([name], inputs.revision)
     if statistics.bundle is not None:
         check_bundle(statistics.bundle)
-    found = None
+    entry = None
     if source.configuration is None:
         check_library(source.library, str(source.pattern), source.scope)
         model = inputs.model(name)
         promising = _prunable(source.of_library(model), statistics)
-        configurations = [each.configuration for each in promising]
+        configurations = [promising_entry.configuration for promising_entry in promising]
         opened = _opened(model, statistics, configurations, inputs)
-        found = source.chosen(promising, model, opened.bundle)
-        configuration = found.configuration
+        entry = source.chosen(promising, model, opened.bundle)
+        configuration = entry.configuration
     else:
         configuration = source.configuration
         opened = _opened(name, statistics, [configuration], inputs)
@@ -358,7 +358,7 @@ def _prune(
         opened.bundle,
         configuration,
         folder,
-        origin=found.origin if found else None,
+        origin=entry.origin if entry else None,
         calibration=opened.calibration,
         done=trained if trained and trained.folder.is_dir() else None,
         progress=progress,
@@ -369,7 +369,7 @@ def _prune(
                 "out": str(folder),
                 "sparsity": result.sparsity,
                 "layers": result.layers,
-                "origin": found.origin if found else None,
+                "origin": entry.origin if entry else None,
                 **({"orders": result.orders} if result.orders else {}),
                 **({"blocks": result.recipe["blocks"]} if result.blocks else {}),
             }
@@ -377,10 +377,10 @@ def _prune(
         return
     click.echo(f"{folder}: {result.sparsity:.4%} of {len(result.layers)} linears removed")
     candidate = configuration.candidate()
-    asked, rows = candidate.pattern, candidate.pattern.scope == "row"
-    if rows and not candidate.steps.linears and asked.sparsity - result.sparsity > ROUNDED:
+    pattern, rows = candidate.pattern, candidate.pattern.scope == "row"
+    if rows and not candidate.steps.linears and pattern.sparsity - result.sparsity > ROUNDED:
         say(
-            f"{asked} was asked for: of each row a whole number of weights is removed, and rows "
+            f"{pattern} was asked for: of each row a whole number of weights is removed, and rows "
             "are short here."
         )
     if result.orders:
@@ -389,12 +389,12 @@ def _prune(
         click.echo(f"{summary(result.blocks)}.")
 
 
-def _prunable(found: "list[LibraryEntry]", statistics: _Statistics) -> "list[LibraryEntry]":
+def _prunable(entries: "list[LibraryEntry]", statistics: _Statistics) -> "list[LibraryEntry]":
     """Without those that need a text where there is none, unless all do."""
     if statistics.bundle is None or statistics.named:
-        return found
-    without = [f for f in found if not f.configuration.candidate().steps.needs_text]
-    return without or found
+        return entries
+    textless = [entry for entry in entries if not entry.configuration.candidate().steps.needs_text]
+    return textless or entries
 
 
 def _opened(
@@ -408,15 +408,17 @@ def _opened(
 
     settings = statistics.calibration.settings()
     if not isinstance(model, str):  # the proxy rates what a library has
-        sizes = {each.coefficients.kernel_size for each in configurations}
+        sizes = {configuration.coefficients.kernel_size for configuration in configurations}
         missing = sorted(sizes - {*settings.kernel_sizes})
         settings = replace(settings, kernel_sizes=(*settings.kernel_sizes, *missing))
-    needs_text = any(each.candidate().steps.needs_text for each in configurations)
+    needs_text = any(configuration.candidate().steps.needs_text for configuration in configurations)
     named = statistics.named
     if statistics.bundle is None:
-        asked = [each.candidate() for each in configurations if isinstance(model, str)]
+        candidates = [
+            configuration.candidate() for configuration in configurations if isinstance(model, str)
+        ]
         own_text = calibration_source(statistics.calibration)
-        return inputs.calibrated(model, own_text, settings, asked=asked)
+        return inputs.calibrated(model, own_text, settings, requests=candidates)
     if named and not (needs_text or inputs.stream):  # streamed ones needed it once
         raise InvalidInput("--bundle and a text are both given. Give one of them.")
     if needs_text and not named:

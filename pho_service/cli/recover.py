@@ -109,8 +109,8 @@ def recover(
         progress=silent if processes.number else progress,
     )
     if not processes.number:
-        found = pruned.after(recovered)
-        save_pruned(pruned.model, out, found.masks.items(), found.recipe)
+        result = pruned.after(recovered)
+        save_pruned(pruned.model, out, result.masks.items(), result.recipe)
     processes.wait()
     Workplace(place).remove()
     if processes.number:

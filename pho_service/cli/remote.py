@@ -84,8 +84,8 @@ def show_points(job: "Job") -> None:
 
     if not job.points:
         return
-    show_table(points_table([each.model_dump() for each in job.points]), spare=("seconds",))
-    if job.best is None and any(each.state == "done" for each in job.points):
+    show_table(points_table([point.model_dump() for point in job.points]), spare=("seconds",))
+    if job.best is None and any(point.state == "done" for point in job.points):
         tell(f"configuration: pho best {job.short} --pattern PATTERN --out config.json")
 
 
@@ -111,12 +111,12 @@ def good(job: "Job") -> list[str]:
     """Perplexities: dense, found, how much higher that is, Wanda, RIA; of several, the range."""
     from pho_service.shown.tables import range_of, rises_of
 
-    found = job.measured
+    measurements = job.measured
     dense, pruned, wanda, ria = (
-        range_of(getattr(each, name) for each in found)
+        range_of(getattr(measurement, name) for measurement in measurements)
         for name in ("dense", "perplexity", "wanda", "ria")
     )
-    return [dense, pruned, rises_of(found), wanda, ria]
+    return [dense, pruned, rises_of(measurements), wanda, ria]
 
 
 def done(job: "Job") -> str:
@@ -129,12 +129,12 @@ def done(job: "Job") -> str:
 
 def short_ids(ids: Iterable[str]) -> dict[str, str]:
     """Return the beginnings that tell ids apart, of the same length, at least 8 characters."""
-    known = {*ids}
+    whole_ids = {*ids}
     for length in range(_SHORTEST, 36):
-        short = {each: each[:length] for each in known}
-        if len({*short.values()}) == len(known):
+        short = {whole_id: whole_id[:length] for whole_id in whole_ids}
+        if len({*short.values()}) == len(whole_ids):
             return short
-    return {each: each for each in known}
+    return {whole_id: whole_id for whole_id in whole_ids}
 
 
 def _ids(ctx: click.Context, _: click.Parameter, beginning: str) -> list[CompletionItem]:
@@ -211,11 +211,11 @@ def jobs(
     at_least(0, limit=limit)
     with open_client(url) as client:
         listed = client.jobs(states, models=models, patterns=patterns, name=name, sort=sort)
-        found = list(islice(listed, limit))
+        job_list = list(islice(listed, limit))
     if as_json:
-        print_json([job.model_dump(mode="json") for job in found])
+        print_json([job.model_dump(mode="json") for job in job_list])
         return
-    short = short_ids(str(job.id) for job in found)
+    short = short_ids(str(job.id) for job in job_list)
     rows = [
         [
             str(job.id) if table_width() is None else short[str(job.id)],
@@ -225,7 +225,7 @@ def jobs(
             *good(job),
             "" if job.points else number(job.progress.best_value),  # those of points do not compare
         ]
-        for job in found
+        for job in job_list
     ]
     columns = [
         "id", "name", "state", "trials", "dense", "perplexity", "against dense", "Wanda", "RIA",
@@ -264,7 +264,10 @@ def show(job_id: str, url: str | None, as_json: bool) -> None:
         f"state        {job.state}, stage {job.stage or 'none yet'}{left}",
         *([at] if at else []),
         f"best so far  {number(progress.best_value) or 'none yet'}",
-        *(f"{each.stage:<12} {each.done} of {each.total} {each.unit}" for each in progress.pieces),
+        *(
+            f"{piece.stage:<12} {piece.done} of {piece.total} {piece.unit}"
+            for piece in progress.pieces
+        ),
     ]
     tell("\n".join([*lines, *outcome(job)]))
     show_points(job)
@@ -433,12 +436,12 @@ def workers(context: click.Context, url: str | None, as_json: bool) -> None:
     if context.invoked_subcommand is not None:
         return
     with open_client(url) as client:
-        found = client.workers()
+        worker_list = client.workers()
     if as_json:
-        print_json([worker.model_dump(mode="json") for worker in found])
+        print_json([worker.model_dump(mode="json") for worker in worker_list])
         return
     columns = ["name", "device", "works on", "stage", "takes stages", "heartbeat"]
-    short = short_ids(str(worker.job_id) for worker in found if worker.job_id)
+    short = short_ids(str(worker.job_id) for worker in worker_list if worker.job_id)
     rows = [
         [
             worker.name,
@@ -448,7 +451,7 @@ def workers(context: click.Context, url: str | None, as_json: bool) -> None:
             "no: ends" if worker.drain else "no: other store" if worker.other_store else "yes",
             f"{worker.heartbeat_at:%H:%M:%S}",
         ]
-        for worker in found
+        for worker in worker_list
     ]
     print_table("Workers", columns, rows, spare=("heartbeat",))
 
@@ -468,13 +471,13 @@ def drain_worker(name: str, now: bool, url: str | None, as_json: bool) -> None:
     it hands the stage back, and another worker goes on with it.
     """
     with open_client(url) as client:
-        found = [w for w in client.workers() if name in (w.name, str(w.id))]
-        if len(found) != 1:
+        namesakes = [w for w in client.workers() if name in (w.name, str(w.id))]
+        if len(namesakes) != 1:
             raise InvalidInput(
-                f"{len(found) or 'no'} workers that reported lately are called {name!r}. `pho "
+                f"{len(namesakes) or 'no'} workers that reported lately are called {name!r}. `pho "
                 "workers` shows the names, `pho workers --json` the ids, which also do."
             )
-        worker = client.drain(found[0].id, now=now)
+        worker = client.drain(namesakes[0].id, now=now)
     if as_json:
         print_json(worker.model_dump(mode="json"))
         return
@@ -562,10 +565,10 @@ def job_document(
                 f"no {fields[0]} is given. Give {way}, or a document with one by --job."
             )
     spec = given.job(document)
-    found = library.of_files(given, spec)
+    candidates = library.of_files(given, spec)
     if any(given("warm_start/found") or ()):  # nothing named: the service's own library
-        found += library.of_libraries(given, spec.pruning(), {})
-        document["warm_start"]["found"] = library.points(found)
+        candidates += library.of_libraries(given, spec.pruning(), {})
+        document["warm_start"]["found"] = library.points(candidates)
         given.job(document)
     return document
 
@@ -647,15 +650,15 @@ def transfer_job(
         raise InvalidInput(
             f"--pattern {pattern} says which of several patterns is measured: give MODEL..., too."
         )
-    own = {
+    search_options = {
         "trials": trials,
         "seed": seed,
         "confirm": None if confirm_text is None else {"text": confirm_text},
     }
-    if any(value is not None for value in own.values()) and not search:
+    if any(value is not None for value in search_options.values()) and not search:
         raise InvalidInput("--trials, --seed and --confirm-text are for --search: give it, too.")
     document: dict[str, Any] = {"stream": stream, "priority": priority}
-    searched = _given(**own) if search else None
+    searched = _given(**search_options) if search else None
     document |= _given(
         name=name,
         notify=notify,
@@ -683,8 +686,8 @@ def transfer_job(
             write_json(path, measured)
             say(f"written {path}")
         if picture is not None:
-            found = measured["configuration"]
-            title = f"{job.name} at {found['pattern']}, {found['scope']}"
+            configuration = measured["configuration"]
+            title = f"{job.name} at {configuration['pattern']}, {configuration['scope']}"
             plot_transfer(measured["targets"], picture, title)
             say(f"written {picture}")
         end(client, job, as_json)

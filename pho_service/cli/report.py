@@ -99,8 +99,8 @@ def _load(name: str, storage: Any, url: str) -> "optuna.Study":
     try:
         return optuna.load_study(study_name=name, storage=storage)
     except KeyError:
-        known = optuna.get_all_study_names(storage)
-        there = ", ".join(repr(each) for each in known[:20]) or "none"
+        study_names = optuna.get_all_study_names(storage)
+        there = ", ".join(repr(study_name) for study_name in study_names[:20]) or "none"
         raise StudyError(f"--study {_shown(url)} has no study {name!r}. It has: {there}.") from None
 
 
@@ -110,8 +110,8 @@ def _collected(
     from pho_service.shown.page import study_report
     from storage.studies import record_of
 
-    known = record_of(study)
-    if "pattern" not in known:
+    record = record_of(study)
+    if "pattern" not in record:
         raise StudyError(f"study {study.study_name!r} is not one of `pho search`.")
     configuration = None if file is None else file.configuration
     if configuration is not None and configuration.search.get("study") != study.study_name:
@@ -122,25 +122,25 @@ def _collected(
     return replace(
         study_report(study, configuration),
         transfers=[] if file is None else [t.model_dump(mode="json") for t in file.targets],
-        commands=[_again(known, len(study.get_trials(deepcopy=False)), url)],
-        prune_commands=[] if config is None else _prunes(known, config),
+        commands=[_again(record, len(study.get_trials(deepcopy=False)), url)],
+        prune_commands=[] if config is None else _prunes(record, config),
     )
 
 
-def _again(known: "Mapping[str, Any]", trials: int, url: str) -> str:
+def _again(record: "Mapping[str, Any]", trials: int, url: str) -> str:
     """The `pho search` whose study has this record."""
     from pho_service.cli.search import WARM
     from pho_service.shown.words import study_document
 
-    warm = [word for name in known.get(WARM, []) for word in ("--warm-start", name)]
-    return search_command(study_document(known, trials), *warm, "--study", _shown(url))
+    warm = [word for name in record.get(WARM, []) for word in ("--warm-start", name)]
+    return search_command(study_document(record, trials), *warm, "--study", _shown(url))
 
 
-def _prunes(known: "Mapping[str, Any]", config: str) -> list[str]:
+def _prunes(record: "Mapping[str, Any]", config: str) -> list[str]:
     """The `pho prune` of each model of a study, with its configuration."""
     from pho_service.shown.words import study_document
 
-    document = study_document(known, 0)
+    document = study_document(record, 0)
     models = [document["model"], *(document.get("more_models") or [])]
     return [prune_command(str(model), config, document) for model in models]
 

@@ -92,8 +92,8 @@ def search(
     request = replace(spec.request(0), warm_start=tuple(library.of_files(given, spec)))
     work = _opened(spec, given, bundles, inputs)
     about = {} if spec.more_models else work.bundle.provenance.get("model", {})
-    found = library.of_libraries(given, request.pattern, about)
-    request = replace(request, warm_start=(*request.warm_start, *found))
+    candidates = library.of_libraries(given, request.pattern, about)
+    request = replace(request, warm_start=(*request.warm_start, *candidates))
     with opened_study(study, request, work) as record:
         keep_record(record, DOCUMENT, spec.model_dump(mode="json"))
         keep_record(record, WARM, given("warm_start/found") or [])
@@ -138,17 +138,17 @@ def _opened(
     """The bundles of a search, made of the models that are none, with its only model, if it has."""
     if spec.models == [*bundles]:
         return Work(bundles=bundles)
-    made, source = {**bundles}, calibration_source(spec.calibration)
+    all_bundles, source = {**bundles}, calibration_source(spec.calibration)
     settings, alone = given.calibration().settings(), not spec.more_models
     for name in spec.models:
         if name not in bundles:
-            confirm, asked = spec.confirm if alone else None, [spec.request(0)]
-            work = inputs.calibrated(name, source, settings, confirm, asked=asked)
+            confirm, requests = spec.confirm if alone else None, [spec.request(0)]
+            work = inputs.calibrated(name, source, settings, confirm, requests=requests)
             if alone:
                 return work
-            made[name] = work.bundle
+            all_bundles[name] = work.bundle
             del work  # two may not fit
-    return Work(bundles={name: made[name] for name in spec.models})
+    return Work(bundles={name: all_bundles[name] for name in spec.models})
 
 
 def _finish(
@@ -182,9 +182,9 @@ def _finish(
         return
     if target is not None:
         within_target.show_target(target)
-    found = result.configuration
-    if found.continuations:
-        show_table(continuations_table(found.continuations))
+    configuration = result.configuration
+    if configuration.continuations:
+        show_table(continuations_table(configuration.continuations))
         click.echo()
     click.echo(describe(result, path, study))
 
@@ -193,14 +193,14 @@ def describe(result: "SearchResult", path: Path, study: str) -> str:
     """What was found, in a few lines."""
     from pho_service.shown.tables import configuration_rows
 
-    found = result.configuration
-    good = found.perplexities
+    configuration = result.configuration
+    good = configuration.perplexities
     lines = [
         *([] if good is None else [f"result       {good.sentence}"]),
-        *(f"{name:<12} {value}" for name, value in configuration_rows(found)),
+        *(f"{name:<12} {value}" for name, value in configuration_rows(configuration)),
     ]
     if result.validation is not None:
-        quality = result.validation[found.objective["name"]]
+        quality = result.validation[configuration.objective["name"]]
         low, high = quality.spearman_interval
         lines.append(
             f"proxy        rank correlation with perplexity {quality.spearman:+.2f} "
@@ -211,8 +211,8 @@ def describe(result: "SearchResult", path: Path, study: str) -> str:
             f"ratings      {result.rated_before} were taken from a study that rated the same "
             "candidates"
         )
-    if found.warm_start:
-        lines.append(f"warm start   {found.warm_start}; the result is trial {result.trial}")
+    if configuration.warm_start:
+        lines.append(f"warm start   {configuration.warm_start}; the result is trial {result.trial}")
     lines += [
         f"written      {path}",
         f"study        {result.study_name!r}; browse it with: optuna-dashboard {study}",

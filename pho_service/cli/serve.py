@@ -37,17 +37,17 @@ def _off_the_command_line(
     except (ArgumentError, ValueError):
         return url  # who opens it says what is wrong
     words = sys.orig_argv
-    kept = [
+    kept_words = [
         word
         for before, word in zip(["", *words], words, strict=False)
         if word not in ("--database-url", f"--database-url={url}")
         and (before, word) != ("--database-url", url)
     ]
     hidden = bool(parsed.password) or "password" in parsed.query
-    if hidden and kept != words:  # not what a test called with words of its own
+    if hidden and kept_words != words:  # not what a test called with words of its own
         os.environ["PHO_DATABASE_URL"] = url
         sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, *kept[1:]])  # noqa: S606 - ourselves
+        os.execv(sys.executable, [sys.executable, *kept_words[1:]])  # noqa: S606 - ourselves
     return url
 
 
@@ -167,8 +167,8 @@ class _Span(click.ParamType[timedelta]):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> timedelta:
         """Return the span that `30d` means, say."""
-        found = re.fullmatch(r"([1-9][0-9]{0,5})([hdw])", value)
-        span = found and int(found[1]) * _UNITS[found[2]]
+        match = re.fullmatch(r"([1-9][0-9]{0,5})([hdw])", value)
+        span = match and int(match[1]) * _UNITS[match[2]]
         if not span or span > _LONGEST:
             self.fail(
                 f"{value!r} is not a number of hours, days or weeks, up to a hundred years. Write "
@@ -196,15 +196,15 @@ class _Quota(click.ParamType["Quota | None"]):
 
         if value == "none":
             return None
-        found = re.fullmatch(r"([1-9][0-9]{0,11})([kMB]?)/(.+)", value)
-        if found is None:
+        match = re.fullmatch(r"([1-9][0-9]{0,11})([kMB]?)/(.+)", value)
+        if match is None:
             self.fail(
                 f"{value!r} is not a number of tokens in a time. Write 200M/7d, say: k, M and B "
                 "are thousands, millions and billions; h, d and w hours, days and weeks.",
                 param,
                 ctx,
             )
-        return Quota(int(found[1]) * _TIMES[found[2]], _Span().convert(found[3], param, ctx))
+        return Quota(int(match[1]) * _TIMES[match[2]], _Span().convert(match[3], param, ctx))
 
 
 _TIMES = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}
@@ -281,7 +281,7 @@ def list_keys(as_json: bool, database_url: str | None, data_dir: str | None) -> 
       pho keys list --json
     """
     with _key_store(database_url, data_dir) as store:
-        found, used, logins = store.all(), store.used(), store.logins()
+        api_keys, used, logins = store.all(), store.used(), store.logins()
     rows = [
         {
             "prefix": key.prefix,
@@ -295,17 +295,17 @@ def list_keys(as_json: bool, database_url: str | None, data_dir: str | None) -> 
             "quota_hours": key.quota and key.quota.span / _UNITS["h"],
             "used": key.quota and used.get(key.id, 0),
         }
-        for key in found
+        for key in api_keys
     ]
     if as_json:
         print_json(rows)
         return
     columns = ["prefix", "name", "sees", "created_at", "expires_at", "revoked_at", "logins"]
     cells = [[row[c] for c in columns] for row in rows]
-    if any(key.quota for key in found):
+    if any(key.quota for key in api_keys):
         columns += ["quota", "used"]
-        for of, row in zip(found, cells, strict=True):
-            row += [of.quota, f"{used.get(of.id, 0):,} tokens"] if of.quota else [None, None]
+        for key, row in zip(api_keys, cells, strict=True):
+            row += [key.quota, f"{used.get(key.id, 0):,} tokens"] if key.quota else [None, None]
     print_table("Keys", columns, cells, spare=("created_at",))
 
 
@@ -480,8 +480,8 @@ def restore(file: Path, database_url: str | None, data_dir: str | None) -> None:
         raise InvalidInput(f"{file} is not a file. Give one that `pho backup` wrote.")
     with _opened(database_url, data_dir) as database:
         run(database, file.expanduser())
-        found = sum(JobStore(database).counts()[0].values())
-    say(f"Restored {found} jobs. `pho serve` goes on with those that are not over.")
+        job_count = sum(JobStore(database).counts()[0].values())
+    say(f"Restored {job_count} jobs. `pho serve` goes on with those that are not over.")
 
 
 @contextmanager

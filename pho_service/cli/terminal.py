@@ -208,8 +208,8 @@ def _folded(
 
 
 def _are_numbers(cells: Sequence[Sequence[str]], index: int) -> bool:
-    found = [row[index] for row in cells if row[index]]
-    return bool(found) and all(map(_NUMBER.fullmatch, found))
+    column = [row[index] for row in cells if row[index]]
+    return bool(column) and all(map(_NUMBER.fullmatch, column))
 
 
 def _lines(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> "Group":

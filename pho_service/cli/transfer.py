@@ -105,17 +105,17 @@ def transfer(
     confirm_windows = given("confirm/windows")
     at_least(1, confirm_windows=confirm_windows)
     measured_on = report_spec(report)
-    found = read_configuration(Path(configuration))
-    check_configuration(configuration, found, pattern, scope)
+    config = read_configuration(Path(configuration))
+    check_configuration(configuration, config, pattern, scope)
     calibration = given.calibration()
     settings = calibration.settings()
-    if found.coefficients.kernel_size not in settings.kernel_sizes:
-        sizes = (*settings.kernel_sizes, found.coefficients.kernel_size)
+    if config.coefficients.kernel_size not in settings.kernel_sizes:
+        sizes = (*settings.kernel_sizes, config.coefficients.kernel_size)
         settings = replace(settings, kernel_sizes=sizes)
     request = None
     if search:
-        asked = SearchOptions(**{name: given(name) for name in ("trials", "seed", "in_full")})
-        request = own_search(found, asked, finalists=given("confirm/finalists"))
+        options = SearchOptions(**{name: given(name) for name in ("trials", "seed", "in_full")})
+        request = own_search(config, options, finalists=given("confirm/finalists"))
         check_study_url(study)
     whole = [name for name in models if not is_bundle(name)]
     if whole and measured_on is None:
@@ -131,7 +131,7 @@ def transfer(
     confirm = None
     if request is not None:
         confirm = ConfirmSpec(text=given("confirm/text"), windows=confirm_windows)
-    document = _Document.open(path, configuration, found)
+    document = _Document.open(path, configuration, config)
     shown = []
 
     def measured(name: str) -> dict[str, Any]:
@@ -144,8 +144,8 @@ def transfer(
             text = inputs.report(work.model, report_source, settings, measured_on.windows)
             work = replace(work, report=text)
         run = inputs.run(work.dense)
-        return document.known(transfer_key(work, found, request)) or document.add(
-            transfer_job(name, work, found, search=request, study_url=study, run=run)
+        return document.known(transfer_key(work, config, request)) or document.add(
+            transfer_job(name, work, config, search=request, study_url=study, run=run)
         )
 
     for name in models:
@@ -155,11 +155,11 @@ def transfer(
         for warning in record["warnings"]:
             say(f"Note: {warning}")
     if picture is not None:
-        plot_transfer(shown, picture, f"{configuration} at {found.pattern}, {found.scope}")
+        plot_transfer(shown, picture, f"{configuration} at {config.pattern}, {config.scope}")
     if as_json:
         print_json({**document.values, "targets": shown})
         return
-    show_transfer(shown, configuration, found)
+    show_transfer(shown, configuration, config)
     click.echo(f"written  {path}" + (f" and {picture}" if picture else ""))
 
 
@@ -186,20 +186,22 @@ class _Document:
             )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            mine = {key: values[key] for key in kind} == kind
-            mine = mine and all("key" in record for record in values["targets"])
-            same = mine and values["configuration"] == written
+            is_transfer = {key: values[key] for key in kind} == kind
+            is_transfer = is_transfer and all("key" in record for record in values["targets"])
+            same = is_transfer and values["configuration"] == written
         except (OSError, ValueError, LookupError, TypeError):
-            mine = same = False
+            is_transfer = same = False
         if not same:
-            holds = "holds transfers of another configuration" if mine else "is something else"
+            holds = (
+                "holds transfers of another configuration" if is_transfer else "is something else"
+            )
             raise OutputError(f"{path} is there already and {holds}. Give another --out.")
         return cls(path, values)
 
     def known(self, key: str) -> dict[str, Any] | None:
         """What was measured before, with the same inputs."""
-        found: list[dict[str, Any]] = [t for t in self.values["targets"] if t["key"] == key]
-        return found[0] if found else None
+        records: list[dict[str, Any]] = [t for t in self.values["targets"] if t["key"] == key]
+        return records[0] if records else None
 
     def add(self, transfer: "Transfer") -> dict[str, Any]:
         """Keep a target's numbers, in the file at once."""
