@@ -76,7 +76,7 @@ class Curve(Shown):
         return drawn(curve_page(self.document), path)
 
     def _records(self) -> Sequence[Mapping[str, Any]]:
-        return [each.to_dict() for each in self.points]
+        return [point.to_dict() for point in self.points]
 
     def _shown(self) -> Table:
         return table_of(self.points)
@@ -122,7 +122,7 @@ class CurveArguments(PointsArguments):
 
 
 @arguments(CurveArguments)
-def curve(asked: CurveArguments) -> Curve:
+def curve(ask: CurveArguments) -> Curve:
     """
     Search at several sparsities, and measure each beside the dense model, Wanda and RIA.
 
@@ -134,17 +134,17 @@ def curve(asked: CurveArguments) -> Curve:
             ``pho.search``.
         ModelError, BundleError, TextError, StudyError: As of ``pho.search``.
     """
-    each = replace(asked, scope=None)
-    requests = [each.request(pattern) for pattern in curve_patterns(asked.patterns, asked.scope)]
-    work = _work(asked, requests)
-    with _points(work, requests, asked.study, asked.progress) as (points, pareto):
-        found = find_points(points.find, requests)
+    unscoped = replace(ask, scope=None)
+    requests = [unscoped.request(pattern) for pattern in curve_patterns(ask.patterns, ask.scope)]
+    work = _work(ask, requests)
+    with _points(work, requests, ask.study, ask.progress) as (points, pareto):
+        curve_points = find_points(points.find, requests)
         name = pareto.study_name
-    told = {"url": asked.study, "name": name}
+    study_place = {"url": ask.study, "name": name}
     return Curve(
-        points=found,
-        study=pareto if asked.study is None else None,
-        document=curve_document(found, work, seconds=None, study=told),
+        points=curve_points,
+        study=pareto if ask.study is None else None,
+        document=curve_document(curve_points, work, seconds=None, study=study_place),
     )
 
 
@@ -167,7 +167,7 @@ class WithinArguments(PointsArguments):
 
 
 @arguments(WithinArguments)
-def search_within(asked: WithinArguments) -> Within:
+def search_within(ask: WithinArguments) -> Within:
     """
     Find the highest sparsity whose confirmed perplexity is within so much of the dense model's.
 
@@ -179,24 +179,24 @@ def search_within(asked: WithinArguments) -> Within:
         TargetMissed: The lowest sparsity is outside already.
         InvalidInput, ModelError, BundleError, TextError, StudyError: As of ``pho.curve``.
     """
-    target = Target.of(**{name: getattr(asked, name) for name in Target.model_fields})
-    of_all = [asked.request(each) for each in target.sparsities]
-    work = _work(asked, of_all)
-    with _points(work, of_all, asked.study, asked.progress, target) as (points, _):
-        return target_found(target, find_points(points.find, of_all, target))
+    target = Target.of(**{name: getattr(ask, name) for name in Target.model_fields})
+    requests = [ask.request(sparsity) for sparsity in target.sparsities]
+    work = _work(ask, requests)
+    with _points(work, requests, ask.study, ask.progress, target) as (points, _):
+        return target_found(target, find_points(points.find, requests, target))
 
 
-def _work(asked: PointsArguments, requests: Sequence[SearchRequest]) -> Work:
-    taken = opened_bundle(asked.bundle)
-    loaded = opened_for(taken, asked.model, asked.tokenizer)
-    check_patterns(loaded, [each.pattern for each in requests], requests[0].steps.linears)
-    known = calibrated(loaded, taken, asked.texts, asked.confirm, asked.confirm_windows)
-    if known.confirm is None:
+def _work(ask: PointsArguments, requests: Sequence[SearchRequest]) -> Work:
+    bundle = opened_bundle(ask.bundle)
+    loaded = opened_for(bundle, ask.model, ask.tokenizer)
+    check_patterns(loaded, [request.pattern for request in requests], requests[0].steps.linears)
+    work = calibrated(loaded, bundle, ask.texts, ask.confirm, ask.confirm_windows)
+    if work.confirm is None:
         raise TextError(
             "the calibration's text has no windows left to confirm on. Give another text as "
             "confirm, or calibrate on fewer samples."
         )
-    return known
+    return work
 
 
 @contextmanager

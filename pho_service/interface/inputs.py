@@ -48,10 +48,10 @@ def opened(model: Model, tokenizer: Any = None) -> LanguageModel:
     if isinstance(model, PreTrainedModel):
         return given_model(model, tokenizer)
     if isinstance(model, LanguageModel):
-        kept = model.tokenizer if tokenizer is None else tokenizer
+        its_tokenizer = model.tokenizer if tokenizer is None else tokenizer
         # What it was may have changed since; a streamed one's weights are in its files.
-        known = model if model.stream else given_model(model.model, kept)
-        return replace(model, tokenizer=kept, linears=known.linears)
+        current_model = model if model.stream else given_model(model.model, its_tokenizer)
+        return replace(model, tokenizer=its_tokenizer, linears=current_model.linears)
     if not isinstance(model, (str, Path)):
         raise InvalidInput(
             f"model is a {type(model).__name__}, not a model of transformers. Give a "
@@ -122,13 +122,13 @@ def check_prefix(model: LanguageModel, bundle: ProxyBundle) -> None:
 
 def chosen(choice: Choice) -> Configuration:
     """Take a configuration in any of its forms: found, parsed, its JSON values, or a path."""
-    found = choice.configuration if isinstance(choice, SearchResult) else choice
-    if isinstance(found, Configuration):
-        return found
-    if isinstance(found, (str, Path)):
-        return read_configuration(Path(found).expanduser())
-    if isinstance(found, dict):
-        return parse_configuration(found, "the configuration")
+    configuration = choice.configuration if isinstance(choice, SearchResult) else choice
+    if isinstance(configuration, Configuration):
+        return configuration
+    if isinstance(configuration, (str, Path)):
+        return read_configuration(Path(configuration).expanduser())
+    if isinstance(configuration, dict):
+        return parse_configuration(configuration, "the configuration")
     raise InvalidInput(
         f"a {type(choice).__name__} is given for a configuration. Give what pho.search or "
         "pho.configuration returns, or the path of a config.json."
@@ -164,12 +164,12 @@ FIELD = "text"  # column of a data set in memory
 
 def calibration_text_of(texts: "MixedTexts") -> Text | MixedText:
     """Take a text, or pairs of texts and their shares."""
-    given: Any = texts
-    if not isinstance(given, list) or not given or not isinstance(given[0], tuple):
-        return text_of(given)
-    if wrong := [each for each in given if not isinstance(each, tuple) or len(each) != 2]:
+    parts: Any = texts
+    if not isinstance(parts, list) or not parts or not isinstance(parts[0], tuple):
+        return text_of(parts)
+    if wrong := [part for part in parts if not isinstance(part, tuple) or len(part) != 2]:
         raise InvalidInput(f"{wrong[0]!r} is not a pair of a text and its share.")
-    return mixed_text([text_of(text) for text, _ in given], [share for _, share in given])
+    return mixed_text([text_of(text) for text, _ in parts], [share for _, share in parts])
 
 
 def text_of(texts: "Texts") -> Text:
@@ -182,7 +182,7 @@ def text_of(texts: "Texts") -> Text:
         return GivenWindows(tokens=texts)
     if hasattr(texts, "select_columns") and hasattr(texts, "info"):  # datasets is not loaded here
         return _data_set(texts)
-    if isinstance(texts, Sequence) and all(isinstance(each, str) for each in texts):
+    if isinstance(texts, Sequence) and all(isinstance(text, str) for text in texts):
         return GivenText(documents=texts)
     raise InvalidInput(
         f"texts is a {type(texts).__name__}, which is not a text. Give the path of a .txt, .jsonl "
@@ -191,8 +191,8 @@ def text_of(texts: "Texts") -> Text:
     )
 
 
-def _data_set(given: Any) -> GivenText:
-    columns = given.column_names
+def _data_set(data_set: Any) -> GivenText:
+    columns = data_set.column_names
     if columns is not None and FIELD not in columns:
         raise TextError(
             f"the data set has no column {FIELD!r}, only {', '.join(map(str, columns))}. Rename "
@@ -200,10 +200,10 @@ def _data_set(given: Any) -> GivenText:
         )
     name = " ".join(
         str(part)
-        for part in (given.info.dataset_name, given.info.config_name, given.split)
+        for part in (data_set.info.dataset_name, data_set.info.config_name, data_set.split)
         if part is not None
     )
-    return GivenText(documents=_Column(given), name=name or "a data set in memory")
+    return GivenText(documents=_Column(data_set), name=name or "a data set in memory")
 
 
 @dataclass(frozen=True)
@@ -223,10 +223,10 @@ class _Column:
             yield document
 
 
-def length_of(model: LanguageModel, texts: "MixedTexts", asked: int | None) -> int:
+def length_of(model: LanguageModel, texts: "MixedTexts", context_length: int | None) -> int:
     """The tokens of a window: as asked for, as given windows have, or 2048 or what fits."""
-    if asked is not None:
-        return asked
+    if context_length is not None:
+        return context_length
     if isinstance(texts, Tensor):
         return texts.shape[-1]
     usual = CalibrationSettings.context_length

@@ -189,23 +189,23 @@ def evaluate(
     measured: dict[str, Any] = dict.fromkeys(
         ("perplexity", "error", "tokens", "windows", "context_length", "text", "text_sha256")
     )
-    given = isinstance(texts, Tensor)
+    has_windows = isinstance(texts, Tensor)
     if texts is not None:
         length = length_of(loaded, texts, context_length)
         how = replace(_DEFAULT, context_length=length, bos=bos)
         text = measured_text(loaded, texts, how, max_windows)
-        found = rating.perplexity_on(text, loaded, bars(progress))
-        measured = rating.evaluated(text, found)
+        perplexity = rating.perplexity_on(text, loaded, bars(progress))
+        measured = rating.evaluated(text, perplexity)
         if beside is not None:
             other = opened(beside, None if isinstance(beside, (str, Path)) else tokenizer)
             its = measured_text(other, texts, how, max_windows)
-            measured["beside"] = rating.beside(found, text, other, its, bars(progress))
+            measured["beside"] = rating.beside(perplexity, text, other, its, bars(progress))
     scores: Sequence[TaskScore] = ()
     if loaded_tasks is not None:
         scores = measure_tasks(loaded, loaded_tasks, bos=bos, limit=limit, progress=bars(progress))
     return Evaluation(
         **measured,
-        bos=not (given and not scores) and bool(loaded.window_prefix(bos)),
+        bos=not (has_windows and not scores) and bool(loaded.window_prefix(bos)),
         model=loaded.to_dict(),
         device=str(loaded.device),
         tasks=tuple(scores),
@@ -293,7 +293,7 @@ class CompareArguments(SearchOptions, LinearArguments):
 
 
 @arguments(CompareArguments)
-def compare(asked: CompareArguments) -> Comparison:
+def compare(ask: CompareArguments) -> Comparison:
     """
     Measure a model on one text: dense, pruned by the published methods, and as was found.
 
@@ -309,62 +309,62 @@ def compare(asked: CompareArguments) -> Comparison:
         BundleError: The bundle is of another model.
         TextError: A text cannot be read, or does not fill one window.
     """
-    pattern = parsed(asked.pattern, asked.scope)
-    named = [(name, chosen(each)) for name, each in (asked.configurations or {}).items()]
-    linears = common_linears(named, pattern, asked.linears or None)
+    pattern = parsed(ask.pattern, ask.scope)
+    configurations = [(name, chosen(choice)) for name, choice in (ask.configurations or {}).items()]
+    linears = common_linears(configurations, pattern, ask.linears or None)
     request = ComparisonRequest(
         pattern=pattern,
-        configurations=named,
-        methods=asked.methods,
-        searches={name: asked.search(name, pattern, linears) for name in asked.presets},
+        configurations=configurations,
+        methods=ask.methods,
+        searches={name: ask.search(name, pattern, linears) for name in ask.presets},
         linears=linears,
-        ablation=asked.ablation,
-        recovery=None if asked.recovery is None else Recovery.from_dict(asked.recovery),
+        ablation=ask.ablation,
+        recovery=None if ask.recovery is None else Recovery.from_dict(ask.recovery),
     )
-    if asked.recovery is not None and asked.texts is None:
+    if ask.recovery is not None and ask.texts is None:
         raise InvalidInput("recovery trains on texts beyond the bundle's windows. Give texts, too.")
-    loaded_tasks = _tasks(asked.tasks, asked.tasks_dir)
-    texts, known = asked.texts, _known_bundle(asked.texts, asked.bundle, asked.seeds)
+    loaded_tasks = _tasks(ask.tasks, ask.tasks_dir)
+    texts, bundle = ask.texts, _known_bundle(ask.texts, ask.bundle, ask.seeds)
     loaded = (
-        opened(asked.model, asked.tokenizer)
-        if known is None
-        else opened_for(known, asked.model, asked.tokenizer)
+        opened(ask.model, ask.tokenizer)
+        if bundle is None
+        else opened_for(bundle, ask.model, ask.tokenizer)
     )
-    for name, each in named:
-        check_family(each, loaded, name, other_family=asked.other_family)
+    for name, configuration in configurations:
+        check_family(configuration, loaded, name, other_family=ask.other_family)
 
     def drawn(number: int) -> Work:
-        made, given = known, texts
-        if made is None:
+        seed_bundle, seed_texts = bundle, texts
+        if seed_bundle is None:
             assert texts is not None
-            made, given = calibrate(
-                loaded, None, texts, samples=asked.samples, context_length=asked.context_length,
-                seed=number, progress=asked.progress,
+            seed_bundle, seed_texts = calibrate(
+                loaded, None, texts, samples=ask.samples, context_length=ask.context_length,
+                seed=number, progress=ask.progress,
             ), None  # fmt: skip
-        most = asked.confirm_windows if asked.presets else None
-        return calibrated(loaded, made, given, asked.confirm, most)
+        most = ask.confirm_windows if ask.presets else None
+        return calibrated(loaded, seed_bundle, seed_texts, ask.confirm, most)
 
-    if known is None:
+    if bundle is None:
         assert texts is not None
-        length = length_of(loaded, texts, asked.context_length)
+        length = length_of(loaded, texts, ask.context_length)
         bos: Bos = "never" if isinstance(texts, Tensor) else _DEFAULT.bos  # as pho.calibrate
         how = replace(_DEFAULT, context_length=length, bos=bos)
-        numbers = [*asked.seeds] or [asked.seed]
+        numbers = [*ask.seeds] or [ask.seed]
     else:
-        how = settings_of(known)
+        how = settings_of(bundle)
         numbers = [how.seed]
     return compare_over_seeds(
         loaded,
-        measured_text(loaded, asked.report, how, asked.report_windows),
+        measured_text(loaded, ask.report, how, ask.report_windows),
         request,
         {number: partial(drawn, number) for number in numbers},
         text=None
-        if asked.texts is None
+        if ask.texts is None
         else RecoveryText(
-            source=calibration_text_of(asked.texts), context_length=how.context_length, bos=how.bos
+            source=calibration_text_of(ask.texts), context_length=how.context_length, bos=how.bos
         ),
-        also=also_tasks(loaded_tasks, bos=_DEFAULT.bos, limit=asked.limit),
-        run=run_on(loaded, asked.progress),
+        also=also_tasks(loaded_tasks, bos=_DEFAULT.bos, limit=ask.limit),
+        run=run_on(loaded, ask.progress),
     )
 
 
@@ -420,13 +420,13 @@ def bench(
         InvalidInput: A number is below 1, a model is given twice, or reads fewer tokens.
         ModelError: A model cannot be loaded.
     """
-    given = [models] if isinstance(models, (str, Path)) else models
-    if not given:
+    model_list = [models] if isinstance(models, (str, Path)) else models
+    if not model_list:
         raise InvalidInput("no model is given. Name at least one.")
     settings = pipeline.BenchSettings(
         batch=batch, prompt=prompt, new_tokens=new_tokens, rounds=rounds, seed=seed
     )
     return pipeline.bench(
-        [str(each) for each in given], settings, device=device, dtype=dtype,
+        [str(model) for model in model_list], settings, device=device, dtype=dtype,
         progress=bars(progress),
     )  # fmt: skip

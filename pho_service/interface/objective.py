@@ -106,8 +106,8 @@ class ProxyObjective:
 
     def _look_at(self, study: optuna.Study) -> None:
         """See once that a study is for this, and note in a new one what it is a record of."""
-        mine = (id(study._storage), study._study_id)
-        if mine in self._known:
+        study_key = (id(study._storage), study._study_id)
+        if study_key in self._known:
             return
         directions = [direction.name.lower() for direction in study.directions]
         if directions != [self.plan.direction]:
@@ -121,7 +121,7 @@ class ProxyObjective:
         check_study(study, [self.bundle])
         plan = replace(self.plan, sampler=study.sampler)
         describe_study(study, self.request, plan, self.bundle.origin)
-        self._known.add(mine)
+        self._known.add(study_key)
 
 
 def _suggested(trial: optuna.Trial, name: str, distribution: Any) -> Any:
@@ -148,7 +148,7 @@ class ObjectiveArguments(MethodArguments):
 
 
 @arguments(ObjectiveArguments)
-def objective(asked: ObjectiveArguments) -> ProxyObjective:
+def objective(ask: ObjectiveArguments) -> ProxyObjective:
     """
     Give a plain objective for a study of Optuna: any sampler, storage and number of processes.
 
@@ -159,13 +159,13 @@ def objective(asked: ObjectiveArguments) -> ProxyObjective:
         InvalidInput: An option breaks a rule.
         BundleError: The bundle cannot be read.
     """
-    if asked.objective == "perplexity" or callable(asked.objective):
+    if ask.objective == "perplexity" or callable(ask.objective):
         raise InvalidInput(
-            f"the objective {asked.objective!r} needs a model or is a function, and this one rates "
+            f"the objective {ask.objective!r} needs a model or is a function, and this one rates "
             "by a proxy of a bundle. Use pho.search(..., objective=...)."
         )
-    bundle = opened_bundle(asked.bundle)
-    return ProxyObjective(bundle, asked.request(asked.pattern), asked.device)
+    bundle = opened_bundle(ask.bundle)
+    return ProxyObjective(bundle, ask.request(ask.pattern), ask.device)
 
 
 def configuration(study: optuna.Study, bundle: Given) -> Configuration:
@@ -182,36 +182,36 @@ def configuration(study: optuna.Study, bundle: Given) -> Configuration:
     Raises:
         StudyError: The study is of another bundle, was not made by PHO, or has no finished trial.
     """
-    taken = opened_bundle(bundle)
-    known = record_of(study)
-    if "pattern" not in known or "space" not in known:
+    proxy_bundle = opened_bundle(bundle)
+    record = record_of(study)
+    if "pattern" not in record or "space" not in record:
         raise StudyError(
             f"study {study.study_name!r} was not made by pho.objective or pho.search, so its "
             "trials are not candidates."
         )
-    check_bundle_of(study, Work.of(taken))
-    check_study(study, [taken])
+    check_bundle_of(study, Work.of(proxy_bundle))
+    check_study(study, [proxy_bundle])
     request = SearchRequest(
-        pattern=Pattern.parse(known["pattern"], known["scope"]),
+        pattern=Pattern.parse(record["pattern"], record["scope"]),
         objective=_objective_of(study),
-        bounds=_bounds(known["space"]),
-        steps=Steps.from_dict(known["steps"]),
+        bounds=_bounds(record["space"]),
+        steps=Steps.from_dict(record["steps"]),
         sampler=study.sampler,
     )
     trials = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
-    plan = request.plan(taken.kernel_sizes)
+    plan = request.plan(proxy_bundle.kernel_sizes)
     plan = replace(plan, trials=max([plan.trials, *(t.number + 1 for t in trials)]))
     rated = ranked(study, plan)
     chosen = chosen_in(study)
-    rated.sort(key=lambda each: each.number != chosen)  # stable: the best first otherwise
-    result = search_result(request, plan, taken.origin, study.study_name, rated, [], None)
+    rated.sort(key=lambda candidate: candidate.number != chosen)  # stable: the best first otherwise
+    result = search_result(request, plan, proxy_bundle.origin, study.study_name, rated, [], None)
     search = {
         **result.configuration.search,
-        "sampler": known["sampler"],
+        "sampler": record["sampler"],
         "trials": len(trials),
-        "seed": known["seed"],
+        "seed": record["seed"],
     }
-    if known["sampler"] not in SAMPLERS:  # an object, whose seed nobody knows
+    if record["sampler"] not in SAMPLERS:  # an object, whose seed nobody knows
         del search["seed"]
     return result.configuration.model_copy(update={"search": search})
 
@@ -223,10 +223,12 @@ def _bounds(space: Mapping[str, Any]) -> dict[str, Any]:
 
 def _objective_of(study: optuna.Study) -> Objective:
     label = study.user_attrs.get("objective")
-    every = (Objective(name=name, weighting=each) for name in OBJECTIVES for each in WEIGHTINGS)
-    for found in every:
-        if found.label == label:
-            return found
+    objectives = (
+        Objective(name=name, weighting=weighting) for name in OBJECTIVES for weighting in WEIGHTINGS
+    )
+    for objective in objectives:
+        if objective.label == label:
+            return objective
     raise StudyError(
         f"study {study.study_name!r} is rated by {label}, which a single bundle does not know. "
         "Use the configuration that its search gave."
@@ -251,7 +253,7 @@ class BaselineArguments(LinearArguments):
 
 
 @arguments(BaselineArguments)
-def baseline(asked: BaselineArguments) -> Configuration:
+def baseline(ask: BaselineArguments) -> Configuration:
     """
     Give the configuration that prunes as a published method does, as `pho prune --method NAME`.
 
@@ -261,5 +263,5 @@ def baseline(asked: BaselineArguments) -> Configuration:
     Raises:
         InvalidInput: The method is not known, not defined in this pattern, or has another scope.
     """
-    pattern = parsed(asked.pattern, asked.scope)
-    return published(asked.method, pattern, asked.scope, asked.linears)
+    pattern = parsed(ask.pattern, ask.scope)
+    return published(ask.method, pattern, ask.scope, ask.linears)

@@ -52,7 +52,7 @@ class Pruned(Shown, pipeline.PrunedFolder):
     tokenizer: Any = None
 
     def _records(self) -> Sequence[dict[str, Any]]:
-        return [{"linear": name, "sparsity": each} for name, each in self.layers.items()]
+        return [{"linear": name, "sparsity": sparsity} for name, sparsity in self.layers.items()]
 
     def _shown(self) -> Table:
         kinds: dict[str, list[float]] = {}
@@ -63,9 +63,9 @@ class Pruned(Shown, pipeline.PrunedFolder):
         return Table(
             ("linears", "number", "mean sparsity", "lowest", "highest"),
             [
-                (kind, len(each), f"{sum(each) / len(each):.2%}", f"{min(each):.2%}",
-                 f"{max(each):.2%}")
-                for kind, each in kinds.items()
+                (kind, len(shares), f"{sum(shares) / len(shares):.2%}", f"{min(shares):.2%}",
+                 f"{max(shares):.2%}")
+                for kind, shares in kinds.items()
             ],
             title=f"{self.recipe['model']['name']} pruned by {configuration['method']} at "
             f"{configuration['pattern']}: {self.sparsity:.4%} of the weights removed{trained}",
@@ -110,21 +110,23 @@ def prune(
             training mode, has hooks or adapters, or is quantised.
         NumericalError: A score is NaN, or a second moment cannot be inverted.
     """
-    found = chosen(configuration).deployable() if deployable else chosen(configuration)
-    taken = opened_bundle(bundle)
-    loaded = opened(model, tokenizer or getattr(taken, "tokenizer", None))
-    check_family(found, loaded, "the configuration", other_family=other_family)
-    check_dense(loaded, taken)
-    pattern = found.candidate().pattern
+    chosen_configuration = (
+        chosen(configuration).deployable() if deployable else chosen(configuration)
+    )
+    proxy_bundle = opened_bundle(bundle)
+    loaded = opened(model, tokenizer or getattr(proxy_bundle, "tokenizer", None))
+    check_family(chosen_configuration, loaded, "the configuration", other_family=other_family)
+    check_dense(loaded, proxy_bundle)
+    pattern = chosen_configuration.candidate().pattern
     for name, linear in loaded.linears.items():
         pattern.check_width(linear.weight.shape[1], name)
     if texts is not None:
-        check_prefix(loaded, taken)
-    known = calibrated(loaded, taken, texts)
-    trained = known.blocks(found.candidate())
+        check_prefix(loaded, proxy_bundle)
+    work = calibrated(loaded, proxy_bundle, texts)
+    trained = work.blocks(chosen_configuration.candidate())
     with dense_afterwards(loaded, if_it_fails=True):
         done = pipeline.prune_in_place(
-            loaded, taken, found, calibration=known.calibration, done=trained,
+            loaded, proxy_bundle, chosen_configuration, calibration=work.calibration, done=trained,
             progress=bars(progress),
         )  # fmt: skip
     if trained:

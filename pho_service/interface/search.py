@@ -98,7 +98,7 @@ Sparsities = Mapping[str, float | str]
 Given = ProxyBundle | str | Path  # a bundle, or its file
 
 
-def arguments(asked: Callable[P, A]) -> Callable[[Callable[[A], R]], Callable[P, R]]:
+def arguments(argument_class: Callable[P, A]) -> Callable[[Callable[[A], R]], Callable[P, R]]:
     """
     Make a function of one dataclass take that dataclass's fields as its arguments.
 
@@ -108,50 +108,53 @@ def arguments(asked: Callable[P, A]) -> Callable[[Callable[[A], R]], Callable[P,
     """
 
     def decorate(function: Callable[[A], R]) -> Callable[P, R]:
-        signature = inspect.signature(asked)
-        types = _plain({name: each.annotation for name, each in signature.parameters.items()})
+        signature = inspect.signature(argument_class)
+        types = _plain({name: param.annotation for name, param in signature.parameters.items()})
         parameters = [
-            each.replace(annotation=types[name]) for name, each in signature.parameters.items()
+            param.replace(annotation=types[name]) for name, param in signature.parameters.items()
         ]
         returned = inspect.signature(function).return_annotation
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            for name in [each for each in kwargs if each not in signature.parameters]:
+            for name in [keyword for keyword in kwargs if keyword not in signature.parameters]:
                 near = "".join(f" Did you mean {n}?" for n in get_close_matches(name, types, 1))
                 raise TypeError(f"{function.__name__}() has no argument {name!r}.{near}")
-            return function(asked(*args, **kwargs))
+            return function(argument_class(*args, **kwargs))
 
-        asked.__init__.__qualname__ = function.__name__  # for TypeErrors
+        argument_class.__init__.__qualname__ = function.__name__  # for TypeErrors
         call.__signature__ = signature.replace(  # type: ignore[attr-defined]
             parameters=parameters, return_annotation=returned
         )
         about, _, rest = (inspect.getdoc(function) or "").partition("\nRaises:")
-        lines = "".join(f"    {name}: {said}\n" for name, said in _described(asked).items())
+        lines = "".join(
+            f"    {name}: {description}\n"
+            for name, description in _described(argument_class).items()
+        )
         call.__doc__ = f"{about}\nArgs:\n{lines}\nRaises:{rest}"
         return call
 
     return decorate
 
 
-def _described(asked: Any) -> dict[str, str]:
+def _described(argument_class: Any) -> dict[str, str]:
     """What each field of a dataclass is, in the order of its arguments."""
-    said: dict[str, str] = {}
-    for each in reversed(asked.__mro__):
-        _, _, listed = (inspect.getdoc(each) or "").partition("\nAttributes:\n")
-        said |= re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", listed, re.MULTILINE)
-        for part in fields(each) if each is not object else ():
-            if part.name not in said:
-                infos = (each for each in get_args(part.type) if isinstance(each, FieldInfo))
-                for about in (each.description for each in infos if each.description):
-                    said[part.name] = "\n        ".join(wrap(about, 76))
-    return {name: said[name] for name in inspect.signature(asked).parameters}
+    descriptions: dict[str, str] = {}
+    for base in reversed(argument_class.__mro__):
+        _, _, listed = (inspect.getdoc(base) or "").partition("\nAttributes:\n")
+        descriptions |= re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", listed, re.MULTILINE)
+        for part in fields(base) if base is not object else ():
+            if part.name not in descriptions:
+                infos = (info for info in get_args(part.type) if isinstance(info, FieldInfo))
+                for about in (info.description for info in infos if info.description):
+                    descriptions[part.name] = "\n        ".join(wrap(about, 76))
+    return {name: descriptions[name] for name in inspect.signature(argument_class).parameters}
 
 
 def _plain(annotations: Mapping[str, Any]) -> dict[str, Any]:
     """Types without what pydantic reads of them; those that are text stay as they are."""
-    known = {name: each for name, each in annotations.items() if not isinstance(each, str)}
-    return {**annotations, **get_type_hints(type("", (), {"__annotations__": known}))}
+    plain_types = {name: kind for name, kind in annotations.items() if not isinstance(kind, str)}
+    return {**annotations, **get_type_hints(type("", (), {"__annotations__": plain_types}))}
 
 
 def validation_of(candidates: int | None) -> ValidationSpec | None:
@@ -169,7 +172,7 @@ def validation_of(candidates: int | None) -> ValidationSpec | None:
 def given_bundles(bundle: Given | Mapping[str, Given]) -> Work:
     """One bundle, or several by the names of their models, each in memory or from its file."""
     if isinstance(bundle, Mapping):
-        return Work(bundles={name: opened_bundle(each) for name, each in bundle.items()})
+        return Work(bundles={name: opened_bundle(source) for name, source in bundle.items()})
     return Work.of(opened_bundle(bundle))
 
 
@@ -240,14 +243,14 @@ class MethodArguments(LinearArguments):
         """The request for a pattern, with more of its fields as ``options``."""
         parts = parsed(pattern, self.scope)
         preset = Preset.of(self.preset, parts).changed(self._steps(), self._bounds())
-        asked = (
+        objective = (
             OwnObjective.of(self.objective)
             if callable(self.objective)
             else Objective(name=self.objective, weighting=self.weighting, over=over)
         )
         return SearchRequest(
             pattern=parts,
-            objective=asked.over_models(bundles),
+            objective=objective.over_models(bundles),
             bounds=preset.bounds,
             steps=preset.steps,
             **options,
@@ -311,33 +314,33 @@ class SearchArguments(SearchOptions, MethodArguments):
         return super().request(pattern, **options_of(self), **more)
 
 
-def _check_names(what: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+def _check_names(what: str, given: Mapping[str, Any], names: Sequence[str]) -> None:
     for name in given:
-        if name not in known:
-            raise InvalidInput(f"{what}: {name!r} is not one of {', '.join(known)}.")
+        if name not in names:
+            raise InvalidInput(f"{what}: {name!r} is not one of {', '.join(names)}.")
 
 
 def check_study_is_of(study: optuna.Study, work: Work, request: SearchRequest) -> None:
     """See before anything is written that a study is new, or of this search on these bundles."""
-    known = record_of(study)
-    if "pattern" not in known:
+    record = record_of(study)
+    if "pattern" not in record:
         if study.get_trials(deepcopy=False):
             raise StudyError(
                 f"study {study.study_name!r} holds trials that were not made by PHO. Give a new "
                 "study."
             )
         return
-    for what, mine in (
+    for what, value in (
         ("pattern", str(request.pattern)),
         ("scope", request.pattern.scope.value),
         ("objective", request.objective.label),
     ):
-        if known.get(what) != mine:
+        if record.get(what) != value:
             raise StudyError(
                 f"study {study.study_name!r} is of another search: its {what} is "
-                f"{known.get(what)}, and this is {mine}. Give another study."
+                f"{record.get(what)}, and this is {value}. Give another study."
             )
-    theirs, ours = known.get("steps", {}).get("linears"), request.steps.to_dict().get("linears")
+    theirs, ours = record.get("steps", {}).get("linears"), request.steps.to_dict().get("linears")
     if theirs != ours:
         raise StudyError(
             f"study {study.study_name!r} is of another search: its linears are "
@@ -349,10 +352,10 @@ def check_study_is_of(study: optuna.Study, work: Work, request: SearchRequest) -
 def check_bundle_of(study: optuna.Study, work: Work) -> None:
     """See that a study does not say that it is of another bundle."""
     key = origin_of([bundle.origin for bundle in work.bundles.values()]).get("key")
-    known = record_of(study).get("calibration", {}).get("key")
-    if known is not None and known != key:
+    study_key = record_of(study).get("calibration", {}).get("key")
+    if study_key is not None and study_key != key:
         raise StudyError(
-            f"study {study.study_name!r} is of another bundle, {known[:12]}, and this one is "
+            f"study {study.study_name!r} is of another bundle, {study_key[:12]}, and this one is "
             f"{str(key)[:12]}: another model, or calibrated on another text or with other "
             "settings. Give the bundle of the study, or another study."
         )
@@ -455,12 +458,12 @@ class Found(Shown, SearchResult):
     @cached_property
     def layers(self) -> dict[str, list[LayerCell]]:
         """Sparsity and error of each model's linears by block and kind, before later steps."""
-        found, candidate = {}, self.configuration.candidate()
+        cells, candidate = {}, self.configuration.candidate()
         for name, bundle in self.bundles.items():
             evaluator = ProxyEvaluator(bundle)
             errors = evaluator.layer_errors(candidate)
-            found[name] = layer_cells(errors, evaluator.layer_sparsities(candidate))
-        return found
+            cells[name] = layer_cells(errors, evaluator.layer_sparsities(candidate))
+        return cells
 
     def plot(self, path: str | Path | None = None) -> Drawn:
         """
@@ -480,11 +483,12 @@ class Found(Shown, SearchResult):
         return self.table
 
     def _shown(self) -> Table:
-        found = self.configuration
-        table = results_table(Report.of(found))
+        configuration = self.configuration
+        table = results_table(Report.of(configuration))
         assert table is not None  # it has its own trial
-        lines = [(name, value) for name, value in configuration_rows(found) if value]
-        good = "" if found.perplexities is None else f"perplexity: {found.perplexities}\n"
+        lines = [(name, value) for name, value in configuration_rows(configuration) if value]
+        perplexities = configuration.perplexities
+        good = "" if perplexities is None else f"perplexity: {perplexities}\n"
         return replace(
             table,
             title=f"{good}trial {self.trial} of study {self.study_name!r}",
@@ -531,7 +535,7 @@ class FoundArguments(SearchArguments):
 
 
 @arguments(FoundArguments)
-def search(asked: FoundArguments) -> Found:
+def search(ask: FoundArguments) -> Found:
     """
     Find the best coefficients for a model, and confirm them by perplexity.
 
@@ -547,27 +551,27 @@ def search(asked: FoundArguments) -> Found:
         TextError: A text cannot be read, or does not fill one window.
         StudyError: The study is of another search or of another bundle, or cannot be opened.
     """
-    work, study = given_bundles(asked.bundle), asked.study
-    request = asked.request(
-        asked.pattern,
+    work, study = given_bundles(ask.bundle), ask.study
+    request = ask.request(
+        ask.pattern,
         bundles=len(work.bundles),
-        over=asked.over,
-        sampler=asked.sampler,
-        finalists=asked.finalists,
-        warm_start=tuple(chosen(each).candidate() for each in asked.warm_start),
-        validation=validation_of(asked.validate),
+        over=ask.over,
+        sampler=ask.sampler,
+        finalists=ask.finalists,
+        warm_start=tuple(chosen(choice).candidate() for choice in ask.warm_start),
+        validation=validation_of(ask.validate),
     )
     if isinstance(study, str):
         check_study_url(study)
     elif study is not None:
         check_study_is_of(study, work, request)
-    if asked.model is not None:
-        loaded = opened_for(work.bundle, asked.model, asked.tokenizer)
+    if ask.model is not None:
+        loaded = opened_for(work.bundle, ask.model, ask.tokenizer)
         work = replace(
-            calibrated(loaded, work.bundle, asked.texts, asked.confirm, asked.confirm_windows),
+            calibrated(loaded, work.bundle, ask.texts, ask.confirm, ask.confirm_windows),
             bundles=work.bundles,
         )
-    elif asked.confirm is not None or asked.texts is not None:
+    elif ask.confirm is not None or ask.texts is not None:
         raise InvalidInput(
             "a text is given, but no perplexity can be measured without the model. Give model=, "
             "too, or leave the text out."
@@ -577,44 +581,45 @@ def search(asked: FoundArguments) -> Found:
         record = opened_study(study, request, work)
     else:
         record = nullcontext(study or memory_study(request, work))
-    with record as kept:
+    with record as search_study:
         result = search_job(
             request,
             work,
-            study=kept,
-            run=run_on(work.dense, asked.progress),
-            callbacks=asked.callbacks,
+            study=search_study,
+            run=run_on(work.dense, ask.progress),
+            callbacks=ask.callbacks,
         )
-        _note_ratings(kept, result.configuration)
+        _note_ratings(search_study, result.configuration)
     parts = {part.name: getattr(result, part.name) for part in fields(SearchResult)}
     table = _table(result.configuration, result.trial)
-    return Found(**parts, study=kept, table=table, bundles=work.bundles)
+    return Found(**parts, study=search_study, table=table, bundles=work.bundles)
 
 
-def _note_ratings(study: optuna.Study, found: Configuration) -> None:
+def _note_ratings(study: optuna.Study, configuration: Configuration) -> None:
     """Give trials that were searched by perplexity what was measured of them."""
     trials = study.get_trials(deepcopy=False)
-    for rating in found.finalists:
+    for rating in configuration.finalists:
         for what in ("perplexity", "divergence"):
             value = getattr(rating, what)
             if value is not None and trials[rating.trial].user_attrs.get(what) != value:
                 note_trial(study, rating.trial, what, value)
 
 
-def _table(found: Configuration, trial: int) -> list[FoundRow]:
+def _table(configuration: Configuration, trial: int) -> list[FoundRow]:
     """The references, and every finalist; where nothing was measured, the baselines instead."""
-    ratings, good = found.finalists, found.perplexities
+    ratings, good = configuration.finalists, configuration.perplexities
     references = [
         FoundRow(method=name, perplexity=getattr(good, name)) for name in REFERENCES if good
     ]
     if not ratings:
-        best = [FoundRow(method=found.method, trial=trial, proxy=found.objective["value"])]
-        baselines = [each for each in found.baselines if each.trial != trial]
+        proxy = configuration.objective["value"]
+        best = [FoundRow(method=configuration.method, trial=trial, proxy=proxy)]
+        baselines = [baseline for baseline in configuration.baselines if baseline.trial != trial]
     else:
         best, baselines = [], []
     return [
         *references,
-        *(FoundRow(**each.model_dump()) for each in [*baselines, *ratings]),
+        *(FoundRow(**rating.model_dump()) for rating in [*baselines, *ratings]),
         *best,
     ]
 
@@ -691,18 +696,18 @@ class CalibrateArguments(CalibrationSettings):
     def __post_init__(self) -> None:
         """Leave the checks to :meth:`settings`."""
 
-    def settings(self, model: LanguageModel, **known: Any) -> CalibrationSettings:
+    def settings(self, model: LanguageModel, **changes: Any) -> CalibrationSettings:
         """The settings alone, with what the model and the texts say."""
-        given = {each.name: getattr(self, each.name) for each in fields(CalibrationSettings)}
+        values = {part.name: getattr(self, part.name) for part in fields(CalibrationSettings)}
         length = length_of(model, self.texts, self.context_length)
         sizes = tuple(self.kernel_sizes)
         return CalibrationSettings(
-            **{**given, "context_length": length, "kernel_sizes": sizes, **known}
+            **{**values, "context_length": length, "kernel_sizes": sizes, **changes}
         )
 
 
 @arguments(CalibrateArguments)
-def calibrate(asked: CalibrateArguments) -> Bundle:
+def calibrate(ask: CalibrateArguments) -> Bundle:
     """
     Run a dense model once over a text, and keep what a search needs of it.
 
@@ -718,18 +723,18 @@ def calibrate(asked: CalibrateArguments) -> Bundle:
         NumericalError: A weight, an activation or a gradient is NaN or infinite.
         OutOfMemory: It does not fit.
     """
-    source = calibration_text_of(asked.texts)
-    given = isinstance(source, GivenWindows)
-    if given and asked.bos == "always":
+    source = calibration_text_of(ask.texts)
+    has_windows = isinstance(source, GivenWindows)
+    if has_windows and ask.bos == "always":
         raise InvalidInput(
             "bos='always' has no effect on windows that are given as tokens. Put BOS into "
             "them, or give the text."
         )
-    loaded = opened(asked.model, asked.tokenizer)
+    loaded = opened(ask.model, ask.tokenizer)
     # Nothing is put before windows that are given.
-    settings = asked.settings(loaded, **({"bos": "never"} if given else {}))
+    settings = ask.settings(loaded, **({"bos": "never"} if has_windows else {}))
     text = calibration_text(loaded, source, settings)
-    bundle = make_bundle(loaded, text, settings, bars(asked.progress))
+    bundle = make_bundle(loaded, text, settings, bars(ask.progress))
     parts = {part.name: getattr(bundle, part.name) for part in fields(bundle)}
     # As its file has it, so that what comes of it has the bytes of the command line.
     parts["provenance"] = json.loads(json.dumps(bundle.provenance, sort_keys=True))
