@@ -19,7 +19,7 @@ demo: install ## the main job on a real model; what an interrupted run has found
 	rm -rf demo/pruned # which pho demo would not write over
 	$(BIN)/pho demo --out demo
 
-test: install ## what must hold at each change: units, numerics, each face once from end to end, the browser, kills; 12 minutes on 2 cores
+test: install ## what must hold at each change: units, numerics, each face once from end to end, the browser, kills; a quarter of an hour on 2 cores
 	$(MAKE) --no-print-directory --jobs 2 check suite
 
 thorough: export MORE = --thorough
