@@ -42,11 +42,10 @@ from pho_service.models.blockwise import Block, walk
 from pho_service.models.bundle_file import read_bundle, write_bundle
 from pho_service.models.calibration import calibrate
 from pho_service.models.loading import LanguageModel, load_model
-from pho_service.models.texts import GivenWindows
+from pho_service.models.texts import GivenWindows, RecoveryText, ReportText
 from pho_service.pipeline.compare import compare_candidates
 from pho_service.pipeline.pipeline import finished_block
 from pho_service.pipeline.prune import prune_job
-from pho_service.pipeline.rating import RecoveryText, ReportText
 from pho_service.pipeline.recover import recover_model
 from pho_service.pipeline.search import opened_study, search_job
 from pho_service.pipeline.work import Work

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pho_service.models.loading import LanguageModel, given_model
-from pho_service.models.texts import GivenWindows
-from pho_service.pipeline.rating import RecoveryText
+from pho_service.models.texts import GivenWindows, RecoveryText
 from pho_service.pipeline.recover import PrunedModel, recover_model
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.hardware import peak_memory

@@ -31,9 +31,8 @@ from pho_service.models.calibration import cached_bundle, calibration_text
 from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import LanguageModel
 from pho_service.models.tasks import LoadedTasks, load_tasks
-from pho_service.models.texts import read_windows
+from pho_service.models.texts import ReportText, read_windows
 from pho_service.pipeline.pipeline import pruned_model
-from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.tasks import as_extra, measure_tasks
 from pho_service.pruning.hardware import peak_memory
 from pho_service.pruning.masks import model_sparsity

@@ -34,9 +34,8 @@ from pho_service.host.settings import Settings
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import LanguageModel
-from pho_service.models.texts import mixed_text
+from pho_service.models.texts import RecoveryText, mixed_text
 from pho_service.pipeline.pipeline import pruned_model
-from pho_service.pipeline.rating import RecoveryText
 from pho_service.pipeline.recover import PrunedModel, recover_model
 from pho_service.pruning.hardware import peak_memory
 from pho_service.pruning.masks import model_sparsity

@@ -17,8 +17,7 @@ from pho_service.models.builtin import smollm2
 from pho_service.models.calibration import bundle_path, cached_bundle, calibration_text
 from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import LanguageModel, load_model
-from pho_service.models.texts import MixedText, Text, mixed_text, read_windows
-from pho_service.pipeline.rating import ReportText
+from pho_service.models.texts import MixedText, ReportText, Text, mixed_text, read_windows
 from pho_service.pipeline.work import Work
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.calibration import CalibrationSettings

@@ -190,7 +190,7 @@ def _by(gain: Gain | None) -> dict[MeasuredBy, float | None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasuredElsewhere:
+class GainElsewhere:
     """The gain of a configuration on a model that it was not found on."""
 
     model: ModelFacts
@@ -206,7 +206,7 @@ class Entry:
     pattern: Pattern
     models: tuple[ModelFacts, ...]  # That it was found on; several if they were searched jointly
     gain: Gain | None  # On them; None where RIA was not measured beside it
-    measured: tuple[MeasuredElsewhere, ...] = ()  # On other models
+    measured: tuple[GainElsewhere, ...] = ()  # On other models
 
     @classmethod
     def of(cls, entry_id: str, file: LibraryFile) -> Self:
@@ -222,7 +222,7 @@ class Entry:
             models=tuple(ModelFacts.of(model) for model in models or [configuration.model]),
             gain=measured_gain(configuration),
             measured=tuple(
-                MeasuredElsewhere(model=ModelFacts.of(model), gain=gain)
+                GainElsewhere(model=ModelFacts.of(model), gain=gain)
                 for model, gain in measured
                 if gain is not None
             ),
@@ -256,7 +256,7 @@ class Entry:
             models=tuple(ModelFacts(**model) for model in facts["models"]),
             gain=None if facts["gain"] is None else Gain(**facts["gain"]),
             measured=tuple(
-                MeasuredElsewhere(model=ModelFacts(**m["model"]), gain=Gain(**m["gain"]))
+                GainElsewhere(model=ModelFacts(**m["model"]), gain=Gain(**m["gain"]))
                 for m in facts["measured"]
             ),
         )

@@ -27,9 +27,15 @@ from pho_service.models.calibration import CalibrationText, bundle_path, cached_
 from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.tasks import LoadedTasks, load_tasks
-from pho_service.models.texts import MixedText, Text, mixed_text
+from pho_service.models.texts import (
+    MixedText,
+    RecoveryText,
+    ReportText,
+    Text,
+    mixed_text,
+    windows_key,
+)
 from pho_service.pipeline.inputs import Inputs
-from pho_service.pipeline.rating import RecoveryText, ReportText, windows_key
 from pho_service.progress import Advance, Progress
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.statistics import Sums

@@ -12,8 +12,8 @@ from torch import Tensor
 from pho_service.errors import OutputError
 from pho_service.models.loading import LanguageModel
 from pho_service.models.scratch import KeptBlocks
+from pho_service.models.texts import RecoveryText, ReportText
 from pho_service.pipeline.prune import blocks_kept
-from pho_service.pipeline.rating import RecoveryText, ReportText
 from pho_service.pipeline.work import Work
 from pho_service.progress import Run
 from pho_service.pruning.bundle import ProxyBundle

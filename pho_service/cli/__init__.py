@@ -7,6 +7,8 @@ import importlib
 
 import click
 
+from pho_service.errors import told_to
+
 # Each verb's module, and what `pho --help` says of it, so that the module need not be imported.
 LOCAL_VERBS = {
     "plan": (
@@ -97,7 +99,8 @@ class _Verbs(click.Group):
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="pho-service")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """
     Prune large language models: find the best way in minutes.
 
@@ -109,3 +112,6 @@ def main() -> None:
 
     Each verb has its own --help. Exit codes: 0 done, 1 failed, 2 bad usage.
     """
+    from pho_service.cli.document import option
+
+    context.with_resource(told_to(option))

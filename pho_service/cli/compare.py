@@ -366,6 +366,7 @@ def compare(
           --confirm-text second.txt --report-text other.txt --seeds 0,1,2 \\
           --method wanda-permuted --method sparsegpt-permuted --preset best
     """
+    from pho_service.models.texts import RecoveryText
     from pho_service.pipeline.compare import (
         ComparisonRequest,
         check_family,
@@ -373,7 +374,6 @@ def compare(
         compare_over_seeds,
     )
     from pho_service.pipeline.curve import check_patterns
-    from pho_service.pipeline.rating import RecoveryText
     from pho_service.pipeline.tasks import also_tasks
     from pho_service.spec.configuration import read_configuration
 

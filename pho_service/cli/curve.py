@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pho_service.cli.document import DocumentCommand, Given
+from pho_service.cli.document import DOCUMENT, DocumentCommand, Given
 from pho_service.cli.options import (
     Terminal,
     calibration_source,
@@ -148,7 +148,6 @@ def opened_points(
 ) -> "Iterator[tuple[CurvePoints, str]]":
     """What finds the points, and the name of the study that has the trials of all of them."""
     # The study of each point, in the database ``study``, keeps the document of its search.
-    from pho_service.cli.search import DOCUMENT
     from pho_service.pipeline.curve import CurvePoints, opened_pareto
     from pho_service.pipeline.search import opened_study
     from storage.studies import keep_record

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pho_service.cli.compare import show_comparison
-from pho_service.cli.document import DocumentCommand, Given
+from pho_service.cli.document import DOCUMENT, DocumentCommand, Given
 from pho_service.cli.options import Terminal, file_source, json_verb, text_source
-from pho_service.cli.search import DOCUMENT, describe
+from pho_service.cli.search import describe
 from pho_service.cli.terminal import print_json, progress, say
 from pho_service.host.files import new_file, new_folder
 from pho_service.progress import Run
 
 if TYPE_CHECKING:
+    from pho_service.models.texts import ReportText
     from pho_service.pipeline.compare import ComparisonRow
-    from pho_service.pipeline.rating import ReportText
     from pho_service.pipeline.work import Work
     from pho_service.pruning.perplexity import Perplexity
     from pho_service.spec.configuration import Configuration

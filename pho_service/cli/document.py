@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# User attributes of a study: the job that was asked for, and the names that it begins with.
+DOCUMENT, WARM = "document", "warm_start_names"
+
 # The sections of a verb's --help: what an option is about.
 TITLES = (*SECTIONS, "Machine", "Output")
 

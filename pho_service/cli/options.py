@@ -28,10 +28,9 @@ if TYPE_CHECKING:
     from pho_service.models.calibration import CalibrationText
     from pho_service.models.data_sets import TextSource
     from pho_service.models.loading import LanguageModel
-    from pho_service.models.texts import MixedText, Text
+    from pho_service.models.texts import MixedText, ReportText, Text
     from pho_service.pipeline.confirmation import Validation
     from pho_service.pipeline.inputs import Cut
-    from pho_service.pipeline.rating import ReportText
     from pho_service.spec.calibration import CalibrationSettings
     from pho_service.spec.fields import CalibrationSpec, ConfirmSpec, TextSpec
     from pho_service.spec.steps import Candidate

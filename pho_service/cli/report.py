@@ -129,7 +129,7 @@ def _collected(
 
 def _again(record: "Mapping[str, Any]", trials: int, url: str) -> str:
     """The `pho search` whose study has this record."""
-    from pho_service.cli.search import WARM
+    from pho_service.cli.document import WARM
     from pho_service.shown.words import study_document
 
     warm = [word for name in record.get(WARM, []) for word in ("--warm-start", name)]

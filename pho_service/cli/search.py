@@ -9,7 +9,7 @@ import click
 
 from pho_service.cli import curve as within_target
 from pho_service.cli import library
-from pho_service.cli.document import DocumentCommand, Given, given_target
+from pho_service.cli.document import DOCUMENT, WARM, DocumentCommand, Given, given_target
 from pho_service.cli.options import (
     Terminal,
     calibration_source,
@@ -28,10 +28,6 @@ if TYPE_CHECKING:
     from pho_service.pruning.bundle import ProxyBundle
     from pho_service.spec.job import JobSpec
     from pho_service.tuning.result import SearchResult
-
-
-# User attributes of a study: the job that was asked for, and the names that it begins with.
-DOCUMENT, WARM = "document", "warm_start_names"
 
 
 @click.command(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
 import click
 
-from pho_service.errors import InvalidInput, PhoError, plain, plain_line, told_to
+from pho_service.errors import InvalidInput, PhoError, plain, plain_line
 from pho_service.host.machine import faults_told, missing_extra
 from pho_service.progress import bar
 
@@ -42,11 +42,9 @@ def verb(function: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        from pho_service.cli.document import option
-
         _quieten()
         try:
-            with told_to(option), faults_told():
+            with faults_told():
                 function(*args, **kwargs)
         except InvalidInput as error:
             _fail(str(error), code=2)

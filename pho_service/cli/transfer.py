@@ -131,7 +131,7 @@ def transfer(
     confirm = None
     if request is not None:
         confirm = ConfirmSpec(text=given("confirm/text"), windows=confirm_windows)
-    document = _Document.open(path, configuration, config)
+    document = _TransferFile.open(path, configuration, config)
     shown = []
 
     def measured(name: str) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def transfer(
     click.echo(f"written  {path}" + (f" and {picture}" if picture else ""))
 
 
-class _Document:
+class _TransferFile:
     """The file of a configuration's transfers; written again with each target."""
 
     def __init__(self, path: Path, values: dict[str, Any]) -> None:
@@ -171,7 +171,7 @@ class _Document:
         self.values = values
 
     @classmethod
-    def open(cls, path: Path, name: str, configuration: "Configuration") -> "_Document":
+    def open(cls, path: Path, name: str, configuration: "Configuration") -> "_TransferFile":
         """What the file holds already, or an empty one."""
         from pho_service.errors import OutputError
         from pho_service.library import TRANSFER_VERSION

@@ -22,11 +22,11 @@ from pho_service.models.texts import (
     GivenText,
     GivenWindows,
     MixedText,
+    ReportText,
     Text,
     mixed_text,
 )
 from pho_service.pipeline.inputs import Inputs
-from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.work import Work
 from pho_service.progress import Run, bars
 from pho_service.pruning.bundle import ProxyBundle

@@ -28,6 +28,7 @@ from pho_service.interface.inputs import (
 )
 from pho_service.interface.search import LinearArguments, MethodArguments, arguments, calibrate
 from pho_service.models.tasks import LoadedTasks, load_tasks
+from pho_service.models.texts import RecoveryText
 from pho_service.pipeline import bench as pipeline
 from pho_service.pipeline import rating
 from pho_service.pipeline.compare import (
@@ -37,7 +38,6 @@ from pho_service.pipeline.compare import (
     common_linears,
     compare_over_seeds,
 )
-from pho_service.pipeline.rating import RecoveryText
 from pho_service.pipeline.tasks import also_tasks, measure_tasks
 from pho_service.pipeline.work import Work
 from pho_service.progress import bars

@@ -18,8 +18,8 @@ from pho_service.interface.inputs import (
     opened,
 )
 from pho_service.interface.pruned import Pruned
+from pho_service.models.texts import RecoveryText
 from pho_service.pipeline.prune import PrunedFolder
-from pho_service.pipeline.rating import RecoveryText
 from pho_service.pipeline.recover import PrunedModel, recover_model
 from pho_service.progress import bars
 from pho_service.shown.parts import Shown, Table

@@ -463,3 +463,44 @@ def record_to_dict(record: TextRecord, **more: Any) -> dict[str, Any]:
     parts = [{**record_to_dict(part), "share": round(share, 6)} for part, share in record.texts]
     several = {"texts": parts} if parts else {}
     return {"source": record.source, "sha256": record.sha256, **several, **more}
+
+
+def windows_key(windows: Tensor) -> str:
+    """Hash of tokenised windows: text, tokenizer and the way it is cut."""
+    return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportText:
+    """A text to measure perplexity on, cut for one model."""
+
+    windows: Tensor  # (windows, context_length), int64
+    record: TextRecord  # Where it is from
+
+    @property
+    def key(self) -> str:
+        """Hash of exactly these windows."""
+        return windows_key(self.windows)
+
+    def measured_on(self) -> dict[str, Any]:
+        return {
+            "divergence_tokens": None,
+            "tokens": self.windows.shape[0] * (self.windows.shape[1] - 1),
+            "context_length": self.windows.shape[1],
+            "text": self.to_dict(),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is stored with every perplexity."""
+        return record_to_dict(self.record, windows=len(self.windows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryText:
+    """What a model is recovered on, and how it is cut into windows."""
+
+    source: Text | MixedText
+    context_length: int
+    bos: str = "auto"
+    unlike: Tensor | None = None  # Other windows than those measured on that are not trained on
+    measured: ReportText | None = None  # What perplexities are measured on, before and after

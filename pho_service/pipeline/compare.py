@@ -19,9 +19,10 @@ from pho_service.errors import BundleError, ConfigurationError, InvalidInput, fi
 from pho_service.host.machine import versions
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
+from pho_service.models.texts import RecoveryText, ReportText
 from pho_service.pipeline.objectives import mask_proxy
 from pho_service.pipeline.pipeline import pruned_model
-from pho_service.pipeline.rating import RecoveryText, ReportText, rate_pruned
+from pho_service.pipeline.rating import rate_pruned
 from pho_service.pipeline.search import search_job
 from pho_service.pipeline.work import Work
 from pho_service.progress import Advance, Run

@@ -11,9 +11,10 @@ import optuna
 
 from pho_service.errors import NumericalError
 from pho_service.models.blockwise import measure_perplexity
+from pho_service.models.texts import ReportText
 from pho_service.pipeline.objectives import proxy_value
 from pho_service.pipeline.pipeline import pruned_model
-from pho_service.pipeline.rating import Glances, ReportText, compared_count, rate_pruned
+from pho_service.pipeline.rating import Glances, compared_count, rate_pruned
 from pho_service.pipeline.work import Work
 from pho_service.pipeline.writing import prompts_of, side_by_side, written_by
 from pho_service.progress import Advance, Run

@@ -9,8 +9,7 @@ if TYPE_CHECKING:
 
     from pho_service.models.calibration import CalibrationText
     from pho_service.models.loading import LanguageModel
-    from pho_service.models.texts import MixedText, Text
-    from pho_service.pipeline.rating import ReportText
+    from pho_service.models.texts import MixedText, ReportText, Text
     from pho_service.spec.calibration import CalibrationSettings
     from pho_service.spec.fields import CalibrationSpec
 
@@ -37,8 +36,7 @@ class Inputs:
         unlike: "Tensor | None" = None,
     ) -> "ReportText":
         """The first windows of a text, for perplexity; none overlaps with those of ``unlike``."""
-        from pho_service.models.texts import read_windows
-        from pho_service.pipeline.rating import ReportText
+        from pho_service.models.texts import ReportText, read_windows
 
         windows, record = read_windows(
             model,
@@ -65,7 +63,7 @@ class Inputs:
 
     def held_out(self, drawn: "CalibrationText | None", most: int) -> "ReportText | None":
         """The windows to confirm on that a calibration left of its own text."""
-        from pho_service.pipeline.rating import ReportText
+        from pho_service.models.texts import ReportText
 
         if drawn is None or len(drawn.held_out) == 0:
             self.nothing_left()

@@ -16,8 +16,7 @@ import optuna
 from torch import Tensor
 
 from pho_service.errors import InvalidInput, NumericalError, field_name
-from pho_service.pipeline.work import Work
-from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pipeline.work import Work, only_one
 from pho_service.pruning.proxy import ProxyEvaluator, ProxyRating
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.document import number
@@ -37,7 +36,7 @@ from storage.studies import keep_record, marked_alike, record_of
 
 if TYPE_CHECKING:
     from pho_service.models.loading import LanguageModel
-    from pho_service.pipeline.rating import ReportText
+    from pho_service.models.texts import ReportText
 
 
 # Rate candidates by the proxy, on a bundle: no model is needed, and transformers is not loaded.
@@ -235,15 +234,6 @@ def objective_function(
 
     windows = work.text.windows
     return rate_by_perplexity(work.model, bundle.statistics(), windows, work.calibration)
-
-
-def only_one(bundles: Mapping[str, ProxyBundle], what: str) -> ProxyBundle:
-    if len(bundles) > 1:
-        raise InvalidInput(
-            f"{what} is given for a search on the bundles of {len(bundles)} models, "
-            f"{', '.join(bundles)}. Leave it out, or search on one of them."
-        )
-    return next(iter(bundles.values()))
 
 
 def rated_on(request: SearchRequest, text: "ReportText | None") -> str:

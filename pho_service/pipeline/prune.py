@@ -19,8 +19,8 @@ from pho_service.models.loading import LanguageModel, sha256_each
 from pho_service.models.mask_file import LayerMask, PackedMask
 from pho_service.models.saving import save_pruned
 from pho_service.models.scratch import KeptBlocks
+from pho_service.models.texts import windows_key
 from pho_service.pipeline.pipeline import few_tokens, prune_model
-from pho_service.pipeline.rating import windows_key
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import LinearMask, model_sparsity

@@ -2,7 +2,6 @@
 Rate candidates by what the pruned model predicts: slow, and the truth.
 """
 
-import hashlib
 import json
 import time
 from collections import Counter
@@ -18,7 +17,7 @@ from torch import Tensor
 from pho_service.errors import InvalidInput, NumericalError
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
-from pho_service.models.texts import MixedText, Text, TextRecord, record_to_dict
+from pho_service.models.texts import ReportText
 from pho_service.pipeline.pipeline import pruned_model, rate_streamed, whole_masks
 from pho_service.pipeline.work import Work
 from pho_service.pipeline.writing import written_by
@@ -41,47 +40,6 @@ from pho_service.tuning.finalists import Losses, paired_error
 from pho_service.tuning.plan import Evaluate, Outcome
 
 COMPARED_TOKENS = 512  # of the text that finalists are compared with the dense model on
-
-
-def windows_key(windows: Tensor) -> str:
-    """Hash of tokenised windows: text, tokenizer and the way it is cut."""
-    return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportText:
-    """A text to measure perplexity on, cut for one model."""
-
-    windows: Tensor  # (windows, context_length), int64
-    record: TextRecord  # Where it is from
-
-    @property
-    def key(self) -> str:
-        """Hash of exactly these windows."""
-        return windows_key(self.windows)
-
-    def measured_on(self) -> dict[str, Any]:
-        return {
-            "divergence_tokens": None,
-            "tokens": self.windows.shape[0] * (self.windows.shape[1] - 1),
-            "context_length": self.windows.shape[1],
-            "text": self.to_dict(),
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        """What is stored with every perplexity."""
-        return record_to_dict(self.record, windows=len(self.windows))
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecoveryText:
-    """What a model is recovered on, and how it is cut into windows."""
-
-    source: Text | MixedText
-    context_length: int
-    bos: str = "auto"
-    unlike: Tensor | None = None  # Other windows than those measured on that are not trained on
-    measured: ReportText | None = None  # What perplexities are measured on, before and after
 
 
 def perplexity_on(text: ReportText, model: LanguageModel, progress: Progress) -> Perplexity:

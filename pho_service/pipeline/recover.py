@@ -39,9 +39,16 @@ from pho_service.models.loading import LanguageModel, load_model, sha256_each
 from pho_service.models.mask_file import MASKS, LayerMask, PackedMask, groups_of, read_masks
 from pho_service.models.packed import as_folder
 from pho_service.models.saving import RECIPE, read_recipe, recipe_document
-from pho_service.models.texts import TextRecord, apart, record_to_dict, recut, sample_windows
+from pho_service.models.texts import (
+    RecoveryText,
+    TextRecord,
+    apart,
+    record_to_dict,
+    recut,
+    sample_windows,
+)
 from pho_service.pipeline.prune import PrunedFolder
-from pho_service.pipeline.rating import RecoveryText, perplexity_on
+from pho_service.pipeline.rating import perplexity_on
 from pho_service.pipeline.writing import side_by_side, written_by
 from pho_service.planning.stage_memory import Place, recovery_peak
 from pho_service.progress import Advance, Look, Progress, never, silent

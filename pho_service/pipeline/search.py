@@ -20,11 +20,10 @@ from pho_service.pipeline.objectives import (
     OwnObjective,
     joint_provenance,
     objective_function,
-    only_one,
     rated_on,
     with_each_model,
 )
-from pho_service.pipeline.work import Work
+from pho_service.pipeline.work import Work, only_one
 from pho_service.progress import Advance, Run
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.baselines import reference_methods

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pho_service.errors import InvalidInput
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 
     from pho_service.models.loading import LanguageModel
     from pho_service.models.scratch import KeptBlocks
-    from pho_service.pipeline.rating import ReportText
+    from pho_service.models.texts import ReportText
     from pho_service.pruning.bundle import ProxyBundle
     from pho_service.spec.steps import Candidate
 
@@ -55,8 +57,6 @@ class Work:
     @property
     def bundle(self) -> "ProxyBundle":
         """The bundle of the only model."""
-        from pho_service.pipeline.objectives import only_one
-
         return only_one(self.bundles, "a model")
 
     @property
@@ -82,3 +82,12 @@ class Work:
     def check(self) -> str | None:
         """Refuse files that have changed meanwhile; give the hash of the weights, if known."""
         return None
+
+
+def only_one(bundles: "Mapping[str, ProxyBundle]", what: str) -> "ProxyBundle":
+    if len(bundles) > 1:
+        raise InvalidInput(
+            f"{what} is given for a search on the bundles of {len(bundles)} models, "
+            f"{', '.join(bundles)}. Leave it out, or search on one of them."
+        )
+    return next(iter(bundles.values()))

@@ -183,7 +183,7 @@ BLOCK_LAUNCHES = 90  # of a block forward, with the sums over its inputs
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class PlannedWork:
     """What a job asks for, as far as it costs."""
 
     calibration: CalibrationSettings  # Its settings
@@ -215,7 +215,7 @@ class Work:
 class Costs:
     """Seconds of what one job does on one machine."""
 
-    def __init__(self, shapes: ModelShapes, work: Work, machine: Machine) -> None:
+    def __init__(self, shapes: ModelShapes, work: PlannedWork, machine: Machine) -> None:
         self.shapes = shapes
         self.work = work
         self.machine = machine

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pho_service.errors import InvalidInput, field_name
-from pho_service.planning.costs import Costs, Machine, Work
+from pho_service.planning.costs import Costs, Machine, PlannedWork
 from pho_service.planning.shapes import DTYPE_BYTES, ModelShapes
 from pho_service.planning.stage_memory import (
     MOST,
@@ -57,7 +57,7 @@ class Plan:
 
     shapes: ModelShapes  # Shapes of the model
     machine: Machine  # Where
-    work: Work  # What is asked for
+    work: PlannedWork  # What is asked for
     calibration: CalibrationPlan  # How the calibration would be run
     stages: tuple[StagePlan, ...]  # In their order
     obstacles: tuple[str, ...]  # Why it does not fit; none if it does
@@ -133,7 +133,7 @@ def plan_job(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> Plan:
             "less."
         )
     request, finalists = spec.request(0), spec.confirm.finalists if spec.confirm else 0
-    work = Work(
+    work = PlannedWork(
         calibration=settings,
         pattern=request.pattern,
         steps=request.steps,
@@ -193,7 +193,7 @@ def _dtype(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> str:
     return shapes.dtype if machine.is_gpu or spec.stream else "float32"
 
 
-def _plan(shapes: ModelShapes, work: Work, machine: Machine) -> Plan:
+def _plan(shapes: ModelShapes, work: PlannedWork, machine: Machine) -> Plan:
     memory = _Memory(shapes, work, machine)
     calibration = choose_run(
         memory.footprint, work.calibration, memory.place,
@@ -254,7 +254,7 @@ def _with_process(peak: Peak, machine: Machine) -> Peak:
 class _Memory:
     """Peaks of what one job does on one machine, without the process and the card's context."""
 
-    def __init__(self, shapes: ModelShapes, work: Work, machine: Machine) -> None:
+    def __init__(self, shapes: ModelShapes, work: PlannedWork, machine: Machine) -> None:
         self.shapes = shapes
         self.work = work
         self.machine = machine

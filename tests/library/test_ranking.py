@@ -12,7 +12,7 @@ from pho_service.errors import ConfigurationError, InvalidInput
 from pho_service.library import (
     Entry,
     Gain,
-    MeasuredElsewhere,
+    GainElsewhere,
     ModelFacts,
     TransferTarget,
     Wanted,
@@ -81,7 +81,7 @@ def entry(
         models=tuple(models),
         gain=None if share is None else saved(share, by),
         measured=tuple(
-            MeasuredElsewhere(model=ModelFacts(name=f"m-{family}", family=family), gain=gain)
+            GainElsewhere(model=ModelFacts(name=f"m-{family}", family=family), gain=gain)
             for family, gain in (elsewhere or {}).items()
         ),
     )
@@ -339,7 +339,7 @@ def test_what_failed_on_the_asked_family_goes_last_for_it():
 
 def test_what_holds_on_the_asked_family_counts_in_full():
     on = [
-        MeasuredElsewhere(model=ModelFacts(name=f"o{i}", family="opt"), gain=gain)
+        GainElsewhere(model=ModelFacts(name=f"o{i}", family="opt"), gain=gain)
         for i, gain in enumerate(
             [saved(0.3, "perplexity"), saved(-9.0), saved(0.19, "perplexity"), saved(0.2)]
         )

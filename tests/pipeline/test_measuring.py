@@ -10,6 +10,7 @@ from pho_service.errors import BundleError, ConfigurationError, InvalidInput, Nu
 from pho_service.models.calibration import calibrate, calibration_text
 from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import load_model
+from pho_service.models.texts import RecoveryText, ReportText
 from pho_service.pipeline.compare import (
     ComparisonRequest,
     ComparisonRow,
@@ -20,14 +21,7 @@ from pho_service.pipeline.compare import (
 from pho_service.pipeline.confirmation import validate_job
 from pho_service.pipeline.pipeline import prune_model
 from pho_service.pipeline.prune import prune_job
-from pho_service.pipeline.rating import (
-    Glances,
-    RecoveryText,
-    ReportText,
-    compared_count,
-    rate_by_perplexity,
-    rate_pruned,
-)
+from pho_service.pipeline.rating import Glances, compared_count, rate_by_perplexity, rate_pruned
 from pho_service.pipeline.work import Work
 from pho_service.pruning.masks import linear_masks, pruned
 from pho_service.pruning.perplexity import rate_perplexity

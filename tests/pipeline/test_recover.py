@@ -31,10 +31,9 @@ from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import given_model, load_model
 from pho_service.models.mask_file import groups_of
 from pho_service.models.saving import read_recipe, save_pruned
-from pho_service.models.texts import GivenWindows, sample_windows
+from pho_service.models.texts import GivenWindows, RecoveryText, sample_windows
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.prune import prune_job
-from pho_service.pipeline.rating import RecoveryText
 from pho_service.pipeline.recover import PrunedModel, Workplace, check_recoverable, recover_model
 from pho_service.pipeline.writing import written_by
 from pho_service.pruning.perplexity import dense_reference, rate_divergence

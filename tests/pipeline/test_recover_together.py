@@ -16,8 +16,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 from pho_service.errors import InvalidInput, TextError
 from pho_service.models.architecture import decoder_blocks
 from pho_service.models.loading import LanguageModel, given_model, load_model
-from pho_service.models.texts import GivenWindows
-from pho_service.pipeline.rating import RecoveryText
+from pho_service.models.texts import GivenWindows, RecoveryText
 from pho_service.pipeline.recover import (
     PrunedModel,
     Workplace,

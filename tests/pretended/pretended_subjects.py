@@ -21,8 +21,7 @@ from transformers import (
 from pho_service.models.calibration import calibrate, calibration_text
 from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import load_model
-from pho_service.models.texts import read_windows
-from pho_service.pipeline.rating import ReportText
+from pho_service.models.texts import ReportText, read_windows
 from pho_service.spec.calibration import CalibrationSettings
 
 COMMON = {

@@ -30,9 +30,9 @@ from pho_service.host.settings import read_settings
 from pho_service.models.calibration import cached_bundle, calibration_text
 from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import load_model
-from pho_service.models.texts import read_windows
+from pho_service.models.texts import ReportText, read_windows
 from pho_service.pipeline.confirmation import rate_by_all_proxies
-from pho_service.pipeline.rating import ReportText, rate_pruned
+from pho_service.pipeline.rating import rate_pruned
 from pho_service.pipeline.search import search_job
 from pho_service.pipeline.work import Work
 from pho_service.spec.job import JobSpec

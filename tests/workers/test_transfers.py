@@ -7,8 +7,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from pho_service.models.data_sets import TextSource
-from pho_service.models.texts import read_windows
-from pho_service.pipeline.rating import ReportText
+from pho_service.models.texts import ReportText, read_windows
 from pho_service.pipeline.search import search_job
 from pho_service.pipeline.transfer import own_search, transfer_job
 from pho_service.pipeline.work import Work
