@@ -3,17 +3,13 @@ Several sparsities in one question, and jobs that have several patterns.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from pho_service.errors import InvalidInput
 from pho_service.spec.document import Document, FieldShown, broken_rule
 from pho_service.spec.pattern import Pattern
-
-if TYPE_CHECKING:
-    from pho_service.spec.job import JobSpec
-
 
 MOST_PATTERNS = 32
 CURVE_FINALISTS = 2  # of each pattern: a confirmation is most of what a further pattern takes
@@ -161,27 +157,3 @@ def first_of_kinds(patterns: Sequence[Pattern]) -> list[Pattern]:
     for pattern in patterns:
         kinds.setdefault(bool(pattern.group), pattern)
     return [*kinds.values()]
-
-
-def check_several(spec: "JobSpec") -> None:
-    """See that a job with several patterns asks for nothing that is of one."""
-    what = "a target" if spec.patterns is None else "several patterns"
-    refused = {
-        "more_models": (bool(spec.more_models), "each pattern is confirmed on one model's text"),
-        "confirm: null": (spec.confirm is None, "they are compared by perplexity"),
-        "islands": (spec.islands > 1, "each pattern has one study"),
-        "warm_start": (spec.warm_start is not None, "what was found elsewhere is of one pattern"),
-        "timeout_s": (spec.timeout_s is not None, "each pattern is searched to its end"),
-        "prune": (
-            spec.prune and spec.patterns is not None,
-            "it must be said which is pruned, when they are measured: :prune with its pattern",
-        ),
-        "tasks": (
-            spec.tasks is not None and spec.patterns is not None,
-            "one pruned model is measured on them: submit the chosen pattern alone, or measure "
-            "its folder with `pho evaluate --tasks`",
-        ),
-    }
-    for field, (wrong, why) in refused.items():
-        if wrong:
-            raise ValueError(f"{field} cannot be asked for with {what}: {why}. Leave it out")

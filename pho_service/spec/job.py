@@ -18,7 +18,6 @@ from pho_service.spec.curve import (
     MOST_PATTERNS,
     Target,
     asked_patterns,
-    check_several,
     curve_patterns,
     first_of_kinds,
     one_of,
@@ -590,3 +589,27 @@ def island_seed(seed: int, island: int) -> int:
         return seed
     digest = hashlib.sha256(f"{seed} {island}".encode()).digest()
     return int.from_bytes(digest[:4], "big")
+
+
+def check_several(spec: "JobSpec") -> None:
+    """See that a job with several patterns asks for nothing that is of one."""
+    what = "a target" if spec.patterns is None else "several patterns"
+    refused = {
+        "more_models": (bool(spec.more_models), "each pattern is confirmed on one model's text"),
+        "confirm: null": (spec.confirm is None, "they are compared by perplexity"),
+        "islands": (spec.islands > 1, "each pattern has one study"),
+        "warm_start": (spec.warm_start is not None, "what was found elsewhere is of one pattern"),
+        "timeout_s": (spec.timeout_s is not None, "each pattern is searched to its end"),
+        "prune": (
+            spec.prune and spec.patterns is not None,
+            "it must be said which is pruned, when they are measured: :prune with its pattern",
+        ),
+        "tasks": (
+            spec.tasks is not None and spec.patterns is not None,
+            "one pruned model is measured on them: submit the chosen pattern alone, or measure "
+            "its folder with `pho evaluate --tasks`",
+        ),
+    }
+    for field, (wrong, why) in refused.items():
+        if wrong:
+            raise ValueError(f"{field} cannot be asked for with {what}: {why}. Leave it out")
