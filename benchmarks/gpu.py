@@ -34,7 +34,6 @@ from gpu_parts import (
 from gpu_shapes import SHAPES, Shape, random_text, write_model
 from gpu_tables import print_shape, write_tables
 from machine import card, conditions, software
-from pho_service.pipeline.pruned_model import PrunedModel
 
 from pho_service.cli.terminal import progress, say, verb
 from pho_service.host.files import new_file
@@ -46,7 +45,7 @@ from pho_service.models.texts import GivenWindows, RecoveryText, ReportText
 from pho_service.pipeline.compare import compare_candidates
 from pho_service.pipeline.pipeline import finished_block
 from pho_service.pipeline.prune import prune_job
-from pho_service.pipeline.recover import recover_model
+from pho_service.pipeline.recover import PrunedModel, recover_model
 from pho_service.pipeline.search import opened_study, search_job
 from pho_service.pipeline.work import Work
 from pho_service.planning.costs import CARDS, Machine
