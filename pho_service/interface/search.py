@@ -43,7 +43,7 @@ from pho_service.pipeline.search import (
     check_study_url,
     memory_study,
     opened_study,
-    origin_of,
+    origin,
     search_job,
 )
 from pho_service.pipeline.work import Work
@@ -351,7 +351,7 @@ def check_study_is_of(study: optuna.Study, work: Work, request: SearchRequest) -
 
 def check_bundle_of(study: optuna.Study, work: Work) -> None:
     """See that a study does not say that it is of another bundle."""
-    key = origin_of([bundle.origin for bundle in work.bundles.values()]).get("key")
+    key = origin(work).get("key")
     study_key = record_of(study).get("calibration", {}).get("key")
     if study_key is not None and study_key != key:
         raise StudyError(

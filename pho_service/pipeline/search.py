@@ -251,7 +251,7 @@ def search_job(
             requests=[request],
             plans=[plan],
             studies=lambda _: record,
-            origin=origin_of([bundle.origin for bundle in work.bundles.values()]),
+            origin=origin(work),
         ),
         work,
         Journal(run),
@@ -631,9 +631,8 @@ def memory_study(request: SearchRequest, work: Work) -> optuna.Study:
 
 
 def name_of_study(request: SearchRequest, work: Work) -> str:
-    origin = origin_of([bundle.origin for bundle in work.bundles.values()])
     plan = search_plan(request, work.bundles)
-    return study_name(request, plan, origin, rated_on(request, work.confirm))
+    return study_name(request, plan, origin(work), rated_on(request, work.confirm))
 
 
 def search_plan(request: SearchRequest, bundles: Mapping[str, ProxyBundle]) -> SearchPlan:
@@ -656,3 +655,8 @@ def search_plan(request: SearchRequest, bundles: Mapping[str, ProxyBundle]) -> S
 def origin_of(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Where what is searched comes from: the provenance of one bundle, or of all together."""
     return dict(provenances[0]) if len(provenances) == 1 else joint_provenance(provenances)
+
+
+def origin(work: Work) -> dict[str, Any]:
+    """Where the bundles of a search come from."""
+    return origin_of([bundle.origin for bundle in work.bundles.values()])
