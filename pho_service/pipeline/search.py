@@ -653,10 +653,10 @@ def search_plan(request: SearchRequest, bundles: Mapping[str, ProxyBundle]) -> S
 
 
 def origin_of(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Where what is searched comes from: the provenance of one bundle, or of all together."""
+    """Return where a search's bundles come from: one's provenance, or that of all together."""
     return dict(provenances[0]) if len(provenances) == 1 else joint_provenance(provenances)
 
 
 def origin(work: Work) -> dict[str, Any]:
-    """Where the bundles of a search come from."""
+    """Return where the bundles of a search come from."""
     return origin_of([bundle.origin for bundle in work.bundles.values()])
