@@ -45,6 +45,7 @@ OF_NO_JOB = {
     "pho_service/pipeline/recover.py": {"device_map"},  # several processes are no worker's
     "pho_service/pipeline/search.py": {"study"},  # where a study's URL is given
     "pho_service/pipeline/writing.py": {"tokens"},
+    "pho_service/spec/verbs.py": {"seeds"},  # of a comparison, which no job makes
 }
 # Names of what only the terminal and jobs ask for.
 NOT_IN_PYTHON = {

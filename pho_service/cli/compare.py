@@ -3,25 +3,21 @@
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import (
     Terminal,
-    all_options,
     at_least,
     calibration_source,
     check_models,
     device_options,
     file_source,
     json_verb,
-    methods_beginning,
-    report_options,
-    report_spec,
     text_source,
 )
 from pho_service.cli.terminal import (
@@ -36,11 +32,19 @@ from pho_service.cli.terminal import (
 from pho_service.errors import InvalidInput
 from pho_service.host.data_sets import USUAL_TEXTS
 from pho_service.spec.configuration import NEW_TOKENS, beside_in_words
-from pho_service.spec.document import SEEDS, check_choice, with_error
+from pho_service.spec.document import PRUNED, TEXT, FieldShown, check_choice, part_of, with_error
 from pho_service.spec.objective import SearchOptions, options_of
 from pho_service.spec.pattern import Linears, Pattern
 from pho_service.spec.recovery import Recovery
 from pho_service.spec.tasks import TaskScore, task_names
+from pho_service.spec.verbs import (
+    BenchSettings,
+    CompareAsk,
+    Count,
+    EvaluateAsk,
+    Reported,
+    Where,
+)
 
 if TYPE_CHECKING:
     from pho_service.models.data_sets import TextSource
@@ -53,18 +57,26 @@ if TYPE_CHECKING:
     from pho_service.spec.job import JobSpec
 
 
-_where = all_options(
-    click.option(
-        "--dtype",
-        default="auto",
-        show_default=True,
-        help="auto, float32, bfloat16 or float16. auto: the stored one on a GPU, float32 on a CPU.",
-    ),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-)
 _TEXT = ("calibration/text", "calibration/dataset")
 
 TASK_FIELDS = ("tasks", "tasks_dir", "tasks_limit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Evaluate(EvaluateAsk):
+    """
+    What a model is measured on and beside, besides the text and the tasks.
+
+    Attributes:
+        split: Split of the data set.
+        beside: Another model that the perplexity stands beside.
+    """
+
+    split: Annotated[
+        str | None,
+        FieldShown(section=TEXT, default="test, or the only one that there is"),
+    ] = None
+    beside: Annotated[str | None, FieldShown(picks="models")] = None
 
 
 @click.command(
@@ -77,24 +89,12 @@ TASK_FIELDS = ("tasks", "tasks_dir", "tasks_limit")
         "calibration/context_length", "calibration/bos", "revision", "dtype", "stream",
         *TASK_FIELDS,
     ),
+    ask=_Evaluate,
 )  # fmt: skip
 @click.argument("model")
-@click.option(
-    "--split", help="Split of the data set.  [default: test, or the only one that there is]"
-)
-@click.option("--max-windows", type=int, help="Rate only the first N windows.")
-@click.option("--beside", metavar="MODEL", help="Another model that the perplexity stands beside.")
 @device_options
 @json_verb
-def evaluate(
-    model: str,
-    given: Given,
-    beside: str | None,
-    split: str | None,
-    max_windows: int | None,
-    inputs: Terminal,
-    as_json: bool,
-) -> None:
+def evaluate(model: str, given: Given, ask: _Evaluate, inputs: Terminal, as_json: bool) -> None:
     """
     Print the perplexity of MODEL on a text, or what it scores in zero-shot tasks.
 
@@ -109,7 +109,7 @@ def evaluate(
       pho evaluate pruned --dataset wikitext2
       pho evaluate pruned --tasks boolq,arc_easy --limit 200
     """
-    at_least(1, max_windows=max_windows)
+    beside = ask.beside
     loaded_tasks, limit = load_asked_tasks(given), given("tasks_limit")
     how = given.calibration()
     check_models([model], given("revision"))
@@ -117,13 +117,13 @@ def evaluate(
     measured = loaded_tasks is None or any(field in given.said for field in _TEXT)
     if beside is not None and not measured:
         raise InvalidInput("--beside compares perplexities, and no text is given. Add --text.")
-    source = text_source(_measured_on(given, split), measured=True) if measured else None
+    source = text_source(_measured_on(given, ask.split), measured=True) if measured else None
     loaded = inputs.model(model)
     document: dict[str, Any] = {"model": loaded.to_dict(), "device": str(loaded.device)}
     if source is not None:
         from pho_service.pipeline import rating
 
-        text = inputs.report(loaded, source, how, max_windows)
+        text = inputs.report(loaded, source, how, ask.max_windows)
         bos = bool(loaded.window_prefix(how.bos))
         perplexity = rating.perplexity_on(text, loaded, progress)
         document = {**rating.evaluated(text, perplexity), "bos": bos, **document}
@@ -136,7 +136,7 @@ def evaluate(
     if source is not None and beside is not None:
         del loaded  # which the other one may need the memory of
         other = replace(inputs, revision=None).model(beside)
-        its = inputs.report(other, source, how, max_windows)
+        its = inputs.report(other, source, how, ask.max_windows)
         document["beside"] = rating.beside(perplexity, text, other, its, progress)
     if as_json:
         print_json(document)
@@ -147,24 +147,28 @@ def evaluate(
         _show_scores(document, scores)
 
 
-@click.command()
+@dataclass(frozen=True, kw_only=True)
+class _Generate(Where):
+    """
+    What a model goes on with, and how far.
+
+    Attributes:
+        beside: Another model that goes on with the same prompts.
+        prompts: Text to go on with.
+        text: Text file that three prompts are taken from instead.
+        tokens: Most that are written.
+    """
+
+    beside: Annotated[str | None, FieldShown(picks="models")] = None
+    prompts: Annotated[Sequence[str], FieldShown(option="--prompt")] = ()
+    text: str | None = None
+    tokens: Count = NEW_TOKENS
+
+
+@click.command(cls=DocumentCommand, ask=_Generate)
 @click.argument("model")
-@click.option("--beside", metavar="MODEL", help="Another model that goes on with the same prompts.")
-@click.option("--prompt", "prompts", multiple=True, help="Text to go on with; may be repeated.")
-@click.option("--text", metavar="FILE", help="Text file that three prompts are taken from instead.")
-@click.option("--tokens", default=NEW_TOKENS, show_default=True, help="Most that are written.")
-@_where
 @json_verb
-def generate(
-    model: str,
-    beside: str | None,
-    prompts: tuple[str, ...],
-    text: str | None,
-    tokens: int,
-    dtype: str,
-    device: str,
-    as_json: bool,
-) -> None:
+def generate(model: str, ask: _Generate, as_json: bool) -> None:
     """
     Print how MODEL goes on with a prompt: each next token is the likeliest.
 
@@ -176,34 +180,34 @@ def generate(
       pho generate pruned --beside dense --prompt "The sea is" --tokens 20
       pho generate pruned --beside dense --text report.txt
     """
-    at_least(1, tokens=tokens)
-    if bool(prompts) == (text is not None):
+    text = ask.text
+    if bool(ask.prompts) == (text is not None):
         raise InvalidInput("Give either --prompt, once or more, or --text.")
-    names = [model] if beside is None else [beside, model]
+    names = [model] if ask.beside is None else [ask.beside, model]
     if len({*names}) < len(names):
-        raise InvalidInput(f"--beside {beside} is the model itself. Give another one.")
+        raise InvalidInput(f"--beside {ask.beside} is the model itself. Give another one.")
     check_models(names, text=text)
     from pho_service.models.loading import load_model
     from pho_service.models.texts import read_windows
     from pho_service.pipeline.writing import PROMPT_TOKENS, beginnings, texts_of, write
     from pho_service.shown.parts import Table
 
-    starts, continuations = [*prompts], []
+    starts, continuations = [*ask.prompts], []
     for name in names:
         with loading(name):
-            loaded = load_model(name, device=device, dtype=dtype)
+            loaded = load_model(name, device=ask.device, dtype=ask.dtype)
         if text is not None and not starts:
             windows, _ = read_windows(
                 loaded, file_source(text), context_length=PROMPT_TOKENS, bos="never"
             )
             starts = texts_of(loaded, beginnings(windows))
         with working(f"Writing with {name}"):
-            continuations.append(write(loaded, starts, tokens))
+            continuations.append(write(loaded, starts, ask.tokens))
     rows = [*zip(starts, *continuations, strict=True)]
     if as_json:
         print_json([dict(zip(("prompt", *names), row, strict=True)) for row in rows])
         return
-    title = f"At most {tokens} tokens, each the likeliest"
+    title = f"At most {ask.tokens} tokens, each the likeliest"
     show_table(Table(("prompt", *names), rows, title=title, numbers=False, texts=True))
 
 
@@ -288,6 +292,18 @@ _OF_SEARCHES = (
 _OF_RECOVERIES = tuple(f"recovery/{field.name}" for field in fields(Recovery))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Compare(Reported, CompareAsk):
+    """
+    The rows of a comparison, and the text that they are measured on.
+
+    Attributes:
+        config: A configuration to compare.
+    """
+
+    config: Annotated[Sequence[str], FieldShown(section=PRUNED)] = ()
+
+
 @click.command(
     cls=DocumentCommand,
     fields=(
@@ -295,61 +311,12 @@ _OF_RECOVERIES = tuple(f"recovery/{field.name}" for field in fields(Recovery))
         *_OF_SEARCHES, *TASK_FIELDS, *_OF_RECOVERIES,
     ),
     required=("pattern",),
+    ask=_Compare,
 )  # fmt: skip
 @click.argument("model")
-@report_options
-@click.option(
-    "--config",
-    "config_paths",
-    multiple=True,
-    type=click.Path(),
-    help="A configuration to compare; may be given several times.",
-)
-@click.option(
-    "--method",
-    "methods",
-    multiple=True,
-    shell_complete=methods_beginning,
-    help="A published method to show; may be given several times; all shows every one.  "
-    "[default: those that take minutes]",
-)
-@click.option(
-    "--preset",
-    "presets",
-    multiple=True,
-    help="Search with this preset of `pho search`, and show what is found; may be given several "
-    "times.",
-)
-@click.option(
-    "--ablation",
-    is_flag=True,
-    help="Show configurations step by step: the score alone, then with each step more.",
-)
-@click.option(
-    "--seeds",
-    help="Repeat all with these seeds of calibration and search, and show means and standard "
-    "deviations: 0,1,2.",
-)
-@click.option(
-    "--other-family",
-    is_flag=True,
-    help="Compare configurations that were found on another family of models, too.",
-)
 @device_options
 @json_verb
-def compare(
-    model: str,
-    given: Given,
-    config_paths: tuple[str, ...],
-    methods: tuple[str, ...],
-    presets: tuple[str, ...],
-    ablation: bool,
-    seeds: str | None,
-    other_family: bool,
-    inputs: Terminal,
-    as_json: bool,
-    **report: Any,
-) -> None:
+def compare(model: str, given: Given, ask: _Compare, inputs: Terminal, as_json: bool) -> None:
     """
     Print a table of perplexities: dense, the published methods, configurations.
 
@@ -377,28 +344,28 @@ def compare(
     from pho_service.pipeline.tasks import also_tasks
     from pho_service.spec.configuration import read_configuration
 
-    measured = report_spec(report)
+    measured = ask.report
     if measured is None:
         raise InvalidInput(
             "there is no text to measure on. Give --report-text or --report-dataset, such as "
             "wikitext2."
         )
-    configurations = [(path, read_configuration(Path(path))) for path in config_paths]
+    configurations = [(path, read_configuration(Path(path))) for path in ask.config]
     pattern = Pattern.parse(given("pattern"), given("scope"))
     given_linears = given.part("steps/linears", Linears) or None
     linears = common_linears(configurations, pattern, given_linears)
-    searches = _searches(model, given, presets, linears)
+    searches = _searches(model, given, ask.presets, linears)
     recovers = "recovery" in given.document()
     request = ComparisonRequest(
         pattern=pattern,
         configurations=configurations,
-        methods=methods or None,
+        methods=ask.methods,
         searches={name: spec.request(0) for name, spec in searches.items()},
         linears=linears,
-        ablation=ablation,
+        ablation=ask.ablation,
         recovery=given.part("recovery", Recovery) if recovers else None,
     )
-    calibration, drawn = given.calibration(), _seeds(seeds, given)
+    calibration, drawn = given.calibration(), _seeds(ask.seeds, given)
     loaded_tasks = load_asked_tasks(given)
     settings = calibration.settings()
     check_models([model], given("revision"), given("confirm/text"))
@@ -407,7 +374,7 @@ def compare(
     loaded = inputs.model(model)
     check_patterns(loaded, [pattern], linears)
     for path, configuration in configurations:
-        check_family(configuration, loaded, path, other_family=other_family)
+        check_family(configuration, loaded, path, other_family=ask.other_family)
     text = inputs.report(loaded, report_source, settings, measured.windows)
     search = next(iter(searches.values()), None)  # all are confirmed on the same text
     compared = compare_over_seeds(
@@ -447,25 +414,14 @@ def _searches(
     }
 
 
-def _seeds(seeds: str | None, given: Given) -> list[int]:
-    """The seeds of the calibrations, each once."""
-    if seeds is None:
-        return [given("calibration/seed")]
-    if "calibration/seed" in given.said:
+def _seeds(seeds: Sequence[int], given: Given) -> Sequence[int]:
+    """The seeds of the calibrations."""
+    if seeds and "calibration/seed" in given.said:
         raise InvalidInput(
             f"--seeds and {given.names['calibration/seed']} both say how the calibration is drawn. "
             "Give one of them."
         )
-    words = [word.strip() for word in seeds.split(",")]
-    if not all(word.isdecimal() and int(word) < SEEDS for word in words):
-        raise InvalidInput(
-            f"--seeds {seeds!r} are not whole numbers from 0 to {SEEDS - 1} with commas between: "
-            "0,1,2."
-        )
-    numbers = [int(word) for word in words]
-    if len({*numbers}) < len(numbers):
-        raise InvalidInput(f"--seeds {seeds!r}: one is given twice, which counts it twice.")
-    return numbers
+    return seeds or [given("calibration/seed")]
 
 
 def _calibration(
@@ -493,30 +449,15 @@ def show_comparison(compared: "Comparison") -> None:
         show_table(replace(tasks, title=f"{compared.title}: tasks", notes=(note,)))
 
 
-@click.command()
+@dataclass(frozen=True, kw_only=True)
+class _Bench(Where, BenchSettings):
+    """What is measured, and where."""
+
+
+@click.command(cls=DocumentCommand, ask=_Bench)
 @click.argument("models", nargs=-1, required=True)
-@click.option("--batch", default=1, show_default=True, help="Prompts at once.")
-@click.option(
-    "--prompt", default=512, show_default=True, help="Tokens of each prompt, or what fits."
-)
-@click.option(
-    "--new-tokens", default=32, show_default=True, help="Tokens to write after it, one by one."
-)
-@click.option("--rounds", default=5, show_default=True, help="How often all is measured.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the prompts' tokens.")
-@_where
 @json_verb
-def bench(
-    models: tuple[str, ...],
-    batch: int,
-    prompt: int,
-    new_tokens: int,
-    rounds: int,
-    seed: int,
-    dtype: str,
-    device: str,
-    as_json: bool,
-) -> None:
+def bench(models: tuple[str, ...], ask: _Bench, as_json: bool) -> None:
     """
     Measure how fast MODELS load, read a prompt and write, on this machine.
 
@@ -529,15 +470,12 @@ def bench(
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from pho_service.pipeline.bench import BenchSettings
     from pho_service.pipeline.bench import bench as measure
 
-    settings = BenchSettings(
-        batch=batch, prompt=prompt, new_tokens=new_tokens, rounds=rounds, seed=seed
-    )
+    settings = part_of(ask, BenchSettings)
     check_models(models)
     disable_progress_bar()  # ours is shown
-    benchmark = measure(models, settings, device=device, dtype=dtype, progress=progress)
+    benchmark = measure(models, settings, device=ask.device, dtype=ask.dtype, progress=progress)
     if as_json:
         print_json(
             {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pho_service.cli.library import library_option, matches
+from pho_service.cli.library import LIBRARY, matches
 from pho_service.cli.options import at_least, json_verb
 from pho_service.cli.remote import open_client, service_verb
 from pho_service.cli.terminal import print_json, print_table, say, tell
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     "--why", is_flag=True, help="The reasons of each for its place, not of the first alone."
 )
 @click.option("--all", "others", is_flag=True, help="Those of another pattern or scope, too.")
-@library_option
+@click.option("--library", help=LIBRARY)
 @click.pass_context
 @json_verb
 def configurations(

@@ -5,8 +5,9 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
@@ -22,9 +23,10 @@ from pho_service.cli.options import (
 from pho_service.cli.terminal import print_json, say, show_table, tell
 from pho_service.errors import InvalidInput, OutputError
 from pho_service.spec.curve import CURVE_FINALISTS, Target, curve_patterns
-from pho_service.spec.document import number
+from pho_service.spec.document import PRUNED, FieldShown, number
 from pho_service.spec.objective import SearchOptions, options_of
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.verbs import Studied
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -35,6 +37,21 @@ if TYPE_CHECKING:
     from pho_service.tuning.plan import SearchRequest
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Curve(Studied):
+    """
+    The patterns of a curve, and where it is kept.
+
+    Attributes:
+        patterns: What to search at: shares of weights to remove and N:M, with commas between. The
+            scope is of the shares.
+        out: Folder for the plot, the table and the configurations.
+    """
+
+    patterns: Annotated[Sequence[str], FieldShown(section=PRUNED, kind="words")]
+    out: Annotated[str, FieldShown(kind="path")] = "curve"
+
+
 @click.command(
     cls=DocumentCommand,
     fields=(
@@ -42,38 +59,12 @@ if TYPE_CHECKING:
         "confirm/windows", "confirm/finalists", "validation", "objective", "sampler", "revision",
         "dtype", "stream", *options_of(SearchOptions()),
     ),
+    ask=_Curve,
 )  # fmt: skip
 @click.argument("model")
-@click.option(
-    "--patterns",
-    required=True,
-    help="What to search at: shares of weights to remove and N:M, with commas between. The scope "
-    "is of the shares.",
-)
-@click.option(
-    "--study",
-    default="sqlite:///study.db",
-    show_default=True,
-    help="Database of the Optuna studies; an interrupted curve continues from it.",
-)
-@click.option(
-    "--out",
-    default="curve",
-    show_default=True,
-    type=click.Path(),
-    help="Folder for the plot, the table and the configurations.",
-)
 @device_options
 @json_verb
-def curve(
-    model: str,
-    given: Given,
-    patterns: str,
-    study: str,
-    out: str,
-    inputs: Terminal,
-    as_json: bool,
-) -> None:
+def curve(model: str, given: Given, ask: _Curve, inputs: Terminal, as_json: bool) -> None:
     """
     Show how good MODEL still is at each of several sparsities.
 
@@ -90,11 +81,12 @@ def curve(
     from pho_service.pipeline.curve import curve_document, find_points, point_warnings
     from pho_service.pipeline.search import check_study_url
 
+    study = ask.study
     check_study_url(study)
-    point_patterns = curve_patterns(patterns.split(","), given("scope"))
+    point_patterns = curve_patterns(ask.patterns, given("scope"))
     specs = [point_spec(model, given, pattern) for pattern in point_patterns]
     requests = [spec.request(0) for spec in specs]
-    folder = _folder(out)
+    folder = _folder(ask.out)
     _refuse_bundle(model)
     check_models([model], given("revision"), given("confirm/text"))
     opened = open_curve(specs[0], given, requests, inputs)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
@@ -19,6 +19,8 @@ from pho_service.cli.search import describe
 from pho_service.cli.terminal import print_json, progress, say
 from pho_service.host.files import new_file, new_folder
 from pho_service.progress import Run
+from pho_service.spec.document import FieldShown
+from pho_service.spec.job import ScopeName
 
 if TYPE_CHECKING:
     from pho_service.models.texts import ReportText
@@ -113,16 +115,27 @@ class _Place:
         )  # fmt: skip
 
 
-@click.command(cls=DocumentCommand, fields=("trials", "seed"))
-@click.option("--out", default="demo", show_default=True, help="Folder for all results.")
-@click.option("--pattern", default="0.5", show_default=True, help="0.5, 2:4 and so on.")
-@click.option(
-    "--scope",
-    type=click.Choice(["row", "layer", "global"]),
-    help="Scope in which weights compete.  [default: layer; global for score; row for N:M]",
-)
+@dataclass(frozen=True, kw_only=True)
+class _Demo:
+    """
+    What the demo is shown at, and where its results go.
+
+    Attributes:
+        out: Folder for all results.
+        pattern: 0.5, 2:4 and so on.
+        scope: Scope in which weights compete.
+    """
+
+    out: str = "demo"
+    pattern: str = "0.5"
+    scope: Annotated[
+        ScopeName | None, FieldShown(default="layer; global for score; row for N:M")
+    ] = None
+
+
+@click.command(cls=DocumentCommand, fields=("trials", "seed"), ask=_Demo)
 @json_verb
-def demo(given: Given, out: str, pattern: str, scope: str | None, as_json: bool) -> None:
+def demo(given: Given, ask: _Demo, as_json: bool) -> None:
     """
     Run the main job on SmolLM2-135M, with built-in texts and settings.
 
@@ -140,7 +153,7 @@ def demo(given: Given, out: str, pattern: str, scope: str | None, as_json: bool)
     from pho_service.pipeline.search import check_study_url
     from pho_service.spec.configuration import write_configuration
 
-    folder = Path(out).expanduser()
+    folder, pattern, scope = Path(ask.out).expanduser(), ask.pattern, ask.scope
     if folder.exists():
         check_free(folder / "pruned")
     gguf = smollm2()

@@ -1,5 +1,5 @@
 """
-The document of a job made from the options of a verb, and the sections of a verb's --help.
+The options of a verb made from fields: of a job's document, and of what the verb alone is asked.
 """
 
 import inspect
@@ -12,9 +12,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from pho_service.cli.terminal import fail, say
 from pho_service.errors import InvalidInput
 from pho_service.spec.curve import Target
-from pho_service.spec.job_options import SECTIONS, Field, document_fields, value_at, within
+from pho_service.spec.document import MACHINE
+from pho_service.spec.job_options import (
+    SECTIONS,
+    Field,
+    document_fields,
+    option_fields,
+    value_at,
+    within,
+)
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -29,27 +38,7 @@ T = TypeVar("T")
 DOCUMENT, WARM = "document", "warm_start_names"
 
 # The sections of a verb's --help: what an option is about.
-TITLES = (*SECTIONS, "Machine", "Output")
-
-# Options that are not of the document, by the names of their parameters; others are Output.
-_OWN = {
-    "Model": ("teacher",),
-    "Text and calibration": ("split", "bundle_path", "text"),
-    "What to prune": (
-        "config_path", "config_paths", "method", "methods", "presets", "ablation", "seeds",
-        "other_family", "from_library", "library", "force", "pattern", "patterns", "scope",
-    ),
-    "Search": ("study", "search", "trials", "seed"),
-    "Confirmation and report": (
-        "report_path", "report_text", "report_dataset", "report_dataset_config", "report_data_file",
-        "report_split", "report_field", "report_windows", "max_windows", "confirm_text",
-    ),
-    "The job itself": (
-        "job_file", "name", "notify", "priority", "idempotency_key", "wait", "url",
-    ),
-    "Machine": ("device", "device_map", "card", "device_memory", "main_memory", "stream"),
-}  # fmt: skip
-
+TITLES = (*SECTIONS, MACHINE, "Output")
 
 # What people use of a verb: the first eight that it has, after those that it needs.
 _USED = (
@@ -58,6 +47,7 @@ _USED = (
     "--context-length", "--trials", "--job", "--watch", "--tasks", "--device",
 )  # fmt: skip
 _MOST = 8
+_FEW = 12  # options that --help shows at once
 _ALWAYS = ("--json", "--help", "--help-all")
 WHOLE_HELP = "pho.help-all"  # in a context's meta: whether every option is shown
 
@@ -67,52 +57,6 @@ def _show_all(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         ctx.meta[WHOLE_HELP] = True
         click.echo(ctx.get_help(), color=ctx.color)
         ctx.exit()
-
-
-class GroupedCommand(click.Command):
-    """A verb whose --help begins with what is used most, and whose --help-all has sections."""
-
-    def groups(self) -> Mapping[str, str]:
-        """Return the sections of options by the names of their parameters, where they are known."""
-        return {name: title for title, names in _OWN.items() for name in names}
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        more = click.Option(
-            ["--help-all"], is_flag=True, is_eager=True, expose_value=False, callback=_show_all,
-            help="Show all options, in sections.",
-        )  # fmt: skip
-        *params, shown = super().get_params(ctx)  # --help is the last
-        return [*params, more, shown]
-
-    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The first sentence, the options, and then the rest of the text with the example."""
-        first, _, rest = inspect.cleandoc(self.help or "").partition("\n\n")
-        self.format_usage(ctx, formatter)
-        for text, options in ((first, True), (rest, False)):
-            formatter.write_paragraph()
-            with formatter.indentation():
-                formatter.write_text(text)
-            if options:
-                self.format_options(ctx, formatter)
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        groups = self.groups()
-        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
-        if ctx.meta.get(WHOLE_HELP):
-            sections = {
-                title: [o for o in options if groups.get(str(o.name), "Output") == title]
-                for title in TITLES
-            }
-        else:
-            used = [o for name in _USED for o in options if name in o.opts and not o.required]
-            sections = {
-                "Used most": [*(o for o in options if o.required), *used][:_MOST],
-                "Other": [o for o in options if {*o.opts} & {*_ALWAYS}],
-            }
-        for title, shown in sections.items():
-            if rows := [*filter(None, (option.get_help_record(ctx) for option in shown))]:
-                with formatter.section(title):
-                    formatter.write_dl(rows)
 
 
 _AGAIN = "may be given several times."
@@ -130,6 +74,7 @@ _RULES = {
 class Given:
     """The options of a document that were given."""
 
+    fields: Mapping[str, Field]  # Those of the document, by their paths
     said: Mapping[str, Any]  # What they say, by the paths of their fields
     names: Mapping[str, str]  # What they are called, by the same
     models: Sequence[str] = ()  # What the verb was given
@@ -137,7 +82,6 @@ class Given:
     @cached_property
     def longest(self) -> int | None:
         """The tokens that all models read, if they are few and no length is given; it is told."""
-        from pho_service.cli.terminal import say
         from pho_service.planning.shapes import longest_of
         from pho_service.spec.calibration import CalibrationSettings
 
@@ -157,7 +101,7 @@ class Given:
             name = self.names[path]
             *folders, last = path.split("/")
             place = made
-            value: Any = document_fields()[path].value(said, name)
+            value: Any = self.fields[path].value(said, name)
             if path == "warm_start/found":  # files, which are read when the pattern is known
                 value, folders, last = {}, [], "warm_start"
             for folder in [*folders, *([last] if isinstance(value, dict) else [])]:
@@ -172,17 +116,12 @@ class Given:
 
     def __call__(self, path: str) -> Any:
         """What was given for a field, or its default."""
-        return self.said.get(path, document_fields()[path].default)
+        return self.said.get(path, self.fields[path].default)
 
     def job(self, document: Mapping[str, Any]) -> "JobSpec":
-        from pydantic import ValidationError
-
         from pho_service.spec.job import JobSpec
 
-        try:
-            spec = JobSpec.model_validate(document)
-        except ValidationError as error:
-            raise self._refused(error, "") from error
+        spec = self.read(JobSpec, document)
         return spec.model_copy(update={"calibration": spec.calibration.fitted(self.longest)})
 
     def calibration(self) -> "CalibrationSpec":
@@ -192,12 +131,16 @@ class Given:
 
     def part(self, path: str, kind: type[T]) -> T:
         """A part of the document, by itself."""
+        return self.read(kind, value_at(self.document(), path, {}), f"{path}/")
+
+    def read(self, kind: type[T], document: object, above: str = "") -> T:
+        """A document or a part of one; what breaks a rule is called by its option."""
         from pydantic import TypeAdapter, ValidationError
 
         try:
-            return TypeAdapter(kind).validate_python(value_at(self.document(), path, {}))
+            return TypeAdapter(kind).validate_python(document)
         except ValidationError as error:
-            raise self._refused(error, f"{path}/") from error
+            raise self._refused(error, above) from error
 
     def _refused(self, error: "ValidationError", above: str) -> InvalidInput:
         """What pydantic says, with the options' names instead of the fields'."""
@@ -230,13 +173,21 @@ class Given:
         return "" if named or not path else f"/{path} {reprlib.repr(value)}: "
 
 
-class DocumentCommand(GroupedCommand):
-    """A verb with options for fields of the job's document, which are made when they are needed."""
+class DocumentCommand(click.Command):
+    """
+    A verb with options for fields, which are made when they are needed.
+
+    Those of a document, a job's mostly, become the argument ``given``; those of the dataclass
+    ``ask``, which says what the verb alone is asked, become one of it. --help begins with what is
+    used most, and --help-all has sections.
+    """
 
     def __init__(
         self,
         *args: Any,
-        fields: Sequence[str],
+        fields: Sequence[str] = (),
+        document: type | None = None,
+        ask: type | None = None,
         names: Mapping[str, str] | None = None,
         required: Sequence[str] = (),
         needed: str = "",
@@ -245,24 +196,36 @@ class DocumentCommand(GroupedCommand):
     ) -> None:
         super().__init__(*args, **attributes)
         self._needed = needed  # What there may be instead of a pattern
-        self._asked, self._renamed, self._required = fields, names or {}, required
+        self._paths, self._renamed, self._required = fields, names or {}, required
+        self._document, self._ask = document, ask
         self._of_a_service = of_a_service
         # Fields that an option is about when it is given again, by its parameter.
         self._again: dict[str, Field] = {}
 
     @cached_property
+    def _ask_fields(self) -> Mapping[str, Field]:
+        return {} if self._ask is None else option_fields(self._ask)
+
+    @cached_property
+    def _document_fields(self) -> Mapping[str, Field]:
+        if self._document is not None:
+            return option_fields(self._document)
+        return document_fields() if self._paths else {}
+
+    @cached_property
     def fields(self) -> list[Field]:
+        """Those of the document that the verb has."""
         return [
             field
-            for path, field in document_fields().items()
-            if any(within(path, part) for part in self._asked)
+            for path, field in self._document_fields.items()
+            if any(within(path, part) for part in self._paths)
             and (self._of_a_service or not field.shown.service)
         ]
 
     @cached_property
     def _options(self) -> dict[str, tuple[Field, click.Option]]:
         options: dict[str, tuple[Field, click.Option]] = {}
-        for field in self.fields:
+        for field in [*self.fields, *self._ask_fields.values()]:
             name = self._renamed.get(field.path, field.name)
             option = field.option(name, required=field.path in self._required)
             if field.path == "pattern" and self._needed:
@@ -283,18 +246,24 @@ class DocumentCommand(GroupedCommand):
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """All of them, those of the document first."""
-        params = super().get_params(ctx)
+        *params, shown = super().get_params(ctx)  # --help is the last
         arguments = [param for param in params if isinstance(param, click.Argument)]
         options = [option for _, option in self._options.values()]
-        return [*arguments, *options, *(param for param in params if param not in arguments)]
+        options += [param for param in params if isinstance(param, click.Option)]
+        more = click.Option(
+            ["--help-all"], is_flag=True, is_eager=True, expose_value=False, callback=_show_all,
+            help="Show all options, in sections.", hidden=len(options) <= _FEW,
+        )  # fmt: skip
+        return [*arguments, *options, more, shown]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Read the arguments; what is of the document becomes the argument ``given``."""
+        """Read the arguments; what is of fields becomes the arguments ``given`` and ``ask``."""
         rest = super().parse_args(ctx, args)
-        values: dict[str, Any] = {}
+        said: dict[str, dict[str, Any]] = {"given": {}, "ask": {}}
         names: dict[str, str] = {}
         for parameter, (field, option) in self._options.items():
             value = ctx.params.pop(parameter, None)
+            values = said["ask" if field in self._ask_fields.values() else "given"]
             if value and (again := self._again.get(parameter)):
                 value, *more = value
                 values |= {again.path: tuple(more)} if more else {}
@@ -302,15 +271,61 @@ class DocumentCommand(GroupedCommand):
             if value is not None and value != () and value is not False:
                 values[field.path], names[field.path] = value, option.opts[0]
         models = ctx.params.get("models") or (ctx.params.get("model"),)
-        ctx.params["given"] = Given(said=values, names=names, models=[*filter(None, models)])
+        for argument, fields, is_asked in (
+            ("given", self._document_fields, self._paths),
+            ("ask", self._ask_fields, self._ask),
+        ):
+            if is_asked:
+                ctx.params[argument] = Given(
+                    fields=fields, said=said[argument], names=names, models=[*filter(None, models)]
+                )
         return rest
 
-    def groups(self) -> Mapping[str, str]:
-        """Those of the document's options, too."""
-        of_fields = {
-            parameter: field.shown.section for parameter, (field, _) in self._options.items()
-        }
-        return {**super().groups(), **of_fields}
+    def invoke(self, ctx: click.Context) -> Any:
+        """Check what the verb is asked, and run it."""
+        if self._ask is not None:
+            try:
+                options: Given = ctx.params["ask"]
+                ctx.params["ask"] = options.read(self._ask, options.document())
+            except InvalidInput as error:
+                fail(str(error), code=2)
+        return super().invoke(ctx)
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The first sentence, the options, and then the rest of the text with the example."""
+        first, _, rest = inspect.cleandoc(self.help or "").partition("\n\n")
+        self.format_usage(ctx, formatter)
+        for text, options in ((first, True), (rest, False)):
+            formatter.write_paragraph()
+            with formatter.indentation():
+                formatter.write_text(text)
+            if options:
+                self.format_options(ctx, formatter)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+        sections: dict[str, list[click.Option]] = {}
+        if ctx.meta.get(WHOLE_HELP):
+            sections = {title: [] for title in TITLES}
+            for option in options:
+                sections[self._section(option)].append(option)
+        elif len(options) > _FEW + 2:  # and the two of help
+            used = [o for name in _USED for o in options if name in o.opts and not o.required]
+            sections["Used most"] = [*(o for o in options if o.required), *used][:_MOST]
+            sections["Other"] = [o for o in options if {*o.opts} & {*_ALWAYS}]
+        else:
+            sections["Options"] = options
+        for title, shown in sections.items():
+            if rows := [*filter(None, (option.get_help_record(ctx) for option in shown))]:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+    def _section(self, option: click.Option) -> str:
+        """The section of --help-all that an option is in."""
+        name = str(option.name)
+        if name in self._options:
+            return self._options[name][0].shown.section
+        return MACHINE if name in ("device", "device_map") else "Output"
 
 
 def option(path: str, value: object = None) -> str:

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from pho_service.cli.document import Given
 from pho_service.cli.terminal import say
 from pho_service.errors import ConfigurationError, InvalidInput
@@ -21,10 +19,10 @@ if TYPE_CHECKING:
     from pho_service.spec.steps import Candidate
 
 
-library_option = click.option(
-    "--library",
-    help="A folder of configurations, or the URL of a service.  [default: PHO_API_URL, or "
-    "http://127.0.0.1:8000]",
+# Help of an option.
+LIBRARY = (
+    "A folder of configurations, or the URL of a service.  [default: PHO_API_URL, or "
+    "http://127.0.0.1:8000]"
 )
 
 

@@ -4,7 +4,7 @@ Options that several verbs share, what they stand for, and `--plot`.
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from pho_service.spec.calibration import CalibrationSettings
     from pho_service.spec.fields import CalibrationSpec, ConfirmSpec, TextSpec
     from pho_service.spec.steps import Candidate
-    from pho_service.spec.transfer import ReportSpec
     from pho_service.tuning.plan import SearchRequest
 
 
@@ -53,15 +52,6 @@ def all_options(*options: Callable[[F], F]) -> Callable[[F], F]:
 json_verb = all_options(
     click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout."), verb
 )
-
-
-def methods_beginning(_: click.Context, __: click.Parameter, beginning: str) -> list[str]:
-    """The names of published methods that begin so, for the completion of a shell."""
-    from pho_service.spec.baselines import named_baselines
-    from pho_service.spec.pattern import Pattern
-
-    names = {*named_baselines(Pattern.parse("0.5")), *named_baselines(Pattern.parse("2:4"))}
-    return sorted(name for name in names if name.startswith(beginning))
 
 
 def device_options(function: F) -> F:
@@ -153,44 +143,6 @@ def file_source(path: str) -> "TextSource":
     from pho_service.spec.fields import TextSpec
 
     return text_source(TextSpec(text=path), measured=True)
-
-
-# A text to measure on; `ReportSpec` has the rules of its fields. Verbs take them as ``**report``.
-report_options = all_options(
-    *(
-        click.option(f"--report-{name}", type=int if name == "windows" else str, help=what)
-        for name, what in {
-            "text": "Text file to measure on; nothing may have been chosen on it.",
-            "dataset": "Data set to measure on instead: hub id or folder; or c4 or wikitext2.",
-            "dataset-config": "Configuration of that data set.",
-            "data-file": "One file of that data set.",
-            "split": "Split of that data set.  [default: test, or the only one that there is]",
-            "field": "Field or column that holds its text.  [default: text]",
-            "windows": "Only the first N windows of what is measured on.",
-        }.items()
-    )
-)
-
-
-def report_spec(report: Mapping[str, Any]) -> "ReportSpec | None":
-    """The text to measure on that the options name; None if they name none."""
-    from pydantic import ValidationError
-
-    from pho_service.spec.document import broken_rule
-    from pho_service.spec.transfer import ReportSpec
-
-    values = {name.removeprefix("report_"): value for name, value in report.items()}
-    given_values = {name: value for name, value in values.items() if value is not None}
-    if not given_values:
-        return None
-    at_least(1, report_windows=given_values.get("windows"))
-    try:
-        return ReportSpec.model_validate(given_values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = "-".join(map(str, first["loc"])).replace("_", "-")
-        option = f"--report-{place}" if place else "--report-text or --report-dataset"
-        raise InvalidInput(f"{option}: {broken_rule(first).removesuffix('.')}.") from error
 
 
 def is_bundle(name: str) -> bool:

@@ -1,40 +1,43 @@
 """`pho plan`."""
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
 from pho_service.api.answers import PlanAnswer
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import json_verb
-from pho_service.cli.remote import job_document, open_client
+from pho_service.cli.remote import JobFile, job_document, open_client
 from pho_service.cli.terminal import print_json, print_table
-from pho_service.spec.document import format_bytes, format_count, parse_bytes
+from pho_service.spec.document import JOB, MACHINE, FieldShown, format_bytes, format_count
 
 if TYPE_CHECKING:
     from pho_service.planning.costs import Machine
 
 
-@click.command(cls=DocumentCommand, fields=("",))
+@dataclass(frozen=True, kw_only=True)
+class _Plan(JobFile):
+    """
+    The machine that a search is planned for.
+
+    Attributes:
+        card: H100, H200, A100, A100-40GB, L40S, 4090 or cpu.
+        device_memory: Memory of another card: 80GiB.
+        main_memory: Main memory of the machine: 128GiB.
+        url: Ask this service, which knows its models, instead of this machine.
+    """
+
+    card: Annotated[str | None, FieldShown(section=MACHINE, default="what is here")] = None
+    device_memory: Annotated[int | None, FieldShown(section=MACHINE, kind="size")] = None
+    main_memory: Annotated[int | None, FieldShown(section=MACHINE, kind="size")] = None
+    url: Annotated[str | None, FieldShown(section=JOB)] = None
+
+
+@click.command(cls=DocumentCommand, fields=("",), ask=_Plan)
 @click.argument("models", metavar="[MODEL]", nargs=-1)
-@click.option("--job", "job_file", help="A job document as a JSON file; - reads stdin.")
-@click.option(
-    "--card", help="H100, H200, A100, A100-40GB, L40S, 4090 or cpu.  [default: what is here]"
-)
-@click.option("--device-memory", help="Memory of another card: 80GiB.")
-@click.option("--main-memory", help="Main memory of the machine: 128GiB.")
-@click.option("--url", help="Ask this service, which knows its models, instead of this machine.")
 @json_verb
-def plan(
-    models: tuple[str, ...],
-    given: Given,
-    job_file: str | None,
-    card: str | None,
-    device_memory: str | None,
-    main_memory: str | None,
-    url: str | None,
-    as_json: bool,
-) -> None:
+def plan(models: tuple[str, ...], given: Given, ask: _Plan, as_json: bool) -> None:
     """
     Say what a search on MODEL would take: memory, disk and time, before anything is read.
 
@@ -46,17 +49,14 @@ def plan(
       pho plan meta-llama/Llama-2-7b-hf --pattern 2:4 --preset best --card H100
       pho plan org/model --pattern 0.5 --device-memory 24GiB
     """
-    spec = job_document(models, job_file, given, pattern=None if job_file else "0.5")
-    sizes = {
-        "device_memory": device_memory and parse_bytes(device_memory, "--device-memory"),
-        "main_memory": main_memory and parse_bytes(main_memory, "--main-memory"),
-    }
-    memory = {name: int(size) for name, size in sizes.items() if size}
-    if url is not None:
-        with open_client(url) as client:
-            answer = client.plan(spec, card=card, **memory)
+    spec = job_document(models, ask.job, given, pattern=None if ask.job else "0.5")
+    sizes = {"device_memory": ask.device_memory, "main_memory": ask.main_memory}
+    memory = {name: size for name, size in sizes.items() if size}
+    if ask.url is not None:
+        with open_client(ask.url) as client:
+            answer = client.plan(spec, card=ask.card, **memory)
     else:
-        answer = _here(spec, card, memory)
+        answer = _here(spec, ask.card, memory)
     if as_json:
         print_json(answer.model_dump(mode="json"))
     else:

@@ -4,16 +4,16 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import click
 
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.library import (
+    LIBRARY,
     LibraryEntry,
     best_of_library,
     check_library,
-    library_option,
     wanted_for,
 )
 from pho_service.cli.options import (
@@ -23,12 +23,12 @@ from pho_service.cli.options import (
     check_models,
     device_options,
     json_verb,
-    methods_beginning,
 )
 from pho_service.cli.terminal import print_json, print_table, progress, say
 from pho_service.errors import ConfigurationError, InvalidInput, ModelError
 from pho_service.pipeline.work import Work
-from pho_service.spec.document import number
+from pho_service.spec.document import PRUNED, TEXT, FieldShown, number
+from pho_service.spec.job import ScopeName
 from pho_service.spec.pattern import Linears, Pattern
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 # Where `pho prune` has its configuration from: a file, a published method, a library.
 ROUNDED = 0.005  # that a sparsity may be below what was asked for without a word
+PUBLIC = "Everybody can see a new repository; by default only you can."
 TRIED = 5  # configurations of a library that are rated by the proxy, the most promising first
 
 
@@ -99,29 +100,10 @@ class Source:
         )
 
 
-def given_configuration(
-    path: str | None, method: str | None, pattern: str | None, scope: str | None, given: Given
-) -> "Configuration | None":
-    """What a file or a method's name says; None if a library is asked."""
-    from pho_service.spec.configuration import published, read_configuration
-
-    if path is not None:
-        return read_configuration(Path(path))
-    if method is None:
-        return None
-    linears = given.part("steps/linears", Linears)
-    return published(method, str(pattern), scope, linears)
-
-
-public_option = click.option(
-    "--public", is_flag=True, help="Everybody can see a new repository; by default only you can."
-)
-
-
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("repository")
-@public_option
+@click.option("--public", is_flag=True, help=PUBLIC)
 @json_verb
 def push(folder: Path, repository: str, public: bool, as_json: bool) -> None:
     """
@@ -148,73 +130,51 @@ def push_folder(folder: Path, repository: str, public: bool, as_json: bool) -> N
     say(f"{folder} is at {address}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Prune:
+    """
+    What a model is pruned with, and where it goes; or a folder to check instead.
+
+    Attributes:
+        config: A configuration.
+        method: A published method instead, by its name in `pho compare`, for --pattern: wanda,
+            sparsegpt.
+        from_library: Take the most promising configuration of a library for --pattern instead.
+        pattern: With --method and --from-library: 0.5 or 2:4.
+        scope: With --from-library, any by default; with --method for those that have none of their
+            own.
+        force: With --from-library: take the most promising one even if the proxy says that RIA is
+            better on MODEL.
+        out: A new or empty folder.
+        push: Upload the folder to the hub, too: org/name.
+        bundle: Take the statistics from here instead of calibrating on a text.
+        check: Check a pruned folder instead, or a packed one; with MODEL, the dense original, also
+            what stayed.
+    """
+
+    config: Annotated[str | None, FieldShown(section=PRUNED, kind="path")] = None
+    method: Annotated[str | None, FieldShown(section=PRUNED, picks="methods")] = None
+    from_library: Annotated[bool, FieldShown(section=PRUNED)] = False
+    library: Annotated[str | None, FieldShown(section=PRUNED, help=LIBRARY)] = None
+    pattern: Annotated[str | None, FieldShown(section=PRUNED)] = None
+    scope: Annotated[ScopeName | None, FieldShown(section=PRUNED)] = None
+    force: Annotated[bool, FieldShown(section=PRUNED)] = False
+    out: Annotated[str | None, FieldShown(kind="path")] = None
+    push: str | None = None
+    public: Annotated[bool, FieldShown(help=PUBLIC)] = False
+    bundle: Annotated[str | None, FieldShown(section=TEXT, kind="path")] = None
+    check: Annotated[str | None, FieldShown(kind="path")] = None
+
+
 @click.command(
     cls=DocumentCommand,
     fields=("steps/linears", "steps/deployable", "calibration", "revision", "dtype", "stream"),
+    ask=_Prune,
 )
 @click.argument("model", required=False)
-@click.option("--config", "config_path", type=click.Path(), help="A configuration.")
-@click.option(
-    "--method",
-    shell_complete=methods_beginning,
-    help="A published method instead, by its name in `pho compare`, for --pattern: wanda, "
-    "sparsegpt.",
-)
-@click.option(
-    "--from-library",
-    is_flag=True,
-    help="Take the most promising configuration of a library for --pattern instead.",
-)
-@library_option
-@click.option("--pattern", help="With --method and --from-library: 0.5 or 2:4.")
-@click.option(
-    "--scope",
-    type=click.Choice(["row", "layer", "global"]),
-    help="With --from-library, any by default; with --method for those that have none of their "
-    "own.",
-)
-@click.option(
-    "--force",
-    is_flag=True,
-    help="With --from-library: take the most promising one even if the proxy says that RIA is "
-    "better on MODEL.",
-)
-@click.option("--out", type=click.Path(), help="A new or empty folder.")
-@click.option("--push", "repository", help="Upload the folder to the hub, too: org/name.")
-@public_option
-@click.option(
-    "--bundle",
-    "bundle_path",
-    type=click.Path(),
-    help="Take the statistics from here instead of calibrating on a text.",
-)
-@click.option(
-    "--check",
-    "check_path",
-    type=click.Path(),
-    help="Check a pruned folder instead, or a packed one; with MODEL, the dense original, also "
-    "what stayed.",
-)
 @device_options
 @json_verb
-def prune(
-    model: str | None,
-    given: Given,
-    config_path: str | None,
-    method: str | None,
-    from_library: bool,
-    library: str | None,
-    pattern: str | None,
-    scope: str | None,
-    force: bool,
-    out: str | None,
-    repository: str | None,
-    public: bool,
-    bundle_path: str | None,
-    check_path: str | None,
-    inputs: Terminal,
-    as_json: bool,
-) -> None:
+def prune(model: str | None, given: Given, ask: _Prune, inputs: Terminal, as_json: bool) -> None:
     """
     Prune MODEL with a configuration and save it as a Hugging Face folder.
 
@@ -238,65 +198,80 @@ def prune(
       pho prune HuggingFaceTB/SmolLM2-135M --check pruned
     """
     chosen = {
-        "--config": config_path, "--method": method, "--from-library": from_library or None,
-    }  # fmt: skip
+        "--config": ask.config,
+        "--method": ask.method,
+        "--from-library": ask.from_library or None,
+    }
     named = {given.names[path]: path for path in given.said if path.startswith("steps/linears/")}
-    of_library = {"--library": library, "--force": force or None}
-    pruning = {**of_library, "--pattern": pattern, "--scope": scope, **named}
-    if check_path:
+    of_library = {"--library": ask.library, "--force": ask.force or None}
+    pruning = {**of_library, "--pattern": ask.pattern, "--scope": ask.scope, **named}
+    if ask.check:
         pruning["--deployable"] = given("steps/deployable")
-        others = {**chosen, **pruning, "--out": out, "--push": repository, "--bundle": bundle_path}
+        others = {
+            **chosen, **pruning, "--out": ask.out, "--push": ask.push, "--bundle": ask.bundle,
+        }  # fmt: skip
         too_many = [name for name, value in others.items() if value is not None]
         if too_many:
             raise InvalidInput(
                 f"--check takes a folder and prunes nothing: leave {', '.join(too_many)} out."
             )
-        _check(Path(check_path), model, as_json, inputs)
+        _check(Path(ask.check), model, as_json, inputs)
         return
-    if not (model and out) or sum(value is not None for value in chosen.values()) != 1:
+    if not (model and ask.out) or sum(value is not None for value in chosen.values()) != 1:
         raise InvalidInput(
             "MODEL, --out, and one of --config, --method and --from-library are needed to prune; "
             "--check FOLDER to check a folder."
         )
-    if config_path is None and pattern is None:
-        which = "--method" if method else "--from-library"
+    if ask.config is None and ask.pattern is None:
+        which = "--method" if ask.method else "--from-library"
         raise InvalidInput(f"{which} needs a --pattern: 0.5 or 2:4, say.")
-    if public and repository is None:
+    if ask.public and ask.push is None:
         raise InvalidInput("--public is for --push. Leave it out.")
-    _refuse(config_path, method, pruning=pruning, of_library=of_library, named=named)
-    if pattern is not None:
-        Pattern.parse(pattern, scope)  # a wrong one is refused before a model is read
+    _refuse(ask, pruning=pruning, of_library=of_library, named=named)
+    if ask.pattern is not None:
+        Pattern.parse(ask.pattern, ask.scope)  # a wrong one is refused before a model is read
     source = Source(
-        configuration=given_configuration(config_path, method, pattern, scope, given),
-        library=library,
-        pattern=pattern,
-        scope=scope,
-        force=force,
+        configuration=_given_configuration(ask, given),
+        library=ask.library,
+        pattern=ask.pattern,
+        scope=ask.scope,
+        force=ask.force,
         deployable=bool(given("steps/deployable")),
     )
     statistics = _Statistics(
-        bundle=bundle_path,
+        bundle=ask.bundle,
         calibration=given.calibration(),
         named=bool({"calibration/text", "calibration/dataset"} & {*given.said}),
     )
-    _prune(model, source, Path(out), statistics, as_json, inputs)
-    if repository is not None:
-        push_folder(Path(out), repository, public, as_json=False)
+    _prune(model, source, Path(ask.out), statistics, as_json, inputs)
+    if ask.push is not None:
+        push_folder(Path(ask.out), ask.push, ask.public, as_json=False)
+
+
+def _given_configuration(ask: _Prune, given: Given) -> "Configuration | None":
+    """What a file or a method's name says; None if a library is asked."""
+    from pho_service.spec.configuration import published, read_configuration
+
+    if ask.config is not None:
+        return read_configuration(Path(ask.config))
+    if ask.method is None:
+        return None
+    linears = given.part("steps/linears", Linears)
+    return published(ask.method, str(ask.pattern), ask.scope, linears)
 
 
 def _refuse(
-    config: str | None,
-    method: str | None,
+    ask: _Prune,
     *,
     pruning: "Mapping[str, object]",
     of_library: "Mapping[str, object]",
     named: "Mapping[str, object]",
 ) -> None:
     """See that no option is given that is for another source of the configuration."""
-    library = config is None and method is None
+    library = ask.config is None and ask.method is None
     for refused, foreign, reason in (
         (not library, of_library, "for --from-library alone"),
-        (config is not None, pruning, "a configuration has its pattern, scope and linears"),
+        (ask.config is not None, pruning, "a configuration has its pattern, scope and linears"),
         (library, named, "for --method; what is in a library says which linears it prunes"),
     ):
         too_many = [name for name, value in foreign.items() if value is not None]

@@ -3,8 +3,9 @@
 """
 
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
 import click
 
@@ -20,6 +21,7 @@ from pho_service.cli.options import (
 from pho_service.cli.terminal import loading, print_json, progress, say, show_table
 from pho_service.errors import InvalidInput
 from pho_service.progress import silent
+from pho_service.spec.document import MODEL, REPORT, FieldShown
 from pho_service.spec.recovery import Recovery
 
 _TEXT = (
@@ -31,31 +33,35 @@ _NAMES = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Recover:
+    """
+    Where the dense model is, and where the recovered one goes.
+
+    Attributes:
+        teacher: The dense model that FOLDER was pruned from.
+        out: A new folder.
+        confirm_text: Text file to measure perplexities on: dense, pruned, recovered. Not trained
+            on.
+    """
+
+    teacher: Annotated[str, FieldShown(section=MODEL, picks="models")]
+    out: Annotated[Path, FieldShown(kind="path")]
+    confirm_text: Annotated[str | None, FieldShown(section=REPORT)] = None
+
+
 @click.command(
     cls=DocumentCommand,
     fields=(
         *(f"calibration/{name}" for name in _TEXT), *_NAMES, "confirm/windows", "revision", "dtype",
     ),
     names=_NAMES,
+    ask=_Recover,
 )  # fmt: skip
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--teacher", required=True, help="The dense model that FOLDER was pruned from.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
-@click.option(
-    "--confirm-text",
-    help="Text file to measure perplexities on: dense, pruned, recovered. Not trained on.",
-)
 @device_options
 @json_verb
-def recover(
-    folder: Path,
-    given: Given,
-    teacher: str,
-    out: Path,
-    confirm_text: str | None,
-    inputs: Terminal,
-    as_json: bool,
-) -> None:
+def recover(folder: Path, given: Given, ask: _Recover, inputs: Terminal, as_json: bool) -> None:
     """
     Train what FOLDER keeps towards what the dense model predicts, masks fixed.
 
@@ -76,12 +82,12 @@ def recover(
     from pho_service.pruning.recovery import Processes
     from pho_service.shown.tables import continuations_table, recovered_table
 
-    settings = given.part("recovery", Recovery)
+    settings, teacher, out = given.part("recovery", Recovery), ask.teacher, ask.out
     how = given.calibration()
     check_free(out)
     if not folder.expanduser().exists():
         raise InvalidInput(f"{folder} does not exist. Give the folder of a pruned model.")
-    check_models([teacher], given("revision"), confirm_text)
+    check_models([teacher], given("revision"), ask.confirm_text)
     source = calibration_source(how)
     processes = Processes()
     with loading(str(folder)):
@@ -91,9 +97,9 @@ def recover(
     if "calibration/context_length" not in given.said:
         how = how.fitted(pruned.model.longest)
     measured = None
-    if confirm_text is not None:
+    if ask.confirm_text is not None:
         windows = given("confirm/windows")
-        measured = inputs.report(pruned.model, file_source(confirm_text), how, windows)
+        measured = inputs.report(pruned.model, file_source(ask.confirm_text), how, windows)
     place = out.expanduser().resolve().with_name(f".{out.name}.recovery")
     recovered = recover_model(
         pruned,

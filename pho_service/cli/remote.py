@@ -4,15 +4,16 @@ The verbs that ask a service: submit, jobs, show, watch, best, transfer-job and 
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 from click.shell_completion import CompletionItem
 
 from pho_service.cli import library
-from pho_service.cli.document import DocumentCommand, Given, GroupedCommand
+from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import (
     all_options,
     at_least,
@@ -20,8 +21,6 @@ from pho_service.cli.options import (
     out_file,
     plot_file,
     plot_transfer,
-    report_options,
-    report_spec,
 )
 from pho_service.cli.terminal import (
     print_json,
@@ -32,7 +31,8 @@ from pho_service.cli.terminal import (
     tell,
 )
 from pho_service.errors import InvalidInput, PhoError, ServiceError
-from pho_service.spec.document import number
+from pho_service.spec.document import JOB, MODEL, FieldShown, number
+from pho_service.spec.transfer import TransferRequest
 
 if TYPE_CHECKING:
     from pho_service.api.answers import Job
@@ -502,20 +502,44 @@ def end(client: "Client", job: "Job", as_json: bool) -> None:
         raise ServiceError(f"job {job.id} {job.state}: {reason}")
 
 
-@click.command(cls=DocumentCommand, fields=("",), needed="--patterns, --within or --job")
+@dataclass(frozen=True, kw_only=True)
+class JobFile:
+    """
+    A document beside the options, which count more.
+
+    Attributes:
+        job: A job document as a JSON file; - reads stdin.
+    """
+
+    job: Annotated[str | None, FieldShown(section=JOB)] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _NewJob:
+    """
+    How a job is made, and waited for.
+
+    Attributes:
+        idempotency_key: The same key twice makes one job.
+        watch: Wait for it, as `pho watch` does.
+    """
+
+    idempotency_key: Annotated[str | None, FieldShown(section=JOB)] = None
+    watch: Annotated[bool, FieldShown(section=JOB)] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Submit(JobFile, _NewJob):
+    """What is submitted, and how."""
+
+
+@click.command(
+    cls=DocumentCommand, fields=("",), needed="--patterns, --within or --job", ask=_Submit
+)
 @click.argument("models", metavar="[MODEL...]", nargs=-1)
-@click.option("--job", "job_file", help="A job document as a JSON file; - reads stdin.")
-@click.option("--idempotency-key", help="The same key twice makes one job.")
-@click.option("--watch", "wait", is_flag=True, help="Wait for it, as `pho watch` does.")
 @service_verb
 def submit(
-    models: tuple[str, ...],
-    given: Given,
-    job_file: str | None,
-    idempotency_key: str | None,
-    wait: bool,
-    url: str | None,
-    as_json: bool,
+    models: tuple[str, ...], given: Given, ask: _Submit, url: str | None, as_json: bool
 ) -> None:
     """
     Submit a search job for MODEL, a hub id or a path that the workers see.
@@ -532,12 +556,12 @@ def submit(
       pho submit org/name --pattern 0.5 --tasks boolq,arc_easy --limit 500
       pho submit --job job.json
     """
-    spec = job_document(models, job_file, given)
+    spec = job_document(models, ask.job, given)
     with open_client(url) as client:
-        job = client.submit(spec, idempotency_key=idempotency_key)
-        for warning in job.warnings if wait or not as_json else ():
+        job = client.submit(spec, idempotency_key=ask.idempotency_key)
+        for warning in job.warnings if ask.watch or not as_json else ():
             say(f"note: {warning}")
-        if not wait:
+        if not ask.watch:
             if as_json:
                 print_json(job.model_dump(mode="json"))
             else:
@@ -586,52 +610,50 @@ def _read_document(path: str) -> dict[str, Any]:
     return document
 
 
-@click.command("transfer-job", cls=GroupedCommand)
+@dataclass(frozen=True, kw_only=True)
+class _TransferJob(_NewJob):
+    """
+    What is measured of a job, and where it is written.
+
+    Attributes:
+        pattern: Which, of a job with several patterns.
+        out: Write what is measured to this file; implies --watch.
+        plot: Draw it on this HTML page; implies --watch.
+    """
+
+    pattern: Annotated[str | None, FieldShown(section=MODEL)] = None
+    out: str | None = None
+    plot: str | None = None
+
+
+@click.command(
+    "transfer-job",
+    cls=DocumentCommand,
+    document=TransferRequest,
+    fields=(
+        "report", "search", "calibration/text", "dtype", "stream", "name", "priority",
+        "max_attempts", "notify",
+    ),
+    ask=_TransferJob,
+)  # fmt: skip
 @job_argument
 @click.argument("models", metavar="[MODEL...]", nargs=-1)
-@pattern_option
-@report_options
-@click.option("--search", is_flag=True, help="Find the own best of each model, too.")
-@click.option("--trials", type=int, help="Number of trials of those searches.  [default: 200]")
-@click.option("--seed", type=int, help="Seed of those searches.  [default: 0]")
-@click.option("--confirm-text", help="Text to confirm on.  [default: what the calibration leaves]")
-@click.option("--text", help="To calibrate on.  [default: as the job]")
-@click.option("--stream", is_flag=True, help="Leave the weights on disk.")
-@click.option("--name", help="Name of the new job.")
-@click.option("--priority", type=int, default=0, show_default=True, help="Higher goes first.")
-@click.option("--notify", help="URL of a webhook that is called when it has ended.")
-@click.option("--idempotency-key", help="The same key twice makes one job.")
-@click.option("--watch", "wait", is_flag=True, help="Wait for it, as `pho watch` does.")
-@click.option("--out", help="Write what is measured to this file; implies --watch.")
-@click.option("--plot", help="Draw it on this HTML page; implies --watch.")
 @service_verb
 def transfer_job(
     job_id: str,
     models: tuple[str, ...],
-    pattern: str | None,
-    search: bool,
-    trials: int | None,
-    seed: int | None,
-    confirm_text: str | None,
-    text: str | None,
-    stream: bool,
-    name: str | None,
-    priority: int,
-    notify: str | None,
-    idempotency_key: str | None,
-    wait: bool,
-    out: str | None,
-    plot: str | None,
+    given: Given,
+    ask: _TransferJob,
     url: str | None,
     as_json: bool,
-    **report: Any,
 ) -> None:
     """
     Measure what the job JOB_ID has found on MODEL..., hub ids or paths that the workers see.
 
     It is a job of its own, whose id is printed. Without --report-text or
-    --report-dataset only proxies are compared. Without MODEL, JOB_ID is such a
-    job: --out and --plot give what it has measured.
+    --report-dataset only proxies are compared. --text is to calibrate on; without
+    it, the job's text is. Without MODEL, JOB_ID is such a job: --out and --plot
+    give what it has measured.
 
     \b
     Example:
@@ -640,41 +662,36 @@ def transfer_job(
     """
     from pho_service.host.files import write_json
 
-    at_least(1, trials=trials)
-    measured_on = report_spec(report)
-    path = None if out is None else out_file(out)
-    picture = None if plot is None else plot_file(plot)
+    path = None if ask.out is None else out_file(ask.out)
+    picture = None if ask.plot is None else plot_file(ask.plot)
     if not models and path is None and picture is None:
         raise InvalidInput("give MODEL..., or --out or --plot for a transfer that is there.")
-    if pattern is not None and not models:
+    if ask.pattern is not None and not models:
         raise InvalidInput(
-            f"--pattern {pattern} says which of several patterns is measured: give MODEL..., too."
+            f"--pattern {ask.pattern} says which of several patterns is measured: give MODEL..., "
+            "too."
         )
-    search_options = {
-        "trials": trials,
-        "seed": seed,
-        "confirm": None if confirm_text is None else {"text": confirm_text},
-    }
-    if any(value is not None for value in search_options.values()) and not search:
-        raise InvalidInput("--trials, --seed and --confirm-text are for --search: give it, too.")
-    document: dict[str, Any] = {"stream": stream, "priority": priority}
-    searched = _given(**search_options) if search else None
-    document |= _given(
-        name=name,
-        notify=notify,
-        report=measured_on and measured_on.model_dump(exclude_unset=True),
-        search=searched,
-    )
+    options = [given.names[path] for path in given.said if path.startswith("search/")]
+    if options and "search" not in given.said:
+        raise InvalidInput(f"{', '.join(options)}: for --search alone. Give it, too.")
+    document = given.document()
+    if models:
+        given.read(TransferRequest, {**document, "models": [*models]})
     with open_client(url) as client:
         job = client.job(job_id)
         if models:
-            if text is not None:
+            if "calibration" in document:
+                text = document["calibration"]["text"]
                 document["calibration"] = _calibration(job.spec["calibration"], text)
             job = client.transfer(
-                job_id, models, pattern=pattern, idempotency_key=idempotency_key, **document
+                job_id,
+                models,
+                pattern=ask.pattern,
+                idempotency_key=ask.idempotency_key,
+                **document,
             )
             say(f"{job.name}: {job.state}. Follow it with: pho watch {job.short}")
-            if not (wait or path or picture):
+            if not (ask.watch or path or picture):
                 if as_json:
                     print_json(job.model_dump(mode="json"))
                 else:
@@ -691,10 +708,6 @@ def transfer_job(
             plot_transfer(measured["targets"], picture, title)
             say(f"written {picture}")
         end(client, job, as_json)
-
-
-def _given(**fields: Any) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _calibration(of_job: dict[str, Any], text: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`pho search`."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from pho_service.cli.options import (
 from pho_service.cli.terminal import print_json, say, show_table
 from pho_service.errors import InvalidInput
 from pho_service.pipeline.work import Work
+from pho_service.spec.verbs import Studied
 
 if TYPE_CHECKING:
     from pho_service.pipeline.curve import Within
@@ -30,29 +31,26 @@ if TYPE_CHECKING:
     from pho_service.tuning.result import SearchResult
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Search(Studied):
+    """
+    Where a search is kept, and what it gives.
+
+    Attributes:
+        out: The configuration.
+    """
+
+    out: str = "config.json"
+
+
 @click.command(
-    cls=DocumentCommand,
-    fields=("",),
-    needed="--within",
-    of_a_service=False,
+    cls=DocumentCommand, fields=("",), needed="--within", of_a_service=False, ask=_Search
 )
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
-@click.option(
-    "--study",
-    default="sqlite:///study.db",
-    show_default=True,
-    help="Database of the Optuna study; an interrupted search continues from it.",
-)
-@click.option("--out", default="config.json", show_default=True, help="The configuration.")
 @device_options
 @json_verb
 def search(
-    models: tuple[str, ...],
-    given: Given,
-    study: str,
-    out: str,
-    inputs: Terminal,
-    as_json: bool,
+    models: tuple[str, ...], given: Given, ask: _Search, inputs: Terminal, as_json: bool
 ) -> None:
     """
     Find the best coefficients for a model, and confirm them by perplexity.
@@ -74,7 +72,7 @@ def search(
     from pho_service.pipeline.search import check_study_url, opened_study, search_job
     from storage.studies import keep_record
 
-    path = out_file(out)
+    path, study = out_file(ask.out), ask.study
     check_study_url(study)
     text = given("confirm/text") if len(models) == 1 else None  # several take none
     check_models(models, given("revision"), text)

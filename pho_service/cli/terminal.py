@@ -47,22 +47,22 @@ def verb(function: Callable[P, None]) -> Callable[P, None]:
             with faults_told():
                 function(*args, **kwargs)
         except InvalidInput as error:
-            _fail(str(error), code=2)
+            fail(str(error), code=2)
         except PhoError as error:
-            _fail(str(error), code=1)
+            fail(str(error), code=1)
         except ModuleNotFoundError as error:
             needs = missing_extra(error)
             if needs is None:
                 raise
             words = click.get_current_context().command_path.split()[1:]
-            _fail(f"{' '.join(words)} {needs}", code=1)
+            fail(f"{' '.join(words)} {needs}", code=1)
         except KeyboardInterrupt:
-            _fail("interrupted. What was finished is kept: the same command goes on.", code=1)
+            fail("interrupted. What was finished is kept: the same command goes on.", code=1)
 
     return run
 
 
-def _fail(message: str, *, code: int) -> NoReturn:
+def fail(message: str, *, code: int) -> NoReturn:
     click.echo(f"pho: {plain(message)}", err=True)
     raise SystemExit(code)
 

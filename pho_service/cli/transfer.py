@@ -2,16 +2,15 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import (
     Terminal,
-    at_least,
     calibration_source,
     check_models,
     device_options,
@@ -20,17 +19,38 @@ from pho_service.cli.options import (
     out_file,
     plot_file,
     plot_transfer,
-    report_options,
-    report_spec,
     text_source,
 )
 from pho_service.cli.terminal import print_json, say, show_table
 from pho_service.errors import InvalidInput
 from pho_service.pipeline.work import Work
+from pho_service.spec.document import PRUNED, SEARCH, FieldShown
+from pho_service.spec.job import ScopeName
+from pho_service.spec.verbs import Reported, Studied
 
 if TYPE_CHECKING:
     from pho_service.spec.configuration import Configuration
     from pho_service.spec.results import Transfer
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Transfer(Reported, Studied):
+    """
+    What a configuration must be, what it is measured on, and where that is kept.
+
+    Attributes:
+        pattern: Refuse a configuration of another pattern.
+        scope: Refuse a configuration of another scope.
+        search: Find the own best of each model, too.
+        out: All that was measured.
+        plot: Draw it on this HTML page.
+    """
+
+    pattern: Annotated[str | None, FieldShown(section=PRUNED)] = None
+    scope: Annotated[ScopeName | None, FieldShown(section=PRUNED, default="any")] = None
+    search: Annotated[bool, FieldShown(section=SEARCH)] = False
+    out: str = "transfer.json"
+    plot: Annotated[str | None, FieldShown(kind="path")] = None
 
 
 @click.command(
@@ -39,40 +59,19 @@ if TYPE_CHECKING:
         "calibration", "confirm/text", "confirm/windows", "confirm/finalists", "trials", "seed",
         "in_full", "revision", "dtype", "stream",
     ),
+    ask=_Transfer,
 )  # fmt: skip
 @click.argument("configuration")
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
-@click.option("--pattern", help="Refuse a configuration of another pattern.")
-@click.option(
-    "--scope",
-    type=click.Choice(["row", "layer", "global"]),
-    help="Refuse a configuration of another scope.  [default: any]",
-)
-@report_options
-@click.option("--search", is_flag=True, help="Find the own best of each model, too.")
-@click.option(
-    "--study",
-    default="sqlite:///study.db",
-    show_default=True,
-    help="Database of their studies; an interrupted search continues from it.",
-)
-@click.option("--out", default="transfer.json", show_default=True, help="All that was measured.")
-@click.option("--plot", type=click.Path(), help="Draw it on this HTML page.")
 @device_options
 @json_verb
 def transfer(
     configuration: str,
     models: tuple[str, ...],
     given: Given,
-    pattern: str | None,
-    scope: str | None,
-    search: bool,
-    study: str,
-    out: str,
-    plot: str | None,
+    ask: _Transfer,
     inputs: Terminal,
     as_json: bool,
-    **report: Any,
 ) -> None:
     """
     Measure what CONFIGURATION is worth on other models.
@@ -100,23 +99,22 @@ def transfer(
     from pho_service.spec.fields import ConfirmSpec
     from pho_service.spec.objective import SearchOptions
 
-    path = out_file(out)
-    picture = None if plot is None else plot_file(plot)
-    confirm_windows = given("confirm/windows")
-    at_least(1, confirm_windows=confirm_windows)
-    measured_on = report_spec(report)
+    path = out_file(ask.out)
+    picture = None if ask.plot is None else plot_file(ask.plot)
+    measured_on = ask.report
+    own_confirm = given.part("confirm", ConfirmSpec)
     config = read_configuration(Path(configuration))
-    check_configuration(configuration, config, pattern, scope)
+    check_configuration(configuration, config, ask.pattern, ask.scope)
     calibration = given.calibration()
     settings = calibration.settings()
     if config.coefficients.kernel_size not in settings.kernel_sizes:
         sizes = (*settings.kernel_sizes, config.coefficients.kernel_size)
         settings = replace(settings, kernel_sizes=sizes)
     request = None
-    if search:
+    if ask.search:
         options = SearchOptions(**{name: given(name) for name in ("trials", "seed", "in_full")})
-        request = own_search(config, options, finalists=given("confirm/finalists"))
-        check_study_url(study)
+        request = own_search(config, options, finalists=own_confirm.finalists)
+        check_study_url(ask.study)
     whole = [name for name in models if not is_bundle(name)]
     if whole and measured_on is None:
         raise InvalidInput(
@@ -124,13 +122,11 @@ def transfer(
             "Give --report-text or --report-dataset, or a bundle instead of the model: then only "
             "proxies are compared."
         )
-    check_models(models, given("revision"), given("confirm/text"))
+    check_models(models, given("revision"), own_confirm.text)
     if whole and measured_on is not None:
         report_source = text_source(measured_on, measured=True)
         source = calibration_source(calibration)
-    confirm = None
-    if request is not None:
-        confirm = ConfirmSpec(text=given("confirm/text"), windows=confirm_windows)
+    confirm = None if request is None else own_confirm
     document = _TransferFile.open(path, configuration, config)
     shown = []
 
@@ -145,7 +141,7 @@ def transfer(
             work = replace(work, report=text)
         run = inputs.run(work.dense)
         return document.known(transfer_key(work, config, request)) or document.add(
-            transfer_job(name, work, config, search=request, study_url=study, run=run)
+            transfer_job(name, work, config, search=request, study_url=ask.study, run=run)
         )
 
     for name in models:

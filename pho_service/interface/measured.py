@@ -46,12 +46,13 @@ from pho_service.shown.parts import Shown, Table
 from pho_service.shown.tables import scores_table
 from pho_service.spec.calibration import Bos, CalibrationSettings
 from pho_service.spec.configuration import beside_in_words
-from pho_service.spec.document import with_error
+from pho_service.spec.document import part_of, with_error
 from pho_service.spec.fields import ConfirmSpec
 from pho_service.spec.objective import SearchOptions, options_of
 from pho_service.spec.pattern import Linears, Pattern
 from pho_service.spec.recovery import Recovery
 from pho_service.spec.tasks import TaskScore, task_names
+from pho_service.spec.verbs import BenchSettings, CompareAsk, EvaluateAsk, Where
 from pho_service.tuning.plan import SearchRequest
 
 if TYPE_CHECKING:
@@ -140,38 +141,62 @@ class Evaluation(Shown):
         return beside_in_words(self.perplexity, self.beside)
 
 
-def evaluate(
-    model: Model,
-    tokenizer: Any,
-    texts: "Texts | None" = None,
-    *,
-    tasks: str | Sequence[str] = (),
-    tasks_dir: str | Path | None = None,
-    limit: int | None = None,
-    context_length: int | None = None,
-    max_windows: int | None = None,
-    bos: Bos = _DEFAULT.bos,
-    beside: Model | None = None,
-    progress: bool | None = None,
-) -> Evaluation:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TaskArguments:
+    """
+    Zero-shot tasks.
+
+    Attributes:
+        tasks: Names in lm-evaluation-harness, which comes with the extra ``eval``.
+        tasks_dir: Folder with task files of one's own. What they name as ``!function`` is run.
+        limit: Only the first so many examples of each task; None takes all.
+        progress: Show bars on stderr; None shows them in terminals and notebooks.
+    """
+
+    tasks: str | Sequence[str] = ()
+    tasks_dir: str | Path | None = None
+    limit: int | None = None
+    progress: bool | None = None
+
+    def loaded_tasks(self) -> LoadedTasks | None:
+        """Those that are asked for, before a model is opened."""
+        if not self.tasks:
+            return None
+        folder = Path(self.tasks_dir).expanduser() if self.tasks_dir else None
+        return load_tasks(task_names(self.tasks), folder)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EvaluateArguments(TaskArguments, EvaluateAsk):
+    """
+    Arguments of ``pho.evaluate``.
+
+    Attributes:
+        model: As of ``pho.calibrate``.
+        tokenizer: As of ``pho.calibrate``.
+        texts: As of ``pho.calibrate``; no text is needed if there are tasks.
+        context_length: Tokens of a window; None is 2048 or what the model reads, or the length of
+            windows that are given.
+        bos: Whether windows and questions start with BOS: ``auto``, ``always``, ``never``.
+        beside: Another model, or its name, whose perplexity is measured on the same windows: such
+            as the dense one beside the pruned one. A name has its own tokenizer.
+    """
+
+    model: Model = field(kw_only=False)
+    tokenizer: Any = field(kw_only=False)
+    texts: "Texts | None" = field(default=None, kw_only=False)
+    context_length: int | None = None
+    bos: Bos = _DEFAULT.bos
+    beside: Model | None = None
+
+
+@arguments(EvaluateArguments)
+def evaluate(ask: EvaluateArguments) -> Evaluation:
     """
     Measure the perplexity of a model on a text, or its zero-shot tasks, as `pho evaluate` does.
 
     The text is joined, tokenised once and cut into windows that do not overlap; the tail is
     dropped.
-
-    Args:
-        model, tokenizer, texts: As of ``pho.calibrate``; no text is needed if there are tasks.
-        tasks: Names in lm-evaluation-harness, which comes with the extra ``eval``.
-        tasks_dir: Folder with task files of one's own. What they name as ``!function`` is run.
-        limit: Only the first so many examples of each task; None takes all.
-        context_length: Tokens of a window; None is 2048 or what the model reads, or the length of
-            windows that are given.
-        max_windows: Only the first so many; None takes all.
-        bos: Whether windows and questions start with BOS: ``auto``, ``always``, ``never``.
-        beside: Another model, or its name, whose perplexity is measured on the same windows: such
-            as the dense one beside the pruned one. A name has its own tokenizer.
-        progress: Show bars on stderr; None shows them in terminals and notebooks.
 
     Raises:
         InvalidInput, ModelError, TextError: As of ``pho.calibrate``; there is neither a text nor a
@@ -180,29 +205,30 @@ def evaluate(
         ModuleNotFoundError: The extra ``eval`` is not installed.
         NumericalError: A loss is NaN or infinite.
     """
-    if texts is None and not tasks:
+    texts, bos, beside = ask.texts, ask.bos, ask.beside
+    if texts is None and not ask.tasks:
         raise InvalidInput("there is nothing to measure. Give texts, tasks, or both.")
     if texts is None and beside is not None:
         raise InvalidInput("beside compares perplexities, and no text is given. Give texts.")
-    loaded_tasks = _tasks(tasks, tasks_dir)
-    loaded = opened(model, tokenizer)
+    loaded_tasks, show = ask.loaded_tasks(), bars(ask.progress)
+    loaded = opened(ask.model, ask.tokenizer)
     measured: dict[str, Any] = dict.fromkeys(
         ("perplexity", "error", "tokens", "windows", "context_length", "text", "text_sha256")
     )
     has_windows = isinstance(texts, Tensor)
     if texts is not None:
-        length = length_of(loaded, texts, context_length)
+        length = length_of(loaded, texts, ask.context_length)
         how = replace(_DEFAULT, context_length=length, bos=bos)
-        text = measured_text(loaded, texts, how, max_windows)
-        perplexity = rating.perplexity_on(text, loaded, bars(progress))
+        text = measured_text(loaded, texts, how, ask.max_windows)
+        perplexity = rating.perplexity_on(text, loaded, show)
         measured = rating.evaluated(text, perplexity)
         if beside is not None:
-            other = opened(beside, None if isinstance(beside, (str, Path)) else tokenizer)
-            its = measured_text(other, texts, how, max_windows)
-            measured["beside"] = rating.beside(perplexity, text, other, its, bars(progress))
+            other = opened(beside, None if isinstance(beside, (str, Path)) else ask.tokenizer)
+            its = measured_text(other, texts, how, ask.max_windows)
+            measured["beside"] = rating.beside(perplexity, text, other, its, show)
     scores: Sequence[TaskScore] = ()
     if loaded_tasks is not None:
-        scores = measure_tasks(loaded, loaded_tasks, bos=bos, limit=limit, progress=bars(progress))
+        scores = measure_tasks(loaded, loaded_tasks, bos=bos, limit=ask.limit, progress=show)
     return Evaluation(
         **measured,
         bos=not (has_windows and not scores) and bool(loaded.window_prefix(bos)),
@@ -212,15 +238,8 @@ def evaluate(
     )
 
 
-def _tasks(tasks: str | Sequence[str], folder: str | Path | None) -> LoadedTasks | None:
-    """Those that are asked for, before a model is opened."""
-    if not tasks:
-        return None
-    return load_tasks(task_names(tasks), Path(folder).expanduser() if folder else None)
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CompareArguments(SearchOptions, LinearArguments):
+class CompareArguments(TaskArguments, CompareAsk, SearchOptions, LinearArguments):
     """
     Arguments of ``pho.compare``.
 
@@ -234,16 +253,10 @@ class CompareArguments(SearchOptions, LinearArguments):
             are cut as its settings say.
         configurations: What else to compare, by name: what ``pho.search`` found, configurations,
             paths of config.json files.
-        methods: Names of published methods, such as ``("wanda-permuted", "sparsegpt")``; None
-            shows those that take minutes, ``["all"]`` every one.
-        presets: Search with these, and show what is found.
         confirm: Text that the searches are confirmed on; without it, windows of the calibration's
             text are used that were held out.
-        ablation: Show configurations step by step: the score alone, then with each step more.
         recovery: Recover what is found, for a row more each: ``{"tokens": 65_536}``, with the other
             settings of ``pho.recover`` beside; on windows of ``texts`` that nothing else uses.
-        seeds: Repeat all with these seeds of calibration and search, and give means and standard
-            deviations; () is ``seed`` alone.
         scope: ``row``, ``layer`` or ``global``: for CRePE with equal coefficients, and searches.
         targets: Linears that the published methods and searches prune, as of ``pho.search``; by
             default those of the configurations, which must agree.
@@ -254,11 +267,6 @@ class CompareArguments(SearchOptions, LinearArguments):
         finalists: How many found candidates of a search are looked at again.
         confirm_windows: Windows of the text that searches are confirmed on.
         report_windows: Only the first windows of ``report``; None takes all.
-        tasks: What each model scores in these zero-shot tasks, too, as of ``pho.evaluate``.
-        tasks_dir: Folder with task files of one's own.
-        limit: Only the first so many examples of each task; None takes all.
-        other_family: Compare configurations that were found on another family of models.
-        progress: Show bars on stderr; None shows them in terminals and notebooks.
     """
 
     model: Model = field(kw_only=False)
@@ -268,23 +276,14 @@ class CompareArguments(SearchOptions, LinearArguments):
     texts: "MixedTexts | None" = None
     bundle: ProxyBundle | str | Path | None = None
     configurations: Mapping[str, Choice] | None = None
-    methods: Sequence[str] | None = None
-    presets: Sequence[str] = ()
     confirm: "Texts | None" = None
-    ablation: bool = False
     recovery: Mapping[str, Any] | None = None
-    seeds: Sequence[int] = ()
     scope: str | None = None
     samples: int = _DEFAULT.samples
     context_length: int | None = None
     finalists: int = ConfirmSpec().finalists
     confirm_windows: int = ConfirmSpec().windows
     report_windows: int | None = None
-    tasks: str | Sequence[str] = ()
-    tasks_dir: str | Path | None = None
-    limit: int | None = None
-    other_family: bool = False
-    progress: bool | None = None
 
     def search(self, preset: str, pattern: Pattern, linears: Linears) -> SearchRequest:
         """A preset's search, with the defaults for all else."""
@@ -323,7 +322,7 @@ def compare(ask: CompareArguments) -> Comparison:
     )
     if ask.recovery is not None and ask.texts is None:
         raise InvalidInput("recovery trains on texts beyond the bundle's windows. Give texts, too.")
-    loaded_tasks = _tasks(ask.tasks, ask.tasks_dir)
+    loaded_tasks = ask.loaded_tasks()
     texts, bundle = ask.texts, _known_bundle(ask.texts, ask.bundle, ask.seeds)
     loaded = (
         opened(ask.model, ask.tokenizer)
@@ -381,52 +380,38 @@ def _known_bundle(
             "each seed draws windows of its own, but a bundle has its windows already. Give texts "
             "instead of the bundle, or leave seeds out."
         )
-    if len({*seeds}) < len(seeds):
-        raise InvalidInput(f"seeds={[*seeds]}: one is given twice, which counts it twice.")
     return None if bundle is None else opened_bundle(bundle)
 
 
-_BENCH_DEFAULT = pipeline.BenchSettings()
-
-
-def bench(
-    models: str | Path | Sequence[str | Path],
-    *,
-    batch: int = _BENCH_DEFAULT.batch,
-    prompt: int = _BENCH_DEFAULT.prompt,
-    new_tokens: int = _BENCH_DEFAULT.new_tokens,
-    rounds: int = _BENCH_DEFAULT.rounds,
-    seed: int = _BENCH_DEFAULT.seed,
-    device: str = "auto",
-    dtype: str = "auto",
-    progress: bool | None = None,
-) -> pipeline.Bench:
+@dataclass(frozen=True, kw_only=True)
+class BenchArguments(BenchSettings, Where):
     """
-    Measure how fast models load, read a prompt and write, beside each other, as `pho bench`.
+    Arguments of ``pho.bench``.
 
-    Args:
+    Attributes:
         models: Folders, packed or not, hub ids or .gguf files; all are in memory at once, and the
             others are compared with the first.
-        batch: Prompts at once.
-        prompt: Tokens of each, drawn at random.
-        new_tokens: Tokens to write after it, one by one.
-        rounds: How often all is measured.
-        seed: Seed of the prompts' tokens.
-        device: ``auto`` takes a GPU if torch sees one.
-        dtype: ``auto`` is the stored one on a GPU and float32 on the CPU.
         progress: Show bars on stderr; None shows them in terminals and notebooks.
+    """
+
+    models: str | Path | Sequence[str | Path] = field(kw_only=False)
+    progress: bool | None = None
+
+
+@arguments(BenchArguments)
+def bench(ask: BenchArguments) -> pipeline.Bench:
+    """
+    Measure how fast models load, read a prompt and write, beside each other, as `pho bench`.
 
     Raises:
         InvalidInput: A number is below 1, a model is given twice, or reads fewer tokens.
         ModelError: A model cannot be loaded.
     """
-    model_list = [models] if isinstance(models, (str, Path)) else models
-    if not model_list:
+    models = [ask.models] if isinstance(ask.models, (str, Path)) else ask.models
+    if not models:
         raise InvalidInput("no model is given. Name at least one.")
-    settings = pipeline.BenchSettings(
-        batch=batch, prompt=prompt, new_tokens=new_tokens, rounds=rounds, seed=seed
-    )
+    settings = part_of(ask, BenchSettings)
     return pipeline.bench(
-        [str(model) for model in model_list], settings, device=device, dtype=dtype,
-        progress=bars(progress),
+        [str(model) for model in models], settings, device=ask.device, dtype=ask.dtype,
+        progress=bars(ask.progress),
     )  # fmt: skip

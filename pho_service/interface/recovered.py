@@ -4,7 +4,7 @@
 
 import tempfile
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from pho_service.interface.inputs import (
     opened,
 )
 from pho_service.interface.pruned import Pruned
+from pho_service.interface.search import arguments
 from pho_service.models.texts import RecoveryText
 from pho_service.pipeline.prune import PrunedFolder
 from pho_service.pipeline.recover import PrunedModel, recover_model
@@ -25,7 +26,8 @@ from pho_service.progress import bars
 from pho_service.shown.parts import Shown, Table
 from pho_service.shown.tables import recovered_table
 from pho_service.spec.calibration import CalibrationSettings
-from pho_service.spec.recovery import AdamBits, Recovered, Recovery, Trains
+from pho_service.spec.document import part_of
+from pho_service.spec.recovery import Recovered, Recovery
 
 if TYPE_CHECKING:
     from pho_service.interface.inputs import MixedTexts, Texts
@@ -50,52 +52,16 @@ class RecoveredModel(Shown, PrunedFolder):
         return replace(recovered_table(self.recovered), title=str(self.recovered))
 
 
-def recover(
-    pruned: "Model | Pruned",
-    teacher: Model,
-    texts: "MixedTexts",
-    *,
-    minutes: float | None = None,
-    tokens: int | None = None,
-    written: int = 0,
-    train: Trains = "kept",
-    rate: float | None = None,
-    adam_bits: AdamBits = 32,
-    seed: int = 0,
-    context_length: int | None = None,
-    bos: str = "auto",
-    confirm: "Texts | None" = None,
-    confirm_windows: int | None = 16,
-    tokenizer: Any = None,
-    resume: str | Path | None = None,
-    progress: bool | None = None,
-) -> RecoveredModel:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RecoverArguments(Recovery):
     """
-    Train what a pruned model keeps towards what the dense model predicts; zeros stay zeros.
+    Arguments of ``pho.recover``.
 
-    The loss is the Kullback-Leibler divergence of the next-token distributions, over the dense
-    model's 512 likeliest tokens and the rest as one event. One window of eight, 16 at most, is held
-    out: these say when to stop, and the weights are as before if nothing made them better. With the
-    same ``tokens`` and seed, one CPU gives the same weights. Processes that torchrun starts each
-    call this: they train together, and all have the whole model after it.
-
-    Args:
+    Attributes:
         pruned: What ``pho.prune`` gave; or a model with exact zeros in its linears, in memory or by
             its name. It is trained in place.
         teacher: The dense model that it was pruned from, in memory or by its name.
         texts: What to train on, as for ``pho.calibrate``; other text than the calibration's.
-        minutes: Time for all of it, 30 by default; a step is measured, and the number of tokens
-            that fit is in the result.
-        tokens: Tokens to train on, instead of a time.
-        written: Tokens that the dense model writes itself, to train on beside the texts; it needs
-            ``tokens``, and takes as long as training on them, or some times longer on a GPU.
-        train: ``kept``: the weights that the masks keep; ``norms``: norms and biases alone;
-            ``lora``: a low-rank change of each linear, merged under its mask.
-        rate: Learning rate of Adam in the first step, as a share of the root mean square of a
-            parameter's weights; by default 2e-3, 7.5e-3 or 1.5e-3 times the divergence before, in
-            nats, or 1.
-        adam_bits: Bits of each number that Adam remembers, 32 or 8.
-        seed: Seed of the windows and their order.
         context_length: Tokens of a window; by default 2,048 or what the model reads.
         bos: Whether windows begin with BOS: ``auto``, ``always``, ``never``.
         confirm: A text to measure perplexities on: dense, pruned, recovered. None of it is trained
@@ -104,6 +70,30 @@ def recover(
         tokenizer: That of the model, if it has none.
         resume: A folder that an interrupted training goes on from; it is left there.
         progress: Show bars on stderr; None shows them in terminals and notebooks.
+    """
+
+    pruned: "Model | Pruned" = field(kw_only=False)
+    teacher: Model = field(kw_only=False)
+    texts: "MixedTexts" = field(kw_only=False)
+    context_length: int | None = None
+    bos: str = "auto"
+    confirm: "Texts | None" = None
+    confirm_windows: int | None = 16
+    tokenizer: Any = None
+    resume: str | Path | None = None
+    progress: bool | None = None
+
+
+@arguments(RecoverArguments)
+def recover(ask: RecoverArguments) -> RecoveredModel:
+    """
+    Train what a pruned model keeps towards what the dense model predicts; zeros stay zeros.
+
+    The loss is the Kullback-Leibler divergence of the next-token distributions, over the dense
+    model's 512 likeliest tokens and the rest as one event. One window of eight, 16 at most, is held
+    out: these say when to stop, and the weights are as before if nothing made them better. With the
+    same ``tokens`` and seed, one CPU gives the same weights. Processes that torchrun starts each
+    call this: they train together, and all have the whole model after it.
 
     Raises:
         ModelError: The model has no zeros, or the teacher is of another architecture or vocabulary.
@@ -114,29 +104,28 @@ def recover(
     Source:
         KL to the dense model as in PERP, Zimmer et al. 2023, arXiv:2312.15230, and its MaskLoRA.
     """
-    settings = Recovery(
-        train=train, minutes=minutes, tokens=tokens, written=written, rate=rate,
-        adam_bits=adam_bits, seed=seed,
-    )  # fmt: skip
-    given = _given(pruned, tokenizer)
-    length = length_of(given.model, texts, context_length)
-    how = CalibrationSettings(context_length=length, bos=bos)  # type: ignore[arg-type]  # checked
+    settings = part_of(ask, Recovery)
+    given = _given(ask.pruned, ask.tokenizer)
+    length = length_of(given.model, ask.texts, ask.context_length)
+    how = CalibrationSettings(context_length=length, bos=ask.bos)  # type: ignore[arg-type]  # checked
     measured = (
-        None if confirm is None else measured_text(given.model, confirm, how, confirm_windows)
+        None
+        if ask.confirm is None
+        else measured_text(given.model, ask.confirm, how, ask.confirm_windows)
     )
     with tempfile.TemporaryDirectory(prefix="pho-") as temporary:
         recovered = recover_model(
             given,
-            lambda: nullcontext(opened(teacher, given.model.tokenizer)),
+            lambda: nullcontext(opened(ask.teacher, given.model.tokenizer)),
             RecoveryText(
-                source=calibration_text_of(texts),
+                source=calibration_text_of(ask.texts),
                 context_length=length,
-                bos=bos,
+                bos=ask.bos,
                 measured=measured,
             ),
             settings,
-            Path(temporary if resume is None else resume).expanduser(),
-            progress=bars(progress),
+            Path(temporary if ask.resume is None else ask.resume).expanduser(),
+            progress=bars(ask.progress),
         )
     after = given.after(recovered)
     parts = {part.name: getattr(after, part.name) for part in fields(after)}

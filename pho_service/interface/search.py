@@ -4,19 +4,17 @@
 
 import inspect
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import cached_property, wraps
 from pathlib import Path
-from textwrap import wrap
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_args, get_type_hints
+from textwrap import fill
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast, get_type_hints
 
 import optuna
 from optuna.samplers import BaseSampler
-from pydantic.fields import FieldInfo
 
 from pho_service.errors import InvalidInput, StudyError
 from pho_service.host.files import write_text
@@ -61,7 +59,7 @@ from pho_service.spec.configuration import (
     Perplexities,
     write_configuration,
 )
-from pho_service.spec.document import number
+from pho_service.spec.document import number, sentences_of
 from pho_service.spec.fields import ValidationSpec
 from pho_service.spec.objective import (
     Objective,
@@ -127,28 +125,20 @@ def arguments(argument_class: Callable[P, A]) -> Callable[[Callable[[A], R]], Ca
             parameters=parameters, return_annotation=returned
         )
         about, _, rest = (inspect.getdoc(function) or "").partition("\nRaises:")
-        lines = "".join(
-            f"    {name}: {description}\n"
-            for name, description in _described(argument_class).items()
-        )
-        call.__doc__ = f"{about}\nArgs:\n{lines}\nRaises:{rest}"
+        sentences = sentences_of(cast("type", argument_class))
+        lines = [
+            fill(
+                f"    {name}: {sentences[name]}",
+                100,
+                subsequent_indent=" " * 8,
+                break_on_hyphens=False,
+            )
+            for name in signature.parameters
+        ]
+        call.__doc__ = "\n".join([about, "Args:", *lines, "", f"Raises:{rest}"])
         return call
 
     return decorate
-
-
-def _described(argument_class: Any) -> dict[str, str]:
-    """What each field of a dataclass is, in the order of its arguments."""
-    descriptions: dict[str, str] = {}
-    for base in reversed(argument_class.__mro__):
-        _, _, listed = (inspect.getdoc(base) or "").partition("\nAttributes:\n")
-        descriptions |= re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", listed, re.MULTILINE)
-        for part in fields(base) if base is not object else ():
-            if part.name not in descriptions:
-                infos = (info for info in get_args(part.type) if isinstance(info, FieldInfo))
-                for about in (info.description for info in infos if info.description):
-                    descriptions[part.name] = "\n        ".join(wrap(about, 76))
-    return {name: descriptions[name] for name in inspect.signature(argument_class).parameters}
 
 
 def _plain(annotations: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from pho_service.pruning.hardware import pick_device
 from pho_service.pruning.masks import GROUP, KEEP, broken_groups, to_semi_structured
 from pho_service.pruning.statistics import PrunableLinear
 from pho_service.shown.parts import Shown, Table
+from pho_service.spec.verbs import BenchSettings
 
 # Run a 2:4 model by torch's kernels for it, where the groups hold in the stored order.
 _OLDEST = (8, 0)  # compute capability of Ampere, the first with sparse tensor cores
@@ -118,22 +119,6 @@ def _reasons(folder: Path) -> Callable[[str], str]:
 
 
 LOADS = 3  # of each model; the first brings its files into the memory of the system
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchSettings:
-    """Prompts and lengths of a benchmark."""
-
-    batch: int = 1  # Prompts at once
-    prompt: int = 512  # Tokens of each, drawn at random
-    new_tokens: int = 32  # Written after the first one, one by one, each the likeliest
-    rounds: int = 5  # How often everything is measured
-    seed: int = 0  # Seed of the tokens
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "prompt", "new_tokens", "rounds"):
-            if getattr(self, name) < 1:
-                raise InvalidInput(f"{name}={getattr(self, name)} is not at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)

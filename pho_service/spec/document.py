@@ -2,12 +2,13 @@
 The base of all documents, and the types of the values in them: sizes, seeds, names.
 """
 
+import inspect
 import re
 import reprlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
-from typing import Annotated, Any, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Self, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from pydantic import (
     AfterValidator,
@@ -23,11 +24,18 @@ from pydantic.fields import FieldInfo
 
 from pho_service.errors import InvalidInput
 
+D = TypeVar("D")
 P = TypeVar("P", bound="Partial")
 
 # Of a dataclass. An instance is checked again, so that a whole number where a real one belongs is
 # written as one.
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, revalidate_instances="always")
+
+
+# Sections of `--help` and of the form.
+MODEL, TEXT, JOB = "Model", "Text and calibration", "The job itself"
+PRUNED, SEARCH = "What to prune", "Search"
+REPORT, AFTER, MACHINE = "Confirmation and report", "After it", "Machine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +49,34 @@ class FieldShown:
     # Name of its option, if it does not follow from the field's; "" if it has none
     option: str | None = None
     argument: str | None = None  # In Python, if not the last part of its path; "" if none
+    prefix: str = ""  # What the options of the fields in it begin with, after the dashes
     label: str = ""  # Name in the form, if it does not follow from the path
     help: str = ""  # Help of its option, if that is not written as the field is
     # What `--help` calls its default, if that is not the value; "" says nothing
     default: str | None = None
     kind: str = ""  # How its option is written, if that does not follow from the type
-    picks: str = ""  # What the form offers for it: ``models``, ``texts`` or ``patterns``
+    # What the form or a shell offers for it: ``models``, ``texts``, ``patterns`` or ``methods``
+    picks: str = ""
     # Whether only a service has a use for it, so that `pho search` has no option
     service: bool = False
+
+
+def sentences_of(kind: type) -> dict[str, str]:
+    """
+    What each field of a dataclass is: as the ``Attributes`` of its docstring or of its bases' say,
+    or else as its description does.
+    """
+    sentences: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        _, _, listed = (inspect.getdoc(base) or "").partition("\nAttributes:\n")
+        said = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", listed, re.MULTILINE)
+        sentences |= {name: re.sub(r"\n {8}", " ", sentence) for name, sentence in said}
+        for part in fields(base) if is_dataclass(base) else ():
+            infos = [info for info in get_args(part.type) if isinstance(info, FieldInfo)]
+            about = [info.description for info in infos if info.description]
+            if about and part.name not in sentences:
+                sentences[part.name] = about[0]
+    return sentences
 
 
 def check_choice(what: str, value: object, allowed: Collection[str]) -> None:
@@ -107,6 +135,12 @@ def broken_rule(error: Mapping[str, Any]) -> str:
         return message.removeprefix(ours)
     message = re.sub(r" or instance of \w+", "", message)
     return re.sub(r"^\w+ should", lambda _: f"{reprlib.repr(error['input'])} should", message)
+
+
+def part_of(source: object, kind: type[D]) -> D:
+    """The dataclass that a document or a larger dataclass has all fields of."""
+    names = [field.name for field in fields(cast("Any", kind))]
+    return kind(**{name: getattr(source, name) for name in names})
 
 
 Number = Annotated[float, Strict()]

@@ -3,7 +3,7 @@ The parts of the documents that jobs are submitted as, each checked field by fie
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -19,7 +19,7 @@ from pho_service.spec.calibration import (
     windows_of,
     with_shares,
 )
-from pho_service.spec.document import Document, FieldShown, Name, Number, Seed
+from pho_service.spec.document import Document, FieldShown, Name, Number, Seed, part_of
 from pho_service.spec.pattern import Coefficients
 from pho_service.spec.recovery import Recovery
 from pho_service.spec.steps import Allocation
@@ -111,10 +111,10 @@ class TextSpec(Document):
         description="Configuration of the data set, where it has several: wikitext-2-raw-v1.",
     )
     data_file: Name | None = Field(None, description="One file of the data set.")
-    split: Name | None = Field(
-        None,
-        description="Split of the data set; null: test, or the only one that there is.",
-    )
+    split: Annotated[
+        Name | None,
+        FieldShown(help="Split of the data set.", default="test, or the only one that there is"),
+    ] = Field(None, description="Split of the data set; null: test, or the only one that there is.")
     field: Annotated[Name, FieldShown(argument="")] = Field(
         "text", description="Field or column that holds the text."
     )
@@ -293,9 +293,7 @@ class CalibrationSpec(TextSpec, CalibrationSettings):  # pydantic reads a datacl
 
     def settings(self) -> CalibrationSettings:
         """In the form that a calibration takes."""
-        return CalibrationSettings(
-            **{option.name: getattr(self, option.name) for option in fields(CalibrationSettings)}
-        )
+        return part_of(self, CalibrationSettings)
 
     @property
     def tokens(self) -> int:
@@ -338,7 +336,7 @@ class RecoverySpec(Document, Recovery):
 
     def settings(self) -> Recovery:
         """In the form that a recovery takes."""
-        return Recovery(**{option.name: getattr(self, option.name) for option in fields(Recovery)})
+        return part_of(self, Recovery)
 
 
 class ValidationSpec(Document):

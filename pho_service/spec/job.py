@@ -22,7 +22,19 @@ from pho_service.spec.curve import (
     first_of_kinds,
     one_of,
 )
-from pho_service.spec.document import Document, FieldShown, Name, Title, printable
+from pho_service.spec.document import (
+    AFTER,
+    JOB,
+    MODEL,
+    PRUNED,
+    REPORT,
+    TEXT,
+    Document,
+    FieldShown,
+    Name,
+    Title,
+    printable,
+)
 from pho_service.spec.fields import (
     CalibrationSpec,
     ConfirmSpec,
@@ -192,11 +204,10 @@ def preset_of(fields: Mapping[str, Any], pattern: Pattern) -> Preset:
 
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+ScopeName = Literal["row", "layer", "global"]
 PatternText = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(printable)]
 
-# Sections of --help and of the form that several fields name; what names none is of the search.
-_PRUNED, _REPORT = "What to prune", "Confirmation and report"
-_AFTER, _JOB = "After it", "The job itself"
+
 _SEVERAL = "Several patterns, or the highest sparsity that is good enough"  # a fold of the form
 
 
@@ -205,9 +216,9 @@ class JobSpec(Document):
 
     model: Annotated[
         Name,
-        FieldShown(section="Model", rank=1, option="", label="Model (needed)", picks="models"),
+        FieldShown(section=MODEL, rank=1, option="", label="Model (needed)", picks="models"),
     ] = Field(description="Hub id, model folder or .gguf file.")
-    more_models: Annotated[list[Name], FieldShown(section="Model", option="")] = Field(
+    more_models: Annotated[list[Name], FieldShown(section=MODEL, option="")] = Field(
         [],
         max_length=31,
         description="Other models that the same configuration is to be good for.",
@@ -215,7 +226,7 @@ class JobSpec(Document):
     patterns: Annotated[
         list[PatternText] | None,
         FieldShown(
-            section=_PRUNED,
+            section=PRUNED,
             fold=_SEVERAL,
             label="Several patterns",
             help="Instead of --pattern: several, with commas between, each searched and confirmed.",
@@ -232,24 +243,24 @@ class JobSpec(Document):
     )
     target: Annotated[
         Target | None,
-        FieldShown(section=_PRUNED, fold=_SEVERAL),
+        FieldShown(section=PRUNED, fold=_SEVERAL),
     ] = Field(
         None,
         exclude_if=lambda target: target is None,
         description="How much the perplexity may rise, instead of a pattern: the highest sparsity "
         "within it is found.",
     )
-    pattern: Annotated[
-        PatternText | None, FieldShown(section=_PRUNED, rank=2, picks="patterns")
-    ] = Field(
-        None,
-        validate_default=True,
-        description="Share of weights to remove (0.5), or N kept of M (2:4).",
+    pattern: Annotated[PatternText | None, FieldShown(section=PRUNED, rank=2, picks="patterns")] = (
+        Field(
+            None,
+            validate_default=True,
+            description="Share of weights to remove (0.5), or N kept of M (2:4).",
+        )
     )
-    scope: Annotated[Literal["row", "layer", "global"] | None, FieldShown(section=_PRUNED)] = Field(
+    scope: Annotated[ScopeName | None, FieldShown(section=PRUNED)] = Field(
         None, description="Where weights compete; layer by default, row for N:M."
     )
-    preset: Annotated[PresetName, FieldShown(section=_PRUNED, rank=4)] = Field(
+    preset: Annotated[PresetName, FieldShown(section=PRUNED, rank=4)] = Field(
         DEFAULT_PRESET,
         description="What is searched, and what candidates go through. "
         "With score, a cheap look, by the score alone. With crepe, the score as "
@@ -257,28 +268,26 @@ class JobSpec(Document):
         "weights untouched. With best, kept weights are updated, too, and each block of the "
         "winner is trained.",
     )
-    steps: Annotated[StepsSpec, FieldShown(section=_PRUNED)] = StepsSpec()
+    steps: Annotated[StepsSpec, FieldShown(section=PRUNED)] = StepsSpec()
     # A study of `pho search` is named after what it searches.
-    name: Annotated[Title | None, FieldShown(section=_JOB, service=True)] = Field(
+    name: Annotated[Title | None, FieldShown(section=JOB, service=True)] = Field(
         None, description="Name of the job's study; the model and the pattern by default."
     )
-    revision: Annotated[Name | None, FieldShown(section="Model")] = Field(
+    revision: Annotated[Name | None, FieldShown(section=MODEL)] = Field(
         None, description="Branch, tag or commit of a hub model."
     )
-    dtype: Annotated[Dtype, FieldShown(section="Model", label="Data type")] = Field(
+    dtype: Annotated[Dtype, FieldShown(section=MODEL, label="Data type")] = Field(
         "auto", description="Data type that the weights are loaded in."
     )
-    stream: Annotated[bool, FieldShown(section="Model")] = Field(
+    stream: Annotated[bool, FieldShown(section=MODEL)] = Field(
         False,
         description="Whether to leave the weights on disk, one block at a time on the device.",
     )
-    calibration: Annotated[CalibrationSpec, FieldShown(section="Text and calibration")] = (
-        CalibrationSpec()
-    )
+    calibration: Annotated[CalibrationSpec, FieldShown(section=TEXT)] = CalibrationSpec()
     confirm: Annotated[
         ConfirmSpec | None,
         FieldShown(
-            section=_REPORT,
+            section=REPORT,
             option="--no-confirm",
             label="Confirm by perplexity",
             help="Measure no perplexity: the best by the objective alone.",
@@ -288,7 +297,7 @@ class JobSpec(Document):
         ConfirmSpec(),
         description="How the finalists are confirmed; null takes the best by the objective alone.",
     )
-    validation: Annotated[ValidationSpec | None, FieldShown(section=_REPORT)] = Field(
+    validation: Annotated[ValidationSpec | None, FieldShown(section=REPORT)] = Field(
         None,
         description="Rating of random candidates by each proxy and by perplexity on the text that "
         "confirms, as `pho validate` does it. Where the search's own proxy does not rank, four "
@@ -322,7 +331,7 @@ class JobSpec(Document):
     tasks: Annotated[
         list[Name] | None,
         FieldShown(
-            section=_AFTER,
+            section=AFTER,
             help="Zero-shot tasks of lm-evaluation-harness, with commas between; papers report "
             f"{','.join(USUAL_TASKS)}. Needs the extra eval.",
             kind="words",
@@ -336,14 +345,14 @@ class JobSpec(Document):
         description="Zero-shot tasks of lm-evaluation-harness that the dense model and the pruned "
         "one are measured on, such as boolq or arc_easy. Needs the extra eval.",
     )
-    tasks_dir: Annotated[Name | None, FieldShown(section=_AFTER, service=True)] = Field(
+    tasks_dir: Annotated[Name | None, FieldShown(section=AFTER, service=True)] = Field(
         None,
         exclude_if=lambda folder: folder is None,
         description="Folder with task files of one's own, which come before the harness's. What "
         "they name as !function is run: a service allows folders below PHO_TASK_ROOTS.",
     )
     tasks_limit: Annotated[
-        int | None, FieldShown(section=_AFTER, option="--limit", service=True)
+        int | None, FieldShown(section=AFTER, option="--limit", service=True)
     ] = Field(
         None,
         ge=1,
@@ -352,26 +361,26 @@ class JobSpec(Document):
     )
     # `pho prune` does it, with what was found.
     prune: Annotated[
-        bool, FieldShown(section=_AFTER, label="Write the pruned model", service=True)
+        bool, FieldShown(section=AFTER, label="Write the pruned model", service=True)
     ] = Field(
         False,
         exclude_if=lambda wanted: not wanted,
         description="Whether the pruned model is written when the search is over, to be fetched "
         "with `pho pull`.",
     )
-    recovery: Annotated[RecoverySpec | None, FieldShown(section=_AFTER, service=True)] = Field(
+    recovery: Annotated[RecoverySpec | None, FieldShown(section=AFTER, service=True)] = Field(
         None,
         exclude_if=lambda recovery: recovery is None,
         description="How the pruned model is recovered before it is written: trained towards the "
         "dense one, masks fixed.",
     )
-    notify: Annotated[Name | None, FieldShown(section=_AFTER, service=True)] = Field(
+    notify: Annotated[Name | None, FieldShown(section=AFTER, service=True)] = Field(
         None,
         exclude_if=lambda url: url is None,
         description="URL of a webhook that is called when the job has ended; the service must "
         "allow its host.",
     )
-    priority: Annotated[int, FieldShown(section=_JOB, service=True)] = Field(
+    priority: Annotated[int, FieldShown(section=JOB, service=True)] = Field(
         0, ge=-100, le=100, description="Place in the queue: higher goes first."
     )
     # An interrupted search goes on with the same command.
@@ -387,7 +396,7 @@ class JobSpec(Document):
     max_failed_trials: Annotated[int, FieldShown(service=True)] = Field(
         20, ge=0, le=MAX_TRIALS, description="Number of failed trials above which the job fails."
     )
-    max_attempts: Annotated[int, FieldShown(section=_JOB, service=True)] = Field(
+    max_attempts: Annotated[int, FieldShown(section=JOB, service=True)] = Field(
         3, ge=1, le=20, description="Number of attempts at each stage before the job fails."
     )
 

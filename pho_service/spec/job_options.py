@@ -1,5 +1,7 @@
 """
-The fields of a job's document, one by one, as options of the command line and fields of the form.
+The fields of a document, one by one, as options of the command line and fields of the form.
+
+Most are of a job's document; a verb has more, of a dataclass that says what it alone is asked.
 """
 
 import json
@@ -13,9 +15,21 @@ from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import click
+from pydantic import TypeAdapter
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.document import FieldShown, parse_bytes
+from pho_service.spec.document import (
+    AFTER,
+    JOB,
+    MODEL,
+    PRUNED,
+    REPORT,
+    SEARCH,
+    TEXT,
+    FieldShown,
+    parse_bytes,
+    sentences_of,
+)
 
 if TYPE_CHECKING:
     from pho_service.spec.job import JobSpec
@@ -23,13 +37,13 @@ if TYPE_CHECKING:
 
 # Sections of --help and of the form, with what the form calls them under More.
 SECTIONS = {
-    "Model": "Several models, revision, data type",
-    "Text and calibration": "Data set and calibration",
-    "What to prune": "Scope, and steps besides the score",
-    "Search": "Trials, seed, sampler, islands",
-    "Confirmation and report": "Confirmation by perplexity",
-    "After it": "Pruned model, webhook, zero-shot tasks",
-    "The job itself": "Name, queue and others",
+    MODEL: "Several models, revision, data type",
+    TEXT: "Data set and calibration",
+    PRUNED: "Scope, and steps besides the score",
+    SEARCH: "Trials, seed, sampler, islands",
+    REPORT: "Confirmation by perplexity",
+    AFTER: "Pruned model, webhook, zero-shot tasks",
+    JOB: "Name, queue and others",
 }
 
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
@@ -44,6 +58,7 @@ class JobField:
     schema: Mapping[str, Any]  # Its JSON schema, without null
     default: Any  # Its value if nothing is said; None, too, if the part that it is in is null then
     nullable: bool  # Whether null may be said
+    required: bool  # Whether something must be said, if it is not in a part
     shown: FieldShown
 
     @property
@@ -91,19 +106,19 @@ def number(typed: str, *, whole: bool = False) -> int | float | str:
     return float(typed) if not whole and _NUMBER.fullmatch(typed) else typed
 
 
-@cache
 def job_fields() -> dict[str, JobField]:
-    """All fields by their paths, each part before what is in it."""
+    """The fields of a job's document."""
     from pho_service.spec.job import JobSpec
 
-    return fields_of(JobSpec)
+    return fields_of(JobSpec, SEARCH)
 
 
-def fields_of(document: type["JobSpec"]) -> dict[str, JobField]:
-    """The fields of a document of jobs."""
-    schema = document.model_json_schema()
-    search = FieldShown(section="Search")
-    return {f.path: f for f in _fields(document, schema, schema["$defs"], "", {}, search)}
+@cache
+def fields_of(document: type, section: str = "Output") -> dict[str, JobField]:
+    """All fields by their paths, each part before what is in it; most are in a section of help."""
+    schema = TypeAdapter(document).json_schema()
+    shown = FieldShown(section=section)
+    return {f.path: f for f in _fields(document, schema, schema.get("$defs", {}), "", {}, shown)}
 
 
 def _fields(
@@ -114,24 +129,29 @@ def _fields(
     defaults: Mapping[str, Any] | None,
     within: FieldShown,
 ) -> Iterator[JobField]:
-    types = get_type_hints(document, include_extras=True)
+    types, sentences = get_type_hints(document, include_extras=True), sentences_of(document)
     for name, field in schema["properties"].items():
         path = f"{above}{name}"
         choices = field.get("anyOf", [field])
         variant = next(choice for choice in choices if choice.get("type") != "null")
         part = parts[variant["$ref"].rpartition("/")[2]] if "$ref" in variant else variant
         default = None if defaults is None else defaults.get(name, field.get("default"))
-        about = {key: field[key] for key in ("description",) if key in field}
+        sentence = field.get("description") or sentences.get(name, "")
+        about = {"description": sentence} if sentence else {}
         metadata = [*_said_of_field(types[name])]
         shown = next((entry for entry in metadata if isinstance(entry, FieldShown)), FieldShown())
         shown = replace(
-            shown, section=shown.section or within.section, fold=shown.fold or within.fold
+            shown,
+            section=shown.section or within.section,
+            fold=shown.fold or within.fold,
+            prefix=shown.prefix or within.prefix,
         )
         yield JobField(
             path=path,
             schema={**part, **about},
             default=default,
             nullable={"type": "null"} in choices,
+            required=not above and name in schema.get("required", ()),
             shown=shown,
         )
         if "properties" in part:
@@ -237,7 +257,7 @@ class Field(JobField):
     @property
     def name(self) -> str:
         word = self.path.rpartition("/")[2].replace("_", "-")
-        return f"--{word}" if self.shown.option is None else self.shown.option
+        return f"--{self.shown.prefix}{word}" if self.shown.option is None else self.shown.option
 
     @property
     def written(self) -> str:
@@ -247,7 +267,7 @@ class Field(JobField):
     @property
     def is_flag(self) -> bool:
         """Return whether its option has no value."""
-        return self.written in ("flag", "off")
+        return self.written in ("flag", "off", "part")
 
     def parameter(self, name: str) -> str:
         """The name that click has for its option: one that Python could have."""
@@ -256,7 +276,7 @@ class Field(JobField):
     def option(self, name: str, *, required: bool) -> click.Option:
         """Its option, by this name."""
         kind, has_names = self.written, self.written in ("bounds", "pairs")
-        types = {"integer": click.INT, "number": click.FLOAT}
+        types = {"integer": click.INT, "number": click.FLOAT, "path": click.Path()}
         choices = self.schema.get("enum")
         about = self.shown.help or self.schema.get("description", "")
         if kind in ("lines", "pairs"):
@@ -268,9 +288,14 @@ class Field(JobField):
             [self.parameter(name), name],
             type=None if self.is_flag else click.Choice(choices) if choices else types.get(kind),
             multiple=has_names or kind in ("points", "lines"),
-            metavar="NAME=VALUE" if has_names else None,
+            metavar="NAME=VALUE"
+            if has_names
+            else "MODEL"
+            if self.shown.picks == "models"
+            else None,
             help=about.strip(),
-            required=required,
+            required=required or self.required,
+            shell_complete=_methods_beginning if self.shown.picks == "methods" else None,
             **({"is_flag": True} if self.is_flag else optional),
         )
 
@@ -300,6 +325,8 @@ class Field(JobField):
                 return parse_rise(said, name)
             case "off":
                 return None
+            case "part":
+                return {}
             case "bounds":
                 return {bound: list(values) for bound, values in parse_bounds(said).items()}
             case "numbers":
@@ -335,12 +362,28 @@ class Field(JobField):
         return [word for option_text in texts for word in (self.name, option_text)]
 
 
-@cache
+def _methods_beginning(_: click.Context, __: click.Parameter, beginning: str) -> list[str]:
+    """The names of published methods that begin so, for the completion of a shell."""
+    from pho_service.spec.baselines import named_baselines
+    from pho_service.spec.pattern import Pattern
+
+    names = {*named_baselines(Pattern.parse("0.5")), *named_baselines(Pattern.parse("2:4"))}
+    return sorted(name for name in names if name.startswith(beginning))
+
+
 def document_fields() -> dict[str, Field]:
     """The fields of a job's document that have an option, by their paths."""
+    from pho_service.spec.job import JobSpec
+
+    return option_fields(JobSpec, SEARCH)
+
+
+@cache
+def option_fields(document: type, section: str = "Output") -> dict[str, Field]:
+    """The fields of a document that have an option, by their paths."""
     return {
         path: Field(**vars(field))
-        for path, field in job_fields().items()
+        for path, field in fields_of(document, section).items()
         if not path.startswith("search_space/")
         and field.shown.option != ""
         and (not field.is_part or field.shown.option)

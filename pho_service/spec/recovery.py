@@ -60,12 +60,12 @@ class Recovery(JsonDocument):
     ] = "kept"
     minutes: Annotated[
         Number | None,
-        FieldShown(option="--recover-minutes", default=f"{MINUTES:g}", service=True),
+        FieldShown(option="--recover-minutes", default="", service=True),
         Field(
             gt=0,
             le=MOST_MINUTES,
-            description="Time that all of it may take. It is turned into a number of tokens by "
-            "measuring a step; the result says how many.",
+            description=f"Time that all of it may take; {MINUTES:g} minutes by default. It is "
+            "turned into a number of tokens by measuring a step; the result says how many.",
         ),
     ] = None
     tokens: Annotated[

@@ -2,13 +2,23 @@
 The request to transfer a job's configuration to other models, checked field by field.
 """
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from pho_service.host.access import Access
 from pho_service.spec.configuration import Configuration
-from pho_service.spec.document import Document, Name, Title
+from pho_service.spec.document import (
+    JOB,
+    MODEL,
+    REPORT,
+    SEARCH,
+    TEXT,
+    Document,
+    FieldShown,
+    Name,
+    Title,
+)
 from pho_service.spec.fields import (
     CalibrationSpec,
     ConfirmSpec,
@@ -26,7 +36,15 @@ MOST_WINDOWS = 100_000  # of a text
 class ReportSpec(TextSpec):
     """What perplexities are measured on. Nothing may have been chosen on it."""
 
-    windows: int | None = Field(
+    text: Annotated[
+        Name | None,
+        FieldShown(
+            picks="texts", help="Text file to measure on; nothing may have been chosen on it."
+        ),
+    ] = Field(None, description="Text file: .txt, .jsonl or .parquet.")
+    windows: Annotated[
+        int | None, FieldShown(help="Only the first N windows of what is measured on.")
+    ] = Field(
         None,
         ge=1,
         le=MOST_WINDOWS,
@@ -49,39 +67,46 @@ class OwnSearchSpec(Document, SearchOptions):
 class TransferRequest(Document):
     """The body of ``:transfer``. All but ``models`` have defaults."""
 
-    models: list[Name] = Field(
+    models: Annotated[list[Name], FieldShown(option="")] = Field(
         min_length=1,
         max_length=64,
         description="Models to measure on: hub ids, model folders or .gguf files.",
     )
-    report: ReportSpec | None = Field(
+    report: Annotated[ReportSpec | None, FieldShown(section=REPORT, prefix="report-")] = Field(
         None,
         description="What perplexities are measured on; null compares proxies alone. Models are "
         "calibrated in any case.",
     )
-    search: OwnSearchSpec | None = Field(
+    search: Annotated[
+        OwnSearchSpec | None,
+        FieldShown(section=SEARCH, option="--search", help="Find the own best of each model, too."),
+    ] = Field(
         None,
         description="How the own best of each model is searched for, too; {} is enough.",
     )
-    calibration: CalibrationSpec | None = Field(
+    calibration: Annotated[CalibrationSpec | None, FieldShown(section=TEXT)] = Field(
         None, description="How the models are calibrated; null: like the model of the job."
     )
-    name: Title | None = Field(
+    name: Annotated[Title | None, FieldShown(section=JOB)] = Field(
         None, description="Name of the job; the configuration's model and pattern by default."
     )
-    dtype: Dtype = Field("auto", description="Data type that the weights are loaded in.")
-    stream: bool = Field(
+    dtype: Annotated[Dtype, FieldShown(section=MODEL)] = Field(
+        "auto", description="Data type that the weights are loaded in."
+    )
+    stream: Annotated[bool, FieldShown(section=MODEL)] = Field(
         False,
         description="Whether to leave the weights on disk, one block at a time on the device.",
     )
-    notify: Name | None = Field(
+    notify: Annotated[Name | None, FieldShown(section=JOB)] = Field(
         None,
         exclude_if=lambda url: url is None,
         description="URL of a webhook that is called when the transfer has ended; the service "
         "must allow its host.",
     )
-    priority: int = Field(0, ge=-100, le=100, description="Place in the queue: higher goes first.")
-    max_attempts: int = Field(
+    priority: Annotated[int, FieldShown(section=JOB)] = Field(
+        0, ge=-100, le=100, description="Place in the queue: higher goes first."
+    )
+    max_attempts: Annotated[int, FieldShown(section=JOB)] = Field(
         3, ge=1, le=20, description="Number of attempts at each model before the job fails."
     )
 

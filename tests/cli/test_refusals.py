@@ -83,7 +83,7 @@ BAD_USAGE = [
     (WITHIN + " much", "is not a rise"),
     (WITHIN + " 5% --no-confirm", "--no-confirm cannot be used with --within"),
     (SEARCH + " --step 0.1", "--step is for --within alone"),
-    (COMPARE + " --seeds 0,x", "--seeds '0,x' are not whole numbers"),
+    (COMPARE + " --seeds 0,x", "--seeds '0,x' are not numbers with commas between"),
     (COMPARE + " --seeds 1,1", "one is given twice"),
     (COMPARE + " --seeds 1 --calibration-seed 2", "both say how the calibration is drawn"),
     (COMPARE + " --trials 9", "--trials: for --preset alone"),

@@ -104,8 +104,8 @@ def test_numbers_and_a_picture_are_written_to_files(remote, transferred):
 
 REFUSED = [
     ("{searched}", 2, "give MODEL..."),
-    ("{searched} org/one --trials 5", 2, "are for --search"),
-    ("{searched} org/one org/one", 1, "org/one is given twice"),
+    ("{searched} org/one --trials 5", 2, "--trials: for --search alone"),
+    ("{searched} org/one org/one", 2, "org/one is given twice"),
     ("{searched} /etc/passwd", 1, "/models/0"),
     ("{searched} --out t.json", 1, "The job is a search"),
     ("{searched} org/one --pattern 2:4", 1, "The job has no pattern 2:4"),

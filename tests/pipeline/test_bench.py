@@ -12,13 +12,14 @@ from pho_service.errors import InvalidInput
 from pho_service.models.loading import load_model
 from pho_service.models.packed import pack
 from pho_service.pipeline import bench as measuring
-from pho_service.pipeline.bench import LOADS, BenchSettings, bench, check_gpu, convert_
+from pho_service.pipeline.bench import LOADS, bench, check_gpu, convert_
 from pho_service.pipeline.prune import prune_job
 from pho_service.pruning.masks import broken_groups
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.pattern import Linears, Pattern
 from pho_service.spec.steps import Steps
+from pho_service.spec.verbs import BenchSettings
 
 FEW = BenchSettings(batch=2, prompt=8, new_tokens=3, rounds=2)
 
