@@ -282,6 +282,9 @@ def page_of(
     return records[:size], last
 
 
+LAST_NUMBER = 2**31 - 2  # of a trial, which the study keeps in four bytes
+
+
 def decode(token: str | None) -> int | None:
     """What a page token stands for; None begins with the first page."""
     if token is not None and not re.fullmatch(PAGE_TOKEN, token):
@@ -512,7 +515,7 @@ def trials(
     if island >= count:
         raise NoSuchIsland(count)
     after = decode(page_token)
-    first = 0 if after is None else after + 1
+    first = 0 if after is None else min(after, LAST_NUMBER) + 1
     with service.database.transaction() as connection:
         name = study_name(view.record.name, island)
         frozen_trials = read_trials(connection, name, first=first, limit=page_size + 1)

@@ -488,7 +488,8 @@ def _submitted(command):
     parent = click.Context(main, **main.context_settings)  # click remembers what it is given first
     asked = submit_verb.make_context("submit", rest, parent=parent).params
     assert asked["url"] == "http://127.0.0.1:8000"
-    return JobSpec.model_validate(job_document(asked["models"], asked["job_file"], asked["given"]))
+    assert not asked["ask"].said  # no --job
+    return JobSpec.model_validate(job_document(asked["models"], None, asked["given"]))
 
 
 def _run(program, monkeypatch):

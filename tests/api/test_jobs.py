@@ -296,6 +296,7 @@ def test_trial(client, submit, hand, configuration):
 
     assert [t["number"] for t in first["trials"] + last["trials"]] == [0, 1, 2, 3]
     assert last["next_page_token"] is None
+    assert client.get(f"{url}&page_token={10**18 - 1}").json()["trials"] == []  # no number so large
     assert complete == {
         "island": 0, "number": 1, "state": "complete", "method": "crepe", "value": 0.1,
         "perplexity": None, "scope": "layer",
