@@ -26,6 +26,7 @@ from pho_service.errors import InvalidInput
 from pho_service.pipeline.work import Work
 from pho_service.spec.document import PRUNED, SEARCH, FieldShown
 from pho_service.spec.job import ScopeName
+from pho_service.spec.objective import SearchOptions, options_of
 from pho_service.spec.verbs import Reported, Studied
 
 if TYPE_CHECKING:
@@ -56,8 +57,8 @@ class _Transfer(Reported, Studied):
 @click.command(
     cls=DocumentCommand,
     fields=(
-        "calibration", "confirm/text", "confirm/windows", "confirm/finalists", "trials", "seed",
-        "in_full", "revision", "dtype", "stream",
+        "calibration", "confirm/text", "confirm/windows", "confirm/finalists",
+        *options_of(SearchOptions()), "revision", "dtype", "stream",
     ),
     ask=_Transfer,
 )  # fmt: skip
@@ -97,7 +98,6 @@ def transfer(
     )
     from pho_service.spec.configuration import read_configuration
     from pho_service.spec.fields import ConfirmSpec
-    from pho_service.spec.objective import SearchOptions
 
     path = out_file(ask.out)
     picture = None if ask.plot is None else plot_file(ask.plot)
@@ -112,7 +112,7 @@ def transfer(
         settings = replace(settings, kernel_sizes=sizes)
     request = None
     if ask.search:
-        options = SearchOptions(**{name: given(name) for name in ("trials", "seed", "in_full")})
+        options = SearchOptions(**{name: given(name) for name in options_of(SearchOptions())})
         request = own_search(config, options, finalists=own_confirm.finalists)
         check_study_url(ask.study)
     whole = [name for name in models if not is_bundle(name)]
