@@ -1,14 +1,17 @@
 """Options made from the fields of a job's document, and the document made from them."""
 
+import inspect
 import shlex
 
 import click
 import pytest
+from click.testing import CliRunner
 
+import pho_service as pho
 from pho_service.cli import main
 from pho_service.cli.document import TITLES, WHOLE_HELP, DocumentCommand, Given
 from pho_service.errors import InvalidInput
-from pho_service.spec.document import parse_bytes
+from pho_service.spec.document import parse_bytes, sentences_of
 from pho_service.spec.job import JobSpec
 from pho_service.spec.job_options import (
     SECTIONS,
@@ -17,6 +20,9 @@ from pho_service.spec.job_options import (
     search_command,
     submit_command,
 )
+from pho_service.spec.objective import SearchOptions
+from pho_service.spec.recovery import Recovery
+from pho_service.spec.verbs import BenchSettings, CompareAsk, EvaluateAsk, Where
 
 MINE = {"model": "org/a", "pattern": "0.5"}
 PARENT = click.Context(main, **main.context_settings)
@@ -179,6 +185,51 @@ def test_the_help_has_its_sections_in_order(verb):
     assert "\nOptions:\n" not in help_
     assert all(option["help"] for option in shown(verb).values())
     assert sections <= {*SECTIONS}
+
+
+ASKING = [
+    verb
+    for verb in main.list_commands(PARENT)
+    if getattr(main.get_command(PARENT, verb), "_ask", None) is not None
+]
+
+
+@pytest.mark.parametrize("verb", ASKING)
+def test_what_a_verb_alone_is_asked_has_an_option_with_a_sentence_in_a_section(verb):
+    asked = {field.path: row for row in command(verb)._options.values() for field in row[:1]}
+    fields = command(verb)._ask_fields
+
+    assert fields
+    assert {*fields} <= {*asked}
+    assert all(asked[path][1].help for path in fields)
+    assert {field.shown.section for field in fields.values()} <= {*TITLES}
+
+
+@pytest.mark.parametrize(
+    ("function", "asked"),
+    [(pho.compare, CompareAsk), (pho.evaluate, EvaluateAsk), (pho.bench, BenchSettings),
+     (pho.bench, Where), (pho.recover, Recovery), (pho.search, SearchOptions)],
+)  # fmt: skip
+def test_python_has_an_argument_with_the_same_sentence_for_what_the_terminal_has(function, asked):
+    arguments, said = inspect.signature(function).parameters, " ".join(function.__doc__.split())
+
+    for name, sentence in sentences_of(asked).items():
+        assert name in arguments
+        assert f"{name}: {sentence}" in said
+
+
+def test_a_wrong_value_of_what_a_verb_is_asked_is_told_with_its_option():
+    for words, message in (
+        ("bench m --rounds 0", "--rounds 0 is below 1."),
+        ("evaluate m --text t --max-windows 0", "--max-windows 0 is below 1."),
+        ("compare m --pattern 0.5 --seeds 0,1,1", "--seeds 0,1,1: one is given twice"),
+        ("compare m --pattern 0.5 --report-windows 0", "--report-windows 0 is below 1"),
+        ("plan m --device-memory much", "--device-memory 'much' is not a size"),
+    ):
+        result = CliRunner().invoke(main, words.split())
+
+        assert result.exit_code == 2
+        assert message in result.stderr
 
 
 POINT = {"coefficients": {"row": 1.0, "column": 1.0, "neighbourhood": 1.0, "kernel_size": 3,
