@@ -36,7 +36,7 @@ from gpu_tables import print_shape, write_tables
 from machine import card, conditions, software
 
 from pho_service.cli.terminal import progress, say, verb
-from pho_service.host.files import new_file
+from pho_service.host.files import write_json
 from pho_service.models.blockwise import Block, walk
 from pho_service.models.bundle_file import read_bundle, write_bundle
 from pho_service.models.calibration import calibrate
@@ -140,8 +140,7 @@ def main(
         with tempfile.TemporaryDirectory(prefix="pho-") as folder:
             job = _Job(SHAPES[name], target, Path(folder), settings, windows, trials)
             found[name] = {**document, **job.measure()}
-        with new_file(out) as partial:
-            partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        write_json(out, found)
         print_shape(name, found[name])
     say(f"All of it is in {out}; --tables {out} prints it for docs/measurements/speed.md.")
 

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from pho_service.models.architecture import prunable_linears
-from pho_service.models.scratch import KeptBlocks
+from pho_service.models.scratch import Memo
 from pho_service.planning.shapes import Header, TensorHeader
 from pho_service.pruning.statistics import gather
 from storage import embedded
@@ -410,11 +410,11 @@ def _run_alone(database, statement):
 def trained(monkeypatch):
     """The blocks that are trained from now on."""
     names = []
-    really = KeptBlocks.keep
+    really = Memo.keep
 
     def keep(self, name, block):
         names.append(name)
         really(self, name, block)
 
-    monkeypatch.setattr(KeptBlocks, "keep", keep)
+    monkeypatch.setattr(Memo, "keep", keep)
     return names

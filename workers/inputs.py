@@ -22,10 +22,17 @@ from pho_service.errors import BundleError, ChangedInput, OutputError, TextError
 from pho_service.host.access import Access, check_data_file
 from pho_service.host.artifacts import PrunedStore, open_store
 from pho_service.host.files import new_file
-from pho_service.models.bundle_file import read_sums, write_sums
-from pho_service.models.calibration import CalibrationText, bundle_path, cached_bundle, kept_bundle
+from pho_service.models.calibration import (
+    CalibrationText,
+    bundle_path,
+    cached_bundle,
+    kept_bundle,
+    sums_of,
+    sums_record,
+)
 from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.scratch import Memo
 from pho_service.models.tasks import LoadedTasks, load_tasks
 from pho_service.models.texts import (
     MixedText,
@@ -207,12 +214,10 @@ class BundleStore:
         try:
             with tempfile.TemporaryDirectory(prefix="pho-") as folder:
                 self._files.makedirs(place.rpartition("/")[0], exist_ok=True)
-                if self._remote is None:
-                    write_sums(sums, Path(place), key=key, shard=shard)
-                    return
-                path = Path(folder) / "sums"
-                write_sums(sums, path, key=key, shard=shard)
-                self._put(path, place)
+                memo = self._memo(key, folder)
+                memo.keep(f"{shard}", sums_record(sums))
+                if self._remote is not None:
+                    self._put(memo.path(f"{shard}"), place)
         except (OSError, OutputError) as error:
             if self.has(key):  # made meanwhile, and the shards' folder removed
                 return
@@ -223,15 +228,20 @@ class BundleStore:
         place = self._shard(key, shard)
         try:
             with tempfile.TemporaryDirectory(prefix="pho-") as folder:
-                path = Path(place)
+                memo = self._memo(key, folder)
                 if self._remote is not None:
-                    path = Path(folder) / "sums"
-                    self._files.get_file(place, str(path))
-                return read_sums(path, key=key, shard=shard)
-        except (BundleError, FileNotFoundError):
+                    self._files.get_file(place, str(memo.path(f"{shard}")))
+                record = memo.read(f"{shard}")
+                return None if record is None else sums_of(record)
+        except FileNotFoundError:
             return None
         except OSError as error:
             raise OutputError(f"the shard {place} cannot be read: {error}.") from error
+
+    def _memo(self, key: str, copies: str) -> Memo:
+        """The shards of a calibration: in our folder, or, of an object store, those copied."""
+        shards = Path(self._root) / "shards" / key if self._remote is None else Path(copies)
+        return Memo(folder=shards, key=key)
 
     def _tidy(self, key: str) -> None:
         """Remove the shards of a bundle that is made, and those that nobody has come back to."""

@@ -298,7 +298,7 @@ def _prune(
                 configuration,
                 folder,
                 calibration=work.calibration,
-                done=work.blocks(configuration.candidate()),
+                memo=work.blocks(configuration.candidate()),
                 progress=run.progress,
             )
     finally:
@@ -399,7 +399,7 @@ def _pruned(
             bundle,
             configuration,
             calibration=calibration,
-            done=blocks,
+            memo=blocks,
             progress=run.progress,
         )
         model.model.to(dtype)  # type: ignore[arg-type]  # rounded as it is stored, and read again

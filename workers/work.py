@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pho_service.errors import OutputError
 from pho_service.models.loading import LanguageModel
-from pho_service.models.scratch import KeptBlocks
+from pho_service.models.scratch import Memo
 from pho_service.models.texts import RecoveryText, ReportText
 from pho_service.pipeline.prune import blocks_kept
 from pho_service.pipeline.work import Work
@@ -87,12 +87,10 @@ class SealedWork(Work):
             sealed=self,
         )
 
-    def blocks(self, winner: Candidate) -> KeptBlocks | None:
+    def blocks(self, winner: Candidate) -> Memo | None:
         """Where the winner's trained blocks wait for what is done with the pruned model."""
         # If nothing prunes the model later, they are there so that another attempt goes on, or
         # another job may have its turn.
-        if not winner.steps.reconstruction.wanted:
-            return None
 
         def folder(key: str) -> Path:
             place = self._inputs.pruned.workplace(self._job.id, key[:16])
@@ -101,8 +99,8 @@ class SealedWork(Work):
                     place.parent.mkdir(parents=True, exist_ok=True)
             return place.with_name(f".{place.name}.blocks")
 
-        kept = blocks_kept(self.model, self.bundle, winner, self.calibration, folder)
-        return kept and replace(kept, look=self.run.look, spare=not self.keeps_blocks)
+        memo = blocks_kept(self, winner, folder)
+        return memo and replace(memo, look=self.run.look, spare=not self.keeps_blocks)
 
     def forget_blocks(self) -> None:
         """Remove the trained blocks of a job that nothing will prune."""
@@ -122,7 +120,7 @@ class _Opened(Work):
 
     sealed: SealedWork
 
-    def blocks(self, winner: Candidate) -> KeptBlocks | None:
+    def blocks(self, winner: Candidate) -> Memo | None:
         return self.sealed.blocks(winner)
 
     def check(self) -> str | None:

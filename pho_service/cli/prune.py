@@ -335,7 +335,7 @@ def _prune(
         folder,
         origin=entry.origin if entry else None,
         calibration=opened.calibration,
-        done=trained if trained and trained.folder.is_dir() else None,
+        memo=trained if trained and trained.folder.is_dir() else None,
         progress=progress,
     )
     if as_json:

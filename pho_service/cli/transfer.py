@@ -1,7 +1,7 @@
 """`pho transfer`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -140,8 +140,9 @@ def transfer(
             text = inputs.report(work.model, report_source, settings, measured_on.windows)
             work = replace(work, report=text)
         run = inputs.run(work.dense)
-        return document.known(transfer_key(work, config, request)) or document.add(
-            transfer_job(name, work, config, search=request, study_url=ask.study, run=run)
+        return document.once(
+            transfer_key(work, config, request),
+            lambda: transfer_job(name, work, config, search=request, study_url=ask.study, run=run),
         )
 
     for name in models:
@@ -194,18 +195,16 @@ class _TransferFile:
             raise OutputError(f"{path} is there already and {holds}. Give another --out.")
         return cls(path, values)
 
-    def known(self, key: str) -> dict[str, Any] | None:
-        """What was measured before, with the same inputs."""
-        records: list[dict[str, Any]] = [t for t in self.values["targets"] if t["key"] == key]
-        return records[0] if records else None
-
-    def add(self, transfer: "Transfer") -> dict[str, Any]:
-        """Keep a target's numbers, in the file at once."""
+    def once(self, key: str, measure: Callable[[], "Transfer"]) -> dict[str, Any]:
+        """A target's numbers: those that the file has of the same inputs, or new ones, kept."""
         from pho_service.host.files import write_json
 
-        record = transfer.to_dict()
-        self.values["targets"].append(record)
-        write_json(self.path, self.values)
+        targets: list[dict[str, Any]] = self.values["targets"]
+        record = next((target for target in targets if target["key"] == key), None)
+        if record is None:
+            record = measure().to_dict()
+            targets.append(record)
+            write_json(self.path, self.values)
         return record
 
 

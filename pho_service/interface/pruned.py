@@ -126,7 +126,7 @@ def prune(
     trained = work.blocks(chosen_configuration.candidate())
     with dense_afterwards(loaded, if_it_fails=True):
         done = pipeline.prune_in_place(
-            loaded, proxy_bundle, chosen_configuration, calibration=work.calibration, done=trained,
+            loaded, proxy_bundle, chosen_configuration, calibration=work.calibration, memo=trained,
             progress=bars(progress),
         )  # fmt: skip
     if trained:

@@ -1,5 +1,5 @@
 """
-Proxy bundles and the sums of calibration shards on disk, as safetensors files.
+Proxy bundles on disk, as safetensors files.
 """
 
 import errno
@@ -21,7 +21,7 @@ from pho_service.errors import BundleError, PhoError, field_name, shown
 from pho_service.host.files import new_file
 from pho_service.pruning.bundle import LayerSample, ProxyBundle
 from pho_service.pruning.scores import TINY
-from pho_service.pruning.statistics import InputStatistics, Sums
+from pho_service.pruning.statistics import InputStatistics
 
 FORMAT, VERSION = "pho-bundle", 1
 MAX_DOCUMENT = 16 * 2**20  # characters; a 70B model's has 100,000, 45,000 experts' masks 4 million
@@ -242,51 +242,3 @@ def _layer(
         fisher=tensors.take(f"{prefix}.fisher", out_features),
         output_energy=energy,
     )
-
-
-SUMS_FORMAT = "pho-sums"  # of the sums of a calibration's shard, which are kept a short while
-
-
-def write_sums(sums: Sums, path: Path, *, key: str, shard: int) -> None:
-    """Write the sums of a shard, whole or not at all."""
-    names = list(sums.fisher)
-    document = {
-        "version": VERSION,
-        "key": key,
-        "shard": shard,
-        "readers": sums.readers,
-        "input_of": sums.input_of,
-        "fisher": names,
-        "gradient_tokens": [sums.gradient_tokens[name] for name in names],
-    }
-    tensors = {
-        **{f"squares.{i}": tensor for i, tensor in enumerate(sums.squares)},
-        **{f"moments.{i}": tensor for i, tensor in enumerate(sums.moments)},
-        **{f"fisher.{i}": sums.fisher[name] for i, name in enumerate(names)},
-    }
-    with new_file(path) as partial, os_errors():
-        metadata = {SUMS_FORMAT: json.dumps(document)}
-        save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata=metadata)
-
-
-def read_sums(path: Path, *, key: str, shard: int) -> Sums:
-    """Read the sums of a shard, on the CPU."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            document = json.loads((file.metadata() or {})[SUMS_FORMAT])
-            if [document["version"], document["key"], document["shard"]] != [VERSION, key, shard]:
-                raise BundleError(f"{path} has the sums of something else")
-            inputs = range(len(document["readers"]))
-            names = document["fisher"]
-            fisher = [file.get_tensor(f"fisher.{i}").clone() for i in range(len(names))]
-            return Sums(
-                readers=document["readers"],
-                input_of=document["input_of"],
-                # Copies: a map dies with the process if the file shrinks.
-                squares=[file.get_tensor(f"squares.{i}").clone() for i in inputs],
-                moments=[file.get_tensor(f"moments.{i}").clone() for i in inputs],
-                fisher=dict(zip(names, fisher, strict=True)),
-                gradient_tokens=dict(zip(names, document["gradient_tokens"], strict=True)),
-            )
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise BundleError(f"{path} has no sums of a calibration: {error}") from error

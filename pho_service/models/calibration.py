@@ -21,7 +21,7 @@ from pho_service.models.architecture import decoder_blocks, footprint_of
 from pho_service.models.blockwise import collect_statistics_blockwise, measure_perplexity
 from pho_service.models.bundle_file import read_bundle, write_bundle
 from pho_service.models.loading import LanguageModel
-from pho_service.models.scratch import scratch_folder
+from pho_service.models.scratch import Record, scratch_folder
 from pho_service.models.texts import (
     MixedText,
     Text,
@@ -349,6 +349,34 @@ def measure_shard(
             return how.gather(shard, advance).sums()
 
     return _within_memory(model, text, settings, progress, run)
+
+
+def sums_record(sums: Sums) -> Record:
+    """The sums of a shard as they are kept until the bundle is made."""
+    return Record(
+        values={
+            "readers": sums.readers,
+            "input_of": sums.input_of,
+            "gradient_tokens": {name: sums.gradient_tokens[name] for name in sums.fisher},
+        },
+        tensors={
+            **{f"squares.{i}": tensor for i, tensor in enumerate(sums.squares)},
+            **{f"moments.{i}": tensor for i, tensor in enumerate(sums.moments)},
+            **{f"fisher.{name}": tensor for name, tensor in sums.fisher.items()},
+        },
+    )
+
+
+def sums_of(record: Record) -> Sums:
+    # Copies: a map of a file dies with the process if the file shrinks.
+    tensors = {name: tensor.clone() for name, tensor in record.tensors.items()}
+    inputs = range(len(record.values["readers"]))
+    return Sums(
+        **record.values,
+        squares=[tensors[f"squares.{i}"] for i in inputs],
+        moments=[tensors[f"moments.{i}"] for i in inputs],
+        fisher={name: tensors[f"fisher.{name}"] for name in record.values["gradient_tokens"]},
+    )
 
 
 def _measured_blockwise(how: CalibrationTry, text: CalibrationText) -> Statistics:

@@ -1,15 +1,15 @@
 """
-Tensors and finished blocks that are kept on disk for a while: what does not fit into memory.
+What is kept on disk for a while: tensors that do not fit into memory, and work that is done once.
 """
 
 import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -20,8 +20,6 @@ from pho_service.host.files import new_file
 from pho_service.host.settings import Settings
 from pho_service.models.bundle_file import os_errors
 from pho_service.progress import Look, never
-from pho_service.pruning.masks import LinearMask
-from pho_service.pruning.statistics import PrunableLinear
 from pho_service.spec.document import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -64,98 +62,61 @@ def mapped_copy(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
         ) from error
 
 
-_META = "pho-block"  # of a block that is kept on disk until its model is saved
+_META = "pho-record"
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeptBlock:
-    weights: Mapping[str, Tensor]  # Weights of its pruned linears, (out_features, in_features)
-    masks: Mapping[str, LinearMask]  # Their masks
-    record: Mapping[str, Any]  # JSON values: what its training came to
+class Record:
+    """What a piece of work came to."""
 
-    @classmethod
-    def of(
-        cls,
-        linears: Mapping[str, PrunableLinear],
-        masks: Mapping[str, LinearMask],
-        record: Mapping[str, Any],
-    ) -> Self:
-        """The linears as they are now, with their masks."""
-        return cls(
-            weights={name: linears[name].weight for name in masks}, masks=masks, record=record
-        )
-
-    def put_into(self, linears: Mapping[str, PrunableLinear]) -> Iterator[tuple[str, LinearMask]]:
-        """Give the linears their weights; yields the name and the mask of each."""
-        for name, mask in self.masks.items():
-            linears[name].weight.copy_(self.weights[name])
-            yield name, mask
+    values: Mapping[str, Any] = field(default_factory=dict)  # JSON values
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # None shares memory with another
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeptBlocks:
-    """A folder of them."""
+class Memo:
+    """A folder of records, by name, so that what was done is not done again."""
 
-    folder: Path  # Made when the first block is kept
-    key: str  # Names all that a block depends on. A file with another key is not read
+    folder: Path  # Made when the first record is kept
+    key: str  # Names all that the work depends on. A record with another key is not read
     spare: bool = False  # Where they cannot be written, work goes on without them
     look: Look = never  # Called when one is kept, and work could go on behind it later
 
-    def read(self, name: str) -> KeptBlock | None:
-        """A block by its name; None if it is not there, of another key, or broken."""
+    def read(self, name: str) -> Record | None:
+        """A record by its name; None if it is not there, of another key or name, or broken."""
         try:
-            with safe_open(self._path(name), framework="pt") as file:
+            with safe_open(self.path(name), framework="pt") as file:
                 about = json.loads((file.metadata() or {})[_META])
-                if about["key"] != self.key:
+                if [about["key"], about["name"]] != [self.key, name]:
                     return None
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
-                masks = {
-                    linear: LinearMask(
-                        keep=tensors[f"{linear}:keep"],
-                        order=tensors.get(f"{linear}:order"),
-                        group_keep=group_keep,
-                    )
-                    for linear, group_keep in about["group_keep"].items()
-                }
-                weights = {linear: tensors[f"{linear}:weight"] for linear in masks}
-                return KeptBlock(weights=weights, masks=masks, record=about["record"])
-        except (OSError, SafetensorError, ValueError, KeyError):
+                return Record(values=about["values"], tensors=tensors)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None
 
-    def keep(self, name: str, block: KeptBlock) -> None:
-        """Write a block, whole or not at all."""
+    def keep(self, name: str, record: Record) -> None:
+        """Write a record, whole or not at all."""
         try:
-            self._write(name, block)
+            self._write(name, record)
         except OutputError as error:
             if not self.spare:
                 raise
-            logger.warning("a trained block is not kept: %s", error)
+            logger.warning("the record of %s is not kept: %s", name, error)
         else:
             self.look()
 
-    def _write(self, name: str, block: KeptBlock) -> None:
-        tensors = {}
-        for linear, mask in block.masks.items():
-            tensors[f"{linear}:weight"] = block.weights[linear]
-            tensors[f"{linear}:keep"] = mask.keep
-            if mask.order is not None:
-                tensors[f"{linear}:order"] = mask.order
-        about = {
-            "key": self.key,
-            "group_keep": {linear: mask.group_keep for linear, mask in block.masks.items()},
-            "record": dict(block.record),
-        }
+    def _write(self, name: str, record: Record) -> None:
+        about = {"key": self.key, "name": name, "values": dict(record.values)}
+        tensors = {key: tensor.contiguous() for key, tensor in record.tensors.items()}
         try:
             self.folder.mkdir(parents=self.spare, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{self.folder} cannot be made: {error.strerror}.") from error
-        with new_file(self._path(name)) as partial, os_errors():
-            # Copies: experts are parts of one tensor, and linears share an order.
-            copies = {key: t.to("cpu", copy=True).contiguous() for key, t in tensors.items()}
-            save_file(copies, partial, metadata={_META: json.dumps(about)})
+        with new_file(self.path(name)) as partial, os_errors():
+            save_file(tensors, partial, metadata={_META: json.dumps(about)})
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _path(self, name: str) -> Path:
+    def path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

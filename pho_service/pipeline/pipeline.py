@@ -20,7 +20,7 @@ from pho_service.models.blockwise import (
     walk,
 )
 from pho_service.models.loading import LanguageModel
-from pho_service.models.scratch import KeptBlock, KeptBlocks
+from pho_service.models.scratch import Memo, Record
 from pho_service.progress import Advance
 from pho_service.pruning.masks import (
     LinearMask,
@@ -73,7 +73,7 @@ def prune_model(
     advance: Advance = lambda _: None,
     kept: Callable[[str, LinearMask], None] = lambda _name, _mask: None,
     *,
-    done: KeptBlocks | None = None,
+    memo: Memo | None = None,
     rebuilt: Callable[[str, Reconstructed], None] = lambda _name, _result: None,
 ) -> dict[str, float]:
     """Prune a model in place, and give the share that each pruned linear has lost."""
@@ -85,7 +85,7 @@ def prune_model(
         if few := few_tokens(model.linears, candidate, windows):
             warn_once(few)
         if candidate.steps.reconstruction.wanted:
-            masks = _rebuilt(model, statistics, candidate, windows, done, rebuilt, advance)
+            masks = _rebuilt(model, statistics, candidate, windows, memo, rebuilt, advance)
         else:
             masks = _block_by_block(model, statistics, candidate, windows)
     elif model.stream:
@@ -162,7 +162,7 @@ def _rebuilt(
     statistics: Statistics,
     candidate: Candidate,
     windows: Tensor,
-    done: KeptBlocks | None,
+    memo: Memo | None,
     rebuilt: Callable[[str, Reconstructed], None],
     advance: Advance,
 ) -> Iterator[tuple[str, LinearMask]]:
@@ -175,18 +175,46 @@ def _rebuilt(
         block = whole.only(losses.names)
         if not block.linears:
             continue
-        kept_block = done.read(block.name) if done else None
-        if kept_block is None:
+        record = memo.read(block.name) if memo else None
+        if record is None:
             masks = dict(_pruned_block(block, statistics, candidate, losses))
             keeps = {name: mask.keep for name, mask in masks.items()}
             result = rebuilding.after(block, keeps, advance)
-            if done:
-                done.keep(block.name, KeptBlock.of(block.linears, masks, result.to_dict()))
+            if memo:
+                memo.keep(block.name, _block_record(block.linears, masks, result))
         else:
-            masks = dict(kept_block.put_into(block.linears))
-            result = Reconstructed(**kept_block.record)
+            masks = dict(_put_back(record, block.linears))
+            result = Reconstructed(**record.values["result"])
         rebuilt(block.name, result)
         yield from masks.items()
+
+
+def _block_record(
+    linears: Mapping[str, PrunableLinear], masks: Mapping[str, LinearMask], result: Reconstructed
+) -> Record:
+    """A trained block as it is kept until its model is saved."""
+    group_keep = {name: mask.group_keep for name, mask in masks.items()}
+    tensors: dict[str, Tensor] = {}
+    for name, mask in masks.items():
+        tensors |= {f"{name}:weight": linears[name].weight, f"{name}:keep": mask.keep}
+        if mask.order is not None:
+            tensors[f"{name}:order"] = mask.order
+    return Record(
+        values={"group_keep": group_keep, "result": result.to_dict()},
+        # Copies: experts are parts of one tensor, and linears share an order.
+        tensors={name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()},
+    )
+
+
+def _put_back(
+    record: Record, linears: Mapping[str, PrunableLinear]
+) -> Iterator[tuple[str, LinearMask]]:
+    """Give the linears of a block their trained weights, and yield the mask of each."""
+    tensors = record.tensors
+    for name, group_keep in record.values["group_keep"].items():
+        linears[name].weight.copy_(tensors[f"{name}:weight"])
+        keep, order = tensors[f"{name}:keep"], tensors.get(f"{name}:order")
+        yield name, LinearMask(keep=keep, order=order, group_keep=group_keep)
 
 
 def _pruned_block(
@@ -254,7 +282,7 @@ def pruned_model(
     candidate: Candidate,
     calibration: Tensor | None,
     advance: Advance = lambda _: None,
-    done: KeptBlocks | None = None,
+    memo: Memo | None = None,
 ) -> Iterator[Mapping[str, float]]:
     """A model pruned with a candidate, and dense again afterwards."""
     if not (candidate.steps.needs_text or model.stream):
@@ -264,7 +292,7 @@ def pruned_model(
             yield sparsity
         return
     with dense_afterwards(model):
-        yield prune_model(model, statistics, candidate, calibration, advance, done=done)
+        yield prune_model(model, statistics, candidate, calibration, advance, memo=memo)
 
 
 def rate_streamed(

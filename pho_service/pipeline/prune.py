@@ -18,9 +18,10 @@ from pho_service.host.machine import versions
 from pho_service.models.loading import LanguageModel, sha256_each
 from pho_service.models.mask_file import LayerMask, PackedMask
 from pho_service.models.saving import save_pruned
-from pho_service.models.scratch import KeptBlocks
+from pho_service.models.scratch import Memo
 from pho_service.models.texts import windows_key
 from pho_service.pipeline.pipeline import few_tokens, prune_model
+from pho_service.pipeline.work import Work
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import LinearMask, model_sparsity
@@ -94,56 +95,53 @@ def prune_job(
     *,
     origin: Mapping[str, Any] | None = None,
     calibration: Tensor | None = None,
-    done: KeptBlocks | None = None,
+    memo: Memo | None = None,
     progress: Progress = silent,
 ) -> PrunedFolder:
     """Prune with a configuration, and write a Hugging Face folder with masks and recipe."""
-    # ``done`` has what a confirmation has pruned and trained already, if it is not lost.
-    if done is None:
+    # ``memo`` has what a confirmation has pruned and trained already, if it is not lost.
+    if memo is None:
         blocks = folder.expanduser().resolve().with_name(f".{folder.name}.blocks")
-        done = blocks_kept(model, bundle, configuration.candidate(), calibration, lambda _: blocks)
+        work = Work.of(bundle, model, calibration=calibration)
+        memo = blocks_kept(work, configuration.candidate(), lambda _: blocks)
     pruned = prune_in_place(
         model,
         bundle,
         configuration,
         origin=origin,
         calibration=calibration,
-        done=done,
+        memo=memo,
         progress=progress,
     )
     save_pruned(model, folder, pruned.masks.items(), pruned.recipe)
-    if done:
-        done.remove()
+    if memo:
+        memo.remove()
     return pruned
 
 
-def blocks_kept(
-    model: LanguageModel,
-    bundle: ProxyBundle,
-    candidate: Candidate,
-    calibration: Tensor | None,
-    folder: Callable[[str], Path],
-) -> KeptBlocks | None:
+def blocks_kept(work: Work, candidate: Candidate, folder: Callable[[str], Path]) -> Memo | None:
     """Where the blocks are kept that a reconstruction has trained, by key; None without one."""
-    if not candidate.steps.reconstruction.wanted or calibration is None:
+    if not candidate.steps.reconstruction.wanted or (calibration := work.calibration) is None:
         return None
-    key = _identity(model, bundle, candidate, calibration)
-    return KeptBlocks(folder=folder(key), key=key)
+    model = work.model
+    # All that the weights of a pruned block follow from.
+    identity = [
+        model.to_dict(), str(model.device.type), str(candidate.pattern), candidate.to_dict(),
+        work.bundle.contents_sha256, windows_key(calibration), versions("torch", "transformers"),
+    ]  # fmt: skip
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    return Memo(folder=folder(key), key=key)
 
 
 _SETS = 3  # of trained blocks that the cache of this machine holds
 
 
-def cached_blocks(
-    cache_dir: Path,
-    model: LanguageModel,
-    bundle: ProxyBundle,
-    candidate: Candidate,
-    calibration: Tensor | None,
-) -> KeptBlocks | None:
+def cached_blocks(work: Work, winner: Candidate) -> Memo | None:
     """Where `pho search` keeps the trained blocks of its winner for `pho prune`: the last few."""
-    place = cache_dir.expanduser().resolve() / "blocks"
-    blocks = blocks_kept(model, bundle, candidate, calibration, lambda key: place / key[:16])
+    if work.dense is None or work.cache_dir is None:
+        return None
+    place = work.cache_dir.expanduser().resolve() / "blocks"
+    blocks = blocks_kept(work, winner, lambda key: place / key[:16])
     if blocks is None:
         return None
     others = [other for other in place.glob("*") if other != blocks.folder]
@@ -154,17 +152,6 @@ def cached_blocks(
     return replace(blocks, spare=True)
 
 
-def _identity(
-    model: LanguageModel, bundle: ProxyBundle, candidate: Candidate, calibration: Tensor
-) -> str:
-    """Hash of all that the weights of a pruned block follow from."""
-    parts = [
-        model.to_dict(), str(model.device.type), str(candidate.pattern), candidate.to_dict(),
-        bundle.contents_sha256, windows_key(calibration), versions("torch", "transformers"),
-    ]  # fmt: skip
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
 def prune_in_place(
     model: LanguageModel,
     bundle: ProxyBundle,
@@ -172,7 +159,7 @@ def prune_in_place(
     *,
     origin: Mapping[str, Any] | None = None,
     calibration: Tensor | None = None,
-    done: KeptBlocks | None = None,
+    memo: Memo | None = None,
     progress: Progress = silent,
 ) -> PrunedFolder:
     """Prune a model with a configuration for good; no model is written."""
@@ -198,7 +185,7 @@ def prune_in_place(
             calibration,
             advance,
             keep,
-            done=done,
+            memo=memo,
             rebuilt=blocks.__setitem__,
         )
     folded = _fold(model, kept)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
@@ -39,6 +39,7 @@ from pho_service.models.loading import LanguageModel, load_model, sha256_each
 from pho_service.models.mask_file import MASKS, LayerMask, PackedMask, groups_of, read_masks
 from pho_service.models.packed import as_folder
 from pho_service.models.saving import RECIPE, read_recipe, recipe_document
+from pho_service.models.scratch import Memo, Record
 from pho_service.models.texts import (
     RecoveryText,
     TextRecord,
@@ -416,10 +417,11 @@ def _lesson(
     check_teacher(pruned, teacher)
     place.begin(teacher.to_dict())
     together = trained.processes.count
-    steps = together * place.once("steps", lambda: _steps(trained, teacher, settings, text))
-    windows, record = _draw(pruned, text, settings.seed, steps + HELD_OUT)
+    steps = place.once("steps", lambda: torch.tensor(_steps(trained, teacher, settings, text)))
+    total = together * int(steps)
+    windows, record = _draw(pruned, text, settings.seed, total + HELD_OUT)
     held_out = min(HELD_OUT, len(windows) // 8 or 1)
-    missing = max(0, steps - (len(windows) - held_out))
+    missing = max(0, total - (len(windows) - held_out))
     count = min(missing, -(-settings.written // text.context_length))
     if count:
         begun, also = windows[held_out:], min(HELD_OUT - held_out, count // 8)
@@ -427,7 +429,7 @@ def _lesson(
         windows = torch.cat([windows[:held_out], added[:also], begun, added[also:]])
         held_out += also
     there = len(windows) - held_out
-    taken = steps_of_each(steps, there, together) * together
+    taken = steps_of_each(total, there, together) * together
     share = recut(windows[held_out:], taken, settings.seed)[trained.processes.number :: together]
     with progress("Asking the dense model", held_out + len(share)) as advance:
         held = dense_reference(teacher.model, windows[:held_out], top_k=TOP_K, advance=advance)
@@ -499,8 +501,8 @@ def _written(
     network: Any = teacher.model
     cards = [teacher.device] if teacher.device.type == "cuda" else []
 
-    def write() -> list[list[int]]:
-        written: list[list[int]] = []
+    def write() -> Tensor:
+        written: list[Tensor] = []
         with (
             progress("The dense model writes", len(begins)) as advance,
             torch.random.fork_rng(cards),
@@ -516,11 +518,11 @@ def _written(
                     pad_token_id=0,
                     cache_implementation="static", disable_compile=True,  # or all before is copied
                 )  # fmt: skip
-                written += rows.tolist()
+                written.append(rows.cpu())
                 advance(len(some))
-        return [window for share in processes.every(written) for window in share]
+        return torch.cat([window for share in processes.every(written) for window in share])
 
-    return torch.tensor(place.once("written", write))
+    return place.once("written", write)
 
 
 def check_teacher(pruned: LanguageModel, teacher: LanguageModel) -> None:
@@ -584,22 +586,15 @@ class Workplace:
         several = self.processes.count > 1
         self.folder = folder / f"{self.processes.number}" if several else folder
         self._identity = [*identity, self.processes.count]
-        self._file, self._initial = self.folder / "plan.json", self.folder / "initial.safetensors"
-        self._known: dict[str, Any] = {}
+        self._memo = Memo(folder=self.folder, key="")  # that of no training, until one begins
 
     def begin(self, teacher: Mapping[str, Any]) -> None:
         """Go on with what is there if it is of the same training."""
         identity = json.dumps([*self._identity, teacher], default=str)
-        key = hashlib.sha256(identity.encode()).hexdigest()
-        try:
-            self._known = json.loads(self._file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self._known = {}
-        everywhere = self.processes.every(self._known.get("key"))
-        if set(everywhere) != {key}:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self._known = {"key": key}
-        self._known = self.processes.agreed(self._known)
+        self._memo = replace(self._memo, key=hashlib.sha256(identity.encode()).hexdigest())
+        if not all(self.processes.every(self._memo.read("steps") is not None)):  # the first of all
+            self._memo.remove()
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
     def nothing_left(self) -> Iterator[None]:
@@ -607,26 +602,24 @@ class Workplace:
         try:
             yield
         except PhoError:
-            if not self._initial.exists():
+            if not self._memo.path("initial").exists():
                 self.remove()
             raise
 
-    def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """A value that is found out once."""
-        if name not in self._known:
-            self._known[name] = self.processes.agreed(make())
-            self.folder.mkdir(parents=True, exist_ok=True)
-            partial = self._file.with_suffix(".partial")
-            partial.write_text(json.dumps(self._known), encoding="utf-8")
-            partial.replace(self._file)
-        return self._known[name]
+    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor that is made once, and is the same for all processes."""
+        record: Record | None = self.processes.agreed(self._memo.read(name))
+        if record is None:
+            record = Record(tensors={name: self.processes.agreed(make())})
+            self._memo.keep(name, record)
+        return record.tensors[name]
 
     def keep_initial(self, trained: Recovering) -> None:
-        save_file(trained.state_dict(), self._initial)
+        self._memo.keep("initial", Record(tensors=trained.state_dict()))
 
     def restore(self, trained: Recovering, step: int | None) -> None:
         """Take the weights of the check after a step, or those from before if there is none."""
-        file = self._checks()[step] / SAFE_WEIGHTS_NAME if step else self._initial
+        file = self._checks()[step] / SAFE_WEIGHTS_NAME if step else self._memo.path("initial")
         trained.load_state_dict(load_file(file))
 
     def _checks(self) -> dict[int, Path]:
@@ -645,7 +638,7 @@ class Workplace:
         return str(kept[last]) if last else None
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._memo.remove()
         if self.processes.count > 1:
             with suppress(OSError):  # the others are still there
                 self.folder.parent.rmdir()

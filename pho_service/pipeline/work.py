@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pho_service.models.loading import LanguageModel
-    from pho_service.models.scratch import KeptBlocks
+    from pho_service.models.scratch import Memo
     from pho_service.models.texts import ReportText
     from pho_service.pruning.bundle import ProxyBundle
     from pho_service.spec.steps import Candidate
@@ -71,13 +71,11 @@ class Work:
         assert self.confirm is not None
         return self.confirm
 
-    def blocks(self, winner: "Candidate") -> "KeptBlocks | None":
+    def blocks(self, winner: "Candidate") -> "Memo | None":
         """Where the trained blocks of a search's winner are kept, until it is pruned with."""
         from pho_service.pipeline.prune import cached_blocks
 
-        if self.dense is None or self.cache_dir is None:
-            return None
-        return cached_blocks(self.cache_dir, self.dense, self.bundle, winner, self.calibration)
+        return cached_blocks(self, winner)
 
     def check(self) -> str | None:
         """Refuse files that have changed meanwhile; give the hash of the weights, if known."""

@@ -8,7 +8,7 @@ import torch
 from pretended_user import answer
 from safetensors.torch import load_file, save_file
 
-from pho_service.models.scratch import KeptBlocks
+from pho_service.models.scratch import Memo
 
 SMALL = ("--context-length", 32, "--samples", 6, "--kernel-sizes", "3,5")
 
@@ -67,7 +67,7 @@ def test_blocks_that_a_search_has_trained_are_not_trained_again(
     monkeypatch, trained,
 ):  # fmt: skip
     """Also by a search that was killed between two blocks; other text, and they are not taken."""
-    read = KeptBlocks.read
+    read = Memo.read
 
     def killed(self, name):
         if "1" in name:
@@ -75,7 +75,7 @@ def test_blocks_that_a_search_has_trained_are_not_trained_again(
         return read(self, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(KeptBlocks, "read", killed)
+        patch.setattr(Memo, "read", killed)
         pho("search", model_folder, *TRAINED, "--trials", 12, "--finalists", 1, *SMALL,
             "--text", texts["calibration"], "--confirm-text", texts["confirmation"],
             "--confirm-windows", 3)  # fmt: skip

@@ -6,17 +6,18 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from pho_service.errors import BundleError
 from pho_service.models.architecture import prunable_linears, unfuse_experts
-from pho_service.models.bundle_file import read_sums, write_sums
 from pho_service.models.calibration import (
     calibration_text,
     cut,
     measure,
     measure_shard,
+    sums_of,
+    sums_record,
 )
 from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import load_model
+from pho_service.models.scratch import Memo
 from pho_service.pruning.statistics import Collector, gather
 from pho_service.spec.calibration import CalibrationSettings
 
@@ -44,18 +45,15 @@ def tensors(statistics):
 def test_by_whoever(model, text, tmp_path):
     """Gathered in any order, by way of files, and in part by the one who adds up: the same bits."""
     alone = measure(model, text, SETTINGS)
+    memo = Memo(folder=tmp_path, key="k")
     for number in (7, 0, 3, 5, 2):
-        sums = measure_shard(model, text, SETTINGS, number)
-        write_sums(sums, tmp_path / f"{number}", key="k", shard=number)
+        memo.keep(f"{number}", sums_record(measure_shard(model, text, SETTINGS, number)))
 
-    together = measure(
-        model,
-        text,
-        SETTINGS,
-        stored_sums=lambda n: (
-            read_sums(tmp_path / f"{n}", key="k", shard=n) if (tmp_path / f"{n}").exists() else None
-        ),
-    )
+    def stored_sums(number):
+        record = memo.read(f"{number}")
+        return record and sums_of(record)
+
+    together = measure(model, text, SETTINGS, stored_sums=stored_sums)
     assert together.input_of == alone.input_of
     assert list(together.fisher) == list(alone.fisher)
     assert all(map(torch.equal, tensors(together), tensors(alone)))
@@ -174,14 +172,16 @@ def test_what_is_cut_has_the_same_statistics_but_for_rounding_and_signs_and_anot
 
 
 def test_damaged(model, text, tmp_path):
-    """What is not the sums of this shard of this calibration is refused."""
-    path = tmp_path / "sums"
-    write_sums(measure_shard(model, text, SETTINGS, 1), path, key="k", shard=1)
-    for key, shard in (("k", 2), ("other", 1)):
-        with pytest.raises(BundleError, match="something else"):
-            read_sums(path, key=key, shard=shard)
-    path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(BundleError, match="no sums of a calibration"):
-        read_sums(path, key="k", shard=1)
-    with pytest.raises(BundleError, match="no sums of a calibration"):
-        read_sums(tmp_path / "none", key="k", shard=1)
+    """What is not the sums of this shard of this calibration is not read."""
+    memo = Memo(folder=tmp_path, key="k")
+    memo.keep("1", sums_record(measure_shard(model, text, SETTINGS, 1)))
+    path = memo.path("1")
+    whole = path.read_bytes()
+    memo.path("2").write_bytes(whole)
+
+    assert memo.read("1") is not None
+    assert memo.read("2") is None
+    assert memo.read("3") is None
+    assert replace(memo, key="other").read("1") is None
+    path.write_bytes(whole[:-8])
+    assert memo.read("1") is None

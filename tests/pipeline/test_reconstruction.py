@@ -10,7 +10,7 @@ import torch
 from pho_service.errors import InvalidInput
 from pho_service.models.loading import load_model
 from pho_service.models.saving import read_recipe
-from pho_service.models.scratch import KeptBlocks
+from pho_service.models.scratch import Memo
 from pho_service.pipeline import confirmation
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.pipeline import prune_model
@@ -41,7 +41,7 @@ class Run:
         self.blocks = {}
         prune_model(
             model, bundle.statistics(), candidate, windows, heard, self.masks.__setitem__,
-            done=done, rebuilt=self.blocks.__setitem__,
+            memo=done, rebuilt=self.blocks.__setitem__,
         )  # fmt: skip
         self.weights = {name: each.weight.clone() for name, each in model.linears.items()}
 
@@ -82,7 +82,7 @@ def test_blocks_are_trained(model, original, bundle, windows):
 
 def test_resumed(model, model_folder, bundle, windows, tmp_path):
     """A run that is killed in the second block goes on there, and ends with the same bytes."""
-    done = KeptBlocks(folder=tmp_path / "blocks", key="a")
+    done = Memo(folder=tmp_path / "blocks", key="a")
     killed = load_model(str(model_folder), device="cpu")
     heard = 0
 
@@ -102,7 +102,7 @@ def test_resumed(model, model_folder, bundle, windows, tmp_path):
 
     assert same(resumed, whole)
     assert steps.count(0) < heard + 2  # only the second block was trained
-    assert KeptBlocks(folder=done.folder, key="b").read("model.layers.0") is None
+    assert Memo(folder=done.folder, key="b").read("model.layers.0") is None
     (done.folder / "model.layers.1.safetensors").write_bytes(b"torn")
     assert done.read("model.layers.1") is None
 
@@ -223,12 +223,12 @@ def test_without_a_text_to_confirm_on_the_reconstruction_is_added_as_asked_for(b
 
 
 def test_the_cache_holds_the_blocks_of_the_last_three_searches(model, bundle, tmp_path):
-    windows = torch.arange(64).view(2, 32)
+    work = Work.of(bundle, model, calibration=torch.arange(64).view(2, 32))
     kept = []
     for number in range(5):
         pattern = Pattern.parse(f"0.{number + 1}")
         candidate = replace(CANDIDATE, pattern=pattern, steps=Steps(reconstruction=TRAINED))
-        found = cached_blocks(tmp_path, model, bundle, candidate, windows)
+        found = cached_blocks(replace(work, cache_dir=tmp_path), candidate)
         found.folder.mkdir(parents=True)
         os.utime(found.folder, (number, number))
         kept.append(found.folder)

@@ -13,6 +13,7 @@ from pho_service.errors import BundleError, InvalidInput, OutputError
 from pho_service.models.calibration import CalibrationText, calibration_text, measure_shard
 from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.scratch import Memo
 from pho_service.progress import silent
 from pho_service.spec.calibration import CalibrationSettings
 from workers.inputs import BundleStore
@@ -175,7 +176,7 @@ def test_a_shard_whose_folder_has_been_removed_since_the_bundle_is_made_is_no_er
         raise OutputError("no such folder")  # as if somebody had removed it just now
 
     store = worker("a")
-    monkeypatch.setattr("workers.inputs.write_sums", fail)
+    monkeypatch.setattr(Memo, "keep", fail)
     with pytest.raises(OutputError, match="no such folder"):
         store.keep_sums(source.key, 1, sums)
     source.ensure(store)

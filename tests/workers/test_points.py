@@ -8,7 +8,7 @@ import pytest
 from optuna.trial import create_trial
 
 from pho_service.errors import TargetMissed
-from pho_service.models.scratch import KeptBlocks
+from pho_service.models.scratch import Memo
 from pho_service.pipeline import rating
 from pho_service.tuning.search import add_point
 from storage.records import JobState, LostClaim, NewStage, StageKind, StageState
@@ -256,7 +256,7 @@ def test_the_training_of_blocks_gives_its_worker_away_and_goes_on_with_those_tha
     spec = small(preset="crepe", confirm={"finalists": 1}, steps=steps)
     job, alone = (hand.until(hand.submit(spec), StageKind.FINISH) for _ in range(2))
     hand.until(alone, None)
-    keep, trained, given_away = KeptBlocks.keep, [], []
+    keep, trained, given_away = Memo.keep, [], []
 
     def kept(self, name, block):
         trained.append(name)
@@ -268,7 +268,7 @@ def test_the_training_of_blocks_gives_its_worker_away_and_goes_on_with_those_tha
             raise TurnOver
 
     monkeypatch.setattr(Watch, "look_for_others", look)
-    monkeypatch.setattr(KeptBlocks, "keep", kept)
+    monkeypatch.setattr(Memo, "keep", kept)
     claim = hand.take(job)
     with pytest.raises(TurnOver):
         Conductor(hand.store, hand.inputs, Event(), Turns()).run(claim)

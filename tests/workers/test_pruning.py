@@ -23,7 +23,7 @@ from pho_service.models.bundle_file import read_bundle
 from pho_service.models.calibration import bundle_path, calibration_text
 from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import load_model
-from pho_service.models.scratch import KeptBlocks
+from pho_service.models.scratch import Memo
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.prune import prune_job
 from pho_service.progress import silent
@@ -98,9 +98,9 @@ def test_blocks_that_the_confirmation_has_trained_are_not_trained_again_for_the_
     job = hand.until(hand.submit(spec), StageKind.PRUNE)
     waiting = [*hand.bundles.glob(f"pruned/{job.id}/.*.blocks/*.safetensors")]
     if killed:
-        read = KeptBlocks.read
+        read = Memo.read
         with monkeypatch.context() as patch:
-            patch.setattr(KeptBlocks, "read", lambda s, n: _killed() if "1" in n else read(s, n))
+            patch.setattr(Memo, "read", lambda s, n: _killed() if "1" in n else read(s, n))
             with pytest.raises(SystemExit):
                 hand.step(job)
         hand.inputs = hand.new_inputs()

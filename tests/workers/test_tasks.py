@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pho_service.cli import main
 from pho_service.errors import ChangedInput, InvalidInput
 from pho_service.models import tasks as task_files
-from pho_service.models.scratch import KeptBlocks
+from pho_service.models.scratch import Memo
 from pho_service.pipeline.check import check_folder
 from pho_service.shown.tables import tasks_table
 from pho_service.spec.configuration import Configuration
@@ -76,7 +76,7 @@ def test_as_pho_evaluate(hand, small, monkeypatch):
             hand.step(job)
     trained = [*hand.bundles.glob(f"pruned/{job.id}/.*.blocks/*.safetensors")]
     hand.inputs = hand.new_inputs()
-    monkeypatch.setattr(KeptBlocks, "keep", _killed)
+    monkeypatch.setattr(Memo, "keep", _killed)
     job = hand.until(job, None)
     (pruned,) = (hand.bundles / "pruned" / str(job.id)).iterdir()
     found = Configuration.model_validate(job.with_tasks(job.best))
