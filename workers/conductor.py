@@ -8,7 +8,7 @@ into the queue, and the function ends there. With the last piece it comes to its
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -232,22 +232,22 @@ class _Job:
         spec = self._warmed(spec, made)
         self._work = SealedWork(self._inputs, job, spec, made, self._journal.run)
         if spec.several:
-            points = self._points(spec)
-            once("finish", lambda _: self._finish_points(spec, points), Finished)
+            points = self._points()
+            once("finish", lambda _: self._finish_points(points), Finished)
         else:
             islands = range(spec.islands)
             conduct(
                 IslandsAsked(
                     requests=[spec.request(number) for number in islands],
                     plans=[spec.plan(number) for number in islands],
-                    studies=partial(self._study, spec),
+                    studies=self._study,
                     origin=origin_of([one.provenance for one in made]),
                     timeout_s=spec.timeout_s,
                 ),
                 self._work,
                 self._journal,
                 self._island_search(spec),
-                partial(self._finish, spec),
+                self._finish,
                 Finished,
             )
         if spec.tasks is not None:
@@ -255,7 +255,7 @@ class _Job:
             for measured in each("tasks", both, self._tasks, TasksMeasured):
                 check_tasks(measured.questions_sha256, job)
         if spec.prune or job.pruning is not None:
-            once("prune", self._prune, StoredModel)
+            once("prune", lambda _: prune_piece(self._work, self._claim, self._watch), StoredModel)
 
     # The pieces.
 
@@ -307,28 +307,28 @@ class _Job:
         self._journal.spec = document
         return JobSpec.model_validate(document)
 
-    def _study(self, spec: JobSpec, number: int) -> optuna.Study:
+    def _study(self, number: int) -> optuna.Study:
         """The record of an island, or of a pattern."""
-        direction = spec.request(0).objective.direction
+        direction = self._work.spec.request(0).objective.direction
         name = study_name(self._claim.job.name, number)
         return open_study(self._storage, name, direction=direction)
 
     def _island_search(self, spec: JobSpec) -> IslandSearch:
         return IslandSearch(self._store, self._claim, spec, self._watch, self._fence)
 
-    def _points(self, spec: JobSpec) -> list[CurvePoint]:
+    def _points(self) -> list[CurvePoint]:
         """A point for each pattern, as `pho curve` finds them; or those that a target asks for."""
-        run, claim, study_of = self._journal.run, self._claim, partial(self._study, spec)
+        spec, run, claim = self._work.spec, self._work.run, self._claim
 
         def find(request: SearchRequest, title: str) -> CurvePoint:
             # The study holds whatever another attempt has done.
             one = spec.of_pattern(request.pattern)
             points = claim.job.of_kind(StageKind.POINT)
-            other = next((study_of(stage.number) for stage in points if stage.result), None)
-            study = study_of(claim.stage.number)
+            other = next((self._study(stage.number) for stage in points if stage.result), None)
+            study = self._study(claim.stage.number)
             finder = CurvePoints(
                 self._work.opened(),
-                lambda _: nullcontext(study),
+                lambda _: study,
                 pareto=pareto_of_job(self._store, claim, self._storage),
                 dense=None if other is None else kept(other, DENSE_MEASURED, {}),
                 search=self._island_search(one),
@@ -349,22 +349,22 @@ class _Job:
         requests = [spec.of_pattern(pattern).request(0) for pattern in spec.points]
         return find_points(find, requests, spec.target, self._journal)
 
-    def _finish_points(self, spec: JobSpec, points: Sequence[CurvePoint]) -> Finished:
+    def _finish_points(self, points: Sequence[CurvePoint]) -> Finished:
         """A target has an answer, patterns have one each; TargetMissed if there is no answer."""
-        best, warnings = None, point_warnings(points)
-        if spec.target is not None:
-            result = target_found(spec.target, points).result
+        best, warnings, target = None, point_warnings(points), self._work.spec.target
+        if target is not None:
+            result = target_found(target, points).result
             best, warnings = result.configuration.model_dump(mode="json"), result.warnings
         self._work.forget_blocks()
         self._journal.job_result = JobResult(best=best, warnings=warnings)
         return Finished()
 
-    def _finish(self, spec: JobSpec, result: SearchResult) -> Finished:
-        configuration, work = result.configuration, self._work
+    def _finish(self, result: SearchResult) -> Finished:
+        configuration, work, spec = result.configuration, self._work, self._work.spec
         layers = of_layers(work.bundles, configuration.candidate(), str(self._inputs.device))
         for number in range(spec.islands):
             with self._fence():
-                show_result(self._study(spec, number), spec, configuration)
+                show_result(self._study(number), spec, configuration)
         self._journal.job_result = JobResult(
             best=configuration.model_dump(mode="json"),
             warnings=[*result.warnings, *started(spec, configuration)],
@@ -373,12 +373,9 @@ class _Job:
         work.forget_blocks()
         return Finished(layers=layers, validation=validation)
 
-    def _tasks(self, piece: Piece, run: Run) -> TasksMeasured:
+    def _tasks(self, piece: Piece, _: Run) -> TasksMeasured:
         check = partial(check_tasks, job=self._store.get(self._claim.job.id))
-        return tasks_piece(self._work, self._inputs, self._claim.job, piece.number, run, check)
-
-    def _prune(self, run: Run) -> StoredModel:
-        return prune_piece(self._work, self._inputs, self._claim, self._watch, run)
+        return tasks_piece(self._work, piece.number, check)
 
 
 _POINT = TypeAdapter(CurvePoint)

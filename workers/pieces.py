@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -220,43 +221,36 @@ class IslandSearch:
 
 
 # The piece of a job that writes the pruned model into the artifact store.
-def prune_piece(
-    work: SealedWork, inputs: WorkerInputs, claim: Claim, watch: Watch, run: Run
-) -> StoredModel:
+def prune_piece(work: SealedWork, claim: Claim, watch: Watch) -> StoredModel:
     """Prune the model of a job with what it found, as `pho prune` does, and keep the files."""
     # What an attempt before has written whole is taken up; so are the blocks that its
     # reconstruction had trained.
     began = time.monotonic()
     best = chosen(claim.job, claim.stage.about)
-    folder = _written(work, inputs, claim.job, best, run)
-    key = folder.name
+    folder = _written(work, best)
     if work.spec.recovery is not None:  # tasks are measured on the folder, once it is written
         with_configuration(folder, claim.job.with_tasks(best))
     recovered = recipe_document(folder).get("recovery")
-    files = described(folder, run)
+    files = described(folder, work.run)
     watch.look(now=True)
-    inputs.pruned.keep(claim.job.id, key, [file["name"] for file in files])
+    work.inputs.pruned.keep(claim.job.id, folder.name, [file["name"] for file in files])
     return StoredModel(
-        key=key,
+        key=folder.name,
         files=files,
         recovery=None if recovered is None else Recovered.from_dict(shareable(recovered)),
         seconds=round(time.monotonic() - began, 3),
     )
 
 
-def _written(
-    work: SealedWork, inputs: WorkerInputs, job: JobRecord, best: Mapping[str, Any], run: Run
-) -> Path:
+def _written(work: SealedWork, best: Mapping[str, Any]) -> Path:
     """The folder of the pruned model, recovered if that is asked for, made unless it is there."""
-    recovery = work.spec.recovery
+    recovery, place_of = work.spec.recovery, partial(work.inputs.pruned.workplace, work.job.id)
     whole = best if recovery is None else {**best, "recovery": recovery.model_dump(mode="json")}
-    folder = inputs.pruned.workplace(job.id, configuration_key(whole))
-    before = inputs.pruned.workplace(job.id, configuration_key(best))
+    folder, before = (place_of(configuration_key(model)) for model in (whole, best))
     if not (folder / RECIPE).is_file() and not (before / RECIPE).is_file():
-        configuration = Configuration.model_validate(job.with_tasks(best))
-        _prune(work, inputs, configuration, before, run)
+        _prune(work, Configuration.model_validate(work.job.with_tasks(best)), before)
     if recovery is not None and not (folder / RECIPE).is_file():
-        _recover(work, inputs, recovery.settings(), before, folder, run)
+        _recover(work, recovery.settings(), before, folder)
     return folder
 
 
@@ -280,13 +274,7 @@ def described(folder: Path, run: Run) -> list[dict[str, Any]]:
     return files
 
 
-def _prune(
-    work: SealedWork,
-    inputs: WorkerInputs,
-    configuration: Configuration,
-    folder: Path,
-    run: Run,
-) -> None:
+def _prune(work: SealedWork, configuration: Configuration, folder: Path) -> None:
     try:
         with store_faults_told():
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -299,30 +287,23 @@ def _prune(
                 folder,
                 calibration=work.calibration,
                 memo=work.blocks(configuration.candidate()),
-                progress=run.progress,
+                progress=work.run.progress,
             )
     finally:
-        inputs.clear()  # the model is not dense any more
+        work.inputs.clear()  # the model is not dense any more
 
 
-def _recover(
-    work: SealedWork,
-    inputs: WorkerInputs,
-    settings: Recovery,
-    before: Path,
-    folder: Path,
-    run: Run,
-) -> None:
+def _recover(work: SealedWork, settings: Recovery, before: Path, folder: Path) -> None:
     """Train a pruned folder towards the job's dense model, and write what it is then."""
     from pho_service.pipeline.recover import PrunedModel, Workplace, recover_model  # slow to import
 
     @contextmanager
     def dense() -> Iterator[LanguageModel]:
         yield work.model
-        inputs.clear()  # the room is needed
+        work.inputs.clear()  # the room is needed
 
-    text = work.recovery_text
-    pruned = PrunedModel.read(before, **inputs.placing(work.spec))
+    text, run = work.recovery_text, work.run
+    pruned = PrunedModel.read(before, **work.inputs.placing(work.spec))
     place = Workplace(folder.with_name(f".{folder.name}.recovery"))
     with store_faults_told():
         recovered = recover_model(
@@ -345,26 +326,19 @@ def remove_if_deleted(store: JobStore, inputs: WorkerInputs, job: JobRecord) -> 
 DENSE, PRUNED = 0, 1  # the numbers of the pieces
 
 
-def tasks_piece(
-    work: SealedWork,
-    inputs: WorkerInputs,
-    job: JobRecord,
-    number: int,
-    run: Run,
-    check: Callable[[str], None],
-) -> TasksMeasured:
+def tasks_piece(work: SealedWork, number: int, check: Callable[[str], None]) -> TasksMeasured:
     """Measure one of the two models of a job on its tasks, as `pho evaluate --tasks` does."""
     # The pruned one is pruned as `pho prune` does it; blocks that a reconstruction has trained are
     # kept for another attempt, and for the piece that writes the pruned model.
     began = time.monotonic()
-    tasks = inputs.tasks(work.spec)
+    tasks = work.inputs.tasks(work.spec)
     questions = tasks.questions_sha256()
     check(questions)
     if number == DENSE:
-        measured = _measured(work.model, work.spec, tasks, run)
+        measured = _measured(work, work.model, tasks)
         work.check()
     else:
-        measured = _pruned(work, inputs, job, tasks, run)
+        measured = _pruned(work, tasks)
     return TasksMeasured(
         **measured, questions_sha256=questions, seconds=round(time.monotonic() - began, 3)
     )
@@ -381,15 +355,12 @@ def check_tasks(questions: str, job: JobRecord) -> None:
         )
 
 
-def _pruned(
-    work: SealedWork, inputs: WorkerInputs, job: JobRecord, tasks: LoadedTasks, run: Run
-) -> dict[str, Any]:
-    best, calibration = chosen(job, None), work.calibration
+def _pruned(work: SealedWork, tasks: LoadedTasks) -> dict[str, Any]:
+    best, calibration = chosen(work.job, None), work.calibration
     if work.spec.recovery is not None:  # that model is what the user gets
-        folder = _written(work, inputs, job, best, run)
-        inputs.clear()  # the room is needed
-        recovered = load_model(str(folder), **inputs.placing(work.spec))
-        return _measured(recovered, work.spec, tasks, run)
+        folder = _written(work, best)
+        work.inputs.clear()  # the room is needed
+        return _measured(work, load_model(str(folder), **work.inputs.placing(work.spec)), tasks)
     configuration = Configuration.model_validate(best)
     bundle, model = work.bundle, work.model
     blocks, dtype = work.blocks(configuration.candidate()), model.dtype
@@ -400,21 +371,21 @@ def _pruned(
             configuration,
             calibration=calibration,
             memo=blocks,
-            progress=run.progress,
+            progress=work.run.progress,
         )
         model.model.to(dtype)  # type: ignore[arg-type]  # rounded as it is stored, and read again
-        measured = _measured(model, work.spec, tasks, run)
+        measured = _measured(work, model, tasks)
     finally:
-        inputs.clear()  # the model is not dense any more
+        work.inputs.clear()  # the model is not dense any more
     if blocks is not None and not work.spec.prune:
         blocks.remove()
     return measured
 
 
-def _measured(model: Any, spec: JobSpec, tasks: LoadedTasks, run: Run) -> dict[str, Any]:
+def _measured(work: SealedWork, model: LanguageModel, tasks: LoadedTasks) -> dict[str, Any]:
     """What a model scored, and how."""
-    how: dict[str, Any] = {"bos": spec.calibration.bos, "limit": spec.tasks_limit}
-    scores: Sequence[TaskScore] = measure_tasks(model, tasks, **how, progress=run.progress)
+    how: dict[str, Any] = {"bos": work.spec.calibration.bos, "limit": work.spec.tasks_limit}
+    scores: Sequence[TaskScore] = measure_tasks(model, tasks, **how, progress=work.run.progress)
     document = tasks_document(model, scores, **how)
     kept = {name: document[name] for name in ("limit", "bos", "versions")}
     return {"scores": [*scores], **kept}

@@ -35,8 +35,7 @@ class SealedWork(Work):
         calibrations: Sequence[Calibration],
         run: Run,
     ) -> None:
-        self.spec, self.run = spec, run
-        self._inputs, self._job = inputs, job
+        self.inputs, self.job, self.spec, self.run = inputs, job, spec, run
         self.keeps_blocks = bool(spec.prune or spec.tasks or job.pruning)  # what prunes needs them
         self._keys = [str(calibration.provenance["key"]) for calibration in calibrations]
         self._seals = [Seal(**calibration.inputs) for calibration in calibrations]
@@ -45,7 +44,7 @@ class SealedWork(Work):
     def bundles(self) -> dict[str, ProxyBundle]:
         """The bundles of all models, by name."""
         return {
-            name: self._inputs.bundle(self.spec.of_model(i), seal, key, self.run.progress)
+            name: self.inputs.bundle(self.spec.of_model(i), seal, key, self.run.progress)
             for i, (name, seal, key) in enumerate(
                 zip(self.spec.models, self._seals, self._keys, strict=True)
             )
@@ -57,22 +56,22 @@ class SealedWork(Work):
 
     @property
     def dense(self) -> LanguageModel:
-        return self._inputs.model(self.spec, self._seals[0])
+        return self.inputs.model(self.spec, self._seals[0])
 
     @property
     def confirm(self) -> ReportText | None:
         """What perplexities are measured on; None if nothing is confirmed."""
         if self.spec.confirm is None:
             return None
-        return self._inputs.confirmation_text(self.spec, self._seals[0])
+        return self.inputs.confirmation_text(self.spec, self._seals[0])
 
     @property
     def calibration(self) -> Tensor:
-        return self._inputs.calibration_text(self.spec, self._seals[0]).calibration
+        return self.inputs.calibration_text(self.spec, self._seals[0]).calibration
 
     @property
     def recovery_text(self) -> RecoveryText:
-        return self._inputs.recovery_text(self.spec, self._seals[0])
+        return self.inputs.recovery_text(self.spec, self._seals[0])
 
     @property
     def measures(self) -> bool:
@@ -93,7 +92,7 @@ class SealedWork(Work):
         # another job may have its turn.
 
         def folder(key: str) -> Path:
-            place = self._inputs.pruned.workplace(self._job.id, key[:16])
+            place = self.inputs.pruned.workplace(self.job.id, key[:16])
             if self.keeps_blocks:
                 with store_faults_told():
                     place.parent.mkdir(parents=True, exist_ok=True)
@@ -105,13 +104,13 @@ class SealedWork(Work):
     def forget_blocks(self) -> None:
         """Remove the trained blocks of a job that nothing will prune."""
         if not self.keeps_blocks:
-            self._inputs.pruned.remove(self._job.id)
+            self.inputs.pruned.remove(self.job.id)
 
     def check(self) -> str | None:
         """Compare the model once more, if its files have changed: they were read all the time."""
         # Not only a streamed model's: on a CPU, weights in their stored type are the file's own
         # pages, and change with it when somebody writes into it.
-        return self._inputs.weights_sha256(self.spec, self._seals[0])
+        return self.inputs.weights_sha256(self.spec, self._seals[0])
 
 
 @dataclass(frozen=True, kw_only=True)
