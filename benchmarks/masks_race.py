@@ -14,7 +14,7 @@ from machine import conditions, software
 from subject import load_subject
 
 from pho_service.cli.terminal import progress
-from pho_service.pipeline.search import memory_study, search_job
+from pho_service.pipeline.search import search_job, study_of
 from pho_service.pipeline.work import Work
 from pho_service.progress import Run
 from pho_service.spec.pattern import Pattern
@@ -63,7 +63,7 @@ def main(
                     bounds=preset.bounds, seed=seed, finalists=finalists,
                 )  # fmt: skip
                 # Both studies have the same trials, which are searched before the clock runs.
-                studies = [memory_study(request, subject.work) for _ in "ab"]
+                studies = [study_of(None, request, subject.work) for _ in "ab"]
                 found, took = [], []
                 for study, in_full in zip(studies, (2, finalists), strict=True):
                     search_job(request, Work.of(subject.bundle), study=study)

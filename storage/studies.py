@@ -230,9 +230,9 @@ def quiet_optuna() -> Iterator[None]:
 
 
 def open_study(
-    storage: RDBStorage, name: str, *, direction: Literal["minimize", "maximize"]
+    storage: RDBStorage | None, name: str, *, direction: Literal["minimize", "maximize"]
 ) -> optuna.Study:
-    """Create a study, or open it if it is there."""
+    """Create a study, or open it if it is there; without a storage one in memory."""
     with quiet_optuna():
         return optuna.create_study(
             storage=storage, study_name=name, direction=direction, load_if_exists=True

@@ -3,8 +3,8 @@
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -90,10 +90,11 @@ def curve(model: str, given: Given, ask: _Curve, inputs: Terminal, as_json: bool
     _refuse_bundle(model)
     check_models([model], given("revision"), given("confirm/text"))
     opened = open_curve(specs[0], given, requests, inputs)
-    with opened_points(opened, study, specs, inputs) as (points, pareto):
+    with _points(opened, study, specs, inputs) as (points, pareto):
         curve_points = find_points(points.find, requests)
+    name = pareto.study_name
     document = curve_document(
-        curve_points, opened, seconds=opened.calibration_s, study={"url": study, "name": pareto}
+        curve_points, opened, seconds=opened.calibration_s, study={"url": study, "name": name}
     )
     _write(folder, document)
     for warning in point_warnings(curve_points):
@@ -103,7 +104,7 @@ def curve(model: str, given: Given, ask: _Curve, inputs: Terminal, as_json: bool
         return
     show_points(curve_points)
     tell(f"written      {folder}: curve.html, curve.json, and a configuration for each point")
-    tell(f"study        {pareto!r} has the Pareto front; browse it with: optuna-dashboard {study}")
+    tell(f"study        {name!r} has the Pareto front; browse it with: optuna-dashboard {study}")
 
 
 def point_spec(model: str, given: Given, pattern: Pattern) -> "JobSpec":
@@ -130,32 +131,24 @@ def open_curve(
     )
 
 
-@contextmanager
-def opened_points(
+def _points(
     work: "Work",
     study: str,
     specs: "Sequence[JobSpec]",
     inputs: Terminal,
     target: Target | None = None,
-) -> "Iterator[tuple[CurvePoints, str]]":
-    """What finds the points, and the name of the study that has the trials of all of them."""
-    # The study of each point, in the database ``study``, keeps the document of its search.
-    from pho_service.pipeline.curve import CurvePoints, opened_pareto
-    from pho_service.pipeline.search import opened_study
+) -> "AbstractContextManager[tuple[CurvePoints, Study]]":
+    """What finds the points; the study of each keeps the document of its search."""
+    from pho_service.pipeline.curve import opened_points
     from storage.studies import keep_record
 
     documents = {str(spec.pruning()): spec.model_dump(mode="json") for spec in specs}
 
-    @contextmanager
-    def record(request: "SearchRequest") -> "Iterator[Study]":
-        with opened_study(study, request, work) as point_study:
-            keep_record(point_study, DOCUMENT, documents[str(request.pattern)])
-            yield point_study
+    def note(point_study: "Study", request: "SearchRequest") -> None:
+        keep_record(point_study, DOCUMENT, documents[str(request.pattern)])
 
-    with opened_pareto(study, [spec.request(0) for spec in specs], work) as pareto:
-        run = inputs.run(work.model)
-        points = CurvePoints(work, record, pareto=pareto, run=run, target=target)
-        yield points, pareto.study_name
+    requests, run = [spec.request(0) for spec in specs], inputs.run(work.model)
+    return opened_points(study, requests, work, run=run, target=target, note=note)
 
 
 def show_points(points: "Sequence[CurvePoint]") -> None:
@@ -216,7 +209,7 @@ def search_within(
     specs = {sparsity: _spec(models[0], given, sparsity) for sparsity in target.sparsities}
     of_all = [spec.request(0) for spec in specs.values()]
     opened = open_curve(specs[target.sparsities[0]], given, of_all, inputs)
-    with opened_points(opened, study, [*specs.values()], inputs, target) as (points, _):
+    with _points(opened, study, [*specs.values()], inputs, target) as (points, _):
         return target_found(target, find_points(points.find, of_all, target))
 
 

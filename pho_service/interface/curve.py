@@ -2,8 +2,8 @@
 `pho.curve` and `pho.search_within`: several sparsities of one model in one question.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,11 @@ from pho_service.pipeline.curve import (
     check_patterns,
     curve_document,
     find_points,
-    opened_pareto,
-    pareto_of,
+    opened_points,
     table_of,
     target_found,
 )
-from pho_service.pipeline.search import check_study_url, memory_study, opened_study
+from pho_service.pipeline.search import check_study_url
 from pho_service.pipeline.work import Work
 from pho_service.shown.parts import Drawn, Shown, Table
 from pho_service.spec.curve import CURVE_FINALISTS, HIGHEST, LOWEST, STEP, Target, curve_patterns
@@ -137,7 +136,7 @@ def curve(ask: CurveArguments) -> Curve:
     unscoped = replace(ask, scope=None)
     requests = [unscoped.request(pattern) for pattern in curve_patterns(ask.patterns, ask.scope)]
     work = _work(ask, requests)
-    with _points(work, requests, ask.study, ask.progress) as (points, pareto):
+    with _points(work, requests, ask) as (points, pareto):
         curve_points = find_points(points.find, requests)
         name = pareto.study_name
     study_place = {"url": ask.study, "name": name}
@@ -182,7 +181,7 @@ def search_within(ask: WithinArguments) -> Within:
     target = Target.of(**{name: getattr(ask, name) for name in Target.model_fields})
     requests = [ask.request(sparsity) for sparsity in target.sparsities]
     work = _work(ask, requests)
-    with _points(work, requests, ask.study, ask.progress, target) as (points, _):
+    with _points(work, requests, ask, target) as (points, _):
         return target_found(target, find_points(points.find, requests, target))
 
 
@@ -199,30 +198,13 @@ def _work(ask: PointsArguments, requests: Sequence[SearchRequest]) -> Work:
     return work
 
 
-@contextmanager
 def _points(
     work: Work,
     requests: Sequence[SearchRequest],
-    study: str | None,
-    progress: bool | None,
+    ask: PointsArguments,
     target: Target | None = None,
-) -> Iterator[tuple[CurvePoints, optuna.Study]]:
-    """What finds the points, and the study that has the trials of all of them."""
-    record: Callable[[SearchRequest], AbstractContextManager[optuna.Study]]
-    opening: AbstractContextManager[optuna.Study]
-    if study is None:
-        opening = nullcontext(pareto_of(requests, work, None))
-
-        def record(request: SearchRequest) -> AbstractContextManager[optuna.Study]:
-            return nullcontext(memory_study(request, work))
-    else:
-        url = study
-        check_study_url(url)
-        opening = opened_pareto(url, requests, work)
-
-        def record(request: SearchRequest) -> AbstractContextManager[optuna.Study]:
-            return opened_study(url, request, work)
-
-    with opening as pareto:
-        run = run_on(work.model, progress)
-        yield CurvePoints(work, record, pareto=pareto, run=run, target=target), pareto
+) -> AbstractContextManager[tuple[CurvePoints, optuna.Study]]:
+    if ask.study is not None:
+        check_study_url(ask.study)
+    run = run_on(work.model, ask.progress)
+    return opened_points(ask.study, requests, work, run=run, target=target)

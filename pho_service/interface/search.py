@@ -39,7 +39,6 @@ from pho_service.models.texts import GivenWindows
 from pho_service.pipeline.objectives import OwnObjective
 from pho_service.pipeline.search import (
     check_study_url,
-    memory_study,
     opened_study,
     origin,
     search_job,
@@ -567,10 +566,10 @@ def search(ask: FoundArguments) -> Found:
             "too, or leave the text out."
         )
     record: AbstractContextManager[optuna.Study]
-    if isinstance(study, str):
-        record = opened_study(study, request, work)
+    if isinstance(study, optuna.Study):
+        record = nullcontext(study)
     else:
-        record = nullcontext(study or memory_study(request, work))
+        record = opened_study(study, request, work)
     with record as search_study:
         result = search_job(
             request,

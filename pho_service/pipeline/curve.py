@@ -11,21 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import BaseStorage
 from pydantic import TypeAdapter
 
-from pho_service.errors import StudyError, TargetMissed, field_name
+from pho_service.errors import TargetMissed, field_name
 from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.search import (
     IslandSearch,
     Journal,
     Piece,
     name_of_study,
+    opened_studies,
     reference_record,
     search_job,
+    study_of,
 )
 from pho_service.pipeline.work import Work
-from pho_service.progress import Advance, Run
+from pho_service.progress import Advance, Run, never
 from pho_service.shown.parts import Shown, Table
 from pho_service.shown.tables import points_table, rise_of
 from pho_service.spec.configuration import Configuration
@@ -36,14 +37,14 @@ from pho_service.tuning.plan import SearchRequest
 from pho_service.tuning.result import SearchResult
 from pho_service.tuning.search import add_point, pareto_name, pareto_study
 from storage.records import PATTERN
-from storage.studies import StorageError, keep_record, kept, once, open_storage, record_of
+from storage.studies import keep_record, kept, once, record_of
 
 FORMAT = "pho-curve"
 DENSE_MEASURED = reference_record("dense")
 _TIME = "curve_time"  # record of a study
 
-# Opens the study of a search, which may hold a part of it already.
-Record = Callable[[SearchRequest], AbstractContextManager[optuna.Study]]
+# Gives the study of a search, which may hold a part of it already.
+Record = Callable[[SearchRequest], optuna.Study]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,23 +108,18 @@ class CurvePoints:
 
     def find(self, request: SearchRequest, title: str) -> CurvePoint:
         """Search, confirm, and measure the published methods beside."""
-        work = self._work
-        with self._record(request) as study:
-            about = {"text_sha256": work.text.key}
-            dense = self._dense
-            if dense:  # what another search's study has of the dense model on these windows
-                once(study, DENSE_MEASURED, about, lambda: dense)
-            with _timed(study, request, work.text.key) as seconds:
-                result = search_job(
-                    request,
-                    work,
-                    study=study,
-                    search=self._search,
-                    run=_titled(self._run, title),
-                )
-            if self._pareto is not None:
-                pattern = request.pattern
-                add_point(self._pareto, study, pattern.sparsity, str(pattern), self._run.fence)
+        work, study = self._work, self._record(request)
+        about = {"text_sha256": work.text.key}
+        dense = self._dense
+        if dense:  # what another search's study has of the dense model on these windows
+            once(study, DENSE_MEASURED, about, lambda: dense)
+        with _timed(study, request, work.text.key) as seconds:
+            result = search_job(
+                request, work, study=study, search=self._search, run=_titled(self._run, title)
+            )
+        if self._pareto is not None:
+            pattern = request.pattern
+            add_point(self._pareto, study, pattern.sparsity, str(pattern), self._run.fence)
         configuration = result.configuration
         assert configuration.perplexities is not None  # there is a text
         self._dense = kept(study, DENSE_MEASURED, about)
@@ -196,24 +192,29 @@ def find_points(
 
 
 @contextmanager
-def opened_pareto(
-    url: str, requests: Sequence[SearchRequest], work: Work
-) -> Iterator[optuna.Study]:
-    """Open the study of (sparsity, objective) that takes the trials of some searches."""
-    try:
-        with open_storage(url) as storage:
-            yield pareto_of(requests, work, storage)
-    except StorageError as error:
-        raise StudyError(f"{field_name('study', url)}: {error}") from error
-
-
-def pareto_of(
-    requests: Sequence[SearchRequest], work: Work, storage: BaseStorage | None
-) -> optuna.Study:
+def opened_points(
+    url: str | None,
+    requests: Sequence[SearchRequest],
+    work: Work,
+    *,
+    run: Run,
+    target: Target | None = None,
+    note: Callable[[optuna.Study, SearchRequest], None] = never,
+) -> Iterator[tuple[CurvePoints, optuna.Study]]:
+    """What finds the points, and the study of (sparsity, objective) that takes all their trials."""
+    # They are kept in a database, or in memory if ``url`` is None. ``note`` is called with the
+    # study of each search before it begins.
     names = [name_of_study(request, work) for request in requests]
-    model = Path(work.model.name).name
-    objective = requests[0].objective
-    return pareto_study(pareto_name(model, names), objective.direction, objective.label, storage)
+    name, objective = pareto_name(Path(work.model.name).name, names), requests[0].objective
+    with opened_studies(url) as storage:
+        pareto = pareto_study(name, objective.direction, objective.label, storage)
+
+        def record(request: SearchRequest) -> optuna.Study:
+            study = study_of(storage, request, work)
+            note(study, request)
+            return study
+
+        yield CurvePoints(work, record, pareto=pareto, run=run, target=target), pareto
 
 
 def curve_document(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import optuna
+from optuna.storages import RDBStorage
 
 from pho_service.errors import BundleError, InvalidInput, NumericalError, StudyError, field_name
 from pho_service.pipeline.objectives import (
@@ -45,7 +46,6 @@ from storage.studies import (
     once,
     open_storage,
     open_study,
-    quiet_optuna,
     record_of,
 )
 
@@ -239,7 +239,7 @@ def search_job(
         )
     if work.dense is not None:
         work.bundle.check_model(work.dense.linears)
-    record = study or memory_study(request, work)
+    record = study or study_of(None, request, work)
 
     def at_once(study: optuna.Study, plan: SearchPlan, rate: Evaluate) -> bool:
         with run.progress(f"Searching ({request.objective.label})", plan.trials) as advance:
@@ -612,22 +612,28 @@ class _SearchPieces:
 
 
 @contextmanager
-def opened_study(url: str, request: SearchRequest, work: Work) -> Iterator[optuna.Study]:
-    """Open the study of a search in a database, with what the storage says turned into ours."""
-    # Its name says what is searched: the same request on the same bundles finds it again.
-    name = name_of_study(request, work)
+def opened_study(url: str | None, request: SearchRequest, work: Work) -> Iterator[optuna.Study]:
+    with opened_studies(url) as storage:
+        yield study_of(storage, request, work)
+
+
+@contextmanager
+def opened_studies(url: str | None) -> Iterator[RDBStorage | None]:
+    """Open a database of studies, with what the storage says turned into ours; None is memory."""
+    if url is None:
+        yield None
+        return
     try:
         with open_storage(url) as storage:
-            yield open_study(storage, name, direction=request.objective.direction)
+            yield storage
     except StorageError as error:
         raise StudyError(f"{field_name('study', url)}: {error}") from error
 
 
-def memory_study(request: SearchRequest, work: Work) -> optuna.Study:
-    """Make a new study in memory, with the name that :func:`opened_study` would give it."""
-    name = name_of_study(request, work)
-    with quiet_optuna():
-        return optuna.create_study(study_name=name, direction=request.objective.direction)
+def study_of(storage: RDBStorage | None, request: SearchRequest, work: Work) -> optuna.Study:
+    """Make the study of a search, in memory or in a database; or open it if it is there."""
+    # Its name says what is searched: the same request on the same bundles finds it again.
+    return open_study(storage, name_of_study(request, work), direction=request.objective.direction)
 
 
 def name_of_study(request: SearchRequest, work: Work) -> str:

@@ -5,7 +5,6 @@ Take a configuration to other models: what it is worth there, and what their own
 import hashlib
 import json
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 
 from pho_service.errors import ConfigurationError, InvalidInput
@@ -126,8 +125,7 @@ def transfer_job(
     proxies = proxies_of(work.bundle, configuration, run.device)  # refuses what the bundle lacks
     own_configuration = None
     if search is not None:
-        opened = nullcontext() if study_url is None else opened_study(study_url, search, work)
-        with opened as study:
+        with opened_study(study_url, search, work) as study:
             searched = replace(work, cache_dir=None)  # no trained blocks are kept
             own_configuration = search_job(search, searched, study=study, run=run).configuration
         candidates["own"] = own_configuration.candidate()

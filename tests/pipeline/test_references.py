@@ -12,7 +12,7 @@ from pho_service.interface.search import validation_of
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.pipeline import rating, search
 from pho_service.pipeline.rating import rate_pruned
-from pho_service.pipeline.search import memory_study, search_job
+from pho_service.pipeline.search import search_job, study_of
 from pho_service.pipeline.work import Work
 from pho_service.shown.tables import configuration_rows, verdict_table
 from pho_service.spec.baselines import reference_methods
@@ -68,7 +68,7 @@ def test_they_are_wanda_and_ria_as_published_whatever_the_steps_none_is_measured
         pattern=Pattern.parse(pattern), trials=8, steps=steps, finalists=1,
         objective=Objective(name=objective),
     )  # fmt: skip
-    study = memory_study(asked, Work.of(bundle, confirm=report))
+    study = study_of(None, asked, Work.of(bundle, confirm=report))
     work = Work.of(bundle, model, report)
     found = search_job(asked, work, study=study).configuration
     measured = [*pruned_with]
@@ -106,7 +106,7 @@ def test_finalists_say_how_far_they_are_behind_the_best_and_whether_that_may_be_
     bundle, model, report
 ):
     asked = SearchRequest(pattern=Pattern.parse("0.5"), trials=8, finalists=2)
-    study = memory_study(asked, Work.of(bundle, confirm=report))
+    study = study_of(None, asked, Work.of(bundle, confirm=report))
     found = search_job(
         asked, Work.of(bundle, model=model, confirm=report), study=study
     ).configuration
