@@ -67,10 +67,10 @@ _META = "pho-record"
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What a piece of work came to."""
+    """Outcome of a piece of work."""
 
     values: Mapping[str, Any] = field(default_factory=dict)  # JSON values
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # None shares memory with another
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # Each with memory of its own
 
 
 @dataclass(frozen=True, kw_only=True)
