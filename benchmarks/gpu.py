@@ -329,10 +329,8 @@ class _Job:
         found = search_job(
             request, Work.of(bundle), run=Run(device=str(self.device), progress=progress)
         )
-        prune_job(
-            model, bundle, found.configuration, self.folder / "pruned",
-            calibration=self.text.calibration, progress=progress,
-        )  # fmt: skip
+        work = Work.of(bundle, model, calibration=self.text.calibration)
+        prune_job(work, found.configuration, self.folder / "pruned", progress=progress)
 
     def _largest_recovery(self) -> tuple[Trains, Plan]:
         """The most that can be trained on this card by the plan."""

@@ -280,15 +280,8 @@ def _prune(work: SealedWork, configuration: Configuration, folder: Path) -> None
             folder.parent.mkdir(parents=True, exist_ok=True)
             for left in folder.parent.glob(".pho-*"):  # of an attempt that was killed
                 shutil.rmtree(left, ignore_errors=True)
-            prune_job(
-                work.model,
-                work.bundle,
-                configuration,
-                folder,
-                calibration=work.calibration,
-                memo=work.blocks(configuration.candidate()),
-                progress=work.run.progress,
-            )
+            blocks = work.blocks(configuration.candidate())
+            prune_job(work, configuration, folder, memo=blocks, progress=work.run.progress)
     finally:
         work.inputs.clear()  # the model is not dense any more
 
@@ -356,23 +349,16 @@ def check_tasks(questions: str, job: JobRecord) -> None:
 
 
 def _pruned(work: SealedWork, tasks: LoadedTasks) -> dict[str, Any]:
-    best, calibration = chosen(work.job, None), work.calibration
+    best = chosen(work.job, None)
     if work.spec.recovery is not None:  # that model is what the user gets
         folder = _written(work, best)
         work.inputs.clear()  # the room is needed
         return _measured(work, load_model(str(folder), **work.inputs.placing(work.spec)), tasks)
     configuration = Configuration.model_validate(best)
-    bundle, model = work.bundle, work.model
-    blocks, dtype = work.blocks(configuration.candidate()), model.dtype
+    model, blocks = work.model, work.blocks(configuration.candidate())
+    dtype = model.dtype
     try:
-        prune_in_place(
-            model,
-            bundle,
-            configuration,
-            calibration=calibration,
-            memo=blocks,
-            progress=work.run.progress,
-        )
+        prune_in_place(work, configuration, memo=blocks, progress=work.run.progress)
         model.model.to(dtype)  # type: ignore[arg-type]  # rounded as it is stored, and read again
         measured = _measured(work, model, tasks)
     finally:

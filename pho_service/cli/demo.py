@@ -83,13 +83,7 @@ class _Place:
 
         dense = measured("Measuring the dense model")
         with peak_memory(*model.devices) as peak:
-            pruned = prune_in_place(
-                model,
-                self.work.bundle,
-                configuration,
-                calibration=self.work.calibration,
-                progress=progress,
-            )
+            pruned = prune_in_place(self.work, configuration, progress=progress)
             after = measured("Measuring what was pruned")
         pruned_perplexity, confirmed = (measurement.perplexity for measurement in after)
         error, confirmed_error = (

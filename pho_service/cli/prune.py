@@ -327,15 +327,13 @@ def _prune(
             )
     if source.deployable:
         configuration = configuration.deployable()
-    trained = opened.blocks(configuration.candidate())
+    blocks = opened.blocks(configuration.candidate())
     result = prune_job(
-        opened.model,
-        opened.bundle,
+        opened,
         configuration,
         folder,
         origin=entry.origin if entry else None,
-        calibration=opened.calibration,
-        memo=trained if trained and trained.folder.is_dir() else None,
+        memo=blocks if blocks and blocks.folder.is_dir() else None,
         progress=progress,
     )
     if as_json:

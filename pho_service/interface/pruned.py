@@ -123,15 +123,14 @@ def prune(
     if texts is not None:
         check_prefix(loaded, proxy_bundle)
     work = calibrated(loaded, proxy_bundle, texts)
-    trained = work.blocks(chosen_configuration.candidate())
+    blocks = work.blocks(chosen_configuration.candidate())
     with dense_afterwards(loaded, if_it_fails=True):
-        done = pipeline.prune_in_place(
-            loaded, proxy_bundle, chosen_configuration, calibration=work.calibration, memo=trained,
-            progress=bars(progress),
-        )  # fmt: skip
-    if trained:
-        trained.remove()
-    parts = {part.name: getattr(done, part.name) for part in fields(done)}
+        folder = pipeline.prune_in_place(
+            work, chosen_configuration, memo=blocks, progress=bars(progress)
+        )
+    if blocks:
+        blocks.remove()
+    parts = {part.name: getattr(folder, part.name) for part in fields(folder)}
     return Pruned(**parts, model=loaded.model, tokenizer=loaded.tokenizer)
 
 

@@ -23,7 +23,6 @@ from pho_service.models.texts import windows_key
 from pho_service.pipeline.pipeline import few_tokens, prune_model
 from pho_service.pipeline.work import Work
 from pho_service.progress import Progress, silent
-from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import LinearMask, model_sparsity
 from pho_service.pruning.permutation import fold_order
 from pho_service.pruning.reconstruction import Reconstructed
@@ -88,13 +87,11 @@ class _Kept:
 
 
 def prune_job(
-    model: LanguageModel,
-    bundle: ProxyBundle,
+    work: Work,
     configuration: Configuration,
     folder: Path,
     *,
     origin: Mapping[str, Any] | None = None,
-    calibration: Tensor | None = None,
     memo: Memo | None = None,
     progress: Progress = silent,
 ) -> PrunedFolder:
@@ -102,17 +99,9 @@ def prune_job(
     # ``memo`` has what a confirmation has pruned and trained already, if it is not lost.
     if memo is None:
         blocks = folder.expanduser().resolve().with_name(f".{folder.name}.blocks")
-        work = Work.of(bundle, model, calibration=calibration)
         memo = blocks_kept(work, configuration.candidate(), lambda _: blocks)
-    pruned = prune_in_place(
-        model,
-        bundle,
-        configuration,
-        origin=origin,
-        calibration=calibration,
-        memo=memo,
-        progress=progress,
-    )
+    model = work.model  # before its weights change
+    pruned = prune_in_place(work, configuration, origin=origin, memo=memo, progress=progress)
     save_pruned(model, folder, pruned.masks.items(), pruned.recipe)
     if memo:
         memo.remove()
@@ -153,18 +142,17 @@ def cached_blocks(work: Work, winner: Candidate) -> Memo | None:
 
 
 def prune_in_place(
-    model: LanguageModel,
-    bundle: ProxyBundle,
+    work: Work,
     configuration: Configuration,
     *,
     origin: Mapping[str, Any] | None = None,
-    calibration: Tensor | None = None,
     memo: Memo | None = None,
     progress: Progress = silent,
 ) -> PrunedFolder:
     """Prune a model with a configuration for good; no model is written."""
     # Input channels that were permuted for N:M, and can be renumbered with the linears that write
     # them, are: then the groups hold in the order of the model.
+    model, bundle, calibration = work.model, work.bundle, work.calibration
     bundle.check_model(model.linears)
     few = few_tokens(model.linears, configuration.candidate(), calibration)
     dense = model.to_dict()  # before its weights change

@@ -14,6 +14,7 @@ from pho_service.models.packed import pack
 from pho_service.pipeline import bench as measuring
 from pho_service.pipeline.bench import LOADS, bench, check_gpu, convert_
 from pho_service.pipeline.prune import prune_job
+from pho_service.pipeline.work import Work
 from pho_service.pruning.masks import broken_groups
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.configuration import Configuration
@@ -98,7 +99,7 @@ def loaded(model, bundle, tmp_path, monkeypatch):
     """A folder at 2:4, one linear at 3:4 and one dense; in bfloat16."""
     linears = Linears(ignore=(GATE,), sparsities={DOWN: "3:4"})
     wanda = replace(reference_methods(Pattern.parse("2:4"))["wanda"], steps=Steps(linears=linears))
-    prune_job(model, bundle, Configuration.of(wanda), tmp_path / "pruned")
+    prune_job(Work.of(bundle, model), Configuration.of(wanda), tmp_path / "pruned")
     monkeypatch.setattr(measuring, "check_gpu", lambda _: None)
     return load_model(str(tmp_path / "pruned"), device="cpu", dtype="bfloat16")
 

@@ -21,6 +21,7 @@ from pho_service.models.packed import pack
 from pho_service.models.saving import read_recipe
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.prune import prune_job
+from pho_service.pipeline.work import Work
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.pattern import Pattern
@@ -82,7 +83,7 @@ def prune(model, bundle, target, *, pattern="2:4", calibration=None, **steps):
     """Prune a model by Wanda and these steps."""
     wanda = reference_methods(Pattern.parse(pattern))["wanda"]
     configuration = Configuration.of(replace(wanda, steps=Steps(**steps)))
-    prune_job(model, bundle, configuration, target, calibration=calibration)
+    prune_job(Work.of(bundle, model, calibration=calibration), configuration, target)
     return Pruned(path=target)
 
 

@@ -85,7 +85,7 @@ def test_a_searchs_configuration_says_which_linears_a_pruned_folder_of_it_passes
     request = ComparisonRequest(pattern=Pattern.parse("2:4"), configurations=[("found", found)])
     given = Work.of(bundle=bundle)
     rows = compare_over_seeds(model, report, request, {0: lambda: given}).rows
-    pruned = prune_job(model, bundle, found, tmp_path / "out")
+    pruned = prune_job(Work.of(bundle, model), found, tmp_path / "out")
     recipe = read_recipe(tmp_path / "out")
     good = check_folder(tmp_path / "out", original=original)
     original.linears["model.layers.1.mlp.up_proj"].weight.mul_(2)
@@ -142,7 +142,7 @@ PERMUTED = pho.baseline("wanda-permuted", "2:4")
 def test_stored_order(model, bundle, report, tmp_path, monkeypatch, deployable):
     """Every linear is 2:4 as it is stored, and only the MLPs' readers are permuted."""
     found = PERMUTED.deployable() if deployable else PERMUTED
-    pruned = prune_job(model, bundle, found, tmp_path / "out", calibration=report.windows)
+    pruned = prune_job(Work.of(bundle, model, calibration=report.windows), found, tmp_path / "out")
     stored = load_model(str(tmp_path / "out"), device="cpu", dtype="bfloat16")
     broken = {name for name, each in stored.linears.items() if broken_groups(each.weight)}
     monkeypatch.setattr(bench, "check_gpu", lambda _: None)

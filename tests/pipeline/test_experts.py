@@ -22,6 +22,7 @@ from pho_service.models.calibration import calibrate
 from pho_service.models.loading import load_model
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.prune import prune_job
+from pho_service.pipeline.work import Work
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.pattern import Coefficients
@@ -86,7 +87,7 @@ def test_every_experts_channel_order_is_folded_into_its_weights_what_is_saved_pa
     model = load_model(str(mixtral_folder), device="cpu")
     text = text_of(model, SETTINGS)
     bundle = calibrate(model, text, SETTINGS)
-    prune_job(model, bundle, CONFIGURATION, tmp_path / "out", calibration=text.calibration)
+    prune_job(Work.of(bundle, model, calibration=text.calibration), CONFIGURATION, tmp_path / "out")
     recipe = json.loads((tmp_path / "out" / "pruning.json").read_text())
     original = load_model(str(mixtral_folder), device="cpu")
     checks = check_folder(tmp_path / "out", original=original)
@@ -127,7 +128,7 @@ def test_streamed(family, steps, model_folder, text_of, tmp_path):
         bundles.append(calibrate(model, text, SETTINGS))
         hashes.append((model.weights_sha256, list(model.linears)))
         out = tmp_path / f"out-{stream}"
-        prune_job(model, bundles[0], configuration, out, calibration=text.calibration)
+        prune_job(Work.of(bundles[0], model, calibration=text.calibration), configuration, out)
         pruned.append(
             {n: t for file in out.glob("*.safetensors") for n, t in load_file(file).items()}
         )

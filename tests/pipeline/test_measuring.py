@@ -197,7 +197,7 @@ def test_validate(model, bundle, report):
 def test_prune(model, bundle, tmp_path, tiny_llama):
     """Every linear has the zeros that the recipe counts, and all else is as it was."""
     dense = dict(tiny_llama.named_parameters())
-    result = prune_job(model, bundle, CONFIGURATION, tmp_path / "out")
+    result = prune_job(Work.of(bundle, model), CONFIGURATION, tmp_path / "out")
     recipe = json.loads((tmp_path / "out" / "pruning.json").read_text())
     pruned = dict(load_model(str(tmp_path / "out"), device="cpu").model.named_parameters())
 
@@ -221,10 +221,10 @@ def test_a_bundle_of_other_weights_prunes_nothing_and_a_score_beyond_float32_nam
     wild = CONFIGURATION.model_copy(update={"coefficients": coefficients})
 
     with pytest.raises(BundleError, match=name):
-        prune_job(model, bundle, CONFIGURATION, tmp_path / "out")
+        prune_job(Work.of(bundle, model), CONFIGURATION, tmp_path / "out")
     assert same(before, bits(model))
     with pytest.raises(NumericalError, match=r"model\.layers\.0\.\S+: a score is NaN or infinite"):
-        prune_job(original, bundle, wild, tmp_path / "out")
+        prune_job(Work.of(bundle, original), wild, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

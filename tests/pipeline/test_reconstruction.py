@@ -157,11 +157,11 @@ def test_pruned_folder(model, original, model_folder, bundle, windows, tmp_path)
 
     with pytest.raises(Killed):
         prune_job(
-            load_model(str(model_folder), device="cpu"), bundle, configuration, tmp_path / "out",
-            calibration=windows, progress=progress,
+            Work.of(bundle, load_model(str(model_folder), device="cpu"), calibration=windows),
+            configuration, tmp_path / "out", progress=progress,
         )  # fmt: skip
     kept = [path.name for path in blocks.iterdir()]
-    pruned = prune_job(model, bundle, configuration, tmp_path / "out", calibration=windows)
+    pruned = prune_job(Work.of(bundle, model, calibration=windows), configuration, tmp_path / "out")
     recipe = read_recipe(tmp_path / "out")
 
     assert kept == ["model.layers.0.safetensors"]

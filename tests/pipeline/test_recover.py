@@ -36,6 +36,7 @@ from pho_service.models.texts import GivenWindows, RecoveryText, sample_windows
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.recover import PrunedModel, Workplace, check_recoverable, recover_model
+from pho_service.pipeline.work import Work
 from pho_service.pipeline.writing import written_by
 from pho_service.pruning.perplexity import dense_reference, rate_divergence
 from pho_service.pruning.recovery import Recovering
@@ -66,7 +67,7 @@ def pruned_folder(model_folder, bundle, tmp_path):
     def prune(pattern):
         folder = tmp_path / "pruned"
         dense = load_model(str(model_folder), device="cpu")
-        prune_job(dense, bundle, published("wanda", pattern), folder)
+        prune_job(Work.of(bundle, dense), published("wanda", pattern), folder)
         return folder
 
     return prune

@@ -82,7 +82,7 @@ def test_masks_orders_and_weights_are_those_of_one_card_and_pass_their_check(
     )  # fmt: skip
     results = []
     for each, out in ((model, tmp_path / "one"), (spread, tmp_path / "two")):
-        prune_job(each, bundle, configuration, out, calibration=report.windows)
+        prune_job(Work.of(bundle, each, calibration=report.windows), configuration, out)
         recipe = json.loads((out / "pruning.json").read_text())
         masks = [layer["mask_sha256"] for layer in recipe["layers"].values()]
         results.append((masks, recipe["folded"], load_file(out / "model.safetensors")))

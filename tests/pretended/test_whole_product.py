@@ -324,11 +324,9 @@ def test_a_model_is_pruned_for_good_and_saved_and_what_was_saved_passes_its_chec
     spoiled = replace(subject)  # it is left pruned
     out = tmp_path / "out"
     done = prune_job(
-        spoiled.model,
-        subject.bundle,
+        Work.of(subject.bundle, spoiled.model, calibration=subject.text.calibration),
         configuration_of(pattern, preset),
         out,
-        calibration=subject.text.calibration,
     )
     checks = check_folder(out, original=subject.model)
 

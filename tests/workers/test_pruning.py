@@ -26,6 +26,7 @@ from pho_service.models.loading import load_model
 from pho_service.models.scratch import Memo
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.prune import prune_job
+from pho_service.pipeline.work import Work
 from pho_service.progress import silent
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.document import number
@@ -75,7 +76,9 @@ def test_as_pho_prune(hand, small, tmp_path):
     text = calibration_text(model, source, spec.calibration.settings())
     bundle = read_bundle(bundle_path(hand.bundles, text.bundle_key))
     configuration = Configuration.model_validate(job.best)
-    prune_job(model, bundle, configuration, tmp_path / "local", calibration=text.calibration)
+    prune_job(
+        Work.of(bundle, model, calibration=text.calibration), configuration, tmp_path / "local"
+    )
 
     stored = job.pruning.result["files"]
     assert {file["name"]: file["sha256"] for file in stored} == sums(tmp_path / "local")
@@ -115,7 +118,7 @@ def test_blocks_that_the_confirmation_has_trained_are_not_trained_again_for_the_
     assert len(waiting) == 2
     assert trained == ["model.layers.0", "model.layers.1"]
     assert job.pruning.attempt == 1 + killed
-    prune_job(model, bundle, found, tmp_path / "local", calibration=text.calibration)
+    prune_job(Work.of(bundle, model, calibration=text.calibration), found, tmp_path / "local")
     assert sums(folder_of(hand, job)) == sums(tmp_path / "local")
 
 
