@@ -283,26 +283,27 @@ def measured_gain(configuration: Configuration) -> Gain | None:
         return Gain(value=1 - mean, by="proxy") if values else None
     good = configuration.perplexities
     if good is not None and good.ria is not None:  # RIA as published
-        return _gain({"ria": good.ria, "transferred": good.pruned}, "perplexity")
+        return gain_over("perplexity", good.ria, good.pruned)
     if not baselines:
         return None
     ria = baselines[-1]  # of the widest scope
     rating = _own_rating(configuration)
-    perplexities = {"ria": ria.perplexity, "transferred": rating.perplexity}
-    if configuration.confirmation is not None:
-        perplexities["transferred"] = configuration.confirmation.perplexity
-    by_perplexity = _gain(perplexities, "perplexity")
-    if by_perplexity is not None:
-        return by_perplexity
-    if ria.divergence is not None and rating.divergence is not None:
-        return Gain(value=ria.divergence - rating.divergence, by="divergence")
+    measured = configuration.confirmation or rating
     minimised = configuration.objective.get("direction", "minimize") == "minimize"
-    return _gain({"ria": ria.proxy, "transferred": rating.proxy}, "proxy") if minimised else None
+    return (
+        gain_over("perplexity", ria.perplexity, measured.perplexity)
+        or gain_over("divergence", ria.divergence, rating.divergence)
+        or gain_over("proxy", ria.proxy, rating.proxy if minimised else None)
+    )
 
 
 def transferred_gain(target: TransferTarget) -> Gain | None:
     """The gain of a configuration over RIA on a model that it was taken to."""
-    return _gain(target.perplexities, "perplexity") or _gain(target.proxies, "proxy")
+    by_perplexity, by_proxy = (
+        (values.get("ria"), values.get("transferred"))
+        for values in (target.perplexities, target.proxies)
+    )
+    return gain_over("perplexity", *by_perplexity) or gain_over("proxy", *by_proxy)
 
 
 def _own_rating(configuration: Configuration) -> Rating:
@@ -320,13 +321,17 @@ def _number(value: Any) -> float | None:
     return float(value) if abs(value) <= _LARGEST else None
 
 
-def _gain(values: Mapping[str, float | None], by: MeasuredBy) -> Gain | None:
-    ria, transferred = values.get("ria"), values.get("transferred")
-    if ria is None or transferred is None or ria <= 0 or transferred <= 0:
+def gain_over(by: MeasuredBy, ria: float | None, value: float | None) -> Gain | None:
+    """The gain over RIA of what was measured; low values are good."""
+    if ria is None or value is None:
+        return None
+    if by == "divergence":
+        return Gain(value=ria - value, by=by)
+    if not (ria > 0 and value > 0):
         return None
     if by == "proxy":
-        return Gain(value=1 - min(transferred / ria, _LARGEST), by=by)
-    return Gain(value=math.log(ria) - math.log(transferred), by=by)
+        return Gain(value=1 - min(value / ria, _LARGEST), by=by)
+    return Gain(value=math.log(ria) - math.log(value), by=by)
 
 
 # Share of a gain that is expected to be left on a model of another kind. Judgement, not measured:

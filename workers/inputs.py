@@ -34,17 +34,11 @@ from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.scratch import Memo
 from pho_service.models.tasks import LoadedTasks, load_tasks
-from pho_service.models.texts import (
-    MixedText,
-    RecoveryText,
-    ReportText,
-    Text,
-    mixed_text,
-    windows_key,
-)
+from pho_service.models.texts import MixedText, RecoveryText, ReportText, Text, mixed_text
 from pho_service.pipeline.inputs import Inputs
 from pho_service.progress import Advance, Progress
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.perplexity import windows_key
 from pho_service.pruning.statistics import Sums
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.fields import CalibrationSpec, TextSpec

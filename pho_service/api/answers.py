@@ -9,8 +9,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from pho_service.library import ModelFacts
-from pho_service.spec.configuration import Perplexities, ProxyQuality
+from pho_service.spec.configuration import ProxyQuality
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.perplexity import Perplexities
 from pho_service.spec.recovery import Recovered
 from pho_service.spec.tasks import TaskScores
 from storage.records import Drain, JobState, StageKind
@@ -192,16 +193,12 @@ class Job(_Answer):
             return []
         spec, good = self.spec.get("configuration", self.spec), best.perplexities
         pattern = Pattern.parse(str(spec["pattern"]), spec.get("scope"))
-        values = {} if good is None else {
-            **good.model_dump(include={"dense", "wanda", "ria"}), "errors": good.errors,
-            "rise": good.rise, "rise_error": good.error("dense"),
-        }  # fmt: skip
         trials = self.progress.of(StageKind.SEARCH).done
         return [
             Point(
                 pattern=str(pattern), scope=pattern.scope.value, sparsity=pattern.sparsity,
                 state="done", trials_done=trials, method=best.method, perplexity=best.perplexity,
-                proxy=best.objective, **values,
+                proxy=best.objective, **({} if good is None else good.point),
             )
         ]  # fmt: skip
 

@@ -31,10 +31,11 @@ from pho_service.cli.terminal import (
 )
 from pho_service.errors import InvalidInput
 from pho_service.host.data_sets import USUAL_TEXTS
-from pho_service.spec.configuration import NEW_TOKENS, beside_in_words
+from pho_service.spec.configuration import NEW_TOKENS
 from pho_service.spec.document import PRUNED, TEXT, FieldShown, check_choice, part_of, with_error
 from pho_service.spec.objective import SearchOptions, options_of
 from pho_service.spec.pattern import Linears, Pattern
+from pho_service.spec.perplexity import beside_in_words
 from pho_service.spec.recovery import Recovery
 from pho_service.spec.tasks import TaskScore, task_names
 from pho_service.spec.verbs import (

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from pho_service.models.texts import ReportText
     from pho_service.pipeline.compare import ComparisonRow
     from pho_service.pipeline.work import Work
-    from pho_service.pruning.perplexity import Perplexity
     from pho_service.spec.configuration import Configuration
     from pho_service.spec.job import JobSpec
+    from pho_service.spec.perplexity import Perplexity
     from pho_service.tuning.result import SearchResult
 
 
@@ -70,7 +70,6 @@ class _Place:
         from pho_service.pipeline.prune import prune_in_place
         from pho_service.pruning.hardware import peak_memory
         from pho_service.spec.configuration import Confirmation
-        from pho_service.tuning.finalists import paired_error
 
         model, confirm, started = self.work.model, self.work.text, time.perf_counter()
 
@@ -85,25 +84,21 @@ class _Place:
         with peak_memory(*model.devices) as peak:
             pruned = prune_in_place(self.work, configuration, progress=progress)
             after = measured("Measuring what was pruned")
-        pruned_perplexity, confirmed = (measurement.perplexity for measurement in after)
-        error, confirmed_error = (
-            paired_error(measurement.losses, before.losses, measurement.tokens)
-            for measurement, before in zip(after, dense, strict=True)
-        )
+        reported, confirmed = (now.against(was) for now, was in zip(after, dense, strict=True))
         others = judged_by.perplexities
-        errors = {} if confirmed_error is None else {"dense": confirmed_error}
+        perplexity = confirmed.perplexity
+        errors = {} if confirmed.error is None else {"dense": confirmed.error}
         errors |= {k: e for k, e in (others.errors if others else {}).items() if "/" in k}
-        good = others and others.model_copy(update={"pruned": confirmed, "errors": errors})
-        confirmation = Confirmation(perplexity=confirmed, **confirm.measured_on())
+        good = others and others.model_copy(update={"pruned": perplexity, "errors": errors})
+        confirmation = Confirmation(perplexity=perplexity, **confirm.measured_on())
         configuration = configuration.model_copy(
             update={"confirmation": confirmation, "perplexities": good}
         )
         recipe = {**pruned.recipe, "configuration": configuration.model_dump(mode="json")}
         save_pruned(model, folder, pruned.masks.items(), recipe)
         return configuration, ComparisonRow(
-            method="best", scope=configuration.scope, perplexity=pruned_perplexity,
-            sparsity=pruned.sparsity,
-            error=error and error * pruned_perplexity / dense[0].perplexity,
+            method="best", scope=configuration.scope, perplexity=reported.perplexity,
+            sparsity=pruned.sparsity, error=reported.rise_error,
             proxy=configuration.objective["value"], seconds=time.perf_counter() - started,
             memory_bytes=peak(),
         )  # fmt: skip

@@ -45,11 +45,11 @@ from pho_service.pruning.bundle import ProxyBundle
 from pho_service.shown.parts import Shown, Table
 from pho_service.shown.tables import scores_table
 from pho_service.spec.calibration import Bos, CalibrationSettings
-from pho_service.spec.configuration import beside_in_words
 from pho_service.spec.document import part_of, with_error
 from pho_service.spec.fields import ConfirmSpec
 from pho_service.spec.objective import SearchOptions, options_of
 from pho_service.spec.pattern import Linears, Pattern
+from pho_service.spec.perplexity import beside_in_words
 from pho_service.spec.recovery import Recovery
 from pho_service.spec.tasks import TaskScore, task_names
 from pho_service.spec.verbs import BenchSettings, CompareAsk, EvaluateAsk, Where

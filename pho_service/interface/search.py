@@ -51,13 +51,7 @@ from pho_service.shown.parts import Drawn, Shown, Table
 from pho_service.shown.report import LayerCell, Report, layer_cells
 from pho_service.shown.tables import configuration_rows, continuations_table, results_table
 from pho_service.spec.calibration import CalibrationSettings
-from pho_service.spec.configuration import (
-    REFERENCES,
-    Configuration,
-    Continuation,
-    Perplexities,
-    write_configuration,
-)
+from pho_service.spec.configuration import Configuration, Continuation, write_configuration
 from pho_service.spec.document import number, sentences_of
 from pho_service.spec.fields import ValidationSpec
 from pho_service.spec.objective import (
@@ -70,6 +64,7 @@ from pho_service.spec.objective import (
     options_of,
 )
 from pho_service.spec.pattern import Linears, Pattern
+from pho_service.spec.perplexity import REFERENCES, Perplexities
 from pho_service.spec.space import DEFAULT_PRESET, Preset, SearchSpace
 from pho_service.spec.steps import Allocation, Reconstruction, Steps
 from pho_service.tuning.plan import SearchRequest

@@ -22,7 +22,6 @@ from pho_service.models.scratch import mapped_copy, scratch_folder
 from pho_service.progress import Advance
 from pho_service.pruning.hardware import arrived, free_memory, to_device, to_main_memory
 from pho_service.pruning.perplexity import (
-    Perplexity,
     forward_replaced,
     frozen,
     rate_perplexity,
@@ -39,6 +38,7 @@ from pho_service.pruning.statistics import (
     watched,
 )
 from pho_service.pruning.steps import InputMoments
+from pho_service.spec.perplexity import Perplexity
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block gets besides its hidden states
 

@@ -30,7 +30,7 @@ from pho_service.models.data_sets import (
     with_split,
 )
 from pho_service.models.loading import LanguageModel
-from pho_service.pruning.perplexity import cut_windows
+from pho_service.pruning.perplexity import cut_windows, windows_key
 from pho_service.spec.calibration import windows_of, with_shares
 
 SHORTEST = 8  # tokens of a window
@@ -463,11 +463,6 @@ def record_to_dict(record: TextRecord, **more: Any) -> dict[str, Any]:
     parts = [{**record_to_dict(part), "share": round(share, 6)} for part, share in record.texts]
     several = {"texts": parts} if parts else {}
     return {"source": record.source, "sha256": record.sha256, **several, **more}
-
-
-def windows_key(windows: Tensor) -> str:
-    """Hash of tokenised windows: text, tokenizer and the way it is cut."""
-    return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

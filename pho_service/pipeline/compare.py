@@ -28,7 +28,6 @@ from pho_service.pipeline.work import Work
 from pho_service.progress import Advance, Run
 from pho_service.pruning.hardware import peak_memory
 from pho_service.pruning.masks import model_sparsity
-from pho_service.pruning.perplexity import Perplexity
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.shown.parts import Shown, Table
 from pho_service.spec.baselines import (
@@ -38,13 +37,13 @@ from pho_service.spec.baselines import (
     shown_baselines,
     step_by_step,
 )
-from pho_service.spec.configuration import Configuration, compared, in_words
-from pho_service.spec.document import number, percent, seconds, with_error
+from pho_service.spec.configuration import Configuration
+from pho_service.spec.document import number, seconds, with_error
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Linears, Pattern
+from pho_service.spec.perplexity import Perplexity, Ratio, in_words
 from pho_service.spec.recovery import Recovery
 from pho_service.spec.steps import Candidate
-from pho_service.tuning.finalists import paired_error
 from pho_service.tuning.plan import SearchRequest
 
 
@@ -120,11 +119,10 @@ def compare_candidates(
     recovered = {} if recovery is None else recovery.names
     total = len(candidates) + len(recovered) + (dense is None)
     with run.progress("Measuring perplexities", total * len(report.windows)) as advance:
-        if dense is None:
-            dense, losses = _dense_row(model, report, also, advance)
-        else:  # of another calibration
-            losses = ()
-        rows, rated = [dense], [losses]
+        dense_rating = None
+        if dense is None:  # else it is of another calibration
+            dense, dense_rating = _dense_row(model, report, also, advance)
+        rows, ratings = [dense], [dense_rating]
         for name, candidate in candidates:
             started = time.perf_counter()
             names = [name] if name not in recovered else [name, recovered[name]]
@@ -132,13 +130,14 @@ def compare_candidates(
             with peak_memory(*model.devices) as peak:
                 measured = _measured(work, report, candidate, also, then, advance, run)
                 for row, (rating, sparsity, extra) in zip(names, measured, strict=True):
-                    rated.append(rating.losses)
+                    ratings.append(rating)
+                    over_dense = None if dense_rating is None else rating.against(dense_rating)
                     rows.append(
                         ComparisonRow(
                             method=row,
                             scope=candidate.pattern.scope.value,
                             perplexity=rating.perplexity,
-                            error=_against(dense, losses, rating),
+                            error=None if over_dense is None else over_dense.rise_error,
                             sparsity=sparsity,
                             proxy=_proxy(evaluator, candidate),
                             seconds=time.perf_counter() - started,
@@ -151,18 +150,18 @@ def compare_candidates(
     best = min(range(1, len(rows)), key=lambda number: rows[number].perplexity)
     if beside is not None:
         best = [row.method for row in rows].index(beside)
-    tokens = len(report.windows) * (report.windows.shape[1] - 1)
+    reference = ratings[best]
     return [
-        row
-        if number in (0, best)
-        else replace(row, behind=paired_error(row_losses, rated[best], tokens))
-        for number, (row, row_losses) in enumerate(zip(rows, rated, strict=True))
+        replace(row, behind=rating.against(reference).error)
+        if rating and reference and number not in (0, best)
+        else row
+        for number, (row, rating) in enumerate(zip(rows, ratings, strict=True))
     ]
 
 
 def _dense_row(
     model: LanguageModel, report: ReportText, also: Also | None, advance: Advance
-) -> tuple[ComparisonRow, Sequence[float]]:
+) -> tuple[ComparisonRow, Perplexity]:
     started = time.perf_counter()
     with peak_memory(*model.devices) as peak:
         dense = measure_perplexity(model, report.windows, advance=advance)
@@ -171,13 +170,7 @@ def _dense_row(
         method="dense", scope=None, perplexity=dense.perplexity, sparsity=0.0, proxy=None,
         seconds=time.perf_counter() - started, memory_bytes=peak(), extra=extra,
     )  # fmt: skip
-    return row, dense.losses
-
-
-def _against(dense: ComparisonRow, losses: Sequence[float], rating: Perplexity) -> float | None:
-    """The standard error of a rise over dense."""
-    error = paired_error(rating.losses, losses, rating.tokens)
-    return None if error is None else error * rating.perplexity / dense.perplexity
+    return row, dense
 
 
 def _measured(
@@ -364,10 +357,10 @@ class Comparison(Shown):
         """How good what was found is, in a line: dense, found, and the best of Wanda and RIA."""
         means = {row.method: row.perplexity for row in self.rows}
         baselines = named_baselines(Pattern.parse(self.pattern))
-        found_perplexities = {
-            name: value
-            for name, value in means.items()
-            if name != "dense" and name not in baselines and ": " not in name  # none of an ablation
+        results = {
+            row.method: self._over_dense(row)
+            for row in self.rows[1:]
+            if row.method not in baselines and ": " not in row.method  # none of an ablation
         }
         methods = {}
         for family in ("wanda", "ria"):
@@ -375,8 +368,7 @@ class Comparison(Shown):
             if variants:  # by its own name: of which norms and scope it is
                 best = min(variants, key=lambda name: means[name])
                 methods[best] = means[best]
-        errors = {row.method: row.error for row in self.rows}
-        return in_words(means["dense"], found_perplexities, methods, errors)
+        return in_words(means["dense"], results, methods)
 
     @property
     def extra(self) -> list[str]:
@@ -397,7 +389,7 @@ class Comparison(Shown):
                     row.method,
                     row.scope,
                     with_error(row.perplexity, row.deviation),
-                    self._rise(row),
+                    "" if row.method == "dense" else str(self._over_dense(row)),
                     self._behind(row),
                     *(with_error(row.extra.get(n), row.extra.get(n + STDERR)) for n in self.extra),
                     f"{row.sparsity:.4%}",
@@ -411,17 +403,14 @@ class Comparison(Shown):
             notes=(self.caption,),
         ).without_empty()  # fmt: skip
 
-    def _rise(self, row: ComparisonRow) -> str:
-        dense = self.rows[0].perplexity
-        if row.method == "dense":
-            return ""
-        return percent(row.perplexity / dense - 1, signed=True, error=row.error)
+    def _over_dense(self, row: ComparisonRow) -> Ratio:
+        return Ratio.of_rise(row.perplexity, self.rows[0].perplexity, row.error)
 
     def _behind(self, row: ComparisonRow) -> str:
         if row.behind is None:
             return ""
         best = min(other.perplexity for other in self.rows if other.method != "dense")
-        return compared(row.perplexity, best, row.behind)
+        return str(Ratio(row.perplexity, best, row.behind))
 
     @property
     def caption(self) -> str:

@@ -4,7 +4,7 @@ From the best by the proxy to the result: the race and the validation.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import optuna
@@ -19,19 +19,18 @@ from pho_service.pipeline.work import Work
 from pho_service.pipeline.writing import prompts_of, side_by_side, written_by
 from pho_service.progress import Advance, Run
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.perplexity import Perplexity
 from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.spec.configuration import Confirmation, ProxyQuality
+from pho_service.spec.configuration import ProxyQuality
 from pho_service.spec.document import number
 from pho_service.spec.fields import ValidationSpec
 from pho_service.spec.objective import WEIGHTINGS, Objective
+from pho_service.spec.perplexity import Perplexity
 from pho_service.spec.steps import Candidate, Reconstruction
 from pho_service.tuning.finalists import (
     Divergences,
     Losses,
     confirmed_before,
     finalists,
-    paired_error,
     race_looks,
     race_order,
     still_racing,
@@ -229,7 +228,7 @@ def reconstruct_winner(
     steps = replace(configuration.steps, reconstruction=settings)
     rebuilt = configuration.model_copy(update={"steps": steps})
     confirmation = configuration.confirmation
-    if work is None or confirmation is None:
+    if work is None or confirmation is None or result.measured is None:
         return replace(result, configuration=rebuilt)
     before = confirmation.perplexity
     measured = measured_once(
@@ -245,19 +244,14 @@ def reconstruct_winner(
             f"it {number(before)}. A lower learning rate or more samples may change that."
         )
         return replace(result, warnings=[*result.warnings, warning])
-    new_confirmation = with_error_of(
-        confirmation.model_copy(update={"perplexity": after, "before_reconstruction": before}),
-        "before_reconstruction",
-        paired_error(measured.losses, result.losses, confirmation.tokens),
+    new_confirmation = confirmation.measured_against(
+        "before_reconstruction", measured.against(result.measured)
     )
     configuration = rebuilt.model_copy(update={"confirmation": new_confirmation})
-    return replace(result, configuration=configuration, losses=measured.losses)
+    return replace(result, configuration=configuration, measured=measured)
 
 
-def with_error_of(confirmation: Confirmation, name: str, error: float | None) -> Confirmation:
-    """With the standard error of how far its perplexity is from another one that it tells."""
-    new_errors = {} if error is None else {name: error}
-    return confirmation.model_copy(update={"errors": {**confirmation.errors, **new_errors}})
+_STORED = ("perplexity", "tokens", "windows", "losses")  # beside what they are about
 
 
 def measured_once(
@@ -278,7 +272,7 @@ def measured_once(
         return _measure(work, candidate, run, title, writes=writes)
 
     stored = once(study, kept, about, make, fence=run.fence)
-    return Perplexity(**{each.name: stored[each.name] for each in fields(Perplexity)})
+    return Perplexity(**{name: stored[name] for name in (*_STORED, "text_sha256")})
 
 
 def _measure(
@@ -293,7 +287,7 @@ def _measure(
     ):
         measured = measure_perplexity(model, windows, advance=lambda _: advance(0))
         said = written_by(model, windows) if writes else {}
-        return {**asdict(measured), **said}
+        return {**{name: getattr(measured, name) for name in _STORED}, **said}
 
 
 def with_continuations(
@@ -341,7 +335,7 @@ def priced(
     """Say of a result whose orders must fold what it would be with every order free."""
     configuration = result.configuration
     steps, confirmation = configuration.steps, configuration.confirmation
-    if confirmation is None or not steps.gives_up_orders:
+    if confirmation is None or result.measured is None or not steps.gives_up_orders:
         return result
     chosen = work.bundle.choose(steps.linears, configuration.candidate().pattern)
     given_up = len(chosen.names - work.model.foldable)
@@ -349,11 +343,7 @@ def priced(
         return result
     free = replace(configuration.candidate(), steps=replace(steps, deployable=False))
     measured = measured_once(study, work, free, run, kept="any_order", title="Pruning in any order")
-    new_confirmation = with_error_of(
-        confirmation.model_copy(update={"any_order": measured.perplexity}),
-        "any_order",
-        paired_error(result.losses, measured.losses, confirmation.tokens),
-    )
+    new_confirmation = confirmation.measured_against("any_order", result.measured.against(measured))
     sentence = (
         f"Deployable: {given_up} of {len(chosen.names)} linears keep the model's own order of "
         "channels, since no other one can be folded into their weights. The perplexity is "

@@ -121,19 +121,15 @@ class CurvePoints:
             pattern = request.pattern
             add_point(self._pareto, study, pattern.sparsity, str(pattern), self._run.fence)
         configuration = result.configuration
-        assert configuration.perplexities is not None  # there is a text
+        perplexities = configuration.perplexities
+        assert perplexities is not None  # there is a text
         self._dense = kept(study, DENSE_MEASURED, about)
         point = CurvePoint(
             pattern=configuration.pattern,
             scope=request.pattern.scope.value,
             sparsity=request.pattern.sparsity,
-            perplexity=configuration.perplexities.pruned,
-            rise=configuration.perplexities.rise,
-            rise_error=configuration.perplexities.error("dense"),
-            errors=configuration.perplexities.errors,
-            dense=configuration.perplexities.dense,
-            wanda=configuration.perplexities.wanda,
-            ria=configuration.perplexities.ria,
+            perplexity=perplexities.pruned,
+            **perplexities.point,
             proxy=configuration.objective["value"],
             trials=request.trials,
             seconds=seconds(),

@@ -30,10 +30,10 @@ from pho_service.pruning.masks import (
     masks_of,
     pruned,
 )
-from pho_service.pruning.perplexity import Perplexity
 from pho_service.pruning.reconstruction import Reconstructed, Trainable, check_windows, reconstruct
 from pho_service.pruning.statistics import PrunableLinear, Statistics
 from pho_service.pruning.steps import InputMoments, MaskedLinear, finish
+from pho_service.spec.perplexity import Perplexity
 from pho_service.spec.steps import Candidate, Reconstruction
 
 logger = logging.getLogger(__name__)

@@ -19,12 +19,12 @@ from pho_service.models.loading import LanguageModel, sha256_each
 from pho_service.models.mask_file import LayerMask, PackedMask
 from pho_service.models.saving import save_pruned
 from pho_service.models.scratch import Memo
-from pho_service.models.texts import windows_key
 from pho_service.pipeline.pipeline import few_tokens, prune_model
 from pho_service.pipeline.work import Work
 from pho_service.progress import Progress, silent
 from pho_service.pruning.masks import LinearMask, model_sparsity
 from pho_service.pruning.permutation import fold_order
+from pho_service.pruning.perplexity import windows_key
 from pho_service.pruning.reconstruction import Reconstructed
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.steps import Candidate

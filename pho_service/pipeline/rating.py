@@ -25,7 +25,6 @@ from pho_service.progress import Advance, Progress
 from pho_service.pruning.masks import model_sparsity, pack, pruned, unpack
 from pho_service.pruning.perplexity import (
     DenseReference,
-    Perplexity,
     block_losses,
     dense_reference,
     perplexity_of,
@@ -34,9 +33,10 @@ from pho_service.pruning.perplexity import (
     window_logits,
 )
 from pho_service.pruning.statistics import Statistics
+from pho_service.spec.perplexity import Perplexity
 from pho_service.spec.results import Measured
 from pho_service.spec.steps import Candidate
-from pho_service.tuning.finalists import Losses, paired_error
+from pho_service.tuning.finalists import Losses
 from pho_service.tuning.plan import Evaluate, Outcome
 
 COMPARED_TOKENS = 512  # of the text that finalists are compared with the dense model on
@@ -75,14 +75,13 @@ def beside(
             "same tokenizer."
         )
     other_rating = perplexity_on(text, other, progress)
-    error = paired_error(rating.losses, other_rating.losses, rating.tokens)
-    ratio = rating.perplexity / other_rating.perplexity
+    ratio = rating.against(other_rating)
     return {
         "model": other.to_dict(),
         "perplexity": other_rating.perplexity,
         "error": other_rating.error,
-        "rise": ratio - 1,
-        "rise_error": None if error is None else error * ratio,
+        "rise": ratio.rise,
+        "rise_error": ratio.rise_error,
     }
 
 
@@ -127,7 +126,7 @@ def measure(
         glance = Glances(work, advance)(candidate, rest)
         losses = {**raced_losses, **glance.losses}
         ordered = [losses[number] for number in range(len(windows))]
-        rating, sparsity = perplexity_of(ordered, windows.shape[1] - 1), glance.sparsity
+        rating, sparsity = perplexity_of(ordered, windows), glance.sparsity
     else:
         rating, sparsity = rate_pruned(
             work.model,
@@ -144,7 +143,7 @@ def measure(
         seconds=round(time.monotonic() - started, 3),
         measured_on=work.text.measured_on(),
         losses=[*rating.losses],
-        text_sha256=work.text.key,
+        text_sha256=rating.text_sha256,
         **said,
     )
 

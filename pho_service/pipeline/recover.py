@@ -54,14 +54,10 @@ from pho_service.pipeline.writing import side_by_side, written_by
 from pho_service.planning.stage_memory import Place, recovery_peak
 from pho_service.progress import Advance, Look, Progress, never, silent
 from pho_service.pruning.masks import model_sparsity
-from pho_service.pruning.perplexity import (
-    DenseReference,
-    Perplexity,
-    dense_reference,
-    rate_divergence,
-)
+from pho_service.pruning.perplexity import DenseReference, dense_reference, rate_divergence
 from pho_service.pruning.recovery import Processes, Recovering, mixed, recovering
 from pho_service.spec.document import number, percent
+from pho_service.spec.perplexity import Perplexity, ratio_errors
 from pho_service.spec.recovery import (
     BEGINNING,
     CHECKS,
@@ -71,9 +67,9 @@ from pho_service.spec.recovery import (
     Recovered,
     Recovery,
 )
-from pho_service.tuning.finalists import paired_error
 
 TOP_K = 512  # of the dense model's predictions; all other tokens are one event
+_RATIOS = (("pruned", "dense"), ("recovered", "dense"), ("recovered", "pruned"))
 HELD_OUT = 16  # windows at most, or one of eight
 LEAST_WINDOWS = 4
 _SLOWER = 1 / 3  # of the rate, after a check that is no better than before the training
@@ -299,7 +295,7 @@ def recover_model(
         },
         text=lesson.text,
         perplexities={name: rating.perplexity for name, rating in measured.items()},
-        errors=_errors(measured),
+        errors=ratio_errors(measured, _RATIOS),
         continuations=side_by_side(model, windows, **said),
         seconds=round(time.monotonic() - began, 3),
     )
@@ -392,16 +388,6 @@ def check_trainable(
             f"{beside} of {model.name} is not pruned, and lies in one parameter with experts that "
             "are, so it would not stay as it is. Train norms."
         )
-
-
-def _errors(measured: Mapping[str, Perplexity]) -> dict[str, float]:
-    errors: dict[str, float] = {}
-    for name, other in (("pruned", "dense"), ("recovered", "dense"), ("recovered", "pruned")):
-        if name in measured and other in measured:
-            one = measured[name]
-            error = paired_error(one.losses, measured[other].losses, one.tokens)
-            errors |= {} if error is None else {f"{name}/{other}": error}
-    return errors
 
 
 def _lesson(

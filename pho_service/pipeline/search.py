@@ -28,12 +28,12 @@ from pho_service.pipeline.work import Work, only_one
 from pho_service.progress import Advance, Run
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.baselines import reference_methods
-from pho_service.spec.configuration import REFERENCES, Confirmation, Perplexities, ProxyQuality
-from pho_service.spec.configuration import REFERENCES as NAMES
+from pho_service.spec.configuration import Confirmation, ProxyQuality
 from pho_service.spec.fields import ValidationSpec
+from pho_service.spec.perplexity import REFERENCES, Perplexities, Perplexity
 from pho_service.spec.results import Chosen, Measured, PerplexityRequest, Searched
 from pho_service.spec.steps import Allocation, Candidate
-from pho_service.tuning.finalists import Divergences, paired_error
+from pho_service.tuning.finalists import Divergences
 from pho_service.tuning.plan import Evaluate, RatedCandidate, SearchPlan, SearchRequest
 from pho_service.tuning.result import SearchResult, describe_study, mark_chosen, search_result
 from pho_service.tuning.search import Callback, Islands, run_search, searched
@@ -189,28 +189,16 @@ def _prune_alike(one: Candidate, other: Candidate) -> bool:
     return sized == other.coefficients and steps == other.steps
 
 
-def with_perplexities(
-    result: SearchResult,
-    measured: Mapping[str, float | str],
-    losses: Mapping[str, Sequence[float]],
-) -> SearchResult:
+def with_perplexities(result: SearchResult, judges: Mapping[str, Perplexity | str]) -> SearchResult:
     """A confirmed result with the perplexities that it is judged by, or why there is none."""
-    confirmation = result.configuration.confirmation
-    values = {name: value for name, value in measured.items() if not isinstance(value, str)}
-    if confirmation is None:
-        return result
-    pairs = {name: (result.losses, losses.get(name, ())) for name in values}
-    for one, other in (("wanda", "dense"), ("ria", "dense"), ("wanda", "ria")):
-        pairs[f"{one}/{other}"] = losses.get(one, ()), losses.get(other, ())
-    errors = {name: paired_error(*pair, confirmation.tokens) for name, pair in pairs.items()}
-    known_errors = {name: error for name, error in errors.items() if error is not None}
-    perplexities = Perplexities.of(confirmation.perplexity, values, known_errors)
+    measured = {name: judge for name, judge in judges.items() if isinstance(judge, Perplexity)}
+    perplexities = result.measured and Perplexities.of(result.measured, measured)
     if not perplexities:
         return result
     return replace(
         result,
         configuration=result.configuration.model_copy(update={"perplexities": perplexities}),
-        warnings=[*result.warnings, *(why for why in measured.values() if isinstance(why, str))],
+        warnings=[*result.warnings, *(why for why in judges.values() if isinstance(why, str))],
     )
 
 
@@ -377,7 +365,7 @@ class _SearchPieces:
                 except NumericalError as error:
                     if candidate is None or piece.number < REFERENCE_NUMBERS:
                         raise
-                    name = NAMES[piece.number - REFERENCE_NUMBERS]
+                    name = REFERENCES[piece.number - REFERENCE_NUMBERS]
                     return {  # no fault of the result
                         "perplexity": None,
                         "failure": f"The result is not compared with {name}, which has no "
@@ -398,7 +386,7 @@ class _SearchPieces:
         """Where a perplexity is kept: the study, the name, and the trial that it is of."""
         first = self._islands.studies[0]
         if number >= REFERENCE_NUMBERS:
-            return first, reference_record(NAMES[number - REFERENCE_NUMBERS]), None
+            return first, reference_record(REFERENCES[number - REFERENCE_NUMBERS]), None
         if number >= VALIDATION:
             assert self._request.validation is not None
             seed = self._request.validation.seed
@@ -480,12 +468,12 @@ class _SearchPieces:
         perplexities, measured_on = self._perplexities(rated, chosen, measured_by_number)
         confirmed = sorted(
             ((perplexities[r.number], r) for r in rated if r.number in perplexities),
-            key=lambda pair: pair[0],
+            key=lambda pair: pair[0].perplexity,
         )
         confirmation, best = None, rated[0]
         if confirmed:
             perplexity, best = confirmed[0]
-            confirmation = Confirmation(perplexity=perplexity, **measured_on)
+            confirmation = Confirmation(perplexity=perplexity.perplexity, **measured_on)
         study, number = islands.place(best.number)
         finished, out_of_time = islands.finished, any(island.out_of_time for island in done)
         result = search_result(
@@ -497,7 +485,6 @@ class _SearchPieces:
             confirmed,
             confirmation,
             Divergences(by_number=chosen.divergences, tokens=chosen.divergence_tokens),
-            errors=self._behind(best, measured_by_number, confirmation),
             ended_after=finished if finished < islands.asked and not out_of_time else None,
         )
         if request.objective.over is not None:
@@ -511,12 +498,8 @@ class _SearchPieces:
         configuration = result.configuration.model_copy(update={"search": search})
         result = replace(result, configuration=configuration, trial=number)
         judged = measured_by_number.get(best.number)
-        if judged is not None:
-            result = replace(result, losses=judged.losses)
         result = self._looked_at_again(result, [] if judged is None else judged.written, run)
-        result = with_perplexities(
-            result, *self._judged_by(rated, perplexities, measured_by_number)
-        )
+        result = with_perplexities(result, self._judged_by(rated, perplexities, measured_by_number))
         for island_study in islands.studies:
             with run.fence():
                 mark_chosen(island_study, result.configuration, result.study_name, result.trial)
@@ -527,66 +510,48 @@ class _SearchPieces:
             warnings=[*result.warnings, *([chosen.doubt] if chosen.doubt else [])],
         )
 
-    def _behind(
-        self,
-        best: RatedCandidate,
-        measured: Mapping[int, Measured],
-        confirmation: Confirmation | None,
-    ) -> dict[int, float]:
-        """By trial, how sure it is by how much a finalist is behind the best."""
-        if confirmation is None or best.number not in measured:
-            return {}
-        losses, tokens = measured[best.number].losses, confirmation.tokens
-        errors = {
-            number: paired_error(finalist.losses, losses, tokens)
-            for number, finalist in measured.items()
-            if number != best.number
-        }
-        return {number: error for number, error in errors.items() if error is not None}
-
     def _perplexities(
         self, rated: Sequence[RatedCandidate], chosen: Chosen, measured: Mapping[int, Measured]
-    ) -> tuple[dict[int, float], dict[str, Any]]:
+    ) -> tuple[dict[int, Perplexity], dict[str, Any]]:
         """The perplexities that decide, by trial, and what they were measured on."""
         if self._by_perplexity:
-            text = self._work.text
-            return {r.number: r.value for r in rated}, text.measured_on()
-        values = {number: measured[number] for number in chosen.finalists}
-        measured_on = next((value.measured_on for value in values.values()), {})
-        took = {"evaluations": chosen.evaluations, "divergence_tokens": chosen.divergence_tokens}
-        perplexities = {n: v.perplexity for n, v in values.items() if v.perplexity is not None}
-        return perplexities, {**measured_on, **took}
+            text, key = self._work.text.measured_on(), self._work.text.key
+            finalists = {
+                r.number: Measured(perplexity=r.value, measured_on=text, text_sha256=key)
+                for r in rated
+            }
+        else:
+            finalists = {number: measured[number] for number in chosen.finalists}
+            text = {**next((finalist.measured_on for finalist in finalists.values()), {})}
+            text |= {n: getattr(chosen, n) for n in ("evaluations", "divergence_tokens")}
+        ratings = {number: finalist.rating for number, finalist in finalists.items()}
+        return {number: rating for number, rating in ratings.items() if rating}, text
 
     def _judged_by(
         self,
         rated: Sequence[RatedCandidate],
-        perplexities: Mapping[int, float],
+        perplexities: Mapping[int, Perplexity],
         measured: Mapping[int, Measured],
-    ) -> tuple[dict[str, float | str], dict[str, Sequence[float]]]:
-        """The perplexities that a result is judged by, or why there is none, and their losses."""
-        by_name: dict[str, float | str] = {}
-        losses: dict[str, Sequence[float]] = {}
+    ) -> dict[str, Perplexity | str]:
+        """The perplexities that a result is judged by, or why there is none."""
+        by_name: dict[str, Perplexity | str] = {}
         for i, judge in enumerate(references(self._plan, rated)):
-            value = measured.get(REFERENCE_NUMBERS + i)
+            piece = measured.get(REFERENCE_NUMBERS + i)
             if judge.trial is not None and judge.trial in perplexities:
                 by_name[judge.name] = perplexities[judge.trial]
-                value = measured.get(judge.trial)
-            elif value is not None:
-                by_name[judge.name] = value.perplexity or str(value.failure)
+            elif piece is not None:
+                by_name[judge.name] = piece.rating or str(piece.failure)
             # Of a method's published variants the best that was measured, so that none wins
             # against itself.
-            variants = {
-                r.number: perplexities[r.number]
-                for r in rated
+            variants = [
+                perplexities[r.number]
+                for r in sorted(rated, key=lambda r: r.number)
                 if r.number in perplexities and r.candidate.method.startswith(judge.name)
                 if judge.candidate is not None and r.candidate.steps == judge.candidate.steps
-            }
-            before = by_name.get(judge.name)
-            if variants and isinstance(before, float) and min(variants.values()) < before:
-                number = min(variants, key=lambda n: (variants[n], n))
-                by_name[judge.name], value = variants[number], measured.get(number)
-            losses[judge.name] = () if value is None else value.losses
-        return by_name, losses
+            ]
+            if isinstance(before := by_name.get(judge.name), Perplexity):
+                by_name[judge.name] = min([before, *variants], key=lambda p: p.perplexity)
+        return by_name
 
     def _looked_at_again(
         self, result: SearchResult, written: Sequence[str], run: Run

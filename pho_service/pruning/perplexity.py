@@ -2,6 +2,7 @@
 Perplexity over windows of one length, and the divergence of a pruned model from the dense one.
 """
 
+import hashlib
 import logging
 import math
 from collections import Counter
@@ -21,47 +22,12 @@ from pho_service.errors import ModelError, NumericalError, OutOfMemory, TextErro
 from pho_service.host.machine import first_words, let_go_of_memory, ran_out_of_memory
 from pho_service.planning.stage_memory import FLOAT, MOST, ROOM, windows_at_once
 from pho_service.pruning.hardware import free_memory
+from pho_service.spec.perplexity import BLOCK, Perplexity
 
 logger = logging.getLogger(__name__)
 
 CHUNK = 2**21  # log-probabilities that are computed at a time: 8 MiB, which caches hold
-BLOCK = 64  # tokens whose losses are added up before they are looked at
 FEW = 16  # windows below which runs of tokens, not windows, are what chance is judged by
-
-
-@dataclass(frozen=True, kw_only=True)
-class Perplexity:
-    """
-    Attributes:
-        perplexity: exp of the mean loss over predicted tokens.
-        tokens: Predicted tokens: every window predicts all but its first.
-        windows: Windows rated.
-        losses: The loss of each window, or where there are fewer than 16 of each run of 64
-            tokens, summed over its tokens, in nats: what chance is judged by.
-    """
-
-    perplexity: float
-    tokens: int
-    windows: int
-    losses: tuple[float, ...] = ()
-
-    @property
-    def error(self) -> float | None:
-        """
-        Standard error of the perplexity, as of texts of this kind of which these losses are a
-        sample. None of fewer than two losses. A difference of two models on the same text is far
-        surer than either: see :func:`pho_service.tuning.finalists.paired_error`.
-        """
-        count = len(self.losses)
-        if count < 2:
-            return None
-        predicted = self.tokens // self.windows
-        sizes = [predicted] * count
-        if count != self.windows:  # runs, of which the last one of a window may be shorter
-            sizes = [min(BLOCK, predicted - at) for at in range(0, predicted, BLOCK)] * self.windows
-        mean = sum(self.losses) / self.tokens
-        squares = ((x - mean * n) ** 2 for x, n in zip(self.losses, sizes, strict=True))
-        return self.perplexity * math.sqrt(sum(squares) * count / (count - 1)) / self.tokens
 
 
 def cut_windows(
@@ -88,6 +54,11 @@ def cut_windows(
     windows = tokens[: count * body].view(count, body)
     start = torch.tensor(prefix, dtype=torch.int64).expand(count, -1)
     return torch.cat([start, windows], dim=1)
+
+
+def windows_key(windows: Tensor) -> str:
+    """Hash of tokenised windows: text, tokenizer and the way it is cut."""
+    return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
 
 
 def window_logits(model: nn.Module, windows: Tensor, *, most: int = MOST) -> Iterator[Tensor]:
@@ -218,18 +189,19 @@ def rate_perplexity(
         for window, logits in zip(windows, window_logits(model, windows, most=most), strict=True):
             losses.append(block_losses(logits, window))
             advance(1)
-    return perplexity_of(losses, windows.shape[1] - 1)
+    return perplexity_of(losses, windows)
 
 
-def perplexity_of(losses: Sequence[Sequence[float]], predicted: int) -> Perplexity:
-    """The perplexity of windows of so many tokens from the :func:`block_losses` of each."""
-    tokens = len(losses) * predicted
+def perplexity_of(losses: Sequence[Sequence[float]], windows: Tensor) -> Perplexity:
+    """The perplexity of windows from the :func:`block_losses` of each."""
+    tokens = len(windows) * (windows.shape[1] - 1)
     mean = require_finite_loss(sum(sum(blocks) for blocks in losses) / tokens)
     runs = losses if len(losses) < FEW else [[sum(blocks)] for blocks in losses]
     return Perplexity(
         perplexity=math.exp(min(mean, 700.0)),
         tokens=tokens,
-        windows=len(losses),
+        windows=len(windows),
+        text_sha256=windows_key(windows),
         losses=tuple(float(f"{loss:.7g}") for blocks in runs for loss in blocks),
     )
 

@@ -2,14 +2,14 @@
 A result with all that is known of it, from a configuration, a job or a study.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal, Self
 
-from pho_service.library import Gain, MeasuredBy
-from pho_service.spec.configuration import Configuration, Continuation, Perplexities
+from pho_service.library import Gain, MeasuredBy, gain_over
+from pho_service.spec.configuration import Configuration, Continuation
+from pho_service.spec.perplexity import Perplexities
 from pho_service.spec.recovery import Recovered
 
 _DIGITS = 6  # of an error and a sparsity that are kept
@@ -213,14 +213,3 @@ class Report:
             return None
         values = [(t.divergence, t.value)[by == "proxy"] for t in (ria, trial)]
         return gain_over(by, *values)
-
-
-def gain_over(by: MeasuredBy, ria: float | None, value: float | None) -> Gain | None:
-    """The gain over RIA of what was measured; low values are good."""
-    if ria is None or value is None:
-        return None
-    if by == "divergence":
-        return Gain(value=ria - value, by=by)
-    if not (ria > 0 and value > 0):
-        return None
-    return Gain(value=math.log(ria / value) if by == "perplexity" else 1 - value / ria, by=by)

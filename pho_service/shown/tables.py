@@ -8,18 +8,17 @@ from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from pho_service.library import MeasuredBy
+from pho_service.library import MeasuredBy, gain_over
 from pho_service.shown.parts import Table
-from pho_service.shown.report import Report, ReportTrial, StageTime, gain_over
+from pho_service.shown.report import Report, ReportTrial, StageTime
 from pho_service.spec.configuration import (
     Configuration,
     Confirmation,
     Continuation,
-    Perplexities,
     Rating,
-    compared,
 )
 from pho_service.spec.document import listed, number, percent, seconds
+from pho_service.spec.perplexity import Perplexities, Ratio
 from pho_service.spec.recovery import Recovered
 from pho_service.spec.tasks import TaskScore, TaskScores, mean_accuracy
 
@@ -79,20 +78,16 @@ def name_of(text: Mapping[str, Any]) -> str:
     return PurePath(source).name if source.startswith(("/", ".", "~")) else source
 
 
-def verdict_table(good: Perplexities) -> Table:
+def verdict_table(perplexities: Perplexities) -> Table:
     """The dense model, the result, Wanda and RIA."""
-    rows = []
-    for name, perplexity in (
-        ("dense", good.dense), ("pruned", good.pruned), ("Wanda", good.wanda), ("RIA", good.ria),
-    ):  # fmt: skip
-        gain = rise = None
-        if name != "dense" and perplexity is not None:
-            rise = perplexity / good.dense - 1
-            gain = None if name == "RIA" else gain_over("perplexity", good.ria, perplexity)
-        share, key = None if gain is None else gain.share, name.lower()
-        against = percent(rise, signed=True, error=good.error("dense", key))
-        saved = percent(share, error=good.error("ria", key))
-        rows.append((name, number(perplexity) or "none", against, saved))
+    rows = [("dense", number(perplexities.dense), "", "")]
+    for title in ("pruned", "Wanda", "RIA"):
+        name = title.lower()
+        over_dense = perplexities.ratio("dense", name)
+        over_ria = None if name == "ria" else perplexities.ratio("ria", name)
+        saved = "" if over_ria is None else over_ria.saved
+        value = number(getattr(perplexities, name)) or "none"
+        rows.append((title, value, str(over_dense or ""), saved))
     return Table(
         ("model", "perplexity", "against dense", "below RIA"),
         rows,
@@ -100,7 +95,7 @@ def verdict_table(good: Perplexities) -> Table:
         notes=(
             "Wanda and RIA have the same pattern, and the activation norms of the dense model. "
             "Below RIA is the share of its perplexity that is saved."
-            + (_ERROR if good.errors else ""),
+            + (_ERROR if perplexities.errors else ""),
         ),
         marked=1,
     ).without_empty()
@@ -135,7 +130,7 @@ def recovered_table(recovered: Recovered) -> Table:
     def against(name: str, base: str) -> str:
         if not {name, base} <= values.keys():
             return ""
-        return compared(values[name], values[base], errors.get(f"{name}/{base}"))
+        return str(Ratio(values[name], values[base], errors.get(f"{name}/{base}")))
 
     return Table(
         ("model", "perplexity", "against dense", "against pruned"),
@@ -206,7 +201,7 @@ def results_table(report: Report) -> Table | None:
 def _behind(finalists: Sequence[Rating]) -> dict[int, str]:
     """How far finalists are behind the best of them, by trial: ``+1.2 ± 0.4%``."""
     measured = [(c.trial, c.perplexity, c.error) for c in finalists if c.perplexity is not None]
-    return {trial: compared(value, measured[0][1], error) for trial, value, error in measured[1:]}
+    return {trial: str(Ratio(value, measured[0][1], error)) for trial, value, error in measured[1:]}
 
 
 def result_in_words(point: Mapping[str, Any]) -> str:
@@ -249,7 +244,7 @@ def _beside(point: Mapping[str, Any], method: str) -> str:
     if not result or not published:
         return number(published)
     error = (point.get("errors") or {}).get(method)
-    return f"{number(published)} ({compared(result, published, error)})"
+    return f"{number(published)} ({Ratio(result, published, error)})"
 
 
 def points_table(

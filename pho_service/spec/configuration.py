@@ -3,11 +3,9 @@ config.json: a pruning that was found, how good it is, and all that is needed to
 """
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import FailFast, Field, ValidationError, model_validator
@@ -16,132 +14,11 @@ from pho_service.errors import ConfigurationError, InvalidInput
 from pho_service.errors import shown as shown
 from pho_service.host.files import write_json
 from pho_service.spec.baselines import baseline
-from pho_service.spec.document import Document, broken_rule, number, percent
+from pho_service.spec.document import Document, broken_rule, number
 from pho_service.spec.pattern import Coefficients, Linears, Pattern
+from pho_service.spec.perplexity import Perplexities, Ratio
 from pho_service.spec.steps import Candidate, Steps
 from pho_service.spec.tasks import TaskScores
-
-REFERENCES = ("dense", "wanda", "ria")  # what a result is judged by, in this order
-_TITLES = {"wanda": "Wanda", "ria": "RIA"}
-
-
-class Perplexities(Document):
-    """
-    Perplexities on the same windows of one text, which the search did not see.
-
-    Attributes:
-        dense: Perplexity of the model before it is pruned.
-        pruned: Perplexity of the result.
-        wanda: Perplexity of Wanda in the pattern of the search, as published: without the
-            search's steps and, at N:M, in the model's own channel order. None if it has none:
-            its model gives NaN.
-        ria: The same of RIA, in the widest scope of the pattern that is not global, or in that of
-            its rows where that was measured, too, and is better.
-        errors: Standard errors of the logarithm of ``pruned / dense``, ``pruned / wanda`` and
-            ``pruned / ria``, by the names of the latter: of paired differences of windows, or where
-            there are fewer than 16 of runs of 64 tokens. Also of ``wanda/dense``, ``ria/dense`` and
-            ``wanda/ria``, by these names. Those that are not known are missing.
-    """
-
-    dense: float
-    pruned: float
-    wanda: float | None = None
-    ria: float | None = None
-    errors: dict[str, float] = Field(default_factory=dict, exclude_if=lambda errors: not errors)
-
-    @classmethod
-    def of(
-        cls,
-        pruned: float,
-        references: Mapping[str, float | None],
-        errors: Mapping[str, float] = MappingProxyType({}),
-    ) -> Self | None:
-        """The perplexities of a result; None where the dense model was not measured."""
-        dense = references.get("dense")
-        if dense is None:
-            return None
-        perplexities: dict[str, Any] = {name: references.get(name) for name in REFERENCES}
-        return cls(pruned=pruned, errors=dict(errors), **perplexities)
-
-    @property
-    def rise(self) -> float:
-        """Share by which pruning raises the perplexity."""
-        return self.pruned / self.dense - 1
-
-    def error(self, name: str, measured: str = "pruned") -> float | None:
-        """Standard error of the result's perplexity, as a share of that of ``dense`` and others."""
-        error = self.errors.get(name if measured == "pruned" else f"{measured}/{name}")
-        value, reference = getattr(self, measured), getattr(self, name)
-        return None if error is None or not value or not reference else error * value / reference
-
-    def against(self, name: str) -> str:
-        """``22.6 ± 0.4% above dense``; ``not told apart from Wanda`` within two standard errors."""
-        title = _TITLES.get(name, name)
-        return against(self.pruned, getattr(self, name), self.errors.get(name), title)
-
-    @property
-    def sentence(self) -> str:
-        """
-        ``Perplexity 27.70: 22.6 ± 0.4% above dense (22.60), 30.6 ± 0.3% below Wanda (39.90)``.
-        """
-        parts = [self.against(name) for name in REFERENCES if getattr(self, name) is not None]
-        return f"Perplexity {number(self.pruned)}: {', '.join(parts)}"
-
-    def __str__(self) -> str:
-        """In one line: ``22.60 dense, 27.70 pruned (+22.6 ± 0.4%), Wanda 39.90, RIA 41.20``."""
-        methods = {"wanda": self.wanda, "ria": self.ria}
-        return in_words(
-            self.dense, {"pruned": self.pruned}, methods, {"pruned": self.error("dense")}
-        )
-
-
-def compared(perplexity: float, reference: float, error: float | None) -> str:
-    """The share by which a perplexity is above another one; the error is that of its logarithm."""
-    share = None if error is None else error * perplexity / reference
-    return percent(perplexity / reference - 1, signed=True, error=share)
-
-
-def against(perplexity: float, reference: float, error: float | None, title: str) -> str:
-    """A perplexity beside another one, in words; the error is that of their ratio's logarithm."""
-    if perplexity == reference:
-        return f"the same as {title}"
-    if error is not None and abs(math.log(perplexity / reference)) < 2 * error:
-        return f"not told apart from {title} ({number(reference)})"
-    share = perplexity / reference - 1
-    side = "above" if share > 0 else "below"
-    share_error = None if error is None else error * perplexity / reference
-    return f"{percent(abs(share), error=share_error)} {side} {title} ({number(reference)})"
-
-
-def beside_in_words(perplexity: float, beside: Mapping[str, Any]) -> str:
-    """The comparison of :func:`pho_service.pipeline.rating.beside` in words."""
-    reference, error = beside["perplexity"], beside["rise_error"]
-    error = None if error is None else error * reference / perplexity
-    return against(perplexity, reference, error, Path(beside["model"]["name"]).name)
-
-
-def in_words(
-    dense: float,
-    results: Mapping[str, float],
-    methods: Mapping[str, float | None],
-    errors: Mapping[str, float | None] = MappingProxyType({}),
-) -> str:
-    """
-    Perplexities of one text in a line: of results, with their rise over dense and its standard
-    error, and of ``wanda``, ``ria`` or others, where they have one.
-    """
-    rises = {
-        name: percent(value / dense - 1, signed=True, error=errors.get(name))
-        for name, value in results.items()
-    }
-    return ", ".join(
-        [
-            f"{number(dense)} dense",
-            *(f"{number(value)} {name} ({rises[name]})" for name, value in results.items()),
-            *(f"{_TITLES.get(n, n)} {number(value)}" for n, value in methods.items() if value),
-        ]
-    )
-
 
 FORMAT = "pho-configuration"
 TRANSFER_FORMAT = "pho-transfer"  # pho_service.library reads it whole
@@ -191,10 +68,16 @@ class Confirmation(Document):
     evaluations: float | None = Field(None, exclude_if=lambda value: value is None)
     errors: dict[str, float] = Field(default_factory=dict, exclude_if=lambda errors: not errors)
 
+    def measured_against(self, name: str, ratio: Ratio) -> Self:
+        """With a perplexity, and ``any_order`` or ``before_reconstruction``, which it is over."""
+        errors = self.errors if ratio.error is None else {**self.errors, name: ratio.error}
+        values = {"perplexity": ratio.perplexity, name: ratio.reference, "errors": errors}
+        return self.model_copy(update=values)
+
     def beside(self, name: str) -> str:
         """``any_order`` or ``before_reconstruction``, and how far the perplexity is from it."""
         value = getattr(self, name)
-        return f"{number(value)} ({compared(self.perplexity, value, self.errors.get(name))})"
+        return f"{number(value)} ({Ratio(self.perplexity, value, self.errors.get(name))})"
 
 
 NEW_TOKENS = 40  # that a model writes after a prompt
@@ -294,7 +177,7 @@ class Configuration(Document):
         if len(rated) < 2:
             return ""
         (best, _), (runner_up, error) = rated[:2]
-        comparison = against(best, runner_up, error, "the next finalist")
+        comparison = Ratio(best, runner_up, error).beside("the next finalist")
         rebuilt = self.confirmation and self.confirmation.before_reconstruction
         return f"{comparison}, before the reconstruction" if rebuilt else comparison
 

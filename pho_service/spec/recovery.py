@@ -22,6 +22,7 @@ from pho_service.spec.document import (
     number,
     percent,
 )
+from pho_service.spec.perplexity import Ratio
 
 Trains = Literal["kept", "norms", "lora"]
 AdamBits = Literal[32, 8]
@@ -224,9 +225,8 @@ class Recovered(JsonDocument):
         gain = ""
         was, now = (self.perplexities.get(name) for name in ("pruned", "recovered"))
         if was and now:
-            error = self.errors.get("recovered/pruned", 0.0) * now / was
-            share = percent(now / was - 1, signed=True, error=error)
-            gain = f"perplexity {number(was)} → {number(now)} ({share}), "
+            ratio = Ratio(now, was, self.errors.get("recovered/pruned"))
+            gain = f"perplexity {number(was)} → {number(now)} ({ratio}), "
         return (
             f"{gain}divergence from the dense model {number(self.before)} → {number(self.after)} "
             f"nats ({percent(self.after / self.before - 1, signed=True)}) on held-out windows, by "

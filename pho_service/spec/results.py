@@ -10,6 +10,7 @@ from pydantic import Field, TypeAdapter
 
 from pho_service.spec.configuration import ProxyQuality
 from pho_service.spec.document import number
+from pho_service.spec.perplexity import Perplexity
 from pho_service.spec.recovery import Recovered
 from pho_service.spec.tasks import TaskScore
 
@@ -82,14 +83,25 @@ class Measured:
     seconds: float = 0.0  # What pruning and measuring took
     # The fields of a confirmation that say what on
     measured_on: dict[str, Any] = field(default_factory=dict)
-    # Losses of the windows or of runs of tokens, in nats; see
-    # :class:`~pho_service.pruning.perplexity.Perplexity`
-    losses: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # As of :class:`Perplexity`
     text_sha256: str | None = None  # Hash of the windows
     # How it goes on with prompts of the text, if pruning it once more to write would take long
     written: list[str] = field(default_factory=list)
     failure: str | None = None  # Why a published method has no perplexity
     weights_sha256: str | None = None  # Hash of the dense model's weights, in a service
+
+    @property
+    def rating(self) -> Perplexity | None:
+        """The perplexity as one that can be compared; None if it has none."""
+        if self.perplexity is None:
+            return None
+        return Perplexity(
+            perplexity=self.perplexity,
+            tokens=self.measured_on["tokens"],
+            windows=self.measured_on["text"]["windows"],
+            text_sha256=self.text_sha256 or "",
+            losses=self.losses,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -124,19 +124,6 @@ def still_racing(
     ]
 
 
-def paired_error(losses: Blocks, reference: Blocks, tokens: int) -> float | None:
-    """
-    The standard error of the difference of two models' mean losses on one text, in nats a token.
-
-    That is, of the logarithm of the ratio of their perplexities. Losses are summed over windows or
-    runs of tokens, the same for both; None where they are not known, or only one.
-    """
-    if len(losses) != len(reference) or len(losses) < 2:
-        return None
-    differences = np.subtract(losses, reference)
-    return float(differences.std(ddof=1)) * math.sqrt(len(losses)) / tokens
-
-
 def is_behind(
     differences: NDArray[np.float64], seen: int, *, windows: int, level: float = LEVEL
 ) -> bool:

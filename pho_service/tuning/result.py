@@ -3,10 +3,9 @@ The result of a search, as a configuration and in plain sentences.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import optuna
@@ -15,6 +14,7 @@ from pho_service.errors import field_name
 from pho_service.host.machine import versions
 from pho_service.spec.configuration import Configuration, Confirmation, ProxyQuality, Rating
 from pho_service.spec.document import number
+from pho_service.spec.perplexity import Perplexity
 from pho_service.tuning.finalists import Divergences
 from pho_service.tuning.plan import RatedCandidate, SearchPlan, SearchRequest
 from storage.studies import keep_record, note_trial, record_of
@@ -30,7 +30,7 @@ class SearchResult:
     trial: int  # The number of the best in it
     warnings: list[str]  # Plain sentences that a user must read
     rated_before: int = 0  # How many ratings were taken from other studies
-    losses: Sequence[float] = ()  # Of the best on the text of its confirmation, as measured
+    measured: Perplexity | None = None  # Of the best, on the text of its confirmation
     # How well each proxy ranks, by name, if that was asked for.
     validation: Mapping[str, ProxyQuality] | None = None
 
@@ -97,26 +97,28 @@ def search_result(
     provenance: Mapping[str, Any],
     name: str,
     rated: list[RatedCandidate],
-    measured: list[tuple[float, RatedCandidate]],
+    measured: list[tuple[Perplexity, RatedCandidate]],
     confirmation: Confirmation | None,
     divergences: Divergences = Divergences(),  # noqa: B008 - frozen
     *,
-    errors: Mapping[int, float] = MappingProxyType({}),
     ended_after: int | None = None,
 ) -> SearchResult:
     """Choose the winner and write down how it was found."""
-    best = measured[0][1] if measured else rated[0]
+    lowest, best = measured[0] if measured else (None, rated[0])
     by_number = {candidate.number: perplexity for perplexity, candidate in measured}
     border = plan.space.on_border(best.params) if best.candidate.method == "crepe" else []
 
     def rating(candidate: RatedCandidate) -> Rating:
+        perplexity, error = by_number.get(candidate.number), None
+        if perplexity is not None and lowest is not None and candidate.number != best.number:
+            error = perplexity.against(lowest).error
         return Rating(
             method=candidate.candidate.method,
             trial=candidate.number,
             proxy=candidate.value,
-            perplexity=by_number.get(candidate.number),
+            perplexity=None if perplexity is None else perplexity.perplexity,
             divergence=divergences.by_number.get(candidate.number),
-            error=errors.get(candidate.number),
+            error=error,
         )
 
     only_compared = sorted(
@@ -161,6 +163,7 @@ def search_result(
         configuration=configuration,
         study_name=name,
         trial=best.number,
+        measured=lowest,
         warnings=_warnings(
             [*_at_chance(provenance)],
             configuration,

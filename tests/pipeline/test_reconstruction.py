@@ -181,8 +181,10 @@ def test_winner(searched, confirming, monkeypatch, factor):
         measured.append(candidate)
         assert writes
         perplexity = factor * without.confirmation.perplexity
-        losses = [each * (factor if number else 1) for number, each in enumerate(before.losses)]
-        rated = {"perplexity": perplexity, "tokens": 9, "windows": 3, "losses": losses}
+        first_loss, *others = before.measured.losses
+        losses = [first_loss, *(factor * loss for loss in others)]
+        tokens = without.confirmation.tokens
+        rated = {"perplexity": perplexity, "tokens": tokens, "windows": 3, "losses": losses}
         return {**rated, "written": ["one", "two", "three"]}
 
     monkeypatch.setattr(confirmation, "_measure", measure)

@@ -17,18 +17,16 @@ from pho_service.pipeline.work import Work
 from pho_service.shown.tables import configuration_rows, verdict_table
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.configuration import (
-    REFERENCES,
     WIDER,
     Confirmation,
-    Perplexities,
     ProxyQuality,
     Rating,
-    in_words,
     published,
 )
 from pho_service.spec.fields import ValidationSpec
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.perplexity import REFERENCES, Perplexities, Ratio, in_words
 from pho_service.spec.steps import Steps
 from pho_service.tuning.plan import SearchRequest
 from pho_service.tuning.validation import finalists_wanted
@@ -184,7 +182,7 @@ def test_in_words():
     ]  # fmt: skip
     assert good.model_copy(update={"ria": 27.71}).sentence.endswith(", the same as RIA")
     assert "22.50 pruned (-0.4%)" in str(good.model_copy(update={"pruned": 22.5}))
-    assert in_words(5.5, {"a": 12345.6}, {"wanda": 3e7, "ria": None}) == (
+    assert in_words(5.5, {"a": Ratio(12345.6, 5.5)}, {"wanda": 3e7, "ria": None}) == (
         "5.500 dense, 12,346 a (+224,365.5%), Wanda 3.000e+07"
     )
 

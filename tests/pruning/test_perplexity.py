@@ -53,7 +53,7 @@ def test_its_standard_error_is_that_of_a_ratio_of_sums(count, predicted):
         [size * (3 + 0.2 * float(torch.randn((), generator=generator))) for size in sizes]
         for _ in range(count)
     ]
-    rated = perplexity_of(losses, predicted)
+    rated = perplexity_of(losses, torch.zeros(count, predicted + 1))
     parts = [(sum(window), predicted) for window in losses]
     if count < 16:
         parts = [part for window in losses for part in zip(window, sizes, strict=True)]
@@ -66,7 +66,7 @@ def test_its_standard_error_is_that_of_a_ratio_of_sums(count, predicted):
 
 
 def test_a_single_loss_has_no_standard_error():
-    assert perplexity_of([[30.0]], 10).error is None
+    assert perplexity_of([[30.0]], torch.zeros(1, 11)).error is None
 
 
 def test_uniform_model(tiny_llama, windows):

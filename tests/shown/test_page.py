@@ -10,7 +10,8 @@ import pytest
 
 from pho_service.shown.page import render
 from pho_service.shown.report import LayerCell, ReportTrial
-from pho_service.spec.configuration import Perplexities, Rating
+from pho_service.spec.configuration import Rating
+from pho_service.spec.perplexity import Perplexities
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)></style></pre>{{ 7 * 7 }}"
 TRANSFER = {

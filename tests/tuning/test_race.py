@@ -5,7 +5,6 @@ import pytest
 
 from pho_service.tuning.finalists import (
     is_behind,
-    paired_error,
     race_looks,
     race_order,
     still_racing,
@@ -99,11 +98,3 @@ def test_looks_come_after_ever_more_windows(windows, first, looks):
 
     assert found[: len(looks)] == looks
     assert found[-1] == windows
-
-
-def test_the_standard_error_of_a_difference_is_that_of_paired_losses():
-    mine, other = [10.0, 12.0, 17.0], [9.0, 12.0, 13.0]
-
-    assert paired_error(mine, other, 60) == pytest.approx(2.0817 * 3**0.5 / 60, rel=1e-4)
-    assert paired_error(mine, [], 60) is None
-    assert paired_error([1.0], [2.0], 60) is None
