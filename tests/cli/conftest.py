@@ -30,19 +30,25 @@ def pho(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def made_bundle(new_llama, texts_of_all, tmp_path_factory):
+def made_model(new_llama, texts_of_all, tmp_path_factory):
+    """The tiny model as a Hugging Face folder that no test changes."""
+    folder = tmp_path_factory.mktemp("models") / "model"
+    shutil.copytree(texts_of_all["tokenizer"], folder)
+    new_llama().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def made_bundle(made_model, texts_of_all, tmp_path_factory):
     """A small bundle of the tiny model, made as `pho calibrate` makes it."""
-    folder = tmp_path_factory.mktemp("bundle")
-    shutil.copytree(texts_of_all["tokenizer"], folder / "model")
-    new_llama().save_pretrained(folder / "model")
+    file = tmp_path_factory.mktemp("bundle") / "tiny.safetensors"
     settings = CalibrationSettings(
         samples=6, context_length=32, rows_per_layer=4, projection_rows=16, kernel_sizes=(3, 5)
     )
-    model = load_model(str(folder / "model"), device="cpu")
+    model = load_model(str(made_model), device="cpu")
     source = TextSource(path=str(texts_of_all["calibration"]))
-    bundle = calibrate(model, calibration_text(model, source, settings), settings)
-    write_bundle(bundle, folder / "tiny.safetensors")
-    return folder / "tiny.safetensors"
+    write_bundle(calibrate(model, calibration_text(model, source, settings), settings), file)
+    return file
 
 
 @pytest.fixture

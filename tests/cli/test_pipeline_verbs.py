@@ -1,4 +1,4 @@
-"""The steps beside the score, as a user asks for them."""
+"""What `pho prune` writes is what `pho search` rated, and the steps beside the score."""
 
 import json
 from pathlib import Path
@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 from pho_service.models.scratch import Memo
 
 SMALL = ("--context-length", 32, "--samples", 6, "--kernel-sizes", "3,5")
+SCORE = ("--preset", "score")
 
 
 def searched(pho, model, texts, *words):
     """The configuration of a small search."""
     return answer(
-        pho("search", model, "--preset", "score", *words, "--trials", 12, "--finalists", 1, *SMALL,
+        pho("search", model, *words, "--trials", 12, "--finalists", 1, *SMALL,
             "--text", texts["calibration"], "--confirm-text", texts["confirmation"],
             "--confirm-windows", 3, "--json")
     )["configuration"]  # fmt: skip
@@ -28,44 +29,49 @@ def checks(result):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "preset"),
-    [("0.5", "crepe-plus"), ("2:4", "best")],
-)
-def test_what_a_presets_search_confirms_is_what_is_pruned_to_the_last_bit_and_passes_its_check(
-    pho, model_folder, texts, pattern, preset
+    ("folder", "words"),
+    [
+        ("model_folder", ("--pattern", "0.3", "--scope", "global", *SCORE)),
+        ("bos_folder", ("--pattern", "2:4", "--preset", "best")),
+        pytest.param("bos_folder", ("--pattern", "2:4", *SCORE), marks=pytest.mark.thorough),
+        pytest.param(
+            "model_folder", ("--pattern", "0.5", "--preset", "crepe-plus"),
+            marks=pytest.mark.thorough,
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_search_confirms_is_what_is_pruned_and_passes_its_check(
+    pho, texts, request, folder, words
 ):
-    found = searched(pho, model_folder, texts, "--pattern", pattern, "--preset", preset)
+    model = request.getfixturevalue(folder)
+    confirmation = searched(pho, model, texts, *words)["confirmation"]
     calibration = (*SMALL, "--text", texts["calibration"])
-    pruned = pho("prune", model_folder, "--config", "config.json", *calibration, "--out", "out")
+    pruned = pho("prune", model, "--config", "config.json", *calibration, "--out", "out")
     rated = answer(
         pho("evaluate", "out", "--text", texts["confirmation"], "--context-length", 32,
             "--max-windows", 3, "--json")
     )  # fmt: skip
-    checked = pho("prune", model_folder, "--check", "out", "--json")
+    checked = pho("prune", model, "--check", "out", "--json")
+    exact = "score" in words  # masks alone: to the last bit
 
     assert pruned.exit_code == 0, pruned.stderr
-    assert rated["perplexity"] == pytest.approx(found["confirmation"]["perplexity"], rel=1e-5)
+    assert "Note" not in pruned.stderr
+    assert rated["perplexity"] == pytest.approx(
+        confirmation["perplexity"], rel=0 if exact else 1e-5, abs=0
+    )
+    assert rated["tokens"] == confirmation["tokens"] == 3 * 31
+    assert rated["text_sha256"] == confirmation["text"]["sha256"]
+    assert rated["bos"] is (folder == "bos_folder")
     assert checked.exit_code == 0, checked.output
     assert all(checks(checked).values())
 
 
-TRAINED = (
-    "--preset", "score", "--pattern", "0.5", "--update", "least-squares",
-    "--reconstruction", "block",
-)  # fmt: skip
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty one."""
-    monkeypatch.setenv("PHO_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+TRAINED = (*SCORE, "--pattern", "0.5", "--update", "least-squares", "--reconstruction", "block")
 
 
 def test_blocks_that_a_search_has_trained_are_not_trained_again(
-    pho, model_folder, texts, cache,
-    monkeypatch, trained,
-):  # fmt: skip
+    pho, made_model, texts, own_cache, monkeypatch, trained
+):
     """Also by a search that was killed between two blocks; other text, and they are not taken."""
     read = Memo.read
 
@@ -76,63 +82,75 @@ def test_blocks_that_a_search_has_trained_are_not_trained_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(Memo, "read", killed)
-        pho("search", model_folder, *TRAINED, "--trials", 12, "--finalists", 1, *SMALL,
+        pho("search", made_model, *TRAINED, "--trials", 12, "--finalists", 1, *SMALL,
             "--text", texts["calibration"], "--confirm-text", texts["confirmation"],
             "--confirm-windows", 3)  # fmt: skip
-    found = searched(pho, model_folder, texts, *TRAINED)
-    words = ("prune", model_folder, "--config", "config.json", *SMALL)
+    configuration = searched(pho, made_model, texts, *TRAINED)
+    words = ("prune", made_model, "--config", "config.json", *SMALL)
     other = pho(*words, "--text", texts["report"], "--out", "other")
-    own = ["model.layers.0", "model.layers.1"]
-    there = trained == [*own, *own]
+    blocks = ["model.layers.0", "model.layers.1"]
+    trained_before = [*trained]
     pruned = pho(*words, "--text", texts["calibration"], "--out", "a")
-    left = [*(cache / "blocks").iterdir()]
+    left = [*(own_cache / "blocks").iterdir()]
     again = pho(*words, "--text", texts["calibration"], "--out", "b")
 
     assert [other.exit_code, pruned.exit_code, again.exit_code] == [0, 0, 0]
-    assert found["steps"]["reconstruction"]["method"] == "block"
-    assert there
-    assert trained == 3 * own  # the last time there were none any more
+    assert "Note: these statistics are not those of the search" in other.stderr
+    assert configuration["steps"]["reconstruction"]["method"] == "block"
+    assert trained_before == 2 * blocks
+    assert trained == 3 * blocks  # the last time there were none any more
     assert left == []
     assert Path("a/model.safetensors").read_bytes() == Path("b/model.safetensors").read_bytes()
 
 
-def test_a_full_cache_ends_no_search(pho, model_folder, texts, cache):
-    cache.mkdir()
-    (cache / "blocks").write_text("in the way")
+def test_a_full_cache_ends_no_search(pho, made_model, texts, own_cache):
+    own_cache.mkdir()
+    (own_cache / "blocks").write_text("in the way")
 
-    assert searched(pho, model_folder, texts, *TRAINED)["confirmation"]
+    assert searched(pho, made_model, texts, *TRAINED)["confirmation"]
 
 
-def test_check_finds_a_changed_weight(pho, model_folder, texts):
-    pho("prune", model_folder, "--method", "wanda", "--pattern", "0.5", *SMALL, "--text",
-        texts["calibration"], "--out", "out")  # fmt: skip
+def test_a_recovered_folder_passes_its_check_until_a_weight_is_changed(pho, made_model, texts):
+    length = ("--context-length", 32)
+    pho("prune", made_model, "--method", "wanda", "--pattern", "2:4", "--text",
+        texts["calibration"], *SMALL, "--out", "pruned")  # fmt: skip
+    words = ("recover", "pruned", "--teacher", made_model, "--text", texts["report"])
+    done = pho(*words, *length, "--tokens", 640, "--rate", 2e-3,
+               "--confirm-text", texts["confirmation"], "--out", "out")  # fmt: skip
+    again = pho(*words, "--out", "out")
+    good = pho("prune", made_model, "--check", "out")
     file = Path("out/model.safetensors")
     tensors = load_file(file)
     weight = tensors["model.layers.0.mlp.up_proj.weight"]
     tensors["model.layers.0.mlp.up_proj.weight"] = torch.where(weight == 0, 1, weight)
     save_file(tensors, file, metadata={"format": "pt"})
-    told, machine = pho("prune", "--check", "out"), pho("prune", "--check", "out", "--json")
+    shown, machine = pho("prune", "--check", "out"), pho("prune", "--check", "out", "--json")
 
-    assert told.exit_code == machine.exit_code == 1
-    assert "FAILED" in told.stdout
-    assert "out is not what its recipe says: zeros" in told.stderr
+    assert done.exit_code == good.exit_code == 0
+    assert "divergence from the dense model" in done.stdout
+    assert "recovered" in done.stdout
+    assert not Path(".out.recovery").exists()
+    assert "in use" in again.stderr
+    assert shown.exit_code == machine.exit_code == 1
+    assert "FAILED" in shown.stdout
+    assert "out is not what its recipe says: zeros" in shown.stderr
     assert not checks(machine)["zeros"]
 
 
-def test_prune_by_a_method(pho, model_folder, texts):
+def test_prune_by_a_method(pho, made_model, texts):
     """A published method is pruned with and saved by its name, and is what the table shows."""
     calibration = (*SMALL, "--text", texts["calibration"], "--ignore", "*.layers.0.*")
     method = "sparsegpt-permuted"
-    pruned = pho("prune", model_folder, "--method", method, "--pattern", "2:4", *calibration,
+    pruned = pho("prune", made_model, "--method", method, "--pattern", "2:4", *calibration,
                  "--out", "out")  # fmt: skip
     recipe = json.loads(Path("out/pruning.json").read_text())
-    checked = pho("prune", model_folder, "--check", "out", "--json")
+    checked = pho("prune", made_model, "--check", "out", "--json")
     rated = answer(
         pho("evaluate", "out", "--text", texts["report"], "--context-length", 32, "--max-windows",
             2, "--json")
     )  # fmt: skip
     rows = answer(
-        pho("compare", model_folder, "--pattern", "2:4", *calibration, "--method", method,
+        pho("compare", made_model, "--pattern", "2:4", *calibration, "--method", method,
             "--report-text", texts["report"], "--report-windows", 2, "--json")
     )["rows"]  # fmt: skip
 
@@ -143,9 +161,9 @@ def test_prune_by_a_method(pho, model_folder, texts):
     assert rated["perplexity"] == pytest.approx(rows[1]["perplexity"], rel=1e-5)
 
 
-def test_deployable(pho, model_folder, texts):
+def test_deployable(pho, made_model, texts):
     """What a runtime must permute is told, and with --deployable there is nothing of it."""
-    words = ("prune", model_folder, "--method", "wanda-permuted", "--pattern", "2:4", *SMALL,
+    words = ("prune", made_model, "--method", "wanda-permuted", "--pattern", "2:4", *SMALL,
              "--text", texts["calibration"])  # fmt: skip
     free, folded = pho(*words, "--out", "a"), pho(*words, "--out", "b", "--deployable", "--json")
 
@@ -154,18 +172,19 @@ def test_deployable(pho, model_folder, texts):
     assert json.loads(Path("b/pruning.json").read_text())["configuration"]["steps"]["deployable"]
 
 
-def test_streamed(pho, model_folder, texts):
+@pytest.mark.thorough
+def test_streamed(pho, made_model, texts):
     """A streamed model gives the same configuration, the same folder and the same perplexity."""
-    words = ("--pattern", "0.5", "--update", "obs")
-    whole = searched(pho, model_folder, texts, *words)
-    streamed = searched(pho, model_folder, texts, *words, "--stream")
+    words = (*SCORE, "--pattern", "0.5", "--update", "obs")
+    whole = searched(pho, made_model, texts, *words)
+    streamed = searched(pho, made_model, texts, *words, "--stream")
     calibration = (*SMALL, "--text", texts["calibration"], "--config", "config.json")
     rating = ("--text", texts["report"], "--context-length", 32, "--json")
     perplexities = []
     for folder, stream in (("whole", ()), ("streamed", ("--stream",))):
-        result = pho("prune", model_folder, *calibration, *stream, "--out", folder)
+        result = pho("prune", made_model, *calibration, *stream, "--out", folder)
         assert result.exit_code == 0, result.stderr
-        perplexities.append(answer(pho("evaluate", "whole", *rating, *stream))["perplexity"])
+        perplexities.append(answer(pho("evaluate", folder, *rating, *stream))["perplexity"])
     tensors, others = load_file("whole/model.safetensors"), load_file("streamed/model.safetensors")
 
     assert streamed["coefficients"] == whole["coefficients"]
@@ -173,9 +192,23 @@ def test_streamed(pho, model_folder, texts):
     assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-6)
 
 
-def test_what_cannot_be_streamed_says_why(pho, tmp_path, texts):
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    result = pho("evaluate", tmp_path / "model.gguf", "--text", texts["report"], "--stream")
+def test_dataset(pho, made_model, texts, tmp_path):
+    """A data set in a folder rates as the same text in a file does."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(texts["report"].read_text().replace('"text"', '"body"'))
+    rating = ("--context-length", 32, "--json")
+    data = answer(pho("evaluate", made_model, "--dataset", folder, "--field", "body", *rating))
+    file = answer(pho("evaluate", made_model, "--text", texts["report"], *rating))
 
-    assert result.exit_code == 2
-    assert "cannot be streamed: GGUF is dequantised" in result.stderr
+    assert data["perplexity"] == file["perplexity"]
+    assert data["text_sha256"] == file["text_sha256"]
+
+
+def test_a_share_that_short_rows_cannot_have_is_explained(pho, made_model, texts):
+    method = ("--method", "wanda", *SMALL, "--text", texts["calibration"])
+    fine = pho("prune", made_model, "--pattern", "0.5", *method, "--out", "half")
+    short = pho("prune", made_model, "--pattern", "0.9999", *method, "--out", "most")
+
+    assert "was asked for" not in fine.stderr
+    assert "0.9999 was asked for: of each row a whole number" in " ".join(short.stderr.split())

@@ -13,8 +13,7 @@ from sqlalchemy import text
 from pho_service.cli import main
 from pho_service.interface.measured import evaluate
 from pho_service.models.loading import load_model
-from pho_service.spec.baselines import baseline, shown_baselines
-from pho_service.spec.configuration import Configuration
+from pho_service.spec.baselines import shown_baselines
 from pho_service.spec.document import number
 from pho_service.spec.objective import WEIGHTINGS
 from pho_service.spec.pattern import Pattern
@@ -35,73 +34,72 @@ def done(*arguments):
     return answer(pho(*arguments, "--json"))
 
 
-@pytest.fixture
-def bundle(model_folder, texts, tmp_path):
-    """A bundle of the tiny model."""
-    path = tmp_path / "b.safetensors"
-    done("calibrate", model_folder, "--text", texts["calibration"], "--out", path, *CALIBRATION)
-    return path
+@pytest.fixture(scope="module")
+def searched(made_model, texts_of_all, tmp_path_factory):
+    """A folder with a bundle and the configuration found from it alone, and what was printed."""
+    folder = tmp_path_factory.mktemp("searched")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PHO_CACHE_DIR", str(folder / "cache"))
+        bundle = folder / "b.safetensors"
+        words = ("--text", texts_of_all["calibration"], "--out", bundle)
+        done("calibrate", made_model, *words, *CALIBRATION)
+        document = done(
+            "search", bundle, "--pattern", "0.5", "--preset", "score", "--trials", 12,
+            "--study", f"sqlite:///{folder / 's.db'}", "--out", folder / "config.json",
+        )  # fmt: skip
+    return folder, document
 
 
-@pytest.fixture
-def found_from_bundle(bundle, tmp_path):
-    """What a search says that needs no model and no text; the configuration is in a file."""
-    return done(
-        "search", bundle, "--pattern", "0.5", "--preset", "score", "--trials", 12,
-        "--study", f"sqlite:///{tmp_path / 's.db'}", "--out", tmp_path / "config.json",
-    )  # fmt: skip
+def test_from_a_bundle_that_is_written_and_nothing_besides_nothing_is_confirmed(searched):
+    folder, document = searched
+    configuration = document["configuration"]
+
+    assert (folder / "b.safetensors").stat().st_size > 10_000
+    assert {p.name for p in folder.iterdir()} <= {"b.safetensors", "cache", "config.json", "s.db"}
+    assert configuration["confirmation"] is None
+    assert any("Not confirmed" in warning for warning in document["warnings"])
+    lowest = configuration["objective"]["value"]
+    assert all(lowest <= baseline["proxy"] for baseline in configuration["baselines"])
+    assert configuration["search"]["space"]["kernel_sizes"] == [3, 5]  # the bundle's
+    assert json.loads((folder / "config.json").read_text()) == configuration
 
 
-@pytest.fixture
-def search_arguments(model_folder, texts, tmp_path):
-    """A search with confirmation."""
-    return [
-        "search", model_folder, "--pattern", "0.5", "--preset", "score", "--scope", "global",
-        *CALIBRATION,
-        "--text", texts["calibration"], "--confirm-text", texts["confirmation"],
+def test_people_get_tables_and_the_lowest_perplexity_wins_baselines_included(
+    made_model, texts, tmp_path
+):
+    words = (
+        "search", made_model, "--pattern", "0.5", "--preset", "score", "--scope", "global",
+        *CALIBRATION, "--text", texts["calibration"], "--confirm-text", texts["confirmation"],
         "--trials", 12, "--study", f"sqlite:///{tmp_path / 'study.db'}",
         "--out", tmp_path / "config.json",
-    ]  # fmt: skip
+    )  # fmt: skip
+    shown = pho(*words)
+    configuration = done(*words)["configuration"]
+    finalists = configuration["finalists"]
+    perplexities = [c["perplexity"] for c in finalists if c["perplexity"] is not None]
+
+    assert "optuna-dashboard sqlite:///" in shown.stdout
+    assert "Calibrating the dense model" in shown.stderr
+    assert configuration["confirmation"]["perplexity"] == min(perplexities) == perplexities[0]
+    assert all(c["divergence"] > 0 for c in finalists)
+    assert {b["method"] for b in configuration["baselines"]} <= {c["method"] for c in finalists}
+    assert configuration["confirmation"]["text"]["sha256"]
 
 
-def test_a_bundle_is_written_and_nothing_besides(bundle):
-    assert bundle.stat().st_size > 10_000
-    assert [p.name for p in bundle.parent.iterdir() if p.name.startswith(".pho")] == []
-
-
-def test_a_search_from_a_bundle_says_that_nothing_is_confirmed(found_from_bundle, tmp_path):
-    found = found_from_bundle["configuration"]
-
-    assert found["confirmation"] is None
-    assert any("Not confirmed" in warning for warning in found_from_bundle["warnings"])
-    assert all(found["objective"]["value"] <= b["proxy"] for b in found["baselines"])
-    assert found["search"]["space"]["kernel_sizes"] == [3, 5]  # the bundle's
-    assert json.loads((tmp_path / "config.json").read_text()) == found
-
-
-def test_the_lowest_perplexity_wins_baselines_included(search_arguments):
-    found = done(*search_arguments)["configuration"]
-    measured = [c["perplexity"] for c in found["finalists"] if c["perplexity"] is not None]
-
-    assert found["confirmation"]["perplexity"] == min(measured) == measured[0]
-    assert all(c["divergence"] > 0 for c in found["finalists"])
-    assert {b["method"] for b in found["baselines"]} <= {c["method"] for c in found["finalists"]}
-    assert found["confirmation"]["text"]["sha256"]
-
-
-@pytest.mark.usefixtures("found_from_bundle")
-def test_pruning_from_a_bundle_is_the_same(model_folder, bundle, tmp_path):
-    arguments = ["prune", model_folder, "--config", tmp_path / "config.json", *CALIBRATION]
-    done(*arguments, "--bundle", bundle, "--out", tmp_path / "a")
-    done(*arguments, "--text", tmp_path / "calibration.jsonl", "--out", tmp_path / "b")
+def test_pruning_from_a_bundle_is_the_same(searched, made_model, texts, tmp_path):
+    folder, _ = searched
+    arguments = ["prune", made_model, "--config", folder / "config.json", *CALIBRATION]
+    done(*arguments, "--bundle", folder / "b.safetensors", "--out", tmp_path / "a")
+    done(*arguments, "--text", texts["calibration"], "--out", tmp_path / "b")
 
     assert (tmp_path / "a/model.safetensors").read_bytes() == (
         tmp_path / "b/model.safetensors"
     ).read_bytes()
 
 
-def test_a_perplexity_says_all_it_depends_on(bos_folder, texts):
-    rated = done("evaluate", bos_folder, "--text", texts["report"], "--context-length", 24)
+def test_a_perplexity_says_all_it_depends_on_auto_adds_bos_as_the_tokenizer(bos_folder, texts):
+    words = ("evaluate", bos_folder, "--text", texts["report"], "--context-length", 24)
+    rated, always, never = (done(*words, "--bos", bos) for bos in ("auto", "always", "never"))
 
     assert rated["tokens"] == rated["windows"] * 23
     assert rated["context_length"] == 24
@@ -109,94 +107,66 @@ def test_a_perplexity_says_all_it_depends_on(bos_folder, texts):
     assert len(rated["text_sha256"]) == 64
     assert 1 < rated["perplexity"] < 1000
     assert 0 < rated["error"] < rated["perplexity"]
+    assert always["perplexity"] == rated["perplexity"] != never["perplexity"]
+    assert f"perplexity {number(rated['perplexity'])}" in pho(*words).stdout
 
 
-@pytest.mark.usefixtures("found_from_bundle")
 def test_dense_published_methods_and_configurations_are_compared_in_this_order(
-    model_folder, texts, tmp_path
+    searched, made_model, texts
 ):
-    config = tmp_path / "config.json"
-    rows = done(
-        "compare", model_folder, "--pattern", "0.5", "--scope", "layer", *CALIBRATION,
-        "--text", texts["calibration"], "--report-text", texts["report"], "--config", config,
-    )["rows"]  # fmt: skip
-
-    published = [each.method for each in shown_baselines(None, Pattern.parse("0.5"))]
+    config = searched[0] / "config.json"
+    words = (
+        "compare", made_model, "--pattern", "0.5", "--scope", "layer", *CALIBRATION,
+        "--text", texts["calibration"], "--report-text", texts["report"],
+    )  # fmt: skip
+    rows = done(*words, "--config", config)["rows"]
+    table = pho(*words, "--method", "ria-layer").stdout
+    published = [baseline.method for baseline in shown_baselines(None, Pattern.parse("0.5"))]
 
     assert [r["method"] for r in rows] == ["dense", *published, str(config)]
     assert rows[0]["sparsity"] == 0
     assert [r["sparsity"] for r in rows[1:]] == pytest.approx([0.5] * len(rows[1:]))
     assert all(r["perplexity"] > 1 and r["seconds"] > 0 for r in rows)
     assert all(r["memory_bytes"] > 2**20 for r in rows)
+    assert "ria-layer" in table
+    assert "sparsegpt" not in table
 
 
-def test_at_2_4_half_of_each_group_goes(model_folder, texts):
-    rows = done(
-        "compare", model_folder, "--pattern", "2:4", *CALIBRATION, "--text", texts["calibration"],
-        "--report-text", texts["report"],
-    )["rows"]  # fmt: skip
-    by_method = {r["method"]: r for r in rows}
-
-    assert {"wanda", "wanda-permuted", "wanda-sequential", "sparsegpt"} < by_method.keys()
-    assert not any("owl" in method for method in by_method)
-    assert by_method.pop("dense")["sparsity"] == 0
-    assert {r["sparsity"] for r in by_method.values()} == {0.5}
-
-
-def test_validate(model_folder, texts, tmp_path):
+def test_validate(made_model, texts, tmp_path):
     """Each proxy comes with its correlations and intervals, on the preset's space, and is drawn."""
     plot = tmp_path / "plot.html"
     document = done(
-        "validate", model_folder, "--pattern", "0.5", "--candidates", 9, *CALIBRATION,
+        "validate", made_model, "--pattern", "0.5", "--candidates", 9, *CALIBRATION,
         "--preset", "crepe-plus", "--text", texts["calibration"], "--plot", plot,
         "--confirm-windows", 2,
     )  # fmt: skip
     proxies = document["proxies"]
-
-    assert set(proxies) == {
-        *(f"activation-reconstruction/{w}" for w in WEIGHTINGS),
-        "gini",
-    }
-    assert {"spearman", "kendall", "regret", "spearman_interval"} <= set(proxies["gini"])
     allocations = [candidate["allocation"] for candidate in document["candidates"]]
+    charts = re.findall(r'<svg class="chart".*?</svg>', plot.read_text(), flags=re.DOTALL)
+
+    assert set(proxies) == {*(f"activation-reconstruction/{w}" for w in WEIGHTINGS), "gini"}
+    assert {"spearman", "kendall", "regret", "spearman_interval"} <= set(proxies["gini"])
     assert len(allocations) == 9
-    assert {each["method"] for each in allocations} == {"fisher"}
-    assert all(0.05 <= each["spread"] <= 0.4 for each in allocations)
-    drawn = re.findall(r'<svg class="chart".*?</svg>', plot.read_text(), flags=re.DOTALL)
-    assert len(drawn) == len(proxies)
-    for chart in drawn:
+    assert {allocation["method"] for allocation in allocations} == {"fisher"}
+    assert all(0.05 <= allocation["spread"] <= 0.4 for allocation in allocations)
+    assert len(charts) == len(proxies)
+    for chart in charts:
         assert re.findall(r"perplexity ([\d.,e+]+)<", chart) == [
             number(candidate["perplexity"]) for candidate in document["candidates"]
         ]
 
 
-def test_what_is_compared_is_recovered_too(model_folder, texts, tmp_path):
-    found = tmp_path / "found.json"
-    found.write_text(
-        Configuration.of(baseline("ria-layer", Pattern.parse("0.5"))).model_dump_json()
-    )
+def test_what_is_compared_is_recovered_too(searched, made_model, texts):
+    config = searched[0] / "config.json"
     compared = done(
-        "compare", model_folder, "--pattern", "0.5", *CALIBRATION, "--method", "wanda",
-        "--config", found, "--text", texts["calibration"], "--report-text", texts["report"],
-        "--recover-tokens", 256, "--recover-rate", 0.02,
+        "compare", made_model, "--pattern", "0.5", *CALIBRATION, "--method", "wanda",
+        "--config", config, "--text", texts["calibration"], "--report-text", texts["report"],
+        "--report-windows", 3, "--recover-tokens", 96, "--recover-rate", 0.02,
     )  # fmt: skip
 
     rows = {row["method"]: row["perplexity"] for row in compared["rows"]}
-    assert list(rows) == ["dense", "wanda", str(found), f"{found}, recovered"]
+    assert list(rows) == ["dense", "wanda", str(config), f"{config}, recovered"]
     assert len({*rows.values()}) == 4
-
-
-def test_tables(model_folder, texts, search_arguments):
-    """Without --json, people get tables and sentences."""
-    compared = pho(
-        "compare", model_folder, "--pattern", "0.5", *CALIBRATION, "--method", "ria-layer",
-        "--text", texts["calibration"], "--report-text", texts["report"],
-    )  # fmt: skip
-    searched = pho(*search_arguments)
-
-    assert "ria-layer" in compared.stdout
-    assert "optuna-dashboard sqlite:///" in searched.stdout
-    assert "Calibrating the dense model" in compared.stderr
 
 
 def test_without_a_context_length_windows_are_what_the_model_reads_on_every_face(
@@ -227,17 +197,17 @@ def test_doctor_tells_the_size_of_a_service_and_which_table_needs_a_vacuum(
         for _ in range(3):
             connection.execute(text("UPDATE pho.service SET store = store || 'x'"))
         connection.execute(text("SELECT pg_stat_force_next_flush()"))
-    first = {each["what"]: each for each in done("doctor")}
+    first = {row["what"]: row for row in done("doctor")}
     monkeypatch.setattr("storage.database.MANY_DEAD", 2)
-    second = {each["what"]: each for each in done("doctor")}
+    second = {row["what"]: row for row in done("doctor")}
 
     assert re.search(r"PostgreSQL \d\d.*MiB$", first["database"]["detail"])
     assert "pruned 3.0 MiB" in first["artifact store"]["detail"]
-    told = "3 beside 1 rows in pho.service, vacuumed never"
+    rows = "3 beside 1 rows in pho.service, vacuumed never"
     assert first["dead rows"]["state"] == "ok"
-    assert first["dead rows"]["detail"] == f"{told}, which has the most"
+    assert first["dead rows"]["detail"] == f"{rows}, which has the most"
     assert second["dead rows"]["state"] == "note"
-    assert second["dead rows"]["detail"] == f"{told}: is autovacuum off? `VACUUM` it"
+    assert second["dead rows"]["detail"] == f"{rows}: is autovacuum off? `VACUUM` it"
 
 
 def test_doctor_looks_at_all_and_fails_where_a_folder_cannot_be_written(tmp_path, monkeypatch):
@@ -247,7 +217,7 @@ def test_doctor_looks_at_all_and_fails_where_a_folder_cannot_be_written(tmp_path
     monkeypatch.setenv("PHO_DATABASE_URL", "postgresql://nobody@127.0.0.1:9/pho")
     broken = pho("doctor")
 
-    assert {"cpu", "hub", "database", "cache of bundles"} <= {e["what"] for e in well}
-    assert not [each for each in well if each["state"] == "fails"]
+    assert {"cpu", "hub", "database", "cache of bundles"} <= {row["what"] for row in well}
+    assert not [row for row in well if row["state"] == "fails"]
     assert broken.exit_code == 1
     assert re.search(r"database +fails", broken.stdout)
