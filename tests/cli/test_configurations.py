@@ -12,6 +12,7 @@ from pho_service.cli import configurations
 from pho_service.spec import document as numbers
 
 PRUNE = "prune {model} --from-library --bundle {bundle} --out pruned"
+FROM_FOLDER = PRUNE + " --library {folder} --pattern 0.5"
 GOOD = {
     "row": 0.1, "column": 0.8, "neighbourhood": 0.1, "kernel_size": 3, "activation_exponent": 0.9,
     "gradient_exponent": 0.4,
@@ -63,10 +64,12 @@ def folder(tmp_path):
 
 
 def test_a_folders_configurations_are_listed_by_name_best_first(pho, folder):
-    words = ("--library", folder, "--pattern", "0.5", "--family", "opt", "--all", "--why")
-    result = pho("configurations", *words)
+    words = ("configurations", "--library", folder, "--family", "opt")
+    result = pho(*words, "--pattern", "0.5", "--all", "--why")
     table, _, reasons = result.stdout.partition("good.json: ")
     rows = [line.split() for line in table.splitlines() if ".json" in line]
+    fitting = pho(*words, "--pattern", "0.5")
+    nothing = pho(*words, "--pattern", "1:4")
 
     assert result.exit_code == 0
     assert rows == [
@@ -79,33 +82,25 @@ def test_a_folders_configurations_are_listed_by_name_best_first(pho, folder):
     assert "group.json: does not fit\n  pattern 2:4, scope row, but 0.5 is asked for" in reasons
     assert "Note: left out: " in result.stderr
     assert "notes.json is not a configuration of PHO" in result.stderr
-
-
-def test_only_what_fits_is_listed_and_why_the_first_is_the_first(pho, folder):
-    words = ("configurations", "--library", folder, "--family", "opt")
-    result = pho(*words, "--pattern", "0.5")
-    nothing = pho(*words, "--pattern", "1:4")
-
-    assert "failed.json" in result.stdout
-    assert "group.json" not in result.stdout
-    assert result.stdout.count(": fits\n") == 1
-    assert "good.json: fits\n  pattern 0.5, scope layer\n" in result.stdout
-    assert "another pattern or scope: 1. --all lists them." in result.stderr
+    assert "failed.json" in fitting.stdout
+    assert "group.json" not in fitting.stdout
+    assert fitting.stdout.count(": fits\n") == 1
+    assert "good.json: fits\n  pattern 0.5, scope layer\n" in fitting.stdout
+    assert "another pattern or scope: 1. --all lists them." in fitting.stderr
     assert (nothing.exit_code, nothing.stdout) == (0, "")
     assert "another pattern or scope: 3. --all lists them." in nothing.stderr
 
 
 def test_with_json_stdout_is_what_the_api_would_answer(pho, folder):
-    words = ("configurations", "--library", folder, "--pattern", "0.5", "--json")
-    found = answer(pho(*words, "--scope", "layer"))
-    one = answer(pho(*words, "--scope", "layer", "--limit", 1))
+    words = ("configurations", "--library", folder, "--pattern", "0.5", "--scope", "layer")
+    entries = answer(pho(*words, "--json"))
 
-    assert [(e["id"], e["fits"]) for e in found] == [
+    assert [(entry["id"], entry["fits"]) for entry in entries] == [
         ("failed.json", True), ("good.json", True), ("group.json", False),
     ]  # fmt: skip
-    assert one == found[:1]
-    assert found[1]["gains"]["perplexity"] == pytest.approx(0.5)
-    assert found[0]["measured"][0]["model"]["family"] == "opt"
+    assert answer(pho(*words, "--limit", 1, "--json")) == entries[:1]
+    assert entries[1]["gains"]["perplexity"] == pytest.approx(0.5)
+    assert entries[0]["measured"][0]["model"]["family"] == "opt"
 
 
 @pytest.mark.parametrize(
@@ -119,9 +114,8 @@ def test_with_json_stdout_is_what_the_api_would_answer(pho, folder):
     ],
 )  # fmt: skip
 def test_a_gain_stands_in_the_column_of_what_it_was_measured_by_and_in_no_other(
-    pho, tmp_path, monkeypatch, changes,
-    shown,
-):  # fmt: skip
+    pho, tmp_path, monkeypatch, changes, shown
+):
     tables = []
     monkeypatch.setattr(configurations, "print_table", lambda *table, **_: tables.append(table))
     written(tmp_path / "library" / "a.json", document(18.0, **changes))
@@ -134,67 +128,56 @@ def test_a_gain_stands_in_the_column_of_what_it_was_measured_by_and_in_no_other(
 
 @pytest.fixture
 def ids(remote, folder):
-    """Of the folder's configurations in a service: good, failed, group."""
+    """Those of the folder's configurations in a service: good, failed, group."""
     files = [folder / f"{name}.json" for name in ("good", "failed", "group")]
     return [entry["id"] for entry in answer(remote("configurations", "import", *files, "--json"))]
 
 
-def test_each_files_id_is_printed(remote, folder):
+def test_each_files_id_is_printed_a_folder_stands_for_all_configurations_below_it(remote, folder):
     files = [folder / "good.json", folder / "group.json"]
     first = remote("configurations", "import", *files)
     again = remote("configurations", "import", *files[::-1])
     lines = [line.split("  ") for line in first.stdout.splitlines()]
+    imported = answer(remote("configurations", "--json"))
+    result = remote("configurations", "import", folder)
+    names = [line.split("  ")[1] for line in result.stdout.splitlines()]
 
     assert [name for _, name in lines] == list(map(str, files))
     assert all(uuid.UUID(entry_id) for entry_id, _ in lines)
     assert again.stdout.splitlines() == first.stdout.splitlines()[::-1]
-    assert len(answer(remote("configurations", "--json"))) == 2
-
-
-def test_a_folder_stands_for_all_configurations_below_it(remote, folder):
-    result = remote("configurations", "import", folder)
-    names = [line.split("  ")[1] for line in result.stdout.splitlines()]
-
+    assert len(imported) == 2
     assert result.exit_code == 0
     assert names == [str(folder / f"{name}.json") for name in ("failed", "good", "group")]
     assert result.stderr.count("Note: left out: ") == 1
     assert "notes.json is not a configuration" in result.stderr
 
 
-def test_service(remote, url, ids, folder):
-    """A service's library is listed as a folder's is."""
-    words = ["--pattern", "0.5", "--family", "opt", "--parameters", 134_515_008]
-    listed = answer(remote("configurations", *words, "--json"))
-    from_folder = answer(remote("configurations", "--library", folder, *words, "--json"))
-    table = remote("configurations", "--library", url, *words, "--all", "--why").stdout
-
-    assert [each["id"] for each in listed] == ids
-    for ours, theirs in zip(listed, from_folder, strict=True):
-        for key in theirs.keys() - {"id"}:
-            assert ours[key] == theirs[key], key
-    assert table.index(ids[0]) < table.index(ids[1]) < table.index(ids[2])
-    assert f"{ids[2]}: does not fit" in table
-
-
 def test_an_empty_one_says_so_and_exports_nothing(remote):
-    listed = remote("configurations")
-    exported = remote("configurations", "export", "--out", "out")
+    for words in (("configurations",), ("configurations", "export", "--out", "out")):
+        result = remote(*words)
 
-    assert (listed.exit_code, listed.stdout) == (0, "")
-    assert "The library is empty" in listed.stderr
-    assert (exported.exit_code, exported.stdout) == (0, "")
-    assert "The library is empty" in exported.stderr
-    assert answer(remote("configurations", "export", "--out", "out", "--json")) == []
-    assert not Path("out").exists()
+        assert (result.exit_code, result.stdout) == (0, "")
+        assert "The library is empty" in result.stderr
+        assert answer(remote(*words, "--json")) == []
+        assert not Path("out").exists()
 
 
-def test_an_exported_folder_is_a_library(remote, ids, folder):
+def test_a_services_library_is_listed_as_a_folders_is_and_exported_as_one(remote, url, ids, folder):
+    words = ["--pattern", "0.5", "--family", "opt"]
+    size = ("--parameters", 134_515_008, "--json")
+    listed = answer(remote("configurations", *words, *size))
+    originals = answer(remote("configurations", "--library", folder, *words, *size))
+    table = remote("configurations", "--library", url, *words, "--all", "--why").stdout
     exported = remote("configurations", "export", "--out", "some/out")
     files = exported.stdout.splitlines()
-    words = ["--pattern", "0.5", "--family", "opt", "--json"]
-    copies = answer(remote("configurations", "--library", "some/out", *words))
-    originals = answer(remote("configurations", "--library", folder, *words))
+    copies = answer(remote("configurations", "--library", "some/out", *words, *size))
 
+    assert [entry["id"] for entry in listed] == ids
+    for entry, original in zip(listed, originals, strict=True):
+        for key in original.keys() - {"id"}:
+            assert entry[key] == original[key], key
+    assert table.index(ids[0]) < table.index(ids[1]) < table.index(ids[2])
+    assert f"{ids[2]}: does not fit" in table
     assert exported.exit_code == 0
     assert sorted(map(str, Path("some/out").iterdir())) == sorted(files)
     assert sorted(files) == sorted(
@@ -203,60 +186,60 @@ def test_an_exported_folder_is_a_library(remote, ids, folder):
             ids, ("0.5", "0.5", "2-4"), ("layer", "layer", "row"), strict=True
         )
     )
-    assert [{**copy, "id": ""} for copy in copies] == [{**each, "id": ""} for each in originals]
+    assert [{**copy, "id": ""} for copy in copies] == [{**entry, "id": ""} for entry in originals]
 
 
-def test_those_that_are_named_are_exported(remote, ids):
+def test_those_that_are_named_are_exported_or_deleted_and_the_others_stay(remote, ids):
     (file,) = answer(remote("configurations", "export", ids[1], "--out", "out", "--json"))
-    exported = json.loads(Path(file).read_text())
-
-    assert list(map(str, Path("out").iterdir())) == [file]
-    assert exported["source"] == ids[1]
-    assert exported["targets"][0]["perplexities"] == {"ria": 40.0, "transferred": 50.0}
-    assert answer(remote("configurations", "import", file, "--json"))[0]["id"] == ids[1]
-
-
-@pytest.mark.parametrize("name", ["../../up", "x" * 300, "a\nb", "."])
-def test_an_odd_names_file_lies_in_the_folder(remote, tmp_path, name):
-    file = written(tmp_path / "c.json", document(12.0, model={"name": name}))
-    remote("configurations", "import", file)
-    (exported,) = answer(remote("configurations", "export", "--out", "out", "--json"))
-
-    assert Path(exported).parent == Path("out")
-    assert answer(remote("configurations", "--library", "out", "--json"))[0]["pattern"] == "0.5"
-
-
-def test_a_deleted_configuration_is_gone_and_the_others_stay(remote, ids):
-    result = remote("configurations", "delete", ids[0])
+    document = json.loads(Path(file).read_text())
+    imported = answer(remote("configurations", "import", file, "--json"))
+    deleted = remote("configurations", "delete", ids[0])
     again = remote("configurations", "delete", ids[0])
     as_json = answer(remote("configurations", "delete", ids[1], "--json"))
 
-    assert (result.exit_code, result.stderr) == (0, "deleted\n")
+    assert list(map(str, Path("out").iterdir())) == [file]
+    assert document["source"] == ids[1]
+    assert document["targets"][0]["perplexities"] == {"ria": 40.0, "transferred": 50.0}
+    assert imported[0]["id"] == ids[1]
+    assert (deleted.exit_code, deleted.stderr) == (0, "deleted\n")
     assert again.exit_code == 1
     assert "No configuration has this id" in again.stderr
     assert as_json == {"deleted": ids[1]}
-    assert [each["id"] for each in answer(remote("configurations", "--json"))] == ids[2:]
+    assert [entry["id"] for entry in answer(remote("configurations", "--json"))] == ids[2:]
+
+
+def test_an_odd_names_file_lies_in_the_folder(remote, tmp_path):
+    for number, name in enumerate(["../../up", "x" * 300, "a\nb", "."]):
+        file = written(tmp_path / "c.json", document(12.0, model={"name": name}))
+        (entry,) = answer(remote("configurations", "import", file, "--json"))
+        words = ("configurations", "export", entry["id"], "--out", f"out{number}", "--json")
+        (exported,) = answer(remote(*words))
+        copies = answer(remote("configurations", "--library", f"out{number}", "--json"))
+
+        assert Path(exported).parent == Path(f"out{number}")
+        assert copies[0]["pattern"] == "0.5"
 
 
 @pytest.fixture
-def places(model_folder, bundle_file, folder, tmp_path):
+def places(made_model, made_bundle, folder, tmp_path):
     """What words in braces stand for."""
     (tmp_path / "empty").mkdir()
     return {
-        "model": model_folder, "bundle": bundle_file, "folder": folder,
+        "model": made_model, "bundle": made_bundle, "folder": folder,
         "empty": tmp_path / "empty", "config": folder / "good.json",
     }  # fmt: skip
 
 
 def test_the_best_of_a_folder_prunes_as_its_file_does(pho, places):
     (places["folder"] / "failed.json").unlink()
-    library = ["--library", places["folder"], "--pattern", "0.5"]
-    result = pho(*PRUNE.format(**places).split(), *library, "--json")
+    result = pho(*FROM_FOLDER.format(**places).split(), "--json")
     by_hand = pho("prune", places["model"], "--config", places["config"], "--bundle",
                   places["bundle"], "--out", "by-hand")  # fmt: skip
     recipe = json.loads(Path("pruned/pruning.json").read_text())
     origin = recipe["origin"]
-    weights, expected = (load_file(f"{name}/model.safetensors") for name in ("pruned", "by-hand"))
+    weights, by_hand_weights = (
+        load_file(f"{name}/model.safetensors") for name in ("pruned", "by-hand")
+    )
 
     assert by_hand.exit_code == 0, by_hand.output
     assert answer(result)["origin"] == origin
@@ -265,7 +248,7 @@ def test_the_best_of_a_folder_prunes_as_its_file_does(pho, places):
     assert "found on found-on, llama, 135 M parameters: the family asked for" in origin["reasons"]
     assert f"Taking good.json of the library: {'; '.join(origin['reasons'])}." in result.stderr
     assert recipe["sparsity"] == pytest.approx(0.5)
-    assert all(bool((weights[name] == expected[name]).all()) for name in expected)
+    assert all(bool((weights[name] == by_hand_weights[name]).all()) for name in by_hand_weights)
     assert "origin" not in json.loads(Path("by-hand/pruning.json").read_text())
 
 
@@ -277,8 +260,7 @@ def test_the_proxy_says_before_whether_a_configuration_is_better_than_ria_on_the
     pho, places, coefficients, sentence
 ):
     written(places["folder"] / "best.json", document(1.0, coefficients=coefficients))
-    words = [*PRUNE.format(**places).split(), "--library", places["folder"], "--pattern", "0.5"]
-    result = pho(*words, "--force")
+    result = pho(*FROM_FOLDER.format(**places).split(), "--force")
     proxies = answer(
         pho("transfer", places["folder"] / "best.json", places["bundle"], "--json")
     )["targets"][0]["proxies"]  # fmt: skip
@@ -293,14 +275,16 @@ def test_the_proxy_says_before_whether_a_configuration_is_better_than_ria_on_the
     assert ("it does not transfer" in said) is (coefficients is BAD)
 
 
-def test_what_is_worse_than_ria_is_left_out(pho, places):
+def test_what_is_worse_than_ria_is_left_out_what_is_not_known_is_not(pho, places):
     written(places["folder"] / "best.json", document(1.0, coefficients=BAD))
-    written(places["folder"] / "next.json", document(2.0, coefficients=GOOD))
-    result = pho(*PRUNE.format(**places).split(), "--library", places["folder"], "--pattern", "0.5")
+    written(places["folder"] / "next.json", document(2.0, coefficients=GOOD | {"kernel_size": 9}))
+    result = pho(*FROM_FOLDER.format(**places).split())
     recipe = json.loads(Path("pruned/pruning.json").read_text())
 
     assert result.exit_code == 0, result.output
     assert "Leaving best.json of the library out: its proxy" in result.stderr
+    assert "is not known: " in result.stderr
+    assert "kernel" in result.stderr
     assert recipe["origin"]["id"] == "next.json"
 
 
@@ -308,9 +292,9 @@ def test_if_none_holds_nothing_is_pruned(pho, places):
     for file in places["folder"].glob("*.json"):
         file.unlink()
     for number in range(7):
-        found = document(1.0 + number, coefficients=BAD)
-        written(places["folder"] / f"{number}.json", found)
-    words = [*PRUNE.format(**places).split(), "--library", places["folder"], "--pattern", "0.5"]
+        configuration = document(1.0 + number, coefficients=BAD)
+        written(places["folder"] / f"{number}.json", configuration)
+    words = FROM_FOLDER.format(**places).split()
     refused = pho(*words)
     there = Path("pruned").exists()
     forced = pho(*words, "--force")
@@ -323,17 +307,6 @@ def test_if_none_holds_nothing_is_pruned(pho, places):
     assert not there
     assert forced.exit_code == 0, forced.output
     assert recipe["origin"]["id"] == "0.json"
-
-
-def test_kernel_size_is_not_in_the_bundle(pho, places):
-    coefficients = {**GOOD, "kernel_size": 9}
-    written(places["folder"] / "best.json", document(1.0, coefficients=coefficients))
-    result = pho(*PRUNE.format(**places).split(), "--library", places["folder"], "--pattern", "0.5")
-
-    assert result.exit_code == 0, result.output
-    assert "is not known: " in result.stderr
-    assert "kernel" in result.stderr
-    assert Path("pruned/pruning.json").exists()
 
 
 def test_from_a_text_the_statistics_have_the_kernel_size_of_what_the_library_has(
@@ -354,9 +327,9 @@ def test_from_a_text_the_statistics_have_the_kernel_size_of_what_the_library_has
 
 
 def test_the_service_that_the_settings_name_is_the_library_where_none_is_given(
-    remote, ids, model_folder, bundle_file
+    remote, ids, made_model, made_bundle
 ):
-    words = PRUNE.format(model=model_folder, bundle=bundle_file).split()
+    words = PRUNE.format(model=made_model, bundle=made_bundle).split()
     result = remote(*words, "--pattern", "2:4", "--force")
     origin = json.loads(Path("pruned/pruning.json").read_text())["origin"]
 

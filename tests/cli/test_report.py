@@ -18,7 +18,6 @@ from pho_service.cli.search import search
 from pho_service.client import Client
 from storage.studies import keep_record, record_of
 
-NOBODY = "00000000-0000-0000-0000-000000000000"
 URL = "sqlite:///study.db"
 
 
@@ -61,36 +60,29 @@ def test_a_jobs_page_is_the_one_that_the_service_makes(remote, url):
     assert job.name in visible("job.html")
 
 
-def test_a_studys_page_has_its_trials_what_was_chosen(pho, searched):
-    result = pho("report", searched, "--study", URL, "--config", "config.json")
-    text = visible("report.html")
+def test_a_studys_page_has_its_trials_what_was_chosen_and_what_it_was_worth_elsewhere(
+    pho, searched, made_bundle
+):
+    pho("transfer", "config.json", made_bundle, "--out", "transfer.json")
+    pages = {}
+    for config in (None, "config.json", "transfer.json"):
+        words = ("--config", config) if config else ()
+        result = pho("report", searched, "--study", URL, *words)
+        pages[config] = visible("report.html")
 
-    assert result.exit_code == 0, result.stderr
-    assert "written report.html" in result.stderr
-    assert "12 rated trials" in text
-    assert "(chosen)" in text
-    assert "A study does not keep the errors and sparsities of layers" in text
-    assert "The time of each stage is not known" in text
-    assert "pho prune" in text
-    assert "--config config.json" in text
+        assert result.exit_code == 0, result.stderr
+        assert "written report.html" in result.stderr
+        assert "12 rated trials" in pages[config]
 
-
-def test_without_the_configuration_the_best_is_shown(pho, searched):
-    result = pho("report", searched, "--study", URL)
-
-    assert result.exit_code == 0, result.stderr
-    assert "(best so far)" in visible("report.html")
-    assert "Without its configuration ( pho report --config )" in visible("report.html")
-
-
-def test_transfers_of_a_study(pho, searched, bundle_file):
-    """A transfer's file in the place of the configuration says what it was worth elsewhere."""
-    pho("transfer", "config.json", bundle_file, "--out", "transfer.json")
-    result = pho("report", searched, "--study", URL, "--config", "transfer.json")
-
-    assert result.exit_code == 0, result.stderr
-    assert "On other models, by proxy" in visible("report.html")
-    assert "(chosen)" in visible("report.html")
+    assert "(best so far)" in pages[None]
+    assert "Without its configuration ( pho report --config )" in pages[None]
+    assert "(chosen)" in pages["config.json"]
+    assert "A study does not keep the errors and sparsities of layers" in pages["config.json"]
+    assert "The time of each stage is not known" in pages["config.json"]
+    assert "pho prune" in pages["config.json"]
+    assert "--config config.json" in pages["config.json"]
+    assert "On other models, by proxy" in pages["transfer.json"]
+    assert "(chosen)" in pages["transfer.json"]
 
 
 def again(name):
@@ -130,9 +122,12 @@ def test_the_command_on_the_page_searches_the_same_again(pho, bundle_file):
     assert alone.calibration.settings().samples == 6
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "message"),
-    [
+def test_what_cannot_be_reported_is_said_in_one_sentence_and_nothing_is_made(pho, searched):
+    optuna.copy_study(
+        from_study_name=searched, from_storage=URL, to_storage=URL, to_study_name="copy"
+    )
+    optuna.create_study(storage=URL, study_name="theirs")
+    for words, code, message in (
         ("mine", 2, "'mine' is not a job id"),
         ("mine --config config.json", 2, "--config is for a local study"),
         (f"mine --study {URL}", 1, "has no study 'mine'"),
@@ -141,32 +136,12 @@ def test_the_command_on_the_page_searches_the_same_again(pho, bundle_file):
         ("mine --study sqlite:///config.json", 1, "file is not a database"),
         (f"mine --study {URL} --config none.json", 1, "none.json cannot be read"),
         (f"mine --study {URL} --out no/report.html", 1, "does not exist"),
-    ],
-)
-def test_refused(pho, searched, words, code, message):
-    """What cannot be reported is said in one sentence, and nothing is made."""
-    del searched
-    result = pho("report", *words.split())
+        (f"copy --study {URL} --config config.json", 2, "not of 'copy'"),
+        (f"theirs --study {URL}", 1, "'theirs' is not one of `pho search`"),
+    ):
+        result = pho("report", *words.split())
 
-    assert result.exit_code == code
-    assert message in result.stderr
-    assert not Path("report.html").exists()
-    assert not Path("other.db").exists()
-
-
-def test_a_configuration_of_another_study_is_refused(pho, searched):
-    optuna.copy_study(
-        from_study_name=searched, from_storage=URL, to_storage=URL, to_study_name="copy"
-    )
-    result = pho("report", "copy", "--study", URL, "--config", "config.json")
-
-    assert result.exit_code == 2
-    assert "not of 'copy'" in result.stderr
-
-
-def test_a_study_that_no_search_of_ours_wrote_is_refused(pho):
-    optuna.create_study(storage=URL, study_name="theirs")
-    result = pho("report", "theirs", "--study", URL)
-
-    assert result.exit_code == 1
-    assert "'theirs' is not one of `pho search`" in result.stderr
+        assert result.exit_code == code
+        assert message in result.stderr
+        assert not Path("report.html").exists()
+        assert not Path("other.db").exists()

@@ -1,7 +1,5 @@
 """Tables of the verbs: readable at every width, a line a row in a pipe."""
 
-from collections.abc import Callable
-
 import pytest
 
 from pho_service.cli.remote import short_ids
@@ -12,8 +10,6 @@ ROWS = (
     ("94b991f8", "small-llama 0.7", "succeeded", "200/200", "16.91", "29.8"),
     ("f14a69f0", "a name of 40 characters that somebody gave", "running", "9/200", None, None),
 )
-
-Lines = Callable[[int | None], list[str]]
 
 
 @pytest.fixture
@@ -38,22 +34,18 @@ def test_in_a_pipe_a_row_is_a_line_with_all_its_columns_text_is_aligned_left(lin
     assert first.endswith(" 29.8")
 
 
-@pytest.mark.parametrize("width", [100, 80, 70])
-def test_on_a_narrow_terminal_a_spare_column_goes_first(lines, width):
-    shown = lines(width)
-    text = "\n".join(shown)
+def test_on_a_narrow_terminal_a_spare_column_goes_first_then_each_cell_has_a_line(lines):
+    for width in (100, 80, 70):
+        shown = lines(width)
+        text = "\n".join(shown)
 
-    assert max(map(len, shown)) <= width
-    assert "…" not in text
-    assert "succeeded" in text
-    assert "16.91" in text
-    assert ("29.8" in text) is (width == 100)
-    assert ("No room for: RIA." in text) is (width < 100)
-
-
-def test_on_one_that_is_narrower_still_each_cell_has_a_line(lines):
+        assert max(map(len, shown)) <= width
+        assert "…" not in text
+        assert "succeeded" in text
+        assert "16.91" in text
+        assert ("29.8" in text) is (width == 100)
+        assert ("No room for: RIA." in text) is (width < 100)
     shown = lines(40)
-
     assert "name        small-llama 0.7" in shown
     assert "RIA         29.8" in shown
     assert not any("No room" in line for line in shown)

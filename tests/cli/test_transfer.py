@@ -11,15 +11,17 @@ from pretended_user import answer
 SMALL = ("--context-length", "32", "--samples", "6", "--kernel-sizes", "3,5")
 
 
+SCORE = {
+    "row": 0.1, "column": 0.8, "neighbourhood": 0.1, "kernel_size": 3, "activation_exponent": 0.9,
+    "gradient_exponent": 0.4,
+}  # fmt: skip
+
+
 def written(folder, **changes):
-    """A configuration file."""
-    score = {
-        "row": 0.1, "column": 0.8, "neighbourhood": 0.1, "kernel_size": 3,
-        "activation_exponent": 0.9, "gradient_exponent": 0.4,
-    }  # fmt: skip
+    """A configuration's file."""
     document = {
         "format": "pho-configuration", "version": 2, "method": "crepe", "pattern": "0.5",
-        "scope": "layer", "coefficients": score, **changes,
+        "scope": "layer", "coefficients": SCORE, **changes,
     }  # fmt: skip
     path = folder / "found.json"
     path.write_text(json.dumps(document))
@@ -32,45 +34,32 @@ def configuration(tmp_path):
     return written(tmp_path)
 
 
-@pytest.fixture
-def texts_of(texts):
-    """The options that say which texts."""
-    return ["--text", texts["calibration"], "--report-text", texts["report"], *SMALL]
-
-
-def test_each_model_has_its_perplexities_and_its_own_best_what_is_printed_is_what_is_kept(
-    pho, configuration, model_folder, bos_folder, texts_of
+def test_each_model_has_its_perplexities_and_its_own_best_another_is_added_and_all_is_kept(
+    pho, configuration, made_model, bos_folder, texts
 ):
     words = [
-        "transfer", configuration, model_folder, bos_folder, *texts_of, "--search", "--trials", 9,
-        "--finalists", 1, "--plot", "t.html",
+        "--text", texts["calibration"], "--report-text", texts["report"], *SMALL, "--search",
+        "--trials", 9, "--finalists", 1, "--report-windows", 3, "--json",
     ]  # fmt: skip
-    document = answer(pho(*words, "--json"))
+    first = answer(pho("transfer", configuration, made_model, *words))
+    kept = json.loads(Path("transfer.json").read_text())
+    again = pho("transfer", configuration, bos_folder, made_model, *words, "--plot", "t.html")
+    document = answer(again)
+    targets = json.loads(Path("transfer.json").read_text())["targets"]
+    drawn = Path("t.html").read_text()
 
-    assert json.loads(Path("transfer.json").read_text()) == document
-    assert [t["target"] for t in document["targets"]] == [str(model_folder), str(bos_folder)]
-    for target in document["targets"]:
+    assert kept == first
+    assert targets[0] == kept["targets"][0]
+    assert [t["target"] for t in targets] == [str(made_model), str(bos_folder)]
+    assert document["targets"] == targets[::-1]
+    assert again.stderr.count("Measuring perplexities") >= 1
+    for target in targets:
         assert set(target["perplexities"]) == {"dense", "wanda", "ria", "transferred", "own"}
         assert target["own"]["pattern"] == "0.5"
         assert target["model"]["weights_sha256"]
-    drawn = Path("t.html").read_text()
     for name in ("dense", "wanda", "ria", "transferred", "own best"):
         assert f">{name}</text>" in drawn
     assert "By perplexity, on each model" in drawn
-
-
-def test_what_was_measured_is_not_measured_again_another_model_is_added(
-    pho, configuration, model_folder, bos_folder, texts_of
-):
-    answer(pho("transfer", configuration, model_folder, *texts_of, "--json"))
-    kept = json.loads(Path("transfer.json").read_text())
-    again = pho("transfer", configuration, bos_folder, model_folder, *texts_of, "--json")
-    targets = json.loads(Path("transfer.json").read_text())["targets"]
-
-    assert targets[0] == kept["targets"][0]
-    assert [t["target"] for t in targets] == [str(model_folder), str(bos_folder)]
-    assert [t["target"] for t in answer(again)["targets"]] == [str(bos_folder), str(model_folder)]
-    assert again.stderr.count("Measuring perplexities") >= 1
 
 
 def test_a_bundles_table_has_proxies(pho, configuration, bundle_file):
@@ -84,8 +73,8 @@ def test_a_bundles_table_has_proxies(pho, configuration, bundle_file):
 
 def test_what_does_not_transfer_is_told(pho, tmp_path, bundle_file):
     bad = {
-        "row": 0.0, "column": 1.0, "neighbourhood": 0.0, "kernel_size": 3,
-        "activation_exponent": 0.0, "gradient_exponent": 4.0,
+        **SCORE, "row": 0.0, "neighbourhood": 0.0, "activation_exponent": 0.0,
+        "gradient_exponent": 4.0,
     }  # fmt: skip
     result = pho("transfer", written(tmp_path, coefficients=bad), bundle_file)
 
@@ -120,15 +109,14 @@ def test_bundles_and_models_may_be_mixed_the_result_says_what_it_is_on_each(
     pho, bundle_file, bos_folder, texts
 ):
     words = [
-        "search", bundle_file, bos_folder, "--preset", "score",
-            "--pattern", "0.5", "--trials", 14, "--over", "worst",
-        "--text", texts["calibration"], *SMALL,
+        "search", bundle_file, bos_folder, "--preset", "score", "--pattern", "0.5", "--trials", 14,
+        "--over", "worst", "--text", texts["calibration"], *SMALL,
     ]  # fmt: skip
-    found = answer(pho(*words, "--json"))["configuration"]
+    objective = answer(pho(*words, "--json"))["configuration"]["objective"]
     shown = pho(*words)
 
-    assert set(found["objective"]["relative_to_ria"]) == {str(bundle_file), str(bos_folder)}
-    assert found["objective"]["value"] == max(found["objective"]["relative_to_ria"].values())
+    assert set(objective["relative_to_ria"]) == {str(bundle_file), str(bos_folder)}
+    assert objective["value"] == max(objective["relative_to_ria"].values())
     assert f"of RIA's on {bos_folder}" in shown.stdout
 
 

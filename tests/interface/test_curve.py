@@ -51,6 +51,7 @@ def test_within(tiny_llama, bundle, texts):
         pho.search_within(bundle, -0.1, **options)
 
 
+@pytest.mark.thorough
 def test_blocks_that_a_search_has_trained_are_not_trained_again_by_prune(
     tiny_llama, bundle, texts, tmp_path,
     monkeypatch, trained,

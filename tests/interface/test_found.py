@@ -52,15 +52,16 @@ def test_as_pho_search(model_folder, texts, tmp_path):
         model, tokenizer, texts["calibration"], samples=6, context_length=32, kernel_sizes=(3, 5)
     )
     found = pho.search(
-        bundle, "2:4", model=model, confirm=texts["confirmation"], trials=12, seed=3, sampler="tpe"
-    )
+        bundle, "2:4", model=model, confirm=texts["confirmation"], trials=12, seed=3, sampler="tpe",
+        finalists=1,
+    )  # fmt: skip
     found.write(tmp_path / "mine.json")
     words = [
         "search", model_folder, "--pattern", "2:4", "--text", texts["calibration"],
         "--samples", 6, "--context-length", 32, "--kernel-sizes", "3,5", "--trials", 12,
         "--seed", 3, "--confirm-text", texts["confirmation"], "--device", "cpu",
         "--study", f"sqlite:///{tmp_path / 's.db'}", "--out", tmp_path / "theirs.json",
-        "--sampler", "tpe",
+        "--sampler", "tpe", "--finalists", 1,
     ]  # fmt: skip
     result = CliRunner().invoke(main, [*map(str, words)])
     assert result.exit_code == 0, result.stderr
@@ -92,14 +93,21 @@ def test_dense_wanda_ria_and_the_finalists_are_measured_on_one_text_the_model_is
     assert f"{number(dense.perplexity)} dense" in repr(found)
 
 
-def test_attributes_of_trials(tiny_llama, bundle, tmp_path):
-    """Perplexity and divergence stand at the trials, in memory and for whoever reads the study."""
+def test_perplexities_on_windows_that_calibration_left_stand_at_the_trials_for_all_who_read_them(
+    tiny_llama, bundle, tmp_path
+):
+    """In memory, in the database, and in what Optuna's own command lists."""
     url = f"sqlite:///{tmp_path / 'study.db'}"
     kept = pho.search(bundle, "0.5", preset="score", model=tiny_llama, trials=12, study=url)
     found = pho.search(bundle, "0.5", preset="score", model=tiny_llama, trials=12)
     read = optuna.load_study(study_name=kept.study_name, storage=url)
     expected = {row.trial: (row.perplexity, row.divergence) for row in found.table[3:]}
+    # In a process of its own: it would leave the root logger here at DEBUG.
+    command = [Path(sys.executable).with_name("optuna"), "studies", "--storage", url]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
+    assert kept.study_name in printed
+    assert found.configuration.confirmation.tokens == len(bundle.text.held_out[:16]) * 31
     assert len(expected) >= 4
     for study in (kept.study, found.study, read):
         assert {
@@ -109,13 +117,6 @@ def test_attributes_of_trials(tiny_llama, bundle, tmp_path):
         } == expected
     with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
         study._storage.set_trial_user_attr(study.trials[0]._trial_id, "other", 1)
-
-
-def test_windows_that_calibration_left_confirm(tiny_llama, bundle):
-    found = pho.search(bundle, "0.5", preset="score", model=tiny_llama, trials=12).configuration
-
-    assert found.confirmation is not None
-    assert found.confirmation.tokens == len(bundle.text.held_out[:16]) * 31
 
 
 def test_a_bundles_file_is_enough(bundle, tmp_path):
@@ -158,16 +159,6 @@ def test_a_url_and_a_study_are_gone_on_with(bundle, tmp_path):
     assert len(mine.trials) == 12
     assert found.configuration.search["sampler"] == "RandomSampler"
     assert all(t.duration is not None and t.duration.total_seconds() > 0 for t in mine.trials)
-
-
-def test_optunas_own_command_reads_the_database(bundle, tmp_path):
-    url = f"sqlite:///{tmp_path / 'study.db'}"
-    found = pho.search(bundle, "0.5", preset="score", trials=12, study=url)
-    # In a process of its own: it would leave the root logger here at DEBUG.
-    command = [Path(sys.executable).with_name("optuna"), "studies", "--storage", url]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-    assert found.study_name in printed
 
 
 def test_options_texts_and_models_that_do_not_fit_are_named(

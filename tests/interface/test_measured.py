@@ -12,10 +12,14 @@ def test_with_the_bundle_that_was_made_neither_a_text_nor_a_tokenizer_is_needed_
     found = pho.compare(tiny_llama, None, "2:4", bundle=bundle, report=texts["report"])
 
     assert weights()
-    assert [row.method for row in found.rows][-1] == "sparsegpt-permuted"  # which needs windows
+    methods = [row.method for row in found.rows]
+    assert methods[-1] == "sparsegpt-permuted"  # which needs windows
+    assert {"wanda", "wanda-permuted", "wanda-sequential", "sparsegpt"} < {*methods}
+    assert not any("owl" in method for method in methods)
+    assert [row.sparsity for row in found.rows] == [0, *[0.5] * (len(methods) - 1)]
     assert found.report["context_length"] == 32
     frame = found.to_dataframe()
-    assert list(frame["method"]) == [row.method for row in found.rows]
+    assert list(frame["method"]) == methods
     assert "extra" not in frame
 
 
