@@ -119,9 +119,9 @@ FROM_A_PRESET = {"prune", "compare", "validate"}  # or from a configuration: all
 @pytest.mark.parametrize(
     "verb",
     [
-        v
-        for v in main.list_commands(PARENT)
-        if isinstance(main.get_command(PARENT, v), DocumentCommand) and v != "transfer-job"
+        verb
+        for verb in main.list_commands(PARENT)
+        if isinstance(main.get_command(PARENT, verb), DocumentCommand) and verb != "transfer-job"
     ],
 )
 def test_a_verb_has_all_options_of_a_part_that_it_has_one_of(verb):
@@ -151,19 +151,11 @@ def test_text_given_again_is_another_text(verb):
     }  # fmt: skip
 
 
-def test_several_texts_are_said_by_the_command_that_asks_again():
-    calibration = {"text": "a.txt", "more_texts": ["b.txt", "c4"], "shares": [2, 1, 1]}
-    document = {"model": "m", "pattern": "0.5", "calibration": calibration}
-
-    assert submit_command(document) == (
-        "pho submit m --pattern 0.5 --text a.txt --text b.txt --text c4 --shares 2,1,1"
-    )
-
-
 def test_pho_search_and_pho_submit_have_the_same_option_for_a_field():
     searching, submitting = shown("search"), shown("submit")
 
     assert {*submitting} == {*document_fields()}
+    assert given("submit", "org/a", "--pattern", "0.5").document() == {"pattern": "0.5"}
     assert all(job_fields()[path].shown.service for path in {*submitting} - {*searching})
     assert "--pattern" in submitting["pattern"]["names"]
     for path, option in searching.items():
@@ -264,6 +256,7 @@ WHOLE = {
         {**MINE, "confirm": None},
         {**MINE, "more_models": ["org/b"], "objective": {"over": "worst"}},
         {**MINE, "calibration": {"text": "it's.txt"}, "preset": "crepe-plus"},
+        {**MINE, "calibration": {"text": "a", "more_texts": ["b", "c4"], "shares": [2, 1, 1]}},
         {
             **MINE, "pattern": "2:4", "preset": "score",
             "steps": {"permutation": "score", "update": "sparsegpt"},
@@ -301,10 +294,6 @@ def test_what_no_options_say_is_not_said_by_wrong_ones(document):
     assert submit_command(document) is None
 
 
-def test_what_is_not_given_is_not_in_the_document():
-    assert given("submit", "org/a", "--pattern", "0.5").document() == {"pattern": "0.5"}
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -330,9 +319,6 @@ def test_a_broken_rule_is_told_with_the_option_and_its_value(words, message):
     with pytest.raises(InvalidInput) as refused:
         found.job(found.document(MINE))
     assert str(refused.value).startswith(message)
-
-
-def test_what_is_not_of_an_option_is_told_with_its_place_in_the_document():
     with pytest.raises(InvalidInput, match=r"^/calibration/samples 0 is below 1\.$"):
         given("submit", "org/a").job({**MINE, "calibration": {"samples": 0}})
 
@@ -344,12 +330,9 @@ def test_what_is_not_of_an_option_is_told_with_its_place_in_the_document():
 )  # fmt: skip
 def test_sizes_are_read_as_people_write_them(text, size):
     assert parse_bytes(text, "--memory") == size
-
-
-@pytest.mark.parametrize("text", ["much", "", "-1", "nan", "1e999GB", "8 bananas", "1.2.3"])
-def test_what_is_none_is_refused_with_the_option(text):
-    with pytest.raises(InvalidInput, match=r"^--memory .* is not a size"):
-        parse_bytes(text, "--memory")
+    for word in ("much", "", "-1", "nan", "1e999GB", "8 bananas", "1.2.3"):
+        with pytest.raises(InvalidInput, match=r"^--memory .* is not a size"):
+            parse_bytes(word, "--memory")
 
 
 def test_a_configuration_to_begin_with_stands_in_the_document(tmp_path):

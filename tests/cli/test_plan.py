@@ -7,19 +7,23 @@ from transformers import LlamaConfig
 FEW = ["--samples", 8, "--context-length", 32]
 
 
-def test_each_stage_has_a_range_of_seconds_and_its_peaks(pho, model_folder):
+def test_each_stage_has_a_range_of_seconds_and_a_service_answers_the_same(pho, url, model_folder):
     weights = model_folder / "model.safetensors"
     with weights.open("rb+") as file:
         file.truncate(8 + int.from_bytes(file.read(8), "little"))
-    found = json.loads(pho("plan", model_folder, *FEW, "--card", "H100", "--json").stdout)
+    words = ["plan", model_folder, *FEW, "--card", "H100", "--json"]
+    plan = json.loads(pho(*words).stdout)
+    there = pho(*words, "--url", url)
 
-    assert found["fits"]
-    assert found["model"]["prunable"] == 18_432
-    assert [stage["title"] for stage in found["stages"]] == [
+    assert plan["fits"]
+    assert plan["model"]["prunable"] == 18_432
+    assert [stage["title"] for stage in plan["stages"]] == [
         "read the model", "hash the weights", "calibrate", "search, 200 trials",
         "confirm by perplexity", "prune", "save",
     ]  # fmt: skip
-    assert all(0 <= low <= high for low, high in (s["seconds"] for s in found["stages"]))
+    assert all(0 <= low <= high for low, high in (s["seconds"] for s in plan["stages"]))
+    assert there.exit_code == 0, there.output
+    assert json.loads(there.stdout) == plan
 
 
 def test_people_get_a_table_with_where_the_rates_are_from(pho, model_folder):
@@ -41,11 +45,3 @@ def test_exit_code_1_why_and_what_would_do(pho, tmp_path, write_header):
     assert done.exit_code == 1
     assert "It does not fit: " in done.stdout
     assert "--stream" in done.stdout
-
-
-def test_a_service_answers_the_same(pho, url, model_folder):
-    words = ["plan", model_folder, *FEW, "--card", "H100", "--json"]
-    here, there = pho(*words), pho(*words, "--url", url)
-
-    assert there.exit_code == 0, there.output
-    assert json.loads(there.stdout) == json.loads(here.stdout)

@@ -1,15 +1,12 @@
 """`pho.curve` and `pho.search_within` on a model in memory."""
 
 import copy
-import inspect
 
 import pytest
 import torch
 
 import pho_service as pho
 from pho_service.errors import InvalidInput
-
-ELSEWHERE = {"sampler", "finalists"}
 
 
 def test_a_point_is_what_pho_search_finds_there_beside_its_references_the_model_is_left_dense(
@@ -82,13 +79,3 @@ def test_blocks_that_a_search_has_trained_are_not_trained_again_by_prune(
     assert [*tmp_path.glob("blocks/*")] == []
     for name, tensor in tiny_llama.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name])
-
-
-@pytest.mark.parametrize("name", ["curve", "search_within"])
-def test_options_that_pho_search_has_too_have_its_defaults(name):
-    mine = inspect.signature(getattr(pho, name)).parameters
-    theirs = inspect.signature(pho.search).parameters
-    shared = (mine.keys() & theirs.keys()) - {"bundle", "model", *ELSEWHERE}
-
-    assert len(shared) >= 15
-    assert {n: mine[n].default for n in shared} == {n: theirs[n].default for n in shared}

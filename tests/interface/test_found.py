@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pho_service as pho
 from pho_service.cli import main
-from pho_service.errors import BundleError, InvalidInput, StudyError
+from pho_service.errors import InvalidInput
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.document import number
 from pho_service.spec.objective import SearchOptions
@@ -36,12 +36,14 @@ def test_every_field_of_a_calibration_and_of_a_search_is_an_argument_that_is_des
         assert {name: parameters[name].default for name in names} == {
             name: getattr(values, name) for name in names
         }
-        assert not [each for each in parameters if f"\n    {each}: " not in function.__doc__]
+        assert not [name for name in parameters if f"\n    {name}: " not in function.__doc__]
+    search = inspect.signature(pho.search).parameters
+    for function in (pho.curve, pho.search_within):
+        parameters = inspect.signature(function).parameters
+        shared = (parameters.keys() & search.keys()) - {"bundle", "model", "sampler", "finalists"}
 
-
-def test_an_argument_that_is_not_known_is_refused_with_the_name_of_the_function():
-    with pytest.raises(TypeError, match=r"^search\(\) .* 'n_trials'\. Did you mean trials\?$"):
-        pho.search(None, "0.5", n_trials=3)  # type: ignore[call-arg]
+        assert len(shared) >= 15
+        assert not [name for name in shared if parameters[name].default != search[name].default]
 
 
 def test_as_pho_search(model_folder, texts, tmp_path):
@@ -161,25 +163,6 @@ def test_a_url_and_a_study_are_gone_on_with(bundle, tmp_path):
     assert all(t.duration is not None and t.duration.total_seconds() > 0 for t in mine.trials)
 
 
-def test_options_texts_and_models_that_do_not_fit_are_named(
-    tiny_llama, bundle, sentences, configuration
-):
-    for kind, said, options in (
-        (InvalidInput, "space: 'rows' is not one of neighbourhood_share", {"space": {"rows": 1}}),
-        (InvalidInput, "steps: 'prune' is not one of linears, st", {"steps": {"prune": "all"}}),
-        (InvalidInput, "preset 'worst' is not one of", {"preset": "worst"}),
-        (InvalidInput, "sampler 'best' is not one of", {"sampler": "best"}),
-        (InvalidInput, "Give model=", {"confirm": sentences["report"]}),
-        (InvalidInput, "start from is for 0.5 in scope layer", {"warm_start": [configuration]}),
-        (StudyError, "not a database URL", {"study": "study.db"}),
-    ):
-        with pytest.raises(kind, match=said):
-            pho.search(bundle, "2:4", trials=20, **options)
-    tiny_llama.model.layers[0].mlp.up_proj.weight.data += 1
-    with pytest.raises(BundleError, match="of another model"):
-        pho.search(bundle, "0.5", preset="score", model=tiny_llama)
-
-
 def test_a_function_of_a_candidate_and_its_rating_or_the_pruned_model_is_an_objective(
     tiny_llama, bundle, weights
 ):
@@ -252,26 +235,3 @@ def test_what_was_found_is_a_data_frame_a_page_with_a_map_of_layers_and_a_short_
     assert "self_attn.q_proj" in shown._repr_html_()
     assert "a notebook shows it" in repr(shown)
     assert len(repr(found.configuration)) < 200
-
-
-def test_a_study_of_another_search_of_another_bundle_or_of_something_else_is_named_and_stays(
-    tiny_llama, tokenizer, bundle, texts
-):
-    study = pho.search(bundle, "0.5", preset="score", trials=12).study
-    other = pho.calibrate(
-        tiny_llama, tokenizer, texts["report"], samples=4, context_length=32, kernel_sizes=(3, 5)
-    )
-    foreign = optuna.create_study()
-    foreign.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=2)
-    for on, pattern, kept, said in (
-        (bundle, "2:4", study, "its pattern is 0.5, and this is 2:4"),
-        (bundle, pho.Pattern.parse("0.5", "row"), study, "its scope is layer, and this is row"),
-        (other, "0.5", study, "is of another bundle"),
-        (bundle, "0.5", foreign, "not made by PHO"),
-    ):
-        before = (kept.user_attrs, len(kept.trials))
-        with pytest.raises(StudyError, match=said):
-            pho.search(on, pattern, preset="score", study=kept)
-        assert (kept.user_attrs, len(kept.trials)) == before
-    with pytest.raises(StudyError, match="direction='maximize'"):
-        pho.search(bundle, "0.5", preset="score", objective="gini", study=optuna.create_study())

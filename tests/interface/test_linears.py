@@ -4,7 +4,6 @@ import optuna
 import pytest
 
 import pho_service as pho
-from pho_service.errors import ConfigurationError, InvalidInput, StudyError
 
 SOME = {"ignore": "*.o_proj", "sparsities": {"*.down_proj": 0.25}}
 
@@ -31,19 +30,3 @@ def test_some_linears(tiny_llama, bundle, tmp_path):
     assert not any(name.endswith("o_proj") for name in pruned.layers)
     assert float((modules["model.layers.0.mlp.down_proj"].weight == 0).float().mean()) == 0.25
     assert bool(modules["model.layers.0.self_attn.o_proj"].weight.all())
-
-
-def test_linears_that_do_not_fit_are_refused(tiny_llama, bundle):
-    found = pho.search(bundle, "0.5", preset="score", trials=12, **SOME)
-
-    with pytest.raises(InvalidInput, match=r"'\*\.fc1' matches none of the 14 linears"):
-        pho.search(bundle, "0.5", preset="score", trials=12, targets=["*.fc1"])
-    with pytest.raises(InvalidInput, match="Give one of them"):
-        pho.search(bundle, "0.5", steps={"linears": {"ignore": ["*.o_proj"]}}, targets="*.q_proj")
-    with pytest.raises(StudyError, match=r"its linears are .*o_proj.*, and these are all"):
-        pho.search(bundle, "0.5", preset="score", trials=12, study=found.study)
-    with pytest.raises(ConfigurationError, match=r"found prunes without \*\.o_proj.* of only"):
-        pho.compare(
-            tiny_llama, bundle.tokenizer, "0.5", bundle=bundle, report=bundle.text.held_out,
-            targets="*.q_proj", configurations={"found": found},
-        )  # fmt: skip

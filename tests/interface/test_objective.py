@@ -6,7 +6,6 @@ import optuna
 import pytest
 
 import pho_service as pho
-from pho_service.errors import InvalidInput, StudyError
 
 
 def test_any_sampler_and_storage_optimises_it(bundle, tmp_path):
@@ -52,29 +51,3 @@ def test_of_a_searchs_study_it_is_the_trial_that_was_chosen_by_perplexity(
 
     assert best.candidate() == found.configuration.candidate()
     assert best.search == {**found.configuration.search}
-
-
-def test_what_cannot_be_an_objective_is_named(bundle):
-    with pytest.raises(InvalidInput, match="needs a model"):
-        pho.objective(bundle, "0.5", preset="score", objective="perplexity")
-    with pytest.raises(StudyError, match="direction='maximize'"):
-        optuna.create_study().optimize(
-            pho.objective(bundle, "0.5", preset="score", objective="gini"), n_trials=1
-        )
-    study = optuna.create_study()
-    study.optimize(pho.objective(bundle, "0.5", preset="score"), n_trials=2)
-    with pytest.raises(StudyError, match=r"its pattern is 0.5, and this is 2:4"):
-        study.optimize(pho.objective(bundle, "2:4", preset="score"), n_trials=1)
-    other = pho.objective(bundle, "0.5", preset="score").bundle
-    other.provenance["key"] = "another"
-    with pytest.raises(StudyError, match="is of another bundle"):
-        pho.configuration(study, other)
-    foreign = optuna.create_study()
-    foreign.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=2)
-    with pytest.raises(StudyError, match=r"not made by pho\.objective"):
-        pho.configuration(foreign, bundle)
-    with pytest.raises(StudyError, match="not made by PHO"):
-        foreign.optimize(pho.objective(bundle, "0.5", preset="score"), n_trials=1)
-    over = pho.search({"one": bundle, "two": bundle}, "0.5", preset="score", trials=12).study
-    with pytest.raises(StudyError, match="another bundle"):
-        pho.configuration(over, bundle)

@@ -136,12 +136,12 @@ def test_another_family_another_model_an_n_m_that_does_not_fit_named_and_nothing
     assert pho.prune(tiny_llama, elsewhere, bundle, other_family=True).sparsity > 0.49
 
 
-def test_bad_saves(tiny_llama, tokenizer, bundle, configuration,
-                   tmp_path):  # fmt: skip
-    """Only the model that was pruned is saved, as it was left, into a folder of its own."""
+def test_only_the_model_that_was_pruned_is_saved_and_replaces_a_pruned_one_and_no_other_folder(
+    tiny_llama, tokenizer, bundle, configuration, tmp_path
+):
     dense = copy.deepcopy(tiny_llama)
     pruned = pho.prune(tiny_llama, configuration, bundle)
-    folder = tmp_path / "out"
+    folder, other = tmp_path / "out", tmp_path / "other"
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_layer=1, n_head=1, n_embd=16)).eval()
     for model, given, kind, said in (
         (dense, tokenizer, ModelError, "q_proj are not those that the pruning left"),
@@ -153,27 +153,15 @@ def test_bad_saves(tiny_llama, tokenizer, bundle, configuration,
             pho.save(model, given, pruned, folder)
         assert not folder.exists()
     pho.save(tiny_llama, tokenizer, pruned, folder)
-    with pytest.raises(errors.OutputError, match="Give overwrite=True"):
-        pho.save(tiny_llama, tokenizer, pruned, folder)
-
-    assert json.loads((folder / "pruning.json").read_text())["sparsity"] == pruned.sparsity
-
-
-def test_overwrite_replaces_a_pruned_model_and_no_other_folder(
-    tiny_llama, tokenizer, bundle, configuration, tmp_path
-):
-    pruned = pho.prune(tiny_llama, configuration, bundle)
-    place, other = tmp_path / "pruned", tmp_path / "other"
-    pho.save(tiny_llama, tokenizer, pruned, place)
-    (place / "of the first").touch()
+    (folder / "of the first").touch()
     other.mkdir()
     (other / "thesis.txt").touch()
-    with pytest.raises(errors.OutputError, match="overwrite=True"):
-        pho.save(tiny_llama, tokenizer, pruned, place)
+    with pytest.raises(errors.OutputError, match="Give overwrite=True"):
+        pho.save(tiny_llama, tokenizer, pruned, folder)
     with pytest.raises(errors.OutputError, match=r"holds files, but no pruning\.json"):
         pho.save(tiny_llama, tokenizer, pruned, other, overwrite=True)
-    pho.save(tiny_llama, tokenizer, pruned, place, overwrite=True)
+    pho.save(tiny_llama, tokenizer, pruned, folder, overwrite=True)
 
-    assert (place / "pruning.json").is_file()
-    assert not (place / "of the first").exists()
+    assert json.loads((folder / "pruning.json").read_text())["sparsity"] == pruned.sparsity
+    assert not (folder / "of the first").exists()
     assert not [*tmp_path.glob(".pho-*")]

@@ -1,8 +1,6 @@
 """Zero-shot tasks whose right answers are known by construction, dense and pruned."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,8 +22,6 @@ from pho_service.spec.document import number
 pytest.importorskip("lm_eval", reason="it is not installed: see extra eval")
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
-
-Write = Callable[..., Path]
 
 
 @pytest.fixture
