@@ -578,8 +578,9 @@ class _SearchPieces:
 
 @contextmanager
 def opened_study(url: str | None, request: SearchRequest, work: Work) -> Iterator[optuna.Study]:
+    name = name_of_study(request, work)  # what cannot be searched is refused before a file is made
     with opened_studies(url) as storage:
-        yield study_of(storage, request, work)
+        yield open_study(storage, name, direction=request.objective.direction)
 
 
 @contextmanager
