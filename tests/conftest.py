@@ -4,6 +4,8 @@ Fixtures that several folders share: a random Llama that runs in milliseconds, a
 Each test gets its own, so a test may change what it is given. All are the same every time.
 """
 
+import gc
+import itertools
 import json
 import os
 import random
@@ -40,6 +42,7 @@ from storage.embedded import embedded_postgresql
 from storage.jobs import JobStore
 
 VOCABULARY = 256
+_CACHES = itertools.count()
 
 # pytest-xdist says how wide the terminal is; tests print into pipes, which have no width.
 os.environ.pop("COLUMNS", None)
@@ -95,6 +98,12 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in {*left_out}]
     places = {f"tests/{name}.py": place for place, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
+
+
+def pytest_collection_finish():
+    """Let collections of garbage, which some tests ask for, pass by what all have imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -295,10 +304,11 @@ def texts_of_all(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def own_cache(tmp_path_factory, monkeypatch):
     """No test sees the user's cache, or another test's."""
-    monkeypatch.setenv("PHO_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    cache = tmp_path_factory.getbasetemp() / f"cache-{next(_CACHES)}"
+    monkeypatch.setenv("PHO_CACHE_DIR", str(cache))
+    return cache
 
 
 @pytest.fixture(scope="session")
