@@ -1,6 +1,4 @@
-"""
-What a pretended GPU keeps account of: memory, launches, waits and copies.
-"""
+"""What a pretended GPU keeps account of: memory, launches, waits and copies."""
 
 from collections import Counter
 from contextlib import contextmanager
@@ -14,58 +12,31 @@ BLOCK = 512  # bytes; torch's allocator hands out multiples of it
 
 @dataclass
 class Counts:
-    """
-    What was asked of a card.
+    """What was asked of a card."""
 
-    Attributes:
-        launches: Operations that a kernel does: no views, and no allocations without a value.
-        waits: How often the CPU waits until the card has done all that it was asked.
-        h2d_copies: From main memory to the card.
-        d2h_copies: From the card to main memory.
-        p2p_copies: From another card.
-        h2d_bytes: Of these copies.
-        d2h_bytes: Of these copies.
-        p2p_bytes: Of these copies.
-        by_operation: Launches of each operation, by its name without ``aten::``.
-        by_cause: Waits by their cause: an operation's name, ``h2d``, ``d2h``, ``synchronize``.
-    """
-
-    launches: int = 0
-    waits: int = 0
-    h2d_copies: int = 0
+    launches: int = 0  # operations that a kernel does: no views, no allocations without a value
+    waits: int = 0  # how often the CPU waits until the card has done all that it was asked
+    h2d_copies: int = 0  # from main memory to the card
     d2h_copies: int = 0
-    p2p_copies: int = 0
+    p2p_copies: int = 0  # from another card
     h2d_bytes: int = 0
     d2h_bytes: int = 0
     p2p_bytes: int = 0
-    by_operation: Counter[str] = field(default_factory=Counter)
-    by_cause: Counter[str] = field(default_factory=Counter)
+    by_operation: Counter[str] = field(default_factory=Counter)  # launches
+    by_cause: Counter[str] = field(default_factory=Counter)  # waits, also "h2d", "synchronize"
 
 
 class Card:
-    """
-    One pretended GPU.
-
-    Attributes:
-        device: ``cuda:0`` or ``cuda:1``.
-        memory_bytes: Its size. An allocation beyond it raises ``torch.OutOfMemoryError``.
-        allocated: Bytes that live tensors hold, each rounded up to 512.
-        peak: The most that they held since the peak was reset.
-        reserved: As torch's allocator: what it took from the card, and gives back only when its
-            cache is emptied.
-        reserved_peak: The most of that since the peak was reset.
-        others: Bytes that other programs use on the card; set it to make the card fuller.
-        counts: All that was asked of the card since it exists.
-        fault: Raised by the next operation on the card if it is set, as by a card that broke.
-    """
+    """One pretended GPU: ``cuda:0``, ``cuda:1`` and so on."""
 
     def __init__(self, index, memory_bytes):
         self.device = torch.device("cuda", index)
-        self.memory_bytes = memory_bytes
-        self.allocated = self.peak = self.reserved = self.reserved_peak = 0
-        self.others = 0
-        self.counts = Counts()
-        self.fault = None
+        self.memory_bytes = memory_bytes  # beyond it torch.OutOfMemoryError is raised
+        self.allocated = self.peak = 0  # bytes of live tensors, each rounded up to 512
+        self.reserved = self.reserved_peak = 0  # with what torch's allocator keeps
+        self.others = 0  # bytes that other programs use; set it to make the card fuller
+        self.counts = Counts()  # since the card exists
+        self.fault = None  # raised by the next operation on the card
         self.asked = 0  # asynchronous copies so far
         self.done = 0  # of these, how many are known to have ended
         self._watched = [self.counts]
@@ -77,12 +48,7 @@ class Card:
         return max(0, self.memory_bytes - self.others - self.reserved)
 
     def allocate(self, size):
-        """
-        Take bytes for a tensor, first those that the cache has.
-
-        Raises:
-            torch.OutOfMemoryError: The card has no room for them.
-        """
+        """Take bytes for a tensor, first those that the cache has."""
         with self._lock:
             most = self.memory_bytes - self.others
             if self.allocated + size > most:
@@ -166,26 +132,14 @@ class OnCard:
 
 @dataclass
 class InMain:
-    """
-    The label of a storage in main memory that a card was told of; others have none.
+    """The label of a storage in main memory that a card was told of; others have none."""
 
-    Attributes:
-        pinned: Copies from and to it may go on while the CPU does other things.
-        written: The card that writes to it, and the number of that copy.
-        read: The card that reads it, and the number of that copy.
-    """
-
-    pinned: bool = False
-    written: tuple[Card, int] | None = None
+    pinned: bool = False  # copies from and to it may go on while the CPU does other things
+    written: tuple[Card, int] | None = None  # the card that writes to it, number of that copy
     read: tuple[Card, int] | None = None
 
     def check(self, *, writes):
-        """
-        Refuse what would meet a copy that has not ended.
-
-        Raises:
-            RuntimeError: A card still writes the bytes, or still reads those to be overwritten.
-        """
+        """Refuse what would meet a copy that has not ended."""
         for copy, says in ((self.written, "is not there yet"), (self.read, "is still read")):
             if copy is None or (copy is self.read and not writes):
                 continue

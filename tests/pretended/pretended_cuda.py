@@ -1,6 +1,4 @@
-"""
-``torch.cuda`` and what else asks torch for a GPU, answered for pretended cards.
-"""
+"""``torch.cuda`` and what else asks torch for a GPU, answered for pretended cards."""
 
 import threading
 import types
@@ -118,10 +116,7 @@ def cuda_of(cards):
         "get_device_properties": properties,
         "get_device_capability": lambda device=None: CAPABILITY,
         "is_bf16_supported": lambda including_emulation=True: True,
-        "mem_get_info": lambda device=None: (
-            (card := cards.at(device)).free,
-            card.memory_bytes,
-        ),
+        "mem_get_info": lambda device=None: ((card := cards.at(device)).free, card.memory_bytes),
         "memory_allocated": lambda device=None: cards.at(device).allocated,
         "max_memory_allocated": lambda device=None: cards.at(device).peak,
         "memory_reserved": lambda device=None: cards.at(device).reserved,
@@ -183,12 +178,7 @@ def _grouped(lists):
 
 @contextmanager
 def stand_ins(cards):
-    """
-    Inside, torch says that it has these cards, and tensors lie on them, in new threads too.
-
-    Args:
-        cards: That it has.
-    """
+    """Inside, torch says that it has these cards, and tensors lie on them, in new threads too."""
     run = threading.Thread.run
     hooks = torch.autograd.graph.saved_tensors_hooks.__init__
     is_autocast, autocast_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype

@@ -47,17 +47,7 @@ GIB = 1 << 30
 
 @contextmanager
 def pretend(cards=1, *, memory_bytes=80 * GIB):
-    """
-    Inside, this machine has pretended GPUs.
-
-    Args:
-        cards: How many.
-        memory_bytes: Of each.
-
-    Yields:
-        The cards, in the order of their numbers.
-    """
+    """Inside, this machine has so many pretended GPUs, of so many bytes each; they are given."""
     these = Cards(cards, memory_bytes)
-
     with stand_ins(these):
         yield these

@@ -1,6 +1,4 @@
-"""
-The mode that sees each operation of ATen, below autograd, so those of a backward pass too.
-"""
+"""The mode that sees each operation of ATen, below autograd, so those of a backward pass too."""
 
 import torch
 from pretended_cards import InMain, OnCard, label_of

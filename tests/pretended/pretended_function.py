@@ -1,6 +1,4 @@
-"""
-The mode that answers for a card what a CPU build of torch cannot.
-"""
+"""The mode that answers for a card what a CPU build of torch cannot."""
 
 from contextlib import nullcontext
 
@@ -21,9 +19,9 @@ class Function(TorchFunctionMode):
         self.cards = cards
         tensor = torch.Tensor
         self._answers = {
-            tensor.device.__get__: self._device,  # type: ignore[attr-defined]
-            tensor.is_cuda.__get__: lambda t: self._device(t).type == "cuda",  # type: ignore[attr-defined]
-            tensor.is_cpu.__get__: lambda t: self._device(t).type == "cpu",  # type: ignore[attr-defined]
+            tensor.device.__get__: self._device,
+            tensor.is_cuda.__get__: lambda t: self._device(t).type == "cuda",
+            tensor.is_cpu.__get__: lambda t: self._device(t).type == "cpu",
             tensor.get_device: lambda t: -1 if (at := self._device(t)) == CPU else at.index,
             tensor.to: self._to,
             tensor.cuda: lambda t, device=None, non_blocking=False, memory_format=None: self._moved(

@@ -1,6 +1,4 @@
-"""
-A machine with pretended cards: where tensors lie, and how they are copied from one to another.
-"""
+"""A machine with pretended cards: where tensors lie, and how they come from one to another."""
 
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -27,13 +25,7 @@ class Cards(Sequence[Card]):
         return len(self._cards)
 
     def at(self, device=None):
-        """
-        The card that a device, its name or its index means; without one the current.
-
-        Raises:
-            RuntimeError: There is no such card.
-            ValueError: It is not a GPU.
-        """
+        """The card that a device, its name or its index means; without one the current."""
         if isinstance(device, str):
             device = torch.device(device)
         if isinstance(device, torch.device):

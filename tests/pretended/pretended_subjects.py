@@ -1,6 +1,4 @@
-"""
-Models that run in milliseconds, as the whole product takes them on a pretended GPU.
-"""
+"""Models that run in milliseconds, as the whole product takes them on a pretended GPU."""
 
 import shutil
 from collections.abc import Mapping
@@ -15,7 +13,6 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MixtralConfig,
-    PreTrainedConfig,
 )
 
 from pho_service.models.calibration import calibrate, calibration_text
@@ -32,7 +29,7 @@ COMMON = {
 ONE_BLOCK = COMMON | {"num_hidden_layers": 1}
 LLAMA = LlamaConfig(**COMMON)
 SHALLOW = LlamaConfig(**ONE_BLOCK)
-CONFIGS: dict[str, PreTrainedConfig] = {
+CONFIGS = {
     "llama": LLAMA,
     "llama-bfloat16": SHALLOW,
     "llama-streamed": LLAMA,
@@ -49,30 +46,19 @@ SETTINGS = CalibrationSettings(
 
 @dataclass
 class Subject:
-    """
-    One model on a device.
+    """One model on a device, which its proxies are on too."""
 
-    Attributes:
-        name: Of the kind of model and the way that it is loaded.
-        folder: Where it lies.
-        texts: By what they are for.
-        device: For the model and its proxies.
-    """
-
-    name: str
+    name: str  # of the kind of model and the way that it is loaded
     folder: Path
-    texts: Mapping[str, Path]
+    texts: Mapping[str, Path]  # by what they are for
     device: str
 
     @cached_property
     def model(self):
         """Loaded, or mapped if it is to be streamed."""
-        return load_model(
-            str(self.folder),
-            device=self.device,
-            dtype="auto" if "streamed" in self.name else self.dtype,
-            stream="streamed" in self.name,
-        )
+        stream = "streamed" in self.name
+        dtype = "auto" if stream else self.dtype
+        return load_model(str(self.folder), device=self.device, dtype=dtype, stream=stream)
 
     @property
     def dtype(self):
@@ -85,10 +71,8 @@ class Subject:
         return self.text_for(SETTINGS)
 
     def text_for(self, settings):
-        """To calibrate on with other settings."""
-        return calibration_text(
-            self.model, TextSource(path=str(self.texts["calibration"])), settings
-        )
+        source = TextSource(path=str(self.texts["calibration"]))
+        return calibration_text(self.model, source, settings)
 
     @cached_property
     def bundle(self):
@@ -97,12 +81,9 @@ class Subject:
 
     def report(self, name="report"):
         """Two windows to measure on."""
+        source, length = TextSource(path=str(self.texts[name])), SETTINGS.context_length
         windows, record = read_windows(
-            self.model,
-            TextSource(path=str(self.texts[name])),
-            context_length=SETTINGS.context_length,
-            bos="auto",
-            max_windows=2,
+            self.model, source, context_length=length, bos="auto", max_windows=2
         )
         return ReportText(windows=windows, record=record)
 

@@ -17,14 +17,7 @@ QUESTIONS = {
 
 
 def write_task(folder, answers, **more):
-    """
-    Write the task ``words``, with its data beside it.
-
-    Args:
-        folder: Folder for both; it is made.
-        answers: Right answer of each question.
-        more: Fields of the task beside ours, or in their place.
-    """
+    """Write the task ``words`` and its data into a new folder, with more fields, or others."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
         {"question": question, "choices": choices, "answer": answer}

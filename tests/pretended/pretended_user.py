@@ -60,13 +60,7 @@ def succeed(store, job_id, found):
 
 
 class Service:
-    """
-    A front end that listens on a free port, and on the same one each time.
-
-    Args:
-        database_url: Of a migrated database.
-        settings: Of the front end.
-    """
+    """A front end that listens on a free port, and on the same one each time."""
 
     def __init__(self, database_url, settings):
         self._database_url = database_url

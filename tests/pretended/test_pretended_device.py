@@ -3,13 +3,12 @@
 import copy
 import gc
 import threading
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from pretended_device import pretend
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 GPU = torch.device("cuda", 0)
@@ -20,7 +19,7 @@ def ones(*shape, device="cuda"):
     return torch.ones(*shape, device=device)
 
 
-REFUSED: dict[str, Callable[[], object]] = {
+REFUSED = {
     "sum": lambda: ones(3) + torch.ones(3),
     "sum of a number that lies on the card": lambda: torch.ones(3) + ones(3)[0],
     "written number of the CPU": lambda: torch.tensor(1.0).add_(ones(3)[0]),
@@ -65,7 +64,7 @@ def test_a_cards_tensor_is_no_array(read, pretended_gpu):
         read(ones(3)[1:])
 
 
-PASSES: dict[str, Callable[[], Tensor]] = {
+PASSES = {
     "number": lambda: ones(3) * 2,
     "number of the CPU": lambda: ones(3) * torch.tensor(2.0),
     "number of the CPU before": lambda: torch.tensor(2.0) * ones(3),
@@ -165,18 +164,13 @@ def test_an_operation_is_a_launch_views_are_none(pretended_gpu):
 
     assert counts.by_operation == {"mm": 1, "add_": 1}
     assert counts.waits == 0
-
-
-def test_in_inference_mode_torch_hands_on_whole_compositions(pretended_gpu):
-    x = ones(2, 2)
-    with torch.inference_mode(), pretended_gpu.counting() as counts:
+    with torch.inference_mode(), pretended_gpu.counting() as counts:  # whole compositions come
         y = torch.nn.functional.linear(x, x).double()
-
     assert counts.by_operation == {"mm": 1, "_to_copy": 1}
     assert y.device == GPU
 
 
-WAITS: dict[str, tuple[Callable[[Tensor], object], list[str]]] = {
+WAITS = {
     "item": (lambda x: x.sum().item(), ["_local_scalar_dense"]),
     "float": (lambda x: float(x.sum()), ["_local_scalar_dense"]),
     "if": (lambda x: bool((x > 0).all()), ["_local_scalar_dense"]),
@@ -254,7 +248,7 @@ def test_what_autograd_keeps_for_the_backward_pass_counts(pretended_gpu):
     assert pretended_gpu.allocated == 4096 + 4096 + 512  # x, its gradient, the sum
 
 
-def test_an_allocation_beyond_the_memory_raises_torchs_own_error(pretended_gpu):
+def test_an_allocation_beyond_the_memory_and_a_fault_raise_torchs_own_errors(pretended_gpu):
     pretended_gpu.memory_bytes = 8192
     kept = ones(1024)
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
@@ -265,6 +259,9 @@ def test_an_allocation_beyond_the_memory_raises_torchs_own_error(pretended_gpu):
     pretended_gpu.others = 4096
     with pytest.raises(torch.OutOfMemoryError):
         kept + 1
+    pretended_gpu.fault = torch.AcceleratorError("an illegal memory access was encountered")
+    with pytest.raises(torch.AcceleratorError):
+        kept[:1] + 1
 
 
 def test_reading_before_a_copy_ended(pretended_gpu):
@@ -298,14 +295,6 @@ def test_reading_what_another_card_brings(pretended_gpus):
 
     assert again.device == first
     assert back.to(second, non_blocking=True).device == second
-
-
-def test_its_next_operation_raises_what_the_test_says(pretended_gpu):
-    x = ones(3)
-    pretended_gpu.fault = torch.AcceleratorError("an illegal memory access was encountered")
-
-    with pytest.raises(torch.AcceleratorError):
-        x + 1
 
 
 def test_a_thread_that_begins_inside_sees_the_same_devices(pretended_gpu):

@@ -8,7 +8,6 @@ import json
 import math
 from dataclasses import replace
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
@@ -17,11 +16,10 @@ from pretended_subjects import CONFIGS, SETTINGS, Subject, unchanged
 
 from pho_service.cli import main
 from pho_service.models.blockwise import measure_perplexity
-from pho_service.models.calibration import calibrate, measure, plan_calibration
+from pho_service.models.calibration import measure, plan_calibration
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.compare import ComparisonRequest, compare_over_seeds
 from pho_service.pipeline.confirmation import validate_job
-from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.rating import rate_pruned
 from pho_service.pipeline.search import search_job
@@ -29,14 +27,12 @@ from pho_service.pipeline.transfer import transfer_job
 from pho_service.pipeline.work import Work
 from pho_service.progress import Run
 from pho_service.pruning.perplexity import dense_reference, rate_divergence
-from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.configuration import Configuration, read_configuration
 from pho_service.spec.fields import ValidationSpec
-from pho_service.spec.objective import WEIGHTINGS, Objective
+from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Coefficients, Pattern
 from pho_service.spec.space import Preset
 from pho_service.spec.steps import (
-    ALLOCATION_UNITS,
     ALLOCATIONS,
     CHOOSING,
     PERMUTATIONS,
@@ -54,10 +50,6 @@ CREPE = Coefficients(
     row=0.4, column=1, neighbourhood=0.8, kernel_size=5, activation_exponent=0.7,
     gradient_exponent=0.3,
 )  # fmt: skip
-PATTERNS = [
-    Pattern.parse(text, scope)
-    for text, scope in (("0.5", "row"), ("0.5", "layer"), ("0.6", "global"), ("2:4", "row"))
-]
 
 
 @pytest.fixture(params=CONFIGS)
@@ -66,8 +58,29 @@ def subject(request, subject_of):
     return subject_of(request.param)
 
 
-def assert_close(found, expected, *, rtol):
-    """The same statistics but for rounding."""
+@pytest.mark.parametrize(
+    ("settings", "run", "rtol"),
+    [
+        ({"projection_rows": 0}, {}, 1e-2),  # moments in full
+        ({}, {"windows": 1, "recompute": True}, 1e-2),  # as where memory is short
+        ({"mixed_precision": True}, {}, 0.5),
+    ],
+)
+def test_calibrated_in_other_ways_the_statistics_stay_the_same(
+    subject, monkeypatch, settings, run, rtol
+):
+    if (subject.model.stream and run) or (subject.dtype != "float32" and rtol == 0.5):
+        pytest.skip("a streamed model recomputes anyway; mixed precision is for float32 models")
+
+    def planned(*args, **kwargs):
+        plan = plan_calibration(*args, **kwargs)
+        return replace(plan, run=replace(plan.run, **run))
+
+    monkeypatch.setattr("pho_service.models.calibration.plan_calibration", planned)
+    settings = replace(SETTINGS, **settings)
+    found = measure(subject.model, subject.text_for(settings), settings)
+    expected = subject.bundle.statistics()
+
     for mine, theirs in zip(found.inputs, expected.inputs, strict=True):
         torch.testing.assert_close(
             mine.activation_norm, theirs.activation_norm, rtol=rtol, atol=1e-6
@@ -76,130 +89,59 @@ def assert_close(found, expected, *, rtol):
         torch.testing.assert_close(found.fisher[name], fisher, rtol=rtol, atol=1e-9)
 
 
-def test_without_a_projection_moments_are_in_full(subject):
-    settings = replace(SETTINGS, projection_rows=0)
-    bundle = calibrate(subject.model, subject.text_for(settings), settings)
-
-    assert all(entry.root.shape[0] == entry.root.shape[1] for entry in bundle.inputs)
-    assert_close(bundle.statistics(), subject.bundle.statistics(), rtol=1e-2)
-
-
-def test_recompute(subject, monkeypatch):
-    """Where memory is short activations are computed again; the statistics stay the same."""
-    if subject.model.stream:
-        pytest.skip("a streamed model keeps one block's activations anyway")
-
-    def frugal(*args, **kwargs):
-        plan = plan_calibration(*args, **kwargs)
-        return replace(plan, run=replace(plan.run, windows=1, recompute=True))
-
-    monkeypatch.setattr("pho_service.models.calibration.plan_calibration", frugal)
-    found = measure(subject.model, subject.text, SETTINGS)
-
-    assert_close(found, subject.bundle.statistics(), rtol=1e-2)
-
-
-def test_products_in_bfloat16_are_those_of_a_float32_model(subject):
-    if subject.dtype != "float32":
-        pytest.skip("mixed precision is for float32 models")
-    settings = replace(SETTINGS, mixed_precision=True)
-    found = measure(subject.model, subject.text_for(settings), settings)
-
-    assert_close(found, subject.bundle.statistics(), rtol=0.5)
-
-
 def test_perplexity_and_divergence_are_the_cpus(subject):
     windows = subject.report().windows
-    there = measure_perplexity(subject.model, windows).perplexity
-    on_cpu = replace_device(subject, "cpu")
+    on_cpu = Subject(subject.name, subject.folder, subject.texts, "cpu")
+    found, expected = (measure_perplexity(each.model, windows) for each in (subject, on_cpu))
 
-    assert there == pytest.approx(measure_perplexity(on_cpu.model, windows).perplexity, rel=1e-5)
+    assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-5)
     if not subject.model.stream:
         reference = dense_reference(subject.model.model, windows)
         assert rate_divergence(subject.model.model, reference) == pytest.approx(0, abs=1e-5)
 
 
-def replace_device(subject, device):
-    """The same model elsewhere."""
-    return Subject(subject.name, subject.folder, subject.texts, device)
-
-
-@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p}-{p.scope}")
-def test_every_proxy_rates_as_on_the_cpu(subject, pattern):
-    allocations = [Allocation()]
-    if pattern.scope != "global":
-        methods = product(ALLOCATIONS[1:], ALLOCATION_UNITS)
-        allocations += [Allocation(method=m, unit=u, spread=0.25) for m, u in methods]
-    candidates = [
-        Candidate(method="x", coefficients=CREPE, pattern=pattern, steps=Steps(allocation=each))
-        for each in allocations
-    ]
-    there = ProxyEvaluator(subject.bundle, subject.device)
-    on_cpu = ProxyEvaluator(subject.bundle)
-    found = there.evaluate(candidates, with_gini=True)
-    expected = on_cpu.evaluate(candidates, with_gini=True)
-    for mine, theirs in zip(found, expected, strict=True):
-        for value in (*WEIGHTINGS, "gini"):
-            assert getattr(mine, value) == pytest.approx(getattr(theirs, value), rel=1e-3)
-    assert there.evaluate(candidates[:1])[0].gini is None
-    assert there.layer_errors(candidates[0]) == pytest.approx(
-        on_cpu.layer_errors(candidates[0]), rel=1e-3
-    )
-
-
 def combinations():
     """Each step once, at N:M and by layer, on a Llama; a few on the other kinds of model."""
     steps = [
-        (repruning, update)
+        {"repruning": repruning, "update": update}
         for repruning, update in product(REPRUNINGS, UPDATES)
         if (update not in CHOOSING or repruning == "none")
         and (repruning, update) != ("admm", "none")
     ]
-    few = [("none", "none"), ("swaps", "obs"), ("dsnot", "least-squares")]
+    steps += [{"allocation": Allocation(method=each, spread=0.25)} for each in ALLOCATIONS[1:]]
+    few = [
+        {},
+        {"repruning": "swaps", "update": "obs"},
+        {"repruning": "dsnot", "update": "least-squares"},
+    ]
     return [
-        (name, pattern, *each)
+        (name, pattern, each)
         for name, pattern in product(CONFIGS, ("0.5 layer", "2:4 row"))
         for each in (steps if name == "llama" else few)
     ]
 
 
-@pytest.mark.parametrize(("name", "pattern", "repruning", "update"), combinations())
+@pytest.mark.parametrize(("name", "pattern", "steps"), combinations())
 def test_every_combination_of_steps_prunes_to_the_pattern_and_the_model_is_dense_again(
-    subject_of, name, pattern, repruning, update
+    subject_of, name, pattern, steps
 ):
     subject, parsed = subject_of(name), Pattern.parse(*pattern.split())
+    exact = not parsed.group or "allocation" not in steps
     for permutation in PERMUTATIONS if parsed.group else PERMUTATIONS[:1]:
-        steps = Steps(permutation=permutation, repruning=repruning, update=update)
-        candidate = Candidate(method="x", coefficients=CREPE, pattern=parsed, steps=steps)
+        candidate = Candidate(
+            method="x", coefficients=CREPE, pattern=parsed,
+            steps=Steps(permutation=permutation, **steps),
+        )  # fmt: skip
         with unchanged(subject.model):
             result, sparsity = rate_pruned(
-                subject.model,
-                subject.bundle.statistics(),
-                candidate,
-                subject.report().windows,
+                subject.model, subject.bundle.statistics(), candidate, subject.report().windows,
                 calibration=subject.text.calibration,
-            )
-        assert sparsity == pytest.approx(0.5, abs=1e-3)
+            )  # fmt: skip
+        assert sparsity == pytest.approx(0.5, abs=1e-3 if exact else 0.05)
         assert math.isfinite(result.perplexity)
 
 
-@pytest.mark.parametrize("method", ALLOCATIONS[1:])
-def test_shares_are_allocated_from_the_weights_on_the_card(subject, method):
-    candidate = Candidate(
-        method="x",
-        coefficients=CREPE,
-        pattern=Pattern.parse("0.5", "row"),
-        steps=Steps(allocation=Allocation(method=method, spread=0.25)),
-    )
-    with (
-        unchanged(subject.model),
-        pruned_model(subject.model, subject.bundle.statistics(), candidate, None) as shares,
-    ):
-        assert len(shares) == len(subject.model.linears)
-        assert len({round(share, 3) for share in shares.values()}) > 1
-
-
-SEARCHES: list[tuple[str, str, str, dict[str, Any]]] = [
+SEARCHES = [
     ("llama", "0.5", "row", {}),
     ("llama-streamed", "0.5", "layer", {}),
     ("mixtral", "0.5", "global", {}),
@@ -219,13 +161,9 @@ def test_every_scope_pattern_and_objective_is_searched_and_confirmed(
     subject, parsed = subject_of(name), Pattern.parse(pattern, scope)
     preset = Preset.of(changes.get("preset", "score"), parsed)
     request = SearchRequest(
-        pattern=parsed,
-        steps=preset.steps,
-        bounds=preset.bounds,
+        pattern=parsed, steps=preset.steps, bounds=preset.bounds, trials=9, finalists=1,
         objective=changes.get("objective", Objective()),
-        trials=9,
-        finalists=1,
-    )
+    )  # fmt: skip
     with unchanged(subject.model):
         work = Work.of(
             subject.bundle, subject.model, subject.report("confirmation"), subject.text.calibration
@@ -233,7 +171,6 @@ def test_every_scope_pattern_and_objective_is_searched_and_confirmed(
         run = Run(device=subject.device)
         configuration = search_job(request, work, run=run).configuration
 
-    assert configuration.confirmation is not None
     assert configuration.confirmation.perplexity > 1
 
 
@@ -246,60 +183,29 @@ def configuration_of(pattern, preset):
     )
 
 
-def test_baselines_of_each_kind_beside_a_configuration(subject):
+def test_baselines_beside_a_configuration_random_candidates_and_another_models_configuration(
+    subject,
+):
     pattern = "0.5" if "bfloat16" in subject.name else "2:4"
-    parsed = Pattern.parse(pattern)
+    parsed, run = Pattern.parse(pattern), Run(device=subject.device)
     own = "wanda-permuted" if parsed.group else "owl-wanda"
     methods = ["wanda", "wanda-sequential", "ria-layer", own, "sparsegpt"]
+    mine, report = configuration_of(pattern, "crepe-plus"), subject.report()
+    given = Work.of(subject.bundle, calibration=subject.text.calibration)
+    work = Work.of(subject.bundle, subject.model, report, subject.text.calibration)
+    plan = SearchRequest(pattern=Pattern.parse("0.5", "global")).plan(subject.bundle.kernel_sizes)
+    target = replace(work, report=report, confirm=subject.report("confirmation"))
+    search = SearchRequest(pattern=Pattern.parse("0.5"), trials=8, finalists=1)
+    request = ComparisonRequest(pattern=parsed, configurations=[("mine", mine)], methods=methods)
     with unchanged(subject.model):
-        request = ComparisonRequest(
-            pattern=parsed,
-            configurations=[("mine", configuration_of(pattern, "crepe-plus"))],
-            methods=methods,
-        )
-        given = Work.of(subject.bundle, calibration=subject.text.calibration)
-        rows = compare_over_seeds(
-            subject.model, subject.report(), request, {0: lambda: given},
-            run=Run(device=subject.device),
-        ).rows  # fmt: skip
+        rows = compare_over_seeds(subject.model, report, request, {0: lambda: given}, run=run).rows
+        validation = validate_job(work, plan, ValidationSpec(candidates=8), run=run)
+        found = configuration_of("0.5", "score")
+        done = transfer_job(subject.name, target, found, search=search, run=run)
 
     assert [row.method for row in rows] == ["dense", *methods, "mine"]
     assert all(row.memory_bytes for row in rows)
-
-
-def test_random_candidates_by_every_proxy_and_by_perplexity(subject):
-    result = validate_job(
-        Work.of(subject.bundle, subject.model, subject.report(), subject.text.calibration),
-        SearchRequest(pattern=Pattern.parse("0.5", "global")).plan(subject.bundle.kernel_sizes),
-        ValidationSpec(candidates=8),
-        run=Run(device=subject.device),
-    )
-
-    assert len(result.perplexity) == 8
-
-
-def test_transfer(subject):
-    """A configuration that was found elsewhere, and the model's own best."""
-    work = Work(
-        bundles={subject.name: subject.bundle},
-        dense=subject.model,
-        report=subject.report(),
-        calibration=subject.text.calibration,
-        confirm=subject.report("confirmation"),
-    )
-    request = SearchRequest(
-        pattern=Pattern.parse("0.5"),
-        trials=8,
-        finalists=1,
-    )
-    done = transfer_job(
-        subject.name,
-        work,
-        configuration_of("0.5", "score"),
-        search=request,
-        run=Run(device=subject.device),
-    )
-
+    assert len(validation.perplexity) == 8
     assert set(done.perplexities) == {"dense", "wanda", "ria", "transferred", "own"}
 
 
@@ -321,14 +227,14 @@ def test_one_search_over_three_families(subject_of, over):
 def test_a_model_is_pruned_for_good_and_saved_and_what_was_saved_passes_its_check(
     subject, pattern, preset, tmp_path
 ):
-    spoiled = replace(subject)  # it is left pruned
-    out = tmp_path / "out"
+    spoiled, calibration = replace(subject), subject.text.calibration  # it is left pruned
+    configuration = configuration_of(pattern, preset)
     done = prune_job(
-        Work.of(subject.bundle, spoiled.model, calibration=subject.text.calibration),
-        configuration_of(pattern, preset),
-        out,
+        Work.of(subject.bundle, spoiled.model, calibration=calibration),
+        configuration,
+        tmp_path / "out",
     )
-    checks = check_folder(out, original=subject.model)
+    checks = check_folder(tmp_path / "out", original=subject.model)
 
     assert done.sparsity == pytest.approx(0.5, abs=1e-3)
     assert [check.name for check in checks if not check.passed] == []
@@ -340,9 +246,15 @@ SMALL = (
 )  # fmt: skip
 
 
+def pho(*words):
+    result = CliRunner().invoke(main, [*map(str, words), "--json"], catch_exceptions=False)
+    assert result.exit_code == 0, (words[0], result.output)
+    assert json.loads(result.stdout)
+
+
 @pytest.mark.thorough(False)
 def test_every_verb_that_runs_a_model_as_a_user_calls_it_some_of_them_on_the_second_card(
-    subject_of, cards, tmp_path, monkeypatch
+    subject_of, cards, tmp_path, monkeypatch, request
 ):
     monkeypatch.chdir(tmp_path)
     subject = subject_of("llama")
@@ -354,22 +266,18 @@ def test_every_verb_that_runs_a_model_as_a_user_calls_it_some_of_them_on_the_sec
     second = ("--device", "cuda:1")
     used = cards[1].counts.launches
 
-    def pho(*words):
-        result = CliRunner().invoke(main, [*map(str, words), "--json"], catch_exceptions=False)
-        assert result.exit_code == 0, (words[0], result.output)
-        assert json.loads(result.stdout)
-
     pho("calibrate", model, *calibration, "--out", "b.safetensors", *second)
     pho("search", model, *calibration, *confirm, "--preset", "score",
         "--pattern", "0.5", "--scope", "global",
-        "--trials", 9, "--finalists", 1, "--study", study, *second)  # fmt: skip
+        "--trials", 7, "--finalists", 1, "--study", study, *second)  # fmt: skip
     assert cards[1].counts.launches > used
     pho("evaluate", model, "--text", texts["report"], "--context-length", 24, "--max-windows", 2)
     pho("compare", model, *calibration, *report, "--pattern", "0.5", "--config", "config.json",
         "--method", "wanda")  # fmt: skip
     pho("prune", model, "--config", "config.json", *calibration, "--out", "out")
     pho("prune", model, "--check", "out")
-    for train, where in (("norms", ()), ("kept", second), ("lora", ("--device-map", "auto"))):
+    trains = [("kept", second), ("norms", ()), ("lora", ("--device-map", "auto"))]
+    for train, where in trains[: 3 if request.config.getoption("--thorough") else 1]:
         used = cards[1].counts.launches
         pho("recover", "out", "--teacher", model, "--text", texts["report"], "--tokens", 240,
             "--context-length", 24, "--train", train, "--out", train, *where)  # fmt: skip
