@@ -15,8 +15,9 @@ def bundle(linears, statistics):
     return sample_bundle(linears, statistics, rows_per_layer=10, kernel_sizes=(5, 3), seed=0)
 
 
-def test_rows(linears, bundle):
-    """Sampled rows are the model's, distinct and in order, layer by layer in model order."""
+def test_sampled_rows_are_the_models_distinct_and_in_order_and_all_weights_are_counted(
+    linears, bundle
+):
     assert [layer.name for layer in bundle.layers] == list(linears)
     for layer in bundle.layers:
         weight = linears[layer.name].weight
@@ -24,6 +25,13 @@ def test_rows(linears, bundle):
         assert layer.row_index.tolist() == sorted(set(layer.row_index.tolist()))
         assert len(layer.rows) == 10
         assert (layer.out_features, layer.in_features) == weight.shape
+    assert bundle.weights == sum(linear.weight.numel() for linear in linears.values())
+    assert bundle.kernel_sizes == (3, 5)
+    assert [layer.kind for layer in bundle.layers[:5]] == [
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
+    ]  # fmt: skip
+    wide = [tuple(layer.row_index.tolist()) for layer in bundle.layers if layer.in_features > 32]
+    assert len({*wide}) == 2  # layers of one shape do not all sample the same ones
 
 
 def test_means(linears, bundle):
@@ -39,20 +47,12 @@ def test_means(linears, bundle):
             )
 
 
-@pytest.mark.parametrize(("seed", "same"), [(0, True), (1, False)])
-def test_the_same_seed_samples_the_same_rows_another_seed_others(
-    linears, statistics, bundle, seed, *, same
-):
-    again = sample_bundle(linears, statistics, rows_per_layer=10, kernel_sizes=(3,), seed=seed)
-    pairs = zip(bundle.layers, again.layers, strict=True)
+def test_the_same_seed_samples_the_same_rows_another_seed_others(linears, statistics, bundle):
+    for seed in (0, 1):
+        again = sample_bundle(linears, statistics, rows_per_layer=10, kernel_sizes=(3,), seed=seed)
+        pairs = zip(bundle.layers, again.layers, strict=True)
 
-    assert all(torch.equal(a.row_index, b.row_index) for a, b in pairs) is same
-
-
-def test_layers_of_one_shape_do_not_all_sample_the_same_rows(bundle):
-    sampled = {tuple(layer.row_index.tolist()) for layer in bundle.layers if layer.in_features > 32}
-
-    assert len(sampled) == 2
+        assert all(torch.equal(a.row_index, b.row_index) for a, b in pairs) is (seed == 0)
 
 
 def test_statistics(linears, statistics, bundle):
@@ -63,15 +63,6 @@ def test_statistics(linears, statistics, bundle):
     for name in linears:
         assert torch.equal(back.fisher[name], statistics.fisher[name])
         assert torch.equal(back.activation_norm(name), statistics.activation_norm(name))
-
-
-def test_counts(linears, bundle):
-    """A bundle counts all weights of the model, and names its kernel sizes in order."""
-    assert bundle.weights == sum(linear.module.weight.numel() for linear in linears.values())  # type: ignore[operator, union-attr]
-    assert bundle.kernel_sizes == (3, 5)
-    assert [layer.kind for layer in bundle.layers[:5]] == [
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("rows", [0, 10])

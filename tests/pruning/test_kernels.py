@@ -1,12 +1,10 @@
 """The compiled selections of the CPU mark what the plain torch versions mark."""
 
 import importlib
-from collections.abc import Callable
 
 import pytest
 import torch
 from numba.core.caching import FunctionCache
-from torch import Tensor
 
 from pho_service.pruning import kernels
 from pho_service.pruning.selection import (
@@ -20,7 +18,7 @@ GENERATOR = torch.Generator()
 
 
 # Scores that are hard to select from.
-KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+KINDS = {
     "normal": lambda x: x,
     "positive": torch.abs,
     "ties": lambda x: x.abs().mul(2).round(),

@@ -15,14 +15,19 @@ from pho_service.pruning.perplexity import (
 )
 
 
-def test_windows_do_not_overlap_and_each_starts_with_the_prefix_a_short_tail_is_dropped():
-    assert cut_windows(torch.arange(11), 4, []).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert cut_windows(torch.arange(10, 17), 4, [1]).tolist() == [[1, 10, 11, 12], [1, 13, 14, 15]]
-
-
-def test_a_text_that_fills_its_windows_exactly_loses_nothing():
-    assert cut_windows(torch.arange(6), 3, []).tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert cut_windows(torch.arange(6), 4, [9]).tolist() == [[9, 0, 1, 2], [9, 3, 4, 5]]
+@pytest.mark.parametrize(
+    ("tokens", "length", "prefix", "windows"),
+    [
+        (range(11), 4, [], [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        (range(10, 17), 4, [1], [[1, 10, 11, 12], [1, 13, 14, 15]]),
+        (range(6), 3, [], [[0, 1, 2], [3, 4, 5]]),  # which fill them exactly
+        (range(6), 4, [9], [[9, 0, 1, 2], [9, 3, 4, 5]]),
+    ],
+)
+def test_windows_do_not_overlap_and_each_starts_with_the_prefix_a_short_tail_is_dropped(
+    tokens, length, prefix, windows
+):
+    assert cut_windows(torch.tensor(tokens), length, prefix).tolist() == windows
 
 
 @pytest.mark.parametrize(("tokens", "prefix"), [(0, []), (3, []), (2, [1])])
@@ -31,15 +36,21 @@ def test_a_text_below_one_window_is_refused(tokens, prefix):
         cut_windows(torch.arange(tokens), 4, prefix)
 
 
-def test_matches_transformers(tiny_llama, windows):
-    """Perplexity is exp of the mean of the losses that transformers computes itself."""
+def test_perplexity_is_exp_of_the_mean_of_the_losses_that_transformers_computes(
+    tiny_llama, windows
+):
     with torch.no_grad():
         losses = [float(tiny_llama(input_ids=w[None], labels=w[None]).loss) for w in windows]
+    shapes = []
+    tiny_llama.register_forward_pre_hook(
+        lambda _m, _a, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
     rated = rate_perplexity(tiny_llama, windows)
 
     assert rated.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
     assert (rated.tokens, rated.windows) == (6 * 23, 6)
     assert rated.losses == pytest.approx([23 * loss for loss in losses], rel=1e-5)
+    assert shapes == [(1, 24)] * 6  # one by one on a CPU
 
 
 @pytest.mark.parametrize(
@@ -63,10 +74,7 @@ def test_its_standard_error_is_that_of_a_ratio_of_sums(count, predicted):
     jackknife = math.sqrt(sum((x - mean) ** 2 for x in left) * (len(left) - 1) / len(left))
 
     assert rated.error == pytest.approx(jackknife * rated.perplexity, rel=0.05)
-
-
-def test_a_single_loss_has_no_standard_error():
-    assert perplexity_of([[30.0]], torch.zeros(1, 11)).error is None
+    assert perplexity_of([[30.0]], torch.zeros(1, 11)).error is None  # of a single loss
 
 
 def test_uniform_model(tiny_llama, windows):
@@ -107,16 +115,6 @@ def test_of_a_large_vocabulary_the_loss_is_computed_some_positions_at_a_time_to_
 
     assert chunks == [slice(0, 16), slice(16, 32)]
     assert rate_perplexity(tiny_llama, windows).perplexity == pytest.approx(whole, rel=1e-6)
-
-
-def test_one_by_one_on_a_cpu(tiny_llama, windows):
-    shapes = []
-    tiny_llama.register_forward_pre_hook(
-        lambda _m, _a, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
-    )
-    rate_perplexity(tiny_llama, windows)
-
-    assert shapes == [(1, 24)] * 6
 
 
 @pytest.mark.parametrize(

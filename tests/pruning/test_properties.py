@@ -5,7 +5,6 @@ What holds of scores and patterns for any weights: zeros, ties, denormals, very 
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from decimal import Decimal
 
@@ -264,7 +263,7 @@ def model_of(parts):
     return linears, statistics
 
 
-COUNTED: dict[str, Callable[[Tensor], Tensor]] = {
+COUNTED = {
     "row": lambda mask: (~mask).sum(dim=1),
     "layer": lambda mask: (~mask).sum()[None],
 }

@@ -175,62 +175,40 @@ def test_gini(linears, statistics, pattern, scope):
         differences = (x[:, None] - x).abs().mean()
         total += float(differences / (2 * x.mean())) * weight.numel()
     bundle = bundle_of(linears, statistics)
-    rating = ProxyEvaluator(bundle).evaluate([candidate], with_gini=True)[0]
+    evaluator = ProxyEvaluator(bundle)
+    (rating,), (plain,) = (evaluator.evaluate([candidate], with_gini=g) for g in (True, False))
 
     assert rating.gini == pytest.approx(total / bundle.weights, rel=1e-4)
+    assert plain == replace(rating, gini=None)
 
 
-def test_gini_is_measured_if_asked_for(linears, statistics):
-    evaluator = ProxyEvaluator(bundle_of(linears, statistics, 8))
-    candidates = ALL_CANDIDATES[:1]
-    (without,), (with_gini,) = (
-        evaluator.evaluate(candidates), evaluator.evaluate(candidates, with_gini=True),
-    )  # fmt: skip
-
-    assert without.gini is None
-    assert replace(with_gini, gini=None) == without
-
-
-def test_unknown_kernel_size(linears, statistics):
-    """A kernel size that the bundle has no window means for is refused, with those it has."""
-    unknown = Coefficients(row=1, column=1, neighbourhood=1, kernel_size=7)
-    candidate = replace(ALL_CANDIDATES[0], coefficients=unknown)
-
-    with pytest.raises(BundleError, match=r"kernel size 7, only for 3, 5"):
-        rate(bundle_of(linears, statistics), candidate)
-
-
-@pytest.mark.parametrize("change", [{"neighbourhood": 0}, {"normalisation": "none"}])
-def test_where_no_window_is_used_an_unknown_kernel_size_rates_as_any_other(
+@pytest.mark.parametrize("change", [{}, {"neighbourhood": 0}, {"normalisation": "none"}])
+def test_a_kernel_size_without_window_means_is_refused_unless_no_window_is_used(
     linears, statistics, change
 ):
     bundle = bundle_of(linears, statistics)
-    fields = {"row": 1, "column": 1, "neighbourhood": 1} | change
+    fields = {"row": 1, "column": 1, "neighbourhood": 1, **change}
     known, unknown = (
-        replace(
-            ALL_CANDIDATES[0],
-            coefficients=Coefficients(**fields, kernel_size=k),  # type: ignore[arg-type]
-        )
+        replace(ALL_CANDIDATES[0], coefficients=Coefficients(**fields, kernel_size=k))
         for k in (3, 7)
     )
 
-    assert rate(bundle, unknown) == rate(bundle, known)
+    if change:
+        assert rate(bundle, unknown) == rate(bundle, known)
+    else:
+        with pytest.raises(BundleError, match=r"kernel size 7, only for 3, 5"):
+            rate(bundle, unknown)
 
 
-def test_a_nan_names_its_first_linear(linears, statistics):
+def test_a_nan_names_its_first_linear_scores_that_overflow_theirs(linears, statistics):
     broken = [replace(entry, root=entry.root.clone()) for entry in statistics.inputs]
     broken[3].root[0, 0] = math.nan  # of the first block's down_proj
+    overflowing = Coefficients(row=1e30, column=1e30, neighbourhood=1e30, activation_exponent=300)
 
     with pytest.raises(NumericalError, match=r"layers\.0\.mlp\.down_proj"):
         rate(bundle_of(linears, replace(statistics, inputs=broken)), ALL_CANDIDATES[0])
-
-
-def test_scores_that_overflow_are_refused(linears, statistics):
-    overflowing = Coefficients(row=1e30, column=1e30, neighbourhood=1e30, activation_exponent=300)
-    candidate = replace(ALL_CANDIDATES[0], coefficients=overflowing)
-
     with pytest.raises(NumericalError, match=r"layers\.0\.self_attn\.q_proj: a score"):
-        rate(bundle_of(linears, statistics), candidate)
+        rate(bundle_of(linears, statistics), replace(ALL_CANDIDATES[0], coefficients=overflowing))
 
 
 def test_global_ties(linears, statistics):
@@ -255,11 +233,13 @@ def test_a_gpu_rates_what_the_cpu_rates(linears, statistics, pretended_gpu):
         if method == "uniform" or candidate.pattern.scope != "global"
     ]
     bundle = bundle_of(linears, statistics, rows_per_layer=8)
-    on_gpu = ProxyEvaluator(bundle, "cuda")
+    on_gpu, on_cpu = ProxyEvaluator(bundle, "cuda"), ProxyEvaluator(bundle)
     found = on_gpu.evaluate(candidates, with_gini=True)
-    expected = ProxyEvaluator(bundle).evaluate(candidates, with_gini=True)
+    expected = on_cpu.evaluate(candidates, with_gini=True)
 
     assert on_gpu.stacks[0].rows.device == pretended_gpu.device
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.blend == pytest.approx(theirs.blend, rel=1e-5)
         assert mine.gini == pytest.approx(theirs.gini, rel=1e-4)
+    errors = [evaluator.layer_errors(candidates[0]) for evaluator in (on_gpu, on_cpu)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)

@@ -131,7 +131,7 @@ def test_a_step_lowers_the_divergence_and_removes_and_restores_nothing(
     with recovering(
         tiny_llama, blocks_of(tiny_llama), linears, Recovery(train=what), Processes()
     ) as trained:
-        adam = torch.optim.Adam(trained.groups(3e-3))  # type: ignore[arg-type]
+        adam = torch.optim.Adam(trained.groups(3e-3))
         for window in range(len(reference.windows)):
             trained.backward(reference, window)
             adam.step()

@@ -81,8 +81,10 @@ def test_collecting_changes_no_weight_no_requires_grad_makes_no_grad_and_leaves_
     frozen = "model.norm.weight"
     tiny_llama.get_parameter(frozen).requires_grad_(False)
     before = {name: p.detach().clone() for name, p in tiny_llama.named_parameters()}
-    collected(tiny_llama, linears, windows, fisher_windows=3)
+    told = []
+    collected(tiny_llama, linears, windows, fisher_windows=3, advance=told.append)
 
+    assert told == [1] * 6
     for name, parameter in tiny_llama.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.requires_grad is (name != frozen)
@@ -121,31 +123,21 @@ def test_unused_linear(tiny_llama, linears, windows):
         collected(tiny_llama, linears, windows)
 
 
-@pytest.mark.parametrize(("bad", "rows"), [(math.nan, 0), (math.inf, 8)])
-def test_activations_that_are_not_finite_are_refused_with_the_first_linear_that_reads_them(
-    tiny_llama, linears, windows, bad, rows
+@pytest.mark.parametrize(
+    ("parameter", "bad", "rows", "first"),
+    [
+        ("model.layers.1.post_attention_layernorm", math.nan, 0, "1.mlp.gate_proj: the activ"),
+        ("model.layers.1.post_attention_layernorm", math.inf, 8, "1.mlp.gate_proj: the activ"),
+        ("lm_head", math.nan, 0, "0.self_attn.q_proj: the gradients"),
+    ],
+)
+def test_activations_or_gradients_that_are_not_finite_are_refused_with_the_first_linear(
+    tiny_llama, linears, windows, parameter, bad, rows, first
 ):
-    norm = tiny_llama.get_parameter("model.layers.1.post_attention_layernorm.weight")
-    norm.data[3] = bad
+    tiny_llama.get_parameter(f"{parameter}.weight").data[3] = bad
 
-    with pytest.raises(NumericalError, match=r"layers\.1\.mlp\.gate_proj: the activations"):
+    with pytest.raises(NumericalError, match=f"layers.{first}"):
         collected(tiny_llama, linears, windows, rows)
-
-
-def test_bad_gradients(tiny_llama, linears, windows):
-    """Gradients that are NaN, with finite activations, are refused with a linear's name."""
-    tiny_llama.get_parameter("lm_head.weight").data[3] = math.nan
-
-    with pytest.raises(NumericalError, match=r"layers\.0\.self_attn\.q_proj: the gradients"):
-        collected(tiny_llama, linears, windows)
-
-
-def test_progress(tiny_llama, linears, windows):
-    """Progress is told once a window."""
-    told = []
-    collected(tiny_llama, linears, windows, 4, fisher_windows=2, advance=told.append)
-
-    assert told == [1] * 6
 
 
 def test_writing_to_a_linears_weight_changes_the_model_whichever_way_it_is_stored():

@@ -133,13 +133,9 @@ def test_second_moments_are_of_independent_tokens_too(moments):
     assert torch.equal(shrunk.gram.diagonal(), moments.gram.diagonal())
     assert torch.equal(shrunk.mean, moments.mean)
     assert moments.shrunk(0.0) is moments
-
-
-def test_an_input_that_no_token_reached_has_nothing_to_shrink():
-    zeros = torch.zeros(WIDTH)
-    moments = InputMoments(gram=torch.diag(zeros), mean=zeros, activation_norm=zeros, seen=0)
-
-    assert not moments.shrunk(1.0).gram.any()
+    zeros = torch.zeros(WIDTH)  # of an input that no token reached
+    unseen = InputMoments(gram=torch.diag(zeros), mean=zeros, activation_norm=zeros, seen=0)
+    assert not unseen.shrunk(1.0).gram.any()
 
 
 @pytest.mark.parametrize("repruning", ["none", "swaps", "admm"])

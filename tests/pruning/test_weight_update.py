@@ -85,24 +85,21 @@ def damped_error(weight, changed, gram):
     return ((difference @ damped(gram)) * difference).sum(dim=1)
 
 
-@pytest.mark.parametrize("width", [1, 40])
-def test_factor_is_the_cholesky_factor_of_the_inverse(width):
-    gram = inputs_gram(width)
+@pytest.mark.parametrize(("width", "tokens"), [(1, None), (40, None), (64, 16)])
+def test_factor_is_the_cholesky_factor_of_the_inverse_of_a_damped_singular_matrix_too(
+    width, tokens
+):
+    gram = inputs_gram(width, tokens=tokens)
 
     factor = inverse_factor(gram, layer="q")
 
     expected = torch.linalg.cholesky(torch.linalg.inv(damped(gram)), upper=True)
-    torch.testing.assert_close(factor.double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(factor.double(), expected, rtol=1e-3, atol=1e-3 if tokens else 1e-6)
+    product = factor.double().T @ factor.double() @ damped(gram)
+    torch.testing.assert_close(product, torch.eye(width).double(), rtol=0, atol=1e-3)
     assert torch.equal(factor, factor.triu())
-
-
-def test_a_singular_gram_matrix_has_a_factor_once_it_is_damped():
-    gram = inputs_gram(64, tokens=16)
-
-    factor = inverse_factor(gram, layer="q").double()
-
-    product = factor.T @ factor @ damped(gram)
-    torch.testing.assert_close(product, torch.eye(64).double(), rtol=0, atol=1e-3)
+    dead = inverse_factor(torch.zeros(5, 5), layer="q")  # inputs with nothing to hand on
+    assert torch.equal(dead, torch.eye(5))
 
 
 def test_a_matrix_that_rounding_makes_indefinite_in_float32_is_factored_in_float64():
@@ -133,12 +130,6 @@ def test_what_damping_does_not_make_positive_definite_names_the_layer_and_the_wa
         inverse_factor(gram, layer="layers.3.q")
 
     assert caught.value.layer == "layers.3.q"
-
-
-def test_inputs_that_are_all_dead_have_nothing_to_hand_on():
-    factor = inverse_factor(torch.zeros(5, 5), layer="q")
-
-    assert torch.equal(factor, torch.eye(5))
 
 
 @pytest.mark.parametrize("block", [1, 3, 128])
