@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from optuna.storages import InMemoryStorage
@@ -20,7 +19,7 @@ SETTINGS = CalibrationSettings(
     samples=6, context_length=32, rows_per_layer=4, projection_rows=16, kernel_sizes=(3, 5)
 )
 
-_made: dict[str, Any] = {}
+_made = {}
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -118,6 +117,16 @@ def test_good(pruned, model):
     assert detail(with_original, "kept weights").endswith("6 linears with other channel orders")
     for name in OF_THE_ORIGINAL:
         assert detail(alone, name) == "not checked: no original model was given"
+    told = []
+
+    @contextmanager
+    def bar(_, steps):
+        told.append(steps)
+        yield told.append
+
+    weighed(DOWN, lambda t: t.fill_(0))(pruned)  # a kept weight that is zero is no fault
+    assert failed(check_folder(pruned.path, original=None, progress=bar)) == []
+    assert told == [14] + [1] * 14
 
 
 def test_a_packed_folder_is_checked_as_it_is_and_found_to_be_of_another_model_or_changed(
@@ -148,22 +157,6 @@ def test_a_bfloat16_checkpoint_stays_one_and_its_kept_weights_stay_bit_for_bit(
     assert {tensor.dtype for tensor in saved} == {torch.bfloat16} != {original.dtype}
     assert failed(good) == []
     assert failed(bad) == ["other parameters"]
-
-
-def test_each_linear_is_told(pruned):
-    told = []
-
-    @contextmanager
-    def bar(_, steps):
-        told.append(steps)
-        yield told.append
-
-    check_folder(pruned.path, original=None, progress=bar)
-
-    assert told == [14] + [1] * 14
-
-
-Fault = Callable[[Pruned], None]
 
 
 def edited(*keys, **changes):
@@ -261,12 +254,6 @@ def test_what_is_broken_is_found_and_only_that(pruned, model, break_it, expected
     assert ", ".join(failed(checks)) == expected
     assert any(re.search(said, f"{check.name}: {check.detail}") for check in checks)
     assert {*failed(alone)} == {*failed(checks)} - {*OF_THE_ORIGINAL}
-
-
-def test_a_kept_weight_that_is_zero_is_no_fault(pruned):
-    weighed(DOWN, lambda t: t.fill_(0))(pruned)
-
-    assert failed(check_folder(pruned.path, original=None)) == []
 
 
 def test_a_recipe_lacks_no_key(pruned):
@@ -386,6 +373,8 @@ GONE = 10**9
         (cut(MASKS, GONE), ModelError, "do not exist"),
         (cut("model.safetensors", GONE), ModelError, "has no weights"),
         (cut("config.json", GONE), ModelError, "config"),
+        (cut("pruning.json", GONE), ConfigurationError, r"has no pruning\.json"),
+        (lambda pruned: shutil.rmtree(pruned.path), ModelError, "is no folder"),
         (
             lambda pruned: pruned.edit_tensor(f"{UP}.weight", lambda t: t[0, 0].fill_(torch.nan)),
             NumericalError,
@@ -407,11 +396,3 @@ def test_what_cannot_be_read_is_an_error_not_a_failed_check(pruned, break_it, er
 
     with pytest.raises(error, match=said):
         check_folder(pruned.path, original=None)
-
-
-def test_dense_folder(model_folder, tmp_path):
-    """A folder that was not pruned, or is not there, is told so."""
-    with pytest.raises(ConfigurationError, match=r"has no pruning\.json"):
-        check_folder(model_folder, original=None)
-    with pytest.raises(ModelError, match="is no folder"):
-        check_folder(tmp_path / "none", original=None)

@@ -131,15 +131,14 @@ def test_interrupted(confirming, runs, searched):
     assert sum(runs) < windows + 2 * (3 + 3)  # what the race has measured is not measured again
 
 
-def test_another_seed_looks_at_other_windows_first_the_same_one_at_the_same(confirming):
+def test_another_seed_looks_at_other_windows_first(confirming):
     rated = [
         search_job(request_of(seed=seed, trials=9), confirming).configuration.finalists
-        for seed in (0, 0, 1)
+        for seed in (0, 1)
     ]
-    wanda = [next(c.divergence for c in each if c.method == "wanda") for each in rated]
+    wanda, other = (next(c.divergence for c in each if c.method == "wanda") for each in rated)
 
-    assert rated[0] == rated[1]
-    assert wanda[0] != wanda[2]
+    assert wanda != other
 
 
 def test_a_window_whose_loss_is_nan_ends_the_search_and_the_error_says_of_which_candidate(

@@ -46,19 +46,9 @@ CONFIGURATION = Configuration(
 )
 
 
-def compared_on(
-    model,
-    bundle,
-    report,
-    pattern,
-    configurations,
-    *,
-    calibration=None,
-    also=None,
-    text=None,
-    **asked,
-):
+def compared_on(model, bundle, report, pattern, configurations, *, text=None, also=None, **asked):
     """The rows of a comparison on one calibration."""
+    calibration = asked.pop("calibration", None)
     request = ComparisonRequest(pattern=pattern, configurations=configurations, **asked)
     given = Work.of(bundle=bundle, model=model, calibration=calibration)
     return compare_over_seeds(model, report, request, {0: lambda: given}, text=text, also=also).rows
@@ -72,18 +62,6 @@ def bits(model):
 def same(before, after):
     """Whether all weights are the same to the last bit."""
     return all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-
-
-def test_rate_pruned(model, bundle, report):
-    """The model is rated pruned, and given back dense."""
-    before = bits(model)
-    dense = rate_perplexity(model.model, report.windows).perplexity
-    (candidate, *_) = comparison_baselines(Pattern.parse("0.9"))
-    rating, sparsity = rate_pruned(model, bundle.statistics(), candidate, report.windows)
-
-    assert rating.perplexity != dense
-    assert sparsity == pytest.approx(0.9, abs=1e-3)
-    assert same(before, bits(model))
 
 
 def test_a_candidate_whose_perplexity_is_no_number_fails_alone_with_its_cause(
@@ -301,10 +279,6 @@ def test_methods_by_name(model, bundle, report):
     best, other = sorted(rows[1:], key=lambda row: row.perplexity)
     assert rows[0].behind is best.behind is None
     assert 0 < other.behind < 1
-
-
-def test_method_without_its_text(model, bundle, report):
-    """A method that needs a text is not left out silently if it was named."""
     with pytest.raises(InvalidInput, match="need a calibration text"):
         compared_on(model, bundle, report, HALF, [], methods=["sparsegpt"])
 
@@ -378,7 +352,9 @@ def test_seeds(model, report, drawn):
     assert "seeds 0, 3" in found.caption
 
 
-def test_the_summary_names_the_best_published_variant_by_its_own_name(model, bundle, report):
+def test_the_summary_names_the_best_published_variant_a_note_says_what_is_left_out(
+    model, bundle, report
+):
     names = ["wanda", "wanda-sequential", "ria-row", "ria-layer"]
     request = ComparisonRequest(pattern=HALF, methods=names)
     given = Work.of(bundle=bundle, calibration=report.windows)
@@ -388,16 +364,11 @@ def test_the_summary_names_the_best_published_variant_by_its_own_name(model, bun
     said = found.summary.replace("Wanda", "wanda").split(", ")
 
     assert said[1:] == [f"{name} {number(values[name])}" for name in best]
-
-
-def test_owl_is_left_out_with_a_sentence(model, bundle, report):
-    def compared(methods):
+    for methods, notes in ((None, [OWL_AT_NM]), (["wanda"], [])):
         request = ComparisonRequest(pattern=NM, methods=methods)
-        return compare_over_seeds(model, report, request, {0: lambda: Work.of(bundle=bundle)})
-
-    assert compared(None).notes == [OWL_AT_NM]
-    assert "OWL has no row at N:M" in compared(None).caption
-    assert compared(["wanda"]).notes == []
+        found = compare_over_seeds(model, report, request, {0: lambda: Work.of(bundle=bundle)})
+        assert found.notes == notes
+        assert ("OWL has no row at N:M" in found.caption) is bool(notes)
 
 
 def test_mean_rows():
@@ -423,7 +394,7 @@ def test_refused(model, report, drawn):
     search = SearchRequest(pattern=HALF, trials=9)
 
     def asked(**fields):
-        return ComparisonRequest(**{"pattern": HALF, **fields})  # type: ignore[arg-type]
+        return ComparisonRequest(**{"pattern": HALF, **fields})
 
     def compared(given):
         return compare_over_seeds(

@@ -112,13 +112,23 @@ def test_every_pipeline_removes_the_patterns_share_of_the_model_and_gives_it_bac
 ):
     candidate = replace(OBS, pattern=Pattern.parse(pattern), steps=steps)
     before = {n: p.detach().clone() for n, p in model.model.named_parameters()}
+    statistics = bundle.statistics()
     _, sparsity = rate_pruned(
-        model, bundle.statistics(), candidate, calibration[:1], calibration=calibration
+        model, statistics, candidate, calibration[:1], calibration=calibration
     )
 
     exact = steps.allocation.method == "uniform" or not candidate.pattern.group
     assert sparsity == pytest.approx(0.5, abs=1e-4 if exact else 0.05)
     assert all(torch.equal(p, before[n]) for n, p in model.model.named_parameters())
+    if steps.update != "none":
+        with pytest.raises(
+            InvalidInput, match=rf"'{steps.update}' .* calibration text.* Give text"
+        ):
+            prune_model(model, statistics, candidate, None)
+    # the call alone prunes the model in place, and says by how much: nothing has to be iterated
+    shares = prune_model(model, statistics, candidate, calibration)
+    zeros = {name: float((each.weight == 0).float().mean()) for name, each in model.linears.items()}
+    assert shares == pytest.approx(zeros)
 
 
 def test_what_fails_half_way_leaves_no_pruned_weights_behind(model, bundle, calibration):
@@ -133,22 +143,6 @@ def test_what_fails_half_way_leaves_no_pruned_weights_behind(model, bundle, cali
     ):
         pass
     assert all(torch.equal(p, before[n]) for n, p in model.model.named_parameters())
-
-
-def test_in_place_when_called(model, bundle):
-    """The call alone prunes the model, and says by how much: nothing has to be iterated."""
-    candidate = replace(OBS, pattern=Pattern.parse("0.5"), steps=Steps())
-    shares = prune_model(model, bundle.statistics(), candidate, None)
-    zeros = {name: float((each.weight == 0).float().mean()) for name, each in model.linears.items()}
-
-    assert shares == pytest.approx(zeros)
-    assert sum(zeros.values()) / len(zeros) == pytest.approx(0.5, abs=0.01)
-
-
-def test_without_a_text(model, bundle):
-    """Steps that need a text say so, with the way out."""
-    with pytest.raises(InvalidInput, match=r"update 'obs' need a calibration text.* Give text"):
-        prune_model(model, bundle.statistics(), OBS, None)
 
 
 def test_parallel_blocks(model_folder, report, tmp_path):

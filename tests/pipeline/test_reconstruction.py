@@ -128,10 +128,6 @@ def test_dense_linears_stay(model, bundle, windows):
     assert [*run.blocks] == ["model.layers.1"]
     assert changed == {f"{name}.weight" for name in run.masks}
     assert len(run.masks) == 6
-
-
-def test_too_few_windows(model, bundle, windows):
-    """One window cannot be trained on and held out."""
     with pytest.raises(InvalidInput, match=r"only 1\. Give 2 samples or more"):
         Run(model, bundle, windows[:1])
 
@@ -173,7 +169,7 @@ def test_pruned_folder(model, original, model_folder, bundle, windows, tmp_path)
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
-def test_winner(searched, confirming, monkeypatch, factor):
+def test_winner(searched, bundle, confirming, monkeypatch, factor):
     """Only the winner is trained, once in a study, and only a better perplexity is taken."""
     measured = []
 
@@ -199,6 +195,8 @@ def test_winner(searched, confirming, monkeypatch, factor):
     assert second.configuration == found
     assert [each.steps.reconstruction for each in measured] == [TRAINED]
     assert found.finalists == without.finalists
+    alone = search_job(asked, Work.of(bundle)).configuration  # nothing says that it is worse
+    assert alone.steps.reconstruction == TRAINED
     if factor < 1:
         assert found.steps == Steps(reconstruction=TRAINED)
         assert found.confirmation == without.confirmation.model_copy(
@@ -214,14 +212,6 @@ def test_winner(searched, confirming, monkeypatch, factor):
         assert (found.steps, found.confirmation) == (without.steps, without.confirmation)
         assert found.continuations == without.continuations
         assert "The reconstruction was left out" in first.warnings[-1]
-
-
-def test_without_a_text_to_confirm_on_the_reconstruction_is_added_as_asked_for(bundle):
-    request = SearchRequest(
-        pattern=Pattern.parse("0.5"), trials=10, steps=Steps(reconstruction=TRAINED)
-    )
-
-    assert search_job(request, Work.of(bundle)).configuration.steps.reconstruction == TRAINED
 
 
 def test_the_cache_holds_the_blocks_of_the_last_three_searches(model, bundle, tmp_path):

@@ -9,7 +9,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from bitsandbytes.optim.adam import Adam8bit
 from safetensors.torch import load_file
 from transformers import (
     GPT2Config,
@@ -123,6 +122,8 @@ def test_a_recovered_folder_passes_its_check(
 def test_the_same_tokens_give_the_same_bits_also_after_a_kill(
     bits, rate, pruned_folder, recover, tmp_path, monkeypatch
 ):
+    from bitsandbytes.optim.adam import Adam8bit  # here, as it takes seconds
+
     # It leaves smaller linears in 32 bits, and those of this model are.
     monkeypatch.setattr("bitsandbytes.optim.adam.Adam8bit", partial(Adam8bit, min_8bit_size=256))
     remembered = set()
@@ -461,16 +462,11 @@ def test_bad_input_is_named_before_anything_is_trained(
             pruned, replace(SETTINGS, written=64), teacher=streamed, on=replace(text, source=seven)
         )
     assert not (tmp_path / "workplace").exists()
-
-
-def test_quantised_weights_are_named_before_anything_is_loaded(pruned_folder):
-    folder = pruned_folder("0.5")
-    file = folder / "config.json"
+    file = tmp_path / "pruned" / "config.json"
     how = {"quant_method": "gptq", "bits": 4}
     file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": how}))
-
     with pytest.raises(ModelError, match=r"pruned has quantised weights \(gptq\)"):
-        PrunedModel.read(folder, device="cpu")
+        PrunedModel.read(tmp_path / "pruned", device="cpu")
 
 
 def test_tied_weights_stay_tied_and_masked_or_are_refused(pruned_folder, recover, original):
@@ -491,25 +487,18 @@ def test_tied_weights_stay_tied_and_masked_or_are_refused(pruned_folder, recover
         recover(PrunedModel.of(pruned), replace(SETTINGS, train="lora"), teacher=teacher)
 
 
-@pytest.mark.parametrize(
-    ("wording", "less"),
-    [
+def test_memory_that_runs_out_is_told_with_the_ways_out_that_the_reader_has(
+    pruned_folder, recover, monkeypatch
+):
+    monkeypatch.setattr(Recovering, "backward", Mock(side_effect=MemoryError))
+    pruned = PrunedModel.read(pruned_folder("0.5"), device="cpu")
+    for wording, less in (
         (argument, r"\(train='lora' or norms\).*\(adam_bits=8\)"),
         (entry, r'\(recovery\.train="lora" or norms\).*\(recovery\.adam_bits=8\)'),
-    ],
-)
-def test_memory_that_runs_out_is_told_with_the_ways_out_that_the_reader_has(
-    pruned_folder, recover, monkeypatch, wording, less
-):
-    def full(*_):
-        raise MemoryError
-
-    monkeypatch.setattr(Recovering, "backward", full)
-    with (
-        told_to(wording),
-        pytest.raises(OutOfMemory, match=rf"of 32 tokens ran out of memory.*{less}"),
     ):
-        recover(PrunedModel.read(pruned_folder("0.5"), device="cpu"))
+        message = rf"of 32 tokens ran out of memory.*{less}"
+        with told_to(wording), pytest.raises(OutOfMemory, match=message):
+            recover(pruned)
 
 
 def test_a_transposed_linear_is_trained_too(text, tmp_path):

@@ -83,7 +83,7 @@ def _step(model, dense, train, numbers):
             each.grad.div_(len(numbers)).mul_(100)  # longer than 1
         trained.clip()
         for each in trained.trained:
-            each.data -= each.grad  # type: ignore[operator]
+            each.data -= each.grad
     return {name: each.detach().clone() for name, each in model.model.named_parameters()}
 
 

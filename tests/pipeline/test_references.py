@@ -131,18 +131,11 @@ def test_the_next_finalist_in_words():
 
     assert found.beside_the_next == "4.8 ± 1.0% below the next finalist (21.00)"
     assert near.beside_the_next == "not told apart from the next finalist (21.00)"
-    assert published("wanda", "0.5").beside_the_next == ""
+    old = published("wanda", "0.5")
+    assert old.beside_the_next == ""
+    assert old.perplexities is None
+    assert "perplexities" not in old.model_dump(mode="json")
     assert "error" not in ratings[0].model_dump()
-
-
-def test_a_published_method_never_wins_against_a_worse_variant_of_itself(bundle, model, report):
-    asked = SearchRequest(
-        pattern=Pattern.parse("0.5"), trials=8, objective=Objective(name="perplexity")
-    )
-    found = search_job(asked, Work.of(bundle, model=model, confirm=report)).configuration
-    rows = {each.method: each.perplexity for each in found.baselines}
-
-    assert found.perplexities.ria == min(rows["ria-row"], rows["ria-layer"])
 
 
 def test_without_a_perplexity(confirming, monkeypatch):
@@ -185,25 +178,13 @@ def test_in_words():
     assert in_words(5.5, {"a": Ratio(12345.6, 5.5)}, {"wanda": 3e7, "ria": None}) == (
         "5.500 dense, 12,346 a (+224,365.5%), Wanda 3.000e+07"
     )
-
-
-def test_what_it_was_before_in_words():
-    found = Confirmation(
+    before = Confirmation(
         perplexity=20.0, tokens=9, context_length=4, text={}, before_reconstruction=25.0,
         errors={"before_reconstruction": 0.01},
     )  # fmt: skip
-
-    assert found.beside("before_reconstruction") == "25.00 (-20.0 ± 0.8%)"
-    assert found.model_copy(update={"errors": {}}).beside("before_reconstruction") == (
-        "25.00 (-20.0%)"
-    )
-
-
-def test_a_configuration_without_them_is_read_and_written_as_it_was():
-    old = published("wanda", "0.5")
-
-    assert old.perplexities is None
-    assert "perplexities" not in old.model_dump(mode="json")
+    assert before.beside("before_reconstruction") == "25.00 (-20.0 ± 0.8%)"
+    plain = before.model_copy(update={"errors": {}})
+    assert plain.beside("before_reconstruction") == "25.00 (-20.0%)"
 
 
 REQUEST = SearchRequest(
@@ -276,14 +257,10 @@ def test_confirmation_takes_over(confirming, searched, measured):
     assert wide.validation == {BLEND: quality(0.2)}
 
 
-def test_python():
-    """`pho.search(validate=8)` is the same, and too few are refused with the rule."""
+def test_in_python_it_is_a_number_of_candidates_and_takes_a_model(bundle):
     assert validation_of(8) == REQUEST.validation
     assert validation_of(None) is None
     with pytest.raises(InvalidInput, match=r"validate=7 is not in 8\.\.1000"):
         validation_of(7)
-
-
-def test_from_a_bundle_alone_nothing_can_be_validated(bundle):
     with pytest.raises(InvalidInput, match=r"give a model instead of a bundle.*candidates"):
         search_job(REQUEST, Work.of(bundle))

@@ -54,6 +54,9 @@ def test_answer():
     assert [each.sparsity for each in found.points] == sorted(formula.asked)
     assert len(formula.asked) <= 6
     assert len(found.warnings) == 1
+    highest = run(Formula(), perplexity_rise=0.9, highest=0.8)
+    assert (highest.answer.sparsity, highest.outside) == (0.8, None)
+    assert "0.8 is the highest sparsity that was tried" in highest.warnings[1]
 
 
 @pytest.mark.parametrize(
@@ -65,14 +68,6 @@ def test_a_point_that_chance_may_have_put_on_its_side_is_told(error, patterns):
 
     assert [warning.split()[3] for warning in found.warnings[1:]] == patterns
     assert all("not told apart from the target, 26 %" in each for each in found.warnings[1:])
-
-
-def test_highest():
-    """Where the highest sparsity is inside it is the answer, with a word on what was not tried."""
-    found = run(Formula(), perplexity_rise=0.9, highest=0.8)
-
-    assert (found.answer.sparsity, found.outside) == (0.8, None)
-    assert "0.8 is the highest sparsity that was tried" in found.warnings[1]
 
 
 def test_outside_at_the_lowest_sparsity_refused_with_the_limit_and_all_that_was_measured():

@@ -162,15 +162,6 @@ def test_the_configurations_steps_are_taken_along(model, bundle, report, windows
     assert swapped.perplexities["ria"] == plain.perplexities["ria"]
 
 
-def test_missing_kernel_size(bundle):
-    """A bundle without the configuration's kernel size is refused, with the way out."""
-    coefficients = replace(GOOD.coefficients, kernel_size=9)
-    configuration = GOOD.model_copy(update={"coefficients": coefficients})
-
-    with pytest.raises(BundleError, match=r"kernel size 9, only for 3, 5. Calibrate again"):
-        transfer_job("b", Work.of(bundle), configuration)
-
-
 @pytest.mark.parametrize(
     ("pattern", "scope", "asked"),
     [
@@ -211,15 +202,10 @@ def test_the_own_best_is_searched_for_in_the_configurations_space_and_with_its_s
     assert space.allocations == ("fisher",)
     assert space.allocation_spread == (0.1, 0.3)
     assert request.steps.allocation.method == "fisher"
-
-
-def test_an_own_search_keeps_the_offsets_that_were_asked_for():
-    allocation = Allocation(offsets={"model.layers.0.mlp.up_proj": 0.5})
-    configuration = GOOD.model_copy(update={"steps": Steps(allocation=allocation)})
-
-    request = own_search(configuration, SearchOptions(), finalists=2)
-
-    assert request.steps.allocation == allocation
+    offsets = Allocation(offsets={"model.layers.0.mlp.up_proj": 0.5})
+    configuration = GOOD.model_copy(update={"steps": Steps(allocation=offsets)})
+    kept = own_search(configuration, SearchOptions(), finalists=2).steps.allocation
+    assert kept == offsets
 
 
 @pytest.mark.parametrize("space", [{"rows": [0, 1]}, {"row_share": [2, 3]}, {"row_share": 7}, [1]])
@@ -320,19 +306,22 @@ def test_a_candidate_that_fails_on_one_model_fails_and_the_model_is_named(bundle
     assert fine.value == 1
 
 
-def test_where_ria_loses_nothing_there_is_nothing_to_compare_with(bundles):
-    still = [replace(e, root=torch.zeros_like(e.root)) for e in bundles["two"].inputs]
+def test_bundles_that_cannot_be_rated_on_are_refused_with_the_way_out(bundles):
+    two = bundles["two"]
+    coefficients = replace(GOOD.coefficients, kernel_size=9)
+    wide = GOOD.model_copy(update={"coefficients": coefficients})
+    still = replace(two, inputs=[replace(e, root=torch.zeros_like(e.root)) for e in two.inputs])
+    layers = [replace(la, window_means={9: la.window_means[3]}) for la in two.layers]
+    apart = {**bundles, "two": replace(two, layers=layers)}
 
-    with pytest.raises(NumericalError, match=r"two: the proxy of RIA is 0\.0"):
-        jointly({"two": replace(bundles["two"], inputs=still)}, MEAN)
-
-
-def test_bundles_that_share_no_kernel_size_are_refused_with_the_way_out(bundles):
-    layers = [replace(la, window_means={9: la.window_means[3]}) for la in bundles["two"].layers]
-    apart = {**bundles, "two": replace(bundles["two"], layers=layers)}
-
+    with pytest.raises(BundleError, match=r"kernel size 9, only for 3, 5. Calibrate again"):
+        transfer_job("b", Work.of(bundles["one"]), wide)
     with pytest.raises(BundleError, match=r"one, two have no kernel size in common. Calibrate"):
         search_job(request_of(MEAN), Work(bundles=apart))
+    with pytest.raises(NumericalError, match=r"two: the proxy of RIA is 0\.0"):
+        jointly({"two": still}, MEAN)  # which loses nothing
+    with pytest.raises(InvalidInput, match="how they count"):
+        search_job(request_of(Objective()), Work(bundles=bundles))
 
 
 @pytest.mark.parametrize(
@@ -346,8 +335,3 @@ def test_bundles_that_share_no_kernel_size_are_refused_with_the_way_out(bundles)
 def test_an_objective_over_models_has_a_common_scale_and_one_of_two_ways_to_count(options, message):
     with pytest.raises(InvalidInput, match=message):
         Objective(**options)
-
-
-def test_how_the_models_count_has_to_be_said(bundles):
-    with pytest.raises(InvalidInput, match="how they count"):
-        search_job(request_of(Objective()), Work(bundles=bundles))

@@ -49,7 +49,7 @@ def spread(model_folder, two_cards):
     return model
 
 
-@pytest.mark.parametrize("projection_rows", [0, 16])
+@pytest.mark.parametrize("projection_rows", [pytest.param(0, marks=pytest.mark.thorough), 16])
 def test_the_bundle_is_that_of_one_card(spread, model, calibrated, projection_rows):
     settings = CalibrationSettings(
         samples=2, context_length=16, rows_per_layer=4, projection_rows=projection_rows,
@@ -68,16 +68,19 @@ def test_the_bundle_is_that_of_one_card(spread, model, calibrated, projection_ro
 @pytest.mark.parametrize(
     ("pattern", "scope", "steps"),
     [
-        ("0.5", "global", {}),
-        ("0.5", "layer", {"allocation": Allocation(method="fisher"), "update": "obs"}),
+        pytest.param("0.5", "global", {}, marks=pytest.mark.thorough),
+        pytest.param(
+            "0.5", "layer", {"allocation": Allocation(method="fisher"), "update": "obs"},
+            marks=pytest.mark.thorough,
+        ),
         ("2:4", "row", {"permutation": "score", "repruning": "swaps", "update": "least-squares"}),
     ],
-)
+)  # fmt: skip
 def test_masks_orders_and_weights_are_those_of_one_card_and_pass_their_check(
     spread, model, bundle, report, tmp_path, pattern, scope, steps
 ):
     configuration = Configuration(
-        method="crepe", coefficients=COEFFICIENTS, pattern=pattern, scope=scope,  # type: ignore[arg-type]
+        method="crepe", coefficients=COEFFICIENTS, pattern=pattern, scope=scope,
         steps=Steps(**steps),
     )  # fmt: skip
     results = []
