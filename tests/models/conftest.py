@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pho_service.models.loading import load_model
 
@@ -22,7 +22,7 @@ MIXTURE = WIDE_HEADS | {
 }  # fmt: skip
 made = AutoConfig.for_model
 
-CONFIGS: dict[str, PreTrainedConfig] = {
+CONFIGS = {
     "llama-2": made("llama", **GATED | {"num_key_value_heads": 4}),
     "llama-3": made("llama",
         **GATED,
@@ -84,7 +84,6 @@ FIRST = (
 
 @pytest.fixture
 def model(model_folder):
-    """The random Llama, with its tokenizer."""
     return load_model(str(model_folder), device="cpu")
 
 

@@ -68,7 +68,6 @@ def seen_by(modules):
 
 
 def whole_inputs(model, windows, modules):
-    """What modules read while the model runs as a whole."""
     with seen_by(modules) as seen, torch.no_grad():
         for window in windows:
             model.model(input_ids=window[None], use_cache=False)
@@ -156,14 +155,6 @@ def test_moments_are_sums_over_the_tokens_that_a_hook_on_each_linear_sees(model,
             torch.testing.assert_close(moments[index].activation_norm.double(), norm, **close)
 
 
-def test_moments_are_of_the_block_as_it_now_is(llama, windows):
-    for block in walk(llama, windows):
-        block.linears[f"{block.name}.self_attn.v_proj"].weight.zero_()
-        moments, input_of = block.moments()
-
-        assert not moments[input_of[f"{block.name}.self_attn.o_proj"]].gram.any()
-
-
 @pytest.mark.parametrize("family", ["mixtral"])
 def test_an_expert_that_no_token_is_routed_to_has_moments_of_zeros_in_the_shape_of_its_inputs(
     model, windows
@@ -181,25 +172,24 @@ def test_an_expert_that_no_token_is_routed_to_has_moments_of_zeros_in_the_shape_
             assert torch.equal(entry.activation_norm, torch.zeros(width))
 
 
-def test_activations_that_are_not_finite_are_refused(llama, windows):
-    llama.model.get_parameter("model.layers.0.input_layernorm.weight").data[3] = torch.nan
-
-    with pytest.raises(NumericalError, match=r"layers\.0\.self_attn\.q_proj"):
-        next(walk(llama, windows)).moments()
-
-
 def plain(model):
-    """Whether no forward is replaced and no hook is left."""
     return not any(
         "forward" in vars(module) or module._forward_hooks for module in model.model.modules()
     )
 
 
-def test_body_runs_the_whole_model(llama, windows):
+def test_body_runs_the_whole_model_and_moments_are_of_the_block_as_it_now_is(llama, windows):
     expected = rate_perplexity(llama.model, windows)
     for _ in walk(llama, windows):
         assert plain(llama)
         assert rate_perplexity(llama.model, windows) == expected
+    for block in walk(llama, windows):
+        block.linears[f"{block.name}.self_attn.v_proj"].weight.zero_()
+        moments, input_of = block.moments()
+        assert not moments[input_of[f"{block.name}.self_attn.o_proj"]].gram.any()
+    llama.model.get_parameter("model.layers.0.input_layernorm.weight").data[3] = torch.nan
+    with pytest.raises(NumericalError, match=r"layers\.0\.self_attn\.q_proj"):
+        next(walk(llama, windows)).moments()
 
 
 def fail(_):
@@ -227,21 +217,19 @@ def test_whatever_is_interrupted_leaves_no_hook_no_forward_no_frozen_weight_and_
     assert all(p.requires_grad and p.grad is None for p in llama.model.parameters())
 
 
-def test_a_model_that_fails_behind_its_blocks_gets_their_forwards_back(llama, windows, monkeypatch):
+def test_a_model_that_fails_behind_its_blocks_gets_their_forwards_back_a_blocks_own_too(
+    llama, windows, monkeypatch
+):
+    block = decoder_blocks(llama.model)[1][1]
+    own = block.forward
+    block.forward = own
+    list(walk(llama, windows))
+    assert vars(block).pop("forward") is own
     monkeypatch.setattr(llama.model.model.norm, "forward", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         next(walk(llama, windows))
 
     assert not any("forward" in vars(block) for _, block in decoder_blocks(llama.model))
-
-
-def test_a_forward_of_a_single_block_comes_back(llama, windows):
-    block = decoder_blocks(llama.model)[1][1]
-    own = block.forward
-    block.forward = own
-    list(walk(llama, windows))
-
-    assert vars(block)["forward"] is own
 
 
 def test_advance(llama, windows):
@@ -277,13 +265,8 @@ def test_spill(llama, windows, tmp_path):
 
     assert all(torch.equal(kept.fisher[name], spilled.fisher[name]) for name in llama.linears)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_missing_folder_is_named(llama, windows, tmp_path):
     with pytest.raises(OutputError, match=r"nowhere.*No such file"):
-        collect_statistics_blockwise(
-            llama, windows, fisher_windows=1, projection_rows=0, seed=0, spill=tmp_path / "nowhere"
-        )
+        collect_statistics_blockwise(llama, windows, **arguments, spill=tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("family", ["gpt-2", "mixtral"])

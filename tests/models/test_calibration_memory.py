@@ -19,15 +19,6 @@ from pho_service.spec.calibration import CalibrationSettings
 SETTINGS = CalibrationSettings(samples=4, context_length=24, projection_rows=8)
 
 
-def test_without_a_limit_a_cpu_runs_window_by_window_and_keeps_it_all(model):
-    plan = plan_calibration(model, SETTINGS, windows=4, fisher_windows=1)
-
-    assert plan.run == CalibrationRun()
-    assert plan.fits
-    assert plan.peak.device == 0
-    assert plan.peak.host > sum(p.nbytes for p in model.model.parameters())
-
-
 def crowded(model, monkeypatch, most):
     """Run four windows at once, out of memory on more than some; how many it is given each time."""
     given = []
@@ -44,9 +35,13 @@ def crowded(model, monkeypatch, most):
     return given
 
 
-def test_windows_that_do_not_fit_after_all_are_run_half_as_many_at_once_to_the_same_statistics(
+def test_windows_that_do_not_fit_after_all_are_run_half_as_many_at_once_then_it_is_an_error(
     model, texts, monkeypatch
 ):
+    plan = plan_calibration(model, SETTINGS, windows=4, fisher_windows=1)
+    assert (plan.run, plan.fits) == (CalibrationRun(), True)  # a CPU without a limit keeps all
+    assert plan.peak.device == 0
+    assert plan.peak.host > sum(p.nbytes for p in model.model.parameters())
     settings = replace(SETTINGS, fisher_samples=4)
     text = calibration_text(model, TextSource(path=str(texts["calibration"])), settings)
     alone = measure(model, text, settings)
@@ -56,17 +51,12 @@ def test_windows_that_do_not_fit_after_all_are_run_half_as_many_at_once_to_the_s
     assert given == [4, 2, 2]
     for name, fisher in alone.fisher.items():
         torch.testing.assert_close(halved.fisher[name], fisher)
-
-
-def test_that_is_tried_once_then_the_error_says_what_would_fit(model, texts, monkeypatch):
-    text = calibration_text(model, TextSource(path=str(texts["calibration"])), SETTINGS)
+    few = calibration_text(model, TextSource(path=str(texts["calibration"])), SETTINGS)
     given = crowded(model, monkeypatch, 0)
-
-    with pytest.raises(
-        OutOfMemory, match=r"of 24 tokens ran out of memory: CUDA.*or .*stream=True"
-    ):
-        measure(model, text, SETTINGS)
-    assert given == [1, 1]  # the one window that is run backward
+    message = r"of 24 tokens ran out of memory: CUDA.*or .*stream=True"
+    with pytest.raises(OutOfMemory, match=message):
+        measure(model, few, SETTINGS)
+    assert given == [1, 1]  # the one window that is run backward, twice
 
 
 def test_on_a_gpu_whose_memory_another_program_takes_in_the_midst_of_a_run_half_as_many_are_run(

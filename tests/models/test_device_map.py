@@ -1,7 +1,6 @@
 """Models are read straight to a GPU, or onto several, and compute what they compute on the CPU."""
 
 import shutil
-from typing import Any
 
 import pytest
 import torch
@@ -11,14 +10,13 @@ from pho_service.errors import InvalidInput, ModelError
 from pho_service.models import blockwise
 from pho_service.models.blockwise import walk
 from pho_service.models.loading import load_model
-from pho_service.pruning.hardware import pick_device
 from pho_service.pruning.perplexity import rate_perplexity
 
-SIZES: dict[str, Any] = {
+SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
     "num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.2,
 }  # fmt: skip
-KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+KINDS = {
     "tied": (LlamaForCausalLM, LlamaConfig, {"dtype": torch.float32, "tie_word_embeddings": True}),
     "mixtral": (
         MixtralForCausalLM,
@@ -52,7 +50,11 @@ def on_cpu(folder):
     return load_model(str(folder), device="cpu", dtype=str(model.stored_dtype)[6:])
 
 
-@pytest.mark.parametrize("folder", KINDS, indirect=True)
+TIED, MIXTRAL = KINDS
+THOROUGH = pytest.mark.thorough
+
+
+@pytest.mark.parametrize("folder", [TIED, pytest.param(MIXTRAL, marks=THOROUGH)], indirect=True)
 def test_straight_to_a_gpu(folder, windows, pretended_gpu):
     """Each weight is copied once, from its file to the card, and the model is what it is."""
     expected = on_cpu(folder)
@@ -67,7 +69,7 @@ def test_straight_to_a_gpu(folder, windows, pretended_gpu):
     assert rate_perplexity(model.model, windows) == rate_perplexity(expected.model, windows)
 
 
-@pytest.mark.parametrize("folder", KINDS, indirect=True)
+@pytest.mark.parametrize("folder", [pytest.param(TIED, marks=THOROUGH), MIXTRAL], indirect=True)
 @pytest.mark.usefixtures("two_cards")
 def test_half_of_the_blocks_lie_on_each_card(folder, windows):
     expected = on_cpu(folder)
@@ -81,7 +83,7 @@ def test_half_of_the_blocks_lie_on_each_card(folder, windows):
     assert rate_perplexity(model.model, windows) == rate_perplexity(expected.model, windows)
 
 
-@pytest.mark.parametrize("stays", [True, False])
+@pytest.mark.parametrize("stays", [True, pytest.param(False, marks=THOROUGH)])
 @pytest.mark.usefixtures("two_cards")
 def test_a_walk_hands_hidden_states_from_card_to_card_and_prunes_as_it_does_on_one(
     folder, windows, stays, monkeypatch
@@ -100,42 +102,40 @@ def test_a_walk_hands_hidden_states_from_card_to_card_and_prunes_as_it_does_on_o
     assert len({block.device for block in model.model.parameters()}) == 2
 
 
-def test_a_model_leaves_its_cards_when_it_is_let_go(folder, pretended_gpus):
+def test_a_model_leaves_its_cards_when_it_is_let_go_cards_that_are_too_small_take_nothing(
+    folder, pretended_gpus
+):
     first = load_model(str(folder), device_map="auto")
     before = [card.allocated for card in pretended_gpus]
     del first
     for card in pretended_gpus:
         card.reset_peak()
     again = load_model(str(folder), device_map="auto")
-
     assert len(again.devices) == 2
     assert all(card.peak < 1.5 * size for card, size in zip(pretended_gpus, before, strict=True))
-
-
-def test_cards_that_are_too_small(folder, pretended_gpus):
+    del again
     for card in pretended_gpus:
         card.memory_bytes = 2**15
-
     with pytest.raises(ModelError, match=r"takes .* float32, but .*cuda:0 .*cuda:1 .* stream=True"):
         load_model(str(folder), device_map="auto")
     assert all(card.allocated == 0 for card in pretended_gpus)
 
 
-@pytest.mark.usefixtures("two_cards")
-def test_several_cards_and_one_or_none_at_a_time_cannot_both_be_had(folder):
-    for options in ({"stream": True}, {"device": "cuda:1"}, {"device": "cpu"}):
-        with pytest.raises(InvalidInput, match=r"on several GPUs.*Leave device_map out"):
-            load_model(str(folder), device_map="auto", **options)
-    with pytest.raises(
-        InvalidInput, match=r"'cuda:2' does not exist: torch sees cuda:0 \(.*cuda:1"
-    ):
-        load_model(str(folder), device="cuda:2")
-    with pytest.raises(InvalidInput, match="'balanced' is not known"):
-        load_model(str(folder), device_map="balanced")
-
-
-def test_where_there_is_no_gpu_that_is_said_and_what_there_is(folder):
-    with pytest.raises(InvalidInput, match="torch sees none"):
-        load_model(str(folder), device_map="auto")
-    with pytest.raises(InvalidInput, match=r"torch sees no GPU\. Use auto or cpu"):
-        pick_device("cuda:3")
+@pytest.mark.parametrize(
+    ("cards", "options", "message"),
+    [
+        *((True, {"device_map": "auto", **more}, r"on several GPUs.*Leave device_map out")
+          for more in ({"stream": True}, {"device": "cuda:1"}, {"device": "cpu"})),
+        (True, {"device": "cuda:2"}, r"'cuda:2' does not exist: torch sees cuda:0 \(.*cuda:1"),
+        (True, {"device_map": "balanced"}, "'balanced' is not known"),
+        (False, {"device_map": "auto"}, "torch sees none"),
+        (False, {"device": "cuda:3"}, r"torch sees no GPU\. Use auto or cpu"),
+    ],
+)  # fmt: skip
+def test_a_place_that_cannot_be_had_is_refused_with_what_there_is(
+    request, folder, cards, options, message
+):
+    if cards:
+        request.getfixturevalue("two_cards")
+    with pytest.raises(InvalidInput, match=message):
+        load_model(str(folder), **options)

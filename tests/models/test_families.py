@@ -46,7 +46,7 @@ LATENT = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
 LATENT_ATTENTION = [f"self_attn.{matrix}" for matrix in LATENT]
 
 # Of each family: where the blocks are, and what is in each of the two.
-BLOCKS: dict[str, tuple[str, list[str], list[str]]] = {
+BLOCKS = {
     "opt": ("model.decoder.layers", OPT, OPT),
     "opt-350m": ("model.decoder.layers", OPT, OPT),
     "gpt-2": ("transformer.h", *2 * [["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]]),

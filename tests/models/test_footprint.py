@@ -27,7 +27,6 @@ BEST = Steps(permutation="score", repruning="swaps", update="least-squares", shr
 
 
 def empty(config):
-    """A model whose weights are nowhere."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     return model
@@ -79,13 +78,19 @@ def test_with_less_memory_fewer_windows_run_backward_then_they_recompute(seven):
     ]
 
 
-def test_second_moments_are_shrunk_in_a_copy_of_the_widest(seven):
+def test_second_moments_are_shrunk_in_a_copy_of_the_widest_a_cpu_has_main_memory_alone(seven):
     peaks = [
         pruning_peak(seven, GPU, steps, windows=128, tokens=2048, keep_dense=False)
         for steps in (replace(BEST, shrinkage=0.0), BEST)
     ]
+    on_cpu = calibration_peak(
+        seven, CalibrationSettings(), Place(on_gpu=False), CalibrationRun(),
+        windows=128, fisher_windows=32,
+    )  # fmt: skip
 
     assert peaks[1].device - peaks[0].device == 4 * 11008**2
+    assert on_cpu.device == 0
+    assert on_cpu.host > seven.weights
 
 
 def test_removed_weights_are_on_the_card_or_in_main_memory(seven):
@@ -99,13 +104,3 @@ def test_removed_weights_are_on_the_card_or_in_main_memory(seven):
 def test_tokens_and_logits_at_a_time_are_those_that_are_planned():
     assert HEAD_TOKENS == perplexity.HEAD_TOKENS
     assert LOGITS_AT_ONCE == perplexity.CHUNK
-
-
-def test_on_a_cpu_all_is_main_memory(seven):
-    peak = calibration_peak(
-        seven, CalibrationSettings(), Place(on_gpu=False), CalibrationRun(),
-        windows=128, fisher_windows=32,
-    )  # fmt: skip
-
-    assert peak.device == 0
-    assert peak.host > seven.weights

@@ -88,7 +88,10 @@ def streamed_statistics(model, windows, *, on_device, spill=None):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("dtype", "on_device"), [(torch.float32, True), (torch.bfloat16, False)])
+@pytest.mark.parametrize(
+    ("dtype", "on_device"),
+    [(torch.float32, True), pytest.param(torch.bfloat16, False, marks=pytest.mark.thorough)],
+)
 def test_so_does_a_streamed_one_with_the_hidden_states_on_the_card_and_without(
     pretended_gpu, windows, folder, *, on_device
 ):
@@ -139,7 +142,7 @@ def test_waits(pretended_gpu, windows, rows):
     assert sum(many.values()) - sum(few.values()) <= 8 - 2
 
 
-@pytest.mark.parametrize("on_device", [True, False])
+@pytest.mark.parametrize("on_device", [pytest.param(True, marks=pytest.mark.thorough), False])
 def test_nor_do_waits_grow_with_windows_times_blocks_wherever_the_hidden_states_are(
     pretended_gpu, windows, model_folder, *, on_device
 ):
@@ -167,7 +170,7 @@ UPDATED = [("0.5", Steps(update="obs")), ("0.5", TRAINED)]
         pytest.param(torch.float32, False, SCORED, marks=pytest.mark.thorough),
         (torch.bfloat16, False, UPDATED),
         pytest.param(torch.float32, True, SCORED[:1], marks=pytest.mark.thorough),
-        (torch.bfloat16, True, SCORED[:1]),
+        pytest.param(torch.bfloat16, True, SCORED[:1], marks=pytest.mark.thorough),
     ],
 )
 def test_to_prune_a_model_measure_it_and_make_it_dense_again_takes_what_is_planned_as_well(

@@ -134,22 +134,15 @@ def test_what_is_no_mask_leaves_no_file(mask, said, tmp_path):
     assert not (tmp_path / "m").exists()
 
 
-def test_two_masks_of_one_linear_are_refused_and_so_is_nothing_at_all(tmp_path):
+def test_two_masks_of_one_linear_none_at_all_and_a_place_that_is_not_there_are_refused(tmp_path):
     pair = ("a", LayerMask(keep=random_mask(2, 2)))
 
     with pytest.raises(ValueError, match="a has two masks"):
         write_masks([pair, pair], tmp_path / "m", metadata={})
     with pytest.raises(ValueError, match="no masks"):
         write_masks([], tmp_path / "m", metadata={})
-
-
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.999])
-def test_a_truncated_file_is_refused_wherever_it_ends(file, share):
-    content = file.read_bytes()
-    file.write_bytes(content[: int(len(content) * share)])
-
-    with pytest.raises(ModelError, match=r"damaged or truncated.*pho prune"):
-        read_masks(file)
+    with pytest.raises(OutputError, match="was not written"):
+        write_masks([pair], tmp_path / "no-folder" / "m", metadata={})
 
 
 def document_of(file):
@@ -168,49 +161,41 @@ def rewrite(file, document, changes=None):
     save_file(tensors, file, metadata={MASK_FORMAT: text})
 
 
-def test_a_models_weights_are_no_masks(file):
-    save_file({"a": torch.zeros(2)}, file, metadata={"format": "pt"})
-
-    with pytest.raises(ModelError, match="holds no masks"):
-        read_masks(file)
+def cut_off(share):
+    return lambda file: file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ModelError, match=r"none\.safetensors do not exist"):
-        read_masks(tmp_path / "none.safetensors")
+HEADERS = [
+    "", '{"version": 1, "layers": 3}', '{"version": 1, "layers": [{"name": "a"}]}',
+    '{"version": 1, "layers": [{"name": "a", "shape": [true, 1]}]}',
+    '{"version": 1, "layers": [{"name": "a", "shape": [-1, -8]}]}',
+    '{"version": 1, "layers": [{"name": "a", "shape": [1, 99999999999999999999]}]}',
+]  # fmt: skip
+TENSORS = [
+    ("blocks.0.up.keep", None),
+    ("blocks.0.up.keep", torch.zeros(3)),
+    ("blocks.0.up.keep", torch.zeros(3, 1, dtype=torch.uint8)),
+    ("blocks.1.up.order", torch.arange(11, dtype=torch.int32)),
+    ("blocks.2.up.keep", torch.zeros(3, dtype=torch.uint8)),
+]
 
 
 @pytest.mark.parametrize(
-    "document",
+    ("damage", "message"),
     [
-        "", '{"version": 1, "layers": 3}', '{"version": 1, "layers": [{"name": "a"}]}',
-        '{"version": 1, "layers": [{"name": "a", "shape": [true, 1]}]}',
-        '{"version": 1, "layers": [{"name": "a", "shape": [-1, -8]}]}',
-        '{"version": 1, "layers": [{"name": "a", "shape": [1, 99999999999999999999]}]}',
+        *((cut_off(share), "damaged or truncated.*pho prune") for share in (0.0, 0.1, 0.999)),
+        (lambda file: save_file({"a": torch.zeros(2)}, file, metadata={"format": "pt"}),
+         "holds no masks"),
+        (lambda file: file.unlink(), r"m\.safetensors do not exist"),
+        *((lambda file, header=header: rewrite(file, header), "is damaged") for header in HEADERS),
+        *((lambda file, change=change: rewrite(file, document_of(file), dict([change])),
+           f"is damaged: {change[0]}") for change in TENSORS),
     ],
 )  # fmt: skip
-def test_a_header_that_describes_no_masks_is_refused(file, document):
-    rewrite(file, document)
+def test_what_is_cut_off_another_file_or_describes_other_tensors_is_refused(file, damage, message):
+    damage(file)
 
-    with pytest.raises(ModelError, match="is damaged"):
-        read_masks(file)
-
-
-@pytest.mark.parametrize(
-    ("tensor", "value"),
-    [
-        ("blocks.0.up.keep", None),
-        ("blocks.0.up.keep", torch.zeros(3)),
-        ("blocks.0.up.keep", torch.zeros(3, 1, dtype=torch.uint8)),
-        ("blocks.1.up.order", torch.arange(11, dtype=torch.int32)),
-        ("blocks.2.up.keep", torch.zeros(3, dtype=torch.uint8)),
-    ],
-)
-def test_bad_tensor(file, tensor, value):
-    """A tensor that is missing, too many, misshapen or of another dtype is named."""
-    rewrite(file, document_of(file), {tensor: value})
-
-    with pytest.raises(ModelError, match=f"is damaged: {tensor}"):
+    with pytest.raises(ModelError, match=message):
         read_masks(file)
 
 
@@ -222,12 +207,6 @@ def test_an_order_that_is_no_permutation_is_refused_when_it_is_read(file):
     assert masks.mask("blocks.0.up").order is None
     with pytest.raises(ModelError, match=r"blocks\.1\.up\.order is not a permutation of 12"):
         masks.mask("blocks.1.up")
-
-
-def test_unwritable(masks, tmp_path):
-    """Where nothing can be written, nothing is, and the reason is told."""
-    with pytest.raises(OutputError, match="was not written"):
-        write_masks(masks, tmp_path / "no-folder" / "m", metadata={})
 
 
 @pytest.mark.parametrize("columns", [8, 13])

@@ -21,13 +21,11 @@ RECIPE = Path(__file__).parents[1] / "stored" / "0.1.0" / "pruning.json"
 
 @pytest.fixture
 def recipe():
-    found = json.loads(RECIPE.read_text())
-    return found
+    return json.loads(RECIPE.read_text())
 
 
 def head(card):
-    found = yaml.safe_load(card.split("---\n")[1])
-    return found
+    return yaml.safe_load(card.split("---\n")[1])
 
 
 def test_card(recipe):
@@ -48,13 +46,9 @@ def test_card(recipe):
         "| pruned | 71.18 | -9.2% | 7.1% |", "| Wanda | 79.96 |", "from_pretrained", "`apache-2.0`",
     ):  # fmt: skip
         assert said in card
-
-
-def test_what_was_measured_on_the_same_windows_is_beside_it(recipe):
     found = {"dense": 80.0, "pruned": 100.0, "wanda": 120.5, "ria": None}
-    recipe["configuration"]["perplexities"] = found
+    recipe["configuration"]["perplexities"] = found  # measured on the same windows
     card = model_card(recipe, {})
-
     assert "| dense | 80.00 |  |\n| pruned | 100.0 | +25.0% |\n| Wanda | 120.5 | +50.6% |\n" in card
     assert "| RIA | none |" in card
 
@@ -161,7 +155,6 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, {})
 
     def do_GET(self):
-        """No folder has anything yet."""
         self._answer(404, {"error": "not found"})
 
     def _answer(self, status, document):
@@ -245,9 +238,6 @@ def test_who_may_not_push_is_told_in_words(listening, folder, tmp_path):
             saving.push(folder, name)
     with pytest.raises(ConfigurationError, match=r"has no pruning\.json"):
         saving.push(tmp_path, "org/pruned")
-
-
-def test_a_hub_that_cannot_be_reached_is_told(listening, folder):
     listening.server_close()
     with pytest.raises(ServiceError, match="cannot be reached"):
         saving.push(folder, "org/pruned")

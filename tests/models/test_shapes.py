@@ -36,7 +36,6 @@ llama = pytest.mark.parametrize("family", ["llama-3"])
 
 
 def sizes(shapes):
-    """How many linears of which size each block has."""
     return [
         sum((Counter({(li.out_features, li.in_features): li.count}) for li in block.linears),
             Counter[tuple[int, int]]())
@@ -143,36 +142,24 @@ def test_activations(name):
 
 @llama
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("changes", "more", "words"),
     [
-        ({"num_hidden_layers": -5}, "num_hidden_layers=-5 in its configuration"),
-        ({"vocab_size": 2**40}, "is not a whole number"),
-        ({"num_experts_per_tok": True}, "num_experts_per_tok=True"),
+        ({"num_hidden_layers": -5}, {}, "num_hidden_layers=-5 in its configuration"),
+        ({"vocab_size": 2**40}, {}, "is not a whole number"),
+        ({"num_experts_per_tok": True}, {}, "num_experts_per_tok=True"),
+        ({}, {"model.layers.0.more.weight": TensorHeader((16, 8), "I4")}, "stored as 'I4'"),
+        ({}, {"model.layers.0.more.weight": TensorHeader((16, 1, 4), "BF16")},
+         r"more.weight \(16, 1, 4\) of a block"),
     ],
-)
-def test_the_message_names_the_field_and_its_value(config, change, words, header_of):
+)  # fmt: skip
+def test_an_odd_field_or_weight_is_named_with_its_value(config, changes, more, words, header_of):
     header = header_of(config)
+    odd = Header(config={**header.config, **changes}, tensors={**header.tensors, **more})
     with pytest.raises(InvalidInput, match=words):
-        model_shapes("org/m", replace(header, config={**header.config, **change}))
+        model_shapes("org/m", odd)
 
 
-@llama
-@pytest.mark.parametrize(
-    ("tensor", "words"),
-    [
-        (TensorHeader((16, 8), "I4"), "stored as 'I4'"),
-        (TensorHeader((16, 1, 4), "BF16"), r"more.weight \(16, 1, 4\) of a block"),
-    ],
-)
-def test_odd_weights_are_refused(config, tensor, words, header_of):
-    header = header_of(config)
-    more = {**header.tensors, "model.layers.0.more.weight": tensor}
-    with pytest.raises(InvalidInput, match=words):
-        model_shapes("org/m", replace(header, tensors=more))
-
-
-def test_states_are_refused(header_of):
-    """Mamba has weights that are no linears; and a model without blocks has nothing to prune."""
+def test_states_are_refused_as_is_a_model_without_blocks(header_of):
     with pytest.raises(InvalidInput, match="is not the weight of a linear"):
         model_shapes("m", header_of(MambaConfig(num_hidden_layers=1, hidden_size=16)))
     with pytest.raises(InvalidInput, match="not linears of numbered blocks"):

@@ -59,7 +59,7 @@ def test_by_whoever(model, text, tmp_path):
     assert all(map(torch.equal, tensors(together), tensors(alone)))
 
 
-@pytest.mark.parametrize("device_map", [None, "auto"])
+@pytest.mark.parametrize("device_map", [pytest.param(None, marks=pytest.mark.thorough), "auto"])
 def test_added_up_from_files_on_one_gpu_or_on_two_that_a_model_lies_on_shards_give_the_same_bits(
     model_folder, texts, pretended_gpus, device_map
 ):

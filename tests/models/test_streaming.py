@@ -28,7 +28,6 @@ def streamed(model_folder):
 
 
 def mapped(model):
-    """Whether all weights lie in files."""
     return not any(p.untyped_storage().resizable() for p in model.model.parameters())
 
 
@@ -38,21 +37,18 @@ def halve(model, windows, store=None):
             linear.weight[:, ::2] = 0
 
 
-def test_a_streamed_model_says_so(streamed, model):
+def test_a_streamed_model_says_so_and_keeps_its_dtype_on_the_cpu_too(
+    streamed, model, tiny_llama, model_folder
+):
     assert streamed.stream
     assert not model.stream
     assert streamed.device == model.device == torch.device("cpu")
     assert mapped(streamed)
     assert streamed.weights_sha256 == model.weights_sha256
-
-
-def test_stored_dtype(tiny_llama, model_folder):
-    """Streamed weights keep their dtype on the CPU, too."""
     tiny_llama.to(torch.bfloat16).save_pretrained(model_folder)
-    streamed = load_model(str(model_folder), device="cpu", stream=True)
-
-    assert streamed.dtype == streamed.stored_dtype == torch.bfloat16
-    assert mapped(streamed)
+    short = load_model(str(model_folder), device="cpu", stream=True)
+    assert short.dtype == short.stored_dtype == torch.bfloat16
+    assert mapped(short)
 
 
 def test_statistics(streamed, model, windows):
@@ -92,15 +88,17 @@ def test_a_walk_changes_a_streamed_model_like_a_loaded_one_it_stays_mapped_and_l
     )
 
 
-def test_weights_that_are_left_alone_stay_mapped(streamed, windows):
+def test_weights_that_are_left_alone_stay_mapped_and_the_dense_ones_come_back(streamed, windows):
     changed = "model.layers.1.mlp.up_proj"
     before = {name: p.data_ptr() for name, p in streamed.model.named_parameters()}
-    for block in walk(streamed, windows):
-        if changed in block.linears:
-            block.linears[changed].weight[0, 0] += 1
+    with dense_afterwards(streamed):
+        for block in walk(streamed, windows):
+            if changed in block.linears:
+                block.linears[changed].weight[0, 0] += 1
+        after = {name: p.data_ptr() for name, p in streamed.model.named_parameters()}
 
-    after = {name: p.data_ptr() for name, p in streamed.model.named_parameters()}
     assert {name for name in before if before[name] != after[name]} == {f"{changed}.weight"}
+    assert {name: p.data_ptr() for name, p in streamed.model.named_parameters()} == before
 
 
 def test_a_block_that_is_left_early_is_unchanged(streamed, windows):
@@ -115,14 +113,6 @@ def test_a_block_that_is_left_early_is_unchanged(streamed, windows):
     assert mapped(streamed)
 
 
-def test_the_dense_weights_come_back(streamed, windows):
-    before = {name: p.data_ptr() for name, p in streamed.model.named_parameters()}
-    with dense_afterwards(streamed):
-        halve(streamed, windows)
-
-    assert {name: p.data_ptr() for name, p in streamed.model.named_parameters()} == before
-
-
 def test_store_is_missing(streamed, windows, tmp_path):
     """A store that cannot be written is named, and the model is whole afterwards."""
     with pytest.raises(OutputError, match="nowhere"):
@@ -131,11 +121,23 @@ def test_store_is_missing(streamed, windows, tmp_path):
     assert mapped(streamed)
 
 
-def test_a_gguf_file_is_refused_before_it_is_read(tmp_path):
-    (tmp_path / "model.gguf").touch()
+@pytest.mark.parametrize(
+    ("declared", "dtype", "message"),
+    [
+        ("float32", "float16", r"as float16.*in float32.*dtype=auto"),
+        ("bfloat16", "auto", r"converts weights when it reads them"),
+        (None, "auto", r"GGUF is dequantised.*without streaming"),
+    ],
+)
+def test_weights_that_would_have_to_be_cast_are_refused(model_folder, declared, dtype, message):
+    path = model_folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": declared}))
+    if declared is None:
+        model_folder = model_folder / "model.gguf"
+        model_folder.touch()
 
-    with pytest.raises(InvalidInput, match=r"GGUF is dequantised.*without streaming"):
-        load_model(str(tmp_path / "model.gguf"), stream=True)
+    with pytest.raises(InvalidInput, match=message):
+        load_model(str(model_folder), device="cpu", dtype=dtype, stream=True)
 
 
 def test_converted_checkpoint_is_refused(tmp_path, monkeypatch):
@@ -150,21 +152,6 @@ def test_converted_checkpoint_is_refused(tmp_path, monkeypatch):
 
     with pytest.raises(InvalidInput, match=r"converts weights.*gate_up_proj.*without streaming"):
         load_model(str(tmp_path), device="cpu", stream=True)
-
-
-@pytest.mark.parametrize(
-    ("declared", "dtype", "message"),
-    [
-        ("float32", "float16", r"as float16.*in float32.*dtype=auto"),
-        ("bfloat16", "auto", r"converts weights when it reads them"),
-    ],
-)
-def test_weights_that_would_have_to_be_cast_are_refused(model_folder, declared, dtype, message):
-    path = model_folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": declared}))
-
-    with pytest.raises(InvalidInput, match=message):
-        load_model(str(model_folder), device="cpu", dtype=dtype, stream=True)
 
 
 MEMORY_SCRIPT = """
@@ -228,8 +215,7 @@ def peaks_of(folder, store):
         check=True,
         text=True,
     )
-    peaks = json.loads(done.stdout.splitlines()[-1])
-    return peaks
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -24,7 +24,6 @@ ROW = b'{"text": "a text"}\n'
 
 
 def read(source, *, whole=True):
-    """All documents, within limits that are small."""
     return list(read_documents(source, LIMITS, whole=whole))
 
 
@@ -33,7 +32,6 @@ def peak_bytes():
 
 
 def sparse(path, size, head=b""):
-    """A file that says to be large."""
     with path.open("wb") as file:
         file.write(head)
         file.truncate(size)
@@ -47,9 +45,6 @@ def bomb(path):
     pyarrow.parquet.write_table(pyarrow.table({"text": rows}), path, compression="zstd")
     assert path.stat().st_size < 1000
     return path
-
-
-# ---------------------------------------------------------------------------- limits
 
 
 def test_what_is_beyond_a_limit_is_not_read_whatever_a_file_declares(tmp_path):
@@ -106,9 +101,6 @@ def test_pool(tmp_path, monkeypatch):
     path.write_text(json.dumps({"text": "x" * 2000}))
     with pytest.raises(TextTooLong, match="more than 1024 bytes"):
         texts._pool(TextSource(path=str(path)))
-
-
-# ------------------------------------------------------------------------- data sets
 
 
 @pytest.mark.parametrize(
@@ -191,9 +183,6 @@ def test_columns_are_told_printably_and_not_all_twenty_thousand(tmp_path):
     assert "and 19991 more" in str(caught.value)
 
 
-# ----------------------------------------------------------------------------- the hub
-
-
 class FakeHub(BaseHTTPRequestHandler):
     """
     The data set ``org/name`` of a hub.
@@ -270,7 +259,7 @@ def hub(tmp_path, monkeypatch):
             "HUB_DATASETS_URL",
             url + "/datasets/{repo_id}/resolve/{revision}/{path}",
         )
-        handler.url = url  # type: ignore[attr-defined]
+        handler.url = url
         yield handler
         server.shutdown()
         thread.join()
@@ -281,13 +270,9 @@ def test_a_data_set_of_the_hub_is_read_at_one_commit_as_its_card_says(hub):
     hub.files = {"README.md": card, "x.jsonl.gz": gzip.compress(ROW, mtime=0), "b.jsonl": b"{}"}
 
     assert read(TextSource(dataset="org/name")) == ["a text"]
-
-
-def test_card_of_the_hub_leads_out(hub):
-    elsewhere = f"{hub.url}/latest/meta-data/x.jsonl"  # type: ignore[attr-defined]
+    elsewhere = f"{hub.url}/latest/meta-data/x.jsonl"
     card = f"---\nconfigs:\n- config_name: default\n  data_files: {elsewhere}\n---\n"
     hub.files = {"README.md": card.encode(), "b.jsonl": ROW}
-
     with pytest.raises(InvalidInput, match=r"data set 'org/name': its README\.md names the files"):
         read(TextSource(dataset="org/name"))
     assert hub.elsewhere == []

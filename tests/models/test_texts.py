@@ -33,13 +33,6 @@ def write(path, field="text"):
     return path
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
-def test_each_row_of_a_table_is_a_document(tmp_path, name):
-    path = write(tmp_path / name, field="body")
-
-    assert list(read_documents(TextSource(path=str(path), field="body"))) == DOCUMENTS
-
-
 @pytest.mark.parametrize(
     ("name", "content", "documents"),
     [
@@ -47,12 +40,14 @@ def test_each_row_of_a_table_is_a_document(tmp_path, name):
         ("a.jsonl", '{"text": "one"}\n\n{"text": " \\n"}\n{"text": "two"}\n', ["one", "two"]),
     ],
 )
-def test_a_text_file_is_one_document_of_a_table_rows_without_words_are_left_out(
+def test_a_text_file_is_one_document_of_a_table_each_row_is_unless_it_has_no_words(
     tmp_path, name, content, documents
 ):
     (tmp_path / name).write_text(content)
+    table = write(tmp_path / "b.parquet", field="body")
 
     assert list(read_documents(TextSource(path=str(tmp_path / name)))) == documents
+    assert list(read_documents(TextSource(path=str(table), field="body"))) == DOCUMENTS
 
 
 def test_dataset(tmp_path):
@@ -67,6 +62,12 @@ def test_dataset(tmp_path):
     assert list(read_documents(TextSource(dataset=str(folder)))) == [*DOCUMENTS, "another"]
 
 
+def parquet(**columns):
+    table = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table(columns), table)
+    return table.getvalue().to_pybytes()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -78,38 +79,38 @@ def test_dataset(tmp_path):
         ("a.jsonl", b'{"text": "caf\xe9"}\n', "is not UTF-8: .* at byte 13"),
         ("a.pdf", b"%PDF", "unknown kind '.pdf'"),
         ("a.parquet", b"nothing", "not a readable parquet file"),
+        ("a.parquet", parquet(body=["x"]), "no column 'text', only body"),
+        *(("a.parquet", parquet(text=values), "'text' does not hold text")
+          for values in ([1, 2], ["a text", None], [["a"], ["b"]])),
+        ("a.txt", None, r"a\.txt does not exist"),
+        ("a.txt", b"  \n\n ", "is empty"),
+        ("a.jsonl", b'{"text": "the first text"}', r"a\.jsonl has 3 .* fill one window of 16"),
     ],
-)
-def test_bad_file(tmp_path, name, content, message):
-    """A file that cannot be read says where and why."""
-    (tmp_path / name).write_bytes(content)
+)  # fmt: skip
+def test_a_file_that_cannot_be_read_or_is_too_short_says_where_and_why(
+    tmp_path, model, name, content, message
+):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
 
     with pytest.raises(TextError, match=message):
-        list(read_documents(TextSource(path=str(tmp_path / name))))
+        read_windows(model, TextSource(path=str(tmp_path / name)), context_length=16, bos="auto")
 
 
-def test_a_missing_file_or_data_set_or_a_missing_column_is_named(tmp_path):
-    with pytest.raises(TextError, match="does not exist"):
-        list(read_documents(TextSource(path=str(tmp_path / "a.txt"))))
-    with pytest.raises(TextError, match=r"data set .* does not exist"):
-        list(read_documents(TextSource(dataset=str(tmp_path / "no-data"))))
-    with pytest.raises(TextError, match="no column 'text', only body"):
-        list(read_documents(TextSource(path=str(write(tmp_path / "a.parquet", field="body")))))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"field": "body"}, "line 1 has no text in the field 'body', only text"),
+        ({"split": "test"}, r"data set .* test cannot be read: .*test.* Name one with split"),
+        ({"data_file": "none.jsonl"}, r"cannot be read: .*none\.jsonl"),
+        ({"dataset": "/no-data"}, r"data set .* does not exist"),
+    ],
+)
+def test_a_field_split_or_file_that_a_data_set_lacks_is_named(tmp_path, changes, message):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": "a text"}))
 
-
-def test_a_text_without_words_is_refused(tmp_path, model):
-    path = tmp_path / "a.txt"
-    path.write_text("  \n\n ")
-
-    with pytest.raises(TextError, match="is empty"):
-        read_windows(model, TextSource(path=str(path)), context_length=8, bos="auto")
-
-
-def test_a_text_below_one_window_is_refused(model, tmp_path):
-    path = write(tmp_path / "a.jsonl")
-
-    with pytest.raises(TextError, match=r"a\.jsonl has 9 tokens, .* fill one window of 16"):
-        read_windows(model, TextSource(path=str(path)), context_length=16, bos="auto")
+    with pytest.raises(TextError, match=message):
+        list(read_documents(TextSource(**{"dataset": str(tmp_path), **changes})))
 
 
 def test_windows(model, texts):
@@ -152,7 +153,6 @@ def of(texts, *names, shares):
 
 
 def whose(windows, everything):
-    """Which text each window is of."""
     return [
         next(name for name, known in everything.items() if tuple(window) in known)
         for window in windows.tolist()
@@ -231,17 +231,6 @@ def test_what_is_wrong_with_one_of_several_texts_names_it(model, texts, tmp_path
         MixedText(texts=(good, short), shares=(1,))
 
 
-def test_held_out(model, texts):
-    """Windows to confirm on are not among those to calibrate on."""
-    settings = CalibrationSettings(samples=12, context_length=16)
-    text = calibration_text(model, TextSource(path=str(texts["calibration"])), settings)
-    calibration = {tuple(w) for w in text.calibration.tolist()}
-
-    assert len(text.calibration) == 12
-    assert len(text.held_out) == 16
-    assert not calibration & {tuple(w) for w in text.held_out.tolist()}
-
-
 @pytest.mark.parametrize("bos", [0, 1])
 def test_a_text_that_is_read_again_is_cut_at_other_places(bos):
     """Each time all of its tokens, in windows that were not there before; a BOS stays in front."""
@@ -276,11 +265,10 @@ def test_a_text_that_is_read_again_is_cut_at_other_places(bos):
 )
 def test_a_bad_setting_is_named_with_its_value(change, message):
     with pytest.raises(InvalidInput, match=message):
-        CalibrationSettings(**change)  # type: ignore[arg-type]
+        CalibrationSettings(**change)
 
 
-def test_context_beyond_the_model(model, texts):
-    """A window that the model cannot read is refused."""
+def test_a_window_that_the_model_cannot_read_is_refused(model, texts):
     settings = CalibrationSettings(context_length=100_000)
 
     with pytest.raises(InvalidInput, match="context_length=100000 is more than"):
@@ -293,32 +281,6 @@ def test_a_missing_path_is_not_asked_of_the_hub(name, monkeypatch):
 
     with pytest.raises(TextError, match=f"the data set {name} does not exist"):
         next(read_documents(TextSource(dataset=name)))
-
-
-@pytest.mark.parametrize("values", [[1, 2], ["a text", None], [["a"], ["b"]]])
-def test_a_column_without_text_is_refused(tmp_path, values):
-    path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": values}), path)
-
-    with pytest.raises(TextError, match="'text' does not hold text"):
-        list(read_documents(TextSource(path=str(path))))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"field": "body"}, "line 1 has no text in the field 'body', only text"),
-        ({"split": "test"}, r"data set .* test cannot be read: .*test.* Name one with split"),
-        ({"data_file": "none.jsonl"}, r"cannot be read: .*none\.jsonl"),
-    ],
-)
-def test_bad_dataset(tmp_path, changes, message):
-    """A field, split or file that a data set lacks is named."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text(json.dumps({"text": "a text"}))
-
-    with pytest.raises(TextError, match=message):
-        list(read_documents(TextSource(dataset=str(tmp_path / "data"), **changes)))
 
 
 def test_a_sample_that_needs_few_documents_reads_few_and_its_hash_is_of_those(model, texts):

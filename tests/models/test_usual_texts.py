@@ -133,7 +133,7 @@ def test_wrong_part(tmp_path, changes, message):
     folder = write_wikitext(tmp_path / "wikitext")
 
     with pytest.raises(TextError, match=message):
-        check_text(TextSource(dataset=str(folder), **changes))  # type: ignore[arg-type]
+        check_text(TextSource(dataset=str(folder), **changes))
 
 
 @pytest.mark.usefixtures("cache")

@@ -75,7 +75,7 @@ def test_on_a_gpu(pretended_gpu, monkeypatch):
     model = GPT2LMHeadModel(config).half()
     weights = [linear.weight for linear in prunable_linears(model).values()]  # transposed
     before, each = weights_sha256(model), list(sha256_each(weights))
-    model.to("cuda")  # type: ignore[arg-type]  # transformers hides the signature
+    model.to("cuda")  # transformers hides the signature
     allocated = pretended_gpu.allocated
     pretended_gpu.reset_peak()
     on_gpu = [linear.weight for linear in prunable_linears(model).values()]
