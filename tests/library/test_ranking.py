@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -209,20 +210,11 @@ def test_model_facts(given, facts):
     assert found.parameters is not True
 
 
-@pytest.mark.parametrize(
-    ("model", "names"),
-    [
-        ({"name": "joint", "models": [{"name": "a/one"}, {"name": "a/two"}]}, ["one", "two"]),
-        ({"name": "a/one", "models": [5, "x"]}, ["one"]),
-    ],
-)
-def test_an_entry_is_of_one_model_or_of_several(model, names):
-    found = Entry.of("1", parsed(document(model=model)))
-
-    assert [each.name for each in found.models] == names
-
-
-def test_an_entry_knows_what_its_configuration_was_worth_elsewhere():
+def test_an_entry_is_of_its_models_and_knows_what_its_configuration_was_worth_elsewhere():
+    two = {"name": "joint", "models": [{"name": "a/one"}, {"name": "a/two"}]}
+    for model, names in ((two, ["one", "two"]), ({"name": "a/one", "models": [5, "x"]}, ["one"])):
+        of_models = Entry.of("1", parsed(document(model=model)))
+        assert [each.name for each in of_models.models] == names
     unmeasured = {"target": "b.safetensors", "proxies": {"ria": None, "transferred": None}}
     found = Entry.of("1", parsed(transfer(TARGET, unmeasured)))
     (there,) = found.measured
@@ -237,23 +229,34 @@ def test_an_entry_knows_what_its_configuration_was_worth_elsewhere():
     ]
 
 
-def test_the_asked_pattern_comes_first_however_little_it_gained_then_others_nearest_first():
-    found = order(
-        entry("far", 0.9, pattern="0.9"), entry("group", 0.9, pattern="2:4"),
-        entry("near", 0.1, pattern="0.6"), entry("worse", -0.1), entry("nearest", pattern="0.55"),
-        pattern="0.5",
-    )  # fmt: skip
-
-    assert found == ["worse", "nearest", "near", "far", "group"]
+by_perplexity = partial(entry, by="perplexity")
 
 
-def test_to_n_m_another_n_m_is_nearer_than_any_ratio_and_2_4_is_not_4_8():
-    found = order(
-        entry("ratio", 0.9, pattern="0.5"), entry("3:4", 0.1, pattern="3:4"),
-        entry("4:8", 0.1, pattern="4:8"), entry("2:4", 0.1, pattern="2:4"), pattern="2:4",
-    )  # fmt: skip
-
-    assert found == ["2:4", "4:8", "3:4", "ratio"]
+@pytest.mark.parametrize(
+    ("entries", "wanted", "expected"),
+    [
+        # the asked pattern comes first however little it gained, then others, nearest first
+        ([entry("far", 0.9, pattern="0.9"), entry("group", 0.9, pattern="2:4"),
+          entry("near", 0.1, pattern="0.6"), entry("worse", -0.1),
+          entry("nearest", pattern="0.55")],
+         {"pattern": "0.5"}, ["worse", "nearest", "near", "far", "group"]),
+        # to N:M another N:M is nearer than any ratio, and 2:4 is not 4:8
+        ([entry(each, 0.9 if each == "0.5" else 0.1, pattern=each)
+          for each in ("0.5", "3:4", "4:8", "2:4")],
+         {"pattern": "2:4"}, ["2:4", "4:8", "3:4", "0.5"]),
+        # perplexity comes before the proxy, then unknown, then no better
+        ([by_perplexity("no better", 0.0), entry("worse", -0.5), entry("unknown", None),
+          entry("proxy", 0.9), by_perplexity("perplexity", 0.1),
+          entry("divergence", 0.2, by="divergence"), by_perplexity("better", 0.3)],
+         {}, ["better", "divergence", "perplexity", "proxy", "unknown", "no better", "worse"]),
+        # of equal gains that of the asked family and size comes first
+        ([entry("b other", families=("opt",)), entry("a large", parameters=10**6), entry("same"),
+          entry("a other", families=("opt",))],
+         {"family": "llama", "parameters": 100}, ["same", "a other", "b other", "a large"]),
+    ],
+)  # fmt: skip
+def test_the_order_is_by_pattern_then_by_what_was_measured_then_by_model(entries, wanted, expected):
+    assert order(*entries, **wanted) == expected
 
 
 def test_a_scope_that_is_asked_for_comes_before_a_gain_and_counts_nothing_if_it_is_not():
@@ -268,18 +271,6 @@ def test_a_scope_that_is_asked_for_comes_before_a_gain_and_counts_nothing_if_it_
     assert not any(m.fits for m in rank(entries, never))
     with pytest.raises(InvalidInput, match="scope 'column' is not one of"):
         Wanted.parse(scope="column")
-
-
-def test_perplexity_comes_before_the_proxy_then_unknown_then_no_better():
-    found = order(
-        entry("no better", 0.0, by="perplexity"), entry("worse", -0.5), entry("unknown", None),
-        entry("proxy", 0.9), entry("perplexity", 0.1, by="perplexity"),
-        entry("divergence", 0.2, by="divergence"), entry("better", 0.3, by="perplexity"),
-    )  # fmt: skip
-
-    assert found == [
-        "better", "divergence", "perplexity", "proxy", "unknown", "no better", "worse",
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -314,15 +305,6 @@ def test_of_nothing_nothing_is_expected_and_a_loss_is_no_smaller_on_another_mode
     assert expected["lost"] == pytest.approx(-0.1)
     assert expected["unknown"] is None
     assert expected["several"] == pytest.approx(0.2 * 0.95)  # by the nearest of its models
-
-
-def test_of_equal_gains_that_of_the_asked_family_and_size_comes_first():
-    found = order(
-        entry("b other", families=("opt",)), entry("a large", parameters=10**6), entry("same"),
-        entry("a other", families=("opt",)), family="llama", parameters=100,
-    )  # fmt: skip
-
-    assert found == ["same", "a other", "b other", "a large"]
 
 
 def test_what_failed_on_the_asked_family_goes_last_for_it():
@@ -511,11 +493,7 @@ def nested(depth):
 def test_what_breaks_a_rule_is_refused_with_the_rule(values, message):
     with pytest.raises(ConfigurationError, match=message):
         parsed(values)
-
-
-def test_what_is_nested_as_deep_as_allowed_can_be_written_too():
-    found = parsed(document(model={"name": nested(98)}))
-
+    found = parsed(document(model={"name": nested(98)}))  # as deep as allowed
     assert parsed(json.loads(json.dumps(found.to_dict("s")))) == found
 
 

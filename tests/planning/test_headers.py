@@ -276,57 +276,35 @@ def test_hub_is_away(tmp_path, monkeypatch):
     assert read_header("org/name").tensors == TENSORS  # that of the cache
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"[" * 100_000, "is not JSON"),
-        (b"[1]", "is not a JSON object"),
-        (b" " * (MOST_BYTES + 1), "has more than"),
-        (None, "has no config.json"),
-    ],
-)
-def test_a_bad_config_is_named(content, words, tmp_path):
-    with pytest.raises(ModelError, match=words):
-        read_header(written(tmp_path, **{"config.json": content}))
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (None, "has neither model.safetensors nor"),
-        (struct.pack("<Q", MOST_HEADER + 1) + b"{" * 9, "it has no header"),
-        (struct.pack("<Q", 9) + b"{}", "cut short"),
-        (safetensors({"x": 1}), "cannot be read"),
-        (safetensors({"x": {**ENTRY, "shape": [2**31]}}), "not a whole number above 0"),
-        (safetensors({"x": {**ENTRY, "shape": [1] * 9}}), "no shape"),
-    ],
-)
-def test_odd_weights(content, words, tmp_path):
-    """A header that is none ends at once in words."""
-    with pytest.raises(ModelError, match=words):
-        read_header(written(tmp_path, **{"model.safetensors": content}))
-
-
 ONE = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"a"
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("name", "content", "words"),
     [
-        (b"", "is not a whole GGUF file"),
-        (b"GGML" + bytes(40), "GGUF magic invalid"),
-        (b"GGUF" + struct.pack("<IQQ", 9, 0, 0), "version 9"),
-        (ONE + struct.pack("<IIQ", 9, 9, 2**60), "arrays of arrays"),
-        (ONE + struct.pack("<IIQ", 9, 4, 2**60), "the file ends in what is declared"),
-        (ONE + struct.pack("<IIQ", 9, 8, 2**60), "its header has more than"),
-        (ONE + struct.pack("<I", 77), "is not a valid GGUFValueType"),
+        ("config.json", b"[" * 100_000, "is not JSON"),
+        ("config.json", b"[1]", "is not a JSON object"),
+        ("config.json", b" " * (MOST_BYTES + 1), "has more than"),
+        ("config.json", None, "has no config.json"),
+        ("model.safetensors", None, "has neither model.safetensors nor"),
+        ("model.safetensors", struct.pack("<Q", MOST_HEADER + 1) + b"{" * 9, "it has no header"),
+        ("model.safetensors", struct.pack("<Q", 9) + b"{}", "cut short"),
+        ("model.safetensors", safetensors({"x": 1}), "cannot be read"),
+        ("model.safetensors", safetensors({"x": {**ENTRY, "shape": [2**31]}}), "number above 0"),
+        ("model.safetensors", safetensors({"x": {**ENTRY, "shape": [1] * 9}}), "no shape"),
+        ("m.gguf", b"", "is not a whole GGUF file"),
+        ("m.gguf", b"GGML" + bytes(40), "GGUF magic invalid"),
+        ("m.gguf", b"GGUF" + struct.pack("<IQQ", 9, 0, 0), "version 9"),
+        ("m.gguf", ONE + struct.pack("<IIQ", 9, 9, 2**60), "arrays of arrays"),
+        ("m.gguf", ONE + struct.pack("<IIQ", 9, 4, 2**60), "the file ends in what is declared"),
+        ("m.gguf", ONE + struct.pack("<IIQ", 9, 8, 2**60), "its header has more than"),
+        ("m.gguf", ONE + struct.pack("<I", 77), "is not a valid GGUFValueType"),
     ],
 )
-def test_an_odd_gguf_header_is_told_in_words(content, words, tmp_path):
-    path = tmp_path / "m.gguf"
-    path.write_bytes(content)
+def test_a_file_that_is_odd_or_not_there_is_told_at_once_in_words(name, content, words, tmp_path):
+    folder = written(tmp_path, **{name: content})
     with pytest.raises(ModelError, match=words):
-        read_header(str(path))
+        read_header(str(tmp_path / name) if name == "m.gguf" else folder)
 
 
 def test_missing(tmp_path):

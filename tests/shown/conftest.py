@@ -168,7 +168,6 @@ def page_of(report_of):
 
 @pytest.fixture
 def empty():
-    """Changes that leave nothing known but the name."""
     return {
         "state": "queued", "asked": {}, "warnings": [], "configuration": None, "trials": [],
         "importance": {}, "layers": {}, "transfers": [], "stages": [], "document": None,

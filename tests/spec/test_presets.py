@@ -44,11 +44,13 @@ def test_what_a_user_says_replaces_what_the_preset_says_field_by_field():
     assert preset.bounds["row_share"] == (0.1, 0.2)
 
 
-def test_a_step_that_contradicts_the_presets_is_refused():
+def test_a_step_that_contradicts_the_presets_and_another_name_are_refused():
     with pytest.raises(InvalidInput, match=r"update 'sparsegpt'.* not given are the preset's"):
         Preset.of("best", LAYER).changed({"update": "sparsegpt"}, {})
     with pytest.raises(InvalidInput, match=r"update is 'none'.* those of 'score' are none"):
         Preset.of("best", LAYER).changed({"update": "none"}, {})
+    with pytest.raises(InvalidInput, match=r"preset 'worst' is not one of score, crepe"):
+        Preset.of("worst", LAYER)
 
 
 def test_best_shrinks_second_moments_unless_nothing_looks_at_them():
@@ -61,8 +63,3 @@ def test_best_shrinks_second_moments_unless_nothing_looks_at_them():
     assert best.changed({"shrinkage": 0.0}, {}).steps.shrinkage == 0
     with pytest.raises(InvalidInput, match="shrinkage=3 has nothing to shrink"):
         best.changed({**alone, "shrinkage": 3.0}, {})
-
-
-def test_another_name_is_refused_with_those_that_exist():
-    with pytest.raises(InvalidInput, match=r"preset 'worst' is not one of score, crepe"):
-        Preset.of("worst", LAYER)

@@ -58,6 +58,8 @@ def test_bounds_are_read_from_text_one_value_fixes_it():
     assert space.activation_exponent == (0.2, 0.9)
     assert space.gradient_exponent == (0.5, 0.5)
     assert space.kernel_sizes == (3, 9)
+    # however they are listed, so that the same search has the same name
+    assert parse_bounds(["allocations=fisher,uniform"]) == {"allocations": ("uniform", "fisher")}
 
 
 @pytest.mark.parametrize(
@@ -119,7 +121,3 @@ def test_where_no_allocation_is_searched_its_spread_has_no_effect_and_no_border(
     assert both.on_border({**PARAMS, "allocation": "fisher", "allocation_spread": 0.3}) == [
         "allocation_spread"
     ]
-
-
-def test_however_they_are_listed_so_that_the_same_search_has_the_same_name():
-    assert parse_bounds(["allocations=fisher,uniform"]) == {"allocations": ("uniform", "fisher")}

@@ -34,28 +34,25 @@ def test_parse(text, scope, expected):
     assert Pattern.parse(text, scope) == expected
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "0", "1", "-0.1", "nan", "abc", "", "50%", "0,5",
-        "5:4", "4:4", "0:4", "1:65", "a:b", "2:", ":4", "2:4:8", "2.0:4",
-    ],
-)  # fmt: skip
-def test_anything_but_a_share_in_0_to_1_or_n_m_is_refused(text):
-    with pytest.raises(InvalidInput):
-        Pattern.parse(text)
+NO_PATTERN = [
+    "0", "1", "-0.1", "nan", "abc", "", "50%", "0,5",
+    "5:4", "4:4", "0:4", "1:65", "a:b", "2:", ":4", "2:4:8", "2.0:4",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("text", "scope", "message"),
     [
+        *((text, None, None) for text in NO_PATTERN),
         ("2:4", "layer", "scope"),  # it counts inside groups
         ("2:4", "global", "scope"),
         ("2:4", "model", "row, layer, global"),
         ("0.5", "model", "row, layer, global"),
     ],
 )
-def test_a_scope_that_is_unknown_or_too_wide_for_n_m_is_refused(text, scope, message):
+def test_no_share_in_0_to_1_or_n_m_and_no_scope_or_one_too_wide_for_n_m_is_refused(
+    text, scope, message
+):
     with pytest.raises(InvalidInput, match=message):
         Pattern.parse(text, scope)
 
@@ -104,34 +101,26 @@ def test_a_width_that_m_does_not_divide_is_refused_with_the_layers_name_a_ratio_
         Pattern.parse("2:4").check_width(6, "up_proj")
 
 
-NUMBERS = ["row", "column", "neighbourhood", "activation_exponent", "gradient_exponent"]
-
-
 def coefficients_with(**fields):
     return Coefficients(**{"row": 1, "column": 1, "neighbourhood": 1, **fields})
 
 
-@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, True, "1", None])
-@pytest.mark.parametrize("name", NUMBERS)
-def test_a_coefficient_that_is_negative_not_finite_or_not_a_number_is_refused_by_name(name, value):
-    with pytest.raises(InvalidInput, match=name):
-        coefficients_with(**{name: value})
+NUMBERS = ("row", "column", "neighbourhood", "activation_exponent", "gradient_exponent")
+NO_NUMBERS = (-0.1, math.nan, math.inf, True, "1", None)
 
 
-def test_at_least_one_of_row_column_and_neighbourhood_must_be_positive():
-    with pytest.raises(InvalidInput, match="all zero"):
-        Coefficients(row=0, column=0.0, neighbourhood=0)
-
-
-@pytest.mark.parametrize("kernel_size", [4, 1, -3, 3.0, True, "3"])
-def test_the_kernel_size_must_be_an_odd_whole_number_of_at_least_3(kernel_size):
-    with pytest.raises(InvalidInput, match="kernel_size"):
-        coefficients_with(kernel_size=kernel_size)
-
-
-def test_an_unknown_normalisation_is_refused_and_the_message_lists_the_known_ones():
-    with pytest.raises(InvalidInput, match="mean, sum, none"):
-        coefficients_with(normalisation="max")
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        *(({name: value}, name) for name in NUMBERS for value in NO_NUMBERS),
+        *(({"kernel_size": value}, "kernel_size") for value in (4, 1, -3, 3.0, True, "3")),
+        ({"row": 0, "column": 0.0, "neighbourhood": 0}, "all zero"),
+        ({"normalisation": "max"}, "mean, sum, none"),
+    ],
+)
+def test_a_coefficient_that_breaks_its_rule_is_refused_by_name(fields, message):
+    with pytest.raises(InvalidInput, match=message):
+        coefficients_with(**fields)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p}-{p.scope}")
@@ -198,78 +187,58 @@ def test_a_label_names_its_weighting_only_where_it_counts(fields, label):
     assert Objective(**fields).label == label
 
 
-@pytest.mark.parametrize("fields", [{"name": "loss"}, {"weighting": "loss"}])
-def test_an_unknown_objective_or_weighting_is_refused(fields):
-    with pytest.raises(InvalidInput, match="'loss' is not one of"):
-        Objective(**fields)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"method": "fair"}, "allocation 'fair' is not one of uniform, owl"),
-        ({"unit": "row"}, "allocation unit 'row' is not one of linear, block"),
-        ({"spread": 1.5}, r"allocation spread=1\.5 is not in 0\.\.1"),
-        ({"spread": float("nan")}, "allocation spread=nan is not in"),
-        ({"spread": True}, "allocation spread=True is not in"),
-        ({"outlier_ratio": 0.5}, r"allocation outlier_ratio=0\.5 is not in"),
-        ({"offsets": {"q_proj": 11.0}}, r"allocation offset q_proj=11\.0 is not in -10\.\.10"),
-        ({"offsets": {"q_proj": float("nan")}}, "allocation offset q_proj=nan is not in"),
-        ({"offsets": {"q_proj": 1.0}, "unit": "block"}, "unit 'block' gives them one sparsity"),
-        ({"offsets": {"*.q_proj": 1.0}}, "'\\*.q_proj' is not the name of a linear"),
-        ({"offsets": {"q\x00": 1.0}}, "is not the name of a linear"),
-        ({"depth": (0.1, 0.2, 0.3)}, "allocation depth has 3 numbers, and 2 are the most"),
-        ({"depth": (True,)}, r"allocation depth\[0\]=True is not in"),
-    ],
-)
-def test_a_bad_allocation_is_named(fields, message):
-    with pytest.raises(InvalidInput, match=message):
-        Allocation(**fields)
-
-
-@pytest.mark.parametrize(
-    ("fields", "pattern", "message"),
-    [
-        ({"permutation": "score"}, Pattern.parse("0.5"), "permutation 'score' changes nothing"),
-        ({"allocation": Allocation(method="owl")}, PATTERNS[2], "allocation 'owl' and scope"),
-    ],
-)
-def test_steps_without_meaning(fields, pattern, message):
-    """A step that has no meaning in a pattern is refused with the way out."""
+def candidate_with(pattern, **steps):
     coefficients = Coefficients(row=1, column=1, neighbourhood=1)
+    return Candidate(
+        method="x", coefficients=coefficients, pattern=Pattern.parse(*pattern.split()),
+        steps=Steps(**steps),
+    )  # fmt: skip
 
-    with pytest.raises(InvalidInput, match=message):
-        Candidate(method="x", coefficients=coefficients, pattern=pattern, steps=Steps(**fields))
 
-
-@pytest.mark.parametrize("update", ["sparsegpt", "admm", "alps"])
-def test_steps_that_contradict_each_other(update):
-    with pytest.raises(InvalidInput, match="repruning 'swaps' has no mask to start from"):
-        Steps(repruning="swaps", update=update)
-    with pytest.raises(InvalidInput, match="Take update 'least-squares', or repruning 'swaps'"):
-        Steps(repruning="admm")
+NAN = float("nan")
+NO_BOUNDS = r"shrinkage=.* is not in 0\.\.1000"
+NO_MASK = "repruning 'swaps' has no mask to start from"
+SHRUNK = r"shrinkage=2 has nothing to shrink.* or leave it out"
 
 
 @pytest.mark.parametrize(
-    "fields", [{"permutation": "best"}, {"repruning": "all"}, {"update": "adam"}]
-)
-def test_an_unknown_step_is_refused_with_those_that_exist(fields):
-    ((name, value),) = fields.items()
-
-    with pytest.raises(InvalidInput, match=f"{name} '{value}' is not one of none"):
-        Steps(**fields)
-
-
-@pytest.mark.parametrize("value", [1001, float("nan"), True])
-def test_a_shrinkage_is_a_number_in_its_bounds(value):
-    with pytest.raises(InvalidInput, match=r"shrinkage=.* is not in 0\.\.1000"):
-        Steps(update="obs", shrinkage=value)
-
-
-@pytest.mark.parametrize("fields", [{}, {"repruning": "dsnot"}, {"permutation": "score"}])
-def test_where_nothing_is_shrunk_a_shrinkage_is_refused(fields):
-    with pytest.raises(InvalidInput, match=r"shrinkage=2 has nothing to shrink.* or leave it out"):
-        Steps(shrinkage=2, **fields)
+    ("kind", "fields", "message"),
+    [
+        (Objective, {"name": "loss"}, "'loss' is not one of"),
+        (Objective, {"weighting": "loss"}, "'loss' is not one of"),
+        (Objective, {"name": "gini", "over": "mean"}, "gini has no common scale"),
+        (Objective, {"name": "perplexity", "over": "mean"}, "perplexity has no common scale"),
+        (Objective, {"over": "best"}, "over 'best' is not one of mean, worst"),
+        (Allocation, {"method": "fair"}, "allocation 'fair' is not one of uniform, owl"),
+        (Allocation, {"unit": "row"}, "allocation unit 'row' is not one of linear, block"),
+        (Allocation, {"spread": 1.5}, r"allocation spread=1\.5 is not in 0\.\.1"),
+        (Allocation, {"spread": NAN}, "allocation spread=nan is not in"),
+        (Allocation, {"spread": True}, "allocation spread=True is not in"),
+        (Allocation, {"outlier_ratio": 0.5}, r"allocation outlier_ratio=0\.5 is not in"),
+        (Allocation, {"offsets": {"q_proj": 11.0}}, r"offset q_proj=11\.0 is not in -10\.\.10"),
+        (Allocation, {"offsets": {"q_proj": NAN}}, "allocation offset q_proj=nan is not in"),
+        (Allocation, {"offsets": {"a": 1.0}, "unit": "block"}, "'block' gives them one sparsity"),
+        (Allocation, {"offsets": {"*.q_proj": 1.0}}, r"'\*.q_proj' is not the name of a linear"),
+        (Allocation, {"offsets": {"q\x00": 1.0}}, "is not the name of a linear"),
+        (Allocation, {"depth": (0.1, 0.2, 0.3)}, "depth has 3 numbers, and 2 are the most"),
+        (Allocation, {"depth": (True,)}, r"allocation depth\[0\]=True is not in"),
+        (candidate_with, {"pattern": "0.5", "permutation": "score"}, "'score' changes nothing"),
+        (candidate_with, {"pattern": "0.5 global", "allocation": Allocation(method="owl")},
+         "allocation 'owl' and scope"),
+        *((Steps, {"repruning": "swaps", "update": update}, NO_MASK)
+          for update in ("sparsegpt", "admm", "alps")),
+        (Steps, {"repruning": "admm"}, "Take update 'least-squares', or repruning 'swaps'"),
+        (Steps, {"permutation": "best"}, "permutation 'best' is not one of none"),
+        (Steps, {"repruning": "all"}, "repruning 'all' is not one of none"),
+        (Steps, {"update": "adam"}, "update 'adam' is not one of none"),
+        *((Steps, {"update": "obs", "shrinkage": value}, NO_BOUNDS) for value in (1001, NAN, True)),
+        *((Steps, {"shrinkage": 2, **fields}, SHRUNK)
+          for fields in ({}, {"repruning": "dsnot"}, {"permutation": "score"})),
+    ],
+)  # fmt: skip
+def test_a_value_that_breaks_a_rule_is_refused_with_the_rule(kind, fields, message):
+    with pytest.raises(InvalidInput, match=message):
+        kind(**fields)
 
 
 def test_steps_survive_json_what_is_left_out_has_its_default():

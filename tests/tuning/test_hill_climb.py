@@ -52,37 +52,48 @@ def bowl(params):
     return float((params["a"] - 0.3) ** 2 + (params["b"] - 1.1) ** 2 + 0.1 * window)
 
 
-def test_steps_by_hand():
-    """Up, up again after a success, down; then half the step, until 1/32 of the range."""
-    points = climbed_on_line(lambda x: abs(x - 0.6), start=0.25)
-
-    assert points == [
-        0.25, 0.5, 0.75,  # 1/4: up is better, up again is not; down is known
-        0.625,  # 1/8: better; up and down of it are known
-        0.6875, 0.5625,  # 1/16: neither
-        0.65625, 0.59375,  # 1/32: down is better
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(("start", "first"), [(-7, 0.0), (0.0, 0.0), (0.5, 0.5), (9, 1.0)])
-def test_a_climb_begins_where_it_is_told_to(start, first):
-    assert climbed_on_line(lambda x: x, start)[0] == first
-
-
-def test_steps_are_exact_half_of_0_to_1_5_leads_to_0_875_not_to_0_8749999999999999():
-    space = {"x": FloatDistribution(0, 1.5)}
-    sampler = HillClimbSampler(search_space=space, start={"x": 0.5})
-    points = [t.params["x"] for t in climbed(sampler, space, lambda p: -p["x"]).trials]
-
-    assert points[:3] == [0.5, 0.875, 1.25]
+@pytest.mark.parametrize(
+    ("loss", "start", "points"),
+    [
+        # up, up again after a success, down; then half the step, until 1/32 of the range
+        (lambda x: abs(x - 0.6), 0.25,
+         [0.25, 0.5, 0.75,  # 1/4: up is better, up again is not; down is known
+          0.625,  # 1/8: better; up and down of it are known
+          0.6875, 0.5625,  # 1/16: neither
+          0.65625, 0.59375]),  # 1/32: down is better
+        # a point that cannot be rated is not stepped on, and not tried again
+        (lambda x: None if x > 0.6 else abs(x - 0.6), 0.25,
+         [0.25, 0.5, 0.75, 0.625, 0.375, 0.5625, 0.59375]),
+        (lambda _: None, 0.5, [0.5, 0.75, 0.25, 0.625, 0.375, 0.5625, 0.4375, 0.53125, 0.46875]),
+    ],
+)  # fmt: skip
+def test_steps_by_hand(loss, start, points):
+    assert climbed_on_line(loss, start) == points
 
 
-def test_of_listed_values_only_those_beside_the_present_one_are_tried():
+@pytest.mark.parametrize(
+    ("loss", "start", "first"),
+    [
+        *((lambda x: x, start, [first])
+          for start, first in ((-7, 0.0), (0.0, 0.0), (0.5, 0.5), (9, 1.0))),
+        # any value is better than a start that failed: 0.75 is stepped on, then 0.625
+        (lambda x: None if x == 0.5 else 1000 + x, 0.5, [0.5, 0.75, 1.0, 0.875, 0.625]),
+    ],
+)  # fmt: skip
+def test_a_climb_begins_where_it_is_told_to(loss, start, first):
+    assert climbed_on_line(loss, start)[: len(first)] == first
+
+
+def test_of_listed_values_only_those_beside_the_present_one_are_tried_other_steps_are_exact():
     space = {"k": CategoricalDistribution((3, 5, 9, 15, 21))}
     sampler = HillClimbSampler(search_space=space, start={"k": 9})
     tried = [t.params["k"] for t in climbed(sampler, space, lambda p: abs(p["k"] - 9)).trials]
+    line = {"x": FloatDistribution(0, 1.5)}
+    sampler = HillClimbSampler(search_space=line, start={"x": 0.5})
+    points = [t.params["x"] for t in climbed(sampler, line, lambda p: -p["x"]).trials]
 
     assert tried == [9, 15, 5]
+    assert points[:3] == [0.5, 0.875, 1.25]  # not 0.8749999999999999
 
 
 def test_no_point_is_rated_twice_and_each_step_changes_one_coordinate():
@@ -107,31 +118,7 @@ def test_at_the_end_no_last_step_along_a_coordinate_up_or_down_is_better():
     ]
 
     assert all(bowl(point) >= study.best_value for point in nearby)
-
-
-def test_a_point_that_cannot_be_rated_is_not_stepped_on_and_not_tried_again():
-    points = climbed_on_line(lambda x: None if x > 0.6 else abs(x - 0.6), start=0.25)
-
-    assert points == [0.25, 0.5, 0.75, 0.625, 0.375, 0.5625, 0.59375]
-
-
-def test_any_value_is_better_than_a_start_that_failed():
-    points = climbed_on_line(lambda x: None if x == 0.5 else 1000 + x, start=0.5)
-
-    assert points[:5] == [0.5, 0.75, 1.0, 0.875, 0.625]  # 0.75 is stepped on, then 0.625
-
-
-def test_a_climb_on_which_nothing_can_be_rated_ends():
-    assert climbed_on_line(lambda _: None, start=0.5) == [
-        0.5, 0.75, 0.25, 0.625, 0.375, 0.5625, 0.4375, 0.53125, 0.46875,
-    ]  # fmt: skip
-
-
-def test_a_climb_that_is_over_gives_its_best_point_again():
-    sampler = HillClimbSampler(search_space=SPACE)
-    study = climbed(sampler, SPACE, bowl)
-
-    assert study.ask(SPACE).params == study.best_params
+    assert study.ask(SPACE).params == study.best_params  # a climb that is over gives it again
 
 
 def test_a_sampler_that_knows_nothing_but_the_trials_asks_for_the_same_next_ones():

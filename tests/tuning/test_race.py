@@ -55,12 +55,9 @@ def test_of_candidates_that_prune_alike_the_first_one_goes_on_and_no_other_is_ne
     assert still_racing({5: same, 3: same, 4: same}, [1], windows=WINDOWS) == [5]
 
 
-def test_who_is_behind_by_the_same_on_every_block_is_behind():
+def test_who_is_behind_by_the_same_on_every_block_is_behind_a_single_number_says_nothing():
     assert is_behind(np.full(8, 0.25), 1, windows=16, level=1e-6)
     assert not is_behind(np.full(8, -0.25), 1, windows=16, level=1e-6)
-
-
-def test_a_single_number_says_nothing_of_chance():
     assert not is_behind(np.array([100.0]), 1, windows=16, level=0.5)
 
 

@@ -41,10 +41,8 @@ def test_a_proxy_without_order_is_said_to_be_no_better_than_chance():
     assert quality.spearman_interval[0] < 0 < quality.spearman_interval[1]
     assert sentence is not None
     assert "fisher does not rank" in sentence
-
-
-def test_a_proxy_that_says_the_same_of_everything_has_no_correlation():
-    assert proxy_quality([1.0] * 12, PERPLEXITY, higher_is_better=False, seed=0).spearman == 0
+    same = proxy_quality([1.0] * 12, PERPLEXITY, higher_is_better=False, seed=0)
+    assert same.spearman == 0
 
 
 @pytest.mark.parametrize("digits", [0, 6])

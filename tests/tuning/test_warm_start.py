@@ -146,7 +146,7 @@ def candidate(pattern=PATTERN, **changes):
     return Candidate(method="crepe", coefficients=coefficients, pattern=pattern)
 
 
-def test_what_lies_outside_of_the_space_is_moved_to_its_nearest_point():
+def test_what_lies_outside_of_the_space_is_moved_to_its_nearest_point_baselines_add_nothing():
     request = SearchRequest(pattern=PATTERN, warm_start=(candidate(), candidate()))
     (point,) = request.plan((3, 5, 9)).warm_start
 
@@ -154,24 +154,18 @@ def test_what_lies_outside_of_the_space_is_moved_to_its_nearest_point():
     assert point["kernel_size"] == 5
     assert point["neighbourhood_share"] == 0.5
     assert point["row_share"] == pytest.approx(0.4)
-
-
-def test_a_configuration_that_is_a_baseline_adds_nothing_every_search_begins_with_it():
     baselines = (*reference_methods(PATTERN).values(), *COLD.baselines())
-
     assert {c.pattern.scope.value for c in baselines} == {"row", "layer"}
+    # every search begins with them
     assert SearchRequest(pattern=PATTERN, warm_start=baselines).plan((3,)).warm_start == ()
 
 
 @pytest.mark.parametrize("other", [Pattern.parse("2:4"), Pattern.parse("0.5", "row")])
-def test_what_was_found_for_another_pattern_or_scope_is_refused(other):
+def test_what_was_found_for_another_pattern_or_scope_is_refused_and_trials_without_room(other):
     request = SearchRequest(pattern=PATTERN, warm_start=(candidate(other),))
 
     with pytest.raises(InvalidInput, match=rf"is for {other} in scope row, but .* scope layer"):
         request.plan((3,))
-
-
-def test_the_trials_must_have_room_for_the_baselines_and_for_what_the_search_starts_from():
     with pytest.raises(InvalidInput, match=r"the first 8 are the baselines and what the search"):
         replace(WARM, trials=7)
 
