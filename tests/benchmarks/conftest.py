@@ -1,7 +1,6 @@
 """The scripts of benchmarks/, in this process."""
 
 import re
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -10,9 +9,6 @@ import torch
 from click.testing import CliRunner
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
-
-Table = dict[str, list[str]]
-Benchmark = Callable[..., Table]
 
 
 @pytest.fixture(autouse=True)

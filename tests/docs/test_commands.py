@@ -86,41 +86,34 @@ def parse(words, *, whole):
         command.make_parser(context).parse_args(list(words))
 
 
-@pytest.mark.parametrize("page", NAMES)
-def test_each_pho_of_a_block_is_complete(page):
-    for words in pho_commands(page):
-        try:
-            parse(words, whole=True)
-        except click.UsageError as error:
-            pytest.fail(f"{page}: pho {shlex.join(words)}: {error.format_message()}")
+@pytest.mark.parametrize(("of_page", "whole"), [(pho_commands, True), (spans, False)])
+def test_each_pho_of_a_block_is_complete_and_in_the_text_has_the_options_that_are_named(
+    of_page, whole
+):
+    for page in NAMES:
+        for words in of_page(page):
+            try:
+                parse([word for word in words if whole or word not in ("VERB", "...")], whole=whole)
+            except click.UsageError as error:
+                pytest.fail(f"{page}: pho {shlex.join(words)}: {error.format_message()}")
+    assert sum(len(of_page(page)) for page in NAMES) > 60  # commands are read at all
 
 
-@pytest.mark.parametrize("page", NAMES)
-def test_each_pho_in_the_running_text_has_the_options_that_are_named(page):
-    for words in spans(page):
-        try:
-            parse([word for word in words if word not in ("VERB", "...")], whole=False)
-        except click.UsageError as error:
-            pytest.fail(f"{page}: pho {shlex.join(words)}: {error.format_message()}")
-
-
-def test_the_tests_above_read_commands_out_of_the_pages_at_all():
-    assert sum(len(pho_commands(page)) for page in NAMES) > 60
-    assert sum(len(spans(page)) for page in NAMES) > 60
+def test_each_make_is_a_target_and_each_script_of_benchmarks_and_each_variable_is_there():
     assert ["workers"] in pho_commands("docs/how-to/many-gpus.md")
     assert ["keys", "create", "me", "--all-jobs"] in pho_commands("docs/containers.md")
-
-
-@pytest.mark.parametrize("page", NAMES)
-def test_each_make_is_a_target_and_each_script_of_benchmarks_is_there(page):
-    text = (ROOT / page).read_text()
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    code = [*blocks(page), *re.findall(r"`([^`\n]+)`", text)]
-    made = {name for each in code for name in re.findall(r"\bmake ([a-z-]+)", each)}
+    for page in NAMES:
+        text = (ROOT / page).read_text()
+        code = [*blocks(page), *re.findall(r"`([^`\n]+)`", text)]
+        made = {name for each in code for name in re.findall(r"\bmake ([a-z-]+)", each)}
+        named = set(re.findall(r"\bPHO_[A-Z_]*[A-Z]\b", text))
+        now = re.sub(r"at\s+commit\s+\w+\s+by\s+`benchmarks/\w+\.py", "", text)  # others are gone
+        scripts = dict.fromkeys(re.findall(r"benchmarks/\w+\.py", now), page)
 
-    assert made <= targets
-    now = re.sub(r"at\s+commit\s+\w+\s+by\s+`benchmarks/\w+\.py", "", text)  # others are gone
-    assert all((ROOT / path).is_file() for path in re.findall(r"benchmarks/\w+\.py", now))
+        assert made <= targets, page
+        assert named <= {f"PHO_{name.upper()}" for name in Settings.model_fields}, page
+        assert [path for path in scripts if not (ROOT / path).is_file()] == [], page
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +124,9 @@ def operations():
     return paths
 
 
-@pytest.mark.parametrize("page", NAMES)
-def test_each_curl_asks_for_what_there_is(page, operations):
-    for words in (words for code in blocks(page) for words in commands(code) if words[0] == "curl"):
+def test_each_curl_asks_for_what_there_is(operations):
+    code = [block for page in NAMES for block in blocks(page)]
+    for words in (words for each in code for words in commands(each) if words[0] == "curl"):
         (asked,) = (found[1] for word in words if (found := ADDRESS.match(word)))
         (path,) = (p for p in operations if re.fullmatch(re.sub(r"\{\w+\}", "[^/:]+", p), asked))
         body = words[words.index("-d") + 1] if "-d" in words else None
@@ -147,13 +140,6 @@ def test_each_summary_is_how_the_description_begins(operations):
     for operation in (each for path in operations.values() for each in path.values()):
         assert " " in operation["summary"]
         assert operation["description"].startswith(operation["summary"])
-
-
-@pytest.mark.parametrize("page", NAMES)
-def test_each_pho_variable_of_a_page_is_one_that_is_read(page):
-    named = set(re.findall(r"\bPHO_[A-Z_]*[A-Z]\b", (ROOT / page).read_text()))
-
-    assert named <= {f"PHO_{name.upper()}" for name in Settings.model_fields}
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "README.md"])

@@ -14,7 +14,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
 
 # The block of ```py loads a model and texts from the hub: whoever runs the tests has neither.
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-SMALLER = {"samples=64, context_length=512)": "samples=16, context_length=128)", "=200)": "=40)"}
+SMALLER = {"samples=64, context_length=512)": "samples=16, context_length=128)", "=200)": "=20)"}
 
 
 @pytest.fixture
@@ -39,7 +39,9 @@ def given(tiny_llama, model_folder, texts, tmp_path):
 def test_blocks(given, tmp_path, monkeypatch):
     """Every block runs, one after the other; each result is what the page says."""
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(pho, "search", partial(pho.search, trials=20))  # for time, as is SMALLER
+    # For time, as is SMALLER.
+    monkeypatch.setattr(pho, "search", partial(pho.search, trials=10, finalists=1))
+    monkeypatch.setattr(pho, "compare", partial(pho.compare, methods=["wanda", "sparsegpt"]))
     for block in BLOCKS:
         for wanted, smaller in SMALLER.items():
             block = block.replace(wanted, smaller)
@@ -49,7 +51,7 @@ def test_blocks(given, tmp_path, monkeypatch):
     assert pho.read_configuration(Path("config.json")) == given["found"].configuration
     assert given["pruned"].sparsity == pytest.approx(0.5)
     assert Path("folder/pruning.json").is_file()
-    assert len(given["study"].trials) == 40
+    assert len(given["study"].trials) == 20
     assert given["best"].objective["value"] == given["study"].best_value
     assert given["some"].configuration.steps.linears
 
