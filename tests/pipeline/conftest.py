@@ -40,7 +40,6 @@ def texts(texts_of_all):
 
 @pytest.fixture
 def model(model_folder):
-    """The tiny model, loaded from its folder."""
     return load_model(str(model_folder), device="cpu")
 
 
@@ -52,14 +51,11 @@ def original(model_folder):
 
 @pytest.fixture
 def streamed(model_folder):
-    """The tiny model, read block by block from its files."""
     return load_model(str(model_folder), device="cpu", stream=True)
 
 
 @pytest.fixture
 def text_of(texts):
-    """What a model is calibrated on."""
-
     def read(model, settings=SETTINGS):
         return calibration_text(model, TextSource(path=str(texts["calibration"])), settings)
 
@@ -68,8 +64,6 @@ def text_of(texts):
 
 @pytest.fixture
 def calibrated(text_of):
-    """Calibrates a model on some windows."""
-
     def calibrate_it(model, settings=SETTINGS):
         return calibrate(model, text_of(model, settings), settings)
 
@@ -78,7 +72,6 @@ def calibrated(text_of):
 
 @pytest.fixture
 def bundle(model_folder, calibrated):
-    """What calibration on 6 windows says of ``model``."""
     if "bundle" not in _made:
         _made["bundle"] = calibrated(load_model(str(model_folder), device="cpu"))
     return _made["bundle"]
@@ -86,8 +79,6 @@ def bundle(model_folder, calibrated):
 
 @pytest.fixture
 def read_report(texts):
-    """Reads windows that nothing was chosen on."""
-
     def read(model, count, context_length):
         windows, record = read_windows(
             model,
@@ -103,7 +94,6 @@ def read_report(texts):
 
 @pytest.fixture
 def report(model, read_report):
-    """Three windows that nothing was chosen on."""
     if "report" not in _made:
         _made["report"] = read_report(model, 3, 32)
     return _made["report"]
@@ -122,8 +112,6 @@ def studies():
 
 @pytest.fixture
 def searched(studies):
-    """Searches that go on with what ``studies`` has of them, or another record."""
-
     def search(request, work, *, storage=studies, **options):
         study = open_study(
             storage, name_of_study(request, work), direction=request.objective.direction

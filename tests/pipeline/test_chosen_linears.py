@@ -47,7 +47,6 @@ def candidate_of(pattern, steps):
 
 
 def is_dense(name):
-    """What LEFT_OUT says, written out."""
     return name.endswith("o_proj") or name == "model.layers.1.mlp.up_proj"
 
 

@@ -75,7 +75,6 @@ def saved(family, model_folder, target, *, as_stored=True, blocks=2):
 
 @pytest.fixture
 def mixtral_folder(model_folder, tmp_path):
-    """A random Mixtral, as Mistral AI stores it."""
     return saved("mixtral", model_folder, tmp_path / "mixtral")
 
 

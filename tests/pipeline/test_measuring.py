@@ -47,7 +47,6 @@ CONFIGURATION = Configuration(
 
 
 def compared_on(model, bundle, report, pattern, configurations, *, text=None, also=None, **asked):
-    """The rows of a comparison on one calibration."""
     calibration = asked.pop("calibration", None)
     request = ComparisonRequest(pattern=pattern, configurations=configurations, **asked)
     given = Work.of(bundle=bundle, model=model, calibration=calibration)
@@ -60,7 +59,6 @@ def bits(model):
 
 
 def same(before, after):
-    """Whether all weights are the same to the last bit."""
     return all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 

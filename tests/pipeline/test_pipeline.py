@@ -26,7 +26,6 @@ OBS = Candidate(
 
 @pytest.fixture
 def calibration(report):
-    """Windows to update weights with."""
     return report.windows
 
 

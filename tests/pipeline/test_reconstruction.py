@@ -47,7 +47,6 @@ class Run:
 
 
 def same(first, second):
-    """Whether two runs gave the same bits."""
     return first.blocks == second.blocks and all(
         torch.equal(weight, second.weights[name])
         and torch.equal(first.masks[name].keep, second.masks[name].keep)
@@ -57,7 +56,6 @@ def same(first, second):
 
 @pytest.fixture
 def windows(report):
-    """Calibration windows; one of them is held out."""
     return report.windows
 
 

@@ -61,8 +61,6 @@ def text(texts):
 
 @pytest.fixture
 def pruned_folder(model_folder, bundle, tmp_path):
-    """Prunes the tiny model by Wanda."""
-
     def prune(pattern):
         folder = tmp_path / "pruned"
         dense = load_model(str(model_folder), device="cpu")
@@ -74,8 +72,6 @@ def pruned_folder(model_folder, bundle, tmp_path):
 
 @pytest.fixture
 def recover(original, text, tmp_path):
-    """Recovers a model, towards the dense one."""
-
     def run(pruned, settings=SETTINGS, *, on=text, teacher=original, **more):
         place = tmp_path / "workplace"
         return recover_model(pruned, lambda: nullcontext(teacher), on, settings, place, **more)

@@ -37,7 +37,6 @@ class Formula:
 
 
 def run(formula, **target):
-    """The job on a formula."""
     asked = Target(**target)
     requests = [SearchRequest(pattern=Pattern(sparsity=each)) for each in asked.sparsities]
     return target_found(asked, find_points(formula.find, requests, asked))

@@ -35,7 +35,6 @@ def two_cards(model_folder, bundle, pretended_gpus):
 
 @pytest.fixture
 def model(model_folder, two_cards):
-    """The tiny model on the first card."""
     assert len(two_cards) == 2
     return load_model(str(model_folder), device="cuda:0")
 

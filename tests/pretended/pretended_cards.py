@@ -63,7 +63,6 @@ class Card:
             self.reserved_peak = max(self.reserved_peak, self.reserved)
 
     def release(self, size):
-        """Give back bytes of a tensor; the cache keeps them."""
         self.allocated -= size
 
     def empty_cache(self):
@@ -71,11 +70,9 @@ class Card:
         self.reserved = self.allocated
 
     def reset_peak(self):
-        """Start to watch the peaks anew."""
         self.peak, self.reserved_peak = self.allocated, self.reserved
 
     def launch(self, operation):
-        """Count a kernel."""
         with self._lock:
             for counts in self._watched:
                 counts.launches += 1
@@ -116,7 +113,6 @@ class OnCard:
         self.resize(size)
 
     def resize(self, size):
-        """Hold other bytes than before."""
         rounded = -(-size // BLOCK) * BLOCK
         if rounded == self.size:
             return

@@ -45,13 +45,11 @@ class Cards(Sequence[Card]):
         return self.at(device).device if device.type == "cuda" else device
 
     def device_of(self, tensor):
-        """Where a tensor lies. Without modes around."""
         label = label_of(tensor)
         return label.card.device if isinstance(label, OnCard) else tensor.device
 
     @contextmanager
     def making(self, device):
-        """What is made anew inside lies on this card."""
         before = getattr(self.here, "target", None)
         self.here.target = device
         try:
@@ -117,13 +115,11 @@ class Move(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, source, cards, device, options):
-        """The copy."""
         ctx.cards, ctx.home, ctx.dtype = cards, cards.device_of(source), source.dtype
         return cards.copied(source, device, **options)
 
     @staticmethod
     def backward(ctx, *gradients):
-        """Its gradient, where the source lies."""
         with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
             moved = ctx.cards.copied(gradients[0], ctx.home, dtype=ctx.dtype)
         return moved, None, None, None

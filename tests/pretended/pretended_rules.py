@@ -50,7 +50,6 @@ class Rule:
 
 @cache
 def rule_of(operation):
-    """The rule of an ``OpOverload``."""
     schema = operation._schema
     name = schema.name.rpartition("::")[2]
     written = set()
@@ -89,7 +88,6 @@ def tensors_of(value):
 
 
 def mixed(rule, devices):
-    """What torch says when tensors of several devices meet."""
     names = ", ".join(sorted(map(str, devices)))
     return RuntimeError(
         f"Expected all tensors to be on the same device, but found at least two devices, {names}! "

@@ -62,12 +62,10 @@ class Subject:
 
     @property
     def dtype(self):
-        """What it is loaded as."""
         return "bfloat16" if "bfloat16" in self.name else "float32"
 
     @cached_property
     def text(self):
-        """To calibrate on."""
         return self.text_for(SETTINGS)
 
     def text_for(self, settings):
@@ -76,11 +74,9 @@ class Subject:
 
     @cached_property
     def bundle(self):
-        """What its calibration gives."""
         return calibrate(self.model, self.text, SETTINGS)
 
     def report(self, name="report"):
-        """Two windows to measure on."""
         source, length = TextSource(path=str(self.texts[name])), SETTINGS.context_length
         windows, record = read_windows(
             self.model, source, context_length=length, bos="auto", max_windows=2
@@ -89,7 +85,6 @@ class Subject:
 
 
 def write_model(name, folder, tokenizer):
-    """The random model of a kind, the same each time, with a tokenizer."""
     shutil.copytree(tokenizer, folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -52,7 +52,6 @@ def take(store, job_id, kind, number=0):
 
 
 def succeed(store, job_id, found):
-    """Do a job as far as a client can see."""
     finish = [NewStage(kind=StageKind.FINISH)]
     store.complete(take(store, job_id, StageKind.CALIBRATE), {}, then=finish)
     best = JobResult(best=found.model_dump(mode="json"), warnings=["the best lies on the border"])
@@ -70,7 +69,6 @@ class Service:
 
     @property
     def url(self):
-        """Where it listens."""
         return f"http://127.0.0.1:{self._port}"
 
     def start(self):
@@ -91,7 +89,6 @@ class Service:
             time.sleep(0.01)
 
     def stop(self):
-        """Close all connections and the port."""
         self._server.should_exit = True
         self._thread.join()
         self._listener.close()

@@ -15,7 +15,6 @@ GPU = torch.device("cuda", 0)
 
 
 def ones(*shape, device="cuda"):
-    """Ones on a card."""
     return torch.ones(*shape, device=device)
 
 

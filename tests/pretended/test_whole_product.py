@@ -54,7 +54,6 @@ CREPE = Coefficients(
 
 @pytest.fixture(params=CONFIGS)
 def subject(request, subject_of):
-    """Each kind of model."""
     return subject_of(request.param)
 
 

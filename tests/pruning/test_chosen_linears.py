@@ -35,12 +35,10 @@ def candidate_of(pattern, scope, steps, linears):
 
 
 def bundle_of(linears, statistics):
-    """All rows of each linear."""
     return sample_bundle(linears, statistics, rows_per_layer=0, kernel_sizes=(3, 5), seed=0)
 
 
 def stays(name):
-    """Whether LEFT_OUT does not leave it out, written out."""
     return not name.endswith("o_proj") and not (".layers.0." in name and ".mlp." in name)
 
 

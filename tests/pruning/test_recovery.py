@@ -12,7 +12,6 @@ TOP = 7
 
 
 def half_pruned(linears):
-    """Remove the smaller half of each linear."""
     for linear in linears.values():
         linear.weight.masked_fill_(linear.weight.abs() < linear.weight.abs().median(), 0)
 

@@ -22,7 +22,6 @@ def layer(out_features, in_features, seed=0):
 
 
 def half_mask(weight, gram, group=0):
-    """Wanda's mask, at half of the weights."""
     score = weight.float().abs() * gram.diagonal().sqrt()
     if group:
         return nm_mask(score, keep=group // 2, group=group)
@@ -48,7 +47,6 @@ def swaps(kept, group):
 
 
 def same_counts(before, after, group):
-    """Does each row, or each run, keep as many weights?"""
     runs = (len(before), -1, group or before.shape[1])
     return before.view(runs).sum(dim=2).equal(after.view(runs).sum(dim=2))
 
