@@ -21,19 +21,11 @@ WINDOWS = 12
 
 @pytest.fixture
 def report(model, read_report):
-    """Windows enough for several looks."""
     return read_report(model, WINDOWS, 40)
 
 
 def request_of(**changes):
-    """A small request with some values changed."""
     return replace(SearchRequest(pattern=Pattern.parse("0.5", "layer"), trials=14), **changes)
-
-
-@pytest.mark.parametrize("name", ["finalists", "in_full"])
-def test_no_finalists_are_refused(name):
-    with pytest.raises(InvalidInput, match=rf"^{name}=0 is below 1\.$"):
-        request_of(**{name: 0})
 
 
 @pytest.fixture
@@ -157,6 +149,9 @@ def test_a_window_whose_loss_is_nan_ends_the_search_and_the_error_says_of_which_
         search_job(request_of(finalists=2), confirming)
 
     assert {"method", "coefficients"} <= told.value.candidate.keys()
+    for name in ("finalists", "in_full"):
+        with pytest.raises(InvalidInput, match=rf"^{name}=0 is below 1\.$"):
+            request_of(**{name: 0})
 
 
 def test_windows_that_are_known_are_not_run_again_and_count_in_the_order_of_the_text(

@@ -94,7 +94,6 @@ def _step_together(folder, dense, out):
         save_file(_step(model, dense, train, [number]), out / f"{train}-{number}")
 
 
-@pytest.mark.thorough
 def test_a_step_is_along_the_mean_of_all_gradients_and_all_have_the_whole_model(
     folder, model_folder, tmp_path
 ):
@@ -145,6 +144,7 @@ def _recover_both(folder, dense, place, out):
     _recover(folder, dense, out / "elsewhere", out / "whole", 0, 20)
 
 
+@pytest.mark.thorough
 def test_it_is_better_keeps_zeros_and_goes_on_to_the_same_bits_after_one_is_killed(
     folder, model_folder, tmp_path
 ):

@@ -32,17 +32,14 @@ BY_PERPLEXITY = Objective(name="perplexity")
 
 
 def request_of(**changes):
-    """A small request with some values changed."""
     return replace(SearchRequest(pattern=PATTERN, trials=14), **changes)
 
 
 def proxies(found):
-    """The values of the baselines."""
     return [rating.proxy for rating in found.baselines if rating.proxy is not None]
 
 
 def loaded(studies, name):
-    """A study of a search."""
     return optuna.load_study(study_name=name, storage=studies)
 
 
@@ -327,21 +324,17 @@ def test_from_half_the_vocabulary_on_the_search_says_that_nothing_can_be_told_ap
 
     assert len(said) == warned
     assert all(f"{perplexity:.5g}" in each and "has 256" in each for each in said)
-
-
-def test_of_several_models_those_that_predict_nothing_are_named(bundle):
-    bundles = {
-        name: with_dense(bundle, perplexity, model={"name": name})
-        for name, perplexity in (("good", 9.0), ("bad", 250.0))
+    bundles = {  # of several models those that predict nothing are named
+        name: with_dense(bundle, value, model={"name": name})
+        for name, value in (("good", 9.0), ("bad", perplexity))
     }
     request = replace(SHORTEST, objective=Objective(over="mean"))
-    (said,) = [w for w in search_job(request, Work(bundles=bundles)).warnings if "than chance" in w]
-
-    assert said.startswith("The dense model bad predicts")
+    found = search_job(request, Work(bundles=bundles)).warnings
+    (*said,) = (each for each in found if "than chance" in each)
+    assert [each.startswith("The dense model bad predicts") for each in said] == [True] * warned
 
 
 def preset_search(preset, **changes):
-    """The search of a preset."""
     found = Preset.of(preset, PATTERN)
     options = {"pattern": PATTERN, "steps": found.steps, "bounds": found.bounds, **changes}
     return SearchRequest(**{"trials": 16, **options})
@@ -349,7 +342,6 @@ def preset_search(preset, **changes):
 
 @pytest.fixture
 def database(tmp_path):
-    """A database, in which a search looks for others."""
     with open_storage(f"sqlite:///{tmp_path / 'study.db'}") as storage:
         yield storage
 
@@ -409,8 +401,6 @@ REQUEST = SearchRequest(pattern=Pattern.parse("0.5"), trials=8)
 
 @pytest.fixture
 def by_hand(tiny_llama, windows):
-    """Makes a bundle as a program does that has a model in memory."""
-
     def build(factor=1.0, **options):
         tiny_llama.model.layers[0].mlp.down_proj.weight.data *= factor
         linears = prunable_linears(tiny_llama)

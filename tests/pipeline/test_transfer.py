@@ -49,7 +49,6 @@ BAD = GOOD.model_copy(
 
 @pytest.fixture
 def request_of_own():
-    """A small search for a target's own best."""
     return own_search(GOOD, SearchOptions(trials=14), finalists=2)
 
 
@@ -236,17 +235,14 @@ def other(bundle):
 
 @pytest.fixture
 def bundles(bundle, other):
-    """Two models' bundles by name."""
     return {"one": bundle, "two": other}
 
 
 def request_of(objective, **changes):
-    """A small request with an objective."""
     return replace(SearchRequest(pattern=PATTERN, objective=objective, trials=22), **changes)
 
 
 def jointly(bundles, objective):
-    """Rates candidates on all models."""
     evaluators = {name: ProxyEvaluator(bundle) for name, bundle in bundles.items()}
     return rate_jointly(evaluators, PATTERN, objective)
 
@@ -322,16 +318,3 @@ def test_bundles_that_cannot_be_rated_on_are_refused_with_the_way_out(bundles):
         jointly({"two": still}, MEAN)  # which loses nothing
     with pytest.raises(InvalidInput, match="how they count"):
         search_job(request_of(Objective()), Work(bundles=bundles))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"name": "gini", "over": "mean"}, "gini has no common scale"),
-        ({"name": "perplexity", "over": "mean"}, "perplexity has no common scale"),
-        ({"over": "best"}, "over 'best' is not one of mean, worst"),
-    ],
-)
-def test_an_objective_over_models_has_a_common_scale_and_one_of_two_ways_to_count(options, message):
-    with pytest.raises(InvalidInput, match=message):
-        Objective(**options)

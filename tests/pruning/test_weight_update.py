@@ -33,7 +33,6 @@ def weights(rows, width, seed=1):
 
 
 def wanda_mask(weight, gram, removed):
-    """Wanda: ``removed`` of each row go, by magnitude times activation norm."""
     return keep_highest(weight.abs() * gram.diagonal().sqrt(), removed)
 
 
@@ -144,18 +143,6 @@ def test_one_column_after_the_other_as_with_an_explicit_inverse_whatever_the_blo
     )
 
 
-def test_weights_of_any_floating_dtype_are_worked_on_in_float32_and_stay_as_they_are():
-    gram, weight = inputs_gram(32), weights(8, 32).bfloat16()
-    before, factor = weight.clone(), inverse_factor(gram, layer="q")
-    mask = wanda_mask(weight.float(), gram, 16)
-
-    changed = obs_update(weight, mask, factor)
-
-    assert torch.equal(changed, obs_update(weight.float(), mask, factor))
-    assert changed.dtype == torch.float32
-    assert torch.equal(weight, before)
-
-
 def test_obs_update_without_a_dead_input_is_the_same():
     gram, weight = inputs_gram(24), weights(6, 24)
     gram[5], gram[:, 5] = 0, 0
@@ -224,33 +211,30 @@ def test_sparsegpt_removes_exactly_so_many(removed):
         assert abs(int((~columns).sum()) - share) < 1
 
 
-def test_sparsegpt_is_the_published_loop():
+def lowest_half(score, _start, _stop):
+    gone = torch.zeros(score.numel(), dtype=torch.bool)
+    gone[score.flatten().argsort()[: score.numel() // 2]] = True
+    return gone.view(score.shape)
+
+
+def lowest_two(score, _start, _stop):
+    gone = torch.zeros(score.shape, dtype=torch.bool)
+    return gone.scatter_(1, score.argsort(dim=1)[:, :2], value=True)
+
+
+@pytest.mark.parametrize(
+    ("counts", "block", "choose", "chosen"),
+    [
+        ({"removed": 12 * 24}, 16, lowest_half, 16),
+        # each run of four is chosen after the columns before it, whatever the block
+        *(({"keep": 2, "group": 4}, block, lowest_two, 4) for block in (1, 20, 128)),
+    ],
+)
+def test_sparsegpt_is_the_published_loop(counts, block, choose, chosen):
     gram, weight = inputs_gram(48), weights(12, 48)
 
-    def choose(score, start, stop):
-        gone = torch.zeros(score.numel(), dtype=torch.bool)
-        gone[score.flatten().argsort()[: 12 * (stop - start) // 2]] = True
-        return gone.view(score.shape)
-
-    expected, expected_mask = slow_sparsegpt(weight, gram, choose, block=16)
-    changed, mask = sparsegpt(weight, inverse_factor(gram, layer="q"), removed=12 * 24, block=16)
-
-    assert torch.equal(mask, expected_mask)
-    torch.testing.assert_close(changed.double(), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("block", [1, 20, 128])
-def test_sparsegpt_chooses_each_run_after_the_columns_before_it(block):
-    gram, weight = inputs_gram(48), weights(12, 48)
-
-    def choose(score, _start, _stop):
-        return torch.zeros(score.shape, dtype=torch.bool).scatter_(
-            1, score.argsort(dim=1)[:, :2], value=True
-        )
-
-    expected, expected_mask = slow_sparsegpt(weight, gram, choose, block=4)
-    factor = inverse_factor(gram, layer="q")
-    changed, mask = sparsegpt(weight, factor, keep=2, group=4, block=block)
+    expected, expected_mask = slow_sparsegpt(weight, gram, choose, block=chosen)
+    changed, mask = sparsegpt(weight, inverse_factor(gram, layer="q"), **counts, block=block)
 
     assert torch.equal(mask, expected_mask)
     torch.testing.assert_close(changed.double(), expected, rtol=1e-4, atol=1e-5)
@@ -266,14 +250,6 @@ def test_fed_with_the_mask_that_sparsegpt_chose_obs_update_gives_sparsegpts_weig
     torch.testing.assert_close(obs_update(weight, mask, factor), changed, rtol=1e-4, atol=1e-5)
 
 
-def test_equal_weights_on_equal_inputs_the_first_of_the_block_stay():
-    weight = torch.ones(2, 4)
-
-    _, mask = sparsegpt(weight, inverse_factor(torch.eye(4), layer="q"), removed=3)
-
-    assert mask.tolist() == [[True] * 4, [True, False, False, False]]
-
-
 @pytest.mark.parametrize("counts", [{"removed": 12}, {"keep": 1, "group": 4}])
 def test_sparsegpt_removes_dead_inputs_first(counts):
     gram, weight = inputs_gram(24) * 1e-6, weights(12, 24)
@@ -283,19 +259,26 @@ def test_sparsegpt_removes_dead_inputs_first(counts):
     _, mask = sparsegpt(weight, inverse_factor(gram, layer="q"), **counts)
 
     assert not bool(mask[:, 5].any())
+    # of equal weights on equal inputs the first of the block stay
+    _, mask = sparsegpt(torch.ones(2, 4), inverse_factor(torch.eye(4), layer="q"), removed=3)
+    assert mask.tolist() == [[True] * 4, [True, False, False, False]]
 
 
 def test_the_same_tensors_give_the_same_bits_and_bfloat16_is_what_it_is_in_float32():
     gram, weight = inputs_gram(160), weights(24, 160).bfloat16()
     factor = inverse_factor(gram, layer="q")
 
+    before = weight.clone()
     (first, mask), (single, same) = (
         sparsegpt(each, factor, removed=1900) for each in (weight, weight.float())
     )
+    changed, expected = (obs_update(each, mask, factor) for each in (weight, weight.float()))
 
     assert torch.equal(first, single)
     assert torch.equal(mask, same)
-    assert first.dtype == torch.float32
+    assert torch.equal(changed, expected)
+    assert first.dtype == changed.dtype == torch.float32
+    assert torch.equal(weight, before)
 
 
 @pytest.mark.parametrize("updated", [True, False])
