@@ -389,6 +389,27 @@ def shared_database(url_of_file):
     opened.close()
 
 
+@pytest.fixture(scope="module")
+def tables(shared_database):
+    """All tables but those that say which version they are of."""
+    with shared_database.transaction() as connection:
+        names = connection.exec_driver_sql(
+            "SELECT schemaname || '.' || tablename FROM pg_tables"
+            " WHERE schemaname IN ('pho', 'procrastinate', 'optuna')"
+        ).scalars()
+        return [name for name in names if "version" not in name]
+
+
+@pytest.fixture
+def emptied_database(shared_database, tables):
+    """The database of a file, empty."""
+    with shared_database.transaction() as connection:
+        # Neither triggers nor foreign keys are looked after: all of it goes.
+        connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
+        connection.exec_driver_sql("; ".join(f"DELETE FROM {table}" for table in tables))  # noqa: S608 - ours
+    return shared_database
+
+
 @pytest.fixture
 def database_url(new_database):
     return new_database()

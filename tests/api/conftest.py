@@ -52,25 +52,9 @@ CONFIGURATION = Configuration.model_validate(
 )
 
 
-@pytest.fixture(scope="module")
-def tables(shared_database):
-    """All tables but those that say which version they are of."""
-    with shared_database.transaction() as connection:
-        found = connection.exec_driver_sql(
-            "SELECT schemaname || '.' || tablename FROM pg_tables"
-            " WHERE schemaname IN ('pho', 'procrastinate', 'optuna')"
-        ).scalars()
-        return [name for name in found if "version" not in name]
-
-
 @pytest.fixture
-def database(shared_database, tables):
-    """The database of the file, empty."""
-    with shared_database.transaction() as connection:
-        # Neither triggers nor foreign keys are looked after: all of it goes.
-        connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
-        connection.exec_driver_sql("; ".join(f"DELETE FROM {table}" for table in tables))  # noqa: S608 - ours
-    return shared_database
+def database(emptied_database):
+    return emptied_database
 
 
 @pytest.fixture

@@ -136,7 +136,9 @@ def test_a_wrong_parameter_is_named_with_its_rule(client, refusal):
         assert problem["detail"].startswith(f"{parameter}: ")
 
 
-def test_what_was_imported_comes_back_and_is_there_once(client, found):
+def test_what_was_imported_comes_back_and_is_there_once_so_is_a_transfer_but_for_own_bests(
+    client, found, imported
+):
     values = document()
     first = client.post(HERE, json=values)
     path = first.headers["location"]
@@ -152,8 +154,6 @@ def test_what_was_imported_comes_back_and_is_there_once(client, found):
     assert first.json() == again.json() == entry
     assert entry["fits"]
 
-
-def test_a_transfer_comes_back_but_for_own_bests(client, imported):
     values = transfer(target("opt", 30.0), target("gpt2", 60.0))
     first, second = values["targets"]
     path = imported({**values, "targets": [{**first, "own": document()}, second]})
@@ -166,21 +166,16 @@ def test_a_transfer_comes_back_but_for_own_bests(client, imported):
     assert client.get(path).json() == exported
 
 
-@pytest.mark.parametrize(
-    ("body", "rule"),
-    [
+def test_what_is_no_configuration_is_422_names_the_rule_and_leaves_nothing(client, refusal, found):
+    for body, rule in (
         (json.dumps(document(version=3)), "format version 3, but this PHO reads version 2"),
         (json.dumps(document(model={"name": "\ud800"})), "a value that JSON cannot represent"),
         ("{}", "is not a configuration of PHO"),
         *((body, "") for body in (b"", b"[]", b"5", b"{", b"\xff")),
-    ],
-)
-def test_what_is_no_configuration_is_422_names_the_rule_and_leaves_nothing(
-    client, refusal, found, body, rule
-):
-    answer = client.post(HERE, content=body, headers=JSON)
+    ):
+        answer = client.post(HERE, content=body, headers=JSON)
 
-    assert rule in refusal(answer, 422, "invalid_request")["detail"]
+        assert rule in refusal(answer, 422, "invalid_request")["detail"]
     assert found() == []
 
 

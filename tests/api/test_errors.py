@@ -67,7 +67,7 @@ def test_each_wrong_value_is_refused_at_its_own_json_pointer_with_the_rule(rejec
         assert "parameter" not in error
 
 
-def test_all_wrong_values_are_told_at_once(rejected):
+def test_all_wrong_values_are_told_at_once_of_thousands_a_hundred(rejected, client, refusal):
     errors = rejected(
         {"pattern": "half", "trials": "many", "calibration": {"samples": 0, "bos": 1}, "x": 1}
     )
@@ -75,12 +75,8 @@ def test_all_wrong_values_are_told_at_once(rejected):
     assert {e["pointer"] for e in errors} == {
         "/model", "/pattern", "/trials", "/calibration/samples", "/calibration/bos", "/x",
     }  # fmt: skip
-
-
-def test_of_thousands_wrong_values_a_hundred_are_told(client, refusal):
     document = {**DOCUMENT, **{f"field {number}": 1 for number in range(3000)}}
     problem = refusal(client.post("/v1/jobs", json=document), 422, "invalid_request")
-
     assert len(problem["errors"]) == 100
     assert problem["detail"].startswith("/field 0: ")
     assert problem["detail"].endswith("(and 2999 more)")
@@ -101,21 +97,11 @@ def test_an_unknown_field_is_refused_with_the_fields_that_are_known_there(reject
         (error,) = rejected(put(pointer, 1))
 
         assert error["detail"] == f"unknown field; did you mean {meant}?"
-
-
-def test_the_pointer_to_a_field_with_an_odd_name_is_escaped_as_rfc_6901_has_it(rejected):
+    # Odd names are escaped as RFC 6901 has it.
     for name, pointer in (("a/b", "/a~1b"), ("~1", "/~01"), ("", "/"), ("é\u2028🙂", "/é\u2028🙂")):
         (error,) = rejected({**DOCUMENT, name: 1})
 
         assert error["pointer"] == pointer
-
-
-@pytest.mark.parametrize("pointer", ["/x\ud800", "/calibration/text"])
-def test_half_a_character_is_refused(client, refusal, pointer):
-    document = put(pointer, "a\udfff")  # json.dumps writes \udfff, which is valid JSON
-    problem = refusal(client.post("/v1/jobs", content=json.dumps(document), headers=JSON), 422)
-
-    assert len(problem["errors"]) == 1
 
 
 def test_odd_body(client, refusal):
@@ -135,6 +121,10 @@ def test_odd_body(client, refusal):
             assert "not JSON" in error["detail"]
             assert "property name" in error["detail"]
             assert "[" not in error["detail"]
+    for pointer in ("/x\ud800", "/calibration/text"):  # half a character
+        document = put(pointer, "a\udfff")  # json.dumps writes \udfff, which is valid JSON
+        answer = client.post("/v1/jobs", content=json.dumps(document), headers=JSON)
+        assert len(refusal(answer, 422)["errors"]) == 1
 
 
 def test_a_body_must_be_json_by_its_content_type(client, refusal):
@@ -160,22 +150,17 @@ def test_a_large_body_is_refused_declared_or_not(client, refusal):
             answer = client.post(url, content=body, headers=JSON)
 
             assert str(LIMIT) in refusal(answer, 413, "body_too_large")["detail"]
-
-
-def test_a_body_of_just_the_limit_is_read_in_one_piece_and_in_chunks(client):
     body = json.dumps(DOCUMENT).encode().ljust(LIMIT)
-
-    assert client.post("/v1/jobs", content=body, headers=JSON).status_code == 202
-    chunks = iter([body[: LIMIT // 2], body[LIMIT // 2 :]])
-    assert client.post("/v1/jobs", content=chunks, headers=JSON).status_code == 202
+    for content in (body, iter([body[: LIMIT // 2], body[LIMIT // 2 :]])):
+        assert client.post("/v1/jobs", content=content, headers=JSON).status_code == 202
 
 
-@pytest.mark.parametrize("length", [b"-1", b"x", b"1e9", b"\xb2", b"9" * 5000])
-def test_an_odd_length_is_no_crash(client, refusal, length):
-    answer = client.post("/v1/jobs", content=b"x", headers={**JSON, b"Content-Length": length})
+def test_an_odd_length_is_no_crash(client, refusal):
+    for length in (b"-1", b"x", b"1e9", b"\xb2", b"9" * 5000):
+        answer = client.post("/v1/jobs", content=b"x", headers={**JSON, b"Content-Length": length})
 
-    assert 400 <= answer.status_code < 500
-    refusal(answer, answer.status_code)
+        assert 400 <= answer.status_code < 500
+        refusal(answer, answer.status_code)
 
 
 PATHS = [
@@ -185,25 +170,19 @@ PATHS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["GET", "POST", "BREW"])
-def test_where_nothing_is_is_404(client, refusal, method):
-    for path in PATHS:
-        refusal(client.request(method, f"http://127.0.0.1:8000{path}"), 404, "not_found")
-
-
 JOB = "/v1/jobs/00000000-0000-0000-0000-000000000000"
 
 
-def test_other_methods_are_405(client, refusal):
+def test_where_nothing_is_is_404_other_methods_are_405_which_says_what_is_allowed(client, refusal):
+    for path in PATHS:
+        for method in ("GET", "POST", "BREW"):
+            refusal(client.request(method, f"http://127.0.0.1:8000{path}"), 404, "not_found")
     for method, path in (
         ("OPTIONS", "/v1/jobs"), ("PATCH", JOB), ("POST", f"{JOB}/best"), ("GET", f"{JOB}:cancel"),
         ("DELETE", "/v1/configurations"), ("POST", "/healthz"), ("PUT", "/openapi.json"),
     ):  # fmt: skip
         refusal(client.request(method, path), 405, "method_not_allowed")
-
-
-def test_a_405_says_what_is_allowed(client):
-    """All methods that the path knows come with it (RFC 9110, 15.5.6)."""
+    # All methods that the path knows come with it (RFC 9110, 15.5.6).
     for path, methods in (("/v1/jobs", {"GET", "POST"}), (JOB, {"GET", "DELETE"})):
         allowed = client.put(path).headers["allow"]
 
@@ -224,8 +203,11 @@ def test_while_all_connections_are_in_use_it_is_503(client_of, refusal):
     assert client.get("/v1/jobs").status_code == 200
 
 
-def test_texts_are_not_listed(client, refusal, tmp_path):
-    """A file outside of the folders is refused in the same words whether it exists or not."""
+def test_texts_are_not_listed(client, refusal, rejected, tmp_path):
+    """
+    A file outside of the folders is refused in the same words whether it exists or not; one that is
+    nearly one of the folders' is asked for.
+    """
     outside = tmp_path.parent / "outside.txt"
     outside.write_text("secret")
     there, gone = (
@@ -234,12 +216,8 @@ def test_texts_are_not_listed(client, refusal, tmp_path):
     )
 
     assert there["detail"].replace("outside", "nowhere") == gone["detail"]
-
-
-def test_a_text_that_is_nearly_one_of_the_folders_is_asked_for(rejected, tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "calibration.txt").write_text("text")
     (error,) = rejected(put("/calibration/text", "texts/calibraton.txt"))
-
     assert error["pointer"] == "/calibration/text"
     assert error["detail"].endswith("Did you mean texts/calibration.txt?")

@@ -77,7 +77,7 @@ def test_the_stream_of_a_job_that_is_over_tells_all(client, history):
     assert all(datetime.fromisoformat(e.data["at"]).tzinfo for e in events)
 
 
-def test_after_any_event_comes_the_next(client, history):
+def test_after_any_event_comes_the_next_what_is_no_id_is_refused_by_name(client, history, refusal):
     url = f"/v1/jobs/{history}/events"
     events = events_of(client.get(url).text)
 
@@ -87,14 +87,11 @@ def test_after_any_event_comes_the_next(client, history):
     for beyond in ("9" * 9, str(2**63 - 1)):
         answer = client.get(url, headers={"Last-Event-ID": beyond})
         assert (answer.status_code, events_of(answer.text)) == (200, [])
-
-
-def test_what_is_no_id_is_refused_by_name(client, history, refusal):
     for last in ("x", "-1", "1.5", str(2**63), "9" * 5000):
-        answer = client.get(f"/v1/jobs/{history}/events", headers={"Last-Event-ID": last})
+        answer = client.get(url, headers={"Last-Event-ID": last})
         (error,) = refusal(answer, 422, "invalid_request")["errors"]
-
         assert error["parameter"].lower() == "last-event-id"
+    assert client.head(url).status_code in (200, 405)  # and does not hang
 
 
 def test_a_long_history_comes_whole(client, submit, hand):
@@ -112,10 +109,6 @@ def test_a_long_history_comes_whole(client, submit, hand):
 
     assert [e.data["done"] for e in events if e.kind == "progress"] == [*range(1, 1201)]
     assert events[-1].data["state"] == "failed"
-
-
-def test_the_head_of_a_stream_does_not_hang(client, history):
-    assert client.head(f"/v1/jobs/{history}/events").status_code in (200, 405)
 
 
 class Listener:

@@ -145,17 +145,6 @@ def test_a_job_has_a_row_and_a_page_in_each_state(client, submit, hand):
     assert "org/name is not there." in row(page, made[JobState.FAILED])
 
 
-def test_a_row_tells_what_was_asked(client, submit, hand):
-    more = submit(more_models=["org/other"], pattern="2:4")
-    source = submit()
-    hand.succeed(source["id"])
-    transfer = client.post(f"/v1/jobs/{source['id']}:transfer", json={"models": ["a", "b"]}).json()
-    page = Page(client.get("/"))
-
-    assert "org/name +1 2:4 best" in row(page, more)
-    assert "a +1 0.5 transfer queued" in row(page, transfer)
-
-
 def test_a_job_that_works_is_drawn_with_a_bar(client, submit, hand):
     job = submit(trials=40, name="mine")
     hand.calibrate(job["id"])
@@ -174,9 +163,14 @@ def test_a_job_that_works_is_drawn_with_a_bar(client, submit, hand):
     assert {y for _, y in points} == {0.0}
 
 
-def test_stages(client, submit, hand):
-    """Each stage shows what it counts; what was found stands beside the dense model and RIA."""
-    calibrated, measured, over = submit(), submit(), submit()
+def test_a_row_tells_what_was_asked_its_stage_and_what_was_found_beside_the_dense_model_and_ria(
+    client, submit, hand
+):
+    calibrated, measured, over = (
+        submit(),
+        submit(more_models=["org/other"], pattern="2:4"),
+        submit(),
+    )
     claim = hand.take(calibrated["id"], StageKind.CALIBRATE)
     hand.store.watch(claim, {"title": "Calibrating the dense model", "done": 3, "steps": 16})
     hand.to_confirm(measured["id"], 1, 2, 3)
@@ -184,10 +178,13 @@ def test_stages(client, submit, hand):
     hand.take(measured["id"], StageKind.PERPLEXITY, 3)
     found = {"dense": 13.8, "pruned": 17.25, "wanda": 30.0, "ria": 23.0}
     hand.succeed(over["id"], perplexities=found)
+    transfer = client.post(f"/v1/jobs/{over['id']}:transfer", json={"models": ["a", "b"]}).json()
     page = Page(client.get("/"))
 
     assert "running, calibrate 3 of 16" in row(page, calibrated)
+    assert "org/name +1 2:4 best" in row(page, measured)
     assert "running, perplexity 1 of 3" in row(page, measured)
+    assert "a +1 0.5 transfer queued" in row(page, transfer)
     assert "succeeded 17.25 13.80 +25.0% 25.0%" in row(page, over)
     assert len(page.of("progress")) == 2
 
@@ -315,7 +312,9 @@ def _spaced(page):
     return " ".join(t for n, _, texts in page.tags if n in ("td", "th") for t in [_line(texts)])
 
 
-def test_a_button_asks_it_of_all_jobs_that_are_chosen(client, submit):
+def test_a_button_asks_it_of_all_jobs_that_are_chosen_and_leads_to_our_list_whatever_is_said(
+    client, submit
+):
     jobs = [submit()["id"] for _ in range(3)]
     answer = many(client, "pause", jobs[:2], view="?state=queued&sort=name")
     again = many(client, "resume", jobs[:1])
@@ -325,11 +324,18 @@ def test_a_button_asks_it_of_all_jobs_that_are_chosen(client, submit):
     assert [client.get(f"/v1/jobs/{job}").json()["state"] for job in jobs] == [
         "queued", "paused", "queued",
     ]  # fmt: skip
+    for view in ("//evil.example", "?\r\nX: y", "?state=queued&next=//evil.example"):
+        answer = send(client, f"/jobs/{jobs[0]}/pause", view=view)
+        location = answer.headers["location"]
+        assert re.fullmatch(rf"/(\?state=queued)?#job-{jobs[0]}", location), view
 
 
-def test_what_cannot_be_done_is_told_by_name(client, submit, hand):
+def test_what_cannot_be_done_or_is_too_late_is_told_by_name(client, submit, hand):
     done, queued = submit(name="done"), submit()
     hand.bring(done["id"], JobState.SUCCEEDED)
+    late = send(client, f"/jobs/{done['id']}/cancel")
+    gone = send(client, f"/jobs/{NOBODY}/cancel")
+    (alert,) = [a for a in Page(late).of("div") if a.get("role") == "alert"]
     answer = many(client, "cancel", [done["id"], NOBODY, queued["id"]])
     page = Page(answer)
 
@@ -338,6 +344,11 @@ def test_what_cannot_be_done_is_told_by_name(client, submit, hand):
     assert f"{done['name']}: a job that is succeeded cannot be cancelled." in page.text
     assert f"{NOBODY}: this job no longer exists." in page.text
     assert client.get(f"/v1/jobs/{queued['id']}").json()["state"] == "cancelled"
+    assert (late.status_code, gone.status_code) == (409, 404)
+    assert "A job that is succeeded cannot be cancelled." in Page(late).text
+    assert "This job no longer exists." in Page(gone).text
+    assert (alert["autofocus"], alert["tabindex"]) == ("", "-1")
+    assert done["id"] in listed(Page(late))
 
 
 def test_many_are_deleted_if_asked_twice(client, submit, hand):
@@ -360,24 +371,19 @@ def test_many_are_deleted_if_asked_twice(client, submit, hand):
     assert hand.studies() == []
 
 
-@pytest.mark.parametrize(
-    ("verb", "chosen", "status", "told"),
-    [
+def test_what_is_no_choice_of_jobs_changes_nothing_and_a_page_says_why(client):
+    for verb, chosen, status, told in (
         ("pause", [], 422, "No job is chosen. Tick the box"),
         ("delete", [], 422, "No job is chosen."),
         ("delete", [NOBODY], 200, "None of the chosen jobs exists any longer."),
         ("explode", [NOBODY], 422, "verb='explode' must be one of pause, resume, cancel, delete."),
         ("pause", ["x"], 422, "job='x' is not a job's id."),
         ("pause", [f"{n:032x}" for n in range(201)], 422, "201 jobs are chosen, but 200 are"),
-    ],
-)
-def test_what_is_no_choice_of_jobs_changes_nothing_and_a_page_says_why(
-    client, verb, chosen, status, told
-):
-    answer = many(client, verb, chosen)
+    ):
+        answer = many(client, verb, chosen)
 
-    assert answer.status_code == status
-    assert told in Page(answer).text
+        assert answer.status_code == status
+        assert told in Page(answer).text
 
 
 def test_chosen_before(client, submit, monkeypatch):
@@ -409,20 +415,6 @@ def test_a_key_sees_its_own_jobs_alone(client, keys, hand):
     assert not [href for href in page.links.values() if href.startswith("/dashboard")]
     assert (changed.status_code, deletion.status_code) == (404, 404)
     assert {job.state for job in hand.store.page()} == {JobState.QUEUED}
-
-
-def test_what_is_too_late_is_told_on_the_list(client, submit, hand):
-    job = submit()["id"]
-    hand.bring(job, JobState.SUCCEEDED)
-    late = send(client, f"/jobs/{job}/cancel")
-    gone = send(client, f"/jobs/{NOBODY}/cancel")
-    (alert,) = [a for a in Page(late).of("div") if a.get("role") == "alert"]
-
-    assert (late.status_code, gone.status_code) == (409, 404)
-    assert "A job that is succeeded cannot be cancelled." in Page(late).text
-    assert "This job no longer exists." in Page(gone).text
-    assert (alert["autofocus"], alert["tabindex"]) == ("", "-1")
-    assert job in listed(Page(late))
 
 
 def test_a_deletion_is_asked_once_more(client, submit, hand):
@@ -496,50 +488,30 @@ def test_our_own_forms_are_taken_and_programs_are(client, keys):
         assert send(client, headers={**mine, **headers}).status_code == 303, headers
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "status", "told"),
-    [
-        ("GET", "/?state=odd", 422, "state: must be one of queued,"),
-        ("GET", "/?page_token=odd", 422, "page_token: is not one of our tokens"),
-        ("GET", f"/jobs/{NOBODY}/delete", 404, "No job has this id."),
-        ("POST", f"/jobs/{NOBODY}/explode", 422, "verb: 'explode' should be"),
-        ("POST", "/new", 415, "This takes a form"),
-        ("POST", "/", 405, "Method Not Allowed"),
-    ],
-)
-def test_every_error_of_a_page_is_a_page(client, method, path, status, told):
-    kind = FORM if "explode" in path else {"Content-Type": "application/json"}
-    answer = client.request(method, path, content=b"", headers=kind)
+def test_every_error_of_a_page_is_a_page(client, client_of, monkeypatch):
+    small = client_of(max_body_bytes=1024)
+    large = [b"more=" + b"x" * 2000, (b"more=" + b"x" * 1000 for _ in range(2))]
+    json, unread = {"Content-Type": "application/json"}, "The form cannot be read."
+    for asked, method, path, kind, body, status, told in (
+        (client, "GET", "/?state=odd", json, b"", 422, "state: must be one of queued,"),
+        (client, "GET", "/?page_token=odd", json, b"", 422, "page_token: is not one of our tokens"),
+        (client, "GET", f"/jobs/{NOBODY}/delete", json, b"", 404, "No job has this id."),
+        (client, "POST", f"/jobs/{NOBODY}/explode", FORM, b"", 422, "verb: 'explode' should be"),
+        (client, "POST", "/new", json, b"", 415, "This takes a form"),
+        (client, "POST", "/", json, b"", 405, "Method Not Allowed"),
+        (client, "POST", "/new", FORM, b"model=%ff&pattern=\xff", 422, unread),
+        (client, "POST", "/new", FORM, b"&".join([b"a=1"] * 300), 422, unread),
+        *((small, "POST", "/new", FORM, body, 413, "larger than 1024 bytes") for body in large),
+    ):
+        answer = asked.request(method, path, content=body, headers=kind)
 
-    assert answer.status_code == status
-    assert told in Page(answer).text
-
-
-@pytest.mark.parametrize("body", [b"model=%ff&pattern=\xff", b"&".join([b"a=1"] * 300)])
-def test_a_body_that_is_no_form_of_ours_is_refused(client, body):
-    answer = client.post("/new", content=body, headers=FORM)
-
-    assert answer.status_code == 422
-    assert "The form cannot be read." in Page(answer).text
-
-
-def test_a_form_that_is_too_large_is_not_read_declared_or_not(client_of):
-    client = client_of(max_body_bytes=1024)
-    chunks = (b"more=" + b"x" * 1000 for _ in range(2))
-    answers = [send(client, more="x" * 2000), client.post("/new", content=chunks, headers=FORM)]
-
-    for answer in answers:
-        assert answer.status_code == 413
-        assert "larger than 1024 bytes" in Page(answer).text
-
-
-def test_a_fault_of_ours_is_a_page_too(client, monkeypatch):
+        assert answer.status_code == status
+        assert told in Page(answer).text
     monkeypatch.setattr(job_list, "rows", None)
     send(client)
-    answer = client.get("/")
-
-    assert answer.status_code == 500
-    assert "The server failed; its log says why." in Page(answer).text
+    failed = client.get("/")
+    assert failed.status_code == 500
+    assert "The server failed; its log says why." in Page(failed).text
 
 
 def test_texts_stand_out_4_5_times_from_what_they_stand_on_and_edges_3_times():
@@ -568,11 +540,3 @@ def contrast(first, second):
 
     low, high = sorted((luminance(first), luminance(second)))
     return (high + 0.05) / (low + 0.05)
-
-
-def test_whatever_a_form_says_it_leads_to_our_list(client, submit):
-    job = submit()["id"]
-    for view in ("//evil.example", "?\r\nX: y", "?state=queued&next=//evil.example"):
-        answer = send(client, f"/jobs/{job}/pause", view=view)
-
-        assert re.fullmatch(rf"/(\?state=queued)?#job-{job}", answer.headers["location"]), view

@@ -6,8 +6,6 @@ import re
 import uuid
 from types import SimpleNamespace
 
-import pytest
-
 from pho_service.host.logs import about
 from storage.records import REFERENCE_NUMBERS, StageKind
 from workers.watch import MOST_LINES, StageLog
@@ -81,22 +79,13 @@ def test_the_result_is_beside_dense_and_baselines(client, hand, submit):
     assert f'href="/v1/jobs/{job_id}/best"' in text
 
 
-def test_a_job_that_failed_says_why(client, hand, submit):
-    job_id = submit()["id"]
-    hand.fail(job_id)
-    text = source(client, job_id)
-
-    assert "Why it failed The job failed in calibrate: org/name is not there." in words(text)
-    assert f'href="/new?job={job_id}"' in text
-    assert "failed: org/name is not there. (ModelError)" in section(text, "happened")
-
-
-def test_the_page_extends_a_search(client, hand, submit):
+def test_the_page_extends_a_search_and_says_why_it_failed(client, hand, submit):
     job_id = submit(trials=40)["id"]
     path = f"/jobs/{job_id}/extend"
     done = client.post(path, data={"trials": "20"}, follow_redirects=False)
     wrong = [client.post(path, data={"trials": typed}) for typed in ("", "many", "0", "99999999")]
     hand.fail(job_id)
+    text = source(client, job_id)
     late = client.post(path, data={"trials": "20"})
 
     assert (done.status_code, done.headers["location"]) == (303, f"/jobs/{job_id}")
@@ -105,6 +94,9 @@ def test_the_page_extends_a_search(client, hand, submit):
     assert all('role="alert"' in answer.text for answer in wrong)
     assert late.status_code == 409
     assert "A job that is failed cannot be extended." in words(late.text)
+    assert "Why it failed The job failed in calibrate: org/name is not there." in words(text)
+    assert f'href="/new?job={job_id}"' in text
+    assert "failed: org/name is not there. (ModelError)" in section(text, "happened")
 
 
 def test_the_page_measures_on_other_models(client, hand, submit):
@@ -142,16 +134,10 @@ def test_the_page_has_the_last_lines_of_logs(client, hand, submit):
     assert len(hand.store.events(uuid.UUID(job_id))) == len(happened)
     assert last.startswith("Logs Calibrate, host:1, 300 lines line 700 ")
     assert "line 699 " not in last
-
-
-def test_logs_of_a_deleted_job(client, hand, submit):
-    job_id = submit()["id"]
-    claim = hand.take(job_id, StageKind.CALIBRATE)
     hand.store.ask(uuid.UUID(job_id), "cancel")
     hand.store.hand_back(claim)
     client.delete(f"/v1/jobs/{job_id}")
     hand.store.log(claim, ["03:00:00 INFO too late"], worker="host:1")
-
     assert hand.store.logs(uuid.UUID(job_id), limit=5) == []
 
 
@@ -232,12 +218,8 @@ def test_jobs_are_compared_side_by_side(client, hand, submit):
     assert [words(row) for row in marked if "seed" in row] == ["seed 0 3"]
     assert words(answer.text).index(" seed 0 3 ") < words(answer.text).index(" pattern 0.5 0.5 ")
     assert f'value="{first["id"]}" form="chosen"' in client.get("/").text
-
-
-@pytest.mark.parametrize("count", [0, 1, 9])
-def test_what_is_not_two_to_eight_jobs_is_refused(client, count):
-    answer = client.get("/compare", params={"job": [str(uuid.uuid4()) for _ in range(count)]})
-
-    assert answer.status_code == 422
-    assert f"names {count} jobs, but 2 to 8 are shown side by side" in words(answer.text)
+    for count in (0, 1, 9):
+        refused = client.get("/compare", params={"job": [str(uuid.uuid4()) for _ in range(count)]})
+        assert refused.status_code == 422
+        assert f"names {count} jobs, but 2 to 8 are shown side by side" in words(refused.text)
     assert client.get("/compare", params={"job": [NOBODY, str(uuid.uuid4())]}).status_code == 404

@@ -51,18 +51,12 @@ def test_a_browser_is_led_to_the_login_a_program_gets_a_401(client):
     for path in ("/new", "/new/check", f"{JOB}/cancel"):
         sent = client.post(path, data={"model": "typed"})
         assert (sent.status_code, "pho keys create" in sent.text) == (401, True)
-
-
-@pytest.mark.usefixtures("secret")
-def test_the_icon_needs_no_key(client):
-    answer = client.get("/favicon.ico")
-
-    assert answer.status_code == 200
-    assert answer.headers["content-type"].startswith("image/svg+xml")
-    assert answer.headers["cache-control"] == "max-age=86400"
-    assert answer.text.startswith("<svg ")
+    icon = client.get("/favicon.ico")  # needs no key
+    assert icon.headers["content-type"].startswith("image/svg+xml")
+    assert icon.headers["cache-control"] == "max-age=86400"
+    assert icon.text.startswith("<svg ")
     assert client.head("/favicon.ico").status_code == 200
-    assert '<link rel="icon" href="/favicon.ico"' in client.get("/login").text
+    assert '<link rel="icon" href="/favicon.ico"' in page.text
 
 
 def test_a_key_leads_back_and_opens_all(client, keys, secret):

@@ -74,6 +74,9 @@ def test_a_transfer_and_its_search_show_models(client, hand, submit):
     assert "transfer 1 of 2" in mine
     for text in (mine, source):
         assert "other 25.00 20.00 20.0%" in text
+    (entry,) = client.get("/v1/configurations").json()["configurations"]
+    client.delete(f"/v1/configurations/{entry['id']}")
+    assert "was not measured on other models" in visible(page(client, job_id))
 
 
 def test_the_trials_of_all_islands_are_there_unless_they_are_too_many_which_is_said(
@@ -92,13 +95,3 @@ def test_the_trials_of_all_islands_are_there_unless_they_are_too_many_which_is_s
     assert "5 rated trials" in whole  # the baseline of the second island is that of the first
     assert "3 rated trials" in text
     assert "3 more trials are left out" in text
-
-
-def test_what_left_the_library_has_no_transfers(client, submit, hand):
-    job_id = submit()["id"]
-    hand.succeed(job_id)
-    transfer(client, hand, job_id, TRANSFER)
-    (entry,) = client.get("/v1/configurations").json()["configurations"]
-    client.delete(f"/v1/configurations/{entry['id']}")
-
-    assert "was not measured on other models" in visible(page(client, job_id))

@@ -21,12 +21,8 @@ def test_every_answer_has_an_id_another_each_time(client):
     assert second.json()["request_id"] == second.headers["X-Request-ID"]
     own = client.get("/v1/jobs/x", headers={"X-Request-ID": "abc-1:2/3"})
     assert own.headers["X-Request-ID"] == own.json()["request_id"] == "abc-1:2/3"
-
-
-def test_but_for_one_that_could_be_anything_it_is_not_repeated(client):
-    for given in ("", "a b", "x" * 129, "<script>", 'a"b'):
+    for given in ("", "a b", "x" * 129, "<script>", 'a"b'):  # which could be anything
         answer = client.get("/v1/jobs", headers={"X-Request-ID": given})
-
         assert re.fullmatch(r"[0-9a-f]{32}", answer.headers["X-Request-ID"])
 
 

@@ -44,12 +44,8 @@ def test_all_stages_are_there_from_the_beginning(submit, steps, hand):
     assert [*steps(tested["id"])] == ["calibrate", "search", "confirm", "finish", "tasks", "prune"]
     assert [*steps(several["id"])] == ["calibrate", "point", "finish"]
     assert {row.state for row in steps(plain["id"]).values()} == {"done"}
-
-
-def test_a_job_that_failed_says_what_it_has_not_reached(submit, steps, hand):
     job = submit()["id"]
     hand.fail(job)
-
     assert [row.state for row in steps(job).values()] == ["failed", *["not reached"] * 4]
     assert "attempt" not in steps(job)["calibrate"].at  # the first that fails for good
 

@@ -83,25 +83,19 @@ def test_a_job_says_that_nobody_measures_tasks(client, submit, hand):
     assert client.get(f"/v1/jobs/{job['id']}").json()["warnings"] == []
 
 
-@pytest.mark.parametrize(
-    ("changes", "pointer", "told"),
-    [
+def test_what_cannot_be_measured_is_refused_at_its_field_with_the_way_out(client, refusal):
+    for changes, pointer, told in (
         ({"tasks": ["word"]}, "/tasks", "'word' is not one of lm-eval"),
         ({"tasks": ["word"]}, "/tasks", "Did you mean words?"),
         ({"tasks_limit": 5}, "/tasks_limit", "none is named: give tasks"),
         ({"tasks": ["words"], "tasks_dir": "x"}, "/tasks_dir", "PHO_TASK_ROOTS"),
         ({"tasks": ["words"], "more_models": ["org/b"]}, "/tasks", "pho evaluate FOLDER --tasks"),
-    ],
-)
-def test_what_cannot_be_measured_is_refused_at_its_field_with_the_way_out(
-    client, changes, pointer, told
-):
-    answer = client.post("/v1/jobs", json={"model": "org/a", "pattern": "0.5", **changes})
+    ):
+        answer = client.post("/v1/jobs", json={"model": "org/a", "pattern": "0.5", **changes})
+        (error,) = refusal(answer, 422)["errors"]
 
-    assert answer.status_code == 422
-    (error,) = answer.json()["errors"]
-    assert error["pointer"] == pointer
-    assert told in error["detail"]
+        assert error["pointer"] == pointer
+        assert told in error["detail"]
 
 
 def test_folder(client_of, tmp_path, monkeypatch):

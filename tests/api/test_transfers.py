@@ -41,14 +41,19 @@ def done(hand, job_id, *results, first=0):
         hand.store.complete(claim, each, library=[LibraryAddition(configuration, each)], ended=True)
 
 
-def test_submit(client, hand, searched, configuration):
+def test_submit(client, hand, searched, configuration, refusal):
     """A transfer is a job with a stage a model, calibrated as the search, which stays as it was."""
     calibration = client.get(f"/v1/jobs/{searched}").json()["spec"]["calibration"]
-    answer = client.post(f"/v1/jobs/{searched}:transfer", json=MODELS)
+    path, headers = f"/v1/jobs/{searched}:transfer", {"Idempotency-Key": "a"}
+    answer = client.post(path, json=MODELS, headers=headers)
+    again = client.post(path, json=MODELS, headers=headers).json()
+    other = client.post(path, json={"models": ["org/three"]}, headers=headers)
     job = answer.json()
     stored = hand.store.get(uuid.UUID(job["id"]))
 
     assert answer.status_code == 202
+    assert again["id"] == job["id"]
+    refusal(other, 422, "idempotency_key_reused")
     assert answer.headers["Location"] == f"/v1/jobs/{job['id']}"
     assert (job["kind"], job["state"]) == ("transfer", "queued")
     assert job["spec"]["source"] == searched
@@ -76,27 +81,13 @@ def test_models_are_shown_once_measured(client, hand, searched):
     assert file.targets[0].perplexities["ria"] == 25.0
 
 
-def test_the_same_key_makes_one_job(client, refusal, searched):
-    headers = {"Idempotency-Key": "a"}
-    path = f"/v1/jobs/{searched}:transfer"
-    first, second = (client.post(path, json=MODELS, headers=headers).json() for _ in range(2))
-    other = client.post(path, json={"models": ["org/three"]}, headers=headers)
-
-    assert first["id"] == second["id"]
-    refusal(other, 422, "idempotency_key_reused")
-
-
-def test_nothing_found_no_transfer(client, hand, submit, refusal):
+def test_a_transfer_has_no_trials_and_no_configuration_of_its_own_a_search_no_transfers(
+    client, hand, submit, refusal, searched
+):
     job_id = submit()["id"]
     hand.bring(job_id, JobState.FAILED)
     answer = client.post(f"/v1/jobs/{job_id}:transfer", json=MODELS)
-
     assert refusal(answer, 409, "no_configuration")["state"] == "failed"
-
-
-def test_a_transfer_has_no_trials_and_no_configuration_of_its_own_a_search_no_transfers(
-    client, refusal, searched
-):
     job = f"/v1/jobs/{client.post(f'/v1/jobs/{searched}:transfer', json=MODELS).json()['id']}"
     for method, path, body in (
         ("POST", ":transfer", MODELS), ("POST", ":extend", {"trials": 5}), ("GET", "/best", None),
@@ -107,20 +98,17 @@ def test_a_transfer_has_no_trials_and_no_configuration_of_its_own_a_search_no_tr
 
     problem = refusal(client.get(f"/v1/jobs/{searched}/transfer"), 409, "not_a_transfer")
     assert ":transfer" in problem["detail"]
-
-
-def test_a_transfer_has_the_verbs_of_a_search(client, searched):
-    job = f"/v1/jobs/{client.post(f'/v1/jobs/{searched}:transfer', json=MODELS).json()['id']}"
     states = [client.post(f"{job}:{v}").json()["state"] for v in ("pause", "resume", "cancel")]
 
-    assert states == ["paused", "queued", "cancelled"]
+    assert states == ["paused", "queued", "cancelled"]  # it has the verbs of a search
     assert client.delete(job).status_code == 204
     assert client.get(job).status_code == 404
 
 
-@pytest.mark.parametrize(
-    ("changes", "pointer", "rule"),
-    [
+def test_what_is_wrong_is_named_with_its_place_and_the_rule_and_no_job_is_made(
+    client, refusal, searched
+):
+    for changes, pointer, rule in (
         ({"models": []}, "/models", "at least 1"),
         ({"models": ["a", "a"]}, "/models", "a is given twice"),
         ({"models": ["/etc/passwd"]}, "/models/0", "/etc/passwd"),
@@ -131,16 +119,12 @@ def test_a_transfer_has_the_verbs_of_a_search(client, searched):
         ({"search": {"confirm": {"text": "/x"}}}, "/search/confirm/text", "/x"),
         ({"calibration": {"text": "/etc/hosts"}}, "/calibration/text", "/etc/hosts"),
         ({"pattern": "2:4"}, "/pattern", "unknown field; known are models"),
-    ],
-)
-def test_what_is_wrong_is_named_with_its_place_and_the_rule_and_no_job_is_made(
-    client, refusal, searched, changes, pointer, rule
-):
-    answer = client.post(f"/v1/jobs/{searched}:transfer", json={**MODELS, **changes})
-    problem = refusal(answer, 422, "invalid_request")
+    ):
+        answer = client.post(f"/v1/jobs/{searched}:transfer", json={**MODELS, **changes})
+        errors = refusal(answer, 422, "invalid_request")["errors"]
 
-    assert pointer in [error.get("pointer") for error in problem["errors"]]
-    assert any(rule in error["detail"] for error in problem["errors"])
+        assert pointer in [error.get("pointer") for error in errors]
+        assert any(rule in error["detail"] for error in errors)
     assert len(client.get("/v1/jobs").json()["jobs"]) == 1
 
 

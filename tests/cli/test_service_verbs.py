@@ -12,17 +12,45 @@ from pathlib import Path
 import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner
-from pretended_user import FOUND, SPEC, succeed, take
+from pretended_user import FOUND, SPEC, Service, succeed, take
 
 from pho_service.api.answers import Point
 from pho_service.cli import main
 from pho_service.cli.remote import good
 from pho_service.client import Client
+from pho_service.host.settings import read_settings
 from pho_service.spec.configuration import write_configuration
 from pho_service.spec.job import JobSpec
 from storage.jobs import JobStore, NewJob
 from storage.keys import KeyStore
 from storage.records import NewStage, StageKind
+
+
+@pytest.fixture(scope="module")
+def service(url_of_file, tmp_path_factory):
+    roots = (tmp_path_factory.mktemp("roots"),)
+    limits = {"max_requests_per_minute": 0, "model_roots": roots, "text_roots": roots}
+    running = Service(url_of_file, read_settings(**limits))
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def database(emptied_database):
+    return emptied_database
+
+
+@pytest.fixture
+def database_url(database, url_of_file):
+    del database  # which is empty now
+    return url_of_file
+
+
+@pytest.fixture
+def url(service, database):
+    """Of the front end of this file, whose database is empty now."""
+    del database
+    return service.url
 
 
 @pytest.fixture
@@ -38,56 +66,42 @@ def fail(store, job_id):
     store.fail(take(store, job_id, StageKind.CALIBRATE), error, retry=False)
 
 
-def test_a_submit_prints_the_jobs_id_on_stdout(remote, client):
-    result = remote("submit", "org/name", "--pattern", "0.5")
+def listed(result):
+    """The ids on stdout."""
+    return [uuid.UUID(job["id"]) for job in json.loads(result.stdout)]
+
+
+def test_a_submit_prints_the_jobs_id_or_the_answer_of_the_service_on_stdout(remote, client):
+    words = ("submit", "org/name", "--pattern", "0.5", "--idempotency-key", "one")
+    result, again, other = remote(*words), remote(*words), remote(*words, "--seed", 1)
     (job,) = client.jobs()
+    printed = json.loads(remote(*words, "--json").stdout)
 
     assert result.exit_code == 0
-    assert result.stdout == f"{job.id}\n"
+    assert result.stdout == again.stdout == f"{job.id}\n"
     assert f"pho watch {job.short}" in result.stderr
     assert job.spec == JobSpec.model_validate(SPEC).model_dump(mode="json")
-
-
-def test_the_same_idempotency_key_twice_prints_the_same_id(remote):
-    words = ("submit", "org/name", "--pattern", "0.5", "--idempotency-key", "one")
-
-    assert remote(*words).stdout == remote(*words).stdout
-    other = remote(*words, "--seed", 1)
+    assert (printed["id"], printed["links"]["job"]) == (str(job.id), f"/v1/jobs/{job.id}")
     assert (other.exit_code, other.stdout) == (1, "")
     assert "another document" in other.stderr
 
 
-def test_with_json_stdout_is_the_answer_of_the_service(remote, client):
-    printed = json.loads(remote("submit", "org/name", "--pattern", "0.5", "--json").stdout)
-    (job,) = client.jobs()
-
-    assert printed["id"] == str(job.id)
-    assert printed["links"]["job"] == f"/v1/jobs/{job.id}"
-
-
-def test_a_document_comes_from_a_file_options_change_it(remote, client):
+def test_a_document_comes_from_a_file_or_stdin_options_change_it(remote, client):
     document = {**SPEC, "trials": 40, "confirm": {"finalists": 3}, "search_space": {
         "row_share": [0.5, 0.5]}}  # fmt: skip
     Path("job.json").write_text(json.dumps(document))
     remote("submit", "--job", "job.json")
     remote("submit", "org/other", "--job", "job.json", "--trials", 50, "--finalists", 4,
            "--space", "gradient_exponent=0")  # fmt: skip
-    changed, plain = client.jobs()
+    piped = CliRunner().invoke(main, ["submit", "--job", "-"], input=json.dumps(SPEC))
+    last, changed, plain = client.jobs()
 
     assert plain.spec == JobSpec.model_validate(document).model_dump(mode="json")
     assert (changed.spec["model"], changed.spec["trials"]) == ("org/other", 50)
     assert changed.spec["confirm"]["finalists"] == 4
     assert changed.spec["search_space"]["row_share"] == [0.5, 0.5]
     assert changed.spec["search_space"]["gradient_exponent"] == [0.0, 0.0]
-
-
-def test_stdin(url, client, monkeypatch):
-    """A document comes from stdin, too."""
-    monkeypatch.setenv("PHO_API_URL", url)
-    result = CliRunner().invoke(main, ["submit", "--job", "-"], input=json.dumps(SPEC))
-
-    assert result.exit_code == 0, result.stderr
-    assert result.stdout == f"{next(client.jobs()).id}\n"
+    assert piped.stdout == f"{last.id}\n", piped.stderr
 
 
 NO_DOCUMENTS = [
@@ -96,9 +110,25 @@ NO_DOCUMENTS = [
     b'{"model": "org/name", "pattern": "0.5", "timeout_s": 1e999}',
     b'{"model": "org/name", "pattern": "0.5", "name": "\\ud800"}',
 ]  # fmt: skip
+BAD_SUBMITS = [
+    ((), "no model is given. Give MODEL"),
+    (("org/name",), "no pattern is given. Give --pattern"),
+    (("org/name", "--pattern", "half"), "--pattern half: pattern 'half' is neither"),
+    (("../x", "--pattern", "0.5"), "/model: model '../x' does not lie below"),
+    (("org/name", "--pattern", "0.5", "--name", "\udcff"), ""),  # bytes that are no UTF-8
+    (("org/name", "--pattern", "0.5", "--idempotency-key", "a b"), "Idempotency-Key"),
+    (("--job", "nowhere.json"), "nowhere.json"),
+    (("--job", "."), "."),
+]
 
 
-def test_a_file_that_is_no_document_is_refused_in_one_line(remote, client):
+def test_what_is_wrong_with_a_job_is_told_with_its_place(remote, client):
+    for words, says in BAD_SUBMITS:
+        result = remote("submit", *words)
+
+        assert (result.exit_code in (1, 2), result.stdout) == (True, "")
+        assert (result.exit_code == 2) or "--job" not in words
+        assert says.lower() in result.stderr.lower()
     for content in NO_DOCUMENTS:
         Path("job.json").write_bytes(content)
         result = remote("submit", "--job", "job.json")
@@ -109,38 +139,9 @@ def test_a_file_that_is_no_document_is_refused_in_one_line(remote, client):
     assert [*client.jobs()] == []
 
 
-def test_a_file_that_is_not_there_is_bad_usage_and_named(remote):
-    for path in ("nowhere.json", "."):
-        result = remote("submit", "--job", path)
-
-        assert result.exit_code == 2
-        assert path in result.stderr
-
-
-BAD_SUBMITS = [
-    ((), "no model is given. Give MODEL"),
-    (("org/name",), "no pattern is given. Give --pattern"),
-    (("org/name", "--pattern", "half"), "--pattern half: pattern 'half' is neither"),
-    (("../x", "--pattern", "0.5"), "/model: model '../x' does not lie below"),
-    (("org/name", "--pattern", "0.5", "--name", "\udcff"), ""),  # bytes that are no UTF-8
-    (("org/name", "--pattern", "0.5", "--idempotency-key", "a b"), "Idempotency-Key"),
-]
-
-
-def test_what_is_wrong_with_a_job_is_told_with_its_place(remote, client):
-    for words, says in BAD_SUBMITS:
-        result = remote("submit", *words)
-
-        assert result.exit_code in (1, 2)
-        assert result.stdout == ""
-        assert says.lower() in result.stderr.lower()
-    assert [*client.jobs()] == []
-
-
-def test_a_shell_completes_the_ids_of_jobs_and_the_names_of_methods(remote, client):
+@pytest.mark.usefixtures("remote")  # whose service the verbs ask
+def test_a_shell_completes_the_ids_of_jobs_and_the_names_of_methods(client):
     job, other = (str(client.submit(SPEC).id) for _ in range(2))
-
-    del remote  # whose service the verbs ask
 
     def completed(*words):
         shell = ShellComplete(main, {}, "pho", "_PHO_COMPLETE")
@@ -152,63 +153,39 @@ def test_a_shell_completes_the_ids_of_jobs_and_the_names_of_methods(remote, clie
 
 
 def test_a_job_is_shown_with_its_progress(remote, client, store):
-    job = client.submit({**SPEC, "trials": 40})
+    job, running, failed = (client.submit({**SPEC, "trials": 40}) for _ in range(3))
     before = remote("show", job.id).stdout
-    succeed(store, job.id, FOUND)
-    after = remote("show", job.id).stdout
+    parts = [
+        NewStage(kind=StageKind.CALIBRATE, number=10 + i, params={"part_of": 0}) for i in range(3)
+    ]
+    store.complete(take(store, job.id, StageKind.CALIBRATE), {}, then=parts)
+    store.complete(take(store, job.id, StageKind.CALIBRATE, 10), {})
+    in_parts, shards = remote("show", job.id).stdout, client.job(job.id).progress.of("calibrate")
+    search = [NewStage(kind=StageKind.SEARCH)]
+    store.complete(take(store, running.id, StageKind.CALIBRATE), {}, then=search)
+    claim = take(store, running.id, StageKind.SEARCH)
+    store.progress(claim, done=10, elapsed_s=20.0, best_value=0.125)
+    during = remote("show", running.id).stdout
+    fail(store, failed.id)
 
     assert f"job          {job.id}\n" in before
     assert f"name         {job.name}\n" in before
     assert "state        queued, stage none yet\n" in before
     assert "best so far  none yet\n" in before
     assert "search       0 of 40 trials\n" in before
-    assert "state        succeeded, stage finish\n" in after
-    assert "chosen       crepe, objective 0.01230, perplexity 17.25\n" in after
-    assert f"pho best {str(job.id)[:8]} --out" in after
-    shown = json.loads(remote("show", job.id, "--json").stdout)
-    assert shown == client.job(job.id).model_dump(mode="json")
-    assert "note         the best lies on the border\n" in after
+    assert "calibrate    1 of 3 parts\nsearch       0 of 40" in in_parts
+    assert (shards.done, shards.total) == (1, 3)
+    assert "state        running, stage search, 60 s left\n" in during
+    assert "best so far  0.1250\n" in during
+    assert "search       10 of 40 trials\n" in during
+    said = "error        NumericalError in calibrate at 4.q: NaN in 4.q\n"
+    assert said in remote("show", failed.id).stdout
 
 
-def test_the_time_left_is_shown(remote, client, store):
-    job = client.submit({**SPEC, "trials": 40}).id
-    search = [NewStage(kind=StageKind.SEARCH)]
-    store.complete(take(store, job, StageKind.CALIBRATE), {}, then=search)
-    claim = take(store, job, StageKind.SEARCH)
-    store.progress(claim, done=10, elapsed_s=20.0, best_value=0.125)
-    shown = remote("show", job).stdout
-
-    assert "state        running, stage search, 60 s left\n" in shown
-    assert "best so far  0.1250\n" in shown
-    assert "search       10 of 40 trials\n" in shown
-
-
-def test_shards_of_a_calibration_that_are_done_are_shown(remote, client, store):
-    job = client.submit({**SPEC, "trials": 40}).id
-    parts = [
-        NewStage(kind=StageKind.CALIBRATE, number=10 + i, params={"part_of": 0}) for i in range(3)
-    ]
-    store.complete(take(store, job, StageKind.CALIBRATE), {}, then=parts)
-    store.complete(take(store, job, StageKind.CALIBRATE, 10), {})
-    parts = client.job(job).progress.of("calibrate")
-
-    assert "calibrate    1 of 3 parts\nsearch       0 of 40" in remote("show", job).stdout
-    assert (parts.done, parts.total) == (1, 3)
-
-
-def test_why_a_job_failed_is_shown(remote, client, store):
-    job = client.submit(SPEC).id
-    fail(store, job)
-    result = remote("show", job)
-
-    assert result.exit_code == 0
-    assert "error        NumericalError in calibrate at 4.q: NaN in 4.q\n" in result.stdout
-
-
-def test_jobs_are_listed_newest_first(remote, client, store):
+def test_jobs_are_listed_newest_first_and_what_they_found_is_shown(remote, client, store):
     jobs = [client.submit({**SPEC, "name": f"number {i}"}) for i in range(3)]
     succeed(store, jobs[1].id, FOUND)
-    table = remote("jobs").stdout
+    table, shown = remote("jobs").stdout, remote("show", jobs[1].id).stdout
 
     places = [table.index(f"{job.id}") for job in jobs]
     assert places == sorted(places, reverse=True)
@@ -219,6 +196,34 @@ def test_jobs_are_listed_newest_first(remote, client, store):
     assert listed(remote("jobs", "--json", "--limit", 2)) == [jobs[2].id, jobs[1].id]
     states = ("--state", "succeeded", "--state", "failed")
     assert listed(remote("jobs", "--json", *states)) == [jobs[1].id]
+    assert "state        succeeded, stage finish\n" in shown
+    assert "chosen       crepe, objective 0.01230, perplexity 17.25\n" in shown
+    assert f"pho best {str(jobs[1].id)[:8]} --out" in shown
+    assert "note         the best lies on the border\n" in shown
+    as_json = json.loads(remote("show", jobs[1].id, "--json").stdout)
+    assert as_json == client.job(jobs[1].id).model_dump(mode="json")
+
+
+def test_jobs_are_listed_by_model_pattern_and_name(remote, client):
+    large, half = (
+        client.submit({"model": f"org/{name}", "pattern": pattern, "name": name}).id
+        for name, pattern in (("large", "2:4"), ("half", "0.5"))
+    )
+    both = ("--pattern", "2:4", "--pattern", "0.5", "--sort=-name")
+
+    assert listed(remote("jobs", "--json", "--model", "org/large", "--pattern", "2:4")) == [large]
+    assert listed(remote("jobs", "--json", *both)) == [large, half]
+    assert listed(remote("jobs", "--json", "--name", str(half)[:8])) == [half]
+    for words, says in (
+        (("--state", "done"), "queued"),
+        (("--sort", "luck"), "perplexity"),
+        (("--limit", "-1"), "limit"),
+        (("--limit", "x"), "limit"),
+    ):
+        result = remote("jobs", *words)
+
+        assert result.exit_code in (1, 2)
+        assert says in result.stderr
 
 
 def test_of_several_patterns_the_list_has_the_lowest_and_the_highest(client):
@@ -234,54 +239,19 @@ def test_of_several_patterns_the_list_has_the_lowest_and_the_highest(client):
     ]  # fmt: skip
 
 
-def test_jobs_are_listed_by_model_pattern_and_name(remote, client):
-    large, half = (
-        client.submit({"model": f"org/{name}", "pattern": pattern, "name": name}).id
-        for name, pattern in (("large", "2:4"), ("half", "0.5"))
-    )
-    both = ("--pattern", "2:4", "--pattern", "0.5", "--sort=-name")
-
-    assert listed(remote("jobs", "--json", "--model", "org/large", "--pattern", "2:4")) == [large]
-    assert listed(remote("jobs", "--json", *both)) == [large, half]
-    assert listed(remote("jobs", "--json", "--name", str(half)[:8])) == [half]
-
-
-def listed(result):
-    """The ids on stdout."""
-    return [uuid.UUID(job["id"]) for job in json.loads(result.stdout)]
-
-
-def test_a_state_or_a_number_that_does_not_exist_is_told(remote):
-    for words, says in (
-        (("--state", "done"), "queued"),
-        (("--sort", "luck"), "perplexity"),
-        (("--limit", "-1"), "limit"),
-        (("--limit", "x"), "limit"),
-    ):
-        result = remote("jobs", *words)
-
-        assert result.exit_code in (1, 2)
-        assert says in result.stderr
-
-
-def test_workers_are_listed_with_device_and_stage(remote, store):
-    store.enter_worker(uuid.uuid4(), name="host:7", device="cuda:1", kinds=[StageKind.SEARCH])
-    (printed,) = json.loads(remote("workers", "--json").stdout)
-    table = remote("workers").stdout
-
-    assert (printed["name"], printed["stages"]) == ("host:7", ["search"])
-    assert "host:7" in table
-    assert "cuda:1" in table
-
-
-def test_a_worker_is_drained_by_its_name(remote, store, client):
+def test_workers_are_listed_and_drained_by_name(remote, store, client):
     worker = uuid.uuid4()
     store.enter_worker(worker, name="host:7", device="cuda:1", kinds=[StageKind.SEARCH])
+    (printed,) = json.loads(remote("workers", "--json").stdout)
+    table = remote("workers").stdout
     wrong = remote("workers", "drain", "host:8")
     told = remote("workers", "drain", "host:7")
     (drained,) = client.workers()
     by_id = json.loads(remote("workers", "drain", worker, "--now", "--json").stdout)
 
+    assert (printed["name"], printed["stages"]) == ("host:7", ["search"])
+    assert "host:7" in table
+    assert "cuda:1" in table
     assert (wrong.exit_code, "no workers" in wrong.stderr) == (2, True)
     assert told.stderr == "host:7 has no stage, takes no more, and ends.\n"
     assert drained.drain == "finish"
@@ -289,47 +259,36 @@ def test_a_worker_is_drained_by_its_name(remote, store, client):
     assert by_id["drain"] == "now"
 
 
-def test_best_gives_the_bytes_of_pho_search(remote, client, store):
+def test_best_gives_the_bytes_of_pho_search_or_fails_and_makes_no_file(remote, client, store):
     job = client.submit(SPEC).id
+    too_early = remote("best", job, "--out", "config.json")
+    made = Path("config.json").exists()
     succeed(store, job, FOUND)
     write_configuration(FOUND, Path("expected.json"))
     printed = remote("best", job)
     written = remote("best", job, "--out", "config.json")
 
+    assert (too_early.exit_code, made) == (1, False)
+    assert "is queued and has no configuration yet" in too_early.stderr
     assert printed.stdout_bytes == Path("expected.json").read_bytes()
     assert written.stdout == ""
     assert Path("config.json").read_bytes() == Path("expected.json").read_bytes()
 
 
-def test_without_one_the_verb_fails_and_no_file_is_made(remote, client):
-    job = client.submit(SPEC).id
-    result = remote("best", job, "--out", "config.json")
-
-    assert result.exit_code == 1
-    assert "is queued and has no configuration yet" in result.stderr
-    assert not Path("config.json").exists()
-
-
-def test_watching_ends_with_the_job(remote, client, store):
-    job = client.submit(SPEC)
+def test_watching_ends_with_the_job_a_failure_is_exit_code_1(remote, client, store):
+    job, failed, cancelled = (client.submit(SPEC) for _ in range(3))
     succeed(store, job.id, FOUND)
-    result = remote("watch", job.id)
+    fail(store, failed.id)
+    client.cancel(cancelled.id)
+    result, of_cancelled = remote("watch", job.id), remote("watch", cancelled.id)
+    of_failed = remote("watch", failed.id, "--json")
 
-    assert result.exit_code == 0
+    assert (result.exit_code, of_failed.exit_code, of_cancelled.exit_code) == (0, 1, 1)
     assert f"{job.name}: succeeded\n" in result.stdout
     assert "perplexity 17.25" in result.stdout
-
-
-def test_a_failure_is_exit_code_1(remote, client, store):
-    failed, cancelled = client.submit(SPEC).id, client.submit(SPEC).id
-    fail(store, failed)
-    client.cancel(cancelled)
-    of_failed, of_cancelled = remote("watch", failed, "--json"), remote("watch", cancelled)
-
-    assert (of_failed.exit_code, of_cancelled.exit_code) == (1, 1)
     assert json.loads(of_failed.stdout)["error"]["message"] == "NaN in 4.q"
-    assert f"job {failed} failed: NaN in 4.q" in of_failed.stderr
-    assert f"job {cancelled} cancelled" in of_cancelled.stderr
+    assert f"job {failed.id} failed: NaN in 4.q" in of_failed.stderr
+    assert f"job {cancelled.id} cancelled" in of_cancelled.stderr
 
 
 def test_a_submit_that_waits_watches(remote, client, store):
@@ -385,22 +344,16 @@ def test_a_job_that_is_not_there_or_no_id_at_all(remote, client):
     assert client.job(job).state == "queued"
 
 
-def test_if_no_service_runs_the_way_out_is_told(pho):
+def test_a_given_address_wins_if_no_service_runs_there_the_way_out_is_told(remote):
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    result = pho("jobs", "--url", url)
+        nowhere = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    result = remote("jobs", "--url", nowhere)
 
+    assert remote("jobs").exit_code == 0
     assert (result.exit_code, result.stdout) == (1, "")
-    assert url in result.stderr
+    assert nowhere in result.stderr
     assert "pho serve" in result.stderr
     assert len(result.stderr.splitlines()) == 1
-
-
-def test_a_given_address_wins(remote, monkeypatch, url):
-    monkeypatch.setenv("PHO_API_URL", "http://127.0.0.1:1")
-
-    assert remote("jobs", "--url", url).exit_code == 0
-    assert remote("jobs").exit_code == 1
 
 
 @pytest.fixture
@@ -415,42 +368,29 @@ def keys(pho, database_url):
     return run
 
 
-def test_create_a_key(keys, pho, database, database_url):
-    """A new key is the only thing on stdout, works, and is shown this once."""
+def test_keys_are_made_shown_once_listed_and_revoked(keys, pho, database, database_url):
+    of = ("--database-url", database_url)
     created = keys("create", "laptop")
     secret = created.stdout.strip()
-    pho("keys", "create", "admin", "--all-jobs", "--database-url", database_url)
-    found, admin = KeyStore(database).all()
-
-    assert KeyStore(database).find(secret) == found
-    assert (found.name, found.sees_all, admin.sees_all) == ("laptop", False, True)
-    assert secret not in created.stderr + keys("list").output
-
-
-def test_keys_are_listed_revoked_ones_too(pho, keys, database_url):
-    prefixes = [keys("create", name).stdout[:10] for name in ("a", "b")]
-    revoked = keys("revoke", prefixes[0])
-    printed = json.loads(pho("keys", "list", "--json", "--database-url", database_url).stdout)
-    table = keys("list").stdout
-
-    assert revoked.exit_code == 0
-    assert [(k["prefix"], k["name"], bool(k["revoked_at"])) for k in printed] == [
-        (prefixes[0], "a", True), (prefixes[1], "b", False),
-    ]  # fmt: skip
-    assert all(prefix in table for prefix in prefixes)
-
-
-def test_a_key_that_scrapes_is_listed_as_one_and_sees_no_jobs(pho, database, database_url):
-    of = ("--database-url", database_url)
-    made = pho("keys", "create", "prometheus", "--scrape-only", *of)
+    pho("keys", "create", "admin", "--all-jobs", *of)
+    pho("keys", "create", "prometheus", "--scrape-only", *of)
     both = pho("keys", "create", "x", "--scrape-only", "--all-jobs", *of)
-    (row,) = json.loads(pho("keys", "list", "--json", *of).stdout)
-    key = KeyStore(database).find(made.stdout.strip())
+    mine, admin, scraper = KeyStore(database).all()
+    opened = KeyStore(database).find(secret)
+    revoked = keys("revoke", mine.prefix)
+    printed = json.loads(pho("keys", "list", "--json", *of).stdout)
+    table = keys("list").output
 
-    assert key is not None
-    assert (key.scrape_only, key.sees_all, row["sees"]) == (True, False, "/metrics")
-    assert both.exit_code == 2
+    assert opened == mine
+    assert (mine.name, mine.sees_all, admin.sees_all) == ("laptop", False, True)
+    assert (scraper.scrape_only, scraper.sees_all, printed[2]["sees"]) == (True, False, "/metrics")
+    assert secret not in created.stderr + table
+    assert (both.exit_code, revoked.exit_code) == (2, 0)
     assert "give one of the two" in both.stderr
+    assert [(key["prefix"], bool(key["revoked_at"])) for key in printed] == [
+        (mine.prefix, True), (admin.prefix, False), (scraper.prefix, False),
+    ]  # fmt: skip
+    assert all(key.prefix in table for key in (mine, admin, scraper))
 
 
 def test_keys_that_expire(pho, keys, database, database_url):
@@ -496,21 +436,15 @@ def test_a_key_with_a_quota(pho, keys, database, database_url):
     assert "quota" not in keys("list").stdout
 
 
-def test_a_quota_that_is_none_is_bad_usage(pho, database, database_url):
-    for quota in ("", "5", "0/7d", "5/7", "5G/7d", "-5/7d", "5M7d", "1e6/7d", "40h/7d"):
-        made = pho("keys", "create", "x", f"--quota={quota}", "--database-url", database_url)
+def test_a_quota_or_a_span_that_is_none_is_bad_usage(pho, database, database_url):
+    quotas = ("", "5", "0/7d", "5/7", "5G/7d", "-5/7d", "5M7d", "1e6/7d", "40h/7d")
+    spans = ("", "30", "0d", "-1d", "1.5d", "30 d", "36501d", "never", "٣d")
+    for option in [f"--quota={each}" for each in quotas] + [f"--expires={each}" for each in spans]:
+        made = pho("keys", "create", "x", option, "--database-url", database_url)
 
-        assert made.exit_code == 2, quota
-        assert "200M/7d" in made.stderr or "12h, 30d or 52w" in made.stderr
-    assert KeyStore(database).all() == []
-
-
-def test_a_span_that_is_none_is_bad_usage(pho, database, database_url):
-    for span in ("", "30", "0d", "-1d", "1.5d", "30 d", "36501d", "never", "٣d"):
-        result = pho("keys", "create", "x", f"--expires={span}", "--database-url", database_url)
-
-        assert result.exit_code == 2
-        assert "12h, 30d or 52w" in result.stderr
+        assert made.exit_code == 2, option
+        rules = ("12h, 30d or 52w", *(["200M/7d"] if "quota" in option else []))
+        assert any(rule in made.stderr for rule in rules)
     assert KeyStore(database).all() == []
 
 
@@ -553,7 +487,12 @@ def serve(pho, database_url):
         signal.signal(number, handler)
 
 
-def test_a_port_that_is_taken_is_bad_usage_and_named_with_the_way_out(serve):
+def test_where_it_cannot_listen_is_bad_usage_and_named_with_the_way_out(serve):
+    for host in ("no.such.host.invalid", "127.0.0.1:80", "x" * 300):
+        result = serve("--host", host, "--port", 0)
+
+        assert result.exit_code == 2
+        assert len(result.stderr.splitlines()) == 1
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         result = serve("--port", port)
@@ -577,39 +516,24 @@ def test_others_without_keys(serve, database, host):
         assert "pho keys create" in result.stderr
 
 
-def test_a_host_that_is_none_of_this_machines_is_bad_usage(serve):
-    for host in ("no.such.host.invalid", "127.0.0.1:80", "x" * 300):
-        result = serve("--host", host, "--port", 0)
+BAD_SETTINGS = [
+    ("PHO_PORT", "many"), ("PHO_PORT", "70000"), ("PHO_WORKERS", "-1"), ("PHO_WORKERS", "257"),
+    ("PHO_HEARTBEAT_S", "0"), ("PHO_HEARTBEAT_S", "nan"), ("PHO_HEARTBEAT_S", "inf"),
+    ("PHO_STALLED_AFTER_S", "soon"), ("PHO_STALLED_AFTER_S", "inf"),
+    ("PHO_STOP_AFTER_S", "-1"), ("PHO_RETRY_AFTER_S", "-1"), ("PHO_RETRY_AFTER_S", "inf"),
+    ("PHO_MAX_UNFINISHED_JOBS", "0"), ("PHO_MAX_BODY_BYTES", "10"),
+]  # fmt: skip
+
+
+def test_a_setting_that_breaks_its_rule_is_bad_usage_and_named(pho, monkeypatch):
+    rules = [(variable, value, f"{variable}={value!r}") for variable, value in BAD_SETTINGS]
+    for variable, value, says in [*rules, ("PHO_HEARTBEAT_S", "60", "PHO_STALLED_AFTER_S")]:
+        with monkeypatch.context() as patched:
+            patched.setenv(variable, value)
+            result = pho("keys", "list", "--database-url", "postgresql://127.0.0.1:1/x")
 
         assert result.exit_code == 2
-        assert len(result.stderr.splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("variable", "value"),
-    [
-        ("PHO_PORT", "many"), ("PHO_PORT", "70000"), ("PHO_WORKERS", "-1"), ("PHO_WORKERS", "257"),
-        ("PHO_HEARTBEAT_S", "0"), ("PHO_HEARTBEAT_S", "nan"), ("PHO_HEARTBEAT_S", "inf"),
-        ("PHO_STALLED_AFTER_S", "soon"), ("PHO_STALLED_AFTER_S", "inf"),
-        ("PHO_STOP_AFTER_S", "-1"), ("PHO_RETRY_AFTER_S", "-1"), ("PHO_RETRY_AFTER_S", "inf"),
-        ("PHO_MAX_UNFINISHED_JOBS", "0"), ("PHO_MAX_BODY_BYTES", "10"),
-    ],
-)  # fmt: skip
-def test_bad_setting(pho, monkeypatch, variable, value):
-    """A setting that breaks its rule is bad usage, and named."""
-    monkeypatch.setenv(variable, value)
-    result = pho("keys", "list", "--database-url", "postgresql://127.0.0.1:1/x")
-
-    assert result.exit_code == 2
-    assert f"{variable}={value!r}" in result.stderr
-
-
-def test_dead_before_a_heartbeat_is_refused(pho, monkeypatch):
-    monkeypatch.setenv("PHO_HEARTBEAT_S", "60")
-    result = pho("keys", "list", "--database-url", "postgresql://127.0.0.1:1/x")
-
-    assert result.exit_code == 2
-    assert "PHO_STALLED_AFTER_S" in result.stderr
+        assert says in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -252,12 +252,11 @@ class TestSubmit:
         first = submit(store, {"a": 1, "b": 2}, idempotency_key="k")
         with unchanged(store):
             assert submit_any(store, {"b": 2, "a": 1}, idempotency_key="k") == (first, False)
-
-    def test_same_key_after_an_extension(self, store):
-        job = submit(store, {"trials": 10}, idempotency_key="k")
+        job = submit(store, {"trials": 10}, idempotency_key="extended")
         store.ask(job.id, "extend", trials=5)
+        again = submit_any(store, {"trials": 10}, idempotency_key="extended")
 
-        assert submit_any(store, {"trials": 10}, idempotency_key="k") == (store.get(job.id), False)
+        assert again == (store.get(job.id), False)
 
     def test_requests_at_once_with_the_same_key_make_one_job(self, store):
         answers = together(*[lambda: submit_any(store, idempotency_key="k")] * 8)
@@ -294,14 +293,12 @@ class TestSubmit:
         assert new
         assert [j.id for j in store.page()] == [job.id]
 
-    def test_keys_of_owners_are_their_own(self, store):
+    def test_keys_and_limits_of_owners_are_their_own(self, store):
         owners = [KeyStore(store.database).create(n, sees_all=False)[0].id for n in "ab"]
-        made = [
-            submit(store, {"of": str(owner)}, owner_id=owner, idempotency_key="k")
-            for owner in [*owners, None]
-        ]
+        for owner in [None, *owners]:
+            submit(store, {"of": str(owner)}, owner_id=owner, limits=ONE_JOB, idempotency_key="k")
 
-        assert len({job.id for job in made}) == 3
+        assert len(store.page()) == 3
 
     def test_the_job_over_the_limit_leaves_nothing_behind(self, store):
         two = Limits(unfinished=2)
@@ -310,12 +307,9 @@ class TestSubmit:
             submit_any(store, {"other": 1}, limits=two, idempotency_key="k")
         store.ask(job.id, "cancel")
 
-        assert submit(store, limits=two, idempotency_key="k").state is JobState.QUEUED
-
-    def test_at_the_limit_a_repeated_request_still_gets_its_job(self, store):
-        job = submit(store, limits=ONE_JOB, idempotency_key="k")
-
-        assert submit_any(store, limits=ONE_JOB, idempotency_key="k") == (job, False)
+        job = submit(store, limits=two, idempotency_key="k")
+        assert job.state is JobState.QUEUED
+        assert submit_any(store, limits=two, idempotency_key="k") == (job, False)
 
     def test_limit_counts_what_is_not_over(self, store):
         succeeded(store)
@@ -326,13 +320,6 @@ class TestSubmit:
             submit_any(store, limits=ONE_JOB)
 
         assert len(store.page()) == 4
-
-    def test_one_owners_jobs_do_not_count_for_another_nor_for_nobody(self, store):
-        owner = KeyStore(store.database).create("a", sees_all=False)[0].id
-        submit(store, limits=ONE_JOB)
-        submit(store, limits=ONE_JOB, owner_id=owner)
-
-        assert len(store.page()) == 2
 
     def test_limit_at_once(self, store, monkeypatch):
         counted = threading.Barrier(2)
@@ -348,16 +335,9 @@ class TestSubmit:
         assert [type(a) for a in answers].count(TooManyJobs) == 1
         assert len(store.page()) == 1
 
-    def test_whole_or_not_at_all(self, store, monkeypatch):
-        def broken(*args, **kwargs):
-            enqueue(*args, **kwargs)
-            raise RuntimeError("broken")
-
-        monkeypatch.setattr(storage.rows, "enqueue", broken)
-        with unchanged(store), pytest.raises(RuntimeError, match="broken"):
-            submit(store)
-
     def test_cut_before_the_commit(self, store, monkeypatch):
+        """A job is there as a whole, or not at all."""
+
         def cut(connection, *args, **kwargs):
             number = enqueue(connection, *args, **kwargs)
             pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
@@ -395,28 +375,6 @@ class TestReading:
         ):
             with unchanged(store), pytest.raises(NoSuchJob):
                 call()
-
-    def test_a_job_that_never_was_is_not_found_and_has_no_events(self, store):
-        with pytest.raises(NoSuchJob):
-            store.get(uuid.uuid4())
-
-        assert store.events(uuid.uuid4()) == []
-
-    def test_jobs_are_counted_by_state_stages_if_they_may_work(self, store):
-        submit(store)
-        islands(store, 2)
-        store.ask(submit(store).id, "pause")
-        succeeded(store)
-        by_state, by_stage = store.counts()
-
-        assert by_state == {
-            JobState.QUEUED: 1, JobState.RUNNING: 1, JobState.PAUSED: 1, JobState.SUCCEEDED: 1,
-        }  # fmt: skip
-        assert by_stage == {
-            (StageKind.CALIBRATE, StageState.WAITING): 1,
-            (StageKind.CALIBRATE, StageState.DONE): 1,
-            (StageKind.SEARCH, StageState.RUNNING): 2,
-        }
 
 
 class TestClaim:
@@ -526,9 +484,8 @@ class TestClaim:
         assert runnable(store) == [stage]
 
     def test_an_entry_is_stalled_once_its_worker_is_silent_or_gone(self, store):
-        silent, gone = (
-            queue_id(store, at_work(store, worker).stage.id) for worker in (WORKER, OTHER)
-        )
+        lost, other = (at_work(store, worker).stage.id for worker in (WORKER, OTHER))
+        silent, gone = queue_id(store, lost), queue_id(store, other)
         late(store, WORKER, 9)
         before = store.stalled(5.0)
         store.remove_worker(OTHER)
@@ -537,12 +494,7 @@ class TestClaim:
         assert sorted(store.stalled(5.0)) == [silent, gone]
         assert store.give_again(silent, alive_s=5.0)
         assert store.stalled(5.0) == [gone]  # the old entry is out of the queue
-
-    def test_a_worker_that_is_silent_too_long_has_lost_its_stage(self, store):
-        stage = at_work(store).stage.id
-
-        assert store.give_again(queue_id(store, stage), alive_s=0.0)
-        assert runnable(store) == [stage]
+        assert runnable(store) == [lost]
 
     def test_put_down_by_a_worker_that_goes_before_the_queue_hears_of_it(self, store):
         first = at_work(store)
@@ -573,14 +525,6 @@ class TestClaim:
         assert store.get(one.job.id).state is JobState.PAUSING
         assert store.hand_back(two) is False
         assert store.get(one.job.id).state is JobState.PAUSED
-
-    @pytest.mark.parametrize("verb", ["pause", "cancel"])
-    def test_a_queued_job_is_paused_at_once(self, store, verb):
-        job = submit(store)
-        settled = store.ask(job.id, verb)
-        with unchanged(store):
-            assert settled.state.value == {"pause": "paused", "cancel": "cancelled"}[verb]
-            assert store.claim(job.stages[0].id, queue_id(store, job.stages[0].id), WORKER) is None
 
     @pytest.mark.parametrize("finished", ["complete", "succeed", "fail"])
     def test_a_finished_stages_entry_does_nothing(self, store, finished):
@@ -658,22 +602,17 @@ class TestFence:
             assert held_off
             assert second.result(10).attempt == 2
 
-    def test_does_not_hold_off_users(self, store):
-        (search, *_) = islands(store, 2)
+    def test_does_not_hold_off_users_nor_the_other_islands(self, store):
+        search, other = islands(store, 2)
         with ThreadPoolExecutor(1) as pool, store.fence(search):
             pausing = pool.submit(store.ask, search.job.id, "pause").result(10)
             resumed = pool.submit(store.ask, search.job.id, "resume").result(10)
             extended = pool.submit(store.ask, search.job.id, "extend", trials=5).result(10)
-
-        assert [j.state for j in (pausing, resumed, extended)] == ["pausing", "running", "running"]
-        assert extended.trials == 15
-
-    def test_the_other_islands_go_on_meanwhile(self, store):
-        one, two = islands(store, 2)
-        with ThreadPoolExecutor(1) as pool, store.fence(one):
-            done = pool.submit(store.complete, two, {}, then=[CONFIRM]).result(10)
+            done = pool.submit(store.complete, other, {}, then=[CONFIRM]).result(10)
 
         assert done
+        assert [j.state for j in (pausing, resumed, extended)] == ["pausing", "running", "running"]
+        assert extended.trials == 15
 
     def test_an_error_inside_a_fence_comes_out_as_it_is(self, store):
         taken = begun(store)
@@ -908,17 +847,6 @@ def test_parts_of_a_calibration_tell_how_many_are_done(store):
 class TestResume:
     """What was put down is taken up again, once."""
 
-    def test_pause_put_down_resume_one_entry_stands_for_the_stage(self, store):
-        taken = begun(store)
-        store.ask(taken.job.id, "pause")
-        again = store.hand_back(taken)
-        paused = store.get(taken.job.id).state
-        store.ask(taken.job.id, "resume")
-
-        assert (again, paused) == (False, JobState.PAUSED)
-        assert runnable(store) == [taken.stage.id]
-        assert claim(store, taken.stage.id).stage.failures == 0
-
     def test_resumed_before_it_was_handed_back(self, store):
         taken = begun(store)
         entry = queue_id(store, taken.stage.id)
@@ -941,27 +869,22 @@ class TestResume:
         assert runnable(store) == [c.stage.id for c in claims]
         assert len(everything(store)[3]) == known + 2
 
-    def test_however_often_it_is_paused_one_entry_counts(self, store):
-        job = submit(store)
+    def test_however_often_it_is_paused_one_entry_counts_with_the_lock_and_priority_of_the_first(
+        self, store
+    ):
+        job = submit(store, priority=7)
         stage = job.stages[0].id
         for _ in range(3):
             store.ask(job.id, "pause")
             store.ask(job.id, "resume")
-        entries = [row.id for row in everything(store)[3]]
-        taken = [store.claim(stage, entry, WORKER) for entry in entries]
+        entries = everything(store)[3]
+        taken = [store.claim(stage, entry.id, WORKER) for entry in entries]
 
-        assert len(entries) == 4
         assert [c is not None for c in taken] == [False, False, False, True]
-
-    def test_a_new_entry_has_the_lock_and_priority_of_the_old(self, store):
-        job = submit(store, priority=7)
-        store.ask(job.id, "pause")
-        store.ask(job.id, "resume")
-        old, new = everything(store)[3]
-
-        assert (new.lock, new.priority) == (old.lock, old.priority)
-        assert (new.queue_name, new.args) == (old.queue_name, old.args)
-        assert new.lock == "bundle"
+        first, last = entries[0], entries[-1]
+        assert (last.lock, last.priority) == (first.lock, first.priority)
+        assert first.lock == "bundle"
+        assert (last.queue_name, last.args) == (first.queue_name, first.args)
 
     def test_a_failed_job_goes_on_with_what_is_not_done(self, store):
         one, two, three = islands(store, 3)
@@ -1269,22 +1192,16 @@ class TestWorkers:
         assert (record.job_id, record.stage) == (None, None)
         assert record.heartbeat_at.utcoffset() is not None
 
-    def test_only_those_that_reported_lately_are_listed(self, store):
+    def test_only_those_that_reported_lately_are_listed_again_with_the_next_report(self, store):
         self.enter(store)
         self.enter(store, OTHER)
-        late(store, OTHER, 31)
-
-        assert [r.id for r in store.workers(alive_s=30)] == [WORKER]
-        assert [r.id for r in store.workers(alive_s=60)] == [WORKER, OTHER]
-        assert store.workers(alive_s=0) == []
-
-    def test_a_report_makes_a_worker_alive_again(self, store):
+        (before, _) = store.workers(alive_s=30)
+        late(store, WORKER, 31)
+        listed = [[r.id for r in store.workers(alive_s=s)] for s in (0, 30, 60)]
         self.enter(store)
-        (before,) = store.workers(alive_s=30)
-        late(store, WORKER, 3600)
-        self.enter(store)
-        (record,) = store.workers(alive_s=30)
+        (record, _) = store.workers(alive_s=30)
 
+        assert listed == [[], [OTHER], [WORKER, OTHER]]
         assert record.started_at == before.started_at
         assert record.heartbeat_at > before.heartbeat_at
 
@@ -1301,19 +1218,15 @@ class TestWorkers:
         assert lost == [0, 1, 0]
         assert [r.id for r in store.workers(alive_s=1e6)] == [WORKER]
 
-    def test_one_that_went_in_order_is_not_listed(self, store):
-        self.enter(store)
-        store.remove_worker(WORKER)
-        store.remove_worker(WORKER)
-
-        assert store.workers(alive_s=30) == []
-
-    def test_a_worker_whose_process_was_seen_to_end_is_not_listed(self, store):
+    def test_a_worker_that_went_or_whose_process_was_seen_to_end_is_not_listed(self, store):
         stage = at_work(store, name=worker_name(7)).stage.id
         store.enter_worker(OTHER, name=worker_name(77), device="cpu", kinds=[CALIBRATE.kind])
         store.forget_worker(worker_name(7))
 
         assert [r.id for r in store.workers(alive_s=30)] == [OTHER]
+        for _ in range(2):
+            store.remove_worker(OTHER)
+        assert store.workers(alive_s=30) == []
         assert store.give_again(queue_id(store, stage), alive_s=60.0)
         assert runnable(store) == [stage]
 
