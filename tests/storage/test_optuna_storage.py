@@ -12,6 +12,7 @@ def database(shared_database):
     return shared_database
 
 
+@pytest.mark.thorough
 class TestOptunaStorage(StorageTestCase):
     """What Optuna asks of a storage, the one of the service gives."""
 

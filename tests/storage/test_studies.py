@@ -67,6 +67,7 @@ def test_trials_are_read_a_page_at_a_time_and_share_their_distributions(tmp_path
     monkeypatch.setattr("storage.studies._PAGE", 3)
     alive = WeakSet()
     at_once = []
+    gc.freeze()  # or each collection looks at all that was imported
 
     def loaded(trial, _context):
         alive.add(trial)

@@ -46,9 +46,19 @@ def swap(folder, what="confirmation"):
         shutil.copy(folder / "report.jsonl", folder / f"{what}.jsonl")
 
 
-def test_text_changed_between_perplexities(hand, small, tmp_path):
+_source = []
+
+
+@pytest.fixture
+def source(hand, small):
+    """A job that has succeeded, done once for all tests here."""
+    if not _source:
+        _source.append(hand.done(small()))
+    return _source[0]
+
+
+def test_text_changed_between_perplexities(hand, small, source, tmp_path):
     """A text that is replaced between two measurements fails the job; put back, it goes on."""
-    expected = hand.done(small()).best
     job = hand.until(hand.submit(small()), StageKind.PERPLEXITY)
     hand.step(job)
     kept = (hand.folder / "confirmation.jsonl").read_bytes()
@@ -64,11 +74,12 @@ def test_text_changed_between_perplexities(hand, small, tmp_path):
     hand.store.ask(job.id, "resume")
     job = hand.until(job, None)
 
-    assert job.best is not None
-    assert {**job.best, "search": None} == {**expected, "search": None}
+    assert {**job.best, "search": None} == {**source.best, "search": None}
 
 
-BY_PERPLEXITY = {"objective": {"name": "perplexity"}, "trials": 6}
+HELD_OUT = {"confirm": {"text": None}}  # windows that the calibration left
+TWO_TEXTS = {"calibration": {"more_texts": ["confirmation.jsonl"]}, "confirm": {"text": None}}
+BY_PERPLEXITY = {"objective": {"name": "perplexity"}}
 
 
 @pytest.mark.parametrize("restarted", [True, pytest.param(False, marks=pytest.mark.thorough)])
@@ -77,14 +88,12 @@ BY_PERPLEXITY = {"objective": {"name": "perplexity"}, "trials": 6}
     [
         ({}, StageKind.CONFIRM, "model", r"the model \./model has changed since the job began"),
         ({}, StageKind.PERPLEXITY, "model", r"the model \./model has changed since the job began"),
-        # windows that the calibration left
-        ({"confirm": {"text": None}}, StageKind.CONFIRM, "calibration", "calibration text"),
-        ({"confirm": {"text": None}}, StageKind.PERPLEXITY, "calibration", "calibration text"),
-        ({"calibration": {"more_texts": ["confirmation.jsonl"]}, "confirm": {"text": None}},
-         StageKind.PERPLEXITY, "confirmation",
+        (HELD_OUT, StageKind.CONFIRM, "calibration", "calibration text"),
+        (HELD_OUT, StageKind.PERPLEXITY, "calibration", "calibration text"),
+        (TWO_TEXTS, StageKind.CONFIRM, "confirmation",
          r"calibration text confirmation\.jsonl has changed"),
-        ({"calibration": {"more_texts": ["confirmation.jsonl"]}, "confirm": {"text": None}},
-         StageKind.PERPLEXITY, "calibration", r"calibration text calibration\.jsonl has changed"),
+        (TWO_TEXTS, StageKind.CONFIRM, "calibration",
+         r"calibration text calibration\.jsonl has changed"),
         (BY_PERPLEXITY, StageKind.SEARCH, "model", "model"),
         (BY_PERPLEXITY, StageKind.SEARCH, "confirmation", "text"),
         (BY_PERPLEXITY, StageKind.FINISH, "confirmation", r"confirmation\.jsonl"),
@@ -93,7 +102,7 @@ BY_PERPLEXITY = {"objective": {"name": "perplexity"}, "trials": 6}
 def test_what_is_replaced_after_the_calibration_is_neither_compared_nor_measured(
     hand, small, changes, kind, what, said, restarted
 ):
-    job = hand.until(hand.submit(small(**changes)), kind)
+    job = hand.until(hand.submit(small(trials=6, **changes)), kind)
     swap(hand.folder, what)
     if restarted:
         hand.inputs = hand.new_inputs()
@@ -156,7 +165,8 @@ def test_bundle_of_another_model(hand, small):
     """A bundle that lies under another one's name is not taken: the right one is made again."""
     expected = hand.done(small(confirm=None)).best
     (mine,) = hand.bundles.rglob("*.safetensors")
-    hand.done(small(calibration={"seed": 1}, confirm=None))
+    other = small(calibration={"seed": 1}, confirm=None)
+    hand.until(hand.submit(other), StageKind.SEARCH)
     (other,) = {*hand.bundles.rglob("*.safetensors")} - {mine}
     shutil.copy(other, mine)
     hand.inputs = hand.new_inputs()
@@ -197,9 +207,18 @@ def hub(hand, tmp_path, monkeypatch):
     return main_is
 
 
-def test_hub_model_moves(hand, small, hub):
-    """A hub model without a revision is that of the commit which the first stage saw."""
-    expected = hand.done(small()).best
+def test_hub_model_moves(hand, small, source, hub, monkeypatch):
+    """
+    A hub model without a revision is that of the commit which the first stage saw, and is loaded
+    once by each worker.
+    """
+    loaded = []
+
+    def load(name, **options):
+        loaded.append(options["revision"])
+        return load_model(name, **options)
+
+    monkeypatch.setattr("workers.inputs.load_model", load)
     job = hand.until(hand.submit(small(model="org/tiny")), StageKind.CONFIRM)
     hub(1)
     hand.inputs = hand.new_inputs()
@@ -207,22 +226,9 @@ def test_hub_model_moves(hand, small, hub):
     (calibrated,) = job.of_kind(StageKind.CALIBRATE)
 
     assert calibrated.result["inputs"]["revision"] == COMMITS[0]
-    assert job.best["confirmation"] == expected["confirmation"]
+    assert job.best["confirmation"] == source.best["confirmation"]
+    assert loaded == [None, COMMITS[0]]
     assert hand.inputs.model(small(model="org/tiny")).revision == COMMITS[1]
-
-
-def test_hub_model_is_loaded_once(hand, small, hub, monkeypatch):
-    del hub
-    loaded = []
-
-    def load(source, **options):
-        loaded.append(options["revision"])
-        return load_model(source, **options)
-
-    monkeypatch.setattr("workers.inputs.load_model", load)
-    hand.done(small(model="org/tiny"))
-
-    assert loaded == [None]
 
 
 def test_local_model_is_not_asked_of_the_hub(hand, small, hub):
@@ -236,15 +242,9 @@ def test_local_model_is_not_asked_of_the_hub(hand, small, hub):
         hand.step(job)
 
 
-_sources = []
-
-
 @pytest.fixture
-def transfer(hand, small):
-    """The document of a transfer to these models; its source is done once for all tests here."""
-    if not _sources:
-        _sources.append(hand.done(small()))
-    (source,) = _sources
+def transfer(source):
+    """The document of a transfer to these models."""
 
     def build(*models, **changes):
         report = {"text": "confirmation.jsonl", "windows": 2}
