@@ -89,6 +89,7 @@ def test_the_wheel_has_every_file_of_the_packages_and_nothing_else(wheel):
     assert wanted == {name for name in wheel.namelist() if ".dist-info/" not in name}
 
 
+@pytest.mark.thorough
 def test_installed_from_the_wheel_alone_it_says_its_version_imports_and_finds(wheel_file, tmp_path):
     """The dependencies are those of this environment, for nothing is fetched."""
     venv.create(tmp_path / "env")
@@ -125,21 +126,17 @@ def test_each_extra_brings_what_its_part_needs_and_no_more(extras):
     assert extras["all"] == extras["api"] | extras["worker"] == extras["worker"] | extras["api"]
 
 
-def test_remote_verbs_and_search_need_no_extra(extras):
-    code = """
+def test_remote_verbs_and_search_need_no_extra_and_the_front_end_api_alone(extras):
+    needless = sorted(modules(extras["worker"]) - modules(extras["api"]))
+    code = f"""
 import pho_service.client, pho_service.spec.configuration, pho_service.library
 import pho_service.tuning.search, pho_service.tuning.validation, pho_service.host.settings
 from pho_service.cli import main
 main(["configurations", "--pattern", "2:4", "--library", "."], standalone_mode=False)
+Missing.names = {needless}
+import pho_service.api.serving, storage.embedded
 """
     result = run_without(modules(extras["all"]), code)
-
-    assert result.returncode == 0, result.stderr
-
-
-def test_the_front_end_needs_api_alone(extras):
-    missing = modules(extras["worker"]) - modules(extras["api"])
-    result = run_without(missing, "import pho_service.api.serving, storage.embedded")
 
     assert result.returncode == 0, result.stderr
 
@@ -157,6 +154,7 @@ MISSING = [
     ("serve", "--workers 0", "fastapi", "api"),
     ("keys list", "", "fastapi", "api"),
     ("evaluate", "org/name --tasks boolq", "lm_eval", "eval"),
+    ("worker", "--database-url postgresql://x", "torch", "worker"),
 ]
 
 
@@ -164,10 +162,11 @@ def test_a_verb_whose_extra_is_not_installed_says_what_to_install():
     verbs = [([*verb.split(), *options.split()], module) for verb, options, module, _ in MISSING]
     code = f"""
 from pho_service.cli import main
+from workers.__main__ import main as worker
 for words, module in {verbs}:
     Missing.names = [module]
     try:
-        main(words)
+        worker(words[1:]) if words[0] == "worker" else main(words)
     except SystemExit as ended:
         assert ended.code == 1
 """
@@ -175,17 +174,9 @@ for words, module in {verbs}:
 
     assert result.returncode == 0
     assert result.stderr.splitlines() == [
-        f"pho: {verb} needs {module}: pip install 'pho-service[{extra}]'"
+        f"pho{':' * (verb != 'worker')} {verb} needs {module}: pip install 'pho-service[{extra}]'"
         for verb, _, module, extra in MISSING
     ]
-
-
-def test_pho_worker_says_so_too():
-    code = "from workers.__main__ import main\nmain(['--database-url', 'postgresql://x'])"
-    result = run_without({"torch"}, code)
-
-    assert result.returncode == 1
-    assert result.stderr == "pho worker needs torch: pip install 'pho-service[worker]'\n"
 
 
 def test_a_missing_module_that_no_extra_brings_has_its_traceback():

@@ -154,6 +154,7 @@ def test_what_was_imported_comes_back_and_is_there_once_so_is_a_transfer_but_for
     assert first.json() == again.json() == entry
     assert entry["fits"]
 
+    client.delete(path)
     values = transfer(target("opt", 30.0), target("gpt2", 60.0))
     first, second = values["targets"]
     path = imported({**values, "targets": [{**first, "own": document()}, second]})

@@ -46,7 +46,7 @@ def until(condition, what):
         value = condition()
         if value:
             return value
-        time.sleep(0.05)
+        time.sleep(0.2)  # to ask costs the service as much as its work
     raise AssertionError(f"waited in vain until {what}")
 
 

@@ -73,15 +73,11 @@ def test_a_folder_that_holds_files_is_not_touched(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_file_is_not_replaced_by_a_folder(tmp_path):
+def test_a_file_is_not_replaced_by_a_folder_nor_a_folder_by_a_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("mine")
-
     with pytest.raises(OutputError, match=r"a\.txt is a file\. Give the name of a new folder"):
         check_free(path)
-
-
-def test_a_folder_is_not_replaced_by_a_file(tmp_path):
     said = r"is a folder\. Give the name of a file"
     with pytest.raises(OutputError, match=said):
         check_file(tmp_path)

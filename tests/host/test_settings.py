@@ -26,21 +26,12 @@ def database_url():
 
 
 @pytest.mark.usefixtures("secret")
-def test_the_password_in_the_file_becomes_the_urls_escaped_without_the_lines_end():
+def test_the_password_in_the_file_becomes_the_urls_escaped_without_the_lines_end(monkeypatch):
     assert database_url() == "postgresql://pho:s3%3Acr%2Ft@database/pho"
-
-
-@pytest.mark.usefixtures("secret")
-def test_the_files_password_goes_before_the_urls(monkeypatch):
+    assert "s3" not in repr(read_settings())
     monkeypatch.setenv("PHO_DATABASE_URL", "postgresql://pho:old@database/pho?sslmode=require")
-
     assert database_url() == "postgresql://pho:s3%3Acr%2Ft@database/pho?sslmode=require"
-
-
-@pytest.mark.usefixtures("secret")
-def test_a_password_for_no_database_is_an_error(monkeypatch):
     monkeypatch.delenv("PHO_DATABASE_URL")
-
     with pytest.raises(InvalidInput, match=r"PHO_DATABASE_URL=None .*PHO_DATABASE_PASSWORD_FILE"):
         read_settings()
 
@@ -53,11 +44,6 @@ def test_an_unusable_file_is_named(secret, content, reason):
 
     with pytest.raises(InvalidInput, match=rf"PHO_DATABASE_PASSWORD_FILE=.*password.*{reason}"):
         read_settings()
-
-
-@pytest.mark.usefixtures("secret")
-def test_printed_settings_do_not_show_it():
-    assert "s3" not in repr(read_settings())
 
 
 def test_an_empty_list_of_patterns_allows_nothing_not_the_empty_name():

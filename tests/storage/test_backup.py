@@ -73,8 +73,15 @@ def schemas(database):
 
 
 def test_all(filled, empty_database, tmp_path):
-    """What is restored is what was backed up, row by row, and new jobs are taken as before."""
+    """
+    What is restored is what was backed up, row by row, and new jobs are taken as before; what else
+    is in a database is neither written nor in the way.
+    """
     before = contents(filled)
+    for database in (filled, empty_database):
+        with database.transaction() as connection:
+            connection.execute(text("CREATE TABLE public.theirs (secret text)"))
+            connection.execute(text("INSERT INTO public.theirs VALUES ('a secret of theirs')"))
     back_up(filled, tmp_path / "dump")
     restore(empty_database, tmp_path / "dump")
     after = contents(empty_database)
@@ -88,18 +95,6 @@ def test_all(filled, empty_database, tmp_path):
     assert len(before["optuna.studies"]) == 1
     assert new
     assert job.number == 2
-
-
-def test_only_ours(filled, empty_database, tmp_path):
-    """What else is in a database is neither written nor in the way."""
-    for database in (filled, empty_database):
-        with database.transaction() as connection:
-            connection.execute(text("CREATE TABLE public.theirs (secret text)"))
-            connection.execute(text("INSERT INTO public.theirs VALUES ('a secret of theirs')"))
-    back_up(filled, tmp_path / "dump")
-    restore(empty_database, tmp_path / "dump")
-
-    assert contents(empty_database) == contents(filled)
     assert b"theirs" not in (tmp_path / "dump").read_bytes()
 
 
@@ -133,63 +128,58 @@ def test_a_dump_that_sleeps_is_given_up(filled, empty_database, tmp_path, monkey
     assert schemas(empty_database) == set()
 
 
-def test_nothing_is_restored_over_what_is_there(filled, tmp_path):
+def test_nothing_is_restored_over_what_is_there_there_is_no_backup_of_nothing(
+    filled, empty_database, tmp_path
+):
     back_up(filled, tmp_path / "dump")
     before = contents(filled)
 
     with pytest.raises(StorageError, match=r"not empty: it has the schema optuna, .*--data-dir"):
         restore(filled, tmp_path / "dump")
     assert contents(filled) == before
-
-
-def test_there_is_no_backup_of_nothing(empty_database, tmp_path):
     with pytest.raises(StorageError, match="holds nothing of PHO"):
-        back_up(empty_database, tmp_path / "dump")
-    assert not (tmp_path / "dump").exists()
+        back_up(empty_database, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize(("share", "because"), [(0.0, "too short"), (0.9, "end of file")])
-def test_a_file_that_lacks_its_end_restores_nothing_at_all(
-    filled, empty_database, tmp_path, share, because
+def test_a_file_that_lacks_its_end_or_is_no_dump_restores_nothing_at_all(
+    filled, empty_database, tmp_path
 ):
     back_up(filled, tmp_path / "dump")
     whole = (tmp_path / "dump").read_bytes()
-    (tmp_path / "half").write_bytes(whole[: round(share * len(whole))])
+    for content, message in (
+        (b"", "file cannot be restored, and nothing was.*too short"),
+        (whole[: len(whole) * 9 // 10], "file cannot be restored, and nothing was.*end of file"),
+        (b"remember the milk\n" * 1000, r"file cannot be restored.*what `pho backup` wrote"),
+    ):
+        (tmp_path / "file").write_bytes(content)
 
-    with pytest.raises(StorageError, match=rf"half cannot be restored, and nothing was.*{because}"):
-        restore(empty_database, tmp_path / "half")
+        with pytest.raises(StorageError, match=message):
+            restore(empty_database, tmp_path / "file")
     assert schemas(empty_database) == set()
 
 
-@pytest.mark.parametrize(
-    ("made", "message"),
-    [
-        ("DROP TABLE pho.alembic_version", "is a dump, but not one of PHO"),
-        ("UPDATE pho.alembic_version SET version_num = '4711'",
-         r"dump was written by a newer PHO.*4711.*up to 0012\. Install"),
-        ("UPDATE pho.alembic_version SET version_num = '0004'",
-         r"dump has tables of version 0004.*before the first release, which no release upgrades"),
-        ("UPDATE optuna.alembic_version SET version_num = 'v9.0.0.a'",
-         r"with a newer Optuna: .*v9\.0\.0\.a.* Install that"),
-    ],
-)  # fmt: skip
+NEWER = "UPDATE {}.alembic_version SET version_num = '{}'"
+
+
 def test_a_dump_of_something_else_or_of_newer_tables_is_refused_before_anything_is_done(
-    filled, empty_database, tmp_path, made, message
+    filled, empty_database, tmp_path
 ):
-    with filled.transaction() as connection:
-        connection.execute(text(made))
-    back_up(filled, tmp_path / "dump")
+    for number, (made, message) in enumerate((
+        (NEWER.format("pho", "4711"), r"was written by a newer PHO.*4711.*up to 0012\. Install"),
+        (NEWER.format("pho", "0004"),
+         r"has tables of version 0004.*before the first release, which no release upgrades"),
+        (f"{NEWER.format('optuna', 'v9.0.0.a')}; {NEWER.format('pho', '0012')}",
+         r"with a newer Optuna: .*v9\.0\.0\.a.* Install that"),
+        ("DROP TABLE pho.alembic_version", "is a dump, but not one of PHO"),
+    )):  # fmt: skip
+        with filled.transaction() as connection:
+            connection.exec_driver_sql(made)
+        back_up(filled, tmp_path / f"{number}")
 
-    with pytest.raises(StorageError, match=message):
-        restore(empty_database, tmp_path / "dump")
+        with pytest.raises(StorageError, match=message):
+            restore(empty_database, tmp_path / f"{number}")
     assert schemas(empty_database) == set()
-
-
-def test_something_else_is_refused_with_what_it_should_be(empty_database, tmp_path):
-    (tmp_path / "note").write_text("remember the milk\n" * 1000)
-
-    with pytest.raises(StorageError, match=r"note cannot be restored.*what `pho backup` wrote"):
-        restore(empty_database, tmp_path / "note")
 
 
 def test_password(database_url, fake, tmp_path):

@@ -48,15 +48,6 @@ def added(library, owner_id=None, **changes):
     return entry
 
 
-def test_what_is_found_is_in_the_library(store, library):
-    job = succeeded(store)
-    (entry,) = library.all()
-
-    assert entry.document == BEST == job.best
-    assert (entry.job_id, entry.transfers) == (job.id, [])
-    assert library.get(entry.id) == entry
-
-
 def test_a_lost_stage_leaves_nothing(store, library):
     claim = finishing(store)
     store.hand_back(claim)
@@ -82,43 +73,28 @@ def test_a_job_that_cannot_be_ended_leaves_nothing_in_the_library_and_is_where_i
     assert store.get(claim.job.id).best is None
 
 
-def test_an_entry_outlives_its_job(store, library):
-    job = succeeded(store)
-    with store.deleting(job.id):
+def test_what_is_found_is_in_the_library_once_and_outlives_its_job_as_that_does_the_entry(
+    store, library
+):
+    first, second = succeeded(store), succeeded(store)
+    with store.deleting(first.id):
         pass
     (entry,) = library.all()
+    there = library.get(entry.id)
+    library.delete(entry.id)
 
-    assert store.page() == []
-    assert (entry.document, entry.job_id) == (BEST, job.id)
-
-
-def test_a_job_outlives_its_entry(store, library):
-    job = succeeded(store)
-    library.delete(library.all()[0].id)
-
+    assert (entry.document, entry.job_id, entry.transfers) == (BEST, first.id, [])
+    assert first.best == second.best == BEST
+    assert there == entry
     assert library.all() == []
-    assert store.get(job.id) == job
-
-
-def test_the_same_result_is_one_entry(store, library):
-    first, second = succeeded(store), succeeded(store)
-    (entry,) = library.all()
-
-    assert second.best == BEST
-    assert entry.job_id == first.id
-
-
-def test_another_last_bit_is_another_document(library):
-    added(library)
-    added(library, coefficients={"row": 0.3, "ü": [None, 1]})
-
-    assert len(library.all()) == 2
+    assert store.page() == [store.get(second.id)] == [second]
 
 
 def test_imported_at_once(library, owners):
     """The same is one entry for each owner, whatever the order of keys, with all transfers."""
     added(library)
     added(library, owners[1])
+    added(library, coefficients={"row": 0.3, "ü": [None, 1]})  # another last bit
 
     def load(number):
         document = dict(reversed(BEST.items())) if number % 2 else BEST
@@ -128,7 +104,7 @@ def test_imported_at_once(library, owners):
         (mine,) = set(pool.map(load, range(16)))
     transfers = library.get(mine).transfers
 
-    assert len(library.all()) == 3
+    assert len(library.all()) == 4
     assert sorted(t["target"] for t in transfers) == sorted(f"t{i}" for i in range(16))
 
 
@@ -170,13 +146,8 @@ def test_a_key_finds_its_own_alone(library, owners):
         with pytest.raises(NoSuchConfiguration):
             library.delete(entry.id, visible_to=owners[0])
     assert library.all() == [nobodys, theirs, mine]
-
-
-def test_a_deleted_entry_is_gone(library, owners):
-    mine, other = added(library, owners[0]), added(library, owners[0], pattern="2:4")
     library.delete(mine.id, visible_to=owners[0])
-
-    assert library.all() == [other]
+    assert library.all() == [nobodys, theirs]
     for forget in (library.get, library.delete):
         with pytest.raises(NoSuchConfiguration):
             forget(mine.id)
@@ -200,15 +171,7 @@ def test_of_too_many_entries_those_of_the_asked_pattern_come_first_then_the_newe
     assert numbers("0.5") == [1, 6, 5, 4]
     assert numbers("0.9") == [6, 5, 4, 3]
     assert numbers(None) == [6, 5, 4, 3]
-
-
-def test_an_entry_that_names_no_pattern_comes_last(library):
-    library.add({"x": 1}, transfers=[], owner_id=None)
-    added(library)
-    library.add({"pattern": None}, transfers=[], owner_id=None)
-
-    assert [e.document.get("pattern", "-") for e in library.all(pattern="0.5")] == [
-        "0.5",
-        None,
-        "-",
-    ]
+    for document in ({"x": 1}, {"pattern": None}):  # what names no pattern comes last
+        library.add(document, transfers=[], owner_id=owners[1])
+    theirs = library.all(pattern="2:4", visible_to=owners[1])
+    assert [entry.document.get("pattern", "-") for entry in theirs] == ["2:4", None, "-"]

@@ -43,25 +43,27 @@ def test_the_migrations_give_the_tables_that_the_code_declares(database):
         assert compare_metadata(context, metadata) == []
 
 
-def test_what_is_only_half_made_is_waited_for(database):
+def test_what_no_service_has_seen_or_is_only_half_made_is_waited_for(database, postgresql):
     database.check_migrated()
     with database.transaction() as connection:
         connection.exec_driver_sql("DROP TABLE optuna.alembic_version")
 
     with pytest.raises(DatabaseGone, match="`pho serve` makes them"):
         database.check_migrated()
+    others = Database(postgresql)  # the server's own, which only holds the others
+    with closing(others), pytest.raises(DatabaseGone, match="`pho serve` makes them"):
+        others.check_migrated()
 
 
-def test_optunas_tables_are_brought_to_the_version_of_the_installed_one(database):
+def test_optunas_tables_are_brought_to_the_installed_version_those_of_a_newer_one_not_touched(
+    database,
+):
     with database.transaction() as connection:
         connection.exec_driver_sql("DROP INDEX optuna.ix_trials_study_id")
         connection.exec_driver_sql("UPDATE optuna.alembic_version SET version_num = 'v3.0.0.d'")
     database.migrate()
     with open_storage(database.studies_url) as storage:
         assert storage.get_current_version() == storage.get_head_version()
-
-
-def test_optunas_tables_of_a_newer_version_are_not_touched(database):
     with database.transaction() as connection:
         connection.exec_driver_sql("UPDATE optuna.alembic_version SET version_num = 'v9.0.0.a'")
 
@@ -69,30 +71,19 @@ def test_optunas_tables_of_a_newer_version_are_not_touched(database):
         database.migrate()
 
 
-@pytest.mark.parametrize("asked", [Database.migrate, Database.check_migrated])
-@pytest.mark.parametrize(
-    ("version", "said"),
-    [
+def test_tables_of_a_version_that_is_not_known_are_not_touched(database):
+    for version, said in (
         ("0011", r"version 0011, .*before the first release, .*a new database.*is kept"),
         ("9999", r"by a newer PHO.*9999.*Install that PHO, .* What it holds is kept"),
-    ],
-)
-def test_tables_of_a_version_that_is_not_known_are_not_touched(database, asked, version, said):
-    with database.transaction() as connection:
-        changed = text("UPDATE pho.alembic_version SET version_num = :version")
-        connection.execute(changed, {"version": version})
-
-    with pytest.raises(StorageError, match=said):
-        asked(database)
-    with database.transaction() as connection:
-        assert connection.scalar(text("SELECT version_num FROM pho.alembic_version")) == version
-
-
-def test_a_database_that_no_service_has_seen_is_waited_for(postgresql):
-    database = Database(postgresql)  # the server's own, which only holds the others
-
-    with closing(database), pytest.raises(DatabaseGone, match="`pho serve` makes them"):
-        database.check_migrated()
+    ):
+        with database.transaction() as connection:
+            changed = text("UPDATE pho.alembic_version SET version_num = :version")
+            connection.execute(changed, {"version": version})
+        for asked in (database.migrate, database.check_migrated):
+            with pytest.raises(StorageError, match=said):
+                asked()
+        with database.transaction() as connection:
+            assert connection.scalar(text("SELECT version_num FROM pho.alembic_version")) == version
 
 
 @pytest.mark.parametrize("url", ["sqlite:///x.db", "mysql://h/d", "nonsense"])
@@ -208,21 +199,19 @@ BASE = URL.create("postgresql", username="u", password="p", host="h", port=5432,
 class TestUrls:
     """What a user writes into the URL gets to where the connections are made."""
 
-    @pytest.mark.parametrize("password", PASSWORDS)
-    def test_libpq_and_optuna_get_the_password_whatever_is_in_it(self, password):
-        url = BASE.set(password=password).render_as_string(hide_password=False)
-        parsed = conninfo_to_dict(Database(url).conninfo)
+    def test_libpq_and_optuna_get_password_and_socket_folder_whatever_is_in_them(self):
+        for password in PASSWORDS:
+            url = BASE.set(password=password).render_as_string(hide_password=False)
+            parsed = conninfo_to_dict(Database(url).conninfo)
 
-        assert parsed["password"] == make_url(Database(url).studies_url).password == password
-        assert (parsed["user"], parsed["host"], parsed["dbname"]) == ("u", "h", "d")
+            assert parsed["password"] == make_url(Database(url).studies_url).password == password
+            assert (parsed["user"], parsed["host"], parsed["dbname"]) == ("u", "h", "d")
+        for host in ("/a/with space", "/a/with+plus", "/a/100%41", "/a/b&c=d"):
+            url = BASE.set(host=None).update_query_dict({"host": host}).render_as_string()
+            database = Database(url)
 
-    @pytest.mark.parametrize("host", ["/a/with space", "/a/with+plus", "/a/100%41", "/a/b&c=d"])
-    def test_a_servers_socket_folder_may_be_called_anything(self, host):
-        url = BASE.set(host=None).update_query_dict({"host": host}).render_as_string()
-        database = Database(url)
-
-        assert make_url(database.studies_url).query["host"] == host
-        assert conninfo_to_dict(database.conninfo)["host"] == host
+            assert make_url(database.studies_url).query["host"] == host
+            assert conninfo_to_dict(database.conninfo)["host"] == host
 
     def test_a_url_may_name_several_hosts_of_which_one_is_the_primary(self):
         query = "host=h1:5432&host=h2:5433&target_session_attrs=primary"
@@ -231,17 +220,15 @@ class TestUrls:
         assert (parsed["host"], parsed["port"]) == ("h1,h2", "5432,5433")
         assert parsed["target_session_attrs"] == "primary"
 
-    @pytest.mark.parametrize("place", ["h:x", "h1:5432,h2:5433"])
-    def test_a_port_that_is_no_number_is_not_understood(self, place):
-        with pytest.raises(StorageError, match="is not understood"):
-            Database(f"postgresql://u:p@{place}/d")
+    def test_all_ways_to_write_postgresql_mean_the_same_a_port_is_a_number(self):
+        for scheme in ("postgres", "postgresql", "postgresql+psycopg2"):
+            database = Database(f"{scheme}://u:p@h/d?sslmode=require")
 
-    @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg2"])
-    def test_all_ways_to_write_postgresql_mean_the_same(self, scheme):
-        database = Database(f"{scheme}://u:p@h/d?sslmode=require")
-
-        assert conninfo_to_dict(database.conninfo)["sslmode"] == "require"
-        assert database.studies_url.startswith("postgresql+psycopg://")
+            assert conninfo_to_dict(database.conninfo)["sslmode"] == "require"
+            assert database.studies_url.startswith("postgresql+psycopg://")
+        for place in ("h:x", "h1:5432,h2:5433"):
+            with pytest.raises(StorageError, match="is not understood"):
+                Database(f"postgresql://u:p@{place}/d")
 
     def test_server_options_are_kept_but_for_schemas(self, database):
         options = "&options=-cstatement_timeout%3D54321%20-cwork_mem%3D5MB%20-csearch_path%3Dpublic"

@@ -48,7 +48,7 @@ def load(*args, **kwargs):
 workers.inputs.load_model = load
 """
 
-pytestmark = pytest.mark.thorough  # but for one kill, one fault and one end
+pytestmark = pytest.mark.thorough  # but for one kill and one fault
 
 
 OTHERS = (StageKind.TRANSFER, StageKind.POINT, StageKind.TASKS)
@@ -432,7 +432,6 @@ def test_stopped_while_it_loads(own_crew, spec_of):
     assert own_crew.store.get(job.id).stages[0].failures == 0
 
 
-@pytest.mark.thorough(False)
 def test_without_work_for_so_long_a_worker_ends_and_until_then_does_what_comes(own_crew, spec_of):
     """Meanwhile it touches the file of the probes; a report on its way is not behind the last."""
     alive = own_crew.folder / "alive"

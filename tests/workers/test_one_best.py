@@ -54,7 +54,7 @@ def test_extended(hand, small):
     assert {*measured(own)} < {*measured(job)}
 
 
-@pytest.mark.parametrize("islands", [1, 2])
+@pytest.mark.parametrize("islands", [2, pytest.param(1, marks=pytest.mark.thorough)])
 def test_marked(hand, small, islands):
     """Studies, their notes, the API and the report name the chosen trial, not the best by proxy."""
     job = hand.until(hand.submit(small(islands=islands)), StageKind.FINISH)

@@ -90,7 +90,7 @@ def test_target(hand, small):
     The answer is within the target and the next step is not, both measured; killed in the middle
     and done again, the same job has the same points.
     """
-    spec = small(pattern=None, target=TARGET, preset="score")
+    spec = small(pattern=None, target=TARGET, preset="score", trials=6, confirm={"finalists": 1})
     job = hand.done(spec)
     again = hand.submit(spec)
     for _ in range(2):
@@ -223,9 +223,8 @@ def test_after_its_turn_a_curve_lets_another_job_in_before_its_next_point(hand, 
 def test_a_point_gives_its_worker_away_between_its_perplexities_and_goes_on_there(
     hand, small, monkeypatch
 ):
-    job = hand.until(
-        hand.submit(small(pattern=None, patterns=["0.3", "0.5"], preset="score")), StageKind.POINT
-    )
+    several = small(pattern=None, patterns=["0.3", "0.5"], preset="score", trials=6)
+    job = hand.until(hand.submit(several), StageKind.POINT)
     hand.submit(small())
     monkeypatch.setattr("workers.pieces.IslandSearch._advance", Mock())  # not in its search
     monkeypatch.setattr("workers.watch.LOOK_EVERY_S", 0.0)

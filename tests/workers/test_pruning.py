@@ -261,26 +261,6 @@ def test_from_a_question_to_a_model(hand, tmp_path):
     assert texts[0] == texts[1]
 
 
-def test_a_job_on_several_texts_says_them_and_their_shares_where_it_says_its_text(hand, small):
-    calibration = {"more_texts": ["report.jsonl"], "shares": [2, 1]}
-    spec = small(prune=True, recovery={"tokens": 640}, calibration=calibration)
-    job = hand.done(spec)
-    names = "calibration.jsonl (66.7%) and report.jsonl (33.3%)"
-    card = (folder_of(hand, job) / "README.md").read_text()
-    app = create_app(hand.store.database, read_settings())
-    with TestClient(app, "http://127.0.0.1:8000") as client:
-        shown = client.get(f"/v1/jobs/{job.id}/report").text
-        text = client.get(f"/v1/jobs/{job.id}/best").json()["calibration"]["text"]
-
-    assert text["source"] == names
-    assert [Path(each["source"]).name for each in text["texts"]] == [
-        "calibration.jsonl", "report.jsonl",
-    ]  # fmt: skip
-    assert job.pruning.result["recovery"]["text"]["source"] == names
-    assert card.count(names) == 2
-    assert names in shown
-
-
 def test_a_text_too_short_to_recover_on_is_named_before_the_search(hand, small):
     lines = (hand.folder / "report.jsonl").read_text().splitlines()
     (hand.folder / "short.jsonl").write_text("\n".join(lines[:8]))
@@ -291,17 +271,28 @@ def test_a_text_too_short_to_recover_on_is_named_before_the_search(hand, small):
 
 
 def test_a_recovered_model_is_what_is_kept_and_the_report_says_what_it_gained(hand, small):
-    spec = small(prune=True, recovery={"tokens": 640, "rate": 2e-3})
+    """On several texts: they and their shares stand wherever a job says its text."""
+    calibration = {"more_texts": ["report.jsonl"], "shares": [2, 1]}
+    spec = small(prune=True, recovery={"tokens": 640, "rate": 2e-3}, calibration=calibration)
     job = hand.done(spec)
     folder = folder_of(hand, job)
+    card = (folder / "README.md").read_text()
     recovered = job.pruning.result["recovery"]
+    names = "calibration.jsonl (66.7%) and report.jsonl (33.3%)"  # not where they lie
     app = create_app(hand.store.database, read_settings())
     with TestClient(app, "http://127.0.0.1:8000") as client:
         shown = client.get(f"/v1/jobs/{job.id}").json()
         page = client.get(f"/jobs/{job.id}").text
+        report = client.get(f"/v1/jobs/{job.id}/report").text
+        text = client.get(f"/v1/jobs/{job.id}/best").json()["calibration"]["text"]
 
     assert recovered["after"] <= recovered["before"]
-    assert recovered["text"]["source"] == "calibration.jsonl"  # not where it lies on the worker
+    assert recovered["text"]["source"] == text["source"] == names
+    assert [Path(each["source"]).name for each in text["texts"]] == [
+        "calibration.jsonl", "report.jsonl",
+    ]  # fmt: skip
+    assert card.count(names) == 2
+    assert names in report
     assert recovered["tokens"] == 768  # in eight equal parts
     assert recovered["perplexities"].keys() == {"dense", "pruned", "recovered"}
     assert shown["recovery"] == recovered
@@ -313,6 +304,6 @@ def test_a_recovered_model_is_what_is_kept_and_the_report_says_what_it_gained(ha
     assert [*recovered["continuations"][0]] == columns
     heads = "".join(rf'<th scope="col"[^>]*>{each}</th>\s*' for each in columns)
     assert re.search(rf'id="writing".*{heads}', page, re.DOTALL)
-    assert "| prompt | dense | pruned | recovered |" in (folder / "README.md").read_text()
+    assert "| prompt | dense | pruned | recovered |" in card
     assert all(check.passed for check in check_folder(folder, original=None))
     assert [each.name for each in folder.parent.iterdir()] == [folder.name]
