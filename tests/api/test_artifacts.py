@@ -63,20 +63,6 @@ def pruned(client, submit, hand, prune):
     return f"/v1/jobs/{job}"
 
 
-def test_all_files_as_one_archive(client, pruned, store):
-    address = client.get(f"{pruned}/artifacts").json()["archive"]
-    answer = client.get(address)
-    folder = f"pruned-{pruned.rpartition('/')[2][:8]}"
-    with tarfile.open(fileobj=io.BytesIO(answer.content)) as archive:
-        found = {each.name: archive.extractfile(each).read() for each in archive}
-
-    assert found == {f"{folder}/{name}": content for name, content in FILES.items()}
-    assert int(answer.headers["content-length"]) == len(answer.content)
-    assert answer.headers["content-disposition"] == f'attachment; filename="{folder}.tar"'
-    shutil.rmtree(store)
-    assert client.get(address).status_code == 503
-
-
 def test_asked_twice(client, submit, hand, prune):
     """A second :prune gives the same answer and no second stage, before the files and after."""
     job = submit()["id"]
@@ -128,8 +114,12 @@ def test_failed_while_pruning(client, submit, hand, refusal):
     assert client.post(f"/v1/jobs/{job}:resume").json()["state"] == "queued"
 
 
-def test_each_file_has_its_size_its_hash_and_its_address(client, pruned):
+def test_each_file_has_its_size_its_hash_and_its_address_all_are_one_archive(client, pruned, store):
     listed = client.get(f"{pruned}/artifacts").json()
+    archived = client.get(listed["archive"])
+    folder = f"pruned-{pruned.rpartition('/')[2][:8]}"
+    with tarfile.open(fileobj=io.BytesIO(archived.content)) as archive:
+        found = {each.name: archive.extractfile(each).read() for each in archive}
 
     assert listed["bytes"] == sum(map(len, FILES.values()))
     for file in listed["files"]:
@@ -137,6 +127,11 @@ def test_each_file_has_its_size_its_hash_and_its_address(client, pruned):
         assert answer.content == FILES[file["name"]]
         assert answer.headers["etag"] == f'"{hashlib.sha256(answer.content).hexdigest()}"'
         assert file["sha256"] == answer.headers["etag"].strip('"')
+    assert found == {f"{folder}/{name}": content for name, content in FILES.items()}
+    assert int(archived.headers["content-length"]) == len(archived.content)
+    assert archived.headers["content-disposition"] == f'attachment; filename="{folder}.tar"'
+    shutil.rmtree(store)
+    assert client.get(listed["archive"]).status_code == 503
 
 
 def test_a_range_is_a_part_of_the_file(client, pruned, refusal):
@@ -281,21 +276,22 @@ def test_a_damaged_file_is_not_kept(pho, pruned, store, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "odd",
-    [
-        *({"name": name} for name in ("../x", "/etc/x", "a/../../x", "a\\x", "")),
-        *({"name": name} for name in (".bashrc", "a/.git/x")),
-        *({"name": name} for name in ("a\0b", "a\x1b[31m", "a\nb")),
-        *({"sha256": sha256} for sha256 in ("../canary", "0" * 63, "A" * 64, "")),
-        {"bytes": -1},
-    ],
-    ids=repr,
-)  # fmt: skip
-def test_a_service_cannot_make_the_client_write_elsewhere(odd, tmp_path):
-    file = Artifact(**{"name": "x", "bytes": 1, "sha256": "0" * 64, "href": "", **odd})
-    with pytest.raises(ServiceError, match=r"Refused are .*\. Nothing was downloaded"):
-        pull([file], tmp_path / "out", Mock(), Mock())
+NAMES = ("../x", "/etc/x", "a/../../x", "a\\x", "", ".bashrc", "a/.git/x", "a\0b", "a\x1b[31m",
+         "a\nb")  # fmt: skip
+
+
+def test_a_service_cannot_make_the_client_write_elsewhere_nor_more_than_the_disk_has_room_for(
+    tmp_path,
+):
+    like = {"name": "x", "bytes": 1, "sha256": "0" * 64, "href": ""}
+    odd_ones = [{"name": name} for name in NAMES]
+    odd_ones += [{"sha256": sha256} for sha256 in ("../canary", "0" * 63, "A" * 64, "")]
+    for odd in [*odd_ones, {"bytes": -1}]:
+        with pytest.raises(ServiceError, match=r"Refused are .*\. Nothing was downloaded"):
+            pull([Artifact(**{**like, **odd})], tmp_path / "out", Mock(), Mock())
+    large = Artifact(**{**like, "bytes": 10**18})
+    with pytest.raises(OutputError, match=r"out has room for .* and 10{18} are to be downloaded"):
+        pull([large], tmp_path / "out", Mock(side_effect=AssertionError), Mock())
 
     assert [*tmp_path.iterdir()] == []
 
@@ -318,12 +314,6 @@ def test_no_more_than_was_announced_is_written(tmp_path):
         pull([file], tmp_path / "out", endless, Mock())
 
     assert sent == 2
-
-
-def test_more_than_the_disk_has_room_for_is_not_begun(tmp_path):
-    file = Artifact(name="x", bytes=10**18, sha256="0" * 64, href="")
-    with pytest.raises(OutputError, match=r"out has room for .* and 10{18} are to be downloaded"):
-        pull([file], tmp_path / "out", Mock(side_effect=AssertionError), Mock())
 
 
 def test_a_link_in_the_store_is_not_followed(client, pruned, store, tmp_path):

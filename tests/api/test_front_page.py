@@ -166,11 +166,8 @@ def test_a_job_that_works_is_drawn_with_a_bar(client, submit, hand):
 def test_a_row_tells_what_was_asked_its_stage_and_what_was_found_beside_the_dense_model_and_ria(
     client, submit, hand
 ):
-    calibrated, measured, over = (
-        submit(),
-        submit(more_models=["org/other"], pattern="2:4"),
-        submit(),
-    )
+    calibrated, measured, over = submit(), submit(), submit()
+    more = submit(more_models=["org/other"], pattern="2:4")
     claim = hand.take(calibrated["id"], StageKind.CALIBRATE)
     hand.store.watch(claim, {"title": "Calibrating the dense model", "done": 3, "steps": 16})
     hand.to_confirm(measured["id"], 1, 2, 3)
@@ -182,7 +179,7 @@ def test_a_row_tells_what_was_asked_its_stage_and_what_was_found_beside_the_dens
     page = Page(client.get("/"))
 
     assert "running, calibrate 3 of 16" in row(page, calibrated)
-    assert "org/name +1 2:4 best" in row(page, measured)
+    assert "org/name +1 2:4 best" in row(page, more)
     assert "running, perplexity 1 of 3" in row(page, measured)
     assert "a +1 0.5 transfer queued" in row(page, transfer)
     assert "succeeded 17.25 13.80 +25.0% 25.0%" in row(page, over)

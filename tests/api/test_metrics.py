@@ -244,13 +244,10 @@ def test_the_dashboard_and_the_alerts_ask_for_metrics_of_the_service_with_labels
         assert all({*used} <= labels[m] for m, used in matched.items()), name
 
 
-def test_every_expression_is_promql():
+def test_every_expression_is_promql_and_promtool_takes_the_alerts():
     parser = pytest.importorskip("promql_parser", reason="promql-parser is not installed: see dev")
     for expression in expressions().values():
         parser.parse(expression.replace("$__rate_interval", "5m"))
-
-
-def test_promtool_takes_the_alerts():
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("promtool is not installed: it comes with Prometheus")

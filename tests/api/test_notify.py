@@ -162,7 +162,9 @@ def test_what_is_not_taken_is_sent_again_later_each_time_until_it_is_given_up(
     assert row.ended_at is not None
 
 
-def test_a_receiver_that_stumbles_once_is_asked_again_within_seconds(received):
+def test_a_receiver_that_stumbles_once_is_asked_again_within_seconds_one_that_is_away_is_told(
+    received,
+):
     statuses = iter([500, 200])
     received["before"] = lambda handler: answer(next(statuses))(handler)
     slept = []
@@ -170,6 +172,10 @@ def test_a_receiver_that_stumbles_once_is_asked_again_within_seconds(received):
 
     assert received["asked"] == 2
     assert slept == [0.5]
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with pytest.raises(NotDelivered, match="cannot be reached"):
+        send(RULES, f"http://127.0.0.1:{port}/", "an-id", b"{}", sleep=lambda _: None)
 
 
 def test_a_receiver_that_drips_is_given_up_in_time(received, monkeypatch):
@@ -277,10 +283,3 @@ def test_it_is_that_of_standard_webhooks_by_the_example_of_its_specifications_li
     )
     with pytest.raises(InvalidInput, match="not base64"):
         WebhookRules.of(read_settings(notify_secret="whsec_?"))
-
-
-def test_a_receiver_that_is_not_there_is_told_apart_from_a_forbidden_one():
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    with pytest.raises(NotDelivered, match="cannot be reached"):
-        send(RULES, f"http://127.0.0.1:{port}/", "an-id", b"{}", sleep=lambda _: None)

@@ -91,11 +91,7 @@ def test_a_point_that_a_baseline_wins_says_so(client, begin, hand, point):
     assert [each["method"] for each in points] == ["ria-row", "crepe"]
     assert "<td>ria-row, a baseline</td>" in page
     assert "<td>found</td>" in page
-
-
-def test_a_result_says_what_it_is_and_a_baseline_with_steps_is_not_the_published_one():
     ria = {"perplexity": 25.0, "ria": 25.0, "wanda": 30.0}
-
     assert result_in_words({"method": "crepe"}) == "found"
     assert result_in_words({**ria, "method": "ria-row"}) == "ria-row, a baseline"
     assert result_in_words({**ria, "method": "wanda"}) == "wanda, with the search's steps"
@@ -156,7 +152,7 @@ def test_pruned(client, begin, measure, hand, refusal):
     assert hand.take(job, StageKind.PRUNE).stage.about == "0.3"
 
 
-def test_points_say_if_within(client, begin, measure, hand):
+def test_points_of_a_target_say_if_within_a_missed_one_says_why(client, begin, measure, hand):
     job = begin(["0.3"], target=TARGET)
     measure(job, 0, 21.0)
     outside = NewStage(kind=StageKind.POINT, number=1, params={"pattern": "0.5"})
@@ -172,8 +168,6 @@ def test_points_say_if_within(client, begin, measure, hand):
     assert client.get(f"/v1/jobs/{job}/report").status_code == 200
     assert client.delete(f"/v1/jobs/{job}").status_code == 204
 
-
-def test_a_missed_target_says_why(client, begin, measure, hand):
     job = begin(["0.3"], target=TARGET)
     measure(job, 0, 30.0)
     error = {"type": "TargetMissed", "message": "no sparsity is within 10 % of dense"}

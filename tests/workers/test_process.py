@@ -44,19 +44,13 @@ def test_killed_workers(tmp_path, killed):
     assert not folder.exists()
 
 
-def test_the_folder_of_a_worker_that_lives_stays_however_old_it_is(tmp_path):
+def test_the_folder_of_a_worker_that_lives_or_was_just_made_stays(tmp_path, killed):
+    (killed / "in-use").unlink()
+    (killed / "in-use").touch()  # it may be about to be locked
     with own_folder(tmp_path) as first:
         _age(first)
         with own_folder(tmp_path) as second:
-            assert {first, second} == {*tmp_path.iterdir()}
-
-
-def test_beginning(tmp_path, killed):
-    """A folder that has just been made may be about to be locked, and stays."""
-    (killed / "in-use").unlink()
-    (killed / "in-use").touch()
-    with own_folder(tmp_path):
-        assert killed.exists()
+            assert {first, second, killed} == {*tmp_path.iterdir()}
 
 
 @pytest.fixture
@@ -94,15 +88,9 @@ def test_two_workers_get_different_gpus_a_third_shares_the_first_and_a_warning_s
     assert warned == []
     assert [r.levelno for r in caplog.records] == [logging.WARNING]
     assert "sharing cuda:0" in caplog.text
-
-
-@pytest.mark.usefixtures("two_gpus")
-def test_given_back(tmp_path):
-    """A GPU that a worker has left, even by an error, is the next one's."""
     with pytest.raises(RuntimeError), take_device("auto", tmp_path):
         raise RuntimeError
-
-    with take_device("auto", tmp_path) as device:
+    with take_device("auto", tmp_path) as device:  # what was left, even by an error
         assert device == torch.device("cuda:0")
 
 
@@ -145,14 +133,13 @@ def test_all(tmp_path):
 
 
 @pytest.mark.usefixtures("two_gpus")
-def test_the_cpu_is_kept_from_nobody(tmp_path):
+def test_the_cpu_is_kept_from_nobody_without_gpus_all_work_on_it(tmp_path, monkeypatch):
+    for name in ("cuda:2", "gpu", "meta", "", "cuda:x"):
+        with pytest.raises(InvalidInput, match=repr(name)), take_device(name, tmp_path):
+            pass
     with take_device("cpu", tmp_path) as first, take_device("cpu", tmp_path) as second:
         assert first == second == torch.device("cpu")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_without_gpus(tmp_path, monkeypatch):
-    """Where there is no GPU, all work on the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     with take_device("auto", tmp_path) as first, take_device("auto", tmp_path) as second:
@@ -160,13 +147,6 @@ def test_without_gpus(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(InvalidInput, match="--device all needs GPUs"):
         take_device("all", tmp_path).__enter__()
-
-
-@pytest.mark.usefixtures("two_gpus")
-@pytest.mark.parametrize("name", ["cuda:2", "gpu", "meta", "", "cuda:x"])
-def test_what_is_not_there_or_not_known_is_refused_by_name(tmp_path, name):
-    with pytest.raises(InvalidInput, match=repr(name)), take_device(name, tmp_path):
-        pass
 
 
 def test_models_of_a_worker_with_all(model_folder, pretended_gpus):

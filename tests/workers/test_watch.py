@@ -58,14 +58,9 @@ def test_outage(caplog):
     with pytest.raises(HandBack):
         watch.look(now=True)
     assert caplog.messages == ["calibrate goes on without a database: refused"] * 2
-
-
-def test_a_stage_that_another_worker_was_given_meanwhile_is_lost():
-    watch, _ = watching(DatabaseGone("refused"), LostClaim())
-    watch.look(now=True)
-
+    lost, _ = watching(LostClaim())  # another worker was given the stage meanwhile
     with pytest.raises(LostClaim):
-        watch.look(now=True)
+        lost.look(now=True)
 
 
 def test_the_database_is_not_asked_at_every_step():
@@ -76,14 +71,10 @@ def test_the_database_is_not_asked_at_every_step():
 
     assert not asked_at_once
     assert not store.answers
-
-
-def test_a_worker_that_is_told_to_stop_puts_its_stage_down_without_asking():
     watch, store = watching(JobState.RUNNING, stopping=True)
-
     with pytest.raises(HandBack):
         watch.look(now=True)
-    assert store.answers
+    assert store.answers  # a worker that is told to stop puts its stage down without asking
 
 
 @pytest.fixture
@@ -106,6 +97,9 @@ def test_turns(clock):
     with pytest.raises(TurnOver):
         watch.look_for_others()
     assert not store.waiting
+    watch, _ = watching(turn_s=0)  # with 0 seconds it never asks
+    for clock.now in (100.0, 1e6):
+        watch.look_for_others()
 
 
 def test_stages_of_a_job_have_one_turn_together(clock):
@@ -119,10 +113,3 @@ def test_stages_of_a_job_have_one_turn_together(clock):
     turns.begin(other)
 
     assert (before, over, turns.is_over) == (False, True, False)
-
-
-def test_with_0_seconds_a_search_never_asks(clock):
-    watch, _ = watching(turn_s=0)
-    watch.look_for_others()
-    clock.now = 1e6
-    watch.look_for_others()
