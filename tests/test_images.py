@@ -224,15 +224,7 @@ def _hard_limits():
 
 @dataclass
 class Container:
-    """
-    An image's root and configuration, ready to be started.
-
-    Attributes:
-        root: Its files.
-        config: Of the image: user, variables, command.
-        environment: The Compose file's, which come on top.
-        mounts: Of its volumes, for the script above.
-    """
+    """An image's root and configuration, ready to be started."""
 
     root: str
     config: dict[str, Any]

@@ -305,13 +305,9 @@ def test_nothing_that_is_wrong_hides_what_else_is(client):
         "Search space row share", "Confirm text", "As JSON",
     ]  # fmt: skip
     assert {"Which linears", "Search space", "As JSON"} <= {*Filled(answer.text).opened}
-
-
-def test_a_part_that_is_switched_off_has_no_fields(client):
-    answer = send(client, confirm="no", **{"confirm/windows": "4"})
-    off = send(client, confirm="no")
-
-    assert "'Confirm by perplexity' says no." in told(answer, "confirm/windows")
+    half_off = send(client, confirm="no", **{"confirm/windows": "4"})
+    off = send(client, confirm="no")  # a part that is switched off has no fields
+    assert "'Confirm by perplexity' says no." in told(half_off, "confirm/windows")
     assert off.status_code == 303
     assert document_of(client)["confirm"] is None
 
@@ -367,7 +363,7 @@ def test_of_a_model_on_the_hub_this_machines_cache_tells_it_and_nobody_is_asked(
     assert "65 is more than org/cached can read: 64." in error["detail"]
 
 
-def test_models_and_texts_of_the_roots_can_be_picked(client, model):
+def test_models_and_texts_of_the_roots_can_be_picked_what_may_not_be_there_is_said(client, model):
     text = client.get("/new").text
     page = Filled(text)
     lists = dict(re.findall(r'<datalist id="pick-(\w+)">(.*?)</datalist>', text))
@@ -377,6 +373,10 @@ def test_models_and_texts_of_the_roots_can_be_picked(client, model):
     assert "merges.txt" not in text
     assert page.at["model"]["list"] == "pick-models"
     assert page.at["calibration/text"]["list"] == page.at["confirm/text"]["list"] == "pick-texts"
+    typo = f"{model[:-1]}x"
+    quiet = words(send(client, "/new/check", model=typo, quiet="on").text)
+    assert f"{typo} is not a folder here, but taken for the hub's. Did you mean {model}?" in quiet
+    assert "The Hugging Face hub cannot be reached from this service" in quiet
 
 
 def test_a_plan_is_shown_and_nothing_stored_what_does_not_fit_says_why(
@@ -396,14 +396,6 @@ def test_a_plan_is_shown_and_nothing_stored_what_does_not_fit_says_why(
     assert "It does not fit." in large
     assert "leave the weights on disk (Stream, for safetensors)" in large
     assert "--stream" not in large.partition("The same without this form")[0]
-
-
-def test_what_may_not_be_there_is_said_beside_the_form_while_one_types(client, model):
-    typo = f"{model[:-1]}x"
-    quiet = words(send(client, "/new/check", model=typo, quiet="on").text)
-
-    assert f"{typo} is not a folder here, but taken for the hub's. Did you mean {model}?" in quiet
-    assert "The Hugging Face hub cannot be reached from this service" in quiet
 
 
 def test_check(client, tmp_path, monkeypatch):

@@ -684,12 +684,16 @@ class TestWork:
         assert after[1][:2] == before[1][:2]
         assert after[3] == before[3]
 
-    def test_what_was_decided_before_another_end_stores_nothing(self, store):
+    def test_what_was_decided_before_another_end_or_an_extension_stores_nothing(self, store):
         one, two = islands(store, 2)
+        (search,) = islands(store, 1)
         store.complete(two, {"r": 2})
-        with unchanged(store):
-            assert store.complete(one, {"r": 1}, seen=one.job) is False
+        store.ask(search.job.id, "extend", trials=5)
+        for old in (one, search):
+            with unchanged(store):
+                assert store.complete(old, {"r": 1}, then=[CONFIRM], seen=old.job) is False
         assert store.complete(one, {"r": 1}, seen=store.get(one.job.id)) is True
+        assert searched(store, search, trials=15)
 
     def test_islands_that_end_at_once_make_what_follows_exactly_once(self, store):
         for count in (2, 5, 8):
@@ -718,13 +722,6 @@ class TestWork:
             else:
                 assert (len(searching), job.trials) == (2, 15)
                 assert job.of_kind(StageKind.CONFIRM) == []
-
-    def test_a_search_that_ends_below_its_extension_goes_on(self, store):
-        (search,) = islands(store, 1)
-        store.ask(search.job.id, "extend", trials=5)
-        with unchanged(store):
-            assert store.complete(search, {"r": 1}, then=[CONFIRM], seen=search.job) is False
-        assert searched(store, search, trials=15)
 
     def test_an_island_that_ends_after_another_failed_is_kept(self, store):
         one, two = islands(store, 2)
@@ -786,24 +783,20 @@ class TestWork:
         assert job.stages[0].state is StageState.DONE
         assert told(store, job.id)[-1] == {"state": then}
 
-    def test_an_attempt_that_may_be_retried_puts_the_stage_down(self, store):
-        taken = begun(store)
-
-        assert store.fail(taken, ERROR, retry=True) is True
-        job = store.get(taken.job.id)
-        assert (job.state, job.error) == (JobState.RUNNING, None)
-        assert (job.stages[0].state, job.stages[0].failures) == (StageState.WAITING, 1)
-        last = store.events(job.id)[-1]
-        assert (last.kind, last.data) == ("retry", {**ERROR, "stage": "calibrate", "attempts": 1})
-
-    def test_the_last_attempts_error_is_the_jobs_whatever_is_in_it(self, store):
+    def test_an_attempt_that_may_be_retried_puts_the_stage_down_the_lasts_error_is_the_jobs(
+        self, store
+    ):
         error = {"type": "Boom", "message": "\ud800 \0 '; drop table jobs", "layer": "a.0"}
         first = begun(store, max_attempts=2)
-        store.fail(first, error, retry=True)
+        comes_again_once = store.fail(first, error, retry=True)
+        job, last = store.get(first.job.id), store.events(first.job.id)[-1]
+        assert (job.state, job.error) == (JobState.RUNNING, None)
+        assert (job.stages[0].state, job.stages[0].failures) == (StageState.WAITING, 1)
+        assert (last.kind, last.data) == ("retry", {**error, "stage": "calibrate", "attempts": 1})
         again = store.fail(claim(store, first.stage.id), error, retry=True)
         job = store.get(first.job.id)
 
-        assert again is False
+        assert (comes_again_once, again) == (True, False)
         assert job.state is JobState.FAILED
         assert job.error == {**error, "stage": "calibrate", "attempts": 2}
         assert job.stages[0].state is StageState.FAILED
@@ -1017,6 +1010,9 @@ class TestExtend:
         assert (extended.state, extended.trials) == (JobState.QUEUED, 15)
         assert extended.finished_at is None
         assert extended.best == job.best  # until there is a better one
+        store.ask(job.id, "pause")
+        assert store.ask(job.id, "extend", trials=5).trials == 20
+        store.ask(job.id, "resume")
         assert end(store, job.id) == ["search", "confirm", "finish"]
         assert store.get(job.id).state is JobState.SUCCEEDED
 
@@ -1030,13 +1026,6 @@ class TestExtend:
 
         assert [(s.state, s.result) for s in kept] == [("done", {"perplexity": 1.0})] * 2
         assert end(store, job.id) == ["search", "confirm", "finish"]
-
-    def test_a_job_that_was_just_extended_can_be_extended_again(self, store):
-        job = succeeded(store)
-        store.ask(job.id, "extend", trials=5)
-        store.ask(job.id, "pause")
-
-        assert store.ask(job.id, "extend", trials=5).trials == 20
 
     @pytest.mark.parametrize("pause", [False, True])
     def test_confirm_that_waits_waits_again(self, store, pause):
@@ -1076,11 +1065,8 @@ class TestExtend:
             store.ask(job.id, "extend", trials=5)
 
         assert told.value.state is JobState.RUNNING
-
-    def test_nor_is_one_that_was_paused_while_it_measured(self, store):
-        job = at_perplexity(store)
         measuring = next(s for s in job.stages if s.state is StageState.RUNNING)
-        store.ask(job.id, "pause")
+        store.ask(job.id, "pause")  # nor once it is paused there
         store.hand_back(Claim(job=job, stage=measuring))
         with unchanged(store), pytest.raises(StateConflict):
             store.ask(job.id, "extend", trials=5)
@@ -1110,28 +1096,19 @@ class TestDelete:
 
         assert going == job
 
-    def test_a_second_deletion_waits_and_then_finds_nothing(self, store):
-        job = succeeded(store)
-        with ThreadPoolExecutor(1) as pool:
-            with store.deleting(job.id):
-                second = pool.submit(remove, store, job.id)
-                until_someone_waits_for_a_lock(store)
-                held_off = not second.done()
-
-            assert held_off
-            with pytest.raises(NoSuchJob):
-                second.result(10)
-
-    def test_a_job_is_deleted_or_resumed_never_both(self, store):
+    @pytest.mark.parametrize("second", [remove, lambda store, job_id: store.ask(job_id, "resume")])
+    def test_a_second_deletion_or_a_resume_waits_and_then_finds_nothing(self, store, second):
         taken = begun(store)
         store.fail(taken, ERROR, retry=False)
         with ThreadPoolExecutor(1) as pool:
             with store.deleting(taken.job.id):
-                resumed = pool.submit(store.ask, taken.job.id, "resume")
+                asked = pool.submit(second, store, taken.job.id)
                 until_someone_waits_for_a_lock(store)
+                held_off = not asked.done()
             with pytest.raises(NoSuchJob):
-                resumed.result(10)
+                asked.result(10)
 
+        assert held_off
         assert everything(store) == [[], [], [], []]
 
 

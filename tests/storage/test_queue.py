@@ -354,13 +354,7 @@ class TestOrder:
 
 
 class Life:
-    """
-    One job of two islands, users who ask for this and that, and workers that fail and die.
-
-    Args:
-        database: Whose queue gives out the stages, as to real workers.
-        seed: Of all that happens.
-    """
+    """One job of two islands, users who ask for this and that, and workers that fail and die."""
 
     def __init__(self, database, seed):
         self.database = database

@@ -136,12 +136,7 @@ for line in sys.stdin:
 
 
 class WarmStart:
-    """
-    Starts workers at once: a process that has imported everything becomes one by a fork.
-
-    Args:
-        folder: For the exit codes.
-    """
+    """Starts workers at once: a process that has imported everything becomes one by a fork."""
 
     def __init__(self, folder):
         self._exits = folder
@@ -189,15 +184,7 @@ class JobIsOver(AssertionError):
 
 
 class Crew:
-    """
-    Some workers of one database.
-
-    Args:
-        warm_start: Where they come from.
-        url: Of the database.
-        root: Of the models and texts that jobs may name.
-        folder: For what the workers write.
-    """
+    """Some workers of one database."""
 
     JobIsOver = JobIsOver  # tests cannot import from here
 
@@ -220,11 +207,8 @@ class Crew:
 
     def start(self, *options, sabotage=""):
         """
-        Start a worker, as `python -m workers` does; its process.
-
-        Args:
-            options: Of the command line.
-            sabotage: Python that the process runs first; one that takes its place does not.
+        Start a worker, as `python -m workers` does, which runs ``sabotage`` first; its process. One
+        that takes its place does not run that.
         """
         environment = {
             **os.environ,
@@ -316,14 +300,8 @@ class Crew:
     @contextmanager
     def frozen(self, job, kind, *, done=0, attempt=1, when=lambda: True):
         """
-        Stop the process that works on a stage, in the midst of it, and wake it afterwards.
-
-        Args:
-            job: Whose.
-            kind: Of the stage.
-            done: Not before the stage has so many trials.
-            attempt: Not before it was begun so often.
-            when: Asked while the process is stopped; if it says no, a bit later.
+        Stop the process that works on a stage, once that has ``done`` trials, was begun ``attempt``
+        times, and ``when``, asked meanwhile, says yes; wake it afterwards.
         """
         while True:
             process = self.busy(job, kind, done=done, attempt=attempt)
@@ -460,14 +438,7 @@ def _calibrated(spec, folder):
 
 @dataclass(frozen=True, kw_only=True)
 class Undisturbed:
-    """
-    What a search gives that runs in one process, without a service.
-
-    Attributes:
-        configuration: Without the study's name.
-        trials: Of the study.
-        ranks: Rank correlation of each proxy with perplexity, if a validation was asked for.
-    """
+    """What a search gives that runs in one process, without a service."""
 
     configuration: dict[str, Any]
     trials: Trials
@@ -544,14 +515,7 @@ def found():
 
 
 class Hand:
-    """
-    Does the stages of jobs one by one, in this process, as the test says.
-
-    Args:
-        database: Of the jobs.
-        folder: The only root.
-        bundles: Where they are kept.
-    """
+    """Does the stages of jobs one by one, in this process, as the test says."""
 
     def __init__(self, database, folder, bundles):
         self.store = JobStore(database)

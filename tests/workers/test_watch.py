@@ -15,12 +15,7 @@ CLAIM: Any = SimpleNamespace(stage=SimpleNamespace(kind=StageKind.CALIBRATE))
 
 
 class Store:
-    """
-    One that answers what it was told, in turn.
-
-    Args:
-        answers: States of the job, or errors.
-    """
+    """One that answers what it was told, in turn."""
 
     def __init__(self, *answers):
         self.answers = [*answers]
