@@ -30,26 +30,19 @@ DOCUMENT = {"model": "org/name", "pattern": "0.5"}
 NOBODY = "00000000-0000-0000-0000-000000000000"
 CONFIGURATION = Configuration.model_validate(
     {
-        "method": "crepe",
-        "pattern": "0.5",
-        "scope": "layer",
+        "method": "crepe", "pattern": "0.5", "scope": "layer",
         "coefficients": {
-            "row": 0.1 + 0.2,
-            "column": 1e-17,
-            "neighbourhood": 0.25,
-            "kernel_size": 5,
+            "row": 0.1 + 0.2, "column": 1e-17, "neighbourhood": 0.25, "kernel_size": 5,
             "activation_exponent": 0.5,
         },
         "objective": {"name": "activation-reconstruction/blend", "value": 0.0123456789012345678},
         "confirmation": {
-            "perplexity": 17.25,
-            "tokens": 496,
-            "context_length": 32,
+            "perplexity": 17.25, "tokens": 496, "context_length": 32,
             "text": {"name": "Überprüfung \u2713.txt", "z": 1, "a": 2**53 + 1},
         },
         "search": {"trials": 40, "seed": 2**32 - 1},
     }
-)
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -131,11 +124,9 @@ def operations():
     database = Database("postgresql://localhost/pho")  # which is never asked
     documented = create_app(database, read_settings()).openapi()["paths"]
     database.close()
+    names = {"job_id": "{}", "configuration_id": NOBODY, "worker_id": NOBODY, "name": "x"}
     found = [
-        (
-            method.upper(),
-            path.format(job_id="{}", configuration_id=NOBODY, worker_id=NOBODY, name="x"),
-        )
+        (method.upper(), path.format(**names))
         for path, operation in documented.items()
         for method in operation
         if path not in ("/healthz", "/readyz")
@@ -272,16 +263,14 @@ class Hand:
                         state=TrialState.FAIL if n == failed else TrialState.COMPLETE,
                         value=None if n == failed else n / 10,
                         user_attrs={
-                            "method": "crepe" if n else "wanda",
-                            "scope": "layer",
-                            "coefficients": coefficients,
-                            "seconds": 0.5,
+                            "method": "crepe" if n else "wanda", "scope": "layer",
+                            "coefficients": coefficients, "seconds": 0.5,
                             **({"failure": "NaN in layer 3"} if n == failed else {}),
                         },
                     )
                     for n in range(count)
                 ]
-            )
+            )  # fmt: skip
 
     def studies(self):
         with open_storage(self.store.database.studies_url) as storage:

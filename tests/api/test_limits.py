@@ -209,16 +209,16 @@ def test_what_was_done_a_minute_ago_counts_less_and_less(monkeypatch):
     assert counted[5] == 10
 
 
-def test_a_host_is_its_ipv4_address_or_its_ipv6_network_of_which_it_may_use_every_address():
+def test_a_host_is_its_ipv4_address_or_its_ipv6_network_of_which_it_may_use_every_address(
+    monkeypatch,
+):
     for address, expected in (
         ("192.0.2.7", "192.0.2.7"), ("::ffff:192.0.2.7", "192.0.2.7"), ("testclient", "testclient"),
         ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
     ):  # fmt: skip
         assert host_of({"client": (address, 50_000)}) == expected
     assert host_of({"client": None}) == ""
-
-
-def test_whose_x_forwarded_for_is_believed_is_set(monkeypatch):
+    # Whose X-Forwarded-For is believed is set.
     assert read_settings().trusted_proxies == ()
     monkeypatch.setenv("PHO_TRUSTED_PROXIES", "127.0.0.1, 10.0.0.0/8")
     assert read_settings().trusted_proxies == ("127.0.0.1", "10.0.0.0/8")

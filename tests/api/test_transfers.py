@@ -20,18 +20,13 @@ def searched(submit, hand):
 
 def result(name, transferred=20.0):
     return {
-        "target": name,
-        "key": "k",
+        "target": name, "key": "k",
         "model": {"name": name, "family": "gemma3_text", "parameters": 10**8},
         "perplexities": {"dense": 10.0, "wanda": 24.0, "ria": 25.0, "transferred": transferred},
-        "proxies": {"wanda": 0.4, "ria": 0.5, "transferred": 0.3},
-        "gain": 5.0,
-        "regret": None,
-        "proxy_regret": None,
-        "own": None,
-        "report": None,
+        "proxies": {"wanda": 0.4, "ria": 0.5, "transferred": 0.3}, "gain": 5.0, "regret": None,
+        "proxy_regret": None, "own": None, "report": None,
         "warnings": ["it does not hold"] if transferred > 25 else [],
-    }
+    }  # fmt: skip
 
 
 def done(hand, job_id, *results, first=0):

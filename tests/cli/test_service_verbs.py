@@ -436,7 +436,7 @@ def test_a_key_with_a_quota(pho, keys, database, database_url):
     assert "quota" not in keys("list").stdout
 
 
-def test_a_quota_or_a_span_that_is_none_is_bad_usage(pho, database, database_url):
+def test_a_quota_a_span_or_a_key_that_is_none_is_bad_usage(pho, keys, database, database_url):
     quotas = ("", "5", "0/7d", "5/7", "5G/7d", "-5/7d", "5M7d", "1e6/7d", "40h/7d")
     spans = ("", "30", "0d", "-1d", "1.5d", "30 d", "36501d", "never", "٣d")
     for option in [f"--quota={each}" for each in quotas] + [f"--expires={each}" for each in spans]:
@@ -446,6 +446,13 @@ def test_a_quota_or_a_span_that_is_none_is_bad_usage(pho, database, database_url
         rules = ("12h, 30d or 52w", *(["200M/7d"] if "quota" in option else []))
         assert any(rule in made.stderr for rule in rules)
     assert KeyStore(database).all() == []
+    prefix = keys("create", "a").stdout[:10]
+    for wrong in ("pho_", prefix[:-1], "\udcff"):
+        result = keys("revoke", wrong)
+
+        assert result.exit_code == 2
+        assert "pho keys list" in result.stderr
+    assert [key.revoked_at for key in KeyStore(database).all()] == [None]
 
 
 def test_who_makes_a_key_is_told_of_jobs_that_it_does_not_see(keys, store):
@@ -460,16 +467,6 @@ def test_who_makes_a_key_is_told_of_jobs_that_it_does_not_see(keys, store):
     assert "key 'mine' has got, with what they have found: 1." in taken.stderr
     assert "take-over" not in keys("create", "other").stderr
     assert keys("take-over", prefix).exit_code == 2
-
-
-def test_a_key_that_does_not_exist_is_bad_usage(keys, database):
-    prefix = keys("create", "a").stdout[:10]
-    for wrong in ("pho_", prefix[:-1], "\udcff"):
-        result = keys("revoke", wrong)
-
-        assert result.exit_code == 2
-        assert "pho keys list" in result.stderr
-    assert [key.revoked_at for key in KeyStore(database).all()] == [None]
 
 
 @pytest.fixture
@@ -536,30 +533,23 @@ def test_a_setting_that_breaks_its_rule_is_bad_usage_and_named(pho, monkeypatch)
         assert says in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("url", "says"),
-    [
-        ("nonsense", "postgresql://"),
-        ("postgresql://u:secret@127.0.0.1:1/x", "127.0.0.1"),
-        ("postgresql://u:secret@127.0.0.1:port/x", ""),
-        ("postgresql://u:secret@[/x", ""),
-        ("", ""),
-    ],
-)
-def test_a_bad_database_is_told_without_its_password(pho, url, says):
+def test_a_bad_database_is_told_without_its_password_so_is_a_data_folder_that_cannot_be(pho):
     serve = ("serve", "--workers", 0, "--port", 0, "--data-dir", "/dev/null")
     for verb in (("keys", "list"), serve):
-        result = pho(*verb, "--database-url", url)
+        for url, says in (
+            ("nonsense", "postgresql://"),
+            ("postgresql://u:secret@127.0.0.1:1/x", "127.0.0.1"),
+            ("postgresql://u:secret@127.0.0.1:port/x", ""),
+            ("postgresql://u:secret@[/x", ""),
+            ("", ""),
+        ):
+            result = pho(*verb, "--database-url", url)
 
-        assert isinstance(result.exception, SystemExit), result.exception
-        assert result.exit_code in (1, 2)
-        assert says in result.stderr
-        assert "secret" not in result.output
-
-
-def test_a_data_folder_that_cannot_be_is_told(pho):
+            assert isinstance(result.exception, SystemExit), result.exception
+            assert result.exit_code in (1, 2)
+            assert says in result.stderr
+            assert "secret" not in result.output
     result = pho("keys", "list", "--data-dir", "/proc/x")
-
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == 1
     assert "/proc/x" in result.stderr

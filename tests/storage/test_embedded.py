@@ -150,12 +150,10 @@ def as_another():
         pytest.skip("only root can become another user, with setpriv")
 
     def run(code, *arguments, may, temporary=None):
-        words = ["setpriv", "--reuid=nobody", "--clear-groups", f"--regid={group()}"]
-        words += [
-            f"--inh-caps=-all,+{may}",
-            f"--ambient-caps=+{may}",
-            f"--bounding-set=-all,+{may}",
-        ]
+        words = [
+            "setpriv", "--reuid=nobody", "--clear-groups", f"--regid={group()}",
+            f"--inh-caps=-all,+{may}", f"--ambient-caps=+{may}", f"--bounding-set=-all,+{may}",
+        ]  # fmt: skip
         return subprocess.run(
             [*words, sys.executable, "-c", code, *map(str, arguments)],
             env={
@@ -254,33 +252,28 @@ class TestFolder:
         assert none == []
         assert one == (1,)
 
-    @pytest.mark.parametrize(
-        "name", ["a b", "a'b", 'a"b', "a&touch ran", "a$HOME", "a;touch ran", "a,b"]
-    )
-    def test_initdb_starts_programs_by_a_shell_a_name_that_it_would_take_apart_is_refused(
-        self, folder, monkeypatch, name
+    def test_a_folder_that_cannot_be_made_or_that_a_shell_would_take_apart_is_refused(
+        self, folder, monkeypatch
     ):
+        """By a shell, initdb starts other programs."""
         monkeypatch.chdir(folder)
-        with pytest.raises(StorageError, match="--data-dir"), embedded_postgresql(folder / name):
-            pass
+        (folder / "file").write_text("here before")
+        for name in ("a b", "a'b", 'a"b', "a&touch ran", "a$HOME", "a;touch ran", "a,b"):
+            with (
+                pytest.raises(StorageError, match="--data-dir"),
+                embedded_postgresql(folder / name),
+            ):
+                pass
+            assert not (folder / name / "postgresql").exists()
+        for path in ("{0}/file", "{0}/file/far/below", "/proc/pho", "~nobody-of-this-name/pho"):
+            said = f"the data folder {path.format(folder)} cannot be used"
+            with (
+                pytest.raises(StorageError, match=said),
+                embedded_postgresql(Path(path.format(folder))),
+            ):
+                pass
 
         assert not (folder / "ran").exists()
-        assert not (folder / name / "postgresql").exists()
-
-    @pytest.mark.parametrize(
-        "path",
-        ["{0}/file", "{0}/file/far/below", "/proc/pho", "~nobody-of-this-name/pho"],
-        ids=["file", "below one", "even by root", "nobody's"],
-    )
-    def test_a_folder_that_cannot_be_made_is_named(self, folder, path):
-        (folder / "file").write_text("here before")
-        named = path.format(folder)
-        with (
-            pytest.raises(StorageError, match=f"the data folder {named} cannot be used"),
-            embedded_postgresql(Path(named)),
-        ):
-            pass
-
         assert (folder / "file").read_text() == "here before"
 
     def test_a_server_that_does_not_start_says_where_its_log_is(self, used):
@@ -407,13 +400,12 @@ class TestOutage:
         assert "geheim" not in str(caught.value)
         assert "127.0.0.1" in str(caught.value)
 
-    def test_a_refused_statement_is_no_outage(self, own_database):
+    def test_a_refused_statement_is_no_outage_what_the_caller_raises_comes_out_as_it_is(
+        self, own_database
+    ):
         with pytest.raises(Exception, match="nosuch") as caught, own_database.transaction() as c:
             c.exec_driver_sql("SELECT nosuch")
-
         assert not isinstance(caught.value, StorageError)
-
-    def test_what_the_caller_raises_comes_out_as_it_is(self, own_database):
         job = submit(own_database)
 
         def broken():

@@ -241,17 +241,6 @@ class TestOrder:
 
         assert served == [0, 1, 2, 3] * 3
 
-    def test_without_another_key_it_lets_its_other_job_in(self, database, store):
-        job = submitted(store)
-        entry, claim = taken(store, job)
-        other = submitted(store)
-        store.complete(claim, {}, then=[NewStage(kind=StageKind.POINT)])
-        store.next_turn([CALIBRATE], claim.job, over=True)
-        finish(database, entry)
-        (point,) = store.get(job.id).of_kind(StageKind.POINT)
-
-        assert in_order(database) == [other.stages[0].id, point.id]
-
     def test_its_jobs_are_let_in_one_after_the_other(self, database, store):
         """One that waits for its first turn comes before the later stages of one that had some."""
         begun = [submitted(store) for _ in range(3)]

@@ -80,15 +80,12 @@ def spec_of(home):
 
     def build(*, calibration=None, confirm="some", **changes):
         some = {"text": str(home / "confirmation.jsonl"), "windows": 3}
+        text = str(home / "calibration.jsonl")
         document = {
             "model": str(home / "model"),
             "pattern": "0.5",
             "preset": "score",
-            "calibration": {
-                "text": str(home / "calibration.jsonl"),
-                **CALIBRATION,
-                **(calibration or {}),
-            },
+            "calibration": {"text": text, **CALIBRATION, **(calibration or {})},
             "confirm": some if isinstance(confirm, str) else confirm and {**some, **confirm},
             "trials": 22,  # two generations
             "max_attempts": 20,  # on a busy machine, workers that live may be taken for dead
@@ -141,12 +138,9 @@ class WarmStart:
     def __init__(self, folder):
         self._exits = folder
         self._parent = subprocess.Popen(
-            [sys.executable, "-c", WARM, str(folder)],
-            env={**os.environ, **SETTINGS},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+            [sys.executable, "-c", WARM, str(folder)], env={**os.environ, **SETTINGS},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
 
     def start(self, arguments, environment, log, sabotage):
         """A new worker's process, which runs some code first."""
@@ -395,7 +389,7 @@ def trials_of(study):
             {k: v for k, v in trial.user_attrs.items() if k not in later},
         )
         for trial in study.get_trials()
-    ]
+    ]  # fmt: skip
 
 
 @contextmanager
