@@ -381,14 +381,9 @@ def trials_of(study):
     """All of a study's trials, but for how long they took and what was measured later."""
     later = {"seconds", "divergence", "perplexity", "chosen"}
     return [
-        (
-            trial.number,
-            trial.state,
-            trial.value,
-            trial.params,
-            {k: v for k, v in trial.user_attrs.items() if k not in later},
-        )
-        for trial in study.get_trials()
+        (t.number, t.state, t.value, t.params,
+         {k: v for k, v in t.user_attrs.items() if k not in later})
+        for t in study.get_trials()
     ]  # fmt: skip
 
 

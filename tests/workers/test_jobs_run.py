@@ -244,7 +244,9 @@ def test_what_cannot_be_done_fails_before_the_search_and_costs_no_calibration(
         assert message in error["message"]
 
 
-def test_an_error_in_a_layer_keeps_the_layer(desk, spec_of, folder):
+def test_an_error_in_a_layer_keeps_the_layer_memory_that_ran_out_is_told_at_once(
+    desk, spec_of, folder, monkeypatch
+):
     model = LlamaForCausalLM.from_pretrained(folder / "model")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
@@ -255,6 +257,15 @@ def test_an_error_in_a_layer_keeps_the_layer(desk, spec_of, folder):
 
     assert (error["type"], error["stage"]) == ("NumericalError", "calibrate")
     assert error["layer"] == "model.layers.1.mlp.up_proj"
+
+    def load(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("workers.inputs.load_model", load)
+    error = desk.failed(spec_of(max_attempts=3))
+    assert (error["type"], error["attempts"]) == ("OutOfMemory", 1)
+    assert "Tried to allocate 2.00 GiB. Use a smaller model" in error["message"]
+    assert "shorter windows (calibration.context_length)" in error["message"]
 
 
 def test_with_more_failed_trials_than_allowed_the_job_fails_and_names_layer_and_coefficients(
@@ -291,18 +302,6 @@ def test_a_perplexity_that_cannot_be_measured_fails_the_job_and_the_candidate_is
     assert job.error["candidate"] in [
         s.params["candidate"] for s in job.of_kind(StageKind.PERPLEXITY)
     ]
-
-
-def test_memory_that_ran_out_fails_the_job_in_words_at_once(desk, spec_of, monkeypatch):
-    def load(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    monkeypatch.setattr("workers.inputs.load_model", load)
-    error = desk.failed(spec_of(max_attempts=3))
-
-    assert (error["type"], error["attempts"]) == ("OutOfMemory", 1)
-    assert "Tried to allocate 2.00 GiB. Use a smaller model" in error["message"]
-    assert "shorter windows (calibration.context_length)" in error["message"]
 
 
 def test_a_cancel_reaches_the_worker_in_the_midst_of_a_search_and_what_was_found_stays(
@@ -353,24 +352,19 @@ def test_a_small_job_is_done_during_a_long_search_on_the_only_worker_which_chang
     assert found(done) == undisturbed(spec).configuration
 
 
-@pytest.mark.parametrize(
-    ("options", "heartbeat", "message"),
-    [
+def test_a_wrong_option_or_setting_ends_with_exit_code_2_and_says_what_is_wrong(monkeypatch):
+    monkeypatch.setattr("workers.__main__.configure_logs", lambda _: None)
+    monkeypatch.setattr("workers.__main__.adopt_loggers", lambda *_: None)
+    monkeypatch.setenv("PHO_DATABASE_URL", "")  # so that what the worker sets is taken back
+    for options, heartbeat, message in (
         (["--database-url", "postgresql://a@b/c", "--stages", "polish"], "1", "calibrate, point"),
         ([], "0", "PHO_HEARTBEAT_S='0'"),
         ([], "1", "no database is given"),
         (["--devices", "cpu"], "1", "No such option"),
-    ],
-)
-def test_a_wrong_option_or_setting_ends_with_exit_code_2_and_says_what_is_wrong(
-    monkeypatch, options, heartbeat, message
-):
-    monkeypatch.setattr("workers.__main__.configure_logs", lambda _: None)
-    monkeypatch.setattr("workers.__main__.adopt_loggers", lambda *_: None)
-    monkeypatch.setenv("PHO_HEARTBEAT_S", heartbeat)
-    monkeypatch.setenv("PHO_DATABASE_URL", "")  # so that what the worker sets is taken back
-    monkeypatch.delenv("PHO_DATABASE_URL")
-    result = CliRunner().invoke(main, options)
+    ):
+        monkeypatch.setenv("PHO_HEARTBEAT_S", heartbeat)
+        monkeypatch.delenv("PHO_DATABASE_URL", raising=False)
+        result = CliRunner().invoke(main, options)
 
-    assert result.exit_code == 2
-    assert message in result.stderr
+        assert result.exit_code == 2
+        assert message in result.stderr
