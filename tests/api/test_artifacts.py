@@ -289,11 +289,11 @@ def test_a_service_cannot_make_the_client_write_elsewhere_nor_more_than_the_disk
     for odd in [*odd_ones, {"bytes": -1}]:
         with pytest.raises(ServiceError, match=r"Refused are .*\. Nothing was downloaded"):
             pull([Artifact(**{**like, **odd})], tmp_path / "out", Mock(), Mock())
+
+    assert [*tmp_path.iterdir()] == []
     large = Artifact(**{**like, "bytes": 10**18})
     with pytest.raises(OutputError, match=r"out has room for .* and 10{18} are to be downloaded"):
         pull([large], tmp_path / "out", Mock(side_effect=AssertionError), Mock())
-
-    assert [*tmp_path.iterdir()] == []
 
 
 def test_no_more_than_was_announced_is_written(tmp_path):

@@ -1054,8 +1054,11 @@ class TestExtend:
             store.ask(job.id, "extend", trials=5)
 
         assert told.value.state is JobState.RUNNING
+
+    def test_nor_is_one_that_was_paused_while_it_measured(self, store):
+        job = at_perplexity(store)
         measuring = next(s for s in job.stages if s.state is StageState.RUNNING)
-        store.ask(job.id, "pause")  # nor once it is paused there
+        store.ask(job.id, "pause")
         store.hand_back(Claim(job=job, stage=measuring))
         with unchanged(store), pytest.raises(StateConflict):
             store.ask(job.id, "extend", trials=5)
