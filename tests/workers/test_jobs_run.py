@@ -244,9 +244,7 @@ def test_what_cannot_be_done_fails_before_the_search_and_costs_no_calibration(
         assert message in error["message"]
 
 
-def test_an_error_in_a_layer_keeps_the_layer_memory_that_ran_out_is_told_at_once(
-    desk, spec_of, folder, monkeypatch
-):
+def test_an_error_in_a_layer_keeps_the_layer(desk, spec_of, folder):
     model = LlamaForCausalLM.from_pretrained(folder / "model")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
@@ -258,11 +256,14 @@ def test_an_error_in_a_layer_keeps_the_layer_memory_that_ran_out_is_told_at_once
     assert (error["type"], error["stage"]) == ("NumericalError", "calibrate")
     assert error["layer"] == "model.layers.1.mlp.up_proj"
 
+
+def test_memory_that_ran_out_fails_the_job_in_words_at_once(desk, spec_of, monkeypatch):
     def load(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr("workers.inputs.load_model", load)
     error = desk.failed(spec_of(max_attempts=3))
+
     assert (error["type"], error["attempts"]) == ("OutOfMemory", 1)
     assert "Tried to allocate 2.00 GiB. Use a smaller model" in error["message"]
     assert "shorter windows (calibration.context_length)" in error["message"]

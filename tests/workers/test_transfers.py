@@ -170,8 +170,8 @@ def own_desk(desk, database):
 def test_a_warm_job_begins_with_the_librarys_best_its_document_says_with_what(
     own_desk, spec_of, other
 ):
-    searched = own_desk.done(spec_of(confirm=None, trials=10))
-    spec = spec_of(model=str(other), seed=5, confirm=None, warm_start={}, trials=10)
+    searched = own_desk.done(spec_of(confirm=None))
+    spec = spec_of(model=str(other), seed=5, confirm=None, warm_start={})
     job = own_desk.done(spec)
     (point,) = job.spec["warm_start"]["found"]
     (start,) = job.best["search"]["warm_start"]
