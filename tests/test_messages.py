@@ -40,8 +40,7 @@ OF_NO_JOB = {
     "pho_service/planning/costs.py": {"device_memory"},  # of a card that has another name
     "pho_service/models/loading.py": {"device", "device_map"},  # which a worker sees to
     "pho_service/pipeline/bench.py": {"new_tokens"},
-    "pho_service/pipeline/compare.py": {"other_family"},
-    "pho_service/pipeline/curve.py": {"study"},
+    "pho_service/pipeline/compare.py": {"other_family", "presets"},
     "pho_service/pipeline/recover.py": {"device_map"},  # several processes are no worker's
     "pho_service/pipeline/search.py": {"study"},  # where a study's URL is given
     "pho_service/pipeline/writing.py": {"tokens"},

@@ -41,9 +41,8 @@ from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.perplexity import windows_key
 from pho_service.pruning.statistics import Sums
 from pho_service.spec.calibration import CalibrationSettings
-from pho_service.spec.fields import CalibrationSpec, TextSpec
+from pho_service.spec.fields import CalibrationSpec, ReportSpec, TextSpec
 from pho_service.spec.job import JobSpec
-from pho_service.spec.transfer import ReportSpec
 
 if TYPE_CHECKING:
     from pho_service.pipeline.inputs import Cut

@@ -20,7 +20,7 @@ from pho_service.cli.terminal import print_json, progress, say
 from pho_service.host.files import new_file, new_folder
 from pho_service.progress import Run
 from pho_service.spec.document import FieldShown
-from pho_service.spec.job import ScopeName
+from pho_service.spec.pattern import ScopeName
 
 if TYPE_CHECKING:
     from pho_service.models.texts import ReportText

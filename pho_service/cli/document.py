@@ -4,7 +4,7 @@ The options of a verb made from fields: of a job's document, and of what the ver
 
 import inspect
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -186,7 +186,7 @@ class DocumentCommand(click.Command):
         self,
         *args: Any,
         fields: Sequence[str] = (),
-        document: type | None = None,
+        source: Callable[[], Mapping[str, Field]] = document_fields,
         ask: type | None = None,
         names: Mapping[str, str] | None = None,
         required: Sequence[str] = (),
@@ -197,7 +197,7 @@ class DocumentCommand(click.Command):
         super().__init__(*args, **attributes)
         self._needed = needed  # What there may be instead of a pattern
         self._paths, self._renamed, self._required = fields, names or {}, required
-        self._document, self._ask = document, ask
+        self._source, self._ask = source, ask
         self._of_a_service = of_a_service
         # Fields that an option is about when it is given again, by its parameter.
         self._again: dict[str, Field] = {}
@@ -208,9 +208,7 @@ class DocumentCommand(click.Command):
 
     @cached_property
     def _document_fields(self) -> Mapping[str, Field]:
-        if self._document is not None:
-            return option_fields(self._document)
-        return document_fields() if self._paths else {}
+        return self._source() if self._paths else {}
 
     @cached_property
     def fields(self) -> list[Field]:

@@ -28,8 +28,7 @@ from pho_service.cli.terminal import print_json, print_table, progress, say
 from pho_service.errors import ConfigurationError, InvalidInput, ModelError
 from pho_service.pipeline.work import Work
 from pho_service.spec.document import PRUNED, TEXT, FieldShown, number
-from pho_service.spec.job import ScopeName
-from pho_service.spec.pattern import Linears, Pattern
+from pho_service.spec.pattern import Linears, Pattern, ScopeName
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -3,7 +3,7 @@ The verbs that ask a service: submit, jobs, show, watch, best, transfer-job and 
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -32,7 +32,7 @@ from pho_service.cli.terminal import (
 )
 from pho_service.errors import InvalidInput, PhoError, ServiceError
 from pho_service.spec.document import JOB, MODEL, FieldShown, number
-from pho_service.spec.transfer import TransferRequest
+from pho_service.spec.job_options import Field, option_fields
 
 if TYPE_CHECKING:
     from pho_service.api.answers import Job
@@ -626,10 +626,16 @@ class _TransferJob(_NewJob):
     plot: str | None = None
 
 
+def _transfer_fields() -> Mapping[str, Field]:
+    from pho_service.spec.transfer import TransferRequest
+
+    return option_fields(TransferRequest)
+
+
 @click.command(
     "transfer-job",
     cls=DocumentCommand,
-    document=TransferRequest,
+    source=_transfer_fields,
     fields=(
         "report", "search", "calibration/text", "dtype", "stream", "name", "priority",
         "max_attempts", "notify",
@@ -661,6 +667,7 @@ def transfer_job(
           --report-text texts/report.jsonl --search --watch
     """
     from pho_service.host.files import write_json
+    from pho_service.spec.transfer import TransferRequest
 
     path = None if ask.out is None else out_file(ask.out)
     picture = None if ask.plot is None else plot_file(ask.plot)

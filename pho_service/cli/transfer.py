@@ -25,8 +25,8 @@ from pho_service.cli.terminal import print_json, say, show_table
 from pho_service.errors import InvalidInput
 from pho_service.pipeline.work import Work
 from pho_service.spec.document import PRUNED, SEARCH, FieldShown
-from pho_service.spec.job import ScopeName
 from pho_service.spec.objective import SearchOptions, options_of
+from pho_service.spec.pattern import ScopeName
 from pho_service.spec.verbs import Reported, Studied
 
 if TYPE_CHECKING:

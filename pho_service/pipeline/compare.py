@@ -283,7 +283,7 @@ class ComparisonRequest:
             use = "taken apart" if self.ablation else "recovered"
             raise InvalidInput(
                 f"configurations are {use}, and there is none. Give one, or a preset to search "
-                "with."
+                f"with: {field_name('presets')}."
             )
 
     def rows(

@@ -165,6 +165,34 @@ class TextSpec(Document):
         return self.model_copy(update={"dataset": access.placed_dataset(self.dataset)})
 
 
+MOST_WINDOWS = 100_000  # of a text
+
+
+class ReportSpec(TextSpec):
+    """What perplexities are measured on. Nothing may have been chosen on it."""
+
+    text: Annotated[
+        Name | None,
+        FieldShown(
+            picks="texts", help="Text file to measure on; nothing may have been chosen on it."
+        ),
+    ] = Field(None, description="Text file: .txt, .jsonl or .parquet.")
+    windows: Annotated[
+        int | None, FieldShown(help="Only the first N windows of what is measured on.")
+    ] = Field(
+        None,
+        ge=1,
+        le=MOST_WINDOWS,
+        description="Number of windows, the first of the text; all of them by default.",
+    )
+
+    @model_validator(mode="after")
+    def _one_is_given(self) -> Self:
+        if self.text is None and self.dataset is None:
+            raise ValueError("a text or a dataset is required, to measure on")
+        return self
+
+
 TEXT_FILES = (".txt", ".jsonl", ".parquet")
 
 

@@ -55,7 +55,7 @@ from pho_service.spec.objective import (
     Trials,
     options_of,
 )
-from pho_service.spec.pattern import Pattern
+from pho_service.spec.pattern import Pattern, ScopeName
 from pho_service.spec.space import DEFAULT_PRESET, Preset, PresetName, SearchSpaceSpec
 from pho_service.spec.steps import Candidate, Steps, StepsSpec
 from pho_service.spec.tasks import MOST_TASKS, USUAL_TASKS, task_names
@@ -204,7 +204,6 @@ def preset_of(fields: Mapping[str, Any], pattern: Pattern) -> Preset:
 
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-ScopeName = Literal["row", "layer", "global"]
 PatternText = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(printable)]
 
 

@@ -19,6 +19,8 @@ from pydantic import Field
 from pho_service.errors import InvalidInput
 from pho_service.spec.document import STRICT, FieldShown, JsonDocument, Number, Whole, check_choice
 
+ScopeName = Literal["row", "layer", "global"]
+
 
 class Scope(StrEnum):
     """Which weights compete with each other for the places that stay."""

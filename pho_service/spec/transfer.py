@@ -23,39 +23,12 @@ from pho_service.spec.fields import (
     CalibrationSpec,
     ConfirmSpec,
     JobLimits,
-    TextSpec,
+    ReportSpec,
     check_field,
     check_models,
 )
 from pho_service.spec.job import Dtype, JobSpec
 from pho_service.spec.objective import SearchOptions
-
-MOST_WINDOWS = 100_000  # of a text
-
-
-class ReportSpec(TextSpec):
-    """What perplexities are measured on. Nothing may have been chosen on it."""
-
-    text: Annotated[
-        Name | None,
-        FieldShown(
-            picks="texts", help="Text file to measure on; nothing may have been chosen on it."
-        ),
-    ] = Field(None, description="Text file: .txt, .jsonl or .parquet.")
-    windows: Annotated[
-        int | None, FieldShown(help="Only the first N windows of what is measured on.")
-    ] = Field(
-        None,
-        ge=1,
-        le=MOST_WINDOWS,
-        description="Number of windows, the first of the text; all of them by default.",
-    )
-
-    @model_validator(mode="after")
-    def _one_is_given(self) -> Self:
-        if self.text is None and self.dataset is None:
-            raise ValueError("a text or a dataset is required, to measure on")
-        return self
 
 
 class OwnSearchSpec(Document, SearchOptions):

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from pho_service.errors import InvalidInput, field_name
 from pho_service.spec.document import MACHINE, PRUNED, REPORT, SEARCH, SEEDS, FieldShown, Seed
-from pho_service.spec.transfer import ReportSpec
+from pho_service.spec.fields import ReportSpec
 
 Count = Annotated[int, Field(ge=1)]
 

@@ -16,8 +16,7 @@ from pho_service.models.texts import (
     read_windows,
     sample_windows,
 )
-from pho_service.spec.fields import CalibrationSpec
-from pho_service.spec.transfer import ReportSpec
+from pho_service.spec.fields import CalibrationSpec, ReportSpec
 
 CONFIGS = ("wikitext-103-raw-v1", "wikitext-2-raw-v1")
 SHA = "0123456789abcdef0123456789abcdef01234567"
