@@ -164,6 +164,7 @@ class Given:
     def _thing(self, path: str, value: object, *, named: bool) -> str:
         """What a message is about: an option with its value, or else a field."""
         paths = [p for p in self.said if within(path, p) or within(p, path)] if path else []
+        paths.sort(key=lambda p: p != path)
         if paths:
             entry = self.said[paths[0]]
             words = entry if isinstance(entry, tuple) else () if entry is True else (entry,)

@@ -105,6 +105,8 @@ def test_numbers_and_a_picture_are_written_to_files(remote, transferred):
 REFUSED = [
     ("{searched}", 2, "give MODEL..."),
     ("{searched} org/one --trials 5", 2, "--trials: for --search alone"),
+    ("{searched} org/one --search --trials 0", 2, "--trials 0 is below 1."),
+    ("{searched} org/one --report-windows 4", 2, "--report-windows 4: a text or a dataset is"),
     ("{searched} org/one org/one", 2, "org/one is given twice"),
     ("{searched} /etc/passwd", 1, "/models/0"),
     ("{searched} --out t.json", 1, "The job is a search"),
