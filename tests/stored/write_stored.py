@@ -4,14 +4,16 @@ Write what this version of PHO stores into a new folder, for test_stored.py:
     PYTHONPATH=.:benchmarks OMP_NUM_THREADS=1 python tests/stored/write_stored.py tests/stored/0.1.0
 """
 
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from local_service import write_text, write_tiny_model
+from local_service import service, write_text, write_tiny_model
 
+from pho_service.client import Client
 from pho_service.host.files import write_json
 from pho_service.spec.job import JobSpec
 
@@ -26,6 +28,7 @@ VERBS = (
     f"search tiny --pattern 0.5 --preset score {TEXT} {CONFIRM} --trials 20",
     f"prune tiny --config config.json {TEXT} --out pruned",
 )
+BACKUP = "backup --data-dir data --out service.dump"
 
 
 def main(out):
@@ -36,12 +39,18 @@ def main(out):
         spec = JobSpec.model_validate(write_tiny_model(folder))
         write_text(folder / "text.txt")
         write_text(folder / "confirm.txt", seed=1)
-        write_json(out / "job.json", spec.model_dump(mode="json"))
+        document = spec.model_dump(mode="json")
+        write_json(out / "job.json", document)
         for verb in VERBS:
             subprocess.run([*PHO, *verb.split()], cwd=folder, check=True)
-        for name in ("bundle.safetensors", "config.json", "pruned/pruning.json"):
+        os.chdir(folder)  # where a job's model and text are looked for
+        with service(folder, workers=1) as url, Client(url) as client:
+            assert client.wait(client.submit(document).id).state == "succeeded"
+            subprocess.run([*PHO, *BACKUP.split()], check=True)
+        for name in ("bundle.safetensors", "config.json", "pruned/pruning.json", "service.dump"):
             shutil.copy(folder / name, out)
+        os.chdir(out)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]).absolute())
