@@ -13,7 +13,7 @@ from pho_service.errors import OutputError
 from pho_service.models.loading import LanguageModel
 from pho_service.models.scratch import Memo
 from pho_service.models.texts import RecoveryText, ReportText
-from pho_service.pipeline.prune import blocks_kept
+from pho_service.pipeline.blocks import blocks_kept
 from pho_service.pipeline.work import Work
 from pho_service.progress import Run
 from pho_service.pruning.bundle import ProxyBundle
@@ -98,7 +98,7 @@ class SealedWork(Work):
                     place.parent.mkdir(parents=True, exist_ok=True)
             return place.with_name(f".{place.name}.blocks")
 
-        memo = blocks_kept(self, winner, folder)
+        memo = blocks_kept(self.model, self.bundle, winner, self.calibration, folder)
         return memo and replace(memo, look=self.run.look, spare=not self.keeps_blocks)
 
     def forget_blocks(self) -> None:

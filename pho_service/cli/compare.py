@@ -64,7 +64,7 @@ TASK_FIELDS = ("tasks", "tasks_dir", "tasks_limit")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Evaluate(EvaluateAsk):
+class _EvaluateAsk(EvaluateAsk):
     """
     What a model is measured on and beside, besides the text and the tasks.
 
@@ -90,12 +90,12 @@ class _Evaluate(EvaluateAsk):
         "calibration/context_length", "calibration/bos", "revision", "dtype", "stream",
         *TASK_FIELDS,
     ),
-    ask=_Evaluate,
+    ask=_EvaluateAsk,
 )  # fmt: skip
 @click.argument("model")
 @device_options
 @json_verb
-def evaluate(model: str, given: Given, ask: _Evaluate, inputs: Terminal, as_json: bool) -> None:
+def evaluate(model: str, given: Given, ask: _EvaluateAsk, inputs: Terminal, as_json: bool) -> None:
     """
     Print the perplexity of MODEL on a text, or what it scores in zero-shot tasks.
 
@@ -149,7 +149,7 @@ def evaluate(model: str, given: Given, ask: _Evaluate, inputs: Terminal, as_json
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Generate(Where):
+class _GenerateAsk(Where):
     """
     What a model goes on with, and how far.
 
@@ -166,10 +166,10 @@ class _Generate(Where):
     tokens: Count = NEW_TOKENS
 
 
-@click.command(cls=DocumentCommand, ask=_Generate)
+@click.command(cls=DocumentCommand, ask=_GenerateAsk)
 @click.argument("model")
 @json_verb
-def generate(model: str, ask: _Generate, as_json: bool) -> None:
+def generate(model: str, ask: _GenerateAsk, as_json: bool) -> None:
     """
     Print how MODEL goes on with a prompt: each next token is the likeliest.
 
@@ -294,7 +294,7 @@ _OF_RECOVERIES = tuple(f"recovery/{field.name}" for field in fields(Recovery))
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Compare(Reported, CompareAsk):
+class _CompareAsk(Reported, CompareAsk):
     """
     The rows of a comparison, and the text that they are measured on.
 
@@ -312,12 +312,12 @@ class _Compare(Reported, CompareAsk):
         *_OF_SEARCHES, *TASK_FIELDS, *_OF_RECOVERIES,
     ),
     required=("pattern",),
-    ask=_Compare,
+    ask=_CompareAsk,
 )  # fmt: skip
 @click.argument("model")
 @device_options
 @json_verb
-def compare(model: str, given: Given, ask: _Compare, inputs: Terminal, as_json: bool) -> None:
+def compare(model: str, given: Given, ask: _CompareAsk, inputs: Terminal, as_json: bool) -> None:
     """
     Print a table of perplexities: dense, the published methods, configurations.
 
@@ -451,14 +451,14 @@ def show_comparison(compared: "Comparison") -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Bench(Where, BenchSettings):
+class _BenchAsk(Where, BenchSettings):
     """What is measured, and where."""
 
 
-@click.command(cls=DocumentCommand, ask=_Bench)
+@click.command(cls=DocumentCommand, ask=_BenchAsk)
 @click.argument("models", nargs=-1, required=True)
 @json_verb
-def bench(models: tuple[str, ...], ask: _Bench, as_json: bool) -> None:
+def bench(models: tuple[str, ...], ask: _BenchAsk, as_json: bool) -> None:
     """
     Measure how fast MODELS load, read a prompt and write, on this machine.
 

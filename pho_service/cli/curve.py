@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Curve(Studied):
+class _CurveAsk(Studied):
     """
     The patterns of a curve, and where it is kept.
 
@@ -59,12 +59,12 @@ class _Curve(Studied):
         "confirm/windows", "confirm/finalists", "validation", "objective", "sampler", "revision",
         "dtype", "stream", *options_of(SearchOptions()),
     ),
-    ask=_Curve,
+    ask=_CurveAsk,
 )  # fmt: skip
 @click.argument("model")
 @device_options
 @json_verb
-def curve(model: str, given: Given, ask: _Curve, inputs: Terminal, as_json: bool) -> None:
+def curve(model: str, given: Given, ask: _CurveAsk, inputs: Terminal, as_json: bool) -> None:
     """
     Show how good MODEL still is at each of several sparsities.
 

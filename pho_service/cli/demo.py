@@ -105,7 +105,7 @@ class _Place:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Demo:
+class _DemoAsk:
     """
     What the demo is shown at, and where its results go.
 
@@ -122,9 +122,9 @@ class _Demo:
     ] = None
 
 
-@click.command(cls=DocumentCommand, fields=("trials", "seed"), ask=_Demo)
+@click.command(cls=DocumentCommand, fields=("trials", "seed"), ask=_DemoAsk)
 @json_verb
-def demo(given: Given, ask: _Demo, as_json: bool) -> None:
+def demo(given: Given, ask: _DemoAsk, as_json: bool) -> None:
     """
     Run the main job on SmolLM2-135M, with built-in texts and settings.
 

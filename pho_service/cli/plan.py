@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Plan(JobFile):
+class _PlanAsk(JobFile):
     """
     The machine that a search is planned for.
 
@@ -34,10 +34,10 @@ class _Plan(JobFile):
     url: Annotated[str | None, FieldShown(section=JOB)] = None
 
 
-@click.command(cls=DocumentCommand, fields=("",), ask=_Plan)
+@click.command(cls=DocumentCommand, fields=("",), ask=_PlanAsk)
 @click.argument("models", metavar="[MODEL]", nargs=-1)
 @json_verb
-def plan(models: tuple[str, ...], given: Given, ask: _Plan, as_json: bool) -> None:
+def plan(models: tuple[str, ...], given: Given, ask: _PlanAsk, as_json: bool) -> None:
     """
     Say what a search on MODEL would take: memory, disk and time, before anything is read.
 

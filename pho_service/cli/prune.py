@@ -130,7 +130,7 @@ def push_folder(folder: Path, repository: str, public: bool, as_json: bool) -> N
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Prune:
+class _PruneAsk:
     """
     What a model is pruned with, and where it goes; or a folder to check instead.
 
@@ -168,12 +168,12 @@ class _Prune:
 @click.command(
     cls=DocumentCommand,
     fields=("steps/linears", "steps/deployable", "calibration", "revision", "dtype", "stream"),
-    ask=_Prune,
+    ask=_PruneAsk,
 )
 @click.argument("model", required=False)
 @device_options
 @json_verb
-def prune(model: str | None, given: Given, ask: _Prune, inputs: Terminal, as_json: bool) -> None:
+def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_json: bool) -> None:
     """
     Prune MODEL with a configuration and save it as a Hugging Face folder.
 
@@ -247,7 +247,7 @@ def prune(model: str | None, given: Given, ask: _Prune, inputs: Terminal, as_jso
         push_folder(Path(ask.out), ask.push, ask.public, as_json=False)
 
 
-def _given_configuration(ask: _Prune, given: Given) -> "Configuration | None":
+def _given_configuration(ask: _PruneAsk, given: Given) -> "Configuration | None":
     """What a file or a method's name says; None if a library is asked."""
     from pho_service.spec.configuration import published, read_configuration
 
@@ -260,7 +260,7 @@ def _given_configuration(ask: _Prune, given: Given) -> "Configuration | None":
 
 
 def _refuse(
-    ask: _Prune,
+    ask: _PruneAsk,
     *,
     pruning: "Mapping[str, object]",
     of_library: "Mapping[str, object]",

@@ -34,7 +34,7 @@ _NAMES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Recover:
+class _RecoverAsk:
     """
     Where the dense model is, and where the recovered one goes.
 
@@ -56,12 +56,12 @@ class _Recover:
         *(f"calibration/{name}" for name in _TEXT), *_NAMES, "confirm/windows", "revision", "dtype",
     ),
     names=_NAMES,
-    ask=_Recover,
+    ask=_RecoverAsk,
 )  # fmt: skip
 @click.argument("folder", type=click.Path(path_type=Path))
 @device_options
 @json_verb
-def recover(folder: Path, given: Given, ask: _Recover, inputs: Terminal, as_json: bool) -> None:
+def recover(folder: Path, given: Given, ask: _RecoverAsk, inputs: Terminal, as_json: bool) -> None:
     """
     Train what FOLDER keeps towards what the dense model predicts, masks fixed.
 

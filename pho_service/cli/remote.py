@@ -515,7 +515,7 @@ class JobFile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _NewJob:
+class _NewJobAsk:
     """
     How a job is made, and waited for.
 
@@ -529,17 +529,17 @@ class _NewJob:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Submit(JobFile, _NewJob):
+class _SubmitAsk(JobFile, _NewJobAsk):
     """What is submitted, and how."""
 
 
 @click.command(
-    cls=DocumentCommand, fields=("",), needed="--patterns, --within or --job", ask=_Submit
+    cls=DocumentCommand, fields=("",), needed="--patterns, --within or --job", ask=_SubmitAsk
 )
 @click.argument("models", metavar="[MODEL...]", nargs=-1)
 @service_verb
 def submit(
-    models: tuple[str, ...], given: Given, ask: _Submit, url: str | None, as_json: bool
+    models: tuple[str, ...], given: Given, ask: _SubmitAsk, url: str | None, as_json: bool
 ) -> None:
     """
     Submit a search job for MODEL, a hub id or a path that the workers see.
@@ -611,7 +611,7 @@ def _read_document(path: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _TransferJob(_NewJob):
+class _TransferJobAsk(_NewJobAsk):
     """
     What is measured of a job, and where it is written.
 
@@ -640,7 +640,7 @@ def _transfer_fields() -> Mapping[str, Field]:
         "report", "search", "calibration/text", "dtype", "stream", "name", "priority",
         "max_attempts", "notify",
     ),
-    ask=_TransferJob,
+    ask=_TransferJobAsk,
 )  # fmt: skip
 @job_argument
 @click.argument("models", metavar="[MODEL...]", nargs=-1)
@@ -649,7 +649,7 @@ def transfer_job(
     job_id: str,
     models: tuple[str, ...],
     given: Given,
-    ask: _TransferJob,
+    ask: _TransferJobAsk,
     url: str | None,
     as_json: bool,
 ) -> None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Search(Studied):
+class _SearchAsk(Studied):
     """
     Where a search is kept, and what it gives.
 
@@ -44,13 +44,13 @@ class _Search(Studied):
 
 
 @click.command(
-    cls=DocumentCommand, fields=("",), needed="--within", of_a_service=False, ask=_Search
+    cls=DocumentCommand, fields=("",), needed="--within", of_a_service=False, ask=_SearchAsk
 )
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @device_options
 @json_verb
 def search(
-    models: tuple[str, ...], given: Given, ask: _Search, inputs: Terminal, as_json: bool
+    models: tuple[str, ...], given: Given, ask: _SearchAsk, inputs: Terminal, as_json: bool
 ) -> None:
     """
     Find the best coefficients for a model, and confirm them by perplexity.

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Transfer(Reported, Studied):
+class _TransferAsk(Reported, Studied):
     """
     What a configuration must be, what it is measured on, and where that is kept.
 
@@ -60,7 +60,7 @@ class _Transfer(Reported, Studied):
         "calibration", "confirm/text", "confirm/windows", "confirm/finalists",
         *options_of(SearchOptions()), "revision", "dtype", "stream",
     ),
-    ask=_Transfer,
+    ask=_TransferAsk,
 )  # fmt: skip
 @click.argument("configuration")
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
@@ -70,7 +70,7 @@ def transfer(
     configuration: str,
     models: tuple[str, ...],
     given: Given,
-    ask: _Transfer,
+    ask: _TransferAsk,
     inputs: Terminal,
     as_json: bool,
 ) -> None:

@@ -2,11 +2,7 @@
 Prune a model for good and save it.
 """
 
-import hashlib
-import json
-import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +15,14 @@ from pho_service.models.loading import LanguageModel, sha256_each
 from pho_service.models.mask_file import LayerMask, PackedMask
 from pho_service.models.saving import save_pruned
 from pho_service.models.scratch import Memo
+from pho_service.pipeline.blocks import blocks_kept
 from pho_service.pipeline.pipeline import few_tokens, prune_model
 from pho_service.pipeline.work import Work
 from pho_service.progress import Progress, silent
 from pho_service.pruning.masks import LinearMask, model_sparsity
 from pho_service.pruning.permutation import fold_order
-from pho_service.pruning.perplexity import windows_key
 from pho_service.pruning.reconstruction import Reconstructed
 from pho_service.spec.configuration import Configuration
-from pho_service.spec.steps import Candidate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,46 +94,15 @@ def prune_job(
     # ``memo`` has what a confirmation has pruned and trained already, if it is not lost.
     if memo is None:
         blocks = folder.expanduser().resolve().with_name(f".{folder.name}.blocks")
-        memo = blocks_kept(work, configuration.candidate(), lambda _: blocks)
+        memo = blocks_kept(
+            work.model, work.bundle, configuration.candidate(), work.calibration, lambda _: blocks
+        )
     model = work.model  # before its weights change
     pruned = prune_in_place(work, configuration, origin=origin, memo=memo, progress=progress)
     save_pruned(model, folder, pruned.masks.items(), pruned.recipe)
     if memo:
         memo.remove()
     return pruned
-
-
-def blocks_kept(work: Work, candidate: Candidate, folder: Callable[[str], Path]) -> Memo | None:
-    """Where the blocks are kept that a reconstruction has trained, by key; None without one."""
-    if not candidate.steps.reconstruction.wanted or (calibration := work.calibration) is None:
-        return None
-    model = work.model
-    # All that the weights of a pruned block follow from.
-    identity = [
-        model.to_dict(), str(model.device.type), str(candidate.pattern), candidate.to_dict(),
-        work.bundle.contents_sha256, windows_key(calibration), versions("torch", "transformers"),
-    ]  # fmt: skip
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    return Memo(folder=folder(key), key=key)
-
-
-_SETS = 3  # of trained blocks that the cache of this machine holds
-
-
-def cached_blocks(work: Work, winner: Candidate) -> Memo | None:
-    """Where `pho search` keeps the trained blocks of its winner for `pho prune`: the last few."""
-    if work.dense is None or work.cache_dir is None:
-        return None
-    place = work.cache_dir.expanduser().resolve() / "blocks"
-    blocks = blocks_kept(work, winner, lambda key: place / key[:16])
-    if blocks is None:
-        return None
-    others = [other for other in place.glob("*") if other != blocks.folder]
-    with suppress(OSError):  # somebody else has removed one
-        others.sort(key=lambda other: other.stat().st_mtime)
-        for old in others[: -(_SETS - 1)]:
-            shutil.rmtree(old, ignore_errors=True)
-    return replace(blocks, spare=True)
 
 
 def prune_in_place(

@@ -73,9 +73,11 @@ class Work:
 
     def blocks(self, winner: "Candidate") -> "Memo | None":
         """Where the trained blocks of a search's winner are kept, until it is pruned with."""
-        from pho_service.pipeline.prune import cached_blocks
+        if self.dense is None or self.cache_dir is None:
+            return None
+        from pho_service.pipeline.blocks import cached_blocks
 
-        return cached_blocks(self, winner)
+        return cached_blocks(self.cache_dir, self.dense, self.bundle, winner, self.calibration)
 
     def check(self) -> str | None:
         """Refuse files that have changed meanwhile; give the hash of the weights, if known."""

@@ -14,7 +14,7 @@ from pho_service.models.scratch import Memo
 from pho_service.pipeline import confirmation
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.pipeline import prune_model
-from pho_service.pipeline.prune import cached_blocks, prune_job
+from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.search import search_job
 from pho_service.pipeline.work import Work
 from pho_service.spec.configuration import Configuration
@@ -218,7 +218,7 @@ def test_the_cache_holds_the_blocks_of_the_last_three_searches(model, bundle, tm
     for number in range(5):
         pattern = Pattern.parse(f"0.{number + 1}")
         candidate = replace(CANDIDATE, pattern=pattern, steps=Steps(reconstruction=TRAINED))
-        found = cached_blocks(replace(work, cache_dir=tmp_path), candidate)
+        found = replace(work, cache_dir=tmp_path).blocks(candidate)
         found.folder.mkdir(parents=True)
         os.utime(found.folder, (number, number))
         kept.append(found.folder)

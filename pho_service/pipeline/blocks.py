@@ -1,0 +1,61 @@
+"""
+Where the blocks are kept that a reconstruction has trained, so that nobody trains them again.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from pho_service.host.machine import versions
+from pho_service.models.loading import LanguageModel
+from pho_service.models.scratch import Memo
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.perplexity import windows_key
+from pho_service.spec.steps import Candidate
+
+_SETS = 3  # of trained blocks that the cache of this machine holds
+
+
+def blocks_kept(
+    model: LanguageModel,
+    bundle: ProxyBundle,
+    candidate: Candidate,
+    calibration: Tensor | None,
+    folder: Callable[[str], Path],
+) -> Memo | None:
+    """The blocks of a candidate, in a folder by its key; None without a reconstruction."""
+    if not candidate.steps.reconstruction.wanted or calibration is None:
+        return None
+    # All that the weights of a pruned block follow from.
+    identity = [
+        model.to_dict(), str(model.device.type), str(candidate.pattern), candidate.to_dict(),
+        bundle.contents_sha256, windows_key(calibration), versions("torch", "transformers"),
+    ]  # fmt: skip
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    return Memo(folder=folder(key), key=key)
+
+
+def cached_blocks(
+    cache_dir: Path,
+    model: LanguageModel,
+    bundle: ProxyBundle,
+    winner: Candidate,
+    calibration: Tensor | None,
+) -> Memo | None:
+    """The blocks of a winner of `pho search`, kept for `pho prune`: the last few sets."""
+    place = cache_dir.expanduser().resolve() / "blocks"
+    blocks = blocks_kept(model, bundle, winner, calibration, lambda key: place / key[:16])
+    if blocks is None:
+        return None
+    others = [other for other in place.glob("*") if other != blocks.folder]
+    with suppress(OSError):  # somebody else has removed one
+        others.sort(key=lambda other: other.stat().st_mtime)
+        for old in others[: -(_SETS - 1)]:
+            shutil.rmtree(old, ignore_errors=True)
+    return replace(blocks, spare=True)
