@@ -83,9 +83,7 @@ def took(spec: JobSpec, texts: dict[str, Path], folder: Path) -> dict[str, float
         url = f"sqlite:///{folder / 'study.db'}"  # as `pho search` has it
         study = patched.enter_context(search.opened_study(url, request, work))
         found = search.search_job(request, work, study=study)
-    pruned = clock.timed(
-        "prune", prune_in_place, model, bundle, found.configuration, calibration=text.calibration
-    )
+    pruned = clock.timed("prune", prune_in_place, work, found.configuration)
     clock.timed("save", save_pruned, model, folder / "pruned", pruned.masks.items(), pruned.recipe)
     return clock.took
 

@@ -500,7 +500,7 @@ def test_json_logs(place, database, database_url):
         for line in served.log.splitlines()
         # nanobind: a library of torch's builds for GPUs, as the process ends
         if not re.match(
-            r"Jobs|API|Dash|Data|Studies|1 local|nanobind:| - (leaked|\.\.\.)|See https:", line
+            r"Jobs|API|Dash|Data|Studies|Local|nanobind:| - (leaked|\.\.\.)|See https:", line
         )
     ]
     logged = [json.loads(line) for line in lines]
