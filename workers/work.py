@@ -90,6 +90,8 @@ class SealedWork(Work):
         """Where the winner's trained blocks wait for what is done with the pruned model."""
         # If nothing prunes the model later, they are there so that another attempt goes on, or
         # another job may have its turn.
+        if not winner.steps.reconstruction.wanted:  # neither the model nor its text is needed
+            return None
 
         def folder(key: str) -> Path:
             place = self.inputs.pruned.workplace(self.job.id, key[:16])

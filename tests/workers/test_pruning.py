@@ -28,13 +28,16 @@ from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.work import Work
 from pho_service.progress import silent
+from pho_service.spec.baselines import baseline
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.document import number
 from pho_service.spec.job import JobSpec
+from pho_service.spec.pattern import Pattern
 from storage.jobs import ask_to_prune, note_removed
 from storage.records import JobState, LostClaim, StageKind
 from storage.tables import jobs
 from workers.inputs import Seal
+from workers.work import SealedWork
 
 _begun: list[Any] = []
 
@@ -307,3 +310,9 @@ def test_a_recovered_model_is_what_is_kept_and_the_report_says_what_it_gained(ha
     assert "| prompt | dense | pruned | recovered |" in card
     assert all(check.passed for check in check_folder(folder, original=None))
     assert [each.name for each in folder.parent.iterdir()] == [folder.name]
+
+
+def test_where_no_block_is_trained_neither_the_model_nor_its_text_is_opened():
+    work = object.__new__(SealedWork)  # without inputs, which opening would ask for
+
+    assert work.blocks(baseline("wanda", Pattern.parse("0.5"))) is None
