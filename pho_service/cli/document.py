@@ -262,7 +262,8 @@ class DocumentCommand(click.Command):
         names: dict[str, str] = {}
         for parameter, (field, option) in self._options.items():
             value = ctx.params.pop(parameter, None)
-            values = said["ask" if field in self._ask_fields.values() else "given"]
+            is_asked = self._ask_fields.get(field.path) is field
+            values = said["ask" if is_asked else "given"]
             if value and (again := self._again.get(parameter)):
                 value, *more = value
                 values |= {again.path: tuple(more)} if more else {}
@@ -270,11 +271,11 @@ class DocumentCommand(click.Command):
             if value is not None and value != () and value is not False:
                 values[field.path], names[field.path] = value, option.opts[0]
         models = ctx.params.get("models") or (ctx.params.get("model"),)
-        for argument, fields, is_asked in (
+        for argument, fields, wanted in (
             ("given", self._document_fields, self._paths),
             ("ask", self._ask_fields, self._ask),
         ):
-            if is_asked:
+            if wanted:
                 ctx.params[argument] = Given(
                     fields=fields, said=said[argument], names=names, models=[*filter(None, models)]
                 )

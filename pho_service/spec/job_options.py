@@ -288,11 +288,7 @@ class Field(JobField):
             [self.parameter(name), name],
             type=None if self.is_flag else click.Choice(choices) if choices else types.get(kind),
             multiple=has_names or kind in ("points", "lines"),
-            metavar="NAME=VALUE"
-            if has_names
-            else "MODEL"
-            if self.shown.picks == "models"
-            else None,
+            metavar="NAME=VALUE" if has_names else {"models": "MODEL"}.get(self.shown.picks),
             help=about.strip(),
             required=required or self.required,
             shell_complete=_methods_beginning if self.shown.picks == "methods" else None,
