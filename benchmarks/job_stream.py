@@ -203,11 +203,12 @@ class Person:
         document["trials"] += more
         key = uuid.uuid4().hex
         job = self.patient(lambda: self.client.submit(document, idempotency_key=key))
+        sent = self._sent(job.id, name, key, trials=document["trials"])
         again = self.patient(lambda: self.client.submit(document, idempotency_key=key))
         self.invariants.check(
             "the same Idempotency-Key makes one job", again.id == job.id, f"{job.id}, {again.id}"
         )
-        return self._sent(job.id, name, key, trials=document["trials"])
+        return sent
 
     def transfer(self, source: Sent, target: str) -> Sent:
         """Measure what a job has found on another model."""
@@ -310,6 +311,8 @@ class Person:
         ]
         try:
             self.patient(self._chance.choice(looks))
+        except ServiceUnavailable:
+            raise
         except ServiceError as error:  # trials of a transfer, say
             self._deserved(error, 409)
 

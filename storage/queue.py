@@ -72,6 +72,15 @@ def take_out(connection: Connection, queue_id: int | None, *, waiting: bool = Fa
     return connection.execute(query, {"id": queue_id}).rowcount > 0
 
 
+def leave_queue(connection: Connection, job: JobRecord) -> None:
+    """Take everything out of the queue that waits for a worker to do for a job."""
+    query = text(
+        "DELETE FROM procrastinate_jobs entry USING pho.stages"
+        " WHERE stages.queue_id = entry.id AND stages.job_id = :job AND entry.status = 'todo'"
+    )
+    connection.execute(query, {"job": job.id})
+
+
 # Entries that a worker could take now.
 _WAITING = (
     "SELECT entry.id, entry.priority AS place, (jobs.priority + 1) * :places - 1 AS top,"

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Float, Row, cast, extract, func, insert, sele
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 
 from storage.notifications import add_notification
-from storage.queue import Where, enqueue
+from storage.queue import Where, enqueue, leave_queue
 from storage.records import (
     DURATIONS_S,
     AttemptEnd,
@@ -129,6 +129,8 @@ def set_state(
         update(jobs).where(jobs.c.id == job.id).values(state=state, finished_at=end, **cause)
     )
     add_event(connection, job.id, "state", {"state": state, **cause, **(details or {})})
+    if not state.may_work:  # or every pause leaves entries that workers take for nothing
+        leave_queue(connection, job)
     if state.is_over and job.spec.get("notify"):
         add_notification(connection, job, state, error)
 

@@ -220,7 +220,7 @@ class TestOrder:
         first, second = (stage.id for stage in store.get(job.id).of_kind(StageKind.POINT))
 
         assert in_order(database) == [
-            *first_stages(theirs), first, second, *first_stages(other, paused, later)
+            *first_stages(theirs), first, second, *first_stages(other, later)
         ]  # fmt: skip
 
     def test_when_a_job_ends_the_key_is_let_in_that_was_not_served_for_longest(
@@ -335,11 +335,22 @@ class TestOrder:
     def test_lock_of_a_paused_job(self, database, store):
         paused, waiting = (submitted(store, lock="a") for _ in "ab")
         store.ask(paused.id, "pause")
-        entry, stage_id = fetch(database)
 
-        assert store.claim(stage_id, entry, uuid.uuid4()) is None
-        finish(database, entry)
         assert in_order(database) == first_stages(waiting)
+
+    @pytest.mark.parametrize("action", ["pause", "cancel"])
+    def test_what_waits_leaves_with_its_job_and_what_a_worker_has_stays(
+        self, database, store, action
+    ):
+        entry, claim = taken(store, job := submitted(store))
+        store.complete(claim, {}, then=[NewStage(kind=SEARCH, number=i) for i in range(3)])
+        finish(database, entry)
+        entry, _ = taken(store, job)
+        store.ask(job.id, action)
+
+        with database.transaction() as connection:
+            rows = connection.exec_driver_sql("SELECT id FROM procrastinate_jobs").scalars().all()
+        assert rows == [entry]
 
 
 class Life:
