@@ -12,7 +12,7 @@ from procrastinate import App, SyncPsycopgConnector
 from procrastinate.manager import JobManager
 from sqlalchemy import Connection, Row, text
 
-from storage.records import JobRecord, JobState, StageKind
+from storage.records import JobRecord, JobState, StageKind, StageState
 
 TASK = "run_stage"
 
@@ -73,12 +73,14 @@ def take_out(connection: Connection, queue_id: int | None, *, waiting: bool = Fa
 
 
 def leave_queue(connection: Connection, job: JobRecord) -> None:
-    """Take everything out of the queue that waits for a worker to do for a job."""
+    """Take the stages of a job that nobody has begun out of the queue."""
+    # One whose worker died is as it was: whoever takes its entry next puts it down.
     query = text(
         "DELETE FROM procrastinate_jobs entry USING pho.stages"
         " WHERE stages.queue_id = entry.id AND stages.job_id = :job AND entry.status = 'todo'"
+        " AND stages.state = :waiting"
     )
-    connection.execute(query, {"job": job.id})
+    connection.execute(query, {"job": job.id, "waiting": StageState.WAITING})
 
 
 # Entries that a worker could take now.

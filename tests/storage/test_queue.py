@@ -352,6 +352,20 @@ class TestOrder:
             rows = connection.exec_driver_sql("SELECT id FROM procrastinate_jobs").scalars().all()
         assert rows == [entry]
 
+    @pytest.mark.parametrize(
+        ("action", "end"), [("pause", JobState.PAUSED), ("cancel", JobState.CANCELLED)]
+    )
+    def test_whose_worker_died_stays_until_it_is_put_down(self, database, store, action, end):
+        entry, _ = taken(store, job := submitted(store))
+        store.give_again(entry, alive_s=0)
+        busy = store.ask(job.id, action)
+        again, stage_id = fetch(database)
+
+        assert not busy.state.may_work
+        assert busy.state is not end
+        assert store.claim(stage_id, again, uuid.uuid4()) is None
+        assert store.get(job.id).state is end
+
 
 class Life:
     """One job of two islands, users who ask for this and that, and workers that fail and die."""
