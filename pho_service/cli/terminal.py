@@ -7,9 +7,12 @@ import json
 import logging
 import os
 import re
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
 import click
@@ -44,7 +47,7 @@ def verb(function: Callable[P, None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         _quieten()
         try:
-            with faults_told():
+            with faults_told(), _interrupts_told():
                 function(*args, **kwargs)
         except InvalidInput as error:
             fail(str(error), code=2)
@@ -56,10 +59,33 @@ def verb(function: Callable[P, None]) -> Callable[P, None]:
                 raise
             words = click.get_current_context().command_path.split()[1:]
             fail(f"{' '.join(words)} {needs}", code=1)
-        except KeyboardInterrupt:
-            fail("interrupted. What was finished is kept: the same command goes on.", code=1)
 
     return run
+
+
+@contextmanager
+def _interrupts_told() -> Iterator[None]:
+    """End with a line after Ctrl-C, also where a library made another error of it."""
+    came = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        signal.default_int_handler(number, frame)
+
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    noted = is_default and threading.current_thread() is threading.main_thread()
+    if noted:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if not (came or isinstance(error, KeyboardInterrupt)):
+            raise
+        fail("interrupted. What was finished is kept: the same command goes on.", code=1)
+    finally:
+        if noted:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def fail(message: str, *, code: int) -> NoReturn:

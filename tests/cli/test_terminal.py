@@ -1,9 +1,12 @@
-"""Tables of the verbs: readable at every width, a line a row in a pipe."""
+"""Tables of the verbs: readable at every width, a line a row in a pipe; and Ctrl-C."""
+
+import signal
+from contextlib import suppress
 
 import pytest
 
 from pho_service.cli.remote import short_ids
-from pho_service.cli.terminal import print_table
+from pho_service.cli.terminal import print_table, verb
 
 COLUMNS = ("id", "name", "state", "trials", "perplexity", "RIA")
 ROWS = (
@@ -57,3 +60,19 @@ def test_ids_are_as_short_as_tells_them_apart_but_not_shorter_than_8_characters(
     assert short_ids([one]) == {one: "94b991f8"}
     assert short_ids([one, other]) == {one: "94b991f8-0", other: "94b991f8-1"}
     assert short_ids([]) == {}
+
+
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_ctrl_c_ends_in_a_line_also_where_a_library_makes_another_error_of_it(capsys, swallowed):
+    @verb
+    def interrupted():
+        with suppress(KeyboardInterrupt) if swallowed else suppress():
+            signal.raise_signal(signal.SIGINT)
+        raise IndexError
+
+    with pytest.raises(SystemExit) as ended:
+        interrupted()
+
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith("pho: interrupted. What was finished is kept")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
