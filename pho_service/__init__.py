@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pho_service.interface.objective import baseline as baseline
     from pho_service.interface.objective import configuration as configuration
     from pho_service.interface.objective import objective as objective
+    from pho_service.interface.pruned import export as export
     from pho_service.interface.pruned import load_semi_structured as load_semi_structured
     from pho_service.interface.pruned import prune as prune
     from pho_service.interface.pruned import save as save
@@ -57,6 +58,7 @@ _HOME = {
     "configuration": "interface.objective",
     "curve": "interface.curve",
     "evaluate": "interface.measured",
+    "export": "interface.pruned",
     "load_model": "models.loading",
     "load_packed": "models.loading",
     "load_semi_structured": "interface.pruned",

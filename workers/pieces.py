@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import optuna
@@ -20,6 +20,7 @@ from pho_service.errors import ChangedInput, PhoError
 from pho_service.host.tasks import harness_folder
 from pho_service.library import Entry, ModelFacts, Wanted, rank, stored_file
 from pho_service.models.calibration import cut, measure_shard
+from pho_service.models.gguf_file import check_types
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.saving import (
     RECIPE,
@@ -231,6 +232,7 @@ def prune_piece(work: SealedWork, claim: Claim, watch: Watch) -> StoredModel:
     if work.spec.recovery is not None:  # tasks are measured on the folder, once it is written
         with_configuration(folder, claim.job.with_tasks(best))
     recovered = recipe_document(folder).get("recovery")
+    _export(work, folder)
     files = described(folder, work.run)
     watch.look(now=True)
     work.inputs.pruned.keep(claim.job.id, folder.name, [file["name"] for file in files])
@@ -284,6 +286,23 @@ def _prune(work: SealedWork, configuration: Configuration, folder: Path) -> None
             prune_job(work, configuration, folder, memo=blocks, progress=work.run.progress)
     finally:
         work.inputs.clear()  # the model is not dense any more
+
+
+def _export(work: SealedWork, folder: Path) -> None:
+    """Write the GGUF files that a job asks for into the folder, those that are not there yet."""
+    from pho_service.pipeline.export import export  # slow to import
+
+    for left in folder.glob(".pho-*"):  # of an attempt that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    for gguf_type in work.spec.gguf:
+        file = folder / f"{PurePath(work.spec.model).stem}-pruned-{gguf_type}.gguf"
+        if not file.is_file():
+            device = str(work.inputs.device)
+            with store_faults_told():
+                exported = export(
+                    folder, file, gguf_type, device=device, progress=work.run.progress
+                )
+            logger.info("exported", extra={"job": str(work.job.id), "file": str(exported)})
 
 
 def _recover(work: SealedWork, settings: Recovery, before: Path, folder: Path) -> None:
@@ -447,6 +466,8 @@ def calibrate_piece(
     began = time.monotonic()
     if spec.tasks is not None and harness_folder() is not None:
         inputs.tasks(spec)
+    if spec.gguf:
+        check_types(spec.gguf)
     seal = inputs.seal(spec, Seal() if before is None else Seal(**before.inputs))
     model, linears = inputs.model(spec, seal), whole.plan(0).steps.linears
     check_patterns(model, whole.points, linears)

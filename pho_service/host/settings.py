@@ -41,6 +41,8 @@ class Settings(BaseSettings):
     text_roots: Paths = (Path(),)  # The same for texts
     # The same for folders of task files, whose Python functions are run; none without any.
     task_roots: Paths = ()
+    # Program that converts models to GGUF, `convert_hf_to_gguf.py`; the package's by default.
+    converter: str | None = None
     hub_models: Patterns = ("*",)  # Shell patterns of the hub's models that jobs may name
     hub_datasets: Patterns = ("*",)  # The same for data sets
     max_unfinished_jobs: int = Field(default=1000, ge=1)  # Limit of one key's unfinished jobs

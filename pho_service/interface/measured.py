@@ -25,6 +25,7 @@ from pho_service.interface.inputs import (
     parsed,
     run_on,
     settings_of,
+    text_of,
 )
 from pho_service.interface.search import LinearArguments, MethodArguments, arguments, calibrate
 from pho_service.models.tasks import LoadedTasks, load_tasks
@@ -38,6 +39,7 @@ from pho_service.pipeline.compare import (
     common_linears,
     compare_over_seeds,
 )
+from pho_service.pipeline.llama_bench import ReportedOn, bench_llama
 from pho_service.pipeline.tasks import also_tasks, measure_tasks
 from pho_service.pipeline.work import Work
 from pho_service.progress import bars
@@ -52,7 +54,7 @@ from pho_service.spec.pattern import Linears, Pattern
 from pho_service.spec.perplexity import beside_in_words
 from pho_service.spec.recovery import Recovery
 from pho_service.spec.tasks import TaskScore, task_names
-from pho_service.spec.verbs import BenchSettings, CompareAsk, EvaluateAsk, Where
+from pho_service.spec.verbs import BenchSettings, CompareAsk, EvaluateAsk, LlamaAsk, Where
 from pho_service.tuning.plan import SearchRequest
 
 if TYPE_CHECKING:
@@ -384,17 +386,21 @@ def _known_bundle(
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchArguments(BenchSettings, Where):
+class BenchArguments(BenchSettings, Where, LlamaAsk):
     """
     Arguments of ``pho.bench``.
 
     Attributes:
         models: Folders, packed or not, hub ids or .gguf files; all are in memory at once, and the
             others are compared with the first.
+        report: With ``runtime="llama.cpp"``, a text to measure on how good each file is.
+        report_windows: Only the first so many windows of it.
         progress: Show bars on stderr; None shows them in terminals and notebooks.
     """
 
     models: str | Path | Sequence[str | Path] = field(kw_only=False)
+    report: "Texts | None" = None
+    report_windows: int | None = None
     progress: bool | None = None
 
 
@@ -411,6 +417,17 @@ def bench(ask: BenchArguments) -> pipeline.Bench:
     if not models:
         raise InvalidInput("no model is given. Name at least one.")
     settings = part_of(ask, BenchSettings)
+    if ask.runtime != "torch":
+        report = None
+        if ask.report is not None:
+            report = ReportedOn(text_of(ask.report), ask.report_windows)
+        names = [str(model) for model in models]
+        return bench_llama(names, settings, ask, report, progress=bars(ask.progress))
+    if ask.report is not None:
+        raise InvalidInput(
+            'report is for runtime="llama.cpp". For models in torch, pho.evaluate gives the '
+            "perplexity."
+        )
     return pipeline.bench(
         [str(model) for model in models], settings, device=ask.device, dtype=ask.dtype,
         progress=bars(ask.progress),

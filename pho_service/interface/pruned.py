@@ -28,11 +28,13 @@ from pho_service.models.saving import RECIPE, save_pruned
 from pho_service.pipeline import prune as pipeline
 from pho_service.pipeline.bench import Conversion, check_gpu, convert_
 from pho_service.pipeline.compare import check_family
+from pho_service.pipeline.export import export as export_folder
 from pho_service.progress import bars
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.hardware import pick_device
 from pho_service.pruning.reconstruction import summary
 from pho_service.shown.parts import Shown, Table
+from pho_service.spec.export import GGUF_TYPES, Exported, GgufType
 
 if TYPE_CHECKING:
     from pho_service.interface.inputs import MixedTexts
@@ -188,6 +190,41 @@ def save(
                 "cast since is saved with its own save_pretrained."
             )
     save_pruned(loaded, path, pruned.masks.items(), pruned.recipe, overwrite=overwrite)
+
+
+def export(
+    folder: str | Path,
+    out: str | Path,
+    type: GgufType = "bf16",  # noqa: A002 - as its option
+    *,
+    converter: str | Path | None = None,
+    device: str = "auto",
+    progress: bool | None = None,
+) -> Exported:
+    """
+    Write a model folder as a GGUF file, for llama.cpp and what is built on it, as `pho export`.
+
+    llama.cpp's own converter writes it. It is read back, and what it predicts is compared with the
+    folder, before ``out`` is there.
+
+    Args:
+        folder: A model folder, packed or not.
+        out: A file whose name ends in ``.gguf``.
+        type: Type of its matrices: ``bf16``, ``q8_0``, ``q4_0`` and others of llama.cpp.
+        converter: llama.cpp's ``convert_hf_to_gguf.py``; by default that of the package
+            convert-hf-to-gguf.
+        device: Where it is read back.
+        progress: Show bars on stderr; None shows them in terminals and notebooks.
+
+    Raises:
+        InvalidInput: There is no converter, no program for the type, or no such folder.
+        ModelError: llama.cpp does not know the model or its tokenizer, its weights are quantised,
+            or the file does not predict what the folder does.
+    """
+    if type not in GGUF_TYPES:
+        raise InvalidInput(f"type {type!r} is not one of {', '.join(GGUF_TYPES)}.")
+    named = None if converter is None else str(converter)
+    return export_folder(folder, out, type, converter=named, device=device, progress=bars(progress))
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)

@@ -24,6 +24,7 @@ from pho_service.pruning.hardware import pick_device
 from pho_service.pruning.masks import GROUP, KEEP, broken_groups, to_semi_structured
 from pho_service.pruning.statistics import PrunableLinear
 from pho_service.shown.parts import Shown, Table
+from pho_service.spec.document import with_error
 from pho_service.spec.verbs import BenchSettings
 
 # Run a 2:4 model by torch's kernels for it, where the groups hold in the stored order.
@@ -132,6 +133,14 @@ class Side:
     # Seconds to read the prompts, up to the first new token, by round.
     prefill_s: list[float] = field(default_factory=list)
     decode_s: list[float] = field(default_factory=list)  # Seconds to write the new tokens, by round
+    base: int = 0  # Which side it is compared with
+    # Of a file in llama.cpp: what PHO reads in it has this perplexity and its standard error, this
+    # mean divergence in nats from the first model, and next-token probabilities that are at most
+    # so far from llama.cpp's.
+    perplexity: float | None = None
+    error: float | None = None
+    divergence: float | None = None
+    runtime_gap: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
@@ -153,8 +162,8 @@ class Bench(Shown):
         )
 
     def ratios(self, side: Side) -> tuple[list[float], list[float]]:
-        """How many times as fast as the first, of reading and writing, round by round, sorted."""
-        first = self.sides[0]
+        """How many times as fast as its base, of reading and writing, round by round, sorted."""
+        first = self.sides[side.base]
         return (
             sorted(a / b for a, b in zip(first.prefill_s, side.prefill_s, strict=True)),
             sorted(a / b for a, b in zip(first.decode_s, side.decode_s, strict=True)),
@@ -163,13 +172,23 @@ class Bench(Shown):
     def _row(self, side: Side) -> tuple[str, ...]:
         read, written = self.tokens_per_s(side)
         times = ["", ""]
-        if side is not self.sides[0]:
+        if side is not self.sides[side.base]:
             times = [f"{median(r):.2f} ({r[0]:.2f}-{r[-1]:.2f})" for r in self.ratios(side)]
         size = f"{side.bytes / 1e6:.1f}" if side.bytes else ""
+        load_s = f"{median(side.load_s):.2f}" if side.load_s else ""
+        quality = []
+        if self._has_quality:
+            nats = "" if side.divergence is None else f"{side.divergence:.4f}"
+            gap = "" if side.runtime_gap is None else f"{side.runtime_gap:.4f}"
+            quality = [with_error(side.perplexity, side.error), nats, gap]
         return (
-            side.name, size, f"{median(side.load_s):.2f}", f"{read:.1f}", times[0],
-            f"{written:.1f}", times[1], side.note,
+            side.name, size, load_s, f"{read:.1f}", times[0],
+            f"{written:.1f}", times[1], *quality, side.note,
         )  # fmt: skip
+
+    @property
+    def _has_quality(self) -> bool:
+        return any(side.perplexity is not None for side in self.sides)
 
     @property
     def table(self) -> Table:
@@ -178,17 +197,23 @@ class Bench(Shown):
         return Table(
             (
                 "model", "MB", "load s", "read tokens/s", "times", "written tokens/s", "times",
-                "note",
+                *(("perplexity", "KL", "runtime gap") if self._has_quality else ()), "note",
             ),
             [self._row(side) for side in self.sides],
             title=f"{run.prompt} tokens read and {run.new_tokens} written, batch {run.batch}, "
             f"{run.rounds} rounds",
             notes=(
                 *self.conditions,
-                "Medians; times as fast as the first: median (least to most) of the rounds. Loads "
-                "with the files in the system's memory.",
+                f"Medians; times as fast as {self._compared_with}: median (least to most) of the "
+                "rounds. Loads with the files in the system's memory.",
             ),
         )  # fmt: skip
+
+    @property
+    def _compared_with(self) -> str:
+        if any(side.base for side in self.sides):
+            return "the first model in the same type, which is compared with its first type"
+        return "the first"
 
     def _shown(self) -> Table:
         return self.table

@@ -35,6 +35,7 @@ from pho_service.spec.document import (
     Title,
     printable,
 )
+from pho_service.spec.export import GgufType
 from pho_service.spec.fields import (
     CalibrationSpec,
     ConfirmSpec,
@@ -185,6 +186,15 @@ def of_pruned(value: RecoverySpec | None, info: ValidationInfo) -> RecoverySpec 
         raise ValueError("the pruned model is recovered, and none is written: give prune, too")
     if value is not None and info.data.get("stream"):
         raise ValueError("a streamed model cannot be trained: leave it out, or do not stream")
+    return value
+
+
+def also_pruned(value: list[GgufType], info: ValidationInfo) -> list[GgufType]:
+    """A pruned model is written as GGUF files, each once."""
+    if value and not info.data.get("prune", True):
+        raise ValueError("the pruned model is exported, and none is written: give prune, too")
+    if len({*value}) < len(value):
+        raise ValueError("a type is given twice: give each once")
     return value
 
 
@@ -367,6 +377,13 @@ class JobSpec(Document):
         description="Whether the pruned model is written when the search is over, to be fetched "
         "with `pho pull`.",
     )
+    gguf: Annotated[list[GgufType], FieldShown(section=AFTER, label="GGUF files", service=True)] = (
+        Field(
+            [],
+            exclude_if=lambda types: not types,
+            description="Types in which the pruned model is also written for llama.cpp, a file each.",
+        )
+    )
     recovery: Annotated[RecoverySpec | None, FieldShown(section=AFTER, service=True)] = Field(
         None,
         exclude_if=lambda recovery: recovery is None,
@@ -412,6 +429,7 @@ class JobSpec(Document):
     _of_tasks = field_validator("tasks_dir", "tasks_limit")(of_tasks)
     _has_one_model = field_validator("prune", "tasks")(has_one_model)
     _of_pruned = field_validator("recovery")(of_pruned)
+    _also_pruned = field_validator("gguf")(also_pruned)
     _differ = field_validator("islands")(differ)
 
     @model_validator(mode="before")

