@@ -1,7 +1,7 @@
 """Tables of the verbs: readable at every width, a line a row in a pipe; and Ctrl-C."""
 
 import signal
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 
@@ -66,7 +66,7 @@ def test_ids_are_as_short_as_tells_them_apart_but_not_shorter_than_8_characters(
 def test_ctrl_c_ends_in_a_line_also_where_a_library_makes_another_error_of_it(capsys, swallowed):
     @verb
     def interrupted():
-        with suppress(KeyboardInterrupt) if swallowed else suppress():
+        with suppress(KeyboardInterrupt) if swallowed else nullcontext():
             signal.raise_signal(signal.SIGINT)
         raise IndexError
 
