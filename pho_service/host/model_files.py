@@ -146,3 +146,15 @@ def _of_tokenizer(document: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
         if is_file or key in ("vocab", "merges", "init_inputs"):
             values = value if isinstance(value, list) else [value]
             yield from ((key, name) for name in values if name and isinstance(name, str))
+
+
+def check_not_quantised(folder: Path, way_out: str) -> None:
+    """Raise ModelError for a folder whose weights are quantised, whatever could load it."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        how = config.get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return  # whoever loads it says so
+    if how:
+        method = how.get("quant_method", "unknown") if isinstance(how, dict) else how
+        raise ModelError(f"{folder.name} has quantised weights ({method}). {way_out}")

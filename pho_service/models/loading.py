@@ -327,18 +327,6 @@ def _check_folder(path: Path) -> None:
     raise ModelError(f"{path} has no weights: no *.safetensors file is in it.")
 
 
-def check_not_quantised(folder: Path, way_out: str) -> None:
-    """Raise ModelError for a folder whose weights are quantised, whatever could load it."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        how = config.get("quantization_config")
-    except (OSError, ValueError, AttributeError):
-        return  # whoever loads it says so
-    if how:
-        method = how.get("quant_method", "unknown") if isinstance(how, dict) else how
-        raise ModelError(f"{folder.name} has quantised weights ({method}). {way_out}")
-
-
 @contextmanager
 def loading_errors(name: str) -> Iterator[None]:
     """Turn what transformers raises into a ModelError with the way out."""

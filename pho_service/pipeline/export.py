@@ -10,9 +10,9 @@ import torch
 
 from pho_service.errors import InvalidInput, ModelError, PhoError
 from pho_service.host.files import check_file, new_file
-from pho_service.host.model_files import is_packed
+from pho_service.host.model_files import check_not_quantised, is_packed
 from pho_service.models.gguf_file import check_types, find_converter, write_gguf
-from pho_service.models.loading import LanguageModel, check_not_quantised, load_model
+from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.packed import as_folder
 from pho_service.progress import Progress, silent
 from pho_service.pruning.perplexity import DenseReference, dense_reference, rate_divergence

@@ -33,6 +33,7 @@ from pho_service.errors import (
     field_name,
 )
 from pho_service.host.machine import first_words, let_go_of_memory, ran_out_of_memory, versions
+from pho_service.host.model_files import check_not_quantised
 from pho_service.models.architecture import decoder_blocks, footprint_of
 from pho_service.models.calibration import USED, free_for
 from pho_service.models.loading import LanguageModel, load_model, sha256_each
@@ -105,7 +106,7 @@ class PrunedModel:
             device = "cpu"
         folder = folder.expanduser()
         with as_folder(folder) as small:
-            _check_plain(small)
+            check_not_quantised(small, "They cannot be trained: recover the model before that.")
             recipe = recipe_document(small) if (small / RECIPE).is_file() else None
             masks = {}
             if recipe is not None:
@@ -181,21 +182,6 @@ class PrunedModel:
             "layers": layers,
             **({"dense": {}} if len(layers) < len(self.model.linears) else {}),
         }
-
-
-def _check_plain(folder: Path) -> None:
-    """Raise ModelError for a folder whose weights are quantised, whatever could load it."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        how = config.get("quantization_config")
-    except (OSError, ValueError, AttributeError):
-        return  # whoever loads it says so
-    if how:
-        method = how.get("quant_method", "unknown") if isinstance(how, dict) else how
-        raise ModelError(
-            f"{folder.name} has quantised weights ({method}), which cannot be trained. Recover the "
-            "model before it is quantised."
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
