@@ -381,7 +381,7 @@ class JobSpec(Document):
         Field(
             [],
             exclude_if=lambda types: not types,
-            description="Types in which the pruned model is also written for llama.cpp, a file each.",
+            description="Types in which the pruned model is also written, for llama.cpp.",
         )
     )
     recovery: Annotated[RecoverySpec | None, FieldShown(section=AFTER, service=True)] = Field(
