@@ -19,7 +19,7 @@ LOCAL_VERBS = {
     "search": ("search", "Find the best coefficients for a model, and confirm them by perplexity."),
     "curve": ("curve", "Show how good a model still is at each of several sparsities."),
     "prune": ("prune", "Prune a model with a configuration and save it."),
-    "recover": ("recover", "Train a pruned model towards the dense one, masks fixed."),
+    "recover": ("recover", "Train a pruned or smaller model towards the dense one."),
     "pack": ("prune", "Make a model folder smaller, without losing a bit."),
     "unpack": ("prune", "Restore the folder that was packed."),
     "export": ("prune", "Write a model folder as a GGUF file, for llama.cpp."),

@@ -1,5 +1,5 @@
 """
-`pho recover`: train a pruned model towards the dense one, masks fixed.
+`pho recover`: train a pruned or smaller model towards the dense one, masks fixed.
 """
 
 from contextlib import nullcontext
@@ -39,7 +39,7 @@ class _RecoverAsk:
     Where the dense model is, and where the recovered one goes.
 
     Attributes:
-        teacher: The dense model that FOLDER was pruned from.
+        teacher: The dense model that FOLDER was pruned from; or a larger one.
         out: A new folder.
         confirm_text: Text file to measure perplexities on: dense, pruned, recovered. Not trained
             on.
@@ -66,9 +66,11 @@ def recover(folder: Path, given: Given, ask: _RecoverAsk, inputs: Terminal, as_j
     Train what FOLDER keeps towards what the dense model predicts, masks fixed.
 
     FOLDER is a pruned model: of `pho prune`, or of any tool that writes exact
-    zeros. Take other text than the calibration's, and more of it; no labels are
-    needed. --written adds windows that the dense model writes. --minutes is the
-    time for all of it. An interrupted run goes on with the same command.
+    zeros. Or it is smaller than its teacher, with fewer blocks or narrower ones
+    and the same vocabulary: then all its linears are trained. Take other text
+    than the calibration's, and more of it; no labels are needed. --written adds
+    windows that the dense model writes. --minutes is the time for all of it. An
+    interrupted run goes on with the same command.
 
     \b
     Example:
@@ -86,7 +88,7 @@ def recover(folder: Path, given: Given, ask: _RecoverAsk, inputs: Terminal, as_j
     how = given.calibration()
     check_free(out)
     if not folder.expanduser().exists():
-        raise InvalidInput(f"{folder} does not exist. Give the folder of a pruned model.")
+        raise InvalidInput(f"{folder} does not exist. Give that of a pruned or smaller model.")
     check_models([teacher], given("revision"), ask.confirm_text)
     source = calibration_source(how)
     processes = Processes()
@@ -128,6 +130,7 @@ def recover(folder: Path, given: Given, ask: _RecoverAsk, inputs: Terminal, as_j
     if recovered.perplexities:
         show_table(recovered_table(recovered))
         if recovered.continuations:
-            show_table(continuations_table(recovered.continuations))
+            before = recovered.models_before
+            show_table(continuations_table(recovered.continuations, before=before))
     elif recovered.kept:
         say("Measure it: `pho evaluate`; give --confirm-text to see perplexities here.")

@@ -175,17 +175,20 @@ def save(
         )
     loaded = opened(model, tokenizer)
     layers = pruned.recipe["layers"]
-    linears = {name: linear for name, linear in loaded.linears.items() if name in layers}
-    if list(linears) != list(layers):
+    hashes = {name: layer["weights_sha256"] for name, layer in layers.items()}
+    hashes = hashes or pruned.recipe["dense"]  # of a smaller model without masks
+    linears = {name: linear for name, linear in loaded.linears.items() if name in hashes}
+    if list(linears) != list(hashes):
         raise ModelError(
             f"the model {loaded.name} has other linears than the one that was pruned, "
             f"{pruned.recipe['model']['name']}. Give the model that pho.prune was given."
         )
     weights = sha256_each(linear.weight for linear in linears.values())
-    for (name, layer), sha256 in zip(layers.items(), weights, strict=True):
-        if sha256 != layer["weights_sha256"]:
+    for (name, saved), sha256 in zip(hashes.items(), weights, strict=True):
+        if sha256 != saved:
+            step = "recovery" if "recovery" in pruned.recipe else "pruning"
             raise ModelError(
-                f"the weights of {name} are not those that the pruning left, so the recipe would "
+                f"the weights of {name} are not those that the {step} left, so the recipe would "
                 "not be true. Save a model right after it was pruned; one that was trained or "
                 "cast since is saved with its own save_pretrained."
             )

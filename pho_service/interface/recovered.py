@@ -1,5 +1,5 @@
 """
-`pho.recover`: a pruned model trained towards the dense one.
+`pho.recover`: a pruned or smaller model trained towards the dense one.
 """
 
 import tempfile
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class RecoveredModel(Shown, PrunedFolder):
     """
-    A pruned model after its recovery; ``pho.save`` writes it.
+    A pruned or smaller model after its recovery; ``pho.save`` writes it.
 
     Attributes:
         model: The model that was given, trained in place; or the one that was loaded by its name.
@@ -58,9 +58,10 @@ class RecoverArguments(Recovery):
     Arguments of ``pho.recover``.
 
     Attributes:
-        pruned: What ``pho.prune`` gave; or a model with exact zeros in its linears, in memory or by
-            its name. It is trained in place.
-        teacher: The dense model that it was pruned from, in memory or by its name.
+        pruned: What ``pho.prune`` gave; or a model with exact zeros in its linears, or one that is
+            smaller than its teacher, in memory or by its name. It is trained in place.
+        teacher: The dense model that it was pruned from, or a larger one with the same vocabulary,
+            in memory or by its name.
         texts: What to train on, as for ``pho.calibrate``; other text than the calibration's.
         context_length: Tokens of a window; by default 2,048 or what the model reads.
         bos: Whether windows begin with BOS: ``auto``, ``always``, ``never``.
@@ -89,6 +90,9 @@ def recover(ask: RecoverArguments) -> RecoveredModel:
     """
     Train what a pruned model keeps towards what the dense model predicts; zeros stay zeros.
 
+    The model may be smaller than its teacher, with fewer blocks or narrower ones: one of Minitron
+    or OptiPFair, or one from which layers were dropped by hand. Then all its linears are trained.
+
     The loss is the Kullback-Leibler divergence of the next-token distributions, over the dense
     model's 512 likeliest tokens and the rest as one event. One window of eight, 16 at most, is held
     out: these say when to stop, and the weights are as before if nothing made them better. With the
@@ -96,7 +100,8 @@ def recover(ask: RecoverArguments) -> RecoveredModel:
     call this: they train together, and all have the whole model after it.
 
     Raises:
-        ModelError: The model has no zeros, or the teacher is of another architecture or vocabulary.
+        ModelError: The model neither has zeros nor is smaller than its teacher, or the teacher has
+            another vocabulary.
         TextError: The text fills fewer than four windows.
         InvalidInput: Both ``minutes`` and ``tokens``, too little time for one step, or a streamed
             model.

@@ -42,7 +42,7 @@ from pho_service.shown.tables import (
     verdict_table,
 )
 from pho_service.spec.configuration import Configuration, check_format, read_document, reasons
-from pho_service.spec.recovery import Recovered
+from pho_service.spec.recovery import Recovered, Student
 
 _ROOTED = re.compile(r"[/\\~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]")
 _WEIGHTS = ("layers", "folded", "dense", "blocks")  # parts that are of linears, by their names
@@ -126,6 +126,8 @@ def model_card(recipe: Mapping[str, Any], licence: Mapping[str, str]) -> str:
     name = str(recipe["model"]["name"])
     document = recipe["configuration"]
     config = None if document is None else Configuration.model_validate(document)  # None: elsewhere
+    recovered = _recovered(recipe)
+    student = None if recovered is None or config is not None else recovered.student
     on_hub = is_hub_id(name) and not Path(name).exists()
     base = name if on_hub else PurePath(name).name or "a model in memory"
     head_fields: dict[str, Any] = {"license": "unknown", **licence}
@@ -134,17 +136,23 @@ def model_card(recipe: Mapping[str, Any], licence: Mapping[str, str]) -> str:
         base_model=name if on_hub else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["pho", "pruned", "sparse", *([f"sparsity-{config.pattern}"] if config else [])],
+        tags=["pho", *_tags(recipe, config, student)],
     ).to_yaml()
+    base_link = f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`"
+    zeros = f"{recipe['sparsity']:.2%} of the weights of {len(recipe['layers'])} linears"
+    made = "trained" if student else "pruned"
     parts = [
-        f"---\n{head}\n---\n\n# {base}, pruned\n",
-        f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`",
-        f"with {recipe['sparsity']:.2%} of the weights of {len(recipe['layers'])} linears set to "
-        f"zero{' by PHO' if config else ''}.\n",
-        "## How it was pruned\n",
+        f"---\n{head}\n---\n\n# {base}, {'as a smaller model' if student else 'pruned'}\n",
+        f"{base_link}\nwith {zeros} set to zero{' by PHO' if config else ''}.\n"
+        if student is None
+        else f"A smaller model that PHO has trained towards {base_link}: it has {student}.\n",
+        f"## How it was {made}\n",
         *(f"* {line}" for line in _how(recipe, config)),
         "\n`pruning.json` has the whole recipe, `pruning/masks.safetensors` the masks; "
-        "`pho prune --check FOLDER` compares the weights with both.\n",
+        "`pho prune --check FOLDER` compares the weights with both.\n"
+        if recipe["layers"]
+        else "\n`pruning.json` has the whole recipe; `pho prune --check FOLDER` compares the "
+        "weights with it.\n",
         "## How good it is\n",
         *_how_good(recipe, config),
         "\n## How to load it\n",
@@ -152,16 +160,41 @@ def model_card(recipe: Mapping[str, Any], licence: Mapping[str, str]) -> str:
         'model = AutoModelForCausalLM.from_pretrained(".")  # this folder, or its name on the hub\n'
         'tokenizer = AutoTokenizer.from_pretrained(".")\n```\n',
         "The zeros alone make it neither smaller nor faster: that needs a format or a runtime that "
-        "leaves them out.\n",
+        "leaves them out.\n"
+        if recipe["layers"]
+        else "It is smaller by its shapes, so any runtime that takes its architecture runs it.\n",
         "## Licence\n",
         _licence(base, licence),
     ]
     return "\n".join(parts) + "\n"
 
 
+def _recovered(recipe: Mapping[str, Any]) -> Recovered | None:
+    recovery = recipe.get("recovery")
+    return None if recovery is None else Recovered.from_dict(recovery)
+
+
+def _tags(
+    recipe: Mapping[str, Any], config: Configuration | None, student: Student | None
+) -> Iterator[str]:
+    if student is not None:
+        yield "distillation"
+    if recipe["layers"]:
+        yield from ("pruned", "sparse")
+    if config is not None:
+        yield f"sparsity-{config.pattern}"
+
+
 def _how(recipe: Mapping[str, Any], config: Configuration | None) -> Iterator[str]:
     """The method, its numbers, and the text."""
-    if config is None:
+    recovered = _recovered(recipe)
+    student = None if recovered is None else recovered.student
+    if config is None and student is not None:
+        yield f"Trained from `{shareable(student.model['name'])}`, which was made smaller before"
+        if recipe["layers"]:
+            zeros = f"{recipe['sparsity']:.2%} of the weights of {len(recipe['layers'])} linears"
+            yield f"Zeros stayed zeros: {zeros}"
+    elif config is None:
         yield "By another tool than PHO, which has its masks from the zeros"
     else:
         for name, value in configuration_rows(config):
@@ -173,18 +206,18 @@ def _how(recipe: Mapping[str, Any], config: Configuration | None) -> Iterator[st
         yield f"Training: {summary(trained)}"
     if few := recipe.get("few_tokens"):
         yield f"Take care: {few}"
-    if recovery := recipe.get("recovery"):
-        recovered = Recovered.from_dict(recovery)
+    if config is not None and recovered is not None and student is not None:
+        yield f"Teacher: `{shareable(recovered.teacher['name'])}`; the model has {student}"
+    if recovered is not None:
         yield f"Recovery on {_text({'text': recovered.text})}: {recovered}"
     yield f"PHO {recipe['versions'].get('pho-service', '')}"
 
 
 def _how_good(recipe: Mapping[str, Any], config: Configuration | None) -> Iterator[str]:
-    recovery = recipe.get("recovery")
-    recovered = None if recovery is None else Recovered.from_dict(recovery)
+    recovered = _recovered(recipe)
     if recovered is not None and recovered.perplexities:
         yield f"{recovered_table(recovered).markdown()}\n"
-        writing = continuations_table(recovered.continuations)
+        writing = continuations_table(recovered.continuations, before=recovered.models_before)
         yield f"{writing.markdown()}\n" if writing.rows else ""
     elif recovered is not None:
         yield "The perplexity after the recovery was not measured.\n"
@@ -236,13 +269,16 @@ def save_pruned(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write a model whose masks are applied: weights, tokenizer, masks, recipe, and a card."""
+    """Write a model whose masks are applied: weights, tokenizer, recipe, a card, and the masks."""
     # The folder is made beside its place and moved there when it is complete.
     with new_folder(folder, replacing=RECIPE if overwrite else None) as partial, os_errors():
         model.model.save_pretrained(partial, max_shard_size=SHARD)
         model.tokenizer.save_pretrained(partial)
-        (partial / MASKS).parent.mkdir()
-        hashes = write_masks(masks, partial / MASKS, metadata={"model": shareable(recipe["model"])})
+        hashes = {}
+        if recipe["layers"]:  # of a smaller model without zeros there are none
+            metadata = {"model": shareable(recipe["model"])}
+            (partial / MASKS).parent.mkdir()
+            hashes = write_masks(masks, partial / MASKS, metadata=metadata)
         layers = {
             name: {**entry, "mask_sha256": hashes[name]} for name, entry in recipe["layers"].items()
         }
@@ -328,6 +364,7 @@ class RecoveryRecord(_Document):
 
     train: Literal["kept", "norms", "lora"]
     kept: bool  # Whether the trained weights were taken
+    student: dict[str, Any] | None = None  # Sizes of it and of its teacher, if that is larger
 
 
 class PatternRecord(_Document):
@@ -341,12 +378,12 @@ class Recipe(_Document):
 
     format: Literal["pho-pruning"]
     version: Literal[2]
-    configuration: PatternRecord | None  # None of a model that was pruned elsewhere
-    model: ModelRecord
+    configuration: PatternRecord | None  # None of a model that another tool has made
+    model: ModelRecord  # The dense model; the teacher of a smaller one
     updated: bool  # Weights that stayed were changed
     folded: Annotated[list[Folded], FailFast()]
     sparsity: float = Field(ge=0, le=1)
-    layers: dict[str, LayerRecord] = Field(min_length=1)
+    layers: dict[str, LayerRecord]  # None of a smaller model without zeros
     # Linears that were left out, with the hash of each one's weight. They have no masks.
     dense: dict[str, str] = Field(default_factory=dict)
     # What the reconstruction of each block came to, if there was one.
@@ -354,6 +391,18 @@ class Recipe(_Document):
     recovery: RecoveryRecord | None = None  # What the whole model was trained for, if it was
     calibration: dict[str, Any]
     versions: dict[str, str]
+
+    @property
+    def is_student(self) -> bool:
+        """Whether another tool has made it smaller than its teacher."""
+        trained = self.recovery is not None and self.recovery.student is not None
+        return trained and self.configuration is None
+
+    @model_validator(mode="after")
+    def _has_layers(self) -> Self:
+        if not self.layers and not self.is_student:
+            raise ValueError("layers is empty; only a model smaller than its teacher has none")
+        return self
 
     @field_validator("layers", mode="before")
     @classmethod

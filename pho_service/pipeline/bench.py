@@ -99,6 +99,8 @@ def _reasons(folder: Path) -> Callable[[str], str]:
     if not (folder / RECIPE).is_file():
         return lambda _: unknown
     recipe: Recipe = read_recipe(folder)
+    if not recipe.layers:
+        return lambda _: unknown
     masks = read_masks(folder / MASKS)
 
     def reason(name: str) -> str:

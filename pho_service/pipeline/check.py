@@ -59,14 +59,17 @@ def check_folder(
             recipe = Recipe.model_validate(recipe_document(small))
         except ValidationError as error:
             return [_check("recipe", [reasons(error)], "")]
-        masks = read_masks(small / MASKS)
+        there = recipe.layers or (small / MASKS).exists()
+        masks = read_masks(small / MASKS) if there else None
         model = load_model(str(folder), device="cpu", dtype=_saved_dtype(small))
         dense = f", {len(recipe.dense)} of them dense" if recipe.dense else ""
+        dense = dense if recipe.layers else ", without masks"
         whole = f"complete, {len(recipe.layers) + len(recipe.dense)} linears{dense}"
         recipe_check = _check("recipe", [*_recipe_problems(recipe, model.linears)], whole)
         if not recipe_check.passed:
             return [recipe_check]
-        if problems := [*_mask_problems(masks, recipe, model.linears)]:
+        problems = [] if masks is None else [*_mask_problems(masks, recipe, model.linears)]
+        if problems:
             return [recipe_check, _check("masks", problems, "")]
         return [recipe_check, *_check_weights(recipe, masks, model, original, progress)]
 
@@ -113,14 +116,14 @@ def _mask_problems(
 
 def _check_weights(
     recipe: Recipe,
-    masks: MaskFile,
+    masks: MaskFile | None,
     model: LanguageModel,
     original: LanguageModel | None,
     progress: Progress,
 ) -> list[Check]:
     """Everything beyond the recipe itself."""
     origin = _origin_check(recipe, model, original)
-    dense_model = original if origin.passed else None
+    dense_model = original if origin.passed and not recipe.is_student else None
     rows, columns = _renumbered(recipe.folded)
     problems: dict[str, list[str]] = defaultdict(list)
     weights = removed = 0
@@ -135,7 +138,7 @@ def _check_weights(
                     f"{name}: the weight is not the one that was saved"
                 )
             kept = torch.ones_like(weight, dtype=torch.bool)
-            if record is not None:
+            if record is not None and masks is not None:
                 if masks.sha256(name) != record.mask_sha256:
                     problems["masks"].append(f"{name}: the mask is not the one that was saved")
                     continue
@@ -153,17 +156,25 @@ def _check_weights(
                 problems["kept weights"] += _some(name, changed, "kept weights were changed")
     share = removed / max(weights, 1)
     groups = sum(record.group is not None for record in recipe.layers.values())
+    no_masks = f"{_NOT_CHECKED}the model has no masks"
     checks = [
         _check(name, problems[name], detail)
         for name, detail in (
-            ("masks", f"{len(recipe.layers)} masks as recorded"),
-            ("zeros", f"{removed:,} removed weights are zero, {share:.4%} of {weights:,}"),
+            ("masks", f"{len(recipe.layers)} masks as recorded" if recipe.layers else no_masks),
+            (
+                "zeros",
+                f"{removed:,} removed weights are zero, {share:.4%} of {weights:,}"
+                if recipe.layers
+                else no_masks,
+            ),
             ("groups", f"{groups} linears" if groups else "no linear has N:M groups"),
             ("weight hashes", f"{len(records)} weights as recorded"),
         )
     ]
     if dense_model is None:
         reason = "no original model was given" if original is None else "it is another model"
+        if recipe.is_student:
+            reason = "a model smaller than its teacher has other weights"
         names = ("kept weights", "other parameters")
         return [*checks, origin, *(_check(name, [], f"{_NOT_CHECKED}{reason}") for name in names)]
     kept_check = _check("kept weights", problems["kept weights"], _kept_detail(recipe))
@@ -209,6 +220,7 @@ def _origin_check(recipe: Recipe, model: LanguageModel, original: LanguageModel 
     if original is None:
         return _check("original model", [], f"{_NOT_CHECKED}no original model was given")
     problems, pruned = [], recipe.model
+    was = "was the teacher" if recipe.is_student else "was pruned"
     dtype = str(original.dtype).removeprefix("torch.")
     shapes, pruned_shapes = (
         {name: linear.weight.shape for name, linear in each.linears.items()}
@@ -219,12 +231,14 @@ def _origin_check(recipe: Recipe, model: LanguageModel, original: LanguageModel 
             f"{original.name} is loaded in {dtype}, but the model was pruned in {pruned.dtype}: "
             f"load it in that ({field_name('dtype', pruned.dtype)})"
         ]
-    elif original.weights_sha256 != pruned.weights_sha256 or shapes != pruned_shapes:
+    elif original.weights_sha256 != pruned.weights_sha256 or (
+        shapes != pruned_shapes and not recipe.is_student
+    ):
         problems = [
             f"another model: {original.name} has the hash {original.weights_sha256[:16]}, but "
-            f"{pruned.name} was pruned, {pruned.weights_sha256[:16]}"
+            f"{pruned.name} {was}, {pruned.weights_sha256[:16]}"
         ]
-    return _check("original model", problems, f"{original.name} is the model that was pruned")
+    return _check("original model", problems, f"{original.name} is the model that {was}")
 
 
 def _kept_detail(recipe: Recipe) -> str:

@@ -1,5 +1,5 @@
 """
-Recover what pruning lost: train a pruned model towards the dense model's predictions.
+Recover what pruning lost: train a pruned or smaller model towards the dense model's predictions.
 """
 
 import hashlib
@@ -57,6 +57,7 @@ from pho_service.progress import Advance, Look, Progress, never, silent
 from pho_service.pruning.masks import model_sparsity
 from pho_service.pruning.perplexity import DenseReference, dense_reference, rate_divergence
 from pho_service.pruning.recovery import Processes, Recovering, mixed, recovering
+from pho_service.pruning.statistics import PrunableLinear
 from pho_service.spec.document import number, percent
 from pho_service.spec.perplexity import Perplexity, ratio_errors
 from pho_service.spec.recovery import (
@@ -67,12 +68,14 @@ from pho_service.spec.recovery import (
     AdamBits,
     Recovered,
     Recovery,
+    Student,
 )
 
 TOP_K = 512  # of the dense model's predictions; all other tokens are one event
 _RATIOS = (("pruned", "dense"), ("recovered", "dense"), ("recovered", "pruned"))
 HELD_OUT = 16  # windows at most, or one of eight
 LEAST_WINDOWS = 4
+_OF_MODELS = ("name", "revision", "weights_sha256", "dtype")  # what is stored of one
 _SLOWER = 1 / 3  # of the rate, after a check that is no better than before the training
 _MOST_BACK = 3  # such checks end it
 _BETAS = (0.9, 0.95)  # of Adam
@@ -83,11 +86,11 @@ _OTHER = 0.2  # share of the time for what is beside the dense model and the ste
 
 @dataclass(frozen=True, kw_only=True)
 class PrunedModel:
-    """A pruned model with its masks and its recipe."""
+    """A pruned model with its masks and its recipe; or one that is smaller than its teacher."""
 
     model: LanguageModel
-    masks: Mapping[str, PackedMask]
-    recipe: Mapping[str, Any] | None  # None of one that was pruned elsewhere
+    masks: Mapping[str, PackedMask]  # None of a smaller model without zeros
+    recipe: Mapping[str, Any] | None  # None of one that another tool has made
 
     @classmethod
     def read(
@@ -99,8 +102,8 @@ class PrunedModel:
         device_map: str | None = None,
     ) -> "PrunedModel":
         """
-        A folder of `pho prune`; or any whose linears have zeros. One of several processes reads it
-        to the main memory, and takes its part from there.
+        A folder of `pho prune` or `pho recover`, or of any other tool. One of several processes
+        reads it to the main memory, and takes its part from there.
         """
         if Processes().count > 1 and device_map is None:
             device = "cpu"
@@ -109,8 +112,7 @@ class PrunedModel:
             check_not_quantised(small, "They cannot be trained: recover the model before that.")
             recipe = recipe_document(small) if (small / RECIPE).is_file() else None
             masks = {}
-            if recipe is not None:
-                read_recipe(small)  # all of it is as it should be
+            if recipe is not None and read_recipe(small).layers:
                 file = read_masks(small / MASKS)
                 masks = {name: PackedMask.of(file.mask(name)) for name in file.names}
         model = load_model(str(folder), dtype=dtype, device=device, device_map=device_map)
@@ -124,25 +126,33 @@ class PrunedModel:
         masks: Mapping[str, PackedMask] | None = None,
         recipe: Mapping[str, Any] | None = None,
     ) -> "PrunedModel":
-        """A model whose linears have zeros, which are its masks if it has no others."""
+        """A model, whose zeros are its masks if it has no others."""
         if recipe is None:
             keeps = {name: linear.weight != 0 for name, linear in model.linears.items()}
-            with_zeros = {name: keep for name, keep in keeps.items() if not bool(keep.all())}
-            if not with_zeros:
-                raise ModelError(
-                    f"{model.name} has no zeros in its {len(keeps)} linears: it is not pruned, and "
-                    "there is nothing to recover. Give the pruned model, and the dense one as its "
-                    "teacher."
-                )
-            masks = {name: PackedMask.of(LayerMask(keep=keep)) for name, keep in with_zeros.items()}
+            masks = {
+                name: PackedMask.of(LayerMask(keep=keep))
+                for name, keep in keeps.items()
+                if not bool(keep.all())
+            }
         return cls(model=model, masks=masks or {}, recipe=recipe)
+
+    @property
+    def from_elsewhere(self) -> bool:
+        """Whether another tool has made the model, also if it was recovered since."""
+        return self.recipe is None or self.recipe["configuration"] is None
+
+    def linears_to_train(self, student: Student | None) -> dict[str, PrunableLinear]:
+        """Those that have masks; of a smaller model that PHO has not pruned all, zeros aside."""
+        if not self.masks or (student is not None and self.from_elsewhere):
+            return {**self.model.linears}
+        return {name: self.model.linears[name] for name in self.masks}
 
     def after(self, recovered: Recovered) -> PrunedFolder:
         """The model as it is now, with its recipe."""
         linears = self.model.linears
         hashes = sha256_each(linear.weight for linear in linears.values())
         sha256 = dict(zip(linears, hashes, strict=True))
-        recipe = dict(self.recipe or self._elsewhere(recovered))
+        recipe = self._elsewhere(recovered) if self.from_elsewhere else dict(self.recipe or {})
         layers = {
             name: {**layer, "weights_sha256": sha256[name]}
             for name, layer in recipe["layers"].items()
@@ -164,7 +174,7 @@ class PrunedModel:
         )
 
     def _elsewhere(self, recovered: Recovered) -> dict[str, Any]:
-        """What is known of a model that was pruned elsewhere."""
+        """What is known of a model that another tool has made."""
         shares = {name: 1 - float(mask.keep.float().mean()) for name, mask in self.masks.items()}
         layers = {}
         for name, mask in self.masks.items():
@@ -178,7 +188,7 @@ class PrunedModel:
             "calibration": {},
             "updated": True,  # whoever pruned it may have changed what stayed
             "folded": [],
-            "sparsity": model_sparsity(self.model.linears, shares),
+            "sparsity": model_sparsity(self.model.linears, shares) if shares else 0.0,
             "layers": layers,
             **({"dense": {}} if len(layers) < len(self.model.linears) else {}),
         }
@@ -208,19 +218,20 @@ def recover_model(
     look: Look = never,
 ) -> Recovered:
     """
-    Train a pruned model in place. What an interrupted one left in ``workplace`` is gone on with.
+    Train a pruned or smaller model in place. What an interrupted one left in ``workplace`` is gone
+    on with.
 
     Where several processes train together, each calls this, and all end with the same model.
     """
-    # ``dense`` gives the dense model, which is let go of before the training begins.
+    # ``dense`` gives the dense model, whose shapes say what is trained, and which is let go of
+    # before the training begins.
     began = time.monotonic()
     processes = Processes()
     model = pruned.model
-    check_trainable(model, pruned.masks, settings, processes)
+    check_trainable(model, pruned.linears_to_train(None), settings, processes)
     if model.device.type == "cpu":
         model.model.float()
     blocks = [block for _, block in decoder_blocks(model.model)]
-    linears = {name: model.linears[name] for name in pruned.masks}
     identity = [model.to_dict(), asdict(settings), str(text.source), text.context_length, text.bos]
     place = Workplace(workplace, identity, processes)
     measured: dict[str, Perplexity] = {}
@@ -228,39 +239,45 @@ def recover_model(
     windows = None if text.measured is None or processes.count > 1 else text.measured.windows
     said = {"pruned": written_by(model, windows)}
     recompute = not _has_room(model, text, settings, processes)
-    with (
-        _shortage_told(model, text, settings),
-        recovering(model.model, blocks, linears, settings, processes) as trained,
-        mixed(trained.device),
-    ):
-        trained.recompute = recompute
-        there = replace(model, model=trained.model)  # type: ignore[arg-type]  # or a copy of it
-        if text.measured is not None:
-            measured["pruned"] = perplexity_on(text.measured, there, progress)
+    with _shortage_told(model, text, settings), ExitStack() as teaching:
         with place.nothing_left():
-            with dense() as teacher:
+            teacher = teaching.enter_context(dense())
+            student = check_teacher(pruned, teacher, text)
+            linears = pruned.linears_to_train(student)
+            check_trainable(model, linears, settings, processes)
+        with (
+            recovering(model.model, blocks, linears, settings, processes) as trained,
+            mixed(trained.device),
+        ):
+            trained.recompute = recompute
+            there = replace(model, model=trained.model)  # type: ignore[arg-type]  # or a copy of it
+            if text.measured is not None:
+                measured["pruned"] = perplexity_on(text.measured, there, progress)
+            with place.nothing_left():
                 lesson = _lesson(model, teacher, trained, text, settings, place, progress)
                 said["dense"] = written_by(teacher, windows)
-            del teacher
-            let_go_of_memory()
-            before = processes.agreed(rate_divergence(trained.model, lesson.held_out))
-            if not before:
-                raise ModelError(
-                    f"the teacher {lesson.teacher['name']} predicts exactly what {model.name} "
-                    "does, so there is nothing to recover. Give the dense model that was pruned."
-                )
-        place.keep_initial(trained)
-        training = _Training(trained, lesson, before, progress, look)
-        with processes.alone():
-            _train(training, settings, place)
-        trained.round_(model.stored_dtype)
-        after = training.check()
-        kept = after < before
-        if not kept:
-            place.restore(trained, None)
-        if text.measured is not None:
-            measured["recovered"] = perplexity_on(text.measured, there, progress)
-            measured |= {} if lesson.perplexity is None else {"dense": lesson.perplexity}
+                teaching.close()
+                del teacher
+                let_go_of_memory()
+                before = processes.agreed(rate_divergence(trained.model, lesson.held_out))
+                if not before:
+                    raise ModelError(
+                        f"the teacher {lesson.teacher['name']} predicts exactly what {model.name} "
+                        "does, so there is nothing to recover. Give the dense model that was "
+                        "pruned."
+                    )
+            place.keep_initial(trained)
+            training = _Training(trained, lesson, before, progress, look)
+            with processes.alone():
+                _train(training, settings, place)
+            trained.round_(model.stored_dtype)
+            after = training.check()
+            kept = after < before
+            if not kept:
+                place.restore(trained, None)
+            if text.measured is not None:
+                measured["recovered"] = perplexity_on(text.measured, there, progress)
+                measured |= {} if lesson.perplexity is None else {"dense": lesson.perplexity}
     model.model.to(model.stored_dtype)  # type: ignore[arg-type]  # as in loading.py
     said["recovered"] = written_by(model, windows)
     return Recovered(
@@ -276,9 +293,8 @@ def recover_model(
         rate=settings.first_rate(before),
         adam_bits=settings.adam_bits,
         seed=settings.seed,
-        teacher={
-            key: lesson.teacher[key] for key in ("name", "revision", "weights_sha256", "dtype")
-        },
+        teacher={key: lesson.teacher[key] for key in _OF_MODELS},
+        student=student,
         text=lesson.text,
         perplexities={name: rating.perplexity for name, rating in measured.items()},
         errors=ratio_errors(measured, _RATIOS),
@@ -386,7 +402,6 @@ def _lesson(
     progress: Progress,
 ) -> _Lesson:
     """Draw windows, as many as are needed, and keep what the dense model predicts on them."""
-    check_teacher(pruned, teacher)
     place.begin(teacher.to_dict())
     together = trained.processes.count
     steps = place.once("steps", lambda: torch.tensor(_steps(trained, teacher, settings, text)))
@@ -497,30 +512,53 @@ def _written(
     return place.once("written", write)
 
 
-def check_teacher(pruned: LanguageModel, teacher: LanguageModel) -> None:
-    """See that two models are one before and after a pruning."""
+def check_teacher(
+    pruned: PrunedModel, teacher: LanguageModel, text: RecoveryText
+) -> Student | None:
+    """
+    See that a model can learn from a teacher: the dense one that was pruned, or a larger one, which
+    makes it a student.
+    """
+    model = pruned.model
     teacher_shapes = {name: tuple(linear.weight.shape) for name, linear in teacher.linears.items()}
-    pruned_shapes = {name: tuple(linear.weight.shape) for name, linear in pruned.linears.items()}
-    for name in [*pruned_shapes, *teacher_shapes]:
-        if teacher_shapes.get(name) != pruned_shapes.get(name):
-            here, there = (
-                f"has the shape {shapes[name]}" if name in shapes else "is missing"
-                for shapes in (pruned_shapes, teacher_shapes)
-            )
+    shapes = {name: tuple(linear.weight.shape) for name, linear in model.linears.items()}
+    student = None
+    if shapes != teacher_shapes:
+        model_record = model.to_dict()
+        student = Student(
+            model={key: model_record[key] for key in _OF_MODELS},
+            parameters=model.parameters,
+            blocks=len(decoder_blocks(model.model)),
+            teacher_parameters=teacher.parameters,
+            teacher_blocks=len(decoder_blocks(teacher.model)),
+        )
+        if student.parameters >= student.teacher_parameters:
             raise ModelError(
-                f"the teacher {teacher.name} is of another architecture than {pruned.name}: {name} "
-                f"{here}, and there it {there}. Give the dense model that was pruned."
+                f"the teacher {teacher.name} is of another architecture than {model.name}, and not "
+                f"larger: {model.name} has {student}. Give the dense model that was pruned, or a "
+                "larger one."
             )
-    one, other = pruned.tokenizer, teacher.tokenizer
-    both = one is not None and other is not None
-    if pruned.vocabulary != teacher.vocabulary or (both and one.get_vocab() != other.get_vocab()):
-        sizes = f"{teacher.vocabulary} tokens and {pruned.vocabulary}"
-        if teacher.vocabulary == pruned.vocabulary:
+        teacher.check_context(text.context_length)
+    elif not pruned.masks:
+        raise ModelError(
+            f"{model.name} has no zeros in its {len(shapes)} linears: it is not pruned, nor is it "
+            f"smaller than its teacher {teacher.name}, and there is nothing to recover. Give the "
+            "pruned or smaller model, and the dense one as its teacher."
+        )
+    tokenizer, teacher_tokenizer = model.tokenizer, teacher.tokenizer
+    both = tokenizer is not None and teacher_tokenizer is not None
+    if model.vocabulary != teacher.vocabulary or (
+        both and tokenizer.get_vocab() != teacher_tokenizer.get_vocab()
+    ):
+        sizes = f"{teacher.vocabulary} tokens and {model.vocabulary}"
+        if teacher.vocabulary == model.vocabulary:
             sizes = "as many tokens, but others"
         raise ModelError(
-            f"the teacher {teacher.name} has another vocabulary than {pruned.name} ({sizes}), so "
-            "what they predict cannot be compared. Give the dense model that was pruned."
+            f"the teacher {teacher.name} has another vocabulary than {model.name} ({sizes}), so "
+            "what they predict cannot be compared. Give the dense model that was pruned, or a "
+            "larger one with the same tokens."
         )
+    return student
 
 
 def _steps(

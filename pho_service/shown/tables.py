@@ -101,9 +101,11 @@ def verdict_table(perplexities: Perplexities) -> Table:
     ).without_empty()
 
 
-def continuations_table(continuations: Sequence[Continuation]) -> Table:
+def continuations_table(
+    continuations: Sequence[Continuation], *, before: tuple[str, str] = ("dense", "pruned")
+) -> Table:
     return Table(
-        ("prompt", "dense", "pruned", "recovered"),
+        ("prompt", *before, "recovered"),
         [  # small models write little else than ends of lines
             tuple(
                 re.sub(r"\n(\s*\n)+", "\n\n", text)
@@ -111,7 +113,7 @@ def continuations_table(continuations: Sequence[Continuation]) -> Table:
             )
             for c in continuations
         ],
-        title="How the dense and the pruned model go on",
+        title=f"How the {before[0]} and the {before[1]} model go on",
         notes=(
             "Each next token is the likeliest. Prompts are from the text of the confirmation."
             if continuations
@@ -126,6 +128,7 @@ def continuations_table(continuations: Sequence[Continuation]) -> Table:
 def recovered_table(recovered: Recovered) -> Table:
     """The dense model, the pruned one, and what it was after its recovery."""
     values, errors = recovered.perplexities, recovered.errors
+    names = dict(zip(("dense", "pruned"), recovered.models_before, strict=True))
 
     def against(name: str, base: str) -> str:
         if not {name, base} <= values.keys():
@@ -133,10 +136,10 @@ def recovered_table(recovered: Recovered) -> Table:
         return str(Ratio(values[name], values[base], errors.get(f"{name}/{base}")))
 
     return Table(
-        ("model", "perplexity", "against dense", "against pruned"),
+        ("model", "perplexity", *(f"against {name}" for name in names.values())),
         [
             (
-                name,
+                names.get(name, name),
                 number(values[name]),
                 "" if name == "dense" else against(name, "dense"),
                 against(name, "pruned") if name == "recovered" else "",

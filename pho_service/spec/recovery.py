@@ -161,6 +161,36 @@ class Recovery(JsonDocument):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Student(JsonDocument):
+    """
+    A model that is smaller than its teacher, as it was before its recovery.
+
+    Attributes:
+        model: The student, as results have it.
+        parameters: Its parameters, those that it shares counted once.
+        blocks: Its decoder blocks.
+        teacher_parameters: Parameters of its teacher.
+        teacher_blocks: Decoder blocks of its teacher.
+    """
+
+    __pydantic_config__ = STRICT
+
+    model: dict[str, str | int | None]
+    parameters: Whole
+    blocks: Whole
+    teacher_parameters: Whole
+    teacher_blocks: Whole
+
+    def __str__(self) -> str:
+        """Both sizes in a few words."""
+        blocks = f"{self.blocks} block{'s' * (self.blocks != 1)}"
+        return (
+            f"{self.parameters:,} parameters in {blocks}, "
+            f"its teacher {self.teacher_parameters:,} in {self.teacher_blocks}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recovered(JsonDocument):
     """
     Result of a recovery.
@@ -179,6 +209,7 @@ class Recovered(JsonDocument):
         adam_bits: Bits of each number that Adam remembered.
         seed: Seed of the windows and their order.
         teacher: The dense model, as results have it.
+        student: Sizes of the model and of its teacher, where the teacher is larger.
         text: What it was trained on: source and hash.
         perplexities: Those of the models ``dense``, ``pruned`` and ``recovered``, where there was a
             text to measure them on.
@@ -203,17 +234,24 @@ class Recovered(JsonDocument):
     adam_bits: Whole = 32
     seed: Whole
     teacher: dict[str, str | int | None]
+    student: Annotated[Student | None, Field(exclude_if=lambda student: student is None)] = None
     text: dict[str, Any]
     perplexities: dict[str, Number] = field(default_factory=dict)
     errors: dict[str, Number] = field(default_factory=dict)
     continuations: list[Continuation] = field(default_factory=list)
     seconds: Number
 
+    @property
+    def models_before(self) -> tuple[str, str]:
+        """What the models ``dense`` and ``pruned`` are called."""
+        return ("teacher", "student") if self.student else ("dense", "pruned")
+
     def __str__(self) -> str:
         """In a sentence, for people."""
+        teacher = "teacher" if self.student else "dense model"
         how = f"{self.tokens:,} tokens in {self.seconds / 60:.1f} minutes, training {self.train}"
         if self.written:
-            how += f"; the dense model wrote {self.written} of {self.windows} windows"
+            how += f"; the {teacher} wrote {self.written} of {self.windows} windows"
         if (times := self.tokens / self.context_length / self.windows) >= 1.1:
             how += f" (each of {self.windows} windows {times:.2g} times, in other cuts: more "
             how += "text would do more)"
@@ -228,7 +266,7 @@ class Recovered(JsonDocument):
             ratio = Ratio(now, was, self.errors.get("recovered/pruned"))
             gain = f"perplexity {number(was)} → {number(now)} ({ratio}), "
         return (
-            f"{gain}divergence from the dense model {number(self.before)} → {number(self.after)} "
+            f"{gain}divergence from the {teacher} {number(self.before)} → {number(self.after)} "
             f"nats ({percent(self.after / self.before - 1, signed=True)}) on held-out windows, by "
             f"{how}"
         )

@@ -1,6 +1,7 @@
 """What `pho prune` writes is what `pho search` rated, and the steps beside the score."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,32 @@ def test_a_recovered_folder_passes_its_check_until_a_weight_is_changed(pho, made
     assert "FAILED" in shown.stdout
     assert "out is not what its recipe says: zeros" in shown.stderr
     assert not checks(machine)["zeros"]
+
+
+def test_a_smaller_model_is_recovered_towards_its_teacher_and_checked(
+    pho, made_model, tiny_llama, texts, texts_of_all
+):
+    tiny_llama.model.layers = tiny_llama.model.layers[:1]
+    tiny_llama.config.num_hidden_layers = 1
+    shutil.copytree(texts_of_all["tokenizer"], "smaller")
+    tiny_llama.save_pretrained("smaller")
+    words = ("--text", texts["report"], "--context-length", 32, "--tokens", 640, "--rate", 2e-3)
+    done = pho("recover", "smaller", "--teacher", made_model, *words, "--confirm-text",
+               texts["confirmation"], "--out", "out")  # fmt: skip
+    good = pho("prune", made_model, "--check", "out")
+    larger = pho("recover", made_model, "--teacher", "smaller", *words, "--out", "other")
+    tensors = load_file("out/model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
+    save_file(tensors, "out/model.safetensors", metadata={"format": "pt"})
+    changed = pho("prune", "--check", "out")
+
+    assert done.exit_code == good.exit_code == 0, done.stderr
+    assert "divergence from the teacher" in done.stdout
+    assert "against student" in done.stdout
+    assert larger.exit_code == 1
+    assert "parameters in 2 blocks, its teacher 25,696 in 1" in " ".join(larger.stderr.split())
+    assert not Path("other").exists()
+    assert "out is not what its recipe says: weight hashes" in changed.stderr
 
 
 def test_prune_by_a_method(pho, made_model, texts):

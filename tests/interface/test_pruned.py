@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import pho_service as pho
 from pho_service import errors
@@ -58,6 +58,28 @@ def test_published_method(tiny_llama, bundle, weights):
     assert {name.split(".")[2] for name in pruned.layers} == {"1"}
     with pytest.raises(InvalidInput, match=r"crepe.* is not one of those at 0\.5"):
         pho.baseline("crepe", 0.5)
+
+
+def test_a_smaller_model_is_recovered_in_place_and_saved_as_it_was_left(
+    tiny_llama, new_llama, tokenizer, sentences, tmp_path
+):
+    tiny_llama.model.layers = tiny_llama.model.layers[:1]
+    tiny_llama.config.num_hidden_layers = 1
+    done = pho.recover(
+        tiny_llama, new_llama(), sentences["report"],
+        tokens=256, rate=2e-3, context_length=32, tokenizer=tokenizer,
+    )  # fmt: skip
+    pho.save(done.model, done.tokenizer, done, tmp_path / "out")
+    saved = LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+
+    assert done.model is tiny_llama
+    assert done.masks == done.layers == {}
+    assert done.recovered.after < done.recovered.before
+    assert done.recovered.student.teacher_blocks == 2
+    assert all(torch.equal(weight, saved[name]) for name, weight in tiny_llama.state_dict().items())
+    tiny_llama.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+    with pytest.raises(ModelError, match=r"up_proj are not those that the recovery left"):
+        pho.save(done.model, done.tokenizer, done, tmp_path / "again")
 
 
 def test_by_name(model_folder, texts, configuration):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -29,7 +30,8 @@ from pho_service.errors import (
 )
 from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import given_model, load_model
-from pho_service.models.mask_file import groups_of
+from pho_service.models.mask_file import MASKS, groups_of
+from pho_service.models.packed import pack
 from pho_service.models.saving import read_recipe, save_pruned
 from pho_service.models.texts import GivenWindows, RecoveryText, sample_windows
 from pho_service.pipeline.check import check_folder
@@ -45,6 +47,7 @@ from pho_service.spec.job_options import argument, entry
 from pho_service.spec.recovery import PASSES, Recovery
 
 LENGTH = 32
+SHALLOW = {"num_hidden_layers": 1}
 SETTINGS = Recovery(tokens=24 * LENGTH, rate=2e-3)
 HASTY = replace(SETTINGS, rate=0.1)
 EACH_TRAIN = [
@@ -68,6 +71,24 @@ def pruned_folder(model_folder, bundle, tmp_path):
         return folder
 
     return prune
+
+
+@pytest.fixture
+def smaller_folder(model_folder, tmp_path):
+    """The tiny model with other sizes, each weight cut at its end."""
+
+    def cut(sizes):
+        folder = tmp_path / "smaller"
+        dense = load_model(str(model_folder), device="cpu")
+        student = LlamaForCausalLM(LlamaConfig(**{**dense.model.config.to_dict(), **sizes}))
+        state = dense.model.state_dict()
+        for name, weight in student.state_dict().items():
+            weight.copy_(state[name][tuple(map(slice, weight.shape))])
+        student.save_pretrained(folder)
+        dense.tokenizer.save_pretrained(folder)
+        return folder
+
+    return cut
 
 
 @pytest.fixture
@@ -109,14 +130,15 @@ def test_a_recovered_folder_passes_its_check(
 
 
 @pytest.mark.parametrize(
-    ("bits", "rate"),
+    ("is_smaller", "bits", "rate"),
     [
-        (8, 2e-3),
-        *(pytest.param(32, rate, marks=pytest.mark.thorough) for rate in (2e-3, HASTY.rate)),
+        (False, 8, 2e-3),
+        (True, 32, 2e-3),
+        *(pytest.param(False, 32, rate, marks=pytest.mark.thorough) for rate in (2e-3, HASTY.rate)),
     ],
 )
 def test_the_same_tokens_give_the_same_bits_also_after_a_kill(
-    bits, rate, pruned_folder, recover, tmp_path, monkeypatch
+    is_smaller, bits, rate, pruned_folder, smaller_folder, recover, tmp_path, monkeypatch
 ):
     from bitsandbytes.optim.adam import Adam8bit  # here, as it takes seconds
 
@@ -131,7 +153,7 @@ def test_the_same_tokens_give_the_same_bits_also_after_a_kill(
 
     monkeypatch.setattr(Adam8bit, "step", noted)
     settings = replace(SETTINGS, adam_bits=bits, rate=rate)
-    folder = pruned_folder("0.5")
+    folder = smaller_folder(SHALLOW) if is_smaller else pruned_folder("0.5")
     whole = PrunedModel.read(folder, device="cpu")
     first = recover(whole, settings)
     Workplace(tmp_path / "workplace").remove()
@@ -354,6 +376,105 @@ def test_a_model_that_was_pruned_elsewhere_has_its_masks_from_its_zeros(
     assert "By another tool" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("sizes", "train"),
+    [
+        (SHALLOW, "kept"),
+        ({"intermediate_size": 48}, "kept"),
+        (SHALLOW, "lora"),
+        pytest.param(SHALLOW, "norms", marks=pytest.mark.thorough),
+        pytest.param(
+            {"num_attention_heads": 2, "num_key_value_heads": 1}, "kept", marks=pytest.mark.thorough
+        ),
+        pytest.param({"hidden_size": 16}, "kept", marks=pytest.mark.thorough),
+    ],
+)
+def test_a_smaller_model_is_trained_whole_and_is_an_ordinary_folder(
+    sizes, train, smaller_folder, recover, original, tmp_path
+):
+    out = tmp_path / "out"
+    student = PrunedModel.read(smaller_folder(sizes), device="cpu")
+    before = weights(student.model)
+    recovered = recover(student, replace(SETTINGS, train=train))
+    after = student.after(recovered)
+    save_pruned(student.model, out, after.masks.items(), after.recipe)
+    checks = {check.name: check for check in check_folder(out, original=original)}
+    trained = weights(given_model(AutoModelForCausalLM.from_pretrained(out)))
+    linears = {f"{name}.weight" for name in student.model.linears}
+    moved = {name for name, weight in trained.items() if not torch.equal(weight, before[name])}
+    recipe = read_recipe(out)
+    card = (out / "README.md").read_text()
+
+    assert recovered.kept
+    assert recovered.after < recovered.before
+    assert {name: w.shape for name, w in trained.items()} == {n: w.shape for n, w in before.items()}
+    assert moved == (linears if train != "norms" else {n for n, w in before.items() if w.dim() < 2})
+    assert all(trained[name].bool().all() for name in linears)
+    assert [check for check in checks.values() if not check.passed] == []
+    assert checks["original model"].detail.endswith("is the model that was the teacher")
+    assert checks["zeros"].skipped
+    assert checks["kept weights"].detail == (
+        "not checked: a model smaller than its teacher has other weights"
+    )
+    assert not (out / MASKS).parent.exists()
+    assert recipe.is_student
+    assert recipe.dense.keys() == student.model.linears.keys()
+    assert str(recovered.student) in card
+    assert "divergence from the teacher" in card
+    assert "sparse" not in card
+    assert pack(out, tmp_path / "out.pho").after > 0
+
+
+def test_a_smaller_model_that_was_recovered_can_be_again(smaller_folder, recover, tmp_path):
+    out = tmp_path / "out"
+    student = PrunedModel.read(smaller_folder(SHALLOW), device="cpu")
+    first = recover(student)
+    after = student.after(first)
+    save_pruned(student.model, out, after.masks.items(), after.recipe)
+    Workplace(tmp_path / "workplace").remove()
+    again = PrunedModel.read(out, device="cpu")
+    second = recover(again)
+
+    assert second.before == pytest.approx(first.after)
+    assert second.after < first.after
+    assert second.student.model["name"] == str(out)
+    assert again.after(second).recipe["layers"] == {}
+
+
+def test_zeros_of_a_smaller_model_stay_and_all_its_linears_are_trained(
+    smaller_folder, recover, original, tmp_path
+):
+    student = load_model(str(smaller_folder(SHALLOW)), device="cpu")
+    up = student.linears["model.layers.0.mlp.up_proj"].weight
+    up.masked_fill_(up.abs() < up.abs().median(), 0)
+    zeros, before = up == 0, weights(student)
+    pruned = PrunedModel.of(student)
+    after = pruned.after(recover(pruned))
+    save_pruned(student, tmp_path / "out", after.masks.items(), after.recipe)
+
+    assert torch.equal(up == 0, zeros)
+    assert {name for name, w in weights(student).items() if not torch.equal(w, before[name])} == {
+        f"{name}.weight" for name in student.linears
+    }
+    assert [*read_recipe(tmp_path / "out").layers] == ["model.layers.0.mlp.up_proj"]
+    assert [c for c in check_folder(tmp_path / "out", original=original) if not c.passed] == []
+
+
+def test_what_pho_has_pruned_keeps_its_recipe_also_if_its_teacher_is_larger(
+    pruned_folder, recover, original, tmp_path
+):
+    config = LlamaConfig(**{**original.model.config.to_dict(), "num_hidden_layers": 3})
+    pruned = PrunedModel.read(pruned_folder("2:4"), device="cpu")
+    recovered = recover(pruned, teacher=given_model(LlamaForCausalLM(config).eval()))
+    after = pruned.after(recovered)
+    save_pruned(pruned.model, tmp_path / "out", after.masks.items(), after.recipe)
+
+    assert recovered.student.teacher_blocks == 3
+    assert [c for c in check_folder(tmp_path / "out", original=original) if not c.passed] == []
+    assert not read_recipe(tmp_path / "out").is_student
+    assert "its teacher 44,256 in 3" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_the_rate_is_that_given_or_grows_with_the_divergence():
     assert Recovery().first_rate(0.25) == pytest.approx(5e-4)
     assert Recovery().first_rate(7.0) == 2e-3
@@ -426,20 +547,24 @@ def test_bad_input_is_named_before_anything_is_trained(
 ):
     pruned = PrunedModel.read(pruned_folder("0.5"), device="cpu")
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    wide = LlamaForCausalLM(LlamaConfig(vocab_size=256, hidden_size=64, **sizes)).eval()
+    thin = LlamaConfig(vocab_size=256, hidden_size=16, intermediate_size=64, **sizes)
     config = LlamaConfig(vocab_size=257, hidden_size=32, intermediate_size=64, **sizes)
     wordy = LlamaForCausalLM(config).eval()
-    config = LlamaConfig(**{**original.model.config.to_dict(), "num_hidden_layers": 3})
-    deep = LlamaForCausalLM(config).eval()
+    there = original.model.config.to_dict()
+    shallow = LlamaConfig(**{**there, **SHALLOW})
+    short = LlamaConfig(**{**there, "num_hidden_layers": 3, "max_position_embeddings": 16})
     few = GivenWindows(tokens=torch.zeros(2, LENGTH, dtype=torch.int64))
     seven = GivenWindows(tokens=torch.arange(7 * LENGTH).remainder(251).view(7, LENGTH))
 
     with pytest.raises(ModelError, match=r"has no zeros in its 14 linears: it is not pruned"):
-        PrunedModel.of(original)
-    with pytest.raises(ModelError, match=r"of another architecture .* has the shape"):
-        recover(pruned, teacher=given_model(wide))
-    with pytest.raises(ModelError, match=r"layers\.2\.\S+ is missing, and there it has the shape"):
-        recover(pruned, teacher=given_model(deep))
+        recover(PrunedModel.of(original), teacher=original)
+    for smaller, sizes in ((thin, "2 blocks, its teacher .* in 2"), (shallow, "2 .* in 1")):
+        with pytest.raises(
+            ModelError, match=rf"of another architecture .*not larger: .* parameters in {sizes}\."
+        ):
+            recover(pruned, teacher=given_model(LlamaForCausalLM(smaller).eval()))
+    with pytest.raises(InvalidInput, match=r"context_length=32 is more than .* can read: 16"):
+        recover(pruned, teacher=given_model(LlamaForCausalLM(short).eval()))
     with pytest.raises(ModelError, match=r"predicts exactly what .*Give the dense model"):
         recover(pruned, teacher=PrunedModel.read(tmp_path / "pruned", device="cpu").model)
     with pytest.raises(ModelError, match=r"another vocabulary .* Give the dense model"):
