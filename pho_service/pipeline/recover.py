@@ -128,12 +128,9 @@ class PrunedModel:
     ) -> "PrunedModel":
         """A model, whose zeros are its masks if it has no others."""
         if recipe is None:
-            keeps = {name: linear.weight != 0 for name, linear in model.linears.items()}
-            masks = {
-                name: PackedMask.of(LayerMask(keep=keep))
-                for name, keep in keeps.items()
-                if not bool(keep.all())
-            }
+            weights = {name: linear.weight for name, linear in model.linears.items()}
+            keeps = {name: weight != 0 for name, weight in weights.items() if not weight.all()}
+            masks = {name: PackedMask.of(LayerMask(keep=keep)) for name, keep in keeps.items()}
         return cls(model=model, masks=masks or {}, recipe=recipe)
 
     @property
@@ -218,13 +215,11 @@ def recover_model(
     look: Look = never,
 ) -> Recovered:
     """
-    Train a pruned or smaller model in place. What an interrupted one left in ``workplace`` is gone
-    on with.
+    Train a model in place. What an interrupted training left in ``workplace`` is gone on with.
 
     Where several processes train together, each calls this, and all end with the same model.
     """
-    # ``dense`` gives the dense model, whose shapes say what is trained, and which is let go of
-    # before the training begins.
+    # ``dense`` gives the dense model, which is let go of before the training begins.
     began = time.monotonic()
     processes = Processes()
     model = pruned.model
@@ -263,8 +258,7 @@ def recover_model(
                 if not before:
                     raise ModelError(
                         f"the teacher {lesson.teacher['name']} predicts exactly what {model.name} "
-                        "does, so there is nothing to recover. Give the dense model that was "
-                        "pruned."
+                        "does, so nothing can be recovered. Give the dense model that was pruned."
                     )
             place.keep_initial(trained)
             training = _Training(trained, lesson, before, progress, look)
@@ -515,10 +509,7 @@ def _written(
 def check_teacher(
     pruned: PrunedModel, teacher: LanguageModel, text: RecoveryText
 ) -> Student | None:
-    """
-    See that a model can learn from a teacher: the dense one that was pruned, or a larger one, which
-    makes it a student.
-    """
+    """See that a model can learn from a teacher; of a larger teacher, both sizes are returned."""
     model = pruned.model
     teacher_shapes = {name: tuple(linear.weight.shape) for name, linear in teacher.linears.items()}
     shapes = {name: tuple(linear.weight.shape) for name, linear in model.linears.items()}
@@ -545,11 +536,9 @@ def check_teacher(
             f"smaller than its teacher {teacher.name}, and there is nothing to recover. Give the "
             "pruned or smaller model, and the dense one as its teacher."
         )
-    tokenizer, teacher_tokenizer = model.tokenizer, teacher.tokenizer
-    both = tokenizer is not None and teacher_tokenizer is not None
-    if model.vocabulary != teacher.vocabulary or (
-        both and tokenizer.get_vocab() != teacher_tokenizer.get_vocab()
-    ):
+    tokenizers = (model.tokenizer, teacher.tokenizer)
+    tokens = [tokenizer.get_vocab() for tokenizer in tokenizers if tokenizer is not None]
+    if model.vocabulary != teacher.vocabulary or tokens[:1] != tokens[-1:]:
         sizes = f"{teacher.vocabulary} tokens and {model.vocabulary}"
         if teacher.vocabulary == model.vocabulary:
             sizes = "as many tokens, but others"

@@ -66,7 +66,7 @@ def test_a_smaller_model_is_recovered_in_place_and_saved_as_it_was_left(
     tiny_llama.model.layers = tiny_llama.model.layers[:1]
     tiny_llama.config.num_hidden_layers = 1
     done = pho.recover(
-        tiny_llama, new_llama(), sentences["report"],
+        tiny_llama.eval(), new_llama(), sentences["report"],
         tokens=256, rate=2e-3, context_length=32, tokenizer=tokenizer,
     )  # fmt: skip
     pho.save(done.model, done.tokenizer, done, tmp_path / "out")
