@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -58,13 +58,15 @@ class ReportedOn(NamedTuple):
 class _Row:
     """A file or a server, and what is known of it."""
 
-    label: str
-    base: int  # Row that it is compared with
+    side: Side
     file: Path | None = None
     url: str = ""
     server: Any = None  # Of xllamacpp; the file is served as long as it is there
     vocabulary: int = 0
-    side: Side = field(init=False)
+
+    @classmethod
+    def of(cls, file: Path, name: str, base: int = 0) -> "_Row":
+        return cls(side=Side(name=name, bytes=file.stat().st_size, base=base), file=file)
 
 
 def bench_llama(
@@ -83,12 +85,6 @@ def bench_llama(
         )
         rows = _rows(models, ask, folder, progress)
         quality = _qualities(models, rows, report, ask.context_length, progress) if report else {}
-        for row in rows:
-            row.side = Side(
-                name=row.label,
-                bytes=0 if row.file is None else row.file.stat().st_size,
-                base=row.base,
-            )
         with progress("Loading", len(rows)) as advance:
             for row in rows:
                 _serve(row, settings)
@@ -149,9 +145,9 @@ def _rows(models: Sequence[str], ask: LlamaAsk, folder: Path, progress: Progress
     for number, name in enumerate(models):
         path = Path(name).expanduser()
         if _is_url(name):
-            rows.append(_Row(label=name, base=0, url=name.rstrip("/")))
+            rows.append(_Row(side=Side(name=name, bytes=0), url=name.rstrip("/")))
         elif path.suffix == SUFFIX:
-            rows.append(_Row(label=name, base=0, file=path))
+            rows.append(_Row.of(path, name))
         else:
             for gguf_type in ask.types or _TYPES:
                 file = folder / f"{number}-{gguf_type}{SUFFIX}"
@@ -159,7 +155,7 @@ def _rows(models: Sequence[str], ask: LlamaAsk, folder: Path, progress: Progress
                 base = of_type.get(gguf_type, 0) if number else 0
                 if not number:
                     of_type[gguf_type] = len(rows)
-                rows.append(_Row(label=f"{name}, {gguf_type}", base=base, file=file))
+                rows.append(_Row.of(file, f"{name}, {gguf_type}", base))
     return rows
 
 
@@ -180,9 +176,9 @@ def _qualities(
 ) -> dict[int, _Quality]:
     """Perplexity of each file as PHO reads it, and its divergence from the first model."""
     reference: DenseReference | None = None
-    first = models[0]
+    first = str(Path(models[0]).expanduser())
     qualities: dict[int, _Quality] = {}
-    if not _is_url(first) and Path(first).suffix != SUFFIX:
+    if not _is_url(models[0]) and Path(first).suffix != SUFFIX:
         model = load_model(first)
         reference = dense_reference(
             model.model, _text(model, report, context_length).windows, top_k=_TOP_K
@@ -198,8 +194,8 @@ def _qualities(
             reference = dense_reference(model.model, text.windows, top_k=_TOP_K)
         if not torch.equal(reference.windows, text.windows):
             raise InvalidInput(
-                f"{row.label} cuts {text.record.source} into other tokens than {first}, so that "
-                "they do not compare. Give models with the same tokenizer."
+                f"{row.side.name} cuts {text.record.source} into other tokens than {first}, so "
+                "that they do not compare. Give models with the same tokenizer."
             )
         prompts = text.windows[:_ASKED, :_PROMPT]
         qualities[number] = _Quality(
@@ -233,7 +229,7 @@ def _serve(row: _Row, settings: BenchSettings) -> None:
         xllamacpp = _xllamacpp()
         params = xllamacpp.CommonParams()
         params.model.path = str(row.file)
-        params.n_ctx = settings.prompt + settings.new_tokens + 8
+        params.n_ctx = max(settings.prompt + settings.new_tokens, _PROMPT) + 8
         params.n_parallel = 1
         params.verbosity = 1  # errors
         threads = torch.get_num_threads()
@@ -244,7 +240,7 @@ def _serve(row: _Row, settings: BenchSettings) -> None:
             except RuntimeError as error:
                 said = [match[1] for line in lines() if (match := _ERROR.search(line))]
                 raise ModelError(
-                    f"llama.cpp does not run {row.label}: {said[0] if said else error}. Take a "
+                    f"llama.cpp does not run {row.side.name}: {said[0] if said else error}. Take a "
                     "newer xllamacpp, or a model that llama.cpp knows."
                 ) from error
         row.url = row.server.listening_address
@@ -288,7 +284,7 @@ def _run(row: _Row, settings: BenchSettings) -> tuple[float, float]:
         settings.new_tokens + 1
     ):
         raise ModelError(
-            f"{row.label} read {timings.get('prompt_n')} tokens and wrote "
+            f"{row.side.name} read {timings.get('prompt_n')} tokens and wrote "
             f"{timings.get('predicted_n')} where {settings.prompt} and {settings.new_tokens + 1} "
             "were asked for: its context is too short, or it is not a llama.cpp server. Start it "
             "with a longer context (-c), or ask for fewer tokens."

@@ -247,8 +247,8 @@ class TestRuntime:
         monkeypatch.setattr("pho_service.pipeline.llama_bench.export", _copied(folder))
         rows = _rows_of([str(folder), str(folder.parent)], ("bf16", "q8_0"))
 
-        assert [row.label.rpartition(", ")[2] for row in rows] == ["bf16", "q8_0"] * 2
-        assert [row.base for row in rows] == [0, 0, 0, 1]
+        assert [row.side.name.rpartition(", ")[2] for row in rows] == ["bf16", "q8_0"] * 2
+        assert [row.side.base for row in rows] == [0, 0, 0, 1]
 
     @pytest.mark.parametrize(
         ("models", "settings", "message"),
