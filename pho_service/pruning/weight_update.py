@@ -57,7 +57,7 @@ def inverse_factor(gram: Tensor, *, damping: float = 0.01, layer: str) -> Tensor
             layer=layer,
         )
     for dtype in (torch.float32, torch.float64):
-        factor = _factor(_damped(gram.to(dtype), damping))
+        factor = _factor(damped(gram.to(dtype), damping))
         if factor is not None:
             return factor
     raise NumericalError(
@@ -68,13 +68,14 @@ def inverse_factor(gram: Tensor, *, damping: float = 0.01, layer: str) -> Tensor
     )
 
 
-def _damped(gram: Tensor, damping: float) -> Tensor:
+def damped(gram: Tensor, damping: float) -> Tensor:
+    """The matrix with a share of its mean diagonal added; a dead input gets almost nothing."""
     diagonal = gram.diagonal()
     mean = diagonal.mean()
     alone = torch.where(mean > 0, _DEAD * mean, 1)
-    damped = gram.clone()
-    damped.diagonal().copy_(torch.where(diagonal == 0, alone, diagonal + damping * mean))
-    return damped
+    matrix = gram.clone()
+    matrix.diagonal().copy_(torch.where(diagonal == 0, alone, diagonal + damping * mean))
+    return matrix
 
 
 def _factor(matrix: Tensor) -> Tensor | None:
