@@ -1,0 +1,143 @@
+"""
+What is cut out of a model's blocks, the sizes that say what can be, and uniform cuts of a share.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field
+
+from pho_service.errors import InvalidInput
+from pho_service.spec.document import STRICT, JsonDocument, Whole
+
+MULTIPLE = 64  # neurons: what kernels and GGUF's types want the width of an FFN to be a multiple of
+STEPS = 16  # a narrow FFN has at least so many widths, by a lower power of two
+# By what neurons and heads are chosen: the exact error of their removal, or what others choose by.
+StructureScore = Literal["obs", "magnitude", "activation", "fluctuation", "spread"]
+STRUCTURE_SCORES: tuple[StructureScore, ...] = get_args(StructureScore)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structure(JsonDocument):
+    """What stays of a model's blocks; every block gets the same sizes."""
+
+    __pydantic_config__ = STRICT
+
+    neurons: Annotated[
+        Whole | None, Field(ge=1, description="Neurons kept in each FFN; null keeps all.")
+    ] = None
+    query_heads: Annotated[
+        Whole | None,
+        Field(ge=1, description="Query heads kept in each attention; null keeps all."),
+    ] = None
+    layers: Annotated[
+        tuple[Annotated[Whole, Field(ge=0)], ...] | None,
+        Field(description="Indices of the blocks that stay, ascending; null keeps all."),
+    ] = None
+    dropped: Annotated[
+        Whole,
+        Field(ge=0, description="Blocks to drop that the divergence from the dense model chooses."),
+    ] = 0
+
+    def __post_init__(self) -> None:
+        if self.layers == ():
+            raise InvalidInput("layers=[] leaves no block. Name at least one, or give null.")
+        if self.layers is not None and self.dropped:
+            raise InvalidInput(
+                f"layers={[*self.layers]} names the blocks that stay, so dropped={self.dropped} "
+                "has none to choose. Give one of the two."
+            )
+        if self.layers is not None and [*self.layers] != sorted({*self.layers}):
+            raise InvalidInput(
+                f"layers={[*self.layers]} is not ascending, each index once. Blocks keep their "
+                "order: sort them."
+            )
+
+
+def usual_multiple(width: int) -> int:
+    """What the width of an FFN should stay a multiple of: 64, or less where that is too coarse."""
+    # A width that is no multiple of 64 itself has nothing to lose by another one.
+    multiple = MULTIPLE
+    while multiple > 1 and (width % multiple or width // multiple < STEPS):
+        multiple //= 2
+    return multiple
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockShapes:
+    """What can be cut out of a model whose blocks all have the same sizes, in weights."""
+
+    layers: int  # Blocks
+    layer_weights: int  # Weights of a block's linears, a mean one's if they differ
+    width: int  # Neurons of an FFN; 0 where they cannot be cut
+    multiple: int  # What a smaller width is a multiple of
+    neuron_weights: int  # Weights that leave a block with one neuron
+    # Numbers of query heads that transformers can load, all of them first.
+    query_heads: tuple[int, ...]
+    head_weights: int  # Weights that leave a block with one query head
+
+    @property
+    def weights(self) -> int:
+        """Weights of all blocks' linears."""
+        return self.layers * self.layer_weights
+
+    def removed_share(self, structure: Structure) -> float:
+        """The share of the blocks' weights that a structure removes."""
+        layers = self.layers - structure.dropped
+        if structure.layers is not None:
+            layers = len(structure.layers)
+        neurons = 0 if structure.neurons is None else self.width - structure.neurons
+        heads = 0
+        if structure.query_heads is not None:
+            heads = self.query_heads[0] - structure.query_heads
+        lost = neurons * self.neuron_weights + heads * self.head_weights
+        return 1 - layers * (self.layer_weights - lost) / self.weights
+
+
+def split(share: float, shapes: BlockShapes) -> list[Structure]:
+    """
+    Name the uniform structures that remove about a share of the blocks' weights.
+
+    Each number of dropped blocks, with each number of query heads, is joined by the FFN width that
+    comes nearest to the share: at most half a step of the width is removed too much or too little.
+
+    Raises:
+        InvalidInput: ``share`` is not between 0 and 1, or nothing comes near it.
+    """
+    if not 0 < share < 1:
+        raise InvalidInput(f"a share of {share:g} is not between 0 and 1. Give 0.2 for a fifth.")
+    structures = []
+    for dropped in range(shapes.layers):
+        layers = shapes.layers - dropped
+        for query_heads in shapes.query_heads:
+            heads_lost = shapes.query_heads[0] - query_heads
+            removed = dropped * shapes.layer_weights + layers * heads_lost * shapes.head_weights
+            missing = share * shapes.weights - removed
+            steps = round(missing / _step(shapes, layers))
+            widest = shapes.width // shapes.multiple - 1 if shapes.width else 0
+            if 0 <= steps <= widest:
+                neurons = shapes.width - steps * shapes.multiple
+                structures.append(
+                    Structure(
+                        neurons=neurons if steps else None,
+                        query_heads=query_heads if heads_lost else None,
+                        dropped=dropped,
+                    )
+                )
+    structures = [structure for structure in structures if structure != Structure()]
+    if not structures:
+        raise InvalidInput(
+            f"no structure of {shapes.layers} blocks, {shapes.query_heads[0]} query heads and "
+            f"{shapes.width} neurons that can be cut comes near a share of {share:g}: at least one "
+            f"block, one query head of each key and {shapes.multiple} neurons stay. Give another "
+            "share."
+        )
+    return structures
+
+
+def _step(shapes: BlockShapes, layers: int) -> int:
+    """The weights between two widths, or between two cuts of something else if there is one."""
+    if shapes.width:
+        return layers * shapes.multiple * shapes.neuron_weights
+    heads = [a - b for a, b in zip(shapes.query_heads, shapes.query_heads[1:], strict=False)]
+    return min([shapes.layer_weights, *(layers * step * shapes.head_weights for step in heads)])

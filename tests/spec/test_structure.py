@@ -1,0 +1,80 @@
+"""Uniform structures are as near to a share as their steps allow."""
+
+import json
+
+import pytest
+
+from pho_service.errors import InvalidInput
+from pho_service.spec.structure import BlockShapes, Structure, split, usual_multiple
+
+SMOLLM2 = BlockShapes(
+    layers=30, layer_weights=3_538_944, width=1536, multiple=64, neuron_weights=3 * 576,
+    query_heads=(9, 6, 3), head_weights=2 * 64 * 576,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.2, 0.5, 0.9])
+def test_every_structure_is_within_half_a_step(share):
+    structures = split(share, SMOLLM2)
+
+    assert len({json.dumps(s.to_dict()) for s in structures}) == len(structures)
+    for structure in structures:
+        layers = 30 - structure.dropped
+        half = layers * 64 * SMOLLM2.neuron_weights / 2 / SMOLLM2.weights
+        assert abs(SMOLLM2.removed_share(structure) - share) <= half + 1e-12
+        assert structure.neurons is None or structure.neurons % 64 == 0 < structure.neurons
+        assert layers >= 1
+
+
+def test_a_fifth_of_smollm2():
+    structures = split(0.2, SMOLLM2)
+
+    assert structures[0] == Structure(neurons=1152)  # 409.6 neurons are a fifth
+    assert Structure(dropped=6) in structures
+    assert {s.query_heads for s in structures} == {None, 6, 3}
+
+
+def test_shares_are_counted_by_hand():
+    assert SMOLLM2.removed_share(Structure()) == 0
+    assert SMOLLM2.removed_share(Structure(dropped=15)) == 0.5
+    assert SMOLLM2.removed_share(Structure(layers=(0, 1, 29))) == pytest.approx(0.9)
+    lost = 384 * 3 * 576 + 3 * 2 * 64 * 576
+    expected = lost / 3_538_944
+    assert SMOLLM2.removed_share(Structure(neurons=1152, query_heads=6)) == pytest.approx(expected)
+
+
+def test_a_mixture_gives_up_heads_and_layers_alone():
+    shapes = BlockShapes(
+        layers=8, layer_weights=1000, width=0, multiple=1, neuron_weights=0,
+        query_heads=(4, 2), head_weights=50,
+    )  # fmt: skip
+
+    assert split(0.26, shapes)[-1] == Structure(dropped=2)
+    assert Structure(query_heads=2) in split(0.1, shapes)
+
+
+@pytest.mark.parametrize(("share", "shown"), [(0, "0"), (1, "1"), (0.01, "0.01"), (0.999, "0.999")])
+def test_impossible_shares(share, shown):
+    with pytest.raises(InvalidInput, match=f"share of {shown}"):
+        split(share, SMOLLM2)
+
+
+def test_multiples():
+    widths = (1536, 11008, 2048, 512, 1500, 64, 24, 7)
+
+    assert [usual_multiple(width) for width in widths] == [64, 64, 64, 32, 4, 4, 1, 1]
+
+
+def test_a_structure_is_json_and_checked():
+    structure = Structure(neurons=64, layers=(0, 2))
+
+    assert Structure.from_dict(json.loads(json.dumps(structure.to_dict()))) == structure
+    for values, message in (
+        ({"neurons": 0}, "neurons"),
+        ({"layers": [0], "dropped": 1}, "Give one of the two"),
+        ({"layers": []}, "leaves no block"),
+        ({"layers": [1, 0]}, "not ascending"),
+        ({"heads": 3}, "heads"),
+    ):
+        with pytest.raises(InvalidInput, match=message):
+            Structure.from_dict(values)
