@@ -205,7 +205,7 @@ def _inverse(matrix: Tensor, layer: str) -> Tensor:
 
 
 def _lower(matrix: Tensor, layer: str) -> Tensor:
-    lower, failed = torch.linalg.cholesky_ex(matrix.double())
+    factor, failed = torch.linalg.cholesky_ex(matrix.double())
     if bool(failed):
         raise NumericalError(
             f"{layer}: the second moments of its inputs are not positive definite after damping, "
@@ -213,6 +213,7 @@ def _lower(matrix: Tensor, layer: str) -> Tensor:
             "damping (0.1).",
             layer=layer,
         )
+    lower: Tensor = factor
     return lower
 
 
@@ -265,8 +266,10 @@ def kept_by_score(
     totals = score.double().cpu().view(-1, group).sum(dim=1)
     order = len(totals) - 1 - totals.flip(0).argsort(stable=True)  # the lowest first
     turns = torch.zeros(len(totals), dtype=torch.int64)  # how many of its class leave before it
-    for members in () if within is None else map(within.cpu()[order].eq, within.cpu().unique()):
-        turns[members] = torch.arange(int(members.sum()))
+    if within is not None:
+        classes = within.cpu()[order]
+        for members in map(classes.eq, classes.unique()):
+            turns[members] = torch.arange(int(members.sum()))
     order = order[turns.argsort(stable=True)]
     return order[len(order) - count :].sort().values
 

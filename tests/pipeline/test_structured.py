@@ -1,0 +1,156 @@
+"""A model is cut block after block, and what is left makes up for what is gone."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from pho_service.errors import InvalidInput, NumericalError
+from pho_service.models.loading import given_model
+from pho_service.models.structure import Anatomy
+from pho_service.pipeline.structured import cut_model, layers_to_keep
+from pho_service.pruning.perplexity import dense_reference, rate_divergence
+from pho_service.pruning.structured import narrowed, removal_order
+from pho_service.spec.structure import STRUCTURE_SCORES, Structure
+
+
+@pytest.fixture
+def model():
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=16, intermediate_size=32, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return given_model(AutoModelForCausalLM.from_config(config).float().eval())
+
+
+@pytest.fixture
+def windows():
+    return torch.randint(96, (8, 16), generator=torch.Generator().manual_seed(0))
+
+
+def copied(model):
+    return given_model(copy.deepcopy(model.model))
+
+
+def divergence(cut, reference):
+    return rate_divergence(cut.model.model, reference)
+
+
+def test_all_three_and_what_it_says_of_them(model, windows, tmp_path):
+    structure = Structure(neurons=16, query_heads=2, layers=(0, 2, 3))
+    cut = cut_model(model, windows, structure)
+    cut.model.model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    assert cut.layers == (0, 2, 3)
+    assert [*cut.neurons] == [*cut.query_heads] == [f"model.layers.{i}" for i in cut.layers]
+    assert all(len(kept) == 16 for kept in cut.neurons.values())
+    for kept in cut.query_heads.values():
+        assert kept[0] in (0, 1)
+        assert kept[1] in (2, 3)
+    assert cut.model.linears["model.layers.2.mlp.down_proj"].weight.shape == (16, 16)
+    assert loaded.config.num_hidden_layers == 3
+    with torch.no_grad():
+        expected, actual = (m(input_ids=windows).logits for m in (cut.model.model, loaded))
+    assert torch.equal(actual, expected)
+
+
+def test_the_first_block_by_hand(model, windows):
+    """Its FFN's input is that of the dense block; weights are those of least squares."""
+    dense = copied(model)
+    name = "model.layers.0.mlp.down_proj"
+    seen = []
+    handle = dense.linears[name].module.register_forward_hook(
+        lambda _module, args, _output: seen.append(args[0].flatten(end_dim=-2))
+    )
+    with torch.no_grad():
+        dense.model(input_ids=windows)
+    handle.remove()
+    inputs = torch.cat(seen)
+    gram, weight = inputs.T @ inputs / len(inputs), dense.linears[name].weight
+    fisher = {n: torch.rand(x.weight.shape[0]) for n, x in dense.linears.items()}
+    kept = removal_order(weight, gram, fisher[name], layer=name).kept(16)
+    cut = cut_model(model, windows, Structure(neurons=16), fisher=fisher)
+
+    assert cut.neurons["model.layers.0"] == kept.tolist()
+    expected = narrowed(weight, gram, kept, layer=name)
+    torch.testing.assert_close(cut.model.linears[name].weight, expected, rtol=1e-3, atol=1e-4)
+    for writer in ("gate_proj", "up_proj"):
+        rows = dense.linears[f"model.layers.0.mlp.{writer}"].weight[kept]
+        assert torch.equal(cut.model.linears[f"model.layers.0.mlp.{writer}"].weight, rows)
+
+
+def test_row_weights_are_found_by_the_names_of_the_dense_model(model, windows):
+    """After block 0 is gone, block 1 is called 0; its outputs keep their weights."""
+    names = [n for n in model.linears if n.endswith(("down_proj", "o_proj"))]
+    fisher = {n: torch.full((16,), float("nan")) for n in names if ".0." in n}
+    fisher |= {n: torch.ones(16) for n in names if ".0." not in n}
+    structure = Structure(neurons=16, query_heads=2, layers=(1, 2, 3))
+    cut, plain = (
+        cut_model(copied(model), windows, structure, fisher=weights) for weights in (fisher, None)
+    )
+
+    assert cut.neurons == plain.neurons
+
+
+@pytest.mark.parametrize("score", STRUCTURE_SCORES)
+def test_least_squares_lower_the_divergence_of_every_choice(model, windows, score):
+    structure = Structure(neurons=16, query_heads=2)
+    reference = dense_reference(model.model, windows)
+    with_update, without = (
+        divergence(
+            cut_model(copied(model), windows, structure, score=score, update=update), reference
+        )
+        for update in (True, False)
+    )
+
+    assert 0 < with_update < without
+
+
+def test_blocks_that_do_nothing_leave_first(model, windows):
+    for name in ("model.layers.1", "model.layers.3"):
+        for linear in ("self_attn.o_proj", "mlp.down_proj"):
+            model.linears[f"{name}.{linear}"].weight.zero_()
+    reference = dense_reference(model.model, windows)
+
+    assert layers_to_keep(Anatomy(model), windows, 2) == [0, 2]
+    cut = cut_model(model, windows, Structure(dropped=2))
+    assert cut.layers == (0, 2)
+    assert divergence(cut, reference) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_best_of_all_blocks_by_trial(model, windows):
+    """With fewer blocks than are tried out, the first to leave is the best one of all."""
+    reference = dense_reference(model.model, windows)
+    divergences = [
+        divergence(cut_model(copied(model), windows, Structure(layers=kept)), reference)
+        for kept in ((1, 2, 3), (0, 2, 3), (0, 1, 3), (0, 1, 2))
+    ]
+    best = divergences.index(min(divergences))
+
+    assert layers_to_keep(Anatomy(model), windows, 1) == [i for i in range(4) if i != best]
+
+
+def test_what_does_not_fit_changes_nothing(model, windows):
+    before = {name: p.clone() for name, p in model.model.named_parameters()}
+    for structure, message in (
+        (Structure(dropped=4), "leaves none of the 4 blocks"),
+        (Structure(layers=(1, 4)), "has 4 blocks"),
+        (Structure(neurons=15, dropped=1), "multiple of 2"),
+        (Structure(query_heads=3, layers=(0,)), "Give 2, 4"),
+    ):
+        with pytest.raises(InvalidInput, match=message):
+            cut_model(model, windows, structure)
+
+    assert all(torch.equal(p, before[name]) for name, p in model.model.named_parameters())
+
+
+def test_activations_that_overflow_are_said_with_their_layer(model, windows):
+    broken = replace(model)
+    broken.linears["model.layers.1.mlp.up_proj"].weight.fill_(3e38)
+    with pytest.raises(NumericalError, match="activations"):
+        cut_model(broken, windows, Structure(neurons=16))
