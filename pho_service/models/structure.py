@@ -134,8 +134,8 @@ class Anatomy:
         raise ModelError(
             f"{block} has no attention whose heads can be cut: one with linears of their own for "
             f"{heads} queries and {key_value_heads} keys and values of {head_dim} channels each, "
-            "and a linear that reads the result; in GPT-2 and others they are fused. Cut neurons "
-            "or layers instead."
+            "and a linear that reads the result. Many models, such as GPT-2, have fused ones. Cut "
+            "neurons or layers instead."
         )
 
     @property
@@ -290,7 +290,8 @@ def _built(model: LanguageModel, config: PreTrainedConfig) -> PreTrainedModel:
             "others, such as a number of heads that divides the hidden size."
         ) from error
     unfuse_experts(twin)
-    return twin.eval()
+    twin.eval()
+    return twin
 
 
 def _first_line(error: Exception) -> str:
@@ -380,7 +381,7 @@ def _replace_(module: nn.Module, name: str, values: Tensor) -> None:
 
 
 def keep_layers_(model: PreTrainedModel, twin: PreTrainedModel, kept: Sequence[int]) -> None:
-    """Leave only the blocks of these indices in a model, numbered anew."""
+    """Leave only the blocks of these indices in a model, and renumber them."""
     blocks = decoder_blocks(model)
     places = {name.rpartition(".")[0] for name, _ in blocks}
     if len(places) > 1:

@@ -261,7 +261,7 @@ def kept_by_score(
         within: As for :func:`removal_order`.
 
     Returns:
-        (count,), int64, ascending. Of equal scores the lower column stays.
+        (count,), int64, ascending. Where scores are equal, the lower column stays.
     """
     totals = score.double().cpu().view(-1, group).sum(dim=1)
     order = len(totals) - 1 - totals.flip(0).argsort(stable=True)  # the lowest first
