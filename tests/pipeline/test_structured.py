@@ -154,3 +154,13 @@ def test_activations_that_overflow_are_said_with_their_layer(model, windows):
     broken.linears["model.layers.1.mlp.up_proj"].weight.fill_(3e38)
     with pytest.raises(NumericalError, match="activations"):
         cut_model(broken, windows, Structure(neurons=16))
+
+
+def test_on_a_gpu_as_on_a_cpu(model, windows, pretended_gpu):
+    structure = Structure(neurons=16, query_heads=2, dropped=1)
+    expected = cut_model(copied(model), windows, structure)
+    cut = cut_model(given_model(model.model.to(pretended_gpu.device)), windows, structure)
+
+    assert (cut.layers, cut.neurons) == (expected.layers, expected.neurons)
+    assert cut.query_heads == expected.query_heads
+    assert cut.model.device.type == "cuda"
