@@ -30,6 +30,7 @@ from pho_service.pipeline.work import Work
 from pho_service.spec.document import MACHINE, PRUNED, TEXT, FieldShown, number
 from pho_service.spec.export import GgufType
 from pho_service.spec.pattern import Linears, Pattern, ScopeName
+from pho_service.spec.structure import structured_share
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 
 # Where `pho prune` has its configuration from: a file, a published method, a library.
+CUT_WINDOWS = 8  # that cuts are compared on, of those that the calibration leaves
 ROUNDED = 0.005  # that a sparsity may be below what was asked for without a word
 PUBLIC = "Everybody can see a new repository; by default only you can."
 TRIED = 5  # configurations of a library that are rated by the proxy, the most promising first
@@ -140,7 +142,8 @@ class _PruneAsk:
         method: A published method instead, by its name in `pho compare`, for --pattern: wanda,
             sparsegpt.
         from_library: Take the most promising configuration of a library for --pattern instead.
-        pattern: With --method and --from-library: 0.5 or 2:4.
+        pattern: With --method and --from-library: 0.5 or 2:4. By itself structured:20%, the share
+            of the blocks' weights to cut: neurons and query heads.
         scope: With --from-library, any by default; with --method for those that have none of their
             own.
         force: With --from-library: take the most promising one even if the proxy says that RIA is
@@ -187,6 +190,9 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
     it no better than RIA on MODEL. --deployable keeps a permutation to what can be
     folded into the weights. --check compares a folder with its recipe.
 
+    --pattern structured:20% cuts neurons and query heads out of every block, so
+    that the folder is an ordinary, smaller model, and faster in every runtime.
+
     \b
     Example:
       pho prune HuggingFaceTB/SmolLM2-135M --config config.json \\
@@ -217,10 +223,25 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
             )
         _check(Path(ask.check), model, as_json, inputs)
         return
+    share = structured_share(ask.pattern)
+    if share is not None and model and ask.out:
+        others = {**chosen, **of_library, "--scope": ask.scope, **named, "--bundle": ask.bundle,
+                  "--deployable": given("steps/deployable") or None,
+                  "--stream": given("stream") or None}  # fmt: skip
+        too_many = [name for name, value in others.items() if value is not None]
+        if too_many:
+            raise InvalidInput(
+                f"--pattern {ask.pattern} cuts neurons and heads out of a model, for which "
+                f"{', '.join(too_many)} says nothing. Leave it out."
+            )
+        _cut(model, share, Path(ask.out), given, as_json, inputs)
+        if ask.push is not None:
+            push_folder(Path(ask.out), ask.push, ask.public, as_json=False)
+        return
     if not (model and ask.out) or sum(value is not None for value in chosen.values()) != 1:
         raise InvalidInput(
-            "MODEL, --out, and one of --config, --method and --from-library are needed to prune; "
-            "--check FOLDER to check a folder."
+            "MODEL, --out, and one of --config, --method, --from-library and --pattern "
+            "structured:20% are needed to prune; --check FOLDER to check a folder."
         )
     if ask.config is None and ask.pattern is None:
         which = "--method" if ask.method else "--from-library"
@@ -246,6 +267,38 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
     _prune(model, source, Path(ask.out), statistics, as_json, inputs)
     if ask.push is not None:
         push_folder(Path(ask.out), ask.push, ask.public, as_json=False)
+
+
+def _cut(
+    model: str, share: float, folder: Path, given: Given, as_json: bool, inputs: Terminal
+) -> None:
+    """Cut a share out of a model, and save the smaller one."""
+    from pho_service.host.files import check_free
+    from pho_service.pipeline.smaller import make_smaller
+    from pho_service.spec.fields import ConfirmSpec
+
+    check_free(folder)
+    check_models([model], inputs.revision)
+    calibration = given.calibration()
+    work = inputs.calibrated(
+        model,
+        calibration_source(calibration),
+        calibration.settings(),
+        ConfirmSpec(windows=CUT_WINDOWS),
+        why="cuts are compared on windows that the calibration leaves of its text, and it leaves "
+        "none. Give a longer text, or fewer --samples.",
+    )
+    smaller = make_smaller(work, share, folder, progress=progress)
+    if as_json:
+        print_json({"out": str(folder), **smaller.recipe["structure"]})
+        return
+    table = smaller.table
+    print_table(table.title, table.columns, table.cells, caption="\n".join(table.notes))
+    best = smaller.tried[0]
+    say(
+        f"{folder}: {best.structure}, an ordinary smaller model. Win back some of what was lost: "
+        f"`pho recover {folder} --teacher {model}`."
+    )
 
 
 def _given_configuration(ask: _PruneAsk, given: Given) -> "Configuration | None":

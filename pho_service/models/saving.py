@@ -42,6 +42,7 @@ from pho_service.shown.tables import (
     verdict_table,
 )
 from pho_service.spec.configuration import Configuration, check_format, read_document, reasons
+from pho_service.spec.document import number
 from pho_service.spec.recovery import Recovered, Student
 
 _ROOTED = re.compile(r"[/\\~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]")
@@ -128,6 +129,7 @@ def model_card(recipe: Mapping[str, Any], licence: Mapping[str, str]) -> str:
     config = None if document is None else Configuration.model_validate(document)  # None: elsewhere
     recovered = _recovered(recipe)
     student = None if recovered is None or config is not None else recovered.student
+    cut = recipe.get("structure")
     on_hub = is_hub_id(name) and not Path(name).exists()
     base = name if on_hub else PurePath(name).name or "a model in memory"
     head_fields: dict[str, Any] = {"license": "unknown", **licence}
@@ -140,13 +142,20 @@ def model_card(recipe: Mapping[str, Any], licence: Mapping[str, str]) -> str:
     ).to_yaml()
     base_link = f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`"
     zeros = f"{recipe['sparsity']:.2%} of the weights of {len(recipe['layers'])} linears"
-    made = "trained" if student else "pruned"
+    smaller = bool(student or cut)
+    if cut:
+        intro = (
+            f"{base_link}\nwithout {cut['removed']:.1%} of the weights of its blocks: PHO has cut "
+        )
+        intro += "them out, and it is an ordinary, smaller model.\n"
+    elif student:
+        intro = f"A smaller model that PHO has trained towards {base_link}: it has {student}.\n"
+    else:
+        intro = f"{base_link}\nwith {zeros} set to zero{' by PHO' if config else ''}.\n"
     parts = [
-        f"---\n{head}\n---\n\n# {base}, {'as a smaller model' if student else 'pruned'}\n",
-        f"{base_link}\nwith {zeros} set to zero{' by PHO' if config else ''}.\n"
-        if student is None
-        else f"A smaller model that PHO has trained towards {base_link}: it has {student}.\n",
-        f"## How it was {made}\n",
+        f"---\n{head}\n---\n\n# {base}, {'as a smaller model' if smaller else 'pruned'}\n",
+        intro,
+        f"## How it was {'made' if smaller else 'pruned'}\n",
         *(f"* {line}" for line in _how(recipe, config)),
         "\n`pruning.json` has the whole recipe, `pruning/masks.safetensors` the masks; "
         "`pho prune --check FOLDER` compares the weights with both.\n"
@@ -179,6 +188,8 @@ def _tags(
 ) -> Iterator[str]:
     if student is not None:
         yield "distillation"
+    if recipe.get("structure"):
+        yield from ("pruned", "structured-pruning")
     if recipe["layers"]:
         yield from ("pruned", "sparse")
     if config is not None:
@@ -189,7 +200,10 @@ def _how(recipe: Mapping[str, Any], config: Configuration | None) -> Iterator[st
     """The method, its numbers, and the text."""
     recovered = _recovered(recipe)
     student = None if recovered is None else recovered.student
-    if config is None and student is not None:
+    if cut := recipe.get("structure"):
+        yield f"Cut: each block has {cut_in_words(cut)}"
+        yield f"Calibration: {_text(recipe.get('calibration') or {})}"
+    elif config is None and student is not None:
         yield f"Trained from `{shareable(student.model['name'])}`, which was made smaller before"
         if recipe["layers"]:
             zeros = f"{recipe['sparsity']:.2%} of the weights of {len(recipe['layers'])} linears"
@@ -213,8 +227,27 @@ def _how(recipe: Mapping[str, Any], config: Configuration | None) -> Iterator[st
     yield f"PHO {recipe['versions'].get('pho-service', '')}"
 
 
+def cut_in_words(cut: Mapping[str, Any]) -> str:
+    """What stayed of the blocks of a model, beside what they had."""
+    dense, parts = cut["of"], []
+    for name in ("neurons", "query_heads"):
+        counts = {len(kept) for kept in cut[name].values()}
+        if counts:
+            parts.append(f"{max(counts):,} of {dense[name]:,} {name.replace('_', ' ')}")
+    parts.append(f"{len(cut['layers'])} of {dense['layers']} blocks are there")
+    return "; ".join([", ".join(parts[:-1]) or "all that it had", parts[-1]])
+
+
 def _how_good(recipe: Mapping[str, Any], config: Configuration | None) -> Iterator[str]:
     recovered = _recovered(recipe)
+    if cut := recipe.get("structure"):
+        before, after = cut["dense_perplexity"], cut["tried"][0]["perplexity"]
+        yield (
+            f"Perplexity right after the cut, on {_text({'text': cut['text']})}, on which it was "
+            f"chosen: dense {number(before)}, cut {number(after)}.\n"
+        )
+        if recovered is None:
+            return
     if recovered is not None and recovered.perplexities:
         yield f"{recovered_table(recovered).markdown()}\n"
         writing = continuations_table(recovered.continuations, before=recovered.models_before)
@@ -367,6 +400,17 @@ class RecoveryRecord(_Document):
     student: dict[str, Any] | None = None  # Sizes of it and of its teacher, if that is larger
 
 
+class StructureRecord(_Document):
+    """What was cut out of the blocks of a smaller model, and what stayed of each."""
+
+    layers: Annotated[list[int], FailFast()]  # Indices of the dense model's blocks that stayed
+    # Of each of these blocks, by its name in the dense model; none where nothing was cut.
+    neurons: dict[str, Annotated[list[int], FailFast()]]
+    query_heads: dict[str, Annotated[list[int], FailFast()]]
+    sha256: str  # Of these three, as JSON with sorted keys
+    removed: float = Field(ge=0, lt=1)  # Share of the weights of all blocks
+
+
 class PatternRecord(_Document):
     """The fields of the configuration that are looked at."""
 
@@ -389,14 +433,15 @@ class Recipe(_Document):
     # What the reconstruction of each block came to, if there was one.
     blocks: dict[str, BlockRecord] = Field(default_factory=dict)
     recovery: RecoveryRecord | None = None  # What the whole model was trained for, if it was
+    structure: StructureRecord | None = None  # What was cut out of it, if anything was
     calibration: dict[str, Any]
     versions: dict[str, str]
 
     @property
     def is_student(self) -> bool:
-        """Whether another tool has made it smaller than its teacher."""
+        """Whether it is smaller than the dense model: cut, or made so by another tool."""
         trained = self.recovery is not None and self.recovery.student is not None
-        return trained and self.configuration is None
+        return self.structure is not None or (trained and self.configuration is None)
 
     @model_validator(mode="after")
     def _has_layers(self) -> Self:

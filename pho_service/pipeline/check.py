@@ -2,6 +2,7 @@
 Check a pruned folder against its own recipe and masks, and against the model that it came from.
 """
 
+import hashlib
 import json
 from bisect import bisect_left
 from collections import defaultdict
@@ -14,10 +15,18 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from pho_service.errors import field_name
+from pho_service.models.architecture import decoder_blocks
 from pho_service.models.loading import DTYPES, LanguageModel, load_model
 from pho_service.models.mask_file import MASKS, LayerMask, MaskFile, read_masks, weight_sha256
 from pho_service.models.packed import as_folder
-from pho_service.models.saving import Folded, LayerRecord, Recipe, recipe_document
+from pho_service.models.saving import (
+    Folded,
+    LayerRecord,
+    Recipe,
+    StructureRecord,
+    recipe_document,
+)
+from pho_service.models.structure import Anatomy
 from pho_service.progress import Progress, silent
 from pho_service.pruning.statistics import PrunableLinear
 from pho_service.spec.configuration import first_of, reasons
@@ -175,10 +184,44 @@ def _check_weights(
         reason = "no original model was given" if original is None else "it is another model"
         if recipe.is_student:
             reason = "a model smaller than its teacher has other weights"
+        if recipe.structure is not None:
+            dense_model = original if origin.passed else None
+            checks.append(_check_structure(recipe, recipe.structure, model, dense_model))
         names = ("kept weights", "other parameters")
         return [*checks, origin, *(_check(name, [], f"{_NOT_CHECKED}{reason}") for name in names)]
     kept_check = _check("kept weights", problems["kept weights"], _kept_detail(recipe))
     return [*checks, origin, kept_check, _check_others(recipe, model, dense_model, rows)]
+
+
+def _check_structure(
+    recipe: Recipe, cut: StructureRecord, model: LanguageModel, original: LanguageModel | None
+) -> Check:
+    """What is recorded of a cut; with the dense model, the rows that stayed as they were."""
+    kept = {"layers": cut.layers, "neurons": cut.neurons, "query_heads": cut.query_heads}
+    canonical = json.dumps(kept, sort_keys=True).encode()
+    if hashlib.sha256(canonical).hexdigest() != cut.sha256:
+        return _check("structure", ["the indices are not those that were saved"], "")
+    if original is None or recipe.recovery is not None:
+        return _check("structure", [], "what stayed as recorded")
+    anatomy, problems = Anatomy(original), []
+    dense_blocks, blocks = [*anatomy.blocks], [name for name, _ in decoder_blocks(model.model)]
+    for block, index in zip(blocks, cut.layers, strict=True):
+        dense_block = dense_blocks[index]
+        for find, chosen in (
+            (anatomy.neurons, cut.neurons), (anatomy.query_heads, cut.query_heads),
+        ):  # fmt: skip
+            if dense_block not in chosen:
+                continue
+            part = find(dense_block)
+            rows = part.columns(torch.tensor(chosen[dense_block]))
+            for writer in part.writers:
+                name = block + writer.name.removeprefix(dense_block)
+                before = writer.weight.cpu()[rows].to(model.stored_dtype)
+                if not torch.equal(
+                    model.linears[name].weight.to("cpu", model.stored_dtype), before
+                ):
+                    problems.append(f"{name}: its rows are not those of the original that stayed")
+    return _check("structure", problems, "the rows that stayed are those of the original")
 
 
 def _some(linear: str, wrong: Tensor, what: str) -> list[str]:
@@ -220,7 +263,8 @@ def _origin_check(recipe: Recipe, model: LanguageModel, original: LanguageModel 
     if original is None:
         return _check("original model", [], f"{_NOT_CHECKED}no original model was given")
     problems, pruned = [], recipe.model
-    was = "was the teacher" if recipe.is_student else "was pruned"
+    taught = recipe.is_student and recipe.structure is None
+    was = "was the teacher" if taught else "was pruned"
     dtype = str(original.dtype).removeprefix("torch.")
     shapes, pruned_shapes = (
         {name: linear.weight.shape for name, linear in each.linears.items()}

@@ -136,7 +136,8 @@ class PrunedModel:
     @property
     def from_elsewhere(self) -> bool:
         """Whether another tool has made the model, also if it was recovered since."""
-        return self.recipe is None or self.recipe["configuration"] is None
+        recipe = self.recipe
+        return recipe is None or (recipe["configuration"] is None and "structure" not in recipe)
 
     def linears_to_train(self, student: Student | None) -> dict[str, PrunableLinear]:
         """Those that have masks; of a smaller model that PHO has not pruned all, zeros aside."""

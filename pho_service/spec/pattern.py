@@ -18,6 +18,7 @@ from pydantic import Field
 
 from pho_service.errors import InvalidInput
 from pho_service.spec.document import STRICT, FieldShown, JsonDocument, Number, Whole, check_choice
+from pho_service.spec.structure import PREFIX
 
 ScopeName = Literal["row", "layer", "global"]
 
@@ -83,6 +84,11 @@ class Pattern:
         except ValueError:
             names = ", ".join(Scope)
             raise InvalidInput(f"scope {scope!r} is not one of {names}.") from None
+        if text.startswith(PREFIX):
+            raise InvalidInput(
+                f"pattern {text!r} is of `pho prune MODEL --pattern {text}` alone, which cuts "
+                f"neurons and heads out of a model. {rule}"
+            )
         if ":" in text:
             keep_text, _, group_text = text.partition(":")
             try:

@@ -141,3 +141,36 @@ def _step(shapes: BlockShapes, layers: int) -> int:
         return layers * shapes.multiple * shapes.neuron_weights
     heads = [a - b for a, b in zip(shapes.query_heads, shapes.query_heads[1:], strict=False)]
     return min([shapes.layer_weights, *(layers * step * shapes.head_weights for step in heads)])
+
+
+PREFIX = "structured:"  # begins the pattern of a smaller model: structured:20%
+
+
+def structured_share(pattern: str | None) -> float | None:
+    """
+    Read ``structured:20%``: the share of the blocks' weights to cut; None of any other pattern.
+
+    Raises:
+        InvalidInput: What follows is not a share between 0 and 1.
+    """
+    if pattern is None or not pattern.startswith(PREFIX):
+        return None
+    words = pattern.removeprefix(PREFIX).strip()
+    try:
+        share = float(words.removesuffix("%")) / (100 if words.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise InvalidInput(
+            f"pattern {pattern!r} is not a share of the blocks' weights. Write {PREFIX}20% to cut "
+            "a fifth of them."
+        )
+    return share
+
+
+def structures_of(share: float, shapes: BlockShapes) -> list[Structure]:
+    """The structures of a share that are tried: those that drop the fewest blocks."""
+    # A block that leaves costs far more than the neurons that weigh as much.
+    structures = split(share, shapes)
+    fewest = min(structure.dropped for structure in structures)
+    return [structure for structure in structures if structure.dropped == fewest]

@@ -5,7 +5,14 @@ import json
 import pytest
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.structure import BlockShapes, Structure, split, usual_multiple
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.structure import (
+    BlockShapes,
+    Structure,
+    split,
+    structured_share,
+    usual_multiple,
+)
 
 SMOLLM2 = BlockShapes(
     layers=30, layer_weights=3_538_944, width=1536, multiple=64, neuron_weights=3 * 576,
@@ -78,3 +85,25 @@ def test_a_structure_is_json_and_checked():
     ):
         with pytest.raises(InvalidInput, match=message):
             Structure.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "share"),
+    [("structured:20%", 0.2), ("structured:0.2", 0.2), ("structured: 5 %", 0.05), ("0.5", None),
+     ("2:4", None), (None, None)],
+)  # fmt: skip
+def test_the_share_of_a_pattern(pattern, share):
+    assert structured_share(pattern) == share
+
+
+@pytest.mark.parametrize("words", ["", "20", "0", "100%", "-5%", "half", "nan"])
+def test_no_share(words):
+    with pytest.raises(InvalidInput, match="is not a share of the blocks' weights"):
+        structured_share(f"structured:{words}")
+
+
+def test_elsewhere_a_pattern_says_where_it_belongs():
+    with pytest.raises(
+        InvalidInput, match="is of `pho prune MODEL --pattern structured:20%` alone"
+    ):
+        Pattern.parse("structured:20%")

@@ -1,0 +1,103 @@
+"""`pho prune --pattern structured:20%`: an ordinary, smaller model, which may be recovered."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from pretended_user import answer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+SMALL = ("--context-length", 32, "--samples", 6, "--kernel-sizes", "3,5")
+
+
+@pytest.fixture
+def cut(pho, made_model, texts):
+    """The folder ``cut`` and what the verb said of it."""
+    words = ("prune", made_model, "--pattern", "structured:20%", "--text", texts["calibration"])
+    return answer(pho(*words, *SMALL, "--out", "cut", "--json"))
+
+
+def checks(result):
+    """Whether each check passed, by name."""
+    return {check["name"]: check["passed"] for check in json.loads(result.stdout)["checks"]}
+
+
+def test_the_best_of_all_cuts_is_a_model_that_transformers_loads(pho, cut, made_model, texts):
+    tried = cut["tried"]
+    whole, smaller = (AutoModelForCausalLM.from_pretrained(f) for f in (made_model, "cut"))
+    evaluated = answer(pho("evaluate", "cut", "--text", texts["report"], "--context-length", 32,
+                           "--json"))  # fmt: skip
+
+    assert len(tried) > 1  # with all query heads, and with fewer
+    assert [t["perplexity"] for t in tried] == sorted(t["perplexity"] for t in tried)
+    assert 0.1 < cut["removed"] == tried[0]["removed"] < 0.3
+    assert smaller.num_parameters() < whole.num_parameters()
+    assert smaller.config.intermediate_size == (
+        tried[0]["neurons"] or whole.config.intermediate_size
+    )
+    assert evaluated["perplexity"] < 2 * cut["dense_perplexity"]
+    card = Path("cut/README.md").read_text()
+    assert "as a smaller model" in card
+    assert "structured-pruning" in card
+
+
+def test_the_check_slices_the_dense_model(pho, cut, made_model):
+    good = pho("prune", made_model, "--check", "cut", "--json")
+    neurons = next(iter(cut["neurons"] or cut["query_heads"]))
+    weights = load_file("cut/model.safetensors")
+    name = next(n for n in weights if n.startswith(f"{neurons}.") and n.endswith("up_proj.weight"))
+    weights[name][0] += 1
+    shutil.copytree("cut", "changed")
+    save_file(weights, "changed/model.safetensors", metadata={"format": "pt"})
+    changed = pho("prune", made_model, "--check", "changed", "--json")
+    recipe = json.loads(Path("cut/pruning.json").read_text())
+    recipe["structure"]["layers"][0] = 1
+    Path("cut/pruning.json").write_text(json.dumps(recipe))
+    edited = pho("prune", "--check", "cut", "--json")
+
+    assert good.exit_code == 0
+    assert all(checks(good).values())
+    assert "structure" in checks(good)
+    assert changed.exit_code == edited.exit_code == 1
+    assert not checks(changed)["weight hashes"]
+    assert not checks(changed)["structure"]
+    assert not checks(edited)["structure"]
+
+
+def test_it_is_recovered_towards_the_dense_model_and_stays_cut(pho, cut, made_model, texts):
+    words = ("recover", "cut", "--teacher", made_model, "--text", texts["report"])
+    recovered = answer(
+        pho(*words, "--context-length", 32, "--tokens", 640, "--rate", 2e-3, "--out", "out",
+            "--json")
+    )  # fmt: skip
+    recipe = json.loads(Path("out/pruning.json").read_text())
+    checked = pho("prune", made_model, "--check", "out", "--json")
+
+    assert recovered["after"] < recovered["before"]
+    assert recipe["structure"] == {key: value for key, value in cut.items() if key != "out"}
+    assert checked.exit_code == 0
+    before, after = (load_file(f"{folder}/model.safetensors") for folder in ("cut", "out"))
+    assert {n: w.shape for n, w in before.items()} == {n: w.shape for n, w in after.items()}
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--pattern", "structured:0"), "is not a share of the blocks' weights"),
+        (("--pattern", "structured:99.9%"), "comes near a share of 0.999"),
+        (("--pattern", "structured:20%", "--method", "wanda"), "--method says nothing"),
+        (("--pattern", "structured:20%", "--scope", "row"), "--scope says nothing"),
+        (("--pattern", "structured:20%", "--samples", 10_000), "leaves none. Give a longer text"),
+    ],
+)
+def test_refused_and_nothing_is_written(pho, made_model, texts, words, message):
+    small = ("--context-length", 32, "--kernel-sizes", "3,5", "--samples", 2)
+    ran = pho("prune", made_model, "--text", texts["calibration"], *small, *words, "--out", "cut")
+
+    assert ran.exit_code in (1, 2)
+    assert message in " ".join(ran.stderr.split())
+    assert not Path("cut").exists()
