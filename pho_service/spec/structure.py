@@ -39,6 +39,19 @@ class Structure(JsonDocument):
         Field(ge=0, description="Blocks to drop that the divergence from the dense model chooses."),
     ] = 0
 
+    def __str__(self) -> str:
+        """In a few words: what is kept of each block, and how many blocks leave."""
+        parts = []
+        if self.neurons is not None:
+            parts.append(f"{self.neurons:,} neurons")
+        if self.query_heads is not None:
+            parts.append(f"{self.query_heads} query heads")
+        if self.dropped:
+            parts.append(f"{self.dropped} blocks fewer")
+        if self.layers is not None:
+            parts.append(f"{len(self.layers)} blocks")
+        return ", ".join(parts) or "everything"
+
     def __post_init__(self) -> None:
         if self.layers == ():
             raise InvalidInput("layers=[] leaves no block. Name at least one, or give null.")

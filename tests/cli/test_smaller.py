@@ -84,6 +84,15 @@ def test_it_is_recovered_towards_the_dense_model_and_stays_cut(pho, cut, made_mo
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_person_sees_each_cut_in_a_row_and_what_to_do_next(pho, made_model, texts):
+    ran = pho("prune", made_model, "--pattern", "structured:20%", "--text", texts["calibration"],
+              *SMALL, "--out", "cut")  # fmt: skip
+
+    assert "neurons" in ran.stdout
+    assert "Structure(" not in ran.stdout + ran.stderr
+    assert f"`pho recover cut --teacher {made_model}`" in " ".join(ran.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
