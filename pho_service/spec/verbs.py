@@ -78,11 +78,12 @@ class LlamaAsk:
     context_length: Annotated[Annotated[int, Field(ge=2)] | None, FieldShown(section=REPORT)] = None
 
     def __post_init__(self) -> None:
-        given = [
-            field_name(name)
-            for name in ("types", "converter", "context_length")
-            if getattr(self, name)
-        ]
+        values = {
+            field_name("types"): self.types,
+            field_name("converter"): self.converter,
+            field_name("context_length"): self.context_length,
+        }
+        given = [name for name, value in values.items() if value]
         if self.runtime == "torch" and given:
             raise InvalidInput(
                 f"{', '.join(given)}: only for {field_name('runtime', 'llama.cpp')}. Leave it out, "

@@ -22,7 +22,7 @@ from pho_service.spec.job_options import (
 )
 from pho_service.spec.objective import SearchOptions
 from pho_service.spec.recovery import Recovery
-from pho_service.spec.verbs import BenchSettings, CompareAsk, EvaluateAsk, Where
+from pho_service.spec.verbs import BenchSettings, CompareAsk, EvaluateAsk, LlamaAsk, Where
 
 MINE = {"model": "org/a", "pattern": "0.5"}
 PARENT = click.Context(main, **main.context_settings)
@@ -79,7 +79,8 @@ def test_each_field_of_a_jobs_document_has_an_option_but_for_the_models():
             "shares": [3, 1],
         },
         "validation": {},
-        "prune": True, "recovery": {}, "tasks": ["boolq"], "tasks_dir": "tasks", "tasks_limit": 100,
+        "prune": True, "gguf": ["q8_0"], "recovery": {}, "tasks": ["boolq"], "tasks_dir": "tasks",
+        "tasks_limit": 100,
         "notify": "https://hooks.example/pho", "warm_start": {},
         "steps": {
             "allocation": {"offsets": {"q_proj": 0.5}, "depth": [0.5]},
@@ -200,7 +201,8 @@ def test_what_a_verb_alone_is_asked_has_an_option_with_a_sentence_in_a_section(v
 @pytest.mark.parametrize(
     ("function", "asked"),
     [(pho.compare, CompareAsk), (pho.evaluate, EvaluateAsk), (pho.bench, BenchSettings),
-     (pho.bench, Where), (pho.recover, Recovery), (pho.search, SearchOptions)],
+     (pho.bench, Where), (pho.bench, LlamaAsk), (pho.recover, Recovery),
+     (pho.search, SearchOptions)],
 )  # fmt: skip
 def test_python_has_an_argument_with_the_same_sentence_for_what_the_terminal_has(function, asked):
     arguments, said = inspect.signature(function).parameters, " ".join(function.__doc__.split())

@@ -9,7 +9,8 @@ import pho_service as pho
 
 NAMES = {
     "Client", "Configuration", "Pattern", "PhoError", "baseline", "bench", "calibrate", "compare",
-    "configuration", "curve", "evaluate", "load_model", "load_packed", "load_semi_structured",
+    "configuration", "curve", "evaluate", "export", "load_model", "load_packed",
+    "load_semi_structured",
     "objective", "pack", "prune", "push", "read_bundle", "read_configuration", "recover", "save",
     "search", "search_within", "unpack", "write_configuration",
 }  # fmt: skip
