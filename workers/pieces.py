@@ -20,7 +20,7 @@ from pho_service.errors import ChangedInput, PhoError
 from pho_service.host.tasks import harness_folder
 from pho_service.library import Entry, ModelFacts, Wanted, rank, stored_file
 from pho_service.models.calibration import cut, measure_shard
-from pho_service.models.gguf_file import check_types
+from pho_service.models.gguf_file import converter_for
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.saving import (
     RECIPE,
@@ -467,7 +467,7 @@ def calibrate_piece(
     if spec.tasks is not None and harness_folder() is not None:
         inputs.tasks(spec)
     if spec.gguf:
-        check_types(spec.gguf)
+        converter_for(spec.gguf)
     seal = inputs.seal(spec, Seal() if before is None else Seal(**before.inputs))
     model, linears = inputs.model(spec, seal), whole.plan(0).steps.linears
     check_patterns(model, whole.points, linears)

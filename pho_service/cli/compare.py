@@ -488,9 +488,8 @@ def bench(models: tuple[str, ...], ask: _BenchAsk, as_json: bool) -> None:
         check_models(models)
         benchmark = measure(models, settings, device=ask.device, dtype=ask.dtype, progress=progress)
     else:
-        from pho_service.pipeline.llama_bench import ReportedOn, bench_llama, check_llama
+        from pho_service.pipeline.llama_bench import ReportedOn, bench_llama
 
-        check_llama(models, settings, ask)
         on = None
         if ask.report is not None:
             on = ReportedOn(text_source(ask.report, measured=True), ask.report.windows)

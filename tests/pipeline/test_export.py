@@ -19,7 +19,8 @@ from pho_service.models import gguf_file
 from pho_service.models.builtin import smollm2
 from pho_service.models.packed import pack
 from pho_service.pipeline import export as exporting
-from pho_service.pipeline.llama_bench import bench_llama
+from pho_service.pipeline.llama_bench import _rows, bench_llama
+from pho_service.progress import silent
 from pho_service.spec.verbs import BenchSettings, LlamaAsk
 
 FEW = BenchSettings(prompt=8, new_tokens=3, rounds=2)
@@ -243,9 +244,12 @@ class TestRuntime:
         assert "perplexity" in measured.table.columns
         assert any("runtime gap" in line for line in measured.conditions)
 
-    def test_a_folder_is_compared_with_the_first_in_the_same_type(self, folder, monkeypatch):
+    def test_a_folder_is_compared_with_the_first_in_the_same_type(
+        self, folder, tmp_path, monkeypatch
+    ):
         monkeypatch.setattr("pho_service.pipeline.llama_bench.export", _copied(folder))
-        rows = _rows_of([str(folder), str(folder.parent)], ("bf16", "q8_0"))
+        ask = LlamaAsk(runtime="llama.cpp", types=("bf16", "q8_0"))
+        rows = _rows([str(folder), str(folder.parent)], ask, tmp_path, silent)
 
         assert [row.side.name.rpartition(", ")[2] for row in rows] == ["bf16", "q8_0"] * 2
         assert [row.side.base for row in rows] == [0, 0, 0, 1]
@@ -288,14 +292,3 @@ def _copied(folder):
         shutil.copy(folder / "model.safetensors", out)
 
     return export
-
-
-def _rows_of(models, types):
-    from pathlib import Path
-    from tempfile import TemporaryDirectory
-
-    from pho_service.pipeline.llama_bench import _rows
-    from pho_service.progress import silent
-
-    with TemporaryDirectory() as place:
-        return _rows(models, LlamaAsk(runtime="llama.cpp", types=types), Path(place), silent)

@@ -102,7 +102,7 @@ def test_gguf_files_are_among_the_files_of_the_model(hand, small, monkeypatch):
         return gguf_type
 
     monkeypatch.setattr("pho_service.pipeline.export.export", export)
-    monkeypatch.setattr("workers.pieces.check_types", lambda _: None)
+    monkeypatch.setattr("workers.pieces.converter_for", lambda _: None)
     spec = small(prune=True, confirm=None, gguf=["q8_0", "bf16"])
     job = hand.until(hand.submit(spec), StageKind.PRUNE)
     with pytest.raises(SystemExit):
