@@ -125,7 +125,13 @@ def _prune(
     loaded = pho.load_model(str(dense))
     model, tokenizer, calibration = loaded.model, loaded.tokenizer, str(texts["calibration"])
     bundle = pho.calibrate(model, tokenizer, calibration, samples=samples, context_length=CONTEXT)
-    if method in ("score", "crepe", "crepe-plus", "best"):
+    if method == "structured":
+        choice = pho.search(
+            bundle, f"structured:{pattern}", model=model, tokenizer=tokenizer, texts=calibration,
+            confirm=str(texts["confirmation"]),
+        )  # fmt: skip
+        print(choice)
+    elif method in ("score", "crepe", "crepe-plus", "best"):
         choice = pho.search(
             bundle, pattern, model=model, tokenizer=tokenizer, preset=method, trials=trials,
             texts=calibration, confirm=str(texts["confirmation"]),

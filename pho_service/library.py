@@ -85,6 +85,16 @@ def parse_library_file(document: Any, name: str) -> LibraryFile:
     )
 
 
+def check_for_others(configuration: Configuration, name: str) -> None:
+    """See that a configuration is one for other models, too."""
+    if configuration.cut is not None:
+        raise ConfigurationError(
+            f"{name} has the pattern {configuration.pattern}: what it cuts is of the blocks of its "
+            "own model, and a library has what is for others. Give a configuration with "
+            "coefficients."
+        )
+
+
 def read_library_file(path: Path) -> LibraryFile:
     return parse_library_file(read_document(path), str(path))
 
@@ -99,7 +109,9 @@ def read_folder(folder: Path) -> tuple[dict[str, LibraryFile], list[str]]:
     files, problems = {}, []
     for path in sorted(folder.rglob("*.json")):
         try:
-            files[str(path.relative_to(folder))] = read_library_file(path)
+            file = read_library_file(path)
+            check_for_others(file.configuration, str(path))
+            files[str(path.relative_to(folder))] = file
         except ConfigurationError as error:
             problems.append(str(error))
     return files, problems

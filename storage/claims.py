@@ -448,7 +448,7 @@ def _keep_result(connection: Connection, job: JobRecord, result: JobResult) -> N
             **best_columns(result.best),
         )
     )
-    if result.best is not None:
+    if result.best is not None and "cut" not in result.best:  # which is of its own model alone
         keep(connection, result.best, owner_id=job.owner_id, job_id=job.id)
 
 

@@ -27,7 +27,14 @@ from pho_service.pipeline.curve import (
     point_warnings,
     target_found,
 )
-from pho_service.pipeline.search import IslandsAsked, Journal, Piece, conduct, origin_of
+from pho_service.pipeline.search import (
+    IslandsAsked,
+    Journal,
+    Piece,
+    conduct,
+    conduct_pieces,
+    origin_of,
+)
 from pho_service.progress import Run
 from pho_service.spec.calibration import SHARDS
 from pho_service.spec.job import JobSpec
@@ -231,7 +238,9 @@ class _Job:
         made = self._calibrated(spec)
         spec = self._warmed(spec, made)
         self._work = SealedWork(self._inputs, job, spec, made, self._journal.run)
-        if spec.several:
+        if spec.is_cut:
+            self._conduct_cut(spec, made)
+        elif spec.several:
             points = self._points()
             once("finish", lambda _: self._finish_points(points), Finished)
         else:
@@ -256,6 +265,14 @@ class _Job:
                 check_tasks(measured.questions_sha256, job)
         if spec.prune or job.pruning is not None:
             once("prune", lambda _: prune_piece(self._work, self._claim, self._watch), StoredModel)
+
+    def _conduct_cut(self, spec: JobSpec, made: Sequence[Calibration]) -> None:
+        """Rate the splits of a share, cut the best of them, and take the one that is best then."""
+        from pho_service.pipeline.cuts import CutPieces  # slow to import
+
+        study, provenance = self._study(0), origin_of([one.provenance for one in made])
+        steps = CutPieces(spec.request(0), self._work, study, provenance)
+        conduct_pieces(steps, 1, self._journal, self._finish, Finished)
 
     # The pieces.
 
@@ -361,7 +378,10 @@ class _Job:
 
     def _finish(self, result: SearchResult) -> Finished:
         configuration, work, spec = result.configuration, self._work, self._work.spec
-        layers = of_layers(work.bundles, configuration.candidate(), str(self._inputs.device))
+        layers = {}
+        if configuration.cut is None:
+            candidate = configuration.candidate()
+            layers = of_layers(work.bundles, candidate, str(self._inputs.device))
         for number in range(spec.islands):
             with self._fence():
                 show_result(self._study(number), spec, configuration)

@@ -31,7 +31,7 @@ from pho_service.models.saving import (
 )
 from pho_service.models.tasks import LoadedTasks
 from pho_service.pipeline.curve import check_patterns
-from pho_service.pipeline.prune import prune_in_place, prune_job
+from pho_service.pipeline.prune import prune_in_place, prune_job, winner_of
 from pho_service.pipeline.search import Piece
 from pho_service.pipeline.tasks import measure_tasks, tasks_document
 from pho_service.pipeline.transfer import own_search, transfer_job
@@ -100,6 +100,8 @@ def show_result(study: optuna.Study, spec: JobSpec, configuration: Configuration
 
 def _asked(spec: JobSpec) -> list[str]:
     models = ", ".join(f"`{name}`" for name in spec.models)
+    if spec.is_cut:
+        return [f"**Model** {models}, **pattern** {spec.pattern}: every split of its share"]
     return [
         f"**Model** {models}, **pattern** {spec.pattern}, **scope** {spec.pruning().scope}",
         "",
@@ -282,7 +284,7 @@ def _prune(work: SealedWork, configuration: Configuration, folder: Path) -> None
             folder.parent.mkdir(parents=True, exist_ok=True)
             for left in folder.parent.glob(".pho-*"):  # of an attempt that was killed
                 shutil.rmtree(left, ignore_errors=True)
-            blocks = work.blocks(configuration.candidate())
+            blocks = work.blocks(winner_of(configuration))
             prune_job(work, configuration, folder, memo=blocks, progress=work.run.progress)
     finally:
         work.inputs.clear()  # the model is not dense any more
@@ -374,7 +376,7 @@ def _pruned(work: SealedWork, tasks: LoadedTasks) -> dict[str, Any]:
         work.inputs.clear()  # the room is needed
         return _measured(work, load_model(str(folder), **work.inputs.placing(work.spec)), tasks)
     configuration = Configuration.model_validate(best)
-    model, blocks = work.model, work.blocks(configuration.candidate())
+    model, blocks = work.model, work.blocks(winner_of(configuration))
     dtype = model.dtype
     try:
         prune_in_place(work, configuration, memo=blocks, progress=work.run.progress)
@@ -469,7 +471,7 @@ def calibrate_piece(
     if spec.gguf:
         converter_for(spec.gguf)
     seal = inputs.seal(spec, Seal() if before is None else Seal(**before.inputs))
-    model, linears = inputs.model(spec, seal), whole.plan(0).steps.linears
+    model, linears = inputs.model(spec, seal), whole.request(0).steps.linears
     check_patterns(model, whole.points, linears)
     text = inputs.calibration_text(spec, seal)
     if spec.recovery is not None and spec.model == whole.model and before is None:
@@ -553,7 +555,7 @@ def warmed(
     warm_points = [
         WarmPoint(
             id=match.entry.id,
-            coefficients=files[match.entry.id].configuration.coefficients,
+            coefficients=files[match.entry.id].configuration.candidate().coefficients,
             allocation=files[match.entry.id].configuration.steps.allocation,
             reasons=[*match.reasons],
         )

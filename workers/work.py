@@ -20,6 +20,7 @@ from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.job import JobSpec
 from pho_service.spec.results import Calibration
 from pho_service.spec.steps import Candidate
+from pho_service.spec.structure import Structure
 from storage.records import JobRecord
 from workers.inputs import Seal, WorkerInputs
 
@@ -86,12 +87,12 @@ class SealedWork(Work):
             sealed=self,
         )
 
-    def blocks(self, winner: Candidate) -> Memo | None:
-        """Where the winner's trained blocks wait for what is done with the pruned model."""
+    def blocks(self, winner: Candidate | Structure) -> Memo | None:
+        """Where the winner's trained or cut blocks wait for what is done with the pruned model."""
         # If nothing prunes the model later, they are there so that another attempt goes on, or
         # another job may have its turn.
-        if not winner.steps.reconstruction.wanted:  # neither the model nor its text is needed
-            return None
+        if not isinstance(winner, Structure) and not winner.steps.reconstruction.wanted:
+            return None  # neither the model nor its text is needed
 
         def folder(key: str) -> Path:
             place = self.inputs.pruned.workplace(self.job.id, key[:16])
@@ -121,7 +122,7 @@ class _Opened(Work):
 
     sealed: SealedWork
 
-    def blocks(self, winner: Candidate) -> Memo | None:
+    def blocks(self, winner: Candidate | Structure) -> Memo | None:
         return self.sealed.blocks(winner)
 
     def check(self) -> str | None:

@@ -387,6 +387,11 @@ class PlannedFolder(_Answer):
 
     saved_bytes: int = Field(description="Bytes of its weights and masks.")
     packed_bytes: int = Field(description="About so many once `pho pack` has packed them.")
+    times_smaller: float | None = Field(
+        None,
+        description="Bytes of the dense model over those of a cut one: it is about so many times "
+        "as fast where reading the weights takes the time. null where no bytes leave.",
+    )
 
 
 class PlanAnswer(_Answer):

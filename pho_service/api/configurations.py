@@ -26,6 +26,7 @@ from pho_service.library import (
     LibraryFile,
     Match,
     Wanted,
+    check_for_others,
     gains_by,
     parse_library_file,
     rank,
@@ -110,6 +111,7 @@ def add(
     """Add a configuration that was found elsewhere to the library."""
     try:
         file = parse_library_file(document, "the document")
+        check_for_others(file.configuration, "the document")
     except ConfigurationError as error:
         raise FieldError("", str(error)) from error
     most = service.settings.max_configurations

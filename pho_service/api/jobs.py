@@ -480,6 +480,7 @@ def extend(job_id: UUID, extension: Extension, service: ServiceParam, caller: Ca
     job = service.jobs.get(job_id, visible_to=caller.visible_to)
     view = JobView(job)
     view.check_search()
+    view.check_scored()
     view.check_one_pattern()
     spec = view.spec
     tokens = spec.extension(extension.trials, service.limits)
@@ -626,7 +627,9 @@ def transfer(
 ) -> Job:
     """Measure a job's configuration on other models, in a job with a stage for each model."""
     source = service.jobs.get(job_id, visible_to=caller.visible_to)
-    configuration = JobView(source).configuration(pattern)
+    view = JobView(source)
+    view.check_scored()
+    configuration = view.configuration(pattern)
     request.check_access(service.access)
     spec = TransferSpec.of(request, str(source.id), configuration, source.spec)
     tokens = spec.check_size(service.limits)

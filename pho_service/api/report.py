@@ -20,6 +20,7 @@ from pho_service.shown.parts import content_security_policy
 from pho_service.shown.report import LayerCell, Report, StageTime
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.objective import is_maximised
+from pho_service.spec.structure import ESTIMATE
 from storage import records as stored
 from storage.records import StageKind, StageState
 from storage.studies import read_trials
@@ -138,7 +139,7 @@ def _of_search(service: Service, view: JobView, *, whole: bool) -> Report:
         warnings=[*(job.warnings or ()), *view.notes],
         configuration=configuration,
         recovery=view.recovery,
-        objective=objective.label,
+        objective=ESTIMATE if spec.is_cut else objective.label,
         maximised=maximised,
         trials=with_measurements(
             trials_of(studies, 1 if several else view.islands),

@@ -64,8 +64,10 @@ def _configuration() -> dict[str, Any]:
     schema = _inlined(Configuration.model_json_schema())
     fields = schema["properties"]
     fields |= {"format": {"const": FORMAT}, "version": {"enum": [VERSION]}}
-    schema["required"] += ["format", "version"]
-    coefficients = fields["coefficients"]
+    schema["required"] += ["format", "version", "coefficients"]
+    del fields["cut"]  # which no library has
+    coefficients, _ = fields["coefficients"]["anyOf"]
+    fields["coefficients"] = coefficients
     for name in ("row", "column", "neighbourhood", "activation_exponent", "gradient_exponent"):
         coefficients["properties"][name] |= {"minimum": 0, "maximum": _LARGEST}
     coefficients["properties"]["kernel_size"] = {"enum": [*range(3, 1000, 2)]}

@@ -19,6 +19,7 @@ from pho_service.spec.objective import is_maximised
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.recovery import Recovered
 from pho_service.spec.results import Calibration, Chosen, Finished, Measured
+from pho_service.spec.structure import PREFIX
 from pho_service.spec.tasks import TaskScores
 from pho_service.spec.transfer import TransferSpec
 from storage.jobs import REMOVED, chosen
@@ -54,6 +55,7 @@ class JobDocument:
     islands: int
     source: str | None  # The job whose configuration a transfer measures
     is_maximised: bool  # Whether high values of its objective are good
+    is_cut: bool  # Whether neurons, heads and blocks are cut out
     later: frozenset[StageKind]  # Kinds of stages that some field asks for
 
     @classmethod
@@ -64,16 +66,22 @@ class JobDocument:
         else:
             models, candidate = [document["model"], *document.get("more_models", ())], document
         target = document.get("target")
+        is_cut = not is_transfer and str(document.get("pattern")).startswith(PREFIX)
         return cls(
             models=models,
             patterns=document.get("patterns") or (),
             target=None if target is None else Target.model_validate(target),
             pattern=candidate.get("pattern"),
             scope=candidate.get("scope"),
-            preset="transfer" if is_transfer else document.get("preset", "score"),
+            preset="transfer"
+            if is_transfer
+            else "cut"
+            if is_cut
+            else document.get("preset", "score"),
             islands=document.get("islands", 0),
             source=document["source"] if is_transfer else None,
             is_maximised=is_maximised(document.get("objective", {}).get("name")),
+            is_cut=is_cut,
             later=frozenset(kind for field, kind in _LATER.items() if document.get(field)),
         )
 
@@ -103,7 +111,7 @@ class JobDocument:
         last = ("Preset", self.preset)
         if self.is_transfer:
             last = ("Transfer of", f"job {self.source}")
-        return [self.sparsity, *scope, last]
+        return [self.sparsity] if self.is_cut else [self.sparsity, *scope, last]
 
 
 class JobView:
@@ -350,6 +358,16 @@ class JobView:
                 f"GET /v1/jobs/{self.record.id}/transfer has what it measured.",
             )
 
+    def check_scored(self) -> None:
+        """See that it searches coefficients, which can be transferred, and given more trials."""
+        if self.document.is_cut:
+            raise self.conflict(
+                "a_cut",
+                f"The job has the pattern {self.document.pattern}: every split of its share was "
+                "rated, and it is of the blocks of this model. Submit a job for another model or "
+                "another share.",
+            )
+
     def check_one_pattern(self) -> None:
         if self.document.several:
             raise self.conflict(
@@ -431,7 +449,7 @@ class JobView:
         if kind is StageKind.POINT and self.document.several:
             total = self.most_points
             unit += " at most" if self.document.target is not None else ""
-        elif kind is StageKind.SEARCH and not self.document.is_transfer:
+        elif kind is StageKind.SEARCH and not (self.document.is_transfer or self.document.is_cut):
             done = sum(stage.done for stage in self._searches)
             searches = self.most_points if self.document.several else self.islands
             total = job.trials * searches
@@ -451,7 +469,7 @@ class JobView:
         if not counted.done or not workers:  # whoever waits for one does not know for how long
             return None
         left = counted.total - counted.done
-        if kind is StageKind.SEARCH:  # a hill climb may have ended early
+        if kind is StageKind.SEARCH and not self.document.is_cut:  # a climb may have ended early
             left = sum(job.trials - s.done for s in stages if s.state is not StageState.DONE)
         return round(self.worked_s(kind) / counted.done * left / workers, 1)
 
@@ -501,7 +519,8 @@ class JobView:
         """Whether it can be given more trials."""
         document = self.document
         may_have_more = self.record.state in VERBS["extend"]
-        return may_have_more and not document.is_transfer and not document.several
+        others = document.is_transfer or document.several or document.is_cut
+        return may_have_more and not others
 
 
 def step_of(stage: Stage) -> Step | None:

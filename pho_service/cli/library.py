@@ -155,6 +155,8 @@ def of_files(given: Given, spec: "JobSpec") -> "list[Candidate]":
         name = given.names["warm_start/count"]
         raise InvalidInput(f"{name} is of a warm start: give --warm-start, too.")
     names = [name for name in given("warm_start/found") or () if name and not is_library(name)]
+    if not names:
+        return []
     candidates = [read_library_file(Path(name)).configuration.candidate() for name in names]
     request = replace(spec.request(0), warm_start=tuple(candidates))
     request.plan(tuple(spec.calibration.kernel_sizes))  # refuses what is of another pattern

@@ -24,13 +24,12 @@ from pho_service.cli.options import (
     device_options,
     json_verb,
 )
-from pho_service.cli.terminal import print_json, print_table, progress, say
+from pho_service.cli.terminal import print_json, print_table, progress, say, show_table
 from pho_service.errors import ConfigurationError, InvalidInput, ModelError
 from pho_service.pipeline.work import Work
 from pho_service.spec.document import MACHINE, PRUNED, TEXT, FieldShown, number
 from pho_service.spec.export import GgufType
 from pho_service.spec.pattern import Linears, Pattern, ScopeName
-from pho_service.spec.structure import structured_share
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
 
 # Where `pho prune` has its configuration from: a file, a published method, a library.
 CUT_WINDOWS = 8  # that cuts are compared on, of those that the calibration leaves
+CUT_FINALISTS = 3  # splits that are cut and measured
 ROUNDED = 0.005  # that a sparsity may be below what was asked for without a word
 PUBLIC = "Everybody can see a new repository; by default only you can."
 TRIED = 5  # configurations of a library that are rated by the proxy, the most promising first
@@ -223,8 +223,8 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
             )
         _check(Path(ask.check), model, as_json, inputs)
         return
-    share = structured_share(ask.pattern)
-    if share is not None and model and ask.out:
+    pattern = None if ask.pattern is None else Pattern.parse(ask.pattern)
+    if pattern is not None and pattern.structured and model and ask.out:
         others = {**chosen, **of_library, "--scope": ask.scope, **named, "--bundle": ask.bundle,
                   "--deployable": given("steps/deployable") or None,
                   "--stream": given("stream") or None}  # fmt: skip
@@ -234,7 +234,7 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
                 f"--pattern {ask.pattern} cuts neurons and heads out of a model, for which "
                 f"{', '.join(too_many)} says nothing. Leave it out."
             )
-        _cut(model, share, Path(ask.out), given, as_json, inputs)
+        _cut(model, pattern, Path(ask.out), given, as_json, inputs)
         if ask.push is not None:
             push_folder(Path(ask.out), ask.push, ask.public, as_json=False)
         return
@@ -270,16 +270,23 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
 
 
 def _cut(
-    model: str, share: float, folder: Path, given: Given, as_json: bool, inputs: Terminal
+    model: str, pattern: Pattern, folder: Path, given: Given, as_json: bool, inputs: Terminal
 ) -> None:
-    """Cut a share out of a model, and save the smaller one."""
+    """Find the best cut of a share, as `pho search` does, and save the smaller model."""
+    import shutil
+
     from pho_service.host.files import check_free
-    from pho_service.pipeline.smaller import make_smaller
+    from pho_service.pipeline.prune import prune_job, winner_of
+    from pho_service.pipeline.search import opened_study, search_job
+    from pho_service.shown.report import Report
+    from pho_service.shown.tables import results_table, verdict_table
     from pho_service.spec.fields import ConfirmSpec
+    from pho_service.tuning.plan import SearchRequest
 
     check_free(folder)
     check_models([model], inputs.revision)
     calibration = given.calibration()
+    request = SearchRequest(pattern=pattern, finalists=CUT_FINALISTS)
     work = inputs.calibrated(
         model,
         calibration_source(calibration),
@@ -287,16 +294,30 @@ def _cut(
         ConfirmSpec(windows=CUT_WINDOWS),
         why="cuts are compared on windows that the calibration leaves of its text, and it leaves "
         "none. Give a longer text, or fewer --samples.",
+        requests=[request],
     )
-    smaller = make_smaller(work, share, folder, progress=progress)
+    # What an interrupted run has measured is there when the same command is given again.
+    place = folder.expanduser().resolve().with_name(f".{folder.name}.cuts")
+    place.mkdir(parents=True, exist_ok=True)
+    with opened_study(f"sqlite:///{place}/study.db", request, work) as study:
+        result = search_job(request, work, study=study, run=inputs.run(work.model))
+    configuration = result.configuration
+    pruned = prune_job(
+        work, configuration, folder, memo=work.blocks(winner_of(configuration)), progress=progress
+    )
+    shutil.rmtree(place)
     if as_json:
-        print_json({"out": str(folder), **smaller.recipe["structure"]})
+        structure = pruned.recipe["structure"]
+        document = configuration.model_dump(mode="json")
+        print_json({"out": str(folder), "configuration": document, "structure": structure})
         return
-    table = smaller.table
-    print_table(table.title, table.columns, table.cells, caption="\n".join(table.notes))
-    best = smaller.tried[0]
+    good = configuration.perplexities
+    assert good is not None  # the dense model was measured
+    for table in (verdict_table(good), results_table(Report.of(configuration))):
+        if table is not None:
+            show_table(table)
     say(
-        f"{folder}: {best.structure}, an ordinary smaller model. Win back some of what was lost: "
+        f"{folder}: {configuration.cut}. It is an ordinary model. Win back some of what was lost: "
         f"`pho recover {folder} --teacher {model}`."
     )
 
@@ -350,7 +371,7 @@ def _prune(
     inputs: Terminal,
 ) -> None:
     from pho_service.host.files import check_free
-    from pho_service.pipeline.prune import orders_in_words, prune_job
+    from pho_service.pipeline.prune import orders_in_words, prune_job, winner_of
     from pho_service.pruning.reconstruction import summary
 
     check_free(folder)
@@ -380,7 +401,7 @@ def _prune(
             )
     if source.deployable:
         configuration = configuration.deployable()
-    blocks = opened.blocks(configuration.candidate())
+    blocks = opened.blocks(winner_of(configuration))
     result = prune_job(
         opened,
         configuration,
@@ -400,6 +421,9 @@ def _prune(
                 **({"blocks": result.recipe["blocks"]} if result.blocks else {}),
             }
         )
+        return
+    if configuration.cut is not None:
+        click.echo(f"{folder}: {configuration.cut}")
         return
     click.echo(f"{folder}: {result.sparsity:.4%} of {len(result.layers)} linears removed")
     candidate = configuration.candidate()
@@ -434,14 +458,20 @@ def _opened(
 
     settings = statistics.calibration.settings()
     if not isinstance(model, str):  # the proxy rates what a library has
-        sizes = {configuration.coefficients.kernel_size for configuration in configurations}
+        scores = [configuration.candidate().coefficients for configuration in configurations]
+        sizes = {score.kernel_size for score in scores}
         missing = sorted(sizes - {*settings.kernel_sizes})
         settings = replace(settings, kernel_sizes=(*settings.kernel_sizes, *missing))
-    needs_text = any(configuration.candidate().steps.needs_text for configuration in configurations)
+    needs_text = any(
+        configuration.cut is not None or configuration.candidate().steps.needs_text
+        for configuration in configurations
+    )
     named = statistics.named
     if statistics.bundle is None:
         candidates = [
-            configuration.candidate() for configuration in configurations if isinstance(model, str)
+            configuration.candidate()
+            for configuration in configurations
+            if isinstance(model, str) and configuration.cut is None
         ]
         own_text = calibration_source(statistics.calibration)
         return inputs.calibrated(model, own_text, settings, requests=candidates)

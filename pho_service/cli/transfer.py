@@ -107,8 +107,9 @@ def transfer(
     check_configuration(configuration, config, ask.pattern, ask.scope)
     calibration = given.calibration()
     settings = calibration.settings()
-    if config.coefficients.kernel_size not in settings.kernel_sizes:
-        sizes = (*settings.kernel_sizes, config.coefficients.kernel_size)
+    kernel_size = config.candidate().coefficients.kernel_size
+    if kernel_size not in settings.kernel_sizes:
+        sizes = (*settings.kernel_sizes, kernel_size)
         settings = replace(settings, kernel_sizes=sizes)
     request = None
     if ask.search:

@@ -2,7 +2,9 @@
 `pho.prune`, `pho.save`, `pho.pack` and their like: pruned models in memory and on disk.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,7 @@ from pho_service.interface.inputs import (
     opened_bundle,
 )
 from pho_service.models.blockwise import dense_afterwards
-from pho_service.models.loading import load_model, sha256_each
+from pho_service.models.loading import LanguageModel, load_model, sha256_each
 from pho_service.models.saving import RECIPE, save_pruned
 from pho_service.pipeline import prune as pipeline
 from pho_service.pipeline.bench import Conversion, check_gpu, convert_
@@ -34,6 +36,8 @@ from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.hardware import pick_device
 from pho_service.pruning.reconstruction import summary
 from pho_service.shown.parts import Shown, Table
+from pho_service.shown.tables import configuration_rows
+from pho_service.spec.configuration import Configuration
 from pho_service.spec.export import GGUF_TYPES, Exported, GgufType
 
 if TYPE_CHECKING:
@@ -57,6 +61,11 @@ class Pruned(Shown, pipeline.PrunedFolder):
         return [{"linear": name, "sparsity": sparsity} for name, sparsity in self.layers.items()]
 
     def _shown(self) -> Table:
+        if not self.layers:
+            configuration = Configuration.model_validate(self.recipe["configuration"])
+            rows = configuration_rows(configuration)
+            name = self.recipe["model"]["name"]
+            return Table(("", ""), rows, title=f"{name}, cut", numbers=False)
         kinds: dict[str, list[float]] = {}
         for name, sparsity in self.layers.items():
             kinds.setdefault(name.rpartition(".")[2], []).append(sparsity)
@@ -87,7 +96,8 @@ def prune(
     progress: bool | None = None,
 ) -> Pruned:
     """
-    Prune a model in place: weights that are removed become exact zeros.
+    Prune a model in place: weights that are removed become exact zeros, or neurons, heads and
+    blocks are cut out of it.
 
     If anything goes wrong, also in the middle, the model is left dense. For that a copy of its
     blocks is held in main memory meanwhile.
@@ -119,14 +129,15 @@ def prune(
     loaded = opened(model, tokenizer or getattr(proxy_bundle, "tokenizer", None))
     check_family(chosen_configuration, loaded, "the configuration", other_family=other_family)
     check_dense(loaded, proxy_bundle)
-    pattern = chosen_configuration.candidate().pattern
+    pattern = chosen_configuration.parsed_pattern
     for name, linear in loaded.linears.items():
         pattern.check_width(linear.weight.shape[1], name)
     if texts is not None:
         check_prefix(loaded, proxy_bundle)
     work = calibrated(loaded, proxy_bundle, texts)
-    blocks = work.blocks(chosen_configuration.candidate())
-    with dense_afterwards(loaded, if_it_fails=True):
+    blocks = work.blocks(pipeline.winner_of(chosen_configuration))
+    is_cut = chosen_configuration.cut is not None
+    with put_back(loaded) if is_cut else dense_afterwards(loaded, if_it_fails=True):
         folder = pipeline.prune_in_place(
             work, chosen_configuration, memo=blocks, progress=bars(progress)
         )
@@ -134,6 +145,17 @@ def prune(
         blocks.remove()
     parts = {part.name: getattr(folder, part.name) for part in fields(folder)}
     return Pruned(**parts, model=loaded.model, tokenizer=loaded.tokenizer)
+
+
+@contextmanager
+def put_back(model: LanguageModel) -> Iterator[None]:
+    """If what is done inside fails, the network is again what it was: a copy is held meanwhile."""
+    before = copy.deepcopy(model.model)
+    try:
+        yield
+    except BaseException:
+        vars(model.model).update(vars(before))
+        raise
 
 
 def save(

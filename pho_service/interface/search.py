@@ -226,6 +226,8 @@ class MethodArguments(LinearArguments):
     ) -> SearchRequest:
         """The request for a pattern, with more of its fields as ``options``."""
         parts = parsed(pattern, self.scope)
+        if parts.structured:
+            return self._cut_request(parts, **options)
         preset = Preset.of(self.preset, parts).changed(self._steps(), self._bounds())
         objective = (
             OwnObjective.of(self.objective)
@@ -239,6 +241,15 @@ class MethodArguments(LinearArguments):
             steps=preset.steps,
             **options,
         )
+
+    def _cut_request(self, pattern: Pattern, **options: Any) -> SearchRequest:
+        """The request for a cut of blocks, which has no score and no steps."""
+        for part in fields(MethodArguments):
+            if part.name != "scope" and getattr(self, part.name) != part.default:
+                raise InvalidInput(
+                    f"pattern {pattern} has no score, so {part.name} says nothing. Leave it out."
+                )
+        return SearchRequest(pattern=pattern, **options)
 
     def _steps(self) -> dict[str, Any]:
         steps = dict(self.steps or {})
@@ -441,8 +452,14 @@ class Found(Shown, SearchResult):
 
     @cached_property
     def layers(self) -> dict[str, list[LayerCell]]:
-        """Sparsity and error of each model's linears by block and kind, before later steps."""
-        cells, candidate = {}, self.configuration.candidate()
+        """
+        Sparsity and error of each model's linears by block and kind, before later steps; nothing
+        of a cut.
+        """
+        cells: dict[str, list[LayerCell]] = {}
+        if self.configuration.cut is not None:
+            return cells
+        candidate = self.configuration.candidate()
         for name, bundle in self.bundles.items():
             evaluator = ProxyEvaluator(bundle)
             errors = evaluator.layer_errors(candidate)
@@ -492,7 +509,9 @@ class FoundArguments(SearchArguments):
     Attributes:
         bundle: What ``pho.calibrate`` gave, or the path of its file; several by the names of
             their models for coefficients that are good on all of them.
-        pattern: Share of the weights to remove (``"0.5"``), or N kept of M (``"2:4"``).
+        pattern: Share of the weights to remove (``"0.5"``), N kept of M (``"2:4"``), or a share of
+            the blocks' weights to cut out (``"structured:20%"``). A cut needs the model, and has
+            no preset and no other options of scores.
         model: That of the bundle, in memory or by its name. Without it nothing is confirmed.
         over: How several models count: their ``mean``, or the ``worst``.
         sampler: Its name, or a sampler of Optuna, which has a seed of its own.

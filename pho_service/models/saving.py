@@ -43,7 +43,6 @@ from pho_service.shown.tables import (
     verdict_table,
 )
 from pho_service.spec.configuration import Configuration, check_format, read_document, reasons
-from pho_service.spec.document import number
 from pho_service.spec.recovery import Recovered, Student
 
 _ROOTED = re.compile(r"[/\\~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]")
@@ -82,7 +81,7 @@ _LICENCE_FIELDS = {
     "general.license.link": "license_link",
 }
 _PLAIN = re.compile(r"[\w.+:/#?=&%~-]{1,300}")  # what is taken over from another card
-_TOLD = ("method", "coefficients", "exponents", "normalised", "steps")
+_TOLD = ("method", "cut", "coefficients", "exponents", "normalised", "steps")
 
 
 def licence_of(name: str, revision: str | None) -> dict[str, str]:
@@ -131,7 +130,7 @@ def model_card(recipe: Mapping[str, Any], licence: Mapping[str, str]) -> str:
     recovery = recipe.get("recovery")
     recovered = None if recovery is None else Recovered.from_dict(recovery)
     student = None if recovered is None or config is not None else recovered.student
-    cut = recipe.get("structure")
+    cut = None if config is None else config.cut
     on_hub = is_hub_id(name) and not Path(name).exists()
     base = name if on_hub else PurePath(name).name or "a model in memory"
     head_fields: dict[str, Any] = {"license": "unknown", **licence}
@@ -146,7 +145,7 @@ def model_card(recipe: Mapping[str, Any], licence: Mapping[str, str]) -> str:
     zeros = f"{recipe['sparsity']:.2%} of the weights of {len(recipe['layers'])} linears"
     smaller = bool(student or cut)
     if cut:
-        share = f"{cut['removed']:.1%} of the weights of its blocks"
+        share = f"{cut.removed:.1%} of the weights of its blocks"
         intro = f"{base_link}\nwithout {share}: PHO has cut them out, and it is an ordinary, "
         intro += "smaller model.\n"
     elif student:
@@ -164,7 +163,7 @@ def model_card(recipe: Mapping[str, Any], licence: Mapping[str, str]) -> str:
         else "\n`pruning.json` has the whole recipe; `pho prune --check FOLDER` compares the "
         "weights with it.\n",
         "## How good it is\n",
-        *_how_good(recipe, config, recovered),
+        *_how_good(config, recovered),
         "\n## How to load it\n",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained(".")  # this folder, or its name on the hub\n'
@@ -188,7 +187,7 @@ def _tags(
         yield from ("pruned", "structured-pruning")
     if recipe["layers"]:
         yield from ("pruned", "sparse")
-    if config is not None:
+    if config is not None and config.cut is None:
         yield f"sparsity-{config.pattern}"
 
 
@@ -197,10 +196,7 @@ def _how(
 ) -> Iterator[str]:
     """The method, its numbers, and the text."""
     student = None if recovered is None else recovered.student
-    if cut := recipe.get("structure"):
-        yield f"Cut: each block has {cut_in_words(cut)}"
-        yield f"Calibration: {_text(recipe.get('calibration') or {})}"
-    elif config is None and student is not None:
+    if config is None and student is not None:
         yield f"Trained from `{shareable(student.model['name'])}`, which was made smaller before"
         if recipe["layers"]:
             zeros = f"{recipe['sparsity']:.2%} of the weights of {len(recipe['layers'])} linears"
@@ -224,28 +220,7 @@ def _how(
     yield f"PHO {recipe['versions'].get('pho-service', '')}"
 
 
-def cut_in_words(cut: Mapping[str, Any]) -> str:
-    """What stayed of the blocks of a model, beside what they had."""
-    dense, parts = cut["of"], []
-    for name in ("neurons", "query_heads"):
-        counts = {len(kept) for kept in cut[name].values()}
-        if counts:
-            parts.append(f"{max(counts):,} of {dense[name]:,} {name.replace('_', ' ')}")
-    parts.append(f"{len(cut['layers'])} of {dense['layers']} blocks are there")
-    return "; ".join([", ".join(parts[:-1]) or "all that it had", parts[-1]])
-
-
-def _how_good(
-    recipe: Mapping[str, Any], config: Configuration | None, recovered: Recovered | None
-) -> Iterator[str]:
-    if cut := recipe.get("structure"):
-        before, after = cut["dense_perplexity"], cut["tried"][0]["perplexity"]
-        yield (
-            f"Perplexity right after the cut, on {_text({'text': cut['text']})}, on which it was "
-            f"chosen: dense {number(before)}, cut {number(after)}.\n"
-        )
-        if recovered is None:
-            return
+def _how_good(config: Configuration | None, recovered: Recovered | None) -> Iterator[str]:
     if recovered is not None and recovered.perplexities:
         yield f"{recovered_table(recovered).markdown()}\n"
         writing = continuations_table(recovered.continuations, before=recovered.models_before)
@@ -406,7 +381,6 @@ class StructureRecord(_Document):
     neurons: dict[str, Annotated[list[int], FailFast()]]
     query_heads: dict[str, Annotated[list[int], FailFast()]]
     sha256: str  # Of these three, as JSON with sorted keys
-    removed: float = Field(ge=0, lt=1)  # Share of the weights of all blocks
 
 
 def indices_sha256(

@@ -1,5 +1,5 @@
 """
-Where the blocks are kept that a reconstruction has trained, so that nobody trains them again.
+Where the blocks are kept that were trained or cut, so that nobody does it again.
 """
 
 import hashlib
@@ -18,23 +18,29 @@ from pho_service.models.scratch import Memo
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.perplexity import windows_key
 from pho_service.spec.steps import Candidate
+from pho_service.spec.structure import Structure
 
-_SETS = 3  # of trained blocks that the cache of this machine holds
+_SETS = 3  # of such blocks that the cache of this machine holds
 
 
 def blocks_kept(
     model: LanguageModel,
     bundle: ProxyBundle,
-    candidate: Candidate,
+    winner: Candidate | Structure,
     calibration: Tensor | None,
     folder: Callable[[str], Path],
 ) -> Memo | None:
-    """The blocks of a candidate, in a folder by its key; None without a reconstruction."""
-    if not candidate.steps.reconstruction.wanted or calibration is None:
+    """The blocks of a winner, in a folder by its key; None where nothing is trained or cut."""
+    pattern = ""
+    if not isinstance(winner, Structure):
+        pattern = str(winner.pattern)
+        if not winner.steps.reconstruction.wanted:
+            return None
+    if calibration is None:
         return None
     # All that the weights of a pruned block follow from.
     identity = [
-        model.to_dict(), str(model.device.type), str(candidate.pattern), candidate.to_dict(),
+        model.to_dict(), str(model.device.type), pattern, winner.to_dict(),
         bundle.contents_sha256, windows_key(calibration), versions("torch", "transformers"),
     ]  # fmt: skip
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
@@ -45,7 +51,7 @@ def cached_blocks(
     cache_dir: Path,
     model: LanguageModel,
     bundle: ProxyBundle,
-    winner: Candidate,
+    winner: Candidate | Structure,
     calibration: Tensor | None,
 ) -> Memo | None:
     """The blocks of a winner of `pho search`, kept for `pho prune`: the last few sets."""

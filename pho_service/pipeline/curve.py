@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 
 from pho_service.errors import TargetMissed, field_name
 from pho_service.models.loading import LanguageModel
+from pho_service.models.structure import Anatomy, block_shapes
 from pho_service.pipeline.search import (
     IslandSearch,
     Journal,
@@ -33,6 +34,7 @@ from pho_service.spec.configuration import Configuration
 from pho_service.spec.curve import Target
 from pho_service.spec.document import number
 from pho_service.spec.pattern import Linears, Pattern
+from pho_service.spec.structure import split
 from pho_service.tuning.plan import SearchRequest
 from pho_service.tuning.result import SearchResult
 from pho_service.tuning.search import add_point, pareto_name, pareto_study
@@ -245,6 +247,8 @@ def point_warnings(points: Sequence[CurvePoint]) -> list[str]:
 def check_patterns(model: LanguageModel, patterns: Sequence[Pattern], linears: Linears) -> None:
     """See before any long work that all patterns fit a model."""
     for pattern in patterns:
+        if pattern.structured:
+            split(pattern.sparsity, block_shapes(Anatomy(model)))
         chosen = linears.choose(list(model.linears), pattern, model=model.name)
         for name in model.linears:
             if name in chosen.names:

@@ -9,20 +9,25 @@ from typing import Any
 
 from torch import Tensor
 
-from pho_service.errors import field_name
+from pho_service.errors import InvalidInput, field_name
 from pho_service.host.machine import versions
 from pho_service.models.loading import LanguageModel, sha256_each
 from pho_service.models.mask_file import LayerMask, PackedMask
-from pho_service.models.saving import save_pruned
+from pho_service.models.saving import indices_sha256, save_pruned
 from pho_service.models.scratch import Memo
+from pho_service.models.structure import Anatomy, as_cut, block_shapes
 from pho_service.pipeline.blocks import blocks_kept
 from pho_service.pipeline.pipeline import few_tokens, prune_model
+from pho_service.pipeline.structured import cut_model
 from pho_service.pipeline.work import Work
 from pho_service.progress import Progress, silent
+from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import LinearMask, model_sparsity
 from pho_service.pruning.permutation import fold_order
 from pho_service.pruning.reconstruction import Reconstructed
 from pho_service.spec.configuration import Configuration
+from pho_service.spec.steps import Candidate
+from pho_service.spec.structure import Cut, Structure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +100,11 @@ def prune_job(
     if memo is None:
         blocks = folder.expanduser().resolve().with_name(f".{folder.name}.blocks")
         memo = blocks_kept(
-            work.model, work.bundle, configuration.candidate(), work.calibration, lambda _: blocks
+            work.model, work.bundle, winner_of(configuration), work.calibration, lambda _: blocks
         )
     model = work.model  # before its weights change
     pruned = prune_in_place(work, configuration, origin=origin, memo=memo, progress=progress)
+    model = model if configuration.cut is None else as_cut(model)
     save_pruned(model, folder, pruned.masks.items(), pruned.recipe)
     if memo:
         memo.remove()
@@ -118,6 +124,8 @@ def prune_in_place(
     # them, are: then the groups hold in the order of the model.
     model, bundle, calibration = work.model, work.bundle, work.calibration
     bundle.check_model(model.linears)
+    if configuration.cut is not None:
+        return _cut_in_place(work, configuration, configuration.cut, memo, progress)
     few = few_tokens(model.linears, configuration.candidate(), calibration)
     dense = model.to_dict()  # before its weights change
     candidate = configuration.candidate()
@@ -148,12 +156,8 @@ def prune_in_place(
     dense_linears = {name: sha256 for name, sha256 in weights.items() if name not in kept}
     sparsity = model_sparsity(model.linears, layers)
     recipe = {
-        "format": "pho-pruning",
-        "version": 2,
-        "configuration": configuration.model_dump(mode="json"),
+        **_head(configuration, dense, bundle),
         **({} if origin is None else {"origin": dict(origin)}),
-        "model": dense,
-        "calibration": {k: v for k, v in bundle.provenance.items() if k != "model"},
         "updated": candidate.steps.changes_weights,
         **({} if few is None else {"few_tokens": few}),
         "folded": folded,
@@ -173,6 +177,61 @@ def prune_in_place(
     }
     masks = {name: kept[name].mask for name in layers}
     return PrunedFolder(sparsity=sparsity, layers=layers, masks=masks, recipe=recipe, blocks=blocks)
+
+
+def winner_of(configuration: Configuration) -> Candidate | Structure:
+    """What a model is pruned with: a score and steps, or what stays of its blocks."""
+    cut = configuration.cut
+    return configuration.candidate() if cut is None else cut.structure
+
+
+def _cut_in_place(
+    work: Work, configuration: Configuration, cut: Cut, memo: Memo | None, progress: Progress
+) -> PrunedFolder:
+    """Cut blocks out of a model, or neurons and heads out of them; the recipe says which stayed."""
+    model, dense = work.model, work.model.to_dict()
+    cut.check(block_shapes(Anatomy(model)), model.name)
+    if work.calibration is None:
+        raise InvalidInput(
+            "a cut runs the calibration's text through the model, and none is given. Give the text "
+            "of the search, with its settings."
+        )
+    done = cut_model(
+        model, work.calibration, cut.structure, fisher=work.bundle.statistics().fisher, memo=memo,
+        progress=progress,
+    )  # fmt: skip
+    model.model.to(model.stored_dtype)  # type: ignore[arg-type]  # as in loading.py
+    linears = done.model.linears
+    hashes = sha256_each(linear.weight for linear in linears.values())
+    recipe = {
+        **_head(configuration, dense, work.bundle),
+        "updated": True,
+        "folded": [],
+        "sparsity": 0.0,
+        "layers": {},
+        "dense": dict(zip(linears, hashes, strict=True)),
+        "structure": {
+            "layers": [*done.layers],
+            "neurons": done.neurons,
+            "query_heads": done.query_heads,
+            "sha256": indices_sha256(done.layers, done.neurons, done.query_heads),
+        },
+        "versions": versions("torch", "transformers"),
+    }
+    return PrunedFolder(sparsity=0.0, layers={}, masks={}, recipe=recipe)
+
+
+def _head(
+    configuration: Configuration, dense: Mapping[str, Any], bundle: ProxyBundle
+) -> dict[str, Any]:
+    """How a recipe begins: what a model was pruned with, and which."""
+    return {
+        "format": "pho-pruning",
+        "version": 2,
+        "configuration": configuration.model_dump(mode="json"),
+        "model": dict(dense),
+        "calibration": {k: v for k, v in bundle.provenance.items() if k != "model"},
+    }
 
 
 def _fold(model: LanguageModel, kept: dict[str, _Kept]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import optuna
 from optuna.storages import RDBStorage
@@ -216,6 +216,10 @@ def search_job(
     run: Run = Run(),
 ) -> SearchResult:
     """Search, confirm, and say how good what was found is; goes on with what the study holds."""
+    if request.pattern.structured:
+        from pho_service.pipeline.cuts import search_cut  # loads transformers
+
+        return search_cut(request, work, study or study_of(None, request, work), run)
     # On several bundles, a candidate's value is the mean, or the worst, over the models of its
     # proxy relative to RIA's on the same model: below 1 it is better. Nothing is confirmed then.
     plan = search_plan(request, work.bundles)
@@ -268,9 +272,36 @@ def conduct(
     finished: Callable[[SearchResult], T],
     kind: type[T],
 ) -> T:
-    """The way of every search: on the command line, in Python, and in a service."""
+    """The way of every search for coefficients; see :func:`conduct_pieces`."""
     steps = _SearchPieces(brief, work, search)
-    islands = [Piece(number=number) for number in range(len(brief.plans))]
+    return conduct_pieces(steps, len(brief.plans), journal, finished, kind)
+
+
+class SearchPieces(Protocol):
+    """The pieces of a search, each of which may be done elsewhere."""
+
+    def search(self, piece: Piece, run: Run) -> Searched: ...
+
+    def validation(self) -> list[Piece]: ...
+
+    def choose(self, validated: Sequence[Measured], run: Run) -> Chosen: ...
+
+    def measure(self, piece: Piece, run: Run) -> Measured: ...
+
+    def finish(
+        self, done: Sequence[Searched], chosen: Chosen, measured: Sequence[Measured], run: Run
+    ) -> SearchResult: ...
+
+
+def conduct_pieces(
+    steps: SearchPieces,
+    count: int,
+    journal: Journal,
+    finished: Callable[[SearchResult], T],
+    kind: type[T],
+) -> T:
+    """The way of every search: on the command line, in Python, and in a service."""
+    islands = [Piece(number=number) for number in range(count)]
     searched = journal.each("search", islands, steps.search, Searched)
     validated = journal.each(
         "perplexity", steps.validation(), steps.measure, Measured,
@@ -603,6 +634,10 @@ def study_of(storage: RDBStorage | None, request: SearchRequest, work: Work) -> 
 
 
 def name_of_study(request: SearchRequest, work: Work) -> str:
+    if request.pattern.structured:
+        provenance = origin(work)
+        model_name = Path(provenance.get("model", {}).get("name", "model")).name
+        return f"{model_name} {request.pattern} {str(provenance.get('key', ''))[:10]}"
     plan = search_plan(request, work.bundles)
     return study_name(request, plan, origin(work), rated_on(request, work.confirm))
 

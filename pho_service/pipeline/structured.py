@@ -3,7 +3,7 @@ A model with narrower FFNs, fewer query heads or fewer blocks: cut in place, blo
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from pho_service.errors import InvalidInput
+from pho_service.errors import InvalidInput, ModelError
 from pho_service.models.blockwise import Block, split_call, walk
 from pho_service.models.loading import LanguageModel
+from pho_service.models.scratch import Memo, Record
 from pho_service.models.structure import (
     Anatomy,
     Part,
@@ -26,24 +27,26 @@ from pho_service.models.structure import (
 from pho_service.progress import Advance, Progress, silent
 from pho_service.pruning.hardware import to_device
 from pho_service.pruning.perplexity import dense_reference, rate_divergence
-from pho_service.pruning.statistics import watched
+from pho_service.pruning.statistics import PrunableLinear, add_gram_, mirrored_, watched
 from pho_service.pruning.steps import InputMoments
 from pho_service.pruning.structured import (
-    activation_score,
-    fluctuation_score,
-    kept_by_score,
-    magnitude_score,
+    RemovalOrder,
+    corrected,
     narrowed,
     removal_order,
-    spread_score,
 )
-from pho_service.spec.structure import Structure, StructureScore
+from pho_service.spec.structure import BlockShapes, Structure
 
 logger = logging.getLogger(__name__)
 
 DAMPING = 0.01  # share of the mean second moment
 TRIED = 8  # blocks that are tried out at each step, of those that change the hidden states least
 KL_TOKENS = 1024  # that a block's removal is judged on
+
+
+# What chooses those that stay of a part: the block, the part, how many, the moments of its input,
+# and the weights of its outputs.
+Choose = Callable[[Block, Part, int, InputMoments, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +65,10 @@ def cut_model(
     structure: Structure,
     *,
     fisher: Mapping[str, Tensor] | None = None,
-    score: StructureScore = "obs",
+    choose: Choose | None = None,
     update: bool = True,
     multiple: int | None = None,
+    memo: Memo | None = None,
     progress: Progress = silent,
 ) -> CutModel:
     """
@@ -72,7 +76,8 @@ def cut_model(
 
     Blocks leave first. Then each block in turn loses query heads and neurons, on the calibration
     windows as the blocks cut before it leave them; what stays of ``o_proj`` and ``down_proj`` makes
-    up for them by exact least squares.
+    up for them by exact least squares. In front of blocks that left, ``down_proj`` then also makes
+    up for these: its block gives what they gave, as nearly as its own width allows.
 
     Args:
         model: Not streamed.
@@ -80,9 +85,10 @@ def cut_model(
         structure: What stays.
         fisher: (out_features,) for each linear of the dense model by name: the weights of its
             outputs' squared errors, as statistics have them. None: all outputs weigh the same.
-        score: What decides which neurons and heads stay.
+        choose: Decides which neurons and heads stay; None: their removal costs least.
         update: Whether what stays makes up for what is gone.
         multiple: What a smaller width is a multiple of; None: by the width, at most 64.
+        memo: Has what was worked out for some blocks before, and keeps what is for others.
         progress: Is told of each long step.
 
     Raises:
@@ -100,41 +106,127 @@ def cut_model(
     if structure.dropped:
         with progress("Choosing blocks to drop", structure.dropped) as advance:
             kept = layers_to_keep(anatomy, windows, structure.dropped, advance)
+    layers = tuple(range(len(names))) if kept is None else tuple(kept)
+    gone: dict[int, list[Tensor]] = {}
     if kept is not None:
-        keep_layers_(model.model, anatomy.without_layers(kept), kept)
+        twin = anatomy.without_layers(kept)  # before anything is run
+        gone = _behind_gaps(model, windows, layers, progress) if update else {}
+        keep_layers_(model.model, twin, kept)
         model = as_cut(model)
         anatomy = Anatomy(model)
-    layers = tuple(range(len(names))) if kept is None else tuple(kept)
-    if not sized:
+    if not sized and not gone:
         return CutModel(model=model, layers=layers)
     twin = anatomy.resized(structure.neurons, structure.query_heads, multiple=multiple)
     neurons: dict[str, list[int]] = {}
     query_heads: dict[str, list[int]] = {}
+    # A block's heads before its neurons, whose input then is that of the cut block.
+    parts = (
+        ("query_heads", anatomy.query_heads, structure.query_heads, query_heads),
+        ("neurons", anatomy.neurons, structure.neurons, neurons),
+    )
     with progress("Cutting", len(layers)) as advance:
         for index, block in zip(layers, walk(model, windows), strict=True):
-            # A block's heads before its neurons, whose input then is that of the cut block.
-            for find, count, record in (
-                (anatomy.query_heads, structure.query_heads, query_heads),
-                (anatomy.neurons, structure.neurons, neurons),
-            ):
+            reader = _ffn_reader(anatomy, block.name) if index in gone else None
+            before = None if memo is None else memo.read(names[index])
+            made = {} if before is None else {**before.tensors}
+            for what, find, count, record in parts:
                 if count is None:
                     continue
                 part = find(block.name)
-                weights = _row_weights(part, fisher, block.name, names[index])
-                moments = _moments(block, part)
-                chosen = _chosen(block, part, count, moments, weights, score)
-                weight = None
-                if update:
-                    columns = part.columns(chosen).to(moments.gram.device)
-                    weight = narrowed(
-                        part.reader.weight, moments.gram, columns, damping=DAMPING,
-                        layer=part.reader.name,
-                    )  # fmt: skip
-                cut_(model.model, twin, part, chosen, weight)
-                record[names[index]] = chosen.tolist()
+                if what not in made:
+                    weights = _row_weights(part, fisher, block.name, names[index])
+                    moments = _moments(block, part)
+                    made[what] = (choose or cheapest)(block, part, count, moments, weights)
+                    if update:
+                        columns = part.columns(made[what]).to(moments.gram.device)
+                        made[f"{what}.weight"] = narrowed(
+                            part.reader.weight, moments.gram, columns, damping=DAMPING,
+                            layer=part.reader.name,
+                        )  # fmt: skip
+                cut_(model.model, twin, part, made[what], made.get(f"{what}.weight"))
+                record[names[index]] = made[what].tolist()
+            if index in gone and reader is not None:
+                _bridge_(block, reader, gone.pop(index), made)
+            if memo is not None and before is None:
+                memo.keep(names[index], Record(tensors=made))
             advance(1)
     take_sizes_(model.model, twin)
     return CutModel(model=as_cut(model), layers=layers, neurons=neurons, query_heads=query_heads)
+
+
+def _behind_gaps(
+    model: LanguageModel, windows: Tensor, layers: Sequence[int], progress: Progress
+) -> dict[int, list[Tensor]]:
+    """
+    What the dense model hands on behind blocks that leave: by the block that stays in front of
+    them, (1, tokens, hidden) of each window, on the CPU.
+    """
+    count = len([*Anatomy(model).blocks])
+    follows = dict(zip(layers, [*layers[1:], count], strict=True))
+    places = {after: layer for layer, after in follows.items() if after != layer + 1}
+    states: dict[int, list[Tensor]] = {}
+    if not places:
+        return states
+    with progress("Running the dense model", count) as advance:
+        for index, block in enumerate(walk(model, windows)):
+            if index in places:
+                states[places[index]] = [x.detach().cpu().clone() for x in block.inputs]
+            if index == count - 1 and count in places:
+                outputs = (block.run(window) for window in range(len(windows)))
+                states[places[count]] = [output.detach().cpu() for output in outputs]
+            advance(1)
+    return states
+
+
+@torch.no_grad()
+def _bridge_(
+    block: Block, reader: PrunableLinear, wanted: Sequence[Tensor], made: dict[str, Tensor]
+) -> None:
+    """
+    Change the last linear of a block's FFN, so that the block gives what is wanted; left as it is
+    where that brings its outputs no nearer, as in front of a norm.
+    """
+    if "bridge" not in made:
+        before = reader.weight.clone()
+        gram, errors, missed = _missed(block, reader, wanted)
+        reader.weight.copy_(
+            corrected(reader.weight, gram, errors, damping=DAMPING, layer=reader.name)
+        )
+        if _missed(block, reader, wanted)[2] >= missed:
+            reader.weight.copy_(before)
+        made["bridge"] = reader.weight.clone()
+    reader.weight.copy_(made["bridge"])
+
+
+def _ffn_reader(anatomy: Anatomy, block: str) -> PrunableLinear | None:
+    """The linear that gives what a block's FFN adds to the hidden states; None of experts."""
+    try:
+        return anatomy.neurons(block).reader
+    except ModelError:
+        return None
+
+
+def _missed(
+    block: Block, reader: PrunableLinear, wanted: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, float]:
+    """
+    H = E[x x^T] of a linear's input, E[e x^T] with e what the block's outputs lack, and E[e^T e].
+    """
+    width, outputs = reader.weight.shape[1], reader.weight.shape[0]
+    gram = torch.zeros(width, width, device=reader.weight.device)
+    errors = torch.zeros(outputs, width, device=reader.weight.device)
+    total, tokens = 0.0, 0
+    seen: list[Tensor] = []
+    with watched({reader.name: reader}, lambda _name, x, _output: seen.append(x)):
+        for window, states in enumerate(wanted):
+            output = block.run(window)
+            x = seen.pop().reshape(-1, width).float()
+            lacking = (states.to(output.device) - output).reshape(-1, outputs).float()
+            add_gram_(gram, x, from_16_bits=output.dtype.itemsize == 2)
+            errors += lacking.T @ x
+            total += float(lacking.square().sum())
+            tokens += len(x)
+    return mirrored_(gram).div_(tokens), errors.div_(tokens), total / tokens
 
 
 def _row_weights(
@@ -152,52 +244,130 @@ def _moments(block: Block, part: Part) -> InputMoments:
     return moments
 
 
-def _chosen(
-    block: Block,
-    part: Part,
-    count: int,
-    moments: InputMoments,
-    row_weights: Tensor,
-    score: StructureScore,
+def cheapest(
+    block: Block, part: Part, count: int, moments: InputMoments, row_weights: Tensor
 ) -> Tensor:
-    """The neurons or heads that stay, (count,), ascending, on the CPU."""
-    reader = part.reader.weight.float()
-    writers = [writer.weight.float() for writer in part.writers]
-    if score == "obs":
-        order = removal_order(
-            reader, moments.gram, row_weights, group=part.group, within=part.within,
-            damping=DAMPING, layer=part.reader.name,
-        )  # fmt: skip
-        return order.kept(count)
-    if score == "magnitude":
-        values = magnitude_score(reader, writers)
-    elif score == "activation":
-        values = activation_score(_mean_magnitudes(block, part))
-    elif score == "fluctuation":
-        values = fluctuation_score(reader, moments.gram, moments.mean)
-    else:
-        values = spread_score(writers)
-    return kept_by_score(values, count, group=part.group, within=part.within)
+    """The neurons or heads that stay, (count,), ascending, when the others leave at least cost."""
+    del block
+    return _order(part, moments, row_weights).kept(count)
 
 
-def _mean_magnitudes(block: Block, part: Part) -> Tensor:
-    """(windows, in_features): the mean size of each input of a part's reader."""
-    means: list[Tensor] = []
+def _order(part: Part, moments: InputMoments, row_weights: Tensor) -> RemovalOrder:
+    return removal_order(
+        part.reader.weight.float(), moments.gram, row_weights, group=part.group,
+        within=part.within, damping=DAMPING, layer=part.reader.name,
+    )  # fmt: skip
 
-    def see(_name: str, x: Tensor, _output: Tensor) -> None:
-        means.append(x.detach().float().abs().flatten(end_dim=-2).mean(dim=0))
 
-    with watched({part.reader.name: part.reader}, see):
-        for window in range(len(block.inputs)):
-            block.run(window)
-    return torch.stack(means)
+@dataclass(frozen=True, kw_only=True)
+class CutCosts:
+    """
+    What cuts of a model cost, as its own statistics tell: nats a token, none exact.
+
+    Attributes:
+        neurons: (blocks, neurons + 1), float64: what it costs that so many neurons leave a block;
+            one column where none can.
+        query_heads: (blocks, query heads + 1), the same.
+        gone: Blocks in the order in which they leave.
+        divergences: What it costs that the first so many of them leave; 0 first.
+    """
+
+    neurons: Tensor
+    query_heads: Tensor
+    gone: tuple[int, ...]
+    divergences: tuple[float, ...]
+
+    def kept(self, dropped: int) -> tuple[int, ...]:
+        """The blocks that stay when so many leave."""
+        left = {*range(len(self.neurons))} - {*self.gone[:dropped]}
+        return tuple(sorted(left))
+
+    def of(self, structure: Structure, shapes: BlockShapes) -> float:
+        """
+        What a structure costs that drops the first blocks to leave: the sum of all of its cuts,
+        as if none made another one worse.
+        """
+        kept = [*self.kept(structure.dropped)]
+        neurons = 0 if structure.neurons is None else shapes.width - structure.neurons
+        heads = 0
+        if structure.query_heads is not None:
+            heads = shapes.query_heads[0] - structure.query_heads
+        narrower = self.neurons[kept, neurons] + self.query_heads[kept, heads]
+        return self.divergences[structure.dropped] + float(narrower.sum())
+
+
+def cut_costs(
+    model: LanguageModel,
+    windows: Tensor,
+    shapes: BlockShapes,
+    fisher: Mapping[str, Tensor],
+    *,
+    dropped: int = 0,
+    memo: Memo | None = None,
+    progress: Progress = silent,
+) -> CutCosts:
+    """
+    Work out what cuts of a model cost, at every width, every number of heads and of blocks.
+
+    A neuron or a head costs half its exact error in what its block adds to the hidden states, each
+    output weighted by the square of the loss's gradient: the loss to second order. Blocks cost what
+    predictions diverge without them.
+
+    Args:
+        model: Dense; left as it is.
+        windows: (windows, tokens), int64: calibration.
+        shapes: What can be cut out of it.
+        fisher: (out_features,) for each linear by name: mean squares of the loss's gradient.
+        dropped: The most blocks that may leave.
+        memo: Has what was worked out for some blocks before, and keeps what is for others.
+        progress: Is told of each long step.
+
+    Raises:
+        NumericalError: Second moments are not finite, or cannot be inverted.
+    """
+    anatomy = Anatomy(model)
+    curves: dict[str, list[Tensor]] = {"neurons": [], "query_heads": []}
+    with progress("Rating cuts", len(anatomy.blocks)) as advance:
+        for block in walk(model, windows):
+            before = None if memo is None else memo.read(f"costs of {block.name}")
+            made = {} if before is None else {**before.tensors}
+            for what, find, can_leave in (
+                ("query_heads", anatomy.query_heads, len(shapes.query_heads) > 1),
+                ("neurons", anatomy.neurons, shapes.width > 0),
+            ):
+                if what not in made and can_leave:
+                    part = find(block.name)
+                    row_weights = _row_weights(part, fisher, block.name, block.name)
+                    made[what] = _order(part, _moments(block, part), row_weights).errors / 2
+                curves[what].append(made.get(what, torch.zeros(1, dtype=torch.float64)))
+            if memo is not None and before is None:
+                memo.keep(f"costs of {block.name}", Record(tensors=made))
+            advance(1)
+    leaving = []
+    if dropped:
+        with progress("Leaving blocks out", dropped) as advance:
+            leaving = layers_to_leave(anatomy, windows, dropped, advance)
+    return CutCosts(
+        neurons=torch.stack(curves["neurons"]),
+        query_heads=torch.stack(curves["query_heads"]),
+        gone=tuple(index for index, _ in leaving),
+        divergences=(0.0, *(divergence for _, divergence in leaving)),
+    )
 
 
 def layers_to_keep(
     anatomy: Anatomy, windows: Tensor, dropped: int, advance: Advance = lambda _: None
 ) -> list[int]:
+    """The indices of the blocks that stay where :func:`layers_to_leave` chooses."""
+    gone = {index for index, _ in layers_to_leave(anatomy, windows, dropped, advance)}
+    return [index for index in range(len(anatomy.blocks)) if index not in gone]
+
+
+def layers_to_leave(
+    anatomy: Anatomy, windows: Tensor, dropped: int, advance: Advance = lambda _: None
+) -> list[tuple[int, float]]:
     """
-    Choose the blocks to drop, one at a time, and give the indices of the others.
+    Choose the blocks to drop, one at a time: the index of each, and the divergence without it.
 
     Eight are tried out at each step, those that change the direction of the hidden states least:
     1 - cos of input and output, as the blocks that are left give them. The one leaves without
@@ -218,7 +388,7 @@ def layers_to_keep(
     network = anatomy.model.model
     few = windows[: max(1, KL_TOKENS // windows.shape[1])]
     reference = dense_reference(network, few)
-    left = list(names)
+    left, leaving = list(names), []
     with ExitStack() as stack:
         for _ in range(dropped):
             turns = _turns(anatomy, left, few)
@@ -230,8 +400,9 @@ def layers_to_keep(
             logger.info("block dropped", extra={"block": gone, "divergence": divergences[gone]})
             stack.enter_context(anatomy.skipped(gone))
             left.remove(gone)
+            leaving.append((names.index(gone), divergences[gone]))
             advance(1)
-    return [names.index(name) for name in left]
+    return leaving
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pho_service.models.texts import ReportText
     from pho_service.pruning.bundle import ProxyBundle
     from pho_service.spec.steps import Candidate
+    from pho_service.spec.structure import Structure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +72,8 @@ class Work:
         assert self.confirm is not None
         return self.confirm
 
-    def blocks(self, winner: "Candidate") -> "Memo | None":
-        """Where the trained blocks of a search's winner are kept, until it is pruned with."""
+    def blocks(self, winner: "Candidate | Structure") -> "Memo | None":
+        """Where the trained or cut blocks of a winner are kept, until it is pruned with."""
         if self.dense is None or self.cache_dir is None:
             return None
         from pho_service.pipeline.blocks import cached_blocks

@@ -150,6 +150,7 @@ WINDOWS_S = 0.1  # until a text of some hundred kilobytes is cut into windows
 REACHED = 0.7  # of a CPU's products that a model's own reach
 FLOAT = 4  # bytes of statistics and scores
 HASHED = 1.2e9  # bytes/s of SHA-256 on a core
+TRIED_BLOCKS, TRIED_TOKENS = 8, 1024  # before one of them leaves
 BASELINES = 6  # that a search begins with and confirms beside what it finds
 COMPARED_TOKENS = 512  # that finalists are compared with the dense model on
 MEASURED = 3  # perplexities that the race of finalists takes after its first look
@@ -169,6 +170,8 @@ OBS_LAUNCHES = 0.6  # a column, sixteen of them solved for at once
 REMEMBERED = 2.0  # numbers moved for one of a hidden state: keys and values, of a whole window
 TRAINED = 60.0  # bytes that a step of Adam moves for a weight, its mask included
 INVERSE_FLOPS = 4.0  # times the cube of a width, in float64
+SWEPT_FLOPS = 24.0  # times the cube of a width: its inverse, and what leaves in turn; as in float32
+SWEPT_LAUNCHES = 25  # of a column that leaves
 CG_STEPS = 10
 REFINE_STEPS, REFINE_INVERSES = 48, 12  # of re-pruning by ADMM
 ADMM_STEPS = 20
@@ -455,6 +458,28 @@ class Costs:
         if self.work.steps.update == "least-squares":
             seconds += CG_STEPS * self.products_of_weights()
         return seconds
+
+    def cut(self) -> float:
+        """One cut of all blocks: what reads their widest inputs, in the order of what it costs."""
+        context, machine = self.work.calibration.context_length, self.machine
+        columns = sum(
+            max(li.count * li.in_features for li in b.linears) for b in self.shapes.blocks
+        )
+        seconds = 3 * self.forward(self.work.tokens, context, head=False) + self.grams()
+        seconds += SWEPT_FLOPS * self.cubes() / machine.float_products
+        return seconds + columns * SWEPT_LAUNCHES * machine.launch_s
+
+    def cuts(self) -> float:
+        """The cuts of all finalists, and their perplexities and texts beside the dense model's."""
+        measured = self.perplexity() + self.written() / 2
+        return self.work.finalists * (self.cut() + measured) + measured
+
+    def left_out(self) -> float:
+        """The model without each of eight blocks, for each of those that may leave."""
+        dropped = int(self.work.pattern.sparsity * len(self.shapes.blocks))
+        context = self.work.calibration.context_length
+        tokens = max(context, TRIED_TOKENS)
+        return dropped * TRIED_BLOCKS * self.forward(tokens, context, head=True)
 
     def assignments(self) -> float:
         """What each channel gains in each group, and the best of that on a core of the host."""

@@ -2,7 +2,7 @@
 What a job needs: peaks of memory and disk, seconds of each stage, and what would make it fit.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from pho_service.planning.stage_memory import (
     Place,
     choose_run,
     confirmation_peak,
+    cut_peak,
     pruning_peak,
     recovery_peak,
     saving_peak,
@@ -87,6 +88,10 @@ class Plan:
     def pruned_bytes(self) -> tuple[int, int]:
         """Size of the pruned weights and masks, as they are saved and as they are packed."""
         shapes, bits = self.shapes, self.shapes.prunable // 8  # one for each weight
+        if self.work.pattern.structured:
+            kept = shapes.parameters - self.work.pattern.sparsity * shapes.prunable
+            saved = kept * DTYPE_BYTES[shapes.dtype]
+            return round(saved), round(kept * (DTYPE_BYTES[shapes.dtype] - 1 + PACKED_BYTE))
         kept = shapes.parameters - self.work.pattern.sparsity * shapes.prunable
         packed = kept * (DTYPE_BYTES[shapes.dtype] - 1 + PACKED_BYTE)
         packed += (shapes.parameters - kept) * PACKED_ZERO
@@ -95,6 +100,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, those of ``POST /v1/plan``."""
         saved, packed = self.pruned_bytes
+        is_cut = self.work.pattern.structured
         return {
             "model": {
                 "family": self.shapes.family,
@@ -112,7 +118,11 @@ class Plan:
             "windows_at_once": self.calibration.run.windows,
             "recompute": self.calibration.run.recompute,
             "peak": asdict(self.peak),
-            "pruned": {"saved_bytes": saved, "packed_bytes": packed},
+            "pruned": {
+                "saved_bytes": saved,
+                "packed_bytes": packed,
+                "times_smaller": self.shapes.bytes() / saved if is_cut else None,
+            },
             "seconds": list(self.seconds),
             "stages": [
                 {"title": s.title, "seconds": list(s.seconds), "peak": asdict(s.peak)}
@@ -231,6 +241,15 @@ def _stages(memory: "_Memory", calibration: CalibrationPlan) -> Iterator[StagePl
     yield stage(StageKind.CALIBRATE, "read the model", costs.reading(), memory.loaded())
     yield stage(StageKind.CALIBRATE, "hash the weights", costs.hashing(), memory.loaded())
     yield stage(StageKind.CALIBRATE, "calibrate", costs.calibration(), calibration.peak)
+    if work.pattern.structured:
+        yield stage(
+            StageKind.SEARCH, "rate the splits", costs.cut() + costs.left_out(), memory.cut()
+        )
+        title = f"cut and measure, {work.finalists} splits at most"
+        yield stage(StageKind.PERPLEXITY, title, costs.cuts(), memory.cut())
+        yield stage(StageKind.PRUNE, "cut", costs.cut(), memory.cut(copied=False))
+        yield from _afterwards_stages(memory, costs, stage)
+        return
     title = f"search, {work.trials} trials"
     yield stage(StageKind.SEARCH, title, costs.search(), memory.search())
     if work.validated:
@@ -240,9 +259,16 @@ def _stages(memory: "_Memory", calibration: CalibrationPlan) -> Iterator[StagePl
         title, seconds = "confirm by perplexity", costs.confirmation()
         yield stage(StageKind.PERPLEXITY, title, seconds, memory.confirmation())
     yield stage(StageKind.PRUNE, "prune", costs.pruned(), memory.pruned())
-    if work.recovery is not None:
-        seconds, peak = costs.recovery(work.recovery), memory.recovery(work.recovery)
-        yield stage(StageKind.PRUNE, "recover", seconds, peak)
+    yield from _afterwards_stages(memory, costs, stage)
+
+
+def _afterwards_stages(
+    memory: "_Memory", costs: Costs, stage: Callable[[StageKind, str, float, Peak], StagePlan]
+) -> Iterator[StagePlan]:
+    """What is done with a pruned model before it is there."""
+    recovery = memory.work.recovery
+    if recovery is not None:
+        yield stage(StageKind.PRUNE, "recover", costs.recovery(recovery), memory.recovery(recovery))
     yield stage(StageKind.PRUNE, "save", costs.saving(), memory.saving())
 
 
@@ -304,6 +330,13 @@ class _Memory:
             keep_dense=keep_dense,
             states_on_device=self.states_stay(streams * self.settings.samples),
         )  # fmt: skip
+
+    def cut(self, *, copied: bool = True) -> Peak:
+        """A cut of a copy while splits are compared, and of the model itself in the end."""
+        return cut_peak(
+            self.footprint, self.place, windows=self.settings.samples,
+            tokens=self.settings.context_length, copied=copied, sets=self.work.finalists,
+        ).with_(self.confirmation())  # fmt: skip
 
     def states_stay(self, windows: int) -> bool:
         """Whether the hidden states of so many windows stay on the card."""
@@ -374,7 +407,8 @@ def _ways_out(plan: Plan) -> Iterator[str]:
         if recovery and parts and machine.is_gpu and fits(recovery=None, **changes):
             yield from _afterwards(plan, recovery, option)
             break
-    if not work.stream and recovery is None and fits(stream=True, dtype=plan.shapes.dtype):
+    can_stream = not (work.stream or recovery or work.pattern.structured)
+    if can_stream and fits(stream=True, dtype=plan.shapes.dtype):
         yield f"leave the weights on disk ({field_name('stream', True)}, for safetensors)"
     if not work.stream and machine.is_gpu:
         for cards in _CARDS:

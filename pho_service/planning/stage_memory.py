@@ -369,6 +369,21 @@ def pruning_peak(
     return Peak.at(place, device=there + work, host=host, disk=disk)
 
 
+SWEPT = 5 * 8 + 4 * FLOAT  # bytes of a column squared, while columns leave
+
+
+def cut_peak(
+    footprint: Footprint, place: Place, *, windows: int, tokens: int, copied: bool, sets: int
+) -> Peak:
+    """A cut of all blocks, or of a copy; ``sets`` of cut blocks are kept meanwhile."""
+    widest = max(block.width for block in footprint.blocks)
+    work = SWEPT * widest**2 + footprint.forward(tokens, 1)
+    blocks = footprint.weights - footprint.outside
+    there = footprint.weights + (footprint.weights if copied else blocks // len(footprint.blocks))
+    states = 2 * footprint.states(windows, tokens)  # with those behind blocks that leave
+    return Peak.at(place, device=there + work, host=states, disk=FLOAT * sets * footprint.prunable)
+
+
 PREDICTED = 512 * 8  # bytes of what the dense model predicts of a token, and how likely that is
 
 

@@ -6,7 +6,6 @@ A neuron of an FFN is one input column of the linear that reads it, a query head
 updates of single weights do.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -235,67 +234,26 @@ def narrowed(
     return (weight.detach()[:, kept].double() + made_up).to(gram.dtype)
 
 
-def kept_by_score(
-    score: Tensor, count: int, *, group: int = 1, within: Tensor | None = None
+def corrected(
+    weight: Tensor, gram: Tensor, errors: Tensor, *, damping: float = 0.01, layer: str
 ) -> Tensor:
     """
-    Choose the groups of columns that stay by a score that knows nothing of the others'.
+    Give the weights whose outputs are nearest to others: exact least squares on what is missing.
 
     Args:
-        score: (in_features,), finite; those of a group are added up. Higher stays.
-        count: Groups that stay.
-        group: Neighbouring columns that leave together; divides in_features.
-        within: As for :func:`removal_order`.
+        weight: (out_features, in_features), any floating dtype.
+        gram: (in_features, in_features), symmetric: E[x x^T].
+        errors: (out_features, in_features): E[e x^T], with e what its outputs lack.
+        damping: Share of the mean diagonal that is added to the diagonal, >= 0.
+        layer: Name of the linear, for the message of an error.
 
     Returns:
-        (count,), int64, ascending. Where scores are equal, the lower column stays.
+        (out_features, in_features), in the dtype of ``gram``.
+
+    Raises:
+        ValueError: ``damping`` below 0.
+        NumericalError: H is not finite, or not positive definite after damping.
     """
-    totals = score.double().cpu().view(-1, group).sum(dim=1)
-    order = len(totals) - 1 - totals.flip(0).argsort(stable=True)  # the lowest first
-    turns = torch.zeros(len(totals), dtype=torch.int64)  # how many of its class leave before it
-    if within is not None:
-        classes = within.cpu()[order]
-        for members in map(classes.eq, classes.unique()):
-            turns[members] = torch.arange(int(members.sum()))
-    order = order[turns.argsort(stable=True)]
-    return order[len(order) - count :].sort().values
-
-
-def magnitude_score(reader: Tensor, writers: Iterable[Tensor]) -> Tensor:
-    """
-    Sum the squares of all weights of each neuron: a column of the reader, a row of each writer.
-
-    Source: Li et al. 2017, arXiv:1608.08710, for filters, by their absolute sums.
-    """
-    rows = [writer.float().square().sum(dim=1) for writer in writers]
-    return torch.stack([reader.float().square().sum(dim=0), *rows]).sum(dim=0)
-
-
-def activation_score(mean_magnitudes: Tensor) -> Tensor:
-    """
-    Join the mean |x| of each neuron over the tokens of a window, (windows, in), by their norm.
-
-    Source: Muralidharan et al. 2024, arXiv:2407.14679 (Minitron), as in NVIDIA's Model-Optimizer.
-    """
-    return mean_magnitudes.square().sum(dim=0).sqrt()
-
-
-def fluctuation_score(weight: Tensor, gram: Tensor, mean: Tensor) -> Tensor:
-    """
-    Multiply the variance of each input by the squares of its weights.
-
-    Source: An et al. 2024, arXiv:2312.11983 (FLAP), equation 5, WIFV; not standardised, as all
-    linears of a kind lose as much.
-    """
-    variance = (gram.diagonal() - mean.square()).clamp_min(0)
-    return variance * weight.float().square().sum(dim=0)
-
-
-def spread_score(writers: Iterable[Tensor]) -> Tensor:
-    """
-    Add the largest and the size of the smallest weight of each neuron's rows; needs no text.
-
-    Source: OptiPFair 0.4 (Python package), "MAW", of gate and up projection.
-    """
-    spreads = [writer.amax(dim=1) + writer.amin(dim=1).abs() for writer in writers]
-    return torch.stack(spreads).sum(dim=0).float()
+    lower = _lower(damped(gram, damping, layer=layer), layer)
+    added = torch.cholesky_solve(errors.double().T, lower).T
+    return (weight.detach().double() + added).to(gram.dtype)

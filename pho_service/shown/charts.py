@@ -39,6 +39,8 @@ def history_chart(report: Report) -> Chart | None:
         return None
     values = [trial.value or 0.0 for trial in rated]
     best = best_so_far(values, maximised=report.maximised)
+    if report.is_cut:  # whose order says nothing
+        return None
     series = [
         _trials("found", "dot", [t for t in rated if not t.is_baseline]),
         _trials("baseline", "diamond", [t for t in rated if t.is_baseline]),
@@ -125,7 +127,7 @@ def confirmed_chart(report: Report) -> Chart | None:
     )
     series = [
         Series(
-            name=name, look=name, mark=mark,
+            name="split" if report.is_cut and name == "baseline" else name, look=name, mark=mark,
             points=[
                 (
                     t.value or 0.0, t.perplexity or 0.0,

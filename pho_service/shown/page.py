@@ -202,6 +202,8 @@ def sections(report: Report) -> list[Section]:
         parts += [] if report.configuration is None else [_writing(report)]
         scores = None if report.configuration is None else report.configuration.tasks
         parts += [] if scores is None else [_tasks(scores, report.recovery)]
+        if report.is_cut:
+            return [*parts, _finalists(report), _settings(report), _happened(report)]
         parts += [_search(report), _finalists(report), _layers(report), _importances(report)]
     return [*parts, _transfers(report), _settings(report), _happened(report)]
 
@@ -252,7 +254,10 @@ def _how_good(report: Report) -> list[str]:
     texts = [] if gain is None else [f"The result is {gain}."]
     if good is not None:
         texts = [f"{good.sentence}."]
-    texts.append(f"Pattern {words.pattern_in_words(config.pattern)}, scope {config.scope}.")
+    scope = f", scope {config.scope}" if config.cut is None else ""
+    texts.append(f"Pattern {words.pattern_in_words(config.pattern)}{scope}.")
+    if config.cut is not None:
+        texts.append(f"What stays: {config.cut}.")
     if how is not None:
         rebuilt = (
             ""

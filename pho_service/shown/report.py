@@ -11,6 +11,7 @@ from pho_service.library import Gain, MeasuredBy, gain_over
 from pho_service.spec.configuration import Configuration, Continuation
 from pho_service.spec.perplexity import Perplexities
 from pho_service.spec.recovery import Recovered
+from pho_service.spec.structure import ESTIMATE
 
 _DIGITS = 6  # of an error and a sparsity that are kept
 
@@ -132,6 +133,11 @@ class Report:
     # The address of the job's page; None where there is none, as in a file.
     job_page: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether splits of a share were rated, and no coefficients searched."""
+        return self.objective == ESTIMATE
 
     @property
     def continuations(self) -> Sequence[Continuation]:

@@ -2,6 +2,7 @@
 The tables and sentences of a result, for every face.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -39,15 +40,18 @@ BEST = 5  # rated trials that are shown where nothing was measured
 def configuration_rows(config: Configuration) -> list[tuple[str, str]]:
     """A configuration and how it was chosen, as names and values."""
     c, how = config.coefficients, config.confirmation
-    shares = [("row", c.row), ("column", c.column), ("neighbourhood", c.neighbourhood)]
-    exponents = [("activation", c.activation_exponent), ("gradient", c.gradient_exponent)]
-    rows = [
-        ("method", f"{config.method}, pattern {config.pattern}, scope {config.scope}"),
-        ("coefficients", listed([*shares, ("kernel", c.kernel_size)])),
-        ("exponents", listed(exponents)),
-        *([] if c.normalisation == "mean" else [("normalised", c.normalisation)]),
-        ("steps", str(config.steps)),
-    ]
+    if c is None:
+        rows = [("method", f"pattern {config.pattern}"), ("cut", str(config.cut))]
+    else:
+        shares = [("row", c.row), ("column", c.column), ("neighbourhood", c.neighbourhood)]
+        exponents = [("activation", c.activation_exponent), ("gradient", c.gradient_exponent)]
+        rows = [
+            ("method", f"{config.method}, pattern {config.pattern}, scope {config.scope}"),
+            ("coefficients", listed([*shares, ("kernel", c.kernel_size)])),
+            ("exponents", listed(exponents)),
+            *([] if c.normalisation == "mean" else [("normalised", c.normalisation)]),
+            ("steps", str(config.steps)),
+        ]
     if "value" in config.objective:
         value = number(config.objective["value"])
         rows.append(("objective", f"{config.objective.get('name', 'objective')} {value}"))
@@ -81,7 +85,10 @@ def name_of(text: Mapping[str, Any]) -> str:
 def verdict_table(perplexities: Perplexities) -> Table:
     """The dense model, the result, Wanda and RIA."""
     rows = [("dense", number(perplexities.dense), "", "")]
-    for title in ("pruned", "Wanda", "RIA"):
+    names = ["pruned"]
+    if perplexities.wanda or perplexities.ria:  # a cut has neither
+        names += ["Wanda", "RIA"]
+    for title in names:
         name = title.lower()
         over_dense = perplexities.ratio("dense", name)
         over_ria = None if name == "ria" else perplexities.ratio("ria", name)
@@ -93,8 +100,11 @@ def verdict_table(perplexities: Perplexities) -> Table:
         rows,
         title="Perplexity: lower is better",
         notes=(
-            "Wanda and RIA have the same pattern, and the activation norms of the dense model. "
-            "Below RIA is the share of its perplexity that is saved."
+            (
+                "Wanda and RIA have the same pattern, and the activation norms of the dense model. "
+                "Below RIA is the share of its perplexity that is saved."
+            )
+            * (len(names) > 1)
             + (_ERROR if perplexities.errors else ""),
         ),
         marked=1,
@@ -168,6 +178,8 @@ def results_table(report: Report) -> Table | None:
     mark = "chosen" if report.configuration is not None else "best so far"
     config = report.configuration
     behind = {} if config is None else _behind(config.finalists)
+    if report.is_cut:
+        return _cuts_table(report, rows, mark, behind)
     alone = ", of the masks alone" if config is not None and config.steps.needs_text else ""
     return Table(
         (
@@ -201,6 +213,29 @@ def results_table(report: Report) -> Table | None:
     ).without_empty()  # fmt: skip
 
 
+def _cuts_table(
+    report: Report, rows: Sequence[ReportTrial], mark: str, behind: Mapping[int, str]
+) -> Table:
+    """Every split of a share, those that were cut first."""
+    return Table(
+        ("what stays", "perplexity", "above the lowest", "estimate", "trial"),
+        [
+            (
+                trial.method + (f" ({mark})" if trial == report.winner else ""),
+                number(trial.perplexity), behind.get(trial.number, ""), number(trial.value),
+                trial.number,
+            )
+            for trial in sorted(rows, key=lambda t: (t.perplexity or math.inf, t.value or 0.0))
+        ],
+        title="Splits of the share",
+        notes=(
+            "Estimate: nats a token that the loss would rise by, of each cut alone and before what "
+            "stays makes up for it. Those with the lowest were cut and measured.",
+        ),
+        marked=0,
+    ).without_empty()  # fmt: skip
+
+
 def _behind(finalists: Sequence[Rating]) -> dict[int, str]:
     """How far finalists are behind the best of them, by trial: ``+1.2 ± 0.4%``."""
     measured = [(c.trial, c.perplexity, c.error) for c in finalists if c.perplexity is not None]
@@ -211,8 +246,8 @@ def result_in_words(point: Mapping[str, Any]) -> str:
     """Say whether the search found a result, or a baseline is that no candidate was better than."""
     # With the search's steps it is not the published method that stands beside it.
     method = point.get("method")
-    if method in (None, "crepe"):
-        return "" if method is None else "found"
+    if method in (None, "crepe", "structured"):
+        return {None: "", "crepe": "found"}.get(method, "cut")
     published = point.get(str(method).partition("-")[0])
     if published is not None and published != point.get("perplexity"):
         return f"{method}, with the search's steps"

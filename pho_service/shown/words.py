@@ -9,10 +9,13 @@ from typing import Any
 
 from pho_service.spec.fields import CalibrationSpec, ConfirmSpec
 from pho_service.spec.job import JobSpec, island_seed
+from pho_service.spec.structure import PREFIX
 from pho_service.spec.transfer import TransferSpec
 
 
 def search_in_words(spec: JobSpec) -> dict[str, str]:
+    if spec.is_cut:
+        return _cut_in_words(spec)
     plan = spec.plan(0)
     seeds = [str(island_seed(spec.seed, island)) for island in range(spec.islands)]
     return {
@@ -39,6 +42,18 @@ def search_in_words(spec: JobSpec) -> dict[str, str]:
             if spec.validation is None
             else {"validation": f"{spec.validation.candidates} random candidates"}
         ),
+    }
+
+
+def _cut_in_words(spec: JobSpec) -> dict[str, str]:
+    return {
+        "model": spec.model,
+        "pattern": pattern_in_words(str(spec.pattern)),
+        "splits": "all, rated by what they are estimated to cost",
+        "calibration": _calibration(spec.calibration),
+        "confirmation": _confirmation(spec.confirm),
+        **({} if spec.tasks is None else {"tasks": _tasks(spec)}),
+        **({} if spec.recovery is None else {"recovery": str(spec.recovery.settings())}),
     }
 
 
@@ -202,6 +217,9 @@ def _dict(value: Any) -> dict[str, Any]:
 
 def pattern_in_words(pattern: str) -> str:
     """A pattern, and what it says."""
+    if pattern.startswith(PREFIX):
+        share = pattern.removeprefix(PREFIX)
+        return f"{pattern}: neurons, heads and blocks with {share} of the blocks' weights are cut"
     if ":" in pattern:
         keep, _, group = pattern.partition(":")
         return f"{pattern}: {keep} of every {group} weights are kept"

@@ -18,6 +18,7 @@ from pho_service.spec.document import Document, broken_rule, number
 from pho_service.spec.pattern import Coefficients, Linears, Pattern
 from pho_service.spec.perplexity import Perplexities, Ratio
 from pho_service.spec.steps import Candidate, Steps
+from pho_service.spec.structure import Cut
 from pho_service.spec.tasks import TaskScores
 
 FORMAT = "pho-configuration"
@@ -102,10 +103,12 @@ class Configuration(Document):
     Attributes:
         perplexities: How good the result is: of the dense model, of the result, and of Wanda and
             RIA, on the text of the confirmation. None if no perplexity was measured.
-        method: ``crepe``, or the baseline that nothing found was better than.
-        coefficients: The score.
+        method: ``crepe``, or the baseline that nothing found was better than; ``structured`` of a
+            cut.
+        coefficients: The score; None of a cut.
+        cut: What is cut out of the blocks; None where single weights are removed.
         steps: What happens beside the score.
-        pattern: A ratio or N:M, as text.
+        pattern: A ratio, N:M or ``structured:20%``, as text.
         scope: Where weights compete.
         objective: What the search minimised or maximised, and the winner's value.
         confirmation: None if no perplexity was measured.
@@ -127,7 +130,8 @@ class Configuration(Document):
     version: int = VERSION
     perplexities: Perplexities | None = Field(None, exclude_if=lambda value: value is None)
     method: str
-    coefficients: Coefficients
+    coefficients: Coefficients | None = Field(None, exclude_if=lambda value: value is None)
+    cut: Cut | None = Field(None, exclude_if=lambda value: value is None)
     steps: Steps = Steps()
     pattern: str
     scope: Literal["row", "layer", "global"]
@@ -153,8 +157,17 @@ class Configuration(Document):
 
     @model_validator(mode="after")
     def _is_a_pruning(self) -> Self:
-        self.candidate()
+        if (self.cut is None) == (self.coefficients is None):
+            raise ValueError("either the coefficients of a score or a cut is needed, and not both")
+        if self.cut is None:
+            self.candidate()
+        elif not self.parsed_pattern.structured:
+            raise ValueError(f"pattern {self.pattern} is not that of a cut: structured:20%, say")
         return self
+
+    @property
+    def parsed_pattern(self) -> Pattern:
+        return Pattern.parse(self.pattern, self.scope)
 
     @classmethod
     def of(cls, candidate: Candidate) -> Self:
@@ -204,11 +217,22 @@ class Configuration(Document):
         )  # fmt: skip
 
     def candidate(self) -> Candidate:
-        """Return what to prune with."""
+        """
+        Return what to prune with.
+
+        Raises:
+            InvalidInput: It cuts blocks instead.
+        """
+        if self.coefficients is None:
+            raise InvalidInput(
+                f"the configuration is of pattern {self.pattern}, which cuts neurons, heads and "
+                "blocks of its own model: `pho prune MODEL --config` does that, and nothing else "
+                "takes it. Give one that was found at a share of the weights (0.5) or N:M (2:4)."
+            )
         return Candidate(
             method=self.method,
             coefficients=self.coefficients,
-            pattern=Pattern.parse(self.pattern, self.scope),
+            pattern=self.parsed_pattern,
             steps=self.steps,
         )
 

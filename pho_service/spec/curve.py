@@ -29,6 +29,8 @@ def curve_patterns(values: Sequence[str | float | Pattern], scope: str | None) -
             f"{len(patterns)} patterns are given, but a curve has 1 to {MOST_PATTERNS}. Give some, "
             "such as 0.3,0.5,0.7,2:4."
         )
+    for pattern in patterns:
+        pattern.refuse_structured("a curve prunes single weights; search each cut alone")
     names = [str(pattern) for pattern in patterns]
     twice = [name for name in names if names.count(name) > 1]
     if twice:

@@ -148,6 +148,8 @@ def more_than_baselines(value: int, info: ValidationInfo) -> int:
     if _PATTERN | needed <= info.data.keys():
         fields = info.data
         for pattern in first_of_kinds(asked_patterns(fields)):
+            if pattern.structured:
+                continue
             preset = preset_of(fields, pattern)
             request = SearchRequest(
                 pattern=pattern, trials=value, steps=preset.steps, bounds=preset.bounds
@@ -263,7 +265,8 @@ class JobSpec(Document):
         Field(
             None,
             validate_default=True,
-            description="Share of weights to remove (0.5), or N kept of M (2:4).",
+            description="Share of weights to remove (0.5), N kept of M (2:4), or a share of the "
+            "blocks' weights to cut out as neurons, heads and blocks (structured:20%).",
         )
     )
     scope: Annotated[ScopeName | None, FieldShown(section=PRUNED)] = Field(
@@ -451,6 +454,9 @@ class JobSpec(Document):
     def _is_complete(self) -> Self:
         if self.several:
             check_several(self)
+        if self.is_cut:
+            check_cut(self)
+            return self
         for pattern in first_of_kinds(self.points):
             self.of_pattern(pattern).plan(0)
         return self
@@ -462,6 +468,11 @@ class JobSpec(Document):
 
     def of_model(self, number: int) -> "JobSpec":
         return self.model_copy(update={"model": self.models[number], "more_models": []})
+
+    @property
+    def is_cut(self) -> bool:
+        """Return whether neurons, heads and blocks are cut out, and no coefficients searched."""
+        return not self.several and self.pruning().structured
 
     @property
     def several(self) -> bool:
@@ -501,6 +512,10 @@ class JobSpec(Document):
         """
         if self.several:
             return self.of_pattern(self.pruning()).request(island)
+        if self.is_cut:
+            assert self.confirm is not None  # cuts are compared by perplexity
+            finalists = self.confirm.finalists
+            return SearchRequest(pattern=self.pruning(), seed=self.seed, finalists=finalists)
         preset = preset_of(dict(self), self.pruning())
         return SearchRequest(
             pattern=self.pruning(),
@@ -543,7 +558,7 @@ class JobSpec(Document):
             return f"within {self.target}"
         if self.patterns is not None:
             return f"at {', '.join(map(str, self.points))}"
-        return f"{self.pattern} {self.pruning().scope.value}"
+        return str(self.pattern) if self.is_cut else f"{self.pattern} {self.pruning().scope.value}"
 
     @property
     def calibration_key(self) -> str:
@@ -582,6 +597,8 @@ class JobSpec(Document):
             tokens += points * measured * self.confirm.windows * self.calibration.context_length
             trained = self.request(0).steps.reconstruction
             tokens += points * trained.passes * self.calibration.tokens if trained.wanted else 0
+            if self.is_cut:  # each runs the calibration's text, and so does the rating of all
+                tokens += (measured + 1) * self.calibration.tokens
             limits.check_tokens("/confirm/windows", tokens)
         if self.recovery is not None:
             tokens += (self.recovery.tokens or 0) + self.recovery.written
@@ -615,6 +632,25 @@ def island_seed(seed: int, island: int) -> int:
         return seed
     digest = hashlib.sha256(f"{seed} {island}".encode()).digest()
     return int.from_bytes(digest[:4], "big")
+
+
+def check_cut(spec: "JobSpec") -> None:
+    """See that a job that cuts blocks asks for nothing that is of scores alone."""
+    for name in (
+        "more_models", "scope", "preset", "steps", "stream", "validation", "objective",
+        "warm_start", "sampler", "search_space", "trials", "islands", "in_full", "timeout_s",
+    ):  # fmt: skip
+        field = JobSpec.model_fields[name]
+        if getattr(spec, name) != field.get_default(call_default_factory=True):
+            raise ValueError(
+                f"{name} cannot be asked for with {spec.pattern}: a cut has no score, and every "
+                "split of its share is rated. Leave it out"
+            )
+    if spec.confirm is None:
+        raise ValueError(
+            f"confirm: null cannot be asked for with {spec.pattern}: cuts are compared by "
+            "perplexity. Leave it out"
+        )
 
 
 def check_several(spec: "JobSpec") -> None:

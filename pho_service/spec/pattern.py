@@ -18,7 +18,7 @@ from pydantic import Field
 
 from pho_service.errors import InvalidInput
 from pho_service.spec.document import STRICT, FieldShown, JsonDocument, Number, Whole, check_choice
-from pho_service.spec.structure import PREFIX
+from pho_service.spec.structure import PREFIX, structured_pattern, structured_share
 
 ScopeName = Literal["row", "layer", "global"]
 
@@ -39,19 +39,22 @@ class Scope(StrEnum):
 @dataclass(frozen=True, kw_only=True)
 class Pattern:
     """
-    How many weights are removed, and where they are counted: a ratio or N:M.
+    How many weights are removed, and where they are counted: a ratio, N:M, or a cut of blocks.
 
     Attributes:
-        sparsity: Share of weights removed, in (0, 1). For N:M it is 1 - N/M.
+        sparsity: Share of weights removed, in (0, 1). For N:M it is 1 - N/M; for a cut about the
+            share of the weights of all blocks.
         scope: Where ``sparsity`` holds exactly. Always ``row`` for N:M.
         keep: N of N:M, the weights kept in a group; 0 for unstructured.
         group: M of N:M, neighbouring input channels; 0 for unstructured.
+        structured: Whether whole neurons, heads and blocks leave instead of single weights.
     """
 
     sparsity: float
     scope: Scope = Scope.ROW
     keep: int = 0
     group: int = 0
+    structured: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:
@@ -64,31 +67,37 @@ class Pattern:
                 f"pattern {self} counts inside groups of {self.group} input channels, so scope "
                 f"{self.scope.value!r} has no meaning for it. Leave the scope out."
             )
+        if self.structured and self.scope is not Scope.LAYER:
+            raise InvalidInput(
+                f"pattern {self} cuts neurons, heads and blocks, among which scope "
+                f"{self.scope.value!r} has no meaning. Leave the scope out."
+            )
 
     @classmethod
     def parse(cls, text: str, scope: str | None = None) -> Self:
         """
-        Read ``"0.5"`` or ``"2:4"`` (N kept of M).
+        Read ``"0.5"``, ``"2:4"`` (N kept of M) or ``"structured:20%"`` (cut out of blocks).
 
         Args:
-            text: A sparsity in (0, 1), or N:M with 1 <= N < M <= 64.
+            text: A sparsity in (0, 1), N:M with 1 <= N < M <= 64, or a share to cut.
             scope: ``row``, ``layer`` or ``global``. None takes ``row`` for N:M
                 and ``layer`` otherwise.
 
         Raises:
             InvalidInput: Anything else.
         """
-        rule = "Give the share of weights to remove (0.5) or N:M, N kept of M (2:4)."
+        rule = (
+            "Give the share of weights to remove (0.5), N:M, N kept of M (2:4), or a share of the "
+            "blocks to cut (structured:20%)."
+        )
         try:
             parsed_scope = None if scope is None else Scope(scope)
         except ValueError:
             names = ", ".join(Scope)
             raise InvalidInput(f"scope {scope!r} is not one of {names}.") from None
         if text.startswith(PREFIX):
-            raise InvalidInput(
-                f"pattern {text!r} is of `pho prune MODEL --pattern {text}` alone, which cuts "
-                f"neurons and heads out of a model. {rule}"
-            )
+            share = structured_share(text)
+            return cls(sparsity=share, scope=parsed_scope or Scope.LAYER, structured=True)
         if ":" in text:
             keep_text, _, group_text = text.partition(":")
             try:
@@ -120,7 +129,7 @@ class Pattern:
         return int(Fraction(repr(self.sparsity)) * count)
 
     def within(self, scope: Scope) -> "Pattern":
-        return self if self.group else replace(self, scope=scope)
+        return self if self.group or self.structured else replace(self, scope=scope)
 
     def check_width(self, in_features: int, layer: str) -> None:
         """Raise InvalidInput if ``layer`` cannot be cut into groups of M input channels."""
@@ -131,7 +140,20 @@ class Pattern:
             )
 
     def __str__(self) -> str:
+        if self.structured:
+            return structured_pattern(self.sparsity)
         return f"{self.keep}:{self.group}" if self.group else repr(self.sparsity)
+
+    def refuse_structured(self, why: str) -> None:
+        """
+        Raises:
+            InvalidInput: It is a cut of blocks, which whoever asks cannot take.
+        """
+        if self.structured:
+            raise InvalidInput(
+                f"pattern {self} cuts neurons, heads and blocks out of a model: {why}. Give the "
+                "share of weights to remove (0.5) or N:M (2:4)."
+            )
 
 
 KERNEL_SIZES = (3, 5, 9, 15)  # that a bundle is made for, and that a search chooses from

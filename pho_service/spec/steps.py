@@ -456,6 +456,7 @@ class Candidate:
     steps: Steps = Steps()  # What happens beside the score
 
     def __post_init__(self) -> None:
+        self.pattern.refuse_structured("no score of single weights does that")
         self.steps.check_pattern(self.pattern)
 
     def to_dict(self) -> dict[str, Any]:

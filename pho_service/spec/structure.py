@@ -3,18 +3,15 @@ What is cut out of a model's blocks, the sizes that say what can be, and uniform
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Annotated
 
 from pydantic import Field
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.document import STRICT, JsonDocument, Whole
+from pho_service.spec.document import STRICT, JsonDocument, Number, Whole
 
 MULTIPLE = 64  # neurons: what kernels and GGUF's types want the width of an FFN to be a multiple of
 STEPS = 16  # a narrow FFN has at least so many widths, by a lower power of two
-# By what neurons and heads are chosen: the exact error of their removal, or what others choose by.
-StructureScore = Literal["obs", "magnitude", "activation", "fluctuation", "spread"]
-STRUCTURE_SCORES: tuple[StructureScore, ...] = get_args(StructureScore)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,18 +153,17 @@ def _step(shapes: BlockShapes, layers: int) -> int:
     return min([shapes.layer_weights, *(layers * step * shapes.head_weights for step in heads)])
 
 
+ESTIMATE = "estimated-divergence"  # what splits of a share are rated by: nats from the dense model
 PREFIX = "structured:"  # begins the pattern of a smaller model: structured:20%
 
 
-def structured_share(pattern: str | None) -> float | None:
+def structured_share(pattern: str) -> float:
     """
-    Read ``structured:20%``: the share of the blocks' weights to cut; None of any other pattern.
+    Read the share of ``structured:20%``.
 
     Raises:
         InvalidInput: What follows is not a share between 0 and 1.
     """
-    if pattern is None or not pattern.startswith(PREFIX):
-        return None
     words = pattern.removeprefix(PREFIX).strip()
     try:
         share = float(words.removesuffix("%")) / (100 if words.endswith("%") else 1)
@@ -181,9 +177,53 @@ def structured_share(pattern: str | None) -> float | None:
     return share
 
 
-def structures_of(share: float, shapes: BlockShapes) -> list[Structure]:
-    """The structures of a share that are tried: those that drop the fewest blocks."""
-    # A block that leaves costs far more than the neurons that weigh as much.
-    structures = split(share, shapes)
-    fewest = min(structure.dropped for structure in structures)
-    return [structure for structure in structures if structure.dropped == fewest]
+def structured_pattern(share: float) -> str:
+    """The pattern of a share: ``structured:20%``."""
+    return f"{PREFIX}{100 * share:.10g}%"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut(JsonDocument):
+    """What a configuration cuts out of the blocks of a model, and what they had before."""
+
+    __pydantic_config__ = STRICT
+
+    structure: Structure
+    layers: Annotated[Whole, Field(description="Blocks of the dense model.")]
+    neurons: Annotated[Whole, Field(description="Neurons of each of its FFNs; 0 if uncut.")]
+    query_heads: Annotated[Whole, Field(description="Query heads of each of its attentions.")]
+    removed: Annotated[Number, Field(description="Share of the weights of all blocks.")]
+
+    @classmethod
+    def of(cls, structure: Structure, shapes: BlockShapes) -> "Cut":
+        """A structure of a model with these shapes."""
+        return cls(
+            structure=structure,
+            layers=shapes.layers,
+            neurons=shapes.width,
+            query_heads=shapes.query_heads[0],
+            removed=shapes.removed_share(structure),
+        )
+
+    def check(self, shapes: BlockShapes, model: str) -> None:
+        """
+        Raises:
+            InvalidInput: It is of a model whose blocks are others.
+        """
+        has = (shapes.layers, shapes.width, shapes.query_heads[0])
+        wanted = (self.layers, self.neurons, self.query_heads)
+        if has != wanted:
+            raise InvalidInput(
+                f"the configuration is for {self._blocks(*wanted)}, but {model} has "
+                f"{self._blocks(*has)}. Search there: `pho prune {model} "
+                f"--pattern {structured_pattern(round(self.removed, 2))}`."
+            )
+
+    def __str__(self) -> str:
+        """What stays, and what share of the blocks' weights is gone."""
+        dense = self._blocks(self.layers, self.neurons, self.query_heads)
+        return f"{self.structure}, of {dense}: {self.removed:.1%} of their weights are gone"
+
+    @staticmethod
+    def _blocks(layers: int, neurons: int, query_heads: int) -> str:
+        return f"{layers} blocks with {neurons:,} neurons and {query_heads} query heads"

@@ -26,19 +26,21 @@ def checks(result):
 
 
 def test_the_best_of_all_cuts_is_a_model_that_transformers_loads(pho, cut, made_model, texts):
-    tried = cut["tried"]
+    configuration = cut["configuration"]
+    good, finalists = configuration["perplexities"], configuration["finalists"]
+    kept = configuration["cut"]["structure"]["neurons"]
     whole, smaller = (AutoModelForCausalLM.from_pretrained(f) for f in (made_model, "cut"))
     evaluated = answer(pho("evaluate", "cut", "--text", texts["report"], "--context-length", 32,
                            "--json"))  # fmt: skip
 
-    assert len(tried) > 1  # with all query heads, and with fewer
-    assert [t["perplexity"] for t in tried] == sorted(t["perplexity"] for t in tried)
-    assert 0.1 < cut["removed"] == tried[0]["removed"] < 0.3
+    assert len(finalists) == 2  # with all query heads, and with fewer
+    assert [f["perplexity"] for f in finalists] == sorted(f["perplexity"] for f in finalists)
+    assert finalists[0]["perplexity"] == good["pruned"]
+    assert 0.1 < configuration["cut"]["removed"] < 0.3
     assert smaller.num_parameters() < whole.num_parameters()
-    assert smaller.config.intermediate_size == (
-        tried[0]["neurons"] or whole.config.intermediate_size
-    )
-    assert evaluated["perplexity"] < 2 * cut["dense_perplexity"]
+    assert smaller.config.intermediate_size == (kept or whole.config.intermediate_size)
+    assert evaluated["perplexity"] < 2 * good["dense"]
+    assert not [*Path().glob(".cut*")]  # what an interrupted run would go on with
     card = Path("cut/README.md").read_text()
     assert "as a smaller model" in card
     assert "structured-pruning" in card
@@ -46,9 +48,10 @@ def test_the_best_of_all_cuts_is_a_model_that_transformers_loads(pho, cut, made_
 
 def test_the_check_slices_the_dense_model(pho, cut, made_model):
     good = pho("prune", made_model, "--check", "cut", "--json")
-    neurons = next(iter(cut["neurons"] or cut["query_heads"]))
+    structure = cut["structure"]
+    block = next(iter(structure["neurons"] or structure["query_heads"]))
     weights = load_file("cut/model.safetensors")
-    name = next(n for n in weights if n.startswith(f"{neurons}.") and n.endswith("up_proj.weight"))
+    name = next(n for n in weights if n.startswith(f"{block}.") and n.endswith("up_proj.weight"))
     weights[name][0] += 1
     shutil.copytree("cut", "changed")
     save_file(weights, "changed/model.safetensors", metadata={"format": "pt"})
@@ -77,11 +80,65 @@ def test_it_is_recovered_towards_the_dense_model_and_stays_cut(pho, cut, made_mo
     checked = pho("prune", made_model, "--check", "out", "--json")
 
     assert recovered["after"] < recovered["before"]
-    assert recipe["structure"] == {key: value for key, value in cut.items() if key != "out"}
+    assert recipe["structure"] == cut["structure"]
     assert checked.exit_code == 0
     before, after = (load_file(f"{folder}/model.safetensors") for folder in ("cut", "out"))
     assert {n: w.shape for n, w in before.items()} == {n: w.shape for n, w in after.items()}
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_search_gives_a_configuration_that_prunes_with_the_same_bytes(
+    pho, cut, made_model, texts
+):
+    """`pho search`, then `pho prune --config`: the folder that `pho prune --pattern` writes."""
+    text = ("--text", texts["calibration"])
+    words = ("--pattern", "structured:20%", *text, *SMALL, "--finalists", 3, "--confirm-windows", 8)
+    found = pho("search", made_model, *words, "--out", "config.json")
+    pruned = pho("prune", made_model, "--config", "config.json", *text, *SMALL, "--out", "again")
+    configuration = json.loads(Path("config.json").read_text())
+    shown = pho("report", configuration["search"]["study"], "--study", "sqlite:///study.db",
+                "--config", "config.json", "--out", "report.html")  # fmt: skip
+
+    assert (found.exit_code, pruned.exit_code) == (0, 0), (found.output, pruned.output)
+    assert "of their weights are gone" in pruned.stdout
+    folders = [Path(folder, "model.safetensors").read_bytes() for folder in ("cut", "again")]
+    assert folders[0] == folders[1]
+    assert configuration["cut"] == cut["configuration"]["cut"]
+    assert shown.exit_code == 0, shown.output
+    assert "Splits of the share" in Path("report.html").read_text()
+    report = ("--report-text", texts["report"])
+    for words in (
+        ("transfer", "config.json", made_model, *report),
+        ("compare", made_model, "--pattern", 0.5, "--config", "config.json", *text, *report),
+    ):
+        refused = pho(*words, *SMALL)
+        assert "`pho prune MODEL --config` does that" in " ".join(refused.stderr.split())
+
+
+def test_an_interrupted_run_goes_on(pho, cut, made_model, texts, monkeypatch):
+    """It was stopped while the second of two cuts was measured: the first is not made again."""
+    from pho_service.pipeline import cuts
+
+    made, cut_copy = [], cuts.cut_copy
+
+    def stopping(work, structure, **more):
+        made.append(structure)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return cut_copy(work, structure, **more)
+
+    monkeypatch.setattr(cuts, "cut_copy", stopping)
+    words = ("prune", made_model, "--pattern", "structured:20%", "--text", texts["calibration"],
+             *SMALL, "--out", "again")  # fmt: skip
+    stopped = pho(*words)
+    ended = pho(*words)
+
+    assert stopped.exit_code != 0
+    assert ended.exit_code == 0
+    assert len(made) == 3
+    assert made[2] == made[1] != made[0]
+    folders = [Path(folder, "model.safetensors").read_bytes() for folder in (cut["out"], "again")]
+    assert folders[0] == folders[1]
 
 
 def test_a_person_sees_each_cut_in_a_row_and_what_to_do_next(pho, made_model, texts):

@@ -82,6 +82,49 @@ def test_a_smaller_model_is_recovered_in_place_and_saved_as_it_was_left(
         pho.save(done.model, done.tokenizer, done, tmp_path / "again")
 
 
+def test_a_cut_that_was_searched_for_is_made_in_place_and_saved(
+    tiny_llama, bundle, weights, tmp_path, monkeypatch
+):
+    """If anything goes wrong in the middle, the model is whole again."""
+    found = pho.search(bundle, "structured:20%", model=tiny_llama, finalists=2)
+    structure, untouched = found.configuration.cut.structure, weights()
+    with monkeypatch.context() as broken:
+        broken.setattr("pho_service.pipeline.structured.take_sizes_", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pho.prune(tiny_llama, found, bundle)
+    whole = weights()
+    pruned = pho.prune(tiny_llama, found, bundle)
+    pho.save(pruned.model, pruned.tokenizer, pruned, tmp_path / "cut")
+    saved = LlamaForCausalLM.from_pretrained(tmp_path / "cut")
+
+    assert untouched
+    assert whole
+    assert found.layers == {}
+    assert "of their weights are gone" in repr(found)
+    assert pruned.model is tiny_llama
+    assert pruned.masks == pruned.layers == {}
+    assert "of their weights are gone" in repr(pruned)
+    assert saved.config.intermediate_size == (structure.neurons or 64)
+    assert saved.config.num_attention_heads == (structure.query_heads or 4)
+    state = saved.state_dict()
+    assert all(torch.equal(weight, state[name]) for name, weight in tiny_llama.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preset": "score"}, "has no score, so preset says nothing"),
+        ({"space": {"row_share": 0.5}}, "so space says nothing"),
+        ({"sampler": "random"}, "so sampler says nothing"),
+        ({"trials": 20}, "so trials says nothing"),
+        ({"model": None}, "needs the model"),
+    ],
+)
+def test_what_a_cut_does_not_take(tiny_llama, bundle, changes, message):
+    with pytest.raises(InvalidInput, match=message):
+        pho.search(bundle, "structured:20%", **{"model": tiny_llama, **changes})
+
+
 def test_by_name(model_folder, texts, configuration):
     """A folder is loaded, pruned and given back; the text is cut with its own tokenizer."""
     bundle = pho.calibrate(model_folder, None, texts["calibration"], samples=6, context_length=32)

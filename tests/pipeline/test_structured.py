@@ -9,11 +9,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pho_service.errors import InvalidInput, NumericalError
 from pho_service.models.loading import given_model
-from pho_service.models.structure import Anatomy
-from pho_service.pipeline.structured import cut_model, layers_to_keep
+from pho_service.models.structure import Anatomy, block_shapes
+from pho_service.pipeline.structured import cut_costs, cut_model, layers_to_keep
 from pho_service.pruning.perplexity import dense_reference, rate_divergence
 from pho_service.pruning.structured import narrowed, removal_order
-from pho_service.spec.structure import STRUCTURE_SCORES, Structure
+from pho_service.spec.structure import Structure
 
 
 @pytest.fixture
@@ -97,13 +97,18 @@ def test_row_weights_are_found_by_the_names_of_the_dense_model(model, windows):
     assert cut.neurons == plain.neurons
 
 
-@pytest.mark.parametrize("score", STRUCTURE_SCORES)
-def test_least_squares_lower_the_divergence_of_every_choice(model, windows, score):
+def firsts(_block, _part, count, *_):
+    """Choose the first, whatever they are."""
+    return torch.arange(count)
+
+
+@pytest.mark.parametrize("choose", [None, firsts])
+def test_least_squares_lower_the_divergence_of_every_choice(model, windows, choose):
     structure = Structure(neurons=16, query_heads=2)
     reference = dense_reference(model.model, windows)
     with_update, without = (
         divergence(
-            cut_model(copied(model), windows, structure, score=score, update=update), reference
+            cut_model(copied(model), windows, structure, choose=choose, update=update), reference
         )
         for update in (True, False)
     )
@@ -133,6 +138,81 @@ def test_the_best_of_all_blocks_by_trial(model, windows):
     best = divergences.index(min(divergences))
 
     assert layers_to_keep(Anatomy(model), windows, 1) == [i for i in range(4) if i != best]
+
+
+def test_the_block_in_front_of_a_gap_gives_what_those_that_left_gave(model, windows):
+    """Its last linear is fitted to it by least squares, and no other weight changes."""
+    dense = copied(model)
+    seen = []
+    with torch.no_grad():
+        wanted = dense.model(input_ids=windows, output_hidden_states=True).hidden_states[3]
+        name = "model.layers.0.mlp.down_proj"
+        handle = dense.linears[name].module.register_forward_hook(
+            lambda _module, args, _output: seen.append(args[0].flatten(end_dim=-2))
+        )
+        output = dense.model(input_ids=windows, output_hidden_states=True).hidden_states[1]
+        handle.remove()
+    x, lacking = seen[0], (wanted - output).flatten(end_dim=-2)
+    gram = x.T @ x / len(x)
+    ridge = 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
+    weight = dense.linears[name].weight.clone()
+    expected = weight + torch.linalg.solve(gram + ridge, x.T @ lacking / len(x)).T
+    cut, plain = (
+        cut_model(copied(model), windows, Structure(layers=(0, 3)), update=update)
+        for update in (True, False)
+    )
+    states, before = (each.model.model.state_dict() for each in (cut, plain))
+    reference = dense_reference(model.model, windows)
+
+    torch.testing.assert_close(cut.model.linears[name].weight, expected, rtol=1e-3, atol=1e-4)
+    changed = {key for key, weight in before.items() if not torch.equal(weight, states[key])}
+    assert changed == {f"{name}.weight"}
+    assert divergence(cut, reference) < divergence(plain, reference)
+
+
+def test_a_bridge_that_brings_nothing_is_left_out(model, windows, monkeypatch):
+    def worse(weight, *_, **__):
+        return weight + 10
+
+    monkeypatch.setattr("pho_service.pipeline.structured.corrected", worse)
+    cut, plain = (
+        cut_model(copied(model), windows, Structure(layers=(0, 3)), update=update)
+        for update in (True, False)
+    )
+
+    assert all(
+        torch.equal(p, plain.model.model.state_dict()[n])
+        for n, p in cut.model.model.state_dict().items()
+    )
+
+
+def test_costs_are_those_of_each_part_and_of_blocks_left_out(model, windows):
+    fisher = {name: torch.rand(x.weight.shape[0]) for name, x in model.linears.items()}
+    shapes = block_shapes(Anatomy(model))
+    costs = cut_costs(model, windows, shapes, fisher, dropped=2)
+    block = "model.layers.0.mlp.down_proj"
+    seen = []
+    handle = model.linears[block].module.register_forward_hook(
+        lambda _module, args, _output: seen.append(args[0].flatten(end_dim=-2))
+    )
+    with torch.no_grad():
+        model.model(input_ids=windows)
+    handle.remove()
+    gram = seen[0].T @ seen[0] / len(seen[0])
+    order = removal_order(model.linears[block].weight, gram, fisher[block], layer=block)
+
+    torch.testing.assert_close(costs.neurons[0], order.errors / 2, rtol=1e-3, atol=1e-6)
+    assert costs.neurons.shape == (4, 33)
+    assert costs.query_heads.shape == (4, 5)
+    assert costs.divergences[0] == 0 < costs.divergences[1]
+    assert len({*costs.gone}) == 2
+    assert [*costs.kept(2)] == layers_to_keep(Anatomy(model), windows, 2)
+    narrow, shallow = Structure(neurons=16), Structure(neurons=16, dropped=1)
+    rows = [*costs.kept(1)]
+    assert costs.of(narrow, shapes) == pytest.approx(float(costs.neurons[:, 16].sum()))
+    assert costs.of(shallow, shapes) == pytest.approx(
+        costs.divergences[1] + float(costs.neurons[rows, 16].sum())
+    )
 
 
 def test_what_does_not_fit_changes_nothing(model, windows):

@@ -64,6 +64,33 @@ def planned(config=LLAMA, machine=H100, **fields):
     return plan_job(spec, model_shapes("org/m", header(config)), machine)
 
 
+def test_a_cut_is_planned_with_its_copy_its_size_and_its_speed():
+    cut = planned(pattern="structured:20%", preset="best", confirm={"finalists": 3})
+    whole = planned()
+    kinds = [stage.kind for stage in cut.stages]
+    answer = cut.to_dict()["pruned"]
+    smaller = planned(pattern="structured:20%", preset="best", confirm={"finalists": 1})
+
+    assert cut.fits
+    assert kinds == [StageKind.CALIBRATE] * 3 + [
+        StageKind.SEARCH, StageKind.PERPLEXITY, StageKind.PRUNE, StageKind.PRUNE,
+    ]  # fmt: skip
+    measuring = cut.stages[kinds.index(StageKind.PERPLEXITY)]
+    assert measuring.peak.device > 2 * whole.shapes.bytes()  # a copy beside the model
+    assert smaller.seconds[1] < cut.seconds[1]
+    assert smaller.peak.disk < cut.peak.disk
+    assert 0.79 < answer["saved_bytes"] / whole.shapes.bytes() < 0.82  # the embedding stays
+    assert answer["times_smaller"] == whole.shapes.bytes() / answer["saved_bytes"]
+    assert whole.to_dict()["pruned"]["times_smaller"] is None
+
+
+def test_of_what_does_not_fit_a_cut_is_not_told_to_stream():
+    plan = planned(LLAMA_70B, pattern="structured:20%", preset="best")
+
+    assert not plan.fits
+    assert not any("stream" in way for way in plan.ways_out)
+
+
 def middle(plan):
     """Seconds between the least and the most, on the scale of both."""
     low, high = plan.seconds

@@ -5,13 +5,8 @@ import torch
 
 from pho_service.errors import NumericalError
 from pho_service.pruning.structured import (
-    activation_score,
-    fluctuation_score,
-    kept_by_score,
-    magnitude_score,
     narrowed,
     removal_order,
-    spread_score,
 )
 
 WIDTH = 24
@@ -174,25 +169,3 @@ def test_what_cannot_be_solved_is_said_with_the_layer():
         removal_order(weight, gram, row_weights, within=torch.zeros(3), layer="down_proj")
     with pytest.raises(ValueError, match="damping=-1"):
         narrowed(weight, gram, torch.tensor([0]), damping=-1, layer="down_proj")
-
-
-def test_kept_by_score():
-    score = torch.tensor([5.0, 1, 4, 2, 9, 3])
-
-    assert kept_by_score(score, 3).tolist() == [0, 2, 4]
-    assert kept_by_score(score, 1, group=2).tolist() == [2]
-    assert kept_by_score(score, 2, within=torch.tensor([0, 0, 1, 1, 1, 0])).tolist() == [0, 4]
-    assert kept_by_score(torch.ones(4), 3).tolist() == [0, 1, 2]
-    within = torch.tensor([0, 0, 1, 1])
-    assert kept_by_score(torch.ones(4), 2, within=within).tolist() == [0, 2]
-
-
-def test_scores_by_hand():
-    reader = torch.tensor([[1.0, -2], [3, 0]])
-    writers = [torch.tensor([[1.0, -4], [2, 0]]), torch.tensor([[0.0, 1], [-1, -1]])]
-
-    assert magnitude_score(reader, writers).tolist() == [10 + 17 + 1, 4 + 4 + 2]
-    assert spread_score(writers).tolist() == [1 + 4 + 1 + 0, 2 + 0 - 1 + 1]
-    assert activation_score(torch.tensor([[3.0, 0], [4, 2]])).tolist() == [5, 2]
-    gram, mean = torch.tensor([[5.0, 1], [1, 4]]), torch.tensor([1.0, 2])
-    assert fluctuation_score(reader, gram, mean).tolist() == [4 * 10, 0]

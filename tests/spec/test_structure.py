@@ -1,18 +1,17 @@
 """Uniform structures are as near to a share as their steps allow."""
 
 import json
+from dataclasses import replace
 
 import pytest
+from pydantic import ValidationError
 
 from pho_service.errors import InvalidInput
+from pho_service.spec.baselines import baseline
+from pho_service.spec.configuration import Configuration
+from pho_service.spec.curve import curve_patterns
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.structure import (
-    BlockShapes,
-    Structure,
-    split,
-    structured_share,
-    usual_multiple,
-)
+from pho_service.spec.structure import BlockShapes, Cut, Structure, split, usual_multiple
 
 SMOLLM2 = BlockShapes(
     layers=30, layer_weights=3_538_944, width=1536, multiple=64, neuron_weights=3 * 576,
@@ -88,22 +87,52 @@ def test_a_structure_is_json_and_checked():
 
 
 @pytest.mark.parametrize(
-    ("pattern", "share"),
-    [("structured:20%", 0.2), ("structured:0.2", 0.2), ("structured: 5 %", 0.05), ("0.5", None),
-     ("2:4", None), (None, None)],
+    ("text", "share", "shown"),
+    [("structured:20%", 0.2, "20%"), ("structured:0.07", 0.07, "7%"),
+     ("structured: 12.5 %", 0.125, "12.5%")],
 )  # fmt: skip
-def test_the_share_of_a_pattern(pattern, share):
-    assert structured_share(pattern) == share
+def test_a_pattern_that_is_read_and_written(text, share, shown):
+    pattern = Pattern.parse(text)
+
+    assert pattern.structured
+    assert pattern.sparsity == share
+    assert str(pattern) == f"structured:{shown}"
+    assert Pattern.parse(str(pattern), "layer") == pattern
 
 
 @pytest.mark.parametrize("words", ["", "20", "0", "100%", "-5%", "half", "nan"])
 def test_no_share(words):
     with pytest.raises(InvalidInput, match="is not a share of the blocks' weights"):
-        structured_share(f"structured:{words}")
+        Pattern.parse(f"structured:{words}")
 
 
-def test_elsewhere_a_pattern_says_where_it_belongs():
-    with pytest.raises(
-        InvalidInput, match="is of `pho prune MODEL --pattern structured:20%` alone"
-    ):
-        Pattern.parse("structured:20%")
+def test_nothing_that_scores_single_weights_takes_it():
+    cut = Pattern.parse("structured:20%")
+
+    with pytest.raises(InvalidInput, match="no score of single weights does that"):
+        baseline("wanda", cut)
+    with pytest.raises(InvalidInput, match="search each cut alone"):
+        curve_patterns(["0.5", "structured:20%"], None)
+    with pytest.raises(InvalidInput, match="scope 'row' has no meaning"):
+        Pattern.parse("structured:20%", "row")
+
+
+def test_a_configuration_cuts_or_scores():
+    structure = Structure(neurons=1152)
+    cut = Cut.of(structure, SMOLLM2)
+    configuration = Configuration(
+        method="structured", cut=cut, pattern="structured:20%", scope="layer"
+    )
+
+    assert Configuration.model_validate(configuration.model_dump(mode="json")) == configuration
+    assert str(cut) == (
+        "1,152 neurons, of 30 blocks with 1,536 neurons and 9 query heads: 18.8% of their weights "
+        "are gone"
+    )
+    with pytest.raises(InvalidInput, match="`pho prune MODEL --config` does that"):
+        configuration.candidate()
+    for wrong in ({"cut": None}, {"pattern": "0.5"}):
+        with pytest.raises(ValidationError, match="cut"):
+            Configuration.model_validate({**configuration.model_dump(mode="json"), **wrong})
+    with pytest.raises(InvalidInput, match=r"but other has 28 blocks.*--pattern structured:19%"):
+        cut.check(replace(SMOLLM2, layers=28), "other")

@@ -1,0 +1,287 @@
+"""
+Structured pruning as a search: the splits of a share over neurons, heads and blocks are rated by
+what they would cost, the best of them are cut, and perplexity chooses.
+"""
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import optuna
+from optuna.distributions import CategoricalDistribution, IntDistribution
+from optuna.trial import create_trial
+
+from pho_service.errors import InvalidInput, field_name
+from pho_service.host.machine import let_go_of_memory, versions
+from pho_service.models.architecture import prunable_linears
+from pho_service.models.structure import Anatomy, block_shapes
+from pho_service.pipeline.rating import perplexity_on
+from pho_service.pipeline.search import Journal, Piece, conduct_pieces, origin, reference_record
+from pho_service.pipeline.structured import CutCosts, CutModel, cut_costs, cut_model
+from pho_service.pipeline.work import Work
+from pho_service.pipeline.writing import side_by_side, written_by
+from pho_service.progress import Progress, Run
+from pho_service.spec.configuration import Configuration, Confirmation, Rating
+from pho_service.spec.perplexity import Perplexities, Perplexity
+from pho_service.spec.results import Chosen, Measured, PerplexityRequest, Searched
+from pho_service.spec.structure import ESTIMATE, BlockShapes, Cut, Structure, split
+from pho_service.tuning.plan import SearchRequest
+from pho_service.tuning.result import SearchResult, mark_chosen
+from storage.records import REFERENCE_NUMBERS
+from storage.studies import keep_record, once, record_of
+
+METHOD = "structured"
+_NOT_OF_CUTS = (  # fields of a request
+    "objective", "steps", "bounds", "sampler", "warm_start", "validation", "trials", "in_full",
+)  # fmt: skip
+
+
+def search_cut(
+    request: SearchRequest, work: Work, study: optuna.Study, run: Run = Run()
+) -> SearchResult:
+    """
+    Find the split of a share with the best perplexity; goes on with what the study holds.
+
+    Raises:
+        InvalidInput: There is no model or text, nothing comes near the share, or an option is given
+            that cuts have none of.
+        ModelError: The model's blocks cannot be cut.
+    """
+    check_request(request)
+    if not work.measures or work.calibration is None:
+        raise InvalidInput(
+            f"pattern {request.pattern} needs the model, the text that it was calibrated on, and "
+            "windows to compare cuts on: a bundle alone says nothing of them. Give a model with a "
+            f"text, or {field_name('confirm/text') or 'confirm'}."
+        )
+    work.bundle.check_model(work.model.linears)
+    steps = CutPieces(request, work, study, origin(work))
+    return conduct_pieces(steps, 1, Journal(run), lambda result: result, SearchResult)
+
+
+def check_request(request: SearchRequest) -> None:
+    """See that nothing is asked that is of scores alone."""
+    usual = SearchRequest(pattern=request.pattern)
+    given = [name for name in _NOT_OF_CUTS if getattr(request, name) != getattr(usual, name)]
+    if given:
+        raise InvalidInput(
+            f"pattern {request.pattern} rates every split of its share by an estimate of its own, "
+            f"so {', '.join(given)} says nothing. Leave it out."
+        )
+
+
+class CutPieces:
+    """The pieces of a search for a cut."""
+
+    def __init__(
+        self, request: SearchRequest, work: Work, study: optuna.Study, origin: Any
+    ) -> None:
+        self._request, self._work, self._study, self._origin = request, work, study, origin
+
+    @cached_property
+    def _opened(self) -> Work:
+        return self._work.opened()
+
+    @cached_property
+    def _shapes(self) -> BlockShapes:
+        return block_shapes(Anatomy(self._opened.model))
+
+    def search(self, piece: Piece, run: Run) -> Searched:
+        """Rate every split of the share, each as a trial."""
+        del piece
+        study, work = self._study, self._opened
+        structures = split(self._request.pattern.sparsity, self._shapes)
+        recorded = len(study.get_trials(deepcopy=False))
+        if recorded < len(structures):
+            run.look()
+            costs = self._costs(max(s.dropped for s in structures), run.progress)
+            work.check()
+            self._describe()
+            for structure in structures[recorded:]:
+                with run.fence():
+                    study.add_trial(_trial(structure, costs, self._shapes, structures))
+        return Searched(trials=len(structures))
+
+    def _costs(self, dropped: int, progress: Progress) -> CutCosts:
+        work = self._opened
+        assert work.calibration is not None
+        memo = work.blocks(Structure(dropped=dropped))  # of nothing that is cut
+        costs = cut_costs(
+            work.model, work.calibration, self._shapes, work.bundle.statistics().fisher,
+            dropped=dropped, memo=memo, progress=progress,
+        )  # fmt: skip
+        if memo is not None:
+            memo.remove()
+        return costs
+
+    def _describe(self) -> None:
+        """Keep in the study what it is a record of."""
+        record = record_of(self._study)
+        for key, value in (
+            ("pattern", str(self._request.pattern)), ("objective", ESTIMATE),
+            ("sampler", "every split"),
+        ):  # fmt: skip
+            if key not in record:
+                self._study.set_user_attr(key, value)
+        if "calibration" not in record:
+            keep_record(self._study, "calibration", dict(self._origin))
+
+    def validation(self) -> list[Piece]:
+        return []
+
+    def choose(self, validated: Sequence[Measured], run: Run) -> Chosen:
+        """The splits with the lowest estimates are cut and measured, and so is the dense model."""
+        del validated, run
+        rated = self._rated()[: self._request.finalists]
+        finalists = [
+            PerplexityRequest(number=t.number, candidate=t.user_attrs["structure"], trial=t.number)
+            for t in rated
+        ]
+        dense = PerplexityRequest(number=REFERENCE_NUMBERS, candidate=None)
+        return Chosen(
+            finalists=[request.number for request in finalists],
+            wanted=[*finalists, dense],
+            evaluations=float(len(finalists) + 1),
+        )
+
+    def _rated(self) -> list[optuna.trial.FrozenTrial]:
+        trials = self._study.get_trials(deepcopy=False)
+        return sorted(trials, key=lambda trial: (trial.value or 0.0, trial.number))
+
+    def measure(self, piece: Piece, run: Run) -> Measured:
+        """Cut a copy of the model, and measure its perplexity; the study keeps it at once."""
+        work, number = self._opened, piece.number
+        given, text = piece.about["candidate"], work.text
+        structure = None if given is None else Structure.from_dict(given)
+
+        def make() -> dict[str, Any]:
+            run.look()
+            began, model = time.monotonic(), work.model
+            if structure is not None:
+                model = cut_copy(work, structure, progress=run.progress).model
+            rating = perplexity_on(text, model, run.progress)
+            written = written_by(model, text.windows).get("written", [])
+            work.check()  # before it is kept
+            del model
+            let_go_of_memory()
+            return {
+                "perplexity": rating.perplexity,
+                "sparsity": 0.0 if structure is None else self._shapes.removed_share(structure),
+                "seconds": time.monotonic() - began,
+                "losses": [*rating.losses],
+                "written": written,
+            }
+
+        key = reference_record("dense") if structure is None else f"perplexity:{number}"
+        note = None if structure is None else (number, "perplexity")
+        kept = once(self._study, key, {"text_sha256": text.key}, make, fence=run.fence, note=note)
+        return Measured(**kept, measured_on=text.measured_on(), weights_sha256=self._work.check())
+
+    def finish(
+        self, done: Sequence[Searched], chosen: Chosen, measured: Sequence[Measured], run: Run
+    ) -> SearchResult:
+        """Take the cut with the best perplexity."""
+        results = {
+            wanted.number: value for wanted, value in zip(chosen.wanted, measured, strict=True)
+        }
+        dense = results.pop(REFERENCE_NUMBERS)
+        ratings = {number: _rating(result) for number, result in results.items()}
+        order = sorted(ratings, key=lambda number: ratings[number].perplexity)
+        number, best = order[0], ratings[order[0]]
+        trials = self._study.get_trials(deepcopy=False)
+        structure = Structure.from_dict(trials[number].user_attrs["structure"])
+        work, provenance = self._opened, dict(self._origin)
+        written = {
+            name: {"written": result.written}
+            for name, result in (("dense", dense), ("pruned", results[number]))
+        }
+        configuration = Configuration(
+            method=METHOD,
+            cut=Cut.of(structure, self._shapes),
+            pattern=str(self._request.pattern),
+            scope=self._request.pattern.scope.value,
+            perplexities=Perplexities.of(best, {"dense": _rating(dense)}),
+            objective={
+                "name": ESTIMATE, "direction": "minimize", "value": trials[number].value,
+            },
+            confirmation=Confirmation(
+                perplexity=best.perplexity,
+                evaluations=chosen.evaluations,
+                **results[number].measured_on,
+            ),
+            continuations=side_by_side(work.model, work.text.windows, **written),
+            finalists=[
+                Rating(
+                    method=trials[n].user_attrs["method"],
+                    trial=n,
+                    proxy=trials[n].value,
+                    perplexity=ratings[n].perplexity,
+                    error=None if n == number else ratings[n].against(best).error,
+                )
+                for n in order
+            ],
+            search={
+                "sampler": "every split", "trials": done[0].trials,
+                "study": self._study.study_name,
+            },
+            model=provenance.get("model", {}),
+            calibration={k: v for k, v in provenance.items() if k != "model"},
+            versions=versions("optuna", "torch", "transformers"),
+        )  # fmt: skip
+        for other in order[1:]:  # what was worked out of the others is not needed any more
+            memo = work.blocks(Structure.from_dict(trials[other].user_attrs["structure"]))
+            if memo is not None:
+                memo.remove()
+        with run.fence():
+            mark_chosen(self._study, configuration, self._study.study_name, number)
+        return SearchResult(
+            configuration=configuration,
+            study_name=self._study.study_name,
+            trial=number,
+            warnings=[],
+            measured=best,
+        )
+
+
+def _rating(result: Measured) -> Perplexity:
+    rating = result.rating
+    assert rating is not None  # cuts that give NaN fail
+    return rating
+
+
+def _trial(
+    structure: Structure, costs: CutCosts, shapes: BlockShapes, structures: Sequence[Structure]
+) -> optuna.trial.FrozenTrial:
+    """A split as a trial that has ended: it says which blocks stay, not only how many."""
+    placed = structure
+    if structure.dropped:
+        placed = replace(structure, dropped=0, layers=costs.kept(structure.dropped))
+    neurons = shapes.width if structure.neurons is None else structure.neurons
+    heads = structure.query_heads or shapes.query_heads[0]
+    return create_trial(
+        value=costs.of(structure, shapes),
+        params={"query_heads": heads, "dropped": structure.dropped, "neurons": neurons},
+        distributions={
+            "query_heads": CategoricalDistribution(shapes.query_heads),
+            "dropped": IntDistribution(0, max(s.dropped for s in structures)),
+            "neurons": IntDistribution(0, max(shapes.width, 1)),
+        },
+        user_attrs={
+            "method": str(placed), "scope": "layer", "coefficients": {},
+            "structure": placed.to_dict(), "removed": shapes.removed_share(structure),
+        },
+    )  # fmt: skip
+
+
+def cut_copy(work: Work, structure: Structure, *, progress: Progress) -> CutModel:
+    """Cut a copy of the model of some work, which stays dense."""
+    assert work.calibration is not None
+    network = copy.deepcopy(work.model.model)
+    model = replace(work.model, model=network, linears=prunable_linears(network))
+    return cut_model(
+        model, work.calibration, structure, fisher=work.bundle.statistics().fisher,
+        memo=work.blocks(structure), progress=progress,
+    )  # fmt: skip

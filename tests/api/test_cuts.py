@@ -1,0 +1,117 @@
+"""A job that cuts blocks, as JSON, on its page, in the list, and in its report."""
+
+import re
+
+import optuna
+import pytest
+
+from pho_service.spec.configuration import Configuration, Confirmation, Rating
+from pho_service.spec.perplexity import Perplexities
+from pho_service.spec.structure import ESTIMATE, Cut, Structure
+from storage.records import StageKind
+from storage.studies import open_storage, open_study, study_name
+
+CUT = {"pattern": "structured:20%", "trials": 200, "preset": "best"}
+BEST = Configuration(
+    method="structured",
+    cut=Cut(
+        structure=Structure(neurons=1152), layers=30, neurons=1536, query_heads=9, removed=0.1875
+    ),
+    pattern="structured:20%",
+    scope="layer",
+    perplexities=Perplexities(dense=13.69, pruned=15.9),
+    objective={"name": ESTIMATE, "direction": "minimize", "value": 0.125},
+    confirmation=Confirmation(
+        perplexity=15.9, tokens=4088, context_length=512, text={"source": "book.txt"}
+    ),
+    finalists=[
+        Rating(method="1,152 neurons", trial=1, proxy=0.125, perplexity=15.9),
+        Rating(method="1,280 neurons, 6 query heads", trial=0, proxy=0.5, perplexity=21.3),
+    ],
+    search={"sampler": "every split", "trials": 2, "study": "study"},
+    model={"name": "org/name"},
+)
+
+
+@pytest.fixture
+def job(submit, hand):
+    """A job that has succeeded, with two trials in its study."""
+    job = submit(**CUT)
+    with open_storage(hand.store.database.studies_url) as storage:
+        study = open_study(storage, study_name(job["name"], 0), direction="minimize")
+        for rating in reversed(BEST.finalists):
+            attributes = {"method": rating.method, "scope": "layer", "coefficients": {}}
+            study.add_trial(optuna.trial.create_trial(value=rating.proxy, user_attrs=attributes))
+    hand.to_confirm(job["id"])
+    hand.finish(job["id"], BEST.model_dump(mode="json"))
+    return job
+
+
+def visible(text):
+    return re.sub(r"\s+", " ", re.sub(r"<script.*?</script>|<[^>]+>", " ", text, flags=re.DOTALL))
+
+
+def test_its_json_has_the_cut_and_no_coefficients(client, job):
+    shown = client.get(f"/v1/jobs/{job['id']}").json()
+    best = client.get(f"/v1/jobs/{job['id']}/best").json()
+    trials = client.get(f"/v1/jobs/{job['id']}/trials").json()["trials"]
+
+    assert job["name"].startswith("name structured:20% ")
+    assert shown["best"]["perplexities"]["pruned"] == 15.9
+    assert best["cut"]["structure"]["neurons"] == 1152
+    assert "coefficients" not in best
+    assert [trial["method"] for trial in trials] == [
+        "1,280 neurons, 6 query heads", "1,152 neurons",
+    ]  # fmt: skip
+    assert client.get("/v1/configurations").json()["configurations"] == []
+
+
+def test_its_page_says_what_stays_and_nothing_of_coefficients(client, job):
+    page = visible(client.get(f"/jobs/{job['id']}").text)
+    report = visible(client.get(f"/v1/jobs/{job['id']}/report").text)
+
+    for text in (page, report):
+        assert "1,152 neurons, of 30 blocks with 1,536 neurons" in text
+        assert "Splits of the share" in text
+        assert "1,280 neurons, 6 query heads" in text
+        assert "Perplexity 15.90: 16.1% above dense (13.69)." in text
+        for absent in ("RIA", "Wanda", "coefficient", "Importances", "other models", "Extend"):
+            assert absent not in text.partition("Document")[0]
+
+
+def test_it_is_listed_by_its_pattern(client, job):
+    rows = client.get("/v1/jobs", params={"pattern": "structured:20%"}).json()["jobs"]
+    page = visible(client.get("/?pattern=structured:20%25").text)
+
+    assert [row["id"] for row in rows] == [job["id"]]
+    assert "structured:20%" in page
+    assert "15.90" in page
+
+
+def test_what_is_of_coefficients_is_refused_with_a_way_out(client, job, refusal):
+    there = f"/v1/jobs/{job['id']}"
+    for answer in (
+        client.post(f"{there}:extend", json={"trials": 10}),
+        client.post(f"{there}:transfer", json={"models": ["org/other"]}),
+    ):
+        problem = refusal(answer, 409, "a_cut")
+        assert "Submit a job for another model or another share" in problem["detail"]
+    imported = refusal(client.post("/v1/configurations", json=BEST.model_dump(mode="json")), 422)
+    assert "of the blocks of its own model" in str(imported)
+
+
+def test_what_a_cut_does_not_have_is_named(client, refusal):
+    document = {"model": "org/name", "pattern": "structured:20%"}
+    for field, value in (("sampler", "random"), ("scope", "row"), ("islands", 2)):
+        answer = client.post("/v1/jobs", json={**document, field: value})
+        assert field in str(refusal(answer, 422)["errors"])
+
+
+def test_all_its_stages_are_to_come(client, submit):
+    job = submit(**CUT)
+    page = visible(client.get(f"/jobs/{job['id']}").text)
+    search = [p for p in job["progress"]["pieces"] if p["stage"] == StageKind.SEARCH]
+
+    assert search == []  # how many splits there are, nobody knows before the model is read
+    assert "200 trials" not in page
+    assert "of 200" not in page

@@ -1,0 +1,126 @@
+"""A job that cuts blocks: every split is a trial, and the folder is that of `pho prune`."""
+
+import re
+
+import pytest
+from pydantic import ValidationError
+
+from pho_service.models.bundle_file import read_bundle
+from pho_service.models.calibration import bundle_path, calibration_text
+from pho_service.models.data_sets import TextSource
+from pho_service.models.loading import load_model
+from pho_service.models.scratch import Memo
+from pho_service.pipeline.check import check_folder
+from pho_service.pipeline.prune import prune_job
+from pho_service.pipeline.work import Work
+from pho_service.spec.configuration import Configuration
+from storage.records import JobState, StageKind
+
+
+@pytest.fixture
+def cut(small):
+    """The document of a small job that cuts a fifth of the blocks' weights out."""
+
+    def build(**changes):
+        usual = {"pattern": "structured:20%", "trials": 200, "preset": "best", "prune": True}
+        return small(**{**usual, **changes})
+
+    return build
+
+
+def folder_of(hand, job):
+    """The files of a job, in its store."""
+    (folder,) = (hand.bundles / "pruned" / str(job.id)).iterdir()
+    return folder
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+def locally(hand, job, spec, out):
+    """What `pho prune` writes with the configuration of a job."""
+    model = load_model(str(hand.folder / "model"), device="cpu")
+    source = TextSource(path=str(hand.folder / "calibration.jsonl"))
+    text = calibration_text(model, source, spec.calibration.settings())
+    bundle = read_bundle(bundle_path(hand.bundles, text.bundle_key))
+    work = Work.of(bundle, model, calibration=text.calibration)
+    prune_job(work, Configuration.model_validate(job.best), out)
+    return out
+
+
+def test_the_best_split_is_written(hand, cut, tmp_path):
+    spec = cut()
+    job = hand.done(spec)
+    (trials,) = hand.trials(job)
+    best, folder = job.best, folder_of(hand, job)
+    kinds = [stage.kind for stage in job.stages]
+
+    assert best["method"] == "structured"
+    assert "coefficients" not in best
+    assert len(best["finalists"]) == 2
+    assert len(trials) == best["search"]["trials"] >= 2
+    assert all(value > 0 for _, _, value, _, _ in trials)
+    assert kinds.count(StageKind.PERPLEXITY) == 3  # two cuts, and the dense model
+    assert weights(folder) == weights(locally(hand, job, spec, tmp_path / "local"))
+    dense = load_model(str(hand.folder / "model"), device="cpu")
+    assert all(check.passed for check in check_folder(folder, original=dense))
+
+
+@pytest.mark.parametrize("kind", [StageKind.SEARCH, StageKind.PERPLEXITY, StageKind.PRUNE])
+def test_killed_in_the_middle_of_a_cut(hand, cut, tmp_path, monkeypatch, kind):
+    """What a worker had worked out of some blocks is taken up, for the same bytes."""
+    spec = cut()
+    job = hand.until(hand.submit(spec), kind)
+    keep, kept = Memo.keep, []
+
+    def killing(memo, name, record):
+        keep(memo, name, record)
+        kept.append(name)
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Memo, "keep" if kind is not StageKind.PRUNE else "read", killing)
+        with pytest.raises((SystemExit, TypeError)):
+            hand.step(job)
+    hand.inputs = hand.new_inputs()
+    again = []
+    monkeypatch.setattr(Memo, "keep", lambda m, name, r: (again.append(name), keep(m, name, r)))
+    job = hand.until(job, None)
+
+    assert job.state is JobState.SUCCEEDED
+    if kept:
+        assert kept[0] not in again[:1]
+    assert weights(folder_of(hand, job)) == weights(locally(hand, job, spec, tmp_path / "local"))
+
+
+def test_recovered_as_any_other(hand, cut):
+    job = hand.done(cut(recovery={"tokens": 640, "rate": 2e-3, "text": "confirmation.jsonl"}))
+    recovered = job.pruning.result["recovery"]
+
+    assert recovered["after"] < recovered["before"]
+    assert job.best["cut"]["removed"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trials": 10}, "trials cannot be asked for with structured:20%"),
+        ({"preset": "score"}, "preset cannot be asked for"),
+        ({"scope": "layer"}, "scope cannot be asked for"),
+        ({"islands": 2}, "islands cannot be asked for"),
+        ({"stream": True}, "stream cannot be asked for"),
+        ({"confirm": None}, "confirm: null cannot be asked for"),
+        ({"pattern": None, "patterns": ["0.5", "structured:20%"]}, "search each cut alone"),
+    ],
+)
+def test_what_a_cut_does_not_have(cut, changes, message):
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        cut(**changes)
+
+
+def test_a_share_that_no_split_comes_near_fails_before_the_search(hand, cut):
+    error = hand.failed(cut(pattern="structured:99%"))
+
+    assert error["stage"] == "calibrate"
+    assert "comes near a share of 0.99" in error["message"]
