@@ -77,6 +77,15 @@ def documents(
         "islands": Document(spec={**few, "islands": 3, "priority": 1}, extended=True),
         "2:4": Document(spec={**confirmed, "pattern": "2:4", "preset": "crepe-plus"}),
         "best": Document(spec={**confirmed, "pattern": "0.6", "preset": "best"}),
+        "cut": Document(
+            spec={
+                "model": spec["model"],
+                "calibration": calibration,
+                "confirm": confirmed["confirm"],
+                "pattern": "structured:20%",
+                "max_attempts": few["max_attempts"],
+            }
+        ),
         "tpe": Document(spec={**few, "scope": "row", "sampler": "tpe", "seed": 7}),
         "hill climb": Document(
             spec={**confirmed, "sampler": "hill-climb", "objective": {"name": "perplexity"}}

@@ -94,6 +94,22 @@ def test_killed_in_the_middle_of_a_cut(hand, cut, tmp_path, monkeypatch, kind):
     assert weights(folder_of(hand, job)) == weights(locally(hand, job, spec, tmp_path / "local"))
 
 
+def test_it_gives_way_between_blocks(hand, cut, small, tmp_path, monkeypatch):
+    """Where another job waits, a look between two blocks ends the turn; the bytes are the same."""
+    monkeypatch.setattr("workers.watch.LOOK_EVERY_S", 0.0)
+    spec = cut()
+    job = hand.submit(spec)
+    other = hand.submit(small(confirm=None))
+    hand.work(job, turn_s=1e-9, most=12)
+    put_down = [e for e in hand.store.history(job.id, limit=1000) if e.kind == "put_down"]
+    hand.store.ask(other.id, "cancel")
+    job = hand.until(hand.store.get(job.id), None)
+
+    assert {event.data["stage"] for event in put_down} & {"search", "perplexity"}
+    assert {event.data["why"] for event in put_down} == {"turn"}
+    assert weights(folder_of(hand, job)) == weights(locally(hand, job, spec, tmp_path / "local"))
+
+
 def test_recovered_as_any_other(hand, cut):
     job = hand.done(cut(recovery={"tokens": 640, "rate": 2e-3, "text": "confirmation.jsonl"}))
     recovered = job.pruning.result["recovery"]
