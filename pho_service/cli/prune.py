@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 # Where `pho prune` has its configuration from: a file, a published method, a library.
 CUT_WINDOWS = 8  # that cuts are compared on, of those that the calibration leaves
-CUT_FINALISTS = 3  # splits that are cut and measured
 ROUNDED = 0.005  # that a sparsity may be below what was asked for without a word
 PUBLIC = "Everybody can see a new repository; by default only you can."
 TRIED = 5  # configurations of a library that are rated by the proxy, the most promising first
@@ -280,6 +279,7 @@ def _cut(
     from pho_service.pipeline.search import opened_study, search_job
     from pho_service.shown.report import Report
     from pho_service.shown.tables import results_table, verdict_table
+    from pho_service.spec.curve import CUT_FINALISTS
     from pho_service.spec.fields import ConfirmSpec
     from pho_service.tuning.plan import SearchRequest
 

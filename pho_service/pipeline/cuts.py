@@ -34,6 +34,7 @@ from storage.records import REFERENCE_NUMBERS
 from storage.studies import keep_record, once, record_of
 
 METHOD = "structured"
+_RATED = "rated_splits"  # record of a study: how many, once all are
 _NOT_OF_CUTS = (  # fields of a request
     "objective", "steps", "bounds", "sampler", "warm_start", "validation", "trials", "in_full",
 )  # fmt: skip
@@ -90,28 +91,30 @@ class CutPieces:
         return block_shapes(Anatomy(self._opened.model))
 
     def search(self, piece: Piece, run: Run) -> Searched:
-        """Rate every split of the share, each as a trial."""
+        """Rate the splits of the share, each as a trial, but for those with too few blocks."""
         del piece
-        study, work = self._study, self._opened
-        structures = split(self._request.pattern.sparsity, self._shapes)
-        recorded = len(study.get_trials(deepcopy=False))
-        if recorded < len(structures):
+        study, shapes = self._study, self._shapes
+        if _RATED not in record_of(study):
             run.look()
-            costs = self._costs(max(s.dropped for s in structures), run.progress)
-            work.check()
+            structures = split(self._request.pattern.sparsity, shapes)
+            costs = self._costs(structures, run.progress)
+            self._work.check()
             self._describe()
-            for structure in structures[recorded:]:
+            rated = [structure for structure in structures if costs.knows(structure)]
+            for structure in rated[len(study.get_trials(deepcopy=False)) :]:
                 with run.fence():
-                    study.add_trial(_trial(structure, costs, self._shapes, structures))
-        return Searched(trials=len(structures))
+                    study.add_trial(_trial(structure, costs, shapes, structures))
+            with run.fence():
+                keep_record(study, _RATED, len(rated))
+        return Searched(trials=len(study.get_trials(deepcopy=False)))
 
-    def _costs(self, dropped: int, progress: Progress) -> CutCosts:
+    def _costs(self, structures: Sequence[Structure], progress: Progress) -> CutCosts:
         work = self._opened
         assert work.calibration is not None
-        memo = work.blocks(Structure(dropped=dropped))  # of nothing that is cut
+        memo = work.blocks(Structure())  # nothing is cut
         costs = cut_costs(
             work.model, work.calibration, self._shapes, work.bundle.statistics().fisher,
-            dropped=dropped, memo=memo, progress=progress,
+            structures, wanted=self._request.finalists, memo=memo, progress=progress,
         )  # fmt: skip
         if memo is not None:
             memo.remove()

@@ -3,9 +3,9 @@ A model with narrower FFNs, fewer query heads or fewer blocks: cut in place, blo
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 DAMPING = 0.01  # share of the mean second moment
 TRIED = 8  # blocks that are tried out at each step, of those that change the hidden states least
 KL_TOKENS = 1024  # that a block's removal is judged on
+RATED_TOKENS = 4096  # of the calibration, that the costs of all cuts are worked out on
 
 
 # What chooses those that stay of a part: the block, the part, how many, the moments of its input,
@@ -282,6 +283,10 @@ class CutCosts:
         left = {*range(len(self.neurons))} - {*self.gone[:dropped]}
         return tuple(sorted(left))
 
+    def knows(self, structure: Structure) -> bool:
+        """Whether so many blocks were left out that it can be told what a structure costs."""
+        return structure.dropped <= len(self.gone)
+
     def of(self, structure: Structure, shapes: BlockShapes) -> float:
         """
         What a structure costs that drops the first blocks to leave: the sum of all of its cuts,
@@ -301,8 +306,9 @@ def cut_costs(
     windows: Tensor,
     shapes: BlockShapes,
     fisher: Mapping[str, Tensor],
+    structures: Sequence[Structure],
     *,
-    dropped: int = 0,
+    wanted: int = 1,
     memo: Memo | None = None,
     progress: Progress = silent,
 ) -> CutCosts:
@@ -311,14 +317,16 @@ def cut_costs(
 
     A neuron or a head costs half its exact error in what its block adds to the hidden states, each
     output weighted by the square of the loss's gradient: the loss to second order. Blocks cost what
-    predictions diverge without them.
+    predictions diverge without them; no more of them leave once that alone is more than the best
+    structures with fewer cost.
 
     Args:
         model: Dense; left as it is.
         windows: (windows, tokens), int64: calibration.
         shapes: What can be cut out of it.
         fisher: (out_features,) for each linear by name: mean squares of the loss's gradient.
-        dropped: The most blocks that may leave.
+        structures: That are to be told apart.
+        wanted: How many of the best of them are looked for.
         memo: Has what was worked out for some blocks before, and keeps what is for others.
         progress: Is told of each long step.
 
@@ -328,31 +336,46 @@ def cut_costs(
     anatomy = Anatomy(model)
     curves: dict[str, list[Tensor]] = {"neurons": [], "query_heads": []}
     with progress("Rating cuts", len(anatomy.blocks)) as advance:
-        for block in walk(model, windows):
+        for block in walk(model, windows[: max(1, RATED_TOKENS // windows.shape[1])]):
             before = None if memo is None else memo.read(f"costs of {block.name}")
             made = {} if before is None else {**before.tensors}
-            for what, find, can_leave in (
-                ("query_heads", anatomy.query_heads, len(shapes.query_heads) > 1),
-                ("neurons", anatomy.neurons, shapes.width > 0),
-            ):
-                if what not in made and can_leave:
-                    part = find(block.name)
-                    row_weights = _row_weights(part, fisher, block.name, block.name)
-                    made[what] = _order(part, _moments(block, part), row_weights).errors / 2
-                curves[what].append(made.get(what, torch.zeros(1, dtype=torch.float64)))
+            parts = {
+                what: find(block.name)
+                for what, find, can_leave in (
+                    ("query_heads", anatomy.query_heads, len(shapes.query_heads) > 1),
+                    ("neurons", anatomy.neurons, shapes.width > 0),
+                )
+                if can_leave and what not in made
+            }
+            moments, place = block.only([part.reader.name for part in parts.values()]).moments()
+            for what, part in parts.items():
+                row_weights = _row_weights(part, fisher, block.name, block.name)
+                order = _order(part, moments[place[part.reader.name]], row_weights)
+                made[what] = order.errors / 2
+            for what, curve in curves.items():
+                curve.append(made.get(what, torch.zeros(1, dtype=torch.float64)))
             if memo is not None and before is None:
                 memo.keep(f"costs of {block.name}", Record(tensors=made))
             advance(1)
-    leaving = []
-    if dropped:
-        with progress("Leaving blocks out", dropped) as advance:
-            leaving = layers_to_leave(anatomy, windows, dropped, advance)
-    return CutCosts(
+    costs = CutCosts(
         neurons=torch.stack(curves["neurons"]),
         query_heads=torch.stack(curves["query_heads"]),
-        gone=tuple(index for index, _ in leaving),
-        divergences=(0.0, *(divergence for _, divergence in leaving)),
+        gone=(),
+        divergences=(0.0,),
     )
+    most = max(structure.dropped for structure in structures)
+    if most:
+        with progress("Leaving blocks out", most) as advance:
+            for index, divergence in layers_to_leave(anatomy, windows, most, advance):
+                known = sorted(costs.of(s, shapes) for s in structures if costs.knows(s))
+                if len(known) >= wanted and divergence > known[wanted - 1]:
+                    break
+                costs = replace(
+                    costs,
+                    gone=(*costs.gone, index),
+                    divergences=(*costs.divergences, divergence),
+                )
+    return costs
 
 
 def layers_to_keep(
@@ -365,7 +388,7 @@ def layers_to_keep(
 
 def layers_to_leave(
     anatomy: Anatomy, windows: Tensor, dropped: int, advance: Advance = lambda _: None
-) -> list[tuple[int, float]]:
+) -> Iterator[tuple[int, float]]:
     """
     Choose the blocks to drop, one at a time: the index of each, and the divergence without it.
 
@@ -388,7 +411,7 @@ def layers_to_leave(
     network = anatomy.model.model
     few = windows[: max(1, KL_TOKENS // windows.shape[1])]
     reference = dense_reference(network, few)
-    left, leaving = list(names), []
+    left = list(names)
     with ExitStack() as stack:
         for _ in range(dropped):
             turns = _turns(anatomy, left, few)
@@ -400,9 +423,8 @@ def layers_to_leave(
             logger.info("block dropped", extra={"block": gone, "divergence": divergences[gone]})
             stack.enter_context(anatomy.skipped(gone))
             left.remove(gone)
-            leaving.append((names.index(gone), divergences[gone]))
             advance(1)
-    return leaving
+            yield names.index(gone), divergences[gone]
 
 
 @torch.no_grad()

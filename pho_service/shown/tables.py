@@ -229,8 +229,8 @@ def _cuts_table(
         ],
         title="Splits of the share",
         notes=(
-            "Estimate: nats a token that the loss would rise by, of each cut alone and before what "
-            "stays makes up for it. Those with the lowest were cut and measured.",
+            "Estimate: nats a token that the loss would rise by, each cut taken alone. Those with "
+            "the lowest were cut and measured.",
         ),
         marked=0,
     ).without_empty()  # fmt: skip

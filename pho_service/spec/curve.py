@@ -13,6 +13,7 @@ from pho_service.spec.pattern import Pattern
 
 MOST_PATTERNS = 32
 CURVE_FINALISTS = 2  # of each pattern: a confirmation is most of what a further pattern takes
+CUT_FINALISTS = 2  # each is cut block by block, which is most of what a search takes
 STEP, LOWEST, HIGHEST = 0.025, 0.05, 0.95  # of a target's sparsities
 
 

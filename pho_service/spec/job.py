@@ -15,6 +15,7 @@ from pho_service.host.access import Access
 from pho_service.spec.configuration import WIDER
 from pho_service.spec.curve import (
     CURVE_FINALISTS,
+    CUT_FINALISTS,
     MOST_PATTERNS,
     Target,
     asked_patterns,
@@ -59,6 +60,7 @@ from pho_service.spec.objective import (
 from pho_service.spec.pattern import Pattern, ScopeName
 from pho_service.spec.space import DEFAULT_PRESET, Preset, PresetName, SearchSpaceSpec
 from pho_service.spec.steps import Candidate, Steps, StepsSpec
+from pho_service.spec.structure import PREFIX
 from pho_service.spec.tasks import MOST_TASKS, USUAL_TASKS, task_names
 from pho_service.tuning.plan import SearchPlan, SearchRequest
 
@@ -207,6 +209,10 @@ def differ(value: int, info: ValidationInfo) -> int:
             "a hill climb draws nothing at random, so all islands would be the same: give 1"
         )
     return value
+
+
+def _is_cut(pattern: object) -> bool:
+    return isinstance(pattern, str) and pattern.startswith(PREFIX)
 
 
 def preset_of(fields: Mapping[str, Any], pattern: Pattern) -> Preset:
@@ -440,14 +446,16 @@ class JobSpec(Document):
     def _confirmed_otherwise(cls, values: Any) -> Any:
         """
         Several models are not confirmed: there is no text that all of them are measured on. With
-        several patterns, each has fewer finalists.
+        several patterns, and where blocks are cut, there are fewer finalists.
         """
         if isinstance(values, dict) and values.get("more_models"):
             return {"confirm": None, **values}
-        if isinstance(values, dict) and values.get("patterns"):
+        several = isinstance(values, dict) and values.get("patterns")
+        if several or (isinstance(values, dict) and _is_cut(values.get("pattern"))):
             confirm = values.get("confirm", {})
             if isinstance(confirm, dict):
-                return {**values, "confirm": {"finalists": CURVE_FINALISTS, **confirm}}
+                finalists = CURVE_FINALISTS if several else CUT_FINALISTS
+                return {**values, "confirm": {"finalists": finalists, **confirm}}
         return values
 
     @model_validator(mode="after")

@@ -189,7 +189,8 @@ def test_a_bridge_that_brings_nothing_is_left_out(model, windows, monkeypatch):
 def test_costs_are_those_of_each_part_and_of_blocks_left_out(model, windows):
     fisher = {name: torch.rand(x.weight.shape[0]) for name, x in model.linears.items()}
     shapes = block_shapes(Anatomy(model))
-    costs = cut_costs(model, windows, shapes, fisher, dropped=2)
+    structures = [Structure(dropped=2)]
+    costs = cut_costs(model, windows, shapes, fisher, structures)
     block = "model.layers.0.mlp.down_proj"
     seen = []
     handle = model.linears[block].module.register_forward_hook(
@@ -207,6 +208,9 @@ def test_costs_are_those_of_each_part_and_of_blocks_left_out(model, windows):
     assert costs.divergences[0] == 0 < costs.divergences[1]
     assert len({*costs.gone}) == 2
     assert [*costs.kept(2)] == layers_to_keep(Anatomy(model), windows, 2)
+    cheap = [Structure(neurons=31), *structures]
+    assert cut_costs(model, windows, shapes, fisher, cheap).gone == ()  # one block costs more
+    assert cut_costs(model, windows, shapes, fisher, cheap, wanted=2).gone == costs.gone
     narrow, shallow = Structure(neurons=16), Structure(neurons=16, dropped=1)
     rows = [*costs.kept(1)]
     assert costs.of(narrow, shapes) == pytest.approx(float(costs.neurons[:, 16].sum()))
