@@ -37,6 +37,17 @@ def test_read_back(stored, tmp_path):
 
 
 @pytest.mark.parametrize("stored", RELEASES, ids=lambda path: path.name)
+def test_a_cut_is_read_back(stored):
+    cut = read_configuration(stored / "cut" / "config.json").cut
+    recipe = read_recipe(stored / "cut")
+
+    assert cut is not None
+    assert recipe.structure is not None
+    kept = {len(neurons) for neurons in recipe.structure.neurons.values()}
+    assert kept == {cut.structure.neurons} - {None}
+
+
+@pytest.mark.parametrize("stored", RELEASES, ids=lambda path: path.name)
 def test_a_backup_of_a_service_is_restored_and_its_job_is_read(stored, empty_database):
     """With its result, its study and the library's entry; and it takes new jobs."""
     restore(empty_database, stored / "service.dump")

@@ -27,6 +27,8 @@ VERBS = (
     f"calibrate tiny {TEXT} --out bundle.safetensors",
     f"search tiny --pattern 0.5 --preset score {TEXT} {CONFIRM} --trials 20",
     f"prune tiny --config config.json {TEXT} --out pruned",
+    f"search tiny --pattern structured:20% {TEXT} {CONFIRM} --out cut.json",
+    f"prune tiny --config cut.json {TEXT} --out cut",
 )
 BACKUP = "backup --data-dir data --out service.dump"
 
@@ -49,6 +51,9 @@ def main(out):
             subprocess.run([*PHO, *BACKUP.split()], check=True)
         for name in ("bundle.safetensors", "config.json", "pruned/pruning.json", "service.dump"):
             shutil.copy(folder / name, out)
+        (out / "cut").mkdir()
+        shutil.copy(folder / "cut.json", out / "cut" / "config.json")
+        shutil.copy(folder / "cut" / "pruning.json", out / "cut")
         os.chdir(out)
 
 
