@@ -265,7 +265,7 @@ def recover_model(
             training = _Training(trained, lesson, before, progress, look)
             with processes.alone():
                 _train(training, settings, place)
-            trained.round_(model.stored_dtype)
+            trained.round_(model.stored_dtype, settings.seed)
             after = training.check()
             kept = after < before
             if not kept:

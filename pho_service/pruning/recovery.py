@@ -230,10 +230,46 @@ class Recovering(nn.Module):
             norm = norm.sqrt()
         clip_grads_with_norm_(self.trained, _LONGEST, norm)
 
-    def round_(self, dtype: torch.dtype) -> None:
-        """Round the weights as they will be stored, so that what is measured is what is saved."""
-        for parameter in self.trained:
-            parameter.data.copy_(parameter.data.to(dtype))
+    def round_(self, dtype: torch.dtype, seed: int = 0) -> None:
+        """
+        Round the weights as they will be stored, so that what is measured is what is saved.
+
+        At random, up or down: the nearest would be the weight from before wherever a training has
+        changed it by less than half a step of its type.
+        """
+        for number, parameter in enumerate(self.trained):
+            weights = parameter.data
+            weights = weights.to_local() if isinstance(weights, DTensor) else weights
+            weights.copy_(rounded_at_random(weights, dtype, seed + number))
+
+
+_DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # the last ones of a float32
+
+
+def rounded_at_random(weights: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
+    """
+    Round to one of the two nearest values of a type, such that the mean is exact.
+
+    Args:
+        weights: Any shape, float32 to be rounded so; others are rounded to the nearest.
+        dtype: Type of the result. bfloat16 and float16 are rounded to at random, but for what is
+            below the normal numbers of float16.
+        seed: Seed of the random choice, which is the same on every device.
+
+    Returns:
+        As ``weights``, in ``dtype``. Zeros stay zeros.
+
+    Source:
+        Gupta et al. 2015, arXiv:1502.02551 (stochastic rounding).
+    """
+    dropped = _DROPPED_BITS.get(dtype)
+    if dropped is None or weights.dtype is not torch.float32:
+        return weights.to(dtype)
+    bits = weights.contiguous().view(torch.int32)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randint(1 << dropped, bits.shape, dtype=torch.int32, generator=generator)
+    rounded = (bits + noise.to(bits.device)) & -(1 << dropped)
+    return rounded.view(torch.float32).to(dtype)
 
 
 def _size(weights: Tensor) -> float:
@@ -341,6 +377,7 @@ class _LowRank(Recovering):
         groups = Recovering.groups(self, rate)
         return [*({**group, "lr": rate} for group in groups[::2]), *groups[1::2]]
 
-    def round_(self, dtype: torch.dtype) -> None:
+    def round_(self, dtype: torch.dtype, seed: int = 0) -> None:
+        del seed  # the sum is rounded to the nearest, each time
         for change in _changes(self.model):
             change.dtype = dtype

@@ -5,7 +5,7 @@ import torch
 
 from pho_service.models.architecture import decoder_blocks
 from pho_service.pruning.perplexity import dense_reference, rate_divergence
-from pho_service.pruning.recovery import Processes, mixed, recovering
+from pho_service.pruning.recovery import Processes, mixed, recovering, rounded_at_random
 from pho_service.spec.recovery import TRAINS, Recovery
 
 TOP = 7
@@ -138,6 +138,34 @@ def test_a_step_lowers_the_divergence_and_removes_and_restores_nothing(
 
     assert rate_divergence(tiny_llama, reference) < before
     assert all(torch.equal(linear.weight != 0, kept[n]) for n, linear in linears.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_changes_below_a_step_of_the_type_are_kept_in_the_mean(dtype):
+    before = (torch.randn(200, 500) / 8).to(dtype).float()
+    before[:, 0] = 0
+    step = torch.finfo(dtype).eps * before.abs()
+    after = before + 0.05 * step * (before != 0)
+    nearest, rounded, again = (
+        after.to(dtype), rounded_at_random(after, dtype, 7), rounded_at_random(after, dtype, 7),
+    )  # fmt: skip
+
+    assert torch.equal(nearest.float(), before)  # nothing is left of it
+    assert rounded.dtype is dtype
+    assert torch.equal(rounded, again)
+    assert not torch.equal(rounded, rounded_at_random(after, dtype, 8))
+    assert torch.equal(rounded == 0, before == 0)
+    change, wanted = (rounded.float() - before).double().sum(), (after - before).double().sum()
+    assert change == pytest.approx(float(wanted), rel=0.1)
+    assert ((rounded.float() - after).abs() <= 2 * step + 1e-7).all()
+
+
+def test_what_has_no_less_bits_is_not_changed():
+    weights = torch.randn(4, 5)
+
+    assert torch.equal(rounded_at_random(weights, torch.float32, 0), weights)
+    halves = weights.bfloat16()
+    assert torch.equal(rounded_at_random(halves, torch.bfloat16, 0), halves)
 
 
 def test_low_rank_changes_are_rounded_as_the_weights_are_stored(tiny_llama, linears, reference):
