@@ -62,6 +62,15 @@ def test_ids_are_as_short_as_tells_them_apart_but_not_shorter_than_8_characters(
     assert short_ids([]) == {}
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt, also where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("swallowed", [False, True])
 def test_ctrl_c_ends_in_a_line_also_where_a_library_makes_another_error_of_it(capsys, swallowed):
     @verb
