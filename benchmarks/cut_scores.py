@@ -25,12 +25,11 @@ from transformers.utils.logging import disable_progress_bar
 
 import pho_service as pho
 from pho_service.cli.terminal import print_table, progress, say
-from pho_service.models.architecture import prunable_linears
 from pho_service.models.blockwise import Block, measure_perplexity
 from pho_service.models.builtin import smollm2
 from pho_service.models.data_sets import TextSource
-from pho_service.models.loading import LanguageModel, load_model
-from pho_service.models.structure import Anatomy, Part, block_shapes
+from pho_service.models.loading import load_model
+from pho_service.models.structure import Anatomy, Part, as_cut, block_shapes
 from pho_service.models.texts import read_windows
 from pho_service.pipeline.structured import Choose, cut_model
 from pho_service.pruning.statistics import watched
@@ -114,11 +113,6 @@ CHOICES: dict[str, Choose | None] = {
 }
 
 
-def _copied(model: LanguageModel) -> LanguageModel:
-    network = copy.deepcopy(model.model)
-    return replace(model, model=network, linears=prunable_linears(network))
-
-
 @click.command()
 @click.option("--model", "folder", help="A folder; SmolLM2-135M by default.")
 @click.option("--text", help="Calibration; a part of Python's documentation by default.")
@@ -141,45 +135,32 @@ def main(
     """Cut the neurons of a model by each score, and blocks by divergence; measure each cut."""
     disable_progress_bar()
     say(conditions())
+    folder = folder or str(smollm2())
+    model = load_model(folder, device="cpu", dtype="float32")
     with tempfile.TemporaryDirectory() as place:
         texts = DOMAINS["docs"](Path(place))
-        _measure(
-            folder or str(smollm2()), text or str(texts["calibration"]),
-            report or str(texts["report"]), shares, samples, context_length, windows, out,
+        bundle = pho.calibrate(
+            model.model, model.tokenizer, text or str(texts["calibration"]), samples=samples,
+            context_length=context_length,
         )  # fmt: skip
-
-
-def _measure(
-    folder: str,
-    text: str,
-    report: str,
-    shares: tuple[float, ...],
-    samples: int,
-    context_length: int,
-    windows: int,
-    out: Path | None,
-) -> None:
-    model = load_model(folder, device="cpu", dtype="float32")
-    bundle = pho.calibrate(
-        model.model, model.tokenizer, text, samples=samples, context_length=context_length
-    )
-    rated, _ = read_windows(
-        model, TextSource(path=report), context_length=context_length, bos="auto",
-        max_windows=windows,
-    )  # fmt: skip
+        rated, _ = read_windows(
+            model, TextSource(path=report or str(texts["report"])),
+            context_length=context_length, bos="auto", max_windows=windows,
+        )  # fmt: skip
     dense = measure_perplexity(model, rated)
     shapes, rows, results = block_shapes(Anatomy(model)), [], []
     blocks_fisher = bundle.statistics().fisher
     for share in shares:
         structures = split(share, shapes)
         narrow = next(s for s in structures if s.query_heads is None and not s.dropped)
-        shallow = Structure(dropped=round(share * shapes.layers))
+        shallow = Structure(dropped=max(1, round(share * shapes.layers)))
         cuts = [(name, narrow, choose) for name, choose in CHOICES.items()]
         for name, structure, choose in [*cuts, ("blocks by divergence", shallow, None)]:
             values = []
             for update in (True, False):
+                copied = as_cut(replace(model, model=copy.deepcopy(model.model)))
                 cut = cut_model(
-                    _copied(model), bundle.text.calibration, structure, fisher=blocks_fisher,
+                    copied, bundle.text.calibration, structure, fisher=blocks_fisher,
                     choose=choose, update=update, progress=progress,
                 )  # fmt: skip
                 values.append(measure_perplexity(cut.model, rated))

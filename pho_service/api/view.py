@@ -19,7 +19,7 @@ from pho_service.spec.objective import is_maximised
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.recovery import Recovered
 from pho_service.spec.results import Calibration, Chosen, Finished, Measured
-from pho_service.spec.structure import PREFIX
+from pho_service.spec.structure import is_structured
 from pho_service.spec.tasks import TaskScores
 from pho_service.spec.transfer import TransferSpec
 from storage.jobs import REMOVED, chosen
@@ -66,18 +66,17 @@ class JobDocument:
         else:
             models, candidate = [document["model"], *document.get("more_models", ())], document
         target = document.get("target")
-        is_cut = not is_transfer and str(document.get("pattern")).startswith(PREFIX)
+        is_cut = not is_transfer and is_structured(document.get("pattern"))
+        preset = document.get("preset", "score")
+        if is_transfer or is_cut:  # which have none
+            preset = "transfer" if is_transfer else "cut"
         return cls(
             models=models,
             patterns=document.get("patterns") or (),
             target=None if target is None else Target.model_validate(target),
             pattern=candidate.get("pattern"),
             scope=candidate.get("scope"),
-            preset="transfer"
-            if is_transfer
-            else "cut"
-            if is_cut
-            else document.get("preset", "score"),
+            preset=preset,
             islands=document.get("islands", 0),
             source=document["source"] if is_transfer else None,
             is_maximised=is_maximised(document.get("objective", {}).get("name")),

@@ -16,8 +16,7 @@ from optuna.trial import create_trial
 
 from pho_service.errors import InvalidInput, field_name
 from pho_service.host.machine import let_go_of_memory, versions
-from pho_service.models.architecture import prunable_linears
-from pho_service.models.structure import Anatomy, block_shapes
+from pho_service.models.structure import Anatomy, as_cut, block_shapes
 from pho_service.pipeline.rating import perplexity_on
 from pho_service.pipeline.search import Journal, Piece, conduct_pieces, origin, reference_record
 from pho_service.pipeline.structured import CutCosts, CutModel, cut_costs, cut_model
@@ -282,9 +281,8 @@ def _trial(
 def cut_copy(work: Work, structure: Structure, *, progress: Progress) -> CutModel:
     """Cut a copy of the model of some work, which stays dense."""
     assert work.calibration is not None
-    network = copy.deepcopy(work.model.model)
-    model = replace(work.model, model=network, linears=prunable_linears(network))
+    copied = as_cut(replace(work.model, model=copy.deepcopy(work.model.model)))
     return cut_model(
-        model, work.calibration, structure, fisher=work.bundle.statistics().fisher,
+        copied, work.calibration, structure, fisher=work.bundle.statistics().fisher,
         memo=work.blocks(structure), progress=progress,
     )  # fmt: skip

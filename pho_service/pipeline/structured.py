@@ -111,7 +111,7 @@ def cut_model(
     gone: dict[int, list[Tensor]] = {}
     if kept is not None:
         twin = anatomy.without_layers(kept)  # before anything is run
-        gone = _behind_gaps(model, windows, layers, progress) if update else {}
+        gone = _behind_gaps(model, windows, layers, len(names), progress) if update else {}
         keep_layers_(model.model, twin, kept)
         model = as_cut(model)
         anatomy = Anatomy(model)
@@ -156,13 +156,12 @@ def cut_model(
 
 
 def _behind_gaps(
-    model: LanguageModel, windows: Tensor, layers: Sequence[int], progress: Progress
+    model: LanguageModel, windows: Tensor, layers: Sequence[int], count: int, progress: Progress
 ) -> dict[int, list[Tensor]]:
     """
-    What the dense model hands on behind blocks that leave: by the block that stays in front of
-    them, (1, tokens, hidden) of each window, on the CPU.
+    What the dense model, of ``count`` blocks, hands on behind those that leave: by the block that
+    stays in front of them, (1, tokens, hidden) of each window, on the CPU.
     """
-    count = len([*Anatomy(model).blocks])
     follows = dict(zip(layers, [*layers[1:], count], strict=True))
     places = {after: layer for layer, after in follows.items() if after != layer + 1}
     states: dict[int, list[Tensor]] = {}

@@ -9,7 +9,7 @@ from typing import Any
 
 from pho_service.spec.fields import CalibrationSpec, ConfirmSpec
 from pho_service.spec.job import JobSpec, island_seed
-from pho_service.spec.structure import PREFIX
+from pho_service.spec.structure import PREFIX, is_structured
 from pho_service.spec.transfer import TransferSpec
 
 
@@ -217,7 +217,7 @@ def _dict(value: Any) -> dict[str, Any]:
 
 def pattern_in_words(pattern: str) -> str:
     """A pattern, and what it says."""
-    if pattern.startswith(PREFIX):
+    if is_structured(pattern):
         share = pattern.removeprefix(PREFIX)
         return f"{pattern}: neurons, heads and blocks with {share} of the blocks' weights are cut"
     if ":" in pattern:

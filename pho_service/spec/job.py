@@ -60,7 +60,7 @@ from pho_service.spec.objective import (
 from pho_service.spec.pattern import Pattern, ScopeName
 from pho_service.spec.space import DEFAULT_PRESET, Preset, PresetName, SearchSpaceSpec
 from pho_service.spec.steps import Candidate, Steps, StepsSpec
-from pho_service.spec.structure import PREFIX
+from pho_service.spec.structure import is_structured
 from pho_service.spec.tasks import MOST_TASKS, USUAL_TASKS, task_names
 from pho_service.tuning.plan import SearchPlan, SearchRequest
 
@@ -209,10 +209,6 @@ def differ(value: int, info: ValidationInfo) -> int:
             "a hill climb draws nothing at random, so all islands would be the same: give 1"
         )
     return value
-
-
-def _is_cut(pattern: object) -> bool:
-    return isinstance(pattern, str) and pattern.startswith(PREFIX)
 
 
 def preset_of(fields: Mapping[str, Any], pattern: Pattern) -> Preset:
@@ -451,7 +447,7 @@ class JobSpec(Document):
         if isinstance(values, dict) and values.get("more_models"):
             return {"confirm": None, **values}
         several = isinstance(values, dict) and values.get("patterns")
-        if several or (isinstance(values, dict) and _is_cut(values.get("pattern"))):
+        if several or (isinstance(values, dict) and is_structured(values.get("pattern"))):
             confirm = values.get("confirm", {})
             if isinstance(confirm, dict):
                 finalists = CURVE_FINALISTS if several else CUT_FINALISTS

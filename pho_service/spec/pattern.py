@@ -18,7 +18,7 @@ from pydantic import Field
 
 from pho_service.errors import InvalidInput
 from pho_service.spec.document import STRICT, FieldShown, JsonDocument, Number, Whole, check_choice
-from pho_service.spec.structure import PREFIX, structured_pattern, structured_share
+from pho_service.spec.structure import is_structured, structured_pattern, structured_share
 
 ScopeName = Literal["row", "layer", "global"]
 
@@ -95,7 +95,7 @@ class Pattern:
         except ValueError:
             names = ", ".join(Scope)
             raise InvalidInput(f"scope {scope!r} is not one of {names}.") from None
-        if text.startswith(PREFIX):
+        if is_structured(text):
             share = structured_share(text)
             return cls(sparsity=share, scope=parsed_scope or Scope.LAYER, structured=True)
         if ":" in text:

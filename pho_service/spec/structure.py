@@ -157,6 +157,11 @@ ESTIMATE = "estimated-divergence"  # what splits of a share are rated by: nats f
 PREFIX = "structured:"  # begins the pattern of a smaller model: structured:20%
 
 
+def is_structured(pattern: object) -> bool:
+    """Whether a pattern, of whatever document, is that of a smaller model."""
+    return isinstance(pattern, str) and pattern.startswith(PREFIX)
+
+
 def structured_share(pattern: str) -> float:
     """
     Read the share of ``structured:20%``.

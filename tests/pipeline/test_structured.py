@@ -36,6 +36,18 @@ def copied(model):
     return given_model(copy.deepcopy(model.model))
 
 
+def inputs_of(model, name, windows):
+    """(tokens, in_features): what a linear reads of some windows."""
+    seen = []
+    handle = model.linears[name].module.register_forward_hook(
+        lambda _module, args, _output: seen.append(args[0].flatten(end_dim=-2))
+    )
+    with torch.no_grad():
+        model.model(input_ids=windows)
+    handle.remove()
+    return torch.cat(seen)
+
+
 def divergence(cut, reference):
     return rate_divergence(cut.model.model, reference)
 
@@ -63,14 +75,7 @@ def test_the_first_block_by_hand(model, windows):
     """Its FFN's input is that of the dense block; weights are those of least squares."""
     dense = copied(model)
     name = "model.layers.0.mlp.down_proj"
-    seen = []
-    handle = dense.linears[name].module.register_forward_hook(
-        lambda _module, args, _output: seen.append(args[0].flatten(end_dim=-2))
-    )
-    with torch.no_grad():
-        dense.model(input_ids=windows)
-    handle.remove()
-    inputs = torch.cat(seen)
+    inputs = inputs_of(dense, name, windows)
     gram, weight = inputs.T @ inputs / len(inputs), dense.linears[name].weight
     fisher = {n: torch.rand(x.weight.shape[0]) for n, x in dense.linears.items()}
     kept = removal_order(weight, gram, fisher[name], layer=name).kept(16)
@@ -143,16 +148,10 @@ def test_the_best_of_all_blocks_by_trial(model, windows):
 def test_the_block_in_front_of_a_gap_gives_what_those_that_left_gave(model, windows):
     """Its last linear is fitted to it by least squares, and no other weight changes."""
     dense = copied(model)
-    seen = []
+    name = "model.layers.0.mlp.down_proj"
     with torch.no_grad():
-        wanted = dense.model(input_ids=windows, output_hidden_states=True).hidden_states[3]
-        name = "model.layers.0.mlp.down_proj"
-        handle = dense.linears[name].module.register_forward_hook(
-            lambda _module, args, _output: seen.append(args[0].flatten(end_dim=-2))
-        )
-        output = dense.model(input_ids=windows, output_hidden_states=True).hidden_states[1]
-        handle.remove()
-    x, lacking = seen[0], (wanted - output).flatten(end_dim=-2)
+        states = dense.model(input_ids=windows, output_hidden_states=True).hidden_states
+    x, lacking = inputs_of(dense, name, windows), (states[3] - states[1]).flatten(end_dim=-2)
     gram = x.T @ x / len(x)
     ridge = 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
     weight = dense.linears[name].weight.clone()
@@ -192,14 +191,8 @@ def test_costs_are_those_of_each_part_and_of_blocks_left_out(model, windows):
     structures = [Structure(dropped=2)]
     costs = cut_costs(model, windows, shapes, fisher, structures)
     block = "model.layers.0.mlp.down_proj"
-    seen = []
-    handle = model.linears[block].module.register_forward_hook(
-        lambda _module, args, _output: seen.append(args[0].flatten(end_dim=-2))
-    )
-    with torch.no_grad():
-        model.model(input_ids=windows)
-    handle.remove()
-    gram = seen[0].T @ seen[0] / len(seen[0])
+    x = inputs_of(model, block, windows)
+    gram = x.T @ x / len(x)
     order = removal_order(model.linears[block].weight, gram, fisher[block], layer=block)
 
     torch.testing.assert_close(costs.neurons[0], order.errors / 2, rtol=1e-3, atol=1e-6)
