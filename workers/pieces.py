@@ -20,7 +20,7 @@ from pho_service.errors import ChangedInput, PhoError
 from pho_service.host.tasks import harness_folder
 from pho_service.library import Entry, ModelFacts, Wanted, rank, stored_file
 from pho_service.models.calibration import cut, measure_shard
-from pho_service.models.gguf_file import converter_for
+from pho_service.models.gguf_file import check_vocabulary, converter_for
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.saving import (
     RECIPE,
@@ -309,7 +309,8 @@ def _export(work: SealedWork, folder: Path) -> None:
 
 def _recover(work: SealedWork, settings: Recovery, before: Path, folder: Path) -> None:
     """Train a pruned folder towards the job's dense model, and write what it is then."""
-    from pho_service.pipeline.recover import PrunedModel, Workplace, recover_model  # slow to import
+    from pho_service.pipeline.recover import PrunedModel, recover_model  # slow to import
+    from pho_service.pipeline.workplace import Workplace
 
     @contextmanager
     def dense() -> Iterator[LanguageModel]:
@@ -468,9 +469,10 @@ def calibrate_piece(
     began = time.monotonic()
     if spec.tasks is not None and harness_folder() is not None:
         inputs.tasks(spec)
-    if spec.gguf:
-        converter_for(spec.gguf)
+    converter = converter_for(spec.gguf) if spec.gguf else None
     seal = inputs.seal(spec, Seal() if before is None else Seal(**before.inputs))
+    if converter is not None and before is None:
+        check_vocabulary(inputs.model(spec, seal), converter)
     model, linears = inputs.model(spec, seal), whole.request(0).steps.linears
     check_patterns(model, whole.points, linears)
     text = inputs.calibration_text(spec, seal)

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gguf
 import numpy as np
@@ -26,6 +27,9 @@ from pho_service.host.settings import Settings
 from pho_service.planning.shapes import BoundedReader
 from pho_service.progress import Progress
 from pho_service.spec.export import BY_CONVERTER, BY_GGUF, GgufType
+
+if TYPE_CHECKING:
+    from pho_service.models.loading import LanguageModel
 
 _PROGRAM = "convert_hf_to_gguf"
 _QUANTIZER = "llama-quantize"
@@ -95,6 +99,26 @@ def write_gguf(
             advance(1)
     finally:
         whole.unlink(missing_ok=True)
+
+
+def check_vocabulary(model: "LanguageModel", converter: Sequence[str]) -> None:
+    """
+    See before any long work that llama.cpp's converter knows a model and its tokenizer.
+
+    Raises:
+        ModelError: It does not.
+    """
+    if model.tokenizer is None:
+        return
+    program, name = Path(converter[-1]).name, Path(model.name).stem
+    with tempfile.TemporaryDirectory(prefix="pho-") as temporary:
+        folder = Path(temporary) / name
+        model.tokenizer.save_pretrained(folder)
+        model.model.config.save_pretrained(folder)
+        out = Path(temporary) / "vocabulary.gguf"
+        with _without_code(folder) as safe:
+            command = [*converter, str(safe), "--vocab-only", "--outfile", str(out)]
+            _run(command, program, name)
 
 
 def _convert(

@@ -73,7 +73,9 @@ class LlamaAsk:
     """
 
     runtime: Annotated[RuntimeName, FieldShown(section=MACHINE)] = "torch"
-    types: Annotated[Sequence[GgufType], FieldShown(section=MACHINE, option="--type")] = ()
+    types: Annotated[
+        Sequence[GgufType], FieldShown(section=MACHINE, option="--type", kind="lines")
+    ] = ()
     converter: Annotated[str | None, FieldShown(section=MACHINE, kind="path")] = None
     context_length: Annotated[Annotated[int, Field(ge=2)] | None, FieldShown(section=REPORT)] = None
 

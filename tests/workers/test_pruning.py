@@ -126,6 +126,26 @@ def test_a_worker_without_a_converter_says_so_before_the_search(hand, small, mon
     assert "no converter to GGUF" in error["message"]
 
 
+def test_a_tokenizer_that_llama_cpp_does_not_know_is_told_before_the_search(
+    hand, small, monkeypatch, tmp_path
+):
+    """As its converter tells it of the vocabulary alone; no Python file is beside that."""
+    converter = tmp_path / "convert_hf_to_gguf.py"
+    converter.write_text(
+        "import os, sys\n"
+        "assert '--vocab-only' in sys.argv\n"
+        "files = sorted(os.listdir(sys.argv[1]))\n"
+        "sys.exit(f'BPE pre-tokenizer was not recognized, {files}')\n"
+    )
+    monkeypatch.setenv("PHO_CONVERTER", str(converter))
+    error = hand.failed(small(prune=True, confirm=None, gguf=["q8_0"]))
+
+    assert error["stage"] == "calibrate"
+    assert "does not convert model: BPE pre-tokenizer was not recognized" in error["message"]
+    assert "config.json" in error["message"]
+    assert "GGUF has no name for this tokenizer" in error["message"]
+
+
 TRAINED = {
     "prune": True, "preset": "crepe",
     "steps": {"update": "least-squares", "reconstruction": {"method": "block"}},
