@@ -80,7 +80,8 @@ def recover(folder: Path, given: Given, ask: _RecoverAsk, inputs: Terminal, as_j
     from pho_service.host.files import check_free
     from pho_service.models.saving import save_pruned
     from pho_service.models.texts import RecoveryText
-    from pho_service.pipeline.recover import PrunedModel, Workplace, recover_model
+    from pho_service.pipeline.recover import PrunedModel, recover_model
+    from pho_service.pipeline.workplace import Workplace
     from pho_service.pruning.recovery import Processes
     from pho_service.shown.tables import continuations_table, recovered_table
 

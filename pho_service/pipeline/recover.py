@@ -2,33 +2,25 @@
 Recover what pruning lost: train a pruned or smaller model towards the dense model's predictions.
 """
 
-import hashlib
-import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from pho_service.errors import (
     InvalidInput,
     ModelError,
     NumericalError,
     OutOfMemory,
-    PhoError,
     TextError,
     field_name,
 )
@@ -40,7 +32,6 @@ from pho_service.models.loading import LanguageModel, load_model, sha256_each
 from pho_service.models.mask_file import MASKS, LayerMask, PackedMask, groups_of, read_masks
 from pho_service.models.packed import as_folder
 from pho_service.models.saving import RECIPE, read_recipe, recipe_document
-from pho_service.models.scratch import Memo, Record
 from pho_service.models.texts import (
     RecoveryText,
     TextRecord,
@@ -49,8 +40,10 @@ from pho_service.models.texts import (
     recut,
     sample_windows,
 )
+from pho_service.pipeline.pace import Pace
 from pho_service.pipeline.prune import PrunedFolder
 from pho_service.pipeline.rating import perplexity_on
+from pho_service.pipeline.workplace import Workplace
 from pho_service.pipeline.writing import side_by_side, written_by
 from pho_service.planning.stage_memory import Place, recovery_peak
 from pho_service.progress import Advance, Look, Progress, never, silent
@@ -79,7 +72,6 @@ _OF_MODELS = ("name", "revision", "weights_sha256", "dtype")  # what is stored o
 _SLOWER = 1 / 3  # of the rate, after a check that is no better than before the training
 _MOST_BACK = 3  # such checks end it
 _BETAS = (0.9, 0.95)  # of Adam
-_WARM = 8  # steps until the rate is at its highest
 _ALL = 10**6  # windows: more than a text is read for
 _OTHER = 0.2  # share of the time for what is beside the dense model and the steps
 
@@ -228,8 +220,10 @@ def recover_model(
     if model.device.type == "cpu":
         model.model.float()
     blocks = [block for _, block in decoder_blocks(model.model)]
-    identity = [model.to_dict(), asdict(settings), str(text.source), text.context_length, text.bos]
+    cut = [str(text.source), text.context_length, text.bos]
+    identity = [model.to_dict(), settings.to_dict(), *cut]
     place = Workplace(workplace, identity, processes)
+    pace = Pace(settings, place, began)
     measured: dict[str, Perplexity] = {}
     # Several processes do not write: their parts of a model do not lie on one device.
     windows = None if text.measured is None or processes.count > 1 else text.measured.windows
@@ -248,9 +242,10 @@ def recover_model(
             trained.recompute = recompute
             there = replace(model, model=trained.model)  # type: ignore[arg-type]  # or a copy of it
             if text.measured is not None:
-                measured["pruned"] = perplexity_on(text.measured, there, progress)
+                with pace.comes_again():
+                    measured["pruned"] = perplexity_on(text.measured, there, progress)
             with place.nothing_left():
-                lesson = _lesson(model, teacher, trained, text, settings, place, progress)
+                lesson = _lesson(model, teacher, trained, text, settings, pace, progress)
                 said["dense"] = written_by(teacher, windows)
                 teaching.close()
                 del teacher
@@ -262,7 +257,7 @@ def recover_model(
                         "does, so nothing can be recovered. Give the dense model that was pruned."
                     )
             place.keep_initial(trained)
-            training = _Training(trained, lesson, before, progress, look)
+            training = _Training(trained, lesson, before, pace, progress, look)
             with processes.alone():
                 _train(training, settings, place)
             trained.round_(model.stored_dtype, settings.seed)
@@ -281,6 +276,8 @@ def recover_model(
         after=after if kept else before,
         kept=kept,
         tokens=training.done * processes.count * text.context_length,
+        planned=pace.planned * processes.count * text.context_length if pace.shortened else None,
+        shortened=tuple(pace.shortened),
         windows=lesson.windows,
         written=lesson.written,
         held_out=len(lesson.held_out.windows),
@@ -393,10 +390,11 @@ def _lesson(
     trained: Recovering,
     text: RecoveryText,
     settings: Recovery,
-    place: "Workplace",
+    pace: Pace,
     progress: Progress,
 ) -> _Lesson:
     """Draw windows, as many as are needed, and keep what the dense model predicts on them."""
+    place = pace.place
     place.begin(teacher.to_dict())
     together = trained.processes.count
     steps = place.once("steps", lambda: torch.tensor(_steps(trained, teacher, settings, text)))
@@ -413,12 +411,19 @@ def _lesson(
     there = len(windows) - held_out
     taken = steps_of_each(total, there, together) * together
     share = recut(windows[held_out:], taken, settings.seed)[trained.processes.number :: together]
+    share = share[: pace.begin(len(share))]
     with progress("Asking the dense model", held_out + len(share)) as advance:
         held = dense_reference(teacher.model, windows[:held_out], top_k=TOP_K, advance=advance)
         with mixed(teacher.device, gradients=True):
-            reference = dense_reference(teacher.model, share, top_k=TOP_K, advance=advance)
+            reference = dense_reference(
+                teacher.model, share, top_k=TOP_K, advance=advance, enough=pace.asked_enough
+            )
+    asked = min(trained.processes.every(len(reference.windows)))
+    if asked < len(share):
+        pace.shorten(0, asked)
+        taken = asked * together
     return _Lesson(
-        reference=reference,
+        reference=reference.first(asked),
         held_out=held,
         windows=min(taken, there),
         written=count,
@@ -467,7 +472,7 @@ def _written(
     windows: Tensor,
     count: int,
     seed: int,
-    place: "Workplace",
+    place: Workplace,
     progress: Progress,
 ) -> Tensor:
     """Windows that the dense model writes, each from the beginning of one of the text."""
@@ -573,84 +578,22 @@ def _steps(
             f"tokens takes {min(took):.1f} s. Give more, or shorter windows "
             f"({field_name('calibration/context_length')})."
         )
-    return steps
-
-
-class Workplace:
-    """A folder with all that an interrupted training goes on from; of several, one a process."""
-
-    def __init__(
-        self, folder: Path, identity: Sequence[Any] = (), processes: Processes | None = None
-    ) -> None:
-        self.processes = processes or Processes()
-        several = self.processes.count > 1
-        self.folder = folder / f"{self.processes.number}" if several else folder
-        self._identity = [*identity, self.processes.count]
-        self._memo = Memo(folder=self.folder, key="")  # that of no training, until one begins
-
-    def begin(self, teacher: Mapping[str, Any]) -> None:
-        """Go on with what is there if it is of the same training."""
-        identity = json.dumps([*self._identity, teacher], default=str)
-        self._memo = replace(self._memo, key=hashlib.sha256(identity.encode()).hexdigest())
-        if not all(self.processes.every(self._memo.read("steps") is not None)):  # the first of all
-            self._memo.remove()
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-
-    @contextmanager
-    def nothing_left(self) -> Iterator[None]:
-        """Inside, an error leaves no folder, unless a training lies in it."""
-        try:
-            yield
-        except PhoError:
-            if not self._memo.path("initial").exists():
-                self.remove()
-            raise
-
-    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """A tensor that is made once, and is the same for all processes."""
-        record: Record | None = self.processes.agreed(self._memo.read(name))
-        if record is None:
-            record = Record(tensors={name: self.processes.agreed(make())})
-            self._memo.keep(name, record)
-        return record.tensors[name]
-
-    def keep_initial(self, trained: Recovering) -> None:
-        self._memo.keep("initial", Record(tensors=trained.state_dict()))
-
-    def restore(self, trained: Recovering, step: int | None) -> None:
-        """Take the weights of the check after a step, or those from before if there is none."""
-        file = self._checks()[step] / SAFE_WEIGHTS_NAME if step else self._memo.path("initial")
-        trained.load_state_dict(load_file(file))
-
-    def _checks(self) -> dict[int, Path]:
-        """What was kept at checks, by their steps."""
-        whole = self.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")  # the last file
-        return {int(file.parent.name.rpartition("-")[2]): file.parent for file in whole}
-
-    def last_check(self) -> str | None:
-        """The last one that all processes have kept whole; what is newer goes."""
-        kept = self._checks()
-        last = min(self.processes.every(max(kept, default=0)))
-        older = {folder for step, folder in kept.items() if step <= last}  # the best is among them
-        for folder in self.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-            if folder not in older:
-                shutil.rmtree(folder)
-        return str(kept[last]) if last else None
-
-    def remove(self) -> None:
-        self._memo.remove()
-        if self.processes.count > 1:
-            with suppress(OSError):  # the others are still there
-                self.folder.parent.rmdir()
+    return steps // CHECKS * CHECKS or steps  # as of tokens, so that they repeat it
 
 
 class _Training(TrainerCallback):
     """What is trained on what, and how far it is."""
 
     def __init__(
-        self, trained: Recovering, lesson: _Lesson, before: float, progress: Progress, look: Look
+        self,
+        trained: Recovering,
+        lesson: _Lesson,
+        before: float,
+        pace: Pace,
+        progress: Progress,
+        look: Look,
     ) -> None:
-        self.trained, self.lesson, self._look = trained, lesson, look
+        self.trained, self.lesson, self.pace, self._look = trained, lesson, pace, look
         self.checks = min(CHECKS, len(lesson.reference.windows))
         self.done = 0  # steps
         self.before, self._now = before, before
@@ -674,22 +617,26 @@ class _Training(TrainerCallback):
             status += f", {percent(self._now / self.before - 1, signed=True)}"
         self._advance = self._stack.enter_context(self._progress(f"Recovering ({status})", steps))
 
-    def on_train_begin(self, args: Any, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        self.pace.train_from(state.global_step)
         self._show(args.eval_steps)
 
-    def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         del args
         self.done = state.global_step
         self._advance(1)
+        if self.done >= self.pace.steps:  # looked at and kept, wherever the schedule ends
+            control.should_evaluate = control.should_save = control.should_training_stop = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step < state.max_steps and not control.should_training_stop:
-            self._show(args.eval_steps)
+        self.pace.look(state.global_step)
+        if state.global_step < self.pace.steps and not control.should_training_stop:
+            self._show(min(args.eval_steps, self.pace.steps - state.global_step))
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         del args
         self.trained.processes.wait()  # so that all have kept one check that is the same
-        if state.global_step < state.max_steps and not control.should_training_stop:
+        if state.global_step < self.pace.steps and not control.should_training_stop:
             self._look()  # another attempt would go on from here
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
@@ -751,9 +698,7 @@ def _train(training: _Training, settings: Recovery, place: Workplace) -> None:
     every = steps // training.checks
     device = trained.device
     adam = _adam(trained.groups(settings.first_rate(training.before)), settings.adam_bits)
-    schedule = get_scheduler(
-        "linear", adam, num_warmup_steps=min(_WARM, steps // 8), num_training_steps=steps
-    )
+    schedule = LambdaLR(adam, training.pace.rate)
     arguments = TrainingArguments(
         output_dir=str(place.folder),
         max_steps=steps,

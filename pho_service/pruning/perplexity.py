@@ -228,6 +228,14 @@ class DenseReference:
     tokens: Tensor  # (windows, context_length - 1, k), int32: ids, on the CPU
     log_probabilities: Tensor  # The same shape, float32: theirs
 
+    def first(self, windows: int) -> "DenseReference":
+        """What is kept of the first windows."""
+        return DenseReference(
+            windows=self.windows[:windows],
+            tokens=self.tokens[:windows],
+            log_probabilities=self.log_probabilities[:windows],
+        )
+
     @property
     def predictions(self) -> int:
         """Number of predicted tokens in all windows."""
@@ -241,15 +249,17 @@ def dense_reference(
     top_k: int = TOP_K,
     most: int = MOST,
     advance: Callable[[int], None] = lambda _: None,
+    enough: Callable[[int], bool] = lambda _: False,
 ) -> DenseReference:
     """
     Keep what the dense model predicts, to compare pruned ones with: ``top_k`` tokens at each
-    position, 8 bytes each, or all if the vocabulary is smaller.
+    position, 8 bytes each, or all if the vocabulary is smaller. It ends early, with fewer windows,
+    where so many are ``enough``.
 
     Raises:
         NumericalError: A logit is NaN or infinite.
     """
-    tokens, logs = [], []
+    tokens, logs, asked = [], [], 0
     with torch.inference_mode():
         for logits in window_logits(model, windows, most=most):
             for _, all_logs in log_probabilities(logits[:-1]):
@@ -257,7 +267,11 @@ def dense_reference(
                 tokens.append(top.indices.int().cpu())
                 logs.append(top.values.cpu())
             advance(1)
-    shape = (len(windows), windows.shape[1] - 1, -1)
+            asked += 1
+            if enough(asked):
+                break
+    windows = windows[:asked]
+    shape = (asked, windows.shape[1] - 1, -1)
     top_logs = torch.cat(logs)
     require_finite_loss(float(top_logs[:, 0].sum()))
     return DenseReference(

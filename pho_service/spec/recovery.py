@@ -5,7 +5,7 @@ Settings of a recovery, and its result.
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, Strict
 
 from pho_service.errors import InvalidInput
 from pho_service.spec.configuration import Continuation
@@ -24,6 +24,7 @@ from pho_service.spec.document import (
 )
 from pho_service.spec.perplexity import Ratio
 
+Shortening = Annotated[str, Field(pattern=r"^[0-9]{1,9}:[1-9][0-9]{0,8}$")]
 Trains = Literal["kept", "norms", "lora"]
 AdamBits = Literal[32, 8]
 TRAINS: tuple[Trains, ...] = get_args(Trains)
@@ -91,6 +92,17 @@ class Recovery(JsonDocument):
             "not a time.",
         ),
     ] = 0
+    shortened: Annotated[
+        tuple[Shortening, ...],
+        Strict(False),  # JSON has lists alone
+        FieldShown(option="--recover-shortened", kind="words", service=True),
+        Field(
+            exclude_if=lambda shortened: not shortened,
+            description="How a recovery of so many minutes was shortened when it took longer than "
+            "planned, so that tokens can repeat it: AFTER:STEPS, the step after which its rate "
+            "began to fall faster, and the last one.",
+        ),
+    ] = ()
     rate: Annotated[
         Number | None,
         FieldShown(
@@ -134,6 +146,11 @@ class Recovery(JsonDocument):
         if self.tokens is not None:
             check_number("tokens", self.tokens, 1, MOST_TOKENS)
         check_number("written", self.written, 0, MOST_TOKENS)
+        if self.shortened and self.tokens is None:
+            raise InvalidInput(
+                f"shortened={','.join(self.shortened)} repeats a recovery of so many tokens, and "
+                "none are given. Give tokens, as they were planned."
+            )
         if self.written and self.tokens is None:
             raise InvalidInput(
                 f"written={self.written}: what is written is trained on as one of so many tokens, "
@@ -201,6 +218,8 @@ class Recovered(JsonDocument):
         after: The same of the model that was left.
         kept: Whether the trained weights were taken; otherwise the model is as it was before.
         tokens: Tokens that it was trained on, those counted again that came again in other windows.
+        planned: Tokens that its minutes were planned for, if it was shortened.
+        shortened: How: the step after which its rate began to fall faster, and the last one.
         windows: Windows that it was trained on, whose tokens may have come again in other cuts.
         written: How many of these the dense model wrote.
         held_out: Windows that were held out.
@@ -226,6 +245,10 @@ class Recovered(JsonDocument):
     after: Number
     kept: bool
     tokens: Whole
+    planned: Annotated[Whole | None, Field(exclude_if=lambda planned: planned is None)] = None
+    shortened: Annotated[
+        tuple[Shortening, ...], Strict(False), Field(exclude_if=lambda shortened: not shortened)
+    ] = ()
     windows: Whole
     written: Whole = 0
     held_out: Whole
@@ -255,6 +278,8 @@ class Recovered(JsonDocument):
         if (times := self.tokens / self.context_length / self.windows) >= 1.1:
             how += f" (each of {self.windows} windows {times:.2g} times, in other cuts: more "
             how += "text would do more)"
+        if self.planned is not None:
+            how += f"; {self.planned:,} tokens were planned, and it took longer"
         if not self.kept:
             return (
                 f"recovery over {how}, brought the divergence of held-out windows nowhere below "

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -36,8 +37,9 @@ from pho_service.models.saving import read_recipe, save_pruned
 from pho_service.models.texts import GivenWindows, RecoveryText, sample_windows
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.prune import prune_job
-from pho_service.pipeline.recover import PrunedModel, Workplace, check_recoverable, recover_model
+from pho_service.pipeline.recover import PrunedModel, check_recoverable, recover_model
 from pho_service.pipeline.work import Work
+from pho_service.pipeline.workplace import Workplace
 from pho_service.pipeline.writing import written_by
 from pho_service.pruning.perplexity import dense_reference, rate_divergence
 from pho_service.pruning.recovery import Recovering
@@ -494,10 +496,119 @@ def test_a_time_is_turned_into_tokens_that_give_the_same_weights(pruned_folder, 
     folder = pruned_folder("0.5")
     timed, counted = (PrunedModel.read(folder, device="cpu") for _ in range(2))
     first = recover(timed, Recovery(minutes=0.03, rate=2e-3))
-    second = recover(counted, Recovery(tokens=first.tokens, rate=2e-3))
+    tokens = first.planned or first.tokens  # which is said where the machine was busy
+    second = recover(counted, Recovery(tokens=tokens, shortened=first.shortened, rate=2e-3))
 
     assert second.tokens == first.tokens
     assert same(weights(timed.model), weights(counted.model))
+
+
+class Busy:
+    """A clock that steps alone move: the later ones of a training far more."""
+
+    def __init__(self, *, from_step):
+        self.now, self.steps, self.slow = 0.0, 0, from_step
+
+    def monotonic(self):
+        return self.now
+
+    def stepped(self, backward):
+        def step(trained, *given):
+            self.steps += 1
+            self.now += 1.0 if self.steps < self.slow else 5.0
+            return backward(trained, *given)
+
+        return step
+
+
+@pytest.fixture
+def busy(monkeypatch):
+    """A machine on which each step takes a second, and from some step on five."""
+
+    def from_step(step):
+        clock = Busy(from_step=step)
+        monkeypatch.setattr("pho_service.pipeline.recover.time", clock)
+        monkeypatch.setattr("pho_service.pipeline.pace.time", clock)
+        monkeypatch.setattr(Recovering, "backward", clock.stepped(Recovering.backward))
+        return clock
+
+    return from_step
+
+
+def test_a_recovery_that_takes_longer_than_planned_ends_in_its_time_and_can_be_repeated(
+    pruned_folder, recover, busy
+):
+    folder = pruned_folder("0.5")
+    timed, repeated, whole = (PrunedModel.read(folder, device="cpu") for _ in range(3))
+    clock = busy(16)
+    first = recover(timed, Recovery(minutes=1, rate=2e-3))
+    took = clock.now
+    again = Recovery(tokens=first.planned, shortened=first.shortened, rate=2e-3)
+    second, all_of_it = (
+        recover(model, settings)
+        for model, settings in ((repeated, again), (whole, replace(again, shortened=())))
+    )
+    ((after, last),) = (map(int, words.split(":")) for words in first.shortened)
+
+    assert 54 <= took <= 66
+    assert first.tokens == second.tokens == last * LENGTH < first.planned == all_of_it.tokens
+    assert 0 < after < last
+    assert same(weights(timed.model), weights(repeated.model))
+    assert not same(weights(timed.model), weights(whole.model))
+    assert "tokens were planned, and it took longer" in str(first)
+    assert type(first).from_dict(first.to_dict()) == first
+    with pytest.raises(InvalidInput, match=r"shortened=8:9 repeats a recovery of so many tokens"):
+        Recovery(shortened=("8:9",))
+
+
+def test_a_shortened_recovery_that_is_killed_keeps_its_end_and_the_time_that_is_left(
+    pruned_folder, recover, busy, tmp_path
+):
+    folder = pruned_folder("0.5")
+    settings = Recovery(minutes=1, rate=2e-3)
+    at_once, killed, resumed = (PrunedModel.read(folder, device="cpu") for _ in range(3))
+    busy(16)
+    whole = recover(at_once, settings)
+    shutil.rmtree(tmp_path / "workplace")
+    clock = busy(16)
+
+    def look():
+        if clock.steps >= 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recover(killed, settings, look=look)
+    clock.slow = 0  # and so it goes on
+    second = recover(resumed, settings)
+
+    assert second.shortened[0] == whole.shortened[0]
+    assert second.tokens <= whole.tokens
+    assert clock.now <= 80
+
+
+def test_a_dense_model_that_takes_too_long_is_asked_about_fewer_windows(
+    pruned_folder, recover, busy, monkeypatch
+):
+    folder = pruned_folder("0.5")
+    timed, repeated = (PrunedModel.read(folder, device="cpu") for _ in range(2))
+    clock = busy(10**6)
+
+    def slowly(model, windows, *, advance=lambda _: None, **how):
+        def asked(count):
+            clock.now += count if len(windows) > 16 else 0
+            advance(count)
+
+        return dense_reference(model, windows, advance=asked, **how)
+
+    monkeypatch.setattr("pho_service.pipeline.recover.dense_reference", slowly)
+    first = recover(timed, Recovery(minutes=1, rate=2e-3))
+    second = recover(repeated, Recovery(tokens=first.planned, shortened=first.shortened, rate=2e-3))
+
+    assert first.shortened[0].startswith("0:")
+    assert first.tokens < first.planned
+    assert clock.now < 2 * 66
+    assert second.tokens == first.tokens
+    assert same(weights(timed.model), weights(repeated.model))
 
 
 def test_what_the_dense_model_writes_is_trained_on_too_and_written_once(
