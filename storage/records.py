@@ -38,6 +38,10 @@ class JobState(StrEnum):
         return self in (JobState.QUEUED, JobState.RUNNING)
 
 
+# Of the calibrate stage of a job that chooses its sizes, before any model is calibrated.
+SIZING = -1
+
+
 class StageKind(StrEnum):
     """The work of a job, in this order; a transfer is a job of its own, a stage for each model."""
 
@@ -205,6 +209,7 @@ class Stage:
     params: dict[str, Any] | None  # What to do
     done: int  # Finished trials
     elapsed_s: float  # Seconds of work, of all attempts, up to the last progress
+    worked_s: float  # The same of any stage, of attempts that have ended by themselves
     best_value: float | None  # Best value of the objective, so far
     # What it is at while it runs: ``title``, and how many of its ``steps`` are ``done``; None
     # before its worker has said anything.

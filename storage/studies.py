@@ -265,6 +265,13 @@ def record_of(study: optuna.Study) -> dict[str, Any]:
     return {**study.user_attrs, **records}
 
 
+def all_records(storage: RDBStorage) -> Iterator[dict[str, Any]]:
+    """What each study of a storage holds beside its trials, the newest first."""
+    for study in reversed(storage.get_all_studies()):
+        records = {k.removeprefix(_RECORD): v for k, v in study.system_attrs.items()}
+        yield {**study.user_attrs, **records}
+
+
 def keep_record(study: optuna.Study, key: str, value: Any) -> None:
     """Keep in a study what a search goes on with, and nobody has to read."""
     # It is a system attribute: Optuna's own tools list user attributes, and would show documents.

@@ -7,6 +7,7 @@ into the queue, and the function ends there. With the last piece it comes to its
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
@@ -27,6 +28,7 @@ from pho_service.pipeline.curve import (
     point_warnings,
     target_found,
 )
+from pho_service.pipeline.minutes import Clock, machine_of
 from pho_service.pipeline.search import (
     IslandsAsked,
     Journal,
@@ -35,9 +37,12 @@ from pho_service.pipeline.search import (
     conduct_pieces,
     origin_of,
 )
+from pho_service.planning.minutes import sentence
+from pho_service.planning.shapes import read_shapes
 from pho_service.progress import Run
 from pho_service.spec.calibration import SHARDS
 from pho_service.spec.job import JobSpec
+from pho_service.spec.minutes import AFTER_CALIBRATION
 from pho_service.spec.results import (
     Calibration,
     Finished,
@@ -52,7 +57,7 @@ from pho_service.tuning.result import SearchResult
 from pho_service.tuning.search import pareto_study
 from storage.claims import JobResult, LibraryAddition
 from storage.jobs import JobStore
-from storage.records import Claim, LostClaim, NewStage, StageKind, StageState
+from storage.records import SIZING, Claim, LostClaim, NewStage, StageKind, StageState
 from storage.studies import kept, open_storage, open_study, pareto_study_name, study_name
 from workers.inputs import WorkerInputs
 from workers.pieces import (
@@ -235,8 +240,12 @@ class _Job:
             each("transfer", _of_models(targets), self._transfer, Transfer)
             return
         spec = JobSpec.model_validate(job.spec)
+        spec = self._sized(spec)
         made = self._calibrated(spec)
-        spec = self._warmed(spec, made)
+        spec = self._warmed(self._sized_again(spec), made)
+        if spec.minutes is not None:
+            run = self._journal.run
+            self._journal.run = replace(run, passes=lambda n: self._clock(spec).passes_left(n))
         self._work = SealedWork(self._inputs, job, spec, made, self._journal.run)
         if spec.is_cut:
             self._conduct_cut(spec, made)
@@ -315,14 +324,57 @@ class _Job:
         added = iter(each("calibrate", wholes, add_up, Calibration))
         return [next(added) if one.shards else one for one in first]
 
+    def _sized(self, spec: JobSpec) -> JobSpec:
+        """With what its minutes choose on the worker that begins, but for what can wait."""
+        first = [path for path in spec.free_sizes if path not in AFTER_CALIBRATION]
+        if not first:
+            return spec
+
+        def choose(_: Piece, run: Run) -> dict[str, Any]:
+            with run.progress("Choosing how much to calibrate on", 1) as advance:
+                clock, model = self._clock(spec), self._inputs.model(spec)
+                own = spec.confirm and spec.confirm.text
+                clock.fit_text(
+                    model,
+                    self._inputs.calibration_source(spec.calibration),
+                    self._inputs.file(own) if own else None,
+                    first,
+                )
+                advance(1)
+            logger.info("sizes of job %s: %s", self._claim.job.id, sentence(clock.plan))
+            return {path: clock.plan.spec.sizes[path] for path in first}
+
+        (sizes,) = self._journal.each("calibrate", [Piece(number=SIZING)], choose, dict)
+        return self._changed(spec.sized(sizes))
+
+    def _sized_again(self, spec: JobSpec) -> JobSpec:
+        """With what the minutes choose once the calibration lies behind."""
+        if not spec.free_sizes:
+            return spec
+        return self._changed(self._clock(spec).plan.spec)
+
+    def _clock(self, spec: JobSpec) -> Clock:
+        """The minutes of the job, by what its stages have worked and what this machine does."""
+        began = time.monotonic()
+        worked = sum(stage.worked_s for stage in self._claim.job.stages)
+        model = self._inputs.model(spec.of_model(0))
+        path = self._inputs.access.model(spec.model)
+        shapes = read_shapes(spec.model, revision=spec.revision, path=path)
+        machine = machine_of(model, shapes, spec)
+        return Clock(spec, shapes, machine, lambda: worked + time.monotonic() - began)
+
+    def _changed(self, spec: JobSpec) -> JobSpec:
+        """A document that is stored with the result of the claimed stage."""
+        self._journal.spec = spec.model_dump(mode="json")
+        return spec
+
     def _warmed(self, spec: JobSpec, made: Sequence[Calibration]) -> JobSpec:
         """With what the library has to begin with, which the job's document then says."""
         model = made[0].provenance.get("model", {})
         document = warmed(self._store.database, self._claim.job, spec, model)
         if document is None:
             return spec
-        self._journal.spec = document
-        return JobSpec.model_validate(document)
+        return self._changed(JobSpec.model_validate(document))
 
     def _study(self, number: int) -> optuna.Study:
         """The record of an island, or of a pattern."""

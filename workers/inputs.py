@@ -408,7 +408,7 @@ class WorkerInputs(Inputs):
     def calibration_text(self, spec: JobSpec, seal: Seal = UNSEALED) -> CalibrationText:
         """The windows to calibrate on, and those that are left, if they are those of before."""
         model = self.model(spec, seal)
-        source = self._calibration_source(spec.calibration)
+        source = self.calibration_source(spec.calibration)
         settings = spec.calibration.settings()
         key = (model.weights_sha256, spec.stream, source, settings, _state(source))
         text = self._calibration.get(key, lambda: self.windows(model, source, settings))
@@ -422,7 +422,7 @@ class WorkerInputs(Inputs):
         drawn = self.calibration_text(spec, seal)
         source = None
         if confirm.text is not None:
-            source = self._file(confirm.text)
+            source = self.file(confirm.text)
         model = self.model(spec, seal)
         text = self.confirmation(model, source, calibration, confirm.windows, drawn)
         assert text is not None  # or nothing_left raises
@@ -436,7 +436,7 @@ class WorkerInputs(Inputs):
         measured = None if spec.confirm is None else self.confirmation_text(spec, seal)
         calibration = self.calibration_text(spec, seal).calibration
         return RecoveryText(
-            source=self._calibration_source(spec.calibration) if text is None else self._file(text),
+            source=self.calibration_source(spec.calibration) if text is None else self.file(text),
             context_length=spec.calibration.context_length,
             bos=spec.calibration.bos,
             unlike=calibration,
@@ -510,10 +510,10 @@ class WorkerInputs(Inputs):
             )
         return bundle
 
-    def _file(self, name: str) -> TextSource:
+    def file(self, name: str) -> TextSource:
         return TextSource(path=self.access.text(name))
 
-    def _calibration_source(self, spec: CalibrationSpec) -> TextSource | MixedText:
+    def calibration_source(self, spec: CalibrationSpec) -> TextSource | MixedText:
         return mixed_text([*map(self._source, spec.parts.values())], spec.shares)
 
     def _source(self, spec: TextSpec) -> TextSource:

@@ -399,6 +399,9 @@ class PlanAnswer(_Answer):
 
     model: PlannedModel
     machine: PlannedMachine
+    choice: str | None = Field(
+        None, description="What the minutes of the job choose there, and how long that takes."
+    )
     fits: bool
     obstacles: list[str] = Field(description="Reasons why it does not fit.")
     ways_out: list[str] = Field(description="Changes that would make it fit; each was tried.")

@@ -56,7 +56,7 @@ from pho_service.spec.transfer import TransferRequest, TransferSpec
 from storage import records as stored
 from storage.jobs import JobStore, Limits, NewJob
 from storage.listing import NEWEST, JobFilter, Sort
-from storage.records import JobRecord, JobState, NewStage, StageKind
+from storage.records import SIZING, JobRecord, JobState, NewStage, StageKind
 from storage.studies import DatabaseGone, open_storage, read_trials, study_name
 
 logger = logging.getLogger(__name__)
@@ -172,6 +172,8 @@ def enter(
 
 def first_stages(spec: JobSpec | TransferSpec) -> list[NewStage]:
     """One for each model; those that may share a bundle run one after the other."""
+    if isinstance(spec, JobSpec) and spec.free_sizes:  # the worker that begins decides
+        return [NewStage(kind=StageKind.CALIBRATE, number=SIZING)]
     if isinstance(spec, JobSpec):
         kind, specs = StageKind.CALIBRATE, [spec.of_model(i) for i in range(len(spec.models))]
     else:

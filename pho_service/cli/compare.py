@@ -367,7 +367,8 @@ def compare(model: str, given: Given, ask: _CompareAsk, inputs: Terminal, as_jso
         ablation=ask.ablation,
         recovery=given.part("recovery", Recovery) if recovers else None,
     )
-    calibration, drawn = given.calibration(), _seeds(ask.seeds, given)
+    found = [configuration for _, configuration in configurations]
+    calibration, drawn = given.calibration(found), _seeds(ask.seeds, given)
     loaded_tasks = load_asked_tasks(given)
     settings = calibration.settings()
     check_models([model], given("revision"), given("confirm/text"))

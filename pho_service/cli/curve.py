@@ -3,6 +3,7 @@
 """
 
 import os
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import click
 
 from pho_service.cli.document import DOCUMENT, DocumentCommand, Given
+from pho_service.cli.minutes import Budget, budget_of
 from pho_service.cli.options import (
     Terminal,
     calibration_source,
@@ -57,7 +59,7 @@ class _CurveAsk(Studied):
     fields=(
         "scope", "preset", "steps", "search_space", "calibration", "confirm/text",
         "confirm/windows", "confirm/finalists", "validation", "objective", "sampler", "revision",
-        "dtype", "stream", *options_of(SearchOptions()),
+        "dtype", "stream", "minutes", *options_of(SearchOptions()),
     ),
     ask=_CurveAsk,
 )  # fmt: skip
@@ -81,20 +83,22 @@ def curve(model: str, given: Given, ask: _CurveAsk, inputs: Terminal, as_json: b
     from pho_service.pipeline.curve import curve_document, find_points, point_warnings
     from pho_service.pipeline.search import check_study_url
 
-    study = ask.study
+    began, study = time.monotonic(), ask.study
     check_study_url(study)
     point_patterns = curve_patterns(ask.patterns, given("scope"))
     specs = [point_spec(model, given, pattern) for pattern in point_patterns]
-    requests = [spec.request(0) for spec in specs]
+    whole = _whole(model, given, {"patterns": [str(pattern) for pattern in point_patterns]})
     folder = _folder(ask.out)
     _refuse_bundle(model)
     check_models([model], given("revision"), given("confirm/text"))
-    opened = open_curve(specs[0], given, requests, inputs)
-    with _points(opened, study, specs, inputs) as (points, pareto):
+    opened = open_curve(whole, specs, study, inputs, began)
+    requests = [spec.request(0) for spec in opened.specs]
+    with _points(opened, study, inputs) as (points, pareto):
         curve_points = find_points(points.find, requests)
     name = pareto.study_name
+    work = opened.work
     document = curve_document(
-        curve_points, opened, seconds=opened.calibration_s, study={"url": study, "name": name}
+        curve_points, work, seconds=work.calibration_s, study={"url": study, "name": name}
     )
     _write(folder, document)
     for warning in point_warnings(curve_points):
@@ -115,39 +119,60 @@ def point_spec(model: str, given: Given, pattern: Pattern) -> "JobSpec":
     return given.job({**document, "pattern": str(pattern), **scope})
 
 
+def _whole(model: str, given: Given, asked: dict[str, Any]) -> "JobSpec":
+    """The document of all searches together, which share the minutes."""
+    document = given.document({"model": model, **asked})
+    return given.job({name: value for name, value in document.items() if name != "pattern"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A calibrated model, and the searches on it."""
+
+    work: "Work"
+    specs: "Sequence[JobSpec]"  # With their sizes
+    budget: "Budget"
+
+    @property
+    def requests(self) -> "list[SearchRequest]":
+        return [spec.request(0) for spec in self.specs]
+
+
 def open_curve(
-    spec: "JobSpec", given: Given, requests: "Sequence[SearchRequest]", inputs: Terminal
-) -> "Work":
+    whole: "JobSpec", specs: "Sequence[JobSpec]", study: str, inputs: Terminal, began: float
+) -> Opened:
     """Load the model of several searches, see that all patterns fit, and calibrate it."""
-    _refuse_bundle(spec.model)
-    source, settings = calibration_source(spec.calibration), given.calibration().settings()
-    return inputs.calibrated(
-        spec.model,
+    _refuse_bundle(whole.model)
+    source = calibration_source(whole.calibration)
+    budget = budget_of(whole, source, study, inputs, began)
+    work = inputs.calibrated(
+        budget.model,
         source,
-        settings,
-        spec.confirm,
+        budget.spec.calibration.settings(),
+        budget.spec.confirm,
         why="there is no text to confirm on. Give --confirm-text or a longer text.",
-        requests=requests,
+        requests=[spec.request(0) for spec in specs],
     )
+    sizes = budget.calibrated(whole, work).sizes
+    sized = [spec.sized({path: sizes[path] for path in spec.free_sizes}) for spec in specs]
+    return Opened(work=work, specs=sized, budget=budget)
 
 
 def _points(
-    work: "Work",
-    study: str,
-    specs: "Sequence[JobSpec]",
-    inputs: Terminal,
-    target: Target | None = None,
+    opened: Opened, study: str, inputs: Terminal, target: Target | None = None
 ) -> "AbstractContextManager[tuple[CurvePoints, Study]]":
     """What finds the points; the study of each keeps the document of its search."""
     from pho_service.pipeline.curve import opened_points
     from storage.studies import keep_record
 
-    documents = {str(spec.pruning()): spec.model_dump(mode="json") for spec in specs}
+    work, requests = opened.work, opened.requests
+    documents = {str(spec.pruning()): spec.model_dump(mode="json") for spec in opened.specs}
 
     def note(point_study: "Study", request: "SearchRequest") -> None:
         keep_record(point_study, DOCUMENT, documents[str(request.pattern)])
+        opened.budget.note(point_study)
 
-    requests, run = [spec.request(0) for spec in specs], inputs.run(work.model)
+    run = inputs.run(work.model)
     return opened_points(study, requests, work, run=run, target=target, note=note)
 
 
@@ -197,6 +222,7 @@ def search_within(
     target: Target,
     study: str,
     inputs: Terminal,
+    began: float,
 ) -> "Within":
     """Find the highest sparsity that is within a target."""
     from pho_service.pipeline.curve import find_points, target_found
@@ -206,11 +232,10 @@ def search_within(
             "--within is of one model's perplexity, and several models are given. Search for each "
             "of them alone."
         )
-    specs = {sparsity: _spec(models[0], given, sparsity) for sparsity in target.sparsities}
-    of_all = [spec.request(0) for spec in specs.values()]
-    opened = open_curve(specs[target.sparsities[0]], given, of_all, inputs)
-    with _points(opened, study, [*specs.values()], inputs, target) as (points, _):
-        return target_found(target, find_points(points.find, of_all, target))
+    specs = [_spec(models[0], given, sparsity) for sparsity in target.sparsities]
+    opened = open_curve(_whole(models[0], given, {}), specs, study, inputs, began)
+    with _points(opened, study, inputs, target) as (points, _):
+        return target_found(target, find_points(points.find, opened.requests, target))
 
 
 def _spec(model: str, given: Given, sparsity: float) -> "JobSpec":

@@ -4,7 +4,7 @@ The options of a verb made from fields: of a job's document, and of what the ver
 
 import inspect
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,10 +24,12 @@ from pho_service.spec.job_options import (
     value_at,
     within,
 )
+from pho_service.spec.minutes import OF_THE_TEXT
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
+    from pho_service.spec.configuration import Configuration
     from pho_service.spec.fields import CalibrationSpec
     from pho_service.spec.job import JobSpec
 
@@ -121,13 +123,28 @@ class Given:
     def job(self, document: Mapping[str, Any]) -> "JobSpec":
         from pho_service.spec.job import JobSpec
 
+        if "minutes" not in self.fields:  # this verb keeps to none
+            document = {"minutes": None, **document}
         spec = self.read(JobSpec, document)
         return spec.model_copy(update={"calibration": spec.calibration.fitted(self.longest)})
 
-    def calibration(self) -> "CalibrationSpec":
+    def calibration(self, like: "Iterable[Configuration]" = ()) -> "CalibrationSpec":
+        """
+        How the verb calibrates; if no size is given, with as many windows as the first of some
+        configurations was found on.
+        """
         from pho_service.spec.fields import CalibrationSpec
 
-        return self.part("calibration", CalibrationSpec).fitted(self.longest)
+        asked = self.part("calibration", CalibrationSpec)
+        names = [path.rpartition("/")[2] for path in OF_THE_TEXT]
+        found = (configuration.calibration.get("settings", {}) for configuration in like)
+        sizes = next((known for known in found if {*names} <= known.keys()), None)
+        if sizes is None or any(path in self.said for path in OF_THE_TEXT):
+            return asked.fitted(self.longest)
+        samples, length = (sizes[name] for name in names)
+        length = min(length, self.longest or length)
+        say(f"Calibrating as it was found: on {samples} windows of {length} tokens.")
+        return asked.model_copy(update=dict(zip(names, (samples, length), strict=True)))
 
     def part(self, path: str, kind: type[T]) -> T:
         """A part of the document, by itself."""

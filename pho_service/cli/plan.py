@@ -80,18 +80,14 @@ def _here(spec: dict[str, Any], card: str | None, memory: dict[str, int]) -> Pla
 
 
 def _this_machine() -> "Machine":
-    """Describe the first GPU that torch sees, with the rates of a similar card, or the CPU."""
-    from pho_service.planning.costs import CARDS, named_machine
+    """The first GPU that torch sees, or the CPU; that, too, if there is no torch."""
+    from pho_service.planning.costs import named_machine
 
     try:
-        import torch
+        from pho_service.pipeline.minutes import machine_at_hand
     except ModuleNotFoundError:
         return named_machine("cpu")
-    if not torch.cuda.is_available():
-        return named_machine("cpu")
-    about = torch.cuda.get_device_properties(0)
-    like = next((card for name, card in CARDS.items() if name in about.name), CARDS["A100"])
-    return like.resized(about.total_memory)
+    return machine_at_hand()
 
 
 def _show(answer: PlanAnswer, name: str) -> None:
@@ -116,6 +112,8 @@ def _show(answer: PlanAnswer, name: str) -> None:
         f"rates {rates}; windows of the calibration: {how}"
         f"{', blocks run twice' if answer.recompute and not answer.stream else ''}",
     )
+    if answer.choice is not None:
+        click.echo(answer.choice)
     saved, packed = map(format_bytes, (answer.pruned.saved_bytes, answer.pruned.packed_bytes))
     click.echo(f"The pruned model takes {saved} on a disk, and about {packed} once it is packed.")
     if answer.pruned.times_smaller is not None:

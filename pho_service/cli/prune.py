@@ -2,6 +2,7 @@
 `pho prune`, `pho pack`, `pho export` and their like: from a configuration to a model on disk.
 """
 
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +17,7 @@ from pho_service.cli.library import (
     check_library,
     wanted_for,
 )
+from pho_service.cli.minutes import budget_of
 from pho_service.cli.options import (
     Terminal,
     calibration_source,
@@ -170,7 +172,15 @@ class _PruneAsk:
 
 @click.command(
     cls=DocumentCommand,
-    fields=("steps/linears", "steps/deployable", "calibration", "revision", "dtype", "stream"),
+    fields=(
+        "steps/linears",
+        "steps/deployable",
+        "calibration",
+        "revision",
+        "dtype",
+        "stream",
+        "minutes",
+    ),
     ask=_PruneAsk,
 )
 @click.argument("model", required=False)
@@ -210,6 +220,7 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
     named = {given.names[path]: path for path in given.said if path.startswith("steps/linears/")}
     of_library = {"--library": ask.library, "--force": ask.force or None}
     pruning = {**of_library, "--pattern": ask.pattern, "--scope": ask.scope, **named}
+    pruning |= {"--minutes": given.said.get("minutes")}
     if ask.check:
         pruning["--deployable"] = given("steps/deployable")
         others = {
@@ -250,8 +261,9 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
     _refuse(ask, pruning=pruning, of_library=of_library, named=named)
     if ask.pattern is not None:
         Pattern.parse(ask.pattern, ask.scope)  # a wrong one is refused before a model is read
+    configuration = _given_configuration(ask, given)
     source = Source(
-        configuration=_given_configuration(ask, given),
+        configuration=configuration,
         library=ask.library,
         pattern=ask.pattern,
         scope=ask.scope,
@@ -260,7 +272,7 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
     )
     statistics = _Statistics(
         bundle=ask.bundle,
-        calibration=given.calibration(),
+        calibration=given.calibration([configuration] if configuration and not ask.bundle else []),
         named=bool({"calibration/text", "calibration/dataset"} & {*given.said}),
     )
     _prune(model, source, Path(ask.out), statistics, as_json, inputs)
@@ -279,28 +291,32 @@ def _cut(
     from pho_service.pipeline.search import opened_study, search_job
     from pho_service.shown.report import Report
     from pho_service.shown.tables import results_table, verdict_table
-    from pho_service.spec.curve import CUT_FINALISTS
-    from pho_service.spec.fields import ConfirmSpec
-    from pho_service.tuning.plan import SearchRequest
 
+    began = time.monotonic()
     check_free(folder)
     check_models([model], inputs.revision)
-    calibration = given.calibration()
-    request = SearchRequest(pattern=pattern, finalists=CUT_FINALISTS)
+    # What an interrupted run has measured is there when the same command is given again.
+    place = folder.expanduser().resolve().with_name(f".{folder.name}.cuts")
+    study_url = f"sqlite:///{place}/study.db"
+    document = {"model": model, "pattern": str(pattern), "prune": True}
+    asked = given.job(given.document({**document, "confirm": {"windows": CUT_WINDOWS}}))
+    source = calibration_source(asked.calibration)
+    budget = budget_of(asked, source, study_url, inputs, began)
+    request = budget.spec.request(0)
     work = inputs.calibrated(
-        model,
-        calibration_source(calibration),
-        calibration.settings(),
-        ConfirmSpec(windows=CUT_WINDOWS),
+        budget.model,
+        source,
+        budget.spec.calibration.settings(),
+        budget.spec.confirm,
         why="cuts are compared on windows that the calibration leaves of its text, and it leaves "
         "none. Give a longer text, or fewer --samples.",
         requests=[request],
     )
-    # What an interrupted run has measured is there when the same command is given again.
-    place = folder.expanduser().resolve().with_name(f".{folder.name}.cuts")
+    budget.calibrated(asked, work)
     place.mkdir(parents=True, exist_ok=True)
-    with opened_study(f"sqlite:///{place}/study.db", request, work) as study:
-        result = search_job(request, work, study=study, run=inputs.run(work.model))
+    with opened_study(study_url, request, work) as study:
+        budget.note(study)
+        result = search_job(request, work, study=study, run=budget.run(inputs, work, study))
     configuration = result.configuration
     pruned = prune_job(
         work, configuration, folder, memo=work.blocks(winner_of(configuration)), progress=progress

@@ -1,5 +1,6 @@
 """`pho search`."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import click
 from pho_service.cli import curve as within_target
 from pho_service.cli import library
 from pho_service.cli.document import DOCUMENT, WARM, DocumentCommand, Given, given_target
+from pho_service.cli.minutes import Budget, budget_of
 from pho_service.cli.options import (
     Terminal,
     calibration_source,
@@ -72,26 +74,30 @@ def search(
     from pho_service.pipeline.search import check_study_url, opened_study, search_job
     from storage.studies import keep_record
 
+    began = time.monotonic()
     path, study = out_file(ask.out), ask.study
     check_study_url(study)
     text = given("confirm/text") if len(models) == 1 else None  # several take none
     check_models(models, given("revision"), text)
     target = given_target(given)
     if target is not None:
-        answer = within_target.search_within(models, given, target, study, inputs)
+        answer = within_target.search_within(models, given, target, study, inputs, began)
         _finish(answer.result, path, study, as_json, answer)
         return
     bundles = _bundles(models, given)
     spec = _asked(models, given, bundles)
-    request = replace(spec.request(0), warm_start=tuple(library.of_files(given, spec)))
-    work = _opened(spec, given, bundles, inputs)
+    warm_start = tuple(library.of_files(given, spec))
+    budget, work = _opened(spec, study, bundles, inputs, began)
+    spec = budget.spec
+    request = replace(spec.request(0), warm_start=warm_start)
     about = {} if spec.more_models else work.bundle.provenance.get("model", {})
     candidates = library.of_libraries(given, request.pattern, about)
     request = replace(request, warm_start=(*request.warm_start, *candidates))
     with opened_study(study, request, work) as record:
         keep_record(record, DOCUMENT, spec.model_dump(mode="json"))
+        budget.note(record)
         keep_record(record, WARM, given("warm_start/found") or [])
-        result = search_job(request, work, study=record, run=inputs.run(work.dense))
+        result = search_job(request, work, study=record, run=budget.run(inputs, work, record))
     _finish(result, path, study, as_json)
 
 
@@ -117,6 +123,12 @@ def _asked(
     """The document that `pho submit` would send, with the kernel sizes that bundles have."""
     document = given.document({"model": models[0], "more_models": [*models[1:]]})
     if bundles:
+        if "minutes" in given.said:
+            raise InvalidInput(
+                f"{given.names['minutes']} chooses how a model is calibrated, and "
+                f"{next(iter(bundles))} is a bundle, which is made already. Leave it out."
+            )
+        document["minutes"] = None
         sizes = [{*bundle.kernel_sizes} for bundle in bundles.values()]
         if len(bundles) < len(models):
             sizes.append({*given.calibration().kernel_sizes})
@@ -127,22 +139,34 @@ def _asked(
 
 
 def _opened(
-    spec: "JobSpec", given: Given, bundles: "dict[str, ProxyBundle]", inputs: Terminal
-) -> Work:
-    """The bundles of a search, made of the models that are none, with its only model, if it has."""
-    if spec.models == [*bundles]:
-        return Work(bundles=bundles)
-    all_bundles, source = {**bundles}, calibration_source(spec.calibration)
-    settings, alone = given.calibration().settings(), not spec.more_models
+    asked: "JobSpec",
+    study: str,
+    bundles: "dict[str, ProxyBundle]",
+    inputs: Terminal,
+    began: float,
+) -> tuple[Budget, Work]:
+    """
+    The minutes of a search, and its bundles, made of the models that are none, with its only model,
+    if it has.
+    """
+    if asked.models == [*bundles]:
+        return Budget(spec=asked, model=asked.model), Work(bundles=bundles)
+    all_bundles, source = {**bundles}, calibration_source(asked.calibration)
+    budget = budget_of(asked, source, study, inputs, began)
+    spec, alone = budget.spec, not asked.more_models
+    settings = spec.calibration.settings()
     for name in spec.models:
         if name not in bundles:
             confirm, requests = spec.confirm if alone else None, [spec.request(0)]
-            work = inputs.calibrated(name, source, settings, confirm, requests=requests)
+            model, budget.model = budget.model if name == spec.model else name, name
+            work = inputs.calibrated(model, source, settings, confirm, requests=requests)
+            del model
             if alone:
-                return work
+                budget.calibrated(asked, work)
+                return budget, work
             all_bundles[name] = work.bundle
             del work  # two may not fit
-    return Work(bundles={name: all_bundles[name] for name in spec.models})
+    return budget, Work(bundles={name: all_bundles[name] for name in spec.models})
 
 
 def _finish(

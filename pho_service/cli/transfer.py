@@ -105,7 +105,7 @@ def transfer(
     own_confirm = given.part("confirm", ConfirmSpec)
     config = read_configuration(Path(configuration))
     check_configuration(configuration, config, ask.pattern, ask.scope)
-    calibration = given.calibration()
+    calibration = given.calibration([config])
     settings = calibration.settings()
     kernel_size = config.candidate().coefficients.kernel_size
     if kernel_size not in settings.kernel_sizes:

@@ -224,6 +224,12 @@ def reconstruct_winner(
     run: Run = Run(),
 ) -> SearchResult:
     """Add a reconstruction to what a search found, if it makes it better."""
+    if (passes := run.passes) is not None:
+        asked = settings.passes
+        made = once(
+            study, "passes", {"asked": asked}, lambda: {"passes": passes(asked)}, fence=run.fence
+        )
+        settings = replace(settings, passes=made["passes"])
     configuration = result.configuration
     steps = replace(configuration.steps, reconstruction=settings)
     rebuilt = configuration.model_copy(update={"steps": steps})

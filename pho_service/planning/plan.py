@@ -2,12 +2,15 @@
 What a job needs: peaks of memory and disk, seconds of each stage, and what would make it fit.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from pho_service.errors import InvalidInput, field_name
 from pho_service.planning.costs import Costs, Machine, PlannedWork
+from pho_service.planning.minutes import fitted, sentence
 from pho_service.planning.shapes import DTYPE_BYTES, ModelShapes
 from pho_service.planning.stage_memory import (
     MOST,
@@ -56,6 +59,7 @@ class StagePlan:
 class Plan:
     """Time and memory of a job on a machine."""
 
+    spec: JobSpec  # The job, with the sizes that its minutes chose
     shapes: ModelShapes  # Shapes of the model
     machine: Machine  # Where
     work: PlannedWork  # What is asked for
@@ -85,6 +89,18 @@ class Plan:
         return sum(low), sum(high)
 
     @property
+    def costs(self) -> Costs:
+        """Seconds of single steps."""
+        return Costs(self.shapes, self.work, self.machine)
+
+    def own_seconds(self, *, calibrated: bool = False) -> float:
+        """Seconds of what the job does itself, in the middle, without a calibration behind it."""
+        kinds = {StageKind.CALIBRATE} if calibrated else set()
+        kinds |= set() if self.spec.prune else {StageKind.PRUNE}
+        stages = (stage for stage in self.stages if stage.kind not in kinds)
+        return sum(math.sqrt(stage.seconds[0] * stage.seconds[1]) for stage in stages)
+
+    @property
     def pruned_bytes(self) -> tuple[int, int]:
         """Size of the pruned weights and masks, as they are saved and as they are packed."""
         shapes, bits = self.shapes, self.shapes.prunable // 8  # one for each weight
@@ -111,6 +127,7 @@ class Plan:
                 "context_length": self.shapes.context,
             },
             "machine": self.machine.to_dict(),
+            "choice": None if self.spec.minutes is None else sentence(self),
             "fits": self.fits,
             "obstacles": list(self.obstacles),
             "ways_out": list(self.ways_out),
@@ -132,7 +149,12 @@ class Plan:
 
 
 def plan_job(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> Plan:
-    """Plan a search job, and what would make it fit if it does not."""
+    """
+    Plan a search job, and what would make it fit if it does not; sizes that are free are chosen.
+    """
+    if spec.free_sizes:
+        sized = partial(plan_job, shapes=shapes, machine=machine)
+        return fitted(spec, shapes.context, sized, 60 * (spec.minutes or 0))
     if spec.several:
         return _of_several(spec, shapes, machine)
     settings = spec.calibration.fitted(shapes.context).settings()
@@ -160,7 +182,7 @@ def plan_job(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> Plan:
     )
     for width in {linear.in_features for linear in shapes.linears}:
         work.pattern.check_width(width, spec.model)
-    plan = _plan(shapes, work, machine)
+    plan = _plan(spec, shapes, work, machine)
     return plan if plan.fits else replace(plan, ways_out=tuple(_ways_out(plan)))
 
 
@@ -193,7 +215,7 @@ def _of_several(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> Plan:
             stage = replace(stage, kind=StageKind.POINT, title=title)
         stages.append(stage)
     lacking = next((plan for plan in plans if not plan.fits), plans[0])
-    return replace(lacking, stages=tuple(stages))
+    return replace(lacking, spec=spec, stages=tuple(stages))
 
 
 def _dtype(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> str:
@@ -203,7 +225,7 @@ def _dtype(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> str:
     return shapes.dtype if machine.is_gpu or spec.stream else "float32"
 
 
-def _plan(shapes: ModelShapes, work: PlannedWork, machine: Machine) -> Plan:
+def _plan(spec: JobSpec, shapes: ModelShapes, work: PlannedWork, machine: Machine) -> Plan:
     memory = _Memory(shapes, work, machine)
     calibration = choose_run(
         memory.footprint, work.calibration, memory.place,
@@ -219,6 +241,7 @@ def _plan(shapes: ModelShapes, work: PlannedWork, machine: Machine) -> Plan:
             work = once
     stages = tuple(_stages(_Memory(shapes, work, machine), calibration))
     return Plan(
+        spec=spec,
         shapes=shapes,
         machine=machine,
         work=work,
@@ -383,7 +406,7 @@ def _ways_out(plan: Plan) -> Iterator[str]:
     work, settings, machine = plan.work, plan.work.calibration, plan.machine
 
     def fits(**changes: Any) -> bool:
-        return _plan(plan.shapes, replace(work, **changes), machine).fits
+        return _plan(plan.spec, plan.shapes, replace(work, **changes), machine).fits
 
     projected = replace(settings, projection_rows=128)
     if not settings.projection_rows and fits(calibration=projected):
@@ -413,7 +436,7 @@ def _ways_out(plan: Plan) -> Iterator[str]:
     if not work.stream and machine.is_gpu:
         for cards in _CARDS:
             together = machine.resized(cards * machine.memory_bytes)
-            if _plan(plan.shapes, work, together).fits:
+            if _plan(plan.spec, plan.shapes, work, together).fits:
                 way = field_name("device_map", "auto") or "`pho worker --device all`"
                 yield f"spread it over {cards} such cards ({way})"
                 break

@@ -4,11 +4,12 @@ A request in words, and the commands that ask the same again.
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pho_service.spec.fields import CalibrationSpec, ConfirmSpec
 from pho_service.spec.job import JobSpec, island_seed
+from pho_service.spec.minutes import OF_THE_TEXT
 from pho_service.spec.structure import PREFIX, is_structured
 from pho_service.spec.transfer import TransferSpec
 
@@ -28,8 +29,9 @@ def search_in_words(spec: JobSpec) -> dict[str, str]:
         "trials": f"{spec.trials}" + (f" on each of {spec.islands} islands" * (spec.islands > 1)),
         "seed" if len(seeds) == 1 else "seeds": ", ".join(seeds),
         "search space": _space(plan.space.to_dict()),
-        "calibration": _calibration(spec.calibration),
-        "confirmation": _confirmation(spec.confirm),
+        **_minutes(spec),
+        "calibration": _calibration(spec.calibration, spec.free_sizes),
+        "confirmation": _confirmation(spec.confirm, spec.free_sizes),
         **(
             {}
             if spec.warm_start is None
@@ -50,8 +52,9 @@ def _cut_in_words(spec: JobSpec) -> dict[str, str]:
         "model": spec.model,
         "pattern": pattern_in_words(str(spec.pattern)),
         "splits": "all, rated by what they are estimated to cost",
-        "calibration": _calibration(spec.calibration),
-        "confirmation": _confirmation(spec.confirm),
+        **_minutes(spec),
+        "calibration": _calibration(spec.calibration, spec.free_sizes),
+        "confirmation": _confirmation(spec.confirm, spec.free_sizes),
         **({} if spec.tasks is None else {"tasks": _tasks(spec)}),
         **({} if spec.recovery is None else {"recovery": str(spec.recovery.settings())}),
     }
@@ -240,17 +243,29 @@ def _space(bounds: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _calibration(calibration: CalibrationSpec) -> str:
-    return (
-        f"{calibration.named}, {calibration.samples} windows of "
-        f"{calibration.context_length} tokens, seed {calibration.seed}"
-    )
+def _minutes(spec: JobSpec) -> dict[str, str]:
+    """The time of a job, if it has one."""
+    if spec.minutes is None:
+        return {}
+    return {"minutes": f"{spec.minutes:g}"}
 
 
-def _confirmation(confirm: ConfirmSpec | None) -> str:
+_AS_FIT = "as many as fit into the minutes"
+
+
+def _calibration(calibration: CalibrationSpec, free: Sequence[str] = ()) -> str:
+    windows = f"{calibration.samples} windows of {calibration.context_length} tokens"
+    if {*free} & {*OF_THE_TEXT}:
+        windows = f"windows, {_AS_FIT}"
+    return f"{calibration.named}, {windows}, seed {calibration.seed}"
+
+
+def _confirmation(confirm: ConfirmSpec | None, free: Sequence[str] = ()) -> str:
     if confirm is None:
         return "none: the best by the objective alone"
     text = confirm.text or "what the calibration leaves of its text"
+    if any(path.startswith("confirm/") for path in free):
+        return f"finalists, {_AS_FIT}, on windows of {text}"
     return f"{confirm.finalists} finalists on {confirm.windows} windows of {text}"
 
 

@@ -33,6 +33,7 @@ from pho_service.spec.document import (
     Document,
     FieldShown,
     Name,
+    Number,
     Title,
     printable,
 )
@@ -46,6 +47,15 @@ from pho_service.spec.fields import (
     WarmStartSpec,
     check_field,
     check_models,
+)
+from pho_service.spec.minutes import (
+    MINUTES,
+    MOST_MINUTES,
+    SizeName,
+    of_minutes,
+    sizes_of,
+    with_minutes,
+    with_sizes,
 )
 from pho_service.spec.objective import (
     MAX_TRIALS,
@@ -341,6 +351,23 @@ class JobSpec(Document):
     )
     seed: SamplerSeed = SearchOptions.seed
     in_full: InFull = SearchOptions.in_full
+    minutes: Annotated[
+        Number | None, FieldShown(section=JOB, rank=5, kind="minutes", default="")
+    ] = Field(
+        None,
+        gt=0,
+        le=MOST_MINUTES,
+        exclude_if=lambda minutes: minutes is None,
+        description="Minutes that it may take: sizes that are not given are chosen for that, on "
+        f"the machine that does it. By default {MINUTES:g}, or no limit where calibration "
+        "windows or their length are given; none takes 128 windows of 2,048 tokens, as papers do.",
+    )
+    # Written down, so that a document that is read again has the same ones.
+    free_sizes: Annotated[list[SizeName], FieldShown(option="", argument="")] = Field(
+        [],
+        exclude_if=lambda sizes: not sizes,
+        description="Sizes that the minutes choose: by default those that are not given.",
+    )
     # `pho evaluate --tasks` measures what was pruned.
     tasks: Annotated[
         list[Name] | None,
@@ -436,6 +463,7 @@ class JobSpec(Document):
     _of_pruned = field_validator("recovery")(of_pruned)
     _also_pruned = field_validator("gguf")(also_pruned)
     _differ = field_validator("islands")(differ)
+    _of_minutes = field_validator("free_sizes")(of_minutes)
 
     @model_validator(mode="before")
     @classmethod
@@ -445,7 +473,9 @@ class JobSpec(Document):
         several patterns, and where blocks are cut, there are fewer finalists.
         """
         if isinstance(values, dict) and values.get("more_models"):
-            return {"confirm": None, **values}
+            return with_minutes({"confirm": None, **values})
+        if isinstance(values, dict):
+            values = with_minutes(values)
         several = isinstance(values, dict) and values.get("patterns")
         if several or (isinstance(values, dict) and is_structured(values.get("pattern"))):
             confirm = values.get("confirm", {})
@@ -464,6 +494,15 @@ class JobSpec(Document):
         for pattern in first_of_kinds(self.points):
             self.of_pattern(pattern).plan(0)
         return self
+
+    def sized(self, sizes: Mapping[SizeName, int | None]) -> "JobSpec":
+        """With sizes that were chosen for the minutes, so that they are free no more."""
+        return type(self).model_validate(with_sizes(self.model_dump(mode="json"), sizes))
+
+    @property
+    def sizes(self) -> dict[SizeName, int | None]:
+        """Those of its sizes that it has a use for."""
+        return sizes_of(self.model_dump(mode="json"))
 
     @property
     def models(self) -> list[str]:

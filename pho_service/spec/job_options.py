@@ -30,6 +30,7 @@ from pho_service.spec.document import (
     parse_bytes,
     sentences_of,
 )
+from pho_service.spec.minutes import OF_THE_TEXT, SIZES, put_sizes
 
 if TYPE_CHECKING:
     from pho_service.spec.job import JobSpec
@@ -204,8 +205,14 @@ def minimal_document(spec: "JobSpec") -> dict[str, Any]:
     default = type(spec).model_validate({**least, **sparse}).model_dump(mode="json")
     small = {**least, **sparse}
     for name, value in whole.items():
-        if name not in small and value != default.get(name):
+        if name not in (*small, "free_sizes") and value != default.get(name):
             small[name] = _changed(name, value)
+    if _as_published(whole):
+        small["minutes"] = None
+    elif "minutes" in whole:  # sizes that are chosen are said, also those that are usual
+        said = {path: size for path, size in spec.sizes.items() if path not in spec.free_sizes}
+        kept = {"minutes": spec.minutes} if said.keys() & {*OF_THE_TEXT} else {}
+        small = put_sizes({**small, **kept}, said)
     return small if _same(small, whole) else _filled(small, whole)
 
 
@@ -310,6 +317,7 @@ class Field(JobField):
     def value(self, said: Any, name: str) -> Any:
         """Read the text of an option as JSON."""
         from pho_service.spec.curve import parse_rise
+        from pho_service.spec.minutes import parse_minutes
         from pho_service.spec.space import parse_bounds
 
         match self.written:
@@ -317,6 +325,8 @@ class Field(JobField):
                 return parse_bytes(said, name)
             case "words":
                 return [word.strip() for word in said.split(",")]
+            case "minutes":
+                return None if said == "none" else parse_minutes(said, name)
             case "rise":
                 return parse_rise(said, name)
             case "off":
@@ -349,6 +359,8 @@ class Field(JobField):
             case "bounds":
                 pairs = {bound: _bound(bound, values) for bound, values in value.items() if values}
                 texts = [f"{bound}={text}" for bound, text in pairs.items()]
+            case "minutes":
+                texts = ["none" if value is None else f"{value:g}"]
             case "pairs":
                 texts = [f"{key}={part}" for key, part in value.items()]
             case "lines":
@@ -417,17 +429,33 @@ def prune_command(model: str, config: str, document: Mapping[str, Any]) -> str:
 def _said(document: Mapping[str, Any], part: str) -> list[str]:
     """The options for a part of a document that differ from their defaults."""
     words: list[str] = []
+    minutes, free = document.get("minutes"), document.get("free_sizes", ())
     for path, field in document_fields().items():
         if field.shown.service or path == "warm_start/found":
             continue
         if not within(path, part):
             continue
         value = value_at(document, path, field.default)
-        if field.written == "off":
+        if path == "minutes":
+            words += field.words(value) if free or _as_published(document) else []
+        elif minutes is not None and path in SIZES:
+            size = value_at(document, path)  # None of a confirmation that there is not
+            words += [] if path in free or size is None else field.words(size)
+        elif field.written == "off":
             words += field.words(None) if value is None and not document.get("more_models") else []
         elif value is not None and value != field.default:
             words += field.words(value)
     return words
+
+
+def _as_published(document: Mapping[str, Any]) -> bool:
+    """Whether a job is on as much text as papers take, and nobody has said how much."""
+    calibration = document.get("calibration", {})
+    return document.get("minutes") is None and not any(
+        calibration.get(path.rpartition("/")[2], field.default) != field.default
+        for path, field in document_fields().items()
+        if path in OF_THE_TEXT
+    )
 
 
 def submit_command(document: Mapping[str, Any], *more: str) -> str | None:

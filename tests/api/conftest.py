@@ -26,7 +26,7 @@ from storage.records import JobState, NewStage, StageKind
 from storage.studies import open_storage, open_study, study_name
 from storage.tables import stages
 
-DOCUMENT = {"model": "org/name", "pattern": "0.5"}
+DOCUMENT = {"model": "org/name", "pattern": "0.5", "minutes": None}
 NOBODY = "00000000-0000-0000-0000-000000000000"
 CONFIGURATION = Configuration.model_validate(
     {

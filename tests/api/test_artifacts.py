@@ -22,7 +22,7 @@ from storage.records import JobState, StageKind
 
 FILES = {"model.safetensors": bytes(range(256)) * 40, "pruning/masks.safetensors": b"masks"}
 WEIGHTS = FILES["model.safetensors"]
-DOCUMENT = {"model": "org/name", "pattern": "0.5"}
+DOCUMENT = {"model": "org/name", "pattern": "0.5", "minutes": None}
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pho_service.spec.fields import CalibrationSpec
 from pho_service.spec.job import JobSpec
 from pho_service.spec.objective import SAMPLERS
 
-DOCUMENT = {"model": "org/name", "pattern": "0.5"}
+DOCUMENT = {"model": "org/name", "pattern": "0.5", "minutes": None}
 JSON = {"Content-Type": "application/json"}
 
 

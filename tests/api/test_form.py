@@ -152,7 +152,7 @@ def test_each_field_of_a_job_is_once_in_the_form_or_named_beside_the_field_for_j
     assert all(form_fields()[path].hint for path in shown)
 
 
-def test_choices_bounds_and_helps_are_those_of_the_document_four_fields_come_before_more(client):
+def test_choices_bounds_and_helps_are_those_of_the_document_five_fields_come_before_more(client):
     text = client.get("/new").text
     page = Filled(text)
 
@@ -165,9 +165,9 @@ def test_choices_bounds_and_helps_are_those_of_the_document_four_fields_come_bef
     assert "<option selected>H100</option>" in text
     before, _, after = text.partition("<summary>More")
     assert [field.path for field in sections()[0].fields] == [
-        "model", "pattern", "calibration/text", "preset",
+        "model", "pattern", "calibration/text", "preset", "minutes",
     ]  # fmt: skip
-    assert len(re.findall(r"<(input(?! type=.hidden)|select|textarea) ", before)) == 4
+    assert len(re.findall(r"<(input(?! type=.hidden)|select|textarea) ", before)) == 5
     assert "fetched with <code>pho pull</code>" in after
     assert "`" not in words(before + after)
 

@@ -17,7 +17,7 @@ from storage.records import JobState, StageKind
 from storage.studies import open_storage, open_study, study_name
 from storage.tables import jobs
 
-DOCUMENT = {"model": "org/name", "pattern": "0.5"}
+DOCUMENT = {"model": "org/name", "pattern": "0.5", "minutes": None}
 # By verb: a state where it works, the state after it, and a state where it does not.
 VERBS = {
     "cancel": (JobState.RUNNING, "cancelling", JobState.SUCCEEDED),

@@ -13,7 +13,7 @@ from pho_service.spec.job import JobSpec
 from storage.keys import KeyStore, Quota
 from storage.records import StageKind
 
-DOCUMENT = {"model": "org/name", "pattern": "0.5"}
+DOCUMENT = {"model": "org/name", "pattern": "0.5", "minutes": None}
 NOBODY = "00000000-0000-0000-0000-000000000000"
 
 

@@ -12,7 +12,7 @@ from pho_service.host.settings import read_settings
 from pho_service.spec.fields import JobLimits
 from storage.records import JobState, TooManyTrials
 
-DOCUMENT = {"model": "org/name", "pattern": "0.5"}
+DOCUMENT = {"model": "org/name", "pattern": "0.5", "minutes": None}
 SMALL = {"preset": "score", "calibration": {"samples": 10, "context_length": 100}, "confirm": None}
 
 

@@ -12,7 +12,7 @@ from storage.tables import sessions
 
 BROWSER = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 JOB = "/jobs/00000000-0000-0000-0000-000000000000"
-DOCUMENT = {"model": "org/name", "pattern": "0.5"}
+DOCUMENT = {"model": "org/name", "pattern": "0.5", "minutes": None}
 
 
 @pytest.fixture

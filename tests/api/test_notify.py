@@ -27,7 +27,7 @@ from storage.tables import notifications
 DOCS = Path(__file__).parents[2] / "docs" / "service.md"
 SECRET = "of the tests alone"  # noqa: S105 - of nothing
 RULES = WebhookRules(hosts=("localhost", "127.0.0.1"), secret=SECRET.encode(), private=True)
-DOCUMENT = {"model": "org/name", "pattern": "0.5"}
+DOCUMENT = {"model": "org/name", "pattern": "0.5", "minutes": None}
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def jobs(client, headers, hand):
     """One in each state; first the one with a result, which most operations are about."""
     ids = []
     for state in sorted(JobState, key=lambda state: state is not JobState.SUCCEEDED):
-        document = {"model": "org/name", "pattern": "0.5"}
+        document = {"model": "org/name", "pattern": "0.5", "minutes": None}
         job = client.post("/v1/jobs", json=document, headers=headers).json()
         hand.record(job, 3, failed=1)
         hand.bring(job["id"], state)

@@ -15,7 +15,7 @@ from storage.embedded import Postmaster
 from storage.jobs import JobStore
 from storage.keys import KeyStore
 
-DOCUMENT = {"model": "org/name", "pattern": "0.5"}
+DOCUMENT = {"model": "org/name", "pattern": "0.5", "minutes": None}
 
 
 def until(holds):

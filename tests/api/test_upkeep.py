@@ -5,7 +5,7 @@ from sqlalchemy import text
 from pho_service.api.operations import sweep
 from storage.records import JobState
 
-DOCUMENT = {"model": "org/name", "pattern": "0.5"}
+DOCUMENT = {"model": "org/name", "pattern": "0.5", "minutes": None}
 
 
 def age(database, table, column, days):

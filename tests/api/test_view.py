@@ -29,8 +29,8 @@ def view(document=SEARCH, state=JobState.QUEUED, **fields):
 def stage(kind, number=0, state=StageState.RUNNING, **fields):
     values = {
         "id": number, "job_id": uuid.uuid4(), "attempt": 1, "failures": 0, "worker_id": None,
-        "params": None, "done": 0, "elapsed_s": 0.0, "best_value": None, "step": None,
-        "result": None, "started_at": NOW, "finished_at": None,
+        "params": None, "done": 0, "elapsed_s": 0.0, "worked_s": 0.0, "best_value": None,
+        "step": None, "result": None, "started_at": NOW, "finished_at": None,
     }  # fmt: skip
     return Stage(kind=kind, number=number, state=state, **{**values, **fields})
 

@@ -79,7 +79,8 @@ def test_each_field_of_a_jobs_document_has_an_option_but_for_the_models():
             "shares": [3, 1],
         },
         "validation": {},
-        "prune": True, "gguf": ["q8_0"], "recovery": {}, "tasks": ["boolq"], "tasks_dir": "tasks",
+        "prune": True, "gguf": ["q8_0"], "recovery": {"tokens": 80, "shortened": ["4:6"]},
+        "tasks": ["boolq"], "tasks_dir": "tasks",
         "tasks_limit": 100,
         "notify": "https://hooks.example/pho", "warm_start": {},
         "steps": {
@@ -94,7 +95,7 @@ def test_each_field_of_a_jobs_document_has_an_option_but_for_the_models():
         paths |= leaves({name: document[name] for name in instead})
 
     options = {*document_fields()} - {"confirm"}  # --no-confirm is of the whole
-    assert paths - options == {"model", "more_models"}
+    assert paths - options == {"model", "more_models", "free_sizes"}
     assert options <= paths
     assert document_fields()["confirm"].name == "--no-confirm"
 

@@ -72,7 +72,8 @@ def listed(result):
 
 
 def test_a_submit_prints_the_jobs_id_or_the_answer_of_the_service_on_stdout(remote, client):
-    words = ("submit", "org/name", "--pattern", "0.5", "--idempotency-key", "one")
+    words = ("submit", "org/name", "--pattern", "0.5", "--minutes", "none")
+    words += ("--idempotency-key", "one")
     result, again, other = remote(*words), remote(*words), remote(*words, "--seed", 1)
     (job,) = client.jobs()
     printed = json.loads(remote(*words, "--json").stdout)
@@ -299,7 +300,8 @@ def test_a_submit_that_waits_watches(remote, client, store):
 
     worker = threading.Thread(target=work)
     worker.start()
-    result = remote("submit", "org/name", "--pattern", "0.5", "--watch", "--json")
+    words = ("--pattern", "0.5", "--minutes", "none", "--watch", "--json")
+    result = remote("submit", "org/name", *words)
     worker.join()
 
     assert result.exit_code == 0

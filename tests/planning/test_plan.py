@@ -60,7 +60,8 @@ def header(config):
 
 
 def planned(config=LLAMA, machine=H100, **fields):
-    spec = JobSpec.model_validate({"model": "org/m", "pattern": "0.5", "preset": "score", **fields})
+    asked = {"model": "org/m", "pattern": "0.5", "preset": "score", "minutes": None, **fields}
+    spec = JobSpec.model_validate(asked)
     return plan_job(spec, model_shapes("org/m", header(config)), machine)
 
 

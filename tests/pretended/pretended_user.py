@@ -16,7 +16,7 @@ from storage.database import Database
 from storage.records import NewStage, StageKind
 from storage.tables import stages
 
-SPEC = {"model": "org/name", "pattern": "0.5"}
+SPEC = {"model": "org/name", "pattern": "0.5", "minutes": None}
 FOUND = Configuration.model_validate(
     {
         "method": "crepe",

@@ -1,0 +1,153 @@
+"""
+`--minutes` on this machine: the sizes of a search are chosen, told, and kept for the next time.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pho_service.cli.options import Terminal, file_source
+from pho_service.cli.terminal import say
+from pho_service.progress import Look, Run
+from pho_service.spec.minutes import AFTER_CALIBRATION, put_sizes
+
+if TYPE_CHECKING:
+    from optuna import Study
+
+    from pho_service.models.data_sets import TextSource
+    from pho_service.models.loading import LanguageModel
+    from pho_service.models.texts import MixedText
+    from pho_service.pipeline.minutes import Clock
+    from pho_service.pipeline.work import Work
+    from pho_service.spec.job import JobSpec
+
+# Records of a study: the document of what was asked for, with its sizes, and seconds of work.
+CHOSEN, SPENT = "minutes", "spent_s"
+_NOTED_S = 5.0  # how often that is written down
+
+
+@dataclass(kw_only=True)
+class Budget:
+    """The minutes of a search on this machine."""
+
+    spec: "JobSpec"  # With the sizes that were chosen
+    model: "LanguageModel | str"  # Loaded, if its rates were measured
+    clock: "Clock | None" = None  # None where the time was not asked for
+
+    def note(self, study: "Study") -> None:
+        """Write into a study what was chosen, for whoever goes on with it."""
+        from storage.studies import keep_record
+
+        if self.spec.minutes is not None:
+            keep_record(study, CHOSEN, self.spec.model_dump(mode="json"))
+
+    def calibrated(self, asked: "JobSpec", work: "Work") -> "JobSpec":
+        """Choose again what can be chosen now, tell it, and the options that say the same."""
+        if self.clock is None or not asked.free_sizes:
+            return self.spec
+        again = [path for path in asked.free_sizes if path in AFTER_CALIBRATION]
+        if again:
+            spec = asked.sized({p: s for p, s in self.spec.sizes.items() if p not in again})
+            self.spec = self.clock.calibrated(spec, anew=work.calibration_s is not None)
+        options = " ".join(size_options(self.spec))
+        left = max(0.0, self.clock.left_s) / 60
+        say(f"Chosen, with {left:.0f} minutes left: {options}. They do the same anywhere.")
+        return self.spec
+
+    def run(self, inputs: Terminal, work: "Work", study: "Study") -> Run:
+        """What the search of a study runs with: it is told what there is time for."""
+        run = inputs.run(work.dense)
+        if self.clock is None:
+            return run
+        return replace(run, passes=self.clock.passes, look=_noting(study, self.clock))
+
+
+def budget_of(
+    asked: "JobSpec",
+    source: "TextSource | MixedText",
+    study: str,
+    inputs: Terminal,
+    began: float,
+) -> Budget:
+    """Choose the sizes that are free; those of an interrupted search are taken from its study."""
+    if asked.minutes is None:
+        return Budget(spec=asked, model=asked.model)
+    from pho_service.pipeline.minutes import Clock, machine_of
+    from pho_service.planning.minutes import sentence
+    from pho_service.planning.shapes import read_shapes
+
+    model = inputs.model(asked.model)
+    earlier = _earlier(study, asked)
+    before_s = 0.0 if earlier is None else float(earlier[SPENT])
+
+    def spent() -> float:
+        return before_s + time.monotonic() - began
+
+    spec = asked if earlier is None else asked.sized(earlier["sizes"])
+    shapes = read_shapes(asked.model, revision=asked.revision)
+    clock = Clock(spec, shapes, machine_of(model, shapes, asked), spent)
+    if earlier is not None:
+        say(f"Going on with what was chosen for it: {' '.join(size_options(spec))}.")
+        return Budget(spec=spec, model=model, clock=clock)
+    if not asked.free_sizes:
+        say(f"All sizes are given, so --minutes {asked.minutes:g} chooses none.")
+    own = asked.confirm and asked.confirm.text
+    if clock.fit_text(model, source, file_source(own) if own else None, asked.free_sizes):
+        say("The text is shorter than there is time for: all of it is used.")
+    say(sentence(clock.plan))
+    return Budget(spec=clock.plan.spec, model=model, clock=clock)
+
+
+def size_options(spec: "JobSpec") -> Iterator[str]:
+    """The options that say the sizes of a search."""
+    from pho_service.spec.job_options import document_fields
+
+    fields = document_fields()
+    for path, size in spec.sizes.items():
+        if size is not None and not (spec.is_cut and path == "in_full"):
+            yield from fields[path].words(size)
+
+
+def _earlier(url: str, asked: "JobSpec") -> dict[str, Any] | None:
+    """What was chosen for the same search when it was begun, and how long it has worked."""
+    from sqlalchemy.engine import make_url
+
+    from pho_service.pipeline.search import opened_studies
+    from pho_service.spec.job_options import value_at
+    from storage.studies import all_records
+
+    database = make_url(url)
+    if database.get_backend_name() == "sqlite" and not Path(str(database.database)).is_file():
+        return None
+
+    def unsized(document: Mapping[str, Any]) -> dict[str, Any]:
+        """The document without what the minutes have chosen."""
+        same = put_sizes(document, dict.fromkeys(asked.free_sizes))
+        return {name: value for name, value in same.items() if name != "free_sizes"}
+
+    wanted = unsized(asked.model_dump(mode="json"))
+    with opened_studies(url) as storage:
+        assert storage is not None
+        for records in all_records(storage):
+            document = records.get(CHOSEN) or {}
+            if document and unsized(document) == wanted:
+                sizes = {path: value_at(document, path) for path in asked.free_sizes}
+                return {"sizes": sizes, SPENT: records.get(SPENT, 0.0)}
+    return None
+
+
+def _noting(study: "Study", clock: "Clock") -> Look:
+    """Write into a study, now and then, how long its job has worked."""
+    from storage.studies import keep_record
+
+    noted = 0.0
+
+    def look() -> None:
+        nonlocal noted
+        if (now := clock.spent()) - noted >= _NOTED_S:
+            noted = now
+            keep_record(study, SPENT, round(now, 1))
+
+    return look

@@ -1,0 +1,176 @@
+"""
+The minutes of a job as it runs: the rates of its machine, what they leave, what fits into that.
+"""
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from pho_service.planning.costs import CARDS, Costs, Machine, named_machine
+from pho_service.planning.minutes import fitted
+from pho_service.planning.plan import Plan, plan_job
+from pho_service.planning.shapes import ModelShapes
+from pho_service.spec.calibration import CalibrationSettings
+from pho_service.spec.job import JobSpec
+from pho_service.spec.minutes import SizeName
+
+if TYPE_CHECKING:
+    from pho_service.models.loading import LanguageModel
+    from pho_service.models.texts import MixedText, Text
+
+_TIMED = 512  # tokens that rates are measured on
+_SHORTEST, _LEAST_WINDOWS = 32, 16  # windows, where a text has few tokens
+_LEAST, _MOST = 0.25, 8.0  # times what was planned; what is outside is no rate
+RATES = 1.25  # times less or more that a stage takes by rates that were measured
+
+
+class Clock:
+    """The minutes of one job on the machine at hand."""
+
+    def __init__(
+        self, spec: JobSpec, shapes: ModelShapes, machine: Machine, spent: Callable[[], float]
+    ) -> None:
+        """``spent`` gives the seconds that the job has worked, also those before a restart."""
+        self._shapes, self._machine, self.spent = shapes, machine, spent
+        self.plan = self._planned(spec)
+        self._begun_at = spent()
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that are left of the minutes; below 0 if they are over."""
+        return 60 * (self.plan.spec.minutes or 0) - self.spent()
+
+    def _planned(self, spec: JobSpec) -> Plan:
+        plan = partial(plan_job, shapes=self._shapes, machine=self._machine)
+        if not spec.free_sizes:
+            return plan(spec)
+        return fitted(spec, self._shapes.context, plan, 60 * (spec.minutes or 0) - self.spent())
+
+    def fit_text(
+        self,
+        model: "LanguageModel",
+        source: "Text | MixedText",
+        confirm: "Text | None",
+        free: Collection[SizeName],
+    ) -> bool:
+        """
+        Take what the texts have, if that is less than there is time for: fewer windows, or shorter
+        ones where so few were left. Without a text of its own, a confirmation is left some.
+        """
+        spec, chosen = self.plan.spec, self.plan.spec.calibration
+        beside = spec.confirm.windows if spec.confirm is not None and confirm is None else 0
+        asked = (chosen.samples + beside) * chosen.context_length
+        there = _tokens(model, source, chosen.settings(), asked)
+        length = chosen.context_length
+        if "calibration/context_length" in free:
+            other = there if confirm is None else _tokens(model, confirm, chosen.settings(), asked)
+            while length > _SHORTEST and min(there, other) < _LEAST_WINDOWS * length:
+                length = max(_SHORTEST, length // 2)
+        windows = max(1, there // length)
+        samples = chosen.samples
+        if "calibration/samples" in free and windows < samples + beside:
+            samples = max(1, windows - min(beside, windows // 4))
+        if (samples, length) == (chosen.samples, chosen.context_length):
+            return False
+        sizes: dict[SizeName, int | None] = {
+            "calibration/samples": samples, "calibration/context_length": length,
+        }  # fmt: skip
+        self.plan = self._planned(spec.sized(sizes))
+        return True
+
+    def calibrated(self, spec: JobSpec, *, anew: bool) -> JobSpec:
+        """
+        Choose again what is free yet in a job whose calibration lies behind, by what that took if
+        it was made ``anew``.
+        """
+        planned = self.plan.own_seconds() - self.plan.own_seconds(calibrated=True)
+        self._take_note(planned if anew else 0, least=1.0)  # faster says nothing of the rest
+        self.plan = self._planned(spec)
+        return self.plan.spec
+
+    def passes(self, asked: int) -> int:
+        """How many passes of the winner's training there is time for, of so many; at least one."""
+        before = self.plan.own_seconds(calibrated=True) - self._training_s(asked)
+        self._take_note(before)
+        return self.passes_left(asked)
+
+    def passes_left(self, asked: int) -> int:
+        """As :meth:`passes`, of somebody who has not seen what was done before."""
+        fit = (count for count in range(asked, 1, -1) if self._training_s(count) <= self.left_s)
+        return next(fit, 1)
+
+    def _training_s(self, passes: int) -> float:
+        """Seconds until the winner is pruned and trained, by the rates that are known now."""
+        work = self.plan.work
+        trained = replace(work.steps.reconstruction, passes=passes)
+        work = replace(work, steps=replace(work.steps, reconstruction=trained))
+        costs = Costs(self._shapes, work, self._machine)  # not those of the plan: it is learnt
+        return costs.pruning(work.steps) + costs.reconstruction() + costs.perplexity()
+
+    def _take_note(self, planned_s: float, least: float = _LEAST) -> None:
+        """Learn from what took so long, and was planned to take so long."""
+        took = self.spent() - self._begun_at
+        self._begun_at = self.spent()
+        if planned_s > 0 and took > 0:
+            self._machine = slower(self._machine, max(least, took / planned_s))
+
+
+def _tokens(
+    model: "LanguageModel", source: "Text | MixedText", how: CalibrationSettings, asked: int
+) -> int:
+    """How many of so many tokens a text has, in short windows."""
+    from pho_service.models.texts import sample_windows  # slow to import
+
+    count = -(-asked // _SHORTEST)
+    windows, _ = sample_windows(
+        model, source, count=count, context_length=_SHORTEST, bos=how.bos, seed=how.seed
+    )
+    return windows.numel()
+
+
+def slower(machine: Machine, times: float) -> Machine:
+    """A machine that takes so many times as long."""
+    times = min(_MOST, max(_LEAST, times))
+    return replace(
+        machine,
+        products=machine.products / times,
+        float_products=machine.float_products / times,
+        bandwidth=machine.bandwidth / times,
+        launch_s=machine.launch_s * times,
+    )
+
+
+def machine_at_hand(device: str = "cuda") -> Machine:
+    """Describe a GPU that torch sees, with the rates of a similar card, or the CPU."""
+    if not (device.startswith("cuda") and torch.cuda.is_available()):
+        return named_machine("cpu")
+    about = torch.cuda.get_device_properties(device)
+    like = next((card for name, card in CARDS.items() if name in about.name), CARDS["A100"])
+    return like.resized(about.total_memory)
+
+
+def machine_of(model: "LanguageModel", shapes: ModelShapes, spec: JobSpec) -> Machine:
+    """The machine with the rates that a window of the model runs at; a streamed one has none."""
+    machine = machine_at_hand(str(model.device))
+    if model.stream:
+        return machine
+    tokens = min(_TIMED, shapes.context or _TIMED)
+    window = torch.arange(tokens, device=model.device)[None] % model.vocabulary
+    took = []
+    with torch.inference_mode():
+        for _ in range(3):  # the first one is slower
+            began = time.perf_counter()
+            model.model(window).logits.sum().item()
+            took.append(time.perf_counter() - began)
+    costs = plan_job(spec.sized(spec.sizes), shapes, machine).costs
+    rate = costs.forward(tokens, tokens, head=True) / min(took)
+    return replace(
+        machine,
+        products=machine.products * rate,
+        float_products=machine.float_products * rate,
+        uncertainty=RATES,
+    )

@@ -1,0 +1,111 @@
+"""
+The sizes of a job that takes the minutes that it is given.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from pho_service.spec.job import JobSpec
+from pho_service.spec.minutes import AFTER_CALIBRATION, SizeName
+
+if TYPE_CHECKING:
+    from pho_service.planning.plan import Plan
+
+# Windows of a calibration and their tokens, in few steps, so that jobs share bundles.
+LEVELS = (
+    (4, 256), (4, 512), (8, 512), (12, 512), (16, 512), (24, 512), (32, 512), (48, 512), (64, 512),
+    (96, 512), (128, 512), (128, 1024), (128, 2048),
+)  # fmt: skip
+FEW_WINDOWS = 8  # to confirm on, and windows to calibrate on up to which that is enough
+USUAL_FROM = 16  # windows to calibrate on from which on the confirmation is as published
+
+Sizes = dict[SizeName, int | None]
+
+
+def fitted(
+    spec: JobSpec, context: int | None, plan: Callable[[JobSpec], "Plan"], left_s: float
+) -> "Plan":
+    """
+    The plan with the largest sizes that take no more than the seconds that are left; the least if
+    none does. Where the calibration lies behind, its sizes are not free, and it is not counted.
+    """
+    calibrated, each_s = _is_calibrated(spec), left_s / len(spec.models)
+    least: Plan | None = None
+    kept: Sizes = {path: spec.sizes.get(path) for path in spec.free_sizes}
+    for sizes in ladder(spec, context):
+        try:
+            sized = spec.sized(kept | sizes)
+        except ValidationError:  # too few windows for several texts, or for those run backward
+            break
+        least = plan(sized)
+        if least.fits and least.own_seconds(calibrated=calibrated) <= each_s:
+            break
+    return least or plan(spec.sized(kept))
+
+
+def _is_calibrated(spec: JobSpec) -> bool:
+    return {*spec.free_sizes} <= {*AFTER_CALIBRATION}
+
+
+def sentence(plan: "Plan") -> str:
+    """What the minutes of a job chose, and how long that takes."""
+    spec, confirm = plan.spec, plan.spec.confirm
+    sizes = f"{spec.calibration.samples} windows of {spec.calibration.context_length} tokens"
+    if not spec.is_cut:
+        sizes += f", {spec.trials} trials"
+    if confirm is not None:
+        in_full = spec.request(0).pruned_in_full(confirm.finalists, spec.pruning())
+        needs_text = not spec.is_cut and spec.request(0).steps.needs_text
+        sizes += f", {confirm.finalists} finalists on {confirm.windows} windows"
+        sizes += f", {in_full} in full" * needs_text
+    took = plan.own_seconds() * len(spec.models)
+    about = f"about {took / 60:.0f} minutes" if took >= 90 else f"about {took:.0f} seconds"
+    said = f"{sizes}: {about}"
+    if plan.spec.minutes is not None and took > 60 * plan.spec.minutes * 1.05:
+        said += f". It is the least, and more than {plan.spec.minutes:g} minutes"
+    return f"{said}."
+
+
+def ladder(spec: JobSpec, context: int | None) -> Iterator[Sizes]:
+    """The sizes that may be chosen of those that are free, the largest first."""
+    before: Sizes | None = None
+    for samples, length in reversed(LEVELS):
+        calibration: Sizes = {
+            "calibration/samples": samples,
+            "calibration/context_length": min(length, context or length),
+        }
+        for confirmation in _confirmations(spec, samples):
+            chosen = {**calibration, **confirmation}
+            sizes = {name: chosen[name] for name in spec.free_sizes if name in chosen}
+            if sizes != before:
+                yield sizes
+            before = sizes
+
+
+def _confirmations(spec: JobSpec, samples: int) -> Iterator[Sizes]:
+    """How much is confirmed beside so many windows to calibrate on, the most first."""
+    if spec.confirm is None:
+        yield {}
+        return
+    finalists, windows = spec.confirm.finalists, spec.confirm.windows
+    has_masks = not (spec.is_cut or spec.pruning().group)  # that tell finalists apart
+    by_masks = has_masks and spec.request(0).steps.needs_text
+    calibrated = _is_calibrated(spec)
+    usual, fewer, least = finalists, finalists if by_masks else 3, 3 if by_masks else 2
+    sets: list[tuple[int, int, int | None]] = []
+    if calibrated and by_masks:
+        sets += [(usual, windows, count) for count in range(finalists, 2, -1)]
+    if calibrated or samples >= USUAL_FROM:
+        sets.append((usual, windows, None))
+    if calibrated or FEW_WINDOWS <= samples <= USUAL_FROM:
+        sets.append((fewer, windows, 1))
+    if calibrated or samples <= FEW_WINDOWS:
+        sets.append((least, FEW_WINDOWS, 1))
+    for count, measured_on, in_full in sets:
+        yield {
+            "confirm/windows": min(measured_on, windows),
+            "confirm/finalists": min(count, finalists),
+            "in_full": in_full if by_masks else None,
+        }

@@ -1,0 +1,142 @@
+"""`--minutes`: a search says what it will do, and the options that say the same."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from pretended_user import answer
+
+from pho_service.pipeline import search as pipeline
+
+HOW = ("--rows-per-layer", 4, "--projection-rows", 16, "--kernel-sizes", "3,5", "--trials", 20)
+
+
+@pytest.fixture
+def words(made_model, texts):
+    """The words of a small search without its sizes."""
+    text = ("--text", texts["calibration"], "--confirm-text", texts["confirmation"])
+    return ("search", made_model, "--pattern", "0.5", "--preset", "score", *text, *HOW)
+
+
+def chosen(result):
+    """The options that a search says it has chosen."""
+    (options,) = re.findall(r"Chosen, with [0-9]+ minutes left: (--.*)\. They do", result.stderr)
+    return shlex.split(options)
+
+
+def without_search(file):
+    document = json.loads(Path(file).read_text())
+    return {name: value for name, value in document.items() if name not in ("search", "study")}
+
+
+def test_a_search_without_sizes_says_how_long_it_takes_and_how_to_do_the_same(pho, words):
+    first = pho(*words, "--out", "first.json")
+    options = chosen(first)
+    again = pho(*words, *options, "--out", "again.json", "--study", "sqlite:///other.db")
+
+    assert first.exit_code == again.exit_code == 0, first.output + again.output
+    assert re.search(
+        r"windows of [0-9]+ tokens, 20 trials, 5 finalists on .*: about ", first.stderr
+    )
+    assert options[0] == "--samples"
+    assert without_search("first.json") == without_search("again.json")
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_an_interrupted_search_goes_on_with_what_was_chosen_for_it(pho, words, monkeypatch, before):
+    """So does one that is over, with what it has found."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        if before:
+            patched.setattr(pipeline._SearchPieces, "choose", interrupted)
+        first = pho(*words)
+    second = pho(*words)
+
+    assert (first.exit_code != 0) is before
+    assert second.exit_code == 0
+    assert f"Going on with what was chosen for it: {shlex.join(chosen(first))}." in second.stderr
+
+
+def test_what_is_given_is_kept_and_all_of_it_leaves_nothing_to_choose(pho, words):
+    sizes = ("--samples", 6, "--context-length", 32, "--confirm-windows", 2, "--finalists", 3)
+    some = pho(*words, *sizes[:4], "--minutes", 3)
+    every = pho(*words, *sizes, "--in-full", 2, "--minutes", 3)
+    none = pho(*words, *sizes[:4])
+
+    assert chosen(some)[:4] == ["--samples", "6", "--context-length", "32"]
+    assert "All sizes are given, so --minutes 3 chooses none." in every.stderr
+    assert "Chosen" not in every.stderr + none.stderr
+
+
+def test_a_curve_shares_its_minutes(pho, words):
+    curve = ("curve", *words[1:2], *words[4:], "--patterns", "0.3,0.5")
+    first, again = pho(*curve, "--minutes", 5), pho(*curve, "--minutes", 5)
+
+    assert first.exit_code == again.exit_code == 0, first.output + again.output
+    assert f"Going on with what was chosen for it: {shlex.join(chosen(first))}." in again.stderr
+
+
+def test_a_cut_takes_its_minutes(pho, made_model, texts):
+    words = ("prune", made_model, "--pattern", "structured:20%", "--text", texts["calibration"])
+    result = pho(*words, *HOW[:-2], "--minutes", 5, "--out", "cut", "--json")
+    document = answer(result)
+
+    assert "2 finalists on 8 windows: about" in result.stderr
+    settings = document["configuration"]["calibration"]["settings"]
+    assert chosen(result)[1] == str(settings["samples"])
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--minutes", "soon"), "--minutes 'soon' is not a number of minutes above 0"),
+        (("--minutes", "-1"), "--minutes '-1' is not a number of minutes above 0"),
+        (("--minutes", "inf"), "Write --minutes 20, or --minutes none"),
+    ],
+)
+def test_minutes_that_are_none_are_refused_before_anything_is_read(pho, words, more, said):
+    result = pho(*words, *more)
+
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_a_bundle_is_calibrated_already(pho, bundle_file):
+    result = pho("search", bundle_file, "--pattern", "0.5", "--minutes", 5)
+    without = pho("search", bundle_file, "--pattern", "0.5", *HOW[-2:], "--kernel-sizes", "3,5")
+
+    assert result.exit_code == 2
+    assert "--minutes chooses how a model is calibrated" in result.stderr
+    assert without.exit_code == 0, without.output
+
+
+def test_the_least_is_done_and_said_where_the_minutes_are_too_few(pho, words):
+    result = pho(*words, "--minutes", "0.0001")
+
+    assert result.exit_code == 0
+    assert "It is the least, and more than 0.0001 minutes." in result.stderr
+    assert chosen(result)[:2] == ["--samples", "4"]
+
+
+def test_who_prunes_with_a_configuration_calibrates_as_it_was_found(pho, words, made_model, texts):
+    sizes = ("--samples", 6, "--context-length", 32)
+    pho(*words, *sizes, "--out", "config.json")
+    pruning = ("prune", made_model, "--config", "config.json", "--text", texts["calibration"])
+    as_found = pho(*pruning, *HOW[:-2], "--out", "as-found")
+    same, other = (
+        pho(*pruning, *HOW[:-2], "--samples", count, "--context-length", 32, "--out", f"{count}")
+        for count in (6, 4)
+    )
+    keys = [
+        json.loads(Path(folder, "pruning.json").read_text())["calibration"]["key"]
+        for folder in ("as-found", "6", "4")
+    ]
+
+    assert "Calibrating as it was found: on 6 windows of 32 tokens." in as_found.stderr
+    assert "as it was found" not in same.stderr + other.stderr
+    assert keys[0] == keys[1] != keys[2]

@@ -1,0 +1,111 @@
+"""The minutes of a job as it runs: what took longer leaves less, and something is always done."""
+
+from dataclasses import replace
+
+import pytest
+
+from pho_service.models.data_sets import TextSource
+from pho_service.models.loading import load_model
+from pho_service.pipeline.minutes import Clock, machine_of, slower
+from pho_service.planning.costs import named_machine
+from pho_service.planning.shapes import read_shapes
+from pho_service.spec.job import JobSpec
+from pho_service.spec.minutes import AFTER_CALIBRATION, SIZES
+
+
+@pytest.fixture
+def shapes(model_folder):
+    return read_shapes(str(model_folder))
+
+
+@pytest.fixture
+def machine():
+    """One on which the tiny model takes minutes."""
+    rates = {"products": 1e5, "float_products": 1e5, "bandwidth": 1e5, "copies": 1e5}
+    return replace(named_machine("cpu"), **rates, uncertainty=1.25)
+
+
+@pytest.fixture
+def begun(model_folder, shapes, machine):
+    """The clock of a job, and how to let time pass."""
+
+    def begin(minutes, **fields):
+        spec = JobSpec.model_validate(
+            {"model": str(model_folder), "pattern": "0.5", "minutes": minutes, **fields}
+        )
+        passed = [0.0]
+        clock = Clock(spec, shapes, machine, lambda: passed[0])
+        return spec, clock, passed
+
+    return begin
+
+
+def least_minutes(begun, **fields):
+    return begun(0.01, **fields)[1].plan.own_seconds() / 60
+
+
+def calibrated(spec, clock, passed, seconds):
+    """The sizes of a job whose calibration has taken so many seconds."""
+    passed[0] += seconds
+    sizes = clock.plan.spec.sizes
+    again = spec.sized({p: s for p, s in sizes.items() if p not in AFTER_CALIBRATION})
+    return clock.calibrated(again, anew=True)
+
+
+def test_a_calibration_that_took_longer_leaves_fewer_finalists_to_prune_in_full(begun):
+    minutes = 4 * least_minutes(begun)
+    found = []
+    for times in (0.5, 1.0, 2.0):
+        spec, clock, passed = begun(minutes)
+        plan = clock.plan
+        planned = plan.own_seconds() - plan.own_seconds(calibrated=True)
+        found.append(calibrated(spec, clock, passed, times * planned))
+        assert found[-1].free_sizes == []
+        assert found[-1].calibration == plan.spec.calibration
+    in_full = [spec.request(0).pruned_in_full(5, spec.pruning()) for spec in found]
+
+    assert in_full == sorted(in_full, reverse=True)
+    assert in_full[0] > in_full[-1]
+
+
+def test_a_winner_is_trained_in_fewer_passes_where_time_is_short_but_in_one_at_least(begun):
+    _, clock, passed = begun(4 * least_minutes(begun))
+    whole = clock.passes_left(2)
+    passed[0] = 0.99 * 60 * clock.plan.spec.minutes
+
+    assert whole == 2
+    assert clock.passes_left(2) == 1
+    passed[0] *= 2
+    assert clock.left_s < 0
+    assert clock.passes_left(2) == 1
+
+
+def test_a_clock_that_stands_or_jumps_changes_rates_within_bounds(begun, machine):
+    spec, clock, passed = begun(4 * least_minutes(begun))
+    jumped = calibrated(spec, clock, passed, 1e9)
+
+    assert slower(machine, 1e9).products == machine.products / 8
+    assert slower(machine, 1e-9).products == machine.products * 4
+    assert jumped.in_full == 1
+
+
+def test_rates_are_those_of_the_model_itself(model_folder, shapes):
+    model = load_model(str(model_folder), device="cpu")
+    spec = JobSpec.model_validate({"model": str(model_folder), "pattern": "0.5"})
+    machine = machine_of(model, shapes, spec)
+
+    assert machine.uncertainty < named_machine("cpu").uncertainty
+    assert machine.products != named_machine("cpu").products
+
+
+def test_of_a_short_text_some_windows_are_left_to_confirm_on(begun, model_folder, texts):
+    model = load_model(str(model_folder), device="cpu")
+    _, clock, _ = begun(1e5)
+    asked = clock.plan.spec.calibration.samples
+
+    text = TextSource(path=str(texts["calibration"]))
+    assert clock.fit_text(model, text, None, SIZES)
+    spec = clock.plan.spec
+    assert 0 < spec.calibration.samples < asked
+    assert spec.calibration.context_length < 1024
+    assert not clock.fit_text(model, text, None, SIZES)

@@ -1,0 +1,66 @@
+"""A job of so many minutes: the worker that begins chooses its sizes, and they stay."""
+
+import pytest
+
+from pho_service.pipeline.minutes import Clock
+from pho_service.spec.job import JobSpec
+from pho_service.spec.job_options import search_command
+from storage.records import SIZING, StageKind
+
+
+@pytest.fixture
+def minutes(hand):
+    """The document of a small job that is given minutes and no size."""
+
+    def build(**changes):
+        text = {"text": str(hand.folder / "calibration.jsonl")}
+        how = {"rows_per_layer": 4, "projection_rows": 16, "kernel_sizes": [3, 5]}
+        document = {
+            "model": str(hand.folder / "model"), "pattern": "0.5", "preset": "score", "trials": 20,
+            "calibration": {**text, **how},
+            "confirm": {"text": str(hand.folder / "confirmation.jsonl")},
+        }  # fmt: skip
+        return JobSpec.model_validate({**document, **changes})
+
+    return build
+
+
+@pytest.mark.parametrize("preset", ["score", "best"])
+def test_its_first_stage_chooses_what_the_document_then_says(hand, minutes, preset):
+    asked = minutes(preset=preset)
+    job = hand.done(asked)
+    spec = JobSpec.model_validate(job.spec)
+    numbers = {stage.number for stage in job.of_kind(StageKind.CALIBRATE)}
+    again = hand.done(spec.model_copy(update={"minutes": None}))
+
+    assert asked.free_sizes
+    assert spec.free_sizes == []
+    assert spec.minutes == 20
+    assert numbers == {SIZING, 0}
+    assert job.best["calibration"]["settings"]["samples"] == spec.calibration.samples
+    assert f"--samples {spec.calibration.samples} " in search_command(job.spec)
+    assert again.best["coefficients"] == job.best["coefficients"]
+    assert again.best["perplexities"] == job.best["perplexities"]
+
+
+def test_killed_after_the_choice_another_worker_keeps_it(hand, minutes, monkeypatch):
+    job = hand.submit(minutes())
+    hand.step(job)  # chooses
+    chosen = hand.store.get(job.id).spec["calibration"]
+    claim = hand.take(job)
+    hand.store.hand_back(claim)
+    monkeypatch.setattr(Clock, "fit_text", lambda *_: pytest.fail("it was chosen again"))
+    hand.inputs = hand.new_inputs()
+
+    assert hand.until(job, None).best is not None
+    assert hand.store.get(job.id).spec["calibration"] == chosen
+
+
+def test_the_winner_is_trained_in_as_many_passes_as_there_is_time_for(hand, minutes, monkeypatch):
+    """Those that were left are what the configuration then says."""
+    monkeypatch.setattr(Clock, "passes_left", lambda _clock, asked: asked - 1)
+    trained = {"reconstruction": {"method": "block", "passes": 3}}
+    job = hand.done(minutes(preset="best", steps=trained))
+    found = job.best["steps"].get("reconstruction")
+
+    assert found is None or found["passes"] == 2  # None: it was no better with it
