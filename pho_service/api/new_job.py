@@ -37,6 +37,7 @@ from pho_service.planning.plan import format_span
 from pho_service.spec.fields import FieldError
 from pho_service.spec.job import JobSpec
 from pho_service.spec.job_options import (
+    NO_LIMIT,
     SECTIONS,
     JobField,
     entry,
@@ -116,6 +117,8 @@ class FormField(JobField):
             return {"yes": {}, "no": None}.get(typed, typed)
         if self.kind == "flag" or self.schema.get("type") == "boolean":
             return {"on": True, "yes": True, "no": False}.get(typed, typed)
+        if self.shown.kind == "minutes" and typed == NO_LIMIT:
+            return None
         if self.kind in ("integer", "number"):
             return number(typed, whole=self.kind == "integer")
         if self.kind == "words":
@@ -228,6 +231,8 @@ def typed_as(document: Mapping[str, Any]) -> dict[str, str]:
         if value is left:
             continue
         text = form_field.write(value)
+        if value is None and form_field.shown.kind == "minutes":
+            text = NO_LIMIT
         if text and form_field.read(text) == value:
             typed[path] = text
             remove_at(left, path)

@@ -47,6 +47,8 @@ SECTIONS = {
     JOB: "Name, queue and others",
 }
 
+NO_LIMIT = "none"  # what is typed for minutes that are null
+
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _NUMBER = re.compile(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,3})?")
 
@@ -326,7 +328,7 @@ class Field(JobField):
             case "words":
                 return [word.strip() for word in said.split(",")]
             case "minutes":
-                return None if said == "none" else parse_minutes(said, name)
+                return None if said == NO_LIMIT else parse_minutes(said, name)
             case "rise":
                 return parse_rise(said, name)
             case "off":
@@ -360,7 +362,7 @@ class Field(JobField):
                 pairs = {bound: _bound(bound, values) for bound, values in value.items() if values}
                 texts = [f"{bound}={text}" for bound, text in pairs.items()]
             case "minutes":
-                texts = ["none" if value is None else f"{value:g}"]
+                texts = [NO_LIMIT if value is None else f"{value:g}"]
             case "pairs":
                 texts = [f"{key}={part}" for key, part in value.items()]
             case "lines":

@@ -49,6 +49,8 @@ DOCUMENTS = [
     WHOLE,
     {**TYPED, "pattern": "2:4", "preset": "score", "steps": {"permutation": "score"}},
     {"model": "org/name", "patterns": ["0.5", "2:4"], "confirm": {"finalists": 5}},
+    {"model": "org/name", "pattern": "0.5", "minutes": None},
+    {"model": "org/name", "pattern": "0.5", "minutes": 7.5, "in_full": 1},
     {"model": "org/name", "target": {"perplexity_rise": 0.05, "step": 0.05}},
     {**TYPED, "more_models": ["org/b", "-c"], "objective": {"over": "worst"}},
     {**TYPED, "confirm": None},
