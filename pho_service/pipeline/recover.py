@@ -412,6 +412,7 @@ def _lesson(
     taken = steps_of_each(total, there, together) * together
     share = recut(windows[held_out:], taken, settings.seed)[trained.processes.number :: together]
     share = share[: pace.begin(len(share))]
+    taken = together * len(share)
     with progress("Asking the dense model", held_out + len(share)) as advance:
         held = dense_reference(teacher.model, windows[:held_out], top_k=TOP_K, advance=advance)
         with mixed(teacher.device, gradients=True):

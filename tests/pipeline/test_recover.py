@@ -605,6 +605,7 @@ def test_a_dense_model_that_takes_too_long_is_asked_about_fewer_windows(
     second = recover(repeated, Recovery(tokens=first.planned, shortened=first.shortened, rate=2e-3))
 
     assert first.shortened[0].startswith("0:")
+    assert first.windows == second.windows
     assert first.tokens < first.planned
     assert clock.now < 2 * 66
     assert second.tokens == first.tokens
