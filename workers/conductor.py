@@ -28,7 +28,7 @@ from pho_service.pipeline.curve import (
     point_warnings,
     target_found,
 )
-from pho_service.pipeline.minutes import Clock, machine_of
+from pho_service.pipeline.minutes import Clock
 from pho_service.pipeline.search import (
     IslandsAsked,
     Journal,
@@ -38,7 +38,6 @@ from pho_service.pipeline.search import (
     origin_of,
 )
 from pho_service.planning.minutes import sentence
-from pho_service.planning.shapes import read_shapes
 from pho_service.progress import Run
 from pho_service.spec.calibration import SHARDS
 from pho_service.spec.job import JobSpec
@@ -359,9 +358,7 @@ class _Job:
         worked = sum(stage.worked_s for stage in self._claim.job.stages)
         model = self._inputs.model(spec.of_model(0))
         path = self._inputs.access.model(spec.model)
-        shapes = read_shapes(spec.model, revision=spec.revision, path=path)
-        machine = machine_of(model, shapes, spec)
-        return Clock(spec, shapes, machine, lambda: worked + time.monotonic() - began)
+        return Clock.of(model, spec, lambda: worked + time.monotonic() - began, path)
 
     def _changed(self, spec: JobSpec) -> JobSpec:
         """A document that is stored with the result of the claimed stage."""

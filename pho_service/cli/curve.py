@@ -92,9 +92,8 @@ def curve(model: str, given: Given, ask: _CurveAsk, inputs: Terminal, as_json: b
     _refuse_bundle(model)
     check_models([model], given("revision"), given("confirm/text"))
     opened = open_curve(whole, specs, study, inputs, began)
-    requests = [spec.request(0) for spec in opened.specs]
     with _points(opened, study, inputs) as (points, pareto):
-        curve_points = find_points(points.find, requests)
+        curve_points = find_points(points.find, opened.requests)
     name = pareto.study_name
     work = opened.work
     document = curve_document(

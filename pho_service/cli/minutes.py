@@ -74,9 +74,8 @@ def budget_of(
     """Choose the sizes that are free; those of an interrupted search are taken from its study."""
     if asked.minutes is None:
         return Budget(spec=asked, model=asked.model)
-    from pho_service.pipeline.minutes import Clock, machine_of
+    from pho_service.pipeline.minutes import Clock
     from pho_service.planning.minutes import sentence
-    from pho_service.planning.shapes import read_shapes
 
     model = inputs.model(asked.model)
     earlier = _earlier(study, asked)
@@ -86,8 +85,7 @@ def budget_of(
         return before_s + time.monotonic() - began
 
     spec = asked if earlier is None else asked.sized(earlier["sizes"])
-    shapes = read_shapes(asked.model, revision=asked.revision)
-    clock = Clock(spec, shapes, machine_of(model, shapes, asked), spent)
+    clock = Clock.of(model, spec, spent)
     if earlier is not None:
         say(f"Going on with what was chosen for it: {' '.join(size_options(spec))}.")
         return Budget(spec=spec, model=model, clock=clock)

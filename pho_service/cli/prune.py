@@ -173,16 +173,11 @@ class _PruneAsk:
 @click.command(
     cls=DocumentCommand,
     fields=(
-        "steps/linears",
-        "steps/deployable",
-        "calibration",
-        "revision",
-        "dtype",
-        "stream",
+        "steps/linears", "steps/deployable", "calibration", "revision", "dtype", "stream",
         "minutes",
     ),
     ask=_PruneAsk,
-)
+)  # fmt: skip
 @click.argument("model", required=False)
 @device_options
 @json_verb

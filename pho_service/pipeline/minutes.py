@@ -13,10 +13,10 @@ import torch
 from pho_service.planning.costs import CARDS, Costs, Machine, named_machine
 from pho_service.planning.minutes import fitted
 from pho_service.planning.plan import Plan, plan_job
-from pho_service.planning.shapes import ModelShapes
+from pho_service.planning.shapes import ModelShapes, read_shapes
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.job import JobSpec
-from pho_service.spec.minutes import SizeName
+from pho_service.spec.minutes import OF_THE_TEXT, SizeName
 
 if TYPE_CHECKING:
     from pho_service.models.loading import LanguageModel
@@ -38,6 +38,15 @@ class Clock:
         self._shapes, self._machine, self.spent = shapes, machine, spent
         self.plan = self._planned(spec)
         self._begun_at = spent()
+
+    @classmethod
+    def of(
+        cls, model: "LanguageModel", spec: JobSpec, spent: Callable[[], float],
+        path: str | None = None,
+    ) -> "Clock":  # fmt: skip
+        """By the rates of a loaded model, whose files lie at a path if not where its name says."""
+        shapes = read_shapes(spec.model, revision=spec.revision, path=path)
+        return cls(spec, shapes, machine_of(model, shapes, spec), spent)
 
     @property
     def left_s(self) -> float:
@@ -61,6 +70,8 @@ class Clock:
         Take what the texts have, if that is less than there is time for: fewer windows, or shorter
         ones where so few were left. Without a text of its own, a confirmation is left some.
         """
+        if not {*free} & {*OF_THE_TEXT}:
+            return False
         spec, chosen = self.plan.spec, self.plan.spec.calibration
         beside = spec.confirm.windows if spec.confirm is not None and confirm is None else 0
         asked = (chosen.samples + beside) * chosen.context_length
