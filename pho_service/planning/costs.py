@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
@@ -38,6 +39,7 @@ class Machine:
     cores: int  # Cores of the host
     main_bytes: int  # Main memory of the host
     uncertainty: float  # A stage may take so many times less or more
+    quick: float = 1.0  # Times a CPU's float32 that training reaches, where it may be in bfloat16
 
     def resized(self, memory_bytes: int | None, main_bytes: int | None = None) -> "Machine":
         for size in (memory_bytes, main_bytes):
@@ -118,6 +120,8 @@ def this_cpu() -> Machine:
     target = np.empty_like(block)
     bandwidth = 2 * block.nbytes / _fastest(lambda: np.copyto(target, block))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    about = Path("/proc/cpuinfo")  # of Linux
+    has_units = about.is_file() and "amx_bf16" in about.read_text()
     return Machine(
         name="cpu",
         is_gpu=False,
@@ -131,6 +135,7 @@ def this_cpu() -> Machine:
         cores=cores or 1,
         main_bytes=memory,
         uncertainty=2.0,
+        quick=QUICK if has_units else 1.0,
     )
 
 
@@ -148,6 +153,7 @@ def _fastest(work: Callable[[], object], rounds: int = 4) -> float:
 STARTED_S = 6.0  # until a process has its libraries
 WINDOWS_S = 0.1  # until a text of some hundred kilobytes is cut into windows
 REACHED = 0.7  # of a CPU's products that a model's own reach
+QUICK = 3.0  # see Machine.quick; with what is beside the products
 FLOAT = 4  # bytes of statistics and scores
 HASHED = 1.2e9  # bytes/s of SHA-256 on a core
 TRIED_BLOCKS, TRIED_TOKENS = 8, 1024  # before one of them leaves
@@ -173,7 +179,7 @@ INVERSE_FLOPS = 4.0  # times the cube of a width, in float64
 SWEPT_FLOPS = 24.0  # times the cube of a width: its inverse, and what leaves in turn; as in float32
 SWEPT_LAUNCHES = 25  # of a column that leaves
 CG_STEPS = 10
-REFINE_STEPS, REFINE_INVERSES = 48, 12  # of re-pruning by ADMM
+REFINE_STEPS, REFINE_INVERSES = 48, 8  # of re-pruning by ADMM
 ADMM_STEPS = 20
 ALPS_STEPS, ALPS_INVERSES = 60, 20  # about, until a mask settles
 SPECTRUM_FLOPS = 25.0  # times the cube of a width, for eigenvectors in float64
@@ -389,7 +395,8 @@ class Costs:
         if not settings.wanted:
             return 0.0
         context, windows = self.work.calibration.context_length, self.work.calibration.samples
-        passes = 2 + 3 * settings.passes  # a backward pass is two forward ones
+        # A backward pass is two forward ones.
+        passes = 2 + 3 * settings.passes / self.machine.quick
         moved = settings.passes * windows * TRAINED * self.shapes.prunable
         forward = self.forward(self.work.tokens, context, head=False)
         return passes * forward + moved / self.machine.bandwidth
@@ -418,7 +425,7 @@ class Costs:
         if steps.repruning == "dsnot":
             seconds += self.shapes.prunable * REFINED / machine.bandwidth
         if steps.repruning == "admm":
-            seconds += self.iterations(REFINE_STEPS)
+            seconds += self.iterations(REFINE_STEPS, quick=machine.quick)
             seconds += REFINE_INVERSES * self.cubes() / machine.float_products
         if steps.update == "admm":
             seconds += self.iterations(ADMM_STEPS) + self.cubes() / machine.float_products
@@ -443,10 +450,10 @@ class Costs:
         )
         return flops / self.machine.float_products
 
-    def iterations(self, number: int) -> float:
+    def iterations(self, number: int, quick: float = 1.0) -> float:
         """Return the seconds of ADMM over all linears: a product each, and a mask."""
         chosen = self.shapes.prunable * CHOSEN / self.machine.bandwidth
-        return number * (self.products_of_weights() + chosen)
+        return number * (self.products_of_weights() / quick + chosen)
 
     def updates(self) -> float:
         """Inverses of the second moments, and what is done with them."""

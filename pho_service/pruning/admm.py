@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pho_service.errors import NumericalError, field_name
+from pho_service.pruning.hardware import quick_dtype
 from pho_service.pruning.masks import Support
 
 DAMPING = 0.01  # share of the mean diagonal that is added to it, as in the literature
@@ -95,8 +96,8 @@ class Normalised:
 
 
 _FIRST, _LAST = 0.05, 1.0  # penalties at the first and the last step
-_STEPS = 12  # of the penalty, each a constant factor; each needs an inverse
-_EVERY = 4  # iterations for each; 24 in all left 2 to 3 % more error, 96 left 1 to 2 % less
+_STEPS = 8  # of the penalty, each a constant factor; each needs an inverse, 12 left 0.3 % less
+_EVERY = 6  # iterations for each; 24 in all left 2 to 3 % more error, 96 left 1 to 2 % less
 _LEAST_ROW = 1e-3  # weight of an output row, as a share of the mean: no row is free to vanish
 
 PUBLISHED_DAMPING = 0.1  # of the published ADMM, of its normalised diagonal
@@ -130,9 +131,11 @@ def admm_refine(
     """
     Find masks whose kept weights, changed for it, reproduce the dense outputs best.
 
-    The penalty rho grows by a constant factor every four iterations, from 0.05
-    to 1. So linears that read one input share its inverses, twelve in all, and
-    as only one is held at a time, they are gone through together.
+    The penalty rho grows by a constant factor every six iterations, from 0.05
+    to 1. So linears that read one input share its inverses, eight in all, and
+    as only one is held at a time, they are gone through together. On a CPU that
+    has units for it the products are in bfloat16, sums in float32: in seven
+    linears of SmolLM2 errors differed by less than 0.1 % on the same text.
 
     Args:
         linears: All that read the input.
@@ -158,10 +161,10 @@ def admm_refine(
     for step in range(_STEPS):
         penalty = _FIRST * growth**step
         inverse = moments.inverse(penalty, layer=layer)
+        inverse = inverse.to(quick_dtype(inverse.device))
         for search in searches:
             if step:
-                # The multiplier is counted in units of the penalty, which has grown.
-                search.state = torch.where(search.keep, search.state, search.state / growth)
+                search.grow_(growth)
             for _ in range(_EVERY):
                 search.iterate_(inverse, penalty)
         del inverse
@@ -172,8 +175,9 @@ class _Refinement:
     """The iterations of one linear, all of whose tensors are on scaled inputs and rows."""
 
     def __init__(self, dense: Tensor, keep: Tensor, support: Support, rows: Tensor | None) -> None:
-        self.dense, self.keep, self.support, self.rows = dense, keep, support, rows
-        self.state = dense.masked_fill(~keep, 0)
+        self.dense, self.support, self.rows = dense, support, rows
+        self.removed = _negative(keep)
+        self.state = torch.addcmul(dense, dense, self.removed)
 
     @classmethod
     def of(cls, linear: Masked, moments: Normalised) -> "_Refinement":
@@ -184,18 +188,28 @@ class _Refinement:
             dense *= rows
         return cls(dense, linear.keep, linear.support, rows)
 
+    def grow_(self, growth: float) -> None:
+        """Count the multiplier in units of a penalty that has grown."""
+        self.state.addcmul_(self.state, self.removed, value=1 - 1 / growth)
+
     def iterate_(self, inverse: Tensor, penalty: float) -> None:
         """B from D and U, then D and U from B."""
         # B - dense = rho (D - U - dense) (H + rho I)^-1
-        free = torch.addmm(self.dense, self.state - self.dense, inverse, alpha=penalty)
-        pulled = free.sub_(self.state.masked_fill_(self.keep, 0))  # B + U
-        self.keep = self.support.choose(pulled.square())
-        self.state = torch.where(self.keep, pulled, -pulled)  # D = B + U, or U = B + U
+        moved = (self.state - self.dense).to(inverse.dtype) @ inverse
+        pulled = torch.add(self.dense, moved, alpha=penalty)
+        pulled.addcmul_(self.state, self.removed)  # B + U
+        self.removed = _negative(self.support.choose(pulled.square()))
+        self.state = torch.addcmul(pulled, pulled, self.removed, value=2)  # D = B + U, U = B + U
 
     def result(self, moments: Normalised) -> tuple[Tensor, Tensor]:
         """Weights on the inputs as they are, and their mask."""
-        weight = moments.unscaled(self.state.masked_fill_(~self.keep, 0))
-        return weight if self.rows is None else weight / self.rows, self.keep
+        weight = moments.unscaled(self.state.addcmul_(self.state, self.removed))
+        return weight if self.rows is None else weight / self.rows, self.removed == 0
+
+
+def _negative(keep: Tensor) -> Tensor:
+    """-1 where a weight is removed, and 0 elsewhere: a CPU multiplies far faster than it fills."""
+    return keep.float().sub_(1)
 
 
 def admm(

@@ -5,7 +5,7 @@ Devices, their memory, threads, and pieces of work that fit a CPU's caches or a 
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
@@ -111,6 +111,26 @@ def _alone() -> None:
     """Let torch take one thread in this one, whatever is said elsewhere from now on."""
     torch.get_num_threads()  # until it is asked, torch takes what another thread has set last
     torch.set_num_threads(1)
+
+
+@lru_cache(maxsize=1)
+def multiplies_halves() -> bool:
+    """Whether this CPU has units for products in bfloat16 (AMX); older versions of torch say no."""
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16"))
+
+
+def quick_dtype(device: torch.device) -> torch.dtype:
+    """The type of factors whose product may be a little off, with its sums in float32."""
+    return torch.bfloat16 if device.type == "cpu" and multiplies_halves() else torch.float32
+
+
+def quick_products(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, linears multiply in :func:`quick_dtype`. For training: what decides is in float32."""
+    if quick_dtype(device) is torch.float32:
+        return nullcontext()
+    # What autocast keeps in bfloat16 of the weights is theirs until it ends, after many steps.
+    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
 
 
 def chunk_size(device: torch.device, on_cpu: int) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pho_service.errors import InvalidInput, field_name
 from pho_service.progress import Advance
+from pho_service.pruning.hardware import quick_products
 from pho_service.pruning.scores import TINY
 from pho_service.pruning.statistics import PrunableLinear
 from pho_service.spec.steps import Reconstruction
@@ -210,7 +211,9 @@ class _Fit:
 
     def step(self, window: int, rate: float) -> None:
         """One step of Adam towards the target of a window."""
-        gradients = torch.autograd.grad(self._error(window), self.parameters, allow_unused=True)
+        with quick_products(self.parameters[0].device):
+            error = self._error(window)
+        gradients = torch.autograd.grad(error, self.parameters, allow_unused=True)
         by_parameter = dict(zip(map(id, self.parameters), gradients, strict=True))
         for exact, weight in zip(self.exact, self.weights, strict=True):
             gradient = by_parameter[id(weight.linear.parameter)]

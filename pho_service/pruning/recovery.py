@@ -21,6 +21,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parametrize
 
 from pho_service.errors import InvalidInput
 from pho_service.host.machine import let_go_of_memory, ran_out_of_memory
+from pho_service.pruning.hardware import quick_products
 from pho_service.pruning.perplexity import DenseReference, frozen, recomputed, window_backward
 from pho_service.pruning.statistics import PrunableLinear
 from pho_service.spec.recovery import RANK, Recovery
@@ -278,21 +279,14 @@ def _size(weights: Tensor) -> float:
     return max(LEAST_SIZE, math.sqrt(float(weights.float().square().sum()) / count))
 
 
-def multiplies_halves() -> bool:
-    """Whether this CPU has units for products in bfloat16 (AMX); older versions of torch say no."""
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("amx_bf16"))
-
-
 def mixed(device: torch.device, *, gradients: bool = False) -> AbstractContextManager[object]:
     """
     Products in bfloat16 whatever the weights are in: on a GPU, and for all that gradients come from
     on a CPU that has units for them. On others that is slower, and what decides is in float32.
     """
-    if device.type not in _IN_HALVES and not (gradients and multiplies_halves()):
-        return nullcontext()
-    # What autocast keeps in bfloat16 of the weights is theirs until it ends, after many steps.
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+    if device.type in _IN_HALVES:
+        return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)  # as there
+    return quick_products(device) if gradients else nullcontext()
 
 
 def _here(tensor: Any) -> Any:

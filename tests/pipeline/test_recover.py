@@ -195,7 +195,7 @@ def test_the_dense_model_is_asked_in_bfloat16_only_for_what_is_trained_on(
         return dense_reference(model, windows, **more)
 
     monkeypatch.setattr("pho_service.pipeline.recover.dense_reference", noted)
-    monkeypatch.setattr("pho_service.pruning.recovery.multiplies_halves", lambda: True)
+    monkeypatch.setattr("pho_service.pruning.hardware.multiplies_halves", lambda: True)
     found = recover(PrunedModel.read(pruned_folder("0.5"), device="cpu"))
 
     assert asked == [(found.held_out, False), (found.tokens // LENGTH, True)]

@@ -42,7 +42,7 @@ def test_the_gradient_is_that_of_the_formula_in_float64(
     halves, error, tiny_llama, linears, reference, monkeypatch
 ):
     """On a CPU without units for products in bfloat16, and on one that has them."""
-    monkeypatch.setattr("pho_service.pruning.recovery.multiplies_halves", lambda: halves)
+    monkeypatch.setattr("pho_service.pruning.hardware.multiplies_halves", lambda: halves)
     with recovering(tiny_llama, blocks_of(tiny_llama), linears, Recovery(), Processes()) as trained:
         value = trained.backward(reference, 1)
         found = {n: p.grad for n, p in tiny_llama.named_parameters() if p.grad is not None}
