@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast, get_type_hints
 
 import optuna
 from optuna.samplers import BaseSampler
+from torch import Tensor
 
 from pho_service.errors import InvalidInput, StudyError
 from pho_service.host.files import write_text
@@ -31,6 +32,7 @@ from pho_service.interface.inputs import (
     parsed,
     run_on,
 )
+from pho_service.interface.minutes import calibration_sizes, fitted_to, search_clock
 from pho_service.models.bundle_file import write_bundle
 from pho_service.models.calibration import CalibrationText, calibration_text
 from pho_service.models.calibration import calibrate as make_bundle
@@ -54,6 +56,7 @@ from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.configuration import Configuration, Continuation, write_configuration
 from pho_service.spec.document import number, sentences_of
 from pho_service.spec.fields import ValidationSpec
+from pho_service.spec.minutes import SizeName
 from pho_service.spec.objective import (
     Objective,
     ObjectiveName,
@@ -523,6 +526,9 @@ class FoundArguments(SearchArguments):
             one in memory.
         callbacks: As Optuna's: called with the study and a frozen trial after each new trial;
             ``study.stop()`` ends the search early.
+        minutes: Time for the search on this machine, without the calibration: finalists, those
+            pruned in full and the passes of a training are chosen for it where they are not given.
+            None: as many as the other arguments say. Needs the model.
     """
 
     bundle: Given | Mapping[str, Given] = field(kw_only=False)
@@ -535,6 +541,13 @@ class FoundArguments(SearchArguments):
     warm_start: Sequence[Choice] = ()
     study: optuna.Study | str | None = None
     callbacks: Sequence[Callback] = ()
+    minutes: float | None = None
+
+    @property
+    def free_sizes(self) -> list[SizeName]:
+        """Those that the minutes may choose."""
+        free: list[SizeName] = ["confirm/finalists"] if self.finalists == _ASKED.finalists else []
+        return free if self.in_full is not None else [*free, "in_full"]
 
 
 @arguments(FoundArguments)
@@ -579,6 +592,17 @@ def search(ask: FoundArguments) -> Found:
             "a text is given, but no perplexity can be measured without the model. Give model=, "
             "too, or leave the text out."
         )
+    run = run_on(work.dense, ask.progress)
+    if ask.minutes is not None:
+        if work.dense is None:
+            raise InvalidInput(
+                "minutes are given without the model, and a search on a bundle alone takes seconds "
+                "and confirms nothing. Give model=, too, or leave minutes out."
+            )
+        clock = search_clock(
+            work.dense, work.bundle, request, ask.minutes, ask.confirm_windows, ask.free_sizes
+        )
+        request, run = fitted_to(clock, request), replace(run, passes=clock.passes)
     record: AbstractContextManager[optuna.Study]
     if isinstance(study, optuna.Study):
         record = nullcontext(study)
@@ -589,7 +613,7 @@ def search(ask: FoundArguments) -> Found:
             request,
             work,
             study=search_study,
-            run=run_on(work.dense, ask.progress),
+            run=run,
             callbacks=ask.callbacks,
         )
         _note_ratings(search_study, result.configuration)
@@ -682,9 +706,11 @@ class CalibrateArguments(CalibrationSettings):
             library ``datasets`` with a column ``text``; or token windows, (windows,
             context_length), whole numbers, which are taken in their order. Or several with their
             shares of the windows: ``[("a.jsonl", 3), ("b.jsonl", 1)]``.
-        samples: Windows of text for the forward pass; fewer if the text is short.
+        samples: Windows of text for the forward pass, 128 by default; fewer if the text is short.
         context_length: Tokens of a window; None is 2048 or what the model reads, or the length of
             windows that are given.
+        minutes: Time for this and for a search by its defaults at 50 %, on this machine: samples
+            and context_length are chosen for it where they are not given. None: as given.
         bos: Whether windows start with BOS: ``auto`` (as the tokenizer does), ``always``,
             ``never``. Windows that are given as tokens are not changed.
         progress: Show bars on stderr; None shows them in terminals and notebooks.
@@ -693,7 +719,9 @@ class CalibrateArguments(CalibrationSettings):
     model: Model = field(kw_only=False)
     tokenizer: Any = field(kw_only=False)
     texts: "MixedTexts" = field(kw_only=False)
+    samples: int | None = None  # type: ignore[assignment]
     context_length: int | None = None  # type: ignore[assignment]  # until the texts are seen
+    minutes: float | None = None
     progress: bool | None = None
 
     def __post_init__(self) -> None:
@@ -702,11 +730,20 @@ class CalibrateArguments(CalibrationSettings):
     def settings(self, model: LanguageModel, **changes: Any) -> CalibrationSettings:
         """The settings alone, with what the model and the texts say."""
         values = {part.name: getattr(self, part.name) for part in fields(CalibrationSettings)}
-        length = length_of(model, self.texts, self.context_length)
-        sizes = tuple(self.kernel_sizes)
-        return CalibrationSettings(
-            **{**values, "context_length": length, "kernel_sizes": sizes, **changes}
-        )
+        samples, length = self.samples, self.context_length
+        if self.minutes is not None:
+            length = self.texts.shape[-1] if isinstance(self.texts, Tensor) else length
+            sizes: dict[SizeName, int | None] = {
+                "calibration/samples": samples, "calibration/context_length": length,
+            }  # fmt: skip
+            source = calibration_text_of(self.texts)
+            samples, length = calibration_sizes(model, source, self.minutes, sizes)
+        chosen_sizes = {
+            "samples": CalibrationSettings.samples if samples is None else samples,
+            "context_length": length_of(model, self.texts, length),
+            "kernel_sizes": tuple(self.kernel_sizes),
+        }
+        return CalibrationSettings(**{**values, **chosen_sizes, **changes})
 
 
 @arguments(CalibrateArguments)

@@ -24,7 +24,7 @@ def test_every_field_of_a_calibration_and_of_a_search_is_an_argument_that_is_des
     elsewhere = {"pattern", "objective", "bounds", "steps", "warm_start", "validation"}
     asked = SearchRequest(pattern=pho.Pattern.parse("0.5"))
     for function, values, other in (
-        (pho.calibrate, CalibrationSettings(), {"context_length"}),
+        (pho.calibrate, CalibrationSettings(), {"samples", "context_length"}),
         (pho.search, asked, elsewhere),
         (pho.curve, SearchOptions(), set()),
         (pho.search_within, SearchOptions(), set()),

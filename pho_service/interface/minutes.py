@@ -1,0 +1,99 @@
+"""
+Minutes in Python: the sizes of a calibration, and of a search, that fit into them.
+"""
+
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from pho_service.errors import InvalidInput
+from pho_service.interface.inputs import settings_of
+from pho_service.pipeline.minutes import Clock, machine_of
+from pho_service.planning.shapes import Header, ModelShapes, TensorHeader, model_shapes
+from pho_service.spec.calibration import CalibrationSettings
+from pho_service.spec.job import JobSpec
+from pho_service.spec.minutes import MOST_MINUTES, OF_THE_TEXT, SizeName
+
+if TYPE_CHECKING:
+    from pho_service.models.loading import LanguageModel
+    from pho_service.models.texts import MixedText, Text
+    from pho_service.pruning.bundle import ProxyBundle
+    from pho_service.tuning.plan import SearchRequest
+
+
+def clock_of(
+    model: "LanguageModel", minutes: float, free: Collection[SizeName], **document: Any
+) -> Clock:
+    """
+    The minutes of a search on a model in memory, which begin now.
+
+    Raises:
+        InvalidInput: They are not a number above 0, or the model cannot be planned.
+    """
+    if not 0 < minutes <= MOST_MINUTES:
+        raise InvalidInput(
+            f"minutes={minutes} is not a number above 0 and up to {MOST_MINUTES:,.0f}. Give "
+            "minutes=20, say, or None for the sizes that are given."
+        )
+    began = time.monotonic()
+    spec = JobSpec.model_validate(
+        {"model": model.name, "minutes": minutes, "free_sizes": [*free], **document}
+    )
+    shapes = _shapes_of(model)
+    return Clock(spec, shapes, machine_of(model, shapes, spec), lambda: time.monotonic() - began)
+
+
+def calibration_sizes(
+    model: "LanguageModel",
+    source: "Text | MixedText",
+    minutes: float,
+    given: Mapping[SizeName, int | None],
+) -> tuple[int, int]:
+    """Windows and their length with which a search by its defaults takes so long."""
+    names = {path: path.rpartition("/")[2] for path in OF_THE_TEXT}
+    values = {names[path]: size for path, size in given.items() if size is not None}
+    usual = CalibrationSettings.context_length
+    values.setdefault("context_length", min(usual, model.longest or usual))
+    free = [path for path in OF_THE_TEXT if given[path] is None]
+    clock = clock_of(model, minutes, free, pattern="0.5", calibration=values)
+    clock.fit_text(model, source, None, free)
+    calibration = clock.plan.spec.calibration
+    return calibration.samples, calibration.context_length
+
+
+def search_clock(
+    model: "LanguageModel",
+    bundle: "ProxyBundle",
+    request: "SearchRequest",
+    minutes: float,
+    windows: int,
+    free: Collection[SizeName],
+) -> Clock:
+    """The minutes of a search on a bundle, confirmed on so many windows; they begin now."""
+    pattern, settings = request.pattern, settings_of(bundle).to_dict()
+    document: dict[str, Any] = {"pattern": str(pattern), "calibration": settings}
+    if not pattern.structured:
+        document |= {
+            "scope": pattern.scope.value, "steps": request.steps.to_dict(),
+            "trials": request.trials, "in_full": request.in_full,
+        }  # fmt: skip
+    confirm = {"windows": windows, "finalists": request.finalists}
+    return clock_of(model, minutes, free, **document, confirm=confirm)
+
+
+def fitted_to(clock: Clock, request: "SearchRequest") -> "SearchRequest":
+    """A search with as many finalists, and as many in full, as its minutes have time for."""
+    spec = clock.plan.spec
+    assert spec.confirm is not None  # it is one with a model
+    return replace(request, finalists=spec.confirm.finalists, in_full=spec.in_full)
+
+
+def _shapes_of(model: "LanguageModel") -> ModelShapes:
+    """The shapes of a model in memory, by what its parameters are called."""
+    tensors = {
+        name: TensorHeader(tuple(parameter.shape), "F32")
+        for name, parameter in model.model.named_parameters()
+    }
+    config = {**model.model.config.to_dict(), "dtype": str(model.dtype).removeprefix("torch.")}
+    return model_shapes(model.name, Header(config=config, tensors=tensors))
