@@ -2,6 +2,7 @@
 `pho evaluate`, `pho generate`, `pho compare` and `pho bench`: models measured beside each other.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import click
 
 from pho_service.cli.document import DocumentCommand, Given
+from pho_service.cli.minutes import size_options
 from pho_service.cli.options import (
     Terminal,
     at_least,
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from pho_service.models.texts import MixedText
     from pho_service.pipeline.compare import Comparison
     from pho_service.pipeline.work import Work
+    from pho_service.planning.plan import ComparedWork
     from pho_service.spec.fields import CalibrationSpec, TextSpec
     from pho_service.spec.job import JobSpec
 
@@ -310,7 +313,7 @@ class _CompareAsk(Reported, CompareAsk):
     cls=DocumentCommand,
     fields=(
         "pattern", "scope", "steps/linears", "calibration", "revision", "dtype", "stream",
-        *_OF_SEARCHES, *TASK_FIELDS, *_OF_RECOVERIES,
+        "minutes", *_OF_SEARCHES, *TASK_FIELDS, *_OF_RECOVERIES,
     ),
     required=("pattern",),
     ask=_CompareAsk,
@@ -325,7 +328,8 @@ def compare(model: str, given: Given, ask: _CompareAsk, inputs: Terminal, as_jso
     All rows share the calibration windows, the text and the pattern. A name that
     ends in -sequential takes activation norms from the pruned blocks before; at
     N:M, one that ends in -permuted reorders channels. With --recover-tokens or
-    --recover-minutes, what is found is recovered, too: a row more for each.
+    --recover-minutes, what is found is recovered, too: a row more for each, with
+    time of its own.
 
     \b
     Example:
@@ -344,6 +348,7 @@ def compare(model: str, given: Given, ask: _CompareAsk, inputs: Terminal, as_jso
     )
     from pho_service.pipeline.curve import check_patterns
     from pho_service.pipeline.tasks import also_tasks
+    from pho_service.planning.plan import ComparedWork
     from pho_service.spec.configuration import read_configuration
 
     measured = ask.report
@@ -370,11 +375,23 @@ def compare(model: str, given: Given, ask: _CompareAsk, inputs: Terminal, as_jso
     found = [configuration for _, configuration in configurations]
     calibration, drawn = given.calibration(found), _seeds(ask.seeds, given)
     loaded_tasks = load_asked_tasks(given)
-    settings = calibration.settings()
     check_models([model], given("revision"), given("confirm/text"))
     report_source = text_source(measured, measured=True)
     source = calibration_source(calibration)
     loaded = inputs.model(model)
+    if not configurations:
+        steps = [candidate.steps for _, candidate in request.rows([], has_text=True)[0]]
+        short = replace(
+            calibration.settings(), context_length=min(_SHORT, loaded.longest or _SHORT)
+        )
+        work = ComparedWork(
+            rows=[*steps, *(search.steps for search in request.searches.values())],
+            searches=[*searches.values()],
+            windows=len(inputs.report(loaded, report_source, short, measured.windows).windows),
+            calibrations=len(drawn),
+        )
+        calibration = _in_minutes(loaded, given, source, work)
+    settings = calibration.settings()
     check_patterns(loaded, [pattern], linears)
     for path, configuration in configurations:
         check_family(configuration, loaded, path, other_family=ask.other_family)
@@ -393,6 +410,39 @@ def compare(model: str, given: Given, ask: _CompareAsk, inputs: Terminal, as_jso
         print_json(compared.to_dict())
         return
     show_comparison(compared)
+
+
+_SHORT = 512  # tokens of windows that a report text is counted in before the minutes choose
+
+
+def _in_minutes(
+    model: "LanguageModel",
+    given: Given,
+    source: "TextSource | MixedText",
+    work: "ComparedWork",
+) -> "CalibrationSpec":
+    """How much all rows are calibrated on, where the minutes choose it."""
+    from pho_service.pipeline.minutes import Clock
+    from pho_service.planning.minutes import about
+    from pho_service.spec.minutes import OF_THE_TEXT
+
+    document = {**given.document(), "model": given.models[0], "confirm": None}
+    document.pop("recovery", None)
+    spec = given.job({name: document[name] for name in document if name not in _OF_SEARCHES})
+    free = [path for path in OF_THE_TEXT if path in spec.free_sizes]
+    if not free:
+        return spec.calibration
+    began = time.monotonic()
+    spec = spec.model_copy(update={"free_sizes": free})
+    clock = Clock.of(model, spec, lambda: time.monotonic() - began, took=work.seconds)
+    if clock.fit_text(model, source, None, free):
+        say("The text is shorter than there is time for: all of it is used.")
+    calibration = clock.plan.spec.calibration
+    sizes = f"{calibration.samples} windows of {calibration.context_length} tokens"
+    say(f"{sizes}, {len(work.rows)} rows: {about(work.seconds(clock.plan))}.")
+    options = " ".join(size_options(clock.plan.spec))
+    say(f"Chosen: {options}. They do the same anywhere.")
+    return calibration
 
 
 def _searches(

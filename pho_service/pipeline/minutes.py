@@ -32,21 +32,29 @@ class Clock:
     """The minutes of one job on the machine at hand."""
 
     def __init__(
-        self, spec: JobSpec, shapes: ModelShapes, machine: Machine, spent: Callable[[], float]
+        self,
+        spec: JobSpec,
+        shapes: ModelShapes,
+        machine: Machine,
+        spent: Callable[[], float],
+        took: Callable[[Plan], float] | None = None,
     ) -> None:
-        """``spent`` gives the seconds that the job has worked, also those before a restart."""
-        self._shapes, self._machine, self.spent = shapes, machine, spent
+        """
+        ``spent`` gives the seconds that the job has worked, also those before a restart; ``took``
+        how long what has a plan's sizes takes, if that is not the job itself.
+        """
+        self._shapes, self._machine, self.spent, self._took = shapes, machine, spent, took
         self.plan = self._planned(spec)
         self._begun_at = spent()
 
     @classmethod
     def of(
         cls, model: "LanguageModel", spec: JobSpec, spent: Callable[[], float],
-        path: str | None = None,
+        path: str | None = None, took: Callable[[Plan], float] | None = None,
     ) -> "Clock":  # fmt: skip
         """By the rates of a loaded model, whose files lie at a path if not where its name says."""
         shapes = read_shapes(spec.model, revision=spec.revision, path=path)
-        return cls(spec, shapes, machine_of(model, shapes, spec), spent)
+        return cls(spec, shapes, machine_of(model, shapes, spec), spent, took)
 
     @property
     def left_s(self) -> float:
@@ -57,7 +65,8 @@ class Clock:
         plan = partial(plan_job, shapes=self._shapes, machine=self._machine)
         if not spec.free_sizes:
             return plan(spec)
-        return fitted(spec, self._shapes.context, plan, 60 * (spec.minutes or 0) - self.spent())
+        left_s = 60 * (spec.minutes or 0) - self.spent()
+        return fitted(spec, self._shapes.context, plan, left_s, self._took)
 
     def fit_text(
         self,
@@ -74,7 +83,8 @@ class Clock:
             return False
         spec, chosen = self.plan.spec, self.plan.spec.calibration
         beside = spec.confirm.windows if spec.confirm is not None and confirm is None else 0
-        asked = (chosen.samples + beside) * chosen.context_length
+        wanted = max(chosen.samples + beside, _LEAST_WINDOWS)
+        asked = wanted * chosen.context_length
         there = _tokens(model, source, chosen.settings(), asked)
         length = chosen.context_length
         if "calibration/context_length" in free:

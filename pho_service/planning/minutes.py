@@ -25,11 +25,17 @@ Sizes = dict[SizeName, int | None]
 
 
 def fitted(
-    spec: JobSpec, context: int | None, plan: Callable[[JobSpec], "Plan"], left_s: float
+    spec: JobSpec,
+    context: int | None,
+    plan: Callable[[JobSpec], "Plan"],
+    left_s: float,
+    took: "Callable[[Plan], float] | None" = None,
 ) -> "Plan":
     """
     The plan with the largest sizes that take no more than the seconds that are left; the least if
     none does. Where the calibration lies behind, its sizes are not free, and it is not counted.
+
+    ``took`` says how long what has these sizes takes, if that is not the job itself.
     """
     calibrated, each_s = _is_calibrated(spec), left_s / len(spec.models)
     least: Plan | None = None
@@ -40,7 +46,8 @@ def fitted(
         except ValidationError:  # too few windows for several texts, or for those run backward
             break
         least = plan(sized)
-        if least.fits and least.own_seconds(calibrated=calibrated) <= each_s:
+        seconds = least.own_seconds(calibrated=calibrated) if took is None else took(least)
+        if least.fits and seconds <= each_s:
             break
     return least or plan(spec.sized(kept))
 
@@ -61,11 +68,17 @@ def sentence(plan: "Plan") -> str:
         sizes += f", {confirm.finalists} finalists on {confirm.windows} windows"
         sizes += f", {in_full} in full" * needs_text
     took = plan.own_seconds() * len(spec.models)
-    about = f"about {took / 60:.0f} minutes" if took >= 90 else f"about {took:.0f} seconds"
-    said = f"{sizes}: {about}"
+    said = f"{sizes}: {about(took)}"
     if plan.spec.minutes is not None and took > 60 * plan.spec.minutes * 1.05:
         said += f". It is the least, and more than {plan.spec.minutes:g} minutes"
     return f"{said}."
+
+
+def about(seconds: float) -> str:
+    """A time that was planned, in words."""
+    if seconds >= 90:
+        return f"about {seconds / 60:.0f} minutes"
+    return f"about {seconds:.0f} seconds"
 
 
 def ladder(spec: JobSpec, context: int | None) -> Iterator[Sizes]:

@@ -3,7 +3,7 @@ What a job needs: peaks of memory and disk, seconds of each stage, and what woul
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from pho_service.planning.stage_memory import (
 from pho_service.spec.curve import first_of_kinds
 from pho_service.spec.document import format_bytes
 from pho_service.spec.job import JobSpec
+from pho_service.spec.minutes import OF_THE_TEXT
 from pho_service.spec.recovery import Recovery
 from pho_service.spec.steps import Steps
 from storage.records import StageKind
@@ -298,6 +299,29 @@ def _afterwards_stages(
 def _with_process(peak: Peak, machine: Machine) -> Peak:
     device = int((peak.device + CONTEXT) / FREE) if machine.is_gpu else 0
     return replace(peak, device=device, host=peak.host + PROCESS * (3 if machine.is_gpu else 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedWork:
+    """What a comparison does on each of its calibrations."""
+
+    rows: Sequence[Steps]  # What is pruned and measured, by what it goes through
+    searches: Sequence[JobSpec]  # Those whose results have rows, too
+    windows: int  # That each row is measured on
+    calibrations: int
+
+    def seconds(self, plan: Plan) -> float:
+        """How long it takes with the calibration of a plan, on its machine."""
+        sizes = {path: plan.spec.sizes[path] for path in OF_THE_TEXT}
+        work = replace(plan.work, windows=self.windows, kept=False)
+        each = plan.own_seconds() - plan.own_seconds(calibrated=True)
+        for steps in self.rows:
+            costs = Costs(plan.shapes, replace(work, steps=steps), plan.machine)
+            each += costs.pruned() + costs.perplexity()
+        for search in self.searches:
+            searched = plan_job(search.sized(search.sizes | sizes), plan.shapes, plan.machine)
+            each += searched.own_seconds(calibrated=True)
+        return self.calibrations * each + plan.costs.perplexity()
 
 
 class _Memory:

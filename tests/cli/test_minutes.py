@@ -140,3 +140,22 @@ def test_who_prunes_with_a_configuration_calibrates_as_it_was_found(pho, words, 
     assert "Calibrating as it was found: on 6 windows of 32 tokens." in as_found.stderr
     assert "as it was found" not in same.stderr + other.stderr
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_a_comparison_without_sizes_says_how_long_it_takes_and_how_to_do_the_same(
+    pho, made_model, texts
+):
+    words = (
+        "compare", made_model, "--pattern", "0.5", "--text", texts["calibration"],
+        "--report-text", texts["report"], "--method", "wanda", *HOW[:6], "--json",
+    )  # fmt: skip
+    first = pho(*words, "--minutes", "0.2")
+    (options,) = re.findall(r"Chosen: (--.*)\. They do", first.stderr)
+    again = pho(*words, *shlex.split(options))
+    dense, wanda = json.loads(first.stdout)["rows"]
+
+    assert re.search(r"windows of [0-9]+ tokens, 1 rows: about ", first.stderr)
+    assert "Chosen" not in again.stderr
+    assert [row["perplexity"] for row in json.loads(again.stdout)["rows"]] == [
+        dense["perplexity"], wanda["perplexity"],
+    ]  # fmt: skip

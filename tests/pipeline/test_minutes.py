@@ -109,3 +109,15 @@ def test_of_a_short_text_some_windows_are_left_to_confirm_on(begun, model_folder
     assert 0 < spec.calibration.samples < asked
     assert spec.calibration.context_length < 1024
     assert not clock.fit_text(model, text, None, SIZES)
+
+
+def test_the_least_of_a_text_that_has_more_is_not_cut_into_shorter_windows(
+    begun, model_folder, texts, tmp_path
+):
+    model = load_model(str(model_folder), device="cpu")
+    _, clock, _ = begun(1e-6, confirm={"text": "c.jsonl"})
+    (tmp_path / "long.jsonl").write_text(40 * texts["calibration"].read_text())
+    text, spec = TextSource(path=str(tmp_path / "long.jsonl")), clock.plan.spec
+
+    assert not clock.fit_text(model, text, text, SIZES)
+    assert clock.plan.spec == spec

@@ -1,12 +1,14 @@
 """The sizes of a job that takes its minutes: the largest that fit, or else the least."""
 
+from functools import partial
+
 import pytest
 from pydantic import ValidationError
 
 from pho_service.errors import InvalidInput
 from pho_service.planning.costs import CARDS, named_machine
-from pho_service.planning.minutes import LEVELS, ladder, sentence
-from pho_service.planning.plan import plan_job
+from pho_service.planning.minutes import LEVELS, fitted, ladder, sentence
+from pho_service.planning.plan import ComparedWork, plan_job
 from pho_service.planning.shapes import Header, TensorHeader, model_shapes
 from pho_service.spec.job import JobSpec
 from pho_service.spec.job_options import minimal_document, search_command
@@ -51,7 +53,8 @@ def cpu():
     """A CPU whose rates are the same everywhere."""
     return CARDS["H100"].__class__(
         **{**vars(named_machine("cpu")), "products": 1e11, "float_products": 1e11,
-           "bandwidth": 1e10, "copies": 1e10, "memory_bytes": 2**35, "main_bytes": 2**35}
+           "bandwidth": 1e10, "copies": 1e10, "memory_bytes": 2**35, "main_bytes": 2**35,
+           "quick": 1.0}
     )  # fmt: skip
 
 
@@ -153,3 +156,29 @@ def test_minutes_that_are_none_are_refused_with_the_way_out(said):
 
     with pytest.raises(InvalidInput, match=r"not a number of minutes above 0 .* Write --minutes"):
         parse_minutes(said, "--minutes")
+
+
+def test_a_comparison_is_calibrated_on_less_text_the_more_rows_and_calibrations_it_has(cpu):
+    spec = asked(confirm=None, minutes=60)
+    steps, shapes = spec.request(0).steps, shapes_of(SMALL)
+    chosen = []
+    for rows, calibrations in ((1, 1), (4, 1), (4, 3)):
+        work = ComparedWork(rows=[steps] * rows, searches=[], windows=16, calibrations=calibrations)
+        plan = partial(plan_job, shapes=shapes, machine=cpu)
+        chosen.append(fitted(spec, shapes.context, plan, 3600, work.seconds))
+        assert work.seconds(chosen[-1]) <= 3600
+    tokens = [plan.work.tokens for plan in chosen]
+
+    assert tokens == sorted(tokens, reverse=True)
+    assert tokens[0] > tokens[1] > tokens[2]
+
+
+def test_the_searches_of_a_comparison_take_its_time_too(cpu):
+    plan = planned(cpu, minutes=20)
+    search = asked(preset="score", minutes=None)
+    alone, searched = (
+        ComparedWork(rows=[], searches=searches, windows=16, calibrations=1).seconds(plan)
+        for searches in ([], [search])
+    )
+
+    assert searched > alone
