@@ -35,7 +35,9 @@ class Run:
     device: str = "cpu"  # For the proxies; models lie where they lie
     progress: Progress = silent  # Is told of each long step
     look: Look = never  # Called before each piece of work; may refuse by raising
-    # How many passes of a training there is time for, of so many; None: as many as asked for
+    # How many finalists to prune in full, and how many passes of a training, there is time for, of
+    # so many; None: as many as asked for.
+    in_full: Callable[[int], int] | None = None
     passes: Callable[[int], int] | None = None
     # Entered around each write that would not be the same twice; may refuse by raising.
     fence: Fence = nullcontext

@@ -244,7 +244,11 @@ class _Job:
         spec = self._warmed(self._sized_again(spec), made)
         if spec.minutes is not None:
             run = self._journal.run
-            self._journal.run = replace(run, passes=lambda n: self._clock(spec).passes_left(n))
+            self._journal.run = replace(
+                run,
+                in_full=lambda n: self._clock(spec).in_full_left(n),
+                passes=lambda n: self._clock(spec).passes_left(n),
+            )
         self._work = SealedWork(self._inputs, job, spec, made, self._journal.run)
         if spec.is_cut:
             self._conduct_cut(spec, made)

@@ -61,7 +61,8 @@ class Budget:
         run = inputs.run(work.dense)
         if self.clock is None:
             return run
-        return replace(run, passes=self.clock.passes, look=_noting(study, self.clock))
+        clock = self.clock
+        return replace(run, in_full=clock.in_full, passes=clock.passes, look=_noting(study, clock))
 
 
 def budget_of(

@@ -602,7 +602,10 @@ def search(ask: FoundArguments) -> Found:
         clock = search_clock(
             work.dense, work.bundle, request, ask.minutes, ask.confirm_windows, ask.free_sizes
         )
-        request, run = fitted_to(clock, request), replace(run, passes=clock.passes)
+        request, run = (
+            fitted_to(clock, request),
+            replace(run, in_full=clock.in_full, passes=clock.passes),
+        )
     record: AbstractContextManager[optuna.Study]
     if isinstance(study, optuna.Study):
         record = nullcontext(study)

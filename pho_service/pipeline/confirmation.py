@@ -91,7 +91,14 @@ def choose_finalists(
         return Raced(finalists=left, evaluations=float(len(pool) + len(left)))
     race = _Race(islands, pool, work, run, in_full=in_full if masks_alone else None)
     with run.progress("Racing finalists", len(pool) * race.windows) as advance:
-        left = united(rated, race.run(advance), before)
+        best = race.run(advance)
+    if masks_alone and run.in_full is not None:
+        left_time, about = run.in_full, {"asked": len(best)}
+        first = islands.studies[0]
+        best = best[
+            : once(first, "in_full", about, lambda: {"count": left_time(len(best))})["count"]
+        ]
+    left = united(rated, best, before)
     return Raced(finalists=left, divergences=race.divergences(), evaluations=race.evaluations(left))
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pho_service.planning.costs import CARDS, Costs, Machine, named_machine
+from pho_service.planning.costs import CARDS, Costs, Machine, PlannedWork, named_machine
 from pho_service.planning.minutes import fitted
 from pho_service.planning.plan import Plan, plan_job
 from pho_service.planning.shapes import ModelShapes, read_shapes
@@ -46,6 +46,7 @@ class Clock:
         self._shapes, self._machine, self.spent, self._took = shapes, machine, spent, took
         self.plan = self._planned(spec)
         self._begun_at = spent()
+        self._ahead_s = 0.0  # until the winner is known, as planned after the race
 
     @classmethod
     def of(
@@ -113,10 +114,27 @@ class Clock:
         self.plan = self._planned(spec)
         return self.plan.spec
 
+    def in_full(self, asked: int) -> int:
+        """How many finalists there is time to prune in full, after their race; at least one."""
+        training_s = self._training_s(self.plan.work.steps.reconstruction.passes)
+        full_s = self.plan.work.in_full * self.plan.costs.measured()
+        self._take_note(self.plan.own_seconds(calibrated=True) - full_s - training_s, least=1.0)
+        count = self.in_full_left(asked)
+        self._ahead_s = count * self._costs(self.plan.work).measured()
+        return count
+
+    def in_full_left(self, asked: int) -> int:
+        """As :meth:`in_full`, of somebody who has not seen what was done before."""
+        measured_s = self._costs(self.plan.work).measured()
+        left_s = self.left_s - self._training_s(self.plan.work.steps.reconstruction.passes)
+        return max(1, min(asked, int(left_s / measured_s)))
+
     def passes(self, asked: int) -> int:
         """How many passes of the winner's training there is time for, of so many; at least one."""
-        before = self.plan.own_seconds(calibrated=True) - self._training_s(asked)
-        self._take_note(before)
+        whole_s = self.plan.own_seconds(calibrated=True) - self._training_s(asked)
+        # Whoever goes on with a search has not seen all of it, so that it looks quick.
+        least = _LEAST if self._ahead_s else 1.0
+        self._take_note(self._ahead_s or whole_s, least=least)
         return self.passes_left(asked)
 
     def passes_left(self, asked: int) -> int:
@@ -129,10 +147,14 @@ class Clock:
         work = self.plan.work
         trained = replace(work.steps.reconstruction, passes=passes)
         work = replace(work, steps=replace(work.steps, reconstruction=trained))
-        costs = Costs(self._shapes, work, self._machine)  # not those of the plan: it is learnt
+        costs = self._costs(work)
         return costs.pruning(work.steps) + costs.reconstruction() + costs.perplexity()
 
-    def _take_note(self, planned_s: float, least: float = _LEAST) -> None:
+    def _costs(self, work: PlannedWork) -> Costs:
+        """By the rates that are known now, not those of the plan."""
+        return Costs(self._shapes, work, self._machine)
+
+    def _take_note(self, planned_s: float, *, least: float) -> None:
         """Learn from what took so long, and was planned to take so long."""
         took = self.spent() - self._begun_at
         self._begun_at = self.spent()

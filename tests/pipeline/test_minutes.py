@@ -80,6 +80,21 @@ def test_a_winner_is_trained_in_fewer_passes_where_time_is_short_but_in_one_at_l
     assert clock.passes_left(2) == 1
 
 
+def test_a_race_that_took_longer_leaves_fewer_to_prune_in_full_but_one_at_least(begun):
+    minutes, counts = 8 * least_minutes(begun), []
+    for times in (0.5, 3.0, 30.0):
+        spec, clock, passed = begun(minutes)
+        plan = clock.plan
+        passed[0] = plan.own_seconds() - plan.own_seconds(calibrated=True)
+        clock.calibrated(spec.sized(plan.spec.sizes), anew=False)
+        passed[0] += times * 0.2 * 60 * minutes
+        counts.append(clock.in_full(5))
+        assert clock.passes(2) in (1, 2)
+
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > counts[-1] == 1
+
+
 def test_a_clock_that_stands_or_jumps_changes_rates_within_bounds(begun, machine):
     spec, clock, passed = begun(4 * least_minutes(begun))
     jumped = calibrated(spec, clock, passed, 1e9)
