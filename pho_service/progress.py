@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as RichProgress
 
-Advance = Callable[[int], None]  # so many more steps are done
+Advance = Callable[[float], None]  # so many more steps are done, or a part of one
 Progress = Callable[[str, int], AbstractContextManager[Advance]]  # (title, number of steps)
 Look = Callable[[], None]  # called before a piece of work; may refuse by raising
 Fence = Callable[[], AbstractContextManager[None]]  # around each write; may refuse by raising

@@ -116,12 +116,12 @@ class Watch:
     def progress(self, title: str, steps: int) -> Iterator[Advance]:
         """For long work: each step looks, and tells those who watch the job how far it is."""
         logger.info("%s", title, extra={"job": str(self._claim.job.id), "steps": steps})
-        done = 0
+        done = 0.0
 
-        def advance(count: int) -> None:
+        def advance(count: float) -> None:
             nonlocal done
             done += count
-            self._step = {"title": title, "done": done, "steps": steps}
+            self._step = {"title": title, "done": int(done + 1e-6), "steps": steps}
             self.look()
 
         yield advance

@@ -18,7 +18,11 @@ from torch import Tensor
 from pho_service.errors import BundleError, InvalidInput, OutOfMemory, OutputError, field_name
 from pho_service.host.machine import first_words, let_go_of_memory, ran_out_of_memory, versions
 from pho_service.models.architecture import decoder_blocks, footprint_of
-from pho_service.models.blockwise import collect_statistics_blockwise, measure_perplexity
+from pho_service.models.blockwise import (
+    collect_statistics_blockwise,
+    measure_perplexity,
+    told_by_block,
+)
 from pho_service.models.bundle_file import read_bundle, write_bundle
 from pho_service.models.loading import LanguageModel
 from pho_service.models.scratch import Record, scratch_folder
@@ -164,7 +168,7 @@ class CalibrationTry:
 
     def gather(self, shard: Shard, advance: Advance) -> Collector:
         blocks = [block for _, block in decoder_blocks(self.model.model)]
-        with self.products():
+        with self.products(), told_by_block(self.model, advance) as end:
             return gather(
                 self.model.model,
                 self.model.linears,
@@ -175,7 +179,7 @@ class CalibrationTry:
                 batch_windows=self.plan.windows,
                 forward_windows=self.plan.forward_windows,
                 recompute=blocks if self.plan.recompute else (),
-                advance=advance,
+                advance=end,
             )
 
 

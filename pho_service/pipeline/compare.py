@@ -191,7 +191,7 @@ def _measured(
         yield result, sparsity, {}
         return
 
-    def pruned(_: int) -> None:
+    def pruned(_: float) -> None:
         advance(0)
 
     with pruned_model(model, statistics, candidate, calibration, pruned) as shares:

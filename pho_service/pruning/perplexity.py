@@ -165,7 +165,7 @@ def rate_perplexity(
     windows: Tensor,
     *,
     most: int = MOST,
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Callable[[float], None] = lambda _: None,
 ) -> Perplexity:
     """
     Measure a causal language model's perplexity.
@@ -248,7 +248,7 @@ def dense_reference(
     *,
     top_k: int = TOP_K,
     most: int = MOST,
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Callable[[float], None] = lambda _: None,
     enough: Callable[[int], bool] = lambda _: False,
 ) -> DenseReference:
     """
@@ -286,7 +286,7 @@ def rate_divergence(
     reference: DenseReference,
     *,
     most: int = MOST,
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Callable[[float], None] = lambda _: None,
 ) -> float:
     """
     Measure the Kullback-Leibler divergence of a model's predictions from the dense model's.

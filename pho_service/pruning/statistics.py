@@ -329,7 +329,7 @@ def gather(
     batch_windows: int = 1,
     forward_windows: int | None = None,
     recompute: Iterable[nn.Module] = (),
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Callable[[float], None] = lambda _: None,
 ) -> "Collector":
     """
     Run the dense model over calibration windows, and add up what its linears see.

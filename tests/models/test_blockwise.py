@@ -15,7 +15,9 @@ from pho_service.models.architecture import decoder_blocks, prunable_linears
 from pho_service.models.blockwise import (
     collect_statistics_blockwise,
     dense_afterwards,
+    measure_perplexity,
     rate_perplexity_blockwise,
+    told_by_block,
     walk,
 )
 from pho_service.models.loading import LanguageModel
@@ -352,3 +354,21 @@ def test_a_model_that_does_more_than_calling_its_blocks_one_by_one_is_refused_no
 
     with pytest.raises(ModelError, match=message):
         next(walk(llama, windows))
+
+
+def test_windows_that_run_through_a_model_are_told_block_by_block(llama):
+    tokens = torch.arange(32).view(4, 8)
+    forward, both = [], []
+    measure_perplexity(llama, tokens, advance=forward.append)
+    with told_by_block(llama, both.append) as end:
+        gather(
+            llama.model, llama.linears, tokens, fisher_windows=2, projection_rows=4, seed=0,
+            batch_windows=2, advance=end,
+        )  # fmt: skip
+    blocks = len(decoder_blocks(llama.model))
+
+    for told in (forward, both):
+        assert sum(told) == pytest.approx(len(tokens))
+        assert len(told) > blocks
+    assert both[:blocks] == pytest.approx([2 / 3 / blocks] * blocks)
+    assert not decoder_blocks(llama.model)[0][1]._forward_hooks
