@@ -32,6 +32,7 @@ from pho_service.pipeline.work import Work
 from pho_service.spec.document import MACHINE, PRUNED, TEXT, FieldShown, number
 from pho_service.spec.export import GgufType
 from pho_service.spec.pattern import Linears, Pattern, ScopeName
+from pho_service.spec.structure import share_of_blocks, structured_pattern
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -145,6 +146,8 @@ class _PruneAsk:
         from_library: Take the most promising configuration of a library for --pattern instead.
         pattern: With --method and --from-library: 0.5 or 2:4. By itself structured:20%, the share
             of the blocks' weights to cut: neurons and query heads.
+        smaller: Share of the model's file that leaves, instead of --pattern: 20%. So much more of
+            the blocks is cut, as embeddings stay.
         scope: With --from-library, any by default; with --method for those that have none of their
             own.
         force: With --from-library: take the most promising one even if the proxy says that RIA is
@@ -161,6 +164,7 @@ class _PruneAsk:
     from_library: Annotated[bool, FieldShown(section=PRUNED)] = False
     library: Annotated[str | None, FieldShown(section=PRUNED, help=LIBRARY)] = None
     pattern: Annotated[str | None, FieldShown(section=PRUNED)] = None
+    smaller: Annotated[str | None, FieldShown(section=PRUNED)] = None
     scope: Annotated[ScopeName | None, FieldShown(section=PRUNED)] = None
     force: Annotated[bool, FieldShown(section=PRUNED)] = False
     out: Annotated[str | None, FieldShown(kind="path")] = None
@@ -215,6 +219,7 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
     named = {given.names[path]: path for path in given.said if path.startswith("steps/linears/")}
     of_library = {"--library": ask.library, "--force": ask.force or None}
     pruning = {**of_library, "--pattern": ask.pattern, "--scope": ask.scope, **named}
+    pruning |= {"--smaller": ask.smaller}
     pruning |= {"--minutes": given.said.get("minutes")}
     if ask.check:
         pruning["--deployable"] = given("steps/deployable")
@@ -229,6 +234,8 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
         _check(Path(ask.check), model, as_json, inputs)
         return
     pattern = None if ask.pattern is None else Pattern.parse(ask.pattern)
+    if ask.smaller is not None and model:
+        pattern = _smaller(model, ask, given)
     if pattern is not None and pattern.structured and model and ask.out:
         others = {**chosen, **of_library, "--scope": ask.scope, **named, "--bundle": ask.bundle,
                   "--deployable": given("steps/deployable") or None,
@@ -236,7 +243,7 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
         too_many = [name for name, value in others.items() if value is not None]
         if too_many:
             raise InvalidInput(
-                f"--pattern {ask.pattern} cuts neurons and heads out of a model, for which "
+                f"--pattern {pattern} cuts neurons and heads out of a model, for which "
                 f"{', '.join(too_many)} says nothing. Leave it out."
             )
         _cut(model, pattern, Path(ask.out), given, as_json, inputs)
@@ -245,7 +252,7 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
         return
     if not (model and ask.out) or sum(value is not None for value in chosen.values()) != 1:
         raise InvalidInput(
-            "MODEL, --out, and one of --config, --method, --from-library and --pattern "
+            "MODEL, --out, and one of --config, --method, --from-library, --smaller and --pattern "
             "structured:20% are needed to prune; --check FOLDER to check a folder."
         )
     if ask.config is None and ask.pattern is None:
@@ -273,6 +280,23 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
     _prune(model, source, Path(ask.out), statistics, as_json, inputs)
     if ask.push is not None:
         push_folder(Path(ask.out), ask.push, ask.public, as_json=False)
+
+
+def _smaller(model: str, ask: _PruneAsk, given: Given) -> Pattern:
+    """The pattern with which so much of a model's file leaves."""
+    from pho_service.planning.shapes import read_shapes
+
+    if ask.pattern is not None:
+        raise InvalidInput(
+            f"--smaller {ask.smaller} and --pattern {ask.pattern} both say what is cut. Give one."
+        )
+    shapes = read_shapes(model, revision=given("revision"))
+    share = share_of_blocks(
+        str(ask.smaller), parameters=shapes.parameters, prunable=shapes.prunable
+    )
+    pattern = structured_pattern(round(share, 4))
+    say(f"{ask.smaller} of the file: --pattern {pattern}, a share of what the blocks have.")
+    return Pattern.parse(pattern)
 
 
 def _cut(

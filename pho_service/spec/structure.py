@@ -11,6 +11,7 @@ from pho_service.errors import InvalidInput
 from pho_service.spec.document import STRICT, JsonDocument, Number, Whole
 
 MULTIPLE = 64  # neurons: what kernels and GGUF's types want the width of an FFN to be a multiple of
+MOST_OF_THE_BLOCKS = 0.5  # that a share of the file may cut
 STEPS = 16  # a narrow FFN has at least so many widths, by a lower power of two
 
 
@@ -180,6 +181,26 @@ def structured_share(pattern: str) -> float:
             "a fifth of them."
         )
     return share
+
+
+def share_of_blocks(smaller: str, *, parameters: int, prunable: int) -> float:
+    """
+    The share of the blocks' weights to cut so that a model's file has so much less: ``20%``.
+
+    Raises:
+        InvalidInput: It is not a share above 0, or more than half of the blocks would have to go.
+    """
+    try:
+        share = float(smaller.removesuffix("%")) / (100 if smaller.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    most = MOST_OF_THE_BLOCKS * prunable / parameters
+    if not 0 < share <= most:
+        raise InvalidInput(
+            f"smaller {smaller!r} is not a share of the file above 0 and up to {most:.0%}, half of "
+            f"what the blocks have of it. Write 20%, or cut more of them: {PREFIX}60%."
+        )
+    return share * parameters / prunable
 
 
 def structured_pattern(share: float) -> str:

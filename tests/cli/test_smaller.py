@@ -167,3 +167,23 @@ def test_refused_and_nothing_is_written(pho, made_model, texts, words, message):
     assert ran.exit_code in (1, 2)
     assert message in " ".join(ran.stderr.split())
     assert not Path("cut").exists()
+
+
+def test_a_share_of_the_file_cuts_so_much_of_it(pho, made_model, texts):
+    words = ("prune", made_model, "--smaller", "10%", "--text", texts["calibration"], *SMALL)
+    result = pho(*words, "--out", "cut")
+    whole, smaller = (
+        AutoModelForCausalLM.from_pretrained(folder).num_parameters()
+        for folder in (made_model, "cut")
+    )
+
+    assert result.exit_code == 0, result.output
+    assert "10% of the file: --pattern structured:" in result.stderr
+    assert 0.05 < 1 - smaller / whole < 0.15
+
+
+def test_a_share_of_the_file_is_not_given_beside_a_pattern(pho, made_model):
+    result = pho("prune", made_model, "--smaller", "10%", "--pattern", "2:4", "--out", "cut")
+
+    assert result.exit_code != 0
+    assert "--smaller 10% and --pattern 2:4 both say what is cut" in result.stderr

@@ -11,7 +11,14 @@ from pho_service.spec.baselines import baseline
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.curve import curve_patterns
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.structure import BlockShapes, Cut, Structure, split, usual_multiple
+from pho_service.spec.structure import (
+    BlockShapes,
+    Cut,
+    Structure,
+    share_of_blocks,
+    split,
+    usual_multiple,
+)
 
 SMOLLM2 = BlockShapes(
     layers=30, layer_weights=3_538_944, width=1536, multiple=64, neuron_weights=3 * 576,
@@ -136,3 +143,16 @@ def test_a_configuration_cuts_or_scores():
             Configuration.model_validate({**configuration.model_dump(mode="json"), **wrong})
     with pytest.raises(InvalidInput, match=r"but other has 28 blocks.*--pattern structured:19%"):
         cut.check(replace(SMOLLM2, layers=28), "other")
+
+
+@pytest.mark.parametrize("smaller", ["20%", "0.2"])
+def test_a_share_of_the_file_is_a_larger_one_of_the_blocks_since_embeddings_stay(smaller):
+    share = share_of_blocks(smaller, parameters=100, prunable=80)
+
+    assert share == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("smaller", ["0", "-1%", "50%", "a fifth", "nan", ""])
+def test_a_share_of_the_file_that_cannot_leave_is_refused(smaller):
+    with pytest.raises(InvalidInput, match="not a share of the file above 0 and up to 40%"):
+        share_of_blocks(smaller, parameters=100, prunable=80)
