@@ -358,7 +358,7 @@ class _Job:
             ),
             Recovery(tokens=self.text.calibration.numel(), train=train),
             self.folder / "recovery",
-            progress=progress,
+            run=Run(progress=progress),
         )  # fmt: skip
 
 

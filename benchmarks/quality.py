@@ -37,6 +37,7 @@ from pho_service.models.loading import LanguageModel
 from pho_service.models.texts import RecoveryText, mixed_text
 from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pipeline.recover import PrunedModel, recover_model
+from pho_service.progress import Run
 from pho_service.pruning.hardware import peak_memory
 from pho_service.pruning.masks import model_sparsity
 from pho_service.spec.baselines import comparison_baselines, named_baselines
@@ -310,7 +311,7 @@ class Bench:
                     seed=seed,
                 ),
                 Path(place),
-                progress=progress,
+                run=Run(progress=progress),
             )
             return {
                 "seconds": recovered.seconds,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 Advance = Callable[[float], None]  # so many more steps are done, or a part of one
 Progress = Callable[[str, int], AbstractContextManager[Advance]]  # (title, number of steps)
 Look = Callable[[], None]  # called before a piece of work; may refuse by raising
+GivesWay = Callable[[], bool]  # whether others wait, and have waited long enough
 Fence = Callable[[], AbstractContextManager[None]]  # around each write; may refuse by raising
 
 
@@ -35,6 +36,8 @@ class Run:
     device: str = "cpu"  # For the proxies; models lie where they lie
     progress: Progress = silent  # Is told of each long step
     look: Look = never  # Called before each piece of work; may refuse by raising
+    # Whether ``look`` would refuse, since others wait: what is not kept yet is kept before it
+    gives_way: GivesWay = bool
     # How many finalists to prune in full, and how many passes of a training, there is time for, of
     # so many; None: as many as asked for.
     in_full: Callable[[int], int] | None = None

@@ -188,6 +188,7 @@ class _Job:
             device=str(inputs.device),
             progress=watch.progress,
             look=watch.look_between,
+            gives_way=watch.gives_way,
             fence=self._fence,
         )
         self._journal = StoredJournal(claim, run)

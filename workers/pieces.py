@@ -321,9 +321,7 @@ def _recover(work: SealedWork, settings: Recovery, before: Path, folder: Path) -
     pruned = PrunedModel.read(before, **work.inputs.placing(work.spec))
     place = Workplace(folder.with_name(f".{folder.name}.recovery"))
     with store_faults_told():
-        recovered = recover_model(
-            pruned, dense, text, settings, place.folder, progress=run.progress, look=run.look
-        )
+        recovered = recover_model(pruned, dense, text, settings, place.folder, run=run)
         pruned_folder = pruned.after(recovered)
         save_pruned(pruned.model, folder, pruned_folder.masks.items(), pruned_folder.recipe)
         place.remove()
@@ -481,7 +479,8 @@ def calibrate_piece(
 
         pruned = linears.choose(list(model.linears), whole.points[0], model=model.name).names
         trained_on = inputs.recovery_text(spec, seal)
-        check_recoverable(model, pruned, trained_on, spec.recovery.settings())
+        room = inputs.pruned.free()
+        check_recoverable(model, pruned, trained_on, spec.recovery.settings(), room)
     if before is None and not inputs.bundles.has(text.bundle_key):
         shards = len(cut(text, spec.calibration.settings(), stream=spec.stream))
         if shards > 1:

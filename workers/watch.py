@@ -75,7 +75,7 @@ class Watch:
         self._step: dict[str, Any] | None = None
         self._turns = turns
         self._turn_ends: float | None = None  # that of this stage, once it has something to keep
-        self._other_waited = False
+        self._other_waited = self._gives_way = False
 
     def look(self, *, now: bool = False) -> None:
         """Raise HandBack if it may not."""
@@ -92,20 +92,27 @@ class Watch:
             if not may_work:
                 raise HandBack
 
-    def look_for_others(self) -> None:
-        """Raise TurnOver if the stage has had its turn, and another job waits for the worker."""
-        # Called between what is kept: trials, measurements. A worker that is free has a second to
+    def gives_way(self) -> bool:
+        """Whether the stage has had its turn, and another job waits for the worker."""
+        # Asked between what is kept: trials, measurements. A worker that is free has a second to
         # take what waits.
         now = time.monotonic()
         if self._turn_ends is None:
             self._turn_ends = now + self._turns.seconds
-        if self._turns.seconds == 0 or now < self._turn_ends:
-            return
-        self._turn_ends = now + LOOK_EVERY_S
-        waits = self._store.another_waits(self._claim, self._turns.kinds)
-        if waits and self._other_waited:
+        if self._turns.seconds and now >= self._turn_ends:
+            self._turn_ends = now + LOOK_EVERY_S
+            try:
+                waits = self._store.another_waits(self._claim, self._turns.kinds)
+            except DatabaseGone:  # nobody else can be given a stage, either
+                waits = False
+            self._gives_way = waits and self._other_waited
+            self._other_waited = waits
+        return self._gives_way
+
+    def look_for_others(self) -> None:
+        """Raise TurnOver if it should give way."""
+        if self.gives_way():
             raise TurnOver
-        self._other_waited = waits
 
     def look_between(self) -> None:
         """Between two pieces of a stage: raise if it may not go on, or its turn is over."""

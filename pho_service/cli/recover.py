@@ -20,7 +20,7 @@ from pho_service.cli.options import (
 )
 from pho_service.cli.terminal import loading, print_json, progress, say, show_table
 from pho_service.errors import InvalidInput
-from pho_service.progress import silent
+from pho_service.progress import Run, silent
 from pho_service.spec.document import MODEL, REPORT, FieldShown
 from pho_service.spec.recovery import Recovery
 
@@ -115,7 +115,7 @@ def recover(folder: Path, given: Given, ask: _RecoverAsk, inputs: Terminal, as_j
         ),
         settings,
         place,
-        progress=silent if processes.number else progress,
+        run=Run(progress=silent if processes.number else progress),
     )
     if not processes.number:
         result = pruned.after(recovered)

@@ -88,6 +88,13 @@ class PrunedStore:
             ) from error
         return sizes
 
+    def free(self) -> int | None:
+        """Bytes that are free where the store is a folder."""
+        try:
+            return shutil.disk_usage(self._root).free if self._is_local else None
+        except OSError:  # it is made with what is first stored
+            return None
+
     def workplace(self, job_id: uuid.UUID, key: str) -> Path:
         """Where a worker puts a model together; after :meth:`keep` it is in the store."""
         parent = Path(self._of_job(job_id)) if self._is_local else self._cached(job_id)

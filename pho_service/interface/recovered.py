@@ -22,7 +22,7 @@ from pho_service.interface.search import arguments
 from pho_service.models.texts import RecoveryText
 from pho_service.pipeline.prune import PrunedFolder
 from pho_service.pipeline.recover import PrunedModel, recover_model
-from pho_service.progress import bars
+from pho_service.progress import Run, bars
 from pho_service.shown.parts import Shown, Table
 from pho_service.shown.tables import recovered_table
 from pho_service.spec.calibration import CalibrationSettings
@@ -130,7 +130,7 @@ def recover(ask: RecoverArguments) -> RecoveredModel:
             ),
             settings,
             Path(temporary if ask.resume is None else ask.resume).expanduser(),
-            progress=bars(ask.progress),
+            run=Run(progress=bars(ask.progress)),
         )
     after = given.after(recovered)
     parts = {part.name: getattr(after, part.name) for part in fields(after)}

@@ -4,6 +4,8 @@ What is kept on disk for a while: tensors that do not fit into memory, and work 
 
 import json
 import logging
+import math
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -11,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -120,3 +123,47 @@ class Memo:
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
+
+
+@dataclass(kw_only=True)
+class Rows:
+    """Rows of 32-bit numbers in a file that grows, beside the record of how many are kept."""
+
+    # Each row is written to its own place, not to the end: a worker that was taken for dead, and
+    # goes on, then writes what is there already.
+    memo: Memo
+    name: str
+    count: int = 0
+    shape: tuple[int, ...] = ()  # Of a row, once there is one
+
+    @classmethod
+    def kept(cls, memo: Memo, name: str) -> "Rows":
+        record, rows = memo.read(name), cls(memo=memo, name=name)
+        if record is not None and rows._path.is_file():
+            rows.count, rows.shape = record.values["rows"], tuple(record.values["shape"])
+        return rows
+
+    @property
+    def _path(self) -> Path:
+        return self.memo.folder / f"{self.name}.rows"
+
+    def add(self, rows: Tensor) -> None:
+        """Add some, (rows, ...), int32, which are there for others once they are kept."""
+        self.shape = tuple(rows.shape[1:])
+        self._path.touch()
+        with self._path.open("rb+") as file:
+            file.seek(4 * self.count * math.prod(self.shape))
+            file.write(rows.contiguous().numpy().tobytes())
+        self.count += len(rows)
+
+    def keep(self) -> None:
+        """Write down how many there are; what they are outlasts a loss of power."""
+        with self._path.open("rb+") as file:
+            os.fsync(file.fileno())
+        self.memo.keep(self.name, Record(values={"rows": self.count, "shape": self.shape}))
+
+    def read(self) -> Tensor:
+        """(rows, ...), int32: pages of the file, which take no memory that others need."""
+        size = self.count * math.prod(self.shape)
+        numbers = torch.from_file(str(self._path), shared=False, size=size, dtype=torch.int32)
+        return numbers.view(self.count, *self.shape)

@@ -93,7 +93,7 @@ class ThenRecovered:
         with tempfile.TemporaryDirectory(prefix="pho-") as place:
             recover_model(
                 PrunedModel.of(pruned), lambda: nullcontext(dense), self.text, self.settings,
-                Path(place), progress=run.progress,
+                Path(place), run=Run(progress=run.progress),
             )  # fmt: skip
 
 

@@ -29,12 +29,17 @@ class Pace:
         self._began, self._again_s = began, 0.0  # what is done once more after the training
         self._seen: tuple[int, float] = (0, began)
 
-    def begin(self, steps: int) -> int:
-        """Take note of how many steps are planned; tell how many windows they have now."""
-        self.planned, kept = steps, self.place.values("pace")
+    def resume(self) -> None:
+        """Go on with the time that attempts before have spent, and how they have shortened it."""
+        kept = self.place.values("pace")
         if self._time_s is not None:
             self.shortened = [*kept.get("shortened", ())]
-            self._began -= kept.get("spent_s", 0.0)  # of those before
+            self._began -= kept.get("spent_s", 0.0)
+            self._again_s = kept.get("again_s", 0.0)
+
+    def begin(self, steps: int) -> int:
+        """Take note of how many steps are planned; tell how many windows they have now."""
+        self.planned = steps
         self.steps = min([steps, *(last for _, last in self._cuts())])
         first = [last for after, last in self._cuts() if after == 0]
         return min([steps, *first])
@@ -59,11 +64,13 @@ class Pace:
         """End sooner, from a step on."""
         self.shortened.append(f"{after}:{last}")
         self.steps = last
-        self._keep()
+        self.keep()
 
-    def _keep(self) -> None:
+    def keep(self) -> None:
+        """Write down what another attempt goes on with: waiting for it takes none of the time."""
         spent_s = time.monotonic() - self._began
-        self.place.keep_values("pace", {"shortened": self.shortened, "spent_s": spent_s})
+        values = {"shortened": self.shortened, "spent_s": spent_s, "again_s": self._again_s}
+        self.place.keep_values("pace", values)
 
     def train_from(self, step: int) -> None:
         """The training begins, or goes on, after a step."""
@@ -80,7 +87,7 @@ class Pace:
         fits = self.place.processes.agreed(max(1, int(left_s / each_s)))
         if fits < _LATE * (self.steps - step):
             self.shorten(step, step + fits)
-        self._keep()
+        self.keep()
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, as a share of the highest."""

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,48 +32,33 @@ from pho_service.models.loading import LanguageModel, load_model, sha256_each
 from pho_service.models.mask_file import MASKS, LayerMask, PackedMask, groups_of, read_masks
 from pho_service.models.packed import as_folder
 from pho_service.models.saving import RECIPE, read_recipe, recipe_document
-from pho_service.models.texts import (
-    RecoveryText,
-    TextRecord,
-    apart,
-    record_to_dict,
-    recut,
-    sample_windows,
-)
+from pho_service.models.texts import RecoveryText
+from pho_service.pipeline.lesson import ALL, LEAST_WINDOWS, Lesson, draw_windows, taught
+from pho_service.pipeline.minutes import machine_at_hand
 from pho_service.pipeline.pace import Pace
 from pho_service.pipeline.prune import PrunedFolder
 from pho_service.pipeline.rating import perplexity_on
 from pho_service.pipeline.workplace import Workplace
 from pho_service.pipeline.writing import side_by_side, written_by
+from pho_service.planning.plan import obstacles, with_process
 from pho_service.planning.stage_memory import Place, recovery_peak
-from pho_service.progress import Advance, Look, Progress, never, silent
+from pho_service.progress import Advance, Progress, Run
+from pho_service.pruning.hardware import main_memory
 from pho_service.pruning.masks import model_sparsity
-from pho_service.pruning.perplexity import DenseReference, dense_reference, rate_divergence
+from pho_service.pruning.perplexity import rate_divergence
 from pho_service.pruning.recovery import Processes, Recovering, mixed, recovering
 from pho_service.pruning.statistics import PrunableLinear
 from pho_service.spec.document import number, percent
 from pho_service.spec.perplexity import Perplexity, ratio_errors
-from pho_service.spec.recovery import (
-    BEGINNING,
-    CHECKS,
-    PASSES,
-    WRITTEN_AT_ONCE,
-    AdamBits,
-    Recovered,
-    Recovery,
-    Student,
-)
+from pho_service.spec.recovery import CHECKS, AdamBits, Recovered, Recovery, Student
 
-TOP_K = 512  # of the dense model's predictions; all other tokens are one event
+logger = logging.getLogger(__name__)
+
 _RATIOS = (("pruned", "dense"), ("recovered", "dense"), ("recovered", "pruned"))
-HELD_OUT = 16  # windows at most, or one of eight
-LEAST_WINDOWS = 4
 _OF_MODELS = ("name", "revision", "weights_sha256", "dtype")  # what is stored of one
 _SLOWER = 1 / 3  # of the rate, after a check that is no better than before the training
 _MOST_BACK = 3  # such checks end it
 _BETAS = (0.9, 0.95)  # of Adam
-_ALL = 10**6  # windows: more than a text is read for
-_OTHER = 0.2  # share of the time for what is beside the dense model and the steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,19 +169,6 @@ class PrunedModel:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Lesson:
-    """Predictions of the dense model, and what they are of."""
-
-    reference: DenseReference  # On what this process trains on, a window a step
-    held_out: DenseReference
-    windows: int  # That what all processes train on is cut from
-    written: int  # Of these
-    teacher: dict[str, Any]
-    text: dict[str, Any]
-    perplexity: Perplexity | None
-
-
 def recover_model(
     pruned: PrunedModel,
     dense: Callable[[], AbstractContextManager[LanguageModel]],
@@ -204,8 +176,7 @@ def recover_model(
     settings: Recovery,
     workplace: Path,
     *,
-    progress: Progress = silent,
-    look: Look = never,
+    run: Run = Run(),
 ) -> Recovered:
     """
     Train a model in place. What an interrupted training left in ``workplace`` is gone on with.
@@ -223,6 +194,7 @@ def recover_model(
     cut = [str(text.source), text.context_length, text.bos]
     identity = [model.to_dict(), settings.to_dict(), *cut]
     place = Workplace(workplace, identity, processes)
+    check_fits(model, text.context_length, settings, processes, room=place.room)
     pace = Pace(settings, place, began)
     measured: dict[str, Perplexity] = {}
     # Several processes do not write: their parts of a model do not lie on one device.
@@ -235,6 +207,14 @@ def recover_model(
             student = check_teacher(pruned, teacher, text)
             linears = pruned.linears_to_train(student)
             check_trainable(model, linears, settings, processes)
+            if student is None and not _is_dense_of(pruned, teacher):
+                logger.warning(
+                    "the teacher %s is not the dense model that %s says it was pruned from: their "
+                    "weights differ. What is recovered is its predictions.",
+                    teacher.name, model.name,
+                )  # fmt: skip
+            place.begin(teacher.to_dict())
+            pace.resume()
         with (
             recovering(model.model, blocks, linears, settings, processes) as trained,
             mixed(trained.device),
@@ -243,37 +223,35 @@ def recover_model(
             there = replace(model, model=trained.model)  # type: ignore[arg-type]  # or a copy of it
             if text.measured is not None:
                 with pace.comes_again():
-                    measured["pruned"] = perplexity_on(text.measured, there, progress)
+                    measured["pruned"] = _measured("pruned", text, there, place, run.progress)
+                pace.keep()
+                run.look()
             with place.nothing_left():
-                lesson = _lesson(model, teacher, trained, text, settings, pace, progress)
+                lesson = taught(model, teacher, trained, text, settings, pace, run)
+                if text.measured is not None:
+                    measured["dense"] = _measured("dense", text, teacher, place, run.progress)
+                    run.look()
                 said["dense"] = written_by(teacher, windows)
                 teaching.close()
                 del teacher
                 let_go_of_memory()
-                before = processes.agreed(rate_divergence(trained.model, lesson.held_out))
-                if not before:
-                    raise ModelError(
-                        f"the teacher {lesson.teacher['name']} predicts exactly what {model.name} "
-                        "does, so nothing can be recovered. Give the dense model that was pruned."
-                    )
             place.keep_initial(trained)
-            training = _Training(trained, lesson, before, pace, progress, look)
-            with processes.alone():
+            training = _Training(trained, lesson, pace, run)
+            with processes.alone(), place.writing():
                 _train(training, settings, place)
             trained.round_(model.stored_dtype, settings.seed)
             after = training.check()
-            kept = after < before
+            kept = after < lesson.before
             if not kept:
                 place.restore(trained, None)
             if text.measured is not None:
-                measured["recovered"] = perplexity_on(text.measured, there, progress)
-                measured |= {} if lesson.perplexity is None else {"dense": lesson.perplexity}
+                measured["recovered"] = perplexity_on(text.measured, there, run.progress)
     model.model.to(model.stored_dtype)  # type: ignore[arg-type]  # as in loading.py
     said["recovered"] = written_by(model, windows)
     return Recovered(
         train=settings.train,
-        before=before,
-        after=after if kept else before,
+        before=lesson.before,
+        after=after if kept else lesson.before,
         kept=kept,
         tokens=training.done * processes.count * text.context_length,
         planned=pace.planned * processes.count * text.context_length if pace.shortened else None,
@@ -282,7 +260,7 @@ def recover_model(
         written=lesson.written,
         held_out=len(lesson.held_out.windows),
         context_length=text.context_length,
-        rate=settings.first_rate(before),
+        rate=settings.first_rate(lesson.before),
         adam_bits=settings.adam_bits,
         seed=settings.seed,
         teacher={key: lesson.teacher[key] for key in _OF_MODELS},
@@ -317,28 +295,54 @@ def _shortage_told(model: LanguageModel, text: RecoveryText, settings: Recovery)
     except Exception as error:
         if not ran_out_of_memory(error):
             raise
-        others = ""
-        if settings.train == "kept":
-            others += f", or train less ({field_name('recovery/train', 'lora')} or norms)"
-        if settings.adam_bits == 32:
-            others += f", or let Adam remember less ({field_name('recovery/adam_bits', 8)})"
         raise OutOfMemory(
             f"the recovery of {model.name} on windows of {text.context_length} tokens ran out of "
-            f"memory{first_words(error)}. Take shorter windows "
-            f"({field_name('calibration/context_length')}){others}. `pho plan` says what a "
+            f"memory{first_words(error)}. {_ways_out(settings)} `pho plan` says what a "
             "recovery takes."
         ) from error
 
 
+def _ways_out(settings: Recovery) -> str:
+    others = ""
+    if settings.train == "kept":
+        others += f", or train less ({field_name('recovery/train', 'lora')} or norms)"
+    if settings.adam_bits == 32:
+        others += f", or let Adam remember less ({field_name('recovery/adam_bits', 8)})"
+    return f"Take shorter windows ({field_name('calibration/context_length')}){others}."
+
+
+def check_fits(
+    model: LanguageModel, length: int, settings: Recovery, processes: Processes, *, room: int | None
+) -> None:
+    """See that this machine has the memory, and the room on its disk, before anything runs."""
+    main, machine = main_memory(), machine_at_hand(str(model.device))
+    device = len(model.devices) * machine.memory_bytes if machine.is_gpu else main
+    peak = recovery_peak(
+        footprint_of(model.model), Place(on_gpu=machine.is_gpu), settings,
+        tokens=length, asked=settings.tokens or CHECKS * length, processes=processes.count,
+    )  # fmt: skip
+    machine = replace(machine, memory_bytes=device, main_bytes=main)
+    lacking = [*obstacles({"recover": with_process(peak, machine)}, machine, room)]
+    if lacking:
+        fewer = f", or fewer tokens ({field_name('recovery/tokens')})" if settings.tokens else ""
+        ways = _ways_out(settings).removesuffix(".")
+        raise OutOfMemory(f"{'; '.join(lacking)}. {ways}{fewer}.")
+
+
 def check_recoverable(
-    model: LanguageModel, pruned: Collection[str], text: RecoveryText, settings: Recovery
+    model: LanguageModel,
+    pruned: Collection[str],
+    text: RecoveryText,
+    settings: Recovery,
+    room: int | None = None,
 ) -> None:
     """See before any search that a model can be recovered when some linears of it are pruned."""
     check_trainable(model, pruned, settings, Processes())
+    check_fits(model, text.context_length, settings, Processes(), room=room)
     try:
-        _draw(model, text, settings.seed, LEAST_WINDOWS)
+        draw_windows(model, text, settings.seed, LEAST_WINDOWS)
     except TextError:  # of a text that repeats itself, what is drawn for longer may leave more
-        _draw(model, text, settings.seed, _ALL)
+        draw_windows(model, text, settings.seed, ALL)
 
 
 def check_trainable(
@@ -384,133 +388,27 @@ def check_trainable(
         )
 
 
-def _lesson(
-    pruned: LanguageModel,
-    teacher: LanguageModel,
-    trained: Recovering,
-    text: RecoveryText,
-    settings: Recovery,
-    pace: Pace,
-    progress: Progress,
-) -> _Lesson:
-    """Draw windows, as many as are needed, and keep what the dense model predicts on them."""
-    place = pace.place
-    place.begin(teacher.to_dict())
-    together = trained.processes.count
-    steps = place.once("steps", lambda: torch.tensor(_steps(trained, teacher, settings, text)))
-    total = together * int(steps)
-    windows, record = _draw(pruned, text, settings.seed, total + HELD_OUT)
-    held_out = min(HELD_OUT, len(windows) // 8 or 1)
-    missing = max(0, total - (len(windows) - held_out))
-    count = min(missing, -(-settings.written // text.context_length))
-    if count:
-        begun, also = windows[held_out:], min(HELD_OUT - held_out, count // 8)
-        added = _written(teacher, begun, count + also, settings.seed, place, progress)
-        windows = torch.cat([windows[:held_out], added[:also], begun, added[also:]])
-        held_out += also
-    there = len(windows) - held_out
-    taken = steps_of_each(total, there, together) * together
-    share = recut(windows[held_out:], taken, settings.seed)[trained.processes.number :: together]
-    share = share[: pace.begin(len(share))]
-    taken = together * len(share)
-    with progress("Asking the dense model", held_out + len(share)) as advance:
-        held = dense_reference(teacher.model, windows[:held_out], top_k=TOP_K, advance=advance)
-        with mixed(teacher.device, gradients=True):
-            reference = dense_reference(
-                teacher.model, share, top_k=TOP_K, advance=advance, enough=pace.asked_enough
-            )
-    asked = min(trained.processes.every(len(reference.windows)))
-    if asked < len(share):
-        pace.shorten(0, asked)
-        taken = asked * together
-    return _Lesson(
-        reference=reference.first(asked),
-        held_out=held,
-        windows=min(taken, there),
-        written=count,
-        teacher=teacher.to_dict(),
-        text=record_to_dict(record),
-        perplexity=None
-        if text.measured is None
-        else perplexity_on(text.measured, teacher, progress),
-    )
+def _measured(
+    name: str, text: RecoveryText, model: LanguageModel, place: Workplace, progress: Progress
+) -> Perplexity:
+    """The perplexity of a model, which is measured once."""
+    assert text.measured is not None
+    kept = place.values(name)
+    if not kept:
+        kept = asdict(perplexity_on(text.measured, model, progress))
+        place.keep_values(name, kept)
+    return Perplexity(**{**kept, "losses": tuple(kept["losses"])})
 
 
-def _draw(
-    model: LanguageModel, text: RecoveryText, seed: int, most: int
-) -> tuple[Tensor, TextRecord]:
-    """Windows of a text that are for nothing else."""
-    apart_from = [] if text.unlike is None else [text.unlike]
-    apart_from += [] if text.measured is None else [text.measured.windows]
-    windows, record = sample_windows(
-        model, text.source, count=0, beside=most + sum(map(len, apart_from)),
-        context_length=text.context_length, bos=text.bos, seed=seed,
-    )  # fmt: skip
-    for seen in apart_from:
-        windows = apart(windows, seen)
-    if len(windows) < LEAST_WINDOWS:
-        raise TextError(
-            f"the text {text.source} has too few windows of {text.context_length} tokens to "
-            f"recover on: {len(windows)}, and {LEAST_WINDOWS} are the least, of which one is held "
-            f"out. Give a longer text, or a smaller {field_name('calibration/context_length')}."
-        )
-    return windows, record
-
-
-def steps_of_each(windows: int, there: int, together: int) -> int:
-    """How many windows each of some processes takes of so many, if so many are there."""
-    if there < together:
-        raise TextError(
-            f"{there} windows to recover on are fewer than the {together} processes, of which each "
-            "takes one at a time. Give a longer text, or start fewer processes."
-        )
-    steps = min(windows, PASSES * there) // together
-    return steps // CHECKS * CHECKS or steps  # as many between any two checks
-
-
-def _written(
-    teacher: LanguageModel,
-    windows: Tensor,
-    count: int,
-    seed: int,
-    place: Workplace,
-    progress: Progress,
-) -> Tensor:
-    """Windows that the dense model writes, each from the beginning of one of the text."""
-    if teacher.stream:
-        raise InvalidInput(
-            f"the teacher {teacher.name} is streamed, and would be read again for each token that "
-            "it writes. Load it without streaming, or leave written out."
-        )
-    processes, length = place.processes, windows.shape[1]
-    begin = max(1, length // BEGINNING)
-    begins = windows[torch.arange(count) % len(windows), :begin]
-    begins = begins[processes.number :: processes.count]
-    network: Any = teacher.model
-    cards = [teacher.device] if teacher.device.type == "cuda" else []
-
-    def write() -> Tensor:
-        written: list[Tensor] = []
-        with (
-            progress("The dense model writes", len(begins)) as advance,
-            torch.random.fork_rng(cards),
-            torch.inference_mode(),
-        ):
-            torch.manual_seed(seed + processes.number)
-            for some in begins.split(max(1, WRITTEN_AT_ONCE // length)):
-                rows = network.generate(
-                    some.to(teacher.device),
-                    attention_mask=torch.ones_like(some).to(teacher.device),
-                    do_sample=True, temperature=1.0, top_p=1.0, top_k=TOP_K,
-                    min_new_tokens=length - begin, max_new_tokens=length - begin,
-                    pad_token_id=0,
-                    cache_implementation="static", disable_compile=True,  # or all before is copied
-                )  # fmt: skip
-                written.append(rows.cpu())
-                advance(len(some))
-        return torch.cat([window for share in processes.every(written) for window in share])
-
-    return place.once("written", write)
+def _is_dense_of(pruned: PrunedModel, teacher: LanguageModel) -> bool:
+    """Whether a teacher has the weights that a pruned model's recipe names, if it names any."""
+    about = {} if pruned.from_elsewhere else dict((pruned.recipe or {}).get("model", {}))
+    dtype = getattr(torch, str(about.get("dtype")), None)
+    if not about.get("weights_sha256") or dtype is None:
+        return True
+    same_type = dtype == teacher.dtype
+    sha256 = teacher.weights_sha256 if same_type else teacher.weights_sha256_as(dtype)
+    return bool(sha256 == about["weights_sha256"])
 
 
 def check_teacher(
@@ -557,48 +455,22 @@ def check_teacher(
     return student
 
 
-def _steps(
-    trained: Recovering, teacher: LanguageModel, settings: Recovery, text: RecoveryText
-) -> int:
-    """How many windows one process trains on: its share of the tokens, or as the time allows."""
-    if settings.tokens is not None:
-        steps = -(-settings.tokens // (text.context_length * trained.processes.count))
-        return steps if steps < CHECKS else -(-steps // CHECKS) * CHECKS
-    generator = torch.Generator().manual_seed(settings.seed)
-    window = torch.randint(teacher.vocabulary, (1, text.context_length), generator=generator)
-    took = []
-    for _ in range(2):  # the first one is slower
-        start = time.monotonic()
-        trained.backward(dense_reference(teacher.model, window, top_k=TOP_K), 0)
-        trained.zero_grad()
-        took.append(time.monotonic() - start)
-    steps = int((1 - _OTHER) * settings.time_s / min(took))
-    if steps < 1:
-        raise InvalidInput(
-            f"{settings.time_s / 60:g} minutes are too few: one window of {text.context_length} "
-            f"tokens takes {min(took):.1f} s. Give more, or shorter windows "
-            f"({field_name('calibration/context_length')})."
-        )
-    return steps // CHECKS * CHECKS or steps  # as of tokens, so that they repeat it
-
-
 class _Training(TrainerCallback):
     """What is trained on what, and how far it is."""
 
     def __init__(
         self,
         trained: Recovering,
-        lesson: _Lesson,
-        before: float,
+        lesson: Lesson,
         pace: Pace,
-        progress: Progress,
-        look: Look,
+        run: Run,
     ) -> None:
-        self.trained, self.lesson, self.pace, self._look = trained, lesson, pace, look
+        self.trained, self.lesson, self.pace = trained, lesson, pace
+        self._run = run
         self.checks = min(CHECKS, len(lesson.reference.windows))
         self.done = 0  # steps
-        self.before, self._now = before, before
-        self._progress, self._stack = progress, ExitStack()
+        self.before = self._now = lesson.before
+        self._stack = ExitStack()
         self._advance: Advance = lambda _: None
 
     def check(self) -> float:
@@ -616,11 +488,13 @@ class _Training(TrainerCallback):
         status = f"divergence {number(self._now)}"
         if self._now != self.before:
             status += f", {percent(self._now / self.before - 1, signed=True)}"
-        self._advance = self._stack.enter_context(self._progress(f"Recovering ({status})", steps))
+        self._advance = self._stack.enter_context(
+            self._run.progress(f"Recovering ({status})", steps)
+        )
 
     def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         self.pace.train_from(state.global_step)
-        self._show(args.eval_steps)
+        self._show(args.eval_steps - state.global_step % args.eval_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         del args
@@ -628,6 +502,8 @@ class _Training(TrainerCallback):
         self._advance(1)
         if self.done >= self.pace.steps:  # looked at and kept, wherever the schedule ends
             control.should_evaluate = control.should_save = control.should_training_stop = True
+        elif self._run.gives_way():
+            control.should_save = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.pace.look(state.global_step)
@@ -637,8 +513,9 @@ class _Training(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         del args
         self.trained.processes.wait()  # so that all have kept one check that is the same
+        self.pace.keep()
         if state.global_step < self.pace.steps and not control.should_training_stop:
-            self._look()  # another attempt would go on from here
+            self._run.look()  # another attempt would go on from here
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self._stack.close()

@@ -2,8 +2,10 @@
 Where an interrupted training goes on from.
 """
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,9 +19,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from pho_service.errors import PhoError
-from pho_service.models.scratch import Memo, Record
+from pho_service.errors import ChangedInput, OutputError, PhoError
+from pho_service.host.machine import first_words
+from pho_service.models.bundle_file import os_errors
+from pho_service.models.scratch import Memo, Record, Rows
 from pho_service.pruning.recovery import Processes, Recovering
+
+ANSWERS = "answers"
 
 
 class Workplace:
@@ -42,13 +48,44 @@ class Workplace:
             self._memo.remove()
         self.folder.parent.mkdir(parents=True, exist_ok=True)
 
+    def check_text(self, name: str, sha256: str) -> None:
+        """Raise ChangedInput if what lies there was trained on another text of this name."""
+        before = self.values("text").get("sha256", sha256)
+        if before != sha256:
+            raise ChangedInput(
+                f"the text {name} has changed since this recovery began (hash {before[:12]} then, "
+                f"{sha256[:12]} now), and one that goes on would be of both. Put the text from "
+                f"before back, or delete {self.folder} to start again."
+            )
+        self.keep_values("text", {"sha256": sha256})
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Inside, a disk that is full, or away, raises OutputError, whichever library says it."""
+        try:
+            with os_errors():
+                yield
+        except OSError as error:
+            raise self._not_written(os.strerror(error.errno or errno.EIO)) from error
+        except RuntimeError as error:  # torch's, of the state of Adam
+            if not any(words in str(error) for words in ("PytorchStreamWriter", "iostream error")):
+                raise
+            raise self._not_written(first_words(error).removeprefix(": ")) from error
+
+    def _not_written(self, why: str) -> OutputError:
+        return OutputError(
+            f"{self.folder}, which the recovery goes on from, cannot be written: {why}. See that "
+            "there is room, then run the same again, or resume the job: it goes on from what is "
+            "kept."
+        )
+
     @contextmanager
     def nothing_left(self) -> Iterator[None]:
         """Inside, an error leaves no folder, unless a training lies in it."""
         try:
             yield
         except PhoError:
-            if not self._memo.path("initial").exists():
+            if not any(self._memo.path(name).exists() for name in ("initial", ANSWERS)):
                 self.remove()
             raise
 
@@ -60,6 +97,25 @@ class Workplace:
             self._memo.keep(name, record)
         return record.tensors[name]
 
+    @property
+    def room(self) -> int:
+        """Bytes that its disk has for it, what lies there of an earlier attempt included."""
+        there = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+        folder = next(folder for folder in self.folder.absolute().parents if folder.is_dir())
+        return there + shutil.disk_usage(folder).free
+
+    def part(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor that each process makes for itself, once."""
+        record = self._memo.read(name)
+        if record is None:
+            record = Record(tensors={name: make()})
+            self._memo.keep(name, record)
+        return record.tensors[name]
+
+    def answers(self) -> Rows:
+        """What the dense model has predicted so far for this process."""
+        return Rows.kept(self._memo, ANSWERS)
+
     def values(self, name: str) -> dict[str, Any]:
         """Values that were kept; nothing if there are none."""
         record: Record | None = self.processes.agreed(self._memo.read(name))
@@ -70,7 +126,8 @@ class Workplace:
         self._memo.keep(name, Record(values=values))
 
     def keep_initial(self, trained: Recovering) -> None:
-        self._memo.keep("initial", Record(tensors=trained.state_dict()))
+        if self._memo.read("initial") is None:
+            self._memo.keep("initial", Record(tensors=trained.state_dict()))
 
     def restore(self, trained: Recovering, step: int | None) -> None:
         """Take the weights of the check after a step, or those from before if there is none."""

@@ -3,7 +3,7 @@ What a job needs: peaks of memory and disk, seconds of each stage, and what woul
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -237,7 +237,7 @@ def _plan(spec: JobSpec, shapes: ModelShapes, work: PlannedWork, machine: Machin
     work = replace(work, batch=calibration.run.windows)
     if work.recovery is not None:
         once = replace(work, recompute=work.recovery.train == "lora")
-        peak = _with_process(_Memory(shapes, once, machine).recovery(work.recovery), machine)
+        peak = with_process(_Memory(shapes, once, machine).recovery(work.recovery), machine)
         if peak.device <= machine.memory_bytes and peak.host <= machine.main_bytes:
             work = once
     stages = tuple(_stages(_Memory(shapes, work, machine), calibration))
@@ -248,7 +248,7 @@ def _plan(spec: JobSpec, shapes: ModelShapes, work: PlannedWork, machine: Machin
         work=work,
         calibration=calibration,
         stages=stages,
-        obstacles=tuple(_obstacles(stages, machine)),
+        obstacles=tuple(obstacles({s.title: s.peak for s in stages}, machine)),
     )
 
 
@@ -259,7 +259,7 @@ def _stages(memory: "_Memory", calibration: CalibrationPlan) -> Iterator[StagePl
 
     def stage(kind: StageKind, title: str, seconds: float, peak: Peak) -> StagePlan:
         low, high = seconds / machine.uncertainty, seconds * machine.uncertainty
-        peak = _with_process(peak, machine)
+        peak = with_process(peak, machine)
         return StagePlan(kind=kind, title=title, seconds=(low, high), peak=peak)
 
     yield stage(StageKind.CALIBRATE, "read the model", costs.reading(), memory.loaded())
@@ -296,7 +296,8 @@ def _afterwards_stages(
     yield stage(StageKind.PRUNE, "save", costs.saving(), memory.saving())
 
 
-def _with_process(peak: Peak, machine: Machine) -> Peak:
+def with_process(peak: Peak, machine: Machine) -> Peak:
+    """What a stage holds with the process that it runs in, and the card's context."""
     device = int((peak.device + CONTEXT) / FREE) if machine.is_gpu else 0
     return replace(peak, device=device, host=peak.host + PROCESS * (3 if machine.is_gpu else 1))
 
@@ -410,18 +411,21 @@ class _Memory:
         return saving_peak(self.footprint, self.place, stored_itemsize=self.stored_itemsize)
 
 
-def _obstacles(stages: tuple[StagePlan, ...], machine: Machine) -> Iterator[str]:
-    """The stages that need more than there is, in words."""
-    for place, has in (("device", machine.memory_bytes), ("host", machine.main_bytes)):
-        if place == "device" and not machine.is_gpu:
-            continue
-        stage = max(stages, key=lambda s: getattr(s.peak, place))
-        needed = getattr(stage.peak, place)
-        if needed > has:
-            where = f"the {machine.name}" if place == "device" else "main memory"
+def obstacles(
+    peaks: Mapping[str, Peak], machine: Machine, room: int | None = None
+) -> Iterator[str]:
+    """The stages that need more than there is, in words; ``room`` is what a disk has free."""
+    has = {"host": machine.main_bytes} | ({} if room is None else {"disk": room})
+    if machine.is_gpu:
+        has = {"device": machine.memory_bytes, **has}
+    named = {"device": f"the {machine.name}", "host": "main memory", "disk": "disk"}
+    for place, there in has.items():
+        title = max(peaks, key=lambda title: getattr(peaks[title], place))
+        needed = getattr(peaks[title], place)
+        if needed > there:
             yield (
-                f"{stage.title}: {format_bytes(needed)} of {where} are needed, and it has "
-                f"{format_bytes(has)}"
+                f"{title}: {format_bytes(needed)} of {named[place]} are needed, and it has "
+                f"{format_bytes(there)}"
             )
 
 
@@ -476,7 +480,7 @@ def _afterwards(plan: Plan, recovery: Recovery, option: str) -> Iterator[str]:
     memory = _Memory(plan.shapes, plan.work, plan.machine)
     for count in _CARDS:
         peak = memory.recovery(recovery, count)
-        if _with_process(peak, plan.machine).device <= plan.machine.memory_bytes:
+        if with_process(peak, plan.machine).device <= plan.machine.memory_bytes:
             host = format_bytes(peak.host + 3 * count * PROCESS)
             yield (
                 f"prune without the recovery{option}, and recover the folder on {count} such cards "

@@ -384,7 +384,13 @@ def cut_peak(
     return Peak.at(place, device=there + work, host=states, disk=FLOAT * sets * footprint.prunable)
 
 
-PREDICTED = 512 * 8  # bytes of what the dense model predicts of a token, and how likely that is
+TOP_K = 512  # next tokens that the dense model is asked for; all others are one event
+CUT = 40  # bytes of a token that is trained on: its text's, those of its windows, and of their cuts
+
+
+def answers_bytes(tokens: int, vocabulary: int = TOP_K) -> int:
+    """What the dense model predicts of so many tokens, and how likely: on disk, in a recovery."""
+    return 8 * min(TOP_K, vocabulary) * tokens
 
 
 def recovery_peak(
@@ -426,8 +432,9 @@ def recovery_peak(
     return Peak.at(
         place,
         device=max(both, weights + state + passes),
-        host=max(read, PREDICTED * asked),
-        disk=3 * (FLOAT * trained + moments),  # the best state, the last, and the next
+        host=max(read, processes * CUT * asked),
+        # The best state, the last, and the next.
+        disk=3 * (FLOAT * trained + moments) + answers_bytes(asked, footprint.vocabulary),
     )
 
 

@@ -76,6 +76,15 @@ def cards_memory(devices: Sequence[torch.device]) -> tuple[int, int] | None:
     return total - free, total
 
 
+def main_memory() -> int:
+    """Bytes of main memory that there are: the system's, or those of this container."""
+    total = int(psutil.virtual_memory().total)
+    try:
+        return min(total, int((CGROUP / "memory.max").read_text()))
+    except (OSError, ValueError):  # "max" is no limit
+        return total
+
+
 def available_memory() -> int:
     """Bytes of main memory that can be had: the system's, or what is left to this container."""
     available = int(psutil.virtual_memory().available)

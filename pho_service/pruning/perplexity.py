@@ -249,17 +249,15 @@ def dense_reference(
     top_k: int = TOP_K,
     most: int = MOST,
     advance: Callable[[float], None] = lambda _: None,
-    enough: Callable[[int], bool] = lambda _: False,
 ) -> DenseReference:
     """
     Keep what the dense model predicts, to compare pruned ones with: ``top_k`` tokens at each
-    position, 8 bytes each, or all if the vocabulary is smaller. It ends early, with fewer windows,
-    where so many are ``enough``.
+    position, 8 bytes each, or all if the vocabulary is smaller.
 
     Raises:
         NumericalError: A logit is NaN or infinite.
     """
-    tokens, logs, asked = [], [], 0
+    tokens, logs = [], []
     with torch.inference_mode():
         for logits in window_logits(model, windows, most=most):
             for _, all_logs in log_probabilities(logits[:-1]):
@@ -267,11 +265,7 @@ def dense_reference(
                 tokens.append(top.indices.int().cpu())
                 logs.append(top.values.cpu())
             advance(1)
-            asked += 1
-            if enough(asked):
-                break
-    windows = windows[:asked]
-    shape = (asked, windows.shape[1] - 1, -1)
+    shape = (len(windows), windows.shape[1] - 1, -1)
     top_logs = torch.cat(logs)
     require_finite_loss(float(top_logs[:, 0].sum()))
     return DenseReference(

@@ -3,13 +3,14 @@
 import json
 import logging
 import shutil
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -22,10 +23,12 @@ from transformers import (
 )
 
 from pho_service.errors import (
+    ChangedInput,
     InvalidInput,
     ModelError,
     NumericalError,
     OutOfMemory,
+    OutputError,
     TextError,
     told_to,
 )
@@ -41,6 +44,7 @@ from pho_service.pipeline.recover import PrunedModel, check_recoverable, recover
 from pho_service.pipeline.work import Work
 from pho_service.pipeline.workplace import Workplace
 from pho_service.pipeline.writing import written_by
+from pho_service.progress import Run
 from pho_service.pruning.perplexity import dense_reference, rate_divergence
 from pho_service.pruning.recovery import Recovering
 from pho_service.shown.tables import recovered_table
@@ -95,11 +99,11 @@ def smaller_folder(model_folder, tmp_path):
 
 @pytest.fixture
 def recover(original, text, tmp_path):
-    def run(pruned, settings=SETTINGS, *, on=text, teacher=original, **more):
-        place = tmp_path / "workplace"
-        return recover_model(pruned, lambda: nullcontext(teacher), on, settings, place, **more)
+    def recover(pruned, settings=SETTINGS, *, on=text, teacher=original, **watched):
+        place, run = tmp_path / "workplace", Run(**watched)
+        return recover_model(pruned, lambda: nullcontext(teacher), on, settings, place, run=run)
 
-    return run
+    return recover
 
 
 def weights(model):
@@ -194,11 +198,11 @@ def test_the_dense_model_is_asked_in_bfloat16_only_for_what_is_trained_on(
         asked.append((len(windows), torch.is_autocast_enabled("cpu")))
         return dense_reference(model, windows, **more)
 
-    monkeypatch.setattr("pho_service.pipeline.recover.dense_reference", noted)
+    monkeypatch.setattr("pho_service.pipeline.lesson.dense_reference", noted)
     monkeypatch.setattr("pho_service.pruning.hardware.multiplies_halves", lambda: True)
     found = recover(PrunedModel.read(pruned_folder("0.5"), device="cpu"))
 
-    assert asked == [(found.held_out, False), (found.tokens // LENGTH, True)]
+    assert asked == [(found.held_out, False), *[(1, True)] * (found.tokens // LENGTH)]
     assert found.kept
 
 
@@ -210,10 +214,10 @@ def test_a_text_that_is_too_short_comes_again_in_other_windows(pruned_folder, re
         asked.append(windows)
         return dense_reference(model, windows, **more)
 
-    monkeypatch.setattr("pho_service.pipeline.recover.dense_reference", noted)
+    monkeypatch.setattr("pho_service.pipeline.lesson.dense_reference", noted)
     settings = replace(SETTINGS, tokens=1000 * LENGTH)
     found = recover(PrunedModel.read(pruned_folder("0.5"), device="cpu"), settings)
-    held_out, trained_on = asked
+    held_out, trained_on = asked[0], torch.cat(asked[1:])
     most = PASSES * found.windows
 
     assert most - 8 < len(trained_on) <= most  # as many between any two checks
@@ -222,23 +226,131 @@ def test_a_text_that_is_too_short_comes_again_in_other_windows(pruned_folder, re
     assert f"each of {found.windows} windows 3.8 times, in other cuts: more text" in str(found)
 
 
-@pytest.mark.thorough
-def test_at_a_check_another_job_may_have_its_turn_and_nothing_is_lost(
-    pruned_folder, recover, tmp_path
-):
-    folder = pruned_folder("0.5")
-    whole = PrunedModel.read(folder, device="cpu")
-    first = recover(whole)
-    Workplace(tmp_path / "workplace").remove()
-    look = Mock(side_effect=[None, None, InterruptedError, *[None] * 8])
-    with pytest.raises(InterruptedError):
-        recover(PrunedModel.read(folder, device="cpu"), look=look)
-    resumed = PrunedModel.read(folder, device="cpu")
-    second = recover(resumed, look=look)
+class GaveWay(Exception):
+    """A recovery is put down."""
 
-    assert look.call_count == 7  # of eight checks; behind the last one there is nothing to do
+
+class Others:
+    """Jobs that want the worker each so many times that somebody looks for them."""
+
+    def __init__(self, *, every):
+        self.every, self.looks, self.turns = every, 0, 0
+        self.waiting = False
+
+    def gives_way(self):
+        self.looks += 1
+        self.waiting = self.waiting or self.looks % self.every == 0
+        return self.waiting
+
+    def look(self):
+        if self.waiting:
+            self.waiting = False
+            self.turns += 1
+            raise GaveWay
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        replace(SETTINGS, written=10 * LENGTH),
+        *(
+            pytest.param(replace(SETTINGS, train=train, rate=rate), marks=pytest.mark.thorough)
+            for train, rate in (("kept", HASTY.rate), ("norms", 2e-3), ("lora", 2e-3))
+        ),
+    ],
+)
+def test_a_recovery_that_gives_way_again_and_again_does_nothing_twice_and_ends_the_same(
+    settings, pruned_folder, recover, read_report, text, original, tmp_path, monkeypatch
+):
+    """While the dense model is asked, while it writes, and at every few steps of the training."""
+    folder, steps = pruned_folder("0.5"), []
+    few = torch.arange(8 * LENGTH).remainder(251).view(8, LENGTH)
+    source = GivenWindows(tokens=few) if settings.written else text.source
+    on = replace(text, source=source, bos="never", measured=read_report(original, 4, LENGTH))
+    monkeypatch.setattr("pho_service.pipeline.lesson.WRITTEN_AT_ONCE", 2 * LENGTH)
+    backward = Recovering.backward
+    monkeypatch.setattr(
+        Recovering, "backward", lambda *given: steps.append(given[-1]) or backward(*given)
+    )
+    asked = Mock(wraps=dense_reference)
+    monkeypatch.setattr("pho_service.pipeline.lesson.dense_reference", asked)
+    whole = PrunedModel.read(folder, device="cpu")
+    first = recover(whole, settings, on=on)
+    Workplace(tmp_path / "workplace").remove()
+    steps_at_once, asked_at_once = sorted(steps), asked.call_count
+    steps.clear()
+    asked.reset_mock()
+    others, second = Others(every=7), None
+    while second is None:
+        resumed = PrunedModel.read(folder, device="cpu")
+        with suppress(GaveWay):
+            second = recover(resumed, settings, on=on, look=others.look, gives_way=others.gives_way)
+
+    assert others.turns > 5
+    assert sorted(steps) == steps_at_once
+    assert asked.call_count == asked_at_once + others.turns  # what is held out, by each attempt
     assert same(weights(whole.model), weights(resumed.model))
     assert replace(first, seconds=0) == replace(second, seconds=0)
+
+
+def test_a_text_that_is_swapped_while_a_recovery_waits_is_named_and_nothing_is_lost(
+    pruned_folder, recover, text, texts, tmp_path
+):
+    file, folder = tmp_path / "text.jsonl", pruned_folder("0.5")
+    shutil.copy(texts["report"], file)
+    on = replace(text, source=TextSource(path=str(file)))
+    others = Others(every=30)  # in the middle of the training
+    with pytest.raises(GaveWay):
+        recover(
+            PrunedModel.read(folder, device="cpu"), on=on,
+            look=others.look, gives_way=others.gives_way,
+        )  # fmt: skip
+    shutil.copy(texts["calibration"], file)
+
+    with pytest.raises(
+        ChangedInput, match=r"text\.jsonl has changed .* Put the text from before back"
+    ):
+        recover(PrunedModel.read(folder, device="cpu"), on=on)
+    shutil.copy(texts["report"], file)
+    assert recover(PrunedModel.read(folder, device="cpu"), on=on).kept
+
+
+def test_a_disk_that_is_full_in_the_middle_is_named_with_the_way_out(
+    pruned_folder, recover, monkeypatch, tmp_path
+):
+    """Whichever library writes: safetensors' error is not one of the system's, nor is torch's."""
+    folder = pruned_folder("0.5")
+    whole = PrunedModel.read(folder, device="cpu")
+    recover(whole)
+    Workplace(tmp_path / "workplace").remove()
+    full = "Error while serializing: I/O error: No space left on device (os error 28)"
+    for name, error in (
+        ("pho_service.pipeline.recover.Trainer.save_model", SafetensorError(full)),
+        ("torch.save", RuntimeError("PytorchStreamWriter failed writing file data/1")),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, Mock(side_effect=error))
+            with pytest.raises(OutputError, match=r"workplace, .* cannot be written.*goes on from"):
+                recover(PrunedModel.read(folder, device="cpu"))
+    again = PrunedModel.read(folder, device="cpu")
+    recover(again)
+
+    assert same(weights(whole.model), weights(again.model))
+
+
+def test_a_teacher_that_is_not_the_model_that_was_pruned_is_told(
+    pruned_folder, recover, original, caplog
+):
+    folder = pruned_folder("0.5")
+    recover(PrunedModel.read(folder, device="cpu"), replace(SETTINGS, tokens=LENGTH))
+    told = caplog.text
+    other = load_model(original.name, device="cpu")
+    other.linears["model.layers.0.mlp.down_proj"].weight.mul_(1.5)
+    other = given_model(other.model, other.tokenizer)
+    recover(PrunedModel.read(folder, device="cpu"), replace(SETTINGS, tokens=LENGTH), teacher=other)
+
+    assert "is not the dense model" not in told
+    assert "is not the dense model that" in caplog.text
 
 
 def test_after_a_check_that_is_worse_a_third_of_the_rate_goes_on_from_before(
@@ -273,6 +385,7 @@ def test_the_weights_of_the_best_check_are_taken(pruned_folder, recover, monkeyp
         at.append(weights(pruned.model))
         return told[len(at) - 1]
 
+    monkeypatch.setattr("pho_service.pipeline.lesson.rate_divergence", scripted)
     monkeypatch.setattr("pho_service.pipeline.recover.rate_divergence", scripted)
     recovered = recover(pruned)
 
@@ -307,6 +420,7 @@ def test_a_model_that_predicts_nothing_any_more_is_taken_back_too(
         measured.append(rate_divergence(model, reference))
         return measured[0]
 
+    monkeypatch.setattr("pho_service.pipeline.lesson.rate_divergence", first_alone)
     monkeypatch.setattr("pho_service.pipeline.recover.rate_divergence", first_alone)
     recovered = recover(pruned)
 
@@ -349,7 +463,7 @@ def test_a_text_that_repeats_itself_is_read_to_its_end_before_it_is_called_too_s
     path.write_text("\n".join(lines))
     known = original.tokenize(" ".join([often] * 20))[: 2 * LENGTH].view(2, LENGTH)
     drawn = Mock(wraps=sample_windows)
-    monkeypatch.setattr("pho_service.pipeline.recover.sample_windows", drawn)
+    monkeypatch.setattr("pho_service.pipeline.lesson.sample_windows", drawn)
     text = RecoveryText(source=TextSource(path=str(path)), context_length=LENGTH, unlike=known)
     check_recoverable(original, [*original.linears], text, SETTINGS)
 
@@ -528,6 +642,7 @@ def busy(monkeypatch):
     def from_step(step):
         clock = Busy(from_step=step)
         monkeypatch.setattr("pho_service.pipeline.recover.time", clock)
+        monkeypatch.setattr("pho_service.pipeline.lesson.time", clock)
         monkeypatch.setattr("pho_service.pipeline.pace.time", clock)
         monkeypatch.setattr(Recovering, "backward", clock.stepped(Recovering.backward))
         return clock
@@ -593,14 +708,15 @@ def test_a_dense_model_that_takes_too_long_is_asked_about_fewer_windows(
     timed, repeated = (PrunedModel.read(folder, device="cpu") for _ in range(2))
     clock = busy(10**6)
 
-    def slowly(model, windows, *, advance=lambda _: None, **how):
+    def slowly(model, windows, *, advance=None, **how):
         def asked(count):
-            clock.now += count if len(windows) > 16 else 0
-            advance(count)
+            if advance is not None and len(windows) == 1:  # of what is trained on
+                clock.now += count
+                advance(count)
 
         return dense_reference(model, windows, advance=asked, **how)
 
-    monkeypatch.setattr("pho_service.pipeline.recover.dense_reference", slowly)
+    monkeypatch.setattr("pho_service.pipeline.lesson.dense_reference", slowly)
     first = recover(timed, Recovery(minutes=1, rate=2e-3))
     second = recover(repeated, Recovery(tokens=first.planned, shortened=first.shortened, rate=2e-3))
 

@@ -17,13 +17,9 @@ from pho_service.errors import InvalidInput, TextError
 from pho_service.models.architecture import decoder_blocks
 from pho_service.models.loading import LanguageModel, given_model, load_model
 from pho_service.models.texts import GivenWindows, RecoveryText
-from pho_service.pipeline.recover import (
-    PrunedModel,
-    Workplace,
-    check_trainable,
-    recover_model,
-    steps_of_each,
-)
+from pho_service.pipeline.lesson import steps_of_each
+from pho_service.pipeline.recover import PrunedModel, Workplace, check_trainable, recover_model
+from pho_service.progress import Run
 from pho_service.pruning.perplexity import dense_reference
 from pho_service.pruning.recovery import Processes, recovering
 from pho_service.spec.recovery import TRAINS, Recovered, Recovery
@@ -128,7 +124,7 @@ def _recover(folder, dense, place, out, killed_at, count):
 
     text = RecoveryText(source=GivenWindows(tokens=windows(count)), context_length=LENGTH)
     recovered = recover_model(
-        pruned, lambda: nullcontext(teacher), text, SETTINGS, place, progress=progress
+        pruned, lambda: nullcontext(teacher), text, SETTINGS, place, run=Run(progress=progress)
     )
     weights = {name: each.contiguous() for name, each in pruned.model.model.state_dict().items()}
     save_file(weights, out.with_name(f"{out.name}-{number}"))

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import fsspec
@@ -36,7 +37,9 @@ from pho_service.spec.pattern import Pattern
 from storage.jobs import ask_to_prune, note_removed
 from storage.records import JobState, LostClaim, StageKind
 from storage.tables import jobs
+from workers.conductor import Conductor
 from workers.inputs import Seal
+from workers.watch import TurnOver, Turns, Watch
 from workers.work import SealedWork
 
 _begun: list[Any] = []
@@ -373,3 +376,33 @@ def test_where_no_block_is_trained_neither_the_model_nor_its_text_is_opened():
     work = object.__new__(SealedWork)  # without inputs, which opening would ask for
 
     assert work.blocks(baseline("wanda", Pattern.parse("0.5"))) is None
+
+
+def test_a_recovery_gives_its_worker_away_again_and_again_and_ends_with_the_same_files(
+    hand, small, monkeypatch
+):
+    spec = small(prune=True, recovery={"tokens": 640, "rate": 2e-3})
+    job, alone = (hand.until(hand.submit(spec), StageKind.PRUNE) for _ in range(2))
+    alone = hand.until(alone, None)
+    looks, given_away = [], 0
+
+    def gives_way(_):
+        looks.append(None)
+        return len(looks) % 12 in (0, 1)  # and still when it has kept what it has
+
+    monkeypatch.setattr(Watch, "gives_way", gives_way)
+    while hand.store.get(job.id).pruning.result is None:
+        claim = hand.take(job)
+        try:
+            Conductor(hand.store, hand.inputs, Event(), Turns()).run(claim)
+        except TurnOver:
+            given_away += 1
+            hand.store.end_turn(claim)
+    files, others = (
+        {file["name"]: file["sha256"] for file in hand.store.get(each.id).pruning.result["files"]}
+        for each in (job, alone)
+    )
+
+    assert given_away > 2
+    assert files.keys() == others.keys()
+    assert {name for name in files if files[name] != others[name]} <= {"pruning.json", "README.md"}
