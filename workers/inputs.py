@@ -34,7 +34,14 @@ from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.scratch import Memo
 from pho_service.models.tasks import LoadedTasks, load_tasks
-from pho_service.models.texts import MixedText, RecoveryText, ReportText, Text, mixed_text
+from pho_service.models.texts import (
+    MixedText,
+    RecoveryText,
+    ReportText,
+    Text,
+    mixed_text,
+    pool_sha256,
+)
 from pho_service.pipeline.inputs import Inputs
 from pho_service.progress import Advance, Progress
 from pho_service.pruning.bundle import ProxyBundle
@@ -60,6 +67,7 @@ class Seal:
     calibration: str | None = None  # Hash of the calibration windows
     texts: Sequence[str] = ()  # Hashes of the calibration texts, where there are several
     confirmation: str | None = None  # Hash of the windows that perplexities are measured on
+    recovery: str | None = None  # Hash of all that the windows of a recovery are drawn from
 
     @classmethod
     def of(
@@ -67,6 +75,7 @@ class Seal:
         model: LanguageModel,
         text: CalibrationText,
         confirmation: ReportText | None,
+        recovery: str | None,
         *,
         local: bool,
     ) -> Self:
@@ -78,6 +87,7 @@ class Seal:
             calibration=windows_key(text.calibration),
             texts=_hashes(text),
             confirmation=None if confirmation is None else confirmation.key,
+            recovery=recovery,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,6 +121,12 @@ class Seal:
         if self.confirmation is not None:
             _compare(f"the text {name}, which perplexities are measured on,", self.confirmation,
                      text.key)  # fmt: skip
+
+    def check_recovery(self, name: str, sha256: str) -> None:
+        """Raise ChangedInput if it is not the text that the job began with."""
+        if self.recovery is not None:
+            _compare(f"the text {name}, which the pruned model is recovered on,", self.recovery,
+                     sha256)  # fmt: skip
 
 
 def _hashes(text: CalibrationText) -> list[str]:
@@ -347,6 +363,7 @@ class WorkerInputs(Inputs):
         self._bundle: _Last[ProxyBundle] = _Last()
         self._calibration: _Last[CalibrationText] = _Last()
         self._confirmation: _Last[ReportText] = _Last()
+        self._recovery: _Last[str] = _Last()
         self._tasks: _Last[LoadedTasks] = _Last()
 
     def clear(self) -> None:
@@ -402,6 +419,7 @@ class WorkerInputs(Inputs):
             model,
             self.calibration_text(spec, before),
             confirm,
+            None if spec.recovery is None else self._recovery_sha256(spec),
             local=_is_local(self.access.model(spec.model)),
         )
 
@@ -433,15 +451,24 @@ class WorkerInputs(Inputs):
         """What a pruned model is recovered on: nothing that it was calibrated or is measured on."""
         assert spec.recovery is not None
         text = spec.recovery.text
+        seal.check_recovery(text or spec.calibration.named, self._recovery_sha256(spec))
         measured = None if spec.confirm is None else self.confirmation_text(spec, seal)
         calibration = self.calibration_text(spec, seal).calibration
         return RecoveryText(
-            source=self.calibration_source(spec.calibration) if text is None else self.file(text),
+            source=self._recovery_source(spec),
             context_length=spec.calibration.context_length,
             bos=spec.calibration.bos,
             unlike=calibration,
             measured=measured,
         )
+
+    def _recovery_source(self, spec: JobSpec) -> TextSource | MixedText:
+        text = spec.recovery and spec.recovery.text
+        return self.file(text) if text else self.calibration_source(spec.calibration)
+
+    def _recovery_sha256(self, spec: JobSpec) -> str:
+        source = self._recovery_source(spec)
+        return self._recovery.get((source, _state(source)), lambda: pool_sha256(source))
 
     def nothing_left(self) -> None:
         """Names the fields that give a text."""

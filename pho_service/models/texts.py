@@ -448,6 +448,18 @@ def _pool(source: TextSource | GivenText) -> list[str]:
     return documents
 
 
+def pool_sha256(source: TextSource | MixedText) -> str:
+    """Hash of all that windows may be drawn from."""
+    texts = source.texts if isinstance(source, MixedText) else (source,)
+    digest = hashlib.sha256()
+    for text in texts:
+        assert not isinstance(text, GivenWindows)
+        pool = text.usual(measured=False)[0] if isinstance(text, TextSource) else text
+        for document in _pool(pool):
+            digest.update(hashlib.sha256(document.encode()).digest())
+    return digest.hexdigest()
+
+
 def _require_text(documents: list[str], source: TextSource | GivenText) -> None:
     if not documents:
         raise TextError(f"the text {source} is empty. Give one with words in it.")

@@ -82,6 +82,7 @@ def test_text_changed_between_perplexities(hand, small, tmp_path):
 HELD_OUT = {"confirm": {"text": None}}  # windows that the calibration left
 TWO_TEXTS = {"calibration": {"more_texts": ["confirmation.jsonl"]}, "confirm": {"text": None}}
 BY_PERPLEXITY = {"objective": {"name": "perplexity"}}
+RECOVERED = {"prune": True, "recovery": {"tokens": 640, "text": "confirmation.jsonl"}, **HELD_OUT}
 
 
 @pytest.mark.parametrize("restarted", [True, pytest.param(False, marks=pytest.mark.thorough)])
@@ -99,6 +100,8 @@ BY_PERPLEXITY = {"objective": {"name": "perplexity"}}
         (BY_PERPLEXITY, StageKind.SEARCH, "model", "model"),
         (BY_PERPLEXITY, StageKind.SEARCH, "confirmation", "text"),
         (BY_PERPLEXITY, StageKind.FINISH, "confirmation", r"confirmation\.jsonl"),
+        (RECOVERED, StageKind.PRUNE, "confirmation",
+         r"confirmation\.jsonl, which the pruned model is recovered on, has changed"),
     ],
 )  # fmt: skip
 def test_what_is_replaced_after_the_calibration_is_neither_compared_nor_measured(
