@@ -69,8 +69,9 @@ def write_pruned(
         view.configuration(name)  # refuses where one must be named
         if pruning is not None and pruning.about != name:
             service.pruned.remove(job_id)  # of another pattern
+    tokens = spec.tokens_to_prune(service.timed_tokens(spec))
     return ask_to_prune(
-        service.database, job_id, visible_to=visible_to, pattern=name, tokens=spec.tokens_to_prune
+        service.database, job_id, visible_to=visible_to, pattern=name, tokens=tokens
     )
 
 

@@ -69,7 +69,7 @@ EVENTS_EVERY_S = 0.5  # how often a stream looks for new events
 def checks(spec: JobSpec, service: Service) -> Iterator[Callable[[], object]]:
     """What a job must keep to on this service; each raises FieldError if it does not."""
     yield from spec.access_checks(service.access)
-    yield partial(spec.check_size, service.limits)
+    yield partial(service.check_size, spec)
     yield partial(_check_context, spec, service.access)
     yield partial(_check_linears, spec, service.access)
     if spec.notify is not None:
@@ -397,7 +397,7 @@ def take(
     return enter(
         service.jobs, whole.placed(service.access), submitted=spec, owner_id=caller.key_id,
         idempotency_key=idempotency_key, settings=service.settings,
-        tokens=whole.check_size(service.limits),
+        tokens=service.check_size(whole),
     )  # fmt: skip
 
 
@@ -485,7 +485,7 @@ def extend(job_id: UUID, extension: Extension, service: ServiceParam, caller: Ca
     view.check_scored()
     view.check_one_pattern()
     spec = view.spec
-    tokens = spec.extension(extension.trials, service.limits)
+    tokens = spec.extension(extension.trials, service.limits, timed=service.timed_tokens(spec))
     had_files = job.pruning is not None
     most = min(MAX_TRIALS, service.limits.trials // spec.islands)  # of several at a time, too
     job = service.jobs.ask(

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Annotated, ParamSpec, TypeVar
 from uuid import UUID
@@ -28,18 +28,21 @@ from pho_service.host.access import Access
 from pho_service.host.artifacts import PrunedStore
 from pho_service.host.settings import Settings
 from pho_service.host.webhooks import WebhookRules
-from pho_service.planning.costs import Machine
-from pho_service.planning.plan import Plan, plan_job
-from pho_service.planning.shapes import read_shapes
+from pho_service.planning.costs import CARDS, Machine, named_machine
+from pho_service.planning.plan import Plan, obstacles, plan_job
+from pho_service.planning.shapes import place_at_hand, read_shapes
+from pho_service.planning.stage_memory import Peak, answers_bytes
 from pho_service.spec.fields import FieldError, JobLimits
 from pho_service.spec.job import JobSpec
+from storage.claims import worker_name
 from storage.configurations import ConfigurationStore
 from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import Key, KeyStore, SessionStore
-from storage.records import JobRecord, StageKind, StageState
+from storage.records import JobRecord, StageKind, StageState, WorkerRecord
 from storage.studies import DatabaseGone
 
+USUAL_RATE = 5000  # tokens/s that a recovery is planned for where nothing is known of its model
 # Requests that take seconds of a core: a few at a time, so that the others are answered meanwhile.
 AT_ONCE = 2
 
@@ -168,6 +171,7 @@ class Service:
         self.answers = Answers(self.registry)
         self.heavy = Heavy()
         self.planning = Heavy()  # which waits for the hub, too
+        self.looking = CapacityLimiter(1)  # at the disk of the artifact store
 
     @cached_property
     def pruned(self) -> PrunedStore:
@@ -197,8 +201,7 @@ class Service:
         measuring = job.of_kind(StageKind.TASKS)
         if measuring and not any(stage.state is StageState.WAITING for stage in measuring):
             return []
-        alive = self.jobs.workers(alive_s=self.settings.stalled_after_s)
-        if any(StageKind.TASKS in worker.stages for worker in alive):
+        if any(StageKind.TASKS in worker.stages for worker in self._alive):
             return []
         return [
             "No worker of this service measures tasks at present: they wait for one that has the "
@@ -213,6 +216,51 @@ class Service:
             return plan_job(spec, shapes, machine)
         except (InvalidInput, ModelError) as error:
             raise FieldError("/model", str(error)) from error
+
+    def check_size(self, spec: JobSpec) -> int:
+        """See that a job keeps to the limits, and that its recovery has room; count its tokens."""
+        tokens = spec.check_size(self.limits, timed=self.timed_tokens(spec))
+        if spec.recovery is None:
+            return tokens
+        plan, machine = self._recovery_plan(spec), named_machine("H100")
+        peak = Peak(disk=answers_bytes(spec.recovery.tokens or 0))
+        host = worker_name(0).rpartition(":")[0]
+        hosts = {(w.name.rpartition(":")[0], w.device) for w in self._alive}
+        if plan is not None and hosts == {(host, "cpu")}:  # all that they have is here
+            stage = next(stage for stage in plan.stages if stage.title == "recover")
+            machine, peak = plan.machine, replace(stage.peak, disk=peak.disk)
+        for lacking in obstacles({"recover": peak}, machine, self.pruned.free()):
+            given = "minutes" if spec.recovery.tokens is None else "tokens"
+            raise FieldError(
+                f"/recovery/{given}",
+                f"{lacking}. Give fewer tokens, shorter windows, or train less: lora or norms.",
+                code="job_too_large",
+            )
+        return tokens
+
+    def timed_tokens(self, spec: JobSpec) -> int:
+        """Tokens that the minutes of a recovery are planned for; as many as usual if unknown."""
+        if spec.recovery is None or spec.recovery.tokens is not None:
+            return 0
+        settings, plan = spec.recovery.settings(), self._recovery_plan(spec)
+        if plan is None:
+            return int(settings.time_s * USUAL_RATE)
+        return plan.costs.recovered_tokens(settings)
+
+    def _recovery_plan(self, spec: JobSpec) -> Plan | None:
+        """The plan of a job on a worker, if the files of its model are on this machine."""
+        devices = [worker.device for worker in self._alive]
+        card = next((name for name in CARDS if any(name in each for each in devices)), "H100")
+        machine = named_machine("cpu" if {*devices} == {"cpu"} else card)
+        try:
+            place = place_at_hand(self.access.model(spec.model), spec.revision)
+            return None if place is None else self.plan(spec, machine, str(place))
+        except ValueError:  # whoever loads the model says what is wrong with it
+            return None
+
+    @property
+    def _alive(self) -> list[WorkerRecord]:
+        return self.jobs.workers(alive_s=self.settings.stalled_after_s)
 
     def close(self) -> None:
         self.probe.close()

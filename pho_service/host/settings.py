@@ -60,6 +60,8 @@ class Settings(BaseSettings):
     # Limit for one job, on all its islands or all its models.
     max_trials: int = Field(default=100_000, ge=1)
     max_tokens: int = Field(default=10**9, ge=1)  # That one job may ask to run models over
+    # Limit of the minutes of a recovery.
+    max_recovery_minutes: float = Field(default=1440.0, gt=0, allow_inf_nan=False)
     # Largest size of a document or line of a text, and of a whole text.
     max_document_bytes: int = Field(default=64 * 2**20, ge=1024)
     max_text_bytes: int = Field(default=2**30, ge=1024)  # That are read of a text, unpacked

@@ -46,10 +46,15 @@ class JobLimits:
 
     trials: int  # Number of trials of all its islands, or of the searches on all its models
     tokens: int  # That models are run over, as the documents count them
+    recovery_minutes: float = 1440.0
 
     @classmethod
     def of(cls, settings: Settings) -> "JobLimits":
-        return cls(trials=settings.max_trials, tokens=settings.max_tokens)
+        return cls(
+            trials=settings.max_trials,
+            tokens=settings.max_tokens,
+            recovery_minutes=settings.max_recovery_minutes,
+        )
 
     def check_trials(self, pointer: str, count: int, times: int, things: str) -> None:
         """Check ``count`` trials on each of so many islands or models."""
@@ -58,6 +63,16 @@ class JobLimits:
                 pointer,
                 f"{count} trials on {times} {things} are {count * times}, but one job may have "
                 f"{self.trials} here. Ask for fewer, or let the operator raise PHO_MAX_TRIALS.",
+                code="job_too_large",
+            )
+
+    def check_minutes(self, pointer: str, minutes: float) -> None:
+        if minutes > self.recovery_minutes:
+            raise FieldError(
+                pointer,
+                f"{minutes:g} minutes are more than a recovery may take here: "
+                f"{self.recovery_minutes:g}. Ask for fewer, or let the operator raise "
+                "PHO_MAX_RECOVERY_MINUTES.",
                 code="job_too_large",
             )
 

@@ -621,11 +621,12 @@ class JobSpec(Document):
         if self.tasks_dir is not None:
             yield partial(check_field, "tasks_dir", access.task_folder, self.tasks_dir)
 
-    def check_size(self, limits: JobLimits, *, more_trials: int = 0) -> int:
+    def check_size(self, limits: JobLimits, *, more_trials: int = 0, timed: int = 0) -> int:
         """
         Count what a job asks for: trials, and tokens of the calibrations, of every candidate that
-        gets a perplexity, and of a reconstruction's passes. Baselines and the dense model are not
-        counted. Returns the tokens.
+        gets a perplexity, of a reconstruction's passes, and of a recovery, whose minutes are
+        planned for ``timed`` ones. Baselines and the dense model are not counted. Returns the
+        tokens.
         """
         trials, points = self.trials + more_trials, self.most_points
         things = "patterns" if self.several else "islands"
@@ -644,21 +645,31 @@ class JobSpec(Document):
                 tokens += (measured + 1) * self.calibration.tokens
             limits.check_tokens("/confirm/windows", tokens)
         if self.recovery is not None:
-            tokens += (self.recovery.tokens or 0) + self.recovery.written
-            limits.check_tokens("/recovery/tokens", tokens)
+            given = "minutes" if self.recovery.tokens is None else "tokens"
+            if given == "minutes":
+                limits.check_minutes("/recovery/minutes", self.recovery.time_s / 60)
+            tokens += self._recovered(timed)
+            limits.check_tokens(f"/recovery/{given}", tokens)
         return tokens
 
-    def extension(self, trials: int, limits: JobLimits) -> int:
+    def _recovered(self, timed: int) -> int:
+        """Tokens of the recovery, whose minutes are planned for ``timed`` ones."""
+        if self.recovery is None:
+            return 0
+        tokens = timed if self.recovery.tokens is None else self.recovery.tokens
+        return tokens + self.recovery.written
+
+    def extension(self, trials: int, limits: JobLimits, *, timed: int = 0) -> int:
         """Check so many trials more, and count the tokens of what is done for them."""
-        self.check_size(limits, more_trials=trials)
-        alone = self.model_copy(update={"trials": trials}).check_size(limits)
+        self.check_size(limits, more_trials=trials, timed=timed)
+        alone = self.model_copy(update={"trials": trials}).check_size(limits, timed=timed)
         return alone - self.calibration.tokens * len(self.models)
 
-    @property
-    def tokens_to_prune(self) -> int:
+    def tokens_to_prune(self, timed: int = 0) -> int:
         """Those of writing a pruned model when it is asked for by itself."""
         trained = self.request(0).steps.reconstruction
-        return self.calibration.tokens * (1 + (trained.passes if trained.wanted else 0))
+        pruned = self.calibration.tokens * (1 + (trained.passes if trained.wanted else 0))
+        return pruned + self._recovered(timed)
 
     def placed(self, access: Access) -> "JobSpec":
         changes = {

@@ -2,14 +2,19 @@
 
 import asyncio
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from starlette.types import Scope
 
 from pho_service.api.guard import KeyGuard, Rate, host_of
+from pho_service.api.service import Service
 from pho_service.errors import InvalidInput
 from pho_service.host.settings import read_settings
+from pho_service.planning.costs import named_machine
 from pho_service.spec.fields import JobLimits
+from storage.claims import worker_name
 from storage.records import JobState, TooManyTrials
 
 DOCUMENT = {"model": "org/name", "pattern": "0.5", "minutes": None}
@@ -225,3 +230,48 @@ def test_a_host_is_its_ipv4_address_or_its_ipv6_network_of_which_it_may_use_ever
     monkeypatch.setenv("PHO_TRUSTED_PROXIES", "proxy.example")
     with pytest.raises(InvalidInput, match="PHO_TRUSTED_PROXIES"):
         read_settings()
+
+
+@pytest.mark.parametrize(
+    ("recovery", "pointer", "says"),
+    [
+        ({"minutes": 3}, "/recovery/minutes", "the job asks for 901000 tokens"),
+        ({"minutes": 1441}, "/recovery/minutes", "PHO_MAX_RECOVERY_MINUTES"),
+        ({}, "/recovery/minutes", "the job asks for 9001000 tokens"),
+        ({"tokens": 899_001}, "/recovery/tokens", "the job asks for 900001 tokens"),
+    ],
+)
+def test_the_minutes_of_a_recovery_count_as_the_tokens_that_they_are_planned_for(
+    client_of, refusal, recovery, pointer, says
+):
+    """Of a model that is not on this machine, 300,000 a minute."""
+    client = client_of(max_tokens=900_000)
+    document = {**DOCUMENT, **SMALL, "prune": True}
+    answer = client.post("/v1/jobs", json={**document, "recovery": recovery})
+    (error,) = refusal(answer, 422, "job_too_large")["errors"]
+
+    assert (error["pointer"], says in error["detail"]) == (pointer, True), error
+    fits = client.post("/v1/jobs", json={**document, "recovery": {"minutes": 2.9}})
+    assert fits.status_code == 202, fits.text
+
+
+def test_a_recovery_that_has_no_room_on_the_disk_or_in_memory_is_refused_in_the_plans_words(
+    client, refusal, monkeypatch, model_folder
+):
+    document = {**DOCUMENT, **SMALL, "prune": True, "recovery": {"tokens": 5000}}
+    service = client.app.state.service
+    monkeypatch.setattr(service.pruned, "free", lambda: 10**7)
+    disk = client.post("/v1/jobs", json={**document, "model": model_folder.name})
+    monkeypatch.setattr(service.pruned, "free", lambda: 10**9)
+    away = client.post("/v1/jobs", json={**document, "model": model_folder.name})
+    small = replace(named_machine("cpu"), memory_bytes=10**9, main_bytes=10**9)
+    monkeypatch.setattr("pho_service.api.service.named_machine", lambda _: small)
+    here = SimpleNamespace(name=worker_name(1), device="cpu")
+    monkeypatch.setattr(Service, "_alive", [here])
+    memory = client.post("/v1/jobs", json={**document, "model": model_folder.name})
+
+    assert away.status_code == 202, away.text
+    for answer, says in ((disk, "19.5 MiB of disk are needed"), (memory, "GiB of main memory are")):
+        (error,) = refusal(answer, 422, "job_too_large")["errors"]
+        assert error["pointer"] == "/recovery/tokens"
+        assert says in error["detail"]
