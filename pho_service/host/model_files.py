@@ -11,8 +11,10 @@ from typing import Any
 from pho_service.errors import InvalidInput, ModelError, shown
 
 MAX_BYTES = 2**26  # of an index; that of a model with 100,000 tensors has 10 MB
-# Files of a folder that name others, beside its *.index.json.
-NAMING_FILES = ("config.json", "tokenizer_config.json")
+# Files of a folder that are looked at, beside its *.index.json: those that name others, and one
+# whose decoder makes texts of tokens.
+NAMING_FILES = ("config.json", "tokenizer_config.json", "tokenizer.json")
+_LONGEST = 1000  # characters that a decoder puts in the place of others
 # The most that a configuration may ask for of what makes a module each; Kimi K2 has 384 experts.
 _MOST = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers"), 1_000),
@@ -72,6 +74,9 @@ def _checked(content: bytes, file: str) -> list[str]:
     document = _parsed(content, file)
     if file.endswith(".index.json"):
         names = _of_index(document, file)
+    elif file == "tokenizer.json":
+        _check_decoder(document.get("decoder"))
+        names = iter(())
     elif file == "tokenizer_config.json":
         names = _of_tokenizer(document)
     else:
@@ -100,6 +105,19 @@ def check_counts(config: Mapping[str, Any], file: str) -> None:
                     f"{file} says {field}={value}, and {most} are the most that a model may have. "
                     "Check that it is the file of a language model."
                 )
+
+
+def _check_decoder(decoder: Any) -> None:
+    """Raise ModelError if a decoder makes a page of a token."""
+    parts = [decoder]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, str) and len(part) > _LONGEST:
+            raise ModelError(
+                f"tokenizer.json has a text of {len(part):,} characters in its decoder, and "
+                f"{_LONGEST:,} are the most. Get the model again."
+            )
+        parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
 
 
 def is_plain(name: object) -> bool:

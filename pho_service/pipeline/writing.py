@@ -2,15 +2,18 @@
 How models go on with a text: what the dense and the pruned one write, token by token the likeliest.
 """
 
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pho_service.errors import InvalidInput, field_name, shown
+from pho_service.errors import InvalidInput, ModelError, field_name, shown
 from pho_service.models.loading import LanguageModel
-from pho_service.spec.configuration import NEW_TOKENS, Continuation
+from pho_service.spec.configuration import MOST_CHARACTERS, NEW_TOKENS, Continuation
+from pho_service.spec.pattern import SECONDS
 
 PROMPTS = 3  # beginnings of windows of the text of a confirmation
 PROMPT_TOKENS = 32  # of each
@@ -66,9 +69,37 @@ def continued(model: LanguageModel, prompts: Tensor, tokens: int) -> list[str]:
     return texts_of(model, generated[:, length:])
 
 
+DECODED_S = 10 * SECONDS  # that a decoder may take, also on a busy machine
+TOKEN = MOST_CHARACTERS // NEW_TOKENS  # characters of a token, in the mean of a text
+
+
 def texts_of(model: LanguageModel, tokens: Tensor) -> list[str]:
-    """Rows of tokens as texts without what cannot be printed, but for the ends of lines."""
-    texts = [model.tokenizer.decode(row, skip_special_tokens=True) for row in tokens.tolist()]
+    """
+    Rows of tokens as texts without what cannot be printed, but for the ends of lines. They end
+    where they have more characters than such tokens have.
+    """
+    decoded: Future[list[str]] = Future()
+
+    def decode() -> None:
+        try:
+            rows = (
+                model.tokenizer.decode(row, skip_special_tokens=True)[: TOKEN * len(row)]
+                for row in tokens.tolist()
+            )
+            decoded.set_result([*rows])
+        except BaseException as error:
+            decoded.set_exception(error)
+
+    # Its regular expressions are run by a library that nobody can stop; it holds no other thread.
+    threading.Thread(target=decode, daemon=True).start()
+    try:
+        texts = decoded.result(DECODED_S)
+    except TimeoutError as error:
+        raise ModelError(
+            f"the tokenizer of {model.name} takes more than {DECODED_S:g} s to turn "
+            f"{tokens.numel()} tokens into text. See the regular expressions of its decoder, in "
+            "tokenizer.json."
+        ) from error
     return ["".join(c if c.isprintable() or c == "\n" else " " for c in text) for text in texts]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import FailFast, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, FailFast, Field, ValidationError, model_validator
 
 from pho_service.errors import ConfigurationError, InvalidInput
 from pho_service.errors import shown as shown
@@ -82,6 +82,13 @@ class Confirmation(Document):
 
 
 NEW_TOKENS = 40  # that a model writes after a prompt
+MOST_CHARACTERS = 2000  # of what it writes
+# Results of PHO 0.1 may have more, which a tokenizer made.
+_Text = Annotated[
+    str,
+    BeforeValidator(lambda text: text[:MOST_CHARACTERS] if isinstance(text, str) else text),
+    Field(max_length=MOST_CHARACTERS),
+]
 
 
 class Continuation(Document):
@@ -90,10 +97,10 @@ class Continuation(Document):
     recovery, also the recovered one.
     """
 
-    prompt: str
-    dense: str
-    pruned: str
-    recovered: str | None = Field(None, exclude_if=lambda value: value is None)
+    prompt: _Text
+    dense: _Text
+    pruned: _Text
+    recovered: _Text | None = Field(None, exclude_if=lambda value: value is None)
 
 
 class Configuration(Document):

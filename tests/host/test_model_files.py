@@ -106,3 +106,14 @@ def test_a_file_that_is_too_large_is_not_read_to_its_end(tmp_path):
 
     with pytest.raises(ModelError, match="larger than 64 MiB"):
         check_model_folder(tmp_path)
+
+
+def test_a_decoder_that_makes_a_page_of_a_token_is_refused(tmp_path):
+    replace = {"type": "Replace", "pattern": {"String": "e"}, "content": "C" * 1001}
+    written(tmp_path, "tokenizer.json", {"decoder": {"decoders": [{"type": "Fuse"}, replace]}})
+
+    with pytest.raises(ModelError, match="text of 1,001 characters in its decoder"):
+        check_model_folder(tmp_path)
+    replace["content"] = "C" * 1000
+    written(tmp_path, "tokenizer.json", {"decoder": replace, "model": {"vocab": ["C" * 5000]}})
+    check_model_folder(tmp_path)

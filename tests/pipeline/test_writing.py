@@ -1,20 +1,21 @@
 """What the dense and the pruned model write after prompts of the text of a confirmation."""
 
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 
-from pho_service.errors import InvalidInput
+from pho_service.errors import InvalidInput, ModelError
 from pho_service.pipeline import confirmation
 from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pipeline.search import search_job
 from pho_service.pipeline.work import Work
-from pho_service.pipeline.writing import write, written_by
+from pho_service.pipeline.writing import texts_of, write, written_by
 from pho_service.shown.page import render
 from pho_service.shown.report import Report
 from pho_service.shown.tables import continuations_table
-from pho_service.spec.configuration import Continuation
+from pho_service.spec.configuration import MOST_CHARACTERS, Continuation
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.steps import Steps
 from pho_service.tuning.plan import SearchRequest
@@ -84,3 +85,31 @@ def test_nothing_in_a_text_is_markup():
 
     assert r"| \<b\>\|\*a\* | \`x\` \[y\]\(z\) | \$1\$ |" in table.markdown()
     assert "&lt;b&gt;|*a*" in table.html()
+
+
+class Decoder:
+    """A tokenizer that makes a text of any tokens."""
+
+    def __init__(self, text="", seconds=0.0):
+        self.text, self.seconds = text, seconds
+
+    def decode(self, row, **_):
+        time.sleep(self.seconds)
+        return self.text * len(row)
+
+
+def test_a_text_has_no_more_characters_than_such_tokens_have(model, monkeypatch):
+    tokens = torch.zeros(2, 40, dtype=torch.int64)
+    (first, other) = texts_of(replace(model, tokenizer=Decoder("CC" * 10**4)), tokens)
+    monkeypatch.setattr("pho_service.pipeline.writing.DECODED_S", 0.05)
+
+    assert first == other == "C" * MOST_CHARACTERS
+    with pytest.raises(ModelError, match=r"more than 0\.05 s to turn 80 tokens .*its decoder"):
+        texts_of(replace(model, tokenizer=Decoder(seconds=0.5)), tokens)
+
+
+def test_a_text_of_a_result_that_an_older_version_stored_is_cut_when_it_is_read():
+    stored = {"prompt": "p", "dense": "d" * 10**6, "pruned": "c" * 2000, "recovered": None}
+    read = Continuation.model_validate(stored)
+
+    assert (read.dense, read.pruned) == ("d" * MOST_CHARACTERS, stored["pruned"])
