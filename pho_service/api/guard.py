@@ -98,6 +98,8 @@ class KeyGuard:
             await self.app(scope, receive, send)
             return
         answer = await self._refusal(scope) or self.app
+        if answer is self.app and not scope["path"].isprintable():  # a route would not see its end
+            answer = problem(404, "not_found", "There is nothing under this address.")
         await answer(scope, receive, send)
 
     async def _refusal(self, scope: Scope) -> ASGIApp | None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from urllib.parse import urlsplit
 from uuid import UUID
 
-from anyio import CapacityLimiter
+from anyio import CapacityLimiter, move_on_after
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request, Response
 
@@ -153,6 +153,13 @@ async def _ready(service: Service) -> Health:
     api_store, stores = await service.probe.check()
     if isinstance(service.store, OutputError):
         raise service.store
+    with move_on_after(FULL_S):  # a store that is away does not answer
+        free = await run_sync(service.pruned.free, abandon_on_cancel=True, limiter=service.looking)
+        if free is not None and free < FULL:
+            raise OutputError(
+                f"the artifact store is full: {format_bytes(free)} are free. Jobs fail until there "
+                "is room; resume them then."
+            )
     others = sum(map(service.sees_other, stores))
     if others == 0 and not service.sees_other(api_store):
         return Health(status="ok")
@@ -170,6 +177,7 @@ async def _ready(service: Service) -> Health:
 # What the service deletes by itself: jobs and library entries that are older than the settings
 # keep.
 EVERY_S = 3600.0
+FULL, FULL_S = 2**20, 0.3  # bytes that are free in a store that is full; patience with its disk
 STORE_EVERY_S = 10.0
 MEASURED_EVERY_S = 600.0  # the artifact store, all of whose files are looked at
 QUEUE_DAYS = 7.0  # of entries of the queue that are over

@@ -81,7 +81,12 @@ class Access:
         return _placed(name, self.dataset(name))
 
     def text(self, path: str) -> str:
-        return str(_local(path, self.text_roots, "text", "PHO_TEXT_ROOTS", _no_files))
+        place = _local(path, self.text_roots, "text", "PHO_TEXT_ROOTS", _no_files)
+        if place.is_dir():
+            raise InvalidInput(
+                f"text {path!r} is a folder. Give a file, or the folder as a data set."
+            )
+        return str(place)
 
     def task_folder(self, path: str) -> str:
         if not self.task_roots:
@@ -202,8 +207,8 @@ def _below(name: str, roots: tuple[Path, ...], files: Files) -> Path | None:
             # What is no link lies where its folder lies.
             if file.is_symlink() and _resolved(root, file.path) is None:
                 raise InvalidInput(
-                    f"{name!r} has a link to something outside of {root}: {file.name}. Put a copy "
-                    "there, or let the operator add the other folder."
+                    f"{name!r} has a link to something outside of the folders that jobs may name: "
+                    f"{file.name}. Put a copy there, or let the operator add the other folder."
                 )
         return path
     return None
@@ -265,19 +270,20 @@ def _entries(folder: Path, most: int, thing: str, way_out: str) -> Iterator[os.D
 
 
 def _local(name: str, roots: tuple[Path, ...], thing: str, variable: str, files: Files) -> Path:
-    places = ", ".join(map(str, roots))
     allowed = [] if name.startswith("~") else [_resolved(root, name) for root in roots]
     if not any(allowed):
         raise InvalidInput(
-            f"{thing} {name!r} does not lie below {places}. Move it there, or let the operator "
-            f"add its folder to {variable}."
+            f"{thing} {name!r} does not lie below the folders of {variable}. Move it there, or let "
+            "the operator add its folder."
         )
     existing = _below(name, roots, files)
     if existing is not None:
         return existing
     if any(root.is_dir() for root in roots):
         meant = did_you_mean(name, *filter(None, allowed))
-        raise InvalidInput(f"{thing} {name!r} does not exist below {places}.{meant}")
+        raise InvalidInput(
+            f"{thing} {name!r} does not exist below the folders of {variable}.{meant}"
+        )
     return next(path for path in allowed if path)  # the disk of the workers is another one
 
 

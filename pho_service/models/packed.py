@@ -90,8 +90,18 @@ def _files(folder: Path) -> list[str]:
         raise InvalidInput(f"{folder} is packed already. Unpack it with `pho unpack`.")
     if not folder.is_dir():
         raise InvalidInput(f"{folder} is not a folder. Give a model folder, as `pho prune` writes.")
-    paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    names = [p.as_posix() for p in paths if not any(part.startswith(".") for part in p.parts)]
+    root, names = folder.resolve(), []
+    home = root.parents[1] if root.parent.name == "snapshots" else root  # the hub's cache has links
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        parts = path.relative_to(folder).parts
+        if any(part.startswith(".") for part in parts):
+            continue
+        if not path.resolve().is_relative_to(home):
+            raise InvalidInput(
+                f"{path} is a link that leads out of the folder. Put the file itself there, or "
+                "leave it out."
+            )
+        names.append("/".join(parts))
     if "config.json" not in names or not any(n.endswith(".safetensors") for n in names):
         raise InvalidInput(
             f"{folder} has no config.json or no safetensors, so it is not a model folder that can "
@@ -180,8 +190,11 @@ def _sizes(archive: ZipFile, path: Path) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for info in archive.infolist():
         name = info.filename.removesuffix(".zst")
-        if name == info.filename or not all(is_plain(part) for part in name.split("/")):
-            raise ModelError(f"{path} names a file {shown(name)!r}, which leads elsewhere.")
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        if name == info.filename or hidden or not all(map(is_plain, name.split("/"))):
+            raise ModelError(
+                f"{path} names a file {shown(name)!r}, which leads elsewhere or is hidden."
+            )
         with archive.open(info) as entry:
             size = zstandard.frame_content_size(entry.read(_HEADER))
         if size < 0 or name in sizes:

@@ -221,3 +221,12 @@ def test_texts_are_not_listed(client, refusal, rejected, tmp_path):
     (error,) = rejected(put("/calibration/text", "texts/calibraton.txt"))
     assert error["pointer"] == "/calibration/text"
     assert error["detail"].endswith("Did you mean texts/calibration.txt?")
+
+
+def test_an_id_with_a_line_end_behind_it_is_not_an_id(client):
+    job = client.post("/v1/jobs", json={"model": "org/name", "pattern": "0.5"}).json()["id"]
+
+    assert client.get(f"/v1/jobs/{job}").status_code == 200
+    for path in (f"/v1/jobs/{job}%0a", f"/jobs/{job}%0a", f"/v1/jobs/{job}/best%0a"):
+        answer = client.get(path)
+        assert (answer.status_code, answer.json()["code"]) == (404, "not_found"), path

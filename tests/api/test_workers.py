@@ -133,3 +133,13 @@ def test_only_who_sees_all_jobs_drains_and_only_a_worker_that_reports(
     unknown = f"/v1/workers/{uuid.uuid4()}:drain"
     refusal(client.post(unknown, headers=admin), 404, "no_such_worker")
     assert client.post(path, headers=admin).status_code == 202
+
+
+def test_readyz_says_when_the_disk_of_the_artifact_store_is_full(client, refusal, monkeypatch):
+    monkeypatch.setattr(client.app.state.service.pruned, "free", lambda: 4096)
+    full = client.get("/readyz")
+    monkeypatch.setattr(client.app.state.service.pruned, "free", lambda: 2**30)
+
+    detail = refusal(full, 503, "artifact_store_unavailable")["detail"]
+    assert "artifact store is full: 4.0 KiB are free" in detail
+    assert client.get("/readyz").json() == {"status": "ok"}

@@ -260,3 +260,14 @@ def test_a_job_keeps_what_is_local_as_a_path_and_what_is_gone_is_missing(access,
     assert access.model("org/local") == "org/local"
     with pytest.raises(InvalidInput, match=r"'\./org/local' does not exist below"):
         access.model(kept)
+
+
+def test_a_folder_is_not_a_text_and_no_message_says_where_the_roots_lie(access, disk):
+    for kind, name, says in (
+        ("text", "data", "'data' is a folder"), ("text", ".", "'.' is a folder"),
+        ("text", "../secret.txt", "does not lie below the folders of PHO_TEXT_ROOTS"),
+        ("model", "./none", "does not exist below the folders of PHO_MODEL_ROOTS"),
+    ):  # fmt: skip
+        with pytest.raises(InvalidInput, match=says) as error:
+            getattr(access, kind)(name)
+        assert str(disk) not in str(error.value)

@@ -122,7 +122,10 @@ def test_no_room(packed, tmp_path, monkeypatch):
     assert not (tmp_path / "back").exists()
 
 
-@pytest.mark.parametrize("name", ["../out.json", "/out.json", "a/../../out.json", "C:\\a"])
+@pytest.mark.parametrize(
+    "name",
+    ["../out.json", "/out.json", "a/../../out.json", "C:\\a", ".bashrc", "sub/.git/hooks/x"],
+)
 def test_no_name_leads_out_of_the_folder(packed, tmp_path, name):
     bad = rewritten(
         packed, lambda old, data: (f"{name}.zst" if old == "config.json.zst" else old, data)
@@ -153,6 +156,11 @@ def test_refused(model_folder, packed, tmp_path):
         pack(model_folder, model_folder / "packed.pho")
     with pytest.raises(OutputError, match="is in use"):
         unpack(packed, model_folder)
+    (tmp_path / "elsewhere").write_text("of somebody else")
+    (model_folder / "notes.txt").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InvalidInput, match=r"notes\.txt is a link that leads out of the folder"):
+        pack(model_folder, tmp_path / "again.pho")
+    (model_folder / "notes.txt").unlink()
     (model_folder / "config.json").unlink()
     with pytest.raises(InvalidInput, match="not a model folder"):
         pack(model_folder, tmp_path / "again.pho")

@@ -216,7 +216,8 @@ def test_without_its_text_a_job_fails_at_once_says_why_and_can_be_resumed_when_i
     assert job.state is JobState.FAILED
     assert (job.error["type"], job.error["stage"]) == ("InvalidInput", "calibrate")
     said = (
-        "text 'calibration.jsonl' does not exist below [folder]. Did you mean confirmation.jsonl?"
+        "text 'calibration.jsonl' does not exist below the folders of PHO_TEXT_ROOTS. Did you "
+        "mean confirmation.jsonl?"
     )
     assert job.error["message"] == said
     assert job.error["attempts"] == 1
