@@ -27,6 +27,13 @@ BODIES: tuple[tuple[str, bytes], ...] = (
     ("a home", b'{"model": "~root/x", "pattern": "0.5"}'),
     ("a URL", b'{"model": "http://127.0.0.1/x", "pattern": "0.5"}'),
     ("file://", b'{"model": "file:///etc/passwd", "pattern": "0.5"}'),
+    ("a search of 1e9 minutes", b'{"model": "tiny", "pattern": "0.5", "minutes": 1e9}'),
+    ("a search of NaN minutes", b'{"model": "tiny", "pattern": "0.5", "minutes": NaN}'),
+    ("a search of no minutes", b'{"model": "tiny", "pattern": "0.5", "minutes": 0}'),
+    (
+        "a recovery of NaN minutes",
+        b'{"model": "tiny", "pattern": "0.5", "prune": true, "recovery": {"minutes": NaN}}',
+    ),
     ("unknown field", b'{"model": "tiny", "pattern": "0.5", "x": 1}'),
 )
 
