@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from pho_service.host import machine
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pho_service", "storage", "workers")
 
@@ -150,15 +152,15 @@ def test_a_worker_needs_worker_alone(extras):
 
 
 MISSING = [
-    ("search", "org/name --pattern 0.5", "torch", "worker"),
-    ("serve", "--workers 0", "fastapi", "api"),
-    ("keys list", "", "fastapi", "api"),
-    ("evaluate", "org/name --tasks boolq", "lm_eval", "eval"),
-    ("worker", "--database-url postgresql://x", "torch", "worker"),
+    ("search", "org/name --pattern 0.5", "torch", "torch>=2.7"),
+    ("serve", "--workers 0", "fastapi", "fastapi>=0.125"),
+    ("keys list", "", "fastapi", "fastapi>=0.125"),
+    ("evaluate", "org/name --tasks boolq", "lm_eval", "lm-eval<0.5,>=0.4.13"),
+    ("worker", "--database-url postgresql://x", "torch", "torch>=2.7"),
 ]
 
 
-def test_a_verb_whose_extra_is_not_installed_says_what_to_install():
+def test_a_verb_that_misses_a_package_says_what_installs_that_and_not_pho_which_no_index_has():
     verbs = [([*verb.split(), *options.split()], module) for verb, options, module, _ in MISSING]
     code = f"""
 from pho_service.cli import main
@@ -174,9 +176,20 @@ for words, module in {verbs}:
 
     assert result.returncode == 0
     assert result.stderr.splitlines() == [
-        f"pho{':' * (verb != 'worker')} {verb} needs {module}: pip install 'pho-service[{extra}]'"
-        for verb, _, module, extra in MISSING
+        f"pho{':' * (verb != 'worker')} {verb} needs {module}: pip install '{requirement}'"
+        for verb, _, module, requirement in MISSING
     ]
+
+
+def test_all_that_is_missing_of_an_extra_is_in_one_command(monkeypatch):
+    monkeypatch.setattr(machine, "missing_of", lambda _: ["opentelemetry-sdk", "psycopg"])
+
+    assert machine.install_command("otel") == "pip install 'opentelemetry-sdk>=1.30'"
+    assert machine.install_command("api", "fastapi") == (
+        "pip install 'fastapi>=0.125' 'psycopg[binary,pool]>=3.2'"
+    )
+    monkeypatch.undo()
+    assert machine.install_command("otel").endswith("'opentelemetry-sdk>=1.30'")
 
 
 def test_a_missing_module_that_no_extra_brings_has_its_traceback():

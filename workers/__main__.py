@@ -13,7 +13,7 @@ import click
 
 from pho_service.errors import InvalidInput, PhoError
 from pho_service.host.logs import adopt_loggers, configure_logs, configure_tracing
-from pho_service.host.machine import missing_extra
+from pho_service.host.machine import install_command, missing_extra
 from pho_service.host.settings import read_settings
 from pho_service.host.tasks import harness_folder
 from storage.records import StageKind
@@ -91,8 +91,7 @@ def chosen_kinds(kinds: str | None) -> tuple[StageKind, ...]:
     if StageKind.TASKS in chosen and not measures:
         raise InvalidInput(
             f"--stages {kinds!r} has tasks, which lm-evaluation-harness measures, and that is not "
-            "installed here. Install the extra eval (pip install 'pho-service[eval]'), or leave "
-            "tasks out."
+            f"installed here. Install it ({install_command('eval')}), or leave tasks out."
         )
     return chosen
 

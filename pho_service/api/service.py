@@ -26,6 +26,7 @@ from starlette.types import Scope
 from pho_service.errors import InvalidInput, ModelError, OutputError
 from pho_service.host.access import Access
 from pho_service.host.artifacts import PrunedStore
+from pho_service.host.machine import install_command
 from pho_service.host.settings import Settings
 from pho_service.host.webhooks import WebhookRules
 from pho_service.planning.costs import CARDS, Machine, named_machine
@@ -205,7 +206,7 @@ class Service:
             return []
         return [
             "No worker of this service measures tasks at present: they wait for one that has the "
-            "extra eval (pip install 'pho-service[eval]')."
+            f"extra eval ({install_command('eval')})."
         ]
 
     def plan(self, spec: JobSpec, machine: Machine, place: str | None = None) -> Plan:

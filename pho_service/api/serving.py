@@ -22,6 +22,7 @@ from sqlalchemy.engine import make_url
 from pho_service.api.app import create_app
 from pho_service.api.guard import is_local
 from pho_service.errors import InvalidInput
+from pho_service.host.machine import install_command
 from pho_service.host.settings import Settings
 from storage.claims import worker_name
 from storage.database import Database
@@ -44,8 +45,8 @@ def serve(settings: Settings, say: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM, then stop everything in order."""
     if settings.workers and find_spec("torch") is None:
         raise InvalidInput(
-            "local workers need torch: pip install 'pho-service[worker]', or serve without them, "
-            "with --workers 0."
+            f"local workers need torch: {install_command('worker')}, or serve without them, with "
+            "--workers 0."
         )
     with (
         _leaving_nobody_waiting(),

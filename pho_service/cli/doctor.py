@@ -14,7 +14,7 @@ import click
 from pho_service.cli.options import json_verb
 from pho_service.cli.terminal import print_json, print_table
 from pho_service.errors import plain_line
-from pho_service.host.machine import EXTRAS, hub_answers, machine, missing_of
+from pho_service.host.machine import EXTRAS, hub_answers, install_command, machine, missing_of
 from pho_service.host.settings import Settings, read_settings
 from pho_service.spec.document import format_bytes, sizes_told
 
@@ -55,7 +55,7 @@ def _packages(_: Settings) -> Iterator[Checked]:
     yield "pho", "ok", f"{version('pho-service')}, in {Path(__file__).parents[1]}"
     for extra, purpose in EXTRAS.items():
         missing = ", ".join(missing_of(extra))
-        way = f": {missing} missing; pip install 'pho-service[{extra}]'" if missing else ""
+        way = f": {missing} missing; {install_command(extra)}" if missing else ""
         yield f"extra {extra}", "note" if missing else "ok", f"{purpose}{way}"
 
 

@@ -11,6 +11,7 @@ from textwrap import indent
 from typing import TYPE_CHECKING, Any, Literal
 
 from pho_service.errors import InvalidInput, plain, plain_line
+from pho_service.host.machine import install_command
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
@@ -124,7 +125,7 @@ def configure_tracing(service: str) -> None:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ModuleNotFoundError as error:
         raise InvalidInput(
-            "PHO_TRACES needs OpenTelemetry: pip install 'pho-service[otel]', or leave it out."
+            f"PHO_TRACES needs OpenTelemetry: {install_command('otel')}, or leave it out."
         ) from error
     provider = TracerProvider(resource=Resource.create({"service.name": service}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))

@@ -7,6 +7,7 @@ import gc
 import os
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -45,9 +46,10 @@ def versions(*packages: str) -> dict[str, str]:
 EXTRAS = {"worker": "to run models", "api": "to serve jobs", "eval": "for zero-shot tasks"}
 
 
-def _packages_of(extra: str) -> list[str]:
-    matched = re.compile(rf"([\w.-]+).*extra == ['\"]{extra}['\"]").fullmatch
-    return [match[1] for r in requires("pho-service") or () if (match := matched(r))]
+def _requirements(extra: str) -> dict[str, str]:
+    """What an extra brings: the requirements by the names of their packages."""
+    matched = re.compile(rf"(([\w.-]+)[^;]*?)\s*;.*extra == ['\"]{extra}['\"]").fullmatch
+    return {match[2]: match[1] for r in requires("pho-service") or () if (match := matched(r))}
 
 
 def _module(name: str) -> str:
@@ -57,17 +59,25 @@ def _module(name: str) -> str:
 def missing_of(extra: str) -> list[str]:
     """The packages of an extra that are not installed."""
     installed = {_module(distribution.name).lower() for distribution in distributions()}
-    return [name for name in _packages_of(extra) if _module(name).lower() not in installed]
+    return [name for name in _requirements(extra) if _module(name).lower() not in installed]
+
+
+# No index has PHO itself yet: whoever took its name there would run code on readers' machines.
+def install_command(extra: str, module: str = "") -> str:
+    """What installs the packages of an extra that are missing, or all where none is."""
+    requirements, missing = _requirements(extra), missing_of(extra)
+    needed = [r for name, r in requirements.items() if name in missing or _module(name) == module]
+    return shlex.join(["pip", "install", *(needed or requirements.values())])
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:
-    """Say what to install: ``needs torch: pip install 'pho-service[worker]'``."""
+    """Say what to install: ``needs torch: pip install 'torch>=2.7'``."""
     if error.name is None:
         return None
     module = error.name.partition(".")[0]
     for extra in EXTRAS:
-        if module in map(_module, _packages_of(extra)):
-            return f"needs {module}: pip install 'pho-service[{extra}]'"
+        if module in map(_module, _requirements(extra)):
+            return f"needs {module}: {install_command(extra, module)}"
     return None
 
 

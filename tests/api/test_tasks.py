@@ -70,7 +70,7 @@ def test_once_both_models_are_measured_all_that_shows_a_job_has_the_scores(
 
 
 def test_a_job_says_that_nobody_measures_tasks(client, submit, hand):
-    told = "pip install 'pho-service[eval]'"
+    told = "pip install 'lm-eval<0.5,>=0.4.13'"
     job, other = submit(tasks=["words"]), submit()
     hand.store.enter_worker(uuid.uuid4(), name="w", device="cpu", kinds=[StageKind.FINISH])
     page = client.get(f"/jobs/{job['id']}").text

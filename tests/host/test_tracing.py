@@ -123,5 +123,5 @@ with request_span("GET", "/v1/jobs", "mine") as answered:
 def test_where_the_extra_is_not_installed_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.resources", None)
 
-    with pytest.raises(InvalidInput, match=r"pip install 'pho-service\[otel\]'"):
+    with pytest.raises(InvalidInput, match=r"pip install 'opentelemetry"):
         configure_tracing("pho-api")
