@@ -293,7 +293,7 @@ def measured_gain(configuration: Configuration) -> Gain | None:
         values = [v for v in map(_number, relative.values()) if v is not None]
         mean = sum(v / len(values) for v in values)
         return Gain(value=1 - mean, by="proxy") if values else None
-    good = configuration.perplexities
+    good = configuration.headline
     if good is not None and good.ria is not None:  # RIA as published
         return gain_over("perplexity", good.ria, good.pruned)
     if not baselines:

@@ -468,8 +468,9 @@ def _tell_part_done(connection: Connection, job: JobRecord, claim: Claim) -> Non
 
 def _quality(best: Mapping[str, Any] | None) -> dict[str, Any]:
     """How good a result is, where that was measured, for those who follow the job."""
-    perplexities = (best or {}).get("perplexities")
-    return {} if perplexities is None else {"perplexities": perplexities}
+    best = best or {}
+    measured = {name: best.get(name) for name in ("perplexities", "report")}
+    return {name: value for name, value in measured.items() if value is not None}
 
 
 def _has_unfinished(connection: Connection, job_id: uuid.UUID) -> bool:

@@ -122,7 +122,7 @@ def columns_of(spec: Mapping[str, Any]) -> dict[str, list[str]]:
 def best_columns(best: Mapping[str, Any] | None) -> dict[str, float | None]:
     """What a job is listed by once it has a configuration."""
     best = best or {}
-    measured = best.get("perplexities") or {}
+    measured = best.get("report") or best.get("perplexities") or {}
     pruned = measured.get("pruned") or (best.get("confirmation") or {}).get("perplexity")
     dense, ria = measured.get("dense"), measured.get("ria")
     return {

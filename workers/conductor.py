@@ -337,11 +337,10 @@ class _Job:
         def choose(_: Piece, run: Run) -> dict[str, Any]:
             with run.progress("Choosing how much to calibrate on", 1) as advance:
                 clock, model = self._clock(spec), self._inputs.model(spec)
-                own = spec.confirm and spec.confirm.text
                 clock.fit_text(
                     model,
                     self._inputs.calibration_source(spec.calibration),
-                    self._inputs.file(own) if own else None,
+                    [self._inputs.file(text) for text in spec.texts_measured_on],
                     first,
                 )
                 advance(1)

@@ -68,6 +68,7 @@ class Seal:
     texts: Sequence[str] = ()  # Hashes of the calibration texts, where there are several
     confirmation: str | None = None  # Hash of the windows that perplexities are measured on
     recovery: str | None = None  # Hash of all that the windows of a recovery are drawn from
+    report: str | None = None  # Hash of the windows that the result is reported on
 
     @classmethod
     def of(
@@ -76,6 +77,7 @@ class Seal:
         text: CalibrationText,
         confirmation: ReportText | None,
         recovery: str | None,
+        report: ReportText | None,
         *,
         local: bool,
     ) -> Self:
@@ -88,6 +90,7 @@ class Seal:
             texts=_hashes(text),
             confirmation=None if confirmation is None else confirmation.key,
             recovery=recovery,
+            report=None if report is None else report.key,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,6 +130,11 @@ class Seal:
         if self.recovery is not None:
             _compare(f"the text {name}, which the pruned model is recovered on,", self.recovery,
                      sha256)  # fmt: skip
+
+    def check_report(self, name: str, text: ReportText) -> None:
+        """Raise ChangedInput if these are not the windows that the job began with."""
+        if self.report is not None:
+            _compare(f"the report text {name}", self.report, text.key)
 
 
 def _hashes(text: CalibrationText) -> list[str]:
@@ -311,25 +319,26 @@ UNSEALED = Seal()
 
 
 class _Last(Generic[T]):
-    """The value of the last key; another key's is made again, after the old one is let go."""
+    """The values of the last keys; before another's is made, the oldest is let go."""
 
-    def __init__(self) -> None:
-        self._keys: tuple[Hashable, ...] = ()
-        self._value: T | None = None
+    def __init__(self, count: int = 1) -> None:
+        self._count = count
+        self._kept: list[tuple[tuple[Hashable, ...], T]] = []
 
     def get(
         self, key: Hashable, make: Callable[[], T], alias: Callable[[T], Hashable] | None = None
     ) -> T:
         """Return the value of a key; ``alias`` gives another one for what was made."""
-        if self._value is None or key not in self._keys:
-            self._value = None  # before the next is made: two models may not fit
-            value = make()
-            self._keys = (key,) if alias is None else (key, alias(value))
-            self._value = value
-        return self._value
+        there = [value for keys, value in self._kept if key in keys]
+        if there:
+            return there[0]
+        del self._kept[: len(self._kept) + 1 - self._count]  # two models may not fit
+        value = make()
+        self._kept.append(((key,) if alias is None else (key, alias(value)), value))
+        return value
 
     def clear(self) -> None:
-        self._value = None
+        self._kept.clear()
 
 
 def _state(source: TextSource | MixedText | str) -> Hashable:
@@ -362,13 +371,13 @@ class WorkerInputs(Inputs):
         self._cast: _Last[str] = _Last()
         self._bundle: _Last[ProxyBundle] = _Last()
         self._calibration: _Last[CalibrationText] = _Last()
-        self._confirmation: _Last[ReportText] = _Last()
+        self._measured_on: _Last[ReportText] = _Last(2)  # to confirm, and to report
         self._recovery: _Last[str] = _Last()
         self._tasks: _Last[LoadedTasks] = _Last()
 
     def clear(self) -> None:
         """Let everything go: after an error nobody knows what state a model is in."""
-        for kept in (self._model, self._bundle, self._calibration, self._confirmation):
+        for kept in (self._model, self._bundle, self._calibration, self._measured_on):
             kept.clear()
 
     def model(self, spec: JobSpec, seal: Seal = UNSEALED) -> LanguageModel:
@@ -420,6 +429,7 @@ class WorkerInputs(Inputs):
             self.calibration_text(spec, before),
             confirm,
             None if spec.recovery is None else self._recovery_sha256(spec),
+            None if spec.report is None else self.reported_text(spec, before),
             local=_is_local(self.access.model(spec.model)),
         )
 
@@ -452,13 +462,16 @@ class WorkerInputs(Inputs):
         assert spec.recovery is not None
         text = spec.recovery.text
         seal.check_recovery(text or spec.calibration.named, self._recovery_sha256(spec))
+        unlike = self.calibration_text(spec, seal).calibration
         measured = None if spec.confirm is None else self.confirmation_text(spec, seal)
-        calibration = self.calibration_text(spec, seal).calibration
+        if spec.report is not None and measured is not None:  # which is where the result is told
+            unlike = torch.cat([unlike, measured.windows])
+            measured = self.reported_text(spec, seal)
         return RecoveryText(
             source=self._recovery_source(spec),
             context_length=spec.calibration.context_length,
             bos=spec.calibration.bos,
-            unlike=calibration,
+            unlike=unlike,
             measured=measured,
         )
 
@@ -476,6 +489,17 @@ class WorkerInputs(Inputs):
             "the calibration text has no windows left to confirm on. Give confirm.text, "
             "fewer calibration.samples, or confirm: null."
         )
+
+    def reported_text(self, spec: JobSpec, seal: Seal) -> ReportText:
+        """The windows that a result is reported on, if they are those of before."""
+        assert spec.report is not None
+        confirm = None if spec.confirm is None else self.confirmation_text(spec, seal)
+        text = self.reported(
+            self.model(spec, seal), self.file(spec.report.text), spec.calibration,
+            spec.report.windows, self.calibration_text(spec, seal).calibration, confirm,
+        )  # fmt: skip
+        seal.check_report(spec.report.text, text)
+        return text
 
     def report_text(self, spec: JobSpec, report: ReportSpec, seal: Seal) -> ReportText:
         """The windows of a text that nothing was chosen on, the same for every model."""
@@ -496,7 +520,7 @@ class WorkerInputs(Inputs):
             None if unlike is None else windows_key(unlike),
         )  # fmt: skip
         read = partial(super().report, model, source, how, most, unlike)
-        return self._confirmation.get(key, read)
+        return self._measured_on.get(key, read)
 
     def tasks(self, spec: JobSpec) -> LoadedTasks:
         """The tasks of a job that has some, with their examples."""

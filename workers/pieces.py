@@ -87,7 +87,7 @@ def show_result(study: optuna.Study, spec: JobSpec, configuration: Configuration
     """Write on a study, which has the mark of its result, what was found, and which trial it is."""
     mark = study.user_attrs[CHOSEN]
     where = "" if mark["study"] == study.study_name else f" of study `{mark['study']}`"
-    good = configuration.perplexities
+    good = configuration.headline
     tables = [
         None if good is None else verdict_table(good),
         pairs_table("The configuration", "part", configuration_rows(configuration)),

@@ -67,6 +67,13 @@ class SealedWork(Work):
         return self.inputs.confirmation_text(self.spec, self._seals[0])
 
     @property
+    def report(self) -> ReportText | None:
+        """What the result is reported on; None if it is not."""
+        if self.spec.report is None:
+            return None
+        return self.inputs.reported_text(self.spec, self._seals[0])
+
+    @property
     def calibration(self) -> Tensor:
         return self.inputs.calibration_text(self.spec, self._seals[0]).calibration
 
@@ -83,6 +90,7 @@ class SealedWork(Work):
             bundles={self.spec.model: self.bundle},
             dense=self.dense,
             confirm=self.confirm,
+            report=self.report,
             calibration=self.calibration,
             sealed=self,
         )

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pho_service.library import ModelFacts
 from pho_service.spec.configuration import ProxyQuality
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.perplexity import Perplexities
+from pho_service.spec.perplexity import Perplexities, ReportedPerplexities
 from pho_service.spec.recovery import Recovered
 from pho_service.spec.tasks import TaskScores
 from storage.records import Drain, JobState, StageKind
@@ -93,8 +93,18 @@ class Best(_Answer):
     perplexities: Perplexities | None = Field(
         None,
         description="Perplexities of the dense model, the pruned one, Wanda and RIA on the text "
-        "that confirmed it; null where none was measured.",
+        "that it was chosen on; null where none was measured.",
     )
+    report: ReportedPerplexities | None = Field(
+        None,
+        description="The same on the job's report text, which nothing was chosen on; null without "
+        "one.",
+    )
+
+    @property
+    def headline(self) -> Perplexities | None:
+        """How good the result is, on a report text if there is one."""
+        return self.report or self.perplexities
 
 
 class Point(_Answer):
@@ -191,13 +201,14 @@ class Job(_Answer):
             return answer or done
         if best.perplexity is None:
             return []
-        spec, good = self.spec.get("configuration", self.spec), best.perplexities
+        spec, good = self.spec.get("configuration", self.spec), best.headline
         pattern = Pattern.parse(str(spec["pattern"]), spec.get("scope"))
         trials = self.progress.of(StageKind.SEARCH).done
         return [
             Point(
                 pattern=str(pattern), scope=pattern.scope.value, sparsity=pattern.sparsity,
-                state="done", trials_done=trials, method=best.method, perplexity=best.perplexity,
+                state="done", trials_done=trials, method=best.method,
+                perplexity=best.perplexity if good is None else good.pruned,
                 proxy=best.objective, **({} if good is None else good.point),
             )
         ]  # fmt: skip

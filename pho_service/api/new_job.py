@@ -218,7 +218,8 @@ Errors = dict[str, list[str]]
 # What the rules of this machine look at: checked also where other fields are wrong.
 _PLACES = (
     "model", "more_models", "calibration/text", "calibration/dataset", "calibration/data_file",
-    "calibration/more_texts", "calibration/context_length", "confirm/text", "notify",
+    "calibration/more_texts", "calibration/context_length", "confirm/text", "report/text",
+    "notify",
 )  # fmt: skip
 
 

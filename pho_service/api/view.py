@@ -222,6 +222,7 @@ class JobView:
             objective=best["objective"].get("value"),
             perplexity=(best.get("confirmation") or {}).get("perplexity"),
             perplexities=best.get("perplexities"),
+            report=best.get("report"),
         )
 
     @cached_property

@@ -191,7 +191,7 @@ def generate(model: str, ask: _GenerateAsk, as_json: bool) -> None:
     names = [model] if ask.beside is None else [ask.beside, model]
     if len({*names}) < len(names):
         raise InvalidInput(f"--beside {ask.beside} is the model itself. Give another one.")
-    check_models(names, text=text)
+    check_models(names, None, text)
     from pho_service.models.loading import load_model
     from pho_service.models.texts import read_windows
     from pho_service.pipeline.writing import PROMPT_TOKENS, beginnings, texts_of, write
@@ -435,7 +435,7 @@ def _in_minutes(
     began = time.monotonic()
     spec = spec.model_copy(update={"free_sizes": free})
     clock = Clock.of(model, spec, lambda: time.monotonic() - began, took=work.seconds)
-    if clock.fit_text(model, source, None, free):
+    if clock.fit_text(model, source, [], free):
         say("The text is shorter than there is time for: all of it is used.")
     calibration = clock.plan.spec.calibration
     sizes = f"{calibration.samples} windows of {calibration.context_length} tokens"

@@ -92,8 +92,8 @@ def budget_of(
         return Budget(spec=spec, model=model, clock=clock)
     if not asked.free_sizes:
         say(f"All sizes are given, so --minutes {asked.minutes:g} chooses none.")
-    own = asked.confirm and asked.confirm.text
-    if clock.fit_text(model, source, file_source(own) if own else None, asked.free_sizes):
+    measured = [file_source(text) for text in asked.texts_measured_on]
+    if clock.fit_text(model, source, measured, asked.free_sizes):
         say("The text is shorter than there is time for: all of it is used.")
     say(sentence(clock.plan))
     return Budget(spec=clock.plan.spec, model=model, clock=clock)

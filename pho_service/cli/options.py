@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pho_service.pipeline.confirmation import Validation
     from pho_service.pipeline.inputs import Cut
     from pho_service.spec.calibration import CalibrationSettings
-    from pho_service.spec.fields import CalibrationSpec, ConfirmSpec, TextSpec
+    from pho_service.spec.fields import CalibrationSpec, ConfirmSpec, SearchReportSpec, TextSpec
     from pho_service.spec.steps import Candidate
     from pho_service.tuning.plan import SearchRequest
 
@@ -81,10 +81,8 @@ def device_options(function: F) -> F:
     return cast("F", options(run))
 
 
-def check_models(
-    names: Sequence[str], revision: str | None = None, text: str | None = None
-) -> None:
-    """See that models, bundles and a text file can be there, before any long work."""
+def check_models(names: Sequence[str], revision: str | None = None, *texts: str | None) -> None:
+    """See that models, bundles and text files can be there, before any long work."""
     from pho_service.models.loading import check_name
 
     if find_spec("torch") is None:  # said before anything is looked up
@@ -94,7 +92,7 @@ def check_models(
             check_bundle(name)
         else:
             check_name(name, revision)
-    if text is not None:
+    for text in filter(None, texts):
         file_source(text)
 
 
@@ -223,6 +221,7 @@ class Terminal(Inputs):
         settings: "CalibrationSettings",
         confirm: "ConfirmSpec | None" = None,
         *,
+        report: "SearchReportSpec | None" = None,
         why: str = "",
         requests: "Sequence[Candidate | SearchRequest]" = (),
     ) -> Work:
@@ -242,6 +241,12 @@ class Terminal(Inputs):
             confirmed = self.confirmation(loaded, other, settings, confirm.windows, text)
             if confirmed is None and why:
                 raise TextError(why)
+        reported = None
+        if report is not None:
+            other = file_source(report.text)
+            reported = self.reported(
+                loaded, other, settings, report.windows, text.calibration, confirmed
+            )
         is_cached = bundle_path(self.cache, text.bundle_key).is_file()
         started = time.monotonic()
         bundle = cached_bundle(loaded, text, settings, self.cache, progress)
@@ -250,6 +255,7 @@ class Terminal(Inputs):
             dense=loaded,
             calibration=text.calibration,
             confirm=confirmed,
+            report=reported,
             unused_windows=len(text.held_out),
             calibration_s=None if is_cached else round(time.monotonic() - started, 3),
             cache_dir=self.cache,

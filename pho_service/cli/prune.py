@@ -346,7 +346,7 @@ def _cut(
         document = configuration.model_dump(mode="json")
         print_json({"out": str(folder), "configuration": document, "structure": structure})
         return
-    good = configuration.perplexities
+    good = configuration.headline
     assert good is not None  # the dense model was measured
     for table in (verdict_table(good), results_table(Report.of(configuration))):
         if table is not None:

@@ -48,8 +48,8 @@ def outcome(job: "Job") -> list[str]:
     """What has come of a job, in lines."""
     lines = []
     if job.best is not None:
-        if job.best.perplexities is not None:
-            lines.append(f"result       {job.best.perplexities.sentence}")
+        if (headline := job.best.headline) is not None:
+            lines.append(f"result       {headline.sentence}")
         lines.append(
             f"chosen       {job.best.method}, objective {number(job.best.objective)}, "
             f"perplexity {number(job.best.perplexity) or 'not measured'}"

@@ -77,8 +77,8 @@ def search(
     began = time.monotonic()
     path, study = out_file(ask.out), ask.study
     check_study_url(study)
-    text = given("confirm/text") if len(models) == 1 else None  # several take none
-    check_models(models, given("revision"), text)
+    texts = ("confirm/text", "report/text") if len(models) == 1 else ()  # several take none
+    check_models(models, given("revision"), *map(given, texts))
     target = given_target(given)
     if target is not None:
         answer = within_target.search_within(models, given, target, study, inputs, began)
@@ -105,9 +105,8 @@ def _bundles(models: tuple[str, ...], given: Given) -> "dict[str, ProxyBundle]":
     names = [name for name in models if is_bundle(name)]
     if not names:
         return {}
-    if len(models) == 1 and {"calibration/text", "calibration/dataset", "confirm/text"} & {
-        *given.said
-    }:
+    texts = {"calibration/text", "calibration/dataset", "confirm/text", "report/text"}
+    if len(models) == 1 and texts & {*given.said}:
         raise InvalidInput(
             f"{names[0]} is a bundle: it needs no text, and no perplexity can be measured without "
             "the model. Leave the text out, or give the model instead of the bundle."
@@ -159,7 +158,11 @@ def _opened(
         if name not in bundles:
             confirm, requests = spec.confirm if alone else None, [spec.request(0)]
             model, budget.model = budget.model if name == spec.model else name, name
-            work = inputs.calibrated(model, source, settings, confirm, requests=requests)
+            why = "there is nothing to confirm on. Give --confirm-text, to report on another text."
+            work = inputs.calibrated(
+                model, source, settings, confirm, report=spec.report,
+                why=why * (spec.report is not None), requests=requests,
+            )  # fmt: skip
             del model
             if alone:
                 budget.calibrated(asked, work)
@@ -212,7 +215,7 @@ def describe(result: "SearchResult", path: Path, study: str) -> str:
     from pho_service.shown.tables import configuration_rows
 
     configuration = result.configuration
-    good = configuration.perplexities
+    good = configuration.headline
     lines = [
         *([] if good is None else [f"result       {good.sentence}"]),
         *(f"{name:<12} {value}" for name, value in configuration_rows(configuration)),

@@ -267,13 +267,15 @@ def calibrated(
     texts: "MixedTexts | None",
     confirm: "Texts | None" = None,
     windows: int | None = None,
+    report: "tuple[Texts, int] | None" = None,
 ) -> Work:
     """
     A model with its bundle and texts.
 
     What ``pho.calibrate`` gave includes the windows of its text, and some that were held out; a
     bundle from a file does not. None of the first ``windows`` to confirm on overlaps with those of
-    the calibration; without ``windows`` there are none.
+    the calibration; without ``windows`` there are none. ``report`` is a text and how many of its
+    windows to report on, which overlap with neither.
     """
     drawn: CalibrationText | None = getattr(bundle, "text", None)
     calibration = None if drawn is None else drawn.calibration
@@ -286,11 +288,17 @@ def calibrated(
         text = measured_text(model, confirm, settings_of(bundle), windows, calibration)
     elif windows is not None:
         text = Inputs().held_out(drawn, windows)
+    reported = None
+    if report is not None:
+        source, most = text_of(report[0]), report[1]
+        how = settings_of(bundle)
+        reported = Inputs().reported(model, source, how, most, calibration, text)
     return Work(
         bundles={model.name: bundle},
         dense=model,
         calibration=calibration,
         confirm=text,
+        report=reported,
         unused_windows=None if drawn is None else len(drawn.held_out),
         cache_dir=Settings().cache_dir,
     )

@@ -57,7 +57,7 @@ def calibration_sizes(
     values.setdefault("context_length", min(usual, model.longest or usual))
     free = [path for path in OF_THE_TEXT if given[path] is None]
     clock = clock_of(model, minutes, free, pattern="0.5", calibration=values)
-    clock.fit_text(model, source, None, free)
+    clock.fit_text(model, source, [], free)
     calibration = clock.plan.spec.calibration
     return calibration.samples, calibration.context_length
 

@@ -67,7 +67,7 @@ from pho_service.spec.objective import (
     options_of,
 )
 from pho_service.spec.pattern import Linears, Pattern
-from pho_service.spec.perplexity import REFERENCES, Perplexities
+from pho_service.spec.perplexity import REFERENCES, Perplexities, ReportedPerplexities
 from pho_service.spec.space import DEFAULT_PRESET, Preset, SearchSpace
 from pho_service.spec.steps import Allocation, Reconstruction, Steps
 from pho_service.tuning.plan import SearchRequest
@@ -435,9 +435,15 @@ class Found(Shown, SearchResult):
         """
         How good the result is: ``dense``, ``pruned``, ``wanda``, ``ria`` and the ``rise``.
 
-        None where no perplexity was measured; as text it is one line.
+        It is of the text that the result was chosen on. None where no perplexity was measured; as
+        text it is one line.
         """
         return self.configuration.perplexities
+
+    @property
+    def report(self) -> ReportedPerplexities | None:
+        """The same on the report text, which nothing was chosen on; None without one."""
+        return self.configuration.report
 
     @property
     def continuations(self) -> Written:
@@ -491,8 +497,8 @@ class Found(Shown, SearchResult):
         table = results_table(Report.of(configuration))
         assert table is not None  # it has its own trial
         lines = [(name, value) for name, value in configuration_rows(configuration) if value]
-        perplexities = configuration.perplexities
-        good = "" if perplexities is None else f"perplexity: {perplexities}\n"
+        headline = configuration.headline
+        good = "" if headline is None else f"perplexity: {headline}\n"
         return replace(
             table,
             title=f"{good}trial {self.trial} of study {self.study_name!r}",
@@ -519,6 +525,10 @@ class FoundArguments(SearchArguments):
         over: How several models count: their ``mean``, or the ``worst``.
         sampler: Its name, or a sampler of Optuna, which has a seed of its own.
         finalists: How many found candidates are looked at again, beside the baselines.
+        report: Text that nothing was chosen on: the result, the dense model, Wanda and RIA are
+            measured on it in the end, for ``found.report``.
+        report_windows: Windows of that text; those that the calibration or the confirmation has a
+            part of are left out.
         validate: Random candidates, 8 or more, that the proxy is validated on by perplexity before
             the confirmation: where it does not rank, four times as many finalists are looked at.
         warm_start: What was found elsewhere in the same pattern and scope: rated first.
@@ -537,6 +547,8 @@ class FoundArguments(SearchArguments):
     over: Over | None = None
     sampler: Sampler | BaseSampler = "cmaes"
     finalists: int = _ASKED.finalists
+    report: "Texts | None" = None
+    report_windows: int = 16
     validate: int | None = None
     warm_start: Sequence[Choice] = ()
     study: optuna.Study | str | None = None
@@ -583,11 +595,17 @@ def search(ask: FoundArguments) -> Found:
         check_study_is_of(study, work, request)
     if ask.model is not None:
         loaded = opened_for(work.bundle, ask.model, ask.tokenizer)
+        report = None if ask.report is None else (ask.report, ask.report_windows)
         work = replace(
-            calibrated(loaded, work.bundle, ask.texts, ask.confirm, ask.confirm_windows),
+            calibrated(loaded, work.bundle, ask.texts, ask.confirm, ask.confirm_windows, report),
             bundles=work.bundles,
         )
-    elif ask.confirm is not None or ask.texts is not None:
+        if report is not None and work.confirm is None:
+            raise InvalidInput(
+                "a report text is given, and there is no text to confirm on before. Give confirm=, "
+                "too."
+            )
+    elif any(text is not None for text in (ask.confirm, ask.texts, ask.report)):
         raise InvalidInput(
             "a text is given, but no perplexity can be measured without the model. Give model=, "
             "too, or leave the text out."

@@ -232,8 +232,9 @@ def _how_good(config: Configuration | None, recovered: Recovered | None) -> Iter
         if recovered is None:
             yield "Its perplexity was not measured."
     else:
-        yield f"Measured when it was found, on {text_of(config.confirmation)}{before}.\n"
-        good = config.perplexities
+        good = config.headline
+        how = config.report or config.confirmation
+        yield f"Measured when it was found, on {text_of(how)}{before}.\n"
         table = results_table(Report.of(config)) if good is None else verdict_table(good)
         yield "" if table is None else table.markdown()
         if not (recovered and recovered.continuations):

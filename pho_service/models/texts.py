@@ -7,7 +7,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -104,16 +104,23 @@ _CHUNK = 64  # windows that are looked at together
 def apart(windows: Tensor, others: Tensor, limit: int | None = None) -> Tensor:
     """Return the windows that share no run of 32 tokens with others, in their order."""
     # In windows of fewer than 128 tokens a quarter of one is a run, but no less than 8 tokens.
-    other_runs = _runs(others).unique()
+    length = min(windows.shape[1], others.shape[1])
+    run = min(length, RUN, max(SHORTEST, length // 4))
+    other_runs = _runs(others, run).unique()
     chunks: list[Tensor] = []
     count = 0
     for chunk in windows.split(_CHUNK):
-        fresh = chunk[~torch.isin(_runs(chunk), other_runs).any(dim=1)]
+        fresh = chunk[~torch.isin(_runs(chunk, run), other_runs).any(dim=1)]
         chunks.append(fresh)
         count += len(fresh)
         if limit is not None and count >= limit:
             break
     return torch.cat([windows[:0], *chunks])[:limit]
+
+
+def shared(windows: Tensor, others: Tensor) -> int:
+    """How many windows share a run of 32 tokens with others, as :func:`apart` counts them."""
+    return len(windows) - len(apart(windows, others))
 
 
 def recut(windows: Tensor, count: int, seed: int) -> Tensor:
@@ -132,11 +139,10 @@ def recut(windows: Tensor, count: int, seed: int) -> Tensor:
     return torch.cat(parts)[:count]
 
 
-def _runs(windows: Tensor) -> Tensor:
+def _runs(windows: Tensor, run: int) -> Tensor:
     """Return a number for each run of tokens: (windows, context_length - run + 1), int64."""
     # The polynomial hash of Rabin and Karp, modulo 2^64, from sums along the window.
     count, length = windows.shape
-    run = min(length, RUN, max(SHORTEST, length // 4))
     powers = torch.full((length,), _BASE, dtype=torch.int64).cumprod(dim=0)
     inverse = torch.full((length - run + 1,), _INVERSE, dtype=torch.int64).cumprod(dim=0)
     terms = (windows + 1) * powers
@@ -203,6 +209,7 @@ class TextRecord:
     documents: int
     # Of several texts: each with its share of the windows.
     texts: tuple[tuple["TextRecord", float], ...] = ()
+    left_out: int = 0  # Of the windows that were asked for: those that others have a part of
 
 
 def read_documents(
@@ -311,12 +318,13 @@ def read_windows(
         windows = cut_windows(model.tokenize(text), context_length, prefix, str(source))
         record = _record(source, documents)
     if unlike is not None:
+        record = replace(record, left_out=shared(windows[:max_windows], unlike))
         windows = apart(windows, unlike, max_windows)
         if len(windows) == 0:
             raise TextError(
-                f"the text {source} has no window of {context_length} tokens that the calibration "
-                "has not seen: it is the same text, or shares its documents. Give another one, or "
-                "calibrate on fewer windows."
+                f"the text {source} has no window of {context_length} tokens that nothing was "
+                "calibrated or chosen on: it is the same text, or shares its documents. Give "
+                "another one, or calibrate on fewer windows."
             )
     return windows[:max_windows], record
 
@@ -473,7 +481,8 @@ def _record(source: TextSource | GivenText, documents: list[str]) -> TextRecord:
 def record_to_dict(record: TextRecord, **more: Any) -> dict[str, Any]:
     """JSON values of a record, with ``more`` beside them."""
     parts = [{**record_to_dict(part), "share": round(share, 6)} for part, share in record.texts]
-    several = {"texts": parts} if parts else {}
+    several: dict[str, Any] = {"texts": parts} if parts else {}
+    several |= {"left_out": record.left_out} if record.left_out else {}
     return {"source": record.source, "sha256": record.sha256, **several, **more}
 
 

@@ -547,7 +547,7 @@ class _Search:
 def _searched(work: Work, request: SearchRequest, run: Run) -> _Search:
     started = time.perf_counter()
     with peak_memory(*work.model.devices) as peak:  # no trained blocks are kept: nothing prunes
-        result = search_job(request, replace(work, cache_dir=None), run=run)
+        result = search_job(request, replace(work, report=None, cache_dir=None), run=run)
     return _Search(
         configuration=result.configuration,
         seconds=time.perf_counter() - started,

@@ -2,8 +2,8 @@
 From the best by the proxy to the result: the race and the validation.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from pho_service.spec.configuration import ProxyQuality
 from pho_service.spec.document import number
 from pho_service.spec.fields import ValidationSpec
 from pho_service.spec.objective import WEIGHTINGS, Objective
-from pho_service.spec.perplexity import Perplexity
+from pho_service.spec.perplexity import Perplexity, ReportedPerplexities
 from pho_service.spec.steps import Candidate, Reconstruction
 from pho_service.tuning.finalists import (
     Divergences,
@@ -267,10 +267,58 @@ def reconstruct_winner(
 _STORED = ("perplexity", "tokens", "windows", "losses")  # beside what they are about
 
 
+def reported(
+    result: SearchResult,
+    judges: Mapping[str, Candidate | None],
+    study: optuna.Study,
+    work: Work,
+    run: Run = Run(),
+) -> SearchResult:
+    """Measure the result and what it is judged by on a text that nothing was chosen on."""
+    ratings, warnings = {}, []
+    for name, candidate in {**judges, "pruned": result.configuration.candidate()}.items():
+        run.look()
+        try:
+            ratings[name] = measured_once(
+                study, replace(work, confirm=work.report), candidate, run,
+                kept=f"report:{name}", title=f"Measuring {name} on the report text",
+            )  # fmt: skip
+        except NumericalError as error:
+            if name in ("dense", "pruned"):
+                raise
+            warnings.append(f"The report has no {name}, which has no perplexity there: {error}")
+    result = replace(result, warnings=[*result.warnings, *warnings])
+    return with_report(result, ratings, work, judges.get("ria"))
+
+
+def with_report(
+    result: SearchResult,
+    ratings: Mapping[str, Perplexity],
+    work: Work,
+    ria: Candidate | None = None,
+) -> SearchResult:
+    """A result with perplexities on a report text, of which some windows may be left out."""
+    text, references = work.report, {**ratings}
+    assert text is not None
+    measured_on = {name: text.measured_on()[name] for name in ("tokens", "context_length", "text")}
+    report = ReportedPerplexities.of(
+        references.pop("pruned"), references, ria_scope=ria and ria.pattern.scope.value,
+        **measured_on,
+    )  # fmt: skip
+    warnings, left_out = [*result.warnings], text.record.left_out
+    if left_out:
+        warnings.append(
+            f"The report text shares passages with what was calibrated or chosen on: {left_out} of "
+            "its first windows were left out."
+        )
+    configuration = result.configuration.model_copy(update={"report": report})
+    return replace(result, configuration=configuration, warnings=warnings)
+
+
 def measured_once(
     study: optuna.Study,
     work: Work,
-    candidate: Candidate,
+    candidate: Candidate | None,
     run: Run,
     *,
     kept: str,
@@ -279,7 +327,8 @@ def measured_once(
 ) -> Perplexity:
     """The perplexity that the study holds; measured and kept at once if it is not there."""
     # So is what the model writes, if that is wanted, since pruning it again would take long.
-    about = {"candidate": candidate.to_dict(), "text_sha256": work.text.key}
+    pruning = None if candidate is None else candidate.to_dict()
+    about = {"candidate": pruning, "text_sha256": work.text.key}
 
     def make() -> dict[str, Any]:
         return _measure(work, candidate, run, title, writes=writes)
@@ -289,15 +338,19 @@ def measured_once(
 
 
 def _measure(
-    work: Work, candidate: Candidate, run: Run, title: str, *, writes: bool
+    work: Work, candidate: Candidate | None, run: Run, title: str, *, writes: bool
 ) -> dict[str, Any]:
     model, windows, statistics = work.model, work.text.windows, work.bundle.statistics()
-    chosen = work.bundle.choose(candidate.steps.linears, candidate.pattern)
-    blocks = work.blocks(candidate)
-    with (
-        run.progress(title, len(chosen.names)) as advance,
-        pruned_model(model, statistics, candidate, work.calibration, advance, blocks),
-    ):
+    names = frozenset({"dense"})
+    if candidate is not None:
+        names = work.bundle.choose(candidate.steps.linears, candidate.pattern).names
+    with ExitStack() as stack:
+        advance = stack.enter_context(run.progress(title, len(names)))
+        if candidate is not None:
+            calibration, blocks = work.calibration, work.blocks(candidate)
+            stack.enter_context(
+                pruned_model(model, statistics, candidate, calibration, advance, blocks)
+            )
         measured = measure_perplexity(model, windows, advance=lambda _: advance(0))
         said = written_by(model, windows) if writes else {}
         return {**{name: getattr(measured, name) for name in _STORED}, **said}

@@ -17,6 +17,8 @@ from optuna.trial import create_trial
 from pho_service.errors import InvalidInput, field_name
 from pho_service.host.machine import let_go_of_memory, versions
 from pho_service.models.structure import Anatomy, as_cut, block_shapes
+from pho_service.models.texts import ReportText
+from pho_service.pipeline.confirmation import with_report
 from pho_service.pipeline.rating import perplexity_on
 from pho_service.pipeline.search import Journal, Piece, conduct_pieces, origin, reference_record
 from pho_service.pipeline.structured import CutCosts, CutModel, cut_costs, cut_model
@@ -155,9 +157,21 @@ class CutPieces:
 
     def measure(self, piece: Piece, run: Run) -> Measured:
         """Cut a copy of the model, and measure its perplexity; the study keeps it at once."""
-        work, number = self._opened, piece.number
-        given, text = piece.about["candidate"], work.text
+        number, given = piece.number, piece.about["candidate"]
         structure = None if given is None else Structure.from_dict(given)
+        key = reference_record("dense") if structure is None else f"perplexity:{number}"
+        note = None if structure is None else (number, "perplexity")
+        return self._measured(structure, self._opened.text, key, run, note)
+
+    def _measured(
+        self,
+        structure: Structure | None,
+        text: ReportText,
+        key: str,
+        run: Run,
+        note: tuple[int, str] | None = None,
+    ) -> Measured:
+        work = self._opened
 
         def make() -> dict[str, Any]:
             run.look()
@@ -177,8 +191,6 @@ class CutPieces:
                 "written": written,
             }
 
-        key = reference_record("dense") if structure is None else f"perplexity:{number}"
-        note = None if structure is None else (number, "perplexity")
         kept = once(self._study, key, {"text_sha256": text.key}, make, fence=run.fence, note=note)
         return Measured(**kept, measured_on=text.measured_on(), weights_sha256=self._work.check())
 
@@ -239,13 +251,25 @@ class CutPieces:
                 memo.remove()
         with run.fence():
             mark_chosen(self._study, configuration, self._study.study_name, number)
-        return SearchResult(
+        result = SearchResult(
             configuration=configuration,
             study_name=self._study.study_name,
             trial=number,
             warnings=[],
             measured=best,
         )
+        return self._reported(result, structure, run)
+
+    def _reported(self, result: SearchResult, structure: Structure, run: Run) -> SearchResult:
+        """With what was measured on the report text, if there is one."""
+        text = self._opened.report
+        if text is None:
+            return result
+        ratings = {
+            name: _rating(self._measured(cut, text, f"report:{name}", run))
+            for name, cut in (("dense", None), ("pruned", structure))
+        }
+        return with_report(result, ratings, self._opened)
 
 
 def _rating(result: Measured) -> Perplexity:

@@ -70,5 +70,21 @@ class Inputs:
             return None
         return ReportText(windows=drawn.held_out[:most], record=drawn.record)
 
+    def reported(
+        self,
+        model: "LanguageModel",
+        source: "Text",
+        how: "Cut",
+        most: int,
+        calibration: "Tensor | None",
+        confirm: "ReportText | None",
+    ) -> "ReportText":
+        """The windows to report on: neither calibration nor confirmation has a part of them."""
+        import torch
+
+        chosen_on = None if confirm is None else confirm.windows
+        seen = [windows for windows in (calibration, chosen_on) if windows is not None]
+        return self.report(model, source, how, most, torch.cat(seen) if seen else None)
+
     def nothing_left(self) -> None:
         """Called where there are no windows to confirm on; may raise."""

@@ -3,7 +3,7 @@ The minutes of a job as it runs: the rates of its machine, what they leave, what
 """
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -73,24 +73,25 @@ class Clock:
         self,
         model: "LanguageModel",
         source: "Text | MixedText",
-        confirm: "Text | None",
+        measured: Sequence["Text"],
         free: Collection[SizeName],
     ) -> bool:
         """
         Take what the texts have, if that is less than there is time for: fewer windows, or shorter
-        ones where so few were left. Without a text of its own, a confirmation is left some.
+        ones where so few were left, also of the texts to measure on. Without a text of its own, a
+        confirmation is left some.
         """
         if not {*free} & {*OF_THE_TEXT}:
             return False
         spec, chosen = self.plan.spec, self.plan.spec.calibration
-        beside = spec.confirm.windows if spec.confirm is not None and confirm is None else 0
-        wanted = max(chosen.samples + beside, _LEAST_WINDOWS)
-        asked = wanted * chosen.context_length
+        beside = 0 if spec.confirm is None or spec.confirm.text else spec.confirm.windows
+        asked = max(chosen.samples + beside, _LEAST_WINDOWS) * chosen.context_length
         there = _tokens(model, source, chosen.settings(), asked)
         length = chosen.context_length
         if "calibration/context_length" in free:
-            other = there if confirm is None else _tokens(model, confirm, chosen.settings(), asked)
-            while length > _SHORTEST and min(there, other) < _LEAST_WINDOWS * length:
+            others = (_tokens(model, text, chosen.settings(), asked) for text in measured)
+            least = min([there, *others])
+            while length > _SHORTEST and least < _LEAST_WINDOWS * length:
                 length = max(_SHORTEST, length // 2)
         windows = max(1, there // length)
         samples = chosen.samples
@@ -143,12 +144,13 @@ class Clock:
         return next(fit, 1)
 
     def _training_s(self, passes: int) -> float:
-        """Seconds until the winner is pruned and trained, by the rates that are known now."""
+        """Seconds until the winner is pruned, trained and reported, by the rates known now."""
         work = self.plan.work
         trained = replace(work.steps.reconstruction, passes=passes)
         work = replace(work, steps=replace(work.steps, reconstruction=trained))
         costs = self._costs(work)
-        return costs.pruning(work.steps) + costs.reconstruction() + costs.perplexity()
+        trained_s = costs.pruning(work.steps) + costs.reconstruction() + costs.perplexity()
+        return trained_s + costs.reported()  # which comes after it
 
     def _costs(self, work: PlannedWork) -> Costs:
         """By the rates that are known now, not those of the plan."""

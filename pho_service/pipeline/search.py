@@ -189,16 +189,23 @@ def _prune_alike(one: Candidate, other: Candidate) -> bool:
     return sized == other.coefficients and steps == other.steps
 
 
-def with_perplexities(result: SearchResult, judges: Mapping[str, Perplexity | str]) -> SearchResult:
+# By name: what the model is pruned with, None leaves it dense; its perplexity, or why it has none.
+Judges = Mapping[str, tuple[Candidate | None, Perplexity | str]]
+
+
+def with_perplexities(result: SearchResult, judges: Judges) -> SearchResult:
     """A confirmed result with the perplexities that it is judged by, or why there is none."""
-    measured = {name: judge for name, judge in judges.items() if isinstance(judge, Perplexity)}
-    perplexities = result.measured and Perplexities.of(result.measured, measured)
+    measured = {name: given for name, (_, given) in judges.items() if isinstance(given, Perplexity)}
+    ria = judges["ria"][0] if "ria" in measured else None
+    perplexities = result.measured and Perplexities.of(
+        result.measured, measured, ria_scope=ria and ria.pattern.scope.value
+    )
     if not perplexities:
         return result
     return replace(
         result,
         configuration=result.configuration.model_copy(update={"perplexities": perplexities}),
-        warnings=[*result.warnings, *(why for why in judges.values() if isinstance(why, str))],
+        warnings=[*result.warnings, *(why for _, why in judges.values() if isinstance(why, str))],
     )
 
 
@@ -530,7 +537,8 @@ class _SearchPieces:
         result = replace(result, configuration=configuration, trial=number)
         judged = measured_by_number.get(best.number)
         result = self._looked_at_again(result, [] if judged is None else judged.written, run)
-        result = with_perplexities(result, self._judged_by(rated, perplexities, measured_by_number))
+        judges = self._judged_by(rated, perplexities, measured_by_number)
+        result = self._reported(with_perplexities(result, judges), judges, run)
         for island_study in islands.studies:
             with run.fence():
                 mark_chosen(island_study, result.configuration, result.study_name, result.trial)
@@ -563,26 +571,40 @@ class _SearchPieces:
         rated: Sequence[RatedCandidate],
         perplexities: Mapping[int, Perplexity],
         measured: Mapping[int, Measured],
-    ) -> dict[str, Perplexity | str]:
-        """The perplexities that a result is judged by, or why there is none."""
-        by_name: dict[str, Perplexity | str] = {}
+    ) -> Judges:
+        """What a result is judged by."""
+        by_name: dict[str, tuple[Candidate | None, Perplexity | str]] = {}
         for i, judge in enumerate(references(self._plan, rated)):
             piece = measured.get(REFERENCE_NUMBERS + i)
             if judge.trial is not None and judge.trial in perplexities:
-                by_name[judge.name] = perplexities[judge.trial]
+                by_name[judge.name] = judge.candidate, perplexities[judge.trial]
             elif piece is not None:
-                by_name[judge.name] = piece.rating or str(piece.failure)
+                by_name[judge.name] = judge.candidate, piece.rating or str(piece.failure)
             # Of a method's published variants the best that was measured, so that none wins
             # against itself.
             variants = [
-                perplexities[r.number]
+                (r.candidate, perplexities[r.number])
                 for r in sorted(rated, key=lambda r: r.number)
                 if r.number in perplexities and r.candidate.method.startswith(judge.name)
                 if judge.candidate is not None and r.candidate.steps == judge.candidate.steps
             ]
-            if isinstance(before := by_name.get(judge.name), Perplexity):
-                by_name[judge.name] = min([before, *variants], key=lambda p: p.perplexity)
+            candidate, before = by_name.get(judge.name, (None, ""))
+            if isinstance(before, Perplexity):
+                both = [(candidate, before), *variants]
+                by_name[judge.name] = min(both, key=lambda pair: pair[1].perplexity)
         return by_name
+
+    def _reported(self, result: SearchResult, judges: Judges, run: Run) -> SearchResult:
+        """With what was measured on the report text, if there is one."""
+        work = self._measured
+        if work is None or work.report is None or result.configuration.perplexities is None:
+            return result
+        from pho_service.pipeline.confirmation import reported  # loads transformers
+
+        candidates = {name: c for name, (c, given) in judges.items() if not isinstance(given, str)}
+        result = reported(result, candidates, self._islands.studies[0], work, run)
+        self._work.check()
+        return result
 
     def _looked_at_again(
         self, result: SearchResult, written: Sequence[str], run: Run

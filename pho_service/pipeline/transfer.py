@@ -126,7 +126,7 @@ def transfer_job(
     own_configuration = None
     if search is not None:
         with opened_study(study_url, search, work) as study:
-            searched = replace(work, cache_dir=None)  # no trained blocks are kept
+            searched = replace(work, report=None, cache_dir=None)  # no trained blocks are kept
             own_configuration = search_job(search, searched, study=study, run=run).configuration
         candidates["own"] = own_configuration.candidate()
         evaluator = ProxyEvaluator(work.bundle, run.device)

@@ -202,6 +202,7 @@ class PlannedWork:
     finalists: int  # That are confirmed; 0 if there is no confirmation
     in_full: int  # Of these, if pruning one runs a text through the model
     windows: int  # That each is confirmed on
+    reported: int = 0  # Windows that the result is reported on
     dtype: str  # That the model computes in
     stream: bool  # Whether its weights stay on disk
     batch: int = 1  # Windows that are run at once
@@ -348,6 +349,19 @@ class Costs:
             finalists += BASELINES
         raced = MEASURED * measured + LOOKS * pruned
         return finalists * (compared + pruned) + raced + in_full + winner
+
+    def reported(self) -> float:
+        """The result and what it is judged by on the report text; trained blocks are kept."""
+        kept = self.work.steps.reconstruction.wanted
+        work = replace(self.work, windows=self.work.reported, kept=kept)
+        costs = Costs(self.shapes, work, self.machine)
+        if not work.reported:
+            return 0.0
+        if work.pattern.structured:
+            return self.cut() + 2 * costs.perplexity()
+        return (
+            costs.pruned() + costs.perplexity() + REFERENCES * (costs.perplexity() + self.masks())
+        )
 
     def written(self) -> float:
         """What two models write: for each token all weights are read."""

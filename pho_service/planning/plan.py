@@ -174,6 +174,7 @@ def plan_job(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> Plan:
         finalists=finalists,
         in_full=request.pruned_in_full(finalists, request.pattern),
         windows=spec.confirm.windows if spec.confirm else 0,
+        reported=spec.report.windows if spec.report else 0,
         dtype=_dtype(spec, shapes, machine),
         stream=spec.stream,
         validated=spec.validation.candidates if spec.validation else 0,
@@ -271,6 +272,7 @@ def _stages(memory: "_Memory", calibration: CalibrationPlan) -> Iterator[StagePl
         )
         title = f"cut and measure, {work.finalists} splits at most"
         yield stage(StageKind.PERPLEXITY, title, costs.cuts(), memory.cut())
+        yield from _report_stages(memory, costs, stage)
         yield stage(StageKind.PRUNE, "cut", costs.cut(), memory.cut(copied=False))
         yield from _afterwards_stages(memory, costs, stage)
         return
@@ -282,13 +284,24 @@ def _stages(memory: "_Memory", calibration: CalibrationPlan) -> Iterator[StagePl
     if work.finalists:
         title, seconds = "confirm by perplexity", costs.confirmation()
         yield stage(StageKind.PERPLEXITY, title, seconds, memory.confirmation())
+    yield from _report_stages(memory, costs, stage)
     yield stage(StageKind.PRUNE, "prune", costs.pruned(), memory.pruned())
     yield from _afterwards_stages(memory, costs, stage)
 
 
-def _afterwards_stages(
-    memory: "_Memory", costs: Costs, stage: Callable[[StageKind, str, float, Peak], StagePlan]
-) -> Iterator[StagePlan]:
+_MakeStage = Callable[[StageKind, str, float, Peak], StagePlan]
+
+
+def _report_stages(memory: "_Memory", costs: Costs, stage: _MakeStage) -> Iterator[StagePlan]:
+    work = memory.work
+    if work.reported:
+        on_report = replace(work, windows=max(work.windows, work.reported))
+        memory = _Memory(memory.shapes, on_report, memory.machine)
+        peak = memory.cut() if work.pattern.structured else memory.confirmation()
+        yield stage(StageKind.FINISH, "measure on the report text", costs.reported(), peak)
+
+
+def _afterwards_stages(memory: "_Memory", costs: Costs, stage: _MakeStage) -> Iterator[StagePlan]:
     """What is done with a pruned model before it is there."""
     recovery = memory.work.recovery
     if recovery is not None:

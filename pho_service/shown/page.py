@@ -209,8 +209,8 @@ def sections(report: Report) -> list[Section]:
 
 
 def _result(report: Report) -> Section:
-    config, good = report.configuration, report.perplexities
-    texts = []
+    config, texts = report.configuration, []
+    good = None if config is None else config.headline
     if report.subject == "transfer":
         texts.append(
             "A transfer searches nothing: it measures the configuration of another job on other "
@@ -250,7 +250,7 @@ def _how_good(report: Report) -> list[str]:
     """Sentences on the result of a search: its gain, its sparsity, and how it was measured."""
     config = report.configuration
     assert config is not None
-    gain, how, good = measured_gain(config), config.confirmation, config.perplexities
+    gain, how, good = measured_gain(config), config.confirmation, config.headline
     texts = [] if gain is None else [f"The result is {gain}."]
     if good is not None:
         texts = [f"{good.sentence}."]

@@ -19,7 +19,7 @@ from pho_service.spec.configuration import (
     Rating,
 )
 from pho_service.spec.document import listed, number, percent, seconds
-from pho_service.spec.perplexity import Perplexities, Ratio
+from pho_service.spec.perplexity import Perplexities, Ratio, ReportedPerplexities
 from pho_service.spec.recovery import Recovered
 from pho_service.spec.tasks import TaskScore, TaskScores, mean_accuracy
 
@@ -58,7 +58,7 @@ def configuration_rows(config: Configuration) -> list[tuple[str, str]]:
     for name, value in config.objective.get("relative_to_ria", {}).items():
         rows.append(("", f"{number(value)} of RIA's on {name}"))
     if how is not None:
-        rows.append(("perplexity", f"{number(how.perplexity)} on {text_of(how)}"))
+        rows.append(("perplexity", f"{number(how.perplexity)} on {text_of(how)}, which chose it"))
         if how.before_reconstruction is not None:
             before = how.beside("before_reconstruction")
             rows.append(("", f"before the reconstruction of its blocks {before}"))
@@ -66,10 +66,12 @@ def configuration_rows(config: Configuration) -> list[tuple[str, str]]:
             rows.append(("", config.beside_the_next))
         if how.divergence_tokens is not None:
             rows.append(("", f"the best of {len(config.finalists)} finalists, baselines included"))
+    if (good := config.report) is not None:
+        rows.append(("report", f"{number(good.pruned)} on {text_of(good)}; {good.choice}"))
     return rows
 
 
-def text_of(how: Confirmation | Mapping[str, Any]) -> str:
+def text_of(how: Confirmation | ReportedPerplexities | Mapping[str, Any]) -> str:
     """The text that perplexities were measured on, without the folder that it lay in."""
     facts = how if isinstance(how, Mapping) else vars(how)
     name = name_of(facts["text"])
@@ -85,11 +87,10 @@ def name_of(text: Mapping[str, Any]) -> str:
 def verdict_table(perplexities: Perplexities) -> Table:
     """The dense model, the result, Wanda and RIA."""
     rows = [("dense", number(perplexities.dense), "", "")]
-    names = ["pruned"]
+    names = {"pruned": "pruned"}
     if perplexities.wanda or perplexities.ria:  # a cut has neither
-        names += ["Wanda", "RIA"]
-    for title in names:
-        name = title.lower()
+        names |= perplexities.titles
+    for name, title in names.items():
         over_dense = perplexities.ratio("dense", name)
         over_ria = None if name == "ria" else perplexities.ratio("ria", name)
         saved = "" if over_ria is None else over_ria.saved
@@ -100,7 +101,8 @@ def verdict_table(perplexities: Perplexities) -> Table:
         rows,
         title="Perplexity: lower is better",
         notes=(
-            (
+            _chosen_on(perplexities)
+            + (
                 "Wanda and RIA have the same pattern, and the activation norms of the dense model. "
                 "Below RIA is the share of its perplexity that is saved."
             )
@@ -109,6 +111,13 @@ def verdict_table(perplexities: Perplexities) -> Table:
         ),
         marked=1,
     ).without_empty()
+
+
+def _chosen_on(perplexities: Perplexities) -> str:
+    where = ""
+    if isinstance(perplexities, ReportedPerplexities):
+        where = f": {text_of(perplexities)}"
+    return f"{perplexities.choice.capitalize()}{where}. "
 
 
 def continuations_table(

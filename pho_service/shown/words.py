@@ -32,6 +32,7 @@ def search_in_words(spec: JobSpec) -> dict[str, str]:
         **_minutes(spec),
         "calibration": _calibration(spec.calibration, spec.free_sizes),
         "confirmation": _confirmation(spec.confirm, spec.free_sizes),
+        **({} if spec.report is None else {"report": f"at most {spec.report}"}),
         **(
             {}
             if spec.warm_start is None
@@ -55,6 +56,7 @@ def _cut_in_words(spec: JobSpec) -> dict[str, str]:
         **_minutes(spec),
         "calibration": _calibration(spec.calibration, spec.free_sizes),
         "confirmation": _confirmation(spec.confirm, spec.free_sizes),
+        **({} if spec.report is None else {"report": f"at most {spec.report}"}),
         **({} if spec.tasks is None else {"tasks": _tasks(spec)}),
         **({} if spec.recovery is None else {"recovery": str(spec.recovery.settings())}),
     }

@@ -16,7 +16,7 @@ from pho_service.host.files import write_json
 from pho_service.spec.baselines import baseline
 from pho_service.spec.document import Document, broken_rule, number
 from pho_service.spec.pattern import Coefficients, Linears, Pattern
-from pho_service.spec.perplexity import Perplexities, Ratio
+from pho_service.spec.perplexity import Perplexities, Ratio, ReportedPerplexities
 from pho_service.spec.steps import Candidate, Steps
 from pho_service.spec.structure import Cut
 from pho_service.spec.tasks import TaskScores
@@ -109,7 +109,9 @@ class Configuration(Document):
 
     Attributes:
         perplexities: How good the result is: of the dense model, of the result, and of Wanda and
-            RIA, on the text of the confirmation. None if no perplexity was measured.
+            RIA, on the text of the confirmation, which the result was chosen on. None if no
+            perplexity was measured.
+        report: The same on a report text. None without one.
         method: ``crepe``, or the baseline that nothing found was better than; ``structured`` of a
             cut.
         coefficients: The score; None of a cut.
@@ -136,6 +138,7 @@ class Configuration(Document):
     format: Literal["pho-configuration"] = "pho-configuration"
     version: int = VERSION
     perplexities: Perplexities | None = Field(None, exclude_if=lambda value: value is None)
+    report: ReportedPerplexities | None = Field(None, exclude_if=lambda value: value is None)
     method: str
     coefficients: Coefficients | None = Field(None, exclude_if=lambda value: value is None)
     cut: Cut | None = Field(None, exclude_if=lambda value: value is None)
@@ -157,7 +160,7 @@ class Configuration(Document):
     tasks: TaskScores | None = Field(None, exclude_if=lambda value: value is None)
 
     def __repr__(self) -> str:
-        good = "" if self.perplexities is None else f": {self.perplexities}"
+        good = "" if self.headline is None else f": {self.headline}"
         return f"<Configuration {self.method} at {self.pattern} in scope {self.scope}{good}>"
 
     __str__ = __repr__
@@ -171,6 +174,11 @@ class Configuration(Document):
         elif not self.parsed_pattern.structured:
             raise ValueError(f"pattern {self.pattern} is not that of a cut: structured:20%, say")
         return self
+
+    @property
+    def headline(self) -> Perplexities | None:
+        """How good the result is: on the report text, or else on the one that chose it."""
+        return self.report or self.perplexities
 
     @property
     def parsed_pattern(self) -> Pattern:
@@ -218,8 +226,8 @@ class Configuration(Document):
             return self
         return self.model_copy(
             update={
-                "steps": steps, "perplexities": None, "confirmation": None, "finalists": [],
-                "continuations": [], "tasks": None,
+                "steps": steps, "perplexities": None, "report": None, "confirmation": None,
+                "finalists": [], "continuations": [], "tasks": None,
             }
         )  # fmt: skip
 

@@ -361,6 +361,25 @@ class ConfirmSpec(Document):
     )
 
 
+class SearchReportSpec(Document):
+    """What the result of a search is reported on: nothing is calibrated or chosen on it."""
+
+    text: Annotated[Name, FieldShown(argument="report", picks="texts")] = Field(
+        description="A text file that nothing was chosen on: the result, the dense model, Wanda "
+        "and RIA are measured on it in the end."
+    )
+    windows: Annotated[int, FieldShown(argument="report_windows")] = Field(
+        16,
+        ge=1,
+        le=MOST_WINDOWS,
+        description="Most windows of that text that are measured on. Those that the calibration or "
+        "the confirmation has a part of are left out.",
+    )
+
+    def __str__(self) -> str:
+        return f"{self.windows} windows of {self.text}"
+
+
 class RecoverySpec(Document, Recovery):
     """How the pruned model is recovered, and on what text."""
 

@@ -43,6 +43,7 @@ from pho_service.spec.fields import (
     ConfirmSpec,
     JobLimits,
     RecoverySpec,
+    SearchReportSpec,
     ValidationSpec,
     WarmStartSpec,
     check_field,
@@ -93,7 +94,14 @@ def of_one_model(value: str | None, info: ValidationInfo) -> str | None:
     return value
 
 
-def of_one_text(value: ConfirmSpec | None, info: ValidationInfo) -> ConfirmSpec | None:
+def of_confirmed(value: SearchReportSpec | None, info: ValidationInfo) -> SearchReportSpec | None:
+    """What is reported was confirmed, at one pattern."""
+    if value is not None and info.data.get("confirm", 0) is None:
+        raise ValueError("what is reported was confirmed before: confirm must not be null")
+    return value
+
+
+def of_one_text(value: Any, info: ValidationInfo) -> Any:
     """Several models have no text that all of them are measured on."""
     if value is not None and info.data.get("more_models"):
         raise ValueError(
@@ -321,6 +329,14 @@ class JobSpec(Document):
         ConfirmSpec(),
         description="How the finalists are confirmed; null takes the best by the objective alone.",
     )
+    report: Annotated[SearchReportSpec | None, FieldShown(section=REPORT, prefix="report-")] = (
+        Field(
+            None,
+            exclude_if=lambda report: report is None,
+            description="How the result is measured on a text that nothing was chosen on; null: it "
+            "is told on the text that chose it.",
+        )
+    )
     validation: Annotated[ValidationSpec | None, FieldShown(section=REPORT)] = Field(
         None,
         description="Rating of random candidates by each proxy and by perplexity on the text that "
@@ -450,7 +466,8 @@ class JobSpec(Document):
 
     _each_model_once = field_validator("more_models")(each_model_once)
     _of_one_model = field_validator("revision")(of_one_model)
-    _of_one_text = field_validator("confirm")(of_one_text)
+    _of_one_text = field_validator("confirm", "report")(of_one_text)
+    _of_confirmed = field_validator("report")(of_confirmed)
     _are_patterns = field_validator("patterns")(are_patterns)
     _is_pattern = field_validator("pattern")(is_pattern)
     _fits_pattern = field_validator("scope")(fits_pattern)
@@ -503,6 +520,12 @@ class JobSpec(Document):
     def sizes(self) -> dict[SizeName, int | None]:
         """Those of its sizes that it has a use for."""
         return sizes_of(self.model_dump(mode="json"))
+
+    @property
+    def texts_measured_on(self) -> list[str]:
+        """The files of their own that perplexities are measured on."""
+        parts = (self.confirm, self.report)
+        return [part.text for part in parts if part is not None and part.text is not None]
 
     @property
     def models(self) -> list[str]:
@@ -616,6 +639,8 @@ class JobSpec(Document):
         yield partial(self.calibration.check_text, "calibration", access)
         if self.confirm is not None and self.confirm.text is not None:
             yield partial(check_field, "confirm/text", access.text, self.confirm.text)
+        if self.report is not None:
+            yield partial(check_field, "report/text", access.text, self.report.text)
         if self.recovery is not None and self.recovery.text is not None:
             yield partial(check_field, "recovery/text", access.text, self.recovery.text)
         if self.tasks_dir is not None:
@@ -644,6 +669,9 @@ class JobSpec(Document):
             if self.is_cut:  # each runs the calibration's text, and so does the rating of all
                 tokens += (measured + 1) * self.calibration.tokens
             limits.check_tokens("/confirm/windows", tokens)
+        if self.report is not None:
+            tokens += self.report.windows * self.calibration.context_length
+            limits.check_tokens("/report/windows", tokens)
         if self.recovery is not None:
             given = "minutes" if self.recovery.tokens is None else "tokens"
             if given == "minutes":
@@ -715,6 +743,10 @@ def check_several(spec: "JobSpec") -> None:
         "confirm: null": (spec.confirm is None, "they are compared by perplexity"),
         "islands": (spec.islands > 1, "each pattern has one study"),
         "warm_start": (spec.warm_start is not None, "what was found elsewhere is of one pattern"),
+        "report": (
+            spec.report is not None,
+            "measure the pattern that you take afterwards, with `pho compare`",
+        ),
         "timeout_s": (spec.timeout_s is not None, "each pattern is searched to its end"),
         "prune": (
             spec.prune and spec.patterns is not None,

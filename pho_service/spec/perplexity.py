@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field
 
@@ -159,6 +159,8 @@ class Perplexities(Document):
             ``pruned / ria``, by the names of the latter: of paired differences of windows, or where
             there are fewer than 16 of runs of 64 tokens. Also of ``wanda/dense``, ``ria/dense`` and
             ``wanda/ria``, by these names. Those that are not known are missing.
+        ria_scope: Where RIA's weights competed, as ``ria-row`` and ``ria-layer`` say it; None in
+            results that do not tell.
     """
 
     dense: float
@@ -166,9 +168,12 @@ class Perplexities(Document):
     wanda: float | None = None
     ria: float | None = None
     errors: dict[str, float] = Field(default_factory=dict, exclude_if=lambda errors: not errors)
+    ria_scope: Literal["row", "layer"] | None = Field(None, exclude_if=lambda scope: scope is None)
 
     @classmethod
-    def of(cls, pruned: Perplexity, references: Mapping[str, Perplexity]) -> Self | None:
+    def of(
+        cls, pruned: Perplexity, references: Mapping[str, Perplexity], **more: Any
+    ) -> Self | None:
         """The perplexities of a result; None where the dense model was not measured."""
         if "dense" not in references:
             return None
@@ -176,8 +181,18 @@ class Perplexities(Document):
         errors = ratio_errors(measured, _RATIOS)
         return cls(
             errors={name.removeprefix("pruned/"): error for name, error in errors.items()},
-            **{name: measurement.perplexity for name, measurement in measured.items()},
+            **{name: measurement.perplexity for name, measurement in measured.items()} | more,
         )
+
+    @property
+    def choice(self) -> str:
+        """Tell whether the result was chosen on the text."""
+        return "chosen on this text"
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """What the published methods are called; which RIA it is, where that is known."""
+        return {**_TITLES, **({"ria": f"ria-{self.ria_scope}"} if self.ria_scope else {})}
 
     @property
     def rise(self) -> float:
@@ -204,17 +219,36 @@ class Perplexities(Document):
     @property
     def sentence(self) -> str:
         """
-        ``Perplexity 27.70: 22.6 ± 0.4% above dense (22.60), 30.6 ± 0.3% below Wanda (39.90)``.
+        ``Perplexity 27.70: 22.6 ± 0.4% above dense (22.60), 30.6 ± 0.3% below Wanda (39.90);
+        chosen on this text``.
         """
-        ratios = {name: self.ratio(name) for name in REFERENCES}
-        parts = [ratio.beside(_TITLES.get(name, name)) for name, ratio in ratios.items() if ratio]
-        return f"Perplexity {number(self.pruned)}: {', '.join(parts)}"
+        ratios, titles = {name: self.ratio(name) for name in REFERENCES}, self.titles
+        parts = [ratio.beside(titles.get(name, name)) for name, ratio in ratios.items() if ratio]
+        return f"Perplexity {number(self.pruned)}: {', '.join(parts)}; {self.choice}"
 
     def __str__(self) -> str:
         """In one line: ``22.60 dense, 27.70 pruned (+22.6 ± 0.4%), Wanda 39.90, RIA 41.20``."""
-        methods = {"wanda": self.wanda, "ria": self.ria}
+        methods = {self.titles[name]: getattr(self, name) for name in _TITLES}
         pruned = Ratio(self.pruned, self.dense, self.errors.get("dense"))
-        return in_words(self.dense, {"pruned": pruned}, methods)
+        return f"{in_words(self.dense, {'pruned': pruned}, methods)}; {self.choice}"
+
+
+class ReportedPerplexities(Perplexities):
+    """
+    The same on a report text: in windows that nothing was calibrated or chosen on.
+
+    Attributes:
+        tokens: Predicted tokens.
+        text: The text with its hash, and how many windows of it.
+    """
+
+    tokens: int
+    context_length: int
+    text: dict[str, Any]
+
+    @property
+    def choice(self) -> str:
+        return "nothing was chosen on this text"
 
 
 def beside_in_words(perplexity: float, beside: Mapping[str, Any]) -> str:

@@ -55,7 +55,7 @@ def test_as_pho_search(model_folder, texts, tmp_path):
     )
     found = pho.search(
         bundle, "2:4", model=model, confirm=texts["confirmation"], trials=12, seed=3, sampler="tpe",
-        finalists=1,
+        finalists=1, report=texts["report"], report_windows=4,
     )  # fmt: skip
     found.write(tmp_path / "mine.json")
     words = [
@@ -63,11 +63,15 @@ def test_as_pho_search(model_folder, texts, tmp_path):
         "--samples", 6, "--context-length", 32, "--kernel-sizes", "3,5", "--trials", 12,
         "--seed", 3, "--confirm-text", texts["confirmation"], "--device", "cpu",
         "--study", f"sqlite:///{tmp_path / 's.db'}", "--out", tmp_path / "theirs.json",
-        "--sampler", "tpe", "--finalists", 1,
+        "--sampler", "tpe", "--finalists", 1, "--report-text", texts["report"],
+        "--report-windows", 4,
     ]  # fmt: skip
     result = CliRunner().invoke(main, [*map(str, words)])
     assert result.exit_code == 0, result.stderr
 
+    assert "nothing was chosen on this text" in str(found).splitlines()[0]
+    assert "; nothing was chosen on this text\nmethod " in result.stdout
+    assert found.report.text["windows"] == 4
     assert (tmp_path / "mine.json").read_bytes() == (tmp_path / "theirs.json").read_bytes()
     assert pho.read_configuration(tmp_path / "mine.json") == found.configuration
 

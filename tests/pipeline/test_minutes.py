@@ -119,11 +119,11 @@ def test_of_a_short_text_some_windows_are_left_to_confirm_on(begun, model_folder
     asked = clock.plan.spec.calibration.samples
 
     text = TextSource(path=str(texts["calibration"]))
-    assert clock.fit_text(model, text, None, SIZES)
+    assert clock.fit_text(model, text, [], SIZES)
     spec = clock.plan.spec
     assert 0 < spec.calibration.samples < asked
     assert spec.calibration.context_length < 1024
-    assert not clock.fit_text(model, text, None, SIZES)
+    assert not clock.fit_text(model, text, [], SIZES)
 
 
 def test_the_least_of_a_text_that_has_more_is_not_cut_into_shorter_windows(
@@ -134,5 +134,5 @@ def test_the_least_of_a_text_that_has_more_is_not_cut_into_shorter_windows(
     (tmp_path / "long.jsonl").write_text(40 * texts["calibration"].read_text())
     text, spec = TextSource(path=str(tmp_path / "long.jsonl")), clock.plan.spec
 
-    assert not clock.fit_text(model, text, text, SIZES)
+    assert not clock.fit_text(model, text, [text], SIZES)
     assert clock.plan.spec == spec

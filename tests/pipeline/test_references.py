@@ -7,15 +7,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pho_service.errors import InvalidInput, NumericalError
+from pho_service.errors import InvalidInput, NumericalError, TextError
 from pho_service.interface.search import validation_of
 from pho_service.models.blockwise import measure_perplexity
+from pho_service.models.data_sets import TextSource
+from pho_service.models.texts import GivenWindows
 from pho_service.pipeline import rating, search
+from pho_service.pipeline.inputs import Inputs
 from pho_service.pipeline.rating import rate_pruned
 from pho_service.pipeline.search import search_job, study_of
 from pho_service.pipeline.work import Work
 from pho_service.shown.tables import configuration_rows, verdict_table
-from pho_service.spec.baselines import reference_methods
+from pho_service.spec.baselines import named_baselines, reference_methods
+from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.configuration import (
     WIDER,
     Confirmation,
@@ -32,6 +36,7 @@ from pho_service.tuning.plan import SearchRequest
 from pho_service.tuning.validation import finalists_wanted
 from storage.studies import record_of
 
+CUT = CalibrationSettings(context_length=32)
 BESIDE = ("wanda/dense", "ria/dense", "wanda/ria")  # other errors that are told
 
 
@@ -89,6 +94,7 @@ def test_they_are_wanda_and_ria_as_published_whatever_the_steps_none_is_measured
         dense=measure_perplexity(model, report.windows).perplexity,
         pruned=found.confirmation.perplexity,
         errors=good.errors,
+        ria_scope=good.ria_scope,
         **alone,
     )
     assert [*good.errors] == ([] if objective == "perplexity" else [*REFERENCES, *BESIDE])
@@ -158,22 +164,74 @@ def test_without_a_perplexity(confirming, monkeypatch):
     assert any("not compared with wanda" in warning for warning in found.warnings)
 
 
+@pytest.fixture
+def reporting(confirming, texts):
+    """The same with a report text that the confirmation has a part of."""
+    model, bundle = confirming.model, confirming.bundle
+    source = TextSource(path=str(texts["report"]))
+    report = Inputs().reported(model, source, CUT, 4, None, confirming.confirm)
+    return replace(confirming, report=report), bundle.statistics()
+
+
+def test_what_wins_is_reported_with_its_judges_on_windows_that_nothing_was_chosen_on_once(
+    reporting, pruned_with
+):
+    work, statistics = reporting
+    asked = SearchRequest(pattern=Pattern.parse("0.5"), trials=8, finalists=1)
+    study = study_of(None, asked, work)
+    result = search_job(asked, work, study=study)
+    report, measured = result.configuration.report, [*pruned_with]
+    windows, ria = work.report.windows, f"ria-{report.ria_scope}"
+    candidates = {
+        "pruned": result.configuration.candidate(),
+        "wanda": reference_methods(asked.pattern)["wanda"],
+        "ria": named_baselines(asked.pattern)[ria],
+    }
+    alone = {
+        name: rate_pruned(work.model, statistics, each, windows)[0].perplexity
+        for name, each in candidates.items()
+    }
+    again = search_job(asked, work, study=study)
+
+    assert {name: getattr(report, name) for name in alone} == alone
+    assert report.dense == measure_perplexity(work.model, windows).perplexity
+    assert report.ria_scope == result.configuration.perplexities.ria_scope  # the better one there
+    assert not {tuple(w) for w in windows.tolist()} & {tuple(w) for w in work.text.windows.tolist()}
+    assert result.configuration.headline == report != result.configuration.perplexities
+    assert report.sentence.endswith("; nothing was chosen on this text")
+    assert "±" in str(report.ratio("dense"))
+    assert any("3 of its first windows were left out" in warning for warning in result.warnings)
+    assert (again.configuration, pruned_with) == (result.configuration, measured)
+
+
+def test_a_report_text_that_was_chosen_on_is_refused(confirming):
+    model, confirm = confirming.model, confirming.confirm
+    windows = GivenWindows(tokens=confirm.windows)
+
+    with pytest.raises(TextError, match="nothing was calibrated or chosen on"):
+        Inputs().reported(model, windows, CUT, 4, None, confirm)
+
+
 def test_in_words():
     """A line of numbers with four digits, and the rise over dense in per cent."""
     good = Perplexities(dense=22.6, pruned=27.71, wanda=39.9, ria=41.24)
 
-    assert str(good) == "22.60 dense, 27.71 pruned (+22.6%), Wanda 39.90, RIA 41.24"
+    line = "22.60 dense, 27.71 pruned (+22.6%), Wanda 39.90, RIA 41.24; chosen on this text"
+    assert str(good) == line
     errors = {"dense": 0.004, "wanda": 0.2, "ria": 0.01, "wanda/dense": 0.004, "wanda/ria": 0.01}
     known = good.model_copy(update={"errors": errors})
     assert "pruned (+22.6 ± 0.5%)" in str(known)
     assert known.sentence == (
         "Perplexity 27.71: 22.6 ± 0.5% above dense (22.60), not told apart from Wanda (39.90), "
-        "32.8 ± 0.7% below RIA (41.24)"
+        "32.8 ± 0.7% below RIA (41.24); chosen on this text"
     )
+    assert "below ria-row (41.24)" in known.model_copy(update={"ria_scope": "row"}).sentence
     assert [row[2:] for row in verdict_table(known).rows] == [
         ["", ""], ["+22.6 ± 0.5%", "32.8 ± 0.7%"], ["+76.5 ± 0.7%", "3.2 ± 1.0%"], ["+82.5%", ""],
     ]  # fmt: skip
-    assert good.model_copy(update={"ria": 27.71}).sentence.endswith(", the same as RIA")
+    assert good.model_copy(update={"ria": 27.71}).sentence.endswith(
+        "same as RIA; chosen on this text"
+    )
     assert "22.50 pruned (-0.4%)" in str(good.model_copy(update={"pruned": 22.5}))
     assert in_words(5.5, {"a": Ratio(12345.6, 5.5)}, {"wanda": 3e7, "ria": None}) == (
         "5.500 dense, 12,346 a (+224,365.5%), Wanda 3.000e+07"

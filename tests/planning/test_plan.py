@@ -166,6 +166,8 @@ def test_what_is_offered_makes_it_fit(fields, gib, way, changed):
         ({}, {"preset": "best"}),
         ({}, {"trials": 10_000}),
         ({}, {"confirm": {"windows": 200}}),
+        ({}, {"report": {"text": "r.txt"}}),
+        ({}, {"report": {"text": "r.txt"}, "preset": "best"}),
     ],
 )
 def test_more_work_takes_longer(more, fields):

@@ -11,7 +11,7 @@ import pytest
 from pho_service.shown.page import render
 from pho_service.shown.report import LayerCell, ReportTrial
 from pho_service.spec.configuration import Rating
-from pho_service.spec.perplexity import Perplexities
+from pho_service.spec.perplexity import Perplexities, ReportedPerplexities
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)></style></pre>{{ 7 * 7 }}"
 TRANSFER = {
@@ -74,6 +74,28 @@ def test_the_page_begins_with_how_good_the_result_is(page_of, report_of):
     assert "Perplexity 20.00: 25.0% above dense (16.00), 28.6% below Wanda" in page.text["result"]
     assert "50 % of the weights are removed" in page.text["result"]
     assert "pho pull 1 --prune --out pruned" in page.text["result"]
+
+
+def test_a_report_on_a_text_that_nothing_was_chosen_on_is_what_the_page_begins_with(
+    page_of, report_of
+):
+    good = Perplexities(dense=16.0, pruned=20.0, wanda=28.0, ria=40.0)
+    report = ReportedPerplexities(
+        dense=15.0, pruned=30.0, ria=60.0, ria_scope="row", tokens=62, context_length=32,
+        text={"source": "/of/somebody/r.txt"},
+    )  # fmt: skip
+    update = {"perplexities": good, "report": report}
+    found = report_of().configuration.model_copy(update=update)
+    page = page_of(configuration=found)
+
+    assert [row[:2] for row in next(iter(page.tables.values()))[1:]] == [
+        ["dense", "15.00"], ["pruned", "30.00"], ["Wanda", "none"], ["ria-row", "60.00"],
+    ]  # fmt: skip
+    assert (
+        "Perplexity 30.00: 100.0% above dense (15.00), 50.0% below ria-row" in page.text["result"]
+    )
+    assert "Nothing was chosen on this text: 62 tokens of r.txt" in page.text["result"]
+    assert "Confirmed by perplexity, 20.00 on 496 tokens of c.txt" in page.text["result"]
 
 
 def test_where_nothing_was_measured_the_proxy_counts(page_of, report_of):

@@ -83,6 +83,7 @@ HELD_OUT = {"confirm": {"text": None}}  # windows that the calibration left
 TWO_TEXTS = {"calibration": {"more_texts": ["confirmation.jsonl"]}, "confirm": {"text": None}}
 BY_PERPLEXITY = {"objective": {"name": "perplexity"}}
 RECOVERED = {"prune": True, "recovery": {"tokens": 640, "text": "confirmation.jsonl"}, **HELD_OUT}
+REPORTED = {"report": {"text": "reported.jsonl"}}
 
 
 @pytest.mark.parametrize("restarted", [True, pytest.param(False, marks=pytest.mark.thorough)])
@@ -102,11 +103,13 @@ RECOVERED = {"prune": True, "recovery": {"tokens": 640, "text": "confirmation.js
         (BY_PERPLEXITY, StageKind.FINISH, "confirmation", r"confirmation\.jsonl"),
         (RECOVERED, StageKind.PRUNE, "confirmation",
          r"confirmation\.jsonl, which the pruned model is recovered on, has changed"),
+        (REPORTED, StageKind.PERPLEXITY, "reported", r"report text reported\.jsonl has changed"),
     ],
 )  # fmt: skip
 def test_what_is_replaced_after_the_calibration_is_neither_compared_nor_measured(
     hand, small, changes, kind, what, said, restarted
 ):
+    hand.write_reported()
     job = hand.until(hand.submit(small(trials=6, **changes)), kind)
     swap(hand.folder, what)
     if restarted:

@@ -5,6 +5,7 @@ import pytest
 from optuna_dashboard import get_note
 
 from pho_service.api.view import JobView
+from pho_service.pipeline import confirmation
 from pho_service.shown.page import trials_of
 from pho_service.shown.report import Report
 from pho_service.spec.configuration import Configuration
@@ -94,6 +95,36 @@ def test_unconfirmed(hand, small):
     )  # fmt: skip
 
     assert report.winner.number == study.user_attrs["chosen"]["trial"] == study.best_trial.number
+
+
+def test_a_report_gives_way_between_its_measurements_goes_on_and_is_what_is_shown(
+    hand, small, monkeypatch
+):
+    hand.write_reported()
+    spec = small(report={"text": "reported.jsonl", "windows": 3})
+    expected = hand.done(spec)
+    monkeypatch.setattr("workers.watch.LOOK_EVERY_S", 0.0)
+    really, reported = confirmation._measure, []
+    monkeypatch.setattr(
+        confirmation, "_measure",
+        lambda work, *args, **more: (reported.append(1), really(work, *args, **more))[1],
+    )  # fmt: skip
+    job = hand.until(hand.submit(spec), StageKind.FINISH)
+    other = hand.submit(small(confirm=None))
+    hand.work(job, turn_s=1e-9, most=2)
+    put_down, before = hand.store.get(job.id).state, len(reported)
+    hand.store.ask(other.id, "cancel")
+    job = hand.until(hand.store.get(job.id), None)
+    answer, configuration = JobView(job).answer, Configuration.model_validate(job.best)
+    report = configuration.report
+
+    assert put_down is not JobState.SUCCEEDED
+    assert 0 < before < len(reported) == 4
+    assert {**job.best, "search": None} == {**expected.best, "search": None}
+    assert answer.best.headline == report != configuration.perplexities
+    assert report.text["source"].endswith("/reported.jsonl")
+    assert answer.measured[0].perplexity == report.pruned
+    assert answer.measured[0].rise == report.rise
 
 
 ASKED = {"validation": {"candidates": 8}}
