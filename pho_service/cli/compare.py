@@ -131,7 +131,8 @@ def evaluate(model: str, given: Given, ask: _EvaluateAsk, inputs: Terminal, as_j
         text = inputs.report(loaded, source, how, ask.max_windows)
         bos = bool(loaded.window_prefix(how.bos))
         perplexity = rating.perplexity_on(text, loaded, progress)
-        document = {**rating.evaluated(text, perplexity), "bos": bos, **document}
+        notes = rating.favoured_folder(model, loaded, source, text)
+        document = {**rating.evaluated(text, perplexity), "bos": bos, **document, "notes": notes}
     scores: Sequence[TaskScore] = ()
     if loaded_tasks is not None:
         from pho_service.pipeline.tasks import measure_tasks, tasks_document
@@ -143,6 +144,7 @@ def evaluate(model: str, given: Given, ask: _EvaluateAsk, inputs: Terminal, as_j
         other = replace(inputs, revision=None).model(beside)
         its = inputs.report(other, source, how, ask.max_windows)
         document["beside"] = rating.beside(perplexity, text, other, its, progress)
+        document["notes"] += rating.favoured_folder(beside, other, source, text)
     if as_json:
         print_json(document)
         return
@@ -270,6 +272,8 @@ def _show_perplexity(document: dict[str, Any]) -> None:
     )
     if beside := document.get("beside"):
         click.echo(f"beside     {beside_in_words(document['perplexity'], beside)}")
+    for note in document["notes"]:
+        say(note)
 
 
 def _show_scores(document: dict[str, Any], scores: "Sequence[TaskScore]") -> None:

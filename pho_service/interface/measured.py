@@ -85,6 +85,7 @@ class Evaluation(Shown):
         beside: The model that this one stands beside, its ``perplexity`` and ``error`` on the same
             windows, and ``rise``, the share by which this one's perplexity is above it, with
             ``rise_error``, its standard error, of paired differences.
+        notes: A sentence where one of the two was calibrated or chosen on windows of the text.
     """
 
     perplexity: float | None
@@ -99,12 +100,13 @@ class Evaluation(Shown):
     device: str
     tasks: Sequence[TaskScore] = ()
     beside: dict[str, Any] | None = None
+    notes: Sequence[str] = ()
 
     def _records(self) -> Sequence[Any]:
         if self.tasks:
             return self.tasks
         row = {**vars(self), "model": self.model["name"]}
-        del row["tasks"], row["beside"]
+        del row["tasks"], row["beside"], row["notes"]
         return [row | {f"beside_{name}": value for name, value in (self.beside or {}).items()}]
 
     def _shown(self) -> Table:
@@ -121,6 +123,7 @@ class Evaluation(Shown):
                 ("model", where),
             ],
             numbers=False,
+            notes=self.notes,
         )
 
     def _scores(self, where: str) -> Table:
@@ -128,7 +131,7 @@ class Evaluation(Shown):
         return replace(
             table,
             title="" if self.perplexity is None else self._perplexity,
-            notes=(*table.notes, where),
+            notes=(*table.notes, where, *self.notes),
         )
 
     @property
@@ -224,10 +227,12 @@ def evaluate(ask: EvaluateArguments) -> Evaluation:
         text = measured_text(loaded, texts, how, ask.max_windows)
         perplexity = rating.perplexity_on(text, loaded, show)
         measured = rating.evaluated(text, perplexity)
+        measured["notes"] = rating.favoured_folder(loaded.name, loaded, text_of(texts), text)
         if beside is not None:
             other = opened(beside, None if isinstance(beside, (str, Path)) else ask.tokenizer)
             its = measured_text(other, texts, how, ask.max_windows)
             measured["beside"] = rating.beside(perplexity, text, other, its, show)
+            measured["notes"] += rating.favoured_folder(other.name, other, text_of(texts), text)
     scores: Sequence[TaskScore] = ()
     if loaded_tasks is not None:
         scores = measure_tasks(loaded, loaded_tasks, bos=bos, limit=ask.limit, progress=show)

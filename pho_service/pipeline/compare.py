@@ -22,7 +22,7 @@ from pho_service.models.loading import LanguageModel
 from pho_service.models.texts import RecoveryText, ReportText
 from pho_service.pipeline.objectives import mask_proxy
 from pho_service.pipeline.pipeline import pruned_model
-from pho_service.pipeline.rating import rate_pruned
+from pho_service.pipeline.rating import favoured, rate_pruned
 from pho_service.pipeline.search import search_job
 from pho_service.pipeline.work import Work
 from pho_service.progress import Advance, Run
@@ -448,11 +448,13 @@ def compare_over_seeds(
         )
     seeds: dict[int, Sequence[ComparisonRow]] = {}
     configurations: dict[int, dict[str, Configuration]] = {}
-    dense = None
+    dense, notes = None, [OWL_AT_NM] if request.shows_all_at_nm else []
+    chosen_on = {n: c.confirmation.text for n, c in request.configurations if c.confirmation}
     for seed, calibrate in calibrations.items():
         work = replace(calibrate(), dense=model, report=report)
         _check_texts(request, work, report)
         _check_draws(work, len(calibrations))
+        notes += favoured(report, work.calibration, chosen_on)
         searches = {
             name: _searched(work, replace(search, seed=seed), run)
             for name, search in request.searches.items()
@@ -484,7 +486,7 @@ def compare_over_seeds(
         model=model.to_dict(),
         device=str(model.device),
         versions=versions("torch", "transformers"),
-        notes=[OWL_AT_NM] if request.shows_all_at_nm else [],
+        notes=[*dict.fromkeys(notes)],
         seeds=seeds,
         configurations=configurations,
     )

@@ -5,19 +5,22 @@ Rate candidates by what the pruned model predicts: slow, and the truth.
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pho_service.errors import InvalidInput, NumericalError
+from pho_service.errors import InvalidInput, NumericalError, PhoError
 from pho_service.models.blockwise import measure_perplexity
+from pho_service.models.calibration import drawn_windows
 from pho_service.models.loading import LanguageModel
-from pho_service.models.texts import ReportText
+from pho_service.models.saving import recipe_document
+from pho_service.models.texts import ReportText, Text, shared
 from pho_service.pipeline.pipeline import pruned_model, rate_streamed, whole_masks
 from pho_service.pipeline.work import Work
 from pho_service.pipeline.writing import written_by
@@ -33,6 +36,7 @@ from pho_service.pruning.perplexity import (
     window_logits,
 )
 from pho_service.pruning.statistics import Statistics
+from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.perplexity import Perplexity
 from pho_service.spec.results import Measured
 from pho_service.spec.steps import Candidate
@@ -58,6 +62,41 @@ def evaluated(text: ReportText, result: Perplexity) -> dict[str, Any]:
         "text": text.record.source,
         "text_sha256": text.record.sha256,
     }
+
+
+def favoured(
+    text: ReportText, calibration: Tensor | None, chosen_on: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """A sentence for each way in which what is measured knows the text."""
+    notes, count = [], len(text.windows)
+    known = 0 if calibration is None else shared(text.windows, calibration)
+    if known:
+        notes.append(
+            f"Note: {known} of {count} windows were calibrated on: what is pruned is favoured, "
+            "most of all where weights are updated."
+        )
+    for name, other in chosen_on.items():
+        if other.get("sha256") == text.record.sha256:
+            chose = min(count, other.get("windows") or count)
+            notes.append(f"Note: {chose} of {count} windows chose {name}, which is favoured.")
+    return notes
+
+
+def favoured_folder(name: str, model: LanguageModel, source: Text, text: ReportText) -> list[str]:
+    """The same of a pruned folder, if its recipe says what it was calibrated and chosen on."""
+    try:
+        recipe = recipe_document(Path(name))
+        about, found = recipe["calibration"], recipe["configuration"]
+        chosen_on, windows = (found.get("confirmation") or {}).get("text") or {}, None
+        if PurePath(about["text"]["source"]).name == PurePath(str(source)).name:
+            sizes = tuple(about["settings"]["kernel_sizes"])
+            settings = CalibrationSettings(**{**about["settings"], "kernel_sizes": sizes})
+            drawn, record = drawn_windows(model, source, settings)
+            same = record.sha256 == about["text"]["sha256"]
+            windows = drawn[: settings.samples] if same else None
+        return favoured(text, windows, {Path(name).name: chosen_on})
+    except (PhoError, AttributeError, KeyError, TypeError):
+        return []  # there is no recipe, or it is of another tool or version
 
 
 def beside(

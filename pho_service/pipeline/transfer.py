@@ -131,17 +131,21 @@ def transfer_job(
         candidates["own"] = own_configuration.candidate()
         evaluator = ProxyEvaluator(work.bundle, run.device)
         proxies["own"] = mask_proxy(evaluator, candidates["own"], Objective())
-    perplexities, errors = {}, {}
+    perplexities, errors, notes = {}, {}, []
     if work.dense is not None and work.report is not None:
         from pho_service.pipeline.compare import compare_candidates  # loads transformers
+        from pho_service.pipeline.rating import favoured
 
+        how = configuration.confirmation
+        chosen_on = {} if how is None else {"the configuration": how.text}
+        notes = favoured(work.report, work.calibration, chosen_on)
         rows = compare_candidates(work, list(candidates.items()), beside="ria", run=run)
         perplexities = {row.method: row.perplexity for row in rows}
         errors = {row.method: row.error for row in rows if row.error is not None}
         behind = {row.method: row.behind for row in rows if row.behind is not None}
         if "transferred" in behind:
             errors["transferred/ria"] = behind["transferred"]
-    return Transfer(
+    transfer = Transfer(
         target=name,
         key=transfer_key(work, configuration, search),
         perplexities=perplexities,
@@ -151,3 +155,4 @@ def transfer_job(
         model=work.bundle.provenance.get("model", {}),
         report=None if work.report is None else work.report.measured_on(),
     ).judged()
+    return replace(transfer, warnings=[*notes, *transfer.warnings])

@@ -132,6 +132,39 @@ def test_dense_published_methods_and_configurations_are_compared_in_this_order(
     assert "sparsegpt" not in table
 
 
+def test_a_report_on_what_was_calibrated_or_chosen_on_says_so_on_the_terminal_and_in_json(
+    made_model, texts, tmp_path
+):
+    text, other, out = texts["calibration"], texts["confirmation"], tmp_path / "pruned"
+    config, cut = tmp_path / "config.json", (*CALIBRATION, "--text", text)
+    done(
+        "search", made_model, "--pattern", "0.5", "--preset", "score", "--trials", 12, *cut,
+        "--confirm-text", other, "--study", f"sqlite:///{tmp_path / 's.db'}", "--out", config,
+    )  # fmt: skip
+    done("prune", made_model, "--config", config, *cut, "--out", out)
+    compared = ("compare", made_model, "--pattern", "0.5", *cut, "--method", "wanda")
+    alone = ("evaluate", out, "--context-length", 24, "--beside", made_model, "--text")
+    calibrated = "of 6 windows were calibrated on: what is pruned is favoured"
+    notes = {
+        name: " ".join(done(*words)["notes"])
+        for name, words in {
+            "calibrated": (*compared, "--report-text", text, "--report-windows", 6),
+            "chosen": (*compared, "--report-text", other, "--config", config),
+            "neither": (*compared, "--report-text", texts["report"], "--config", config),
+            "folder": (*alone, text), "folder, chosen": (*alone, other),
+            "folder, neither": (*alone, texts["report"]),
+        }.items()
+    }  # fmt: skip
+
+    assert re.search(rf"^Note: [1-6] {calibrated}", notes["calibrated"])
+    assert f"windows chose {config}, which is favoured" in notes["chosen"]
+    assert "windows were calibrated on" in notes["folder"]
+    assert "windows chose pruned, which is favoured" in notes["folder, chosen"]
+    assert notes["neither"] == notes["folder, neither"] == ""
+    shown = pho(*compared, "--report-text", text, "--report-windows", 6).stdout
+    assert "windows were calibrated on" in " ".join(shown.split())
+
+
 def test_validate(made_model, texts, tmp_path):
     """Each proxy comes with its correlations and intervals, on the preset's space, and is drawn."""
     plot = tmp_path / "plot.html"

@@ -106,6 +106,15 @@ def test_model(model, bundle, report, request_of_own):
     assert done.report["tokens"] == 3 * 31
 
 
+def test_a_report_on_windows_that_were_calibrated_on_has_a_warning(model, bundle, report):
+    work = replace(Work.of(bundle, model=model, calibration=report.windows), report=report)
+    warned = transfer_job("here", work, GOOD)
+    apart = transfer_job("here", replace(work, calibration=None), GOOD)
+
+    assert "Note: 3 of 3 windows were calibrated on" in warned.warnings[0]
+    assert not [warning for warning in apart.warnings if "calibrated on" in warning]
+
+
 def test_own_best_of_a_bundle(bundle, request_of_own):
     done = transfer_job("b", Work.of(bundle), GOOD, search=request_of_own)
     own, mine = done.proxies["own"], done.proxies["transferred"]
