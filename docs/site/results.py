@@ -13,7 +13,7 @@ DOCS = Path(__file__).parents[1]
 HEADING = "| SmolLM2-135M, Python's documentation |"
 PATTERNS = ("50 %", "2:4", "70 %")
 SHOWN = {  # method: its colour, in light and dark
-    "Wanda": ("#9a6700", "#d4a72c"),
+    "Wanda, norms of the dense model": ("#9a6700", "#d4a72c"),  # the better of the two
     "SparseGPT": ("#57606a", "#9ea7b3"),
     "ADMM": ("#8250df", "#bc8cff"),
     "ALPS": ("#1a7f37", "#4ac26b"),
@@ -64,7 +64,7 @@ def picture(dense: float, perplexities: dict[str, list[float]]) -> str:
         left = MARGIN + number * 130
         lines.append(
             f'<rect class="m{number}" x="{left}" y="42" width="14" height="14"/>'
-            f'<text x="{left + 20}" y="54">{escape(name.strip("`"))}</text>'
+            f'<text x="{left + 20}" y="54">{escape(name.partition(",")[0].strip("`"))}</text>'
         )
         for group, value in enumerate(values):
             x, height = _x(group, number), _height(value, dense)
