@@ -453,7 +453,7 @@ def backup(file: Path, database_url: str | None, data_dir: str | None) -> None:
         partial.touch(mode=0o600)  # hashes of keys are in it
         back_up(database, partial)
     say(
-        f"Wrote {file}. Bundles are not in it: a job whose bundle is lost makes it again. Nor are "
+        f"Wrote {file}. It omits bundles, which are rebuilt on demand, and "
         "the files of pruned models: copy the folder `pruned` of the artifact store, too."
     )
 
