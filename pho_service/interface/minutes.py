@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from pho_service.errors import InvalidInput
 from pho_service.interface.inputs import settings_of
 from pho_service.pipeline.minutes import Clock, machine_of
+from pho_service.pipeline.work import Work
 from pho_service.planning.shapes import Header, ModelShapes, TensorHeader, model_shapes
+from pho_service.progress import Run
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.job import JobSpec
 from pho_service.spec.minutes import MOST_MINUTES, OF_THE_TEXT, SizeName
@@ -82,11 +84,25 @@ def search_clock(
     return clock_of(model, minutes, free, **document, confirm=confirm)
 
 
-def fitted_to(clock: Clock, request: "SearchRequest") -> "SearchRequest":
+def within_minutes(
+    minutes: float,
+    request: "SearchRequest",
+    work: Work,
+    run: Run,
+    windows: int,
+    free: Collection[SizeName],
+) -> "tuple[SearchRequest, Run]":
     """A search with as many finalists, and as many in full, as its minutes have time for."""
+    if work.dense is None:
+        raise InvalidInput(
+            "minutes are given without the model, and a search on a bundle alone takes seconds "
+            "and confirms nothing. Give model=, too, or leave minutes out."
+        )
+    clock = search_clock(work.dense, work.bundle, request, minutes, windows, free)
     spec = clock.plan.spec
     assert spec.confirm is not None  # it is one with a model
-    return replace(request, finalists=spec.confirm.finalists, in_full=spec.in_full)
+    request = replace(request, finalists=spec.confirm.finalists, in_full=spec.in_full)
+    return request, replace(run, in_full=clock.in_full, passes=clock.passes)
 
 
 def _shapes_of(model: "LanguageModel") -> ModelShapes:

@@ -32,7 +32,7 @@ from pho_service.interface.inputs import (
     parsed,
     run_on,
 )
-from pho_service.interface.minutes import calibration_sizes, fitted_to, search_clock
+from pho_service.interface.minutes import calibration_sizes, within_minutes
 from pho_service.models.bundle_file import write_bundle
 from pho_service.models.calibration import CalibrationText, calibration_text
 from pho_service.models.calibration import calibrate as make_bundle
@@ -612,18 +612,8 @@ def search(ask: FoundArguments) -> Found:
         )
     run = run_on(work.dense, ask.progress)
     if ask.minutes is not None:
-        if work.dense is None:
-            raise InvalidInput(
-                "minutes are given without the model, and a search on a bundle alone takes seconds "
-                "and confirms nothing. Give model=, too, or leave minutes out."
-            )
-        clock = search_clock(
-            work.dense, work.bundle, request, ask.minutes, ask.confirm_windows, ask.free_sizes
-        )
-        request, run = (
-            fitted_to(clock, request),
-            replace(run, in_full=clock.in_full, passes=clock.passes),
-        )
+        windows = ask.confirm_windows
+        request, run = within_minutes(ask.minutes, request, work, run, windows, ask.free_sizes)
     record: AbstractContextManager[optuna.Study]
     if isinstance(study, optuna.Study):
         record = nullcontext(study)

@@ -5,8 +5,10 @@ import pytest
 import pho_service as pho
 from pho_service.errors import InvalidInput
 from pho_service.interface.inputs import opened_for
-from pho_service.interface.minutes import fitted_to, search_clock
+from pho_service.interface.minutes import within_minutes
+from pho_service.pipeline.work import Work
 from pho_service.planning.minutes import LEVELS
+from pho_service.progress import Run
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import Preset
 from pho_service.tuning.plan import SearchRequest
@@ -40,9 +42,12 @@ def test_a_search_prunes_as_many_in_full_as_there_is_time_for(
     preset = Preset.of("best", pattern)
     request = SearchRequest(pattern=pattern, bounds=preset.bounds, steps=preset.steps)
 
-    clock = search_clock(model, bundle, request, minutes, 8, FREE)
+    work = Work(bundles={model.name: bundle}, dense=model)
 
-    assert fitted_to(clock, request).in_full == in_full
+    fitted, run = within_minutes(minutes, request, work, Run(), 8, FREE)
+
+    assert fitted.in_full == in_full
+    assert run.passes is not None
 
 
 @pytest.mark.parametrize("minutes", [0, -1, float("nan"), float("inf")])
