@@ -52,8 +52,7 @@ Answer = TypeVar("Answer", bound=BaseModel)
 Page = TypeVar("Page", JobPage, TrialPage)
 
 _PATIENCE_S = 120.0  # with a service that is asked too often
-_SHORT_ID = re.compile(r"[0-9a-fA-F-]{4,35}")  # the beginning of an id
-_MOST_NAMED = 3  # jobs whose ids begin alike
+_JOB_ID = re.compile(r"[0-9a-fA-F-]{4,36}")  # or the beginning of one
 _OUTAGE_S = 300.0  # that waiting for a job bears
 _POLL_S = 1.0
 
@@ -328,7 +327,7 @@ class Client:
 
     def export_configuration(self, configuration_id: uuid.UUID | str) -> LibraryFile:
         """A configuration of the library, with what it was worth elsewhere."""
-        path = f"/configurations/{_path_id(configuration_id, 'a configuration', 'configurations')}"
+        path = f"/configurations/{_path_id(configuration_id)}"
         answer = self._request("GET", path)
         try:
             return parse_library_file(answer.json(), f"{self.url}/v1{path}")
@@ -337,7 +336,7 @@ class Client:
 
     def delete_configuration(self, configuration_id: uuid.UUID | str) -> None:
         """Take a configuration out of the library."""
-        path = _path_id(configuration_id, "a configuration", "configurations")
+        path = _path_id(configuration_id)
         self._request("DELETE", f"/configurations/{path}")
 
     def plan(
@@ -453,21 +452,10 @@ class Client:
 
     def _job_path(self, job_id: uuid.UUID | str, rest: str = "") -> str:
         """The path of a job, or of what is below it; the beginning of its id is enough."""
-        begins = str(job_id)
-        if not _SHORT_ID.fullmatch(begins) or len(begins.replace("-", "")) == 32:
-            return f"/jobs/{_path_id(job_id)}{rest}"
-        jobs = self._get(JobPage, "/jobs", id=begins, page_size=_MOST_NAMED + 1).jobs
-        if not jobs:
-            raise InvalidInput(
-                f"no job's id begins with {begins!r}. `pho jobs` shows the ids of all."
-            )
-        if len(jobs) > 1:
-            names = ", ".join(f"{job.id} ({job.name})" for job in jobs[:_MOST_NAMED])
-            more = ", and more" if len(jobs) > _MOST_NAMED else ""
-            raise InvalidInput(
-                f"the ids of several jobs begin with {begins!r}: {names}{more}. Give more of it."
-            )
-        return f"/jobs/{jobs[0].id}{rest}"
+        name = str(job_id)
+        if not _JOB_ID.fullmatch(name):
+            raise _no_id(name)
+        return f"/jobs/{name}{rest}"
 
     @contextmanager
     def _part(self, path: str, file: File, first: int) -> Iterator[tuple[bool, Iterator[bytes]]]:
@@ -554,13 +542,15 @@ def _no_pho() -> ServiceError:
     )
 
 
-def _path_id(name: uuid.UUID | str, thing: str = "a job", verb: str = "jobs") -> str:
+def _path_id(name: uuid.UUID | str) -> str:
     try:
         return str(uuid.UUID(str(name)))
     except ValueError:
-        raise InvalidInput(
-            f"{str(name)!r} is not {thing}'s id. `pho {verb}` shows the ids of all."
-        ) from None
+        raise _no_id(str(name), "a configuration", "configurations") from None
+
+
+def _no_id(name: str, thing: str = "a job", verb: str = "jobs") -> InvalidInput:
+    return InvalidInput(f"{name!r} is not {thing}'s id. `pho {verb}` shows the ids of all.")
 
 
 def _refused(answer: httpx.Response) -> ServiceError:

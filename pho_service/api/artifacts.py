@@ -15,7 +15,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import TypeAdapter
 
 from pho_service.api.answers import Artifact, ArtifactList, Job
-from pho_service.api.jobs import OnePattern
+from pho_service.api.jobs import JobId, OnePattern
 from pho_service.api.problems import documented, documented_file, problem
 from pho_service.api.service import CallerParam, Service, ServiceParam
 from pho_service.api.view import JobView
@@ -34,13 +34,13 @@ _PART = {"application/octet-stream": {"schema": _BYTES}}
 
 
 @router.post(
-    "/{job_id:uuid}:prune",
+    "/{job_id:job}:prune",
     status_code=202,
     response_model=Job,
     responses=documented(404, 409, 422),
 )
 def prune(
-    job_id: UUID, service: ServiceParam, caller: CallerParam, pattern: OnePattern = None
+    job_id: JobId, service: ServiceParam, caller: CallerParam, pattern: OnePattern = None
 ) -> Job:
     """
     Write the pruned model of a search that has succeeded. A second request changes nothing.
@@ -76,9 +76,9 @@ def write_pruned(
 
 
 @router.get(
-    "/{job_id:uuid}/artifacts", response_model=ArtifactList, responses=documented(404, 409, 422)
+    "/{job_id:job}/artifacts", response_model=ArtifactList, responses=documented(404, 409, 422)
 )
-def artifacts(job_id: UUID, service: ServiceParam, caller: CallerParam) -> ArtifactList:
+def artifacts(job_id: JobId, service: ServiceParam, caller: CallerParam) -> ArtifactList:
     """List the files of a job's pruned model with sizes and SHA-256."""
     return listed(JobView(service.jobs.get(job_id, visible_to=caller.visible_to)))
 
@@ -116,13 +116,13 @@ def _written(view: JobView) -> StoredModel:
 
 
 @router.get(
-    "/{job_id:uuid}/artifacts.tar",
+    "/{job_id:job}/artifacts.tar",
     responses=documented_file(
         "The archive.", 404, 409, 422, kind="application/x-tar", schema=_BYTES
     ),
     response_class=Response,
 )
-def archive(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Response:
+def archive(job_id: JobId, service: ServiceParam, caller: CallerParam) -> Response:
     """Download a job's pruned model as one tar: a folder with its files, not compressed."""
     written = _written(JobView(service.jobs.get(job_id, visible_to=caller.visible_to)))
     folder = f"pruned-{str(job_id)[:8]}"
@@ -157,7 +157,7 @@ def _tar_head(name: str, size: int) -> bytes:
 
 
 @router.get(
-    "/{job_id:uuid}/artifacts/{name:path}",
+    "/{job_id:job}/artifacts/{name:path}",
     responses={
         200: {"description": "The file.", "content": _PART},
         206: {"description": "The part that Range asks for.", "content": _PART},
@@ -167,7 +167,7 @@ def _tar_head(name: str, size: int) -> bytes:
     response_class=Response,
 )
 def download(
-    job_id: UUID,
+    job_id: JobId,
     name: str,
     service: ServiceParam,
     caller: CallerParam,

@@ -3,7 +3,6 @@ The pages of a job and of several jobs side by side: results, stages, charts and
 """
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -48,7 +47,6 @@ from storage.studies import study_ids
 
 router = APIRouter(include_in_schema=False)
 
-MOST_FITTING = 20  # jobs that are shown for the beginning of an id
 LOGS = 100  # parts of logs that are shown, the newest
 LOG_LINES = 300  # the newest
 _FIRST = ("result", "curve", "recovery", "writing")  # sections above the buttons
@@ -129,10 +127,7 @@ def show(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Response:
 @router.api_route("/jobs/{beginning}", methods=["GET", "HEAD"])
 def find(beginning: str, service: ServiceParam, caller: CallerParam) -> Response:
     """Lead from the beginning of an id to the page of its job; if it fits several, show those."""
-    fits: list[stored.JobRecord] = []
-    if re.fullmatch(jobs.BEGINNING, beginning):
-        which = jobs.which_jobs(caller, id_begins=beginning)
-        fits = service.jobs.page(which, limit=MOST_FITTING)
+    fits = jobs.jobs_beginning(service, caller, beginning)
     if not fits:
         detail = f"No job has the id {beginning[:40]}, nor one that begins so. It may be deleted."
         return problem(404, "no_such_job", detail)
@@ -206,6 +201,12 @@ def confirm_deletion(
     return draw("delete.html", caller=caller, head=JobView(job), view=listed)
 
 
+@router.api_route("/jobs/{job_id:job}/report", methods=["GET", "HEAD"])
+def report(job_id: jobs.JobId) -> Response:
+    """Lead to the report, which people look for below the page of its job."""
+    return RedirectResponse(f"/v1/jobs/{job_id}/report", 307)
+
+
 @router.api_route("/jobs/{job_id:uuid}/files", methods=["GET", "HEAD"])
 def files(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Response:
     """Show the files of a job's pruned model, to be downloaded."""
@@ -277,15 +278,17 @@ class Line:
 
 @router.api_route("/compare", methods=["GET", "HEAD"])
 def compare(
-    service: ServiceParam, caller: CallerParam, job: Annotated[Sequence[UUID], Query()] = ()
+    service: ServiceParam, caller: CallerParam, job: Annotated[Sequence[str], Query()] = ()
 ) -> Response:
     """Show jobs side by side: what was asked differently, what was found, one scale for all."""
-    chosen = list(dict.fromkeys(job))
-    if not FEWEST <= len(chosen) <= MOST:
+    names = [*dict.fromkeys(job)]
+    if len(names) <= MOST:
+        names = [*dict.fromkeys(str(jobs.job_id_of(service, caller, name)) for name in names)]
+    if not FEWEST <= len(names) <= MOST:
         raise wrong_parameter(
-            "job", f"names {len(chosen)} jobs, but {FEWEST} to {MOST} are shown side by side"
+            "job", f"names {len(names)} jobs, but {FEWEST} to {MOST} are shown side by side"
         )
-    views = [JobView(service.jobs.get(id_, visible_to=caller.visible_to)) for id_ in chosen]
+    views = [JobView(service.jobs.get(UUID(name), visible_to=caller.visible_to)) for name in names]
     points: list[tuple[JobView, Sequence[Point | None]]] = [
         (view, view.answer.measured or [None]) for view in views
     ]

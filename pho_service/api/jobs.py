@@ -21,13 +21,16 @@ from uuid import UUID
 
 import optuna
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import Path as PathParam
 from pydantic import BaseModel, ConfigDict, Field
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
+from starlette.convertors import StringConvertor, register_url_convertor
 
 from pho_service.api.answers import Job, JobPage, Submitted, Trial, TrialPage
 from pho_service.api.problems import (
     RETRY_AFTER_S,
+    AmbiguousId,
     NoSuchIsland,
     documented,
     documented_file,
@@ -185,6 +188,8 @@ def first_stages(spec: JobSpec | TransferSpec) -> list[NewStage]:
 
 
 BEGINNING = "[0-9a-fA-F-]{4,36}"  # of an id that is looked for
+ID_DIGITS = 32
+MOST_NAMED = 3  # jobs whose ids begin alike
 
 PageSize = Annotated[int, Query(ge=1, le=200, description="At most so many.")]
 PageToken = Annotated[
@@ -265,6 +270,57 @@ async def _filter(
 
 
 Filter = Annotated[JobFilter, Depends(_filter)]
+
+
+class _Segment(StringConvertor):
+    """A part of a path up to the colon of a verb."""
+
+    regex = "[^/:]+"
+
+
+register_url_convertor("job", _Segment())
+MOST_FITTING = 20  # jobs that are told for the beginning of an id
+
+
+def jobs_beginning(service: Service, caller: Caller, beginning: str) -> list[stored.JobRecord]:
+    """The jobs whose ids begin so, of those that a caller may see."""
+    if not re.fullmatch(BEGINNING, beginning):
+        return []
+    which = which_jobs(caller, id_begins=beginning)
+    return service.jobs.page(which, limit=MOST_FITTING)
+
+
+def job_id_of(service: Service, caller: Caller, beginning: str) -> UUID:
+    """The id that begins so, of the jobs that a caller may see."""
+    if len(beginning.replace("-", "")) == ID_DIGITS and re.fullmatch(BEGINNING, beginning):
+        return UUID(beginning)
+    fits = jobs_beginning(service, caller, beginning)
+    if not fits:
+        raise stored.NoSuchJob(beginning)
+    if len(fits) > 1:
+        raise AmbiguousId(
+            f"The ids of several jobs begin with {beginning}: "
+            f"{', '.join(f'{job.id} ({job.name})' for job in fits[:MOST_NAMED])}"
+            f"{', and more' if len(fits) > MOST_NAMED else ''}. Give more of it."
+        )
+    return fits[0].id
+
+
+def _job_id(
+    service: ServiceParam,
+    caller: CallerParam,
+    job_id: Annotated[
+        str,
+        PathParam(
+            description="Id of the job, or its beginning: four digits or more.",
+            json_schema_extra={"pattern": f"^{BEGINNING}$"},
+        ),
+    ],
+) -> UUID:
+    return job_id_of(service, caller, job_id)
+
+
+JobId = Annotated[UUID, Depends(_job_id)]
 
 
 def page_of(
@@ -414,17 +470,17 @@ def list_jobs(
     return JobPage(jobs=[JobView(job).answer for job in records], next_page_token=token)
 
 
-@router.get("/{job_id:uuid}", response_model=Job, responses=documented(404, 422))
-def show(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Job:
+@router.get("/{job_id:job}", response_model=Job, responses=documented(404, 422))
+def show(job_id: JobId, service: ServiceParam, caller: CallerParam) -> Job:
     """Show a job with its progress."""
     job = service.jobs.get(job_id, visible_to=caller.visible_to)
     return JobView(job, notes=service.notes(job)).answer
 
 
 @router.delete(
-    "/{job_id:uuid}", status_code=204, response_class=Response, responses=documented(404, 409, 422)
+    "/{job_id:job}", status_code=204, response_class=Response, responses=documented(404, 409, 422)
 )
-def delete(job_id: UUID, service: ServiceParam, caller: CallerParam) -> None:
+def delete(job_id: JobId, service: ServiceParam, caller: CallerParam) -> None:
     """
     Delete a job that is over or paused, with its studies and the files of its pruned model.
 
@@ -450,7 +506,7 @@ def forget(service: Service, job_id: UUID, *, visible_to: UUID | None = None) ->
 
 def _verb(name: str, summary: str) -> None:
     @router.post(
-        f"/{{job_id:uuid}}:{name}",
+        f"/{{job_id:job}}:{name}",
         status_code=202,
         response_model=Job,
         responses=documented(404, 409, 422),
@@ -458,7 +514,7 @@ def _verb(name: str, summary: str) -> None:
         summary=name.capitalize(),
         description=summary,
     )
-    def ask(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Job:
+    def ask(job_id: JobId, service: ServiceParam, caller: CallerParam) -> Job:
         return JobView(service.jobs.ask(job_id, name, visible_to=caller.visible_to)).answer
 
 
@@ -468,12 +524,12 @@ _verb("resume", "Continue a job that is paused or has failed, from what is store
 
 
 @router.post(
-    "/{job_id:uuid}:extend",
+    "/{job_id:job}:extend",
     status_code=202,
     response_model=Job,
     responses=documented(404, 409, 413, 422),
 )
-def extend(job_id: UUID, extension: Extension, service: ServiceParam, caller: CallerParam) -> Job:
+def extend(job_id: JobId, extension: Extension, service: ServiceParam, caller: CallerParam) -> Job:
     """
     Give a search more trials. Finalists stay finalists, so the result cannot get worse.
 
@@ -500,9 +556,9 @@ def extend(job_id: UUID, extension: Extension, service: ServiceParam, caller: Ca
     return JobView(job).answer
 
 
-@router.get("/{job_id:uuid}/trials", response_model=TrialPage, responses=documented(404, 409, 422))
+@router.get("/{job_id:job}/trials", response_model=TrialPage, responses=documented(404, 409, 422))
 def trials(
-    job_id: UUID,
+    job_id: JobId,
     service: ServiceParam,
     caller: CallerParam,
     island: Annotated[
@@ -543,12 +599,12 @@ def trials(
 
 
 @router.get(
-    "/{job_id:uuid}/best",
+    "/{job_id:job}/best",
     responses=documented_file("config.json", 404, 409, 422),
     response_class=Response,
 )
 def best(
-    job_id: UUID, service: ServiceParam, caller: CallerParam, pattern: OnePattern = None
+    job_id: JobId, service: ServiceParam, caller: CallerParam, pattern: OnePattern = None
 ) -> Response:
     """
     Get the best configuration: the config.json that `pho search` writes.
@@ -562,7 +618,7 @@ def best(
 
 
 @router.get(
-    "/{job_id:uuid}/events",
+    "/{job_id:job}/events",
     responses=documented_file(
         "A stream of server-sent events; it ends with the job.", 404, 422,
         kind="text/event-stream", schema=EVENT,
@@ -570,7 +626,7 @@ def best(
     response_class=EventSourceResponse,
 )  # fmt: skip
 async def events(
-    job_id: UUID,
+    job_id: JobId,
     request: Request,
     service: ServiceParam,
     caller: CallerParam,
@@ -613,13 +669,13 @@ def _unless_deleted(service: ServiceParam, job_id: UUID) -> stored.JobRecord | N
 
 
 @router.post(
-    "/{job_id:uuid}:transfer",
+    "/{job_id:job}:transfer",
     status_code=202,
     response_model=Job,
     responses=documented(404, 409, 413, 422),
 )
 def transfer(
-    job_id: UUID,
+    job_id: JobId,
     request: TransferRequest,
     service: ServiceParam,
     caller: CallerParam,
@@ -649,11 +705,11 @@ def transfer(
 
 
 @router.get(
-    "/{job_id:uuid}/transfer",
+    "/{job_id:job}/transfer",
     responses=documented_file("transfer.json", 404, 409, 422),
     response_class=Response,
 )
-def measured(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Response:
+def measured(job_id: JobId, service: ServiceParam, caller: CallerParam) -> Response:
     """Get what a transfer has measured so far: the transfer.json that `pho transfer` writes."""
     view = JobView(service.jobs.get(job_id, visible_to=caller.visible_to))
     if not view.document.is_transfer:

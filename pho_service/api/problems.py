@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Route
 
 from pho_service.api.answers import Problem
-from pho_service.errors import OutputError
+from pho_service.errors import OutputError, shown
 from pho_service.host.logs import request_id
 from pho_service.spec.document import broken_rule
 from pho_service.spec.fields import FieldError
@@ -66,6 +66,10 @@ class NoSuchIsland(Exception):
 
     def __init__(self, count: int) -> None:
         super().__init__(f"The job has {count} islands, numbered from 0.")
+
+
+class AmbiguousId(LookupError):
+    """The ids of several jobs begin alike."""
 
 
 class TooManyConfigurations(Exception):
@@ -144,12 +148,14 @@ def add_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         return problem(422, "invalid_request", f"{place}: {first['detail']}{more}", errors=errors)
 
     @app.exception_handler(NoSuchJob)
-    async def _missing(request: Request, _error: NoSuchJob) -> JSONResponse:
+    async def _missing(request: Request, error: NoSuchJob) -> JSONResponse:
         in_api = request.url.path.startswith("/v1/")
         way_out = (
             "`pho jobs` or GET /v1/jobs lists them." if in_api else "It may have been deleted."
         )
-        return problem(404, "no_such_job", f"No job has this id. {way_out}")
+        given = str(error)
+        begins = "this id" if len(given) == 36 else f"an id that begins with {shown(given, 40)}"
+        return problem(404, "no_such_job", f"No job has {begins}. {way_out}")
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
@@ -216,6 +222,7 @@ _SOON = {"Retry-After": "60"}
 PLAIN: dict[type[Exception], Callable[[Any], JSONResponse]] = {
     FieldError: lambda error: _at(error, error.code, error.pointer),
     TooManyTrials: lambda error: _at(error, "invalid_request", "/trials"),
+    AmbiguousId: lambda error: problem(404, "ambiguous_id", str(error)),
     NoSuchIsland: lambda error: problem(404, "no_such_island", str(error)),
     NoSuchConfiguration: lambda _: problem(
         404, "no_such_configuration",

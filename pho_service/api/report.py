@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 from optuna.trial import FrozenTrial
 
+from pho_service.api.jobs import JobId
 from pho_service.api.problems import documented_file
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.api.view import JobView, result_seconds
@@ -32,14 +33,14 @@ MOST_TRIALS = 10_000  # that are read, which takes seconds; of whole islands, th
 
 
 @router.get(
-    "/{job_id:uuid}/report",
+    "/{job_id:job}/report",
     responses=documented_file(
         "One page that needs no network.", 404, 422, kind="text/html", schema={"type": "string"}
     ),
     response_class=HTMLResponse,
 )
 async def report(
-    job_id: UUID, request: Request, service: ServiceParam, caller: CallerParam
+    job_id: JobId, request: Request, service: ServiceParam, caller: CallerParam
 ) -> HTMLResponse:
     """
     Get everything that is known of a job as a page: result, search, layers, timings, commands.

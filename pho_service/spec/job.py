@@ -9,7 +9,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from pho_service.host.access import Access
 from pho_service.spec.configuration import WIDER
@@ -236,7 +243,20 @@ def preset_of(fields: Mapping[str, Any], pattern: Pattern) -> Preset:
 
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-PatternText = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(printable)]
+
+
+def share_as_text(value: object) -> object:
+    """A share that is given as a number, as Python takes it, too."""
+    return str(value) if isinstance(value, (int, float)) and value is not True else value
+
+
+_PATTERN_TEXT = Annotated[str, Field(min_length=1, max_length=64)]
+_SHARE = Annotated[float, Field(gt=0, lt=1)]
+PatternText = Annotated[
+    _PATTERN_TEXT,
+    AfterValidator(printable),
+    BeforeValidator(share_as_text, json_schema_input_type=_PATTERN_TEXT | _SHARE),
+]
 
 
 _SEVERAL = "Several patterns, or the highest sparsity that is good enough"  # a fold of the form

@@ -88,8 +88,10 @@ class JobField:
             return "choice"
         if kind == "array" and items.get("type") in ("integer", "number"):
             return "numbers"
+        if kind == "array" and ("enum" in items or self.shown.kind == "words"):
+            return "words"
         if kind == "array" and items.get("type") == "string":
-            return "words" if "enum" in items or self.shown.kind == "words" else "lines"
+            return "lines"
         if kind == "object":
             values = self.schema.get("additionalProperties")
             return "pairs" if isinstance(values, dict) else ""

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import optuna
 import pytest
-from sqlalchemy import update
+from sqlalchemy import delete, update
 
 from pho_service.api.jobs import HubWatch
 from pho_service.spec.configuration import write_configuration
@@ -15,9 +15,10 @@ from pho_service.spec.job import JobSpec
 from pho_service.spec.objective import MAX_TRIALS
 from storage.records import JobState, StageKind
 from storage.studies import open_storage, open_study, study_name
-from storage.tables import jobs
+from storage.tables import events, jobs, stages
 
 DOCUMENT = {"model": "org/name", "pattern": "0.5", "minutes": None}
+NOBODY = "00000000-0000-0000-0000-000000000000"
 # By verb: a state where it works, the state after it, and a state where it does not.
 VERBS = {
     "cancel": (JobState.RUNNING, "cancelling", JobState.SUCCEEDED),
@@ -25,6 +26,17 @@ VERBS = {
     "resume": (JobState.FAILED, "queued", JobState.CANCELLED),
     "extend": (JobState.SUCCEEDED, "queued", JobState.PAUSING),
 }
+
+
+# Its beginning does for every address of a job: method, what follows the id, and what is sent.
+ADDRESSES = (
+    ("GET", "", None), ("GET", "/trials", None), ("GET", "/best", None), ("GET", "/events", None),
+    ("GET", "/report", None), ("GET", "/artifacts", None), ("GET", "/artifacts.tar", None),
+    ("GET", "/artifacts/x", None), ("GET", "/transfer", None), ("POST", ":cancel", None),
+    ("POST", ":pause", None), ("POST", ":resume", None), ("POST", ":prune", None),
+    ("POST", ":extend", {"trials": 1}), ("POST", ":transfer", {"models": ["org/other"]}),
+    ("DELETE", "", None),
+)  # fmt: skip
 
 
 def ids(answer):
@@ -427,3 +439,70 @@ def test_a_deletion_takes_all_studies(client, submit, hand, refusal):
     assert hand.studies() == [other["name"]]
     assert ids(client.get("/v1/jobs")) == [other["id"]]
     refusal(client.delete(f"/v1/jobs/{job['id']}"), 404, "no_such_job")
+
+
+def at_addresses(client, job_id, headers=None):
+    """The answers of all addresses of a job, each with what it was."""
+    for method, rest, body in ADDRESSES:
+        path = f"/v1/jobs/{job_id}{rest}"
+        yield f"{method} {rest}", client.request(method, path, json=body, headers=headers)
+
+
+def test_every_address_of_a_job_takes_the_beginning_of_its_id(client, hand, submit):
+    job, twin = (submit()["id"] for _ in range(2))
+    for job_id in (job, twin):
+        hand.succeed(job_id)
+    short = {name: answer.status_code for name, answer in at_addresses(client, job[:12].upper())}
+    whole = {name: answer.status_code for name, answer in at_addresses(client, twin)}
+
+    assert short == whole
+    assert [*short.values()].count(404) == 0
+
+
+def test_the_beginning_of_an_id_finds_jobs_of_the_callers_key_alone(
+    client, hand, bearer_of, refusal
+):
+    mine, other = bearer_of("mine"), bearer_of("other")
+    alike = [f"abcdef01-2345-4000-8000-00000000000{number}" for number in range(3)]
+    for job_id, headers in zip(alike, (mine, other, other), strict=True):
+        submitted = client.post("/v1/jobs", json=DOCUMENT, headers=headers).json()["id"]
+        with hand.store.database.transaction() as connection:
+            for table in (stages, events):
+                connection.execute(delete(table).where(table.c.job_id == uuid.UUID(submitted)))
+            change = update(jobs).where(jobs.c.id == uuid.UUID(submitted))
+            connection.execute(change.values(id=uuid.UUID(job_id)))
+
+    assert client.get("/v1/jobs/abcdef", headers=mine).json()["id"] == alike[0]
+    for _, answer in at_addresses(client, "abcdef01", other):
+        told = refusal(answer, 404, "ambiguous_id")["detail"]
+        assert [job_id in told for job_id in alike] == [False, True, True]
+
+
+@pytest.mark.parametrize("name", ["abcdef01", "abc", "a.b", NOBODY])
+def test_what_begins_no_jobs_id_is_no_such_job_at_every_address(client, refusal, name):
+    for _, answer in at_addresses(client, name):
+        assert refusal(answer, 404, "no_such_job")["detail"].startswith("No job has ")
+    assert client.get(f"/jobs/{name}/report").status_code == 404
+
+
+def test_the_report_below_a_jobs_page_leads_to_the_report(client, submit):
+    job = submit()["id"]
+    answer = client.get(f"/jobs/{job[:8]}/report", follow_redirects=False)
+
+    assert answer.headers["location"] == f"/v1/jobs/{job}/report"
+    assert client.get(f"/jobs/{job}/report").status_code == 200
+
+
+def test_jobs_are_compared_by_the_beginnings_of_their_ids(client, submit):
+    first, second = submit()["id"], submit()["id"]
+
+    assert client.get("/compare", params={"job": [first[:12], second]}).status_code == 200
+    assert client.get("/compare", params={"job": [first[:12], first]}).status_code == 422
+
+
+def test_a_share_may_be_a_number_as_in_python(client, submit, refusal):
+    assert submit(pattern=0.5)["spec"]["pattern"] == "0.5"
+    assert submit(pattern=None, patterns=[0.5, "2:4"])["spec"]["patterns"] == ["0.5", "2:4"]
+    for odd in (True, 1, 0, -0.5, {}):
+        answer = client.post("/v1/jobs", json={**DOCUMENT, "pattern": odd})
+        assert refusal(answer, 422)["errors"][0]["pointer"] == "/pattern"

@@ -109,7 +109,7 @@ WRONG = [
     ({"model": ""}, ("model",)),
     ({"model": "\ud800"}, ("model",)),
     ({"model": "m" * 513}, ("model",)),
-    ({"pattern": 0.5}, ("pattern",)),
+    ({"pattern": 1.5}, ("pattern",)),
     ({"pattern": "4:4"}, ("pattern",)),
     ({"scope": "model"}, ("scope",)),
     ({"pattern": "2:4", "scope": "layer"}, ("scope",)),
