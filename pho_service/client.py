@@ -28,6 +28,7 @@ from tenacity import (
 from tenacity.wait import wait_exponential
 
 from pho_service.api.answers import (
+    NO_WORKER,
     ArtifactList,
     ConfigurationMatch,
     ConfigurationMatches,
@@ -409,11 +410,13 @@ class Client:
             )
             while True:
                 done = job.progress
+                alone = NO_WORKER in job.warnings
+                bars.tasks[search].total = None if alone else done.total  # None tells no time left
+                at = "no worker is connected" if alone else job.stage or "waiting"
                 bars.update(
                     search,
                     completed=done.done,
-                    total=done.total,
-                    description=f"{job.state}, {job.stage or 'waiting'}",
+                    description=f"{job.state}, {at}",
                 )
                 for part in map(done.of, ("point", "perplexity")):
                     if part.total:

@@ -290,6 +290,12 @@ class JobStore(ClaimStore):
             records = {row.id: WorkerRecord(**row._mapping) for row in rows}
         return [*records.values()]
 
+    def manned(self, *, alive_s: float) -> bool:
+        """Whether any worker reported in the last ``alive_s`` seconds."""
+        query = select(workers.c.id).join(queue_workers).where(_reported(alive_s)).limit(1)
+        with self.database.transaction() as connection:
+            return connection.execute(query).first() is not None
+
     def drain(self, worker_id: uuid.UUID, how: Drain, *, alive_s: float) -> WorkerRecord | None:
         """Ask a worker to take no more stages and to end; None if it does not report."""
         with self.database.transaction() as connection:

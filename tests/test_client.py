@@ -30,7 +30,7 @@ PATIENCE_S = 120.0
 
 @pytest.fixture(scope="module")
 def service_of_file(url_of_file):
-    running = Service(url_of_file, read_settings(max_requests_per_minute=0))
+    running = Service(url_of_file, read_settings(max_requests_per_minute=0, workers=0))
     yield running
     running.stop()
 
@@ -138,6 +138,16 @@ def test_wait(client, store, capsys):
     assert out == ""
     assert "succeeded" in err
     assert "/40" in err
+
+
+def test_waiting_tells_no_time_left_while_no_worker_is_connected(client, capsys):
+    job = client.submit({**SPEC, "trials": 40}).id
+    with pytest.raises(TimeoutError):
+        client.wait(job, timeout_s=0.0, progress=True)
+    err = capsys.readouterr().err
+
+    assert "queued, no worker is connected" in err
+    assert "0/?" in err
 
 
 def test_after_its_time_waiting_gives_up_with_an_outage_too(client, service, monkeypatch):

@@ -16,6 +16,12 @@ from pho_service.spec.recovery import Recovered
 from pho_service.spec.tasks import TaskScores
 from storage.records import Drain, JobState, StageKind
 
+# In the warnings of a job that may work, and does not.
+NO_WORKER = (
+    "No worker is connected: the job waits until one is. Start one with `pho worker` on a machine "
+    "that reaches the database."
+)
+
 
 class _Answer(BaseModel):
     model_config = ConfigDict(extra="ignore")  # a newer server may say more
@@ -222,7 +228,8 @@ class Submitted(_Answer):
     state: JobState
     warnings: list[str] = Field(
         description="What to know before it runs: a shorter context length, a model or a data set "
-        "whose name is nearly a known one, a hub that cannot be reached."
+        "whose name is nearly a known one, a hub that cannot be reached, that no worker is "
+        "connected."
     )
     links: dict[str, str] = Field(
         description="Paths of the `job`, of its `events`, and of its `page` for a browser."

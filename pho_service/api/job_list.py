@@ -78,10 +78,10 @@ class JobRow:
 
 
 def rows(
-    connection: Connection, records: Sequence[stored.JobRecord], now: datetime
+    connection: Connection, records: Sequence[stored.JobRecord], now: datetime, *, manned: bool
 ) -> list[JobRow]:
     """Jobs, with their stages, as rows."""
-    views = [JobView(record, now=now) for record in records]
+    views = [JobView(record, now=now, manned=manned) for record in records]
     lines = _lines(connection, views)
     return [_row(view, lines.get(view.record.name, "")) for view in views]
 
@@ -323,9 +323,10 @@ def draw_list(
     )
     records, next_token = page_of(service, which, view.sort, PAGE_SIZE, view.token)
     facets = service.jobs.facets(which)
+    reporting = workers(service, caller).workers
     now = datetime.now(UTC)
     with service.database.transaction() as connection:
-        shown = rows(connection, records, now)
+        shown = rows(connection, records, now, manned=bool(reporting))
     moves = problem is None and any(row.view.moves for row in shown)
     live = problem is None and view.refresh
     return draw(
@@ -343,8 +344,7 @@ def draw_list(
         rows=shown,
         names={row.view.record.id: row.view.record.name for row in shown},
         next_token=next_token,
-        workers=[(w, span((now - w.heartbeat_at).total_seconds())) for w in
-                 workers(service, caller).workers],
+        workers=[(w, span((now - w.heartbeat_at).total_seconds())) for w in reporting],
         waiting=any(row.view.record.state.may_work for row in shown),
         now=now,
         problem=problem and sentence(problem),

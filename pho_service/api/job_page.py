@@ -83,13 +83,14 @@ def contents(
     service: Service, caller: Caller, job: stored.JobRecord, now: datetime | None = None
 ) -> Contents:
     """Gather what the page of a job shows."""
-    view, numbers = JobView(job, now=now, notes=service.notes(job)), {}
+    reporting = workers(service, caller).workers
+    view = JobView(job, now=now, notes=service.notes(job), manned=bool(reporting))
+    numbers = {}
     names = view.studies_in_words
     if caller.sees_all:  # others may not look into the dashboard
         with service.database.transaction() as connection:
             numbers = study_ids(connection, [*names])
     parts = {section.id: section for section in sections(collected(service, view))}
-    reporting = workers(service, caller).workers
     rows = steps(view, reporting)
     return Contents(
         head=view,

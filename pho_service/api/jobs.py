@@ -467,7 +467,9 @@ def list_jobs(
 ) -> JobPage:
     """List jobs, newest first or as `sort` says; all filters that are given hold at once."""
     records, token = page_of(service, which, sort, page_size, page_token)
-    return JobPage(jobs=[JobView(job).answer for job in records], next_page_token=token)
+    manned = service.manned()
+    views = [JobView(job, manned=manned) for job in records]
+    return JobPage(jobs=[view.answer for view in views], next_page_token=token)
 
 
 @router.get("/{job_id:job}", response_model=Job, responses=documented(404, 422))

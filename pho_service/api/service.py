@@ -4,6 +4,7 @@ State that all operations of the API share: the stores, the settings, and what b
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from prometheus_client import (
 )
 from starlette.types import Scope
 
+from pho_service.api.answers import NO_WORKER
 from pho_service.errors import InvalidInput, ModelError, OutputError
 from pho_service.host.access import Access
 from pho_service.host.artifacts import PrunedStore
@@ -89,6 +91,7 @@ class Answers:
         self._seconds.labels(route).observe(seconds)
 
 
+LOCAL_START_S = 60.0  # that a worker of this machine may take to start
 ANSWER_S = 0.8  # for who asks whether all is well, and takes a second for a no
 
 
@@ -170,6 +173,7 @@ class Service:
         self.stored: dict[str, int] = {}  # Bytes of the artifact store, as last measured
         self.registry = CollectorRegistry()  # What this process counts, for Prometheus
         self.answers = Answers(self.registry)
+        self._began = time.monotonic()
         self.heavy = Heavy()
         self.planning = Heavy()  # which waits for the hub, too
         self.looking = CapacityLimiter(1)  # at the disk of the artifact store
@@ -195,8 +199,15 @@ class Service:
             raise
         self.jobs.set_artifact_store(self.store)
 
+    def manned(self) -> bool:
+        """Whether a worker is connected, or this process has just started one of its own."""
+        starting = self.settings.workers and time.monotonic() - self._began < LOCAL_START_S
+        return bool(starting) or self.jobs.manned(alive_s=self.settings.stalled_after_s)
+
     def notes(self, job: JobRecord) -> list[str]:
         """What a job waits for that nobody gives at present."""
+        if job.state.may_work and not self.manned():
+            return [NO_WORKER]
         if not job.spec.get("tasks") or job.state.is_over:
             return []
         measuring = job.of_kind(StageKind.TASKS)

@@ -78,10 +78,10 @@ def _waits_for(job: JobRecord, stages: Sequence[Stage], workers: Sequence[Worker
     if job.state is JobState.PAUSED:
         return "until it is resumed"
     if not workers:
-        return "no worker reports"
+        return "no worker is connected"
     if not able:
         gpu = any(worker.device != "cpu" for worker in workers)
-        return f"no worker that does this reports{'' if gpu else ', and none with a GPU'}"
+        return f"no worker that does this is connected{'' if gpu else ', and none with a GPU'}"
     if all(worker.stage is not None for worker in able):
         if any(stage.attempt > stage.failures for stage in stages):
             return "another job's turn"
@@ -95,7 +95,7 @@ def time_left(service: Service, view: JobView, rows: Sequence[StepRow], card: Ca
     slower as the search is. Empty where no plan can be made of files at hand.
     """
     job, progress = view.record, view.progress
-    if view.document.is_transfer or not job.state.may_work:
+    if view.document.is_transfer or not job.state.may_work or not view.manned:
         return ""
     place = at_hand(view.spec, service)
     if place is None:

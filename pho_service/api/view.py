@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter
 
-from pho_service.api.answers import Best, Job, JobError, Pieces, Point, Progress, Step
+from pho_service.api.answers import NO_WORKER, Best, Job, JobError, Pieces, Point, Progress, Step
 from pho_service.api.problems import Conflict, wrong_parameter
 from pho_service.errors import InvalidInput
 from pho_service.spec.curve import Target
@@ -114,14 +114,20 @@ class JobDocument:
 
 
 class JobView:
-    """A job at a moment, with notes beside its warnings."""
+    """A job at a moment, with notes beside its warnings, and whether a worker is connected."""
 
     def __init__(
-        self, record: JobRecord, *, now: datetime | None = None, notes: Sequence[str] = ()
+        self,
+        record: JobRecord,
+        *,
+        now: datetime | None = None,
+        notes: Sequence[str] = (),
+        manned: bool = True,
     ) -> None:
         self.record = record
         self.now = now or datetime.now(UTC)
         self.notes = notes
+        self.manned = manned and NO_WORKER not in notes
         self.document = JobDocument.of(record.spec)
 
     @cached_property
@@ -463,6 +469,8 @@ class JobView:
         """How long the present stage takes at its pace so far, with the workers that are at it."""
         job, kind = self.record, self.record.stage
         if job.state is not JobState.RUNNING or kind not in _PACED or kind not in pieces:
+            return None
+        if not self.manned:
             return None
         stages, counted = job.of_kind(kind), pieces[kind]
         workers = sum(stage.state is StageState.RUNNING for stage in stages)

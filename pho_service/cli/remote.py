@@ -284,7 +284,11 @@ def watch(job_id: str, url: str | None, as_json: bool) -> None:
     Example:
       pho watch d5aed9d3-7b7c-40f9-9896-b5f528363229
     """
+    from pho_service.api.answers import NO_WORKER
+
     with open_client(url) as client:
+        if NO_WORKER in client.job(job_id).warnings:
+            say(f"note: {NO_WORKER}")
         end(client, client.wait(job_id), as_json)
 
 

@@ -68,6 +68,7 @@ def settings(tmp_path):
 def patient(monkeypatch):
     """A busy machine's database may take seconds to answer a probe."""
     monkeypatch.setattr("pho_service.api.service.ANSWER_S", 30.0)
+    monkeypatch.setattr("pho_service.api.service.LOCAL_START_S", 3600.0)
 
 
 @pytest.fixture

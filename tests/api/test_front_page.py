@@ -97,7 +97,7 @@ def test_without_jobs_and_workers_the_list_says_how_to_get_them(client):
     page = Page(client.get("/"))
 
     assert "There is no job yet. Submit one, or use pho submit." in page.text
-    assert "No worker reports. Start one with pho worker" in page.text
+    assert "No worker is connected. Start one with pho worker" in page.text
     assert page.links["Submit one"] == "/new"
     assert not [m for m in page.of("meta") if m.get("http-equiv") == "refresh"]
     assert client.head("/").status_code == client.head("/new").status_code == 200
@@ -299,7 +299,7 @@ def test_a_list_shows_what_workers_do(client, submit, hand):
     hand.take(job["id"], StageKind.CALIBRATE)
     busy = Page(client.get("/"))
 
-    assert "No worker reports, so jobs wait: start one with pho worker." in before.text
+    assert "No worker is connected, so jobs wait: start one with pho worker." in before.text
     assert "so jobs wait" not in idle.text
     assert re.search(r"host:7 cuda:0 nothing \d s ago", _spaced(idle))
     assert f"calibrate of {job['name']}" in _spaced(busy)

@@ -71,9 +71,9 @@ def test_a_stage_says_what_it_waits_for(submit, steps, hand):
     busy = waits()
     hand.bring(job, JobState.PAUSED)
 
-    assert nobody == "no worker reports"
-    assert no_gpu == "no worker that does this reports, and none with a GPU"
-    assert unable == "no worker that does this reports"
+    assert nobody == "no worker is connected"
+    assert no_gpu == "no worker that does this is connected, and none with a GPU"
+    assert unable == "no worker that does this is connected"
     assert free == "for a worker to take it up"
     assert busy == "all workers that do this are busy"
     assert waits() == "until it is resumed"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
+from pho_service.api.answers import NO_WORKER
 from pho_service.errors import OutputError
 from storage.records import Drain, StageKind
 
@@ -143,3 +144,46 @@ def test_readyz_says_when_the_disk_of_the_artifact_store_is_full(client, refusal
     detail = refusal(full, 503, "artifact_store_unavailable")["detail"]
     assert "artifact store is full: 4.0 KiB are free" in detail
     assert client.get("/readyz").json() == {"status": "ok"}
+
+
+@pytest.fixture
+def unmanned(client_of):
+    """A front end that starts no worker of its own."""
+    return client_of(workers=0)
+
+
+def test_a_job_that_no_worker_can_take_says_so_until_one_is_connected(unmanned, hand):
+    document = {"model": "org/name", "pattern": "0.5"}
+    submitted = unmanned.post("/v1/jobs", json=document).json()
+    place, page = submitted["links"]["job"], submitted["links"]["page"]
+    before = unmanned.get(place).json()["warnings"], unmanned.get(page).text
+    enter(hand.store, uuid.uuid4())
+    after = unmanned.get(place).json()["warnings"], unmanned.get(page).text
+
+    assert NO_WORKER in submitted["warnings"]
+    assert NO_WORKER in before[0]
+    assert "No worker is connected: the job waits" in before[1]
+    assert NO_WORKER not in after[0]
+    assert "No worker is connected" not in after[1]
+    assert NO_WORKER not in unmanned.post("/v1/jobs", json=document).json()["warnings"]
+
+
+def test_no_time_left_is_told_of_a_job_whose_workers_are_all_gone(unmanned, hand, submit):
+    job = submit(trials=40)["id"]
+    hand.calibrate(job)
+    hand.store.progress(hand.take(job, StageKind.SEARCH), done=10, elapsed_s=50.0, best_value=0.5)
+    alone = unmanned.get(f"/v1/jobs/{job}").json(), unmanned.get("/v1/jobs").json()["jobs"][0]
+    page, listing = unmanned.get(f"/jobs/{job}").text, unmanned.get("/").text
+    enter(hand.store, uuid.uuid4())
+
+    assert [answer["progress"]["seconds_left"] for answer in alone] == [None, None]
+    assert "left in all" not in page
+    assert re.findall(r"about \d.*? left", page + listing) == []
+    assert unmanned.get(f"/v1/jobs/{job}").json()["progress"]["seconds_left"] == 150.0
+
+
+def test_a_service_that_starts_its_own_workers_gives_them_a_minute(client, submit):
+    assert NO_WORKER not in submit()["warnings"]
+    client.app.state.service._began -= 4000.0  # type: ignore[attr-defined]  # FastAPI's
+
+    assert NO_WORKER in submit()["warnings"]

@@ -29,7 +29,7 @@ from storage.records import NewStage, StageKind
 @pytest.fixture(scope="module")
 def service(url_of_file, tmp_path_factory):
     roots = (tmp_path_factory.mktemp("roots"),)
-    limits = {"max_requests_per_minute": 0, "model_roots": roots, "text_roots": roots}
+    limits = {"max_requests_per_minute": 0, "workers": 0, "model_roots": roots, "text_roots": roots}
     running = Service(url_of_file, read_settings(**limits))
     yield running
     running.stop()
@@ -155,6 +155,7 @@ def test_a_shell_completes_the_ids_of_jobs_and_the_names_of_methods(client):
 
 def test_a_job_is_shown_with_its_progress(remote, client, store):
     job, running, failed = (client.submit({**SPEC, "trials": 40}) for _ in range(3))
+    store.enter_worker(uuid.uuid4(), name="host:7", device="cpu", kinds=[])
     before = remote("show", job.id).stdout
     parts = [
         NewStage(kind=StageKind.CALIBRATE, number=10 + i, params={"part_of": 0}) for i in range(3)
@@ -290,6 +291,18 @@ def test_watching_ends_with_the_job_a_failure_is_exit_code_1(remote, client, sto
     assert json.loads(of_failed.stdout)["error"]["message"] == "NaN in 4.q"
     assert f"job {failed.id} failed: NaN in 4.q" in of_failed.stderr
     assert f"job {cancelled.id} cancelled" in of_cancelled.stderr
+
+
+def test_without_a_worker_submit_show_and_watch_say_so(remote, client):
+    submitted = remote("submit", "org/name", "--pattern", "0.5")
+    (job,) = client.jobs()
+    shown = remote("show", job.id)
+    threading.Timer(0.5, client.cancel, [job.id]).start()
+    watched = remote("watch", job.id)
+
+    for text in (submitted.stderr, shown.stdout, watched.stderr):
+        assert "No worker is connected: the job waits until one is." in text
+    assert " left" not in shown.stdout
 
 
 def test_a_submit_that_waits_watches(remote, client, store):
