@@ -15,7 +15,8 @@ from sqlalchemy.dialects.postgresql import insert as pg_insert
 
 from storage.configurations import keep, keep_transfer
 from storage.database import Database
-from storage.listing import best_columns
+from storage.keys import refund
+from storage.listing import best_columns, columns_of
 from storage.queue import in_hand, longest_unserved, stalled_entries, take_out, waits
 from storage.records import (
     AttemptEnd,
@@ -249,6 +250,7 @@ class ClaimStore:
                 worker_id=None,
             )  # fmt: skip
             end_attempt(connection, claim.stage.id, AttemptEnd.FAILED)
+            _give_back(connection, job)
             if job.state.may_work:
                 set_state(connection, job, JobState.FAILED, error=described)
             else:
@@ -382,7 +384,19 @@ def _fail_for_lost_workers(
         "stage": stage.kind,
     }
     update_stage(connection, stage.id, state=StageState.FAILED, failures=failures)
+    _give_back(connection, job)
     set_state(connection, job, JobState.FAILED, error=error)
+
+
+def _give_back(connection: Connection, job: JobRecord) -> None:
+    """Give back to a key what its job has not used that fails in its first stage."""
+    if job.has_done:
+        return
+    # A step is told once a model runs; what an attempt before did is not known.
+    begun = any(stage.step is not None or stage.attempt > 1 for stage in job.stages)
+    how, models = job.spec.get("calibration") or {}, columns_of(job.spec)["models"]
+    calibrated = len(models) * how.get("samples", 0) * how.get("context_length", 0)
+    refund(connection, job.id, used=begun * calibrated)
 
 
 def _begin_attempt(

@@ -16,7 +16,7 @@ from sqlalchemy.dialects.postgresql import insert as pg_insert
 
 from storage.claims import LOST_FOR_S, ClaimStore
 from storage.database import Database
-from storage.keys import charge, refund
+from storage.keys import charge, recharge, refund
 from storage.listing import (
     EVERYTHING,
     NEWEST,
@@ -197,6 +197,8 @@ class JobStore(ClaimStore):
                     charge(connection, job.owner_id, job.id, tokens)
                 _extend(connection, job, trials)
                 job = find_job(connection, job_id)
+            if verb == "resume" and tokens and job.owner_id is not None:
+                recharge(connection, job.owner_id, job.id, tokens)
             if verb == "cancel" and not any(s.attempt for s in job.stages):
                 refund(connection, job.id)
             busy = any(s.state is StageState.RUNNING for s in job.stages)

@@ -219,7 +219,7 @@ def _key(row: Any) -> Key:
 
 
 # Work counts from when it is planned, whatever becomes of its job: else a key that deletes its jobs
-# would have no quota.
+# would have no quota. What a job has not used that ends before its first stage does is given back.
 def charge(connection: Connection, key_id: uuid.UUID, job_id: uuid.UUID, tokens: int) -> None:
     """Count tokens that are planned now, or raise QuotaExceeded if the key's quota has no room."""
     key_row = select(*KEY_COLUMNS).where(keys.c.id == key_id)
@@ -245,9 +245,23 @@ def charge(connection: Connection, key_id: uuid.UUID, job_id: uuid.UUID, tokens:
     connection.execute(insert(work).values(key_id=key_id, job_id=job_id, amount=tokens))
 
 
-def refund(connection: Connection, job_id: uuid.UUID) -> None:
-    """Count no more what was planned for a job that no worker has begun."""
+def refund(connection: Connection, job_id: uuid.UUID, *, used: int = 0) -> None:
+    """Count no more than was used of what was planned for a job."""
+    planned = select(work.c.key_id, func.sum(work.c.amount), func.min(work.c.planned_at))
+    planned = planned.where(work.c.job_id == job_id).group_by(work.c.key_id)
+    rows = connection.execute(planned).all()
     connection.execute(delete(work).where(work.c.job_id == job_id))
+    for key_id, amount, planned_at in rows if used else ():
+        values = {"job_id": job_id, "amount": min(used, amount), "planned_at": planned_at}
+        connection.execute(insert(work).values(key_id=key_id, **values))
+
+
+def recharge(connection: Connection, key_id: uuid.UUID, job_id: uuid.UUID, tokens: int) -> None:
+    """Count again what was given back of a job that starts over."""
+    counted = select(func.coalesce(func.sum(work.c.amount), 0)).where(work.c.job_id == job_id)
+    missing = tokens - int(connection.execute(counted).scalar_one())
+    if missing > 0:
+        charge(connection, key_id, job_id, missing)
 
 
 def _create(

@@ -261,6 +261,11 @@ class JobRecord:
         return self._sorted(s for s in self.stages if s.part_of is not None)
 
     @property
+    def has_done(self) -> bool:
+        """Whether any of its stages has ended well."""
+        return any(stage.state is StageState.DONE for stage in self.stages)
+
+    @property
     def pruning(self) -> Stage | None:
         """The stage that writes the pruned model, if there is one."""
         return next(iter(self.of_kind(StageKind.PRUNE)), None)

@@ -18,7 +18,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
-from pho_service.errors import BundleError, ChangedInput, OutputError, TextError
+from pho_service.errors import BundleError, ChangedInput, OutputError
 from pho_service.host.access import Access, check_data_file
 from pho_service.host.artifacts import PrunedStore, open_store
 from pho_service.host.files import new_file
@@ -453,7 +453,6 @@ class WorkerInputs(Inputs):
             source = self.file(confirm.text)
         model = self.model(spec, seal)
         text = self.confirmation(model, source, calibration, confirm.windows, drawn)
-        assert text is not None  # or nothing_left raises
         seal.check_confirmation(confirm.text or calibration.named, text)
         return text
 
@@ -482,13 +481,6 @@ class WorkerInputs(Inputs):
     def _recovery_sha256(self, spec: JobSpec) -> str:
         source = self._recovery_source(spec)
         return self._recovery.get((source, _state(source)), lambda: pool_sha256(source))
-
-    def nothing_left(self) -> None:
-        """Names the fields that give a text."""
-        raise TextError(
-            "the calibration text has no windows left to confirm on. Give confirm.text, "
-            "fewer calibration.samples, or confirm: null."
-        )
 
     def reported_text(self, spec: JobSpec, seal: Seal) -> ReportText:
         """The windows that a result is reported on, if they are those of before."""

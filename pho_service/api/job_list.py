@@ -29,6 +29,7 @@ from pho_service.shown.charts import best_so_far
 from pho_service.shown.tables import range_of, rises_of
 from pho_service.spec.document import number, percent
 from storage import records as stored
+from storage.keys import QuotaExceeded
 from storage.listing import NEWEST, SORTS, Sort
 from storage.records import VERBS, JobState, NoSuchJob, StateConflict
 from storage.studies import read_course
@@ -258,7 +259,7 @@ def ask(pairs: Pairs, service: ServiceParam, caller: CallerParam) -> Response:
         if verb == "delete":
             jobs.forget(service, job_id, visible_to=caller.visible_to)
         else:
-            service.jobs.ask(job_id, verb, visible_to=caller.visible_to)
+            jobs.act(service, job_id, verb, visible_to=caller.visible_to)
 
     wrong = [*filter(None, (_tried(service, caller, job_id, do) for job_id in chosen))]
     if wrong:
@@ -288,7 +289,7 @@ def _tried(
         do(job_id)
     except NoSuchJob:
         return f"{job_id}: this job no longer exists."
-    except (StateConflict, OutputError) as error:
+    except (StateConflict, OutputError, QuotaExceeded) as error:
         return f"{name}: {str(error).rstrip('.')}."
     return None
 

@@ -180,7 +180,7 @@ def ask(
         if verb == "prune":
             artifacts.write_pruned(service, job_id, visible_to=caller.visible_to)
         else:
-            service.jobs.ask(job_id, verb, visible_to=caller.visible_to)
+            jobs.act(service, job_id, verb, visible_to=caller.visible_to)
     except NoSuchJob:
         return draw_list(service, caller, listed, 404, "This job no longer exists.")
     except (StateConflict, Conflict) as error:

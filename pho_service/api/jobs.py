@@ -40,7 +40,7 @@ from pho_service.api.problems import (
 from pho_service.api.schema import EVENT, PAGE_TOKEN, PATTERN
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.api.view import JobView
-from pho_service.errors import InvalidInput, ModelError, OutputError
+from pho_service.errors import InvalidInput, ModelError, OutputError, field_name
 from pho_service.host.access import Access
 from pho_service.host.data_sets import near_usual
 from pho_service.host.machine import hub_answers
@@ -52,8 +52,10 @@ from pho_service.planning.shapes import (
     longest_context,
     read_shapes,
 )
+from pho_service.planning.windows import count_tokens
 from pho_service.spec.fields import FieldError, check_field
 from pho_service.spec.job import JobSpec
+from pho_service.spec.minutes import OF_THE_TEXT
 from pho_service.spec.objective import MAX_TRIALS
 from pho_service.spec.transfer import TransferRequest, TransferSpec
 from storage import records as stored
@@ -75,6 +77,7 @@ def checks(spec: JobSpec, service: Service) -> Iterator[Callable[[], object]]:
     yield partial(service.check_size, spec)
     yield partial(_check_context, spec, service.access)
     yield partial(_check_linears, spec, service.access)
+    yield partial(_check_windows, spec, service.access)
     if spec.notify is not None:
         yield partial(check_field, "notify", service.webhooks.check, spec.notify)
     if spec.tasks is not None:
@@ -122,6 +125,29 @@ def _check_linears(spec: JobSpec, access: Access) -> None:
             raise FieldError("/steps/linears", str(error)) from error
         except ModuleNotFoundError:
             continue  # regular expressions need a package that workers have
+
+
+def _check_windows(spec: JobSpec, access: Access) -> None:
+    """See that a small text on this machine fills the windows that a job needs of it."""
+    how, confirm = spec.calibration, spec.confirm
+    if how.text is None or how.more_texts or {*OF_THE_TEXT} & {*spec.free_sizes}:
+        return
+    with suppress(InvalidInput):  # said by the checks of these fields
+        tokens = count_tokens(
+            Path(access.model(spec.model)), Path(access.text(how.text)), how.field
+        )
+        if tokens is None:
+            return
+        windows = tokens // (how.context_length - 1)  # or one less: BOS may take a place
+        fills = f"{how.text} fills {windows} windows of {how.context_length} tokens"
+        if not windows:
+            raise FieldError("/calibration/text", f"{fills}. Give a longer text.")
+        if confirm is not None and confirm.text is None and windows <= how.samples:
+            raise FieldError(
+                "/calibration/samples",
+                f"{fills}, and the calibration takes {how.samples}: none is left to confirm on. "
+                f"Give {field_name('confirm/text')}, or fewer {field_name('calibration/samples')}.",
+            )
 
 
 def fitted(spec: JobSpec, access: Access) -> JobSpec:
@@ -506,6 +532,16 @@ def forget(service: Service, job_id: UUID, *, visible_to: UUID | None = None) ->
                 continue
 
 
+def act(service: Service, job_id: UUID, verb: str, *, visible_to: UUID | None) -> stored.JobRecord:
+    """Cancel, pause or resume a job; one that starts over counts for its key's quota again."""
+    tokens, job = 0, service.jobs.get(job_id, visible_to=visible_to)
+    if verb == "resume" and job.state is JobState.FAILED and not job.has_done:
+        view = JobView(job)
+        spec = view.transfer if view.document.is_transfer else view.spec
+        tokens = spec.check_size(service.limits)
+    return service.jobs.ask(job_id, verb, visible_to=visible_to, tokens=tokens)
+
+
 def _verb(name: str, summary: str) -> None:
     @router.post(
         f"/{{job_id:job}}:{name}",
@@ -517,7 +553,7 @@ def _verb(name: str, summary: str) -> None:
         description=summary,
     )
     def ask(job_id: JobId, service: ServiceParam, caller: CallerParam) -> Job:
-        return JobView(service.jobs.ask(job_id, name, visible_to=caller.visible_to)).answer
+        return JobView(act(service, job_id, name, visible_to=caller.visible_to)).answer
 
 
 _verb("cancel", "Cancel a job. A worker that is busy with it stops at the next generation.")

@@ -111,9 +111,8 @@ def validate(
     assert validation is not None
     check_models([model], given("revision"), confirm.text)
     settings, source = spec.calibration.settings(), calibration_source(spec.calibration)
-    why = "there is no text to measure perplexity on. Give --confirm-text."
     request = spec.request(0)
-    work = inputs.calibrated(model, source, settings, confirm, why=why, requests=[request])
+    work = inputs.calibrated(model, source, settings, confirm, requests=[request])
     result = validate_job(
         work,
         spec.plan(0),  # of the preset, with its allocation

@@ -149,7 +149,6 @@ def open_curve(
         source,
         budget.spec.calibration.settings(),
         budget.spec.confirm,
-        why="there is no text to confirm on. Give --confirm-text or a longer text.",
         requests=[spec.request(0) for spec in specs],
     )
     sizes = budget.calibrated(whole, work).sizes

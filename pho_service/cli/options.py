@@ -14,7 +14,7 @@ import click
 
 from pho_service.cli.document import report_option
 from pho_service.cli.terminal import loading, progress, say, verb, working
-from pho_service.errors import BundleError, InvalidInput, TextError, told_to
+from pho_service.errors import BundleError, InvalidInput, told_to
 from pho_service.host.data_sets import USUAL_TEXTS
 from pho_service.host.files import write_text
 from pho_service.pipeline.inputs import Inputs
@@ -210,10 +210,6 @@ class Terminal(Inputs):
 
         return self.cache_dir or Settings().cache_dir
 
-    def nothing_left(self) -> None:
-        """Says which option gives a text."""
-        say("The text has no windows left beside the calibration. Give --confirm-text.")
-
     def calibrated(
         self,
         model: "LanguageModel | str",
@@ -222,12 +218,10 @@ class Terminal(Inputs):
         confirm: "ConfirmSpec | None" = None,
         *,
         report: "SearchReportSpec | None" = None,
-        why: str = "",
         requests: "Sequence[Candidate | SearchRequest]" = (),
     ) -> Work:
         """Load a model unless it is, read its texts, and calibrate it or take what is cached."""
-        # ``requests`` are compared with the model before its text is read; ``why`` is raised if
-        # there is no text to confirm on.
+        # ``requests`` are compared with the model before its text is read.
         from pho_service.models.calibration import bundle_path, cached_bundle
         from pho_service.pipeline.curve import check_patterns
 
@@ -239,8 +233,6 @@ class Terminal(Inputs):
         if confirm is not None:
             other = None if confirm.text is None else file_source(confirm.text)
             confirmed = self.confirmation(loaded, other, settings, confirm.windows, text)
-            if confirmed is None and why:
-                raise TextError(why)
         reported = None
         if report is not None:
             other = file_source(report.text)

@@ -327,8 +327,6 @@ def _cut(
         source,
         budget.spec.calibration.settings(),
         budget.spec.confirm,
-        why="cuts are compared on windows that the calibration leaves of its text, and it leaves "
-        "none. Give a longer text, or fewer --samples.",
         requests=[request],
     )
     budget.calibrated(asked, work)

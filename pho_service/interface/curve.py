@@ -10,7 +10,6 @@ from typing import Any
 
 import optuna
 
-from pho_service.errors import TextError
 from pho_service.host.files import write_json
 from pho_service.interface.inputs import Model, calibrated, opened_bundle, opened_for, run_on
 from pho_service.interface.search import Given, SearchArguments, arguments, drawn
@@ -189,13 +188,7 @@ def _work(ask: PointsArguments, requests: Sequence[SearchRequest]) -> Work:
     bundle = opened_bundle(ask.bundle)
     loaded = opened_for(bundle, ask.model, ask.tokenizer)
     check_patterns(loaded, [request.pattern for request in requests], requests[0].steps.linears)
-    work = calibrated(loaded, bundle, ask.texts, ask.confirm, ask.confirm_windows)
-    if work.confirm is None:
-        raise TextError(
-            "the calibration's text has no windows left to confirm on. Give another text as "
-            "confirm, or calibrate on fewer samples."
-        )
-    return work
+    return calibrated(loaded, bundle, ask.texts, ask.confirm, ask.confirm_windows)
 
 
 def _points(

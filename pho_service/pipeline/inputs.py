@@ -4,6 +4,8 @@ Models, texts and bundles, opened one way for whoever asks: a terminal, a progra
 
 from typing import TYPE_CHECKING, TypeAlias
 
+from pho_service.errors import TextError, field_name
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -55,19 +57,21 @@ class Inputs:
         how: "Cut",
         most: int,
         drawn: "CalibrationText",
-    ) -> "ReportText | None":
+    ) -> "ReportText":
         """The windows to confirm on: of a text of their own, or those that calibration left."""
         if source is not None:
             return self.report(model, source, how, most, drawn.calibration)
         return self.held_out(drawn, most)
 
-    def held_out(self, drawn: "CalibrationText | None", most: int) -> "ReportText | None":
+    def held_out(self, drawn: "CalibrationText | None", most: int) -> "ReportText":
         """The windows to confirm on that a calibration left of its own text."""
         from pho_service.models.texts import ReportText
 
         if drawn is None or len(drawn.held_out) == 0:
-            self.nothing_left()
-            return None
+            raise TextError(
+                "the calibration's text has no windows left to confirm on. Give "
+                f"{field_name('confirm/text')}, or fewer {field_name('calibration/samples')}."
+            )
         return ReportText(windows=drawn.held_out[:most], record=drawn.record)
 
     def reported(
@@ -85,6 +89,3 @@ class Inputs:
         chosen_on = None if confirm is None else confirm.windows
         seen = [windows for windows in (calibration, chosen_on) if windows is not None]
         return self.report(model, source, how, most, torch.cat(seen) if seen else None)
-
-    def nothing_left(self) -> None:
-        """Called where there are no windows to confirm on; may raise."""

@@ -71,6 +71,21 @@ def test_a_job_that_the_quota_has_no_room_for(client, keys, refusal, hand):
     assert client.post("/v1/jobs", json=DOCUMENT, headers=other).status_code == 202
 
 
+def test_a_job_that_fails_before_it_has_begun_gives_its_tokens_back(client, keys, hand, refusal):
+    tokens = JobSpec.model_validate(DOCUMENT).check_size(JobLimits(trials=10**6, tokens=10**9))
+    quota = Quota(tokens, timedelta(hours=12))
+    headers = bearer(keys.create("team", sees_all=False, quota=quota)[1])
+    first = client.post("/v1/jobs", json=DOCUMENT, headers=headers).json()["id"]
+    hand.fail(first)
+    second = client.post("/v1/jobs", json=DOCUMENT, headers=headers)
+    again = client.post(f"/v1/jobs/{first}:resume", headers=headers)
+
+    assert second.status_code == 202
+    refusal(again, 429, "quota_exceeded")
+    hand.fail(second.json()["id"])
+    assert client.post(f"/v1/jobs/{first}:resume", headers=headers).status_code == 202
+
+
 def test_where_keys_are_needed_nobody_comes_in_before_but_probes_by_any_name(client_of, refusal):
     client = client_of(keys_needed=True, max_requests_per_minute=1)
     refusal(client.get("/v1/jobs"), 401, "no_key")

@@ -1,12 +1,16 @@
 """How large a job may be, and how much and how often somebody may ask."""
 
 import asyncio
+import json
 import time
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from starlette.types import Scope
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from pho_service.api.guard import KeyGuard, Rate, host_of
 from pho_service.api.service import Service
@@ -54,6 +58,65 @@ def test_a_job_that_is_too_large_is_refused_at_the_field_with_the_limit(limited,
     for changes in ({"trials": 500, "islands": 2}, {"confirm": {"finalists": 9, "windows": 10}}):
         answer = limited.post("/v1/jobs", json={**DOCUMENT, **SMALL, **changes})
         assert answer.status_code == 202, answer.text  # just as much as is allowed
+
+
+@pytest.fixture
+def spelling(tmp_path, write_small):
+    """The name of a model for which each word is a token."""
+    write_small(tmp_path / "spelling")
+    tokenizer = Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "spelling" / "tokenizer.json"))
+    return "spelling"
+
+
+@pytest.mark.parametrize("name", ["text.txt", "text.jsonl"])
+def test_a_text_that_leaves_no_window_to_confirm_on_is_refused_at_once(
+    client, refusal, spelling, tmp_path, name
+):
+    words = "word " * 310  # ten windows of 32 tokens, the first of which BOS may be
+    (tmp_path / name).write_text(words if name == "text.txt" else json.dumps({"text": words}))
+    how = {"text": name, "context_length": 32, "samples": 10}
+    document = {"model": spelling, "pattern": "0.5", "calibration": how}
+    refused = refusal(client.post("/v1/jobs", json=document), 422)
+    form = {"model": spelling, "pattern": "0.5", "calibration/text": name}
+    form |= {"calibration/context_length": "32", "calibration/samples": "10"}
+    page = client.post("/new", data=form)
+
+    (error,) = refused["errors"]
+    assert error["pointer"] == "/calibration/samples"
+    assert error["detail"] == (
+        f"{name} fills 10 windows of 32 tokens, and the calibration takes 10: none is left to "
+        "confirm on. Give confirm.text, or fewer calibration.samples."
+    )
+    assert page.status_code == 422
+    assert "none is left to confirm on" in page.text
+    for changes in (
+        {"calibration": {**how, "samples": 9}}, {"confirm": None}, {"confirm": {"text": name}},
+        {"calibration": {"text": name}},
+    ):  # fmt: skip
+        assert client.post("/v1/jobs", json={**document, **changes}).status_code == 202, changes
+    short = {**how, "context_length": 128, "samples": 1}
+    (tmp_path / name).write_text('{"text": "a few words"}')
+    refused = refusal(client.post("/v1/jobs", json={**document, "calibration": short}), 422)
+    assert "fills 0 windows of 128 tokens. Give a longer text." in refused["detail"]
+
+
+def test_a_tokenizer_that_cannot_be_read_in_seconds_is_left_to_the_worker(
+    client, spelling, tmp_path, monkeypatch
+):
+    (tmp_path / "text.txt").write_text("word")
+    how = {"text": "text.txt", "context_length": 32, "samples": 10}
+    document = {"model": spelling, "pattern": "0.5", "calibration": how}
+    statuses = [client.post("/v1/jobs", json=document).status_code]
+    (tmp_path / "text.txt").write_text("another")
+    with monkeypatch.context() as hurried:
+        hurried.setattr("pho_service.planning.windows._TIMEOUT_S", 0.01)
+        statuses.append(client.post("/v1/jobs", json=document).status_code)
+    (tmp_path / spelling / "tokenizer.json").write_text("{}")
+    statuses.append(client.post("/v1/jobs", json=document).status_code)
+
+    assert statuses == [422, 202, 202]
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,17 @@ FAILURES = [
     (PRUNE + " --config {huge}", "kernel_size"),
     ("evaluate {text} --text {text}", r"is neither a folder nor a \.gguf or \.pho file"),
     (EVALUATE + " --text {short}", "2 tokens, which do not fill one window of 32"),
-    (VALIDATE + " --pattern 0.5 --samples 99", "no text to measure perplexity on"),
+    *(
+        (
+            words + " --samples 99",
+            "no windows left to confirm on. Give --confirm-text, or fewer --s",
+        )
+        for words in (
+            "search {model} --text {text} --pattern 0.5 --context-length 32 --kernel-sizes 3,5",
+            VALIDATE + " --pattern 0.5",
+            CURVE + " --patterns 0.5",
+        )
+    ),
     (PRUNE + " --config none.json", r"none\.json cannot be read: No such file"),
     (PRUNE + " --out {text}", "is a file"),
     ("prune --check nothing", "nothing"),

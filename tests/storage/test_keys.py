@@ -169,11 +169,12 @@ def test_a_key_gets_the_jobs_of_nobody_and_none_of_anothers(store):
     assert (library.count(key.id), library.count(None)) == (2, 1)
 
 
-def submitted(store, owner, *, idempotency_key=None, tokens=0):
+def submitted(store, owner, *, idempotency_key=None, tokens=0, **spec):
     """A job of a key, or of nobody; the same for the same Idempotency-Key."""
     new = NewJob(
-        spec={"model": "org/name"}, name="n", stages=[NewStage(kind=StageKind.CALIBRATE)], trials=1,
-        max_attempts=1, idempotency_key=idempotency_key, tokens=tokens,
+        spec={"model": "org/name", **spec}, name="n", trials=1,
+        stages=[NewStage(kind=StageKind.CALIBRATE)], max_attempts=1,
+        idempotency_key=idempotency_key, tokens=tokens,
     )  # fmt: skip
     job, _ = JobStore(store.database).submit(new, owner_id=owner)
     return job.id
@@ -237,6 +238,42 @@ def test_only_what_no_worker_has_begun_is_given_back_a_repeated_request_counts_o
         pass
 
     assert store.used() == {key.id: 30}
+
+
+def failed_at_once(store, job, step=None):
+    """Let a worker fail at the first stage of a job, at some step."""
+    jobs = JobStore(store.database)
+    stage = jobs.get(job).stages[0]
+    claim = jobs.claim(stage.id, stage_entry(store, stage.id), uuid.uuid4())
+    assert claim is not None
+    jobs.watch(claim, step)
+    jobs.fail(claim, {"type": "TextError", "message": "too short"}, retry=False)
+    return jobs
+
+
+@pytest.mark.parametrize(
+    ("step", "used"), [(None, 0), ({"title": "Calibrating", "done": 1, "steps": 9}, 24)]
+)
+def test_a_job_that_fails_in_its_first_stage_counts_for_what_it_used(store, step, used):
+    key, _ = store.create("team", sees_all=False, quota=WEEK)
+    calibration = {"samples": 3, "context_length": 8}
+    job = submitted(store, key.id, tokens=60, calibration=calibration)
+    jobs = failed_at_once(store, job, step)
+
+    assert store.used() == ({key.id: used} if used else {})
+    jobs.ask(job, "resume", tokens=60)
+    assert store.used() == {key.id: 60}
+
+
+def test_a_job_that_begins_anew_counts_again_and_waits_for_room(store):
+    key, _ = store.create("team", sees_all=False, quota=WEEK)
+    job = submitted(store, key.id, tokens=60)
+    jobs = failed_at_once(store, job)
+    submitted(store, key.id, tokens=50)
+
+    with pytest.raises(QuotaExceeded):
+        jobs.ask(job, "resume", tokens=60)
+    assert jobs.get(job).state == "failed"
 
 
 def stage_entry(store, stage_id):
