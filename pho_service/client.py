@@ -6,7 +6,8 @@ import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,25 +38,31 @@ from pho_service.api.answers import (
     PlanAnswer,
     Problem,
     Submitted,
+    TextPage,
     Trial,
     TrialPage,
+    UploadedText,
     Worker,
     WorkerList,
 )
 from pho_service.errors import InvalidInput, ServiceError, ServiceUnavailable
+from pho_service.host.artifacts import ID_BEGINS, sha256_of
 from pho_service.host.download import File, pull
 from pho_service.host.settings import read_settings
 from pho_service.library import LibraryFile, TransferFile, parse_library_file
 from pho_service.progress import empty_bars, watched
 from pho_service.spec.configuration import Configuration
+from pho_service.spec.fields import TEXT_FILES, named_texts
 
 Answer = TypeVar("Answer", bound=BaseModel)
-Page = TypeVar("Page", JobPage, TrialPage)
+Page = TypeVar("Page", JobPage, TrialPage, TextPage)
 
 _PATIENCE_S = 120.0  # with a service that is asked too often
 _JOB_ID = re.compile(r"[0-9a-fA-F-]{4,36}")  # or the beginning of one
 _OUTAGE_S = 300.0  # that waiting for a job bears
 _POLL_S = 1.0
+_CHUNK = 2**20
+_THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,17 +135,70 @@ class Client:
         """
         Submit a job document; docs/service.md describes it. The answer has the job's ``id``.
 
+        Text files that it names and that lie here are uploaded, if the service is on another
+        machine or does not see them.
+
         Args:
             spec: At least ``model``, and ``pattern``, ``patterns`` or ``target``.
             idempotency_key: The same twice makes one job. By default a fresh
                 one, so that a request that is repeated after an outage makes no second job.
         """
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
-        try:
-            answer = self._request("POST", "/jobs", json=dict(spec), headers=headers)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise InvalidInput(f"the job document cannot be sent as JSON: {error}.") from error
-        return _read(Submitted, answer)
+        return _read(Submitted, self._with_texts("/jobs", spec, headers=headers))
+
+    def upload(self, file: str | Path, *, progress: bool | None = None) -> UploadedText:
+        """
+        Upload a text file, unless the service has it; jobs name it by the ``id`` of the answer.
+
+        Args:
+            file: .txt, .jsonl or .parquet.
+            progress: Draw a bar on stderr; None draws it in terminals and notebooks.
+
+        Raises:
+            InvalidInput: There is no such file, or it is larger than the service takes.
+            ServiceError: The service does not take it, and says why.
+        """
+        path = Path(file).expanduser()
+        if not path.is_file() or path.suffix not in TEXT_FILES:
+            raise InvalidInput(f"{file} is not a text file: give {', '.join(TEXT_FILES)}.")
+        digest, size = sha256_of(path), path.stat().st_size
+        with suppress(ServiceError):  # an outage is told by the next request
+            return self._get(UploadedText, f"/texts/{ID_BEGINS}{digest}{path.suffix}")
+        most = self._get(TextPage, "/texts", page_size=1).most_bytes
+        if size > most:
+            raise InvalidInput(
+                f"{file} has {size} bytes, and the service takes {most}. Put it where the service "
+                "sees it, and name it from there; its operator sets PHO_MAX_UPLOAD_BYTES."
+            )
+        name = re.sub(r"[^\w .()+,=@~-]", "_", path.stem)[-200:] + path.suffix
+        with empty_bars(shown=watched(progress), of_bytes=True) as bars:
+            task = bars.add_task(f"Uploading {path.name}", total=size)
+
+            def content() -> Iterator[bytes]:
+                with path.open("rb") as opened:
+                    while chunk := opened.read(_CHUNK):
+                        yield chunk
+                        bars.advance(task, len(chunk))
+
+            answer = _retrying()(
+                lambda: self._request_once(
+                    "POST",
+                    "/texts",
+                    params={"name": name, "sha256": digest},
+                    content=content(),
+                    headers={"Content-Length": str(size)},
+                )
+            )
+        return _read(UploadedText, answer)
+
+    def texts(self) -> Iterator[UploadedText]:
+        """The texts that were uploaded with this key, newest first."""
+        for page in self._pages(TextPage, "/texts", {}):
+            yield from page.texts
+
+    def delete_text(self, text_id: str) -> None:
+        """Delete an uploaded text that no unfinished job names."""
+        self._request("DELETE", f"/texts/{quote(text_id, safe=':')}")
 
     def job(self, job_id: uuid.UUID | str) -> Job:
         """A job with its progress."""
@@ -288,14 +348,8 @@ class Client:
         """
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
         document = {"models": [*models], **options}
-        answer = self._request(
-            "POST",
-            self._job_path(job_id, ":transfer"),
-            json=document,
-            headers=headers,
-            params=_at(pattern),
-        )
-        return _read(Job, answer)
+        path = self._job_path(job_id, ":transfer")
+        return _read(Job, self._with_texts(path, document, headers=headers, params=_at(pattern)))
 
     def transferred(self, job_id: uuid.UUID | str) -> TransferFile:
         """What a transfer has measured so far."""
@@ -430,6 +484,41 @@ class Client:
                     raise TimeoutError(f"job {job_id} is {job.state} after {timeout_s:g} s.")
                 time.sleep(_POLL_S)
                 job = patient(self.job, job_id)
+
+    def _with_texts(self, path: str, document: Mapping[str, Any], **more: Any) -> httpx.Response:
+        """Send a document; texts of this machine that the service does not see are uploaded."""
+        here: dict[str, str] = {}
+        try:
+            here |= {
+                pointer: name
+                for pointer, name in named_texts(document)
+                if name.endswith(TEXT_FILES) and Path(name).expanduser().is_file()
+            }
+            if self._http.base_url.host not in _THIS_MACHINE:
+                document, here = self._uploaded(document, here), {}
+            while True:
+                try:
+                    return self._request("POST", path, json=dict(document), **more)
+                except ServiceError as error:  # which may be about the first of several
+                    unseen = {at: here.pop(at) for at in error.pointers if at in here}
+                    if not unseen:
+                        raise
+                document = self._uploaded(document, unseen)
+        except (TypeError, ValueError, RecursionError) as error:
+            if isinstance(error, InvalidInput):
+                raise
+            raise InvalidInput(f"the job document cannot be sent as JSON: {error}.") from error
+
+    def _uploaded(self, document: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str, Any]:
+        """A document with uploaded texts at some places."""
+        changed = deepcopy(dict(document))
+        for pointer, name in texts.items():
+            *above, last = pointer.split("/")[1:]
+            part: Any = changed
+            for step in above:
+                part = part[int(step) if isinstance(part, list) else step]
+            part[int(last) if isinstance(part, list) else last] = self.upload(name).id
+        return changed
 
     def _get(self, kind: type[Answer], path: str, **params: Any) -> Answer:
         query = {name: value for name, value in params.items() if value is not None}
@@ -572,5 +661,6 @@ def _refused(answer: httpx.Response) -> ServiceError:
         "\n".join(lines),
         status=problem.status,
         code=problem.code,
+        pointers=[e.pointer for e in problem.errors or () if e.pointer],
         retry_after_s=float(wait_s) if wait_s.isdecimal() and len(wait_s) < 10 else None,
     )

@@ -22,7 +22,7 @@ a programmer stays ``TypeError`` or ``ValueError``.
 """
 
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -183,15 +183,23 @@ class ServiceError(PhoError):
         status: HTTP status.
         code: Stable, for programs; see the problem's ``code``.
         retry_after_s: When to ask again, if the service has said so.
+        pointers: Places in the document that it is about.
     """
 
     def __init__(
-        self, message: str, *, status: int = 0, code: str = "", retry_after_s: float | None = None
+        self,
+        message: str,
+        *,
+        status: int = 0,
+        code: str = "",
+        retry_after_s: float | None = None,
+        pointers: Sequence[str] = (),
     ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.retry_after_s = retry_after_s
+        self.pointers = pointers
 
 
 class ServiceUnavailable(ServiceError):

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Connection, and_, delete, exists, func, insert, or_, select, update
 
 from storage.database import Database
-from storage.tables import configurations, jobs, keys, sessions, work
+from storage.tables import configurations, jobs, keys, sessions, texts, work
 
 _PREFIX = "pho_"
 MOST_LOGINS = 20  # of a key
@@ -314,6 +314,10 @@ def _give(connection: Connection, giver: uuid.UUID | None, taker: uuid.UUID) -> 
         )
         .values(owner_id=taker)
     )
+    theirs = texts.alias()
+    same = exists().where(theirs.c.owner_id == taker, theirs.c.id == texts.c.id)
+    connection.execute(delete(texts).where(texts.c.owner_id == giver, same))
+    connection.execute(update(texts).where(texts.c.owner_id == giver).values(owner_id=taker))
     return moved.rowcount
 
 

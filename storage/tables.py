@@ -121,6 +121,7 @@ jobs = Table(
     # What lists are filtered and sorted by: see storage/rows.py.
     Column("models", ARRAY(Text), nullable=False, server_default="{}"),
     Column("patterns", ARRAY(Text), nullable=False, server_default="{}"),
+    Column("labels", ARRAY(Text), nullable=False, server_default="{}"),  # NAME=VALUE each
     Column("perplexity", Float),
     Column("rise", Float),  # share above the dense model's perplexity
     Column("gain", Float),  # share below RIA's
@@ -140,6 +141,7 @@ jobs = Table(
     Index("ix_jobs_owner_id_number", "owner_id", "number"),
     Index("ix_jobs_models", "models", postgresql_using="gin"),
     Index("ix_jobs_patterns", "patterns", postgresql_using="gin"),
+    Index("ix_jobs_labels", "labels", postgresql_using="gin"),
 )
 
 queue_workers = Table(  # procrastinate's: what it knows of a worker
@@ -239,6 +241,25 @@ configurations = Table(
         "sha256",
         unique=True,
     ),
+)
+
+texts = Table(  # that were uploaded; their files are in the artifact store
+    "texts",
+    metadata,
+    Column("number", BigInteger, Identity(always=True), primary_key=True),
+    Column("owner_id", Uuid, ForeignKey("pho.keys.id")),  # as that of a job
+    Column("id", Text, nullable=False),  # of its content: several keys may have the same
+    Column("name", Text, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("created_at", _utc, nullable=False, server_default=_now),
+    Column("used_at", _utc, nullable=False, server_default=_now),
+    Index(
+        "uq_texts_owner_id",
+        text("coalesce(owner_id, '00000000-0000-0000-0000-000000000000'::uuid)"),
+        "id",
+        unique=True,
+    ),
+    Index("ix_texts_id", "id"),
 )
 
 notifications = Table(

@@ -60,6 +60,11 @@ def test_neither_torch_nor_traces_are_loaded(module, loaded):
     assert not {*loaded[module]} & {"torch", "transformers", "datasets", "opentelemetry.sdk"}
 
 
+def test_who_only_asks_a_service_needs_no_artifact_store(loaded):
+    for module in ("pho_service.client", "pho_service.spec.job"):
+        assert "fsspec" not in loaded[module]
+
+
 def test_to_search_a_bundle_neither_models_nor_data_sets_are_loaded_which_takes_seconds(loaded):
     assert not {*loaded[SEARCH]} & {"transformers", "datasets"}
 

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import torch
-from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from pho_service.errors import BundleError, ChangedInput, OutputError
 from pho_service.host.access import Access, check_data_file
-from pho_service.host.artifacts import PrunedStore, open_store
+from pho_service.host.artifacts import PrunedStore, is_local, open_store
 from pho_service.host.files import new_file
 from pho_service.models.calibration import (
     CalibrationText,
@@ -173,7 +172,7 @@ class BundleStore:
     def __init__(self, url: str, cache_dir: Path, turns: Turns = lambda *_: nullcontext()) -> None:
         self._turns = turns
         self._files, root = open_store(url)
-        local = isinstance(self._files, LocalFileSystem)
+        local = is_local(self._files)
         self._root = root
         self._remote = None if local else f"{root}/bundles"
         self._folder = Path(root) if local else cache_dir
@@ -554,7 +553,7 @@ class WorkerInputs(Inputs):
         return bundle
 
     def file(self, name: str) -> TextSource:
-        return TextSource(path=self.access.text(name))
+        return TextSource(path=self.access.fetched_text(name))
 
     def calibration_source(self, spec: CalibrationSpec) -> TextSource | MixedText:
         return mixed_text([*map(self._source, spec.parts.values())], spec.shares)
@@ -563,7 +562,7 @@ class WorkerInputs(Inputs):
         if spec.data_file is not None:
             check_data_file(spec.data_file)
         return TextSource(
-            path=None if spec.text is None else self.access.text(spec.text),
+            path=None if spec.text is None else self.access.fetched_text(spec.text),
             dataset=None if spec.dataset is None else self.access.dataset(spec.dataset),
             config=spec.dataset_config,
             data_file=spec.data_file,

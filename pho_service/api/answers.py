@@ -236,6 +236,24 @@ class Submitted(_Answer):
     )
 
 
+class UploadedText(_Answer):
+    """A text that was uploaded with this key."""
+
+    id: str = Field(description="What jobs name it by: `sha256:`, its SHA-256, and its ending.")
+    name: str = Field(description="Name of the file that was uploaded first.")
+    bytes: int
+    created_at: datetime
+    used_at: datetime = Field(description="When it was last uploaded, or named by a new job.")
+
+
+class TextPage(_Answer):
+    """Some texts, newest first."""
+
+    texts: list[UploadedText]
+    next_page_token: str | None
+    most_bytes: int = Field(description="Bytes that a text may have.")
+
+
 class Artifact(_Answer):
     """A file of a job's pruned model."""
 

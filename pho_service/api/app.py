@@ -26,6 +26,7 @@ from pho_service.api import (
     problems,
     reference,
     report,
+    texts,
 )
 from pho_service.api.answers import Problem
 from pho_service.api.dashboard import Dashboard
@@ -75,14 +76,16 @@ def create_app(database: Database, settings: Settings, *, keys_needed: bool = Fa
     )
     app.state.service = service
     pages = (job_list, new_job, job_page, guard, reference)
-    parts = (*pages, jobs, artifacts, plan, report, configurations, operations, metrics)
+    parts = (*pages, jobs, artifacts, plan, report, texts, configurations, operations, metrics)
     routers = tuple(part.router for part in parts)
     problems.add_handlers(app, [route for router in routers for route in router.routes])
     for router in routers:
         app.include_router(router)
     app.add_route("/favicon.ico", icon, include_in_schema=False)
     app.router.default = dashboard  # after our own routes, and their 405s
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        BodyLimit, max_bytes=settings.max_body_bytes, max_text_bytes=settings.max_upload_bytes
+    )
     app.add_middleware(KeyGuard, service=service)
     app.add_middleware(Pages)
     app.add_middleware(RequestLog, answers=service.answers)  # around all others

@@ -42,6 +42,7 @@ from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.api.view import JobView
 from pho_service.errors import InvalidInput, ModelError, OutputError, field_name
 from pho_service.host.access import Access
+from pho_service.host.artifacts import ID_BEGINS
 from pho_service.host.data_sets import near_usual
 from pho_service.host.machine import hub_answers
 from pho_service.host.settings import Settings
@@ -53,7 +54,7 @@ from pho_service.planning.shapes import (
     read_shapes,
 )
 from pho_service.planning.windows import count_tokens
-from pho_service.spec.fields import FieldError, check_field
+from pho_service.spec.fields import FieldError, check_field, named_texts
 from pho_service.spec.job import JobSpec
 from pho_service.spec.minutes import OF_THE_TEXT
 from pho_service.spec.objective import MAX_TRIALS
@@ -63,6 +64,7 @@ from storage.jobs import JobStore, Limits, NewJob
 from storage.listing import NEWEST, JobFilter, Sort
 from storage.records import SIZING, JobRecord, JobState, NewStage, StageKind
 from storage.studies import DatabaseGone, open_storage, read_trials, study_name
+from storage.texts import NoSuchText
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +73,9 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 EVENTS_EVERY_S = 0.5  # how often a stream looks for new events
 
 
-def checks(spec: JobSpec, service: Service) -> Iterator[Callable[[], object]]:
+def checks(spec: JobSpec, service: Service, caller: Caller) -> Iterator[Callable[[], object]]:
     """What a job must keep to on this service; each raises FieldError if it does not."""
+    yield partial(check_uploads, spec, service, caller)
     yield from spec.access_checks(service.access)
     yield partial(service.check_size, spec)
     yield partial(_check_context, spec, service.access)
@@ -82,6 +85,26 @@ def checks(spec: JobSpec, service: Service) -> Iterator[Callable[[], object]]:
         yield partial(check_field, "notify", service.webhooks.check, spec.notify)
     if spec.tasks is not None:
         yield partial(_check_tasks, spec.tasks, spec.tasks_dir, service.access)
+
+
+def uploads(spec: BaseModel) -> dict[str, str]:
+    """The uploaded texts that a document names, by pointers to their places."""
+    texts = named_texts(spec.model_dump(mode="json"))
+    return {pointer: name for pointer, name in texts if name.startswith(ID_BEGINS)}
+
+
+def check_uploads(spec: BaseModel, service: Service, caller: Caller) -> None:
+    """See that the uploaded texts of a document are the caller's."""
+    for pointer, name in uploads(spec).items():
+        try:
+            service.texts.find(name, owner_id=caller.key_id)
+        except NoSuchText:
+            raise FieldError(
+                pointer,
+                f"{name} was not uploaded with this key, or is deleted. POST /v1/texts uploads it, "
+                "and so does `pho submit --text FILE`.",
+                code="no_such_text",
+            ) from None
 
 
 def _check_tasks(tasks: Sequence[str], tasks_dir: str | None, access: Access) -> None:
@@ -474,13 +497,15 @@ def take(
 ) -> stored.JobRecord:
     """Store the job of a document, if it keeps to the rules of this service."""
     whole = fitted(spec, service.access)
-    for check in checks(whole, service):
+    for check in checks(whole, service, caller):
         check()
-    return enter(
+    job = enter(
         service.jobs, whole.placed(service.access), submitted=spec, owner_id=caller.key_id,
         idempotency_key=idempotency_key, settings=service.settings,
         tokens=service.check_size(whole),
     )  # fmt: skip
+    service.texts.touch({*uploads(spec).values()}, owner_id=caller.key_id)
+    return job
 
 
 @router.get("", response_model=JobPage, responses=documented(422))
@@ -727,6 +752,7 @@ def transfer(
     view.check_scored()
     configuration = view.configuration(pattern)
     request.check_access(service.access)
+    check_uploads(request, service, caller)
     spec = TransferSpec.of(request, str(source.id), configuration, source.spec)
     tokens = spec.check_size(service.limits)
     if request.notify is not None:

@@ -427,6 +427,7 @@ router = APIRouter(include_in_schema=False)
 
 SCRIPT = "form.js"
 PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
+MOST_UPLOADS = 100  # uploaded texts that are offered, the newest
 CARDS = get_args(Card)
 _CONTEXT = "calibration/context_length"
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{16,64}")
@@ -443,13 +444,13 @@ class Filled:
     doubts: Sequence[str] = ()  # What it names that may not be there
 
     @classmethod
-    def of(cls, fields: Mapping[str, str], service: Service) -> "Filled":
+    def of(cls, fields: Mapping[str, str], service: Service, caller: Caller) -> "Filled":
         """Read a form, and note all that is wrong in it."""
         typed = Typed.of(fields)
         fitted = _fit(typed, service)
         spec = typed.spec()
         checked = spec or typed.places()
-        for check in () if checked is None else checks(checked, service):
+        for check in () if checked is None else checks(checked, service, caller):
             try:
                 check()
             except FieldError as error:
@@ -481,7 +482,7 @@ def new(
         return _page(request, service, caller, Filled(typed=Typed(fields={}), spec=None))
     view = JobView(service.jobs.get(job, visible_to=caller.visible_to))
     view.check_search()
-    filled = Filled.of(typed_as(view.record.spec), service)
+    filled = Filled.of(typed_as(view.record.spec), service, caller)
     return _page(request, service, caller, filled, quiet=True)
 
 
@@ -490,7 +491,7 @@ def submit(
     request: Request, fields: Fields, service: ServiceParam, caller: CallerParam
 ) -> Response:
     """Submit a job as ``POST /v1/jobs`` does, or show the form again with what is wrong."""
-    filled = Filled.of(fields, service)
+    filled = Filled.of(fields, service, caller)
     if filled.spec is None or not filled.is_right:
         return _page(request, service, caller, filled, status=422)
     try:
@@ -527,7 +528,7 @@ async def check(
 def _checked(
     request: Request, fields: Mapping[str, str], service: Service, caller: Caller
 ) -> Response:
-    filled = Filled.of(fields, service)
+    filled = Filled.of(fields, service, caller)
     if filled.spec is not None:
         filled.doubts = [*jobs.doubts(filled.spec, service.access)]
     quiet = "quiet" in fields
@@ -564,6 +565,8 @@ def _page(
         doubts=filled.doubts,
         token=token or _token(filled.typed.fields),
         picks={"models": listing.models, "texts": listing.texts, "patterns": PATTERNS},
+        uploads=service.texts.page(owner_id=caller.key_id, limit=MOST_UPLOADS),
+        most_bytes=service.settings.max_upload_bytes,
         all_listed=listing.is_whole,
         beside=_beside(request, service, caller, filled, may_ask_hub=may_ask_hub and not quiet),
         machines=CARDS,

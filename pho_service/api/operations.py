@@ -13,6 +13,7 @@ from anyio import CapacityLimiter, move_on_after
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request, Response
 
+from pho_service.api import texts
 from pho_service.api.answers import Health, Worker, WorkerList
 from pho_service.api.artifacts import remove_files
 from pho_service.api.jobs import forget
@@ -235,10 +236,11 @@ def sweep(service: Service) -> None:
     days = service.settings.keep_configurations_days
     entries = service.configurations.delete_older(days) if days else 0
     service.jobs.clear_queue(QUEUE_DAYS)
-    if deleted or entries or removed:
+    unused = texts.sweep(service, pruned_days)
+    if deleted or entries or removed or unused:
         logger.info(
-            "deleted %d jobs, %d library entries and %d pruned models of old age",
-            deleted, entries, removed,
+            "deleted %d jobs, %d library entries, %d pruned models and %d texts of old age",
+            deleted, entries, removed, unused,
         )  # fmt: skip
 
 

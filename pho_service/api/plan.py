@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query
 from pho_service.api.answers import PlanAnswer, Worker
 from pho_service.api.jobs import checks, fitted
 from pho_service.api.problems import documented
-from pho_service.api.service import CallerParam, Service, ServiceParam
+from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.planning.costs import Machine, named_machine
 from pho_service.planning.shapes import place_at_hand
 from pho_service.spec.job import JobSpec
@@ -34,14 +34,13 @@ async def plan(
     main_memory: Memory = None,
 ) -> PlanAnswer:
     """Estimate what a job takes, by the headers of its (first) model's files alone."""
-    del caller
     machine = named_machine(card).resized(device_memory, main_memory)
-    return await service.planning.run(_checked, spec, service, machine)
+    return await service.planning.run(_checked, spec, service, caller, machine)
 
 
-def _checked(spec: JobSpec, service: Service, machine: Machine) -> PlanAnswer:
+def _checked(spec: JobSpec, service: Service, caller: Caller, machine: Machine) -> PlanAnswer:
     spec = fitted(spec, service.access)
-    for check in checks(spec, service):
+    for check in checks(spec, service, caller):
         check()
     return PlanAnswer.model_validate(service.plan(spec, machine).to_dict())
 

@@ -37,6 +37,7 @@ from storage.records import (
     TooManyTrials,
 )
 from storage.studies import DatabaseFull, DatabaseGone, StorageError
+from storage.texts import NoSuchText, TextInUse, TooManyTexts
 
 logger = logging.getLogger(__name__)
 
@@ -222,6 +223,13 @@ _SOON = {"Retry-After": "60"}
 PLAIN: dict[type[Exception], Callable[[Any], JSONResponse]] = {
     FieldError: lambda error: _at(error, error.code, error.pointer),
     TooManyTrials: lambda error: _at(error, "invalid_request", "/trials"),
+    NoSuchText: lambda _: problem(
+        404, "no_such_text", "No text of this key has this id. GET /v1/texts lists them."
+    ),
+    TooManyTexts: lambda error: problem(429, "too_many_texts", str(error), headers=_SOON),
+    TextInUse: lambda _: problem(
+        409, "text_in_use", "A job that is not over names this text. Cancel it, or wait for it."
+    ),
     AmbiguousId: lambda error: problem(404, "ambiguous_id", str(error)),
     NoSuchIsland: lambda error: problem(404, "no_such_island", str(error)),
     NoSuchConfiguration: lambda _: problem(

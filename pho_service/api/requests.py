@@ -23,6 +23,7 @@ from pho_service.spec.job_options import entry
 logger = logging.getLogger(__name__)
 
 HEADER = "X-Request-ID"
+UPLOADS = "/v1/texts"
 _SANE = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
@@ -92,21 +93,25 @@ class RequestLog:
 class BodyLimit:
     """Refuses bodies that are too large, before they are read into memory."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, max_text_bytes: int) -> None:
         self.app = app
         self.max_bytes = max_bytes
+        self.max_text_bytes = max_text_bytes  # of one that is uploaded, which goes to the disk
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        is_text = (scope["method"], scope["path"]) == ("POST", UPLOADS)
+        most = self.max_text_bytes if is_text else self.max_bytes
         headers = Headers(scope=scope)
         declared = headers.get("content-length", "")
         if declared and "transfer-encoding" in headers:  # a proxy may go by the other one
             await _two_lengths()(scope, receive, send)
             return
-        if declared.isdecimal() and (len(declared) > 15 or int(declared) > self.max_bytes):
-            await self._refusal()(scope, receive, send)
+        if declared.isdecimal() and (len(declared) > 15 or int(declared) > most):
+            refusal = problem(413, "body_too_large", _too_large(most))
+            await refusal(scope, receive, send)
             return
         taken = 0
 
@@ -114,17 +119,15 @@ class BodyLimit:
             nonlocal taken
             message = await receive()
             taken += len(message.get("body", b""))
-            if taken > self.max_bytes:
-                raise HTTPException(413, self._detail())
+            if taken > most:
+                raise HTTPException(413, _too_large(most))
             return message
 
         await self.app(scope, counted, send)
 
-    def _detail(self) -> str:
-        return f"The body is larger than {self.max_bytes} bytes, which is the most that is read."
 
-    def _refusal(self) -> ASGIApp:
-        return problem(413, "body_too_large", self._detail())
+def _too_large(most: int) -> str:
+    return f"The body is larger than {most} bytes, which is the most that is read."
 
 
 def _two_lengths() -> ASGIApp:

@@ -5,6 +5,7 @@ State that all operations of the API share: the stores, the settings, and what b
 import asyncio
 import threading
 import time
+from collections import Counter as Counts
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from starlette.types import Scope
 from pho_service.api.answers import NO_WORKER
 from pho_service.errors import InvalidInput, ModelError, OutputError
 from pho_service.host.access import Access
-from pho_service.host.artifacts import PrunedStore
+from pho_service.host.artifacts import PrunedStore, TextFiles
 from pho_service.host.machine import install_command
 from pho_service.host.settings import Settings
 from pho_service.host.webhooks import WebhookRules
@@ -44,6 +45,7 @@ from storage.jobs import JobStore
 from storage.keys import Key, KeyStore, SessionStore
 from storage.records import JobRecord, StageKind, StageState, WorkerRecord
 from storage.studies import DatabaseGone
+from storage.texts import TextStore
 
 USUAL_RATE = 5000  # tokens/s that a recovery is planned for where nothing is known of its model
 # Requests that take seconds of a core: a few at a time, so that the others are answered meanwhile.
@@ -160,6 +162,8 @@ class Service:
         self.settings = settings
         self.keys_needed = keys_needed
         self.jobs = JobStore(database)
+        self.texts = TextStore(database)
+        self.uploading: Counts[UUID | None] = Counts()  # Uploads that come in, by key
         self.configurations = ConfigurationStore(database)
         self.keys = KeyStore(database)
         self.sessions = SessionStore(database)
@@ -177,6 +181,12 @@ class Service:
         self.heavy = Heavy()
         self.planning = Heavy()  # which waits for the hub, too
         self.looking = CapacityLimiter(1)  # at the disk of the artifact store
+
+    @property
+    def text_files(self) -> TextFiles:
+        """The files of uploaded texts."""
+        assert self.access.texts is not None  # as of any settings
+        return self.access.texts
 
     @cached_property
     def pruned(self) -> PrunedStore:

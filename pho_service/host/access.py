@@ -8,13 +8,15 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pho_service.errors import InvalidInput, PhoError
+from pho_service.errors import InvalidInput, OutputError, PhoError
+from pho_service.host.artifacts import ID_BEGINS, TEXT_ID, TEXTS, TextFiles
 from pho_service.host.data_sets import USUAL_TEXTS, check_cards
 from pho_service.host.model_files import (
     MOST_FILES,
@@ -42,6 +44,7 @@ class Access:
     hub_models: tuple[str, ...]  # Shell patterns
     hub_datasets: tuple[str, ...]  # Shell patterns
     task_roots: tuple[Path, ...] = ()  # Absolute folders
+    texts: TextFiles | None = None  # That were uploaded; None: this machine takes none
 
     @classmethod
     def of(cls, settings: Settings) -> "Access":
@@ -52,6 +55,7 @@ class Access:
             hub_models=settings.hub_models,
             hub_datasets=settings.hub_datasets,
             task_roots=tuple(r.expanduser().resolve() for r in settings.task_roots),
+            texts=TextFiles.of(settings),
         )
 
     def model(self, name: str) -> str:
@@ -81,12 +85,28 @@ class Access:
         return _placed(name, self.dataset(name))
 
     def text(self, path: str) -> str:
+        if path.startswith(ID_BEGINS):
+            return str(self._uploads(path).place(path))
         place = _local(path, self.text_roots, "text", "PHO_TEXT_ROOTS", _no_files)
         if place.is_dir():
             raise InvalidInput(
                 f"text {path!r} is a folder. Give a file, or the folder as a data set."
             )
         return str(place)
+
+    def fetched_text(self, path: str) -> str:
+        """The path of a text; one that was uploaded is copied to this machine if it is not here."""
+        if path.startswith(ID_BEGINS):
+            return str(self._uploads(path).fetch(path))
+        return self.text(path)
+
+    def _uploads(self, text_id: str) -> TextFiles:
+        if not TEXT_ID.fullmatch(text_id) or self.texts is None:
+            raise InvalidInput(
+                f"text {text_id!r} is not the id of an uploaded text, which is {ID_BEGINS}, its "
+                "SHA-256 of 64 digits, and .txt, .jsonl or .parquet. POST /v1/texts gives it."
+            )
+        return self.texts
 
     def task_folder(self, path: str) -> str:
         if not self.task_roots:
@@ -118,6 +138,9 @@ class Access:
             return [self.without_places(value) for value in document]
         if not isinstance(document, str) or not document.startswith("/"):
             return document
+        text_id, folder = f"{ID_BEGINS}{Path(document).name}", Path(document).parent.name
+        if folder == TEXTS and TEXT_ID.fullmatch(text_id):
+            return text_id
         return _named_below(document, self.model_roots, self.text_roots)
 
     def hide_places(self, message: str, kept: Mapping[str, str]) -> str:
@@ -126,6 +149,9 @@ class Access:
         ``[cache]/...`` for what lies in a folder that ``kept`` calls "cache". A root itself is
         ``[folder]``.
         """
+        if self.texts is not None:
+            with suppress(OutputError):  # no store, and so no text in it
+                message = message.replace(f"{self.texts.folder}/", ID_BEGINS)
         roots = (*self.model_roots, *self.text_roots, *self.task_roots)
         places = {**kept, **{str(root): "" for root in roots if root != root.parent}}
         for place in sorted(places, key=len, reverse=True):

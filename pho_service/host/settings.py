@@ -52,11 +52,14 @@ class Settings(BaseSettings):
     max_configurations: int = Field(default=10_000, ge=1)
     # Jobs that have been over for longer are deleted; 0 keeps them.
     keep_jobs_days: Days = Field(default=0.0, ge=0)
-    # The files of pruned models that are older are deleted; 0 keeps them as long as their job.
+    # The files of pruned models that are older are deleted, and uploaded texts that no job has
+    # named for so long; 0 keeps the former as long as their job, the latter until they are deleted.
     keep_pruned_days: Days = Field(default=0.0, ge=0)
     # The same for entries of the library, by their age.
     keep_configurations_days: Days = Field(default=0.0, ge=0)
     max_body_bytes: int = Field(default=64 * 1024, ge=1024)  # Largest size of a request
+    max_upload_bytes: int = Field(default=64 * 2**20, ge=1024)  # Largest text that is uploaded
+    max_uploaded_bytes: int = Field(default=2**30, ge=1024)  # Of all texts of one key
     # Limit for one job, on all its islands or all its models.
     max_trials: int = Field(default=100_000, ge=1)
     max_tokens: int = Field(default=10**9, ge=1)  # That one job may ask to run models over

@@ -2,9 +2,9 @@
 The parts of the documents that jobs are submitted as, each checked field by field.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -209,6 +209,20 @@ class ReportSpec(TextSpec):
 
 
 TEXT_FILES = (".txt", ".jsonl", ".parquet")
+
+
+def named_texts(document: Any, above: str = "") -> Iterator[tuple[str, str]]:
+    """The text files that a document of any kind names, each with the pointer to its place."""
+    if isinstance(document, Mapping):
+        for name, value in document.items():
+            pointer = f"{above}/{name}"
+            if isinstance(value, str):
+                yield from [(pointer, value)] if name == "text" else []
+            elif name == "more_texts" and isinstance(value, list):
+                texts = ((f"{pointer}/{number}", text) for number, text in enumerate(value))
+                yield from (place for place in texts if isinstance(place[1], str))
+            else:
+                yield from named_texts(value, pointer)
 
 
 class CalibrationSpec(TextSpec, CalibrationSettings):  # pydantic reads a dataclass's fields

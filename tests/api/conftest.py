@@ -125,7 +125,13 @@ def operations():
     database = Database("postgresql://localhost/pho")  # which is never asked
     documented = create_app(database, read_settings()).openapi()["paths"]
     database.close()
-    names = {"job_id": "{}", "configuration_id": NOBODY, "worker_id": NOBODY, "name": "x"}
+    names = {
+        "text_id": "x",
+        "job_id": "{}",
+        "configuration_id": NOBODY,
+        "worker_id": NOBODY,
+        "name": "x",
+    }
     found = [
         (method.upper(), path.format(**names))
         for path, operation in documented.items()

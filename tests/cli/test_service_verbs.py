@@ -29,7 +29,8 @@ from storage.records import NewStage, StageKind
 @pytest.fixture(scope="module")
 def service(url_of_file, tmp_path_factory):
     roots = (tmp_path_factory.mktemp("roots"),)
-    limits = {"max_requests_per_minute": 0, "workers": 0, "model_roots": roots, "text_roots": roots}
+    limits = {"max_requests_per_minute": 0, "workers": 0, "max_upload_bytes": 4096}
+    limits |= {"model_roots": roots, "text_roots": roots, "artifacts": str(roots[0] / "store")}
     running = Service(url_of_file, read_settings(**limits))
     yield running
     running.stop()
@@ -291,6 +292,56 @@ def test_watching_ends_with_the_job_a_failure_is_exit_code_1(remote, client, sto
     assert json.loads(of_failed.stdout)["error"]["message"] == "NaN in 4.q"
     assert f"job {failed.id} failed: NaN in 4.q" in of_failed.stderr
     assert f"job {cancelled.id} cancelled" in of_cancelled.stderr
+
+
+def test_a_text_that_the_service_does_not_see_is_uploaded_once_and_named_by_its_content(
+    remote, client
+):
+    Path("own.jsonl").write_text('{"text": "a few words"}\n')
+    Path("other.txt").write_text("other words")
+    words = ("submit", "org/name", "--pattern", "0.5", "--text", "own.jsonl", "--text", "other.txt")
+    results = [remote(*words), remote(*words, "--confirm-text", "other.txt")]
+    uploaded = {text.name: text.id for text in client.texts()}
+    last, first = client.jobs()
+
+    assert [result.exit_code for result in results] == [0, 0], results[0].stderr
+    assert sorted(uploaded) == ["other.txt", "own.jsonl"]
+    for job in (first, last):
+        assert job.spec["calibration"]["text"] == uploaded["own.jsonl"]
+        assert job.spec["calibration"]["more_texts"] == [uploaded["other.txt"]]
+    assert last.spec["confirm"]["text"] == uploaded["other.txt"]
+    for job in (first, last):
+        client.cancel(job.id)
+    client.delete_text(uploaded["other.txt"])
+    assert [text.name for text in client.texts()] == ["own.jsonl"]
+
+
+def test_a_text_that_the_service_sees_is_not_uploaded_unless_it_is_on_another_machine(
+    remote, client, service, monkeypatch
+):
+    seen = service._settings.text_roots[0] / "seen.txt"
+    seen.write_text("words")
+    words = ("submit", "org/name", "--pattern", "0.5", "--text", seen)
+    remote(*words)
+    before = [*client.texts()]
+    monkeypatch.setattr("pho_service.client._THIS_MACHINE", ())
+    remote(*words)
+    away, here = client.jobs()
+
+    assert before == []
+    assert here.spec["calibration"]["text"] == str(seen)
+    assert away.spec["calibration"]["text"] == next(client.texts()).id
+
+
+def test_a_text_that_is_too_large_or_refused_is_said_and_no_job_is_made(remote, client):
+    Path("bad.txt").write_bytes(b"caf\xc3")
+    Path("large.txt").write_bytes(b"x" * 5000)
+    words = ("submit", "org/name", "--pattern", "0.5", "--text")
+    refused, large = remote(*words, "bad.txt"), remote(*words, "large.txt")
+
+    assert (refused.exit_code, "it is not UTF-8 text" in refused.stderr) == (1, True)
+    assert (large.exit_code, "large.txt has 5000 bytes, and the" in large.stderr) == (2, True)
+    assert [*client.jobs()] == [*client.texts()] == []
 
 
 def test_without_a_worker_submit_show_and_watch_say_so(remote, client):

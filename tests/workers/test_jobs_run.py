@@ -1,5 +1,6 @@
 """What a service makes of a job: the same as `pho search`, whoever does the work."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,11 @@ import torch
 from click.testing import CliRunner
 from transformers import LlamaForCausalLM
 
+from pho_service.host.artifacts import TextFiles, sha256_of
 from pho_service.models.bundle_file import write_bundle
 from pho_service.models.calibration import bundle_path
-from pho_service.spec.job import island_seed
+from pho_service.spec.fields import named_texts
+from pho_service.spec.job import JobSpec, island_seed
 from storage.records import JobState, StageKind
 from workers.__main__ import main
 
@@ -200,6 +203,24 @@ def test_jobs_with_the_same_calibration_share_one_bundle_and_one_that_was_lost_i
     assert first.best["calibration"] == second.best["calibration"]
     assert bundles(desk).keys() == made.keys()
     assert desk.trials(longer) == [undisturbed(spec_of(confirm=None)).trials]
+
+
+def test_a_job_on_uploaded_texts_finds_what_one_on_the_same_files_finds(desk, spec_of, tmp_path):
+    files = TextFiles(str(tmp_path / "store"), tmp_path / "cache")
+    files.folder.mkdir(parents=True)
+    desk.inputs.access = replace(desk.inputs.access, texts=files)
+    plain = spec_of(trials=10)
+    written = plain.model_dump_json()
+    for _, name in [*named_texts(plain.model_dump())]:
+        path = Path(desk.inputs.access.text(name))
+        text_id = f"sha256:{sha256_of(path)}{path.suffix}"
+        shutil.copy(path, files.place(text_id))
+        written = written.replace(json.dumps(name), json.dumps(text_id))
+    uploaded, known = desk.done(JobSpec.model_validate_json(written)), desk.done(plain)
+
+    assert written.count("sha256:") >= 2
+    assert uploaded.best["coefficients"] == known.best["coefficients"]
+    assert uploaded.best["perplexities"] == known.best["perplexities"]
 
 
 def test_without_its_text_a_job_fails_at_once_says_why_and_can_be_resumed_when_it_is_there(

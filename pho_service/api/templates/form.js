@@ -38,8 +38,43 @@
     }
   }
 
+  // Uploads need this script: without it, a text is uploaded by `curl` or `pho submit`.
+  function offer() {
+    for (const each of document.querySelectorAll("[data-upload]")) each.hidden = false;
+  }
+
+  async function upload(input) {
+    const place = input.closest("[data-upload]");
+    const said = place.querySelector("[role=status]");
+    const [file] = input.files;
+    if (file === undefined) return;
+    said.textContent = `Uploading ${file.name}`;
+    const name = file.name.replace(/[^\p{L}\p{N}_ .()+,=@~-]/gu, "_").slice(-200);
+    try {
+      const answer = await fetch(`/v1/texts?name=${encodeURIComponent(name)}`, {
+        method: "POST",
+        body: file,
+        headers: { "Content-Type": "application/octet-stream" },
+      });
+      const text = await answer.json();
+      said.textContent = answer.ok ? `${file.name} is uploaded.` : text.detail;
+      if (!answer.ok) return;
+      const field = document.getElementById(place.dataset.upload);
+      const lines = field.tagName === "TEXTAREA" ? field.value.split("\n").filter(Boolean) : [];
+      field.value = [...lines, text.id].join("\n");
+      field.dispatchEvent(new Event("input", { bubbles: true }));
+    } catch {
+      said.textContent = "The service cannot be reached. Try again.";
+    }
+  }
+
+  offer();
+  document.addEventListener("change", (event) => {
+    if (event.target.type === "file") upload(event.target);
+  });
+
   document.addEventListener("input", (event) => {
-    if (event.target.form === null) return;
+    if (event.target.form === null || event.target.type === "file") return;
     clearTimeout(timer);
     timer = setTimeout(async () => {
       try {
@@ -71,6 +106,7 @@
         page.querySelector(".problem").removeAttribute("autofocus");
         document.getElementById("main").replaceChildren(...page.getElementById("main").childNodes);
         document.title = page.title;
+        offer();
         document.querySelector(".problem").focus();
       }
     } catch {
