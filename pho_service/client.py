@@ -210,6 +210,7 @@ class Client:
         *,
         models: Sequence[str] = (),
         patterns: Sequence[str] = (),
+        labels: Sequence[str] = (),
         name: str | None = None,
         sort: str | None = None,
     ) -> Iterator[Job]:
@@ -220,11 +221,12 @@ class Client:
             states: They are in one of these.
             models: They are for one of these.
             patterns: They have one of these; ``target`` has those that look for one.
+            labels: They have all of these: ``team=a``, or ``team`` with any value.
             name: It is in their name, or their id begins with it.
             sort: As ``GET /v1/jobs`` takes it, such as ``rise`` or ``-gain``; None is newest first.
         """
         params: dict[str, Any] = {"state": [*states], "model": [*models], "pattern": [*patterns]}
-        params |= {"name": name or None, "sort": sort or None}
+        params |= {"label": [*labels], "name": name or None, "sort": sort or None}
         for page in self._pages(JobPage, "/jobs", params):
             yield from page.jobs
 

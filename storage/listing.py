@@ -43,6 +43,7 @@ class JobFilter:
     models: Sequence[str] = ()  # They are for one of these models, among others or alone
     # They have one of these patterns, or :data:`TARGET` and look for one.
     patterns: Sequence[str] = ()
+    labels: Sequence[str] = ()  # They have all of these: NAME=VALUE, or NAME with any value
     name: str | None = None  # It is in their name, in capitals or not, or their id begins with it
     id_begins: str | None = None  # Their id begins so, in lower case and without hyphens
 
@@ -54,6 +55,8 @@ class JobFilter:
             conditions.append(jobs.c.models.overlap(_storable(self.models)))
         if self.patterns:
             conditions.append(jobs.c.patterns.overlap(_storable(self.patterns)))
+        if self.labels:
+            conditions.append(jobs.c.labels.contains(_storable(self.labels)))
         digits = func.replace(cast(jobs.c.id, Text), "-", "")
         if self.name:
             (name,) = _storable([self.name])
@@ -116,6 +119,11 @@ def columns_of(spec: Mapping[str, Any]) -> dict[str, list[str]]:
     return {
         "models": _storable([str(model) for model in models if model]),
         "patterns": _storable([str(pattern) for pattern in patterns if pattern]),
+        "labels": [
+            label
+            for name, value in (spec.get("labels") or {}).items()
+            for label in (name, f"{name}={value}")
+        ],
     }
 
 

@@ -121,7 +121,7 @@ jobs = Table(
     # What lists are filtered and sorted by: see storage/rows.py.
     Column("models", ARRAY(Text), nullable=False, server_default="{}"),
     Column("patterns", ARRAY(Text), nullable=False, server_default="{}"),
-    Column("labels", ARRAY(Text), nullable=False, server_default="{}"),  # NAME=VALUE each
+    Column("labels", ARRAY(Text), nullable=False, server_default="{}"),  # NAME and NAME=VALUE
     Column("perplexity", Float),
     Column("rise", Float),  # share above the dense model's perplexity
     Column("gain", Float),  # share below RIA's

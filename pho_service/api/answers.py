@@ -151,6 +151,7 @@ class Job(_Answer):
         description="Name of the job and of its study; more islands or patterns have it with a "
         "number, and the study of all patterns with `Pareto front`."
     )
+    labels: dict[str, str] = Field(default_factory=dict, description="Labels of its document.")
     state: JobState
     stage: StageKind | None = Field(description="Stage that runs, or that ran last.")
     priority: int

@@ -157,6 +157,7 @@ class ListView:
     states: tuple[JobState, ...] = ()  # Only jobs in these; none means all
     models: tuple[str, ...] = ()  # Only jobs for these; none means all
     patterns: tuple[str, ...] = ()  # Only jobs with these; none means all
+    labels: tuple[str, ...] = ()  # Only jobs with all of these; none means all
     name: str = ""  # Only jobs whose name contains this, or whose id begins with it
     sort: Sort = NEWEST  # The order
     token: str | None = None  # Token of the page
@@ -178,6 +179,7 @@ class ListView:
             states=tuple(JobState(state) for state in states),
             models=tuple(value for name, value in pairs if name == "model"),
             patterns=tuple(value for name, value in pairs if name == "pattern"),
+            labels=tuple(value for name, value in pairs if name == "label"),
             name=fields.get("name", "").strip(),
             sort=sort,
             token=fields.get("page_token"),
@@ -190,6 +192,7 @@ class ListView:
         fields: list[tuple[str, str | None]] = [("state", state.value) for state in self.states]
         fields += [("model", model) for model in self.models]
         fields += [("pattern", pattern) for pattern in self.patterns]
+        fields += [("label", label) for label in self.labels]
         fields += [
             ("name", self.name),
             ("sort", None if self.sort == NEWEST else self.sort),
@@ -219,13 +222,15 @@ class ListView:
             filters.append((f"model {' or '.join(self.models)}", self.but(models=())))
         if self.patterns:
             filters.append((f"pattern {' or '.join(self.patterns)}", self.but(patterns=())))
+        if self.labels:
+            filters.append((f"label {' and '.join(self.labels)}", self.but(labels=())))
         if self.name:
             filters.append((f"name or id {self.name}", self.but(name="")))
         return filters
 
     @property
     def unfiltered(self) -> "ListView":
-        return self.but(states=(), models=(), patterns=(), name="")
+        return self.but(states=(), models=(), patterns=(), labels=(), name="")
 
 
 @router.api_route("/", methods=["GET", "HEAD"])
@@ -320,8 +325,9 @@ def draw_list(
     details: Sequence[str] = (),
 ) -> Response:
     which = which_jobs(
-        caller, states=view.states, models=view.models, patterns=view.patterns, name=view.name
-    )
+        caller, states=view.states, models=view.models, patterns=view.patterns, labels=view.labels,
+        name=view.name,
+    )  # fmt: skip
     records, next_token = page_of(service, which, view.sort, PAGE_SIZE, view.token)
     facets = service.jobs.facets(which)
     reporting = workers(service, caller).workers

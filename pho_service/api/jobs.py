@@ -264,6 +264,7 @@ def which_jobs(
     states: Sequence[JobState] = (),
     models: Sequence[str] = (),
     patterns: Sequence[str] = (),
+    labels: Sequence[str] = (),
     name: str | None = None,
     id_begins: str | None = None,
 ) -> JobFilter:
@@ -273,6 +274,7 @@ def which_jobs(
         states=states,
         models=models,
         patterns=patterns,
+        labels=labels,
         name=(name or "").strip() or None,
         id_begins=None if id_begins is None else id_begins.replace("-", "").lower(),
     )
@@ -291,6 +293,10 @@ async def _filter(
             description="Only jobs that have one of these patterns, among others or alone; "
             "`target` has those that look for the highest sparsity."
         ),
+    ] = None,
+    label: Annotated[
+        list[str] | None,
+        Query(description="Only jobs that have all of these labels: NAME=VALUE, or just NAME."),
     ] = None,
     name: Annotated[
         str | None,
@@ -313,6 +319,7 @@ async def _filter(
         states=state or (),
         models=model or (),
         patterns=pattern or (),
+        labels=label or (),
         name=name,
         id_begins=id_begins,
     )

@@ -129,7 +129,8 @@ class FormField(JobField):
             return values * 2 if fixed else values
         lines = [line.strip() for line in typed.split("\n") if line.strip()]
         if self.kind == "pairs":
-            return dict(_pair(line) for line in lines)
+            pairs = dict(map(_pair, lines))
+            return {name: self.pair_value(item) for name, item in pairs.items()}
         return lines if self.kind == "lines" else typed
 
     def write(self, value: Any) -> str:
@@ -206,11 +207,11 @@ def _bound(word: str, value: float | None) -> str:
     return "" if value is None else f"{word} {value:,.10g}"
 
 
-def _pair(line: str) -> tuple[str, float | str]:
+def _pair(line: str) -> tuple[str, str]:
     name, sign, value = (part.strip() for part in line.rpartition("="))
     if not sign or not name or not value:
         raise ValueError(f"{line!r} is not NAME = VALUE. Write one pair a line.")
-    return name, number(value)
+    return name, value
 
 
 Errors = dict[str, list[str]]

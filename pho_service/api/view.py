@@ -56,6 +56,7 @@ class JobDocument:
     source: str | None  # The job whose configuration a transfer measures
     is_maximised: bool  # Whether high values of its objective are good
     is_cut: bool  # Whether neurons, heads and blocks are cut out
+    labels: Mapping[str, str]
     later: frozenset[StageKind]  # Kinds of stages that some field asks for
 
     @classmethod
@@ -81,6 +82,7 @@ class JobDocument:
             source=document["source"] if is_transfer else None,
             is_maximised=is_maximised(document.get("objective", {}).get("name")),
             is_cut=is_cut,
+            labels=document.get("labels") or {},
             later=frozenset(kind for field, kind in _LATER.items() if document.get(field)),
         )
 
@@ -110,7 +112,12 @@ class JobDocument:
         last = ("Preset", self.preset)
         if self.is_transfer:
             last = ("Transfer of", f"job {self.source}")
-        return [self.sparsity] if self.is_cut else [self.sparsity, *scope, last]
+        labels = [("Labels", listed_labels(self.labels))] if self.labels else []
+        return [self.sparsity, *([] if self.is_cut else [*scope, last]), *labels]
+
+
+def listed_labels(labels: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in labels.items())
 
 
 class JobView:
@@ -149,6 +156,7 @@ class JobView:
             id=job.id,
             kind="transfer" if self.document.is_transfer else "search",
             name=job.name,
+            labels=dict(self.document.labels),
             state=job.state,
             stage=job.stage,
             priority=job.priority,

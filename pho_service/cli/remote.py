@@ -177,6 +177,9 @@ def open_client(url: str | None) -> "Client":
     multiple=True,
     help="Only jobs with this pattern; target: those that look for one.",
 )
+@click.option(
+    "--label", "labels", multiple=True, help="Only jobs with this label: NAME=VALUE, or just NAME."
+)
 @click.option("--name", help="Only jobs with this in their name, or at the beginning of their id.")
 @click.option(
     "--sort",
@@ -189,6 +192,7 @@ def jobs(
     states: tuple[Any, ...],
     models: tuple[str, ...],
     patterns: tuple[str, ...],
+    labels: tuple[str, ...],
     name: str | None,
     sort: str | None,
     limit: int,
@@ -199,7 +203,8 @@ def jobs(
     List jobs, newest first; all filters that are given hold at once.
 
     --state, --model and --pattern may be given several times: any of theirs will
-    do. On a terminal ids are shortened, in a pipe they are whole.
+    do; of several --label all must hold. On a terminal ids are shortened, in a
+    pipe they are whole.
 
     \b
     Example:
@@ -210,7 +215,9 @@ def jobs(
 
     at_least(0, limit=limit)
     with open_client(url) as client:
-        listed = client.jobs(states, models=models, patterns=patterns, name=name, sort=sort)
+        listed = client.jobs(
+            states, models=models, patterns=patterns, labels=labels, name=name, sort=sort
+        )
         job_list = list(islice(listed, limit))
     if as_json:
         print_json([job.model_dump(mode="json") for job in job_list])
@@ -224,13 +231,16 @@ def jobs(
             done(job),
             *good(job),
             "" if job.points else number(job.progress.best_value),  # those of points do not compare
+            ", ".join(f"{label}={value}" for label, value in job.labels.items()),
         ]
         for job in job_list
     ]
     columns = [
         "id", "name", "state", "trials", "dense", "perplexity", "against dense", "Wanda", "RIA",
-        "objective",
+        "objective", "labels",
     ]  # fmt: skip
+    if not any(job.labels for job in job_list):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
     print_table("Jobs", columns, rows, spare=("objective", "RIA", "Wanda", "dense"))
 
 
@@ -261,6 +271,7 @@ def show(job_id: str, url: str | None, as_json: bool) -> None:
     lines = [
         f"job          {job.id}",
         f"name         {job.name}",
+        *(f"label        {name}={value}" for name, value in job.labels.items()),
         f"state        {job.state}, stage {job.stage or 'none yet'}{left}",
         *([at] if at else []),
         f"best so far  {number(progress.best_value) or 'none yet'}",
@@ -641,7 +652,7 @@ def _transfer_fields() -> Mapping[str, Field]:
     cls=DocumentCommand,
     source=_transfer_fields,
     fields=(
-        "report", "search", "calibration/text", "dtype", "stream", "name", "priority",
+        "report", "search", "calibration/text", "dtype", "stream", "name", "labels", "priority",
         "max_attempts", "notify",
     ),
     ask=_TransferJobAsk,

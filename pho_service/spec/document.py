@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from pho_service.errors import InvalidInput
+from pho_service.errors import InvalidInput, shown
 
 D = TypeVar("D")
 P = TypeVar("P", bound="Partial")
@@ -148,6 +148,35 @@ Whole = Annotated[int, Strict()]
 Flag = Annotated[bool, Strict()]
 Name = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(printable)]
 Title = Annotated[str, Field(min_length=1, max_length=100), AfterValidator(printable)]
+
+
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?"  # as of Kubernetes
+MOST_LABELS = 16
+
+
+def are_labels(labels: dict[str, str]) -> dict[str, str]:
+    """Names and values are short words."""
+    for word in (word for pair in labels.items() for word in pair):
+        if not re.fullmatch(_LABEL, word):
+            raise ValueError(
+                f"{shown(word)!r} is not a label's name or value: 1 to 63 letters and digits, with "
+                "any of . _ - / between"
+            )
+    return labels
+
+
+_Word = Annotated[str, Field(max_length=63, json_schema_extra={"pattern": f"^{_LABEL}$"})]
+Labels = Annotated[
+    dict[str, _Word],
+    Field(
+        max_length=MOST_LABELS,
+        exclude_if=lambda labels: not labels,
+        description='Names and values of your own, to find jobs by: {"team": "a"}.',
+        json_schema_extra={"propertyNames": {"pattern": f"^{_LABEL}$"}},
+    ),
+    AfterValidator(are_labels),
+    FieldShown(section=JOB, option="--label", service=True),
+]
 
 
 class Document(BaseModel):

@@ -39,6 +39,7 @@ from pho_service.spec.document import (
     TEXT,
     Document,
     FieldShown,
+    Labels,
     Name,
     Number,
     Title,
@@ -325,6 +326,7 @@ class JobSpec(Document):
     name: Annotated[Title | None, FieldShown(section=JOB, service=True)] = Field(
         None, description="Name of the job's study; the model and the pattern by default."
     )
+    labels: Labels = Field({})
     revision: Annotated[Name | None, FieldShown(section=MODEL)] = Field(
         None, description="Branch, tag or commit of a hub model."
     )

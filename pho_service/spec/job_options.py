@@ -103,6 +103,11 @@ class JobField:
         whole = self.schema["items"]["type"] == "integer"
         return [number(text, whole=whole) for text in texts]
 
+    def pair_value(self, typed: str) -> int | float | str:
+        """The value that is typed for a name: a number, unless its values are texts."""
+        texts = self.schema["additionalProperties"].get("type") == "string"
+        return typed if texts else number(typed)
+
 
 def number(typed: str, *, whole: bool = False) -> int | float | str:
     """The number that is typed, or the text if it is none."""
@@ -352,7 +357,7 @@ class Field(JobField):
                 pairs = [word.rpartition("=") for word in said]
                 if not all(key for key, _, _ in pairs):
                     raise InvalidInput(f"{name} {' '.join(said)}: write NAME=VALUE.")
-                return {key: number(value) for key, _, value in pairs}
+                return {key: self.pair_value(value) for key, _, value in pairs}
         return list(said) if isinstance(said, tuple) else said
 
     def words(self, value: Any) -> list[str]:

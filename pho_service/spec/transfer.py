@@ -16,6 +16,7 @@ from pho_service.spec.document import (
     TEXT,
     Document,
     FieldShown,
+    Labels,
     Name,
     Title,
 )
@@ -63,6 +64,7 @@ class TransferRequest(Document):
     name: Annotated[Title | None, FieldShown(section=JOB)] = Field(
         None, description="Name of the job; the configuration's model and pattern by default."
     )
+    labels: Labels = Field({})
     dtype: Annotated[Dtype, FieldShown(section=MODEL)] = Field(
         "auto", description="Data type that the weights are loaded in."
     )

@@ -506,3 +506,31 @@ def test_a_share_may_be_a_number_as_in_python(client, submit, refusal):
     for odd in (True, 1, 0, -0.5, {}):
         answer = client.post("/v1/jobs", json={**DOCUMENT, "pattern": odd})
         assert refusal(answer, 422)["errors"][0]["pointer"] == "/pattern"
+
+
+def test_labels_are_shown_and_jobs_are_found_by_them(client, submit):
+    job = submit(labels={"team": "a", "run": "2026-12"})
+    submit(labels={"team": "b"})
+    page, listing = (
+        client.get(f"/jobs/{job['id']}").text,
+        client.get("/", params={"label": "team=a"}),
+    )
+
+    assert job["labels"] == job["spec"]["labels"] == {"team": "a", "run": "2026-12"}
+    assert ids(client.get("/v1/jobs", params={"label": ["team=a", "run"]})) == [job["id"]]
+    assert "team=a, run=2026-12" in page
+    assert job["name"] in listing.text
+    assert "team=b" not in listing.text
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"team": "<b>"}, {"a b": "x"}, {"": "x"}, {"team": ""}, {"team": "x" * 64}, {"-a": "x"},
+        {"team": 1}, {"a\nb": "x"}, {f"l{i}": "x" for i in range(17)}, ["team"],
+    ],
+)  # fmt: skip
+def test_labels_that_are_no_short_words_are_refused(client, refusal, labels):
+    answer = client.post("/v1/jobs", json={**DOCUMENT, "labels": labels})
+
+    assert refusal(answer, 422)["errors"][0]["pointer"].startswith("/labels")

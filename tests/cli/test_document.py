@@ -66,7 +66,7 @@ def leaves(document, above=""):
     found = set()
     for name, value in document.items():
         path = f"{above}{name}"
-        whole = path in ("search_space", "steps/allocation/offsets")
+        whole = path in ("search_space", "steps/allocation/offsets", "labels")
         deeper = isinstance(value, dict) and value and not whole
         found |= leaves(value, f"{path}/") if deeper else {path}
     return found
@@ -78,7 +78,7 @@ def test_each_field_of_a_jobs_document_has_an_option_but_for_the_models():
             "dataset": "org/texts", "dataset_config": "en", "more_texts": ["b.txt"],
             "shares": [3, 1],
         },
-        "validation": {},
+        "validation": {}, "labels": {"team": "a"},
         "prune": True, "gguf": ["q8_0"], "recovery": {"tokens": 80, "shortened": ["4:6"]},
         "tasks": ["boolq"], "tasks_dir": "tasks",
         "tasks_limit": 100,

@@ -344,6 +344,16 @@ def test_a_text_that_is_too_large_or_refused_is_said_and_no_job_is_made(remote, 
     assert [*client.jobs()] == [*client.texts()] == []
 
 
+def test_a_label_is_given_listed_and_searched_for(remote, client):
+    words = ("submit", "org/name", "--pattern", "0.5", "--label")
+    remote(*words, "team=1"), remote(*words, "team=b")
+    listed = remote("jobs", "--label", "team=1")
+
+    assert {job.labels["team"] for job in client.jobs(labels=["team"])} == {"1", "b"}
+    assert listed.stdout.count("team=") == 1
+    assert "team=1" in listed.stdout
+
+
 def test_without_a_worker_submit_show_and_watch_say_so(remote, client):
     submitted = remote("submit", "org/name", "--pattern", "0.5")
     (job,) = client.jobs()

@@ -109,14 +109,27 @@ def test_searches_transfers_several_patterns_and_targets_are_found_by_all_that_t
     }
 
     assert columns_of({"model": "m", "pattern": "0.5", "patterns": None, "target": None}) == {
-        "models": ["m"], "patterns": ["0.5"],
+        "models": ["m"], "patterns": ["0.5"], "labels": [],
     }  # fmt: skip
     assert columns_of({"model": "m", "more_models": ["n"], "patterns": ["0.5", "2:4"]}) == {
-        "models": ["m", "n"], "patterns": ["0.5", "2:4"],
+        "models": ["m", "n"], "patterns": ["0.5", "2:4"], "labels": [],
     }  # fmt: skip
     assert columns_of({"model": "m", "target": {"perplexity_rise": 0.1}})["patterns"] == ["target"]
-    assert columns_of(transfer) == {"models": ["m", "n"], "patterns": ["2:4"]}
+    assert columns_of(transfer) == {"models": ["m", "n"], "patterns": ["2:4"], "labels": []}
     assert best_columns(best) == {"perplexity": 25.0, "rise": 0.25, "gain": 0.375}
     assert best_columns({"confirmation": None}) == best_columns(None)
     assert best_columns({"confirmation": {"perplexity": 3.0}})["perplexity"] == 3.0
     assert {*best_columns(None).values()} == {None}
+
+
+def test_jobs_are_listed_by_all_labels_or_by_the_name_of_one(store, submit):
+    first = submit(labels={"team": "a", "run": "1"})
+    second = submit(labels={"team": "b"})
+    submit()
+
+    def listed(*labels):
+        return [job.id for job in store.page(JobFilter(labels=labels))]
+
+    assert listed("team") == [second.id, first.id]
+    assert listed("team=a") == listed("team=a", "run") == [first.id]
+    assert listed("team=a", "run=2") == listed("tea") == listed("a\0b") == []
