@@ -7,6 +7,7 @@ The names here are the Python API; each is loaded when it is first used, so that
 
 import os
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import wraps
 from importlib import import_module
 from inspect import isfunction
@@ -95,7 +96,8 @@ def _in_python(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        near = "".join(f" Did you mean {near}?" for near in get_close_matches(name, _HOME, 1))
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{near}", name=name)
     value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     value = _in_python(value) if isfunction(value) else value
     globals()[name] = value

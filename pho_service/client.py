@@ -472,7 +472,7 @@ class Client:
                 bars.update(
                     search,
                     completed=done.done,
-                    description=f"{job.state}, {at}",
+                    description=job.state if job.state.is_over else f"{job.state}, {at}",
                 )
                 for part in map(done.of, ("point", "perplexity")):
                     if part.total:

@@ -442,6 +442,8 @@ class Filled:
     spec: JobSpec | None  # The job; None if the document is not one
     # Defaults that follow from the model, by field.
     fitted: dict[str, str] = field(default_factory=dict)
+    # The job, or one with its places as far as these can be read; None without a model.
+    named: JobSpec | None = None
     doubts: Sequence[str] = ()  # What it names that may not be there
 
     @classmethod
@@ -457,7 +459,8 @@ class Filled:
             except FieldError as error:
                 if spec is not None or any(within(error.pointer[1:], place) for place in _PLACES):
                     typed.add_at(error.pointer, str(error))
-        return cls(typed=typed, spec=spec, fitted=fitted)
+        named = checked if typed.document.get("model") else None
+        return cls(typed=typed, spec=spec, fitted=fitted, named=named)
 
     @property
     def is_right(self) -> bool:
@@ -530,12 +533,15 @@ def _checked(
     request: Request, fields: Mapping[str, str], service: Service, caller: Caller
 ) -> Response:
     filled = Filled.of(fields, service, caller)
-    if filled.spec is not None:
-        filled.doubts = [*jobs.doubts(filled.spec, service.access)]
+    if filled.named is not None:
+        filled.doubts = [*jobs.doubts(filled.named, service.access)]
     quiet = "quiet" in fields
     wrong = not filled.is_right and not quiet
     status = 422 if wrong else 200
-    return _page(request, service, caller, filled, status=status, quiet=quiet, may_ask_hub=True)
+    return _page(
+        request, service, caller, filled, status=status, quiet=quiet, may_ask_hub=True,
+        heading="The job cannot be submitted yet",
+    )  # fmt: skip
 
 
 def _page(
@@ -548,6 +554,7 @@ def _page(
     token: str | None = None,
     quiet: bool = False,
     may_ask_hub: bool = False,
+    heading: str = "The job was not submitted",
 ) -> Response:
     listing = list_roots(service.access.model_roots, service.access.text_roots)
     return draw(
@@ -563,6 +570,7 @@ def _page(
         typed=filled.typed.fields,
         fitted=filled.fitted,
         errors={} if quiet else filled.typed.in_order,
+        heading=heading,
         doubts=filled.doubts,
         token=token or _token(filled.typed.fields),
         picks={"models": listing.models, "texts": listing.texts, "patterns": PATTERNS},

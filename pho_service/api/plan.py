@@ -4,7 +4,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from fastapi import APIRouter, Query
 
@@ -46,8 +46,10 @@ def _checked(spec: JobSpec, service: Service, caller: Caller, machine: Machine) 
 
 
 def likely_card(workers: Sequence[Worker]) -> Card:
-    """``cpu`` if all workers that report have no card."""
-    return "cpu" if {worker.device for worker in workers} == {"cpu"} else "H100"
+    """The card of a worker that is connected; ``cpu`` if none has one."""
+    device = next((worker.device for worker in workers if worker.device != "cpu"), "cpu")
+    cards: tuple[Card, ...] = get_args(Card)
+    return next((card for card in cards if card in device), "A100")  # as a worker takes it
 
 
 def at_hand(spec: JobSpec, service: Service) -> str | None:

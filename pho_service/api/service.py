@@ -235,9 +235,13 @@ class Service:
         path = place or self.access.model(spec.model)
         try:
             shapes = read_shapes(spec.model, revision=spec.revision, path=path)
-            return plan_job(spec, shapes, machine)
+            plan = plan_job(spec, shapes, machine)
         except (InvalidInput, ModelError) as error:
             raise FieldError("/model", str(error)) from error
+        if spec.prune:
+            return plan
+        searched = tuple(stage for stage in plan.stages if stage.kind is not StageKind.PRUNE)
+        return replace(plan, stages=searched)
 
     def check_size(self, spec: JobSpec) -> int:
         """See that a job keeps to the limits, and that its recovery has room; count its tokens."""

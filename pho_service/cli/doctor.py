@@ -92,7 +92,7 @@ def _database(settings: Settings) -> Iterator[Checked]:
     if find_spec("psycopg") is None:
         return
     from storage.database import Database
-    from storage.embedded import programs, running_url
+    from storage.embedded import running_url
 
     secret = settings.database_url
     url = secret.get_secret_value() if secret else running_url(settings.data_dir.expanduser())
@@ -100,7 +100,7 @@ def _database(settings: Settings) -> Iterator[Checked]:
         yield (
             "database",
             "ok",
-            f"embedded PostgreSQL {', '.join(map(str, programs()))}, not running",
+            "the embedded PostgreSQL is not running; `pho serve` starts it",
         )
         return
     database = Database(url, pool=1)

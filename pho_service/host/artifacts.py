@@ -95,7 +95,7 @@ class PrunedStore:
             for place, about in files.items():
                 first = place.removeprefix(self._root).strip("/").partition("/")[0]
                 sizes[first if first in sizes else "other"] += about["size"] or 0
-            if self._is_local:
+            if self._is_local and Path(self._root).is_dir():  # which the first artifact makes
                 sizes["free"] = shutil.disk_usage(self._root).free
         except OSError as error:
             raise OutputError(

@@ -43,6 +43,12 @@ Choice = SearchResult | Configuration | dict[str, Any] | str | Path
 _PRUNED = 0.01  # share of the sampled weights that are zero in the model and not in its bundle
 
 
+def article(value: object) -> str:
+    """What a value is, with its article: ``an int``."""
+    name = type(value).__name__
+    return f"{'an' if name[:1] in 'aeiouAEIOU' else 'a'} {name}"
+
+
 def opened(model: Model, tokenizer: Any = None) -> LanguageModel:
     """Take a model in memory as it is, or load one by its name, with its own tokenizer."""
     if isinstance(model, PreTrainedModel):
@@ -54,7 +60,7 @@ def opened(model: Model, tokenizer: Any = None) -> LanguageModel:
         return replace(model, tokenizer=its_tokenizer, linears=current_model.linears)
     if not isinstance(model, (str, Path)):
         raise InvalidInput(
-            f"model is a {type(model).__name__}, not a model of transformers. Give a "
+            f"model is {article(model)}, not a model of transformers. Give a "
             "PreTrainedModel (of a compiled or wrapped one the model inside), or its name."
         )
     loaded = load_model(str(model))
@@ -73,7 +79,7 @@ def opened_bundle(bundle: ProxyBundle | str | Path) -> ProxyBundle:
         return read_bundle(Path(bundle).expanduser())
     if not isinstance(bundle, ProxyBundle):
         raise InvalidInput(
-            f"bundle is a {type(bundle).__name__}, not a bundle. Give what pho.calibrate returns, "
+            f"bundle is {article(bundle)}, not a bundle. Give what pho.calibrate returns, "
             "or the path of a file of `pho calibrate`."
         )
     return bundle
@@ -185,7 +191,7 @@ def text_of(texts: "Texts") -> Text:
     if isinstance(texts, Sequence) and all(isinstance(text, str) for text in texts):
         return GivenText(documents=texts)
     raise InvalidInput(
-        f"texts is a {type(texts).__name__}, which is not a text. Give the path of a .txt, .jsonl "
+        f"texts is {article(texts)}, which is not a text. Give the path of a .txt, .jsonl "
         "or .parquet file, a list of strings, a data set of `datasets` (one split of it), or a "
         "tensor of token windows."
     )

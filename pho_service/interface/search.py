@@ -552,7 +552,7 @@ class FoundArguments(SearchArguments):
     validate: int | None = None
     warm_start: Sequence[Choice] = ()
     study: optuna.Study | str | None = None
-    callbacks: Sequence[Callback] = ()
+    callbacks: Sequence[Callback] | Callback = ()
     minutes: float | None = None
 
     @property
@@ -625,7 +625,7 @@ def search(ask: FoundArguments) -> Found:
             work,
             study=search_study,
             run=run,
-            callbacks=ask.callbacks,
+            callbacks=[ask.callbacks] if callable(ask.callbacks) else ask.callbacks,
         )
         _note_ratings(search_study, result.configuration)
     parts = {part.name: getattr(result, part.name) for part in fields(SearchResult)}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 import optuna
 from torch import Tensor
 
-from pho_service.errors import InvalidInput, NumericalError, field_name
+from pho_service.errors import InvalidInput, NumericalError, field_name, shown
 from pho_service.pipeline.work import Work, only_one
 from pho_service.pruning.proxy import ProxyEvaluator, ProxyRating
 from pho_service.spec.baselines import reference_methods
@@ -107,6 +107,14 @@ class OwnObjective(Objective):
     def of(cls, function: Callable[..., float]) -> Self:
         return cls(name=f"own/{getattr(function, '__name__', 'function')}", function=function)
 
+    def _number(self, value: Any) -> float:
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise InvalidInput(
+                f"the objective {self.name} gave {shown(value)} and not a number. Return one."
+            ) from None
+
     def rate(
         self, evaluator: ProxyEvaluator, model: "LanguageModel | None", calibration: Tensor | None
     ) -> Evaluate:
@@ -120,11 +128,11 @@ class OwnObjective(Objective):
         def value(candidate: Candidate) -> float:
             (rating,) = evaluator.evaluate([candidate], with_gini=True)
             if model is None or not with_model:
-                return float(self.function(candidate, rating))
+                return self._number(self.function(candidate, rating))
             from pho_service.pipeline.pipeline import pruned_model
 
             with pruned_model(model, evaluator.bundle.statistics(), candidate, calibration):
-                return float(self.function(candidate, rating, model.model))
+                return self._number(self.function(candidate, rating, model.model))
 
         def rate(candidates: Sequence[Candidate]) -> list[Outcome]:
             outcomes: list[Outcome] = []

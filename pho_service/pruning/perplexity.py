@@ -47,8 +47,8 @@ def cut_windows(
     count = len(tokens) // body
     if count == 0:
         raise TextError(
-            f"the text {name} has {len(tokens)} tokens, which do not fill one window of "
-            f"{context_length}. Give a longer text, or a smaller "
+            f"the text {name.removeprefix('a text ')} has {len(tokens)} tokens, which do not fill "
+            f"one window of {context_length}. Give a longer text, or a smaller "
             f"{field_name('calibration/context_length')}."
         )
     windows = tokens[: count * body].view(count, body)

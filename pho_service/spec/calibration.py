@@ -141,8 +141,11 @@ class CalibrationSettings:
         for name, least in (
             ("samples", 1), ("context_length", 8), ("rows_per_layer", 0), ("projection_rows", 0),
         ):  # fmt: skip
-            if getattr(self, name) < least:
-                raise InvalidInput(f"{name}={getattr(self, name)} is below {least}.")
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise InvalidInput(f"{name}={value!r} is not a whole number.")
+            if value < least:
+                raise InvalidInput(f"{name}={value} is below {least}.")
         check_seed(self.seed)
         if self.fisher_samples is not None and not 1 <= self.fisher_samples <= self.samples:
             raise InvalidInput(

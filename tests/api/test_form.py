@@ -4,6 +4,7 @@ import html
 import json
 import re
 import shlex
+import uuid
 from html.parser import HTMLParser
 
 import click
@@ -29,7 +30,8 @@ WHOLE = {
               "reconstruction": {"method": "block", "passes": 3, "learning_rate": 0.5, "seed": 9},
               "linears": {"targets": ["*.q_proj", "re:.*[kv]{1,2}_proj"], "ignore": ["a b"],
                           "sparsities": {"*.0.q_proj": 0.3, "re:.*=x": 0.5}}},
-    "name": "mine", "revision": "v1", "dtype": "bfloat16", "stream": True,
+    "name": "mine", "labels": {"team": "a", "run": "1"}, "revision": "v1",
+    "dtype": "bfloat16", "stream": True,
     "calibration": {"dataset": "org/texts", "data_file": "a/b.parquet", "split": "all",
                     "field": "body", "samples": 64, "context_length": 512, "fisher_samples": 8,
                     "rows_per_layer": 4, "projection_rows": 0, "kernel_sizes": [3, 7],
@@ -164,12 +166,12 @@ def test_choices_bounds_and_helps_are_those_of_the_document_five_fields_come_bef
     assert page.at["calibration/samples"]["inputmode"] == "numeric"
     assert page.opened == []
     assert {*page.values} == {"token"}
-    assert "<option selected>H100</option>" in text
+    assert "<option selected>cpu</option>" in text
     before, _, after = text.partition("<summary>More")
     assert [field.path for field in sections()[0].fields] == [
         "model", "pattern", "calibration/text", "preset", "minutes",
     ]  # fmt: skip
-    assert len(re.findall(r"<(input(?! type=.hidden)|select|textarea) ", before)) == 5
+    assert len(re.findall(r"<(input(?! type=.(?:hidden|file))|select|textarea) ", before)) == 5
     assert "fetched with <code>pho pull</code>" in after
     assert "`" not in words(before + after)
 
@@ -492,3 +494,47 @@ def test_the_key_comes_from_the_environment(client, keys):
 
     assert '"Authorization: Bearer $PHO_API_KEY"' in found["curl"]
     assert not [text for text in found.values() if secret in text or key.prefix in text]
+
+
+def test_the_plan_is_for_the_card_of_a_worker_that_is_connected(client, hand):
+    def card():
+        return re.findall(r"<option selected>(.*?)</option>", client.get("/new").text)[0]
+
+    before = card()
+    for device in ("cpu", "NVIDIA L40S", "NVIDIA GeForce RTX 4090"):
+        hand.store.enter_worker(uuid.uuid4(), name=device, device=device, kinds=[])
+
+    assert (before, card()) == ("cpu", "L40S")
+
+
+def test_the_plan_has_what_is_done_with_the_pruned_model_only_if_one_is_written(client, model):
+    plain, pruned = (
+        client.post("/new/check", data={"model": model, "pattern": "0.5", **more}).text
+        for more in ({}, {"prune": "on"})
+    )
+
+    for title in ("prune", "save"):
+        row = f'<th scope="row">{title}</th>'
+        assert (row in plain, row in pruned) == (False, True)
+
+
+def test_a_check_says_all_that_is_wrong_a_name_that_is_nearly_known_too(client, model):
+    answer = client.post("/new/check", data={"model": "smal", "pattern": "half"})
+    page = words(answer.text)
+
+    assert answer.status_code == 422
+    assert "The job cannot be submitted yet" in page
+    assert "was not submitted" not in page
+    assert "Pattern 'half' is neither" in page
+    assert "Did you mean small?" in page
+    assert "org/model" not in page
+    assert f"Found here: {model}" in page
+
+
+def test_a_text_is_uploaded_beside_each_field_that_takes_one(client):
+    page = client.get("/new").text
+    texts = [path for path, field in form_fields().items() if field.shown.picks == "texts"]
+
+    assert re.findall(r'data-upload="(.*?)" hidden', page) != []
+    assert {*re.findall(r'data-upload="(.*?)" hidden', page)} == {*texts}
+    assert "at most 64.0 MiB" in words(page)
