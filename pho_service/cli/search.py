@@ -158,11 +158,9 @@ def _opened(
         if name not in bundles:
             confirm, requests = spec.confirm if alone else None, [spec.request(0)]
             model, budget.model = budget.model if name == spec.model else name, name
-            why = "there is nothing to confirm on. Give --confirm-text, to report on another text."
             work = inputs.calibrated(
-                model, source, settings, confirm, report=spec.report,
-                why=why * (spec.report is not None), requests=requests,
-            )  # fmt: skip
+                model, source, settings, confirm, report=spec.report, requests=requests
+            )
             del model
             if alone:
                 budget.calibrated(asked, work)
