@@ -511,7 +511,8 @@ def take(
         idempotency_key=idempotency_key, settings=service.settings,
         tokens=service.check_size(whole),
     )  # fmt: skip
-    service.texts.touch({*uploads(spec).values()}, owner_id=caller.key_id)
+    if texts := {*uploads(spec).values()}:
+        service.texts.touch(texts, owner_id=caller.key_id)
     return job
 
 

@@ -250,7 +250,7 @@ def _model_files(folder: Path, name: str) -> Iterator[os.DirEntry[str]]:
         check_config(folder, "it")
         # Larger ones are left to the worker, whose loader looks at them in any case.
         if sum(file.stat().st_size for file in naming if file.is_file()) <= _NAMES_BYTES:
-            check_model_folder(folder)
+            check_model_folder(folder, _NAMES_BYTES)
     except PhoError as error:
         raise InvalidInput(f"model {name!r}: {error}") from error
 

@@ -11,9 +11,9 @@ from typing import Any
 from pho_service.errors import InvalidInput, ModelError, shown
 
 MAX_BYTES = 2**26  # of an index; that of a model with 100,000 tensors has 10 MB
-# Files of a folder that are looked at, beside its *.index.json: those that name others, and one
-# whose decoder makes texts of tokens.
-NAMING_FILES = ("config.json", "tokenizer_config.json", "tokenizer.json")
+# Files of a folder that name others, beside its *.index.json.
+NAMING_FILES = ("config.json", "tokenizer_config.json")
+TOKENIZER = "tokenizer.json"  # whose decoder makes texts of tokens
 _LONGEST = 1000  # characters that a decoder puts in the place of others
 # The most that a configuration may ask for of what makes a module each; Kimi K2 has 384 experts.
 _MOST = {
@@ -41,14 +41,20 @@ def check_config(folder: Path, name: str) -> None:
         )
 
 
-def check_model_folder(folder: Path) -> None:
-    """Check the names in ``*.index.json``, ``config.json`` and ``tokenizer_config.json``."""
+def check_model_folder(folder: Path, tokenizer_bytes: int = MAX_BYTES) -> None:
+    """
+    Check the names in ``*.index.json``, ``config.json`` and ``tokenizer_config.json``, and the
+    decoder in a ``tokenizer.json`` of so many bytes at most.
+    """
     # Nothing else in the folder is looked at, and no weights are read: this takes milliseconds, and
     # may be asked before a job is accepted.
     indices = sorted(folder.glob("*.index.json"))
     for file in (*indices, *(folder / name for name in NAMING_FILES)):
         if file.is_file():
             check_names(file)
+    tokenizer = folder / TOKENIZER
+    if tokenizer.is_file() and not tokenizer_bytes < tokenizer.stat().st_size <= MAX_BYTES:
+        check_names(tokenizer)
 
 
 def check_names(file: Path) -> None:
@@ -74,7 +80,7 @@ def _checked(content: bytes, file: str) -> list[str]:
     document = _parsed(content, file)
     if file.endswith(".index.json"):
         names = _of_index(document, file)
-    elif file == "tokenizer.json":
+    elif file == TOKENIZER:
         _check_decoder(document.get("decoder"))
         names = iter(())
     elif file == "tokenizer_config.json":

@@ -19,6 +19,7 @@ from pho_service.interface.inputs import (
 )
 from pho_service.interface.pruned import Pruned
 from pho_service.interface.search import arguments
+from pho_service.models.scratch import scratch_folder
 from pho_service.models.texts import RecoveryText
 from pho_service.pipeline.prune import PrunedFolder
 from pho_service.pipeline.recover import PrunedModel, recover_model
@@ -118,7 +119,7 @@ def recover(ask: RecoverArguments) -> RecoveredModel:
         if ask.confirm is None
         else measured_text(given.model, ask.confirm, how, ask.confirm_windows)
     )
-    with tempfile.TemporaryDirectory(prefix="pho-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="pho-", dir=scratch_folder(0)) as temporary:
         recovered = recover_model(
             given,
             lambda: nullcontext(opened(ask.teacher, given.model.tokenizer)),

@@ -46,6 +46,7 @@ from pho_service.host.access import did_you_mean, is_path
 from pho_service.host.machine import device_is_lost, hub_answers, ran_out_of_memory
 from pho_service.host.model_files import (
     NAMING_FILES,
+    TOKENIZER,
     check_config,
     check_counts,
     check_model_folder,
@@ -289,7 +290,7 @@ def find_checkpoint(name: str, revision: str | None) -> Checkpoint:
 
 def _check_hub_files(name: str, revision: Mapping[str, str]) -> None:
     """Check what a hub model's files name; what cannot be had is told when the model is read."""
-    for filename in (SAFE_WEIGHTS_INDEX_NAME, *NAMING_FILES):
+    for filename in (SAFE_WEIGHTS_INDEX_NAME, *NAMING_FILES, TOKENIZER):
         with suppress(OSError):
             file = cached_file(
                 name,

@@ -19,6 +19,7 @@ from pho_service.errors import BundleError, ConfigurationError, InvalidInput, fi
 from pho_service.host.machine import versions
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
+from pho_service.models.scratch import scratch_folder
 from pho_service.models.texts import RecoveryText, ReportText
 from pho_service.pipeline.objectives import mask_proxy
 from pho_service.pipeline.pipeline import pruned_model
@@ -90,7 +91,7 @@ class ThenRecovered:
         """Recover a model, in place."""
         from pho_service.pipeline.recover import PrunedModel, recover_model  # slow to import
 
-        with tempfile.TemporaryDirectory(prefix="pho-") as place:
+        with tempfile.TemporaryDirectory(prefix="pho-", dir=scratch_folder(0)) as place:
             recover_model(
                 PrunedModel.of(pruned), lambda: nullcontext(dense), self.text, self.settings,
                 Path(place), run=Run(progress=run.progress),

@@ -373,7 +373,7 @@ def test_a_result_stays_while_the_job_goes_on(client, submit, hand):
     assert shown["state"] == "succeeded"
     assert shown["best"] == {
         "method": "crepe", "objective": 0.0123456789012345678, "perplexity": 17.25,
-        "perplexities": None,
+        "perplexities": None, "report": None,
     }  # fmt: skip
     assert shown["warnings"] == ["the best lies on the border"]
     assert client.get(f"/v1/jobs/{job}/best").content == before

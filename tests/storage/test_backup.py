@@ -166,7 +166,7 @@ def test_a_dump_of_something_else_or_of_newer_tables_is_refused_before_anything_
     filled, empty_database, tmp_path
 ):
     for number, (made, message) in enumerate((
-        (NEWER.format("pho", "4711"), r"was written by a newer PHO.*4711.*up to 0012\. Install"),
+        (NEWER.format("pho", "4711"), r"was written by a newer PHO.*4711.*up to 0013\. Install"),
         (NEWER.format("pho", "0004"),
          r"has tables of version 0004.*before the first release, which no release upgrades"),
         (f"{NEWER.format('optuna', 'v9.0.0.a')}; {NEWER.format('pho', '0012')}",
