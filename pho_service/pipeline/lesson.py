@@ -48,7 +48,7 @@ class Lesson:
     text: dict[str, Any]
 
 
-def taught(
+def draw_lesson(
     pruned: LanguageModel,
     teacher: LanguageModel,
     trained: Recovering,
@@ -118,9 +118,9 @@ def _answers(
             if pace.asked_enough(begin):
                 break
             some = windows[begin : begin + at_once]
-            asked = dense_reference(teacher.model, some, top_k=TOP_K, advance=advance)
-            logs = asked.log_probabilities.view(torch.int32)
-            rows.add(torch.stack([asked.tokens, logs], dim=1))
+            answers = dense_reference(teacher.model, some, top_k=TOP_K, advance=advance)
+            logs = answers.log_probabilities.view(torch.int32)
+            rows.add(torch.stack([answers.tokens, logs], dim=1))
             others_wait = run.gives_way()
             if others_wait or time.monotonic() - kept_at > _KEEP_S:
                 kept_at = time.monotonic()

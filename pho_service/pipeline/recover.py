@@ -33,7 +33,7 @@ from pho_service.models.mask_file import MASKS, LayerMask, PackedMask, groups_of
 from pho_service.models.packed import as_folder
 from pho_service.models.saving import RECIPE, read_recipe, recipe_document
 from pho_service.models.texts import RecoveryText
-from pho_service.pipeline.lesson import ALL, LEAST_WINDOWS, Lesson, draw_windows, taught
+from pho_service.pipeline.lesson import ALL, LEAST_WINDOWS, Lesson, draw_lesson, draw_windows
 from pho_service.pipeline.minutes import machine_at_hand
 from pho_service.pipeline.pace import Pace
 from pho_service.pipeline.prune import PrunedFolder
@@ -223,13 +223,13 @@ def recover_model(
             there = replace(model, model=trained.model)  # type: ignore[arg-type]  # or a copy of it
             if text.measured is not None:
                 with pace.comes_again():
-                    measured["pruned"] = _measured("pruned", text, there, place, run.progress)
+                    measured["pruned"] = _perplexity("pruned", text, there, place, run.progress)
                 pace.keep()
                 run.look()
             with place.nothing_left():
-                lesson = taught(model, teacher, trained, text, settings, pace, run)
+                lesson = draw_lesson(model, teacher, trained, text, settings, pace, run)
                 if text.measured is not None:
-                    measured["dense"] = _measured("dense", text, teacher, place, run.progress)
+                    measured["dense"] = _perplexity("dense", text, teacher, place, run.progress)
                     run.look()
                 said["dense"] = written_by(teacher, windows)
                 teaching.close()
@@ -388,7 +388,7 @@ def check_trainable(
         )
 
 
-def _measured(
+def _perplexity(
     name: str, text: RecoveryText, model: LanguageModel, place: Workplace, progress: Progress
 ) -> Perplexity:
     """The perplexity of a model, which is measured once."""

@@ -701,11 +701,9 @@ def test_a_shortened_recovery_that_is_killed_keeps_its_end_and_the_time_that_is_
     assert clock.now <= 80
 
 
-def test_a_dense_model_that_takes_too_long_is_asked_about_fewer_windows(
-    pruned_folder, recover, busy, monkeypatch
-):
-    folder = pruned_folder("0.5")
-    timed, repeated = (PrunedModel.read(folder, device="cpu") for _ in range(2))
+@pytest.fixture
+def asked_slowly(busy, monkeypatch):
+    """The clock of a machine on which the dense model, and each step, take a second a window."""
     clock = busy(10**6)
 
     def slowly(model, windows, *, advance=None, **how):
@@ -717,13 +715,41 @@ def test_a_dense_model_that_takes_too_long_is_asked_about_fewer_windows(
         return dense_reference(model, windows, advance=asked, **how)
 
     monkeypatch.setattr("pho_service.pipeline.lesson.dense_reference", slowly)
+    return clock
+
+
+def test_waiting_takes_none_of_the_minutes_and_what_was_spent_before_does(
+    pruned_folder, recover, asked_slowly, tmp_path
+):
+    folder, settings = pruned_folder("0.5"), Recovery(minutes=1, rate=2e-3)
+    whole = recover(PrunedModel.read(folder, device="cpu"), settings)
+    Workplace(tmp_path / "workplace").remove()
+    before, others = asked_slowly.now, Others(every=10)
+    with pytest.raises(GaveWay):
+        recover(
+            PrunedModel.read(folder, device="cpu"), settings,
+            look=others.look, gives_way=others.gives_way,
+        )  # fmt: skip
+    asked_slowly.now += 1000
+    resumed = recover(PrunedModel.read(folder, device="cpu"), settings)
+
+    assert resumed.tokens == whole.tokens
+    assert resumed.shortened == whole.shortened
+    assert asked_slowly.now - before - 1000 <= 66
+
+
+def test_a_dense_model_that_takes_too_long_is_asked_about_fewer_windows(
+    pruned_folder, recover, asked_slowly
+):
+    folder = pruned_folder("0.5")
+    timed, repeated = (PrunedModel.read(folder, device="cpu") for _ in range(2))
     first = recover(timed, Recovery(minutes=1, rate=2e-3))
     second = recover(repeated, Recovery(tokens=first.planned, shortened=first.shortened, rate=2e-3))
 
     assert first.shortened[0].startswith("0:")
     assert first.windows == second.windows
     assert first.tokens < first.planned
-    assert clock.now < 2 * 66
+    assert asked_slowly.now < 2 * 66
     assert second.tokens == first.tokens
     assert same(weights(timed.model), weights(repeated.model))
 
