@@ -1,5 +1,6 @@
 """
-The references of the command line and of the HTTP API, made when the site is built.
+What is made when the site is built: the references of the command line and of the HTTP API, and the
+mark, which the pages of the service have, too.
 
 A hook of MkDocs. Two libraries were tried for it: mkdocs-click runs the examples in a verb's help
 together, and essentials-openapi, which MkDocs' plugins render OpenAPI documents with, shows neither
@@ -12,10 +13,18 @@ from typing import Any
 
 import click
 from jinja2 import Environment, FileSystemLoader
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+MARK = Path(__file__).parents[2] / "pho_service" / "shown" / "mark.svg"
 PLACE = "<!-- made when the site is built -->"
 WIDTH = 100  # characters of a line of help
+
+
+def on_files(files: Files, config: MkDocsConfig) -> None:
+    """Put the mark beside the pages."""
+    files.append(File.generated(config, "site/mark.svg", abs_src_path=str(MARK)))
 
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:

@@ -85,7 +85,7 @@ def _environment() -> Environment:
 def icon(_request: Request) -> Response:
     """The picture beside a page's title, which browsers ask for by themselves, with no key."""
     return Response(
-        str(ours("favicon.svg")),
+        str(ours("mark.svg")),
         media_type="image/svg+xml",
         headers={"Cache-Control": "max-age=86400"},
     )
