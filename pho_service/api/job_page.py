@@ -49,24 +49,27 @@ router = APIRouter(include_in_schema=False)
 
 LOGS = 100  # parts of logs that are shown, the newest
 LOG_LINES = 300  # the newest
-_FIRST = ("result", "curve", "recovery", "writing")  # sections above the buttons
-_SHOWN = ("tasks", "search", "finalists", "layers", "transfer")
+_SHOWN = (  # of the report, in this order
+    "result", "curve", "recovery", "tasks", "search", "finalists", "layers", "transfer", "writing"
+)  # fmt: skip
 FEWEST, MOST = 2, 8  # jobs side by side
 _HIDDEN = "configuration"  # it would fill the page
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """A head that is alive, over the sections of the job's report."""
+    """What is known of a job now, beside the sections of its report."""
 
     head: JobView
     # A word and the number in optuna-dashboard of each, for those who may look there.
     studies: Sequence[tuple[str, int]]
     steps: Sequence[StepRow]  # In the order of the work
     left: str  # How long it takes still in all; empty if that is not known
-    first: Sequence[Section]  # Sections of the report that stand above the buttons
-    sections: Sequence[Section]  # Those below them
-    happened: Section  # The last of them
+    sections: Sequence[Section]  # Of the report
+    # Numbers of the studies in optuna-dashboard that trials of charts are in; none if it may not
+    # be looked at. Trial n is in the (n mod count)th.
+    trials_at: Sequence[int]
+    happened: Section
     logs: Sequence["Logged"]  # What workers have logged, the oldest first
     files: ArtifactList | None  # Files of the pruned model; None if there are none
 
@@ -97,9 +100,15 @@ def contents(
         studies=[(word, numbers[name]) for name, word in names.items() if name in numbers],
         steps=rows,
         left=time_left(service, view, rows, likely_card(reporting)),
-        first=[parts[name] for name in _FIRST if name in parts],
-        sections=[parts[name] for name in _SHOWN if name in parts and parts[name].is_known],
-        happened=Section(id="happened", title="What happened", events=parts["happened"].events),
+        sections=[
+            parts[name]
+            for name in _SHOWN
+            if name in parts and (parts[name].is_known or (name == "result" and view.moves))
+        ],
+        trials_at=[numbers.get(name, 0) for name in view.study_names * bool(numbers)]
+        if not view.document.several
+        else [],
+        happened=Section(id="happened", title="Events", events=parts["happened"].events),
         logs=_logs(service.jobs.logs(job.id, limit=LOGS), named=caller.sees_all),
         files=artifacts.listed(view) if view.pruned == "done" else None,
     )
@@ -130,7 +139,9 @@ def find(beginning: str, service: ServiceParam, caller: CallerParam) -> Response
     """Lead from the beginning of an id to the page of its job; if it fits several, show those."""
     fits = jobs.jobs_beginning(service, caller, beginning)
     if not fits:
-        detail = f"No job has the id {beginning[:40]}, nor one that begins so. It may be deleted."
+        detail = (
+            f"No job has the id {beginning[:40]}, nor one that begins so. It may have been deleted."
+        )
         return problem(404, "no_such_job", detail)
     if len(fits) == 1:
         return RedirectResponse(f"/jobs/{fits[0].id}", 302)
@@ -252,7 +263,7 @@ def _page(
     return draw(
         "job.html",
         status=status,
-        script="live.js",
+        script="job.js",
         caller=caller,
         view=page,
         problem=problem,
@@ -300,6 +311,7 @@ def compare(
     charts = [curves_chart(curves), searches_chart(values)]
     return draw(
         "compare.html",
+        script="job.js",
         caller=caller,
         columns=[(view.answer, len(columns)) for view, columns in points],
         alone=[(view.answer, 1) for view in views],
@@ -333,11 +345,10 @@ def _figures(columns: Sequence[tuple[JobView, Point | None]]) -> list[Line]:
 
 
 def _settings(specs: Sequence[Mapping[str, Any]]) -> list[Line]:
-    """Every field that a job has, those that differ first."""
+    """Every field that a job has."""
     leaves = [_flat(spec) for spec in specs]
     names = dict.fromkeys(name for fields in leaves for name in fields)
-    rows = [Line(name=name, values=[fields.get(name, "") for fields in leaves]) for name in names]
-    return sorted(rows, key=lambda row: not row.differs)
+    return [Line(name=name, values=[fields.get(name, "") for fields in leaves]) for name in names]
 
 
 def _flat(document: Mapping[str, Any], above: str = "") -> dict[str, str]:

@@ -29,6 +29,7 @@ from storage.studies import read_trials
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 EVENTS, MOST_EVENTS = 50, 1000  # the newest that are shown, and that are read for them
+MOST_WITH_COEFFICIENTS = 1000  # of a job whose page tells them: reading those of more takes long
 MOST_TRIALS = 10_000  # that are read, which takes seconds; of whole islands, the first in any case
 
 
@@ -45,7 +46,7 @@ async def report(
     """
     Get everything that is known of a job as a page: result, search, layers, timings, commands.
 
-    Who accepts ``text/html`` by name, as browsers do, gets a page with a way back to the job's.
+    A client that accepts ``text/html`` by name, as browsers do, gets a page with a link to the job.
     """
     in_browser = "text/html" in request.headers.get("accept", "")
     back = f"/jobs/{job_id}" if in_browser else None
@@ -84,12 +85,12 @@ def in_words(event: stored.EventRecord) -> str:
     if event.kind in ("stage", "put_down"):
         heading = StageKind(data["stage"]).heading.lower()
         if event.kind == "put_down":
-            reason = {"turn": "gave its turn to another job", "stopped": "its worker stopped"}
-            return f"put down: {heading}, {reason[data['why']]}"
-        again = "tried again" if data.get("failures") else "went on"
+            reason = {"turn": "another job's turn", "stopped": "its worker stopped"}
+            return f"interrupted: {heading}, {reason[data['why']]}"
+        again = "retried" if data.get("failures") else "resumed"
         return f"{again if 'attempt' in data else 'began'}: {heading}"
     if event.kind == "retry":
-        return f"{data['stage']} failed, and is tried again: {data['message']} ({data['type']})"
+        return f"{data['stage']} failed and will be retried: {data['message']} ({data['type']})"
     error = data.get("error")
     why = f": {error['message']} ({error['type']})" if error else ""
     return f"{data.get('state', event.kind)}{why}"
@@ -159,7 +160,7 @@ def _of_search(service: Service, view: JobView, *, whole: bool) -> Report:
         stages=[_time(stage) for stage in job.stages],
         document=job.spec,
         commands=words.search_commands(),
-        prune_commands=words.prune_commands(str(job.id)[:8], spec),
+        prune_commands=words.prune_commands(str(job.id)[:8], spec, written=view.pruned == "done"),
         versions={} if configuration is None else configuration.versions,
     )
 
@@ -168,12 +169,15 @@ def _studies(service: Service, view: JobView, *, whole: bool) -> list[list[Froze
     """The trials of the first islands that have begun; of several patterns, those of the answer."""
     studies: list[list[FrozenTrial]] = []
     names = view.study_names
+    coefficients = whole or view.record.trials * max(1, view.islands) <= MOST_WITH_COEFFICIENTS
     if view.document.several:
         answer = view.answer_stage
         names = [] if answer is None else [names[answer.number]]
     for name in names:
         with service.database.transaction() as connection:
-            studies.append(read_trials(connection, name, attributes=["method"], params=whole))
+            studies.append(
+                read_trials(connection, name, attributes=["method"], params=coefficients)
+            )
         if sum(map(len, studies)) >= MOST_TRIALS:
             break
     return studies

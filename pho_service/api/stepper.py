@@ -48,7 +48,7 @@ def _step(view: JobView, kind: StageKind, workers: Sequence[Worker]) -> StepRow:
     elif state == StageState.RUNNING and not any(
         worker.job_id == job.id and worker.stage is kind for worker in workers
     ):
-        words.append("its worker does not report")
+        words.append("its worker does not respond")
     failures = max((stage.failures for stage in stages), default=0)
     attempt = failures + (state != StageState.FAILED)
     if attempt > 1 and state != StageState.DONE:
@@ -76,17 +76,17 @@ def _waits_for(job: JobRecord, stages: Sequence[Stage], workers: Sequence[Worker
     kind = stages[0].kind
     able = [worker for worker in workers if kind in worker.stages]
     if job.state is JobState.PAUSED:
-        return "until it is resumed"
+        return "paused until it is resumed"
     if not workers:
         return "no worker is connected"
     if not able:
         gpu = any(worker.device != "cpu" for worker in workers)
-        return f"no worker that does this is connected{'' if gpu else ', and none with a GPU'}"
+        return f"no connected worker does this{'' if gpu else ', and none has a GPU'}"
     if all(worker.stage is not None for worker in able):
         if any(stage.attempt > stage.failures for stage in stages):
             return "another job's turn"
         return "all workers that do this are busy"
-    return "for a worker to take it up"
+    return "waiting for a worker to take it"
 
 
 def time_left(service: Service, view: JobView, rows: Sequence[StepRow], card: Card) -> str:

@@ -453,8 +453,8 @@ def backup(file: Path, database_url: str | None, data_dir: str | None) -> None:
         partial.touch(mode=0o600)  # hashes of keys are in it
         back_up(database, partial)
     say(
-        f"Wrote {file}. It omits bundles, which are rebuilt on demand, and "
-        "the files of pruned models: copy the folder `pruned` of the artifact store, too."
+        f"Wrote {file}. Backups omit bundles, which are rebuilt on demand, and pruned models: copy "
+        "the folder `pruned` of the artifact store, too."
     )
 
 

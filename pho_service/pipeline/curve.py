@@ -344,13 +344,13 @@ class Within(Shown):
                 continue
             if abs(point.rise - self.target.perplexity_rise) < 2 * point.rise_error:
                 sentences.append(
-                    f"The perplexity at {point.pattern} is not told apart from the target, "
-                    f"{self.target}: more windows to confirm on make it surer."
+                    f"The perplexity at {point.pattern} is statistically tied with the target, "
+                    f"{self.target}: confirm on more windows to be surer."
                 )
         if self.outside is None:
             sentences.append(
                 f"{self.answer.pattern} is the highest sparsity that was tried, and it is within "
-                f"{self.target}: a sparser model may be, too."
+                f"{self.target}: a sparser model may be within it, too."
             )
         falls = [b for a, b in pairwise(self.points) if b.perplexity < a.perplexity]
         if falls:

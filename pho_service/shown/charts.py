@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 from pho_service.shown.parts import (
     Bar,
     Chart,
+    Dot,
     Drawing,
     Mark,
     Series,
@@ -20,8 +21,9 @@ from pho_service.shown.parts import (
 )
 from pho_service.shown.report import LayerCell, Report, ReportTrial
 from pho_service.spec.configuration import ProxyQuality
-from pho_service.spec.document import number, percent, seconds
+from pho_service.spec.document import number, percent
 
+FEWEST_POINTS = 3  # of a plot: two are told in a sentence
 MOST_POINTS = 500  # of a line or a cloud: more are not seen, and make the page slow
 _T = TypeVar("_T")
 ALIKE = 1e-3  # a difference in sparsity that is none
@@ -33,9 +35,9 @@ def best_so_far(values: Sequence[float], *, maximised: bool) -> list[float]:
 
 
 def history_chart(report: Report) -> Chart | None:
-    """The objective of every trial, and the best so far; None without trials."""
+    """The objective of every trial, and the best so far; None of a few trials."""
     rated = [t for t in report.trials if t.value is not None and math.isfinite(t.value)]
-    if not rated:
+    if len(rated) < FEWEST_POINTS:
         return None
     values = [trial.value or 0.0 for trial in rated]
     best = best_so_far(values, maximised=report.maximised)
@@ -61,39 +63,50 @@ def history_chart(report: Report) -> Chart | None:
 
 
 def searches_chart(searches: Sequence[tuple[str, Sequence[float], bool]]) -> Chart | None:
-    """The best so far of each search, all on one scale; None if none has two trials."""
+    """The best so far of each search, all on one scale; None if all have but a few trials."""
     # A search has a name, its values in the order of its trials, and whether it is maximised.
-    ranges = [worth_showing(values, maximised=m) for _, values, m in searches if len(values) > 1]
-    if not ranges:
+    drawn = [each for each in searches if len(each[1]) >= FEWEST_POINTS]
+    if not drawn:
         return None
+    ranges = [worth_showing(values, maximised=m) for _, values, m in drawn]
     series = [
         _course(name, f"line-{place}", range(len(values)), best_so_far(values, maximised=m))
         for place, (name, values, m) in enumerate(searches, 1)
-        if len(values) > 1
+        if len(values) >= FEWEST_POINTS
     ]
     within = min(low for low, _ in ranges), max(high for _, high in ranges)
     longest = max(len(values) for _, values, _ in searches)
     return Chart(
         id="searches",
         title="Best objective so far",
-        text=f"The best objective so far of each job, over {longest} trials. Objectives of other "
-        "models or patterns have other sizes.",
+        text=f"The best objective so far of each job, over {longest} trials. Objectives of "
+        "different models or patterns do not compare.",
         drawing=plot(series, x="trial", y="objective", within=within),
     )
 
 
 def _trials(name: str, mark: Mark, trials: Sequence[ReportTrial]) -> Series:
     points = [
-        (t.number, t.value or 0.0, f"{_named(t)}: {number(t.value)}") for t in _thinned(trials)
-    ]
+        _dot(
+            t, t.number, t.value,
+            number(t.value) + (f", perplexity {number(t.perplexity)}" if t.perplexity else ""),
+        )
+        for t in _thinned(trials)
+    ]  # fmt: skip
     return Series(name=name, look=name, points=points, mark=mark)
+
+
+def _dot(trial: ReportTrial, x: float | None, y: float | None, values: str) -> Dot:
+    """A trial as a point that tells its values and its coefficients."""
+    text = f"{_named(trial)}: {values}" + (f"; {trial.in_words}" if trial.params else "")
+    return Dot(x or 0.0, y or 0.0, text, trial.number)
 
 
 def _course(name: str, look: str, places: Sequence[int], best: Sequence[float]) -> Series:
     """A line in steps: where it changes, and its ends."""
     last = len(best) - 1
     turns = [i for i in range(len(best)) if i in (0, last) or best[i] != best[i - 1]]
-    points = [(places[i], best[i], "") for i in _thinned(turns)]
+    points = [Dot(places[i], best[i]) for i in _thinned(turns)]
     return Series(name=name, look=look, points=points, mark=None, line="steps")
 
 
@@ -109,16 +122,16 @@ def importance_chart(report: Report) -> Chart | None:
     return Chart(
         id="importance",
         title="Importance of each coefficient",
-        text=f"{_words(first).capitalize()} matters most, with {report.importance[first]:.0%}: how "
-        "much each parameter decides whether a candidate is among the best tenth (PED-ANOVA).",
+        text=f"{_words(first).capitalize()} matters most, with {report.importance[first]:.0%}: "
+        "how much each parameter decides whether a candidate is in the best tenth (PED-ANOVA).",
         drawing=bars([("", shown)]),
     )
 
 
 def confirmed_chart(report: Report) -> Chart | None:
-    """The proxy of what was confirmed against its perplexity; None where nothing was."""
+    """The proxy of what was confirmed against its perplexity; None where only a few were."""
     measured = [trial for trial in report.measured if trial.value is not None]
-    if not measured or report.objective == "perplexity":
+    if len(measured) < FEWEST_POINTS or report.objective == "perplexity":
         return None
     kinds: tuple[tuple[str, Mark, list[ReportTrial]], ...] = (
         ("found", "dot", [t for t in measured if not t.is_baseline]),
@@ -129,9 +142,9 @@ def confirmed_chart(report: Report) -> Chart | None:
         Series(
             name="split" if report.is_cut and name == "baseline" else name, look=name, mark=mark,
             points=[
-                (
-                    t.value or 0.0, t.perplexity or 0.0,
-                    f"{_named(t)}: proxy {number(t.value)}, perplexity {number(t.perplexity)}",
+                _dot(
+                    t, t.value, t.perplexity,
+                    f"proxy {number(t.value)}, perplexity {number(t.perplexity)}",
                 )
                 for t in trials
             ],
@@ -158,7 +171,7 @@ def layer_charts(
     most = max(cells, key=lambda cell: cell.sparsity)
     errors = Chart(
         id=f"errors-{place}",
-        title=f"Error of each linear{of_model}",
+        title=f"Error by layer{of_model}",
         text=f"Relative to the energy of its output. The largest is {number(worst.error)}, of "
         f"{_place(worst)}; the smallest {number(min(cell.error for cell in cells))}.",
         drawing=_heat_map(cells, "error"),
@@ -167,7 +180,7 @@ def layer_charts(
         return [errors]
     sparsities = Chart(
         id=f"sparsities-{place}",
-        title=f"Sparsity of each linear{of_model}",
+        title=f"Sparsity by layer{of_model}",
         text=f"From {percent(least.sparsity)} in {_place(least)} to {percent(most.sparsity)} in "
         f"{_place(most)}.",
         drawing=_heat_map(cells, "sparsity"),
@@ -201,8 +214,8 @@ def transfer_chart(
     return Chart(
         id=f"transfer-{what}",
         title=f"By {what}, on each model",
-        text=f"Bars of the {what} by method, for {len(rows)} "
-        f"{'model' if len(rows) == 1 else 'models'}; lower is better. The table has the numbers.",
+        text=f"The {what} by method, for {len(rows)} "
+        f"{'model' if len(rows) == 1 else 'models'}; lower is better.",
         drawing=bars(groups),
     )
 
@@ -218,7 +231,7 @@ def validation_charts(
         quality = qualities[name]
         low, high = quality.spearman_interval
         points = [
-            (proxy, perplexity, f"proxy {number(proxy)}, perplexity {number(perplexity)}")
+            Dot(proxy, perplexity, f"proxy {number(proxy)}, perplexity {number(perplexity)}")
             for proxy, perplexity in zip(values, perplexities, strict=True)
         ]
         charts.append(
@@ -240,28 +253,10 @@ def validation_charts(
     return charts
 
 
-def timings_chart(spent: Mapping[str, float]) -> Chart | None:
-    """Seconds of work by stage; None where none is known."""
-    if not spent:
-        return None
-    longest = max(spent, key=lambda name: spent[name])
-    shown = [
-        Bar(label=name, look="found", value=value, text=f"{seconds(value)} s")
-        for name, value in spent.items()
-    ]
-    return Chart(
-        id="timings",
-        title="Seconds of work by stage",
-        text=f"{seconds(sum(spent.values()))} s in all, most of it in {longest}. The table has "
-        "the numbers.",
-        drawing=bars([("", shown)]),
-    )
-
-
 def curves_chart(curves: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> Chart | None:
-    """Perplexity against sparsity of several jobs; None where all have one sparsity."""
+    """Perplexity against sparsity of several jobs; None where they have few, or one sparsity."""
     every = [point for _, points in curves for point in points]
-    if len({point["sparsity"] for point in every}) < 2:
+    if len(every) < FEWEST_POINTS or len({point["sparsity"] for point in every}) < 2:
         return None
     series = [
         line
@@ -271,7 +266,7 @@ def curves_chart(curves: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> C
     return Chart(
         id="curves",
         title="Perplexity by sparsity",
-        text="What each job has found at each of its patterns. Perplexities of other texts or "
+        text="The result of each job at each of its patterns. Perplexities of different texts or "
         "models do not compare.",
         drawing=plot(series, x="weights removed", y="perplexity", log_y=True, percent_x=True),
     )
@@ -289,15 +284,17 @@ def _joined(points: Sequence[Mapping[str, Any]], name: str, look: str, key: str)
     return lines
 
 
-def curve_chart(points: Sequence[Mapping[str, Any]], dense: float) -> Chart:
-    """Perplexity against sparsity: a line through the ratios, N:M beside it."""
+def curve_chart(points: Sequence[Mapping[str, Any]], dense: float) -> Chart | None:
+    """Perplexity against sparsity: a line through the ratios, N:M beside it; None of a few."""
+    if len(points) < FEWEST_POINTS:
+        return None
     series = [
         line
         for name, key in (("found", "perplexity"), ("wanda", "wanda"), ("ria", "ria"))
         for line in _joined(points, name, name, key)
     ]
     ends = [min(0.0, *(p["sparsity"] for p in points)), max(p["sparsity"] for p in points)]
-    level = [(end, dense, "") for end in ends]
+    level = [Dot(end, dense) for end in ends]
     series.append(Series(name="dense", look="dense", points=level, mark=None, line="straight"))
     first, last = points[0], points[-1]
     return Chart(
@@ -305,16 +302,14 @@ def curve_chart(points: Sequence[Mapping[str, Any]], dense: float) -> Chart:
         title="Perplexity by sparsity",
         text=f"From {number(first['perplexity'])} at {first['pattern']} to "
         f"{number(last['perplexity'])} at {last['pattern']}; dense {number(dense)}. Lower is "
-        "better. The table has the numbers.",
+        "better.",
         drawing=plot(series, x="weights removed", y="perplexity", log_y=True, percent_x=True),
     )
 
 
-def _marks(
-    points: Sequence[Mapping[str, Any]], name: str, key: str
-) -> list[tuple[float, float, str]]:
+def _marks(points: Sequence[Mapping[str, Any]], name: str, key: str) -> list[Dot]:
     return [
-        (point["sparsity"], point[key], f"{name}, {point['pattern']}: {number(point[key])}")
+        Dot(point["sparsity"], point[key], f"{name}, {point['pattern']}: {number(point[key])}")
         for point in points
         if point[key] is not None
     ]

@@ -6,7 +6,6 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import PurePath
 from typing import Any
 
@@ -15,10 +14,11 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from pho_service.library import measured_gain
 from pho_service.shown import charts, tables, words
-from pho_service.shown.parts import Chart, Section, Table, page, pairs_table
+from pho_service.shown.parts import Chart, Figure, Hero, Section, Table, page, pairs_table
 from pho_service.shown.report import Report, ReportTrial
-from pho_service.spec.configuration import Configuration
+from pho_service.spec.configuration import Configuration, Continuation
 from pho_service.spec.document import number, percent, seconds
+from pho_service.spec.perplexity import Perplexities
 from pho_service.spec.recovery import Recovered
 from pho_service.spec.tasks import TaskScores
 from pho_service.tuning.result import chosen_in
@@ -34,6 +34,7 @@ def trials_of(islands: Sequence[Sequence[FrozenTrial]], count: int) -> list[Repo
             number=trial.number * count + island,
             method=str(trial.user_attrs.get("method", "crepe")),
             value=trial.value if trial.state is TrialState.COMPLETE else None,
+            params=trial.params,
         )
         for island, trials in enumerate(islands)
         for trial in trials
@@ -164,29 +165,36 @@ def curve_page(document: Mapping[str, Any]) -> str:
     return page(f"{name}: perplexity against sparsity", parts)
 
 
+_OF_THE_SEARCH = ("result", "scope", "state", "proxy", "trials", "seconds")
+_OF_THE_RESULT = ("perplexity", "against dense", "Wanda", "RIA", "within")
+
+
 def curve_section(
     document: Mapping[str, Any] | None, points: Sequence[Mapping[str, Any]] | None = None
 ) -> Section:
     """The chart and the table of a curve: its document, and all points where some are not there."""
+    rows = points or (document["points"] if document is not None else [])
+    table = tables.points_table(rows)
+    shown = [  # as one table they would be wider than a page
+        replace(table.columns_but(_OF_THE_SEARCH), notes=()),
+        replace(table.columns_but(_OF_THE_RESULT), title="Search at each sparsity"),
+    ]
     if document is None:
-        shown = [tables.points_table(points)] if points else []
-        return Section(
-            id="curve",
-            title="Perplexity against sparsity",
-            texts=["Nothing is measured yet."],
-            tables=shown,
-        )
-    texts = [f"Perplexities are of {tables.text_of(document['confirmation'])}."]
-    spent = document["calibration"]["seconds"]
-    if spent is not None:
-        took = f"took {seconds(spent)} s" if spent >= 1 else "took under a second"
-        texts.append(f"The calibration {took}, once for all points.")
+        texts, drawn = ["Nothing is measured yet."], None
+    else:
+        texts = [f"Perplexities are of {tables.text_of(document['confirmation'])}."]
+        drawn = charts.curve_chart(document["points"], document["dense"])
+        spent = document["calibration"]["seconds"]
+        if spent is not None:
+            took = f"took {seconds(spent)} s" if spent >= 1 else "took under a second"
+            texts.append(f"The calibration {took}, once for all points.")
     return Section(
         id="curve",
         title="Perplexity against sparsity",
+        hero=_points_hero(rows),
         texts=texts,
-        tables=[tables.points_table(points or document["points"])],
-        charts=[charts.curve_chart(document["points"], document["dense"])],
+        tables=shown if rows else [],
+        charts=[] if drawn is None else [drawn],
     )
 
 
@@ -196,10 +204,12 @@ def sections(report: Report) -> list[Section]:
     if report.points is not None and report.configuration is None:
         results = replace(curve[0], texts=[*curve[0].texts, *report.warnings])
         return [results, *_writing_at_each(report.curve), _settings(report), _happened(report)]
-    parts = [_result(report), *curve]
+    parts = [_result(report), *(replace(part, hero=None) for part in curve)]
     parts += [] if report.recovery is None else [_recovery(report.recovery)]
     if report.subject != "transfer":
-        parts += [] if report.configuration is None else [_writing(report)]
+        parts += (
+            [] if report.configuration is None else [_writing({"pruned": report.continuations})]
+        )
         scores = None if report.configuration is None else report.configuration.tasks
         parts += [] if scores is None else [_tasks(scores, report.recovery)]
         if report.is_cut:
@@ -216,71 +226,129 @@ def _result(report: Report) -> Section:
             "A transfer searches nothing: it measures the configuration of another job on other "
             "models. The report of that job says how it was found."
         )
-    elif config is None:
-        best = report.rated[:1]
-        texts.append(
-            "There is no configuration yet." + "".join(map(partial(_so_far, report), best))
-            if report.subject == "search"
-            else "Without its configuration (`pho report --config`) it is not known what was "
-            "chosen: the first row of the finalists is the best of what the study holds."
-        )
-    else:
+    elif config is not None:
         texts += _how_good(report)
+    elif report.subject == "study":
+        texts.append(
+            "Without its configuration (`pho report --config`) the chosen candidate is not known: "
+            "the first row of the finalists is the best trial of the study."
+        )
+    elif report.state in ("failed", "cancelled"):
+        texts.append("The job ended without a configuration.")
+    elif not report.rated:
+        texts.append("No trial has been rated yet.")
     if report.subject != "transfer":
         texts += report.warnings
     return Section(
         id="result",
         title="Result",
+        hero=_hero(report),
         texts=texts,
         tables=[] if good is None else [tables.verdict_table(good)],
         commands=report.prune_commands if config is not None else (),
     )
 
 
-def _so_far(report: Report, trial: ReportTrial) -> str:
-    """The best objective of a search that is not over, beside RIA's."""
-    gain = report.gain(trial, "proxy")
-    beside = ""
+def _hero(report: Report) -> Hero | None:
+    """The result in three figures; before there is one, the best objective so far."""
+    best = report.winner
+    good = None if report.configuration is None else report.configuration.headline
+    if good is not None:
+        return _measured_hero(good)
+    if report.configuration is None:
+        best = next(iter(report.rated), None)
+    if report.subject == "transfer" or best is None or best.value is None:
+        return None
+    name = "best objective so far" if report.configuration is None else "objective"
+    figures = [Figure(value=number(best.value), name=name, note=report.objective)]
+    gain = report.gain(best, "proxy")
     if gain is not None and gain.share:
-        beside = f", {percent(abs(gain.share))} {'below' if gain.share > 0 else 'above'} RIA's"
-    return f" Best objective so far: {number(trial.value)}{beside}."
+        side = "below" if gain.share > 0 else "above"
+        figures.append(Figure(value=percent(abs(gain.share)), name=f"{side} RIA's objective"))
+    return Hero(figures=figures)
+
+
+def _measured_hero(good: Perplexities) -> Hero:
+    """A perplexity, its rise over the dense model, and how far it is below the better baseline."""
+    figures = [Figure(value=number(good.pruned), name="perplexity", note="lower is better")]
+    better = good.better_baseline
+    for reference in filter(None, ("dense", better)):
+        ratio = good.ratio(reference)
+        assert ratio is not None
+        title = good.titles.get(reference, reference)
+        notes = [
+            f"± {percent(ratio.rise_error)}" if ratio.rise_error else "",
+            "the better baseline" if reference == better and good.wanda and good.ria else "",
+            "a statistical tie" if ratio.is_tie else "",
+        ]
+        figures.append(
+            Figure(
+                value=percent(abs(ratio.rise)),
+                name=f"{'above' if ratio.rise > 0 else 'below'} {title}",
+                note=", ".join(filter(None, notes)),
+            )
+        )
+    if better is None:
+        return Hero(figures=figures)
+    marks = [
+        ("dense", "dense", good.dense),
+        ("ria", good.titles[better], getattr(good, better)),
+        ("found", "pruned", good.pruned),
+    ]
+    values = [value for *_, value in marks]
+    width = (max(values) - min(values)) or 1.0
+    places = [
+        (look, f"{name} {number(value)}", round(100 * (value - min(values)) / width, 1))
+        for look, name, value in marks
+    ]
+    return Hero(figures=figures, text=good.sentence, places=places)
+
+
+def _points_hero(points: Sequence[Mapping[str, Any]]) -> Hero | None:
+    """The perplexity at each sparsity, and its rise over the dense model."""
+    measured = [point for point in points if point["perplexity"]]
+    figures = [
+        Figure(
+            value=number(point["perplexity"]),
+            name=f"at {point['pattern']}",
+            note=f"{percent(point['rise'], signed=True, error=point.get('rise_error'))} over dense",
+        )
+        for point in measured
+    ]
+    return Hero(figures=figures) if figures else None
 
 
 def _how_good(report: Report) -> list[str]:
     """Sentences on the result of a search: its gain, its sparsity, and how it was measured."""
     config = report.configuration
     assert config is not None
-    gain, how, good = measured_gain(config), config.confirmation, config.headline
-    texts = [] if gain is None else [f"The result is {gain}."]
-    if good is not None:
-        texts = [f"{good.sentence}."]
+    how, good = config.confirmation, config.headline
+    gain = measured_gain(config) if good is None else None
     scope = f", scope {config.scope}" if config.cut is None else ""
-    texts.append(f"Pattern {words.pattern_in_words(config.pattern)}{scope}.")
-    if config.cut is not None:
-        texts.append(f"What stays: {config.cut}.")
+    parts = [f"Pattern {words.pattern_in_words(config.pattern)}{scope}."]
     if how is not None:
-        rebuilt = (
-            ""
-            if how.before_reconstruction is None
-            else f" Before its blocks were reconstructed: {how.beside('before_reconstruction')}."
-        )
-        texts.append(
-            f"Confirmed by perplexity, {number(how.perplexity)} on {tables.text_of(how)}.{rebuilt}"
-        )
+        measured = "Measured" if good is not None else f"Perplexity {number(how.perplexity)}"
+        if config.report is not None:
+            parts.append(f"{measured} on {tables.text_of(config.report)}; {config.report.choice}.")
+            measured = f"Chosen with a perplexity of {number(how.perplexity)}"
+        choice = f", {good.choice}" if good is not None and config.report is None else ""
+        parts.append(f"{measured} on {tables.text_of(how)}{choice}.")
+        if config.is_reconstructed:
+            parts.append(f"Before reconstruction: {how.beside('before_reconstruction')}.")
     elif report.subject == "search":
-        texts.append("No perplexity was measured: the result is the best by the proxy.")
-    return texts
+        parts.append("No perplexity was measured: this is the best candidate by the proxy.")
+    return [
+        *([] if gain is None else [f"The result is {gain}."]),
+        " ".join(parts),
+        *([] if config.cut is None else [f"What stays: {config.cut}."]),
+    ]
 
 
-def _writing(report: Report) -> Section:
-    continuations = report.continuations
-    table, has_rows = tables.continuations_table(continuations), bool(continuations)
-    return Section(
-        id="writing",
-        title="How it writes",
-        texts=[] if has_rows else table.notes,
-        tables=[table] if has_rows else [],
-    )
+def _writing(written: Mapping[str, Sequence[Continuation]]) -> Section:
+    """The texts that models wrote, once for each prompt."""
+    shown = tables.samples_tables(written)
+    texts = [tables.SAMPLES if shown else tables.NO_SAMPLES]
+    return Section(id="writing", title="Sample output", texts=texts, tables=shown)
 
 
 def _writing_at_each(curve: Mapping[str, Any] | None) -> list[Section]:
@@ -288,10 +356,7 @@ def _writing_at_each(curve: Mapping[str, Any] | None) -> list[Section]:
     if curve is None:
         return []
     configs = [Configuration.model_validate(point["configuration"]) for point in curve["points"]]
-    tables_by_pattern = {f.pattern: tables.continuations_table(f.continuations) for f in configs}
-    filled = [replace(t, title=f"At {p}", notes=()) for p, t in tables_by_pattern.items() if t.rows]
-    notes = tables.continuations_table([c for f in configs for c in f.continuations]).notes
-    return [Section(id="writing", title="How it writes", texts=notes, tables=filled)]
+    return [_writing({config.pattern: config.continuations for config in configs})]
 
 
 def _recovery(recovered: Recovered) -> Section:
@@ -300,7 +365,7 @@ def _recovery(recovered: Recovered) -> Section:
     table = [tables.recovered_table(recovered)] if recovered.perplexities else []
     texts = [
         f"{sentence[0].upper()}{sentence[1:]}. The text was {tables.name_of(recovered.text)}.",
-        "The result, and what its search tells, are of the pruned model as it was before.",
+        "The result and the search describe the pruned model before its recovery.",
     ]
     return Section(id="recovery", title="Recovery", texts=texts, tables=table)
 
@@ -313,7 +378,7 @@ def _tasks(scores: TaskScores, recovery: Recovered | None) -> Section:
         id="tasks",
         title="Zero-shot tasks",
         texts=[
-            f"Asked of the dense model and of the {last_model} one: {examples}, "
+            f"The dense and the {last_model} model on {examples}, "
             f"{'with' if scores.bos else 'without'} BOS. Measured by {harness}."
         ],
         tables=[tables.tasks_table(scores)],
@@ -325,13 +390,16 @@ def _search(report: Report) -> Section:
     failed = sum(trial.value is None for trial in report.trials)
     texts = []
     if history is None:
-        texts.append("No trial is rated yet.")
+        count = len(report.rated)
+        texts.append(
+            f"Too few trials to draw: {count} rated." if count else "No trial has been rated yet."
+        )
     if failed:
         texts.append(f"{failed} of {len(report.trials)} trials failed and are not drawn.")
     if report.left_out:
         texts.append(
-            f"{report.left_out} more trials are left out here, for they are too many to read; the "
-            "result counts them."
+            f"{report.left_out} more trials are not shown here, as this page reads only so many. "
+            "The result takes them into account."
         )
     drawn = [] if history is None else [history]
     return Section(id="search", title="Search", texts=texts, charts=drawn)
@@ -343,13 +411,13 @@ def _importances(report: Report) -> Section:
     texts = []
     if chart is None and candidates < ENOUGH:
         texts.append(
-            f"How much each coefficient mattered is not known: {candidates} rated candidates are "
-            f"too few, {ENOUGH} are needed."
+            f"The importance of each coefficient is not known: that takes {ENOUGH} rated "
+            f"candidates, and there are {candidates}."
         )
     elif chart is None:
         texts.append(
-            "How much each coefficient mattered is not known: the candidates do not differ in what "
-            "was searched, or it made no difference."
+            "The importance of each coefficient is not known: the candidates do not differ, or "
+            "their differences did not change the objective."
         )
     drawn = [] if chart is None else [chart]
     return Section(id="importances", title="Importances", texts=texts, charts=drawn)
@@ -359,11 +427,11 @@ def _finalists(report: Report) -> Section:
     chart, results = charts.confirmed_chart(report), tables.results_table(report)
     texts = []
     if results is None:
-        texts.append("No trial has a value yet: there are neither results nor baselines.")
+        texts.append("No trial has been rated yet.")
     if report.objective == "perplexity":
-        texts.append("The search was by perplexity itself: there is no proxy to compare with it.")
-    elif chart is None:
-        texts.append("No perplexity is known, so the proxy cannot be compared with it.")
+        texts.append("The search minimised perplexity itself, so there is no proxy to compare.")
+    elif not report.measured:
+        texts.append("No perplexity was measured, so the proxy cannot be compared with it.")
     return Section(
         id="finalists",
         title="Finalists",
@@ -376,10 +444,10 @@ def _finalists(report: Report) -> Section:
 def _layers(report: Report) -> Section:
     if not report.layers:
         missing = {
-            True: "A study does not keep the errors and sparsities of layers; a job of the service "
+            True: "A study does not store errors and sparsities of layers; a job of the service "
             "does.",
-            False: "Errors and sparsities of layers are not known: they are stored when a job ends "
-            "well.",
+            False: "Errors and sparsities of layers are not known: a job stores them when it "
+            "succeeds.",
         }[report.subject == "study"]
         return Section(id="layers", title="Layers", texts=[missing])
     estimated, steps = False, "none"
@@ -388,14 +456,16 @@ def _layers(report: Report) -> Section:
         estimated = report.configuration.scope == "global" or not candidate_steps.allocation.is_even
         steps = ", ".join(candidate_steps.beside_mask)
     texts = [
-        "Errors are estimated from the rows of each linear that the calibration sampled.",
-        "So are sparsities, for in this scope or allocation each linear gets its own; all together "
-        "have the pattern's."
-        if estimated
-        else "Every linear has the sparsity of the pattern, exactly.",
+        "Errors are estimated from the rows of each layer that the calibration sampled. "
+        + (
+            "Each layer gets its own sparsity, estimated from the same rows; overall it matches "
+            "the pattern."
+            if estimated
+            else "Each layer has exactly the sparsity of the pattern."
+        )
     ]
     if steps:
-        texts.append(f"Both are as they are before the later steps ({steps}).")
+        texts[0] += f" These are estimates for the masks alone, before {steps}."
     shown = []
     for place, (model, cells) in enumerate(report.layers.items()):
         if cells:
@@ -426,12 +496,12 @@ def _transfers(report: Report) -> Section:
     if report.transfers:
         return section
     missing = {
-        "search": "There is no configuration yet that could be measured on other models."
+        "search": "There is no configuration to measure on other models."
         if report.configuration is None
-        else "This configuration was not measured on other models: `pho transfer-job` does it.",
+        else "This configuration was not measured on other models: `pho transfer-job` does that.",
         "transfer": "Nothing is measured yet.",
-        "study": "Nothing is known of other models: `pho transfer` measures it, and its "
-        "transfer.json is shown by `pho report --config`.",
+        "study": "Not measured on other models: `pho transfer` does that, and "
+        "`pho report --config` shows its transfer.json.",
     }[report.subject]
     return replace(section, texts=[missing])
 
@@ -447,16 +517,16 @@ def _settings(report: Report) -> Section:
         shown.append(pairs_table("The configuration", "part", tables.configuration_rows(config)))
     if report.versions:
         shown.append(pairs_table("Versions", "package", [*report.versions.items()]))
-    blocks = [("To do the same again", "\n".join(report.commands))] if report.commands else []
+    blocks = [("To run the same again", "\n".join(report.commands))] if report.commands else []
     if report.document is not None:
         blocks.append(("Document", json.dumps(report.document, indent=2, ensure_ascii=False)))
     if config is not None:
         document = config.model_dump(mode="json")
         blocks.append(("config.json", json.dumps(document, indent=2, ensure_ascii=False)))
-    texts = [] if report.asked else ["What was asked is not known."]
+    texts = [] if report.asked else ["The request is not known."]
     texts.append(
-        "The same document and seeds on the same kind of machine, with the same versions and "
-        "number of threads, give the same configuration."
+        "The same document and seeds give the same configuration on the same kind of machine, "
+        "with the same versions and number of threads."
     )
     return Section(id="settings", title="Settings", texts=texts, tables=shown, blocks=blocks)
 
@@ -464,12 +534,7 @@ def _settings(report: Report) -> Section:
 def _happened(report: Report) -> Section:
     section = Section(id="happened", title="What happened", events=report.happened)
     if report.stages:
-        chart = charts.timings_chart(tables.seconds_by_stage(report.stages))
-        return replace(
-            section,
-            tables=[tables.timings_table(report)],
-            charts=[] if chart is None else [chart],
-        )
+        return replace(section, tables=[tables.timings_table(report)])
     texts = ["The time of each stage is not known." if report.subject == "study"
              else "No stage has begun."]  # fmt: skip
     if report.recorded is not None:
@@ -477,8 +542,8 @@ def _happened(report: Report) -> Section:
         spent = (last - first).total_seconds()
         count = max(1, len(report.trials) + report.left_out)
         texts.append(
-            f"Its trials were written down from {first:%Y-%m-%d %H:%M:%S} to {last:%H:%M:%S} on "
-            f"{last:%Y-%m-%d}: {seconds(spent)} s, {seconds(1000 * spent / count)} ms a "
+            f"Its trials were recorded from {first:%Y-%m-%d %H:%M:%S} to {last:%H:%M:%S} on "
+            f"{last:%Y-%m-%d}: {seconds(spent)} s, {seconds(1000 * spent / count)} ms per "
             "trial, breaks included."
         )
     return replace(section, texts=texts)

@@ -8,20 +8,20 @@ import html
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from pho_service.spec.document import format_bytes, format_count, number, percent
 
-WIDTH, HEIGHT = 480.0, 300.0  # of a chart, in the units of its view box
-_TOP, _BOTTOM, _RIGHT = 24.0, 42.0, 12.0  # room around a plot
+HEIGHT = 300.0  # of a plot, in pixels, with the room for its words; all are as wide as they may be
 _LETTER = 7.0  # width of one, about
+_STEP = 24.0  # the room left of a drawing is a multiple of it: a class of the style sheet each
 _ROW = 24.0  # height of a bar, or of a row of a map
 _CIVIDIS = (  # for those who see no colours well, too; dark is low
     (0, 34, 78), (18, 53, 112), (59, 73, 108), (87, 93, 109), (112, 113, 115), (138, 134, 120),
@@ -29,7 +29,15 @@ _CIVIDIS = (  # for those who see no colours well, too; dark is low
 )  # fmt: skip
 
 Mark = Literal["dot", "diamond", "ring", "cross"]
-Dot = tuple[float, float, str]
+
+
+class Dot(NamedTuple):
+    """A point of a plot, and what a pointer or a key that is on it is told."""
+
+    x: float
+    y: float
+    text: str = ""
+    trial: int | None = None  # Of a search, as the report counts them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +47,14 @@ class Shape:
     tag: str
     attributes: Mapping[str, str | float]
     text: str = ""
+    inside: Sequence["Shape"] = ()
 
     def __html__(self) -> str:
         """The element, as templates take it without escaping it again."""
         inside = f"{escape(self.text)}"
         if self.text and self.tag != "text":
             inside = f"<title>{inside}</title>"
+        inside += "".join(shape.__html__() for shape in self.inside)
         pairs = "".join(f' {name}="{escape(value)}"' for name, value in self.attributes.items())
         return f"<{self.tag}{pairs}>{inside}</{self.tag}>"
 
@@ -65,11 +75,14 @@ class Marks:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """A chart: its frame, which is axes and their words, and what is shown in it."""
+    """
+    A chart: its frame, which is axes and their words, and what is shown in it. Places across are
+    in percent of the width that the page gives it, so that words and marks keep their size.
+    """
 
     frame: Sequence[Shape]
     groups: Sequence[Marks]
-    width: float = WIDTH
+    look: str = "plot"  # Its classes in the style sheet: they say how much room is around it
     height: float = HEIGHT
 
 
@@ -79,7 +92,7 @@ class Series:
 
     name: str  # What the key calls it
     look: str  # Its class in the style sheet
-    points: Sequence[Dot]  # x, y, and what a pointer over the mark is shown
+    points: Sequence[Dot]
     mark: Mark | None = "dot"  # None for a line alone
     # How the points are joined; None for marks alone.
     line: Literal["straight", "steps"] | None = None
@@ -147,46 +160,48 @@ def plot(
     # ``within`` is the lowest and the highest y: what lies beyond is drawn at the edge.
     low, high = within
     shown = [
-        (line, [(x, min(max(y, low), high), text) for x, y, text in _finite(line.points)])
+        (line, [dot._replace(y=min(max(dot.y, low), high)) for dot in _finite(line.points)])
         for line in series
     ]
     shown = [(line, points) for line, points in shown if points]
-    places = [point for _, points in shown for point in points]
-    up = Scale([p[1] for p in places], log=log_y, start=HEIGHT - _BOTTOM, end=_TOP)
-    labels = [(f"{value:.4g}", up.at(value)) for value in up.ticks()]
-    left = 10 + _LETTER * max((len(label) for label, _ in labels), default=1)
-    across = Scale([p[0] for p in places], log=log_x, start=left, end=WIDTH - _RIGHT)
-    frame = [_text(y, 0, 12)]
+    dots = [dot for _, points in shown for dot in points]
+    up = Scale([dot.y for dot in dots], log=log_y, start=100, end=0)
+    across = Scale([dot.x for dot in dots], log=log_x, start=0, end=100)
+    labels = [(_tick(value), up.at(value)) for value in up.ticks()]
+    frame = [_text(y, "0", "-10")]
     for label, at in labels:
-        frame += [_line(left, at, WIDTH - _RIGHT, at), _text(label, left - 6, at + 4, "end")]
+        frame += [_line(at), _text(label, "-6", f"{at:g}%", "end", down=4)]
     for value in across.ticks():
-        label = f"{value:.0%}" if percent_x else f"{value:.4g}"
-        frame.append(_text(label, across.at(value), HEIGHT - _BOTTOM + 17, "middle"))
-    frame.append(_text(x, (left + WIDTH - _RIGHT) / 2, HEIGHT - 6, "middle"))
-    return Drawing(frame=frame, groups=[_drawn(line, pts, across, up) for line, pts in shown])
+        label = f"{value:.0%}" if percent_x else _tick(value)
+        frame.append(_text(label, f"{across.at(value):g}%", "100%", "middle", down=17))
+    frame.append(_text(x, "50%", "100%", "middle", down=36))
+    return Drawing(
+        frame=frame,
+        groups=[_drawn(line, points, across, up) for line, points in shown],
+        look=f"plot {_left(label for label, _ in labels)}",
+    )
 
 
 def bars(groups: Sequence[tuple[str, Sequence[Bar]]]) -> Drawing:
     """Draw horizontal bars, all on one scale; each group has a heading, empty for none."""
     every = [bar for _, group in groups for bar in group]
     longest = max((bar.value for bar in every), default=0.0)
-    left = 10 + _LETTER * max((len(bar.label) for bar in every), default=0)
-    right = WIDTH - 12 - _LETTER * max((len(bar.text) for bar in every), default=0)
     frame: list[Shape] = []
     drawn = []
     down = 0.0
     for heading, group in groups:
         if heading:
-            frame.append(_text(heading, 0, down + 16))
+            frame.append(_text(heading, "0", f"{down + 16:g}"))
             down += _ROW
         for bar in group:
-            length = max(0.0, bar.value / longest * (right - left)) if longest > 0 else 0.0
-            shape = _rectangle(left, down + 3, max(1.0, length), _ROW - 6)
+            share = 100 * max(0.0, bar.value / longest) if longest > 0 else 0.0
+            shape = _rectangle(0, down + 3, max(0.5, share), _ROW - 6)
             drawn.append(Marks(name=bar.label, look=bar.look, shapes=[shape]))
-            frame.append(_text(bar.label, left - 8, down + 16, "end"))
-            frame.append(_text(bar.text, left + length + 6, down + 16))
+            frame.append(_text(bar.label, "-8", f"{down + 16:g}", "end"))
+            frame.append(_text(bar.text, f"{share:.1f}%", f"{down + 16:g}", right=6))
             down += _ROW
-    return Drawing(frame=frame, groups=drawn, height=max(down, _ROW))
+    left = _left(bar.label for bar in every)
+    return Drawing(frame=frame, groups=drawn, look=f"bars {left}", height=max(down, _ROW))
 
 
 def heat_map(
@@ -205,76 +220,102 @@ def heat_map(
     least = min((value for value in values if value > 0), default=1e-12)
     place = (lambda value: math.log10(max(value, least))) if log else float
     low, high = place(min(values)), place(max(values))
-    left = 8 + _LETTER * max(len(name) for name in rows)
-    width = (WIDTH - left) / len(columns)
+    width = 100 / len(columns)
     shapes = []
     for (row, column), (value, text) in cells.items():
         share = (place(value) - low) / (high - low) if high > low else 0.5
         shapes.append(
-            _rectangle(
-                left + column * width, row * _ROW, 0.94 * width, _ROW - 2, _colour(share), text
-            )
+            _rectangle(column * width, row * _ROW, 0.94 * width, _ROW - 2, _colour(share), text)
         )
     below = len(rows) * _ROW
     every = -(-len(columns) // 10)
-    frame = [_text(name, left - 8, row * _ROW + 15, "end") for row, name in enumerate(rows)]
+    frame = [_text(name, "-8", f"{row * _ROW + 15:g}", "end") for row, name in enumerate(rows)]
     for nth, name in enumerate(columns[::every]):
-        frame.append(_text(name, left + (nth * every + 0.5) * width, below + 14, "middle"))
-    frame.append(_text(title, (left + WIDTH) / 2, below + 32, "middle"))
-    strip = (WIDTH - left) / 40
+        at = f"{(nth * every + 0.5) * width:.1f}%"
+        frame.append(_text(name, at, f"{below + 14:g}", "middle"))
+    frame.append(_text(title, "50%", f"{below + 32:g}", "middle"))
     for nth in range(40):
-        colour = _colour(nth / 39)
-        frame.append(_rectangle(left + nth * strip, below + 42, strip + 0.5, 10, colour))
+        frame.append(_rectangle(nth * 2.5, below + 42, 2.6, 10, _colour(nth / 39)))
     for nth in range(4):
         value = low + (high - low) * nth / 3
         anchor = "start" if nth == 0 else "end" if nth == 3 else "middle"
         label = format(10.0**value if log else value, form)
-        frame.append(_text(label, left + (WIDTH - left) * nth / 3, below + 68, anchor))
+        frame.append(_text(label, f"{100 * nth / 3:.1f}%", f"{below + 68:g}", anchor))
     group = Marks(name="cells", look="cells", shapes=shapes)
-    return Drawing(frame=frame, groups=[group], height=below + 74)
+    return Drawing(frame=frame, groups=[group], look=f"map {_left(rows)}", height=below + 74)
+
+
+def _tick(value: float) -> str:
+    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.4g}"
+
+
+def _left(labels: Iterable[str]) -> str:
+    """The class that leaves room for labels left of a drawing."""
+    letters = max(map(len, labels), default=0)
+    return f"left-{min(10, math.ceil((10 + _LETTER * letters) / _STEP))}"
 
 
 def _drawn(series: Series, points: Sequence[Dot], across: Scale, up: Scale) -> Marks:
-    places = [(across.at(x), up.at(y), text) for x, y, text in points]
+    places = [dot._replace(x=across.at(dot.x), y=up.at(dot.y)) for dot in points]
     shapes = []
     if series.line is not None and len(places) > 1:
-        corners = [places[0][:2]]
-        for x, y, _ in places[1:]:
+        corners = [(places[0].x, places[0].y)]
+        for dot in places[1:]:
             if series.line == "steps":
-                corners.append((x, corners[-1][1]))
-            corners.append((x, y))
+                corners.append((dot.x, corners[-1][1]))
+            corners.append((dot.x, dot.y))
         joined = " ".join(f"{x:g},{y:g}" for x, y in dict.fromkeys(corners))
-        shapes.append(Shape(tag="polyline", attributes={"points": joined}))
+        line = Shape(tag="polyline", attributes={"points": joined})
+        # Stretched to the width and height of the plot; marks and words are not.
+        stretched = {"viewBox": "0 0 100 100", "preserveAspectRatio": "none"}
+        shapes.append(Shape(tag="svg", attributes=stretched, inside=[line]))
     if series.mark is not None:
-        shapes += [_mark(series.mark, *place) for place in places]
-    line = Shape(tag="path", attributes={"d": "M-8 0h16"})
-    sample = line if series.mark is None else _mark(series.mark, 0, 0, "")
+        shapes += [_mark(series.mark, dot) for dot in places]
+    sample = (
+        _symbol(series.mark) if series.mark else Shape(tag="path", attributes={"d": "M-8 0h16"})
+    )
     return Marks(name=series.name, look=series.look, shapes=shapes, sample=sample)
 
 
-def _mark(mark: Mark, x: float, y: float, text: str) -> Shape:
+def _mark(mark: Mark, dot: Dot) -> Shape:
+    x, y = f"{dot.x:g}%", f"{dot.y:g}%"
     if mark in ("dot", "ring"):
-        radius = 3.5 if mark == "dot" else 8
-        attributes: dict[str, str | float] = {"cx": x, "cy": y, "r": radius}
-        return Shape(tag="circle", attributes={**attributes, "class": mark}, text=text)
-    drawn = "m0-6 6 6-6 6-6-6z" if mark == "diamond" else "m-5-5 10 10m0-10-10 10"
-    return Shape(tag="path", attributes={"d": f"M{x:g} {y:g}{drawn}", "class": mark}, text=text)
+        return _symbol(mark, dot, cx=x, cy=y)
+    return Shape(tag="svg", attributes={"x": x, "y": y}, inside=[_symbol(mark, dot)])
 
 
-def _text(text: str, x: float, y: float, anchor: str = "start") -> Shape:
-    where: dict[str, str | float] = {"x": round(x, 1), "y": round(y, 1)}
-    return Shape(tag="text", attributes={**where, "text-anchor": anchor}, text=text)
+def _symbol(mark: Mark, dot: Dot | None = None, **place: str) -> Shape:
+    """A mark, around the origin if it has no place."""
+    attributes: dict[str, str | float] = {**place, "class": mark}
+    if mark in ("dot", "ring"):
+        attributes["r"] = 4 if mark == "dot" else 8
+    else:
+        attributes["d"] = "M0-6 6 0 0 6-6 0z" if mark == "diamond" else "M-5-5 5 5M5-5-5 5"
+    if dot is not None and dot.trial is not None:
+        attributes["data-trial"] = dot.trial
+    tag = "circle" if mark in ("dot", "ring") else "path"
+    return Shape(tag=tag, attributes=attributes, text="" if dot is None else dot.text)
 
 
-def _line(x1: float, y1: float, x2: float, y2: float) -> Shape:
-    return Shape(tag="path", attributes={"d": f"M{x1:g} {y1:g}L{x2:g} {y2:g}", "class": "grid"})
+def _text(
+    text: str, x: str, y: str, anchor: str = "start", *, right: float = 0, down: float = 0
+) -> Shape:
+    moved = {name: value for name, value in (("dx", right), ("dy", down)) if value}
+    return Shape(tag="text", attributes={"x": x, "y": y, **moved, "text-anchor": anchor}, text=text)
+
+
+def _line(at: float) -> Shape:
+    ends: dict[str, str | float] = {"x1": 0, "x2": "100%", "y1": f"{at:g}%", "y2": f"{at:g}%"}
+    return Shape(tag="line", attributes={**ends, "class": "grid"})
 
 
 def _rectangle(
     x: float, y: float, width: float, height: float, fill: str = "", text: str = ""
 ) -> Shape:
-    place = {"x": x, "y": y, "width": width, "height": height}
-    attributes: dict[str, str | float] = {name: round(v, 1) for name, v in place.items()}
+    """A rectangle, whose place across and width are in percent."""
+    attributes: dict[str, str | float] = {
+        "x": f"{x:.4g}%", "y": round(y, 1), "width": f"{width:.4g}%", "height": round(height, 1)
+    }  # fmt: skip
     return Shape(tag="rect", attributes=attributes | ({"fill": fill} if fill else {}), text=text)
 
 
@@ -302,7 +343,7 @@ def _round_values(low: float, high: float) -> list[float]:
 
 
 def _finite(points: Sequence[Dot]) -> list[Dot]:
-    return [point for point in points if math.isfinite(point[0]) and math.isfinite(point[1])]
+    return [dot for dot in points if math.isfinite(dot.x) and math.isfinite(dot.y)]
 
 
 @dataclass(frozen=True)
@@ -431,11 +472,32 @@ class Chart:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A value to be read first, and what it is."""
+
+    value: str
+    name: str
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hero:
+    """The result in some large figures, and where it stands between what it is compared with."""
+
+    figures: Sequence[Figure]
+    text: str = ""  # A sentence that says the same, for those who do not see the bar
+    # On a bar, a look in the style sheet, words, and a place in percent each: the dense model, a
+    # baseline, and the result; none where they are not known.
+    places: Sequence[tuple[str, str, float]] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Section:
     """A part of a page under a heading."""
 
     id: str
     title: str
+    hero: Hero | None = None  # Its tables tell the same with more figures, and are folded
     texts: Sequence[str] = ()  # Sentences; what is not known is said here
     tables: Sequence[Table] = ()
     charts: Sequence[Chart] = ()
@@ -447,7 +509,7 @@ class Section:
     @property
     def is_known(self) -> bool:
         """Return whether it has more than a sentence on what is missing."""
-        return bool(self.tables or self.charts or self.events)
+        return bool(self.hero or self.tables or self.charts or self.events)
 
 
 def page(

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 from pho_service.library import Gain, MeasuredBy, gain_over
 from pho_service.spec.configuration import Configuration, Continuation
+from pho_service.spec.document import listed
 from pho_service.spec.perplexity import Perplexities
 from pho_service.spec.recovery import Recovered
 from pho_service.spec.structure import ESTIMATE
@@ -81,10 +82,17 @@ class ReportTrial:
     value: float | None
     perplexity: float | None = None
     divergence: float | None = None
+    params: Mapping[str, Any] = field(default_factory=dict)  # Its coefficients, where they are read
 
     @property
     def is_baseline(self) -> bool:
         return self.method != "crepe"
+
+    @property
+    def in_words(self) -> str:
+        """Its coefficients: ``row share 0.2500, kernel size 9``."""
+        names = [name for name in self.params if name != "method"]
+        return listed([(name.replace("_", " "), self.params[name]) for name in names])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,12 @@ GAINS: dict[MeasuredBy, str] = {
     "proxy": "gain in the proxy",
 }
 _KEYS = {"perplexity": "perplexities", "proxy": "proxies"}
-_ERROR = " ± is a standard error, of paired differences on the text."
+_ERROR = " ± is the standard error of paired differences on this text."
+SAMPLES = "Greedy decoding; prompts from the confirmation text."
+NO_SAMPLES = (
+    "No sample output: that takes a confirmation text, a tokenizer, and a model that is not "
+    "streamed block by block."
+)
 MOST = 20  # measured trials that are shown
 BEST = 5  # rated trials that are shown where nothing was measured
 
@@ -61,11 +66,11 @@ def configuration_rows(config: Configuration) -> list[tuple[str, str]]:
         rows.append(("perplexity", f"{number(how.perplexity)} on {text_of(how)}, which chose it"))
         if how.before_reconstruction is not None:
             before = how.beside("before_reconstruction")
-            rows.append(("", f"before the reconstruction of its blocks {before}"))
+            rows.append(("", f"{before} before reconstruction"))
         if config.beside_the_next:
             rows.append(("", config.beside_the_next))
         if how.divergence_tokens is not None:
-            rows.append(("", f"the best of {len(config.finalists)} finalists, baselines included"))
+            rows.append(("", f"best of {len(config.finalists)} finalists, baselines included"))
     if (good := config.report) is not None:
         rows.append(("report", f"{number(good.pruned)} on {text_of(good)}; {good.choice}"))
     return rows
@@ -103,8 +108,8 @@ def verdict_table(perplexities: Perplexities) -> Table:
         notes=(
             _chosen_on(perplexities)
             + (
-                "Wanda and RIA have the same pattern, and the activation norms of the dense model. "
-                "Below RIA is the share of its perplexity that is saved."
+                "Wanda and RIA prune to the same pattern, with activation norms of the dense "
+                "model. Below RIA: reduction relative to RIA's perplexity."
             )
             * (len(names) > 1)
             + (_ERROR if perplexities.errors else ""),
@@ -132,16 +137,32 @@ def continuations_table(
             )
             for c in continuations
         ],
-        title=f"How the {before[0]} and the {before[1]} model go on",
-        notes=(
-            "Each next token is the likeliest. Prompts are from the text of the confirmation."
-            if continuations
-            else "Nothing was written: that takes a text to confirm on, a tokenizer, and a model "
-            "that is not read block by block.",
-        ),
+        title=f"Sample output, {before[0]} and {before[1]}",
+        notes=(SAMPLES if continuations else NO_SAMPLES,),
         numbers=False,
         texts=True,
     ).columns_but([] if any(c.recovered is not None for c in continuations) else ["recovered"])
+
+
+def samples_tables(written: Mapping[str, Sequence[Continuation]]) -> list[Table]:
+    """A table for each prompt: what the dense model writes, and each pruned one, by its name."""
+    samples: dict[str, dict[str, str]] = {}
+    for name, continuations in written.items():
+        for each in continuations:
+            texts = samples.setdefault(each.prompt, {"dense": each.dense})
+            texts[name] = each.pruned
+            if each.recovered is not None:
+                texts["recovered"] = each.recovered
+    return [
+        Table(
+            ("model", "text"),
+            [(name, re.sub(r"\n\s*\n", "\n", text)) for name, text in texts.items()],
+            title=f"… {' '.join(prompt.split())} …",
+            numbers=False,
+            texts=True,
+        )
+        for prompt, texts in samples.items()
+    ]
 
 
 def recovered_table(recovered: Recovered) -> Table:
@@ -189,10 +210,12 @@ def results_table(report: Report) -> Table | None:
     behind = {} if config is None else _behind(config.finalists)
     if report.is_cut:
         return _cuts_table(report, rows, mark, behind)
-    alone = ", of the masks alone" if config is not None and config.steps.needs_text else ""
+    alone = ", masks only" if config is not None and config.steps.needs_text else ""
+    rebuilt = config is not None and config.is_reconstructed
+    gain = "gain before reconstruction" if rebuilt else GAINS["perplexity"]
     return Table(
         (
-            "candidate", "perplexity", "above the lowest", GAINS["perplexity"], "divergence",
+            "candidate", "perplexity", "above the lowest", gain, "divergence",
             GAINS["divergence"], "objective", GAINS["proxy"], "trial",
         ),
         [
@@ -210,13 +233,14 @@ def results_table(report: Report) -> Table | None:
             )
             for trial in rows
         ],
-        title="Finalists and baselines",
+        title="Finalists and baselines" + (", before reconstruction" if rebuilt else ""),
         notes=(
             f"Objective: {report.objective}"
             + (", higher is better. " if report.maximised else ", lower is better. ")
-            + f"Divergence: from the dense model, in nats a token{alone}. Gains are over RIA: in "
-            "perplexity, the share of its perplexity that is saved; by divergence, the same as the "
-            "divergence tells; in the proxy, the share of its objective.",
+            + f"KL divergence from the dense model, nats per token{alone}. "
+            "Gain: reduction relative to RIA, in perplexity, as estimated from divergence, or in "
+            "the proxy."
+            + (" Only the chosen finalist is reconstructed." if rebuilt else ""),
         ),
         marked=0,
     ).without_empty()  # fmt: skip
@@ -238,8 +262,8 @@ def _cuts_table(
         ],
         title="Splits of the share",
         notes=(
-            "Estimate: nats a token that the loss would rise by, each cut taken alone. Those with "
-            "the lowest were cut and measured.",
+            "Estimate: expected rise of the loss in nats per token, each cut taken alone. The "
+            "splits with the lowest estimates were cut and measured.",
         ),
         marked=0,
     ).without_empty()  # fmt: skip
@@ -326,9 +350,9 @@ def points_table(
         title="Perplexity at each sparsity"
         + (f"; the dense model has {number(dense)}" if dense else ""),
         notes=(
-            f"{text_note}Seconds are of search, confirmation, Wanda and RIA, without the "
-            "calibration. What was found was chosen on the text that it is measured on. In "
-            "brackets: the result against Wanda and RIA."
+            f"{text_note}In brackets: the result relative to that baseline. Results were chosen "
+            "on the text that they are measured on. Seconds cover search, confirmation, Wanda and "
+            "RIA, not the calibration."
             + (_ERROR if any(point.get("rise_error") for point in points) else ""),
         ),
     ).without_empty()  # fmt: skip
@@ -343,7 +367,7 @@ def scores_table(scores: Sequence[TaskScore]) -> Table:
             *((s.task, s.metric, s.shown, s.examples, s.shots, s.version) for s in scores),
             *([("mean", "acc", f"{mean * 100:.2f}", None, None, None)] if mean is not None else []),
         ],
-        notes=("Accuracies in percent, ± standard error.",),
+        notes=("Accuracy in percent, ± standard error.",),
     )
 
 
@@ -399,8 +423,8 @@ def transfer_table(
         table,
         title=f"On other models, by {what}",
         notes=(
-            "Regret: the share of the own best's gain over RIA that the transferred configuration "
-            "loses; empty where there is no own best that gains.",
+            "Regret: share of the gain over RIA that a search on that model finds and the "
+            "transferred configuration does not; empty where no such search found a gain.",
         )
         if any(row[-1] for row in table)
         else (),
@@ -471,7 +495,7 @@ def timings_table(report: Report) -> Table:
         ("stage", "done", "seconds", "longest", "pace", "attempts"),
         rows,
         title="Stages",
-        notes=("Seconds of all stages of a kind together; several workers do them side by side.",),
+        notes=("Seconds add up all stages of a kind; workers may do them in parallel.",),
     ).without_empty()
 
 

@@ -89,14 +89,14 @@ def search_commands(document: str = "job.json") -> list[str]:
     ]
 
 
-def prune_commands(job_id: str, spec: JobSpec) -> list[str]:
-    """Commands that prune a model with a job's configuration."""
+def prune_commands(job_id: str, spec: JobSpec, *, written: bool) -> list[str]:
+    """Commands that get the pruned model, which may be written already, and the configuration."""
     fetch = f"pho best {job_id} --out config.json"
     if spec.more_models:  # whose service prunes none of them
         models = [shlex.join(["pho", "prune", name, "--config", "config.json", "--out", "pruned"])
                   for name in spec.models]  # fmt: skip
         return [fetch, *models]
-    return [f"pho pull {job_id} --prune --out pruned  # the service prunes, this fetches", fetch]
+    return [f"pho pull {job_id}{'' if written else ' --prune'} --out pruned", fetch]
 
 
 def transfer_in_words(spec: TransferSpec) -> dict[str, str]:

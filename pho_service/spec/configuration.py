@@ -196,18 +196,23 @@ class Configuration(Document):
         )
 
     @property
+    def is_reconstructed(self) -> bool:
+        """Whether its blocks were trained after it was chosen."""
+        how = self.confirmation
+        return how is not None and how.before_reconstruction is not None
+
+    @property
     def beside_the_next(self) -> str:
         """
-        ``0.4 ± 0.1% below the next finalist (27.80)``, or that they are not told apart; empty where
+        ``0.4 ± 0.1% below the runner-up (27.80)``, or that they are statistically tied; empty where
         fewer than two were measured.
         """
         rated = [(c.perplexity, c.error) for c in self.finalists if c.perplexity is not None]
         if len(rated) < 2:
             return ""
         (best, _), (runner_up, error) = rated[:2]
-        comparison = Ratio(best, runner_up, error).beside("the next finalist")
-        rebuilt = self.confirmation and self.confirmation.before_reconstruction
-        return f"{comparison}, before the reconstruction" if rebuilt else comparison
+        when = " before reconstruction" if self.is_reconstructed else ""
+        return Ratio(best, runner_up, error).beside("the runner-up", when)
 
     @property
     def warm_start(self) -> str:

@@ -17,7 +17,7 @@ _RATIOS = (  # whose errors are kept
     *(("pruned", name) for name in REFERENCES),
     *(("wanda", "dense"), ("ria", "dense"), ("wanda", "ria")),
 )
-_TITLES = {"wanda": "Wanda", "ria": "RIA"}
+TITLES = {"wanda": "Wanda", "ria": "RIA"}
 BLOCK = 64  # tokens whose losses are added up before they are looked at
 
 
@@ -59,15 +59,19 @@ class Ratio:
         """The rise: ``+22.6 ± 0.4%``."""
         return percent(self.rise, signed=True, error=self.rise_error)
 
-    def beside(self, title: str) -> str:
-        """``22.6 ± 0.4% above dense (22.60)``; not told apart within two standard errors."""
+    @property
+    def is_tie(self) -> bool:
+        """Whether chance may explain the difference: it is within two standard errors."""
+        distance = abs(math.log(self.perplexity / self.reference))
+        return self.error is not None and distance < 2 * self.error
+
+    def beside(self, title: str, when: str = "") -> str:
+        """``22.6 ± 0.4% above dense (22.60)``, or a tie within two standard errors."""
         if self.perplexity == self.reference:
             return f"the same as {title}"
-        named = f"{title} ({number(self.reference)})"
-        if self.error is not None and abs(math.log(self.perplexity / self.reference)) < (
-            2 * self.error
-        ):
-            return f"not told apart from {named}"
+        named = f"{title} ({number(self.reference)}{when})"
+        if self.is_tie:
+            return f"statistically tied with {named}"
         side = "above" if self.rise > 0 else "below"
         return f"{percent(abs(self.rise), error=self.rise_error)} {side} {named}"
 
@@ -192,7 +196,7 @@ class Perplexities(Document):
     @property
     def titles(self) -> dict[str, str]:
         """What the published methods are called; which RIA it is, where that is known."""
-        return {**_TITLES, **({"ria": f"ria-{self.ria_scope}"} if self.ria_scope else {})}
+        return {**TITLES, **({"ria": f"ria-{self.ria_scope}"} if self.ria_scope else {})}
 
     @property
     def rise(self) -> float:
@@ -217,6 +221,12 @@ class Perplexities(Document):
         }
 
     @property
+    def better_baseline(self) -> str | None:
+        """Which of the published methods has the lower perplexity; None where neither has one."""
+        values = {name: getattr(self, name) for name in TITLES if getattr(self, name)}
+        return min(values, key=values.__getitem__, default=None)
+
+    @property
     def sentence(self) -> str:
         """
         ``Perplexity 27.70: 22.6 ± 0.4% above dense (22.60), 30.6 ± 0.3% below Wanda (39.90);
@@ -228,7 +238,7 @@ class Perplexities(Document):
 
     def __str__(self) -> str:
         """In one line: ``22.60 dense, 27.70 pruned (+22.6 ± 0.4%), Wanda 39.90, RIA 41.20``."""
-        methods = {self.titles[name]: getattr(self, name) for name in _TITLES}
+        methods = {self.titles[name]: getattr(self, name) for name in TITLES}
         pruned = Ratio(self.pruned, self.dense, self.errors.get("dense"))
         return f"{in_words(self.dense, {'pruned': pruned}, methods)}; {self.choice}"
 
@@ -268,6 +278,6 @@ def in_words(
         [
             f"{number(dense)} dense",
             *(f"{number(ratio.perplexity)} {name} ({ratio})" for name, ratio in results.items()),
-            *(f"{_TITLES.get(n, n)} {number(value)}" for n, value in methods.items() if value),
+            *(f"{TITLES.get(n, n)} {number(value)}" for n, value in methods.items() if value),
         ]
     )

@@ -110,7 +110,7 @@ def test_keys_alone_submit_a_job_whose_plan_follows_them(page, store):
 
     assert (job.spec["pattern"], job.spec["trials"]) == ("2:4", 60)
     assert page.url.endswith(f"/jobs/{job.id}")
-    expect(page.get_by_role("heading", level=1)).to_have_text(job.name)
+    expect(page.get_by_role("heading", level=1)).to_have_text(f"small 2:4 row {str(job.id)[:8]}")
     go(page, "All jobs")
     page.keyboard.press("Enter")
     expect(page.locator(f"#job-{job.id}")).to_contain_text("queued")
@@ -134,6 +134,50 @@ def test_a_job_page_follows_a_job(page, store, job_of):
         pass
     expect(page.get_by_role("main")).to_contain_text("No job has this id")
     assert kept
+
+
+def test_a_folded_section_and_the_focus_on_it_survive_a_refresh(page, store, job_of):
+    job = job_of(page)
+    page.goto(f"/jobs/{job.id}")
+    fold = page.locator("#happened > summary")
+    fold.press("Enter")
+    store.ask(job.id, "pause")
+
+    expect(page.locator("#happened")).to_contain_text("paused")
+    expect(page.locator("#happened")).not_to_have_attribute("open", "")
+    expect(fold).to_be_focused()
+
+
+def test_keys_open_and_close_the_menu_of_a_job(page, job_of):
+    job = job_of(page)
+    page.goto(f"/jobs/{job.id}")
+    compare = page.get_by_role("link", name="Compare")
+    expect(compare).to_be_hidden()
+    page.locator("#menu > summary").press("Enter")
+    expect(compare).to_be_visible()
+    page.keyboard.press("Escape")
+
+    expect(compare).to_be_hidden()
+    expect(page.locator("#menu > summary")).to_be_focused()
+
+
+def test_a_mark_of_a_chart_tells_its_trial_to_keys_and_to_a_pointer(page, hand, job_of):
+    job = job_of(page, minutes=None)
+    hand.calibrate(str(job.id))
+    hand.record({"name": job.name}, 8)
+    page.goto(f"/jobs/{job.id}")
+    tip = page.locator("#tip")
+    go(page, "Points of Objective by trial: arrow keys move from one to the next", "group")
+    expect(tip).to_contain_text("found, trial 1: 0.1000")
+    page.keyboard.press("ArrowRight")
+    expect(tip).to_contain_text("found, trial 2: 0.2000")
+    trial = re.compile(r"/dashboard/studies/\d+/trials\?numbers=2$")
+    expect(tip.get_by_role("link")).to_have_attribute("href", trial)
+    page.keyboard.press("Escape")
+    expect(tip).to_be_hidden()
+    page.locator("#history .dot").last.hover()
+
+    expect(tip).to_contain_text("found, trial 7: ")
 
 
 def test_what_is_wrong_has_the_focus_and_leads_to_its_field(page, store):
@@ -229,7 +273,7 @@ def test_refresh(page, store, job_of, monkeypatch):
 
     page.get_by_role("button", name="Compare").click()
     expect(page.get_by_role("heading", level=1)).to_have_text("2 jobs side by side")
-    expect(page.locator(".differs").filter(has_text="State")).to_contain_text("paused")
+    expect(page.get_by_role("row", name="State paused cancelled")).to_be_visible()
     page.get_by_role("link", name=f"second {str(second.id)[:8]}").first.click()
     page.get_by_role("link", name="Report").click()
     expect(page.get_by_role("heading", level=1)).to_contain_text(second.name)
@@ -246,7 +290,7 @@ def test_a_link_opens_after_the_login(page, url, store, job_of):
     page.keyboard.type(secret)
     page.keyboard.press("Enter")
     page.wait_for_url(f"{url}/jobs/{job.id}")
-    expect(page.get_by_role("heading", level=1)).to_have_text(job.name)
+    expect(page.get_by_role("heading", level=1)).to_contain_text(str(job.id)[:8])
     keys.revoke(key.prefix)
     expect(page.get_by_role("alert")).to_contain_text("Your login has expired")
     page.get_by_role("link", name="Load it again").click()

@@ -139,7 +139,7 @@ def test_a_job_has_a_row_and_a_page_in_each_state(client, submit, hand):
         assert f"Choose {job['name']}" in page.texts("label")
         answer = client.get(f"/jobs/{job['id']}")
         moves = not state.is_over and state is not JobState.PAUSED
-        assert Page(answer).at("head")[1].startswith(f"{job['name']} {state}")
+        assert Page(answer).at("head")[1].startswith(f"mine {state} {job['id'][:8]} {state}")
         assert (" data-moves" in answer.text) == moves
         assert ('<noscript><meta http-equiv="refresh"' in answer.text) == moves
     assert "org/name is not there." in row(page, made[JobState.FAILED])
@@ -299,7 +299,7 @@ def test_a_list_shows_what_workers_do(client, submit, hand):
     hand.take(job["id"], StageKind.CALIBRATE)
     busy = Page(client.get("/"))
 
-    assert "No worker is connected, so jobs wait: start one with pho worker." in before.text
+    assert "No worker is connected, so jobs wait. Start one with pho worker." in before.text
     assert "so jobs wait" not in idle.text
     assert re.search(r"host:7 cuda:0 nothing \d s ago", _spaced(idle))
     assert f"calibrate of {job['name']}" in _spaced(busy)
@@ -372,7 +372,7 @@ def test_what_is_no_choice_of_jobs_changes_nothing_and_a_page_says_why(client):
     for verb, chosen, status, told in (
         ("pause", [], 422, "No job is chosen. Tick the box"),
         ("delete", [], 422, "No job is chosen."),
-        ("delete", [NOBODY], 200, "None of the chosen jobs exists any longer."),
+        ("delete", [NOBODY], 200, "None of the chosen jobs still exists."),
         ("explode", [NOBODY], 422, "verb='explode' must be one of pause, resume, cancel, delete."),
         ("pause", ["x"], 422, "job='x' is not a job's id."),
         ("pause", [f"{n:032x}" for n in range(201)], 422, "201 jobs are chosen, but 200 are"),
@@ -428,7 +428,7 @@ def test_a_deletion_is_asked_once_more(client, submit, hand):
     assert asked.links["Keep it"] == f"/?state=cancelled#job-{job['id']}"
     assert answer.headers["location"] == "/?state=cancelled"
     assert [str(each.id) for each in hand.store.page()] == [works]
-    assert "Cancel it first." in first.text
+    assert "cancel it first." in first.text
     assert not first.of("form")
     assert refused.status_code == 409
     assert "A job that is running cannot be deleted. Cancel it first." in Page(refused).text

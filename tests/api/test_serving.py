@@ -338,7 +338,7 @@ def test_what_is_backed_up_while_a_job_runs_is_restored_elsewhere(place):
     there = elsewhere.client.wait(job, timeout_s=4 * PATIENCE_S, progress=False)
 
     assert written.exit_code == 0, written.stderr
-    assert "It omits bundles" in written.stderr
+    assert "Backups omit bundles" in written.stderr
     assert dump.stat().st_mode & 0o777 == 0o600
     assert again.exit_code == 1
     assert "dump exists, and is not overwritten" in again.stderr

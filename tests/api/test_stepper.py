@@ -72,11 +72,11 @@ def test_a_stage_says_what_it_waits_for(submit, steps, hand):
     hand.bring(job, JobState.PAUSED)
 
     assert nobody == "no worker is connected"
-    assert no_gpu == "no worker that does this is connected, and none with a GPU"
-    assert unable == "no worker that does this is connected"
-    assert free == "for a worker to take it up"
+    assert no_gpu == "no connected worker does this, and none has a GPU"
+    assert unable == "no connected worker does this"
+    assert free == "waiting for a worker to take it"
     assert busy == "all workers that do this are busy"
-    assert waits() == "until it is resumed"
+    assert waits() == "paused until it is resumed"
 
 
 def test_turns_and_second_attempts_have_names(client, submit, shown, hand):
@@ -97,11 +97,11 @@ def test_turns_and_second_attempts_have_names(client, submit, shown, hand):
     )
     assert "running, search waits</span>" in page
     assert told[:3] == [
-        "put down: search, gave its turn to another job", "went on: search", "began: search",
+        "interrupted: search, another job's turn", "resumed: search", "began: search",
     ]  # fmt: skip
     assert failed[:2] == [
-        "tried again: search",
-        "search failed, and is tried again: its worker died, or was cut off (WorkerLost)",
+        "retried: search",
+        "search failed and will be retried: its worker died, or was cut off (WorkerLost)",
     ]
 
 

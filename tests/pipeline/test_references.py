@@ -123,7 +123,7 @@ def test_finalists_say_how_far_they_are_behind_the_best_and_whether_that_may_be_
     assert best.error is None
     assert other.error == pytest.approx(error)
     told = abs(math.log(other.perplexity / best.perplexity)) >= 2 * error
-    assert ("not told apart from the next finalist" in found.beside_the_next) is not told
+    assert ("statistically tied with the runner-up" in found.beside_the_next) is not told
     assert found.beside_the_next in [value for _, value in configuration_rows(found)]
 
 
@@ -135,8 +135,8 @@ def test_the_next_finalist_in_words():
         update={"finalists": [ratings[0], ratings[1].model_copy(update={"error": 0.03})]}
     )
 
-    assert found.beside_the_next == "4.8 ± 1.0% below the next finalist (21.00)"
-    assert near.beside_the_next == "not told apart from the next finalist (21.00)"
+    assert found.beside_the_next == "4.8 ± 1.0% below the runner-up (21.00)"
+    assert near.beside_the_next == "statistically tied with the runner-up (21.00)"
     old = published("wanda", "0.5")
     assert old.beside_the_next == ""
     assert old.perplexities is None
@@ -222,8 +222,8 @@ def test_in_words():
     known = good.model_copy(update={"errors": errors})
     assert "pruned (+22.6 ± 0.5%)" in str(known)
     assert known.sentence == (
-        "Perplexity 27.71: 22.6 ± 0.5% above dense (22.60), not told apart from Wanda (39.90), "
-        "32.8 ± 0.7% below RIA (41.24); chosen on this text"
+        "Perplexity 27.71: 22.6 ± 0.5% above dense (22.60), statistically tied with Wanda "
+        "(39.90), 32.8 ± 0.7% below RIA (41.24); chosen on this text"
     )
     assert "below ria-row (41.24)" in known.model_copy(update={"ria_scope": "row"}).sentence
     assert [row[2:] for row in verdict_table(known).rows] == [

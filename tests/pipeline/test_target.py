@@ -66,7 +66,7 @@ def test_a_point_that_chance_may_have_put_on_its_side_is_told(error, patterns):
     found = run(Formula(error=error), perplexity_rise=0.26)
 
     assert [warning.split()[3] for warning in found.warnings[1:]] == patterns
-    assert all("not told apart from the target, 26 %" in each for each in found.warnings[1:])
+    assert all("statistically tied with the target, 26 %" in each for each in found.warnings[1:])
 
 
 def test_outside_at_the_lowest_sparsity_refused_with_the_limit_and_all_that_was_measured():

@@ -69,7 +69,7 @@ def test_a_streamed_model_and_a_search_without_a_text_write_nothing_and_the_repo
     read = search_job(REQUEST, replace(confirming, dense=streamed)).configuration
 
     assert alone.continuations == read.continuations == []
-    assert "Nothing was written: that takes a text" in render(Report.of(read))
+    assert "No sample output: that takes a confirmation text" in render(Report.of(read))
 
 
 def test_a_prompt_that_is_empty_or_too_long_is_refused(model):

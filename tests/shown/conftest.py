@@ -88,7 +88,7 @@ class Page(HTMLParser):
             self._figure = found["id"]
             self.figures[self._figure], self.drawn[self._figure] = {}, {}
         self._series = found.get("data-name", "") if tag == "g" else self._series
-        if self._series and tag in ("circle", "path", "rect", "polyline"):
+        if self._figure and self._series and tag in ("circle", "path", "rect", "polyline"):
             drawn = self.drawn[self._figure]
             drawn[self._series] = drawn.get(self._series, 0) + 1
         if tag == "table":
@@ -102,6 +102,8 @@ class Page(HTMLParser):
         self._inside.pop()
         if tag == "section":
             self._section = None
+        if tag == "figure":
+            self._figure = ""
         if tag == "g":
             self._series = ""
         if tag == "table":

@@ -28,7 +28,7 @@ def browse(browser, report_of, tmp_path):
 def test_the_pages_policy_lets_its_own_style_apply(browse):
     page = browse()
 
-    assert page.locator("svg.chart").count() == 8
+    assert page.locator("svg.chart").count() == 7
     assert page.evaluate("getComputedStyle(document.querySelector('table')).borderCollapse") == (
         "collapse"
     )

@@ -10,7 +10,8 @@ import pytest
 
 from pho_service.shown.page import render
 from pho_service.shown.report import LayerCell, ReportTrial
-from pho_service.spec.configuration import Rating
+from pho_service.shown.tables import samples_tables
+from pho_service.spec.configuration import Continuation, Rating
 from pho_service.spec.perplexity import Perplexities, ReportedPerplexities
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)></style></pre>{{ 7 * 7 }}"
@@ -55,7 +56,7 @@ def test_the_chosen_one_comes_first_then_what_was_measured_then_baselines(page_o
         ["found", "", "", "0.7500", "22.1%", "0.6000", "40.0%", "6"],
         ["ria-row", "", "", "0.8750", "11.8%", "0.9000", "10.0%", "1"],
     ]  # fmt: skip
-    assert "Confirmed by perplexity, 20.00 on 496 tokens of c.txt" in page.text["result"]
+    assert "Perplexity 20.00 on 496 tokens of c.txt, in windows of 32." in page.text["result"]
     assert "The best lies on the border." in page.text["result"]
     coefficients = "row 0.2500, column 0.5000, neighbourhood 0.2500, kernel 5"
     assert ["coefficients", coefficients] in page.tables["The configuration"]
@@ -71,7 +72,15 @@ def test_the_page_begins_with_how_good_the_result_is(page_of, report_of):
         ["dense", "16.00", "", ""], ["pruned", "20.00", "+25.0%", "50.0%"],
         ["Wanda", "28.00", "+75.0%", "30.0%"], ["RIA", "40.00", "+150.0%", ""],
     ]  # fmt: skip
-    assert "Perplexity 20.00: 25.0% above dense (16.00), 28.6% below Wanda" in page.text["result"]
+    assert page.text["result"].split()[:16] == [
+        "Result", "perplexity20.00lower", "is", "better", "above", "dense25.0%", "below",
+        "Wanda28.6%the", "better", "baseline", "dense", "16.00", "Wanda", "28.00", "pruned",
+        "20.00",
+    ]  # fmt: skip
+    assert [svg["aria-label"] for svg in page.of("svg") if "gauge" in svg.get("class", "")] == [
+        "Perplexity 20.00: 25.0% above dense (16.00), 28.6% below Wanda (28.00), 50.0% below RIA "
+        "(40.00)."
+    ]
     assert "50 % of the weights are removed" in page.text["result"]
     assert "pho pull 1 --prune --out pruned" in page.text["result"]
 
@@ -120,18 +129,22 @@ def test_while_nothing_is_chosen_the_best_so_far_is_marked(page_of):
     page = page_of(configuration=None, state="running")
 
     assert page.tables["Finalists and baselines"][1][:2] == ["found (best so far)", "20.00"]
-    assert "There is no configuration yet." in page.text["result"]
     assert "Search, running." in page.text[None]
-    assert "Best objective so far: 0.4000, 60.0% below RIA's." in page.text["result"]
+    assert "best objective so far0.4000" in page.text["result"]
+    assert "below RIA's objective60.0%" in page.text["result"]
 
 
 def test_the_history_has_every_rated_trial_and_the_best_so_far(page_of):
     page = page_of()
 
     assert page.figures["history"] == {
-        "found": ["found, trial 4: 0.5000", "found, trial 5: 0.4000", "found, trial 6: 0.6000"],
+        "found": [
+            "found, trial 4: 0.5000, perplexity 20.00", "found, trial 5: 0.4000, perplexity 22.00",
+            "found, trial 6: 0.6000",
+        ],
         "baseline": [
-            "wanda, trial 0: 0.8000", "ria-row, trial 1: 0.9000", "ria-layer, trial 2: 1.000",
+            "wanda, trial 0: 0.8000", "ria-row, trial 1: 0.9000",
+            "ria-layer, trial 2: 1.000, perplexity 25.00",
         ],
     }  # fmt: skip
     assert page.drawn["history"] == {"found": 3, "baseline": 3, "best so far": 1}
@@ -153,7 +166,7 @@ def test_of_many_trials_some_are_drawn_in_a_small_page(page_of, report_of):
 
     assert 250 < len(found) <= 500
     assert found[-1].startswith("found, trial 9998:")
-    assert "123 more trials are left out" in page.text["search"]
+    assert "123 more trials are not shown here" in page.text["search"]
     assert len(large.encode()) < 500_000
 
 
@@ -163,7 +176,7 @@ def test_importances_are_bars_with_too_few_candidates_there_are_none(page_of):
     assert page.drawn["importance"] == {"row share": 1, "kernel size": 1}
     assert [line for line in page.text["importances"].split("\n") if "75%" in line]
     assert "importance" not in few.figures
-    assert "3 rated candidates are too few, 50 are needed" in few.text["importances"]
+    assert "that takes 50 rated candidates, and there are 3" in few.text["importances"]
 
 
 def test_what_was_measured_is_drawn_against_its_proxy_if_there_is_one(page_of):
@@ -180,7 +193,39 @@ def test_what_was_measured_is_drawn_against_its_proxy_if_there_is_one(page_of):
         "chosen": found[:1],
     }
     assert "confirmed" not in page.figures
-    assert "The search was by perplexity itself" in page.text["finalists"]
+    assert "The search minimised perplexity itself" in page.text["finalists"]
+
+
+def test_two_points_are_not_a_chart(page_of, report_of):
+    trials = [t for t in report_of().trials if t.number in (2, 4)]
+    page = page_of(trials=trials)
+
+    assert {"history", "confirmed"}.isdisjoint(page.figures)
+    assert "Too few trials to draw: 2 rated." in page.text["search"]
+
+
+def test_what_is_measured_before_a_reconstruction_is_not_called_what_the_result_is(
+    page_of, report_of
+):
+    found = report_of().configuration
+    how = found.confirmation.model_copy(update={"before_reconstruction": 21.0})
+    page = page_of(configuration=found.model_copy(update={"confirmation": how}))
+    (columns, *_) = page.tables["Finalists and baselines, before reconstruction"]
+
+    assert "gain before reconstruction" in columns
+    assert "gain in perplexity" not in columns
+    assert "Before reconstruction: 21.00 (-4.8%)." in page.text["result"]
+
+
+def test_of_several_patterns_each_prompt_stands_once():
+    written = {
+        name: [Continuation(prompt="If", dense="so", pruned=f"then at {name}")]
+        for name in ("0.3", "2:4")
+    }
+    (table,) = samples_tables(written)
+
+    assert table.title == "… If …"
+    assert table.rows == [("dense", "so"), ("0.3", "then at 0.3"), ("2:4", "then at 2:4")]
 
 
 def test_errors_and_sparsities_are_maps_of_kinds_over_blocks(page_of):
@@ -191,7 +236,7 @@ def test_errors_and_sparsities_are_maps_of_kinds_over_blocks(page_of):
     assert f"{first}: 0.1000" in page.figures["errors-0"]["cells"]
     assert f"{up}: 60.0%" in page.figures["sparsities-0"]["cells"]
     assert "The largest is 0.1000, of model.layers.0.self_attn.q_proj" in page.text["layers"]
-    assert "So are sparsities" in page.text["layers"]
+    assert "Each layer gets its own sparsity, estimated from the same rows" in page.text["layers"]
 
 
 def test_each_model_has_maps_unless_all_lose_the_same(page_of, report_of):
@@ -202,9 +247,9 @@ def test_each_model_has_maps_unless_all_lose_the_same(page_of, report_of):
     equal = page_of(layers={"org/name": same}, configuration=found)
 
     assert {"errors-0", "errors-1", "sparsities-0", "sparsities-1"} <= set(page.figures)
-    assert "Error of each linear on org/other" in page.text["layers"]
+    assert "Error by layer on org/other" in page.text["layers"]
     assert "sparsities-0" not in equal.figures
-    assert "Every linear has the sparsity of the pattern, exactly." in equal.text["layers"]
+    assert "Each layer has exactly the sparsity of the pattern." in equal.text["layers"]
 
 
 def test_what_was_measured_on_other_models_is_a_table_and_bars(page_of):
@@ -239,7 +284,7 @@ def test_what_was_asked_commands_documents_versions_and_events_are_there(page_of
         ["search", "1 of 1", "0.7", "0.7", "100.0 ms a trial", "2"],
         ["perplexity", "1 of 2", "3.0", "3.0", "", "1"],  # stages of a kind are one row
     ]
-    assert "2026-01-02 03:03:00succeeded" in page.text["happened"]
+    assert "2026-01-02\n03:03:00succeeded" in page.text["happened"]
     for text in ("pho submit --job job.json", '"pattern": "0.5"', '"format": "pho-configuration"'):
         assert text in page.text["settings"]
 
@@ -250,12 +295,12 @@ def test_what_was_asked_commands_documents_versions_and_events_are_there(page_of
         (
             "search",
             {
-                "settings": "What was asked is not known",
-                "result": "There is no configuration yet",
-                "search": "No trial is rated yet",
-                "finalists": "No perplexity is known",
-                "layers": "they are stored when a job ends well",
-                "transfer": "There is no configuration yet that could be measured",
+                "settings": "The request is not known",
+                "result": "No trial has been rated yet",
+                "search": "No trial has been rated yet",
+                "finalists": "No perplexity was measured",
+                "layers": "a job stores them when it succeeds",
+                "transfer": "There is no configuration to measure on other models",
             },
         ),
         ("transfer", {"transfer": "Nothing is measured yet"}),
@@ -263,8 +308,8 @@ def test_what_was_asked_commands_documents_versions_and_events_are_there(page_of
             "study",
             {
                 "result": "Without its configuration (pho report --config)",
-                "layers": "A study does not keep the errors",
-                "transfer": "pho transfer measures it",
+                "layers": "A study does not store errors",
+                "transfer": "pho transfer does that",
                 "happened": "The time of each stage is not known",
             },
         ),
@@ -276,7 +321,7 @@ def test_missing(page_of, empty, subject, missing):
 
     assert {name: text for name, text in missing.items() if text not in page.text[name]} == {}
     assert page.figures == page.tables == {}
-    assert "pho transfer-job does it" in page_of(transfers=[]).text["transfer"]
+    assert "pho transfer-job does that" in page_of(transfers=[]).text["transfer"]
 
 
 def test_why_a_job_failed_stands_at_the_top(page_of, empty):

@@ -33,6 +33,6 @@ def test_a_ratio_in_words():
     assert str(ratio) == "+22.6 ± 0.5%"
     assert ratio.beside("dense") == "22.6 ± 0.5% above dense (22.60)"
     assert Ratio(27.71, 41.24, 0.01).saved == "32.8 ± 0.7%"
-    assert Ratio(27.71, 39.9, 0.2).beside("Wanda") == "not told apart from Wanda (39.90)"
+    assert Ratio(27.71, 39.9, 0.2).beside("Wanda") == "statistically tied with Wanda (39.90)"
     assert Ratio(27.71, 27.71).beside("RIA") == "the same as RIA"
     assert Ratio.of_rise(27.71, 22.6, ratio.rise_error).error == pytest.approx(0.004)

@@ -33,12 +33,15 @@
   }
 
   function put(fresh) {
-    let above = null;
     for (const found of fresh.querySelectorAll("[data-live]")) {
       const old = document.getElementById(found.id);
-      if (old === null) above.after(document.importNode(found, true));
-      else renew(old, found, fresh);
-      above = document.getElementById(found.id);
+      if (old !== null) renew(old, found, fresh);
+      else {
+        const above = found.previousElementSibling; // which has been put there, or stood there
+        const copy = document.importNode(found, true);
+        if (above !== null) document.getElementById(above.id).after(copy);
+        else document.getElementById(found.parentElement.id).prepend(copy);
+      }
     }
     for (const old of document.querySelectorAll("[data-live]")) {
       if (fresh.getElementById(old.id) === null) old.remove();
@@ -52,11 +55,14 @@
     const rows = old.querySelector("[data-rows]");
     const now = found.querySelector("[data-rows]");
     if (rows !== null && now !== null) return renewRows(rows, now);
-    if (found.innerHTML === old.innerHTML || old.contains(document.activeElement)) return;
-    for (const each of old.querySelectorAll("details[open]")) {
-      fresh.getElementById(each.id)?.setAttribute("open", "");
+    const held = document.activeElement;
+    const fold = old.contains(held) && held.localName === "summary" ? held.parentElement.id : "";
+    if (found.innerHTML === old.innerHTML || (old.contains(held) && fold === "")) return;
+    for (const each of old.querySelectorAll("details")) {
+      fresh.getElementById(each.id)?.toggleAttribute("open", each.open);
     }
     old.replaceChildren(...found.childNodes);
+    if (fold !== "") document.getElementById(fold)?.querySelector("summary").focus();
   }
 
   function renewRows(rows, now) {
