@@ -1,10 +1,11 @@
 """
 A burst of jobs, and workers that a cluster starts by the work that there is, from none up.
 
-KEDA's loop is simulated: every few seconds the query of docker/keda.yaml says how many workers are
-needed, those that are missing are started as processes, and each ends by itself. The service, its
-database and the workers are real; the model is a random one of 18,432 weights. Exits with 1 if a
-job fails, a worker does not end with exit code 0, or some do not end. Takes about three minutes:
+KEDA's loop is simulated: every few seconds the query of docker/kubernetes/keda/ says how many
+workers are needed, those that are missing are started as processes, and each ends by itself. The
+service, its database and the workers are real; the model is a random one of 18,432 weights. Exits
+with 1 if a job fails, a worker does not end with exit code 0, or some do not end. Takes about three
+minutes:
 
     python benchmarks/autoscaling.py
     python benchmarks/autoscaling.py --jobs 4 --most 2   # tries it out
@@ -30,7 +31,7 @@ from storage.jobs import JobStore
 from storage.records import JobState
 from storage.tables import stages
 
-KEDA = Path(__file__).parents[1] / "docker" / "keda.yaml"
+KEDA = Path(__file__).parents[1] / "docker" / "kubernetes" / "keda" / "worker" / "scaledjob.yaml"
 LOOK_S = 0.2
 PATIENCE_S = 300.0  # beyond the time of idle workers, until all have ended
 

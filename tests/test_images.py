@@ -431,3 +431,64 @@ def test_a_job_through_both(container_of, tmp_path, model_folder, texts):
     for container in (api, worker):  # and it is this checkout's code
         (installed,) = Path(container.root, "usr").glob("**/*-packages/storage/jobs.py")
         assert installed.read_bytes() == (ROOT / "storage" / "jobs.py").read_bytes()
+
+
+def test_an_installation_on_kubernetes_from_an_empty_database_to_its_first_scrape(
+    container_of, postgresql_by_password, tmp_path
+):
+    """
+    The commands of docs/containers.md in the API's image, with the settings of docker/kubernetes/
+    and a URL as CloudNativePG writes it.
+    """
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed: see extra dev")
+    base = yaml.safe_load((ROOT / "docker/kubernetes/base/kustomization.yaml").read_text())
+    settings = dict(line.split("=", 1) for line in base["configMapGenerator"][0]["literals"])
+    postgresql, password = postgresql_by_password
+    url = f"postgresql://pho:{password}@127.0.0.1:{postgresql}"
+    with psycopg.connect(f"{url}/postgres", autocommit=True) as connection:
+        connection.execute("CREATE DATABASE installation")
+    api, port = container_of("api"), free_port()
+    api.environment = {
+        **settings, "PHO_DATABASE_URL": f"{url}/installation", "PHO_PORT": str(port)
+    }  # fmt: skip
+    log = tmp_path / "said.log"
+    migrated = api.ask(log, "migrate")
+    refused = api.ask(log)
+    keys = [
+        re.findall(r"^pho_\S+$", api.ask(log, "keys", "create", *words)[1], re.MULTILINE)[0]
+        for words in (("me", "--all-jobs"), ("prometheus", "--scrape-only"))
+    ]
+    saved = api.ask(log, "backup", "--out", "/tmp/before.dump")  # noqa: S108 - the container's
+    roles = (ROOT / "docker/kubernetes/database/roles.sql").read_text()
+    with psycopg.connect(f"{url}/installation", autocommit=True) as connection:
+        connection.execute(roles)
+    running = api.start(log)
+    probe = httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"Host": "10.1.2.3:8000"})
+
+    def ready():
+        assert running.poll() is None, log.read_text()
+        try:
+            return probe.get("/readyz").status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    try:
+        until(ready, log.read_text)
+        scraped = [
+            probe.get(path, headers={"Authorization": f"Bearer {keys[1]}"})
+            for path in ("/metrics", "/v1/jobs")
+        ]
+        listed = probe.get("/v1/jobs", headers={"Authorization": f"Bearer {keys[0]}"})
+    finally:
+        probe.close()
+        running.terminate()
+        code = running.wait(120)
+
+    assert migrated[0] == 0, migrated[1]
+    assert "has the tables of PHO" in migrated[1]
+    assert "no key opens anything" in refused[1]
+    assert saved[0] == 0, saved[1]
+    assert [answer.status_code for answer in scraped] == [200, 403]
+    assert "pho_workers" in scraped[0].text
+    assert listed.status_code == 200
+    assert code == 0

@@ -40,6 +40,7 @@ SERVICE_VERBS = {
     "worker": ("serve", "Work for a service, from any machine."),
     "backup": ("serve", "Write everything in a service's database to one file."),
     "restore": ("serve", "Fill an empty database with such a file."),
+    "migrate": ("serve", "Create a service's tables, or bring them to this version."),
     "keys": ("serve", "Create, list, rotate and revoke the keys of a service."),
     "submit": ("remote", "Submit a search job to a service."),
     "jobs": ("remote", "List the jobs of a service."),

@@ -1,5 +1,5 @@
 """
-The verbs of those who run a service: serve, worker, keys, backup and restore.
+The verbs of those who run a service: serve, worker, keys, backup, restore and migrate.
 """
 
 import os
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -482,6 +483,28 @@ def restore(file: Path, database_url: str | None, data_dir: str | None) -> None:
         run(database, file.expanduser())
         job_count = sum(JobStore(database).counts()[0].values())
     say(f"Restored {job_count} jobs. `pho serve` goes on with those that are not over.")
+
+
+@click.command()
+@database_verb
+def migrate(database_url: str | None, data_dir: str | None) -> None:
+    """
+    Create the tables of a service, or bring them to this version.
+
+    `pho serve` does it when it starts. By itself it takes as long as it needs,
+    where a probe would stop a service that does not answer yet. Stop workers and
+    services of another version first; there is no way back but a backup.
+
+    \b
+    Example:
+      pho migrate --database-url postgresql://pho:secret@db.example/pho
+    """
+    from pho_service.api.serving import open_database
+    from pho_service.host.settings import read_settings
+
+    settings = read_settings(database_url=database_url, data_dir=data_dir)
+    with _storage_told(), open_database(settings):
+        click.echo(f"The database has the tables of PHO {version('pho-service')}.")
 
 
 @contextmanager

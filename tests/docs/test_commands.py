@@ -54,6 +54,8 @@ def commands(code):
 def pho_commands(page):
     """The arguments of each `pho` that a page shows in a block."""
     found = [words for code in blocks(page) for words in commands(code)]
+    # What `kubectl exec` runs comes after a --.
+    found = [w[w.index("--") + 1 :] if w[0] == "kubectl" and "--" in w else w for w in found]
     return [words[1:] for words in found if words[0].rpartition("/")[2] == "pho"]
 
 
