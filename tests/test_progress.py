@@ -3,8 +3,12 @@
 import io
 import re
 import sys
+import time
 
-from pho_service.progress import bar, bars, silent
+import pytest
+
+from pho_service.cli.terminal import working
+from pho_service.progress import Steps, about, bar, bars, one_bar, silent
 
 
 class Terminal(io.StringIO):
@@ -39,3 +43,58 @@ def test_a_bar_of_work_that_ends_early_is_full_and_its_numbers_are_whole_at_80_c
     assert "…" not in short
     plain = re.sub(r"\x1b\[[\d;?]*\w", "", shown.getvalue())
     assert "reconstruct… ━━━━ 12/12 0:00:00 left 0:00:00" in plain
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that have passed, to be set."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_step_tells_its_number_and_how_long_it_takes_by_the_plan_and_by_the_steps_before(clock):
+    said = []
+    steps = Steps({"calibrate": 20.0, "search": 60.0, "prune": 120.0}, said.append)
+    steps.begin("calibrate")
+    clock[0] = 60.0
+    steps.begin("search")
+    steps.begin("search")
+
+    assert said == ["Step 1 of 3: calibrate (about 20 s)", "Step 2 of 3: search (about 2 min)"]
+    # Three times as slow as planned; a fifth of the plan is trusted: (60 + 40) / (20 + 40)
+    assert steps.left_s(0.0) == pytest.approx(100 / 60 * (60 + 120))
+
+
+def test_the_time_that_is_left_goes_by_the_piece_of_work_where_that_says_more_than_the_plan(clock):
+    steps = Steps({"ask": 1.0, "train": 4.0}, lambda _: None)
+    steps.begin("ask")
+    clock[0] = 10.0
+    by_plan, by_piece = (steps.left_s(left) for left in (0.0, 40.0))
+
+    # Of a plan of 5, 1 is trusted: the step takes 10 or 50 seconds where it was planned to take 1.
+    assert by_plan == pytest.approx(4 * (10 + 1) / (1 + 1))
+    assert by_piece == pytest.approx(40 + 4 * (50 + 1) / (1 + 1))
+
+
+def test_all_bars_are_one_that_says_the_step_that_is_left_and_the_piece_of_work(monkeypatch):
+    shown, said = Terminal(), []
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("COLUMNS", "100")
+    with one_bar({"calibrate": 1.0, "search": 600.0}, said.append) as steps:
+        steps.begin("search")
+        with working("Reading a text"), bar("Racing finalists", 36) as advance:
+            advance(12)
+            time.sleep(0.3)  # it is drawn ten times a second
+    plain = re.sub(r"\x1b\[[\d;?]*\w", "", shown.getvalue())
+
+    assert said == ["Step 2 of 2: search (about 10 min)"]
+    assert re.search(r"━━+ +\d+% 0:00:00 about \d+ min left  Racing finalists 12/36", plain)
+    assert "36/36" not in plain
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(4, "a few seconds"), (44, "about 40 s"), (200, "about 3 min")]
+)
+def test_a_time_that_is_estimated_has_one_digit(seconds, words):
+    assert about(seconds) == words

@@ -12,23 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
-from pho_service.cli.compare import show_comparison
 from pho_service.cli.document import DOCUMENT, DocumentCommand, Given
 from pho_service.cli.options import Terminal, file_source, json_verb, text_source
-from pho_service.cli.search import describe
-from pho_service.cli.terminal import print_json, progress, say
+from pho_service.cli.terminal import print_json, progress, say, show_table
 from pho_service.host.files import new_file, new_folder
-from pho_service.progress import Run
-from pho_service.spec.document import FieldShown
+from pho_service.progress import Run, about, one_bar
+from pho_service.spec.document import FieldShown, number
 from pho_service.spec.pattern import ScopeName
 
 if TYPE_CHECKING:
+    from pho_service.models.loading import LanguageModel
     from pho_service.models.texts import ReportText
-    from pho_service.pipeline.compare import ComparisonRow
+    from pho_service.pipeline.compare import Comparison, ComparisonRow
     from pho_service.pipeline.work import Work
     from pho_service.spec.configuration import Configuration
     from pho_service.spec.job import JobSpec
-    from pho_service.spec.perplexity import Perplexity
     from pho_service.tuning.result import SearchResult
 
 
@@ -37,6 +35,8 @@ CONTEXT_LENGTH = 512
 CALIBRATION_WINDOWS, FISHER_WINDOWS, CONFIRMATION_WINDOWS, REPORT_WINDOWS = 6, 4, 3, 6
 SHOWN = ("score", "crepe-plus", "best")
 BASELINES = ("wanda", "ria-row", "sparsegpt")
+CALIBRATE, SEARCH = "calibrate, once for all", "search with {}"
+COMPARE, PRUNE = "compare with Wanda, RIA and SparseGPT", "prune with what best found"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,26 +64,23 @@ class _Place:
         self, configuration: "Configuration", judged_by: "Configuration", folder: Path
     ) -> "tuple[Configuration, ComparisonRow]":
         """Prune with what was found for good, measure it, and write the model."""
-        from pho_service.models.blockwise import measure_perplexity
         from pho_service.models.saving import save_pruned
         from pho_service.pipeline.compare import ComparisonRow
         from pho_service.pipeline.prune import prune_in_place
+        from pho_service.pipeline.rating import perplexity_on
+        from pho_service.pipeline.writing import side_by_side, written_by
         from pho_service.pruning.hardware import peak_memory
         from pho_service.spec.configuration import Confirmation
 
         model, confirm, started = self.work.model, self.work.text, time.perf_counter()
 
-        def measured(title: str) -> "list[Perplexity]":
-            with progress(title, len(self.report.windows) + len(confirm.windows)) as advance:
-                return [
-                    measure_perplexity(model, text.windows, advance=advance)
-                    for text in (self.report, confirm)
-                ]
-
-        dense = measured("Measuring the dense model")
+        texts, windows = (self.report, confirm), confirm.windows
+        dense = [perplexity_on(text, model, progress) for text in texts]
+        said = {"dense": written_by(model, windows)}
         with peak_memory(*model.devices) as peak:
             pruned = prune_in_place(self.work, configuration, progress=progress)
-            after = measured("Measuring what was pruned")
+            after = [perplexity_on(text, model, progress) for text in texts]
+        said["pruned"] = written_by(model, windows)
         reported, confirmed = (now.against(was) for now, was in zip(after, dense, strict=True))
         others = judged_by.perplexities
         perplexity = confirmed.perplexity
@@ -92,7 +89,11 @@ class _Place:
         good = others and others.model_copy(update={"pruned": perplexity, "errors": errors})
         confirmation = Confirmation(perplexity=perplexity, **confirm.measured_on())
         configuration = configuration.model_copy(
-            update={"confirmation": confirmation, "perplexities": good}
+            update={
+                "confirmation": confirmation,
+                "perplexities": good,
+                "continuations": side_by_side(model, windows, **said),
+            }
         )
         recipe = {**pruned.recipe, "configuration": configuration.model_dump(mode="json")}
         save_pruned(model, folder, pruned.masks.items(), recipe)
@@ -137,58 +138,57 @@ def demo(given: Given, ask: _DemoAsk, as_json: bool) -> None:
       pho demo --out demo24 --pattern 2:4
     """
     from pho_service.host.files import check_free
-    from pho_service.models.builtin import smollm2, write_texts
+    from pho_service.models.builtin import PARTS, smollm2, write_texts
     from pho_service.pipeline.compare import ComparisonRequest, compare_over_seeds
     from pho_service.pipeline.search import check_study_url
+    from pho_service.shown.tables import continuations_table
     from pho_service.spec.configuration import write_configuration
 
     folder, pattern, scope = Path(ask.out).expanduser(), ask.pattern, ask.scope
     if folder.exists():
         check_free(folder / "pruned")
     gguf = smollm2()
-    documents = {name: _asked(given, name, str(gguf), pattern, scope) for name in SHOWN}
-    for document in documents.values():
-        given.job(document)  # refuses what is wrong before anything is written
-    texts = {name: str(path) for name, path in write_texts(folder / "texts").items()}
-    calibration = {
-        "samples": CALIBRATION_WINDOWS,
-        "context_length": CONTEXT_LENGTH,
-        "fisher_samples": FISHER_WINDOWS,
-    }
-    more = {
-        "calibration": {**calibration, "text": texts["calibration"]},
-        "confirm": {
-            "text": texts["confirmation"],
-            "windows": CONFIRMATION_WINDOWS,
-            "finalists": 2,
+    texts = {part: str(folder / "texts" / f"{part}.jsonl") for part in PARTS}
+    shared = {
+        "calibration": {
+            "text": texts["calibration"], "samples": CALIBRATION_WINDOWS,
+            "context_length": CONTEXT_LENGTH, "fisher_samples": FISHER_WINDOWS,
         },
+        "confirm": {"text": texts["confirmation"], "windows": CONFIRMATION_WINDOWS, "finalists": 2},
+    }  # fmt: skip
+    specs = {
+        name: given.job({**_asked(given, name, str(gguf), pattern, scope), **shared})
+        for name in SHOWN
     }
-    specs = {name: given.job({**document, **more}) for name, document in documents.items()}
+    write_texts(folder / "texts")
     study = f"sqlite:///{folder / 'study.db'}"
     check_study_url(study)
     settings, parsed = specs["score"].calibration.settings(), specs["score"].pruning()
     inputs = Terminal(cache_dir=folder / "cache")
     source = text_source(specs["score"].calibration)
-    opened = inputs.calibrated(str(gguf), source, settings, specs["score"].confirm)
-    report = inputs.report(opened.model, file_source(texts["report"]), settings, REPORT_WINDOWS)
-    place = _Place(work=opened, report=report, study=study, run=inputs.run(opened.model))
-    results = {name: place.searched(spec) for name, spec in specs.items()}
-    configurations = {name: result.configuration for name, result in results.items()}
-    first = [(name, configurations[name]) for name in SHOWN[:-1]]
-    compared = compare_over_seeds(
-        opened.model,
-        report,
-        ComparisonRequest(
-            pattern=parsed,
-            configurations=first,
-            methods=BASELINES,
-        ),
-        {settings.seed: lambda: opened},
-        run=place.run,
-    )
-    configurations["best"], row = place.pruned(
-        configurations["best"], configurations["score"], folder / "pruned"
-    )
+    model = inputs.model(str(gguf))
+    planned = _planned(specs, model)
+    say(f"{len(planned)} steps, {about(sum(planned.values()))} at this machine's present speed.")
+    with one_bar(planned, say) as steps:
+        steps.begin(CALIBRATE)
+        opened = inputs.calibrated(model, source, settings, specs["score"].confirm)
+        report = inputs.report(model, file_source(texts["report"]), settings, REPORT_WINDOWS)
+        place = _Place(work=opened, report=report, study=study, run=inputs.run(model))
+        results = {}
+        for name, spec in specs.items():
+            steps.begin(SEARCH.format(name))
+            results[name] = place.searched(spec)
+        configurations = {name: result.configuration for name, result in results.items()}
+        first = [(name, configurations[name]) for name in SHOWN[:-1]]
+        steps.begin(COMPARE)
+        request = ComparisonRequest(pattern=parsed, configurations=first, methods=BASELINES)
+        compared = compare_over_seeds(
+            model, report, request, {settings.seed: lambda: opened}, run=place.run
+        )
+        steps.begin(PRUNE)
+        configurations["best"], row = place.pruned(
+            configurations["best"], configurations["score"], folder / "pruned"
+        )
     compared = replace(
         compared,
         # The lowest of the others is not that of all.
@@ -204,14 +204,50 @@ def demo(given: Given, ask: _DemoAsk, as_json: bool) -> None:
     if as_json:
         print_json(compared.to_dict())
         return
+    show_table(compared.table, spare=("peak memory", "seconds", "proxy", "scope"))
+    show_table(continuations_table(configurations["best"].continuations))
+    files, pruned = ", ".join(f"{name}.json" for name in ("config", *SHOWN[:-1])), folder / "pruned"
     click.echo(
-        describe(replace(results["best"], configuration=configurations["best"]), config, study)
+        f"\n{_verdict(compared)}\n\n"
+        f"Written to {folder}: the model in pruned, what it was pruned with and what the other "
+        f"presets found in {files}, all trials in study.db. Next, in Python and in a shell:\n"
+        f"  model = transformers.AutoModelForCausalLM.from_pretrained({str(pruned)!r})\n"
+        f"  pho prune --check {shlex.quote(str(pruned))}\n"
+        f"  pho generate {shlex.quote(str(pruned))} --prompt 'The list is'\n"
+        f"  optuna-dashboard {study}"
     )
-    show_comparison(compared)
-    click.echo(
-        f"Next:\n"
-        f"  optuna-dashboard {study}\n"
-        f"  pho prune {shlex.quote(str(gguf))} --check {shlex.quote(str(folder / 'pruned'))}"
+
+
+def _planned(specs: "Mapping[str, JobSpec]", model: "LanguageModel") -> dict[str, float]:
+    """The seconds of each step, by the rates that the model runs at on this machine."""
+    from pho_service.pipeline.minutes import machine_of
+    from pho_service.planning.plan import plan_job
+    from pho_service.planning.shapes import read_shapes
+
+    shapes = read_shapes(specs["score"].model)
+    machine = machine_of(model, shapes, specs["score"])
+    costs = {name: plan_job(spec, shapes, machine).costs for name, spec in specs.items()}
+    score, masks, best = costs.values()
+    searches = {SEARCH.format(name): each.search() for name, each in costs.items()}
+    searches[SEARCH.format("score")] += score.confirmation()  # the others run a text for each mask
+    measured = 4 * score.measured() + 2 * masks.measured()  # dense, Wanda and RIA; SparseGPT
+    return {
+        CALIBRATE: score.hashing() + score.calibration(),
+        **searches,
+        COMPARE: measured * REPORT_WINDOWS / CONFIRMATION_WINDOWS,
+        PRUNE: best.pruned() + best.saving() + 6 * best.perplexity() + best.written(),
+    }
+
+
+def _verdict(compared: "Comparison") -> str:
+    """What came of it, in a sentence."""
+    rows = {row.method: row for row in compared.rows}
+    share = f"{rows['best'].sparsity:.0%}"
+    best, wanda = (compared.over_dense(rows[name]) for name in ("best", "wanda"))
+    return (
+        f"{'Half' if share == '50%' else share} of the weights are removed. Perplexity: "
+        f"{number(rows['dense'].perplexity)} dense, {number(best.perplexity)} with best ({best}), "
+        f"{number(wanda.perplexity)} with Wanda by the norms of the dense model ({wanda})."
     )
 
 

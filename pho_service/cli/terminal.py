@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
@@ -19,7 +20,7 @@ import click
 
 from pho_service.errors import InvalidInput, PhoError, plain, plain_line
 from pho_service.host.machine import faults_told, missing_extra
-from pho_service.progress import bar
+from pho_service.progress import bar, is_shared
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -118,6 +119,10 @@ def print_json(document: object) -> None:
 @contextmanager
 def working(title: str) -> Iterator[None]:
     """A line with the time that has passed, for a step that cannot count."""
+    if is_shared():
+        with bar(title, None):
+            yield
+        return
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -133,7 +138,8 @@ def loading(name: str) -> Iterator[None]:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    with working(f"Loading {name}"):
+    # A hub id as it is; of a file or folder that lies anywhere, its own name
+    with working(f"Loading {Path(name).name if Path(name).is_absolute() else name}"):
         yield
 
 

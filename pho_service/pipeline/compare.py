@@ -118,8 +118,11 @@ def compare_candidates(
     work.bundle.check_model(model.linears)
     evaluator = ProxyEvaluator(work.bundle, run.device)
     recovered = {} if recovery is None else recovery.names
-    total = len(candidates) + len(recovered) + (dense is None)
-    with run.progress("Measuring perplexities", total * len(report.windows)) as advance:
+    steps = (len(candidates) + len(recovered) + (dense is None)) * len(report.windows)
+    for _, each in candidates:  # of those that a text runs through, pruning takes long, too
+        chosen = work.bundle.choose(each.steps.linears, each.pattern).names
+        steps += len(chosen) if each.steps.needs_text else 0
+    with run.progress("Measuring perplexities", steps) as advance:
         dense_rating = None
         if dense is None:  # else it is of another calibration
             dense, dense_rating = _dense_row(model, report, also, advance)
@@ -185,15 +188,15 @@ def _measured(
 ) -> Iterator[tuple[Perplexity, float, Mapping[str, float]]]:
     """Measure the model pruned with a candidate, and then, if asked for, recovered as well."""
     model, statistics, calibration = work.model, work.bundle.statistics(), work.calibration
-    if also is None and recovery is None:
+    if also is None and recovery is None and not candidate.steps.needs_text:
         result, sparsity = rate_pruned(
             model, statistics, candidate, report.windows, advance, calibration=calibration
         )
         yield result, sparsity, {}
         return
 
-    def pruned(_: float) -> None:
-        advance(0)
+    def pruned(count: float) -> None:
+        advance(count if candidate.steps.needs_text else 0)
 
     with pruned_model(model, statistics, candidate, calibration, pruned) as shares:
         result = measure_perplexity(model, report.windows, advance=advance)
@@ -359,7 +362,7 @@ class Comparison(Shown):
         means = {row.method: row.perplexity for row in self.rows}
         baselines = named_baselines(Pattern.parse(self.pattern))
         results = {
-            row.method: self._over_dense(row)
+            row.method: self.over_dense(row)
             for row in self.rows[1:]
             if row.method not in baselines and ": " not in row.method  # none of an ablation
         }
@@ -390,7 +393,7 @@ class Comparison(Shown):
                     row.method,
                     row.scope,
                     with_error(row.perplexity, row.deviation),
-                    "" if row.method == "dense" else str(self._over_dense(row)),
+                    "" if row.method == "dense" else str(self.over_dense(row)),
                     self._behind(row),
                     *(with_error(row.extra.get(n), row.extra.get(n + STDERR)) for n in self.extra),
                     f"{row.sparsity:.4%}",
@@ -404,7 +407,8 @@ class Comparison(Shown):
             notes=(self.caption,),
         ).without_empty()  # fmt: skip
 
-    def _over_dense(self, row: ComparisonRow) -> Ratio:
+    def over_dense(self, row: ComparisonRow) -> Ratio:
+        """Return how far a row is above the dense model."""
         return Ratio.of_rise(row.perplexity, self.rows[0].perplexity, row.error)
 
     def _behind(self, row: ComparisonRow) -> str:

@@ -1,6 +1,8 @@
 """The jobs that measure or write: rating, compare, validate, prune; and repeated comparisons."""
 
 import json
+import operator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -23,6 +25,7 @@ from pho_service.pipeline.pipeline import prune_model
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.rating import Glances, compared_count, rate_by_perplexity, rate_pruned
 from pho_service.pipeline.work import Work
+from pho_service.progress import Run
 from pho_service.pruning.masks import linear_masks, pruned
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.spec.baselines import OWL_AT_NM, comparison_baselines, named_baselines
@@ -51,6 +54,26 @@ def compared_on(model, bundle, report, pattern, configurations, *, text=None, al
     request = ComparisonRequest(pattern=pattern, configurations=configurations, **asked)
     given = Work.of(bundle=bundle, model=model, calibration=calibration)
     return compare_over_seeds(model, report, request, {0: lambda: given}, text=text, also=also).rows
+
+
+def test_the_bar_of_a_comparison_counts_the_linears_of_rows_that_a_text_is_run_for(
+    model, bundle, report, windows
+):
+    counts = []
+
+    @contextmanager
+    def progress(title, steps):
+        counts.append([title, steps, 0])
+        yield lambda count: operator.setitem(counts[0], 2, counts[0][2] + count)
+
+    given = Work.of(bundle=bundle, model=model, calibration=windows)
+    request = ComparisonRequest(
+        pattern=Pattern.parse("0.5"), configurations=[], methods=["wanda", "sparsegpt"]
+    )
+    compare_over_seeds(model, report, request, {0: lambda: given}, run=Run(progress=progress))
+
+    total = 3 * len(report.windows) + len(model.linears)
+    assert counts == [["Measuring perplexities", total, total]]
 
 
 def bits(model):

@@ -6,6 +6,7 @@ What users ask for as a whole, on a pretended GPU: what it gives is what the CPU
 
 import json
 import math
+import re
 from dataclasses import replace
 from itertools import product
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from pretended_subjects import CONFIGS, SETTINGS, Subject, unchanged
+from transformers import AutoModelForCausalLM
 
 from pho_service.cli import main
 from pho_service.models.blockwise import measure_perplexity
@@ -295,5 +297,16 @@ def test_pho_demo_with_another_model_in_the_place_of_the_built_in_one(
 
     assert result.exit_code == 0, result.output
     assert all(name in result.stdout for name in ("sparsegpt", "score", "crepe-plus", "best"))
+    headings = re.findall(r"^Step (\d) of 6: (.*) \((.*)\)$", result.stderr, re.MULTILINE)
+    assert [number for number, _, _ in headings] == [*"123456"]
+    assert headings[2][1] == "search with crepe-plus"
+    assert re.search(
+        r"^Half of the weights are removed\. Perplexity: \S+ dense, \S+ with best \(.* ± .*%\), "
+        r"\S+ with Wanda by the norms of the dense model \(.* ± .*%\)\.$",
+        result.stdout, re.MULTILINE,
+    )  # fmt: skip
+    (line,) = re.findall(r"AutoModelForCausalLM\.from_pretrained\('(.*)'\)", result.stdout)
+    assert len(AutoModelForCausalLM.from_pretrained(line).model.layers) == 2
+    assert "How the dense and the pruned model go on" in result.stdout
     assert (tmp_path / "demo" / "pruned" / "pruning.json").is_file()
     assert read_configuration("demo/config.json").perplexities is not None
