@@ -2,7 +2,7 @@
 `pho recover`: train a pruned or smaller model towards the dense one, masks fixed.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +20,7 @@ from pho_service.cli.options import (
 )
 from pho_service.cli.terminal import loading, print_json, progress, say, show_table
 from pho_service.errors import InvalidInput
-from pho_service.progress import Run, silent
+from pho_service.progress import Advance, Run, never, one_bar
 from pho_service.spec.document import MODEL, REPORT, FieldShown
 from pho_service.spec.recovery import Recovery
 
@@ -80,7 +80,7 @@ def recover(folder: Path, given: Given, ask: _RecoverAsk, inputs: Terminal, as_j
     from pho_service.host.files import check_free
     from pho_service.models.saving import save_pruned
     from pho_service.models.texts import RecoveryText
-    from pho_service.pipeline.recover import PrunedModel, recover_model
+    from pho_service.pipeline.recover import TRAINING, PrunedModel, recover_model
     from pho_service.pipeline.workplace import Workplace
     from pho_service.pruning.recovery import Processes
     from pho_service.shown.tables import continuations_table, recovered_table
@@ -104,19 +104,22 @@ def recover(folder: Path, given: Given, ask: _RecoverAsk, inputs: Terminal, as_j
         windows = given("confirm/windows")
         measured = inputs.report(pruned.model, file_source(ask.confirm_text), how, windows)
     place = out.expanduser().resolve().with_name(f".{out.name}.recovery")
-    recovered = recover_model(
-        pruned,
-        lambda: nullcontext(inputs.model(teacher)),
-        RecoveryText(
-            source=source,
-            context_length=how.context_length,
-            bos=how.bos,
-            measured=measured,
-        ),
-        settings,
-        place,
-        run=Run(progress=silent if processes.number else progress),
+    text = RecoveryText(
+        source=source, context_length=how.context_length, bos=how.bos, measured=measured
     )
+    # One part of the time is for the dense model; two passes forward and one backward are four.
+    with one_bar({"": 1.0, TRAINING: 4.0}, never, shown=not processes.number) as steps:
+        steps.begin("")
+
+        def part(title: str, count: int) -> AbstractContextManager[Advance]:
+            if title.startswith(TRAINING):
+                steps.begin(TRAINING)
+            return progress(title, count)
+
+        recovered = recover_model(
+            pruned, lambda: nullcontext(inputs.model(teacher)), text, settings, place,
+            run=Run(progress=part),
+        )  # fmt: skip
     if not processes.number:
         result = pruned.after(recovered)
         save_pruned(pruned.model, out, result.masks.items(), result.recipe)

@@ -54,6 +54,7 @@ from pho_service.spec.recovery import CHECKS, AdamBits, Recovered, Recovery, Stu
 
 logger = logging.getLogger(__name__)
 
+TRAINING = "Recovering"  # begins the title of its bar, beside those of what comes before
 _RATIOS = (("pruned", "dense"), ("recovered", "dense"), ("recovered", "pruned"))
 _OF_MODELS = ("name", "revision", "weights_sha256", "dtype")  # what is stored of one
 _SLOWER = 1 / 3  # of the rate, after a check that is no better than before the training
@@ -482,19 +483,21 @@ class _Training(TrainerCallback):
         self._now = self.trained.processes.agreed(self._now)
         return self._now
 
-    def _show(self, steps: int) -> None:
-        """Begin a bar for the steps until the next check, which says what the last one found."""
+    def _show(self) -> None:
+        """Show the bar of all steps, which says what the last check found."""
         self._stack.close()
         status = f"divergence {number(self._now)}"
         if self._now != self.before:
             status += f", {percent(self._now / self.before - 1, signed=True)}"
-        self._advance = self._stack.enter_context(
-            self._run.progress(f"Recovering ({status})", steps)
-        )
+        title = f"{TRAINING} ({status})"
+        self._advance = self._stack.enter_context(self._run.progress(title, self.pace.steps))
+        self._advance(self.done)
 
     def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        del args
         self.pace.train_from(state.global_step)
-        self._show(args.eval_steps - state.global_step % args.eval_steps)
+        self.done = state.global_step
+        self._show()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         del args
@@ -506,9 +509,10 @@ class _Training(TrainerCallback):
             control.should_save = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        del args
         self.pace.look(state.global_step)
         if state.global_step < self.pace.steps and not control.should_training_stop:
-            self._show(min(args.eval_steps, self.pace.steps - state.global_step))
+            self._show()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         del args

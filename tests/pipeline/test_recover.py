@@ -40,7 +40,12 @@ from pho_service.models.saving import read_recipe, save_pruned
 from pho_service.models.texts import GivenWindows, RecoveryText, sample_windows
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.prune import prune_job
-from pho_service.pipeline.recover import PrunedModel, check_recoverable, recover_model
+from pho_service.pipeline.recover import (
+    TRAINING,
+    PrunedModel,
+    check_recoverable,
+    recover_model,
+)
 from pho_service.pipeline.work import Work
 from pho_service.pipeline.workplace import Workplace
 from pho_service.pipeline.writing import written_by
@@ -938,3 +943,25 @@ def test_experts_that_lie_in_one_parameter(train, text, tmp_path):
     if train == "kept":
         with pytest.raises(InvalidInput, match=r"0\.up_proj of .* is not pruned.*Train norms"):
             recover(PrunedModel(model=given, masks=few, recipe=None))
+
+
+def test_the_bar_of_a_training_counts_all_its_steps_from_check_to_check(recover, pruned_folder):
+    bars = []
+
+    @contextmanager
+    def progress(title, steps):
+        counts = []
+        bars.append((title, steps, counts))
+        yield counts.append
+
+    recovered = recover(PrunedModel.read(pruned_folder("0.5"), device="cpu"), progress=progress)
+    training = [(steps, counts) for title, steps, counts in bars if title.startswith(TRAINING)]
+
+    steps = recovered.tokens // recovered.context_length
+    assert len(training) > 1
+    assert {total for total, _ in training} == {steps}
+    done = 0
+    for _, (before, *each) in training:
+        assert before == done
+        done += sum(each)
+    assert done == steps
