@@ -285,8 +285,8 @@ def _joined(points: Sequence[Mapping[str, Any]], name: str, look: str, key: str)
 
 
 def curve_chart(points: Sequence[Mapping[str, Any]], dense: float) -> Chart | None:
-    """Perplexity against sparsity: a line through the ratios, N:M beside it; None of a few."""
-    if len(points) < FEWEST_POINTS:
+    """Perplexity against sparsity: a line through the ratios, N:M beside it; None of one point."""
+    if len(points) < 2:  # each of which has baselines beside it
         return None
     series = [
         line

@@ -280,6 +280,7 @@ def _measured_hero(good: Perplexities) -> Hero:
             f"± {percent(ratio.rise_error)}" if ratio.rise_error else "",
             "the better baseline" if reference == better and good.wanda and good.ria else "",
             "a statistical tie" if ratio.is_tie else "",
+            f"dense {number(good.dense)}" if better is None else "",  # which has no bar
         ]
         figures.append(
             Figure(

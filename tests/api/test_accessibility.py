@@ -68,7 +68,7 @@ def jobs(client, submit, hand, begin, measure):
 def pages(client, jobs, tmp_path, keys, monkeypatch, write_small):
     write_small(tmp_path / "small")
     # Of more than 16 ids, two begin with the same digit.
-    monkeypatch.setattr(listing, "BEGINNING", "[0-9a-f]+")
+    monkeypatch.setattr(listing, "BEGINNING", "[0-9a-f-]+")
     beginning = Counter(job[0] for job in {*jobs.values()}).most_common(1)[0][0]
     best, failed = jobs["best"], jobs["failed"]
     paths = {

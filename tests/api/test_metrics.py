@@ -150,11 +150,11 @@ def test_requests_are_counted_by_route_and_never_by_path(client_of):
     found = told(client, "pho_http_requests_total", "pho_http_request_seconds_count")
 
     assert found == {
-        ("pho_http_requests_total", "GET", "/v1/jobs/{job_id:uuid}", "4xx"): 3,
+        ("pho_http_requests_total", "GET", "/v1/jobs/{job_id:job}", "4xx"): 3,
         ("pho_http_requests_total", "GET", "other", "4xx"): 3,
         ("pho_http_requests_total", "other", "/v1/jobs", "4xx"): 3,
         ("pho_http_requests_total", "GET", "/v1/jobs", "2xx"): 1,
-        ("pho_http_request_seconds_count", "/v1/jobs/{job_id:uuid}"): 3,
+        ("pho_http_request_seconds_count", "/v1/jobs/{job_id:job}"): 3,
         ("pho_http_request_seconds_count", "other"): 3,
         ("pho_http_request_seconds_count", "/v1/jobs"): 4,
     }
@@ -186,7 +186,7 @@ def test_the_artifact_store_is_measured_by_what_is_in_it(client_of, settings):
     found = samples(client)
     stored = {key[1]: found[key] for key in found if key[0] == "pho_artifact_store_bytes"}
 
-    assert stored == {"bundles": 10, "pruned": 200, "other": 3}
+    assert stored == {"bundles": 10, "pruned": 200, "texts": 0, "other": 3}
     assert found[("pho_artifact_store_free_bytes",)] > 0
 
 

@@ -94,4 +94,4 @@ def test_the_trials_of_all_islands_are_there_unless_they_are_too_many_which_is_s
 
     assert "5 rated trials" in whole  # the baseline of the second island is that of the first
     assert "3 rated trials" in text
-    assert "3 more trials are left out" in text
+    assert "3 more trials are not shown here" in text

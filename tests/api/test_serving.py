@@ -556,5 +556,5 @@ def test_an_answer_is_sent_without_waiting_for_the_clients_system(host):
 def test_without_torch_local_workers_are_refused_at_once(monkeypatch):
     monkeypatch.setattr(serving, "find_spec", lambda _: None)
 
-    with pytest.raises(InvalidInput, match=r"need torch.*pho-service\[worker\].*--workers 0"):
+    with pytest.raises(InvalidInput, match=r"need torch: pip install .*'torch>=.*--workers 0"):
         serving.serve(read_settings(workers=1), print)

@@ -43,7 +43,7 @@ def test_points_are_measured_once_and_one_study_has_the_trials_of_all_once(pho, 
     assert again["calibration"].pop("seconds") is None
     assert again == document
     assert json.loads(Path("curve/2-4.json").read_text()) == points["2:4"]["configuration"]
-    assert '<svg class="chart"' in Path("curve/curve.html").read_text()
+    assert '<svg class="chart plot' in Path("curve/curve.html").read_text()
     assert name in shown
     assert len(trials) == 27
     assert sorted(trial.values for trial in pareto.best_trials) == best

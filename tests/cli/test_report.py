@@ -77,7 +77,7 @@ def test_a_studys_page_has_its_trials_what_was_chosen_and_what_it_was_worth_else
     assert "(best so far)" in pages[None]
     assert "Without its configuration ( pho report --config )" in pages[None]
     assert "(chosen)" in pages["config.json"]
-    assert "A study does not keep the errors and sparsities of layers" in pages["config.json"]
+    assert "A study does not store errors and sparsities of layers" in pages["config.json"]
     assert "The time of each stage is not known" in pages["config.json"]
     assert "pho prune" in pages["config.json"]
     assert "--config config.json" in pages["config.json"]

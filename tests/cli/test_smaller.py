@@ -157,7 +157,7 @@ def test_a_person_sees_each_cut_in_a_row_and_what_to_do_next(pho, made_model, te
         (("--pattern", "structured:99.9%"), "comes near a share of 0.999"),
         (("--pattern", "structured:20%", "--method", "wanda"), "--method says nothing"),
         (("--pattern", "structured:20%", "--scope", "row"), "--scope says nothing"),
-        (("--pattern", "structured:20%", "--samples", 10_000), "leaves none. Give a longer text"),
+        (("--pattern", "structured:20%", "--samples", 10_000), "has no windows left to confirm on"),
     ],
 )
 def test_refused_and_nothing_is_written(pho, made_model, texts, words, message):

@@ -175,7 +175,7 @@ def test_validate(made_model, texts, tmp_path):
     )  # fmt: skip
     proxies = document["proxies"]
     allocations = [candidate["allocation"] for candidate in document["candidates"]]
-    charts = re.findall(r'<svg class="chart".*?</svg>', plot.read_text(), flags=re.DOTALL)
+    charts = re.findall(r'<svg class="chart plot[^"]*".*?</svg>', plot.read_text(), flags=re.DOTALL)
 
     assert set(proxies) == {*(f"activation-reconstruction/{w}" for w in WEIGHTINGS), "gini"}
     assert {"spearman", "kendall", "regret", "spearman_interval"} <= set(proxies["gini"])
