@@ -78,7 +78,7 @@ def test_each_field_of_a_jobs_document_has_an_option_but_for_the_models():
             "dataset": "org/texts", "dataset_config": "en", "more_texts": ["b.txt"],
             "shares": [3, 1],
         },
-        "validation": {}, "labels": {"team": "a"},
+        "validation": {}, "labels": {"team": "a"}, "report": {"text": "r.txt"},
         "prune": True, "gguf": ["q8_0"], "recovery": {"tokens": 80, "shortened": ["4:6"]},
         "tasks": ["boolq"], "tasks_dir": "tasks",
         "tasks_limit": 100,

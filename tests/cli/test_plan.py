@@ -11,7 +11,7 @@ def test_each_stage_has_a_range_of_seconds_and_a_service_answers_the_same(pho, u
     weights = model_folder / "model.safetensors"
     with weights.open("rb+") as file:
         file.truncate(8 + int.from_bytes(file.read(8), "little"))
-    words = ["plan", model_folder, *FEW, "--card", "H100", "--json"]
+    words = ["plan", model_folder, *FEW, "--card", "H100", "--prune", "--json"]
     plan = json.loads(pho(*words).stdout)
     there = pho(*words, "--url", url)
 

@@ -160,5 +160,5 @@ def test_without_the_extra(monkeypatch):
 
     assert set(StageKind) - {*chosen_kinds(None)} == {StageKind.TASKS}
     assert chosen_kinds("search, prune") == (StageKind.SEARCH, StageKind.PRUNE)
-    with pytest.raises(InvalidInput, match=r"pho-service\[eval\]"):
+    with pytest.raises(InvalidInput, match=r"pip install .lm-eval"):
         chosen_kinds("tasks")
