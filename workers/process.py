@@ -62,7 +62,7 @@ def start_anew(arguments: Sequence[str]) -> NoReturn:
     sys.stderr.flush()
     os.chdir("/")
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # a GPU's memory is free once its files are closed
-    command = [sys.executable, "-m", "workers", *arguments]
+    command = [sys.executable, "-P", "-m", "workers", *arguments]
     os.execv(sys.executable, command)  # noqa: S606 - our own interpreter
 
 

@@ -247,8 +247,9 @@ class _Workers:
             JobStore(database).forget_worker(worker_name(process))
 
     def _start(self) -> "subprocess.Popen[bytes]":
+        # -P: no module comes from the folder where this was started, which may be a root of models.
         return subprocess.Popen(  # noqa: S603 - our own interpreter
-            [sys.executable, "-m", "workers", "--parent", str(os.getpid())],
+            [sys.executable, "-P", "-m", "workers", "--parent", str(os.getpid())],
             env=self._environment,
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for us; we tell them

@@ -149,7 +149,7 @@ def worker(
       pho worker --exit-when-idle 300
     """
     # A process of its own image: the front end's code never loads the workers'.
-    command = [sys.executable, "-m", "workers", "--device", device]
+    command = [sys.executable, "-P", "-m", "workers", "--device", device]
     command += ["--exit-when-idle", str(exit_when_idle)]
     if database_url is not None:
         os.environ["PHO_DATABASE_URL"] = database_url  # not on the command line, where all see it
