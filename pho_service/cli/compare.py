@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import click
 
 from pho_service.cli.document import DocumentCommand, Given
-from pho_service.cli.minutes import size_options
+from pho_service.cli.minutes import fit_text, size_options
 from pho_service.cli.options import (
     Terminal,
     at_least,
@@ -439,8 +439,7 @@ def _in_minutes(
     began = time.monotonic()
     spec = spec.model_copy(update={"free_sizes": free})
     clock = Clock.of(model, spec, lambda: time.monotonic() - began, took=work.seconds)
-    if clock.fit_text(model, source, [], free):
-        say("The text is shorter than there is time for: all of it is used.")
+    fit_text(clock, model, source, [], free)
     calibration = clock.plan.spec.calibration
     sizes = f"{calibration.samples} windows of {calibration.context_length} tokens"
     say(f"{sizes}, {len(work.rows)} rows: {about(work.seconds(clock.plan))}.")

@@ -3,7 +3,7 @@
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pho_service.cli.options import Terminal, file_source
 from pho_service.cli.terminal import say
 from pho_service.progress import Look, Run
-from pho_service.spec.minutes import AFTER_CALIBRATION, put_sizes
+from pho_service.spec.minutes import AFTER_CALIBRATION, SizeName, put_sizes
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -93,10 +93,21 @@ def budget_of(
     if not asked.free_sizes:
         say(f"All sizes are given, so --minutes {asked.minutes:g} chooses none.")
     measured = [file_source(text) for text in asked.texts_measured_on]
-    if clock.fit_text(model, source, measured, asked.free_sizes):
-        say("The text is shorter than there is time for: all of it is used.")
+    fit_text(clock, model, source, measured, asked.free_sizes)
     say(sentence(clock.plan))
     return Budget(spec=clock.plan.spec, model=model, clock=clock)
+
+
+def fit_text(
+    clock: "Clock",
+    model: "LanguageModel",
+    source: "TextSource | MixedText",
+    measured: Sequence["TextSource"],
+    free: Collection[SizeName],
+) -> None:
+    """Take what the texts have, and say so if that is less than there is time for."""
+    if clock.fit_text(model, source, measured, free):
+        say("The text is shorter than there is time for: all of it is used.")
 
 
 def size_options(spec: "JobSpec") -> Iterator[str]:

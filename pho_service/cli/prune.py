@@ -219,8 +219,7 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
     named = {given.names[path]: path for path in given.said if path.startswith("steps/linears/")}
     of_library = {"--library": ask.library, "--force": ask.force or None}
     pruning = {**of_library, "--pattern": ask.pattern, "--scope": ask.scope, **named}
-    pruning |= {"--smaller": ask.smaller}
-    pruning |= {"--minutes": given.said.get("minutes")}
+    pruning |= {"--smaller": ask.smaller, "--minutes": given.said.get("minutes")}
     if ask.check:
         pruning["--deployable"] = given("steps/deployable")
         others = {

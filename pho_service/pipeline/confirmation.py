@@ -2,7 +2,7 @@
 From the best by the proxy to the result: the race and the validation.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -92,14 +92,21 @@ def choose_finalists(
     race = _Race(islands, pool, work, run, in_full=in_full if masks_alone else None)
     with run.progress("Racing finalists", len(pool) * race.windows) as advance:
         best = race.run(advance)
-    if masks_alone and run.in_full is not None:
-        left_time, about = run.in_full, {"asked": len(best)}
-        first = islands.studies[0]
-        best = best[
-            : once(first, "in_full", about, lambda: {"count": left_time(len(best))})["count"]
-        ]
+    if masks_alone:
+        best = best[: _in_time(islands.studies[0], "in_full", len(best), run.in_full, run)]
     left = united(rated, best, before)
     return Raced(finalists=left, divergences=race.divergences(), evaluations=race.evaluations(left))
+
+
+def _in_time(
+    study: optuna.Study, name: str, asked: int, fit: Callable[[int], int] | None, run: Run
+) -> int:
+    """How many of so many there is time for; the study keeps it for whoever goes on."""
+    if fit is None:
+        return asked
+    about = {"asked": asked}
+    stored = once(study, name, about, lambda: {name: fit(asked)}, fence=run.fence)
+    return int(stored[name])
 
 
 def _best_masks(
@@ -231,12 +238,8 @@ def reconstruct_winner(
     run: Run = Run(),
 ) -> SearchResult:
     """Add a reconstruction to what a search found, if it makes it better."""
-    if (passes := run.passes) is not None:
-        asked = settings.passes
-        made = once(
-            study, "passes", {"asked": asked}, lambda: {"passes": passes(asked)}, fence=run.fence
-        )
-        settings = replace(settings, passes=made["passes"])
+    passes = _in_time(study, "passes", settings.passes, run.passes, run)
+    settings = replace(settings, passes=passes)
     configuration = result.configuration
     steps = replace(configuration.steps, reconstruction=settings)
     rebuilt = configuration.model_copy(update={"steps": steps})
