@@ -28,7 +28,7 @@ from pho_service.pipeline.curve import (
     point_warnings,
     target_found,
 )
-from pho_service.pipeline.minutes import Clock
+from pho_service.pipeline.minutes import Clock, Rest
 from pho_service.pipeline.search import (
     IslandsAsked,
     Journal,
@@ -56,7 +56,7 @@ from pho_service.tuning.result import SearchResult
 from pho_service.tuning.search import pareto_study
 from storage.claims import JobResult, LibraryAddition
 from storage.jobs import JobStore
-from storage.records import SIZING, Claim, LostClaim, NewStage, StageKind, StageState
+from storage.records import RESTING, SIZING, Claim, LostClaim, NewStage, StageKind, StageState
 from storage.studies import kept, open_storage, open_study, pareto_study_name, study_name
 from workers.inputs import WorkerInputs
 from workers.pieces import (
@@ -73,6 +73,7 @@ from workers.pieces import (
     of_layers,
     prune_piece,
     remove_if_deleted,
+    rest_piece,
     shards_of,
     show_curve,
     show_result,
@@ -251,11 +252,23 @@ class _Job:
                 passes=lambda n: self._clock(spec).passes_left(n),
             )
         self._work = SealedWork(self._inputs, job, spec, made, self._journal.run)
+        self._search(spec, made)
+        spec = self._rested(spec)
+        self._work = SealedWork(self._inputs, job, spec, made, self._journal.run)
+        if spec.tasks is not None:
+            both = [Piece(number=DENSE), Piece(number=PRUNED)]
+            for measured in each("tasks", both, self._tasks, TasksMeasured):
+                check_tasks(measured.questions_sha256, job)
+        if spec.prune or job.pruning is not None:
+            once("prune", lambda _: prune_piece(self._work, self._claim, self._watch), StoredModel)
+
+    def _search(self, spec: JobSpec, made: Sequence[Calibration]) -> None:
+        """Find the configuration, or those of several patterns."""
         if spec.is_cut:
             self._conduct_cut(spec, made)
         elif spec.several:
             points = self._points()
-            once("finish", lambda _: self._finish_points(points), Finished)
+            self._journal.once("finish", lambda _: self._finish_points(points), Finished)
         else:
             islands = range(spec.islands)
             conduct(
@@ -272,12 +285,6 @@ class _Job:
                 self._finish,
                 Finished,
             )
-        if spec.tasks is not None:
-            both = [Piece(number=DENSE), Piece(number=PRUNED)]
-            for measured in each("tasks", both, self._tasks, TasksMeasured):
-                check_tasks(measured.questions_sha256, job)
-        if spec.prune or job.pruning is not None:
-            once("prune", lambda _: prune_piece(self._work, self._claim, self._watch), StoredModel)
 
     def _conduct_cut(self, spec: JobSpec, made: Sequence[Calibration]) -> None:
         """Rate the splits of a share, cut the best of them, and take the one that is best then."""
@@ -355,6 +362,18 @@ class _Job:
         if not spec.free_sizes:
             return spec
         return self._changed(self._clock(spec).plan.spec)
+
+    def _rested(self, spec: JobSpec) -> JobSpec:
+        """With the minutes that the search has left for its recovery; or without one."""
+        if spec.recovery is None or not spec.recovers_in_rest:
+            return spec
+        resting = [Piece(number=RESTING)]
+        (rest,) = self._journal.each(
+            "calibrate", resting, lambda *_: rest_piece(self._work, self._clock(spec)), Rest
+        )
+        recovery = spec.recovery.model_copy(update={"minutes": rest.minutes})
+        update = {"recovery": None if rest.minutes is None else recovery}
+        return self._changed(spec.model_copy(update=update))
 
     def _clock(self, spec: JobSpec) -> Clock:
         """The minutes of the job, by what its stages have worked and what this machine does."""

@@ -25,12 +25,12 @@ from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.saving import (
     RECIPE,
     recipe_document,
-    save_pruned,
     shareable,
     with_configuration,
 )
 from pho_service.models.tasks import LoadedTasks
 from pho_service.pipeline.curve import check_patterns
+from pho_service.pipeline.minutes import Clock, Rest
 from pho_service.pipeline.prune import prune_in_place, prune_job, winner_of
 from pho_service.pipeline.search import Piece
 from pho_service.pipeline.tasks import measure_tasks, tasks_document
@@ -309,8 +309,7 @@ def _export(work: SealedWork, folder: Path) -> None:
 
 def _recover(work: SealedWork, settings: Recovery, before: Path, folder: Path) -> None:
     """Train a pruned folder towards the job's dense model, and write what it is then."""
-    from pho_service.pipeline.recover import PrunedModel, recover_model  # slow to import
-    from pho_service.pipeline.workplace import Workplace
+    from pho_service.pipeline.recover import PrunedModel, recover_folder  # slow to import
 
     @contextmanager
     def dense() -> Iterator[LanguageModel]:
@@ -319,12 +318,8 @@ def _recover(work: SealedWork, settings: Recovery, before: Path, folder: Path) -
 
     text, run = work.recovery_text, work.run
     pruned = PrunedModel.read(before, **work.inputs.placing(work.spec))
-    place = Workplace(folder.with_name(f".{folder.name}.recovery"))
     with store_faults_told():
-        recovered = recover_model(pruned, dense, text, settings, place.folder, run=run)
-        pruned_folder = pruned.after(recovered)
-        save_pruned(pruned.model, folder, pruned_folder.masks.items(), pruned_folder.recipe)
-        place.remove()
+        recover_folder(pruned, dense, text, settings, folder, run=run)
 
 
 def remove_if_deleted(store: JobStore, inputs: WorkerInputs, job: JobRecord) -> None:
@@ -474,13 +469,9 @@ def calibrate_piece(
     model, linears = inputs.model(spec, seal), whole.request(0).steps.linears
     check_patterns(model, whole.points, linears)
     text = inputs.calibration_text(spec, seal)
-    if spec.recovery is not None and spec.model == whole.model and before is None:
-        from pho_service.pipeline.recover import check_recoverable  # slow to import
-
-        pruned = linears.choose(list(model.linears), whole.points[0], model=model.name).names
-        trained_on = inputs.recovery_text(spec, seal)
-        room = inputs.pruned.free()
-        check_recoverable(model, pruned, trained_on, spec.recovery.settings(), room)
+    recovers = spec.recovery is not None and not spec.recovers_in_rest
+    if recovers and spec.model == whole.model and before is None:
+        _check_recovery(inputs, spec, seal)
     if before is None and not inputs.bundles.has(text.bundle_key):
         shards = len(cut(text, spec.calibration.settings(), stream=spec.stream))
         if shards > 1:
@@ -494,6 +485,23 @@ def calibrate_piece(
         inputs=seal.to_dict(),
         seconds=round(time.monotonic() - began, 3),
     )
+
+
+def _check_recovery(inputs: WorkerInputs, spec: JobSpec, seal: Seal) -> None:
+    """See that the model of a job can be recovered when it is pruned."""
+    from pho_service.pipeline.recover import check_recoverable  # slow to import
+
+    model, settings = inputs.model(spec, seal), spec.recovery_settings()
+    assert settings is not None
+    linears = spec.request(0).steps.linears
+    pruned = linears.choose(list(model.linears), spec.points[0], model=model.name).names
+    text = inputs.recovery_text(spec, seal)
+    check_recoverable(model, pruned, text, settings, inputs.pruned.free())
+
+
+def rest_piece(work: SealedWork, clock: Clock) -> Rest:
+    """The minutes that a job leaves for the recovery of what it has pruned."""
+    return Rest.of(clock, lambda: _check_recovery(work.inputs, work.spec, work.seal))
 
 
 def shards_of(first: Sequence[Calibration]) -> list[Piece]:

@@ -78,6 +78,11 @@ class SealedWork(Work):
         return self.inputs.calibration_text(self.spec, self._seals[0]).calibration
 
     @property
+    def seal(self) -> Seal:
+        """What the files of its first model have to be."""
+        return self._seals[0]
+
+    @property
     def recovery_text(self) -> RecoveryText:
         return self.inputs.recovery_text(self.spec, self._seals[0])
 

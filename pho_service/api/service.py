@@ -43,7 +43,7 @@ from storage.configurations import ConfigurationStore
 from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import Key, KeyStore, SessionStore
-from storage.records import JobRecord, StageKind, StageState, WorkerRecord
+from storage.records import RESTING, JobRecord, StageKind, StageState, WorkerRecord
 from storage.studies import DatabaseGone
 from storage.texts import TextStore
 
@@ -215,7 +215,13 @@ class Service:
         return bool(starting) or self.jobs.manned(alive_s=self.settings.stalled_after_s)
 
     def notes(self, job: JobRecord) -> list[str]:
-        """What a job waits for that nobody gives at present."""
+        """What a job has left out, and what it waits for that nobody gives at present."""
+        rest = [stage for stage in job.of_kind(StageKind.CALIBRATE) if stage.number == RESTING]
+        reasons = [stage.result["left_out"] for stage in rest if stage.result]
+        left_out = [f"The pruned model is not recovered: {why}." for why in reasons if why]
+        return [*left_out, *self._waits(job)]
+
+    def _waits(self, job: JobRecord) -> list[str]:
         if job.state.may_work and not self.manned():
             return [NO_WORKER]
         if not job.spec.get("tasks") or job.state.is_over:
@@ -266,9 +272,10 @@ class Service:
 
     def timed_tokens(self, spec: JobSpec) -> int:
         """Tokens that the minutes of a recovery are planned for; as many as usual if unknown."""
-        if spec.recovery is None or spec.recovery.tokens is not None:
+        settings = spec.recovery_settings()
+        if settings is None or settings.tokens is not None:
             return 0
-        settings, plan = spec.recovery.settings(), self._recovery_plan(spec)
+        plan = self._recovery_plan(spec)
         if plan is None:
             return int(settings.time_s * USUAL_RATE)
         return plan.costs.recovered_tokens(settings)

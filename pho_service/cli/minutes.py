@@ -4,7 +4,7 @@
 
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from pho_service.pipeline.minutes import Clock
     from pho_service.pipeline.work import Work
     from pho_service.spec.job import JobSpec
+    from pho_service.spec.recovery import Recovery
 
-# Records of a study: the document of what was asked for, with its sizes, and seconds of work.
-CHOSEN, SPENT = "minutes", "spent_s"
+# Records of a study: the document of what was asked for, with its sizes; seconds of work; and
+# minutes of its recovery.
+CHOSEN, SPENT, RESTED = "minutes", "spent_s", "recovery"
 _NOTED_S = 5.0  # how often that is written down
 
 
@@ -63,6 +65,28 @@ class Budget:
             return run
         clock = self.clock
         return replace(run, in_full=clock.in_full, passes=clock.passes, look=_noting(study, clock))
+
+    def recovery(self, work: "Work", study: "Study") -> "Recovery | None":
+        """How what was found is recovered: in what is left, if no time is given for it."""
+        from pho_service.cli.recover import recovery_text
+        from pho_service.pipeline.minutes import Rest
+        from pho_service.pipeline.recover import check_recoverable
+        from storage.studies import keep_record, record_of
+
+        settings, clock, model = self.spec.recovery_settings(), self.clock, work.dense
+        if settings is None or model is None or clock is None or not self.spec.recovers_in_rest:
+            return settings
+
+        def check() -> None:
+            check_recoverable(model, [*model.linears], recovery_text(self.spec, work), settings)
+
+        rest = Rest(**record_of(study).get(RESTED) or asdict(Rest.of(clock, check)))
+        keep_record(study, RESTED, asdict(rest))
+        if rest.minutes is None:
+            say(f"It is not recovered: {rest.left_out}.")
+            return None
+        say(f"Recovering it in what is left: --recover-minutes {rest.minutes:g}.")
+        return replace(settings, minutes=rest.minutes)
 
 
 def budget_of(

@@ -5,7 +5,7 @@
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
@@ -26,10 +26,11 @@ from pho_service.cli.options import (
     device_options,
     json_verb,
 )
+from pho_service.cli.recover import recover_cut, recovery_text, show_recovered
 from pho_service.cli.terminal import print_json, print_table, progress, say, show_table
 from pho_service.errors import ConfigurationError, InvalidInput, ModelError
 from pho_service.pipeline.work import Work
-from pho_service.spec.document import MACHINE, PRUNED, TEXT, FieldShown, number
+from pho_service.spec.document import AFTER, MACHINE, PRUNED, TEXT, FieldShown, number
 from pho_service.spec.export import GgufType
 from pho_service.spec.pattern import Linears, Pattern, ScopeName
 from pho_service.spec.structure import share_of_blocks, structured_pattern
@@ -146,6 +147,7 @@ class _PruneAsk:
         from_library: Take the most promising configuration of a library for --pattern instead.
         pattern: With --method and --from-library: 0.5 or 2:4. By itself structured:20%, the share
             of the blocks' weights to cut: neurons and query heads.
+        no_recovery: Do not train a smaller model in what the minutes leave.
         smaller: Share of the model's file that leaves, instead of --pattern: 20%. So much more of
             the blocks is cut, as embeddings stay.
         scope: With --from-library, any by default; with --method for those that have none of their
@@ -165,6 +167,7 @@ class _PruneAsk:
     library: Annotated[str | None, FieldShown(section=PRUNED, help=LIBRARY)] = None
     pattern: Annotated[str | None, FieldShown(section=PRUNED)] = None
     smaller: Annotated[str | None, FieldShown(section=PRUNED)] = None
+    no_recovery: Annotated[bool, FieldShown(section=AFTER)] = False
     scope: Annotated[ScopeName | None, FieldShown(section=PRUNED)] = None
     force: Annotated[bool, FieldShown(section=PRUNED)] = False
     out: Annotated[str | None, FieldShown(kind="path")] = None
@@ -178,7 +181,7 @@ class _PruneAsk:
     cls=DocumentCommand,
     fields=(
         "steps/linears", "steps/deployable", "calibration", "revision", "dtype", "stream",
-        "minutes",
+        "minutes", "recovery",
     ),
     ask=_PruneAsk,
 )  # fmt: skip
@@ -199,7 +202,8 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
     folded into the weights. --check compares a folder with its recipe.
 
     --pattern structured:20% cuts neurons and query heads out of every block, so
-    that the folder is an ordinary, smaller model, and faster in every runtime.
+    that the folder is an ordinary, smaller model, and faster in every runtime. What
+    the minutes leave goes into its recovery, which --no-recovery leaves out.
 
     \b
     Example:
@@ -245,7 +249,7 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
                 f"--pattern {pattern} cuts neurons and heads out of a model, for which "
                 f"{', '.join(too_many)} says nothing. Leave it out."
             )
-        _cut(model, pattern, Path(ask.out), given, as_json, inputs)
+        _cut(model, pattern, ask, given, as_json, inputs)
         if ask.push is not None:
             push_folder(Path(ask.out), ask.push, ask.public, as_json=False)
         return
@@ -299,9 +303,9 @@ def _smaller(model: str, ask: _PruneAsk, given: Given) -> Pattern:
 
 
 def _cut(
-    model: str, pattern: Pattern, folder: Path, given: Given, as_json: bool, inputs: Terminal
+    model: str, pattern: Pattern, ask: _PruneAsk, given: Given, as_json: bool, inputs: Terminal
 ) -> None:
-    """Find the best cut of a share, as `pho search` does, and save the smaller model."""
+    """Find the best cut of a share, as `pho search` does, and save the smaller model, recovered."""
     import shutil
 
     from pho_service.host.files import check_free
@@ -310,13 +314,14 @@ def _cut(
     from pho_service.shown.report import Report
     from pho_service.shown.tables import results_table, verdict_table
 
-    began = time.monotonic()
+    began, folder = time.monotonic(), Path(str(ask.out))
     check_free(folder)
-    check_models([model], inputs.revision)
+    check_models([model], inputs.revision, given("recovery/text"))
     # What an interrupted run has measured is there when the same command is given again.
     place = folder.expanduser().resolve().with_name(f".{folder.name}.cuts")
     study_url = f"sqlite:///{place}/study.db"
-    document = {"model": model, "pattern": str(pattern), "prune": True}
+    document: dict[str, Any] = {"model": model, "pattern": str(pattern), "prune": True}
+    document |= {"recovery": None} if ask.no_recovery else {}
     asked = given.job(given.document({**document, "confirm": {"windows": CUT_WINDOWS}}))
     source = calibration_source(asked.calibration)
     budget = budget_of(asked, source, study_url, inputs, began)
@@ -333,25 +338,41 @@ def _cut(
     with opened_study(study_url, request, work) as study:
         budget.note(study)
         result = search_job(request, work, study=study, run=budget.run(inputs, work, study))
+        recovery = budget.recovery(work, study)
     configuration = result.configuration
+    first = folder if recovery is None else place / "cut"
+    shutil.rmtree(place / "cut", ignore_errors=True)  # of an interrupted run
     pruned = prune_job(
-        work, configuration, folder, memo=work.blocks(winner_of(configuration)), progress=progress
+        work, configuration, first, memo=work.blocks(winner_of(configuration)), progress=progress
     )
+    recovered = None
+    if recovery is not None:
+        text = recovery_text(budget.spec, work)
+        del work  # whose model is not dense any more
+        budget.model = model
+        recovered = recover_cut(first, model, text, recovery, folder, inputs)
     shutil.rmtree(place)
     if as_json:
-        structure = pruned.recipe["structure"]
-        document = configuration.model_dump(mode="json")
-        print_json({"out": str(folder), "configuration": document, "structure": structure})
+        print_json(
+            {
+                "out": str(folder),
+                "configuration": configuration.model_dump(mode="json"),
+                "structure": pruned.recipe["structure"],
+                **({} if recovered is None else {"recovery": recovered.to_dict()}),
+            }
+        )
         return
     good = configuration.headline
     assert good is not None  # the dense model was measured
     for table in (verdict_table(good), results_table(Report.of(configuration))):
         if table is not None:
             show_table(table)
-    say(
-        f"{folder}: {configuration.cut}. It is an ordinary model. Win back some of what was lost: "
-        f"`pho recover {folder} --teacher {model}`."
-    )
+    say(f"{folder}: {configuration.cut}. It is an ordinary model.")
+    if recovered is None:
+        say(f"Win back some of what was lost: `pho recover {folder} --teacher {model}`.")
+    else:
+        say(f"{recovered}.")
+        show_recovered(recovered)
 
 
 def _given_configuration(ask: _PruneAsk, given: Given) -> "Configuration | None":

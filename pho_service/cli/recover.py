@@ -4,8 +4,9 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import click
 
@@ -23,6 +24,12 @@ from pho_service.errors import InvalidInput
 from pho_service.progress import Advance, Run, never, one_bar
 from pho_service.spec.document import MODEL, REPORT, FieldShown
 from pho_service.spec.recovery import Recovery
+
+if TYPE_CHECKING:
+    from pho_service.models.texts import RecoveryText
+    from pho_service.pipeline.work import Work
+    from pho_service.spec.job import JobSpec
+    from pho_service.spec.recovery import Recovered
 
 _TEXT = (
     "text", "dataset", "dataset_config", "data_file", "split", "field", "more_texts", "shares",
@@ -78,12 +85,9 @@ def recover(folder: Path, given: Given, ask: _RecoverAsk, inputs: Terminal, as_j
           --context-length 512 --minutes 10 --out recovered
     """
     from pho_service.host.files import check_free
-    from pho_service.models.saving import save_pruned
     from pho_service.models.texts import RecoveryText
-    from pho_service.pipeline.recover import TRAINING, PrunedModel, recover_model
-    from pho_service.pipeline.workplace import Workplace
+    from pho_service.pipeline.recover import TRAINING, PrunedModel, recover_folder
     from pho_service.pruning.recovery import Processes
-    from pho_service.shown.tables import continuations_table, recovered_table
 
     settings, teacher, out = given.part("recovery", Recovery), ask.teacher, ask.out
     how = given.calibration()
@@ -103,7 +107,6 @@ def recover(folder: Path, given: Given, ask: _RecoverAsk, inputs: Terminal, as_j
     if ask.confirm_text is not None:
         windows = given("confirm/windows")
         measured = inputs.report(pruned.model, file_source(ask.confirm_text), how, windows)
-    place = out.expanduser().resolve().with_name(f".{out.name}.recovery")
     text = RecoveryText(
         source=source, context_length=how.context_length, bos=how.bos, measured=measured
     )
@@ -116,25 +119,55 @@ def recover(folder: Path, given: Given, ask: _RecoverAsk, inputs: Terminal, as_j
                 steps.begin(TRAINING)
             return progress(title, count)
 
-        recovered = recover_model(
-            pruned, lambda: nullcontext(inputs.model(teacher)), text, settings, place,
+        recovered = recover_folder(
+            pruned, lambda: nullcontext(inputs.model(teacher)), text, settings, out,
             run=Run(progress=part),
         )  # fmt: skip
-    if not processes.number:
-        result = pruned.after(recovered)
-        save_pruned(pruned.model, out, result.masks.items(), result.recipe)
-    processes.wait()
-    Workplace(place).remove()
     if processes.number:
         return
     if as_json:
         print_json({"out": str(out), **recovered.to_dict()})
         return
     click.echo(f"{out}: {recovered}")
+    show_recovered(recovered)
+    if recovered.kept and not recovered.perplexities:
+        say("Measure it: `pho evaluate`; give --confirm-text to see perplexities here.")
+
+
+def show_recovered(recovered: "Recovered") -> None:
+    """The perplexities before and after, and what the models write, where there was a text."""
+    from pho_service.shown.tables import continuations_table, recovered_table
+
     if recovered.perplexities:
         show_table(recovered_table(recovered))
-        if recovered.continuations:
-            before = recovered.models_before
-            show_table(continuations_table(recovered.continuations, before=before))
-    elif recovered.kept:
-        say("Measure it: `pho evaluate`; give --confirm-text to see perplexities here.")
+    if recovered.continuations:
+        before = recovered.models_before
+        show_table(continuations_table(recovered.continuations, before=before))
+
+
+def recovery_text(spec: "JobSpec", work: "Work") -> "RecoveryText":
+    """What a job recovers on: other windows than those that it was calibrated and chosen on."""
+    from pho_service.models.texts import RecoveryText
+
+    text = None if spec.recovery is None else spec.recovery.text
+    return RecoveryText(
+        source=calibration_source(spec.calibration) if text is None else file_source(text),
+        context_length=spec.calibration.context_length,
+        bos=spec.calibration.bos,
+        unlike=work.calibration,
+        measured=work.confirm,
+    )
+
+
+def recover_cut(
+    cut: Path, teacher: str, text: "RecoveryText", settings: Recovery, out: Path, inputs: Terminal
+) -> "Recovered":
+    """Recover the folder that a search has just cut."""
+    from pho_service.pipeline.recover import PrunedModel, recover_folder
+
+    with loading(str(cut)):
+        pruned = PrunedModel.read(
+            cut, dtype=inputs.dtype, device=inputs.device, device_map=inputs.device_map
+        )
+    dense, run = partial(inputs.model, teacher), Run(progress=progress)
+    return recover_folder(pruned, lambda: nullcontext(dense()), text, settings, out, run=run)

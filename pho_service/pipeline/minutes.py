@@ -4,12 +4,13 @@ The minutes of a job as it runs: the rates of its machine, what they leave, what
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
+from pho_service.errors import InvalidInput, OutOfMemory, TextError
 from pho_service.planning.costs import CARDS, Costs, Machine, PlannedWork, named_machine
 from pho_service.planning.minutes import fitted
 from pho_service.planning.plan import Plan, plan_job
@@ -17,6 +18,7 @@ from pho_service.planning.shapes import ModelShapes, read_shapes
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.job import JobSpec
 from pho_service.spec.minutes import OF_THE_TEXT, SizeName
+from pho_service.spec.recovery import CHECKS
 
 if TYPE_CHECKING:
     from pho_service.models.loading import LanguageModel
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 _TIMED = 512  # tokens that rates are measured on
 _SHORTEST, _LEAST_WINDOWS = 32, 16  # windows, where a text has few tokens
 _LEAST, _MOST = 0.25, 8.0  # times what was planned; what is outside is no rate
+_NO_TIME = "the search has left too few of the minutes. Give more"
 RATES = 1.25  # times less or more that a stage takes by rates that were measured
 
 
@@ -62,6 +65,20 @@ class Clock:
         """Seconds that are left of the minutes; below 0 if they are over."""
         return 60 * (self.plan.spec.minutes or 0) - self.spent()
 
+    @property
+    def _search_left_s(self) -> float:
+        """The same without what is for the recovery and the files of the pruned model."""
+        if not self.plan.spec.prune:
+            return self.left_s
+        costs, recovery = self._costs(self.plan.work), self.plan.work.recovery
+        return self.left_s - costs.saving() - (costs.recovery(recovery) if recovery else 0)
+
+    def recovery_s(self) -> float:
+        """Seconds that are left for a recovery; 0 where they are too few for it to be any good."""
+        costs, context = self._costs(self.plan.work), self.plan.work.calibration.context_length
+        left_s = self.left_s - costs.reading() - 2 * costs.saving()  # before it, and after it
+        return left_s if left_s >= CHECKS * costs.recovered(context) else 0.0
+
     def _planned(self, spec: JobSpec) -> Plan:
         plan = partial(plan_job, shapes=self._shapes, machine=self._machine)
         if not spec.free_sizes:
@@ -78,13 +95,15 @@ class Clock:
     ) -> bool:
         """
         Take what the texts have, if that is less than there is time for: fewer windows, or shorter
-        ones where so few were left, also of the texts to measure on. Without a text of its own, a
-        confirmation is left some.
+        ones where so few were left, also of the texts to measure on. A confirmation and a recovery
+        without a text of their own are left some.
         """
         if not {*free} & {*OF_THE_TEXT}:
             return False
         spec, chosen = self.plan.spec, self.plan.spec.calibration
-        beside = 0 if spec.confirm is None or spec.confirm.text else spec.confirm.windows
+        confirmed = 0 if spec.confirm is None or spec.confirm.text else spec.confirm.windows
+        recovered = 0 if spec.recovery is None or spec.recovery.text else chosen.samples
+        beside = confirmed + recovered
         asked = max(chosen.samples + beside, _LEAST_WINDOWS) * chosen.context_length
         there = _tokens(model, source, chosen.settings(), asked)
         length = chosen.context_length
@@ -96,7 +115,8 @@ class Clock:
         windows = max(1, there // length)
         samples = chosen.samples
         if "calibration/samples" in free and windows < samples + beside:
-            samples = max(1, windows - min(beside, windows // 4))
+            kept = min(confirmed, windows // 4) + min(recovered, windows // 4)
+            samples = max(1, windows - kept)
         if (samples, length) == (chosen.samples, chosen.context_length):
             return False
         sizes: dict[SizeName, int | None] = {
@@ -127,7 +147,8 @@ class Clock:
     def in_full_left(self, asked: int) -> int:
         """As :meth:`in_full`, of somebody who has not seen what was done before."""
         measured_s = self._costs(self.plan.work).measured()
-        left_s = self.left_s - self._training_s(self.plan.work.steps.reconstruction.passes)
+        passes = self.plan.work.steps.reconstruction.passes
+        left_s = self._search_left_s - self._training_s(passes)
         return max(1, min(asked, int(left_s / measured_s)))
 
     def passes(self, asked: int) -> int:
@@ -140,7 +161,8 @@ class Clock:
 
     def passes_left(self, asked: int) -> int:
         """As :meth:`passes`, of somebody who has not seen what was done before."""
-        fit = (count for count in range(asked, 1, -1) if self._training_s(count) <= self.left_s)
+        left_s = self._search_left_s
+        fit = (count for count in range(asked, 1, -1) if self._training_s(count) <= left_s)
         return next(fit, 1)
 
     def _training_s(self, passes: int) -> float:
@@ -162,6 +184,26 @@ class Clock:
         self._begun_at = self.spent()
         if planned_s > 0 and took > 0:
             self._machine = slower(self._machine, max(least, took / planned_s))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rest:
+    """What a job's minutes leave for a recovery that nobody has asked for."""
+
+    minutes: float | None = None  # None: there is none
+    left_out: str | None = None  # Why
+
+    @classmethod
+    def of(cls, clock: Clock, check: Callable[[], None]) -> "Rest":
+        """What is left, if the check does not find that the recovery lacks text or memory."""
+        minutes = round(clock.recovery_s() / 60, 2)
+        if not minutes:
+            return cls(left_out=_NO_TIME)
+        try:
+            check()
+        except (InvalidInput, TextError, OutOfMemory) as error:
+            return cls(left_out=str(error).removesuffix("."))
+        return cls(minutes=minutes)
 
 
 def _tokens(

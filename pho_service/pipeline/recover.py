@@ -31,7 +31,7 @@ from pho_service.models.calibration import USED, free_for
 from pho_service.models.loading import LanguageModel, load_model, sha256_each
 from pho_service.models.mask_file import MASKS, LayerMask, PackedMask, groups_of, read_masks
 from pho_service.models.packed import as_folder
-from pho_service.models.saving import RECIPE, read_recipe, recipe_document
+from pho_service.models.saving import RECIPE, read_recipe, recipe_document, save_pruned
 from pho_service.models.texts import RecoveryText
 from pho_service.pipeline.lesson import ALL, LEAST_WINDOWS, Lesson, draw_lesson, draw_windows
 from pho_service.pipeline.minutes import machine_at_hand
@@ -272,6 +272,30 @@ def recover_model(
         continuations=side_by_side(model, windows, **said),
         seconds=round(time.monotonic() - began, 3),
     )
+
+
+def recover_folder(
+    pruned: PrunedModel,
+    dense: Callable[[], AbstractContextManager[LanguageModel]],
+    text: RecoveryText,
+    settings: Recovery,
+    out: Path,
+    *,
+    run: Run = Run(),
+) -> Recovered:
+    """
+    Train a model as :func:`recover_model` does, and save it. What an interrupted training goes on
+    with lies beside the folder until then.
+    """
+    processes = Processes()
+    place = out.expanduser().resolve().with_name(f".{out.name}.recovery")
+    recovered = recover_model(pruned, dense, text, settings, place, run=run)
+    if not processes.number:
+        result = pruned.after(recovered)
+        save_pruned(pruned.model, out, result.masks.items(), result.recipe)
+    processes.wait()
+    Workplace(place).remove()
+    return recovered
 
 
 def _has_room(

@@ -68,7 +68,9 @@ def sentence(plan: "Plan") -> str:
         sizes += f", {confirm.finalists} finalists on {confirm.windows} windows"
         sizes += f", {in_full} in full" * needs_text
     took = plan.own_seconds() * len(spec.models)
-    said = f"{sizes}: {about(took)}"
+    recovery = plan.work.recovery if spec.recovers_in_rest else None
+    rest_s = 0 if recovery is None else recovery.time_s
+    said = f"{sizes}: {about(took - rest_s)}{', and a recovery in what is left' * bool(rest_s)}"
     if plan.spec.minutes is not None and took > 60 * plan.spec.minutes * 1.05:
         said += f". It is the least, and more than {plan.spec.minutes:g} minutes"
     return f"{said}."

@@ -179,7 +179,7 @@ def plan_job(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> Plan:
         stream=spec.stream,
         validated=spec.validation.candidates if spec.validation else 0,
         by_perplexity=spec.objective.name == "perplexity",
-        recovery=None if spec.recovery is None else spec.recovery.settings(),
+        recovery=spec.recovery_settings(),
         kept=bool(spec.prune and spec.confirm and request.steps.reconstruction.wanted),
     )
     for width in {linear.in_features for linear in shapes.linears}:

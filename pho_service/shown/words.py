@@ -39,7 +39,7 @@ def search_in_words(spec: JobSpec) -> dict[str, str]:
             else {"warm start": f"with {spec.warm_start.count} of the library"}
         ),
         **({} if spec.tasks is None else {"tasks": _tasks(spec)}),
-        **({} if spec.recovery is None else {"recovery": str(spec.recovery.settings())}),
+        **_recovery(spec),
         **(
             {}
             if spec.validation is None
@@ -58,8 +58,17 @@ def _cut_in_words(spec: JobSpec) -> dict[str, str]:
         "confirmation": _confirmation(spec.confirm, spec.free_sizes),
         **({} if spec.report is None else {"report": f"at most {spec.report}"}),
         **({} if spec.tasks is None else {"tasks": _tasks(spec)}),
-        **({} if spec.recovery is None else {"recovery": str(spec.recovery.settings())}),
+        **_recovery(spec),
     }
+
+
+def _recovery(spec: JobSpec) -> dict[str, str]:
+    if spec.recovery is None:
+        return {}
+    settings = spec.recovery.settings()
+    if spec.recovers_in_rest:
+        return {"recovery": f"in what the minutes leave, training {settings.train}"}
+    return {"recovery": str(settings)}
 
 
 def _tasks(spec: JobSpec) -> str:

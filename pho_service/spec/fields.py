@@ -3,7 +3,7 @@ The parts of the documents that jobs are submitted as, each checked field by fie
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -20,6 +20,7 @@ from pho_service.spec.calibration import (
     with_shares,
 )
 from pho_service.spec.document import Document, FieldShown, Name, Number, Seed, part_of
+from pho_service.spec.minutes import REST
 from pho_service.spec.pattern import Coefficients
 from pho_service.spec.recovery import Recovery
 from pho_service.spec.steps import Allocation
@@ -410,9 +411,17 @@ class RecoverySpec(Document, Recovery):
         self.settings()
         return self
 
-    def settings(self) -> Recovery:
-        """In the form that a recovery takes."""
-        return part_of(self, Recovery)
+    @property
+    def is_open(self) -> bool:
+        """Whether neither a time nor a number of tokens is given."""
+        return self.minutes is None and self.tokens is None
+
+    def settings(self, job_minutes: float | None = None) -> Recovery:
+        """In the form that a recovery takes; if it is open, with a share of a job's minutes."""
+        settings = part_of(self, Recovery)
+        if job_minutes is None or not self.is_open:
+            return settings
+        return replace(settings, minutes=REST * job_minutes)
 
 
 class ValidationSpec(Document):

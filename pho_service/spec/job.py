@@ -77,6 +77,7 @@ from pho_service.spec.objective import (
     options_of,
 )
 from pho_service.spec.pattern import Pattern, ScopeName
+from pho_service.spec.recovery import Recovery
 from pho_service.spec.space import DEFAULT_PRESET, Preset, PresetName, SearchSpaceSpec
 from pho_service.spec.steps import Candidate, Steps, StepsSpec
 from pho_service.spec.structure import is_structured
@@ -458,7 +459,8 @@ class JobSpec(Document):
         None,
         exclude_if=lambda recovery: recovery is None,
         description="How the pruned model is recovered before it is written: trained towards the "
-        "dense one, masks fixed.",
+        "dense one, masks fixed. With minutes, {} is a recovery in what they leave, and the "
+        "default where best or a cut changes the weights anyway; null is none.",
     )
     notify: Annotated[Name | None, FieldShown(section=AFTER, service=True)] = Field(
         None,
@@ -542,6 +544,15 @@ class JobSpec(Document):
     def sizes(self) -> dict[SizeName, int | None]:
         """Those of its sizes that it has a use for."""
         return sizes_of(self.model_dump(mode="json"))
+
+    @property
+    def recovers_in_rest(self) -> bool:
+        """Whether it recovers in what its minutes leave."""
+        return self.minutes is not None and self.recovery is not None and self.recovery.is_open
+
+    def recovery_settings(self) -> Recovery | None:
+        """How it recovers; in what its minutes leave, this is planned to be a share of them."""
+        return None if self.recovery is None else self.recovery.settings(self.minutes)
 
     @property
     def texts_measured_on(self) -> list[str]:
@@ -694,10 +705,10 @@ class JobSpec(Document):
         if self.report is not None:
             tokens += self.report.windows * self.calibration.context_length
             limits.check_tokens("/report/windows", tokens)
-        if self.recovery is not None:
-            given = "minutes" if self.recovery.tokens is None else "tokens"
-            if given == "minutes":
-                limits.check_minutes("/recovery/minutes", self.recovery.time_s / 60)
+        if (how := self.recovery_settings()) is not None:
+            given = "minutes" if how.tokens is None else "tokens"
+            if how.tokens is None:
+                limits.check_minutes("/recovery/minutes", how.time_s / 60)
             tokens += self._recovered(timed)
             limits.check_tokens(f"/recovery/{given}", tokens)
         return tokens

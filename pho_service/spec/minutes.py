@@ -8,9 +8,12 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ValidationInfo
 
 from pho_service.errors import InvalidInput
+from pho_service.spec.space import DEFAULT_PRESET
+from pho_service.spec.structure import is_structured
 
 MINUTES = 20.0  # that a job may take if nobody says how long, nor on how much text
 MOST_MINUTES = 100_000.0
+REST = 0.25  # share of the minutes that is left for a recovery without a time of its own
 
 SizeName = Literal[
     "calibration/samples",
@@ -34,7 +37,17 @@ def with_minutes(document: Mapping[str, Any]) -> dict[str, Any]:
         values.setdefault("minutes", MINUTES)
     if values.get("minutes") is not None:
         values.setdefault("free_sizes", [path for path in SIZES if not _is_given(values, path)])
+        if _changes_weights(values) and not all(_is_given(values, path) for path in OF_THE_TEXT):
+            values.setdefault("recovery", {})
     return values
+
+
+def _changes_weights(document: Mapping[str, Any]) -> bool:
+    """Whether a job writes a model whose weights are not those of the dense one anyway."""
+    alone = document.get("pattern") is not None
+    changes = document.get("preset", DEFAULT_PRESET) == DEFAULT_PRESET
+    changes = changes or is_structured(document.get("pattern"))
+    return bool(document.get("prune") and alone and changes and not document.get("stream"))
 
 
 def parse_minutes(text: str, name: str) -> float:

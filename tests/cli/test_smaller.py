@@ -10,6 +10,8 @@ from pretended_user import answer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from pho_service.pipeline.minutes import Clock
+
 SMALL = ("--context-length", 32, "--samples", 6, "--kernel-sizes", "3,5")
 
 
@@ -187,3 +189,17 @@ def test_a_share_of_the_file_is_not_given_beside_a_pattern(pho, made_model):
 
     assert result.exit_code != 0
     assert "--smaller 10% and --pattern 2:4 both say what is cut" in result.stderr
+
+
+def test_what_the_minutes_leave_recovers_a_cut(pho, made_model, texts, monkeypatch):
+    words = ("prune", made_model, "--pattern", "structured:20%", "--text", texts["calibration"],
+             "--kernel-sizes", "3,5", "--minutes", "0.3", "--json")  # fmt: skip
+    monkeypatch.setattr(Clock, "recovery_s", lambda _: 3.0)
+    recovered = answer(pho(*words, "--out", "recovered"))["recovery"]
+    plain = answer(pho(*words, "--out", "plain", "--no-recovery"))
+
+    assert recovered["tokens"] > 0
+    assert {"dense", "pruned", "recovered"} == recovered["perplexities"].keys()
+    assert json.loads(Path("recovered/pruning.json").read_text())["recovery"]["tokens"] > 0
+    assert "recovery" not in plain
+    assert not [path for path in Path().glob(".*") if path.suffix in (".cuts", ".recovery")]

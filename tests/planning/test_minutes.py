@@ -12,7 +12,7 @@ from pho_service.planning.plan import ComparedWork, plan_job
 from pho_service.planning.shapes import Header, TensorHeader, model_shapes
 from pho_service.spec.job import JobSpec
 from pho_service.spec.job_options import minimal_document, search_command
-from pho_service.spec.minutes import MINUTES, SIZES
+from pho_service.spec.minutes import MINUTES, REST, SIZES
 
 H100 = CARDS["H100"]
 SMALL = {
@@ -102,6 +102,41 @@ def test_a_document_that_is_read_again_leaves_the_same_sizes_free(cpu, fields):
         assert "--minutes" not in command
     if fields == {"minutes": None}:
         assert "--minutes none" in command
+
+
+@pytest.mark.parametrize(
+    ("fields", "recovers"),
+    [
+        ({"prune": True}, True),
+        ({"prune": True, "pattern": "structured:20%"}, True),
+        ({"prune": True, "preset": "crepe", "recovery": {}}, True),
+        ({"prune": True, "preset": "crepe"}, False),  # every kept weight keeps its value
+        ({"prune": True, "recovery": None}, False),
+        ({"prune": True, "recovery": {"tokens": 100}}, False),
+        ({"prune": True, "stream": True}, False),
+        ({"prune": True, "calibration": {"samples": 8, "context_length": 64}, "minutes": 5}, False),
+        ({"prune": True, "minutes": None}, False),
+        ({}, False),
+    ],
+)
+def test_a_model_that_is_written_is_recovered_in_what_the_minutes_leave(fields, recovers):
+    spec = asked(**fields)
+    settings = spec.recovery_settings()
+    again = JobSpec.model_validate(spec.model_dump(mode="json"))
+
+    assert spec.recovers_in_rest is recovers
+    assert again == spec
+    if recovers:
+        assert settings.time_s == 60 * spec.minutes * REST
+
+
+def test_a_share_of_the_minutes_is_set_aside_for_the_recovery(cpu):
+    plan = planned(cpu, pattern="0.5", preset="best", prune=True, minutes=20)
+    searched = planned(cpu, pattern="0.5", preset="best", prune=True, recovery=None, minutes=20)
+
+    assert plan.own_seconds() <= 1200
+    assert plan.own_seconds() - 1200 * REST <= searched.own_seconds()
+    assert "and a recovery in what is left" in sentence(plan)
 
 
 @pytest.mark.parametrize("pattern", ["0.5", "2:4", "structured:20%"])

@@ -1,19 +1,21 @@
 """A job of so many minutes: the worker that begins chooses its sizes, and they stay."""
 
+import json
+
 import pytest
 
 from pho_service.pipeline.minutes import Clock
 from pho_service.spec.job import JobSpec
 from pho_service.spec.job_options import search_command
-from storage.records import SIZING, StageKind
+from storage.records import RESTING, SIZING, StageKind
 
 
 @pytest.fixture
 def minutes(hand):
     """The document of a small job that is given minutes and no size."""
 
-    def build(**changes):
-        text = {"text": str(hand.folder / "calibration.jsonl")}
+    def build(*, text="calibration.jsonl", **changes):
+        text = {"text": str(hand.folder / text)}
         how = {"rows_per_layer": 4, "projection_rows": 16, "kernel_sizes": [3, 5]}
         document = {
             "model": str(hand.folder / "model"), "pattern": "0.5", "preset": "score", "trials": 20,
@@ -64,3 +66,28 @@ def test_the_winner_is_trained_in_as_many_passes_as_there_is_time_for(hand, minu
     found = job.best["steps"].get("reconstruction")
 
     assert found is None or found["passes"] == 2  # None: it was no better with it
+
+
+def test_what_is_left_goes_into_the_recovery_of_what_is_pruned(hand, minutes, monkeypatch):
+    monkeypatch.setattr(Clock, "recovery_s", lambda _: 6.0)
+    job = hand.done(minutes(minutes=0.1, prune=True, recovery={}))
+    spec = JobSpec.model_validate(job.spec)
+
+    assert spec.recovery.minutes == 0.1
+    assert job.pruning.result["recovery"]["tokens"] > 0
+
+
+@pytest.mark.parametrize(("left_s", "words"), [(0.0, 12_000), (60.0, 300)])
+def test_with_too_little_time_or_text_left_the_model_is_pruned_and_not_recovered(
+    hand, minutes, monkeypatch, left_s, words
+):
+    """Nobody has asked for it, so the job is done."""
+    monkeypatch.setattr(Clock, "recovery_s", lambda _: left_s)
+    lines = (hand.folder / "calibration.jsonl").read_text().splitlines()
+    texts = " ".join(json.loads(line)["text"] for line in lines).split()
+    (hand.folder / "short.txt").write_text(" ".join(texts[:words]))
+    job = hand.done(minutes(text="short.txt", prune=True, recovery={}))
+    (rest,) = (stage for stage in job.of_kind(StageKind.CALIBRATE) if stage.number == RESTING)
+
+    assert job.pruning.result["recovery"] is None
+    assert rest.result["left_out"]
