@@ -111,16 +111,29 @@ def about(seconds: float) -> str:
 
 
 _shared: ContextVar["RichProgress | None"] = ContextVar("shared", default=None)
+_titled: ContextVar[Callable[[str], None]] = ContextVar("titled", default=never)
 
 
 @contextmanager
 def one_bar(
-    planned: Mapping[str, float], say: Callable[[str], None], *, shown: bool = True
+    planned: Mapping[str, float],
+    say: Callable[[str], None],
+    *,
+    begins: Mapping[str, str] | None = None,
+    shown: bool = True,
 ) -> Iterator[Steps]:
-    """Inside, one bar stands for all steps, whose planned seconds are given, and all other bars."""
+    """
+    Inside, one bar stands for all steps, whose planned seconds are given, and all other bars. A bar
+    whose title ``begins`` with some words is the first of a step.
+    """
     from rich import progress as rich
 
     steps = Steps(planned, say)
+
+    def note(title: str) -> None:
+        names = (name for words, name in (begins or {}).items() if title.startswith(words))
+        if (name := next(names, "")) in planned:
+            steps.begin(name)
 
     class Bar(rich.Progress):
         def get_renderables(self) -> Iterable["RenderableType"]:
@@ -142,11 +155,12 @@ def one_bar(
     )  # fmt: skip
     with Bar(*columns, console=console(), transient=True, disable=not shown) as bars:
         bars.add_task("", total=100, title="", drawn=0.0)
-        token = _shared.set(bars)
+        token, other = _shared.set(bars), _titled.set(note)
         try:
             yield steps
         finally:
             _shared.reset(token)
+            _titled.reset(other)
 
 
 def is_shared() -> bool:
@@ -158,6 +172,7 @@ def is_shared() -> bool:
 def bar(title: str, steps: int | None) -> Iterator[Advance]:
     """Show a bar with the time left, on stderr, which is full when the work ends before its end."""
     shared = _shared.get()
+    _titled.get()(title)
     with empty_bars() if shared is None else nullcontext(shared) as shown:
         room = shown.console.width - len(f" ━━━━ {steps}/{steps} 0:00:00 left 0:00:00")
         title = title if len(title) <= room else f"{title[: room - 1]}…"  # not the numbers

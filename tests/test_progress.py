@@ -81,8 +81,10 @@ def test_all_bars_are_one_that_says_the_step_that_is_left_and_the_piece_of_work(
     shown, said = Terminal(), []
     monkeypatch.setattr(sys, "stderr", shown)
     monkeypatch.setenv("COLUMNS", "100")
-    with one_bar({"calibrate": 1.0, "search": 600.0}, said.append) as steps:
-        steps.begin("search")
+    begins = {"Searching": "search", "Writing": "write"}  # of which nothing is planned
+    with one_bar({"calibrate": 1.0, "search": 600.0}, said.append, begins=begins):
+        with bar("Searching (activation-reconstruction/blend)", 4), bar("Writing", 1):
+            pass
         with working("Reading a text"), bar("Racing finalists", 36) as advance:
             advance(12)
             time.sleep(0.3)  # it is drawn ten times a second

@@ -4,8 +4,8 @@
 
 import os
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -91,8 +91,10 @@ def curve(model: str, given: Given, ask: _CurveAsk, inputs: Terminal, as_json: b
     folder = _folder(ask.out)
     _refuse_bundle(model)
     check_models([model], given("revision"), given("confirm/text"))
-    opened = open_curve(whole, specs, study, inputs, began)
-    with _points(opened, study, inputs) as (points, pareto):
+    with (
+        open_curve(whole, specs, study, inputs, began) as opened,
+        _points(opened, study, inputs) as (points, pareto),
+    ):
         curve_points = find_points(points.find, opened.requests)
     name = pareto.study_name
     work = opened.work
@@ -137,23 +139,28 @@ class Opened:
         return [spec.request(0) for spec in self.specs]
 
 
+@contextmanager
 def open_curve(
     whole: "JobSpec", specs: "Sequence[JobSpec]", study: str, inputs: Terminal, began: float
-) -> Opened:
-    """Load the model of several searches, see that all patterns fit, and calibrate it."""
+) -> Iterator[Opened]:
+    """
+    Load the model of several searches, see that all patterns fit, and calibrate it. Inside, one bar
+    stands for all of them.
+    """
     _refuse_bundle(whole.model)
     source = calibration_source(whole.calibration)
     budget = budget_of(whole, source, study, inputs, began)
-    work = inputs.calibrated(
-        budget.model,
-        source,
-        budget.spec.calibration.settings(),
-        budget.spec.confirm,
-        requests=[spec.request(0) for spec in specs],
-    )
-    sizes = budget.calibrated(whole, work).sizes
-    sized = [spec.sized({path: sizes[path] for path in spec.free_sizes}) for spec in specs]
-    return Opened(work=work, specs=sized, budget=budget)
+    with budget.bar():
+        work = inputs.calibrated(
+            budget.model,
+            source,
+            budget.spec.calibration.settings(),
+            budget.spec.confirm,
+            requests=[spec.request(0) for spec in specs],
+        )
+        sizes = budget.calibrated(whole, work).sizes
+        sized = [spec.sized({path: sizes[path] for path in spec.free_sizes}) for spec in specs]
+        yield Opened(work=work, specs=sized, budget=budget)
 
 
 def _points(
@@ -231,8 +238,11 @@ def search_within(
             "of them alone."
         )
     specs = [_spec(models[0], given, sparsity) for sparsity in target.sparsities]
-    opened = open_curve(_whole(models[0], given, {}), specs, study, inputs, began)
-    with _points(opened, study, inputs, target) as (points, _):
+    whole = _whole(models[0], given, {})
+    with (
+        open_curve(whole, specs, study, inputs, began) as opened,
+        _points(opened, study, inputs, target) as (points, _),
+    ):
         return target_found(target, find_points(points.find, opened.requests, target))
 
 

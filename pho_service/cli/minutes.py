@@ -4,13 +4,14 @@
 
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pho_service.cli.options import Terminal, file_source
 from pho_service.cli.terminal import say
-from pho_service.progress import Look, Run
+from pho_service.progress import Look, Run, one_bar
 from pho_service.spec.minutes import AFTER_CALIBRATION, SizeName, put_sizes
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from pho_service.models.texts import MixedText
     from pho_service.pipeline.minutes import Clock
     from pho_service.pipeline.work import Work
+    from pho_service.planning.plan import Plan
     from pho_service.spec.job import JobSpec
     from pho_service.spec.recovery import Recovery
 
@@ -28,6 +30,12 @@ if TYPE_CHECKING:
 # minutes of its recovery.
 CHOSEN, SPENT, RESTED = "minutes", "spent_s", "recovery"
 _NOTED_S = 5.0  # how often that is written down
+# The steps of a plan, by what the titles of their first bars begin with.
+_BEGINS = {
+    "Calibrating": "calibrate", "Searching": "search", "[": "search", "Rating cuts": "search",
+    "Validating": "confirm", "Comparing": "confirm", "Racing": "confirm", "Confirming": "confirm",
+    "Cutting": "write", "Asking the dense model": "recover",
+}  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -37,6 +45,11 @@ class Budget:
     spec: "JobSpec"  # With the sizes that were chosen
     model: "LanguageModel | str"  # Loaded, if its rates were measured
     clock: "Clock | None" = None  # None where the time was not asked for
+    plan: "Plan | None" = None  # None of several models
+
+    def bar(self) -> AbstractContextManager[object]:
+        """Inside, one bar stands for all that is planned."""
+        return nullcontext() if self.plan is None else one_bar(self.plan.steps, say, begins=_BEGINS)
 
     def note(self, study: "Study") -> None:
         """Write into a study what was chosen, for whoever goes on with it."""
@@ -97,12 +110,14 @@ def budget_of(
     began: float,
 ) -> Budget:
     """Choose the sizes that are free; those of an interrupted search are taken from its study."""
-    if asked.minutes is None:
-        return Budget(spec=asked, model=asked.model)
     from pho_service.pipeline.minutes import Clock
     from pho_service.planning.minutes import sentence
 
     model = inputs.model(asked.model)
+    if asked.minutes is None:
+        plan = Clock.of(model, asked, float).plan
+        say(sentence(plan))
+        return Budget(spec=asked, model=model, plan=plan)
     earlier = _earlier(study, asked)
     before_s = 0.0 if earlier is None else float(earlier[SPENT])
 
@@ -113,13 +128,13 @@ def budget_of(
     clock = Clock.of(model, spec, spent)
     if earlier is not None:
         say(f"Going on with what was chosen for it: {' '.join(size_options(spec))}.")
-        return Budget(spec=spec, model=model, clock=clock)
+        return Budget(spec=spec, model=model, clock=clock, plan=clock.plan)
     if not asked.free_sizes:
         say(f"All sizes are given, so --minutes {asked.minutes:g} chooses none.")
     measured = [file_source(text) for text in asked.texts_measured_on]
     fit_text(clock, model, source, measured, asked.free_sizes)
     say(sentence(clock.plan))
-    return Budget(spec=clock.plan.spec, model=model, clock=clock)
+    return Budget(spec=clock.plan.spec, model=model, clock=clock, plan=clock.plan)
 
 
 def fit_text(

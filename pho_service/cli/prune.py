@@ -325,32 +325,27 @@ def _cut(
     asked = given.job(given.document({**document, "confirm": {"windows": CUT_WINDOWS}}))
     source = calibration_source(asked.calibration)
     budget = budget_of(asked, source, study_url, inputs, began)
-    request = budget.spec.request(0)
-    work = inputs.calibrated(
-        budget.model,
-        source,
-        budget.spec.calibration.settings(),
-        budget.spec.confirm,
-        requests=[request],
-    )
-    budget.calibrated(asked, work)
-    place.mkdir(parents=True, exist_ok=True)
-    with opened_study(study_url, request, work) as study:
-        budget.note(study)
-        result = search_job(request, work, study=study, run=budget.run(inputs, work, study))
-        recovery = budget.recovery(work, study)
-    configuration = result.configuration
-    first = folder if recovery is None else place / "cut"
-    shutil.rmtree(place / "cut", ignore_errors=True)  # of an interrupted run
-    pruned = prune_job(
-        work, configuration, first, memo=work.blocks(winner_of(configuration)), progress=progress
-    )
-    recovered = None
-    if recovery is not None:
-        text = recovery_text(budget.spec, work)
-        del work  # whose model is not dense any more
-        budget.model = model
-        recovered = recover_cut(first, model, text, recovery, folder, inputs)
+    request, settings = budget.spec.request(0), budget.spec.calibration.settings()
+    with budget.bar():
+        work = inputs.calibrated(
+            budget.model, source, settings, budget.spec.confirm, requests=[request]
+        )
+        budget.calibrated(asked, work)
+        place.mkdir(parents=True, exist_ok=True)
+        with opened_study(study_url, request, work) as study:
+            budget.note(study)
+            result = search_job(request, work, study=study, run=budget.run(inputs, work, study))
+            recovery = budget.recovery(work, study)
+        configuration, recovered = result.configuration, None
+        blocks = work.blocks(winner_of(configuration))
+        first = folder if recovery is None else place / "cut"
+        shutil.rmtree(place / "cut", ignore_errors=True)  # of an interrupted run
+        pruned = prune_job(work, configuration, first, memo=blocks, progress=progress)
+        if recovery is not None:
+            text = recovery_text(budget.spec, work)
+            del work  # whose model is not dense any more
+            budget.model = model
+            recovered = recover_cut(first, model, text, recovery, folder, inputs)
     shutil.rmtree(place)
     if as_json:
         print_json(

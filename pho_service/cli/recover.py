@@ -2,7 +2,7 @@
 `pho recover`: train a pruned or smaller model towards the dense one, masks fixed.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from pho_service.cli.options import (
 )
 from pho_service.cli.terminal import loading, print_json, progress, say, show_table
 from pho_service.errors import InvalidInput
-from pho_service.progress import Advance, Run, never, one_bar
+from pho_service.progress import Run, never, one_bar
 from pho_service.spec.document import MODEL, REPORT, FieldShown
 from pho_service.spec.recovery import Recovery
 
@@ -111,17 +111,11 @@ def recover(folder: Path, given: Given, ask: _RecoverAsk, inputs: Terminal, as_j
         source=source, context_length=how.context_length, bos=how.bos, measured=measured
     )
     # One part of the time is for the dense model; two passes forward and one backward are four.
-    with one_bar({"": 1.0, TRAINING: 4.0}, never, shown=not processes.number) as steps:
-        steps.begin("")
-
-        def part(title: str, count: int) -> AbstractContextManager[Advance]:
-            if title.startswith(TRAINING):
-                steps.begin(TRAINING)
-            return progress(title, count)
-
+    parts, begins = {"": 1.0, TRAINING: 4.0}, {TRAINING: TRAINING, "": ""}
+    with one_bar(parts, never, begins=begins, shown=not processes.number):
         recovered = recover_folder(
             pruned, lambda: nullcontext(inputs.model(teacher)), text, settings, out,
-            run=Run(progress=part),
+            run=Run(progress=progress),
         )  # fmt: skip
     if processes.number:
         return

@@ -87,17 +87,19 @@ def search(
     bundles = _bundles(models, given)
     spec = _asked(models, given, bundles)
     warm_start = tuple(library.of_files(given, spec))
-    budget, work = _opened(spec, study, bundles, inputs, began)
-    spec = budget.spec
-    request = replace(spec.request(0), warm_start=warm_start)
-    about = {} if spec.more_models else work.bundle.provenance.get("model", {})
-    candidates = library.of_libraries(given, request.pattern, about)
-    request = replace(request, warm_start=(*request.warm_start, *candidates))
-    with opened_study(study, request, work) as record:
-        keep_record(record, DOCUMENT, spec.model_dump(mode="json"))
-        budget.note(record)
-        keep_record(record, WARM, given("warm_start/found") or [])
-        result = search_job(request, work, study=record, run=budget.run(inputs, work, record))
+    budget = _budget(spec, study, bundles, inputs, began)
+    with budget.bar():
+        work = _opened(budget, spec, bundles, inputs)
+        spec = budget.spec
+        request = replace(spec.request(0), warm_start=warm_start)
+        about = {} if spec.more_models else work.bundle.provenance.get("model", {})
+        candidates = library.of_libraries(given, request.pattern, about)
+        request = replace(request, warm_start=(*request.warm_start, *candidates))
+        with opened_study(study, request, work) as record:
+            keep_record(record, DOCUMENT, spec.model_dump(mode="json"))
+            budget.note(record)
+            keep_record(record, WARM, given("warm_start/found") or [])
+            result = search_job(request, work, study=record, run=budget.run(inputs, work, record))
     _finish(result, path, study, as_json)
 
 
@@ -137,21 +139,26 @@ def _asked(
     return given.job(document)
 
 
-def _opened(
+def _budget(
     asked: "JobSpec",
     study: str,
-    bundles: "dict[str, ProxyBundle]",
+    bundles: "Mapping[str, ProxyBundle]",
     inputs: Terminal,
     began: float,
-) -> tuple[Budget, Work]:
-    """
-    The minutes of a search, and its bundles, made of the models that are none, with its only model,
-    if it has.
-    """
+) -> Budget:
+    """What a search chooses for its minutes; there is nothing to choose for bundles alone."""
+    if asked.models == [*bundles] or (asked.more_models and asked.minutes is None):
+        return Budget(spec=asked, model=asked.model)
+    return budget_of(asked, calibration_source(asked.calibration), study, inputs, began)
+
+
+def _opened(
+    budget: Budget, asked: "JobSpec", bundles: "Mapping[str, ProxyBundle]", inputs: Terminal
+) -> Work:
+    """The bundles of a search, made of the models that are none, with its only model, if it has."""
     if asked.models == [*bundles]:
-        return Budget(spec=asked, model=asked.model), Work(bundles=bundles)
+        return Work(bundles={**bundles})
     all_bundles, source = {**bundles}, calibration_source(asked.calibration)
-    budget = budget_of(asked, source, study, inputs, began)
     spec, alone = budget.spec, not asked.more_models
     settings = spec.calibration.settings()
     for name in spec.models:
@@ -164,10 +171,10 @@ def _opened(
             del model
             if alone:
                 budget.calibrated(asked, work)
-                return budget, work
+                return work
             all_bundles[name] = work.bundle
             del work  # two may not fit
-    return budget, Work(bundles={name: all_bundles[name] for name in spec.models})
+    return Work(bundles={name: all_bundles[name] for name in spec.models})
 
 
 def _finish(

@@ -40,6 +40,12 @@ FREE = 0.95  # of a card that can be used: the rest is lost between blocks
 # What `pho pack` leaves of a kept weight's sign and exponent and of a removed weight, in bytes, in
 # bfloat16.
 PACKED_BYTE, PACKED_ZERO = 0.53, 0.36
+# What people call the steps of a search, by the kinds of its stages.
+STEPS = {
+    StageKind.CALIBRATE: "calibrate", StageKind.SEARCH: "search", StageKind.POINT: "search",
+    StageKind.PERPLEXITY: "confirm", StageKind.FINISH: "confirm", StageKind.PRUNE: "write",
+}  # fmt: skip
+RECOVER = "recover"  # the title of a stage
 # What is done at each pattern.
 _SEARCHING = {StageKind.POINT, StageKind.SEARCH, StageKind.CONFIRM, StageKind.PERPLEXITY}
 _CARDS = (2, 4, 8, 16)  # of a machine
@@ -93,6 +99,16 @@ class Plan:
     def costs(self) -> Costs:
         """Seconds of single steps."""
         return Costs(self.shapes, self.work, self.machine)
+
+    @property
+    def steps(self) -> dict[str, float]:
+        """Seconds of what the job does itself, by :data:`STEPS`, in the middle."""
+        steps: dict[str, float] = {}
+        for stage in self.stages:
+            name = RECOVER if stage.title == RECOVER else STEPS[stage.kind]
+            if self.spec.prune or stage.kind is not StageKind.PRUNE:
+                steps[name] = steps.get(name, 0.0) + math.sqrt(math.prod(stage.seconds))
+        return steps
 
     def own_seconds(self, *, calibrated: bool = False) -> float:
         """Seconds of what the job does itself, in the middle, without a calibration behind it."""
@@ -305,7 +321,7 @@ def _afterwards_stages(memory: "_Memory", costs: Costs, stage: _MakeStage) -> It
     """What is done with a pruned model before it is there."""
     recovery = memory.work.recovery
     if recovery is not None:
-        yield stage(StageKind.PRUNE, "recover", costs.recovery(recovery), memory.recovery(recovery))
+        yield stage(StageKind.PRUNE, RECOVER, costs.recovery(recovery), memory.recovery(recovery))
     yield stage(StageKind.PRUNE, "save", costs.saving(), memory.saving())
 
 

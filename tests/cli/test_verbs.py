@@ -79,7 +79,8 @@ def test_people_get_tables_and_the_lowest_perplexity_wins_baselines_included(
     perplexities = [c["perplexity"] for c in finalists if c["perplexity"] is not None]
 
     assert "optuna-dashboard sqlite:///" in shown.stdout
-    assert "Calibrating the dense model" in shown.stderr
+    assert "8 windows of 24 tokens, 12 trials, 5 finalists on 16 windows: about" in shown.stderr
+    assert "Step 1 of 3: calibrate (" in shown.stderr
     assert configuration["confirmation"]["perplexity"] == min(perplexities) == perplexities[0]
     assert all(c["divergence"] > 0 for c in finalists)
     assert {b["method"] for b in configuration["baselines"]} <= {c["method"] for c in finalists}
