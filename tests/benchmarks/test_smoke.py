@@ -26,7 +26,7 @@ ON_MODELS = {
     "search_cost": (
         "pho",
         f"--model {{model}} {SMALL} --confirm-windows 2 --report-windows 2 --evaluations 4 "
-        "--trials 9 --finalists 1 --threads 1 --method hill-climb --method cmaes --method tpe "
+        "--trials 9 --finalists 1 --threads 1 --method hill-climb --method tpe --method pho-proxy "
         "--method pho",
     ),
     "transfer": (
