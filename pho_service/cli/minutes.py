@@ -76,8 +76,7 @@ class Budget:
         run = inputs.run(work.dense)
         if self.clock is None:
             return run
-        clock = self.clock
-        return replace(run, in_full=clock.in_full, passes=clock.passes, look=_noting(study, clock))
+        return replace(self.clock.watched(run), look=_noting(study, self.clock))
 
     def recovery(self, work: "Work", study: "Study") -> "Recovery | None":
         """How what was found is recovered: in what is left, if no time is given for it."""

@@ -12,6 +12,7 @@ import optuna
 
 from pho_service.host.files import write_json
 from pho_service.interface.inputs import Model, calibrated, opened_bundle, opened_for, run_on
+from pho_service.interface.minutes import search_clock, sized
 from pho_service.interface.search import Given, SearchArguments, arguments, drawn
 from pho_service.pipeline.curve import (
     CurvePoint,
@@ -92,6 +93,9 @@ class PointsArguments(SearchArguments):
         finalists: How many found candidates of each point are confirmed, beside the baselines.
         study: URL of a database for the studies, where an interrupted curve goes on; None keeps
             them in memory.
+        minutes: Time for all points together, on this machine, without the calibration: finalists
+            and those pruned in full are chosen for it where they are not given. None: as many as
+            the other arguments say.
     """
 
     bundle: Given = field(kw_only=False)
@@ -99,6 +103,7 @@ class PointsArguments(SearchArguments):
     sampler: Sampler = "cmaes"
     finalists: int = _ASKED.finalists
     study: str | None = None
+    minutes: float | None = None
 
     def request(self, pattern: str | float | Pattern, **more: Any) -> SearchRequest:
         """The request of one point."""
@@ -135,6 +140,10 @@ def curve(ask: CurveArguments) -> Curve:
     unscoped = replace(ask, scope=None)
     requests = [unscoped.request(pattern) for pattern in curve_patterns(ask.patterns, ask.scope)]
     work = _work(ask, requests)
+    if ask.minutes is not None:
+        names = [str(request.pattern) for request in requests]
+        clock = search_clock(ask, requests[0], work, patterns=names, scope=ask.scope)
+        requests = [sized(request, clock) for request in requests]
     with _points(work, requests, ask) as (points, pareto):
         curve_points = find_points(points.find, requests)
         name = pareto.study_name
@@ -180,6 +189,10 @@ def search_within(ask: WithinArguments) -> Within:
     target = Target.of(**{name: getattr(ask, name) for name in Target.model_fields})
     requests = [ask.request(sparsity) for sparsity in target.sparsities]
     work = _work(ask, requests)
+    if ask.minutes is not None:
+        document = target.model_dump(mode="json")
+        clock = search_clock(ask, requests[0], work, target=document, scope=ask.scope)
+        requests = [sized(request, clock) for request in requests]
     with _points(work, requests, ask, target) as (points, _):
         return target_found(target, find_points(points.find, requests, target))
 

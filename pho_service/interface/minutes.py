@@ -12,7 +12,6 @@ from pho_service.interface.inputs import settings_of
 from pho_service.pipeline.minutes import Clock, machine_of
 from pho_service.pipeline.work import Work
 from pho_service.planning.shapes import Header, ModelShapes, TensorHeader, model_shapes
-from pho_service.progress import Run
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.job import JobSpec
 from pho_service.spec.minutes import MOST_MINUTES, OF_THE_TEXT, SizeName
@@ -20,7 +19,6 @@ from pho_service.spec.minutes import MOST_MINUTES, OF_THE_TEXT, SizeName
 if TYPE_CHECKING:
     from pho_service.models.loading import LanguageModel
     from pho_service.models.texts import MixedText, Text
-    from pho_service.pruning.bundle import ProxyBundle
     from pho_service.tuning.plan import SearchRequest
 
 
@@ -64,45 +62,29 @@ def calibration_sizes(
     return calibration.samples, calibration.context_length
 
 
-def search_clock(
-    model: "LanguageModel",
-    bundle: "ProxyBundle",
-    request: "SearchRequest",
-    minutes: float,
-    windows: int,
-    free: Collection[SizeName],
-) -> Clock:
-    """The minutes of a search on a bundle, confirmed on so many windows; they begin now."""
-    pattern, settings = request.pattern, settings_of(bundle).to_dict()
-    document: dict[str, Any] = {"pattern": str(pattern), "calibration": settings}
-    if not pattern.structured:
-        document |= {
-            "scope": pattern.scope.value, "steps": request.steps.to_dict(),
-            "trials": request.trials, "in_full": request.in_full,
-        }  # fmt: skip
-    confirm = {"windows": windows, "finalists": request.finalists}
-    return clock_of(model, minutes, free, **document, confirm=confirm)
-
-
-def within_minutes(
-    minutes: float,
-    request: "SearchRequest",
-    work: Work,
-    run: Run,
-    windows: int,
-    free: Collection[SizeName],
-) -> "tuple[SearchRequest, Run]":
-    """A search with as many finalists, and as many in full, as its minutes have time for."""
+def search_clock(ask: Any, request: "SearchRequest", work: Work, **asked: Any) -> Clock:
+    """The minutes of a search on a bundle, of what is asked; they begin now."""
     if work.dense is None:
         raise InvalidInput(
             "minutes are given without the model, and a search on a bundle alone takes seconds "
             "and confirms nothing. Give model=, too, or leave minutes out."
         )
-    clock = search_clock(work.dense, work.bundle, request, minutes, windows, free)
+    document: dict[str, Any] = {"calibration": settings_of(work.bundle).to_dict(), **asked}
+    if not request.pattern.structured:
+        document |= {
+            "steps": request.steps.to_dict(), "trials": request.trials, "in_full": request.in_full,
+        }  # fmt: skip
+    free: list[SizeName] = ["confirm/finalists"] if ask.finalists == type(ask).finalists else []
+    free += ["in_full"] if ask.in_full is None else []
+    confirm = {"windows": ask.confirm_windows, "finalists": request.finalists}
+    return clock_of(work.dense, ask.minutes, free, **document, confirm=confirm)
+
+
+def sized(request: "SearchRequest", clock: Clock) -> "SearchRequest":
+    """A search with as many finalists, and as many in full, as its minutes have time for."""
     spec = clock.plan.spec
     assert spec.confirm is not None  # it is one with a model
-    request = replace(request, finalists=spec.confirm.finalists, in_full=spec.in_full)
-    return request, replace(run, in_full=clock.in_full, passes=clock.passes)
+    return replace(request, finalists=spec.confirm.finalists, in_full=spec.in_full)
 
 
 def _shapes_of(model: "LanguageModel") -> ModelShapes:

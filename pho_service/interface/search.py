@@ -32,7 +32,7 @@ from pho_service.interface.inputs import (
     parsed,
     run_on,
 )
-from pho_service.interface.minutes import calibration_sizes, within_minutes
+from pho_service.interface.minutes import calibration_sizes, search_clock, sized
 from pho_service.models.bundle_file import write_bundle
 from pho_service.models.calibration import CalibrationText, calibration_text
 from pho_service.models.calibration import calibrate as make_bundle
@@ -555,12 +555,6 @@ class FoundArguments(SearchArguments):
     callbacks: Sequence[Callback] | Callback = ()
     minutes: float | None = None
 
-    @property
-    def free_sizes(self) -> list[SizeName]:
-        """Those that the minutes may choose."""
-        free: list[SizeName] = ["confirm/finalists"] if self.finalists == _ASKED.finalists else []
-        return free if self.in_full is not None else [*free, "in_full"]
-
 
 @arguments(FoundArguments)
 def search(ask: FoundArguments) -> Found:
@@ -612,8 +606,11 @@ def search(ask: FoundArguments) -> Found:
         )
     run = run_on(work.dense, ask.progress)
     if ask.minutes is not None:
-        windows = ask.confirm_windows
-        request, run = within_minutes(ask.minutes, request, work, run, windows, ask.free_sizes)
+        of_pattern = {"pattern": str(request.pattern)}
+        if not request.pattern.structured:
+            of_pattern["scope"] = request.pattern.scope.value
+        clock = search_clock(ask, request, work, **of_pattern)
+        request, run = sized(request, clock), clock.watched(run)
     record: AbstractContextManager[optuna.Study]
     if isinstance(study, optuna.Study):
         record = nullcontext(study)

@@ -15,6 +15,7 @@ from pho_service.planning.costs import CARDS, Costs, Machine, PlannedWork, named
 from pho_service.planning.minutes import fitted
 from pho_service.planning.plan import Plan, plan_job
 from pho_service.planning.shapes import ModelShapes, read_shapes
+from pho_service.progress import Run
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.job import JobSpec
 from pho_service.spec.minutes import OF_THE_TEXT, SizeName
@@ -150,6 +151,10 @@ class Clock:
         passes = self.plan.work.steps.reconstruction.passes
         left_s = self._search_left_s - self._training_s(passes)
         return max(1, min(asked, int(left_s / measured_s)))
+
+    def watched(self, run: Run) -> Run:
+        """What a search runs with that is told what there is time for."""
+        return replace(run, in_full=self.in_full, passes=self.passes)
 
     def passes(self, asked: int) -> int:
         """How many passes of the winner's training there is time for, of so many; at least one."""

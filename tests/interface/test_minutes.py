@@ -5,15 +5,11 @@ import pytest
 import pho_service as pho
 from pho_service.errors import InvalidInput
 from pho_service.interface.inputs import opened_for
-from pho_service.interface.minutes import within_minutes
+from pho_service.interface.minutes import search_clock, sized
+from pho_service.interface.search import FoundArguments
 from pho_service.pipeline.work import Work
 from pho_service.planning.minutes import LEVELS
 from pho_service.progress import Run
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.space import Preset
-from pho_service.tuning.plan import SearchRequest
-
-FREE = ["confirm/finalists", "in_full"]
 
 
 def calibrated(model, tokenizer, sentences, **sizes):
@@ -38,16 +34,26 @@ def test_a_search_prunes_as_many_in_full_as_there_is_time_for(
     minutes, in_full, tiny_llama, tokenizer, bundle
 ):
     model = opened_for(bundle, tiny_llama, tokenizer)
-    pattern = Pattern.parse("0.5")
-    preset = Preset.of("best", pattern)
-    request = SearchRequest(pattern=pattern, bounds=preset.bounds, steps=preset.steps)
-
+    ask = FoundArguments(bundle, "0.5", confirm_windows=8, minutes=minutes)
+    request = ask.request("0.5")
     work = Work(bundles={model.name: bundle}, dense=model)
+    clock = search_clock(ask, request, work, pattern="0.5")
 
-    fitted, run = within_minutes(minutes, request, work, Run(), 8, FREE)
+    assert sized(request, clock).in_full == in_full
+    assert clock.watched(Run()).passes is not None
 
-    assert fitted.in_full == in_full
-    assert run.passes is not None
+
+def test_a_curve_and_a_target_choose_for_all_their_points(tiny_llama, bundle, sentences):
+    measured = {"model": tiny_llama, "confirm": sentences["confirmation"], "preset": "score"}
+    measured |= {"trials": 20, "confirm_windows": 2}
+    hurried = pho.curve(bundle, [0.3, 0.5], minutes=1e-4, **measured)
+    within = pho.search_within(
+        bundle, perplexity_rise=10.0, highest=0.5, lowest=0.4, step=0.1, minutes=1e-4, **measured
+    )
+    finalists = [len(point.configuration.finalists) for point in (*hurried.points, *within.points)]
+    usual = pho.curve(bundle, [0.3], finalists=9, minutes=1e-4, **measured)
+
+    assert max(finalists) < len(usual.points[0].configuration.finalists)
 
 
 @pytest.mark.parametrize("minutes", [0, -1, float("nan"), float("inf")])
