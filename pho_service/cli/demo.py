@@ -160,7 +160,7 @@ def demo(given: Given, ask: _DemoAsk, as_json: bool) -> None:
         name: given.job({**_asked(given, name, str(gguf), pattern, scope), **shared})
         for name in SHOWN
     }
-    write_texts(folder / "texts")
+    write_texts(folder / "texts", apart=True)  # nothing is measured on what was chosen on
     study = f"sqlite:///{folder / 'study.db'}"
     check_study_url(study)
     settings, parsed = specs["score"].calibration.settings(), specs["score"].pruning()
