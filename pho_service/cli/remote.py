@@ -49,6 +49,8 @@ def outcome(job: "Job") -> list[str]:
     lines = []
     if job.best is not None:
         if (headline := job.best.headline) is not None:
+            if job.recovery is not None:
+                headline = job.recovery.headline(headline)
             lines.append(f"result       {headline.sentence}")
         lines.append(
             f"chosen       {job.best.method}, objective {number(job.best.objective)}, "

@@ -254,7 +254,7 @@ def _hero(report: Report) -> Hero | None:
     best = report.winner
     good = None if report.configuration is None else report.configuration.headline
     if good is not None:
-        return _measured_hero(good)
+        return _measured_hero(good, report.recovery)
     if report.configuration is None:
         best = next(iter(report.rated), None)
     if report.subject == "transfer" or best is None or best.value is None:
@@ -268,9 +268,12 @@ def _hero(report: Report) -> Hero | None:
     return Hero(figures=figures)
 
 
-def _measured_hero(good: Perplexities) -> Hero:
+def _measured_hero(pruned: Perplexities, recovery: Recovered | None) -> Hero:
     """A perplexity, its rise over the dense model, and how far it is below the better baseline."""
-    figures = [Figure(value=number(good.pruned), name="perplexity", note="lower is better")]
+    good = pruned if recovery is None else recovery.headline(pruned)
+    before = f"recovered; {number(pruned.pruned)} when pruned" if good != pruned else ""
+    note = before or "lower is better"
+    figures = [Figure(value=number(good.pruned), name="perplexity", note=note)]
     better = good.better_baseline
     for reference in filter(None, ("dense", better)):
         ratio = good.ratio(reference)
@@ -294,7 +297,7 @@ def _measured_hero(good: Perplexities) -> Hero:
     marks = [
         ("dense", "dense", good.dense),
         ("ria", good.titles[better], getattr(good, better)),
-        ("found", "pruned", good.pruned),
+        ("found", "recovered" if before else "pruned", good.pruned),
     ]
     values = [value for *_, value in marks]
     width = (max(values) - min(values)) or 1.0
@@ -366,7 +369,7 @@ def _recovery(recovered: Recovered) -> Section:
     table = [tables.recovered_table(recovered)] if recovered.perplexities else []
     texts = [
         f"{sentence[0].upper()}{sentence[1:]}. The text was {tables.name_of(recovered.text)}.",
-        "The result and the search describe the pruned model before its recovery.",
+        "The tables of the result and of the search describe the pruned model before its recovery.",
     ]
     return Section(id="recovery", title="Recovery", texts=texts, tables=table)
 

@@ -2,6 +2,7 @@
 Settings of a recovery, and its result.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
@@ -22,7 +23,7 @@ from pho_service.spec.document import (
     number,
     percent,
 )
-from pho_service.spec.perplexity import Ratio
+from pho_service.spec.perplexity import Perplexities, Ratio
 
 Shortening = Annotated[str, Field(pattern=r"^[0-9]{1,9}:[1-9][0-9]{0,8}$")]
 Trains = Literal["kept", "norms", "lora"]
@@ -263,6 +264,16 @@ class Recovered(JsonDocument):
     errors: dict[str, Number] = field(default_factory=dict)
     continuations: list[Continuation] = field(default_factory=list)
     seconds: Number
+
+    def headline(self, good: Perplexities) -> Perplexities:
+        """A result with this model in place of the pruned one, if it has the same windows."""
+        dense, now = (self.perplexities.get(name) for name in ("dense", "recovered"))
+        if dense is None or now is None or not math.isclose(dense, good.dense, rel_tol=1e-3):
+            return good
+        errors = {name: error for name, error in good.errors.items() if "/" in name}
+        if (error := self.errors.get("recovered/dense")) is not None:
+            errors["dense"] = error
+        return good.model_copy(update={"pruned": now, "errors": errors})
 
     @property
     def models_before(self) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from pho_service.shown.report import LayerCell, ReportTrial
 from pho_service.shown.tables import samples_tables
 from pho_service.spec.configuration import Continuation, Rating
 from pho_service.spec.perplexity import Perplexities, ReportedPerplexities
+from pho_service.spec.recovery import Recovered
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)></style></pre>{{ 7 * 7 }}"
 TRANSFER = {
@@ -105,6 +106,26 @@ def test_a_report_on_a_text_that_nothing_was_chosen_on_is_what_the_page_begins_w
     assert "62 tokens of r.txt" in page.text["result"]
     assert "nothing was chosen on this text" in page.text["result"]
     assert "Chosen with a perplexity of 20.00 on 496 tokens of c.txt" in page.text["result"]
+
+
+@pytest.mark.parametrize(("dense", "shown"), [(16.0, "18.00"), (17.0, "20.00")])
+def test_a_recovered_model_is_what_the_page_begins_with_if_it_has_the_same_windows(
+    page_of, report_of, dense, shown
+):
+    good = Perplexities(dense=16.0, pruned=20.0, wanda=28.0, errors={"dense": 0.5})
+    recovered = Recovered(
+        train="kept", before=0.5, after=0.25, kept=True, tokens=512, windows=4, held_out=1,
+        context_length=32, rate=0.1, seed=0, teacher={"name": "m"}, text={"source": "c.txt"},
+        perplexities={"dense": dense, "pruned": 20.0, "recovered": 18.0},
+        errors={"recovered/dense": 0.01}, seconds=6.0,
+    )  # fmt: skip
+    found = report_of().configuration.model_copy(update={"perplexities": good})
+    page = page_of(configuration=found, recovery=recovered)
+
+    assert f"perplexity{shown}" in page.text["result"]
+    assert ("recovered; 20.00 when pruned" in page.text["result"]) == (shown == "18.00")
+    assert ("± 1.1%" in page.text["result"]) == (shown == "18.00")
+    assert "18.00" in page.text["recovery"]
 
 
 def test_where_nothing_was_measured_the_proxy_counts(page_of, report_of):
