@@ -40,8 +40,8 @@ class JobState(StrEnum):
 
 # Of the calibrate stage of a job that chooses its sizes, before any model is calibrated.
 SIZING = -1
-# Of that which sees, after the search, how long a recovery may take.
-RESTING = -2
+# Of the finish stage that sees, after the search, how long a recovery may take.
+RESTING = 1
 
 
 class StageKind(StrEnum):

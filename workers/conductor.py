@@ -369,7 +369,7 @@ class _Job:
             return spec
         resting = [Piece(number=RESTING)]
         (rest,) = self._journal.each(
-            "calibrate", resting, lambda *_: rest_piece(self._work, self._clock(spec)), Rest
+            "finish", resting, lambda *_: rest_piece(self._work, self._clock(spec)), Rest
         )
         recovery = spec.recovery.model_copy(update={"minutes": rest.minutes})
         update = {"recovery": None if rest.minutes is None else recovery}

@@ -216,7 +216,7 @@ class Service:
 
     def notes(self, job: JobRecord) -> list[str]:
         """What a job has left out, and what it waits for that nobody gives at present."""
-        rest = [stage for stage in job.of_kind(StageKind.CALIBRATE) if stage.number == RESTING]
+        rest = [stage for stage in job.of_kind(StageKind.FINISH) if stage.number == RESTING]
         reasons = [stage.result["left_out"] for stage in rest if stage.result]
         left_out = [f"The pruned model is not recovered: {why}." for why in reasons if why]
         return [*left_out, *self._waits(job)]

@@ -87,7 +87,7 @@ def test_with_too_little_time_or_text_left_the_model_is_pruned_and_not_recovered
     texts = " ".join(json.loads(line)["text"] for line in lines).split()
     (hand.folder / "short.txt").write_text(" ".join(texts[:words]))
     job = hand.done(minutes(text="short.txt", prune=True, recovery={}))
-    (rest,) = (stage for stage in job.of_kind(StageKind.CALIBRATE) if stage.number == RESTING)
+    (rest,) = (stage for stage in job.of_kind(StageKind.FINISH) if stage.number == RESTING)
 
     assert job.pruning.result["recovery"] is None
     assert rest.result["left_out"]
