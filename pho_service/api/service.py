@@ -272,7 +272,7 @@ class Service:
 
     def timed_tokens(self, spec: JobSpec) -> int:
         """Tokens that the minutes of a recovery are planned for; as many as usual if unknown."""
-        settings = spec.recovery_settings()
+        settings = spec.recovery_settings(share=1)  # the most that it can be
         if settings is None or settings.tokens is not None:
             return 0
         plan = self._recovery_plan(spec)

@@ -72,8 +72,8 @@ class JobLimits:
             raise FieldError(
                 pointer,
                 f"{minutes:g} minutes are more than a recovery may take here: "
-                f"{self.recovery_minutes:g}. Ask for fewer, or let the operator raise "
-                "PHO_MAX_RECOVERY_MINUTES.",
+                f"{self.recovery_minutes:g}. Ask for fewer, or leave the recovery out (null), or "
+                "let the operator raise PHO_MAX_RECOVERY_MINUTES.",
                 code="job_too_large",
             )
 
@@ -416,12 +416,12 @@ class RecoverySpec(Document, Recovery):
         """Whether neither a time nor a number of tokens is given."""
         return self.minutes is None and self.tokens is None
 
-    def settings(self, job_minutes: float | None = None) -> Recovery:
+    def settings(self, job_minutes: float | None = None, share: float = REST) -> Recovery:
         """In the form that a recovery takes; if it is open, with a share of a job's minutes."""
         settings = part_of(self, Recovery)
         if job_minutes is None or not self.is_open:
             return settings
-        return replace(settings, minutes=REST * job_minutes)
+        return replace(settings, minutes=share * job_minutes)
 
 
 class ValidationSpec(Document):

@@ -60,6 +60,7 @@ from pho_service.spec.fields import (
 from pho_service.spec.minutes import (
     MINUTES,
     MOST_MINUTES,
+    REST,
     SizeName,
     of_minutes,
     sizes_of,
@@ -550,9 +551,9 @@ class JobSpec(Document):
         """Whether it recovers in what its minutes leave."""
         return self.minutes is not None and self.recovery is not None and self.recovery.is_open
 
-    def recovery_settings(self) -> Recovery | None:
+    def recovery_settings(self, share: float = REST) -> Recovery | None:
         """How it recovers; in what its minutes leave, this is planned to be a share of them."""
-        return None if self.recovery is None else self.recovery.settings(self.minutes)
+        return None if self.recovery is None else self.recovery.settings(self.minutes, share)
 
     @property
     def texts_measured_on(self) -> list[str]:
@@ -705,12 +706,13 @@ class JobSpec(Document):
         if self.report is not None:
             tokens += self.report.windows * self.calibration.context_length
             limits.check_tokens("/report/windows", tokens)
-        if (how := self.recovery_settings()) is not None:
-            given = "minutes" if how.tokens is None else "tokens"
+        if (how := self.recovery_settings(share=1)) is not None:  # the most that it can be
+            given = "recovery/minutes" if how.tokens is None else "recovery/tokens"
+            pointer = "/minutes" if self.recovers_in_rest else f"/{given}"
             if how.tokens is None:
-                limits.check_minutes("/recovery/minutes", how.time_s / 60)
+                limits.check_minutes(pointer, how.time_s / 60)
             tokens += self._recovered(timed)
-            limits.check_tokens(f"/recovery/{given}", tokens)
+            limits.check_tokens(pointer, tokens)
         return tokens
 
     def _recovered(self, timed: int) -> int:

@@ -318,6 +318,18 @@ def test_the_minutes_of_a_recovery_count_as_the_tokens_that_they_are_planned_for
     assert fits.status_code == 202, fits.text
 
 
+def test_a_recovery_in_what_the_minutes_leave_counts_as_all_of_them(client_of, refusal):
+    client = client_of(max_tokens=2_700_000)
+    document = {**DOCUMENT, "prune": True}
+    short = client.post("/v1/jobs", json={**document, "minutes": 5})
+    long = client.post("/v1/jobs", json={**document, "minutes": 7})
+    (error,) = refusal(long, 422, "job_too_large")["errors"]
+    without = client.post("/v1/jobs", json={**document, "minutes": 7, "recovery": None})
+
+    assert short.status_code == without.status_code == 202, short.text
+    assert error["pointer"] == "/minutes"
+
+
 def test_a_recovery_that_has_no_room_on_the_disk_or_in_memory_is_refused_in_the_plans_words(
     client, refusal, monkeypatch, model_folder
 ):
