@@ -117,7 +117,7 @@ class Clock:
         samples = chosen.samples
         if "calibration/samples" in free and windows < samples + beside:
             kept = min(confirmed, windows // 4) + min(recovered, windows // 4)
-            samples = max(1, windows - kept)
+            samples = max(1, min(samples, windows - kept))
         if (samples, length) == (chosen.samples, chosen.context_length):
             return False
         sizes: dict[SizeName, int | None] = {

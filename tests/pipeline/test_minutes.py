@@ -126,6 +126,17 @@ def test_of_a_short_text_some_windows_are_left_to_confirm_on(begun, model_folder
     assert not clock.fit_text(model, text, [], SIZES)
 
 
+def test_a_short_text_never_gives_more_windows_than_there_is_time_for(begun, monkeypatch):
+    _, clock, _ = begun(1e-6, prune=True)
+    chosen = clock.plan.spec.calibration
+    monkeypatch.setattr(
+        "pho_service.pipeline.minutes._tokens", lambda *_: 15 * chosen.context_length
+    )
+    clock.fit_text(None, None, [], ["calibration/samples"])
+
+    assert clock.plan.spec.calibration.samples <= chosen.samples
+
+
 def test_the_least_of_a_text_that_has_more_is_not_cut_into_shorter_windows(
     begun, model_folder, texts, tmp_path
 ):
