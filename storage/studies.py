@@ -5,6 +5,7 @@ Optuna studies as the record of searches, and their trials a page at a time.
 import json
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -175,10 +176,11 @@ def open_storage(url: str, *, upgrade: bool = False) -> Iterator[RDBStorage]:
 
 
 def _check_version(storage: RDBStorage, *, upgrade: bool) -> None:
-    version, own_version = storage.get_current_version(), storage.get_head_version()
+    version, versions = storage.get_current_version(), known_versions()
+    own_version = versions[0]
     if version == own_version:
         return
-    is_older = version in storage.get_all_versions()
+    is_older = version in versions
     if is_older and upgrade:
         storage.upgrade()
         return
@@ -194,11 +196,12 @@ def _check_version(storage: RDBStorage, *, upgrade: bool) -> None:
     )
 
 
-def known_versions() -> set[str]:
-    """Return the versions of Optuna's tables that the installed Optuna can upgrade."""
+@cache  # Optuna reads all of its migrations for it, which takes longer than a stage may
+def known_versions() -> Sequence[str]:
+    """Return the versions of Optuna's tables that the installed one can upgrade, its own first."""
     storage = RDBStorage("sqlite://")
     try:
-        return {*storage.get_all_versions()}
+        return storage.get_all_versions()
     finally:
         storage.remove_session()
         storage.engine.dispose()
