@@ -1,16 +1,19 @@
 """Models as GGUF files: what llama.cpp reads predicts what the folder does, or is refused."""
 
+import io
 import json
 import os
 import shutil
 import stat
 import sys
+from pydoc_data.topics import topics
 
 import gguf
 import pytest
+import sentencepiece
 import torch
 from click.testing import CliRunner
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
 import pho_service as pho
 from pho_service.cli import main
@@ -26,24 +29,39 @@ from pho_service.spec.verbs import BenchSettings, LlamaAsk
 FEW = BenchSettings(prompt=8, new_tokens=3, rounds=2)
 TEXT = "The sea is a body of salt water that covers most of the earth. " * 40
 
-_made = {}
 
-
-def written(tmp_path_factory, seed):
-    """A tiny llama with SmolLM2's tokenizer, which llama.cpp knows."""
-    folder = tmp_path_factory.mktemp("llama") / f"tiny{seed}"
-    file = smollm2()
-    tokenizer = _made.setdefault(
-        "tokenizer", AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    )
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-        tie_word_embeddings=True, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
+def small_tokenizer(folder):
+    """Save one of 1,000 tokens in the way of LLaMA 2, which llama.cpp needs no name for."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter("\n".join(topics.values()).splitlines()[:2000]), model_writer=model,
+        vocab_size=1000, model_type="bpe", minloglevel=2, num_threads=1,
     )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    LlamaTokenizer.from_pretrained(folder).save_pretrained(folder)
+    return 1000
+
+
+def smollm2_tokenizer(folder):
+    """Save that of SmolLM2: byte-level BPE, which llama.cpp knows by name."""
+    file = smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
+def written(tmp_path_factory, seed, save_tokenizer=small_tokenizer):
+    """A tiny llama with a tokenizer that llama.cpp knows."""
+    folder = tmp_path_factory.mktemp("llama") / f"tiny{seed}"
+    folder.mkdir()
+    config = LlamaConfig(
+        vocab_size=save_tokenizer(folder), hidden_size=64, intermediate_size=96,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.2,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
@@ -83,10 +101,19 @@ class TestExport:
         file, exported = files["bf16"]
 
         assert exported.divergence < 1e-4
+        assert exported.note == ""
         assert exported.bytes == file.stat().st_size
         assert exported.folder_bytes == (folder / "model.safetensors").stat().st_size
         assert exported.converter == "convert_hf_to_gguf.py"
         assert str(exported).startswith(f"{file}: bf16, ")
+
+    @pytest.mark.thorough
+    def test_a_tokenizer_that_has_a_name_in_gguf_is_converted_too(self, tmp_path_factory, tmp_path):
+        folder = written(tmp_path_factory, 2, smollm2_tokenizer)
+        exported = pho.export(folder, tmp_path / "out.gguf")
+
+        assert exported.divergence < 1e-4
+        assert exported.note == ""
 
     def test_matrices_have_the_type_that_is_asked_for_and_the_embedding_more_bits(self, files):
         file, exported = files["q4_0"]
@@ -128,6 +155,7 @@ class TestExport:
     def test_no_code_of_a_folder_is_run(self, folder, tmp_path):
         """llama.cpp's converter would: it trusts what tokenizers name."""
         evil = shutil.copytree(folder, tmp_path / "evil")
+        (evil / "tokenizer.model").unlink()  # with which the converter asks no class
         config = json.loads((evil / "tokenizer_config.json").read_text())
         config |= {
             "tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
