@@ -1,5 +1,10 @@
 """
 Masks and weights by ADMM, and by ALPS with its growing penalty.
+
+A ``weight`` is (out_features, in_features), of any floating dtype, dense and finite; masks have its
+shape, bool, True = kept; ``gram`` is E[x x^T], (in_features, in_features), float32, symmetric. New
+weights are float32, the same on every run. A ``ValueError`` says which shapes do not fit, a
+``NumericalError`` that second moments are not finite or not positive; ``layer`` is the name in it.
 """
 
 from collections.abc import Sequence
@@ -9,12 +14,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from pho_service.errors import NumericalError, field_name
+from pho_service.errors import NumericalError
 from pho_service.pruning.hardware import quick_dtype
 from pho_service.pruning.masks import Support
+from pho_service.pruning.weight_update import damped_diagonal
 
 DAMPING = 0.01  # share of the mean diagonal that is added to it, as in the literature
-_DEAD = 1e-15  # square of an input that is always 0, as a share of the mean: its weights go first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,40 +41,18 @@ class Normalised:
     @classmethod
     def of(cls, gram: Tensor, *, damping: float, layer: str) -> Self:
         """
-        Normalise a Gram matrix, which is left as it is.
+        Normalise a Gram matrix after a share of its mean diagonal was added to it.
 
-        Args:
-            gram: (in_features, in_features), float32, symmetric: E[x x^T]. An input
-                that is always 0 stands alone and is scaled to almost 0, so its
-                weights are the first to go. A matrix of zeros counts as the identity.
-            damping: Share of the mean diagonal that is added to the diagonal, >= 0.
-            layer: Name of the linear, for the message of an error.
-
-        Raises:
-            NumericalError: NaN or infinity in ``gram``.
+        An input that is always 0 stands alone and is scaled to almost 0, so its
+        weights are the first to go. A matrix of zeros counts as the identity.
         """
-        if not bool(torch.isfinite(gram).all()):
-            raise NumericalError(
-                f"{layer}: the second moments of its inputs are NaN or infinite. Check the model's "
-                f"weights, or calibrate in float32 ({field_name('dtype', 'float32')}).",
-                layer=layer,
-            )
-        diagonal = gram.diagonal()
-        added = damping * diagonal.mean()
-        alone = torch.where(diagonal.mean() > 0, _DEAD * diagonal.mean(), 1)
-        damped = torch.where(diagonal > 0, diagonal + added, alone)
-        scale = damped.sqrt()
+        scale = damped_diagonal(gram, damping, layer=layer).sqrt()
         normalised = gram / scale / scale[:, None]
         normalised.diagonal().fill_(1)
         return cls(gram=normalised, scale=scale)
 
     def inverse(self, penalty: float, *, layer: str) -> Tensor:
-        """
-        (gram + penalty I)^-1, (in_features, in_features), float32, in float64 where that fails.
-
-        Raises:
-            NumericalError: It is not positive definite in either; names ``layer``.
-        """
+        """(gram + penalty I)^-1, (in_features, in_features), float32, by float64 where it fails."""
         for dtype in (torch.float32, torch.float64):
             matrix = self.gram.to(dtype, copy=True)
             matrix.diagonal().add_(penalty)
@@ -111,8 +94,8 @@ class Masked:
     A linear whose mask is to become better.
 
     Attributes:
-        weight: (out_features, in_features), any floating dtype, dense, finite.
-        keep: The same shape, bool: the mask to start from.
+        weight: Its weights.
+        keep: The mask to start from.
         support: What the new mask has in common with it.
         importance: (out_features,), float32, >= 0: what the squared error of an
             output counts for, such as Fisher row weights. None: all alike. It
@@ -137,18 +120,8 @@ def admm_refine(
     has units for it the products are in bfloat16, sums in float32: in seven
     linears of SmolLM2 errors differed by less than 0.1 % on the same text.
 
-    Args:
-        linears: All that read the input.
-        moments: Its second moments.
-        layer: Name of one of them, for the message of an error.
-
     Returns:
-        For each linear its weights, (out_features, in_features), float32, 0 where removed,
-        a good start for least squares; and the mask, bool, True = kept. The same on every run.
-
-    Raises:
-        ValueError: Shapes do not fit.
-        NumericalError: The second moments are not positive; names ``layer``.
+        For each linear its weights, 0 where removed, a good start for least squares; and the mask.
 
     Source:
         Meng et al. 2024, arXiv:2406.07831 (ALPS), whose penalty starts at 0.1 and follows
@@ -222,17 +195,12 @@ def admm(
     the last five only move the weights that stay.
 
     Args:
-        weight: (out_features, in_features), any floating dtype, finite.
         moments: Second moments of its input, not damped.
         inverse: Inverse of ``moments`` for :data:`PUBLISHED_DAMPING`, :data:`PUBLISHED_PENALTY`.
         support: How many weights stay, and which compete.
 
     Returns:
-        The new weights, (out_features, in_features), float32, and the mask,
-        bool, True = kept, with the counts of ``support``. The same on every run.
-
-    Raises:
-        ValueError: Shapes do not fit.
+        The new weights, and the mask, with the counts of ``support``.
 
     Source:
         Boza 2024, arXiv:2401.02938, algorithm 2: share 1 - (1 - t / 15)^3 of the sparsity in
@@ -282,13 +250,7 @@ class Spectrum:
 
     @classmethod
     def of(cls, gram: Tensor, *, layer: str) -> Self:
-        """
-        Return the spectrum of E[x x^T], (in_features, in_features), float32, damped by 0.01 of
-        its mean diagonal.
-
-        Raises:
-            NumericalError: NaN or infinity in ``gram``; names ``layer``.
-        """
+        """Return the spectrum of a Gram matrix, damped by 0.01 of its mean diagonal."""
         matrix = Normalised.of(gram, damping=DAMPING, layer=layer)
         values, vectors = torch.linalg.eigh(matrix.gram.double())
         return cls(input=matrix, values=values, vectors=vectors)
@@ -308,17 +270,12 @@ def alps(weight: Tensor, spectrum: Spectrum, support: Support) -> tuple[Tensor, 
     while the mask changes, by less and less as it settles.
 
     Args:
-        weight: (out_features, in_features), any floating dtype, finite.
         spectrum: Spectrum of the second moments of its input.
         support: How many weights stay, and which compete. The published one lets
             all weights of a linear compete, or those of an N:M run.
 
     Returns:
-        The new weights, (out_features, in_features), float32, and the mask,
-        bool, True = kept, with the counts of ``support``. The same on every run.
-
-    Raises:
-        ValueError: Shapes do not fit.
+        The new weights, and the mask, with the counts of ``support``.
 
     Source:
         Meng et al. 2024, arXiv:2406.07831, algorithm 1, with the schedule and the

@@ -1,5 +1,10 @@
 """
 Permutations of input channels: which share an N:M group, and how an order is folded into weights.
+
+A ``score`` is (out_features, in_features), float32, >= 0, finite, with its channels in the original
+order. ``keep`` is N, the weights kept per group, 1 <= keep < group; ``group`` is M, its channels,
+and divides in_features. An ``order`` is (in_features,), int64: ``order[p]`` is the channel that
+stands at position p.
 """
 
 from collections.abc import Mapping
@@ -100,16 +105,11 @@ def permute_channels(score: Tensor, *, keep: int, group: int) -> Tensor:
     never worse than the channels as they are; the same input gives the same order.
 
     Args:
-        score: (out_features, in_features), float32, >= 0, finite, computed in
-            the original order. For linears that share their input: their
-            scores, one below the other.
-        keep: N, weights kept per group. 1 <= keep < group.
-        group: M, channels of a group. Divides in_features.
+        score: For linears that share their input: their scores, one below the other.
 
     Returns:
-        (in_features,), int64, on ``score.device``: ``order[p]`` is the channel
-        that stands at position p. Sorted inside the groups, and the groups by
-        their first channel.
+        The order, on ``score.device``: sorted inside the groups, and the groups
+        by their first channel.
 
     Raises:
         ValueError: ``keep`` or ``group`` out of range.
@@ -146,36 +146,13 @@ def permute_channels(score: Tensor, *, keep: int, group: int) -> Tensor:
 
 
 def retained_score(score: Tensor, order: Tensor, *, keep: int, group: int) -> float:
-    """
-    The sum of the score that N:M keeps in an order, added up in float64.
-
-    Args:
-        score: (out_features, in_features), float32, in the original order.
-        order: (in_features,), int64, a permutation of the input channels.
-        keep: N, weights kept per group.
-        group: M, channels of a group.
-    """
+    """The sum of the score that N:M keeps in an order, added up in float64."""
     mask = permuted_mask(score, order, keep=keep, group=group)
     return float((score * mask).sum(dtype=torch.float64))
 
 
 def permuted_mask(score: Tensor, order: Tensor, *, keep: int, group: int) -> Tensor:
-    """
-    Mark what N:M keeps in an order of the channels, in the original order.
-
-    Args:
-        score: (out_features, in_features), float32, no NaN, in the original order.
-        order: (in_features,), int64, a permutation of the input channels.
-        keep: N, weights kept per group. 1 <= keep < group.
-        group: M, channels of a group. Divides in_features.
-
-    Returns:
-        (out_features, in_features), bool. ``mask[:, order]`` is N:M in
-        neighbouring channels.
-
-    Raises:
-        ValueError: As :func:`nm_mask`.
-    """
+    """Mark what N:M keeps: ``mask[:, order]`` is N:M in neighbouring channels."""
     mask = torch.empty_like(score, dtype=torch.bool)
     mask[:, order] = nm_mask(score[:, order], keep=keep, group=group)
     return mask
@@ -189,7 +166,6 @@ def moved_scores(channels: Tensor, moving: Tensor, staying: Tensor, keep: int) -
         channels: (in_features, rows), float32: the score, channel by channel.
         moving: (K,), int64, one channel of each group.
         staying: (K, M - 1), int64, the other channels of each group.
-        keep: N, weights kept per group.
 
     Returns:
         (K, K), float32: entry (i, j) is the retained score of group j with
@@ -258,16 +234,8 @@ def find_writers(
     model: nn.Module, reader: PrunableLinear, linears: Mapping[str, PrunableLinear]
 ) -> list[PrunableLinear]:
     """
-    The linears beside ``reader`` that may write its input: by place and width only.
-
-    Args:
-        model: The model that ``reader`` is a part of.
-        reader: Its ``name`` is dotted, as from ``model.named_modules()``.
-        linears: Linears of the model, by name.
-
-    Returns:
-        Direct children of the same parent module, in its order, with as many
-        outputs as ``reader`` has inputs.
+    The linears beside ``reader`` that may write its input, by place and width only: children of
+    the same parent module, in its order, with as many outputs as ``reader`` has inputs.
     """
     parent_name, _, _ = reader.name.rpartition(".")
     prefix = f"{parent_name}." if parent_name else ""
@@ -314,12 +282,6 @@ def fold_order(
     only if both outputs agree, the model is changed. In float64 a wrong fold of
     two channels among thousands still shows. A parameter that is shared with a
     module outside of the parent is not noticed.
-
-    Args:
-        model: Changed in place.
-        reader: The linear whose input channels move.
-        linears: Linears of the model, by name; the writers are among them.
-        order: (in_features,), int64, a permutation of the reader's input channels.
 
     Returns:
         Names of the writers. Empty if there are none, or if the module computes

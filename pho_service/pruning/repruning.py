@@ -1,5 +1,10 @@
 """
 Ways to a better mask of a pruned linear: exact swaps, and DSnoT's.
+
+A ``weight`` is (out_features, in_features), of any floating dtype; a ``mask`` has its shape, bool,
+True = kept, and is not changed. ``group`` is M of an N:M pattern, whose swaps stay inside its runs
+of M neighbouring input channels; 0: unstructured. Each row (each run, with a group) of a new mask
+keeps as many weights as before. A ``ValueError`` says which shape, dtype or number does not fit.
 """
 
 from collections.abc import Iterator
@@ -23,12 +28,7 @@ def check_masked(
     gram: Tensor | None = None,
     channels: tuple[Tensor, ...] = (),
 ) -> None:
-    """
-    Check what a mask is refined with.
-
-    Raises:
-        ValueError: Shapes that don't belong together, or a mask that isn't bool.
-    """
+    """Raise ValueError for what a mask cannot be refined with."""
     shape = tuple(weight.shape)
     if len(shape) != 2 or tuple(mask.shape) != shape or mask.dtype != torch.bool:
         raise ValueError(
@@ -78,22 +78,13 @@ def swap_refine(
     found exactly, and a row ends where no swap inside of a run helps.
 
     Args:
-        weight: (out_features, in_features), any floating dtype.
-        mask: (out_features, in_features), bool. True = kept. Not changed.
         gram: (in_features, in_features), float32: H = E[x x^T].
-        group: M of an N:M pattern: swaps stay inside its runs of M neighbouring
-            input channels. 0: unstructured.
         max_swaps: Most swaps of a row, >= 0. A row that no swap improves by
             more than a millionth of its first error stops before.
 
     Returns:
-        (out_features, in_features), bool. Each row (each run, with a group)
-        keeps as many weights as before, and its error is lower by more than
-        the rounding of float32, or its mask is the old one.
-
-    Raises:
-        ValueError: Shapes that don't belong together, a mask that isn't bool,
-            ``group`` or ``max_swaps`` out of range.
+        The new mask: of each row the error is lower by more than the rounding
+        of float32, or the mask is the old one.
 
     Source:
         SparseSwaps: Zimmer et al. 2025, arXiv:2512.10922, which makes the best
@@ -321,26 +312,17 @@ def dsnot_refine(
     when no weight suits.
 
     Args:
-        weight: (out_features, in_features), any floating dtype.
-        mask: (out_features, in_features), bool. True = kept. Not changed.
         mean: (in_features,), float32: E[X_j] over tokens, in the unit that
             ``threshold`` counts in.
         variance: (in_features,), float32, >= 0: Var[X_j], the means between
             samples included.
         activation_norm: (in_features,), float32, >= 0, as Wanda's score takes it.
-        group: M of an N:M pattern: swaps stay inside its runs of M neighbouring
-            input channels. 0: unstructured.
         max_cycles: Most swaps of a row, >= 0.
         threshold: Largest abs(e) that is good enough, >= 0.
         power: Exponent of the variance. 0 leaves it out.
 
     Returns:
-        (out_features, in_features), bool. Each row (each run, with a group)
-        keeps as many weights as before; no row's abs(e) is larger.
-
-    Raises:
-        ValueError: Shapes that don't belong together, a mask that isn't bool,
-            ``group``, ``max_cycles`` or ``threshold`` out of range.
+        The new mask; no row's abs(e) is larger.
 
     Source:
         DSnoT: Zhang et al. 2023, arXiv:2310.08915. Its code sums X over the

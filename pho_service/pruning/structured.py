@@ -4,6 +4,12 @@ Structured pruning of one linear: which input columns leave together, and what t
 A neuron of an FFN is one input column of the linear that reads it, a query head of an attention
 ``head_dim`` neighbours. All of it works on the Gram matrix H = E[x x^T] of that input, as the
 updates of single weights do.
+
+A ``weight`` is (out_features, in_features), of any floating dtype, finite; ``gram`` is H,
+(in_features, in_features), symmetric, and what is made of it has its dtype. ``damping``, >= 0, is
+the share of the mean diagonal that is added to the diagonal. A ``ValueError`` says which shape or
+number does not fit, a ``NumericalError`` that H is not finite, or not positive definite after
+damping, of the linear ``layer``.
 """
 
 from dataclasses import dataclass
@@ -54,18 +60,10 @@ def removal_order(
     one sweep is the exact greedy choice at every width. Dead inputs leave first.
 
     Args:
-        weight: (out_features, in_features), any floating dtype, finite.
-        gram: (in_features, in_features), symmetric: E[x x^T]. Sums are made in its dtype.
         row_weights: (out_features,), >= 0: the weight g of an output's squared error.
         group: Neighbouring columns that leave together; divides in_features.
         within: (groups,), int64: the class of each group, such as its KV head. From each class one
             group leaves before any class gives a second one. None: all are of one class.
-        damping: Share of the mean diagonal that is added to the diagonal, >= 0.
-        layer: Name of the linear, for the message of an error.
-
-    Raises:
-        ValueError: Shapes that do not fit, or ``damping`` below 0.
-        NumericalError: H is not finite, or not positive definite after damping.
 
     Source:
         Hassibi & Stork 1993 (OBS) on whole columns: Kurtic et al. 2023, arXiv:2302.04089 (ZipLM),
@@ -213,18 +211,10 @@ def narrowed(
     zero outside ``kept``: what is gone is W'_S = W_S + W_R H_RS (H_SS + ridge)^-1.
 
     Args:
-        weight: (out_features, in_features), any floating dtype: before pruning.
-        gram: (in_features, in_features), symmetric: E[x x^T].
         kept: (columns,), int64: input columns that stay, in their new order.
-        damping: Share of the mean diagonal that is added to the diagonal, >= 0.
-        layer: Name of the linear, for the message of an error.
 
     Returns:
-        (out_features, columns), in the dtype of ``gram``.
-
-    Raises:
-        ValueError: ``damping`` below 0.
-        NumericalError: H is not finite, or not positive definite after damping.
+        (out_features, columns).
     """
     matrix = damped(gram, damping, layer=layer)
     is_gone = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
@@ -241,18 +231,7 @@ def corrected(
     Give the weights whose outputs are nearest to others: exact least squares on what is missing.
 
     Args:
-        weight: (out_features, in_features), any floating dtype.
-        gram: (in_features, in_features), symmetric: E[x x^T].
         errors: (out_features, in_features): E[e x^T], with e what its outputs lack.
-        damping: Share of the mean diagonal that is added to the diagonal, >= 0.
-        layer: Name of the linear, for the message of an error.
-
-    Returns:
-        (out_features, in_features), in the dtype of ``gram``.
-
-    Raises:
-        ValueError: ``damping`` below 0.
-        NumericalError: H is not finite, or not positive definite after damping.
     """
     lower = _lower(damped(gram, damping, layer=layer), layer)
     added = torch.cholesky_solve(errors.double().T, lower).T

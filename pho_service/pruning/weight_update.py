@@ -3,6 +3,11 @@ Updates of the weights that a linear keeps, to make up for those that were remov
 
 All of it works on one Gram matrix H = E[x x^T] of the linear's input: rows of
 weights W and W' give outputs that differ by (W - W') H (W - W')^T in the mean.
+
+A ``weight`` is (out_features, in_features), of any floating dtype, dense and finite; a ``mask``
+has its shape, bool, True = kept; ``gram`` is H, (in_features, in_features), float32, symmetric.
+New weights are float32, 0 where they are removed. A ``ValueError`` says which shapes do not fit,
+or which number is out of its range. ``layer`` is the name of a linear, for messages.
 """
 
 from collections.abc import Callable
@@ -27,16 +32,13 @@ def inverse_factor(gram: Tensor, *, damping: float = 0.01, layer: str) -> Tensor
     weights are the first to go. A matrix of zeros counts as the identity.
 
     Args:
-        gram: (in_features, in_features), float32, symmetric: E[x x^T].
         damping: Share of the mean diagonal that is added to the diagonal, >= 0.
             0.01 is the literature's; fewer tokens than inputs want more.
-        layer: Name of the linear, for the message of an error.
 
     Returns:
         (in_features, in_features), float32, upper triangular, positive diagonal.
 
     Raises:
-        ValueError: ``damping`` below 0, or ``gram`` not square.
         NumericalError: NaN or infinity in ``gram``, or it is not positive
             definite after damping, in float32 and in float64.
 
@@ -62,6 +64,13 @@ def inverse_factor(gram: Tensor, *, damping: float = 0.01, layer: str) -> Tensor
 
 def damped(gram: Tensor, damping: float, *, layer: str) -> Tensor:
     """A copy with a share of its mean diagonal added; a dead input gets almost nothing."""
+    matrix = gram.clone()
+    matrix.diagonal().copy_(damped_diagonal(gram, damping, layer=layer))
+    return matrix
+
+
+def damped_diagonal(gram: Tensor, damping: float, *, layer: str) -> Tensor:
+    """(in_features,): the diagonal of :func:`damped`."""
     if not damping >= 0:
         raise ValueError(f"damping={damping} is not at least 0")
     if not bool(torch.isfinite(gram).all()):
@@ -73,9 +82,7 @@ def damped(gram: Tensor, damping: float, *, layer: str) -> Tensor:
     diagonal = gram.diagonal()
     mean = diagonal.mean()
     alone = torch.where(mean > 0, _DEAD * mean, 1)
-    matrix = gram.clone()
-    matrix.diagonal().copy_(torch.where(diagonal == 0, alone, diagonal + damping * mean))
-    return matrix
+    return torch.where(diagonal == 0, alone, diagonal + damping * mean)
 
 
 def _factor(matrix: Tensor) -> Tensor | None:
@@ -96,19 +103,11 @@ def obs_update(weight: Tensor, mask: Tensor, factor: Tensor, *, block: int = 128
     From the first input to the last, what a removed weight did is handed to
     the weights after it. Weights before it stay as they are: the result is
     not the least error that the mask allows (:func:`least_squares_update`).
+    Two more matrices of the weights' size are held meanwhile.
 
     Args:
-        weight: (out_features, in_features), any floating dtype, finite.
-        mask: (out_features, in_features), bool, True = kept.
         factor: (in_features, in_features), float32, of :func:`inverse_factor`.
         block: Columns that catch up together, >= 1; for speed only.
-
-    Returns:
-        (out_features, in_features), float32, 0 where ``mask`` is False. Holds
-        two more matrices of this size while it works.
-
-    Raises:
-        ValueError: Shapes do not fit, or ``block`` below 1.
 
     Source:
         Frantar & Alistarh 2023, arXiv:2301.00774, algorithm 1 with a given mask,
@@ -142,7 +141,6 @@ def sparsegpt(
     with all columns before it done.
 
     Args:
-        weight: (out_features, in_features), any floating dtype, finite.
         factor: (in_features, in_features), float32, of :func:`inverse_factor`.
         removed: Weights of the linear that are removed; only without ``group``.
         keep: N of N:M, 1 <= keep < group; 0 for a ratio.
@@ -150,12 +148,7 @@ def sparsegpt(
         block: Columns of a block, >= 1. N:M takes the next lower multiple of M.
 
     Returns:
-        The new weights, (out_features, in_features), float32, and the mask,
-        bool, True = kept. ``removed`` weights are False, or group - keep of each run.
-
-    Raises:
-        ValueError: A count out of range, ``removed`` together with ``group``,
-            or shapes that do not fit.
+        The new weights and the mask: ``removed`` weights are False, or group - keep of each run.
 
     Source:
         Frantar & Alistarh 2023, arXiv:2301.00774, algorithm 1. Their threshold
@@ -275,20 +268,10 @@ def least_squares_update(
     all rows at once. A step costs one product of ``weight``'s and ``gram``'s shapes.
 
     Args:
-        weight: (out_features, in_features), any floating dtype: before pruning.
-        mask: (out_features, in_features), bool, True = kept.
-        gram: (in_features, in_features), float32: E[x x^T].
-        start: (out_features, in_features), any floating dtype: a good guess,
-            such as :func:`obs_update` gives. Counts as 0 where ``mask`` is False.
+        start: Weights, a good guess, such as :func:`obs_update` gives. A row
+            whose error does not fall stays as it is here.
         damping: Share of the mean diagonal that is added to the diagonal, >= 0.
         steps: Number of steps of conjugate gradients, >= 0.
-
-    Returns:
-        (out_features, in_features), float32, 0 where ``mask`` is False. A row
-        whose error did not fall is ``start``'s.
-
-    Raises:
-        ValueError: Shapes do not fit, ``damping`` or ``steps`` below 0.
 
     Source:
         Meng et al. 2024, arXiv:2406.07831 (ALPS), algorithm 2. They start from
