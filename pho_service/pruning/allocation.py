@@ -29,12 +29,7 @@ def block_of(name: str) -> str:
     """
     Name the block of a linear: of ``model.layers.3.mlp.up_proj`` it is ``model.layers.3``.
 
-    Args:
-        name: Name of the linear, with dots.
-
-    Returns:
-        The name up to and including its first purely numeric component. A
-        name without one is a block of its own.
+    That is its name up to its first number. A name without one is a block of its own.
     """
     parts = name.split(".")
     for i, part in enumerate(parts):
@@ -65,8 +60,6 @@ def offset(
         names: Names of the units, in the model's order; a block has the name of one of its linears.
         sizes: (units,), float64: weights of each.
         sparsity: (units,), float64, by the method of the allocation.
-        allocation: Its offsets, depth and spread.
-        pattern: What the whole model loses.
 
     Returns:
         (units,), float64, weights.
@@ -167,7 +160,6 @@ def allocate(views: Views, pattern: Pattern, allocation: Allocation) -> dict[str
     Args:
         views: Gives the linears, with distinct names.
         pattern: What the whole model loses. Its scope is not looked at.
-        allocation: How that is shared.
 
     Returns:
         For a ratio: how many weights each linear loses. They add up to
@@ -215,15 +207,7 @@ def apportion(shares: Sequence[float | Fraction], total: int) -> list[int]:
     """
     Round shares to whole numbers that add up to ``total``: the largest remainders go up.
 
-    Args:
-        shares: >= 0. Their sum is ``total`` or up to one more.
-        total: What the numbers add up to.
-
-    Returns:
-        Each share rounded down or up; of equal remainders the earlier go up.
-
-    Raises:
-        ValueError: No rounding of the shares adds up to ``total``.
+    Where remainders are equal, the earlier go up. If no rounding adds up, it is a ``ValueError``.
     """
     numbers = [floor(share) for share in shares]
     missing = total - sum(numbers)

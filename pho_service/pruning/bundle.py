@@ -144,13 +144,7 @@ class ProxyBundle:
         """
         Find out which linears are pruned, and whether the pattern fits them.
 
-        Args:
-            linears: What is said of single linears.
-            pattern: Pattern of all others.
-
-        Raises:
-            InvalidInput: What is said does not fit the model, which is named; or N:M does not
-                divide an input width.
+        ``linears`` is what is said of single ones, ``pattern`` that of all others.
         """
         name = self.provenance.get("model", {}).get("name", "the model")
         chosen = linears.choose([layer.name for layer in self.layers], pattern, model=name)
@@ -204,11 +198,8 @@ def sample_bundle(
 
     Args:
         linears: In the model's order.
-        statistics: Statistics of the same linears.
         rows_per_layer: Rows of each linear; 0, or more than it has, takes all.
         kernel_sizes: Odd sizes for which window means are kept.
-        seed: Seed of the sample.
-        provenance: Where all this comes from.
         advance: Called with 1 after each linear.
     """
     generator = torch.Generator().manual_seed(seed)

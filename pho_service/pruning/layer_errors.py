@@ -66,16 +66,7 @@ class Stack:
     roots: Tensor  # (I, rows of the root, n)
 
     def importance(self, coefficients: Sequence[Coefficients], out: Tensor) -> Tensor:
-        """
-        Score all weights of the stack.
-
-        Args:
-            coefficients: How much each part counts, of C candidates.
-            out: (I, C, L, R, n), contiguous, is written and given back.
-
-        Raises:
-            BundleError: There are no window means for a kernel size.
-        """
+        """Score all weights in the ways of C candidates, into ``out``, which is contiguous."""
         windows = []
         for c in coefficients:
             needs_window = c.neighbourhood and c.normalisation != "none"
@@ -100,29 +91,15 @@ class Stack:
         )
 
     def plain_importance(self, gradient_exponent: float, out: Tensor | None = None) -> Tensor:
-        """
-        Score all weights of the stack by :func:`pho_service.pruning.masks.plain_score`.
-
-        Args:
-            gradient_exponent: Gradient exponent of that score.
-            out: (I, L, R, n), is written and given back.
-
-        Returns:
-            (I, L, R, n), float32.
-        """
+        """(I, L, R, n), float32: the scores by :func:`pho_service.pruning.masks.plain_score`."""
         out = torch.mul(self.magnitude, self.activation_norm[..., None, :], out=out)
         return out.mul_((self.fisher**gradient_exponent)[..., None]) if gradient_exponent else out
 
     def row_errors(self, keep: Tensor, out: Tensor) -> Tensor:
         """
-        D H D^T of each row, D being the weights that are not kept.
+        D H D^T of each row, (I, C, L, R), D being the weights that are not in ``keep``.
 
-        Args:
-            keep: (I, C, L, R, n), bool, of C candidates.
-            out: The same shape, float32, contiguous: is written.
-
-        Returns:
-            (I, C, L, R), float32.
+        ``out`` has the shape of ``keep``, float32, contiguous, and is written.
         """
         rows = self.rows[:, None]
         kept_share = out.copy_(keep.view(torch.uint8))  # 1 or 0
@@ -145,13 +122,9 @@ def stack_bundle(
     A stack's inputs are equally wide, with equally many readers, and those
     have equally many sampled rows. Linears of one input whose numbers of rows
     differ are stacked apart. Where nothing has to be converted, the bundle's
-    large tensors become views of the stacks, so that they are not held twice.
-
-    Args:
-        bundle: All of it.
-        device: Where the stacks are kept.
-        dtype: Dtype of the matrix products with the roots.
-        values: The most sampled weights of a stack, if it has more than one input.
+    large tensors become views of the stacks, so that they are not held twice. A
+    stack of more than one input has at most so many sampled ``values``. ``dtype``
+    is that of the products with the roots.
     """
     readers: dict[tuple[int, int], list[int]] = {}
     for position, layer in enumerate(bundle.layers):
@@ -236,13 +209,7 @@ _BINS = 1 << DIGIT_BITS
 
 @dataclass(frozen=True)
 class StackedView:
-    """
-    Every linear of a bundle, on a device; it measures what a ``LayerView`` of each measures.
-
-    Attributes:
-        linears: In the order of the bundle.
-        stacks: Stacks of these linears.
-    """
+    """Every linear of a bundle, on a device; it measures what a ``LayerView`` of each measures."""
 
     linears: Sequence[LinearSize]
     stacks: Sequence[Stack]
@@ -399,9 +366,6 @@ class LayerErrors:
         Returns:
             (layers, C, 5), float64, on the CPU: the highest score, NaN if any is; Gini of the
             scores; and the sums of a :class:`ProxyRating`'s fisher, absolute and blend.
-
-        Raises:
-            NumericalError: A score is NaN or infinite; names the layer.
         """
         sums = self._by_position(
             self._each(lambda stack: self._rate(stack, candidates, lost, with_gini), self.stacks)
@@ -502,15 +466,7 @@ class LayerErrors:
         )
 
     def pattern_shares(self, patterns: Sequence[Pattern]) -> Tensor:
-        """
-        What each layer loses by a pattern of its own.
-
-        Args:
-            patterns: Patterns of each layer.
-
-        Returns:
-            As :meth:`shares`.
-        """
+        """What each layer loses by a pattern of its own, in the form that :meth:`shares` has."""
         lost = []
         for layer, pattern in zip(self.bundle.layers, patterns, strict=True):
             rows, n = layer.rows.shape

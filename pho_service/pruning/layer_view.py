@@ -61,31 +61,17 @@ class View(Protocol):
 
     def digit_counts(self, shift: int, prefix: int) -> list[Tensor]:
         """
-        Count each linear's scores A * x * sqrt(g) by a digit of their bits.
+        Count each linear's scores A * x * sqrt(g) by a digit of their bits: (2048,), float64.
 
-        Args:
-            shift: Bits below the digit of 11 bits.
-            prefix: What the bits above it must be for a score to count.
-
-        Returns:
-            (2048,), float64, on the CPU, for each linear.
-
-        Raises:
-            NumericalError: A score is NaN or infinite; names the layer.
+        The digit has 11 bits, above ``shift`` others; the bits above it must be ``prefix`` for a
+        score to count.
         """
 
     def error_curves(self, grid: Sequence[float], group: int) -> list[list[float]]:
         """
         The Fisher-weighted error g_i * D_i H D_i^T of each linear's output at each sparsity.
 
-        D is what pruning by A * x * sqrt(g) within the layer (or in groups) removes.
-
-        Args:
-            grid: Sparsities.
-            group: M of N:M, or 0.
-
-        Raises:
-            NumericalError: An error is NaN or infinite; names the layer.
+        D is what pruning by A * x * sqrt(g) within the layer, or in groups of M, removes.
         """
 
 

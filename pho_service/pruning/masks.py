@@ -46,16 +46,7 @@ def plain_score(gradient_exponent: float) -> Coefficients:
 
 
 def line_mask(lines: Tensor, pattern: Pattern) -> Tensor:
-    """
-    Prune each line of scores by itself.
-
-    Args:
-        lines: (..., n), float32.
-        pattern: Its scope is not looked at: a line is what competes.
-
-    Returns:
-        The shape of ``lines``, bool.
-    """
+    """Prune each line of scores, (..., n), by itself; the pattern's scope is not looked at."""
     if pattern.group:
         return nm_mask(lines, keep=pattern.keep, group=pattern.group)
     n = lines.shape[-1]
@@ -118,12 +109,7 @@ def linear_losses(
     candidate: Candidate,
     movable: frozenset[str] | None = None,
 ) -> Losses:
-    """
-    Decide which linears of a model are pruned, and how much each of them loses.
-
-    Raises:
-        InvalidInput, NumericalError: As :func:`linear_masks`.
-    """
+    """Decide which linears of a model are pruned, and how much each of them loses."""
     chosen = candidate.steps.linears.choose(list(linears), candidate.pattern)
     for name, linear in linears.items():
         if name in chosen.names:
@@ -142,11 +128,8 @@ def masks_of(
     """
     Give the masks of linears, those that read one input together.
 
-    Args:
-        linears: All are pruned; they may be some of a model, such as those of a block.
-        statistics: For their scores.
-        candidate: The score, the pattern and the permutation.
-        losses: Losses of the whole model.
+    All of them are pruned. They may be some of a model, such as those of a block, and ``losses``
+    are those of the whole model.
     """
     for names in readers(linears, statistics):
         scores = {
@@ -195,10 +178,7 @@ def linear_shares(
     """
     What an allocation, or scope ``global``, gives each linear; empty if the pattern says it.
 
-    All of ``linears`` take part.
-
-    Returns:
-        Weights to remove by name of the linear; for N:M the N of each.
+    These are the weights to remove by name of the linear, or the N of each for N:M.
     """
     pattern, allocation = candidate.pattern, candidate.steps.allocation
     if pattern.scope is Scope.GLOBAL:
@@ -225,13 +205,10 @@ def linear_shares(
 
 def mask_of(score: Tensor, pattern: Pattern, share: int | None, order: Tensor | None) -> LinearMask:
     """
-    The mask of one linear.
+    The mask of one linear by its score, (out_features, in_features), float32.
 
-    Args:
-        score: (out_features, in_features), float32.
-        pattern: Its scope says which weights compete.
-        share: Weights to remove, or N for N:M; None is what the pattern says.
-        order: Order of the channels, for N:M.
+    ``share`` is the weights to remove, or N for N:M; None is what the pattern says. ``order`` is
+    that of the channels, for N:M.
     """
     if pattern.group:
         keep = pattern.keep if share is None else share
@@ -249,14 +226,9 @@ def mask_of(score: Tensor, pattern: Pattern, share: int | None, order: Tensor | 
 
 def over_rows(removed: Tensor, rows: int) -> Tensor:
     """
-    Spread what layers lose over their rows, evenly: the first ones lose the remainder.
+    Spread what layers lose, (layers,), evenly over the rows of each: (layers * rows,), int64.
 
-    Args:
-        removed: (layers,), int64, weights.
-        rows: Rows of each layer.
-
-    Returns:
-        (layers * rows,), int64, layer by layer.
+    The first rows of a layer lose the remainder.
     """
     whole, remainder = (removed // rows)[:, None], (removed % rows)[:, None]
     return (whole + (torch.arange(rows, device=removed.device) < remainder)).flatten()
@@ -309,10 +281,8 @@ def pruned(
     """
     Zero the masked weights of a model, and put them back afterwards.
 
-    Args:
-        linears: Linears of the model, by name. Changed in place; inside, nobody else may do so.
-        masks: (name, mask) pairs, as of :func:`linear_masks`. They must
-            not depend on weights that were masked before.
+    Inside, nobody else may change them. The masks, (name, mask) pairs, must not depend on weights
+    that were masked before.
 
     Yields:
         The achieved sparsity of each linear.
@@ -356,13 +326,7 @@ def _restore_(weight: Tensor, dense: Tensor) -> None:
 
 
 def model_sparsity(linears: Mapping[str, PrunableLinear], sparsity: Mapping[str, float]) -> float:
-    """
-    The share that is gone of the weights of all linears that are pruned.
-
-    Args:
-        linears: Linears of the model; there may be more.
-        sparsity: Sparsity of each linear that is pruned.
-    """
+    """The share that is gone of the weights of all linears that have a sparsity."""
     sizes = {name: linear.weight.numel() for name, linear in linears.items() if name in sparsity}
     return sum(sparsity[name] * size for name, size in sizes.items()) / sum(sizes.values())
 
@@ -385,30 +349,14 @@ class Support:
 
     @classmethod
     def of(cls, mask: Tensor, *, by_row: bool = False, keep: int = 0, group: int = 0) -> Self:
-        """
-        The counts of a mask.
-
-        Args:
-            mask: (out_features, in_features), bool, True = kept.
-            by_row: Each output row keeps its own number of weights; otherwise all rows compete.
-            keep: N of N:M; only with ``group``.
-            group: M of N:M; 0 for a ratio.
-        """
+        """The counts of a mask; ``by_row``, each output row keeps its own number of weights."""
         if group:
             return cls(removed=mask.new_zeros(0, dtype=torch.int64), keep=keep, group=group)
         lines = mask if by_row else mask.reshape(1, -1)
         return cls(removed=(~lines).sum(dim=1))
 
     def choose(self, score: Tensor) -> Tensor:
-        """
-        The mask of these counts that keeps the highest scores.
-
-        Args:
-            score: (out_features, in_features), float32, no NaN.
-
-        Returns:
-            The same shape, bool.
-        """
+        """The mask of these counts that keeps the highest scores, float32, no NaN."""
         if self.group:
             return nm_mask(score, keep=self.keep, group=self.group)
         return self._highest(score, self.removed)

@@ -168,13 +168,9 @@ def rate_perplexity(
     advance: Callable[[float], None] = lambda _: None,
 ) -> Perplexity:
     """
-    Measure a causal language model's perplexity.
+    Measure a causal language model's perplexity on windows, (windows, context_length), int64.
 
-    Args:
-        model: In evaluation mode.
-        windows: (windows, context_length), int64.
-        most: Windows that may be run at once: see :func:`window_logits`.
-        advance: Called with 1 after each window.
+    Arguments are those of :func:`window_logits`; ``advance`` is called with 1 after each window.
 
     Raises:
         NumericalError: A loss is NaN or infinite.
@@ -293,12 +289,6 @@ def rate_divergence(
 
     By the log-sum inequality that is never more than the divergence over the
     whole vocabulary, and never less than 0, which it is for the dense model.
-
-    Args:
-        model: In evaluation mode.
-        reference: Reference from the dense model.
-        most: Windows that may be run at once: see :func:`window_logits`.
-        advance: Called with 1 after each window.
 
     Returns:
         The mean over all predicted tokens, in nats.

@@ -93,9 +93,7 @@ class ProxyEvaluator:
         """
         Rate candidates; each rating is independent of the others in the list.
 
-        Args:
-            candidates: Kernel sizes must be among the bundle's.
-            with_gini: Compute the Gini statistic too, which needs a sort.
+        Kernel sizes must be among the bundle's. The Gini statistic needs a sort.
 
         Raises:
             BundleError: A kernel size that the bundle has no window means for.

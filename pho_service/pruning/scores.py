@@ -74,14 +74,6 @@ def sampled_window_mean(magnitude: Tensor, kernel_size: int, rows: Tensor) -> Te
     The rows ``rows`` of :func:`window_mean`, at the price of those rows.
 
     None is below :data:`TINY`: what a bundle keeps can be divided by.
-
-    Args:
-        magnitude: (out_features, in_features), float32, >= 0.
-        kernel_size: k of the k x k window, odd.
-        rows: (r,), int64, output rows.
-
-    Returns:
-        (r, in_features), float32.
     """
     reach = kernel_size // 2
     total = torch.zeros(len(rows), magnitude.shape[1], device=magnitude.device)
@@ -217,8 +209,6 @@ def layer_importance(
         weight: (out_features, in_features), any floating dtype, finite.
         activation_norm: (in_features,), float32, >= 0.
         fisher: (out_features,), float32, >= 0, or None.
-        coefficients: How much each part counts.
-        layer: Name for messages.
 
     Returns:
         (out_features, in_features), float32, on ``weight.device``.
@@ -262,11 +252,7 @@ def gini(values: Tensor) -> Tensor:
     """
     How unequal values are: 0 if all are the same, towards 1 if one has it all.
 
-    Args:
-        values: (..., n), float32, >= 0.
-
-    Returns:
-        (...,), float32. 0 where all values are 0.
+    Values are (..., n), float32, >= 0. Where all of them are 0, it is 0.
 
     Source:
         Gini 1912, by the sorted-rank formula. Summaries of arXiv:2606.01544

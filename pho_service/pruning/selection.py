@@ -184,14 +184,8 @@ def plain_add_digits(
 
 def count_below(score: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """
-    Count the scores of each line that are below a threshold, and those that equal it.
-
-    Args:
-        score: (lines, n), float32.
-        threshold: A float32 value.
-
-    Returns:
-        Two of (lines,), int64, on the CPU.
+    Count the scores of each line, (lines, n), float32, that are below a threshold, and those that
+    equal it: two of (lines,), int64, on the CPU.
     """
     if score.device.type == "cpu":
         return kernels.count_below(score, threshold)

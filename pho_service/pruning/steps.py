@@ -94,11 +94,8 @@ def finish(
     """
     Take the linears that read one input through the steps after the mask.
 
-    Args:
-        linears: All that read it.
-        moments: Second moments of the input, as the pruned model before it gives it.
-        pattern: What is pruned.
-        steps: Re-pruning and update are done here.
+    The moments are those of the input as the pruned model before it gives it. What the steps say
+    of re-pruning and updates is done here.
 
     Yields:
         Name, final mask and final weights (float32, zero where the mask is False).
