@@ -34,6 +34,7 @@ from storage.keys import KeyStore
 PATIENCE_S = 240.0
 MANY = 1000  # trials of one that goes on while others start
 TRIALS = 200  # of a job that is stopped: long enough to be at it still
+FEW = 80  # of one that stands still for some seconds whenever something is killed
 _TABLES = text("SELECT schemaname, tablename FROM pg_tables ORDER BY 1, 2")
 PHO = [sys.executable, "-c", "from pho_service.cli import main; main()"]
 
@@ -176,8 +177,8 @@ def tiny():
     }  # fmt: skip
 
 
-def begun(served):
-    job = served.client.submit(tiny()).id
+def begun(served, **changes):
+    job = served.client.submit({**tiny(), **changes}).id
     until(lambda: served.client.job(job).progress.of("search").done >= 8, "the search has begun")
     assert served.client.job(job).state == "running"
     return job
@@ -187,7 +188,7 @@ def begun(served):
 def test_a_bare_folder_leads_to_a_result_whatever_is_killed(place):
     served = place.serve("--workers", 1)
     killed = served.worker()
-    job = begun(served)
+    job = begun(served, trials=FEW)
     os.kill(killed, signal.SIGKILL)
     another, postgresql = served.worker(other_than=killed), place.postgresql
     assert postgresql is not None
@@ -206,7 +207,7 @@ def test_a_bare_folder_leads_to_a_result_whatever_is_killed(place):
 
     assert ended.state == "succeeded", (ended.error, served.log)
     assert served.client.best(job).confirmation is not None
-    assert [t.number for t in served.client.trials(job)] == [*range(TRIALS)]
+    assert [t.number for t in served.client.trials(job)] == [*range(FEW)]
     assert lives(another)
     assert f"worker {killed} ended with code -9; another starts" in served.log
     assert "PostgreSQL ended with code -9; it is started again" in served.log

@@ -20,11 +20,12 @@ from pho_service.models.texts import read_documents
 
 MEMORY_BYTES = 64 * 2**20  # that any of them may take beside what the tests have
 LIMITS = TextLimits(document_bytes=2**20, text_bytes=2**21)
+LOW = TextLimits(document_bytes=2**18, text_bytes=2**19)  # reached in less time
 ROW = b'{"text": "a text"}\n'
 
 
-def read(source, *, whole=True):
-    return list(read_documents(source, LIMITS, whole=whole))
+def read(source, *, whole=True, limits=LIMITS):
+    return list(read_documents(source, limits, whole=whole))
 
 
 def peak_bytes():
@@ -68,7 +69,7 @@ def test_what_is_beyond_a_limit_is_not_read_whatever_a_file_declares(tmp_path):
     for name, source in sources.items():
         for whole in (True, False):
             with pytest.raises(TextError) as caught:
-                read(source, whole=whole)
+                read(source, whole=whole, limits=LOW)
 
             assert isinstance(caught.value, TextTooLong), name
             assert name in str(caught.value)

@@ -271,7 +271,7 @@ class Crew:
                 raise JobIsOver(state)
             return process
 
-        process = self.until(look, every_s=0.001)
+        process = self.until(look, every_s=0.005)
         assert process is not None
         return process
 

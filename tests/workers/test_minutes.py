@@ -18,7 +18,7 @@ def minutes(hand):
         text = {"text": str(hand.folder / text)}
         how = {"rows_per_layer": 4, "projection_rows": 16, "kernel_sizes": [3, 5]}
         document = {
-            "model": str(hand.folder / "model"), "pattern": "0.5", "preset": "score", "trials": 20,
+            "model": str(hand.folder / "model"), "pattern": "0.5", "preset": "score", "trials": 12,
             "calibration": {**text, **how},
             "confirm": {"text": str(hand.folder / "confirmation.jsonl")},
         }  # fmt: skip
@@ -27,7 +27,7 @@ def minutes(hand):
     return build
 
 
-@pytest.mark.parametrize("preset", ["score", "best"])
+@pytest.mark.parametrize("preset", [pytest.param("score", marks=pytest.mark.thorough), "best"])
 def test_its_first_stage_chooses_what_the_document_then_says(hand, minutes, preset):
     asked = minutes(preset=preset)
     job = hand.done(asked)
