@@ -55,9 +55,12 @@ settings.register_profile("fuzz", max_examples=300, deadline=None, database=None
 # Most of them have one test in `make test`, marked ``thorough(False)`` in a file that is thorough.
 SLOWEST = (
     "test_images", "docs/test_tutorial", "docs/test_notebook", "pretended/test_whole_product",
-    "workers/test_kills", "api/test_serving", "pipeline/test_recover_together",
-    "workers/test_jobs_run", "pipeline/test_recover", "workers/test_changed_inputs",
-    "api/test_openapi",
+    "workers/test_kills", "workers/test_minutes", "workers/test_changed_inputs", "api/test_serving",
+    "workers/test_pruning", "workers/test_jobs_run", "pipeline/test_recover_together",
+    "workers/test_one_best", "workers/test_cuts", "workers/test_points", "pipeline/test_recover",
+    "api/test_accessibility", "workers/test_transfers", "workers/test_calibrations",
+    "api/test_front_browser", "workers/test_tasks", "api/test_openapi", "pipeline/test_export",
+    "docs/test_python",
 )  # fmt: skip
 
 
