@@ -22,10 +22,10 @@ from pho_service.api import (
     metrics,
     new_job,
     operations,
-    plan,
     problems,
     reference,
     report,
+    submission,
     texts,
 )
 from pho_service.api.answers import Problem
@@ -76,7 +76,17 @@ def create_app(database: Database, settings: Settings, *, keys_needed: bool = Fa
     )
     app.state.service = service
     pages = (job_list, new_job, job_page, guard, reference)
-    parts = (*pages, jobs, artifacts, plan, report, texts, configurations, operations, metrics)
+    parts = (
+        *pages,
+        jobs,
+        artifacts,
+        submission,
+        report,
+        texts,
+        configurations,
+        operations,
+        metrics,
+    )
     routers = tuple(part.router for part in parts)
     problems.add_handlers(app, [route for router in routers for route in router.routes])
     for router in routers:

@@ -20,7 +20,6 @@ from pho_service.api.answers import ArtifactList, Point
 from pho_service.api.job_list import REFRESH_S, ListView, draw_list
 from pho_service.api.operations import workers
 from pho_service.api.pages import Typed, draw
-from pho_service.api.plan import likely_card
 from pho_service.api.problems import (
     TOO_MANY_JOBS,
     Conflict,
@@ -32,6 +31,7 @@ from pho_service.api.problems import (
 from pho_service.api.report import collected, rated_values
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.api.stepper import StepRow, steps, time_left
+from pho_service.api.submission import likely_card
 from pho_service.api.view import JobView, span
 from pho_service.shown.charts import curves_chart, searches_chart
 from pho_service.shown.page import sections

@@ -20,15 +20,20 @@ from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
 from starlette.responses import RedirectResponse
 
-from pho_service.api import jobs
+from pho_service.api import submission
 from pho_service.api.answers import PlanAnswer
-from pho_service.api.jobs import checks, shortest_window
 from pho_service.api.operations import workers
 from pho_service.api.pages import Typed as Fields
 from pho_service.api.pages import draw
-from pho_service.api.plan import Card, at_hand, likely_card
 from pho_service.api.problems import TOO_MANY_JOBS, field_problem, sentence
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
+from pho_service.api.submission import (
+    Card,
+    at_hand,
+    checks,
+    likely_card,
+    shortest_window,
+)
 from pho_service.api.view import JobView
 from pho_service.errors import told_to
 from pho_service.host.access import list_roots
@@ -499,7 +504,7 @@ def submit(
     if filled.spec is None or not filled.is_right:
         return _page(request, service, caller, filled, status=422)
     try:
-        job = jobs.take(filled.spec, service, caller, _token(fields))
+        job = submission.take(filled.spec, service, caller, _token(fields))
     except FieldError as error:
         filled.typed.add_at(error.pointer, str(error))
         return _page(request, service, caller, filled, status=422)
@@ -534,7 +539,7 @@ def _checked(
 ) -> Response:
     filled = Filled.of(fields, service, caller)
     if filled.named is not None:
-        filled.doubts = [*jobs.doubts(filled.named, service.access)]
+        filled.doubts = [*submission.doubts(filled.named, service.access)]
     quiet = "quiet" in fields
     wrong = not filled.is_right and not quiet
     status = 422 if wrong else 200

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from math import sqrt
 
 from pho_service.api.answers import Worker
-from pho_service.api.plan import Card, at_hand
 from pho_service.api.service import Service
+from pho_service.api.submission import Card, at_hand
 from pho_service.api.view import JobView, span, step_of
 from pho_service.planning.costs import named_machine
 from pho_service.spec.fields import FieldError

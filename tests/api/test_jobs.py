@@ -9,7 +9,7 @@ import optuna
 import pytest
 from sqlalchemy import delete, update
 
-from pho_service.api.jobs import HubWatch
+from pho_service.api.submission import HubWatch
 from pho_service.spec.configuration import write_configuration
 from pho_service.spec.job import JobSpec
 from pho_service.spec.objective import MAX_TRIALS
@@ -119,8 +119,8 @@ def test_one_submission_waits_for_a_hub_that_hangs_and_no_other(client, monkeypa
         over.wait(60)
         return False
 
-    monkeypatch.setattr("pho_service.api.jobs.hub_answers", hangs)
-    monkeypatch.setattr("pho_service.api.jobs.HUB", HubWatch())
+    monkeypatch.setattr("pho_service.api.submission.hub_answers", hangs)
+    monkeypatch.setattr("pho_service.api.submission.HUB", HubWatch())
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(client.post, "/v1/jobs", json=DOCUMENT)
         assert asked.wait(60)

@@ -7,8 +7,8 @@ from typing import get_args
 import pytest
 from transformers import LlamaConfig
 
-from pho_service.api.plan import Card
 from pho_service.api.service import AT_ONCE
+from pho_service.api.submission import Card
 from pho_service.errors import ModelError
 from pho_service.planning.costs import CARDS
 from storage.records import StageKind

@@ -22,7 +22,7 @@ import pytest
 import torch
 from sqlalchemy import select, text, update
 
-from pho_service.api.jobs import enter
+from pho_service.api.submission import enter
 from pho_service.errors import PhoError
 from pho_service.host.access import Access
 from pho_service.host.artifacts import PrunedStore
