@@ -146,6 +146,26 @@ class Client:
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
         return _read(Submitted, self._with_texts("/jobs", spec, headers=headers))
 
+    def fork(
+        self,
+        job_id: uuid.UUID | str,
+        *,
+        idempotency_key: str | None = None,
+        **changes: Any,
+    ) -> Submitted:
+        """
+        Submit a job like another one, which begins with its trials inside the search space.
+
+        Args:
+            job_id: Id of a search at one pattern.
+            idempotency_key: As for :meth:`submit`.
+            changes: Fields of the document that change: ``search_space={"row_share": [0.2, 0.4]}``,
+                ``trials=100`` and the like; of parts only what changes in them.
+        """
+        headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
+        path = self._job_path(job_id, ":fork")
+        return _read(Submitted, self._with_texts(path, changes, headers=headers))
+
     def upload(self, file: str | Path, *, progress: bool | None = None) -> UploadedText:
         """
         Upload a text file, unless the service has it; jobs name it by the ``id`` of the answer.

@@ -8,9 +8,10 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial
 from sqlalchemy import ColumnElement, Connection, and_, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 
@@ -58,8 +59,19 @@ from storage.rows import (
     set_state,
     update_stage,
 )
-from storage.studies import written_on
+from storage.studies import begin_study, study_name, written_on
 from storage.tables import events, interval, jobs, queue_workers, service, stages, tallies, workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heritage:
+    """Trials that the studies of a fork begin with."""
+
+    trials: Sequence[FrozenTrial]  # That have values
+    direction: Literal["minimize", "maximize"]
+    islands: int  # Each has a study
+    records: Mapping[str, Any]  # Of each study
+    sentence: str  # For whoever submits the job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +87,7 @@ class NewJob:
     tokens: int = 0  # That models are run over
     request: Mapping[str, Any] | None = None  # The document as it came, if that is another one
     idempotency_key: str | None = None
+    heritage: Heritage | None = None  # Of a fork
 
     @property
     def fingerprint(self) -> bytes:
@@ -114,10 +127,11 @@ class JobStore(ClaimStore):
     ) -> tuple[JobRecord, bool]:
         """Store a job and put its first stages into the queue; or find it, not new, by its key."""
         job_id = uuid.uuid4()
+        name = f"{new.name} {job_id.hex[:12]}"
         values = {
             "id": job_id,
             "owner_id": owner_id,
-            "name": f"{new.name} {job_id.hex[:12]}",
+            "name": name,
             "spec": dict(new.spec),
             **columns_of(new.spec),
             "state": JobState.QUEUED,
@@ -126,6 +140,7 @@ class JobStore(ClaimStore):
             "max_attempts": new.max_attempts,
             "idempotency_key": new.idempotency_key,
             "fingerprint": new.fingerprint,
+            "warnings": None if new.heritage is None else [new.heritage.sentence],
         }
         insert = pg_insert(jobs).values(values).on_conflict_do_nothing().returning(jobs.c.id)
         with self.database.transaction() as connection:
@@ -138,6 +153,12 @@ class JobStore(ClaimStore):
                 charge(connection, owner_id, job_id, new.tokens)
             add_event(connection, job_id, "state", {"state": JobState.QUEUED})
             add_stages(connection, find_job(connection, job_id), new.stages)
+            if (heritage := new.heritage) is not None:
+                for island in range(heritage.islands):
+                    begin_study(
+                        connection, study_name(name, island), heritage.trials,
+                        direction=heritage.direction, records=heritage.records,
+                    )  # fmt: skip
             return find_job(connection, job_id), True
 
     def get(self, job_id: uuid.UUID, *, visible_to: uuid.UUID | None = None) -> JobRecord:

@@ -51,9 +51,8 @@ from pho_service.spec.results import Calibration, Gathered, StoredModel, TasksMe
 from pho_service.spec.steps import Candidate
 from pho_service.spec.tasks import TaskScore
 from pho_service.spec.transfer import TransferSpec
-from pho_service.tuning.plan import Evaluate, Outcome, SearchPlan
-from pho_service.tuning.result import CHOSEN
-from pho_service.tuning.search import run_search
+from pho_service.tuning.plan import CHOSEN, Evaluate, Outcome, SearchPlan
+from pho_service.tuning.search import fork_in_words, run_search
 from storage.configurations import ConfigurationStore
 from storage.database import Database
 from storage.jobs import JobStore, chosen
@@ -576,7 +575,9 @@ def warmed(
 
 
 def started(spec: JobSpec, configuration: Configuration) -> list[str]:
-    """What a warm start was worth, in a sentence; none if it was not asked."""
+    """What a search began with, in a sentence; none if that was not asked."""
+    if fork := configuration.search.get("fork"):
+        return [fork_in_words(fork)]
     if spec.warm_start is not None and not spec.warm_start.found:
         return [
             f"Warm start: the library had nothing for {spec.pattern} in this scope; the search "

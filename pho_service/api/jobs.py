@@ -9,13 +9,14 @@ import json
 import logging
 import re
 from collections.abc import AsyncIterator, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 from uuid import UUID
 
 import optuna
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, Body, Depends, Header, Query, Request, Response
 from fastapi import Path as PathParam
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 from starlette.convertors import StringConvertor, register_url_convertor
@@ -38,6 +39,7 @@ from pho_service.errors import OutputError
 from pho_service.library import TransferFile, TransferTarget
 from pho_service.spec.fields import check_field
 from pho_service.spec.job import JobSpec
+from pho_service.spec.job_options import changed
 from pho_service.spec.objective import MAX_TRIALS
 from pho_service.spec.transfer import TransferRequest, TransferSpec
 from storage import records as stored
@@ -259,14 +261,21 @@ def submit(
     idempotency_key: IdempotencyKey = None,
 ) -> Submitted:
     """Submit a search job. The answer comes at once; the job then runs by itself."""
-    job = take(spec, service, caller, idempotency_key)
+    return _submitted(spec, service, caller, response, idempotency_key)
+
+
+def _submitted(
+    spec: JobSpec, service: Service, caller: Caller, response: Response, key: str | None
+) -> Submitted:
+    job = take(spec, service, caller, key)
     place = f"/v1/jobs/{job.id}"
     response.headers["Location"] = place
+    warnings = [*(job.warnings or ()), *service.notes(job), *shorter(spec, job)]
     return Submitted(
         id=job.id,
         name=job.name,
         state=job.state,
-        warnings=[*service.notes(job), *shorter(spec, job), *doubts(spec, service.access)],
+        warnings=[*warnings, *doubts(spec, service.access)],
         links={"job": place, "events": f"{place}/events", "page": f"/jobs/{job.id}"},
     )
 
@@ -380,6 +389,39 @@ def extend(job_id: JobId, extension: Extension, service: ServiceParam, caller: C
         except OutputError as error:
             logger.warning("the files of a pruned model stay: %s", error)
     return JobView(job).answer
+
+
+@router.post(
+    "/{job_id:job}:fork",
+    status_code=202,
+    response_model=Submitted,
+    responses=documented(404, 409, 413, 422),
+)
+def fork(
+    job_id: JobId,
+    changes: Annotated[
+        dict[str, Any],
+        Body(description="What changes in the job's document; of parts, field by field."),
+    ],
+    service: ServiceParam,
+    caller: CallerParam,
+    response: Response,
+    idempotency_key: IdempotencyKey = None,
+) -> Submitted:
+    """
+    Submit a job like this one that begins with its trials inside the search space, with values.
+
+    The search space may change, and all else that these values do not depend on.
+    """
+    view = JobView(service.jobs.get(job_id, visible_to=caller.visible_to))
+    view.check_search()
+    document = {**view.record.spec, "fork_of": str(job_id), "warm_start": None}
+    try:
+        spec = JobSpec.model_validate(changed(document, changes))
+    except ValidationError as error:
+        faults = [{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors()]
+        raise RequestValidationError(faults) from error
+    return _submitted(spec, service, caller, response, idempotency_key)
 
 
 @router.get("/{job_id:job}/trials", response_model=TrialPage, responses=documented(404, 409, 422))

@@ -484,14 +484,19 @@ class Beside:
 
 @router.api_route("/new", methods=["GET", "HEAD"])
 def new(
-    request: Request, service: ServiceParam, caller: CallerParam, job: UUID | None = None
+    request: Request,
+    service: ServiceParam,
+    caller: CallerParam,
+    job: UUID | None = None,
+    fork: UUID | None = None,
 ) -> Response:
-    """Show the form, empty or as another job was submitted."""
-    if job is None:
+    """Show the form, empty, as another job was submitted, or as a fork of that one is."""
+    if (like := fork or job) is None:
         return _page(request, service, caller, Filled(typed=Typed(fields={}), spec=None))
-    view = JobView(service.jobs.get(job, visible_to=caller.visible_to))
+    view = JobView(service.jobs.get(like, visible_to=caller.visible_to))
     view.check_search()
-    filled = Filled.of(typed_as(view.record.spec), service, caller)
+    changes = {"fork_of": None} if fork is None else {"fork_of": str(fork), "warm_start": None}
+    filled = Filled.of(typed_as({**view.record.spec, **changes}), service, caller)
     return _page(request, service, caller, filled, quiet=True)
 
 

@@ -2,6 +2,7 @@
 A document on its way to a job: what it must keep to here, what it would take, and its storing.
 """
 
+import json
 import math
 import threading
 import time
@@ -18,6 +19,7 @@ from pydantic import BaseModel
 from pho_service.api.answers import PlanAnswer, Worker
 from pho_service.api.problems import documented
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
+from pho_service.api.view import JobView
 from pho_service.errors import InvalidInput, ModelError, field_name
 from pho_service.host.access import Access
 from pho_service.host.artifacts import ID_BEGINS
@@ -33,12 +35,16 @@ from pho_service.planning.shapes import (
     read_shapes,
 )
 from pho_service.planning.windows import count_tokens
+from pho_service.spec.document import MODEL, PRUNED, TEXT
 from pho_service.spec.fields import FieldError, check_field, named_texts
 from pho_service.spec.job import JobSpec
+from pho_service.spec.job_options import job_fields, value_at, within
 from pho_service.spec.minutes import OF_THE_TEXT
 from pho_service.spec.transfer import TransferSpec
-from storage.jobs import JobStore, Limits, NewJob
-from storage.records import SIZING, JobRecord, NewStage, StageKind
+from pho_service.tuning.search import INHERITED, RATINGS, fork_in_words, heirs, outside
+from storage.jobs import Heritage, JobStore, Limits, NewJob
+from storage.records import SIZING, JobRecord, NewStage, NoSuchJob, StageKind
+from storage.studies import read_record, read_trials
 from storage.texts import NoSuchText
 
 router = APIRouter(prefix="/v1/plan", tags=["jobs"])
@@ -94,6 +100,8 @@ def checks(spec: JobSpec, service: Service, caller: Caller) -> Iterator[Callable
     yield partial(_check_context, spec, service.access)
     yield partial(_check_linears, spec, service.access)
     yield partial(_check_windows, spec, service.access)
+    if spec.fork_of is not None:
+        yield partial(inherit, spec, UUID(spec.fork_of), service, caller)
     if spec.notify is not None:
         yield partial(check_field, "notify", service.webhooks.check, spec.notify)
     if spec.tasks is not None:
@@ -186,6 +194,80 @@ def _check_windows(spec: JobSpec, access: Access) -> None:
             )
 
 
+# Parts of a document that values of trials depend on, by the sections that their fields are in.
+_RATED_BY = (MODEL, TEXT, PRUNED)
+MOST_INHERITED = 10_000  # trials of a job that are read for a fork: some seconds
+
+
+def inherit(spec: JobSpec, parent_id: UUID, service: Service, caller: Caller) -> Heritage:
+    """Return what the studies of a fork begin with."""
+    try:
+        parent = JobView(service.jobs.get(parent_id, visible_to=caller.visible_to))
+    except NoSuchJob:
+        rule = "No job that your key sees has this id. Its page and `pho jobs` show it whole."
+        raise FieldError("/fork_of", rule, code="no_such_job") from None
+    if not parent.is_search:
+        rule = "is not a search at one pattern, whose trials another one could begin with"
+        raise FieldError("/fork_of", f"job {spec.fork_of} {rule}. Submit the job without it.")
+    if spec.warm_start is not None:
+        rule = "A fork begins with the trials of its job, and with nothing else: leave it out."
+        raise FieldError("/warm_start", rule)
+    _check_alike(spec.placed(service.access), parent.spec)
+    return _heritage(spec, parent, service)
+
+
+def _check_alike(spec: JobSpec, parent: JobSpec) -> None:
+    """See that all that the values of a parent's trials depend on is as it was."""
+    own, old = (each.model_dump(mode="json") for each in (spec, parent))
+    on_text = ("confirm/text", "confirm/windows") if spec.objective.name == "perplexity" else ()
+    for path, field in job_fields().items():
+        values = [value_at(each, path) for each in (old, own)]
+        rates = field.shown.section in _RATED_BY or path in on_text or within(path, "objective")
+        if rates and not field.is_part and values[0] != values[1]:
+            before, now = map(json.dumps, values)
+            raise FieldError(
+                f"/{path}",
+                f"{now} instead of {before}: the trials that a fork begins with were rated with "
+                "the latter. Leave it as it was, or clone the job, which begins with no trials.",
+            )
+
+
+def _heritage(spec: JobSpec, parent: JobView, service: Service) -> Heritage:
+    """The trials of a job that lie in the search space of its fork, with what they rely on."""
+    plan, names = spec.plan(0), parent.study_names
+    with service.database.transaction() as connection:
+        mark = read_record(connection, names[0], RATINGS)
+        trials = [
+            (trial.number * len(names) + island, trial)
+            for island, name in enumerate(names)
+            for trial in read_trials(connection, name, limit=MOST_INHERITED // len(names))
+            if trial.value is not None and trial.user_attrs.get("method") == "crepe"
+        ]
+    trials.sort(key=lambda pair: pair[0])
+    inside, job = heirs(trials, plan), parent.record.id
+    if not trials or mark is None:
+        raise FieldError(
+            "/fork_of",
+            f"job {job} is {parent.record.state} and has no trial with a value that another search "
+            "could begin with. Wait until it has some; or clone it, which needs none.",
+        )
+    if not inside:
+        which = outside([trial for _, trial in trials], plan)
+        raise FieldError(
+            "/search_space",
+            f"none of the {len(trials)} trials of job {job} lies inside: {which}. A fork begins "
+            "with one at least. Widen the space, or clone the job, which begins with none.",
+        )
+    fork = {"job": str(job), "trials": len(inside), "rated": len(trials)}
+    return Heritage(
+        trials=inside,
+        direction=plan.direction,
+        islands=spec.islands,
+        records={INHERITED: fork, RATINGS: mark},
+        sentence=fork_in_words(fork),
+    )
+
+
 def fitted(spec: JobSpec, access: Access) -> JobSpec:
     """A job that says no length with windows that its models read, as far as this machine knows."""
     shortest = shortest_window(spec.models, access, spec.revision)
@@ -214,6 +296,7 @@ def enter(
     idempotency_key: str | None = None,
     settings: Settings | None = None,
     tokens: int = 0,
+    heritage: Heritage | None = None,
 ) -> JobRecord:
     """Store a job and queue its first stages; a used idempotency key gives the job of that time."""
     limits = Limits() if settings is None else Limits(
@@ -231,6 +314,7 @@ def enter(
         max_attempts=spec.max_attempts,
         tokens=tokens,
         idempotency_key=idempotency_key,
+        heritage=heritage,
     )
     return store.submit(new, owner_id=owner_id, limits=limits)[0]
 
@@ -296,12 +380,12 @@ HUB, HUB_EVERY_S = HubWatch(), 60.0
 def take(spec: JobSpec, service: Service, caller: Caller, idempotency_key: str | None) -> JobRecord:
     """Store the job of a document, if it keeps to the rules of this service."""
     whole = fitted(spec, service.access)
-    for check in checks(whole, service, caller):
-        check()
+    results = [check() for check in checks(whole, service, caller)]
+    heritage = next((result for result in results if isinstance(result, Heritage)), None)
     job = enter(
         service.jobs, whole.placed(service.access), submitted=spec, owner_id=caller.key_id,
         idempotency_key=idempotency_key, settings=service.settings,
-        tokens=service.check_size(whole),
+        tokens=service.check_size(whole), heritage=heritage,
     )  # fmt: skip
     if texts := {*uploads(spec).values()}:
         service.texts.touch(texts, owner_id=caller.key_id)

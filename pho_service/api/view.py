@@ -53,6 +53,7 @@ class JobDocument:
     scope: str | None
     preset: str
     islands: int
+    fork_of: str | None  # The job whose trials it began with
     source: str | None  # The job whose configuration a transfer measures
     is_maximised: bool  # Whether high values of its objective are good
     is_cut: bool  # Whether neurons, heads and blocks are cut out
@@ -79,6 +80,7 @@ class JobDocument:
             scope=candidate.get("scope"),
             preset=preset,
             islands=document.get("islands", 0),
+            fork_of=document.get("fork_of"),
             source=document["source"] if is_transfer else None,
             is_maximised=is_maximised(document.get("objective", {}).get("name")),
             is_cut=is_cut,
@@ -112,8 +114,9 @@ class JobDocument:
         last = ("Preset", self.preset)
         if self.is_transfer:
             last = ("Transfer of", f"job {self.source}")
+        fork = [] if self.fork_of is None else [("Fork of", f"job {self.fork_of}")]
         labels = [("Labels", listed_labels(self.labels))] if self.labels else []
-        return [self.sparsity, *([] if self.is_cut else [*scope, last]), *labels]
+        return [self.sparsity, *([] if self.is_cut else [*scope, last]), *fork, *labels]
 
 
 def listed_labels(labels: Mapping[str, str]) -> str:
@@ -531,12 +534,20 @@ class JobView:
         return self.record.state in VERBS["delete"]
 
     @property
+    def is_search(self) -> bool:
+        """Whether it has a study of coefficients at one pattern, or of several islands."""
+        document = self.document
+        return not (document.is_transfer or document.several or document.is_cut)
+
+    @property
     def extensible(self) -> bool:
         """Whether it can be given more trials."""
-        document = self.document
-        may_have_more = self.record.state in VERBS["extend"]
-        others = document.is_transfer or document.several or document.is_cut
-        return may_have_more and not others
+        return self.record.state in VERBS["extend"] and self.is_search
+
+    @property
+    def forkable(self) -> bool:
+        """Whether another search may begin with its trials."""
+        return self.is_search and bool(self.record.of_kind(StageKind.SEARCH))
 
 
 def step_of(stage: Stage) -> Step | None:

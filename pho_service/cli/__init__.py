@@ -43,6 +43,7 @@ SERVICE_VERBS = {
     "migrate": ("serve", "Create a service's tables, or bring them to this version."),
     "keys": ("serve", "Create, list, rotate and revoke the keys of a service."),
     "submit": ("remote", "Submit a search job to a service."),
+    "fork": ("remote", "Submit a job that begins with the trials of another one."),
     "jobs": ("remote", "List the jobs of a service."),
     "show": ("remote", "Show a job with its progress."),
     "watch": ("remote", "Wait for a job, with progress bars."),

@@ -46,7 +46,7 @@ TITLES = (*SECTIONS, MACHINE, "Output")
 _USED = (
     "--pattern", "--patterns", "--config", "--method", "--text", "--confirm-text", "--report-text",
     "--card", "--preset", "--check", "--minutes", "--train", "--out", "--samples",
-    "--context-length", "--trials", "--job", "--watch", "--tasks", "--device",
+    "--context-length", "--trials", "--space", "--job", "--watch", "--tasks", "--device",
 )  # fmt: skip
 _MOST = 8
 _FEW = 12  # options that --help shows at once
@@ -210,13 +210,14 @@ class DocumentCommand(click.Command):
         required: Sequence[str] = (),
         needed: str = "",
         of_a_service: bool = True,
+        hidden: Sequence[str] = (),
         **attributes: Any,
     ) -> None:
         super().__init__(*args, **attributes)
         self._needed = needed  # What there may be instead of a pattern
         self._paths, self._renamed, self._required = fields, names or {}, required
         self._source, self._ask = source, ask
-        self._of_a_service = of_a_service
+        self._of_a_service, self._hidden = of_a_service, hidden  # sections that help leaves out
         # Fields that an option is about when it is given again, by its parameter.
         self._again: dict[str, Field] = {}
 
@@ -244,6 +245,7 @@ class DocumentCommand(click.Command):
         for field in [*self.fields, *self._ask_fields.values()]:
             name = self._renamed.get(field.path, field.name)
             option = field.option(name, required=field.path in self._required)
+            option.hidden = field.shown.section in self._hidden
             if field.path == "pattern" and self._needed:
                 option.help = f"{option.help}  [required unless {self._needed}]"
             if same := [row for row in options.values() if name in row[1].opts]:
@@ -327,7 +329,8 @@ class DocumentCommand(click.Command):
             for option in options:
                 sections[self._section(option)].append(option)
         elif len(options) > _FEW + 2:  # and the two of help
-            used = [o for name in _USED for o in options if name in o.opts and not o.required]
+            shown_options = [o for o in options if not (o.required or o.hidden)]
+            used = [o for name in _USED for o in shown_options if name in o.opts]
             sections["Used most"] = [*(o for o in options if o.required), *used][:_MOST]
             sections["Other"] = [o for o in options if {*o.opts} & {*_ALWAYS}]
         else:

@@ -31,11 +31,11 @@ from pho_service.cli.terminal import (
     tell,
 )
 from pho_service.errors import InvalidInput, PhoError, ServiceError
-from pho_service.spec.document import JOB, MODEL, FieldShown, number
+from pho_service.spec.document import JOB, MODEL, PRUNED, TEXT, FieldShown, number
 from pho_service.spec.job_options import Field, option_fields
 
 if TYPE_CHECKING:
-    from pho_service.api.answers import Job
+    from pho_service.api.answers import Job, Submitted
     from pho_service.client import Client
     from pho_service.library import TransferFile
 
@@ -576,16 +576,40 @@ def submit(
     spec = job_document(models, ask.job, given)
     with open_client(url) as client:
         job = client.submit(spec, idempotency_key=ask.idempotency_key)
-        for warning in job.warnings if ask.watch or not as_json else ():
-            say(f"note: {warning}")
-        if not ask.watch:
-            if as_json:
-                print_json(job.model_dump(mode="json"))
-            else:
-                say(f"{job.name}: {job.state}. Follow it with: pho watch {str(job.id)[:_SHORTEST]}")
-                click.echo(job.id)
-            return
+        _follow(client, job, ask, as_json)
+
+
+@click.command(cls=DocumentCommand, fields=("",), ask=_NewJobAsk, hidden=(MODEL, TEXT, PRUNED))
+@job_argument
+@service_verb
+def fork(job_id: str, given: Given, ask: _NewJobAsk, url: str | None, as_json: bool) -> None:
+    """
+    Submit a job like JOB_ID that begins with those of its trials that lie inside --space.
+
+    Options change the document of JOB_ID; each bound of --space that is not given
+    stays. What the values of its trials depend on cannot change: the model, the
+    pattern, the texts, the preset and the objective. The job's id is printed.
+
+    \b
+    Example:
+      pho fork d5aed9d3 --space row_share=0.2:0.4 --space kernel_sizes=3,5 --trials 100
+    """
+    with open_client(url) as client:
+        job = client.fork(job_id, idempotency_key=ask.idempotency_key, **given.document())
+        _follow(client, job, ask, as_json)
+
+
+def _follow(client: "Client", job: "Submitted", ask: _NewJobAsk, as_json: bool) -> None:
+    """Tell what is known of a new job, and wait for it if that is asked."""
+    for warning in job.warnings if ask.watch or not as_json else ():
+        say(f"note: {warning}")
+    if ask.watch:
         end(client, client.wait(job.id), as_json)
+    elif as_json:
+        print_json(job.model_dump(mode="json"))
+    else:
+        say(f"{job.name}: {job.state}. Follow it with: pho watch {str(job.id)[:_SHORTEST]}")
+        click.echo(job.id)
 
 
 def job_document(

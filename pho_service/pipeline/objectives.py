@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, get_args
+from typing import TYPE_CHECKING, Any, Self
 
 import optuna
 from torch import Tensor
 
-from pho_service.errors import InvalidInput, NumericalError, field_name, shown
+from pho_service.errors import InvalidInput, NumericalError, StudyError, field_name, shown
 from pho_service.pipeline.work import Work, only_one
 from pho_service.pruning.proxy import ProxyEvaluator, ProxyRating
 from pho_service.spec.baselines import reference_methods
@@ -23,7 +23,6 @@ from pho_service.spec.document import number
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Linears, Pattern
 from pho_service.spec.steps import Candidate
-from pho_service.tuning.finalists import What
 from pho_service.tuning.plan import (
     SECOND_OPINION,
     Evaluate,
@@ -31,7 +30,8 @@ from pho_service.tuning.plan import (
     SearchPlan,
     SearchRequest,
 )
-from pho_service.tuning.result import CHOSEN, SearchResult
+from pho_service.tuning.result import SearchResult
+from pho_service.tuning.search import INHERITED, NOTES, RATINGS
 from storage.studies import keep_record, marked_alike, record_of
 
 if TYPE_CHECKING:
@@ -261,8 +261,6 @@ def _needs_text() -> InvalidInput:
 
 
 # Ratings that another search has made of the same candidates.
-_MARK = "ratings_sha256"  # record of a study: what the values of its trials depend on
-_NOTED = (*get_args(What), CHOSEN)  # what may be noted of a trial later
 _STUDIES = 3  # most that are read, the newest first
 
 
@@ -278,14 +276,23 @@ class KnownRatings:
     ) -> None:
         self.taken = 0
         self._known: dict[str, Outcome] = {}
-        if request.objective.name not in ("activation-reconstruction", "gini"):
-            return  # perplexity depends on all steps, a user's function on what nobody knows
+        if isinstance(request.objective, OwnObjective):
+            return  # it depends on what nobody knows
         mark = _mark(request, plan, bundles)
-        for name in reversed(marked_alike(study, _MARK, mark)[-_STUDIES:]):
+        record = record_of(study)
+        if INHERITED in record and record.get(RATINGS) != mark:
+            raise StudyError(
+                f"the {record[INHERITED]['trials']} trials of job {record[INHERITED]['job']} that "
+                "this fork begins with were rated on another model or text: a file has changed "
+                "since. Clone the job instead, which takes no old value."
+            )
+        if RATINGS not in record:
+            keep_record(study, RATINGS, mark)
+        if request.objective.name == "perplexity":
+            return  # which depends on all steps
+        for name in reversed(marked_alike(study, RATINGS, mark)[-_STUDIES:]):
             if len(study.get_trials(deepcopy=False)) < plan.trials:
                 self._read(optuna.load_study(study_name=name, storage=study._storage), plan)
-        if _MARK not in record_of(study):
-            keep_record(study, _MARK, mark)
 
     def before(self, evaluate: Evaluate) -> Evaluate:
         """A function that asks ``evaluate`` for what is not known, and for nothing else."""
@@ -308,7 +315,7 @@ class KnownRatings:
             if trial.value is None or not {"method", "coefficients"} <= trial.user_attrs.keys():
                 continue
             candidate = Candidate.from_dict(trial.user_attrs, plan.pattern)
-            own_names = {*candidate.to_dict(), *_NOTED}
+            own_names = {*candidate.to_dict(), *NOTES}
             attributes = {n: value for n, value in trial.user_attrs.items() if n not in own_names}
             self._known.setdefault(
                 _key(candidate), Outcome(value=trial.value, attributes=attributes)

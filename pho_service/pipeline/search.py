@@ -36,7 +36,7 @@ from pho_service.spec.steps import Allocation, Candidate
 from pho_service.tuning.finalists import Divergences
 from pho_service.tuning.plan import Evaluate, RatedCandidate, SearchPlan, SearchRequest
 from pho_service.tuning.result import SearchResult, describe_study, mark_chosen, search_result
-from pho_service.tuning.search import Callback, Islands, run_search, searched
+from pho_service.tuning.search import INHERITED, Callback, Islands, run_search, searched
 from pho_service.tuning.validation import finalists_wanted, planned_candidates, qualities
 from storage.records import REFERENCE_NUMBERS, VALIDATION
 from storage.studies import (
@@ -357,9 +357,10 @@ class _SearchPieces:
         rate = objective_function(request.objective, plan, rated, run.device)
         check_study(study, bundles.values())
         describe_study(study, request, plan, self._brief.origin)
-        rows = [bundle.rows_sha256 for bundle in bundles.values()]
-        key = str(self._brief.origin.get("key", ""))
-        ratings = KnownRatings(study, request, plan, [key, *rows])
+        rated_on = [str(self._brief.origin.get("key", ""))]
+        rated_on += [bundle.rows_sha256 for bundle in bundles.values()]
+        rated_on += [self._work.text.key] if self._by_perplexity else []
+        ratings = KnownRatings(study, request, plan, rated_on)
         out_of_time = self._search(study, plan, ratings.before(rate))
         if self._by_perplexity:
             self._work.check()
@@ -532,6 +533,8 @@ class _SearchPieces:
             more = {"islands": len(islands.studies), "island": islands.of_island(best.number)}
         if out_of_time:
             more = {**more, "timeout_s": self._brief.timeout_s, "finished": finished}
+        if fork := record_of(islands.studies[0]).get(INHERITED):
+            more = {**more, "fork": fork}
         search = {**result.configuration.search, **more}
         configuration = result.configuration.model_copy(update={"search": search})
         result = replace(result, configuration=configuration, trial=number)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, Self, TypeVar, cast, get_args, get_origin, get_type_hints
+from uuid import UUID
 
 from pydantic import (
     AfterValidator,
@@ -150,6 +151,15 @@ Name = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(printa
 Title = Annotated[str, Field(min_length=1, max_length=100), AfterValidator(printable)]
 
 
+def whole_id(value: str) -> str:
+    """An id, in the one way to write it."""
+    try:
+        return str(UUID(value))
+    except ValueError:
+        raise ValueError(f"{value!r} is not the whole id of a job, as `pho show` has it") from None
+
+
+JobId = Annotated[str, Field(max_length=36), AfterValidator(whole_id)]
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?"  # as of Kubernetes
 MOST_LABELS = 16
 

@@ -36,9 +36,11 @@ from pho_service.spec.document import (
     MODEL,
     PRUNED,
     REPORT,
+    SEARCH,
     TEXT,
     Document,
     FieldShown,
+    JobId,
     Labels,
     Name,
     Number,
@@ -371,6 +373,16 @@ class JobSpec(Document):
     warm_start: WarmStartSpec | None = Field(
         None,
         description="Start from what the library has for similar models; {} is enough.",
+    )
+    # Its trials are in the study of this one from the beginning.
+    fork_of: Annotated[
+        JobId | None,
+        FieldShown(section=SEARCH, option="", argument="", label="Fork of the job with this id"),
+    ] = Field(
+        None,
+        exclude_if=lambda job: job is None,
+        description="Id of a job whose trials inside the search space this search begins with, "
+        "with their values. What these depend on must be as in that job.",
     )
     sampler: Sampler = Field("cmaes", description="Sampler that candidates come from.")
     search_space: Annotated[
@@ -755,7 +767,8 @@ def check_cut(spec: "JobSpec") -> None:
     """See that a job that cuts blocks asks for nothing that is of scores alone."""
     for name in (
         "more_models", "scope", "preset", "steps", "stream", "validation", "objective",
-        "warm_start", "sampler", "search_space", "trials", "islands", "in_full", "timeout_s",
+        "warm_start", "fork_of", "sampler", "search_space", "trials", "islands", "in_full",
+        "timeout_s",
     ):  # fmt: skip
         field = JobSpec.model_fields[name]
         if getattr(spec, name) != field.get_default(call_default_factory=True):
@@ -778,6 +791,7 @@ def check_several(spec: "JobSpec") -> None:
         "confirm: null": (spec.confirm is None, "they are compared by perplexity"),
         "islands": (spec.islands > 1, "each pattern has one study"),
         "warm_start": (spec.warm_start is not None, "what was found elsewhere is of one pattern"),
+        "fork_of": (spec.fork_of is not None, "the trials of a job are of one pattern"),
         "report": (
             spec.report is not None,
             "measure the pattern that you take afterwards, with `pho compare`",

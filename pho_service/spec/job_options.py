@@ -202,6 +202,19 @@ def remove_at(document: dict[str, Any], path: str) -> None:
         del document[name]
 
 
+def changed(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A document with changes: of parts field by field, of all else whole."""
+    return {
+        **document,
+        **{
+            name: changed(old, value)
+            if isinstance(old := document.get(name), Mapping) and isinstance(value, Mapping)
+            else value
+            for name, value in changes.items()
+        },
+    }
+
+
 def minimal_document(spec: "JobSpec") -> dict[str, Any]:
     """The document that asks for the same job and says no default."""
     whole = spec.model_dump(mode="json")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # User attribute of a trial: its rating by the other weighting that proposes finalists.
 SECOND_OPINION = "second_opinion"
+CHOSEN = "chosen"  # user attribute of a study, and of its trials: whether it is that one
 
 Direction = Literal["minimize", "maximize"]
 

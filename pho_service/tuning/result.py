@@ -16,10 +16,9 @@ from pho_service.spec.configuration import Configuration, Confirmation, ProxyQua
 from pho_service.spec.document import number
 from pho_service.spec.perplexity import Perplexity
 from pho_service.tuning.finalists import Divergences
-from pho_service.tuning.plan import RatedCandidate, SearchPlan, SearchRequest
+from pho_service.tuning.plan import CHOSEN, RatedCandidate, SearchPlan, SearchRequest
 from storage.studies import keep_record, note_trial, record_of
 
-CHOSEN = "chosen"  # user attribute of a study, and of its trials: whether it is that one
 CHANCE = 0.5  # of the vocabulary's size: a dense model's perplexity above it has a warning
 
 

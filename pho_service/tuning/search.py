@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -23,6 +23,7 @@ from pho_service.errors import StudyError, field_name
 from pho_service.progress import Fence
 from pho_service.spec.steps import Candidate
 from pho_service.tuning.plan import (
+    CHOSEN,
     SECOND_OPINION,
     Direction,
     Evaluate,
@@ -31,11 +32,15 @@ from pho_service.tuning.plan import (
     SearchPlan,
 )
 from pho_service.tuning.samplers import CmaSampler, is_exhausted, make_sampler
-from storage.studies import quiet_optuna
+from storage.studies import quiet_optuna, record_of
 
 logger = logging.getLogger(__name__)
 
 Callback = Callable[[optuna.Study, FrozenTrial], None]
+
+RATINGS = "ratings_sha256"  # record of a study: what the values of its trials depend on
+INHERITED = "inherited"  # record of a fork's study: whose trials it began with; of a trial: which
+NOTES = ("divergence", "perplexity", CHOSEN, INHERITED)  # noted of a trial after it was rated
 
 _ROUNDING = 1e-4  # of a coefficient: a Gaussian process's candidates have differed by 4e-6
 
@@ -67,7 +72,9 @@ def run_search(
             f"search is to {plan.direction} one. Use another study, with "
             f"direction={plan.direction!r}."
         )
-    recorder = _Recorder(study, plan, recorded, fence, callbacks)
+    before = inherited(study)
+    known = [_as_point(trial, plan, study) for trial in recorded[:before]]
+    recorder = _Recorder(study, plan, recorded[before:], fence, callbacks)
     recorder.finish(plan.baselines(), evaluate, advance)
     space = plan.space.distributions()
     values = recorder.finish(
@@ -77,7 +84,8 @@ def run_search(
     )
     warm = [(v, p) for v, p in zip(values, plan.warm_start, strict=True) if v is not None]
     better = min if plan.direction == "minimize" else max
-    start = better(warm, key=lambda pair: pair[0])[1] if warm else None
+    begins = [*warm, *((t.value, t.params) for t in known if t.value is not None)]
+    start = better(begins, key=lambda pair: pair[0])[1] if begins else None
     sampler = plan.sampler
     if isinstance(sampler, str):
         sampler = make_sampler(
@@ -89,6 +97,7 @@ def run_search(
         )
     with quiet_optuna():
         memory = optuna.create_study(direction=plan.direction, sampler=sampler)
+    memory.add_trials(known)
     for start_value, params in warm:
         memory.add_trial(create_trial(value=start_value, params=dict(params), distributions=space))
     if not isinstance(plan.sampler, str):  # nobody knows what it would have drawn
@@ -123,14 +132,64 @@ def _adopting(
     return lambda i, params: sampler.adopt(trials[i].number, params)
 
 
+def inherited(study: optuna.Study) -> int:
+    """How many of a study's trials are another job's: those that a fork began with, its first."""
+    return int(record_of(study).get(INHERITED, {}).get("trials", 0))
+
+
+def fork_in_words(fork: Mapping[str, Any]) -> str:
+    """Say what the record of a fork's study tells."""
+    return (
+        f"Fork of job {fork['job']}: the search began with {fork['trials']} of its {fork['rated']} "
+        "trials, those that lie inside the search space."
+    )
+
+
+def heirs(trials: Iterable[tuple[int, FrozenTrial]], plan: SearchPlan) -> list[FrozenTrial]:
+    """The trials of another search that lie in the space of a plan, as the first of its study."""
+    own = []
+    for number, trial in trials:
+        if trial.value is None or _point_of(trial, plan) is None:
+            continue
+        attributes = {n: v for n, v in trial.user_attrs.items() if n not in NOTES}
+        heir = create_trial(
+            value=trial.value,
+            params=trial.params,
+            distributions=plan.space.recorded_distributions(),
+            user_attrs={**attributes, INHERITED: f"trial {number}"},
+        )
+        heir.datetime_start, heir.datetime_complete = trial.datetime_start, trial.datetime_complete
+        own.append(heir)
+    return own
+
+
+def outside(trials: Sequence[FrozenTrial], plan: SearchPlan) -> str:
+    """Which values of trials all lie beyond a bound, and where; of trials that are all outside."""
+    own = [trial.params for trial in trials]
+    near = [plan.space.nearest(Candidate.from_dict(t.user_attrs, plan.pattern)) for t in trials]
+    beyond = []
+    for name in near[0]:
+        if not any(_alike(a[name], b[name]) for a, b in zip(own, near, strict=True)):
+            values = sorted({params[name] for params in own})
+            ends = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in (values[0], values[-1])]
+            beyond.append(f"their {name} is {' to '.join(dict.fromkeys(ends))}")
+    return ", ".join(beyond) or "each has a value beyond some bound"
+
+
+def _point_of(trial: FrozenTrial, plan: SearchPlan) -> dict[str, Any] | None:
+    """Where a trial lies in the space of a plan; None if it does not, or has other steps."""
+    attributes = {name: trial.user_attrs.get(name) for name in ("coefficients", "steps")}
+    if not all(attributes.values()):
+        return None
+    point = plan.space.nearest(Candidate.from_dict(trial.user_attrs, plan.pattern))
+    document = plan.space.candidate(point, plan.pattern, plan.steps).to_dict()
+    return point if _alike(attributes, {name: document[name] for name in attributes}) else None
+
+
 def _as_point(trial: FrozenTrial, plan: SearchPlan, study: optuna.Study) -> FrozenTrial:
     """Make a recorded trial one that a sampler can be told: a point of the searched space."""
-    attributes = {name: trial.user_attrs.get(name) for name in ("coefficients", "steps")}
-    point = None
-    if all(attributes.values()):
-        point = plan.space.nearest(Candidate.from_dict(trial.user_attrs, plan.pattern))
-        document = plan.space.candidate(point, plan.pattern, plan.steps).to_dict()
-    if point is None or not _alike(attributes, {name: document[name] for name in attributes}):
+    point = _point_of(trial, plan)
+    if point is None:
         raise StudyError(
             f"trial {trial.number} of study {study.study_name!r} is not in the space that this "
             "search is to be in, or has other steps. Use another study."
@@ -277,8 +336,11 @@ def _alike(first: Any, second: Any) -> bool:
 
 
 def searched(study: optuna.Study, plan: SearchPlan) -> list[FrozenTrial]:
-    """The trials of a search, by number: its study has more if a longer search went on with it."""
-    return study.get_trials(deepcopy=False)[: plan.trials]
+    """
+    The trials of a search, by number, with those that a fork began with: its study has more if a
+    longer search went on with it.
+    """
+    return study.get_trials(deepcopy=False)[: inherited(study) + plan.trials]
 
 
 def ranked(study: optuna.Study, plan: SearchPlan) -> list[RatedCandidate]:
@@ -318,12 +380,13 @@ class Islands:
 
     def ranked(self) -> list[RatedCandidate]:
         """The finished trials of all islands, best first; equal values by number."""
-        # The baselines are the same in each island: only those of the first count.
+        # Baselines, and what a fork began with, are the same in each island: only the first counts.
+        first = inherited(self.studies[0])
         rated = [
             replace(trial, number=trial.number * len(self.studies) + island)
             for island, (study, plan) in enumerate(zip(self.studies, self.plans, strict=True))
             for trial in ranked(study, plan)
-            if island == 0 or trial.candidate.method == "crepe"
+            if island == 0 or (trial.number >= first and trial.candidate.method == "crepe")
         ]
         sign = 1 if self.plan.direction == "minimize" else -1
         return sorted(rated, key=lambda r: (sign * r.value, r.number))
@@ -345,9 +408,10 @@ class Islands:
 
     @property
     def finished(self) -> int:
-        """Number of trials that were rated, the baselines in each island."""
+        """Number of trials that were rated here, the baselines in each island."""
         return sum(
-            len(searched(study, plan)) for study, plan in zip(self.studies, self.plans, strict=True)
+            len(searched(study, plan)) - inherited(study)
+            for study, plan in zip(self.studies, self.plans, strict=True)
         )
 
     @property

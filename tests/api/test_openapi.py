@@ -29,7 +29,7 @@ CHECKS = (
 # What they ask for together is no matter of their form: as many trials as a job may have, say.
 FREE = (
     "POST /v1/jobs", "POST /v1/plan", "POST /v1/jobs/{job_id}:transfer",
-    "POST /v1/jobs/{job_id}:extend", "POST /v1/texts",
+    "POST /v1/jobs/{job_id}:extend", "POST /v1/jobs/{job_id}:fork", "POST /v1/texts",
 )  # fmt: skip
 LOOKS = 3  # after which a stream of events ends here: by itself it ends with its job
 

@@ -135,7 +135,8 @@ def test_each_curl_asks_for_what_there_is(operations):
         assert ("get" if body is None else "post") in operations[path], asked
         if body is not None:
             model = TransferRequest if path.endswith(":transfer") else JobSpec
-            model.model_validate(json.loads(body))
+            whole = {"model": "org/name", "pattern": "0.5"} if path.endswith(":fork") else {}
+            model.model_validate({**whole, **json.loads(body)})
 
 
 def test_each_summary_is_how_the_description_begins(operations):
