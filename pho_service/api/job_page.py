@@ -109,19 +109,26 @@ def contents(
         if not view.document.several
         else [],
         happened=Section(id="happened", title="Events", events=parts["happened"].events),
-        logs=_logs(service.jobs.logs(job.id, limit=LOGS), named=caller.sees_all),
+        logs=_logs(
+            service.jobs.logs(job.id, limit=LOGS),
+            named=caller.sees_all,
+            reason=None if view.error is None else f"failed: {view.error.message}",
+        ),
         files=artifacts.listed(view) if view.pruned == "done" else None,
     )
 
 
-def _logs(events: Sequence[stored.EventRecord], *, named: bool) -> list[Logged]:
-    """The last lines, those of a kind of stage and a worker together."""
+def _logs(
+    events: Sequence[stored.EventRecord], *, named: bool, reason: str | None = None
+) -> list[Logged]:
+    """The last lines of each kind of stage and worker, but for those that end with a reason."""
     lines_of: dict[str, list[str]] = {}
     left = LOG_LINES
     for event in reversed(events):
         data = event.data
         title = StageKind(data["stage"]).heading + f", {data['worker']}" * named
-        lines = data["lines"][-left:] if left else []
+        lines = [line for line in data["lines"] if reason is None or not line.endswith(reason)]
+        lines = lines[-left:] if left else []
         left -= len(lines)
         if lines:
             lines_of[title] = [*lines, *lines_of.get(title, [])]

@@ -66,7 +66,9 @@ def collected(service: Service, view: JobView, *, whole: bool = False) -> Report
     of_transfer = view.document.is_transfer
     report = _of_transfer(view) if of_transfer else _of_search(service, view, whole=whole)
     events = without_turns(service.jobs.history(view.record.id, limit=MOST_EVENTS))[:EVENTS]
-    return replace(report, happened=[(event.created_at, in_words(event)) for event in events])
+    error = view.record.error or {}
+    happened = [(event.created_at, in_words(event, error.get("message"))) for event in events]
+    return replace(report, happened=happened)
 
 
 def without_turns(events: Sequence[stored.EventRecord]) -> list[stored.EventRecord]:
@@ -79,8 +81,8 @@ def without_turns(events: Sequence[stored.EventRecord]) -> list[stored.EventReco
     ]
 
 
-def in_words(event: stored.EventRecord) -> str:
-    """An event, in words."""
+def in_words(event: stored.EventRecord, failure: str | None = None) -> str:
+    """An event, in words; why the job failed in the end is told elsewhere."""
     data = event.data
     if event.kind in ("stage", "put_down"):
         heading = StageKind(data["stage"]).heading.lower()
@@ -93,6 +95,8 @@ def in_words(event: stored.EventRecord) -> str:
         return f"{data['stage']} failed and will be retried: {data['message']} ({data['type']})"
     error = data.get("error")
     why = f": {error['message']} ({error['type']})" if error else ""
+    if error and error["message"] == failure:
+        why = f" ({error['type']})"
     return f"{data.get('state', event.kind)}{why}"
 
 

@@ -508,12 +508,14 @@ def end(client: "Client", job: "Job", as_json: bool) -> None:
     if as_json:
         print_json(job.model_dump(mode="json"))
     elif job.kind == "transfer":
-        tell(f"{job.name}: {job.state}")
+        tell(f"{job.title} {job.short}: {job.state}")
         say_transfer(job, client.transferred(job.id))
     else:
-        tell("\n".join([f"{job.name}: {job.state}", *outcome(job)]))
+        tell("\n".join([f"{job.title} {job.short}: {job.state}", *outcome(job)]))
         show_points(job)
         show_after(job)
+    if job.state == "failed" and not as_json:  # which said why
+        raise ServiceError(f"job {job.id} failed.")
     if job.state != "succeeded":
         reason = job.error.message if job.error else "it was cancelled."
         raise ServiceError(f"job {job.id} {job.state}: {reason}")

@@ -105,7 +105,22 @@ def test_the_page_extends_a_search_and_says_why_it_failed(client, hand, submit):
     assert "A job that is failed cannot be extended." in words(late.text)
     assert "Why it failed The job failed in calibrate: org/name is not there." in words(text)
     assert f'href="/new?job={job_id}"' in text
-    assert "failed: org/name is not there. (ModelError)" in section(text, "happened")
+    assert "failed (ModelError)" in section(text, "happened")
+
+
+def test_why_a_job_failed_stands_once_on_its_page_and_other_lines_of_its_log_stay(
+    client, hand, submit
+):
+    job_id = submit()["id"]
+    claim = hand.take(job_id, StageKind.CALIBRATE)
+    lines = ["reading org/name", f"calibrate of job {job_id} failed: org/name is not there."]
+    hand.store.log(claim, lines, worker="gpu-1:7")
+    error = {"type": "ModelError", "message": "org/name is not there."}
+    hand.store.fail(claim, error, retry=False)
+    text = source(client, job_id)
+
+    assert text.count("org/name is not there.") == 1
+    assert "reading org/name" in text
 
 
 def test_the_page_measures_on_other_models(client, hand, submit):

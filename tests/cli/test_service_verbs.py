@@ -284,10 +284,12 @@ def test_watching_ends_with_the_job_a_failure_is_exit_code_1(remote, client, sto
     fail(store, failed.id)
     client.cancel(cancelled.id)
     result, of_cancelled = remote("watch", job.id), remote("watch", cancelled.id)
-    of_failed = remote("watch", failed.id, "--json")
+    of_failed, told = remote("watch", failed.id, "--json"), remote("watch", failed.id)
 
     assert (result.exit_code, of_failed.exit_code, of_cancelled.exit_code) == (0, 1, 1)
-    assert f"{job.name}: succeeded\n" in result.stdout
+    assert f" {str(job.id)[:8]}: succeeded\n" in result.stdout
+    assert (told.stdout + told.stderr).count("NaN in 4.q") == 1
+    assert f"job {failed.id} failed." in told.stderr
     assert "perplexity 17.25" in result.stdout
     assert json.loads(of_failed.stdout)["error"]["message"] == "NaN in 4.q"
     assert f"job {failed.id} failed: NaN in 4.q" in of_failed.stderr
