@@ -486,10 +486,10 @@ class WorkerInputs(Inputs):
         assert spec.report is not None
         confirm = None if spec.confirm is None else self.confirmation_text(spec, seal)
         text = self.reported(
-            self.model(spec, seal), self.file(spec.report.text), spec.calibration,
+            self.model(spec, seal), self._source(spec.report), spec.calibration,
             spec.report.windows, self.calibration_text(spec, seal).calibration, confirm,
         )  # fmt: skip
-        seal.check_report(spec.report.text, text)
+        seal.check_report(spec.report.text or str(spec.report.dataset), text)
         return text
 
     def report_text(self, spec: JobSpec, report: ReportSpec, seal: Seal) -> ReportText:

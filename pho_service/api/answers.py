@@ -132,6 +132,11 @@ class Point(_Answer):
         default_factory=dict,
         description="Standard errors of the logarithms of ratios, as those of `perplexities`.",
     )
+    measured_on: str | None = Field(
+        None,
+        description="What perplexities are of: `report text`, or another text, on which the "
+        "result was chosen: `chosen on this text`.",
+    )
     dense: float | None = Field(None, description="Perplexity of the dense model.")
     wanda: float | None = None
     ria: float | None = None

@@ -69,6 +69,7 @@ STEPS = 40  # of a drawing, at most
 class JobRow:
     view: JobView
     perplexity: str  # What was measured; of several patterns the lowest and the highest
+    measured_on: str  # Which text
     dense: str
     rise: str  # Of its perplexity over the dense model's
     gain: str  # Share by which its perplexity is below RIA's
@@ -92,6 +93,7 @@ def _row(view: JobView, line: str) -> JobRow:
     return JobRow(
         view=view,
         perplexity=range_of(point.perplexity for point in points),
+        measured_on=(points[0].measured_on or "") if points else "",
         dense=number(points[0].dense) if points else "",
         rise=rises_of(points),
         gain=range_of(

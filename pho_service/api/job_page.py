@@ -340,6 +340,7 @@ def _figures(columns: Sequence[tuple[JobView, Point | None]]) -> list[Line]:
         "State": [str(view.record.state) for view, _ in columns],
         "Result": [result_in_words(vars(point)) if point else "" for point in points],
         "Perplexity, pruned": [number(point.perplexity if point else None) for point in points],
+        "Measured on": [(point and point.measured_on) or "" for point in points],
         "Dense": [number(point.dense if point else None) for point in points],
         "Wanda": [number(point.wanda if point else None) for point in points],
         "RIA": [number(point.ria if point else None) for point in points],

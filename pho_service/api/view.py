@@ -305,7 +305,7 @@ class JobView:
         return {
             "model": dict(calibration.provenance.get("model", {})),
             "dense": ordered[0]["dense"],
-            "confirmation": ordered[0]["configuration"]["confirmation"],
+            **{name: ordered[0]["configuration"].get(name) for name in ("confirmation", "report")},
             "calibration": {"seconds": calibration.seconds},
             "points": ordered,
         }

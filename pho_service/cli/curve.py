@@ -58,8 +58,8 @@ class _CurveAsk(Studied):
     cls=DocumentCommand,
     fields=(
         "scope", "preset", "steps", "search_space", "calibration", "confirm/text",
-        "confirm/windows", "confirm/finalists", "validation", "objective", "sampler", "revision",
-        "dtype", "stream", "minutes", *options_of(SearchOptions()),
+        "confirm/windows", "confirm/finalists", "report", "validation", "objective", "sampler",
+        "revision", "dtype", "stream", "minutes", *options_of(SearchOptions()),
     ),
     ask=_CurveAsk,
 )  # fmt: skip
@@ -90,7 +90,7 @@ def curve(model: str, given: Given, ask: _CurveAsk, inputs: Terminal, as_json: b
     whole = _whole(model, given, {"patterns": [str(pattern) for pattern in point_patterns]})
     folder = _folder(ask.out)
     _refuse_bundle(model)
-    check_models([model], given("revision"), given("confirm/text"))
+    check_models([model], given("revision"), given("confirm/text"), given("report/text"))
     with (
         open_curve(whole, specs, study, inputs, began) as opened,
         _points(opened, study, inputs) as (points, pareto),
@@ -156,6 +156,7 @@ def open_curve(
             source,
             budget.spec.calibration.settings(),
             budget.spec.confirm,
+            report=budget.spec.report,
             requests=[spec.request(0) for spec in specs],
         )
         sizes = budget.calibrated(whole, work).sizes

@@ -235,7 +235,7 @@ class Terminal(Inputs):
             confirmed = self.confirmation(loaded, other, settings, confirm.windows, text)
         reported = None
         if report is not None:
-            other = file_source(report.text)
+            other = text_source(report, measured=True)
             reported = self.reported(
                 loaded, other, settings, report.windows, text.calibration, confirmed
             )

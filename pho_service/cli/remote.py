@@ -110,7 +110,7 @@ def say_transfer(job: "Job", measured: "TransferFile") -> None:
 
 
 def good(job: "Job") -> list[str]:
-    """Perplexities: dense, found, how much higher that is, Wanda, RIA; of several, the range."""
+    """Perplexities: dense, pruned, its text, its rise, Wanda, RIA; of several, the range."""
     from pho_service.shown.tables import range_of, rises_of
 
     measurements = job.measured
@@ -118,7 +118,8 @@ def good(job: "Job") -> list[str]:
         range_of(getattr(measurement, name) for measurement in measurements)
         for name in ("dense", "perplexity", "wanda", "ria")
     )
-    return [dense, pruned, rises_of(measurements), wanda, ria]
+    texts = ", ".join({point.measured_on or "": None for point in measurements})
+    return [dense, pruned, texts, rises_of(measurements), wanda, ria]
 
 
 def done(job: "Job") -> str:
@@ -238,12 +239,12 @@ def jobs(
         for job in job_list
     ]
     columns = [
-        "id", "name", "state", "trials", "dense", "perplexity", "against dense", "Wanda", "RIA",
-        "objective", "labels",
+        "id", "name", "state", "trials", "dense", "perplexity", "measured on", "against dense",
+        "Wanda", "RIA", "objective", "labels",
     ]  # fmt: skip
     if not any(job.labels for job in job_list):
         columns, rows = columns[:-1], [row[:-1] for row in rows]
-    print_table("Jobs", columns, rows, spare=("objective", "RIA", "Wanda", "dense"))
+    print_table("Jobs", columns, rows, spare=("objective", "RIA", "Wanda", "measured on", "dense"))
 
 
 @click.command()

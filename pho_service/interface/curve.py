@@ -201,7 +201,8 @@ def _work(ask: PointsArguments, requests: Sequence[SearchRequest]) -> Work:
     bundle = opened_bundle(ask.bundle)
     loaded = opened_for(bundle, ask.model, ask.tokenizer)
     check_patterns(loaded, [request.pattern for request in requests], requests[0].steps.linears)
-    return calibrated(loaded, bundle, ask.texts, ask.confirm, ask.confirm_windows)
+    report = None if ask.report is None else (ask.report, ask.report_windows)
+    return calibrated(loaded, bundle, ask.texts, ask.confirm, ask.confirm_windows, report)
 
 
 def _points(

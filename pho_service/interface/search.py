@@ -298,6 +298,10 @@ class SearchArguments(SearchOptions, MethodArguments):
         texts: The calibration's text, for steps that run it through the model; not needed with a
             bundle that ``pho.calibrate`` gave.
         confirm_windows: Windows of the text for the final perplexities.
+        report: Text that nothing was chosen on: results, the dense model, Wanda and RIA are
+            measured on it in the end. Also a data set, or a usual name such as ``wikitext2``.
+        report_windows: Windows of that text; those that the calibration or the confirmation has a
+            part of are left out.
         progress: Show bars on stderr; None shows them in terminals and notebooks.
     """
 
@@ -305,6 +309,8 @@ class SearchArguments(SearchOptions, MethodArguments):
     confirm: "Texts | None" = None
     texts: "MixedTexts | None" = None
     confirm_windows: int = 16
+    report: "Texts | None" = None
+    report_windows: int = 16
     progress: bool | None = None
 
     def request(self, pattern: str | float | Pattern, **more: Any) -> SearchRequest:
@@ -525,10 +531,6 @@ class FoundArguments(SearchArguments):
         over: How several models count: their ``mean``, or the ``worst``.
         sampler: Its name, or a sampler of Optuna, which has a seed of its own.
         finalists: How many found candidates are looked at again, beside the baselines.
-        report: Text that nothing was chosen on: the result, the dense model, Wanda and RIA are
-            measured on it in the end, for ``found.report``.
-        report_windows: Windows of that text; those that the calibration or the confirmation has a
-            part of are left out.
         validate: Random candidates, 8 or more, that the proxy is validated on by perplexity before
             the confirmation: where it does not rank, four times as many finalists are looked at.
         warm_start: What was found elsewhere in the same pattern and scope: rated first.
@@ -547,8 +549,6 @@ class FoundArguments(SearchArguments):
     over: Over | None = None
     sampler: Sampler | BaseSampler = "cmaes"
     finalists: int = _ASKED.finalists
-    report: "Texts | None" = None
-    report_windows: int = 16
     validate: int | None = None
     warm_start: Sequence[Choice] = ()
     study: optuna.Study | str | None = None

@@ -56,10 +56,13 @@ class CurvePoint:
     pattern: str  # As text
     scope: str  # Where weights compete
     sparsity: float  # The share of the weights that the pattern removes
-    perplexity: float  # Perplexity of the best that was found, as it was confirmed
+    # Perplexity of the best that was found, on the report text if there is one; of a target, which
+    # is looked for by it, on the text of the confirmation.
+    perplexity: float
     rise: float  # Rise of the perplexity over the dense model's, as a share of that
     rise_error: float | None = None  # Standard error of the rise, of paired differences
     errors: Mapping[str, float] = field(default_factory=dict)  # As of ``Perplexities``
+    measured_on: str | None = None  # Which text, in short; versions before did not say it
     # Perplexity of the dense model, on the same windows. wanda, ria: Perplexities of these methods
     # on the same windows; None where one gives NaN.
     dense: float
@@ -124,6 +127,8 @@ class CurvePoints:
             add_point(self._pareto, study, pattern.sparsity, str(pattern), self._run.fence)
         configuration = result.configuration
         perplexities = configuration.perplexities
+        if self._target is None:
+            perplexities = configuration.headline
         assert perplexities is not None  # there is a text
         self._dense = kept(study, DENSE_MEASURED, about)
         point = CurvePoint(
@@ -229,6 +234,7 @@ def curve_document(
         "model": dict(work.bundle.provenance.get("model", {})),
         "dense": points[0].dense,
         "confirmation": {**text.measured_on(), "text_sha256": text.key},
+        **({} if work.report is None else {"report": work.report.measured_on()}),
         "calibration": {"key": work.bundle.key, "seconds": seconds},
         "study": dict(study),
         "points": [point.to_dict() for point in points],
@@ -363,7 +369,7 @@ class Within(Shown):
 
 def table_of(points: Sequence[CurvePoint]) -> Table:
     """A row for each point, with the text that its perplexities are of."""
-    return points_table([point.to_dict() for point in points], points[0].configuration.confirmation)
+    return points_table([point.to_dict() for point in points], points[0].configuration)
 
 
 # The sparsities of a target are bisected, so that about log2 of them are searched. The answer was

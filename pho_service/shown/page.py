@@ -18,7 +18,7 @@ from pho_service.shown.parts import Chart, Figure, Hero, Section, Table, page, p
 from pho_service.shown.report import Report, ReportTrial
 from pho_service.spec.configuration import Configuration, Continuation
 from pho_service.spec.document import number, percent, seconds
-from pho_service.spec.perplexity import Perplexities
+from pho_service.spec.perplexity import REPORT_TEXT, Perplexities
 from pho_service.spec.recovery import Recovered
 from pho_service.spec.tasks import TaskScores
 from pho_service.tuning.result import chosen_in
@@ -182,7 +182,10 @@ def curve_section(
     if document is None:
         texts, drawn = ["Nothing is measured yet."], None
     else:
-        texts = [f"Perplexities are of {tables.text_of(document['confirmation'])}."]
+        is_report = document["points"][0].get("measured_on") == REPORT_TEXT
+        text = document["report" if is_report else "confirmation"]
+        choice = "Nothing was" if is_report else "Results were"
+        texts = [f"Perplexities are of {tables.text_of(text)}. {choice} chosen on this text."]
         drawn = charts.curve_chart(document["points"], document["dense"])
         spent = document["calibration"]["seconds"]
         if spent is not None:

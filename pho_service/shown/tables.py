@@ -19,7 +19,7 @@ from pho_service.spec.configuration import (
     Rating,
 )
 from pho_service.spec.document import listed, number, percent, seconds
-from pho_service.spec.perplexity import Perplexities, Ratio, ReportedPerplexities
+from pho_service.spec.perplexity import REPORT_TEXT, Perplexities, Ratio, ReportedPerplexities
 from pho_service.spec.recovery import Recovered
 from pho_service.spec.tasks import TaskScore, TaskScores, mean_accuracy
 
@@ -318,11 +318,12 @@ def _beside(point: Mapping[str, Any], method: str) -> str:
     return f"{number(published)} ({Ratio(result, published, error)})"
 
 
-def points_table(
-    points: Sequence[Mapping[str, Any]], measured: Confirmation | None = None
-) -> Table:
+def points_table(points: Sequence[Mapping[str, Any]], best: Configuration | None = None) -> Table:
     """A row for each sparsity of a curve or a target, with what is measured of it."""
+    is_report = any(point.get("measured_on") == REPORT_TEXT for point in points)
+    measured = None if best is None else best.report if is_report else best.confirmation
     text_note = "" if measured is None else f"Perplexities are of {text_of(measured)}. "
+    choice = "Nothing was" if is_report else "Results were"
     chosen = [point.get("configuration") or point for point in points]
     dense = next((point["dense"] for point in points if point.get("dense")), None)
     return Table(
@@ -337,20 +338,20 @@ def points_table(
                 percent(point["rise"], signed=True, error=point.get("rise_error")),
                 _beside(point, "wanda"),
                 _beside(point, "ria"),
-                result_in_words({**point, "method": choice.get("method")}),
-                choice["scope"],
+                result_in_words({**point, "method": each.get("method")}),
+                each["scope"],
                 point.get("state"),
                 {True: "yes", False: "no"}.get(point.get("within")),  # type: ignore[arg-type]
                 number(point["proxy"]),
                 point["trials"],
                 seconds(point["seconds"]),
             )
-            for point, choice in zip(points, chosen, strict=True)
+            for point, each in zip(points, chosen, strict=True)
         ],
         title="Perplexity at each sparsity"
         + (f"; the dense model has {number(dense)}" if dense else ""),
         notes=(
-            f"{text_note}In brackets: the result relative to that baseline. Results were chosen "
+            f"{text_note}In brackets: the result relative to that baseline. {choice} chosen "
             "on the text that they are measured on. Seconds cover search, confirmation, Wanda and "
             "RIA, not the calibration."
             + (_ERROR if any(point.get("rise_error") for point in points) else ""),

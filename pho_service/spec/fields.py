@@ -376,12 +376,16 @@ class ConfirmSpec(Document):
     )
 
 
-class SearchReportSpec(Document):
+class SearchReportSpec(ReportSpec):
     """What the result of a search is reported on: nothing is calibrated or chosen on it."""
 
-    text: Annotated[Name, FieldShown(argument="report", picks="texts")] = Field(
+    text: Annotated[Name | None, FieldShown(argument="report", picks="texts")] = Field(
+        None,
         description="A text file that nothing was chosen on: the result, the dense model, Wanda "
-        "and RIA are measured on it in the end."
+        "and RIA are measured on it in the end.",
+    )
+    dataset: Annotated[Name | None, FieldShown(argument="", label="Report data set")] = Field(
+        None, description="Data set instead of a file: hub id or folder; or c4 or wikitext2."
     )
     windows: Annotated[int, FieldShown(argument="report_windows")] = Field(
         16,
@@ -392,7 +396,7 @@ class SearchReportSpec(Document):
     )
 
     def __str__(self) -> str:
-        return f"{self.windows} windows of {self.text}"
+        return f"{self.windows} windows of {self.text or self.dataset}"
 
 
 class RecoverySpec(Document, Recovery):

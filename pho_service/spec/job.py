@@ -686,7 +686,7 @@ class JobSpec(Document):
         if self.confirm is not None and self.confirm.text is not None:
             yield partial(check_field, "confirm/text", access.text, self.confirm.text)
         if self.report is not None:
-            yield partial(check_field, "report/text", access.text, self.report.text)
+            yield partial(self.report.check_text, "report", access)
         if self.recovery is not None and self.recovery.text is not None:
             yield partial(check_field, "recovery/text", access.text, self.recovery.text)
         if self.tasks_dir is not None:
@@ -716,7 +716,7 @@ class JobSpec(Document):
                 tokens += (measured + 1) * self.calibration.tokens
             limits.check_tokens("/confirm/windows", tokens)
         if self.report is not None:
-            tokens += self.report.windows * self.calibration.context_length
+            tokens += points * self.report.windows * self.calibration.context_length
             limits.check_tokens("/report/windows", tokens)
         if (how := self.recovery_settings(share=1)) is not None:  # the most that it can be
             given = "recovery/minutes" if how.tokens is None else "recovery/tokens"
@@ -751,6 +751,7 @@ class JobSpec(Document):
             "model": access.placed_model(self.model),
             "more_models": [access.placed_model(name) for name in self.more_models],
             "calibration": self.calibration.placed(access),
+            "report": self.report and self.report.placed(access),
         }
         return self.model_copy(update=changes)
 
@@ -791,11 +792,7 @@ def check_several(spec: "JobSpec") -> None:
         "confirm: null": (spec.confirm is None, "they are compared by perplexity"),
         "islands": (spec.islands > 1, "each pattern has one study"),
         "warm_start": (spec.warm_start is not None, "what was found elsewhere is of one pattern"),
-        "fork_of": (spec.fork_of is not None, "the trials of a job are of one pattern"),
-        "report": (
-            spec.report is not None,
-            "measure the pattern that you take afterwards, with `pho compare`",
-        ),
+        "fork_of": (spec.fork_of is not None, "trials are of one pattern: clone the job instead"),
         "timeout_s": (spec.timeout_s is not None, "each pattern is searched to its end"),
         "prune": (
             spec.prune and spec.patterns is not None,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -173,6 +173,7 @@ class Perplexities(Document):
     ria: float | None = None
     errors: dict[str, float] = Field(default_factory=dict, exclude_if=lambda errors: not errors)
     ria_scope: Literal["row", "layer"] | None = Field(None, exclude_if=lambda scope: scope is None)
+    label: ClassVar[str] = "chosen on this text"  # which text it is, in lists
 
     @classmethod
     def of(
@@ -191,7 +192,7 @@ class Perplexities(Document):
     @property
     def choice(self) -> str:
         """Tell whether the result was chosen on the text."""
-        return "chosen on this text"
+        return self.label
 
     @property
     def titles(self) -> dict[str, str]:
@@ -217,6 +218,7 @@ class Perplexities(Document):
             "rise": self.rise,
             "rise_error": rise and rise.rise_error,
             "errors": self.errors,
+            "measured_on": self.label,
             **{name: getattr(self, name) for name in REFERENCES},
         }
 
@@ -243,6 +245,9 @@ class Perplexities(Document):
         return f"{in_words(self.dense, {'pruned': pruned}, methods)}; {self.choice}"
 
 
+REPORT_TEXT = "report text"
+
+
 class ReportedPerplexities(Perplexities):
     """
     The same on a report text: in windows that nothing was calibrated or chosen on.
@@ -255,6 +260,7 @@ class ReportedPerplexities(Perplexities):
     tokens: int
     context_length: int
     text: dict[str, Any]
+    label: ClassVar[str] = REPORT_TEXT
 
     @property
     def choice(self) -> str:

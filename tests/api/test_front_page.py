@@ -182,7 +182,7 @@ def test_a_row_tells_what_was_asked_its_stage_and_what_was_found_beside_the_dens
     assert "org/name +1 2:4 best" in row(page, more)
     assert "running, perplexity 1 of 3" in row(page, measured)
     assert "a +1 0.5 transfer queued" in row(page, transfer)
-    assert "succeeded 17.25 13.80 +25.0% 25.0%" in row(page, over)
+    assert "succeeded 17.25 chosen on this text 13.80 +25.0% 25.0%" in row(page, over)
     assert len(page.of("progress")) == 2
 
 

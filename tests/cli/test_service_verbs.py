@@ -231,14 +231,17 @@ def test_jobs_are_listed_by_model_pattern_and_name(remote, client):
 
 def test_of_several_patterns_the_list_has_the_lowest_and_the_highest(client):
     job = client.job(client.submit(SPEC).id)
-    known = {"scope": "layer", "state": "done", "trials_done": 8, "dense": 20.0, "wanda": 30.0}
+    known = {
+        "scope": "layer", "state": "done", "trials_done": 8, "dense": 20.0, "wanda": 30.0,
+        "measured_on": "report text",
+    }  # fmt: skip
     points = [
         Point(pattern=f"{s}", sparsity=s, perplexity=p, rise=p / 20 - 1, ria=p + 2, **known)
         for s, p in ((0.3, 22.0), (0.5, 26.0))
     ]
 
     assert good(job.model_copy(update={"points": points})) == [
-        "20.00", "22.00 to 26.00", "+10.0% to +30.0%", "30.00", "24.00 to 28.00",
+        "20.00", "22.00 to 26.00", "report text", "+10.0% to +30.0%", "30.00", "24.00 to 28.00",
     ]  # fmt: skip
 
 

@@ -34,6 +34,26 @@ def test_a_point_is_what_pho_search_finds_there_beside_its_references_the_model_
     assert weights()
 
 
+def test_with_a_report_text_a_point_tells_its_perplexities_on_it_and_a_target_is_not_chosen_on_it(
+    tiny_llama, bundle, texts
+):
+    options = {
+        "model": tiny_llama, "confirm": texts["confirmation"], "trials": 9, "preset": "score",
+        "report": texts["report"], "report_windows": 4,
+    }  # fmt: skip
+    curve = pho.curve(bundle, [0.55], **options)
+    answer = pho.search_within(bundle, 5.0, step=0.25, lowest=0.3, highest=0.55, **options).answer
+    report, chosen = answer.configuration.report, answer.configuration.perplexities
+    (point,) = curve.points
+
+    assert point.perplexity == point.configuration.report.pruned == report.pruned
+    assert (point.dense, point.rise) == (report.dense, report.rise)
+    assert (point.measured_on, answer.measured_on) == ("report text", "chosen on this text")
+    assert answer.perplexity == chosen.pruned != report.pruned
+    assert "Nothing was chosen" in repr(curve)
+    assert "report" in repr(curve)
+
+
 def test_within(tiny_llama, bundle, texts):
     """The answer can be pruned with, and says its target; a rule that is broken is named."""
     options = {

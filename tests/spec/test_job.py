@@ -99,7 +99,7 @@ WRONG = [
     ({"more_models": ["b"], "validation": {}}, ("validation",)),
     ({"more_models": ["b"], "report": {"text": "r.txt"}}, ("report",)),
     ({"confirm": None, "report": {"text": "r.txt"}}, ("report",)),
-    ({"report": {}}, ("report", "text")),
+    ({"report": {}}, ("report",)),
     ({"report": {"text": "r.txt", "windows": 0}}, ("report", "windows")),
     ({"more_models": ["b"], "objective": {"name": "gini"}}, ("objective",)),
     ({"objective": {"over": "mean"}}, ("objective",)),

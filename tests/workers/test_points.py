@@ -7,6 +7,7 @@ import optuna
 import pytest
 from optuna.trial import create_trial
 
+from pho_service.api.view import JobView
 from pho_service.errors import TargetMissed
 from pho_service.models.scratch import Memo
 from pho_service.pipeline import rating
@@ -79,6 +80,22 @@ def test_each_patterns_configuration_is_that_of_pho_search_at_it_after_one_calib
     assert [stage.attempt for stage in job.of_kind(StageKind.POINT)] == [2, 1]
     assert [mine["configuration"] for mine in found(job)] == alone
     assert_pareto(desk.store, job)
+
+
+@pytest.mark.usefixtures("datasets_cache")
+def test_each_pattern_is_reported_on_a_data_set_if_that_is_asked(hand, small):
+    folder = hand.folder / "set"
+    folder.mkdir()
+    (folder / "train.jsonl").write_bytes((hand.folder / "report.jsonl").read_bytes())
+    report = {"dataset": "set", "split": "train", "windows": 3}
+    job = hand.done(small(pattern=None, patterns=["0.3", "0.5"], report=report))
+    points = JobView(job).answer.measured
+
+    for point, mine in zip(points, found(job), strict=True):
+        reported = mine["configuration"]["report"]
+        assert (point.perplexity, point.dense) == (reported["pruned"], reported["dense"])
+        assert point.measured_on == "report text"
+        assert reported["text"]["source"].endswith("/set train")
 
 
 def _killed(*_, **__):
