@@ -196,7 +196,7 @@ def _check_windows(spec: JobSpec, access: Access) -> None:
 
 # Parts of a document that values of trials depend on, by the sections that their fields are in.
 _RATED_BY = (MODEL, TEXT, PRUNED)
-MOST_INHERITED = 10_000  # trials of a job that are read for a fork: some seconds
+MOST_INHERITED = 3000  # trials of a job that are read for a fork, in some seconds
 
 
 def inherit(spec: JobSpec, parent_id: UUID, service: Service, caller: Caller) -> Heritage:
