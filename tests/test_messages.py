@@ -45,7 +45,7 @@ OF_NO_JOB = {
     "pho_service/pipeline/recover.py": {"device_map"},  # several processes are no worker's
     "pho_service/pipeline/search.py": {"study"},  # where a study's URL is given
     "pho_service/pipeline/writing.py": {"tokens"},
-    "pho_service/pipeline/llama_bench.py": {"batch"},
+    "pho_service/pipeline/llama_bench.py": {"batch", "device", "runtime", "types"},
     # Of a comparison and of benchmarks, which no job makes.
     "pho_service/spec/verbs.py": {"seeds", "types", "converter", "context_length", "runtime"},
 }

@@ -547,7 +547,7 @@ def bench(models: tuple[str, ...], ask: _BenchAsk, as_json: bool) -> None:
         on = None
         if ask.report is not None:
             on = ReportedOn(text_source(ask.report, measured=True), ask.report.windows)
-        benchmark = bench_llama(models, settings, ask, on, progress=progress)
+        benchmark = bench_llama(models, settings, ask, on, where=ask, progress=progress)
     if as_json:
         print_json(
             {

@@ -427,7 +427,7 @@ def bench(ask: BenchArguments) -> pipeline.Bench:
         if ask.report is not None:
             report = ReportedOn(text_of(ask.report), ask.report_windows)
         names = [str(model) for model in models]
-        return bench_llama(names, settings, ask, report, progress=bars(ask.progress))
+        return bench_llama(names, settings, ask, report, where=ask, progress=bars(ask.progress))
     if ask.report is not None:
         raise InvalidInput(
             'report is for runtime="llama.cpp". For models in torch, pho.evaluate gives the '

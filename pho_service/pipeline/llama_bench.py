@@ -35,7 +35,7 @@ from pho_service.pruning.perplexity import DenseReference, dense_reference, rate
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.export import GgufType
 from pho_service.spec.perplexity import Perplexity
-from pho_service.spec.verbs import BenchSettings, LlamaAsk
+from pho_service.spec.verbs import BenchSettings, LlamaAsk, Where
 
 if TYPE_CHECKING:
     from pho_service.models.texts import Text
@@ -75,10 +75,11 @@ def bench_llama(
     ask: LlamaAsk,
     report: ReportedOn | None = None,
     *,
+    where: Where | None = None,
     progress: Progress = silent,
 ) -> Bench:
     """Measure models beside each other in llama.cpp: files, servers, and folders in some types."""
-    check_llama(models, settings, ask)
+    check_llama(models, settings, ask, where or Where())
     with ExitStack() as stack:
         folder = Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=scratch_folder(0)))
@@ -101,8 +102,18 @@ def bench_llama(
     return Bench(sides=sides, settings=settings, conditions=_conditions(rows, report))
 
 
-def check_llama(models: Sequence[str], settings: BenchSettings, ask: LlamaAsk) -> None:
+def check_llama(
+    models: Sequence[str], settings: BenchSettings, ask: LlamaAsk, where: Where
+) -> None:
     """See before any long work that all of it can be measured."""
+    device, dtype = field_name("device", where.device), field_name("dtype", where.dtype)
+    of_torch = {device: where.device, dtype: where.dtype}
+    if given := [name for name, value in of_torch.items() if value != "auto"]:
+        raise InvalidInput(
+            f"{', '.join(given)}: llama.cpp runs where its own build does, in the types of the "
+            f"files. Leave it out; choose types by {field_name('types', 'bf16')}, or measure in "
+            f"torch: {field_name('runtime', 'torch')}."
+        )
     if settings.batch != 1:
         raise InvalidInput(
             f"{field_name('batch', settings.batch)}: llama.cpp is measured with one prompt at a "

@@ -216,6 +216,10 @@ def test_python_has_an_argument_with_the_same_sentence_for_what_the_terminal_has
 def test_a_wrong_value_of_what_a_verb_is_asked_is_told_with_its_option():
     for words, message in (
         ("bench m --rounds 0", "--rounds 0 is below 1."),
+        (
+            "bench m --runtime llama.cpp --device cuda:1 --dtype bfloat16",
+            "--device cuda:1, --dtype bfloat16: llama.cpp runs where its own build does",
+        ),
         ("evaluate m --text t --max-windows 0", "--max-windows 0 is below 1."),
         ("compare m --pattern 0.5 --seeds 0,1,1", "--seeds 0,1,1: one is given twice"),
         ("compare m --pattern 0.5 --report-windows 0", "--report-windows 0 is below 1"),

@@ -146,6 +146,8 @@ REFUSED = [
     (lambda p: pho.objective(p.bundle, "0.5", preset="score", objective="perplexity"),
      InvalidInput, "needs a model"),
     (lambda p: search(p, objective=lambda *_: None), InvalidInput, "gave None and not a number"),
+    (lambda _: pho.bench("dense", runtime="llama.cpp", dtype="float16"), InvalidInput,
+     r"^dtype='float16': llama\.cpp .* types='bf16', or measure in torch: runtime='torch'"),
     (lambda _: pho.serach, AttributeError, r"no attribute 'serach'\. Did you mean search\?"),
     (lambda p: rate(p, optuna.create_study(), objective="gini"), StudyError,
      "direction='maximize'"),
