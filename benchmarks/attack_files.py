@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from attack_target import Attack, Target
+from local_service import write_text
 
 MOST_BYTES = 4 * 2**30  # that a worker may be resident with
 SECRET = "secret_header_apikey"  # noqa: S105 - what must not be told
@@ -196,6 +197,29 @@ def _deep(target: Target) -> str | None:
     return ", ".join(wrong)
 
 
+def _lying_blocks(target: Target) -> str | None:
+    """Cuts of models that say that they have other neurons and heads than their weights."""
+    write_text(target.folder / "confirm.txt", seed=target.seed)
+    confirm = {"text": "confirm.txt", "finalists": 1, "windows": 2}
+    about = {"pattern": "structured:20%", "preset": "best", "confirm": confirm}
+    honest = target.wait(target.job(**about))
+    if honest["state"] != "succeeded":
+        return f"the honest model's cut is {honest['state']}, so nothing was tried"
+    wrong = []
+    for field, value in (
+        ("intermediate_size", 10**9), ("intermediate_size", 0), ("intermediate_size", -64),
+        ("num_attention_heads", 5), ("num_attention_heads", 10**7), ("num_attention_heads", 0),
+        ("num_key_value_heads", 3), ("num_key_value_heads", 0), ("head_dim", 7),
+        ("head_dim", 10**9),
+    ):  # fmt: skip
+        folder = _model(target, f"blocks-{field}-{value}")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, field: value}))
+        found = _refused(target, "cannot be loaded", model=folder.name, **about)
+        wrong += [f"{field} {value}: {found}"] if found else []
+    return ", ".join(wrong)
+
+
 def _tokenizer(target: Target) -> str | None:
     """A tokenizer whose pattern makes its library panic, or search for ever."""
     folder = _model(target, "panic")
@@ -238,6 +262,7 @@ FILES = (
     Attack(name="index of weights", about="3 that name files outside", run=_index),
     Attack(name="cards of data sets", about="3 files outside, 1 address", run=_cards),
     Attack(name="deep model", about="10^8 layers, 10^8 experts", run=_deep),
+    Attack(name="lying blocks", about="10 cuts of other widths and heads", run=_lying_blocks),
     Attack(name="panic", about="a tokenizer's pattern with nested repeats", run=_tokenizer),
     Attack(name="odd weights", about="4 files that are no weights", run=_odd_weights),
 )  # fmt: skip
