@@ -264,11 +264,11 @@ class _Job:
 
     def _search(self, spec: JobSpec, made: Sequence[Calibration]) -> None:
         """Find the configuration, or those of several patterns."""
-        if spec.is_cut:
-            self._conduct_cut(spec, made)
-        elif spec.several:
+        if spec.several:
             points = self._points()
             self._journal.once("finish", lambda _: self._finish_points(points), Finished)
+        elif spec.is_cut:
+            self._conduct_cut(spec, made)
         else:
             islands = range(spec.islands)
             conduct(
@@ -429,7 +429,7 @@ class _Job:
             with run.fence():
                 show_result(study, one, point.configuration)
             self._work.check()
-            if spec.target is None:
+            if spec.target is None and not spec.is_cut:  # a cut is of one model's blocks
                 self._journal.library = [
                     LibraryAddition(point.configuration.model_dump(mode="json"))
                 ]
@@ -499,9 +499,9 @@ def pareto_of_job(store: JobStore, claim: Claim, storage: RDBStorage) -> optuna.
     spec = JobSpec.model_validate(claim.job.spec)
     if len(spec.points) == 1:
         return None
-    objective = spec.request(0).objective
+    request = spec.request(0)
     name = pareto_study_name(claim.job.name)
     with store.fence(claim, storage):
-        study = pareto_study(name, objective.direction, objective.label, storage)
+        study = pareto_study(name, request.objective.direction, request.rated_by, storage)
         show_curve(study, spec)
     return study

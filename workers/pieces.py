@@ -75,7 +75,7 @@ def show_curve(study: optuna.Study, spec: JobSpec) -> None:
     lines = [
         f"**Model** `{spec.model}`, {goal}",
         "",
-        f"Sparsity and {spec.request(0).objective.label} of the trials of all patterns; those of a "
+        f"Sparsity and {spec.request(0).rated_by} of the trials of all patterns; those of a "
         "pattern are added when its search is confirmed. Each has its pattern, its study and its "
         "number there as attributes.",
     ]

@@ -21,7 +21,6 @@ from pho_service.shown.parts import content_security_policy
 from pho_service.shown.report import LayerCell, Report, StageTime
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.objective import is_maximised
-from pho_service.spec.structure import ESTIMATE
 from storage import records as stored
 from storage.records import StageKind, StageState
 from storage.studies import read_trials
@@ -134,8 +133,7 @@ def _of_search(service: Service, view: JobView, *, whole: bool) -> Report:
         transfers = service.configurations.transfers(job.best, owner_id=job.owner_id)
     studies = _studies(service, view, whole=whole)
     measured = {n: value for n, value in view.perplexities.items() if value is not None}
-    objective = spec.request(0).objective
-    maximised = is_maximised(objective.name)
+    maximised, rated_by = is_maximised(spec.objective.name), spec.request(0).rated_by
     return Report(
         title=job.name,
         subject="search",
@@ -145,7 +143,7 @@ def _of_search(service: Service, view: JobView, *, whole: bool) -> Report:
         warnings=[*(job.warnings or ()), *view.notes],
         configuration=configuration,
         recovery=view.recovery,
-        objective=ESTIMATE if spec.is_cut else objective.label,
+        objective=rated_by,
         maximised=maximised,
         trials=with_measurements(
             trials_of(studies, 1 if several else view.islands),

@@ -68,7 +68,9 @@ class JobDocument:
         else:
             models, candidate = [document["model"], *document.get("more_models", ())], document
         target = document.get("target")
-        is_cut = not is_transfer and is_structured(document.get("pattern"))
+        first = document.get("pattern") or (document.get("patterns") or [None])[0]
+        of_cuts = is_structured(first) or bool((target or {}).get("structured"))
+        is_cut = of_cuts and not is_transfer
         preset = document.get("preset", "score")
         if is_transfer or is_cut:  # which have none
             preset = "transfer" if is_transfer else "cut"
@@ -380,7 +382,7 @@ class JobView:
         if self.document.is_cut:
             raise self.conflict(
                 "a_cut",
-                f"The job has the pattern {self.document.pattern}: every split of its share was "
+                f"The job has {self.document.sparsity[1]}: every split of its share was "
                 "rated, and it is of the blocks of this model. Submit a job for another model or "
                 "another share.",
             )

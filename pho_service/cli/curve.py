@@ -24,7 +24,7 @@ from pho_service.cli.options import (
 )
 from pho_service.cli.terminal import print_json, say, show_table, tell
 from pho_service.errors import InvalidInput, OutputError
-from pho_service.spec.curve import CURVE_FINALISTS, Target, curve_patterns
+from pho_service.spec.curve import FEW_FINALISTS, Target, curve_patterns
 from pho_service.spec.document import PRUNED, FieldShown, number
 from pho_service.spec.objective import SearchOptions, options_of
 from pho_service.spec.pattern import Pattern
@@ -72,8 +72,8 @@ def curve(model: str, given: Given, ask: _CurveAsk, inputs: Terminal, as_json: b
 
     MODEL is calibrated once, and searched at each pattern. The folder --out gets
     the plot (curve.html), the table (curve.json) and the configuration of each
-    point (0.5.json, 2-4.json) for `pho prune`. An interrupted curve continues with
-    the same command.
+    point (0.5.json, 2-4.json, structured-20.json) for `pho prune`. An interrupted
+    curve continues with the same command.
 
     \b
     Example:
@@ -114,8 +114,8 @@ def curve(model: str, given: Given, ask: _CurveAsk, inputs: Terminal, as_json: b
 
 def point_spec(model: str, given: Given, pattern: Pattern) -> "JobSpec":
     """The document of one point's search."""
-    scope = {} if pattern.group else {"scope": pattern.scope.value}
-    document = given.document({"model": model, "confirm": {"finalists": CURVE_FINALISTS}})
+    scope = {} if pattern.free_scope is None else {"scope": pattern.free_scope}
+    document = given.document({"model": model, "confirm": {"finalists": FEW_FINALISTS}})
     document.pop("scope", None)
     return given.job({**document, "pattern": str(pattern), **scope})
 
@@ -219,7 +219,8 @@ def _write(folder: Path, document: dict[str, Any]) -> None:
     write_json(folder / "curve.json", document)
     write_text(folder / "curve.html", curve_page(document))
     for point in document["points"]:
-        write_json(folder / f"{point['pattern'].replace(':', '-')}.json", point["configuration"])
+        name = point["pattern"].replace(":", "-").removesuffix("%")
+        write_json(folder / f"{name}.json", point["configuration"])
 
 
 def search_within(
@@ -238,7 +239,7 @@ def search_within(
             "--within is of one model's perplexity, and several models are given. Search for each "
             "of them alone."
         )
-    specs = [_spec(models[0], given, sparsity) for sparsity in target.sparsities]
+    specs = [_spec(models[0], given, pattern) for pattern in target.patterns(given("scope"))]
     whole = _whole(models[0], given, {})
     with (
         open_curve(whole, specs, study, inputs, began) as opened,
@@ -247,8 +248,8 @@ def search_within(
         return target_found(target, find_points(points.find, opened.requests, target))
 
 
-def _spec(model: str, given: Given, sparsity: float) -> "JobSpec":
-    document = given.document({"model": model, "pattern": str(sparsity)})
+def _spec(model: str, given: Given, pattern: Pattern) -> "JobSpec":
+    document = given.document({"model": model, "pattern": str(pattern)})
     del document["target"]
     return given.job(document)
 

@@ -28,12 +28,10 @@ from pho_service.pipeline.curve import (
 from pho_service.pipeline.search import check_study_url
 from pho_service.pipeline.work import Work
 from pho_service.shown.parts import Drawn, Shown, Table
-from pho_service.spec.curve import CURVE_FINALISTS, HIGHEST, LOWEST, STEP, Target, curve_patterns
+from pho_service.spec.curve import FEW_FINALISTS, LOWEST, STEP, Target, curve_patterns
 from pho_service.spec.objective import Sampler
 from pho_service.spec.pattern import Pattern
 from pho_service.tuning.plan import SearchRequest
-
-_ASKED = SearchRequest(pattern=Pattern(sparsity=0.5))  # for its defaults
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
@@ -90,7 +88,8 @@ class PointsArguments(SearchArguments):
         bundle: What ``pho.calibrate`` gave, or the path of its file.
         model: That of the bundle, in memory or by its name.
         sampler: A name; an object of Optuna would carry what it learnt into the next point.
-        finalists: How many found candidates of each point are confirmed, beside the baselines.
+        finalists: How many found candidates of each point are confirmed, beside the baselines;
+            None takes 5, and 2 of a cut.
         study: URL of a database for the studies, where an interrupted curve goes on; None keeps
             them in memory.
         minutes: Time for all points together, on this machine, without the calibration: finalists
@@ -101,7 +100,7 @@ class PointsArguments(SearchArguments):
     bundle: Given = field(kw_only=False)
     model: Model
     sampler: Sampler = "cmaes"
-    finalists: int = _ASKED.finalists
+    finalists: int | None = None
     study: str | None = None
     minutes: float | None = None
 
@@ -116,12 +115,13 @@ class CurveArguments(PointsArguments):
     Arguments of ``pho.curve``.
 
     Attributes:
-        patterns: Shares of the weights to remove and N:M: ``[0.3, 0.5, 0.7, "2:4"]``.
+        patterns: Shares of the weights to remove and N:M: ``[0.3, 0.5, 0.7, "2:4"]``; or cuts, as
+            ``["structured:10%", "structured:20%"]``.
         scope: Scope of the ratios: ``row``, ``layer`` or ``global``; N:M has only ``row``.
     """
 
     patterns: Sequence[str | float | Pattern] = field(kw_only=False)
-    finalists: int = CURVE_FINALISTS
+    finalists: int | None = FEW_FINALISTS
 
 
 @arguments(CurveArguments)
@@ -164,13 +164,16 @@ class WithinArguments(PointsArguments):
         perplexity_rise: Most that the perplexity may rise, as a share: 0.05 is 5 %.
         step: Distance of the sparsities that may be the answer, 0.005 to 0.25.
         lowest: The lowest of them.
-        highest: The highest of them.
+        highest: The highest of them; None is 0.95, and 0.5 of a cut.
+        structured: Cut neurons, heads and blocks, instead of removing single weights: sparsities
+            are shares of the blocks' weights.
     """
 
     perplexity_rise: float = field(kw_only=False)
     step: float = STEP
     lowest: float = LOWEST
-    highest: float = HIGHEST
+    highest: float | None = None
+    structured: bool = False
 
 
 @arguments(WithinArguments)
@@ -186,8 +189,10 @@ def search_within(ask: WithinArguments) -> Within:
         TargetMissed: The lowest sparsity is outside already.
         InvalidInput, ModelError, BundleError, TextError, StudyError: As of ``pho.curve``.
     """
-    target = Target.of(**{name: getattr(ask, name) for name in Target.model_fields})
-    requests = [ask.request(sparsity) for sparsity in target.sparsities]
+    values = {name: getattr(ask, name) for name in Target.model_fields}
+    target = Target.of(**{name: value for name, value in values.items() if value is not None})
+    unscoped = replace(ask, scope=None)
+    requests = [unscoped.request(pattern) for pattern in target.patterns(ask.scope)]
     work = _work(ask, requests)
     if ask.minutes is not None:
         document = target.model_dump(mode="json")

@@ -54,6 +54,7 @@ from pho_service.shown.report import LayerCell, Report, layer_cells
 from pho_service.shown.tables import configuration_rows, continuations_table, results_table
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.configuration import Configuration, Continuation, write_configuration
+from pho_service.spec.curve import FEW_FINALISTS
 from pho_service.spec.document import number, sentences_of
 from pho_service.spec.fields import ValidationSpec
 from pho_service.spec.minutes import SizeName
@@ -229,6 +230,8 @@ class MethodArguments(LinearArguments):
     ) -> SearchRequest:
         """The request for a pattern, with more of its fields as ``options``."""
         parts = parsed(pattern, self.scope)
+        if options.get("finalists", 0) is None:
+            options["finalists"] = FEW_FINALISTS if parts.structured else _ASKED.finalists
         if parts.structured:
             return self._cut_request(parts, **options)
         preset = Preset.of(self.preset, parts).changed(self._steps(), self._bounds())
@@ -530,7 +533,8 @@ class FoundArguments(SearchArguments):
         model: That of the bundle, in memory or by its name. Without it nothing is confirmed.
         over: How several models count: their ``mean``, or the ``worst``.
         sampler: Its name, or a sampler of Optuna, which has a seed of its own.
-        finalists: How many found candidates are looked at again, beside the baselines.
+        finalists: How many found candidates are looked at again, beside the baselines; None takes
+            5, and 2 of a cut.
         validate: Random candidates, 8 or more, that the proxy is validated on by perplexity before
             the confirmation: where it does not rank, four times as many finalists are looked at.
         warm_start: What was found elsewhere in the same pattern and scope: rated first.
@@ -548,7 +552,7 @@ class FoundArguments(SearchArguments):
     model: Model | None = None
     over: Over | None = None
     sampler: Sampler | BaseSampler = "cmaes"
-    finalists: int = _ASKED.finalists
+    finalists: int | None = None
     validate: int | None = None
     warm_start: Sequence[Choice] = ()
     study: optuna.Study | str | None = None

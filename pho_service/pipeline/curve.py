@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from pho_service.errors import TargetMissed, field_name
 from pho_service.models.loading import LanguageModel
 from pho_service.models.structure import Anatomy, block_shapes
+from pho_service.pipeline.prune import winner_of
 from pho_service.pipeline.search import (
     IslandSearch,
     Journal,
@@ -155,7 +156,7 @@ class CurvePoints:
         before, answer = self._answer(self._points[:-1]), self._answer(self._points)
         for point in (before, self._points[-1]):
             if point is not None and point is not answer:
-                blocks = self._work.blocks(point.configuration.candidate())
+                blocks = self._work.blocks(winner_of(point.configuration))
                 if blocks is not None:
                     blocks.remove()
 
@@ -208,9 +209,9 @@ def opened_points(
     # They are kept in a database, or in memory if ``url`` is None. ``note`` is called with the
     # study of each search before it begins.
     names = [name_of_study(request, work) for request in requests]
-    name, objective = pareto_name(Path(work.model.name).name, names), requests[0].objective
+    name, request = pareto_name(Path(work.model.name).name, names), requests[0]
     with opened_studies(url) as storage:
-        pareto = pareto_study(name, objective.direction, objective.label, storage)
+        pareto = pareto_study(name, request.objective.direction, request.rated_by, storage)
 
         def record(request: SearchRequest) -> optuna.Study:
             study = study_of(storage, request, work)
@@ -412,9 +413,11 @@ def is_inside(target: Target, point: CurvePoint) -> bool:
 def _missed(target: Target, points: Sequence[CurvePoint]) -> str:
     shown = ", ".join(f"{number(point.perplexity)} at {point.pattern}" for point in points)
     dense = points[0].dense
+    better = f"search with a better {field_name('preset')}, such as best"
+    if target.structured:
+        better = f"a smaller cut: {field_name('target/lowest', target.step)}"
     return (
         f"no sparsity is within {target}: the dense model's perplexity is {number(dense)}, so at "
         f"most {number(target.limit(dense))} is wanted, and already the lowest sparsity, "
-        f"{target.lowest:g}, is above. Measured: {shown}. Allow a higher rise, or search with a "
-        f"better {field_name('preset')}, such as best."
+        f"{target.lowest:g}, is above. Measured: {shown}. Allow a higher rise, or {better}."
     )

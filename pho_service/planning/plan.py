@@ -207,9 +207,12 @@ def plan_job(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> Plan:
 def _of_several(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> Plan:
     """
     The plan of a job with several patterns: what is done at each of them takes as long as at the
-    first of its kind. The model that is pruned in the end is that of the first.
+    first of its kind; at each of several cuts, as at the one in the middle. The model that is
+    pruned in the end is that one's.
     """
     patterns, firsts = spec.points, first_of_kinds(spec.points)
+    if spec.is_cut:  # the more may leave, the longer it takes to try what is worst left out
+        firsts = [patterns[len(patterns) // 2]]
     unpruned = spec.model_copy(update={"prune": False})  # nothing is kept of so many winners
     plans = [plan_job(unpruned.of_pattern(pattern), shapes, machine) for pattern in firsts]
     for width in {linear.in_features for linear in shapes.linears}:

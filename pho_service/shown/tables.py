@@ -21,6 +21,7 @@ from pho_service.spec.configuration import (
 from pho_service.spec.document import listed, number, percent, seconds
 from pho_service.spec.perplexity import REPORT_TEXT, Perplexities, Ratio, ReportedPerplexities
 from pho_service.spec.recovery import Recovered
+from pho_service.spec.structure import is_structured
 from pho_service.spec.tasks import TaskScore, TaskScores, mean_accuracy
 
 MEASURES: tuple[Literal["perplexity", "proxy"], ...] = ("perplexity", "proxy")
@@ -326,6 +327,10 @@ def points_table(points: Sequence[Mapping[str, Any]], best: Configuration | None
     choice = "Nothing was" if is_report else "Results were"
     chosen = [point.get("configuration") or point for point in points]
     dense = next((point["dense"] for point in points if point.get("dense")), None)
+    brackets = "In brackets: the result relative to that baseline. "
+    covered = "search, confirmation, Wanda and RIA"
+    if any(is_structured(point["pattern"]) for point in points):
+        brackets, covered = "", "search and confirmation"  # nothing published is cut beside
     return Table(
         (
             "pattern", "perplexity", "against dense", "Wanda", "RIA", "result", "scope", "state",
@@ -339,7 +344,7 @@ def points_table(points: Sequence[Mapping[str, Any]], best: Configuration | None
                 _beside(point, "wanda"),
                 _beside(point, "ria"),
                 result_in_words({**point, "method": each.get("method")}),
-                each["scope"],
+                None if is_structured(point["pattern"]) else each["scope"],
                 point.get("state"),
                 {True: "yes", False: "no"}.get(point.get("within")),  # type: ignore[arg-type]
                 number(point["proxy"]),
@@ -351,9 +356,8 @@ def points_table(points: Sequence[Mapping[str, Any]], best: Configuration | None
         title="Perplexity at each sparsity"
         + (f"; the dense model has {number(dense)}" if dense else ""),
         notes=(
-            f"{text_note}In brackets: the result relative to that baseline. {choice} chosen "
-            "on the text that they are measured on. Seconds cover search, confirmation, Wanda and "
-            "RIA, not the calibration."
+            f"{text_note}{brackets}{choice} chosen on the text that they are measured on. "
+            f"Seconds cover {covered}, not the calibration."
             + (_ERROR if any(point.get("rise_error") for point in points) else ""),
         ),
     ).without_empty()  # fmt: skip

@@ -51,7 +51,7 @@ def search_in_words(spec: JobSpec) -> dict[str, str]:
 def _cut_in_words(spec: JobSpec) -> dict[str, str]:
     return {
         "model": spec.model,
-        "pattern": pattern_in_words(str(spec.pattern)),
+        **{name: words for name, words in _patterns(spec).items() if name != "scope"},
         "splits": "all, rated by what they are estimated to cost",
         **_minutes(spec),
         "calibration": _calibration(spec.calibration, spec.free_sizes),

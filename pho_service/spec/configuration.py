@@ -247,7 +247,9 @@ class Configuration(Document):
             raise InvalidInput(
                 f"the configuration is of pattern {self.pattern}, which cuts neurons, heads and "
                 "blocks of its own model: `pho prune MODEL --config` does that, and nothing else "
-                "takes it. Give one that was found at a share of the weights (0.5) or N:M (2:4)."
+                "takes it. A search on another model rates all of its splits after the same "
+                f"calibration: `pho search MODEL --pattern {self.pattern}`. Or give one that was "
+                "found at a share of the weights (0.5) or N:M (2:4)."
             )
         return Candidate(
             method=self.method,

@@ -10,10 +10,10 @@ from pydantic import Field, ValidationError, model_validator
 from pho_service.errors import InvalidInput
 from pho_service.spec.document import Document, FieldShown, broken_rule
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.structure import MOST_OF_THE_BLOCKS, structured_pattern
 
 MOST_PATTERNS = 32
-CURVE_FINALISTS = 2  # of each pattern: a confirmation is most of what a further pattern takes
-CUT_FINALISTS = 2  # each is cut block by block, which is most of what a search takes
+FEW_FINALISTS = 2  # of each of several patterns, or of a cut: most of what takes time
 STEP, LOWEST, HIGHEST = 0.025, 0.05, 0.95  # of a target's sparsities
 
 
@@ -30,8 +30,12 @@ def curve_patterns(values: Sequence[str | float | Pattern], scope: str | None) -
             f"{len(patterns)} patterns are given, but a curve has 1 to {MOST_PATTERNS}. Give some, "
             "such as 0.3,0.5,0.7,2:4."
         )
-    for pattern in patterns:
-        pattern.refuse_structured("a curve prunes single weights; search each cut alone")
+    cuts = [pattern for pattern in patterns if pattern.structured]
+    if 0 < len(cuts) < len(patterns):
+        raise InvalidInput(
+            f"{cuts[0]} cuts neurons, heads and blocks, and other patterns of the curve remove "
+            "single weights: shares of the two do not compare. Ask for two curves."
+        )
     names = [str(pattern) for pattern in patterns]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
@@ -67,7 +71,29 @@ class Target(Document):
     ] = Field(LOWEST, gt=0, lt=1, description="The lowest sparsity that is tried.")
     highest: Annotated[
         float, FieldShown(help="With --within: the highest sparsity that may be the answer.")
-    ] = Field(HIGHEST, gt=0, lt=1, description="The highest sparsity that is tried.")
+    ] = Field(
+        HIGHEST,
+        gt=0,
+        lt=1,
+        description=f"The highest sparsity that is tried; {MOST_OF_THE_BLOCKS:g} if structured.",
+    )
+    structured: Annotated[
+        bool,
+        FieldShown(help="With --within: cut neurons, heads and blocks instead of single weights."),
+    ] = Field(
+        False,
+        exclude_if=lambda structured: not structured,
+        description="Whether neurons, heads and blocks are cut, and sparsities are shares of the "
+        "blocks' weights.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leaves_blocks(cls, values: Any) -> Any:
+        """A share that leaves hardly any block is tried only if it is asked for."""
+        if isinstance(values, dict) and values.get("structured") is True:
+            return {"highest": MOST_OF_THE_BLOCKS, **values}
+        return values
 
     @model_validator(mode="after")
     def _has_sparsities(self) -> Self:
@@ -79,7 +105,7 @@ class Target(Document):
         return self
 
     @classmethod
-    def of(cls, **values: float) -> Self:
+    def of(cls, **values: Any) -> Self:
         """A target of these fields."""
         try:
             return cls(**values)
@@ -96,6 +122,11 @@ class Target(Document):
         count = int((self.highest - self.lowest) / self.step + 1e-9) + 1
         return [round(self.lowest + i * self.step, 6) for i in range(count)]
 
+    def patterns(self, scope: str | None) -> list[Pattern]:
+        """The same as patterns."""
+        names = [structured_pattern(s) if self.structured else str(s) for s in self.sparsities]
+        return [Pattern.parse(name, scope) for name in names]
+
     @property
     def most_points(self) -> int:
         """The most of them that a bisection measures."""
@@ -106,7 +137,7 @@ class Target(Document):
         return dense * (1 + self.perplexity_rise)
 
     def __str__(self) -> str:
-        return f"{self.perplexity_rise * 100:g} % of dense"
+        return f"{self.perplexity_rise * 100:g} % of dense{' by cuts' * self.structured}"
 
 
 def parse_rise(text: str, name: str) -> float:
@@ -148,7 +179,7 @@ def asked_patterns(fields: Mapping[str, Any]) -> list[Pattern]:
     """The patterns that a job may prune in, by sparsity."""
     target: Target | None = fields["target"]
     if target is not None:
-        return [Pattern.parse(str(sparsity), fields["scope"]) for sparsity in target.sparsities]
+        return target.patterns(fields["scope"])
     if fields["patterns"] is not None:
         return curve_patterns(fields["patterns"], fields["scope"])
     return [Pattern.parse(fields["pattern"], fields["scope"])]

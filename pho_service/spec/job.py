@@ -21,8 +21,7 @@ from pydantic import (
 from pho_service.host.access import Access
 from pho_service.spec.configuration import WIDER
 from pho_service.spec.curve import (
-    CURVE_FINALISTS,
-    CUT_FINALISTS,
+    FEW_FINALISTS,
     MOST_PATTERNS,
     Target,
     asked_patterns,
@@ -530,12 +529,10 @@ class JobSpec(Document):
             return with_minutes({"confirm": None, **values})
         if isinstance(values, dict):
             values = with_minutes(values)
-        several = isinstance(values, dict) and values.get("patterns")
-        if several or (isinstance(values, dict) and is_structured(values.get("pattern"))):
+        if isinstance(values, dict) and (values.get("patterns") or _cuts(values)):
             confirm = values.get("confirm", {})
             if isinstance(confirm, dict):
-                finalists = CURVE_FINALISTS if several else CUT_FINALISTS
-                return {**values, "confirm": {"finalists": finalists, **confirm}}
+                return {**values, "confirm": {"finalists": FEW_FINALISTS, **confirm}}
         return values
 
     @model_validator(mode="after")
@@ -584,7 +581,7 @@ class JobSpec(Document):
     @property
     def is_cut(self) -> bool:
         """Return whether neurons, heads and blocks are cut out, and no coefficients searched."""
-        return not self.several and self.pruning().structured
+        return self.pruning().structured
 
     @property
     def several(self) -> bool:
@@ -609,7 +606,7 @@ class JobSpec(Document):
                 "pattern": str(pattern),
                 "patterns": None,
                 "target": None,
-                "scope": None if pattern.group else pattern.scope.value,
+                "scope": pattern.free_scope,
             }
         )
 
@@ -713,7 +710,7 @@ class JobSpec(Document):
             trained = self.request(0).steps.reconstruction
             tokens += points * trained.passes * self.calibration.tokens if trained.wanted else 0
             if self.is_cut:  # each runs the calibration's text, and so does the rating of all
-                tokens += (measured + 1) * self.calibration.tokens
+                tokens += points * (measured + 1) * self.calibration.tokens
             limits.check_tokens("/confirm/windows", tokens)
         if self.report is not None:
             tokens += points * self.report.windows * self.calibration.context_length
@@ -764,8 +761,16 @@ def island_seed(seed: int, island: int) -> int:
     return int.from_bytes(digest[:4], "big")
 
 
+def _cuts(values: Mapping[str, Any]) -> bool:
+    """Whether a document that is not checked yet asks for one cut, or for a target of cuts."""
+    target = values.get("target")
+    of_cuts = isinstance(target, dict) and target.get("structured") is True
+    return of_cuts or is_structured(values.get("pattern"))
+
+
 def check_cut(spec: "JobSpec") -> None:
     """See that a job that cuts blocks asks for nothing that is of scores alone."""
+    pattern = spec.pruning()
     for name in (
         "more_models", "scope", "preset", "steps", "stream", "validation", "objective",
         "warm_start", "fork_of", "sampler", "search_space", "trials", "islands", "in_full",
@@ -774,12 +779,12 @@ def check_cut(spec: "JobSpec") -> None:
         field = JobSpec.model_fields[name]
         if getattr(spec, name) != field.get_default(call_default_factory=True):
             raise ValueError(
-                f"{name} cannot be asked for with {spec.pattern}: a cut has no score, and every "
+                f"{name} cannot be asked for with {pattern}: a cut has no score, and every "
                 "split of its share is rated. Leave it out"
             )
     if spec.confirm is None:
         raise ValueError(
-            f"confirm: null cannot be asked for with {spec.pattern}: cuts are compared by "
+            f"confirm: null cannot be asked for with {pattern}: cuts are compared by "
             "perplexity. Leave it out"
         )
 

@@ -131,6 +131,11 @@ class Pattern:
     def within(self, scope: Scope) -> "Pattern":
         return self if self.group or self.structured else replace(self, scope=scope)
 
+    @property
+    def free_scope(self) -> str | None:
+        """The scope, where there is a choice: N:M and cuts have but one."""
+        return None if self.group or self.structured else self.scope.value
+
     def check_width(self, in_features: int, layer: str) -> None:
         """Raise InvalidInput if ``layer`` cannot be cut into groups of M input channels."""
         if self.group and in_features % self.group:

@@ -172,7 +172,7 @@ def structured_share(pattern: str) -> float:
     """
     words = pattern.removeprefix(PREFIX).strip()
     try:
-        share = float(words.removesuffix("%")) / (100 if words.endswith("%") else 1)
+        share = round(float(words.removesuffix("%")) / (100 if words.endswith("%") else 1), 12)
     except ValueError:
         share = 0.0
     if not 0 < share < 1:

@@ -14,6 +14,7 @@ from pho_service.spec.objective import SAMPLERS, Objective, SearchOptions, optio
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Candidate, Steps
+from pho_service.spec.structure import ESTIMATE
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -145,6 +146,11 @@ class SearchRequest(SearchOptions):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidInput(f"{name}={value} is below 1.")
+
+    @property
+    def rated_by(self) -> str:
+        """The name of what candidates are rated by, or the splits of a share."""
+        return ESTIMATE if self.pattern.structured else self.objective.label
 
     def plan(self, kernel_sizes: tuple[int, ...]) -> SearchPlan:
         allocation = self.steps.allocation

@@ -5,10 +5,11 @@ import re
 import optuna
 import pytest
 
+from pho_service.pipeline.curve import CurvePoint
 from pho_service.spec.configuration import Configuration, Confirmation, Rating
 from pho_service.spec.perplexity import Perplexities
 from pho_service.spec.structure import ESTIMATE, Cut, Structure
-from storage.records import StageKind
+from storage.records import NewStage, StageKind
 from storage.studies import open_storage, open_study, study_name
 
 CUT = {"pattern": "structured:20%", "trials": 200, "preset": "best"}
@@ -115,3 +116,38 @@ def test_all_its_stages_are_to_come(client, submit):
     assert search == []  # how many splits there are, nobody knows before the model is read
     assert "200 trials" not in page
     assert "of 200" not in page
+
+
+CUTS = ["structured:10%", "structured:20%"]
+
+
+def test_a_curve_of_cuts_has_a_point_for_each_share_and_no_word_of_scores(client, begin, hand):
+    job = begin(CUTS, patterns=CUTS)
+    for number, pattern in enumerate(CUTS):
+        point = CurvePoint(
+            pattern=pattern, scope="layer", sparsity=0.1 + number / 10, perplexity=21.0 + number,
+            rise=0.1, dense=20.0, wanda=None, ria=None, proxy=0.1, trials=2, seconds=1.0, study="s",
+            trial=0, configuration=BEST.model_copy(update={"pattern": pattern}), warnings=[],
+        )  # fmt: skip
+        hand.store.complete(
+            hand.take(job, StageKind.POINT, number), point.to_dict(),
+            then=[NewStage(kind=StageKind.FINISH)],
+        )  # fmt: skip
+    shown = client.get(f"/v1/jobs/{job}").json()
+    page = visible(client.get(f"/jobs/{job}").text).partition("Document")[0]
+
+    assert [point["pattern"] for point in shown["points"]] == CUTS
+    assert "search" not in [piece["stage"] for piece in shown["progress"]["pieces"]]
+    assert "Patterns structured:10%, structured:20%" in page
+    assert "22.00" in page
+    for absent in ("Preset", "Scope", "RIA", "Extend"):
+        assert absent not in page
+
+
+def test_a_target_of_cuts_is_named_as_one_and_tries_no_more_than_half_of_the_blocks(client, submit):
+    job = submit(pattern=None, target={"perplexity_rise": 0.1, "structured": True})
+    listed = visible(client.get("/").text)
+
+    assert job["spec"]["target"]["highest"] == 0.5
+    assert job["spec"]["confirm"]["finalists"] == 2
+    assert "within 10 % of dense by cuts" in listed

@@ -67,3 +67,24 @@ def test_sparsities_are_bisected_up_to_the_highest(pho, small):
     assert (written["pattern"], target["perplexity_rise"]) == ("0.95", 0.15)
     assert again == found
     assert "0.95 is the highest sparsity that was tried" in first.stderr
+
+
+def test_cuts_by_their_shares_in_files_that_a_model_is_cut_with(pho, model_folder, texts):
+    text = ("--text", texts["calibration"], "--samples", 6, "--context-length", 32)
+    run = (model_folder, *text, "--confirm-windows", 3, "--device", "cpu")
+    curve = pho("curve", *run, "--patterns", "structured:15%,structured:30%", "--json")
+    assert curve.exit_code == 0, curve.stderr
+    points = json.loads(curve.stdout)["points"]
+    cut = pho("prune", model_folder, "--config", "curve/structured-30.json", *text, "--out", "cut")
+    within = pho("search", *run, "--within", "900%", "--structured", "--step", 0.1, "--lowest", 0.2,
+                 "--highest", 0.3, "--json")  # fmt: skip
+    mixed = pho("curve", *run, "--patterns", "0.5,structured:30%")
+    scored = pho("search", *run, "--within", "5%", "--structured", "--preset", "score")
+
+    assert [point["pattern"] for point in points] == ["structured:15%", "structured:30%"]
+    assert cut.exit_code == 0, cut.stderr
+    assert "of their weights are gone" in cut.stdout
+    assert within.exit_code == 0, within.stderr
+    assert json.loads(within.stdout)["configuration"]["cut"] == points[1]["configuration"]["cut"]
+    assert "Ask for two curves" in " ".join(mixed.stderr.split())
+    assert "preset cannot be asked for" in " ".join(scored.stderr.split())

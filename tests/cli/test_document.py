@@ -89,7 +89,8 @@ def test_each_field_of_a_jobs_document_has_an_option_but_for_the_models():
         },
     }  # fmt: skip
     paths = leaves(JobSpec.model_validate({**MINE, **parts}).model_dump(mode="json"))
-    for instead in ({"patterns": ["0.3"]}, {"target": {"perplexity_rise": 0.1}}):
+    target = {"perplexity_rise": 0.1, "structured": True}
+    for instead in ({"patterns": ["0.3"]}, {"target": target}):
         several = {"model": "org/name", **instead}
         document = JobSpec.model_validate(several).model_dump(mode="json")
         paths |= leaves({name: document[name] for name in instead})

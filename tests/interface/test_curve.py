@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import pho_service as pho
-from pho_service.errors import InvalidInput
+from pho_service.errors import InvalidInput, TargetMissed
+from pho_service.spec.structure import ESTIMATE
 
 
 def test_a_point_is_what_pho_search_finds_there_beside_its_references_the_model_is_left_dense(
@@ -66,6 +67,44 @@ def test_within(tiny_llama, bundle, texts):
     assert "answer: " in repr(found)
     with pytest.raises(InvalidInput, match=r"perplexity_rise: -0\.1 should be greater than 0"):
         pho.search_within(bundle, -0.1, **options)
+
+
+def test_a_curve_of_cuts_has_the_cut_that_pho_search_finds_at_each_share(
+    tiny_llama, bundle, texts, weights
+):
+    options = {"model": tiny_llama, "confirm": texts["confirmation"]}
+    found = pho.curve(bundle, ["structured:30%", "structured:15%"], **options)
+    alone = pho.search(bundle, "structured:30%", **options)
+    low, high = found.points
+
+    assert (low.pattern, high.pattern) == ("structured:15%", "structured:30%")
+    assert high.result.configuration == alone.configuration
+    assert len(alone.configuration.finalists) == 2  # as in the terminal and in a job
+    assert low.configuration.cut.removed < high.configuration.cut.removed
+    assert (low.wanda, low.ria) == (None, None)
+    assert found.study.metric_names == ["sparsity", ESTIMATE]
+    assert "structured:15%" in repr(found)
+    assert weights()
+
+
+def test_the_largest_cut_within_a_target_is_one_that_a_model_is_cut_with(tiny_llama, bundle, texts):
+    options = {"model": tiny_llama, "confirm": texts["confirmation"], "structured": True}
+    found = pho.search_within(bundle, 9.0, step=0.1, lowest=0.2, highest=0.4, **options)
+    before = sum(p.numel() for p in tiny_llama.parameters())
+    smaller = pho.prune(tiny_llama, found.result, bundle)
+
+    assert [point.pattern for point in found.points] == ["structured:30%", "structured:40%"]
+    assert found.result.configuration.cut.removed > 0.3
+    assert "structured:40% is the highest" in repr(found)
+    assert sum(p.numel() for p in smaller.model.parameters()) < before
+
+
+def test_a_target_that_no_cut_is_within_names_the_smallest(tiny_llama, bundle, texts):
+    with pytest.raises(TargetMissed, match=r"or a smaller cut: lowest=0\.1"):
+        pho.search_within(
+            bundle, 1e-9, model=tiny_llama, confirm=texts["confirmation"], structured=True,
+            step=0.1, lowest=0.2, highest=0.4,
+        )  # fmt: skip
 
 
 @pytest.mark.thorough

@@ -117,3 +117,14 @@ def test_patterns():
     assert [each.scope for each in found] == ["row", "global", "global", "row"]
     with pytest.raises(InvalidInput, match="0 patterns are given"):
         curve_patterns([], None)
+
+
+@given(st.floats(0.005, 0.25), st.floats(0.01, 0.3))
+@settings(max_examples=50, deadline=None)
+def test_the_shares_of_a_target_of_cuts_are_those_of_their_patterns(step, lowest):
+    target = Target(perplexity_rise=0.1, step=step, lowest=lowest, structured=True)
+    patterns = target.patterns(None)
+
+    assert [pattern.sparsity for pattern in patterns] == target.sparsities
+    assert all(pattern.structured for pattern in patterns)
+    assert target.sparsities[-1] <= 0.5

@@ -85,6 +85,18 @@ def test_a_cut_is_planned_with_its_copy_its_size_and_its_speed():
     assert whole.to_dict()["pruned"]["times_smaller"] is None
 
 
+def test_a_curve_of_cuts_takes_at_each_share_what_the_middle_one_takes_alone():
+    shares = [f"structured:{share}%" for share in (10, 20, 30)]
+    curve = planned(pattern=None, patterns=shares, preset="best", confirm={})
+    alone = planned(pattern=shares[1], preset="best", confirm={})
+    searching = (StageKind.SEARCH, StageKind.PERPLEXITY)
+    points = [stage.seconds[1] for stage in curve.stages if stage.kind is StageKind.POINT]
+    once = [stage.seconds[1] for stage in alone.stages if stage.kind in searching]
+
+    assert points == pytest.approx([3 * seconds for seconds in once])
+    assert curve.to_dict()["pruned"] == alone.to_dict()["pruned"]
+
+
 def test_of_what_does_not_fit_a_cut_is_not_told_to_stream():
     plan = planned(LLAMA_70B, pattern="structured:20%", preset="best")
 

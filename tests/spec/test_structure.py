@@ -118,7 +118,7 @@ def test_nothing_that_scores_single_weights_takes_it():
 
     with pytest.raises(InvalidInput, match="no score of single weights does that"):
         baseline("wanda", cut)
-    with pytest.raises(InvalidInput, match="search each cut alone"):
+    with pytest.raises(InvalidInput, match="Ask for two curves"):
         curve_patterns(["0.5", "structured:20%"], None)
     with pytest.raises(InvalidInput, match="scope 'row' has no meaning"):
         Pattern.parse("structured:20%", "row")

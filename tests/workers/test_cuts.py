@@ -4,6 +4,7 @@ import re
 
 import pytest
 from pydantic import ValidationError
+from sqlalchemy import select
 
 from pho_service.models.bundle_file import read_bundle
 from pho_service.models.calibration import bundle_path, calibration_text
@@ -15,6 +16,7 @@ from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.work import Work
 from pho_service.spec.configuration import Configuration
 from storage.records import JobState, StageKind
+from storage.tables import configurations
 
 
 @pytest.fixture
@@ -110,6 +112,34 @@ def test_it_gives_way_between_blocks(hand, cut, small, tmp_path, monkeypatch):
     assert weights(folder_of(hand, job)) == weights(locally(hand, job, spec, tmp_path / "local"))
 
 
+def test_each_share_of_a_curve_has_the_cut_of_a_job_of_its_own(hand, cut):
+    """Also where a worker was killed after the first of them; the library has none of them."""
+    shares = ["structured:15%", "structured:30%"]
+    job = hand.until(hand.submit(cut(pattern=None, patterns=shares, prune=False)), StageKind.POINT)
+    hand.step(job)
+    hand.inputs = hand.new_inputs()
+    job = hand.until(job, None)
+    points = [stage.result for stage in job.of_kind(StageKind.POINT)]
+    alone = hand.done(cut(pattern=shares[1], prune=False)).best
+    with hand.store.database.transaction() as connection:
+        in_the_library = connection.execute(select(configurations)).all()
+
+    assert job.state is JobState.SUCCEEDED
+    assert [point["pattern"] for point in points] == shares
+    chosen = ("cut", "perplexities", "finalists", "objective")
+    assert [points[1]["configuration"][key] for key in chosen] == [alone[key] for key in chosen]
+    assert in_the_library == []
+
+
+def test_a_target_of_cuts_writes_the_largest_that_is_within(hand, cut):
+    target = {"perplexity_rise": 9.0, "step": 0.1, "lowest": 0.2, "highest": 0.3}
+    job = hand.done(cut(pattern=None, target={**target, "structured": True}))
+
+    assert job.best["pattern"] == "structured:30%"
+    assert job.best["search"]["target"]["structured"]
+    assert weights(folder_of(hand, job))
+
+
 def test_recovered_as_any_other(hand, cut):
     job = hand.done(cut(recovery={"tokens": 640, "rate": 2e-3, "text": "confirmation.jsonl"}))
     recovered = job.pruning.result["recovery"]
@@ -127,7 +157,11 @@ def test_recovered_as_any_other(hand, cut):
         ({"islands": 2}, "islands cannot be asked for"),
         ({"stream": True}, "stream cannot be asked for"),
         ({"confirm": None}, "confirm: null cannot be asked for"),
-        ({"pattern": None, "patterns": ["0.5", "structured:20%"]}, "search each cut alone"),
+        ({"pattern": None, "patterns": ["0.5", "structured:20%"]}, "Ask for two curves"),
+        (
+            {"pattern": None, "patterns": ["structured:20%"], "prune": False, "preset": "score"},
+            "preset cannot be asked for",
+        ),
     ],
 )
 def test_what_a_cut_does_not_have(cut, changes, message):
