@@ -8,13 +8,14 @@ a cell, so that an interrupted run goes on where it was, and several may fill on
     python benchmarks/quality.py --out quality.jsonl
     python benchmarks/quality.py --model smollm2 --pattern 0.5 --method wanda --method best
     python benchmarks/quality.py --seeds 0,1,2 --samples 64 --source plots --markdown
+    python benchmarks/quality.py --model smollm2 --pattern structured:20% --method structured
 """
 
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import click
 import torch
 from domains import ALSO, BOTH, DOMAINS
 from kept_results import KeptResults
-from quality_conditions import CONTEXT_LENGTH, Conditions, Place
+from quality_conditions import CONTEXT_LENGTH, CUT, Conditions, Place
 from quality_tables import print_tables, write_tables
 from searched import searched
 from subject import MODELS, Subject, first_windows, load_benchmark_model, load_subject
@@ -35,8 +36,10 @@ from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import LanguageModel
 from pho_service.models.texts import RecoveryText, mixed_text
+from pho_service.pipeline.cuts import cut_copy
 from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pipeline.recover import PrunedModel, recover_model
+from pho_service.pipeline.search import search_job
 from pho_service.progress import Run
 from pho_service.pruning.hardware import peak_memory
 from pho_service.pruning.masks import model_sparsity
@@ -45,6 +48,7 @@ from pho_service.spec.pattern import Pattern
 from pho_service.spec.recovery import Recovery
 from pho_service.spec.space import PRESETS
 from pho_service.spec.steps import Candidate
+from pho_service.tuning.plan import SearchRequest
 
 PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
 # Nobody's method, and a search that adds little to crepe.
@@ -55,7 +59,7 @@ def _baselines(pattern: str) -> dict[str, Candidate]:
     return named_baselines(Pattern.parse(pattern))
 
 
-METHODS = tuple(dict.fromkeys([*(m for p in PATTERNS for m in _baselines(p)), *PRESETS]))
+METHODS = tuple(dict.fromkeys([*(m for p in PATTERNS for m in _baselines(p)), *PRESETS, CUT]))
 # As published, beside what our searches do too: norms from the pruned blocks, an order of channels.
 BY_DEFAULT = (
     *(c.method for c in comparison_baselines(Pattern.parse(PATTERNS[0]))),
@@ -167,6 +171,8 @@ def main(
 
 
 def _exists(pattern: str, method: str) -> bool:
+    if Pattern.parse(pattern).structured:
+        return method == CUT
     return method in PRESETS or method in _baselines(pattern)
 
 
@@ -187,7 +193,7 @@ def _fill(
             reports=_report_texts(model, conditions, Path(folder)),
         )  # fmt: skip
         if kept.find(conditions.dense(name)) is None:
-            kept.keep(conditions.dense(name), {"perplexity": bench.perplexities()})
+            kept.keep(conditions.dense(name), {"perplexity": bench.perplexities(model)})
         for seed in dict.fromkeys(seed for seed, _, _ in places):
             here = [place for place in places if place[0] == seed]
             if any(missing(here)):
@@ -208,6 +214,9 @@ def _report_texts(model: LanguageModel, conditions: Conditions, folder: Path) ->
         text: first_windows(model, path, count, CONTEXT_LENGTH).windows
         for text, (path, count) in texts.items()
     }
+
+
+Pruned = tuple[LanguageModel, float, dict[str, Any]]  # its sparsity, and what was found of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,10 +240,10 @@ class Bench:
     folder: Path
     reports: dict[str, Tensor]
 
-    def perplexities(self) -> dict[str, float]:
-        """Of the model as it is, on each report text."""
+    def perplexities(self, model: LanguageModel) -> dict[str, float]:
+        """Of a model, on each report text."""
         return {
-            text: measure_perplexity(self.model, windows).perplexity
+            text: measure_perplexity(model, windows).perplexity
             for text, windows in self.reports.items()
         }
 
@@ -269,31 +278,52 @@ class Bench:
         started = time.perf_counter()
         try:
             with peak_memory(self.model.device) as peak:
-                if method in PRESETS:
-                    candidate, found = searched(
-                        subject, method, Pattern.parse(pattern), seed=seed,
-                        trials=self.conditions.trials, finalists=self.conditions.finalists,
-                        confirm_steps=self.conditions.confirm_steps,
-                    )  # fmt: skip
-                else:
-                    candidate, found = _baselines(pattern)[method], {}
-                statistics = subject.bundle.statistics()
-                with pruned_model(self.model, statistics, candidate, subject.calibration) as shares:
+                pruned = self._cut if method == CUT else self._pruned
+                with pruned(subject, place) as (model, sparsity, found):
                     cell = {
                         "seconds": round(time.perf_counter() - started, 1),
                         "memory_bytes": peak(),
-                        "sparsity": model_sparsity(self.model.linears, shares),
-                        "perplexity": self.perplexities(),
+                        "sparsity": sparsity,
+                        "perplexity": self.perplexities(model),
+                        **found,
                     }
-                    if method in PRESETS and self.conditions.recover_tokens:
-                        found |= {"recovered": self._recovered(subject, seed)}
+                    say(f"{cell['perplexity']} at {sparsity:.3f}")
+                    if self.conditions.recover_tokens and method in (*PRESETS, CUT):
+                        cell["recovered"] = self._recovered(subject, seed, model)
         except PhoError as error:  # a cell that cannot be had is no reason to leave the others
             say(f"left out: {error}")
             return
-        self.kept.keep(self.conditions.cell(self.name, *place), {**cell, **found})
+        self.kept.keep(self.conditions.cell(self.name, *place), cell)
 
-    def _recovered(self, subject: Subject, seed: int) -> dict[str, Any]:
-        """Recover the model as it is now, in place: what that brought, and what it took."""
+    @contextmanager
+    def _pruned(self, subject: Subject, place: Place) -> Iterator[Pruned]:
+        seed, pattern, method = place
+        found: dict[str, Any] = {}
+        if method in PRESETS:
+            candidate, found = searched(
+                subject, method, Pattern.parse(pattern), seed=seed, trials=self.conditions.trials,
+                finalists=self.conditions.finalists, confirm_steps=self.conditions.confirm_steps,
+            )  # fmt: skip
+        else:
+            candidate = _baselines(pattern)[method]
+        statistics = subject.bundle.statistics()
+        with pruned_model(self.model, statistics, candidate, subject.calibration) as shares:
+            yield self.model, model_sparsity(self.model.linears, shares), found
+
+    @contextmanager
+    def _cut(self, subject: Subject, place: Place) -> Iterator[Pruned]:
+        """A copy that is cut by the best split of the share."""
+        work = replace(subject.work, cache_dir=self.folder / "cuts")
+        request = SearchRequest(
+            pattern=Pattern.parse(place[1]), finalists=self.conditions.finalists
+        )
+        cut = search_job(request, work, run=Run(progress=progress)).configuration.cut
+        assert cut is not None
+        small = cut_copy(work, cut.structure, progress=progress).model
+        yield small, cut.removed, {"cut": cut.structure.to_dict()}
+
+    def _recovered(self, subject: Subject, seed: int, model: LanguageModel) -> dict[str, Any]:
+        """Recover a pruned or cut model, in place: what that brought, and what it took."""
         source, unlike = subject.source, subject.calibration
         if also := self.conditions.recover_also:
             name, _, share = also.partition(":")
@@ -302,7 +332,7 @@ class Bench:
             unlike = torch.cat([unlike, self.reports["docs"]])
         with peak_memory(self.model.device) as peak, tempfile.TemporaryDirectory() as place:
             recovered = recover_model(
-                PrunedModel.of(self.model),
+                PrunedModel.of(model),
                 lambda: nullcontext(load_benchmark_model(self.name, self.conditions.dtype)),
                 RecoveryText(source=source, context_length=CONTEXT_LENGTH, unlike=unlike),
                 Recovery(
@@ -316,7 +346,7 @@ class Bench:
             return {
                 "seconds": recovered.seconds,
                 "memory_bytes": peak(),
-                "perplexity": self.perplexities(),
+                "perplexity": self.perplexities(model),
                 "divergence": [recovered.before, recovered.after],
                 "tokens": recovered.tokens,
                 "windows": recovered.windows,

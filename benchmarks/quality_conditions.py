@@ -10,6 +10,7 @@ from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import PRESETS, Preset
 
 CONTEXT_LENGTH = 512
+CUT = "structured"  # the method of a smaller model
 Place = tuple[int, str, str]  # seed, pattern, method
 
 
@@ -23,8 +24,8 @@ class Conditions:
         other, report_windows, other_windows: The second report text, and what is read of both.
         dtype: Of the weights.
         trials, finalists, confirm_steps, confirm_windows: Of searches alone.
-        recover_tokens, recover_written, recover_also: What the models of searches are
-            recovered on; 0 for none.
+        recover_tokens, recover_written, recover_also: What the models of searches and cuts
+            are recovered on; 0 for none.
     """
 
     samples: int
@@ -59,9 +60,11 @@ class Conditions:
         """
         key: dict[str, Any] = {"model": model, "pattern": pattern, "method": method, "seed": seed}
         names = ["samples", "source", "other", "report_windows", "other_windows", "dtype"]
-        if method in PRESETS:
-            names += ["trials", "finalists", "confirm_steps", "confirm_windows"]
+        if method in (*PRESETS, CUT):
+            names += ["finalists", "confirm_windows"]
             names += [n for n, value in asdict(self).items() if n.startswith("recover") and value]
+        if method in PRESETS:
+            names += ["trials", "confirm_steps"]
             key["preset_steps"] = Preset.of(method, Pattern.parse(pattern)).steps.to_dict()
         return {**key, **self._named(names)}
 

@@ -50,6 +50,23 @@ def test_on_a_tiny_model(benchmark, model_folder, bos_folder, texts, name):
     assert benchmark(name, *shlex.split(words.format(**places)))[row]
 
 
+def test_the_quality_of_a_cut(benchmark, model_folder, texts):
+    words = (
+        "--pattern structured:20% --method structured --seeds 0 --samples 4 --finalists 1 "
+        "--confirm-windows 1 --report-windows 1 --other-windows 1"
+    )
+    table = benchmark(
+        "quality", "--model", model_folder, *words.split(), "--other", texts["report"],
+        "--cache", "cache", "--out", "kept.jsonl",
+    )  # fmt: skip
+    cells = map(json.loads, Path("kept.jsonl").read_text().splitlines())
+    (cell,) = [cell for cell in cells if "cut" in cell]
+
+    assert {"docs", str(texts["report"])} == {*cell["perplexity"]}
+    assert cell["sparsity"] > 0.1
+    assert table["`structured`"]
+
+
 @pytest.mark.parametrize("name", OF_SERVICES)
 def test_of_a_service(benchmark, database_url, monkeypatch, name):
     row, words = OF_SERVICES[name]
