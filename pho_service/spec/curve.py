@@ -123,7 +123,7 @@ class Target(Document):
         return [round(self.lowest + i * self.step, 6) for i in range(count)]
 
     def patterns(self, scope: str | None) -> list[Pattern]:
-        """The same as patterns."""
+        """Return the pattern of each sparsity that may be the answer, lowest first."""
         names = [structured_pattern(s) if self.structured else str(s) for s in self.sparsities]
         return [Pattern.parse(name, scope) for name in names]
 
