@@ -4,7 +4,7 @@ The parts of the documents that jobs are submitted as, each checked field by fie
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -24,6 +24,9 @@ from pho_service.spec.minutes import REST
 from pho_service.spec.pattern import Coefficients
 from pho_service.spec.recovery import Recovery
 from pho_service.spec.steps import Allocation
+
+if TYPE_CHECKING:
+    from pho_service.spec.job import JobSpec
 
 
 class FieldError(ValueError):
@@ -470,3 +473,49 @@ class WarmStartSpec(Document):
         description="What to begin with; null: the library is asked when the search begins, and "
         "its answer is written here.",
     )
+
+
+def check_cut(spec: "JobSpec") -> None:
+    """See that a job that cuts blocks asks for nothing that is of scores alone."""
+    pattern = spec.pruning()
+    for name in (
+        "more_models", "scope", "preset", "steps", "stream", "validation", "objective",
+        "warm_start", "fork_of", "sampler", "search_space", "trials", "islands", "in_full",
+        "timeout_s",
+    ):  # fmt: skip
+        field = type(spec).model_fields[name]
+        if getattr(spec, name) != field.get_default(call_default_factory=True):
+            raise ValueError(
+                f"{name} cannot be asked for with {pattern}: a cut has no score, and every "
+                "split of its share is rated. Leave it out"
+            )
+    if spec.confirm is None:
+        raise ValueError(
+            f"confirm: null cannot be asked for with {pattern}: cuts are compared by "
+            "perplexity. Leave it out"
+        )
+
+
+def check_several(spec: "JobSpec") -> None:
+    """See that a job with several patterns asks for nothing that is of one."""
+    what = "a target" if spec.patterns is None else "several patterns"
+    refused = {
+        "more_models": (bool(spec.more_models), "each pattern is confirmed on one model's text"),
+        "confirm: null": (spec.confirm is None, "they are compared by perplexity"),
+        "islands": (spec.islands > 1, "each pattern has one study"),
+        "warm_start": (spec.warm_start is not None, "what was found elsewhere is of one pattern"),
+        "fork_of": (spec.fork_of is not None, "trials are of one pattern: clone the job instead"),
+        "timeout_s": (spec.timeout_s is not None, "each pattern is searched to its end"),
+        "prune": (
+            spec.prune and spec.patterns is not None,
+            "it must be said which is pruned, when they are measured: :prune with its pattern",
+        ),
+        "tasks": (
+            spec.tasks is not None and spec.patterns is not None,
+            "one pruned model is measured on them: submit the chosen pattern alone, or measure "
+            "its folder with `pho evaluate --tasks`",
+        ),
+    }
+    for field, (wrong, why) in refused.items():
+        if wrong:
+            raise ValueError(f"{field} cannot be asked for with {what}: {why}. Leave it out")
