@@ -244,7 +244,8 @@ def search(
         part.add_(here)
 
     whole = Cost()
-    work = replace(subject.work, confirm=None) if method == PROXY else subject.work
+    work = replace(subject.work, report=None)  # which is measured below, beside the cost
+    work = replace(work, confirm=None) if method == PROXY else work
     with (
         metered(whole, memory=False),
         opened_study(url, request, work) as study,

@@ -4,13 +4,14 @@
 
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pho_service.cli.options import Terminal, file_source
 from pho_service.cli.terminal import say
+from pho_service.errors import InvalidInput, ModelError
 from pho_service.progress import Look, Run, one_bar
 from pho_service.spec.minutes import AFTER_CALIBRATION, SizeName, put_sizes
 
@@ -114,8 +115,10 @@ def budget_of(
 
     model = inputs.model(asked.model)
     if asked.minutes is None:
-        plan = Clock.of(model, asked, float).plan
-        say(sentence(plan))
+        plan = None
+        with suppress(InvalidInput, ModelError):  # whoever needs none can do without
+            plan = Clock.of(model, asked, float).plan
+            say(sentence(plan))
         return Budget(spec=asked, model=model, plan=plan)
     earlier = _earlier(study, asked)
     before_s = 0.0 if earlier is None else float(earlier[SPENT])

@@ -8,7 +8,6 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ValidationInfo
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.space import DEFAULT_PRESET
 from pho_service.spec.structure import is_structured
 
 MINUTES = 20.0  # that a job may take if nobody says how long, nor on how much text
@@ -44,6 +43,8 @@ def with_minutes(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def _changes_weights(document: Mapping[str, Any]) -> bool:
     """Whether a job writes a model whose weights are not those of the dense one anyway."""
+    from pho_service.spec.space import DEFAULT_PRESET  # slow to import
+
     alone = document.get("pattern") is not None
     changes = document.get("preset", DEFAULT_PRESET) == DEFAULT_PRESET
     changes = changes or is_structured(document.get("pattern"))

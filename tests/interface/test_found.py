@@ -22,6 +22,7 @@ from pho_service.tuning.plan import SearchRequest
 
 def test_every_field_of_a_calibration_and_of_a_search_is_an_argument_that_is_described():
     elsewhere = {"pattern", "objective", "bounds", "steps", "warm_start", "validation"}
+    elsewhere |= {"finalists"}  # None, which is another number of a cut
     asked = SearchRequest(pattern=pho.Pattern.parse("0.5"))
     for function, values, other in (
         (pho.calibrate, CalibrationSettings(), {"samples", "context_length"}),
