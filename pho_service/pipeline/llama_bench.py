@@ -322,22 +322,23 @@ def _with_quality(row: _Row, quality: _Quality | None) -> Side:
     """The side with how good it is, and how far llama.cpp is from what PHO reads."""
     if quality is None:
         return row.side
-    apart = 0.0
+    gaps: list[float] = []
     for prompt, likeliest in zip(quality.prompts, quality.likeliest, strict=True):
         answer = _answer(
             row.url, "POST", "/completion",
             prompt=prompt.tolist(), n_predict=1, temperature=0, n_probs=4 * _LIKELIEST,
             cache_prompt=False,
         )  # fmt: skip
-        (position,) = answer["completion_probabilities"][:1]
-        theirs = {top["id"]: math.exp(top["logprob"]) for top in position["top_logprobs"]}
-        apart = max(apart, *(abs(p - theirs.get(token, 0.0)) for token, p in likeliest.items()))
+        # It gives none where its next token is the end of the text, or half of a character.
+        for position in answer.get("completion_probabilities", ())[:1]:
+            theirs = {top["id"]: math.exp(top["logprob"]) for top in position["top_logprobs"]}
+            gaps += [abs(p - theirs.get(token, 0.0)) for token, p in likeliest.items()]
     return replace(
         row.side,
         perplexity=quality.perplexity.perplexity,
         error=quality.perplexity.error,
         divergence=quality.divergence,
-        runtime_gap=apart,
+        runtime_gap=max(gaps, default=None),
     )
 
 
