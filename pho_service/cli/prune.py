@@ -32,6 +32,7 @@ from pho_service.errors import ConfigurationError, InvalidInput, ModelError
 from pho_service.pipeline.work import Work
 from pho_service.spec.document import AFTER, MACHINE, PRUNED, TEXT, FieldShown, number
 from pho_service.spec.export import GgufType
+from pho_service.spec.job_options import within
 from pho_service.spec.pattern import Linears, Pattern, ScopeName
 from pho_service.spec.structure import share_of_blocks, structured_pattern
 
@@ -224,10 +225,13 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
     of_library = {"--library": ask.library, "--force": ask.force or None}
     pruning = {**of_library, "--pattern": ask.pattern, "--scope": ask.scope, **named}
     pruning |= {"--smaller": ask.smaller, "--minutes": given.said.get("minutes")}
+    of_cuts = {given.names[path]: path for path in given.said if within(path, "recovery")}
+    of_cuts |= {"--no-recovery": "no_recovery"} if ask.no_recovery else {}
     if ask.check:
         pruning["--deployable"] = given("steps/deployable")
         others = {
-            **chosen, **pruning, "--out": ask.out, "--push": ask.push, "--bundle": ask.bundle,
+            **chosen, **pruning, **of_cuts,
+            "--out": ask.out, "--push": ask.push, "--bundle": ask.bundle,
         }  # fmt: skip
         too_many = [name for name, value in others.items() if value is not None]
         if too_many:
@@ -253,6 +257,11 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
         if ask.push is not None:
             push_folder(Path(ask.out), ask.push, ask.public, as_json=False)
         return
+    if of_cuts:
+        raise InvalidInput(
+            f"{', '.join(of_cuts)}: only what --pattern structured:20% or --smaller cuts is "
+            "recovered here. Leave it out, and recover the folder afterwards: `pho recover`."
+        )
     if not (model and ask.out) or sum(value is not None for value in chosen.values()) != 1:
         raise InvalidInput(
             "MODEL, --out, and one of --config, --method, --from-library, --smaller and --pattern "
