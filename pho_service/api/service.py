@@ -33,7 +33,7 @@ from pho_service.host.machine import install_command
 from pho_service.host.settings import Settings
 from pho_service.host.webhooks import WebhookRules
 from pho_service.planning.costs import CARDS, Machine, named_machine
-from pho_service.planning.plan import Plan, obstacles, plan_job
+from pho_service.planning.plan import RECOVER, Plan, obstacles, plan_job
 from pho_service.planning.shapes import place_at_hand, read_shapes
 from pho_service.planning.stage_memory import Peak, answers_bytes
 from pho_service.spec.fields import FieldError, JobLimits
@@ -259,9 +259,9 @@ class Service:
         host = worker_name(0).rpartition(":")[0]
         hosts = {(w.name.rpartition(":")[0], w.device) for w in self._alive}
         if plan is not None and hosts == {(host, "cpu")}:  # all that they have is here
-            stage = next(stage for stage in plan.stages if stage.title == "recover")
+            stage = next(stage for stage in plan.stages if stage.title == RECOVER)
             machine, peak = plan.machine, replace(stage.peak, disk=peak.disk)
-        for lacking in obstacles({"recover": peak}, machine, self.pruned.free()):
+        for lacking in obstacles({RECOVER: peak}, machine, self.pruned.free()):
             given = "minutes" if spec.recovery.tokens is None else "tokens"
             raise FieldError(
                 f"/recovery/{given}",

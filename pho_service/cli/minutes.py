@@ -84,7 +84,7 @@ class Budget:
         from pho_service.cli.recover import recovery_text
         from pho_service.pipeline.minutes import Rest
         from pho_service.pipeline.recover import check_recoverable
-        from storage.studies import keep_record, record_of
+        from storage.studies import once
 
         settings, clock, model = self.spec.recovery_settings(), self.clock, work.dense
         if settings is None or model is None or clock is None or not self.spec.recovers_in_rest:
@@ -93,8 +93,7 @@ class Budget:
         def check() -> None:
             check_recoverable(model, [*model.linears], recovery_text(self.spec, work), settings)
 
-        rest = Rest(**record_of(study).get(RESTED) or asdict(Rest.of(clock, check)))
-        keep_record(study, RESTED, asdict(rest))
+        rest = Rest(**once(study, RESTED, {}, lambda: asdict(Rest.of(clock, check))))
         if rest.minutes is None:
             say(f"It is not recovered: {rest.left_out}.")
             return None

@@ -4,7 +4,6 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,13 +22,12 @@ from pho_service.cli.terminal import loading, print_json, progress, say, show_ta
 from pho_service.errors import InvalidInput
 from pho_service.progress import Run, never, one_bar
 from pho_service.spec.document import MODEL, REPORT, FieldShown
-from pho_service.spec.recovery import Recovery
+from pho_service.spec.recovery import Recovered, Recovery
 
 if TYPE_CHECKING:
     from pho_service.models.texts import RecoveryText
     from pho_service.pipeline.work import Work
     from pho_service.spec.job import JobSpec
-    from pho_service.spec.recovery import Recovered
 
 _TEXT = (
     "text", "dataset", "dataset_config", "data_file", "split", "field", "more_texts", "shares",
@@ -128,7 +126,7 @@ def recover(folder: Path, given: Given, ask: _RecoverAsk, inputs: Terminal, as_j
         say("Measure it: `pho evaluate`; give --confirm-text to see perplexities here.")
 
 
-def show_recovered(recovered: "Recovered") -> None:
+def show_recovered(recovered: Recovered) -> None:
     """The perplexities before and after, and what the models write, where there was a text."""
     from pho_service.shown.tables import continuations_table, recovered_table
 
@@ -155,7 +153,7 @@ def recovery_text(spec: "JobSpec", work: "Work") -> "RecoveryText":
 
 def recover_cut(
     cut: Path, teacher: str, text: "RecoveryText", settings: Recovery, out: Path, inputs: Terminal
-) -> "Recovered":
+) -> Recovered:
     """Recover the folder that a search has just cut."""
     from pho_service.pipeline.recover import PrunedModel, recover_folder
 
@@ -163,5 +161,7 @@ def recover_cut(
         pruned = PrunedModel.read(
             cut, dtype=inputs.dtype, device=inputs.device, device_map=inputs.device_map
         )
-    dense, run = partial(inputs.model, teacher), Run(progress=progress)
-    return recover_folder(pruned, lambda: nullcontext(dense()), text, settings, out, run=run)
+    return recover_folder(
+        pruned, lambda: nullcontext(inputs.model(teacher)), text, settings, out,
+        run=Run(progress=progress),
+    )  # fmt: skip

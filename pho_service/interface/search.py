@@ -610,10 +610,8 @@ def search(ask: FoundArguments) -> Found:
         )
     run = run_on(work.dense, ask.progress)
     if ask.minutes is not None:
-        of_pattern = {"pattern": str(request.pattern)}
-        if not request.pattern.structured:
-            of_pattern["scope"] = request.pattern.scope.value
-        clock = search_clock(ask, request, work, **of_pattern)
+        pattern = request.pattern
+        clock = search_clock(ask, request, work, pattern=str(pattern), scope=pattern.free_scope)
         request, run = sized(request, clock), clock.watched(run)
     record: AbstractContextManager[optuna.Study]
     if isinstance(study, optuna.Study):

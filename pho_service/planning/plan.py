@@ -112,10 +112,8 @@ class Plan:
 
     def own_seconds(self, *, calibrated: bool = False) -> float:
         """Seconds of what the job does itself, in the middle, without a calibration behind it."""
-        kinds = {StageKind.CALIBRATE} if calibrated else set()
-        kinds |= set() if self.spec.prune else {StageKind.PRUNE}
-        stages = (stage for stage in self.stages if stage.kind not in kinds)
-        return sum(math.sqrt(stage.seconds[0] * stage.seconds[1]) for stage in stages)
+        behind = STEPS[StageKind.CALIBRATE] if calibrated else ""
+        return sum(seconds for name, seconds in self.steps.items() if name != behind)
 
     @property
     def pruned_bytes(self) -> tuple[int, int]:
