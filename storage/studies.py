@@ -246,8 +246,8 @@ def open_study(
 
 def marked_alike(study: optuna.Study, key: str, value: str) -> list[str]:
     """The names of the other studies of a study's database with the same record, oldest first."""
-    storage = getattr(study._storage, "_backend", study._storage)  # beneath Optuna's cache
-    if not isinstance(storage, RDBStorage):
+    storage = _database(study)
+    if storage is None:
         return []
     mark = models.StudySystemAttributeModel
     marked = select(mark.study_id).where(
@@ -261,6 +261,12 @@ def marked_alike(study: optuna.Study, key: str, value: str) -> list[str]:
     )
     with _create_scoped_session(storage.scoped_session) as session:
         return [*session.execute(query).scalars()]
+
+
+def _database(study: optuna.Study) -> RDBStorage | None:
+    """The database of a study, beneath Optuna's cache; None if it is elsewhere."""
+    storage = getattr(study._storage, "_backend", study._storage)
+    return storage if isinstance(storage, RDBStorage) else None
 
 
 def record_of(study: optuna.Study) -> dict[str, Any]:
@@ -285,8 +291,20 @@ def keep_record(study: optuna.Study, key: str, value: Any) -> None:
 
 def kept(study: optuna.Study, key: str, about: Mapping[str, Any]) -> dict[str, Any]:
     """What a study's record of this name holds, if it is about this; nothing if it is not."""
-    stored: dict[str, Any] = record_of(study).get(key) or {}
+    stored: dict[str, Any] = _record(study, f"{_RECORD}{key}") or {}
     return stored if about.items() <= stored.items() else {}
+
+
+def _record(study: optuna.Study, name: str) -> Any:
+    """One system attribute: of a database alone, as a long search has some thousand."""
+    storage = _database(study)
+    if storage is None:
+        return study._storage.get_study_system_attrs(study._study_id).get(name)
+    mark = models.StudySystemAttributeModel
+    query = select(mark.value_json).where(mark.study_id == study._study_id, mark.key == name)
+    with _create_scoped_session(storage.scoped_session) as session:
+        stored = session.execute(query).scalar()
+    return None if stored is None else json.loads(stored)
 
 
 def once(
@@ -312,8 +330,8 @@ def once(
 def note_trial(study: optuna.Study, number: int, key: str, value: Any) -> None:
     """Keep a user attribute of a trial that has ended, which Optuna's own methods refuse."""
     # In databases and in memory; of another storage this process alone sees it.
-    storage = getattr(study._storage, "_backend", study._storage)  # beneath Optuna's cache
-    if isinstance(storage, RDBStorage):
+    storage = _database(study)
+    if storage is not None:
         trial_id = storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
         with _create_scoped_session(storage.scoped_session) as session:
             session.execute(
@@ -324,7 +342,7 @@ def note_trial(study: optuna.Study, number: int, key: str, value: Any) -> None:
                     trial_id=trial_id, key=key, value_json=json.dumps(value)
                 )
             )
-    if storage is not study._storage or not isinstance(storage, RDBStorage):
+    if storage is not study._storage:
         for trial in study.get_trials(deepcopy=False):  # those that memory holds
             if trial.number == number:
                 trial.set_user_attr(key, value)

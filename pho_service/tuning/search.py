@@ -32,7 +32,7 @@ from pho_service.tuning.plan import (
     SearchPlan,
 )
 from pho_service.tuning.samplers import CmaSampler, is_exhausted, make_sampler
-from storage.studies import quiet_optuna, record_of
+from storage.studies import kept, quiet_optuna
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def _adopting(
 
 def inherited(study: optuna.Study) -> int:
     """How many of a study's trials are another job's: those that a fork began with, its first."""
-    return int(record_of(study).get(INHERITED, {}).get("trials", 0))
+    return int(kept(study, INHERITED, {}).get("trials", 0))
 
 
 def fork_in_words(fork: Mapping[str, Any]) -> str:
