@@ -26,7 +26,7 @@ thorough: export MORE = --thorough
 thorough: test ## make test, with images, long fuzzing, tutorial, notebook, every path on pretended GPUs, tests of benchmarks, other models
 
 suite: install ## the tests alone; MORE=--thorough for all
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(MORE) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder $(MORE) $(ARGS)
 
 install: .venv/installed ## .venv with all that the demo, the tests and `pho` need, by requirements/; LOCK= takes the newest
 	@cat .venv/installed

@@ -34,8 +34,10 @@ from transformers import (
 
 from pho_service.models.architecture import prunable_linears
 from pho_service.models.scratch import Memo
+from pho_service.pipeline import writing
 from pho_service.planning.shapes import Header, TensorHeader
 from pho_service.pruning.statistics import gather
+from pho_service.spec.configuration import NEW_TOKENS
 from storage import embedded
 from storage.database import Database
 from storage.embedded import embedded_postgresql
@@ -115,6 +117,21 @@ def _no_home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PHO_DATA_DIR", str(tmp_path_factory.mktemp("pho")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_words(pytestconfig):
+    """Models go on with a text for a few tokens, each of which takes as long as a window does."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not pytestconfig.getoption("--thorough"):
+            patch.setattr(writing, "NEW_TOKENS", 8)
+        yield
+
+
+@pytest.fixture
+def many_words(monkeypatch):
+    """As many as elsewhere: in other processes, say."""
+    monkeypatch.setattr(writing, "NEW_TOKENS", NEW_TOKENS)
 
 
 @contextmanager

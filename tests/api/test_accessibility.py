@@ -139,6 +139,7 @@ def test_the_pages_please_axe_core_and_are_light(browser, pages):
     assert [title for title in heavy if not title.startswith("report")] == []
 
 
+@pytest.mark.thorough
 def test_a_list_that_is_full_of_long_names_is_not_heavy(client, submit):
     for number in range(PAGE_SIZE):
         submit(name=f"{number} {'n' * 90}", model=f"org/{number}{'m' * 90}")

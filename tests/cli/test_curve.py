@@ -49,6 +49,7 @@ def test_points_are_measured_once_and_one_study_has_the_trials_of_all_once(pho, 
     assert sorted(trial.values for trial in pareto.best_trials) == best
 
 
+@pytest.mark.thorough
 def test_sparsities_are_bisected_up_to_the_highest(pho, small):
     run = ("search", *small, "--within", "15%", *TARGET, "--json")
     first = pho(*run)
@@ -69,6 +70,7 @@ def test_sparsities_are_bisected_up_to_the_highest(pho, small):
     assert "0.95 is the highest sparsity that was tried" in first.stderr
 
 
+@pytest.mark.thorough
 def test_cuts_by_their_shares_in_files_that_a_model_is_cut_with(pho, model_folder, texts):
     text = ("--text", texts["calibration"], "--samples", 6, "--context-length", 32)
     run = (model_folder, *text, "--confirm-windows", 3, "--device", "cpu")

@@ -44,7 +44,7 @@ def test_a_search_without_sizes_says_how_long_it_takes_and_how_to_do_the_same(ph
     assert without_search("first.json") == without_search("again.json")
 
 
-@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("before", [pytest.param(True, marks=pytest.mark.thorough), False])
 def test_an_interrupted_search_goes_on_with_what_was_chosen_for_it(pho, words, monkeypatch, before):
     """So does one that is over, with what it has found."""
 
@@ -62,6 +62,7 @@ def test_an_interrupted_search_goes_on_with_what_was_chosen_for_it(pho, words, m
     assert f"Going on with what was chosen for it: {shlex.join(chosen(first))}." in second.stderr
 
 
+@pytest.mark.thorough
 def test_what_is_given_is_kept_and_all_of_it_leaves_nothing_to_choose(pho, words):
     sizes = ("--samples", 6, "--context-length", 32, "--confirm-windows", 2, "--finalists", 3)
     some = pho(*words, *sizes[:4], "--minutes", 3)
@@ -73,6 +74,7 @@ def test_what_is_given_is_kept_and_all_of_it_leaves_nothing_to_choose(pho, words
     assert "Chosen" not in every.stderr + none.stderr
 
 
+@pytest.mark.thorough
 def test_a_curve_shares_its_minutes(pho, words):
     curve = ("curve", *words[1:2], *words[4:], "--patterns", "0.3,0.5")
     first, again = pho(*curve, "--minutes", 5), pho(*curve, "--minutes", 5)
@@ -81,6 +83,7 @@ def test_a_curve_shares_its_minutes(pho, words):
     assert f"Going on with what was chosen for it: {shlex.join(chosen(first))}." in again.stderr
 
 
+@pytest.mark.thorough
 def test_a_cut_takes_its_minutes(pho, made_model, texts):
     words = ("prune", made_model, "--pattern", "structured:20%", "--text", texts["calibration"])
     result = pho(*words, *HOW[:-2], "--minutes", 5, "--out", "cut", "--json")
@@ -123,6 +126,7 @@ def test_the_least_is_done_and_said_where_the_minutes_are_too_few(pho, words):
     assert chosen(result)[:2] == ["--samples", "4"]
 
 
+@pytest.mark.thorough
 def test_who_prunes_with_a_configuration_calibrates_as_it_was_found(pho, words, made_model, texts):
     sizes = ("--samples", 6, "--context-length", 32)
     pho(*words, *sizes, "--out", "config.json")

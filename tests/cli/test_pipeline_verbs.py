@@ -70,6 +70,7 @@ def test_what_a_search_confirms_is_what_is_pruned_and_passes_its_check(
 TRAINED = (*SCORE, "--pattern", "0.5", "--update", "least-squares", "--reconstruction", "block")
 
 
+@pytest.mark.thorough
 def test_blocks_that_a_search_has_trained_are_not_trained_again(
     pho, made_model, texts, own_cache, monkeypatch, trained
 ):

@@ -117,6 +117,7 @@ def test_a_search_gives_a_configuration_that_prunes_with_the_same_bytes(
         assert "`pho prune MODEL --config` does that" in " ".join(refused.stderr.split())
 
 
+@pytest.mark.thorough
 def test_an_interrupted_run_goes_on(pho, cut, made_model, texts, monkeypatch):
     """It was stopped while the second of two cuts was measured: the first is not made again."""
     from pho_service.pipeline import cuts
@@ -191,6 +192,7 @@ def test_a_share_of_the_file_is_not_given_beside_a_pattern(pho, made_model):
     assert "--smaller 10% and --pattern 2:4 both say what is cut" in result.stderr
 
 
+@pytest.mark.thorough
 def test_what_the_minutes_leave_recovers_a_cut(pho, made_model, texts, monkeypatch):
     words = ("prune", made_model, "--pattern", "structured:20%", "--text", texts["calibration"],
              "--kernel-sizes", "3,5", "--minutes", "0.3", "--json")  # fmt: skip
@@ -205,6 +207,7 @@ def test_what_the_minutes_leave_recovers_a_cut(pho, made_model, texts, monkeypat
     assert not [path for path in Path().glob(".*") if path.suffix in (".cuts", ".recovery")]
 
 
+@pytest.mark.thorough
 def test_an_interrupted_recovery_of_a_cut_goes_on_with_its_minutes(
     pho, made_model, texts, monkeypatch
 ):

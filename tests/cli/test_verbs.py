@@ -133,6 +133,7 @@ def test_dense_published_methods_and_configurations_are_compared_in_this_order(
     assert "sparsegpt" not in table
 
 
+@pytest.mark.thorough
 def test_a_report_on_what_was_calibrated_or_chosen_on_says_so_on_the_terminal_and_in_json(
     made_model, texts, tmp_path
 ):

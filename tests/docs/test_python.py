@@ -36,6 +36,7 @@ def given(tiny_llama, model_folder, texts, tmp_path):
     }
 
 
+@pytest.mark.thorough
 def test_blocks(given, tmp_path, monkeypatch):
     """Every block runs, one after the other; each result is what the page says."""
     monkeypatch.chdir(tmp_path / "here")

@@ -35,6 +35,7 @@ def test_a_point_is_what_pho_search_finds_there_beside_its_references_the_model_
     assert weights()
 
 
+@pytest.mark.thorough
 def test_with_a_report_text_a_point_tells_its_perplexities_on_it_and_a_target_is_not_chosen_on_it(
     tiny_llama, bundle, texts
 ):
@@ -87,6 +88,7 @@ def test_a_curve_of_cuts_has_the_cut_that_pho_search_finds_at_each_share(
     assert weights()
 
 
+@pytest.mark.thorough
 def test_the_largest_cut_within_a_target_is_one_that_a_model_is_cut_with(tiny_llama, bundle, texts):
     options = {"model": tiny_llama, "confirm": texts["confirmation"], "structured": True}
     found = pho.search_within(bundle, 9.0, step=0.1, lowest=0.2, highest=0.4, **options)
@@ -99,6 +101,7 @@ def test_the_largest_cut_within_a_target_is_one_that_a_model_is_cut_with(tiny_ll
     assert sum(p.numel() for p in smaller.model.parameters()) < before
 
 
+@pytest.mark.thorough
 def test_a_target_that_no_cut_is_within_names_the_smallest(tiny_llama, bundle, texts):
     with pytest.raises(TargetMissed, match=r"or a smaller cut: lowest=0\.1"):
         pho.search_within(

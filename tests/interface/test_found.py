@@ -100,6 +100,7 @@ def test_dense_wanda_ria_and_the_finalists_are_measured_on_one_text_the_model_is
     assert f"{number(dense.perplexity)} dense" in repr(found)
 
 
+@pytest.mark.thorough
 def test_perplexities_on_windows_that_calibration_left_stand_at_the_trials_for_all_who_read_them(
     tiny_llama, bundle, tmp_path
 ):

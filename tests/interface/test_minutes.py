@@ -43,6 +43,7 @@ def test_a_search_prunes_as_many_in_full_as_there_is_time_for(
     assert clock.watched(Run()).passes is not None
 
 
+@pytest.mark.thorough
 def test_a_curve_and_a_target_choose_for_all_their_points(tiny_llama, bundle, sentences):
     measured = {"model": tiny_llama, "confirm": sentences["confirmation"], "preset": "score"}
     measured |= {"trials": 20, "confirm_windows": 2}

@@ -152,20 +152,16 @@ class TestExport:
         assert exported.type == "q4_k_m"
         assert program.with_suffix(".type").read_text() == "Q4_K_M\n"
 
-    def test_no_code_of_a_folder_is_run(self, folder, tmp_path):
-        """llama.cpp's converter would: it trusts what tokenizers name."""
+    def test_a_converter_is_given_no_code_of_a_folder(self, folder, tmp_path):
+        """llama.cpp's trusts what tokenizers name, and would run it."""
         evil = shutil.copytree(folder, tmp_path / "evil")
-        (evil / "tokenizer.model").unlink()  # with which the converter asks no class
-        config = json.loads((evil / "tokenizer_config.json").read_text())
-        config |= {
-            "tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
-        }  # fmt: skip
-        (evil / "tokenizer_config.json").write_text(json.dumps(config))
-        (evil / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
-        with pytest.raises(ModelError, match=r"convert_hf_to_gguf.py does not convert evil"):
-            pho.export(evil, tmp_path / "out.gguf")
-
-        assert not (tmp_path / "ran").exists()
+        (evil / "evil.py").touch()
+        converter = tmp_path / "converter.py"
+        converter.write_text(
+            "import glob, sys\nsys.exit(f\"code: {glob.glob('*.py', root_dir=sys.argv[1])}\")"
+        )
+        with pytest.raises(ModelError, match=r"code: \[\]$"):
+            pho.export(evil, tmp_path / "out.gguf", converter=converter)
 
     def test_a_file_that_predicts_something_else_is_not_handed_out(
         self, copier, tmp_path, tmp_path_factory
@@ -176,6 +172,7 @@ class TestExport:
 
         assert [*tmp_path.iterdir()] == []
 
+    @pytest.mark.thorough
     def test_a_tokenizer_without_a_name_in_gguf(self, model_folder, tmp_path):
         with pytest.raises(
             ModelError, match=r"does not convert model: .* has no name for this tok"

@@ -434,6 +434,7 @@ def test_a_model_that_predicts_nothing_any_more_is_taken_back_too(
     assert same(before, weights(pruned.model))
 
 
+@pytest.mark.usefixtures("many_words")
 def test_perplexities_before_and_after_are_of_windows_that_are_not_trained_on(
     pruned_folder, recover, read_report, text
 ):
@@ -681,6 +682,7 @@ def test_a_recovery_that_takes_longer_than_planned_ends_in_its_time_and_can_be_r
         Recovery(shortened=("8:9",))
 
 
+@pytest.mark.thorough
 def test_a_shortened_recovery_that_is_killed_keeps_its_end_and_the_time_that_is_left(
     pruned_folder, recover, busy, tmp_path
 ):
@@ -723,6 +725,7 @@ def asked_slowly(busy, monkeypatch):
     return clock
 
 
+@pytest.mark.thorough
 def test_waiting_takes_none_of_the_minutes_and_what_was_spent_before_does(
     pruned_folder, recover, asked_slowly, tmp_path
 ):
@@ -743,6 +746,7 @@ def test_waiting_takes_none_of_the_minutes_and_what_was_spent_before_does(
     assert asked_slowly.now - before - 1000 <= 66
 
 
+@pytest.mark.thorough
 def test_a_dense_model_that_takes_too_long_is_asked_about_fewer_windows(
     pruned_folder, recover, asked_slowly
 ):

@@ -233,6 +233,7 @@ def test_activations_that_overflow_are_said_with_their_layer(model, windows):
         cut_model(broken, windows, Structure(neurons=16))
 
 
+@pytest.mark.thorough
 def test_on_a_gpu_as_on_a_cpu(model, windows, pretended_gpu):
     structure = Structure(neurons=16, query_heads=2, dropped=1)
     expected = cut_model(copied(model), windows, structure)

@@ -33,6 +33,7 @@ def likeliest(model, prompt, count):
     return model.tokenizer.decode(tokens[0, len(prompt) :], skip_special_tokens=True)
 
 
+@pytest.mark.usefixtures("many_words")
 def test_a_result_has_what_both_models_write_and_the_study_keeps_it(bundle, confirming, searched):
     model, windows = confirming.model, confirming.text.windows
     prompts = windows[:, : min(32, model.longest // 2)]

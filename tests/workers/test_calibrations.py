@@ -79,6 +79,7 @@ def shards_made(*jobs):
     return [made.count(shard) for shard in range(6)]
 
 
+@pytest.mark.thorough
 def test_in_shards_the_bundle_and_what_is_found_are_those_of_one_process(
     desk, shared, alone, undisturbed, found
 ):

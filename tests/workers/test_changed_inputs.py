@@ -57,6 +57,7 @@ def source(hand, small):
     return _source[0]
 
 
+@pytest.mark.thorough
 def test_text_changed_between_perplexities(hand, small, tmp_path):
     """A text that is replaced between two measurements fails the job; put back, it goes on."""
     _source.append(hand.done(small()))

@@ -69,7 +69,13 @@ def test_the_best_split_is_written(hand, cut, tmp_path):
     assert all(check.passed for check in check_folder(folder, original=dense))
 
 
-@pytest.mark.parametrize("kind", [StageKind.SEARCH, StageKind.PERPLEXITY, StageKind.PRUNE])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        StageKind.PERPLEXITY,
+        *(pytest.param(k, marks=pytest.mark.thorough) for k in (StageKind.SEARCH, StageKind.PRUNE)),
+    ],
+)
 def test_killed_in_the_middle_of_a_cut(hand, cut, tmp_path, monkeypatch, kind):
     """What a worker had worked out of some blocks is taken up, for the same bytes."""
     spec = cut()
@@ -112,6 +118,7 @@ def test_it_gives_way_between_blocks(hand, cut, small, tmp_path, monkeypatch):
     assert weights(folder_of(hand, job)) == weights(locally(hand, job, spec, tmp_path / "local"))
 
 
+@pytest.mark.thorough
 def test_each_share_of_a_curve_has_the_cut_of_a_job_of_its_own(hand, cut):
     """Also where a worker was killed after the first of them; the library has none of them."""
     shares = ["structured:15%", "structured:30%"]
@@ -131,6 +138,7 @@ def test_each_share_of_a_curve_has_the_cut_of_a_job_of_its_own(hand, cut):
     assert in_the_library == []
 
 
+@pytest.mark.thorough
 def test_a_target_of_cuts_writes_the_largest_that_is_within(hand, cut):
     target = {"perplexity_rise": 9.0, "step": 0.1, "lowest": 0.2, "highest": 0.3}
     job = hand.done(cut(pattern=None, target={**target, "structured": True}))
@@ -140,6 +148,7 @@ def test_a_target_of_cuts_writes_the_largest_that_is_within(hand, cut):
     assert weights(folder_of(hand, job))
 
 
+@pytest.mark.thorough
 def test_recovered_as_any_other(hand, cut):
     job = hand.done(cut(recovery={"tokens": 640, "rate": 2e-3, "text": "confirmation.jsonl"}))
     recovered = job.pruning.result["recovery"]

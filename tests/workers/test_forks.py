@@ -31,7 +31,7 @@ def searched(trials):
     return [trial for trial in trials if trial[4]["method"] == "crepe"]
 
 
-@pytest.mark.parametrize("sampler", ["cmaes", pytest.param("tpe", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("sampler", [pytest.param("cmaes", marks=pytest.mark.thorough), "tpe"])
 def test_a_fork_goes_on_from_the_trials_in_its_space_the_same_each_time_without_its_parent(
     hand, small, fork, sampler
 ):

@@ -205,6 +205,7 @@ def test_jobs_with_the_same_calibration_share_one_bundle_and_one_that_was_lost_i
     assert desk.trials(longer) == [undisturbed(spec_of(confirm=None)).trials]
 
 
+@pytest.mark.thorough
 def test_a_job_on_uploaded_texts_finds_what_one_on_the_same_files_finds(desk, spec_of, tmp_path):
     files = TextFiles(str(tmp_path / "store"), tmp_path / "cache")
     files.folder.mkdir(parents=True)

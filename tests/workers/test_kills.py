@@ -48,7 +48,10 @@ def load(*args, **kwargs):
 workers.inputs.load_model = load
 """
 
-pytestmark = pytest.mark.thorough  # but for one kill and one fault
+pytestmark = [
+    pytest.mark.thorough,  # but for one kill and one fault
+    pytest.mark.usefixtures("many_words"),
+]
 
 
 OTHERS = (StageKind.TRANSFER, StageKind.POINT, StageKind.TASKS)

@@ -58,6 +58,7 @@ def test_killed_after_the_choice_another_worker_keeps_it(hand, minutes, monkeypa
     assert hand.store.get(job.id).spec["calibration"] == chosen
 
 
+@pytest.mark.thorough
 def test_the_winner_is_trained_in_as_many_passes_as_there_is_time_for(hand, minutes, monkeypatch):
     """Those that were left are what the configuration then says."""
     monkeypatch.setattr(Clock, "passes_left", lambda _clock, asked: asked - 1)
@@ -77,7 +78,9 @@ def test_what_is_left_goes_into_the_recovery_of_what_is_pruned(hand, minutes, mo
     assert job.pruning.result["recovery"]["tokens"] > 0
 
 
-@pytest.mark.parametrize(("left_s", "words"), [(0.0, 12_000), (60.0, 300)])
+@pytest.mark.parametrize(
+    ("left_s", "words"), [pytest.param(0.0, 12_000, marks=pytest.mark.thorough), (60.0, 300)]
+)
 def test_with_too_little_time_or_text_left_the_model_is_pruned_and_not_recovered(
     hand, minutes, monkeypatch, left_s, words
 ):

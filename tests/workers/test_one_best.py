@@ -97,6 +97,7 @@ def test_unconfirmed(hand, small):
     assert report.winner.number == study.user_attrs["chosen"]["trial"] == study.best_trial.number
 
 
+@pytest.mark.thorough
 def test_a_report_gives_way_between_its_measurements_goes_on_and_is_what_is_shown(
     hand, small, monkeypatch
 ):
@@ -138,6 +139,7 @@ def doubted(monkeypatch):
 
 
 @pytest.mark.usefixtures("doubted")
+@pytest.mark.thorough
 def test_before_confirming(hand, small):
     """All random candidates are measured first; more finalists are confirmed, and told."""
     job = hand.until(hand.submit(small(**ASKED, trials=12)), StageKind.CONFIRM)

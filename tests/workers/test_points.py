@@ -83,6 +83,7 @@ def test_each_patterns_configuration_is_that_of_pho_search_at_it_after_one_calib
 
 
 @pytest.mark.usefixtures("datasets_cache")
+@pytest.mark.thorough
 def test_each_pattern_is_reported_on_a_data_set_if_that_is_asked(hand, small):
     folder = hand.folder / "set"
     folder.mkdir()
@@ -237,6 +238,7 @@ def test_after_its_turn_a_curve_lets_another_job_in_before_its_next_point(hand, 
     assert first["stage_id"] == other.stages[0].id
 
 
+@pytest.mark.thorough
 def test_a_point_gives_its_worker_away_between_its_perplexities_and_goes_on_there(
     hand, small, monkeypatch
 ):
@@ -265,6 +267,7 @@ def test_a_point_gives_its_worker_away_between_its_perplexities_and_goes_on_ther
     assert len({str(each) for each in measured}) == len(measured)  # none of them twice
 
 
+@pytest.mark.thorough
 def test_the_training_of_blocks_gives_its_worker_away_and_goes_on_with_those_that_are_trained(
     hand, small, monkeypatch
 ):

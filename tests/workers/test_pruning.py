@@ -155,7 +155,7 @@ TRAINED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("killed", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_blocks_that_the_confirmation_has_trained_are_not_trained_again_for_the_same_bytes(
     hand, small, tmp_path, monkeypatch, trained, killed
 ):
@@ -185,6 +185,7 @@ def test_blocks_that_the_confirmation_has_trained_are_not_trained_again_for_the_
     assert sums(folder_of(hand, job)) == sums(tmp_path / "local")
 
 
+@pytest.mark.thorough
 def test_of_a_target_only_the_blocks_of_its_answer_wait_and_they_are_not_trained_again(
     hand, small, trained
 ):
@@ -378,6 +379,7 @@ def test_where_no_block_is_trained_neither_the_model_nor_its_text_is_opened():
     assert work.blocks(baseline("wanda", Pattern.parse("0.5"))) is None
 
 
+@pytest.mark.thorough
 def test_a_recovery_gives_its_worker_away_again_and_again_and_ends_with_the_same_files(
     hand, small, monkeypatch
 ):

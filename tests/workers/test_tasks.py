@@ -94,6 +94,7 @@ def test_as_pho_evaluate(hand, small, monkeypatch):
     assert tasks_table(found.tasks).markdown() in (pruned / "README.md").read_text()
 
 
+@pytest.mark.thorough
 def test_a_recovered_model_is_what_the_tasks_are_measured_on(hand, small):
     write_task(hand.folder / "tasks", [0] * len(QUESTIONS))
     spec = small(
