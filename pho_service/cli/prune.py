@@ -17,7 +17,7 @@ from pho_service.cli.library import (
     check_library,
     wanted_for,
 )
-from pho_service.cli.minutes import budget_of
+from pho_service.cli.minutes import budget_of, calibrated_in_minutes
 from pho_service.cli.options import (
     Terminal,
     calibration_source,
@@ -276,6 +276,12 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
     if ask.pattern is not None:
         Pattern.parse(ask.pattern, ask.scope)  # a wrong one is refused before a model is read
     configuration = _given_configuration(ask, given)
+    _check_places(model, Path(ask.out), ask.bundle, inputs)
+    loaded: LanguageModel | str = model
+    if ask.method is not None and configuration is not None and ask.bundle is None:
+        loaded, calibration = _in_minutes(model, configuration, given, inputs)
+    else:
+        calibration = given.calibration([configuration] if configuration and not ask.bundle else [])
     source = Source(
         configuration=configuration,
         library=ask.library,
@@ -286,10 +292,10 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
     )
     statistics = _Statistics(
         bundle=ask.bundle,
-        calibration=given.calibration([configuration] if configuration and not ask.bundle else []),
+        calibration=calibration,
         named=bool({"calibration/text", "calibration/dataset"} & {*given.said}),
     )
-    _prune(model, source, Path(ask.out), statistics, as_json, inputs)
+    _prune(loaded, source, Path(ask.out), statistics, given, as_json, inputs)
     if ask.push is not None:
         push_folder(Path(ask.out), ask.push, ask.public, as_json=False)
 
@@ -391,6 +397,36 @@ def _given_configuration(ask: _PruneAsk, given: Given) -> "Configuration | None"
     return published(ask.method, str(ask.pattern), ask.scope, linears)
 
 
+def _check_places(model: str, folder: Path, bundle: str | None, inputs: Terminal) -> None:
+    from pho_service.host.files import check_free
+
+    check_free(folder)
+    model_path = Path(model).expanduser()
+    if model_path.is_dir() and folder.expanduser().resolve().is_relative_to(model_path.resolve()):
+        raise InvalidInput(f"{folder} would lie in {model}, which is pruned. Give another place.")
+    check_models([model], inputs.revision)
+    if bundle is not None:
+        check_bundle(bundle)
+
+
+def _in_minutes(
+    model: str, configuration: "Configuration", given: Given, inputs: Terminal
+) -> "tuple[LanguageModel | str, CalibrationSpec]":
+    """The model, and what a published method is calibrated on, where the minutes choose it."""
+    from pho_service.planning.plan import ComparedWork
+
+    document = {"model": model, "pattern": str(configuration.pattern), "confirm": None}
+    spec = given.job(given.document(document))
+    if not spec.free_sizes:
+        return model, given.calibration()
+    work = ComparedWork(
+        rows=[configuration.candidate().steps], searches=[], windows=1, calibrations=1
+    )
+    source, loaded = calibration_source(spec.calibration), inputs.model(model)
+    method = configuration.method
+    return loaded, calibrated_in_minutes(spec, loaded, source, work, method)
+
+
 def _refuse(
     ask: _PruneAsk,
     *,
@@ -400,9 +436,11 @@ def _refuse(
 ) -> None:
     """See that no option is given that is for another source of the configuration."""
     library = ask.config is None and ask.method is None
+    minutes = {"--minutes": pruning["--minutes"]}
     for refused, foreign, reason in (
         (not library, of_library, "for --from-library alone"),
         (ask.config is not None, pruning, "a configuration has its pattern, scope and linears"),
+        (library, minutes, "what is in a library is calibrated as it was found"),
         (library, named, "for --method; what is in a library says which linears it prunes"),
     ):
         too_many = [name for name, value in foreign.items() if value is not None]
@@ -420,36 +458,31 @@ class _Statistics:
 
 
 def _prune(
-    name: str,
+    model: "LanguageModel | str",
     source: Source,
     folder: Path,
     statistics: _Statistics,
+    given: Given,
     as_json: bool,
     inputs: Terminal,
 ) -> None:
-    from pho_service.host.files import check_free
     from pho_service.pipeline.prune import orders_in_words, prune_job, winner_of
     from pho_service.pruning.reconstruction import summary
 
-    check_free(folder)
-    model_path = Path(name).expanduser()
-    if model_path.is_dir() and folder.expanduser().resolve().is_relative_to(model_path.resolve()):
-        raise InvalidInput(f"{folder} would lie in {name}, which is pruned. Give another place.")
-    check_models([name], inputs.revision)
-    if statistics.bundle is not None:
-        check_bundle(statistics.bundle)
     entry = None
     if source.configuration is None:
         check_library(source.library, str(source.pattern), source.scope)
-        model = inputs.model(name)
+        model = inputs.model(model) if isinstance(model, str) else model
         promising = _prunable(source.of_library(model), statistics)
         configurations = [promising_entry.configuration for promising_entry in promising]
-        opened = _opened(model, statistics, configurations, inputs)
+        if statistics.bundle is None:
+            statistics = replace(statistics, calibration=given.calibration(configurations))
+        opened = _opened(model, statistics, configurations, inputs, rated=True)
         entry = source.chosen(promising, model, opened.bundle)
         configuration = entry.configuration
     else:
         configuration = source.configuration
-        opened = _opened(name, statistics, [configuration], inputs)
+        opened = _opened(model, statistics, [configuration], inputs)
         key = configuration.calibration.get("key")
         if key and key != opened.bundle.key:
             say(
@@ -509,12 +542,14 @@ def _opened(
     statistics: _Statistics,
     configurations: "Sequence[Configuration]",
     inputs: Terminal,
+    *,
+    rated: bool = False,
 ) -> Work:
     """The model, its statistics, and the calibration windows if there is a text."""
     from pho_service.models.bundle_file import read_bundle
 
     settings = statistics.calibration.settings()
-    if not isinstance(model, str):  # the proxy rates what a library has
+    if rated:  # the proxy rates what a library has
         scores = [configuration.candidate().coefficients for configuration in configurations]
         sizes = {score.kernel_size for score in scores}
         missing = sorted(sizes - {*settings.kernel_sizes})
@@ -528,7 +563,7 @@ def _opened(
         candidates = [
             configuration.candidate()
             for configuration in configurations
-            if isinstance(model, str) and configuration.cut is None
+            if not rated and configuration.cut is None
         ]
         own_text = calibration_source(statistics.calibration)
         return inputs.calibrated(model, own_text, settings, requests=candidates)

@@ -23,6 +23,11 @@ ON_MODELS = {
         "--trials 9 --finalists 1 --confirm-windows 1 --report-windows 1 --other {report} "
         "--other-windows 1 --cache cache --out kept.jsonl",
     ),
+    "minutes": (
+        "model 0.5 alps 0.3",
+        "--model {model} --pattern 0.5 --method alps --method 'sparsegpt, recovered' --minutes 0.3 "
+        "--other {report} --out kept.jsonl",
+    ),
     "search_cost": (
         "pho",
         f"--model {{model}} {SMALL} --confirm-windows 2 --report-windows 2 --evaluations 4 "

@@ -163,3 +163,20 @@ def test_a_comparison_without_sizes_says_how_long_it_takes_and_how_to_do_the_sam
     assert [row["perplexity"] for row in json.loads(again.stdout)["rows"]] == [
         dense["perplexity"], wanda["perplexity"],
     ]  # fmt: skip
+
+
+def test_a_published_method_takes_its_minutes(pho, made_model, texts):
+    words = (
+        "prune", made_model, "--method", "sparsegpt", "--pattern", "0.5",
+        "--text", texts["calibration"],
+    )  # fmt: skip
+    first = pho(*words, "--minutes", "0.2", "--out", "first")
+    (options,) = re.findall(r"Chosen: (--.*)\. They do", first.stderr)
+    again = pho(*words, *shlex.split(options), "--out", "again")
+    recipes = [json.loads(Path(out, "pruning.json").read_text()) for out in ("first", "again")]
+    weights = [Path(out, "model.safetensors").read_bytes() for out in ("first", "again")]
+
+    assert re.search(r"windows of [0-9]+ tokens, sparsegpt: about ", first.stderr)
+    assert "Chosen" not in again.stderr
+    assert recipes[0]["calibration"] == recipes[1]["calibration"]
+    assert weights[0] == weights[1]
