@@ -25,7 +25,7 @@ import click
 from domains import DOMAINS
 from kept_results import KeptResults
 from machine import conditions
-from subject import MODELS, first_windows
+from subject import MODELS, report_windows
 
 from pho_service.cli.terminal import print_table, say
 from pho_service.models.blockwise import measure_perplexity
@@ -34,7 +34,7 @@ from pho_service.spec.document import number
 
 CONTEXT_LENGTH = 512
 LEAST = 0.1  # minutes of a recovery, where pruning took longer than it was given
-WINDOWS = {"docs": 14, "other": 8}  # of each report text, as in docs/measurements/quality.md
+WINDOWS = {"docs": 14, "others": 8}  # of each report text, as in docs/measurements/quality.md
 # With a recovery, this share of the minutes is for pruning at most.
 METHODS = {"best": None, "alps": 1.0, "sparsegpt, recovered": 0.5}
 
@@ -79,9 +79,8 @@ def main(
     for cell in cells:
         if found := kept.find(cell):
             perplexities = [number(found["perplexity"][text]) for text in WINDOWS]
-            cell["model"] = Path(cell["model"]).name
-            cell["minutes"] = f"{cell['minutes']:g}"
-            place = " ".join(list(cell.values())[:4])
+            model = Path(cell["model"]).name
+            place = f"{model} {cell['pattern']} {cell['method']} {cell['minutes']:g}"
             rows.append([place, f"{found['seconds'] / 60:.1f}", found["options"], *perplexities])
     columns = ("model, pattern, method, minutes", "taken", "calibrated on", *WINDOWS)
     print_table("Perplexity by minutes", columns, rows)
@@ -112,54 +111,47 @@ class Trial:
         if share is None:
             confirmed = ("--confirm-text", str(texts["confirmation"]))
             given = (*confirmed, "--minutes", f"{minutes:g}", "--out", config)
-            seconds, _ = self._pho("search", source, *asked, *given)
-            self._pho(
-                "prune", source, "--config", config, *text, *out
-            )  # blocks that are trained are kept
+            seconds = self._pho("search", source, *asked, *given)
+            self._pho("prune", source, "--config", config, *text, *out)
         else:
             method = self.cell["method"].partition(",")[0]
             given = ("--minutes", f"{share * minutes:g}")
-            seconds, _ = self._pho("prune", source, "--method", method, *asked, *given, *out)
+            seconds = self._pho("prune", source, "--method", method, *asked, *given, *out)
             if share < 1:
                 left = f"{max(minutes - seconds / 60, LEAST):.2f}"
                 words = (str(pruned), "--teacher", source, *text, "--minutes", left)
                 window = ("--context-length", str(CONTEXT_LENGTH))
                 pruned = self.folder / "recovered"
-                more, _ = self._pho("recover", *words, *window, "--out", str(pruned))
-                seconds += more
+                seconds += self._pho("recover", *words, *window, "--out", str(pruned))
         recipe = json.loads((pruned / "pruning.json").read_text())
         settings = recipe["calibration"]["settings"]
         return {
             "seconds": round(seconds, 1),
             "options": f"{settings['samples']} x {settings['context_length']}",
-            "perplexity": self._perplexities(pruned, texts["report"]),
+            "perplexity": self._perplexities(pruned),
         }
 
-    def _pho(self, *words: str) -> tuple[float, str]:
-        """Run a command of `pho`, with nothing kept from another cell."""
+    def _pho(self, *words: str) -> float:
+        """Run a command of `pho`, with nothing kept from another cell; the seconds that it took."""
         started = time.perf_counter()
         code = "from pho_service.cli import main; main()"
         places = {"PHO_CACHE_DIR": str(self.folder / "cache"), "PHO_DATA_DIR": str(self.folder)}
         done = subprocess.run(
             [sys.executable, "-c", code, *words], env={**os.environ, **places}, cwd=self.folder,
-            stdout=subprocess.PIPE, text=True, check=False,
+            stdout=subprocess.DEVNULL, check=False,
         )  # fmt: skip
         if done.returncode:
             raise click.ClickException(f"pho {' '.join(words)} ended with code {done.returncode}.")
-        return time.perf_counter() - started, done.stdout
+        return time.perf_counter() - started
 
-    def _perplexities(self, pruned: Path, docs: Path) -> dict[str, float]:
+    def _perplexities(self, pruned: Path) -> dict[str, float]:
         """Of a folder, on each report text."""
         model = load_model(str(pruned), dtype="float32")
-        name = self.cell["other"]
-        path = DOMAINS[name](self.folder / name)["report"] if name in DOMAINS else Path(name)
-        texts = {"docs": docs, "other": path}
-        return {
-            name: measure_perplexity(
-                model, first_windows(model, texts[name], windows, CONTEXT_LENGTH).windows
-            ).perplexity
-            for name, windows in WINDOWS.items()
-        }
+        windows = report_windows(
+            model, self.folder, self.cell["other"], **WINDOWS, context_length=CONTEXT_LENGTH
+        )
+        measured = (measure_perplexity(model, each).perplexity for each in windows.values())
+        return dict(zip(WINDOWS, measured, strict=True))
 
 
 if __name__ == "__main__":

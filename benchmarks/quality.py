@@ -26,7 +26,7 @@ from kept_results import KeptResults
 from quality_conditions import CONTEXT_LENGTH, CUT, Conditions, Place
 from quality_tables import print_tables, write_tables
 from searched import searched
-from subject import MODELS, Subject, first_windows, load_benchmark_model, load_subject
+from subject import MODELS, Subject, load_benchmark_model, load_subject, report_windows
 from torch import Tensor
 
 from pho_service.cli.terminal import progress, say
@@ -190,7 +190,10 @@ def _fill(
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(
             kept=kept, conditions=conditions, name=name, model=model, folder=Path(folder),
-            reports=_report_texts(model, conditions, Path(folder)),
+            reports=report_windows(
+                model, Path(folder), conditions.other, docs=conditions.report_windows,
+                others=conditions.other_windows, context_length=CONTEXT_LENGTH,
+            ),
         )  # fmt: skip
         if kept.find(conditions.dense(name)) is None:
             kept.keep(conditions.dense(name), {"perplexity": bench.perplexities(model)})
@@ -200,20 +203,6 @@ def _fill(
                 subject = bench.calibrated(seed, cache)
                 for place in missing(here):  # another process may have measured some meanwhile
                     bench.measure(subject, place)
-
-
-def _report_texts(model: LanguageModel, conditions: Conditions, folder: Path) -> dict[str, Tensor]:
-    """The windows of the documentation and of the text of another domain."""
-    other = conditions.other
-    path = DOMAINS[other](folder / other)["report"] if other in DOMAINS else Path(other)
-    texts = {
-        "docs": (DOMAINS["docs"](folder / "docs")["report"], conditions.report_windows),
-        other: (path, conditions.other_windows),
-    }
-    return {
-        text: first_windows(model, path, count, CONTEXT_LENGTH).windows
-        for text, (path, count) in texts.items()
-    }
 
 
 Pruned = tuple[LanguageModel, float, dict[str, Any]]  # its sparsity, and what was found of it

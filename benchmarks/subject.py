@@ -145,6 +145,18 @@ def load_subject(
     )
 
 
+def report_windows(
+    model: LanguageModel, folder: Path, other: str, *, docs: int, others: int, context_length: int
+) -> dict[str, Tensor]:
+    """The first windows of the documentation and of a text of another domain, by their names."""
+    path = DOMAINS[other](folder / other)["report"] if other in DOMAINS else Path(other)
+    texts = {"docs": (DOMAINS["docs"](folder / "docs")["report"], docs), other: (path, others)}
+    return {
+        text: first_windows(model, path, count, context_length).windows
+        for text, (path, count) in texts.items()
+    }
+
+
 def first_windows(model: LanguageModel, path: Path, count: int, context_length: int) -> ReportText:
     """The first windows of a text, to measure perplexity on."""
     windows, record = read_windows(

@@ -277,7 +277,7 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
         Pattern.parse(ask.pattern, ask.scope)  # a wrong one is refused before a model is read
     configuration = _given_configuration(ask, given)
     _check_places(model, Path(ask.out), ask.bundle, inputs)
-    loaded: LanguageModel | str = model
+    loaded = None
     if ask.method is not None and configuration is not None and ask.bundle is None:
         loaded, calibration = _in_minutes(model, configuration, given, inputs)
     else:
@@ -295,7 +295,7 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
         calibration=calibration,
         named=bool({"calibration/text", "calibration/dataset"} & {*given.said}),
     )
-    _prune(loaded, source, Path(ask.out), statistics, given, as_json, inputs)
+    _prune(model, loaded, source, Path(ask.out), statistics, given, as_json, inputs)
     if ask.push is not None:
         push_folder(Path(ask.out), ask.push, ask.public, as_json=False)
 
@@ -411,14 +411,14 @@ def _check_places(model: str, folder: Path, bundle: str | None, inputs: Terminal
 
 def _in_minutes(
     model: str, configuration: "Configuration", given: Given, inputs: Terminal
-) -> "tuple[LanguageModel | str, CalibrationSpec]":
-    """The model, and what a published method is calibrated on, where the minutes choose it."""
+) -> "tuple[LanguageModel | None, CalibrationSpec]":
+    """What a published method is calibrated on, and the model, where the minutes choose it."""
     from pho_service.planning.plan import ComparedWork
 
     document = {"model": model, "pattern": str(configuration.pattern), "confirm": None}
     spec = given.job(given.document(document))
     if not spec.free_sizes:
-        return model, given.calibration()
+        return None, given.calibration()
     work = ComparedWork(
         rows=[configuration.candidate().steps], searches=[], windows=1, calibrations=1
     )
@@ -458,7 +458,8 @@ class _Statistics:
 
 
 def _prune(
-    model: "LanguageModel | str",
+    name: str,
+    loaded: "LanguageModel | None",
     source: Source,
     folder: Path,
     statistics: _Statistics,
@@ -472,7 +473,7 @@ def _prune(
     entry = None
     if source.configuration is None:
         check_library(source.library, str(source.pattern), source.scope)
-        model = inputs.model(model) if isinstance(model, str) else model
+        model = inputs.model(name)
         promising = _prunable(source.of_library(model), statistics)
         configurations = [promising_entry.configuration for promising_entry in promising]
         if statistics.bundle is None:
@@ -482,7 +483,7 @@ def _prune(
         configuration = entry.configuration
     else:
         configuration = source.configuration
-        opened = _opened(model, statistics, [configuration], inputs)
+        opened = _opened(loaded or name, statistics, [configuration], inputs)
         key = configuration.calibration.get("key")
         if key and key != opened.bundle.key:
             say(

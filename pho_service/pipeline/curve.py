@@ -40,7 +40,7 @@ from pho_service.tuning.plan import SearchRequest
 from pho_service.tuning.result import SearchResult
 from pho_service.tuning.search import add_point, pareto_name, pareto_study
 from storage.records import PATTERN
-from storage.studies import keep_record, kept, once, record_of
+from storage.studies import keep_record, kept, once
 
 FORMAT = "pho-curve"
 DENSE_MEASURED = reference_record("dense")
@@ -275,17 +275,17 @@ def _timed(
 ) -> Iterator[Callable[[], float]]:
     """Keep in a study what its point takes; what is interrupted adds up."""
     identity = [request.trials, request.finalists, request.in_full, text_sha256]
-    kept: Mapping[str, Any] = record_of(study).get(_TIME, {})
-    done = kept.get("done") == identity
-    before, started = float(kept.get("seconds", 0.0)), time.monotonic()
+    record = kept(study, _TIME, {})
+    done = record.get("done") == identity
+    before, started = float(record.get("seconds", 0.0)), time.monotonic()
     taken = before
     try:
         yield lambda: round(taken, 3)
-        kept = {"done": identity}
+        record = {"done": identity}
     finally:
         if not done:
             taken = before + time.monotonic() - started
-            keep_record(study, _TIME, {"done": kept.get("done"), "seconds": taken})
+            keep_record(study, _TIME, {"done": record.get("done"), "seconds": taken})
 
 
 # The highest sparsity that is still good enough, by bisection on confirmed points.

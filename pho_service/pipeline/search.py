@@ -43,6 +43,7 @@ from storage.studies import (
     StorageError,
     check_url,
     keep_record,
+    kept,
     once,
     open_storage,
     open_study,
@@ -533,7 +534,7 @@ class _SearchPieces:
             more = {"islands": len(islands.studies), "island": islands.of_island(best.number)}
         if out_of_time:
             more = {**more, "timeout_s": self._brief.timeout_s, "finished": finished}
-        if fork := record_of(islands.studies[0]).get(INHERITED):
+        if fork := kept(islands.studies[0], INHERITED, {}):
             more = {**more, "fork": fork}
         search = {**result.configuration.search, **more}
         configuration = result.configuration.model_copy(update={"search": search})
