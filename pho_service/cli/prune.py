@@ -2,13 +2,13 @@
 `pho prune`, `pho pack`, `pho export` and their like: from a configuration to a model on disk.
 """
 
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import click
 
+from pho_service.cli.cut import CutAsk, cut
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.library import (
     LIBRARY,
@@ -17,7 +17,7 @@ from pho_service.cli.library import (
     check_library,
     wanted_for,
 )
-from pho_service.cli.minutes import budget_of, calibrated_in_minutes
+from pho_service.cli.minutes import calibrated_in_minutes
 from pho_service.cli.options import (
     Terminal,
     calibration_source,
@@ -26,15 +26,13 @@ from pho_service.cli.options import (
     device_options,
     json_verb,
 )
-from pho_service.cli.recover import recover_cut, recovery_text, show_recovered
-from pho_service.cli.terminal import print_json, print_table, progress, say, show_table
+from pho_service.cli.terminal import print_json, print_table, progress, say
 from pho_service.errors import ConfigurationError, InvalidInput, ModelError
 from pho_service.pipeline.work import Work
-from pho_service.spec.document import AFTER, MACHINE, PRUNED, TEXT, FieldShown, number
+from pho_service.spec.document import MACHINE, PRUNED, TEXT, FieldShown, number
 from pho_service.spec.export import GgufType
 from pho_service.spec.job_options import within
 from pho_service.spec.pattern import Linears, Pattern, ScopeName
-from pho_service.spec.structure import share_of_blocks, structured_pattern
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,7 +44,6 @@ if TYPE_CHECKING:
 
 
 # Where `pho prune` has its configuration from: a file, a published method, a library.
-CUT_WINDOWS = 8  # that cuts are compared on, of those that the calibration leaves
 ROUNDED = 0.005  # that a sparsity may be below what was asked for without a word
 PUBLIC = "Everybody can see a new repository; by default only you can."
 TRIED = 5  # configurations of a library that are rated by the proxy, the most promising first
@@ -137,7 +134,7 @@ def push_folder(folder: Path, repository: str, public: bool, as_json: bool) -> N
 
 
 @dataclass(frozen=True, kw_only=True)
-class _PruneAsk:
+class _PruneAsk(CutAsk):
     """
     What a model is pruned with, and where it goes; or a folder to check instead.
 
@@ -148,9 +145,6 @@ class _PruneAsk:
         from_library: Take the most promising configuration of a library for --pattern instead.
         pattern: With --method and --from-library: 0.5 or 2:4. By itself structured:20%, the share
             of the blocks' weights to cut: neurons and query heads.
-        no_recovery: Do not train a smaller model in what the minutes leave.
-        smaller: Share of the model's file that leaves, instead of --pattern: 20%. So much more of
-            the blocks is cut, as embeddings stay.
         scope: With --from-library, any by default; with --method for those that have none of their
             own.
         force: With --from-library: take the most promising one even if the proxy says that RIA is
@@ -167,8 +161,6 @@ class _PruneAsk:
     from_library: Annotated[bool, FieldShown(section=PRUNED)] = False
     library: Annotated[str | None, FieldShown(section=PRUNED, help=LIBRARY)] = None
     pattern: Annotated[str | None, FieldShown(section=PRUNED)] = None
-    smaller: Annotated[str | None, FieldShown(section=PRUNED)] = None
-    no_recovery: Annotated[bool, FieldShown(section=AFTER)] = False
     scope: Annotated[ScopeName | None, FieldShown(section=PRUNED)] = None
     force: Annotated[bool, FieldShown(section=PRUNED)] = False
     out: Annotated[str | None, FieldShown(kind="path")] = None
@@ -205,6 +197,7 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
     --pattern structured:20% cuts neurons and query heads out of every block, so
     that the folder is an ordinary, smaller model, and faster in every runtime. What
     the minutes leave goes into its recovery, which --no-recovery leaves out.
+    --smaller and --faster find the share for a size or a speed.
 
     \b
     Example:
@@ -224,7 +217,7 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
     named = {given.names[path]: path for path in given.said if path.startswith("steps/linears/")}
     of_library = {"--library": ask.library, "--force": ask.force or None}
     pruning = {**of_library, "--pattern": ask.pattern, "--scope": ask.scope, **named}
-    pruning |= {"--smaller": ask.smaller, "--minutes": given.said.get("minutes")}
+    pruning |= {**ask.options, "--minutes": given.said.get("minutes")}
     of_cuts = {given.names[path]: path for path in given.said if within(path, "recovery")}
     of_cuts |= {"--no-recovery": "no_recovery"} if ask.no_recovery else {}
     if ask.check:
@@ -240,32 +233,30 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
             )
         _check(Path(ask.check), model, as_json, inputs)
         return
-    pattern = None if ask.pattern is None else Pattern.parse(ask.pattern)
-    if ask.smaller is not None and model:
-        pattern = _smaller(model, ask, given)
-    if pattern is not None and pattern.structured and model and ask.out:
+    asked_cut = ask.asked_cut(ask.pattern)
+    if asked_cut and model and ask.out:
         others = {**chosen, **of_library, "--scope": ask.scope, **named, "--bundle": ask.bundle,
                   "--deployable": given("steps/deployable") or None,
                   "--stream": given("stream") or None}  # fmt: skip
         too_many = [name for name, value in others.items() if value is not None]
         if too_many:
             raise InvalidInput(
-                f"--pattern {pattern} cuts neurons and heads out of a model, for which "
+                f"{asked_cut} cuts neurons and heads out of a model, for which "
                 f"{', '.join(too_many)} says nothing. Leave it out."
             )
-        _cut(model, pattern, ask, given, as_json, inputs)
+        cut(model, ask, ask.pattern, Path(ask.out), given, as_json, inputs)
         if ask.push is not None:
             push_folder(Path(ask.out), ask.push, ask.public, as_json=False)
         return
     if of_cuts:
         raise InvalidInput(
-            f"{', '.join(of_cuts)}: only what --pattern structured:20% or --smaller cuts is "
-            "recovered here. Leave it out, and recover the folder afterwards: `pho recover`."
+            f"{', '.join(of_cuts)}: only what --pattern structured:20%, --smaller or --faster "
+            "cuts is recovered here. Leave it out, and recover the folder: `pho recover`."
         )
     if not (model and ask.out) or sum(value is not None for value in chosen.values()) != 1:
         raise InvalidInput(
-            "MODEL, --out, and one of --config, --method, --from-library, --smaller and --pattern "
-            "structured:20% are needed to prune; --check FOLDER to check a folder."
+            "MODEL, --out, and one of --config, --method, --from-library, --smaller, --faster and "
+            "--pattern structured:20% are needed to prune; --check FOLDER to check a folder."
         )
     if ask.config is None and ask.pattern is None:
         which = "--method" if ask.method else "--from-library"
@@ -298,91 +289,6 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
     _prune(model, loaded, source, Path(ask.out), statistics, given, as_json, inputs)
     if ask.push is not None:
         push_folder(Path(ask.out), ask.push, ask.public, as_json=False)
-
-
-def _smaller(model: str, ask: _PruneAsk, given: Given) -> Pattern:
-    """The pattern with which so much of a model's file leaves."""
-    from pho_service.planning.shapes import read_shapes
-
-    if ask.pattern is not None:
-        raise InvalidInput(
-            f"--smaller {ask.smaller} and --pattern {ask.pattern} both say what is cut. Give one."
-        )
-    shapes = read_shapes(model, revision=given("revision"))
-    share = share_of_blocks(
-        str(ask.smaller), parameters=shapes.parameters, prunable=shapes.prunable
-    )
-    pattern = structured_pattern(round(share, 4))
-    say(f"{ask.smaller} of the file: --pattern {pattern}, a share of what the blocks have.")
-    return Pattern.parse(pattern)
-
-
-def _cut(
-    model: str, pattern: Pattern, ask: _PruneAsk, given: Given, as_json: bool, inputs: Terminal
-) -> None:
-    """Find the best cut of a share, as `pho search` does, and save the smaller model, recovered."""
-    import shutil
-
-    from pho_service.host.files import check_free
-    from pho_service.pipeline.prune import prune_job, winner_of
-    from pho_service.pipeline.search import opened_study, search_job
-    from pho_service.shown.report import Report
-    from pho_service.shown.tables import results_table, verdict_table
-
-    began, folder = time.monotonic(), Path(str(ask.out))
-    check_free(folder)
-    check_models([model], inputs.revision, given("recovery/text"))
-    # What an interrupted run has measured is there when the same command is given again.
-    place = folder.expanduser().resolve().with_name(f".{folder.name}.cuts")
-    study_url = f"sqlite:///{place}/study.db"
-    document: dict[str, Any] = {"model": model, "pattern": str(pattern), "prune": True}
-    document |= {"recovery": None} if ask.no_recovery else {}
-    asked = given.job(given.document({**document, "confirm": {"windows": CUT_WINDOWS}}))
-    source = calibration_source(asked.calibration)
-    budget = budget_of(asked, source, study_url, inputs, began)
-    request, settings = budget.spec.request(0), budget.spec.calibration.settings()
-    with budget.bar():
-        work = inputs.calibrated(
-            budget.model, source, settings, budget.spec.confirm, requests=[request]
-        )
-        budget.calibrated(asked, work)
-        place.mkdir(parents=True, exist_ok=True)
-        with opened_study(study_url, request, work) as study:
-            budget.note(study)
-            result = search_job(request, work, study=study, run=budget.run(inputs, work, study))
-            recovery = budget.recovery(work, study)
-        configuration, recovered = result.configuration, None
-        blocks = work.blocks(winner_of(configuration))
-        first = folder if recovery is None else place / "cut"
-        shutil.rmtree(place / "cut", ignore_errors=True)  # of an interrupted run
-        pruned = prune_job(work, configuration, first, memo=blocks, progress=progress)
-        if recovery is not None:
-            text = recovery_text(budget.spec, work)
-            del work  # whose model is not dense any more
-            budget.model = model
-            recovered = recover_cut(first, model, text, recovery, folder, inputs)
-    shutil.rmtree(place)
-    if as_json:
-        print_json(
-            {
-                "out": str(folder),
-                "configuration": configuration.model_dump(mode="json"),
-                "structure": pruned.recipe["structure"],
-                **({} if recovered is None else {"recovery": recovered.to_dict()}),
-            }
-        )
-        return
-    good = configuration.headline
-    assert good is not None  # the dense model was measured
-    for table in (verdict_table(good), results_table(Report.of(configuration))):
-        if table is not None:
-            show_table(table)
-    say(f"{folder}: {configuration.cut}. It is an ordinary model.")
-    if recovered is None:
-        say(f"Win back some of what was lost: `pho recover {folder} --teacher {model}`.")
-    else:
-        say(f"{recovered}.")
-        show_recovered(recovered)
 
 
 def _given_configuration(ask: _PruneAsk, given: Given) -> "Configuration | None":

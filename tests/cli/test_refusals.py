@@ -89,7 +89,7 @@ BAD_USAGE = [
     (COMPARE + " --method owl-wanda", "OWL has no row at N:M"),
     (COMPARE + " --ablation", "configurations are taken apart, and there is none"),
     (COMPARE + " --recover-tokens 9", "configurations are recovered, and there is none"),
-    ("prune", "MODEL, --out, and one of --config, --method, --from-library, --smaller and"),
+    ("prune", "MODEL, --out, and one of --config, --method, --from-library, --smaller, --faster"),
     ("prune m --out o --method wanda", "--method needs a --pattern"),
     ("prune m --out o --method wnada --pattern 0.5", "'wnada' is not one of those at 0.5"),
     ("prune m --out o --method wanda --pattern 0.5 --scope layer", "wanda counts in scope row"),

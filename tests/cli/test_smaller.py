@@ -10,6 +10,8 @@ from pretended_user import answer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from pho_service.pipeline import faster
+from pho_service.pipeline.bench import Bench, Side
 from pho_service.pipeline.minutes import Clock
 
 SMALL = ("--context-length", 32, "--samples", 6, "--kernel-sizes", "3,5")
@@ -189,7 +191,107 @@ def test_a_share_of_the_file_is_not_given_beside_a_pattern(pho, made_model):
     result = pho("prune", made_model, "--smaller", "10%", "--pattern", "2:4", "--out", "cut")
 
     assert result.exit_code != 0
-    assert "--smaller 10% and --pattern 2:4 both say what is cut" in result.stderr
+    assert "--pattern 2:4 and --smaller 10% each say what is cut. Give one." in result.stderr
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """
+    A machine on which a third of the time goes into the embedding and the rest into the blocks'
+    weights, as evenly as ``noise`` lets it; it remembers what it has measured.
+    """
+    seen = []
+
+    def bench(models, settings, **_):
+        whole, smaller = (
+            sum(
+                p.numel()
+                for n, p in AutoModelForCausalLM.from_pretrained(name).named_parameters()
+                if p.dim() == 2 and "layers" in n
+            )
+            for name in models
+        )
+        seen.append(1 - smaller / whole)
+        sides = [Side(name=name, bytes=1) for name in models]
+        for turn in range(settings.rounds):
+            for side, share in zip(sides, (0, seen[-1]), strict=True):
+                seconds = 1 - share * 2 / 3
+                side.decode_s.append(seconds * bench.noise ** (turn % 3 - 1 if share else 0))
+                side.prefill_s.append(seconds)
+        return Bench(sides=sides, settings=settings, conditions=["a machine of this test"])
+
+    bench.noise, bench.seen = 1.01, seen
+    monkeypatch.setattr(faster, "bench", bench)
+    return bench
+
+
+def test_a_speed_cuts_so_much_that_it_is_reached(pho, made_model, texts, machine):
+    words = ("prune", made_model, "--faster", "1.15x", "--text", texts["calibration"], *SMALL)
+    result = pho(*words, "--out", "cut")
+    told = " ".join(result.stderr.split())
+    share = 1 - 1 / 1.15  # of the time, two thirds of which the blocks take
+
+    assert result.exit_code == 0, result.output
+    assert "of its blocks' weights, the model writes 1." in told
+    assert "so --pattern structured:" in told
+    assert len(machine.seen) == 2  # a trial and the result
+    assert 1.5 * share <= machine.seen[1] < 1.5 * share + 0.05
+    assert "In torch it writes 1.1" in told
+    assert "was asked for" not in told
+
+
+def test_what_was_measured_for_a_speed_outlives_an_interruption(
+    pho, made_model, texts, machine, monkeypatch
+):
+    words = ("prune", made_model, "--faster", "1.15x", "--text", texts["calibration"], *SMALL,
+             "--out", "cut")  # fmt: skip
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr("pho_service.pipeline.search.search_job", _interrupt)
+        first = pho(*words)
+    again = pho(*words)
+
+    assert first.exit_code != 0
+    assert again.exit_code == 0, again.output
+    assert "Going on with what was measured for --faster 1.15x: structured:" in again.stderr
+    assert len(machine.seen) == 2
+
+
+def _interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_a_speed_is_not_invented_on_a_busy_machine(pho, made_model, texts, machine):
+    machine.noise = 1.3
+    result = pho("prune", made_model, "--faster", "1.15x", "--text", texts["calibration"], *SMALL,
+                 "--out", "cut")  # fmt: skip
+    told = " ".join(result.stderr.split())
+
+    assert result.exit_code != 0
+    assert "what --faster 1.15x takes cannot be told on this machine now" in told
+    assert "in 9 rounds says too little" in told
+    assert not Path("cut").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--faster", "3x"), "--faster 3x takes more than half of the blocks' weights"),
+        (("--faster", "0.9x"), "--faster 0.9x is no number of times above 1"),
+        (("--faster", "quick"), "--faster quick is no number of times above 1"),
+        (("--faster", "1.2x", "--smaller", "10%"), "--smaller 10% and --faster 1.2x each say"),
+        (("--faster", "1.2x", "--type", "q8_0"), "--type q8_0: only for --runtime llama.cpp"),
+        (("--smaller", "10%", "--runtime", "torch"), "--runtime: where --faster 1.2x is measured"),
+        (("--faster", "1.2x", "--method", "wanda"), "--faster 1.2x cuts neurons and heads"),
+    ],
+)
+@pytest.mark.usefixtures("machine")
+def test_a_speed_that_cannot_be_had_is_refused(pho, made_model, texts, words, message):
+    result = pho("prune", made_model, *words, "--text", texts["calibration"], *SMALL,
+                 "--out", "cut")  # fmt: skip
+
+    assert result.exit_code != 0
+    assert message in " ".join(result.stderr.split())
+    assert not Path("cut").exists()
 
 
 @pytest.mark.thorough

@@ -1,0 +1,194 @@
+"""
+A smaller model, by `pho prune`: cut by a share, a size or a speed, recovered, measured.
+"""
+
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pho_service.cli.document import Given
+from pho_service.cli.minutes import budget_of
+from pho_service.cli.options import Terminal, calibration_source, check_models
+from pho_service.cli.recover import recover_cut, recovery_text, show_recovered
+from pho_service.cli.terminal import print_json, progress, say, show_table
+from pho_service.errors import InvalidInput
+from pho_service.spec.document import AFTER, MACHINE, PRUNED, FieldShown
+from pho_service.spec.export import GgufType
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.structure import is_structured, share_of_blocks, structured_pattern
+from pho_service.spec.verbs import RuntimeName
+
+if TYPE_CHECKING:
+    from pho_service.pipeline.faster import WantedSpeed
+
+CUT_WINDOWS = 8  # that cuts are compared on, of those that the calibration leaves
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutAsk:
+    """
+    Say how small or fast the model is to be.
+
+    Attributes:
+        smaller: Share of the model's file that leaves, instead of --pattern: 20%. So much more of
+            the blocks is cut, as embeddings stay.
+        faster: How many times as fast the model is to write here, instead of --pattern: 1.2x. A
+            trial cut says what share of the blocks that takes.
+        runtime: Where --faster is measured: torch, the default, or llama.cpp.
+        type: Type of the files in llama.cpp; q8_0 by default.
+        no_recovery: Do not train a smaller model in what the minutes leave.
+    """
+
+    smaller: Annotated[str | None, FieldShown(section=PRUNED)] = None
+    faster: Annotated[str | None, FieldShown(section=PRUNED)] = None
+    runtime: Annotated[RuntimeName | None, FieldShown(section=MACHINE)] = None
+    type: Annotated[GgufType | None, FieldShown(section=MACHINE)] = None
+    no_recovery: Annotated[bool, FieldShown(section=AFTER)] = False
+
+    @property
+    def options(self) -> dict[str, str | None]:
+        """What says how much is cut, by its name."""
+        return {"--smaller": self.smaller, "--faster": self.faster, **self._where}
+
+    @property
+    def _where(self) -> dict[str, str | None]:
+        return {"--runtime": self.runtime, "--type": self.type}
+
+    def asked_cut(self, pattern: str | None) -> str:
+        """
+        The option that asks for a smaller model, with its value; "" if none does.
+
+        Raises:
+            InvalidInput: More than one does, or where a speed is measured is said without one.
+        """
+        asked = {"--pattern": pattern, "--smaller": self.smaller, "--faster": self.faster}
+        words = [f"{name} {value}" for name, value in asked.items() if value is not None]
+        if len(words) > 1 and (self.smaller or self.faster):
+            raise InvalidInput(f"{' and '.join(words)} each say what is cut. Give one.")
+        if where := [n for n, v in self._where.items() if v is not None and self.faster is None]:
+            raise InvalidInput(
+                f"{', '.join(where)}: where --faster 1.2x is measured. Leave it out, or give that."
+            )
+        is_cut = self.smaller or self.faster or is_structured(pattern)
+        return words[0] if is_cut else ""
+
+
+def cut(
+    model: str, ask: CutAsk, pattern: str | None, folder: Path, given: Given, as_json: bool,
+    inputs: Terminal,
+) -> None:  # fmt: skip
+    """Find the best cut, as `pho search` does, and save the smaller model, recovered."""
+    from pho_service.host.files import check_free
+    from pho_service.pipeline.faster import WantedSpeed, speed_of
+    from pho_service.pipeline.prune import prune_job, winner_of
+    from pho_service.pipeline.search import opened_study, search_job
+    from pho_service.shown.report import Report
+    from pho_service.shown.tables import results_table, verdict_table
+
+    began, wanted = time.monotonic(), None
+    if ask.faster is not None:
+        wanted = WantedSpeed.of(ask.faster, ask.runtime or "torch", ask.type)
+    check_free(folder)
+    check_models([model], inputs.revision, given("recovery/text"))
+    # What an interrupted run has measured is there when the same command is given again.
+    place = folder.expanduser().resolve().with_name(f".{folder.name}.cuts")
+    study_url = f"sqlite:///{place}/study.db"
+    if wanted is not None:
+        pattern = _faster(model, place, wanted, inputs)
+    elif ask.smaller is not None:
+        pattern = _smaller(model, ask.smaller, given)
+    document: dict[str, Any] = {
+        "model": model, "pattern": str(Pattern.parse(str(pattern))), "prune": True,
+        "confirm": {"windows": CUT_WINDOWS},
+    }  # fmt: skip
+    document |= {"recovery": None} if ask.no_recovery else {}
+    asked = given.job(given.document(document))
+    source = calibration_source(asked.calibration)
+    budget = budget_of(asked, source, study_url, inputs, began)
+    request, settings = budget.spec.request(0), budget.spec.calibration.settings()
+    with budget.bar():
+        work = inputs.calibrated(
+            budget.model, source, settings, budget.spec.confirm, requests=[request]
+        )
+        budget.calibrated(asked, work)
+        place.mkdir(parents=True, exist_ok=True)
+        with opened_study(study_url, request, work) as study:
+            budget.note(study)
+            result = search_job(request, work, study=study, run=budget.run(inputs, work, study))
+            recovery = budget.recovery(work, study)
+        configuration, recovered = result.configuration, None
+        blocks = work.blocks(winner_of(configuration))
+        first = folder if recovery is None else place / "cut"
+        shutil.rmtree(place / "cut", ignore_errors=True)  # of an interrupted run
+        pruned = prune_job(work, configuration, first, memo=blocks, progress=progress)
+        text = recovery_text(budget.spec, work)
+        del work  # whose model is not dense any more
+        budget.model = model
+        if recovery is not None:
+            recovered = recover_cut(first, model, text, recovery, folder, inputs)
+    shutil.rmtree(place)
+    speed = None
+    if wanted is not None:
+        speed = speed_of(
+            lambda: inputs.model(model), model, str(folder), wanted,
+            device=inputs.device, dtype=inputs.dtype, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        print_json(
+            {
+                "out": str(folder),
+                "configuration": configuration.model_dump(mode="json"),
+                "structure": pruned.recipe["structure"],
+                **({} if recovered is None else {"recovery": recovered.to_dict()}),
+                **({} if speed is None else {"speed": [asdict(side) for side in speed.sides]}),
+            }
+        )
+        return
+    good = configuration.headline
+    assert good is not None  # the dense model was measured
+    for table in (verdict_table(good), results_table(Report.of(configuration))):
+        if table is not None:
+            show_table(table)
+    say(f"{folder}: {configuration.cut}. It is an ordinary model.")
+    if recovered is None:
+        say(f"Win back some of what was lost: `pho recover {folder} --teacher {model}`.")
+    else:
+        say(f"{recovered}.")
+        show_recovered(recovered)
+    if wanted is not None and speed is not None:
+        show_table(speed.table)
+        say(wanted.result(speed))
+
+
+def _smaller(model: str, smaller: str, given: Given) -> str:
+    """The pattern with which so much of a model's file leaves."""
+    from pho_service.planning.shapes import read_shapes
+
+    shapes = read_shapes(model, revision=given("revision"))
+    share = share_of_blocks(smaller, parameters=shapes.parameters, prunable=shapes.prunable)
+    pattern = structured_pattern(round(share, 4))
+    say(f"{smaller} of the file: --pattern {pattern}, a share of what the blocks have.")
+    return pattern
+
+
+def _faster(model: str, place: Path, wanted: "WantedSpeed", inputs: Terminal) -> str:
+    """The pattern with which a model is so fast; that of an interrupted run is kept."""
+    from pho_service.host.files import write_json
+    from pho_service.pipeline.faster import chosen_before, pattern_for
+
+    wanted.check()
+    file, asked = place / "faster.json", {"model": model, **asdict(wanted)}
+    pattern = chosen_before(file, asked)
+    if pattern is not None:
+        say(f"Going on with what was measured for --faster {wanted.times:g}x: {pattern}.")
+        return pattern
+    pattern, saving = pattern_for(
+        lambda: inputs.model(model), model, wanted,
+        device=inputs.device, dtype=inputs.dtype, progress=progress,
+    )  # fmt: skip
+    say(f"{saving.sentence(wanted)}, so --pattern {pattern} for {wanted.times:g} times.")
+    place.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"asked": asked, "pattern": pattern})
+    return pattern
