@@ -175,9 +175,12 @@ def _smaller(model: str, smaller: str, given: Given) -> str:
 
 def _faster(model: str, place: Path, wanted: "WantedSpeed", inputs: Terminal) -> str:
     """The pattern with which a model is so fast; that of an interrupted run is kept."""
+    from transformers.utils.logging import disable_progress_bar
+
     from pho_service.host.files import write_json
     from pho_service.pipeline.faster import chosen_before, pattern_for
 
+    disable_progress_bar()  # ours is shown
     wanted.check()
     file, asked = place / "faster.json", {"model": model, **asdict(wanted)}
     pattern = chosen_before(file, asked)
