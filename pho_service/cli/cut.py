@@ -21,7 +21,7 @@ from pho_service.spec.structure import is_structured, share_of_blocks, structure
 from pho_service.spec.verbs import RuntimeName
 
 if TYPE_CHECKING:
-    from pho_service.pipeline.faster import WantedSpeed
+    from pho_service.cli.faster import WantedSpeed
 
 CUT_WINDOWS = 8  # that cuts are compared on, of those that the calibration leaves
 
@@ -80,8 +80,8 @@ def cut(
     inputs: Terminal,
 ) -> None:  # fmt: skip
     """Find the best cut, as `pho search` does, and save the smaller model, recovered."""
+    from pho_service.cli.faster import WantedSpeed, speed_of
     from pho_service.host.files import check_free
-    from pho_service.pipeline.faster import WantedSpeed, speed_of
     from pho_service.pipeline.prune import prune_job, winner_of
     from pho_service.pipeline.search import opened_study, search_job
     from pho_service.shown.report import Report
@@ -177,8 +177,8 @@ def _faster(model: str, place: Path, wanted: "WantedSpeed", inputs: Terminal) ->
     """The pattern with which a model is so fast; that of an interrupted run is kept."""
     from transformers.utils.logging import disable_progress_bar
 
+    from pho_service.cli.faster import chosen_before, pattern_for
     from pho_service.host.files import write_json
-    from pho_service.pipeline.faster import chosen_before, pattern_for
 
     disable_progress_bar()  # ours is shown
     wanted.check()

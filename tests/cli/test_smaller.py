@@ -10,7 +10,7 @@ from pretended_user import answer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pho_service.pipeline import faster
+from pho_service.cli import faster
 from pho_service.pipeline.bench import Bench, Side
 from pho_service.pipeline.minutes import Clock
 

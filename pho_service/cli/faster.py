@@ -14,7 +14,7 @@ from statistics import median, quantiles
 import torch
 from torch import Tensor
 
-from pho_service.errors import InvalidInput, field_name
+from pho_service.errors import InvalidInput
 from pho_service.models.blockwise import Block
 from pho_service.models.loading import LanguageModel
 from pho_service.models.scratch import scratch_folder
@@ -63,13 +63,12 @@ class WantedSpeed:
             times = 0.0
         if not 1 < times <= _MOST_TIMES:
             raise InvalidInput(
-                f"{field_name('faster', words)} is no number of times above 1 and up to "
+                f"--faster {words} is no number of times above 1 and up to "
                 f"{_MOST_TIMES:g}. Write 1.2x for a model that writes 1.2 times as fast."
             )
         if runtime == "torch" and gguf_type is not None:
             raise InvalidInput(
-                f"{field_name('type', gguf_type)}: only for {field_name('runtime', 'llama.cpp')}. "
-                "Leave it out, or give that."
+                f"--type {gguf_type}: only for --runtime llama.cpp. Leave it out, or give that."
             )
         return cls(times=times, runtime=runtime, type=gguf_type or cls.type)
 
@@ -127,10 +126,10 @@ class Saving:
             InvalidInput: The rounds differ too much, or more than half of the blocks would go.
         """
         low, _, high = quantiles([1 - 1 / ratio for ratio in self.ratios])
-        asked, seen = field_name("faster", f"{wanted.times:g}x"), self.sentence(wanted)
+        asked, seen = f"--faster {wanted.times:g}x", self.sentence(wanted)
         way_out = (
-            "Say how much to cut: --pattern structured:20%, or "
-            f"{field_name('smaller')}. `pho bench` measures the result."
+            "Say how much to cut: --pattern structured:20%, or --smaller 20%. `pho bench` measures "
+            "the result."
         )
         if low <= 0 or high > _SPREAD * low:
             raise InvalidInput(
