@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # Windows of a calibration and their tokens, in few steps, so that jobs share bundles.
 LEVELS = (
     (4, 256), (4, 512), (8, 512), (12, 512), (16, 512), (24, 512), (32, 512), (48, 512), (64, 512),
-    (96, 512), (128, 512), (128, 1024), (128, 2048),
+    (80, 512), (96, 512), (128, 512), (128, 1024), (128, 2048),
 )  # fmt: skip
 FEW_WINDOWS = 8  # to confirm on, and windows to calibrate on up to which that is enough
 USUAL_FROM = 16  # windows to calibrate on from which on the confirmation is as published
