@@ -22,6 +22,8 @@ from pho_service.spec.verbs import RuntimeName
 
 if TYPE_CHECKING:
     from pho_service.cli.faster import WantedSpeed
+    from pho_service.spec.configuration import Configuration
+    from pho_service.spec.recovery import Recovered
 
 CUT_WINDOWS = 8  # that cuts are compared on, of those that the calibration leaves
 
@@ -84,8 +86,6 @@ def cut(
     from pho_service.host.files import check_free
     from pho_service.pipeline.prune import prune_job, winner_of
     from pho_service.pipeline.search import opened_study, search_job
-    from pho_service.shown.report import Report
-    from pho_service.shown.tables import results_table, verdict_table
 
     began, wanted = time.monotonic(), None
     if ask.faster is not None:
@@ -129,12 +129,17 @@ def cut(
         if recovery is not None:
             recovered = recover_cut(first, model, text, recovery, folder, inputs)
     shutil.rmtree(place)
+    if not as_json:
+        _show(model, folder, configuration, recovered)
     speed = None
     if wanted is not None:
         speed = speed_of(
             lambda: inputs.model(model), model, str(folder), wanted,
             device=inputs.device, dtype=inputs.dtype, progress=progress,
         )  # fmt: skip
+        if not as_json:
+            show_table(speed.table)
+            say(wanted.result(speed))
     if as_json:
         print_json(
             {
@@ -145,7 +150,15 @@ def cut(
                 **({} if speed is None else {"speed": [asdict(side) for side in speed.sides]}),
             }
         )
-        return
+
+
+def _show(
+    model: str, folder: Path, configuration: "Configuration", recovered: "Recovered | None"
+) -> None:
+    """How good the model is that was saved, and the splits that it was chosen from."""
+    from pho_service.shown.report import Report
+    from pho_service.shown.tables import results_table, verdict_table
+
     good = configuration.headline
     assert good is not None  # the dense model was measured
     for table in (verdict_table(good), results_table(Report.of(configuration))):
@@ -157,9 +170,6 @@ def cut(
     else:
         say(f"{recovered}.")
         show_recovered(recovered)
-    if wanted is not None and speed is not None:
-        show_table(speed.table)
-        say(wanted.result(speed))
 
 
 def _smaller(model: str, smaller: str, given: Given) -> str:
