@@ -3,7 +3,7 @@
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,7 +47,7 @@ class _RecoverAsk:
         teacher: The dense model that FOLDER was pruned from; or a larger one.
         out: A new folder.
         confirm_text: Text file to measure perplexities on: dense, pruned, recovered. Not trained
-            on.
+            on; by default one window of eight of the text itself.
     """
 
     teacher: Annotated[str, FieldShown(section=MODEL, picks="models")]
@@ -101,13 +101,13 @@ def recover(folder: Path, given: Given, ask: _RecoverAsk, inputs: Terminal, as_j
         )
     if "calibration/context_length" not in given.said:
         how = how.fitted(pruned.model.longest)
-    measured = None
-    if ask.confirm_text is not None:
-        windows = given("confirm/windows")
+    windows = given("confirm/windows")
+    text = RecoveryText(source=source, context_length=how.context_length, bos=how.bos)
+    if ask.confirm_text is None:
+        text = text.setting_aside(pruned.model, windows, settings.seed)
+    else:
         measured = inputs.report(pruned.model, file_source(ask.confirm_text), how, windows)
-    text = RecoveryText(
-        source=source, context_length=how.context_length, bos=how.bos, measured=measured
-    )
+        text = replace(text, measured=measured)
     # One part of the time is for the dense model; two passes forward and one backward are four.
     parts, begins = {"": 1.0, TRAINING: 4.0}, {TRAINING: TRAINING, "": ""}
     with one_bar(parts, never, begins=begins, shown=not processes.number):
@@ -123,7 +123,7 @@ def recover(folder: Path, given: Given, ask: _RecoverAsk, inputs: Terminal, as_j
     click.echo(f"{out}: {recovered}")
     show_recovered(recovered)
     if recovered.kept and not recovered.perplexities:
-        say("Measure it: `pho evaluate`; give --confirm-text to see perplexities here.")
+        say("The text is too short to measure on, too: give --confirm-text, or `pho evaluate` it.")
 
 
 def show_recovered(recovered: Recovered) -> None:

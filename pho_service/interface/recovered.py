@@ -67,7 +67,7 @@ class RecoverArguments(Recovery):
         context_length: Tokens of a window; by default 2,048 or what the model reads.
         bos: Whether windows begin with BOS: ``auto``, ``always``, ``never``.
         confirm: A text to measure perplexities on: dense, pruned, recovered. None of it is trained
-            on.
+            on. By default one window of eight of ``texts``, unless they are fewer.
         confirm_windows: Most windows of it.
         tokenizer: That of the model, if it has none.
         resume: A folder that an interrupted training goes on from; it is left there.
@@ -114,21 +114,17 @@ def recover(ask: RecoverArguments) -> RecoveredModel:
     given = _given(ask.pruned, ask.tokenizer)
     length = length_of(given.model, ask.texts, ask.context_length)
     how = CalibrationSettings(context_length=length, bos=ask.bos)  # type: ignore[arg-type]  # checked
-    measured = (
-        None
-        if ask.confirm is None
-        else measured_text(given.model, ask.confirm, how, ask.confirm_windows)
-    )
+    text = RecoveryText(source=calibration_text_of(ask.texts), context_length=length, bos=ask.bos)
+    if ask.confirm is None:
+        text = text.setting_aside(given.model, ask.confirm_windows, settings.seed)
+    else:
+        measured = measured_text(given.model, ask.confirm, how, ask.confirm_windows)
+        text = replace(text, measured=measured)
     with tempfile.TemporaryDirectory(prefix="pho-", dir=scratch_folder(0)) as temporary:
         recovered = recover_model(
             given,
             lambda: nullcontext(opened(ask.teacher, given.model.tokenizer)),
-            RecoveryText(
-                source=calibration_text_of(ask.texts),
-                context_length=length,
-                bos=ask.bos,
-                measured=measured,
-            ),
+            text,
             settings,
             Path(temporary if ask.resume is None else ask.resume).expanduser(),
             run=Run(progress=bars(ask.progress)),

@@ -98,6 +98,7 @@ class GivenWindows:
 RUN = 32  # tokens in a row that two texts do not share by chance
 _BASE = 6_364_136_223_846_793_005  # odd, so that it has an inverse modulo 2^64
 _INVERSE = pow(_BASE, -1, 2**64) - 2**64  # as a signed number; negative, as it is above 2^63
+ASIDE = 8  # windows of a text that is trained on for each that is measured on
 _CHUNK = 64  # windows that are looked at together
 
 
@@ -520,3 +521,13 @@ class RecoveryText:
     bos: str = "auto"
     unlike: Tensor | None = None  # Other windows than those measured on that are not trained on
     measured: ReportText | None = None  # What perplexities are measured on, before and after
+
+    def setting_aside(self, model: LanguageModel, most: int | None, seed: int) -> "RecoveryText":
+        """The same with windows of the text itself to measure on: one of eight, or none of few."""
+        most = most or ASIDE
+        windows, record = sample_windows(
+            model, self.source, count=0, beside=ASIDE * most,
+            context_length=self.context_length, bos=self.bos, seed=seed,
+        )  # fmt: skip
+        measured = ReportText(windows=windows[: min(most, len(windows) // ASIDE)], record=record)
+        return replace(self, measured=measured) if len(measured.windows) else self

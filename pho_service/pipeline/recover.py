@@ -192,7 +192,8 @@ def recover_model(
     if model.device.type == "cpu":
         model.model.float()
     blocks = [block for _, block in decoder_blocks(model.model)]
-    cut = [str(text.source), text.context_length, text.bos]
+    seen = None if text.measured is None else text.measured.key  # which is not trained on
+    cut = [str(text.source), text.context_length, text.bos, seen]
     identity = [model.to_dict(), settings.to_dict(), *cut]
     place = Workplace(workplace, identity, processes)
     check_fits(model, text.context_length, settings, processes, room=place.room)
@@ -267,6 +268,7 @@ def recover_model(
         teacher={key: lesson.teacher[key] for key in _OF_MODELS},
         student=student,
         text=lesson.text,
+        measured=None if text.measured is None else text.measured.to_dict(),
         perplexities={name: rating.perplexity for name, rating in measured.items()},
         errors=ratio_errors(measured, _RATIOS),
         continuations=side_by_side(model, windows, **said),

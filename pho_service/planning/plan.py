@@ -34,7 +34,8 @@ from pho_service.spec.recovery import Recovery
 from pho_service.spec.steps import Steps
 from storage.records import StageKind
 
-PROCESS = 2**30  # Python with torch and transformers, before any model; thrice with CUDA
+PROCESS = 3 * 2**28  # Python with torch and transformers, before any model
+_WITH_CUDA = 3 * 2**30  # the same with CUDA's libraries
 CONTEXT = 2**30  # what a CUDA context and its libraries take of a card
 FREE = 0.95  # of a card that can be used: the rest is lost between blocks
 # What `pho pack` leaves of a kept weight's sign and exponent and of a removed weight, in bytes, in
@@ -329,7 +330,8 @@ def _afterwards_stages(memory: "_Memory", costs: Costs, stage: _MakeStage) -> It
 def with_process(peak: Peak, machine: Machine) -> Peak:
     """What a stage holds with the process that it runs in, and the card's context."""
     device = int((peak.device + CONTEXT) / FREE) if machine.is_gpu else 0
-    return replace(peak, device=device, host=peak.host + PROCESS * (3 if machine.is_gpu else 1))
+    host = peak.host + (_WITH_CUDA if machine.is_gpu else PROCESS)
+    return replace(peak, device=device, host=host)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -511,7 +513,7 @@ def _afterwards(plan: Plan, recovery: Recovery, option: str) -> Iterator[str]:
     for count in _CARDS:
         peak = memory.recovery(recovery, count)
         if with_process(peak, plan.machine).device <= plan.machine.memory_bytes:
-            host = format_bytes(peak.host + 3 * count * PROCESS)
+            host = format_bytes(peak.host + count * _WITH_CUDA)
             yield (
                 f"prune without the recovery{option}, and recover the folder on {count} such cards "
                 f"and {host} of main memory (torchrun --nproc-per-node {count} -m pho_service "

@@ -428,7 +428,11 @@ def recovery_peak(
         passes += trained * beside  # in 16 bits, as they are multiplied
     # Of each token that is written, keys and values of all blocks.
     remembered = 2 * footprint.hidden * len(footprint.blocks) * WRITTEN_AT_ONCE
-    both = footprint.weights + weights + max(passes, remembered if recovery.written else 0)
+    # One window is asked of the dense model; trained on beside it is one for a time alone.
+    asking = footprint.forward(tokens, 1, watched=False)
+    asking += tokens * footprint.vocabulary * (FLOAT + footprint.itemsize)
+    meanwhile = [asking, passes * (recovery.tokens is None), remembered * (recovery.written > 0)]
+    both = footprint.weights + weights + max(meanwhile)
     return Peak.at(
         place,
         device=max(both, weights + state + passes),

@@ -34,7 +34,7 @@ GAINS: dict[MeasuredBy, str] = {
 }
 _KEYS = {"perplexity": "perplexities", "proxy": "proxies"}
 _ERROR = " ± is the standard error of paired differences on this text."
-SAMPLES = "Greedy decoding; prompts from the confirmation text."
+SAMPLES = "Greedy decoding; prompts from the text that perplexities are measured on."
 NO_SAMPLES = (
     "No sample output: that takes a confirmation text, a tokenizer, and a model that is not "
     "streamed block by block."
@@ -189,9 +189,16 @@ def recovered_table(recovered: Recovered) -> Table:
             if name in values
         ],
         title="Perplexity: lower is better",
-        notes=(_ERROR.strip(),) if errors else (),
+        notes=(_not_trained_on(recovered.measured) + (_ERROR if errors else ""),),
         marked=2,
     ).without_empty()
+
+
+def _not_trained_on(text: Mapping[str, Any] | None) -> str:
+    if text is None:
+        return ""
+    count = text["windows"]
+    return f"On {count} window{'s' * (count != 1)} of {name_of(text)} that it was not trained on."
 
 
 def results_table(report: Report) -> Table | None:

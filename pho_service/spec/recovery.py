@@ -231,6 +231,8 @@ class Recovered(JsonDocument):
         teacher: The dense model, as results have it.
         student: Sizes of the model and of its teacher, where the teacher is larger.
         text: What it was trained on: source and hash.
+        measured: What perplexities were measured on, nothing of which was trained on: source, hash
+            and windows.
         perplexities: Those of the models ``dense``, ``pruned`` and ``recovered``, where there was a
             text to measure them on.
         errors: Standard errors of the logarithms of their ratios, by paired differences on that
@@ -260,6 +262,9 @@ class Recovered(JsonDocument):
     teacher: dict[str, str | int | None]
     student: Annotated[Student | None, Field(exclude_if=lambda student: student is None)] = None
     text: dict[str, Any]
+    measured: Annotated[
+        dict[str, Any] | None, Field(exclude_if=lambda measured: measured is None)
+    ] = None
     perplexities: dict[str, Number] = field(default_factory=dict)
     errors: dict[str, Number] = field(default_factory=dict)
     continuations: list[Continuation] = field(default_factory=list)

@@ -120,6 +120,10 @@ def test_a_recovered_folder_passes_its_check_until_a_weight_is_changed(pho, made
     done = pho(*words, *length, "--tokens", 640, "--rate", 2e-3,
                "--confirm-text", texts["confirmation"], "--out", "out")  # fmt: skip
     again = pho(*words, "--out", "out")
+    own = pho(*words, *length, "--tokens", 640, "--out", "own")
+    Path("short.txt").write_text(" ".join(["lorem", "ipsum", "dolor", "sit"] * 50))
+    short = pho(*words[:-1], "short.txt", *length, "--tokens", 64, "--out", "short")
+    measured = json.loads(Path("own/pruning.json").read_text())["recovery"]["measured"]
     good = pho("prune", made_model, "--check", "out")
     file = Path("out/model.safetensors")
     tensors = load_file(file)
@@ -131,6 +135,9 @@ def test_a_recovered_folder_passes_its_check_until_a_weight_is_changed(pho, made
     assert done.exit_code == good.exit_code == 0
     assert "divergence from the dense model" in done.stdout
     assert "recovered" in done.stdout
+    assert f"On {measured['windows']} windows of report.jsonl that it was not trained" in own.stdout
+    assert short.exit_code == 0, short.stderr
+    assert "The text is too short to measure on, too" in short.stderr
     assert not Path(".out.recovery").exists()
     assert "in use" in again.stderr
     assert shown.exit_code == machine.exit_code == 1
