@@ -1,10 +1,12 @@
 """The pages for people in a real browser, where there is one: with the keyboard, on a phone."""
 
+import json
 import re
 import socket
 import threading
 import time
 import uuid
+from hashlib import sha256
 
 import optuna
 import pytest
@@ -114,6 +116,26 @@ def test_keys_alone_submit_a_job_whose_plan_follows_them(page, store):
     go(page, "All jobs")
     page.keyboard.press("Enter")
     expect(page.locator(f"#job-{job.id}")).to_contain_text("queued")
+
+
+def test_a_text_that_is_uploaded_in_the_form_is_named_by_the_job(page, store):
+    text = json.dumps({"text": "lorem ipsum dolor sit amet " * 2000})
+    page.goto("/new")
+    page.get_by_label("Model (needed)").fill("small")
+    page.get_by_label("Pattern", exact=True).fill("0.5")
+    place = page.locator("[data-upload]").first
+    chosen = place.get_by_label("Or upload a file")
+    chosen.set_input_files({"name": "x.parquet", "mimeType": "", "buffer": b"no table"})
+    expect(place.get_by_role("status")).to_contain_text("it is not a parquet file")
+    chosen.set_input_files({"name": "my <b>.jsonl", "mimeType": "", "buffer": text.encode()})
+    expect(place.get_by_role("status")).to_have_text("my <b>.jsonl is uploaded.")
+    expect(page.locator("#commands")).to_contain_text("sha256:")
+    page.get_by_role("button", name="Submit").click()
+    page.wait_for_url("**/jobs/*")
+    (job,) = store.page()
+
+    content = sha256(text.encode()).hexdigest()
+    assert job.spec["calibration"]["text"] == f"sha256:{content}.jsonl"
 
 
 def test_a_job_page_follows_a_job(page, store, job_of):
