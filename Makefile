@@ -68,7 +68,7 @@ check: install ## lint, formatting, types, import direction, prose, and the budg
 	$(BIN)/python .ci/budget.py
 
 docs: install ## the documentation as a site, in site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 
 screens: install ## the pictures of the pages in docs/screens anew, from jobs on SmolLM2-135M; some minutes
 	PYTHONPATH=benchmarks $(BIN)/python docs/site/screens.py

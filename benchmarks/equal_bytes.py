@@ -3,7 +3,8 @@ Bytes, speed and quality in llama.cpp: dense and pruned models, each in types of
 
 SmolLM2-135M comes from a file of four bits, so that the dense model would be exact in that type,
 and whatever pruning touches would not. So the dense model of all rows is one that has left this
-grid: trained for some steps on a text of its own. Nothing is chosen on the report text.
+grid: the scales of its norms are in its linears, and the outputs of some linears are scaled, which
+the next ones undo. It computes the same. Nothing is chosen on the report text.
 
     python benchmarks/equal_bytes.py --keep equal-bytes
     python benchmarks/equal_bytes.py --method wanda:0.5 --type q8_0
@@ -14,6 +15,7 @@ What is in the folder already is taken from it. The machine should do nothing el
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -22,14 +24,13 @@ from machine import conditions
 from transformers.utils.logging import disable_progress_bar
 
 import pho_service as pho
-from pho_service.cli.terminal import print_table, progress, say
+from pho_service.cli.terminal import print_table, say
 from pho_service.models.builtin import smollm2
 from pho_service.models.loading import load_model
 from pho_service.models.saving import RECIPE
 from pho_service.spec.export import GGUF_TYPES
 
 CONTEXT = 512
-TRAINED_ON = 256  # tokens of a window of the training that leaves the grid
 
 
 @click.command()
@@ -45,7 +46,6 @@ TRAINED_ON = 256  # tokens of a window of the training that leaves the grid
 )  # fmt: skip
 @click.option("--samples", default=16, show_default=True, help="Calibration windows.")
 @click.option("--trials", default=100, show_default=True)
-@click.option("--steps", default=150, show_default=True, help="Of training, to leave the grid.")
 @click.option("--windows", default=16, show_default=True, help="Of the report text.")
 @click.option("--rounds", default=7, show_default=True)
 @click.option("--prompt", default=256, show_default=True)
@@ -58,7 +58,6 @@ def main(
     types: tuple[str, ...],
     samples: int,
     trials: int,
-    steps: int,
     windows: int,
     rounds: int,
     prompt: int,
@@ -72,7 +71,7 @@ def main(
     texts = DOMAINS["docs"](keep / "texts")
     dense = keep / "dense"
     if not dense.is_dir():
-        _leave_the_grid(dense, str(texts["calibration"]), steps)
+        _leave_the_grid(dense)
     models = [dense]
     for method in methods:
         name, _, pattern = method.partition(":")
@@ -92,24 +91,31 @@ def main(
     print_table(table.title, table.columns, table.cells, caption="\n".join(table.notes))
 
 
-def _leave_the_grid(folder: Path, text: str, steps: int) -> None:
-    """Train the model a little, and save it in bfloat16."""
+def _leave_the_grid(folder: Path) -> None:
+    """Write the same function in other numbers: scales go into linears, others in and out again."""
     loaded = load_model(str(smollm2()))
-    model: torch.nn.Module = loaded.model
-    tokens = loaded.tokenize(Path(text).read_text(encoding="utf-8"))
-    rows = tokens[: len(tokens) // TRAINED_ON * TRAINED_ON].view(-1, TRAINED_ON)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95))
-    model.requires_grad_(True).train()
-    with progress("Training", steps) as advance:
-        for step in range(steps):
-            window = rows[order[step % len(rows)]][None]
-            model(input_ids=window, labels=window).loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
-            optimiser.zero_grad()
-            advance(1)
-    loaded.model.eval().to(torch.bfloat16).save_pretrained(folder)
+    network: Any = loaded.model
+    config, random = network.config, torch.Generator().manual_seed(0)
+    group = config.num_attention_heads // config.num_key_value_heads
+    with torch.no_grad():
+        for layer in network.model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            for norm, readers in (
+                (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+                (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+            ):
+                for reader in readers:
+                    reader.weight.mul_(norm.weight)
+                norm.weight.fill_(1)
+            for writer, reader, times in (
+                (attention.v_proj, attention.o_proj, group),
+                (mlp.up_proj, mlp.down_proj, 1),
+            ):
+                scale = 2 ** (torch.rand(writer.out_features, generator=random) - 0.5)
+                writer.weight.mul_(scale[:, None])
+                heads = scale.view(config.num_key_value_heads if times > 1 else 1, -1)
+                reader.weight.div_(heads.repeat_interleave(times, dim=0).flatten())
+    network.to(torch.bfloat16).save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
 
 

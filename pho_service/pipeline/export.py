@@ -11,10 +11,17 @@ import torch
 from pho_service.errors import InvalidInput, ModelError, PhoError
 from pho_service.host.files import check_file, new_file
 from pho_service.host.model_files import check_not_quantised, is_packed
-from pho_service.models.gguf_file import converter_for, write_gguf
+from pho_service.models.gguf_file import (
+    RoundingCosts,
+    converter_for,
+    rounding_costs,
+    write_gguf,
+    write_in_bytes,
+)
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.packed import as_folder
 from pho_service.progress import Progress, silent
+from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.perplexity import DenseReference, dense_reference, rate_divergence
 from pho_service.spec.export import BY_CONVERTER, Exported, GgufType
 
@@ -31,28 +38,41 @@ def export(
     out: str | Path,
     gguf_type: GgufType = "bf16",
     *,
+    most: int | None = None,
+    bundle: ProxyBundle | None = None,
     converter: str | None = None,
     device: str = "auto",
     progress: Progress = silent,
 ) -> Exported:
-    """Write a folder, packed or not, as a GGUF file; ``out`` is there when it was read back."""
+    """
+    Write a folder, packed or not, as a GGUF file; ``out`` is there when it was read back.
+
+    In at most so many bytes, if ``most`` is given: then each linear has a type of its own, by what
+    its rounding costs on the text of ``bundle``.
+    """
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
     check_export(folder, out)
     command = converter_for([gguf_type], converter)
+    chosen = None
     with as_folder(folder) as small, new_file(out) as partial:
         check_not_quantised(small, "Export the model before it is quantised.")
-        write_gguf(small, partial, gguf_type, command, progress)
+        if most is None or bundle is None:
+            write_gguf(small, partial, gguf_type, command, progress)
+        else:
+            costs = _costs(small, bundle, progress)
+            chosen = write_in_bytes(small, partial, most, costs, command, progress)
+            gguf_type = max(chosen.types, key=lambda each: chosen.types[each])
         folder_bytes = sum(file.stat().st_size for file in small.glob("*.safetensors"))
         with progress("Reading it back", 2) as advance:
             reference, tokens = _predictions(small, device)
             advance(1)
             divergence, note = _divergence(partial, reference, tokens, folder.name, device)
             advance(1)
-        most = _MOST_NATS.get(gguf_type, _MOST_OTHERWISE)
-        if not divergence <= most:
+        nats = _MOST_NATS.get(gguf_type, _MOST_OTHERWISE)
+        if not divergence <= nats:
             raise ModelError(
                 f"{folder.name} as {gguf_type} predicts other tokens than the folder: they differ "
-                f"by {divergence:.3g} nats, and {most:g} are the most that rounding explains. "
+                f"by {divergence:.3g} nats, and {nats:g} are the most that rounding explains. "
                 + (
                     f"{Path(command[-1]).name} does not know this model well enough: take a newer "
                     "llama.cpp."
@@ -69,8 +89,22 @@ def export(
         divergence=divergence,
         tokens=reference.windows.shape[0] * (reference.windows.shape[1] - 1),
         converter=Path(command[-1]).name,
+        chosen=chosen,
         note=note,
     )
+
+
+def _costs(folder: Path, bundle: ProxyBundle, progress: Progress) -> RoundingCosts:
+    """What few bits cost in each linear of a folder, on the text that it was calibrated on."""
+    model = load_model(str(folder), device="cpu")
+    bundle.check_model(model.linears)
+    statistics, costs = bundle.statistics(), {}
+    with progress("Rounding", len(model.linears)) as advance:
+        for name, linear in model.linears.items():
+            root = statistics.inputs[statistics.input_of[name]].root
+            costs[name] = rounding_costs(linear.weight, statistics.fisher[name], root)
+            advance(1)
+    return costs
 
 
 def check_export(folder: Path, out: Path) -> None:

@@ -153,8 +153,9 @@ def baseline(name: str, pattern: Pattern, linears: Linears = Linears()) -> Candi
         )
     near = get_close_matches(name, [*candidates], 3, cutoff=0.5)
     raise InvalidInput(
-        f"method {name!r} is not one of those at {pattern}: {', '.join(candidates)}."
-        + (f" Near: {', '.join(near)}." if near else "")
+        f"method {name!r} is not one of those at {pattern}. "
+        + (f"Near: {', '.join(near)}. All: " if near else "They are ")
+        + f"{', '.join(candidates)}."
     )
 
 

@@ -3,7 +3,9 @@ What a model is exported as: the types of a GGUF file, and what was written.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field
 
 from pho_service.spec.document import JsonDocument, format_bytes, number
 
@@ -15,6 +17,35 @@ GgufType = Literal[
 GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)
 BY_CONVERTER: tuple[GgufType, ...] = ("f32", "f16", "bf16", "q8_0")
 BY_GGUF: tuple[GgufType, ...] = ("q5_1", "q5_0", "q4_1", "q4_0")  # of the package gguf
+LEVELS: tuple[GgufType, ...] = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")  # of a linear, by bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """What a matrix can be written as: its type, its bytes, and what its rounding costs."""
+
+    type: GgufType
+    bytes: int
+    nats: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenTypes(JsonDocument):
+    """
+    What linears are written as in a file of so many bytes.
+
+    Attributes:
+        types: How many of them have which type.
+        nats: What their rounding costs a token, estimated to second order.
+    """
+
+    types: dict[GgufType, int]
+    nats: float
+
+    def __str__(self) -> str:
+        """In a few words, for people."""
+        counts = ", ".join(f"{self.types[each]} {each}" for each in LEVELS if each in self.types)
+        return f"linears {counts} (estimated {number(self.nats)} nats)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,13 +55,14 @@ class Exported(JsonDocument):
 
     Attributes:
         file: Where it is.
-        type: Type of its matrices.
+        type: Type of its matrices; of most of them, where each has its own.
         bytes: Size of the file.
         folder_bytes: Size of the folder's weights.
         divergence: Mean Kullback-Leibler divergence of its next-token predictions from the
             folder's, in nats.
         tokens: Predicted tokens that this is the mean of.
         converter: Program that converted it.
+        chosen: The types of a file of so many bytes.
         note: What is to be known of it; empty: nothing.
     """
 
@@ -41,13 +73,14 @@ class Exported(JsonDocument):
     divergence: float
     tokens: int
     converter: str
+    chosen: Annotated[ChosenTypes | None, Field(exclude_if=lambda chosen: chosen is None)] = None
     note: str = ""
 
     def __str__(self) -> str:
         share = self.bytes / self.folder_bytes
         note = f" {self.note}" if self.note else ""
         return (
-            f"{self.file}: {self.type}, {format_bytes(self.bytes)}, {share:.2f} of the folder's "
-            f"weights. Read back, its predictions differ by {number(self.divergence)} nats (KL, "
-            f"{self.tokens} tokens).{note}"
+            f"{self.file}: {self.chosen or self.type}, {format_bytes(self.bytes)}, {share:.2f} of "
+            f"the folder's weights. Read back, its predictions differ by {number(self.divergence)} "
+            f"nats (KL, {self.tokens} tokens).{note}"
         )

@@ -317,7 +317,7 @@ def test_an_interrupted_recovery_of_a_cut_goes_on_with_its_minutes(
              "--kernel-sizes", "3,5", "--minutes", "0.3", "--out", "again", "--json")  # fmt: skip
     monkeypatch.setattr(Clock, "recovery_s", lambda _: 3.0)
     with monkeypatch.context() as killed:
-        killed.setattr("pho_service.cli.prune.recover_cut", lambda *_: 1 / 0)
+        killed.setattr("pho_service.cli.cut.recover_cut", lambda *_: 1 / 0)
         pho(*words)
     monkeypatch.setattr(Clock, "recovery_s", lambda _: 0.0)
     again = pho(*words)

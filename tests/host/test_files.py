@@ -85,14 +85,23 @@ def test_a_file_is_not_replaced_by_a_folder_nor_a_folder_by_a_file(tmp_path):
         pytest.fail("the body must not run")
 
 
-def test_a_path_whose_folder_is_not_there_is_refused_before_any_work(tmp_path):
+def test_a_file_whose_folder_is_not_there_is_refused_before_any_work(tmp_path):
     path = tmp_path / "none" / "a.txt"
     said = r"the folder .*none does not exist"
     with pytest.raises(OutputError, match=said):
         check_file(path)
-    for writer in (new_file, new_folder):
-        with pytest.raises(OutputError, match=said), writer(path):
-            pytest.fail("the body must not run")
+    with pytest.raises(OutputError, match=said), new_file(path):
+        pytest.fail("the body must not run")
+
+
+def test_folders_above_a_new_one_are_made_unless_a_file_is_in_the_way(tmp_path):
+    with new_folder(tmp_path / "zoo" / "large" / "llama") as partial:
+        (partial / "a.txt").write_text("a")
+    file = tmp_path / "zoo" / "large" / "llama" / "a.txt"
+
+    assert file.read_text() == "a"
+    with pytest.raises(OutputError, match=r"the folder .*a\.txt does not exist"):
+        check_free(file / "small" / "llama")
 
 
 def test_an_empty_folder_can_be_a_dot(tmp_path, monkeypatch):

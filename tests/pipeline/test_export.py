@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import sys
+from itertools import product
 from pydoc_data.topics import topics
 
 import gguf
@@ -13,6 +14,7 @@ import pytest
 import sentencepiece
 import torch
 from click.testing import CliRunner
+from gguf.quants import dequantize, quantize
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
 import pho_service as pho
@@ -20,13 +22,16 @@ from pho_service.cli import main
 from pho_service.errors import InvalidInput, ModelError, OutputError, ServiceError
 from pho_service.models import gguf_file
 from pho_service.models.builtin import smollm2
+from pho_service.models.gguf_file import choose_types, rounding_costs
 from pho_service.models.packed import pack
 from pho_service.pipeline import export as exporting
 from pho_service.pipeline.llama_bench import _rows, bench_llama
 from pho_service.progress import silent
+from pho_service.spec.export import LEVELS, Level
 from pho_service.spec.verbs import BenchSettings, LlamaAsk
 
 FEW = BenchSettings(prompt=8, new_tokens=3, rounds=2)
+Q4 = gguf.GGMLQuantizationType.Q4_0
 TEXT = "The sea is a body of salt water that covers most of the earth. " * 40
 
 
@@ -88,6 +93,14 @@ def copier(files, tmp_path_factory):
         f"shutil.copy({str(files['bf16'][0])!r}, sys.argv[sys.argv.index('--outfile') + 1])\n"
     )
     return program
+
+
+@pytest.fixture(scope="module")
+def prose(tmp_path_factory):
+    """A text to choose types on."""
+    file = tmp_path_factory.mktemp("text") / "prose.txt"
+    file.write_text("\n\n".join(topics[name] for name in sorted(topics)[:40]))
+    return file
 
 
 def types_of(file):
@@ -237,6 +250,122 @@ class TestExport:
             pho.export(folder, tmp_path / "out.gguf", converter=converter)
 
         assert exporting.SUFFIX not in {path.suffix for path in tmp_path.iterdir()}
+
+
+class TestBytes:
+    """`pho export --bytes`: each linear has a type, so that the file has so many bytes at most."""
+
+    @pytest.fixture
+    def export(self, folder, copier, tmp_path):
+        def run(*words, to="out.gguf"):
+            ours = ["export", str(folder), "--gguf", str(tmp_path / to), "--converter", str(copier)]
+            return CliRunner().invoke(main, [*ours, *map(str, words)])
+
+        return run
+
+    def test_more_bytes_are_filled_and_predict_better(self, export, files, prose, tmp_path):
+        least = files["q4_0"][1].bytes
+        text = ("--text", prose, "--context-length", 64, "--json")
+        done = {
+            room: json.loads(export("--bytes", f"{room}B", *text, to=f"{room}.gguf").stdout)
+            for room in (least + 1000, least + 10_000, least + 20_000)
+        }
+        several = tmp_path / f"{least + 10_000}.gguf"
+
+        for room, exported in done.items():
+            assert room - 3000 < exported["bytes"] <= room
+            assert exported["bytes"] == (tmp_path / f"{room}.gguf").stat().st_size
+            assert sum(exported["chosen"]["types"].values()) == 14
+        first, second, third = done.values()
+        assert first["chosen"]["nats"] > second["chosen"]["nats"] > third["chosen"]["nats"]
+        assert first["divergence"] > third["divergence"]
+        kinds = types_of(several)
+        assert len({kind for name, kind in kinds.items() if "attn_q" in name or "ffn" in name}) > 1
+        assert kinds["token_embd.weight"] == "Q8_0"  # noqa: S105 - a tensor
+
+    def test_python_takes_the_bundle_of_the_folder(self, folder, copier, prose, files, tmp_path):
+        least = files["q4_0"][1].bytes
+        model = pho.load_model(str(folder))
+        bundle = pho.calibrate(
+            model.model, model.tokenizer, str(prose), samples=4, context_length=64
+        )
+        out = tmp_path / "out.gguf"
+        room = {"bytes": least + 10_000, "bundle": bundle, "converter": copier}
+        exported = pho.export(folder, out, **room)
+
+        assert exported.bytes == out.stat().st_size <= least + 10_000
+        assert "estimated" in str(exported)
+        with pytest.raises(InvalidInput, match="bytes and bundle go together"):
+            pho.export(folder, tmp_path / "a.gguf", bytes="1MB", converter=copier)
+        with pytest.raises(InvalidInput, match="so type says nothing beside them"):
+            pho.export(folder, tmp_path / "a.gguf", "q8_0", **room)
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (("--bytes", "10kB", "--text", "TEXT"), "MB with the fewest bits that a linear can"),
+            (("--bytes", "much", "--text", "TEXT"), "--bytes 'much' is not a size"),
+            (("--bytes", "1MB", "--type", "q8_0"), "--type q8_0 is one type, and --bytes 1MB"),
+            (("--text", "TEXT"), "what --bytes chooses types on. Give that, too."),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, export, prose, tmp_path, words, said):
+        refused = export(*(prose if word == "TEXT" else word for word in words))
+
+        assert refused.exit_code != 0
+        assert said in " ".join(refused.stderr.split())
+        assert not [*tmp_path.glob("*.gguf")]
+
+    def test_a_linear_without_a_tensor_of_its_own_is_refused_by_name(self, files, tmp_path):
+        costs = {"model.layers.0.strange_proj": {"q4_0": 0.1, "q8_0": 0.0}}
+        shutil.copy(files["bf16"][0], tmp_path / "copied.gguf")
+        reader = gguf.GGUFReader(tmp_path / "copied.gguf")
+        with pytest.raises(ModelError, match="no tensor of which we know that it is model"):
+            gguf_file._levels(reader, costs, "tiny")
+
+    def test_choices_are_the_best_of_all_wherever_a_step_ends(self):
+        random = torch.Generator().manual_seed(0)
+        bits = (18, 20, 22, 24, 34)
+        levels = {}
+        for name in "abcd":
+            size = int(torch.randint(1, 9, (), generator=random))
+            nats = torch.rand(len(bits), generator=random).sort(descending=True).values.tolist()
+            levels[name] = [
+                Level(type=kind, bytes=size * each, nats=cost)
+                for kind, each, cost in zip(LEVELS, bits, nats, strict=True)
+            ]
+        whole = [*product(*levels.values())]
+        sizes = sorted({sum(level.bytes for level in each) for each in whole})
+        exact = 0
+        for most in sizes:
+            chosen = choose_types(levels, most)
+            used = sum(level.bytes for level in chosen.values())
+            nats = sum(level.nats for level in chosen.values())
+            best = min(
+                sum(level.nats for level in each)
+                for each in whole
+                if sum(level.bytes for level in each) <= used
+            )
+            exact += nats == pytest.approx(best)
+            assert used <= most
+
+        assert exact > len(sizes) / 2
+        assert choose_types(levels, sizes[0] - 1) is None
+        assert {level.type for level in choose_types(levels, sizes[-1]).values()} == {"q8_0"}
+
+    def test_costs_are_those_of_the_rounded_weights(self):
+        torch.manual_seed(0)
+        weight, fisher, root = torch.randn(5, 64), torch.rand(5), torch.randn(7, 64)
+        costs = rounding_costs(weight, fisher, root)
+        rounded = torch.from_numpy(
+            dequantize(quantize(weight.numpy(), Q4), Q4)  # each 32 weights of a row have a scale
+        )
+        moment, lost = root.T @ root, rounded - weight
+        by_hand = sum(fisher[i] * (lost[i] @ moment @ lost[i]) / 2 for i in range(5))
+
+        assert costs["q4_0"] == pytest.approx(float(by_hand), rel=1e-5)
+        assert costs["q4_0"] > costs["q5_0"] > costs["q8_0"] > 0
+        assert rounding_costs(torch.randn(5, 40), fisher, root[:, :40]) == {}
 
 
 class TestRuntime:
