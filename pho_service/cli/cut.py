@@ -1,5 +1,5 @@
 """
-A smaller model, by `pho prune`: cut by a share, a size or a speed, recovered, measured.
+A smaller model, by `pho prune`: cut by a share, a size, a speed or bytes, recovered, measured.
 """
 
 import shutil
@@ -8,13 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import click
+
 from pho_service.cli.document import Given
 from pho_service.cli.minutes import budget_of
 from pho_service.cli.options import Terminal, calibration_source, check_models
 from pho_service.cli.recover import recover_cut, recovery_text, show_recovered
 from pho_service.cli.terminal import print_json, progress, say, show_table
 from pho_service.errors import InvalidInput
-from pho_service.spec.document import AFTER, MACHINE, PRUNED, FieldShown
+from pho_service.spec.document import AFTER, MACHINE, PRUNED, FieldShown, parse_bytes
 from pho_service.spec.export import GgufType
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.structure import is_structured, share_of_blocks, structured_pattern
@@ -22,7 +24,9 @@ from pho_service.spec.verbs import RuntimeName
 
 if TYPE_CHECKING:
     from pho_service.cli.faster import WantedSpeed
+    from pho_service.pipeline.work import Work
     from pho_service.spec.configuration import Configuration
+    from pho_service.spec.export import Exported
     from pho_service.spec.recovery import Recovered
 
 CUT_WINDOWS = 8  # that cuts are compared on, of those that the calibration leaves
@@ -38,6 +42,8 @@ class CutAsk:
             the blocks is cut, as embeddings stay.
         faster: How many times as fast the model is to write here, instead of --pattern: 1.2x. A
             trial cut says what share of the blocks that takes.
+        bytes: The most that a GGUF file of the model may have, instead of --pattern: 95MB. What is
+            cut and the bits of each linear are chosen together, and OUT gets the file, too.
         runtime: Where --faster is measured: torch, the default, or llama.cpp.
         type: Type of the files in llama.cpp; q8_0 by default.
         no_recovery: Do not train a smaller model in what the minutes leave.
@@ -45,6 +51,7 @@ class CutAsk:
 
     smaller: Annotated[str | None, FieldShown(section=PRUNED)] = None
     faster: Annotated[str | None, FieldShown(section=PRUNED)] = None
+    bytes: Annotated[str | None, FieldShown(section=PRUNED)] = None
     runtime: Annotated[RuntimeName | None, FieldShown(section=MACHINE)] = None
     type: Annotated[GgufType | None, FieldShown(section=MACHINE)] = None
     no_recovery: Annotated[bool, FieldShown(section=AFTER)] = False
@@ -52,7 +59,11 @@ class CutAsk:
     @property
     def options(self) -> dict[str, str | None]:
         """What says how much is cut, by its name."""
-        return {"--smaller": self.smaller, "--faster": self.faster, **self._where}
+        return {**self._budgets, **self._where}
+
+    @property
+    def _budgets(self) -> dict[str, str | None]:
+        return {"--smaller": self.smaller, "--faster": self.faster, "--bytes": self.bytes}
 
     @property
     def _where(self) -> dict[str, str | None]:
@@ -65,16 +76,16 @@ class CutAsk:
         Raises:
             InvalidInput: More than one does, or where a speed is measured is said without one.
         """
-        asked = {"--pattern": pattern, "--smaller": self.smaller, "--faster": self.faster}
+        asked = {"--pattern": pattern, **self._budgets}
         words = [f"{name} {value}" for name, value in asked.items() if value is not None]
-        if len(words) > 1 and (self.smaller or self.faster):
+        is_budget = any(self._budgets.values())
+        if len(words) > 1 and is_budget:
             raise InvalidInput(f"{' and '.join(words)} each say what is cut. Give one.")
         if where := [n for n, v in self._where.items() if v is not None and self.faster is None]:
             raise InvalidInput(
                 f"{', '.join(where)}: where --faster 1.2x is measured. Leave it out, or give that."
             )
-        is_cut = self.smaller or self.faster or is_structured(pattern)
-        return words[0] if is_cut else ""
+        return words[0] if is_budget or is_structured(pattern) else ""
 
 
 def cut(
@@ -99,6 +110,12 @@ def cut(
         pattern = _faster(model, place, wanted, inputs)
     elif ask.smaller is not None:
         pattern = _smaller(model, ask.smaller, given)
+    elif ask.bytes is not None:
+        pattern = _in_bytes(model, ask.bytes, given, as_json, inputs)
+        if pattern is None:
+            whole = _exported(model, folder, ask.bytes, given, inputs)
+            print_json({"gguf": whole.to_dict()}) if as_json else click.echo(whole)
+            return
     document: dict[str, Any] = {
         "model": model, "pattern": str(Pattern.parse(str(pattern))), "prune": True,
         "confirm": {"windows": CUT_WINDOWS},
@@ -131,7 +148,11 @@ def cut(
     shutil.rmtree(place)
     if not as_json:
         _show(model, folder, configuration, recovered)
-    speed = None
+    exported = speed = None
+    if ask.bytes is not None:
+        exported = _exported(str(folder), folder, ask.bytes, given, inputs)
+        if not as_json:
+            say(f"{exported}")
     if wanted is not None:
         speed = speed_of(
             lambda: inputs.model(model), model, str(folder), wanted,
@@ -147,6 +168,7 @@ def cut(
                 "configuration": configuration.model_dump(mode="json"),
                 "structure": pruned.recipe["structure"],
                 **({} if recovered is None else {"recovery": recovered.to_dict()}),
+                **({} if exported is None else {"gguf": exported.to_dict()}),
                 **({} if speed is None else {"speed": [asdict(side) for side in speed.sides]}),
             }
         )
@@ -205,3 +227,43 @@ def _faster(model: str, place: Path, wanted: "WantedSpeed", inputs: Terminal) ->
     place.mkdir(parents=True, exist_ok=True)
     write_json(file, {"asked": asked, "pattern": pattern})
     return pattern
+
+
+def calibrated_few(model: str, given: Given, inputs: Terminal) -> "Work":
+    """A model calibrated on 16 windows of up to 512 tokens, where no sizes are given."""
+    loaded = inputs.model(model)
+    how = given.calibration()
+    for name, few in (("samples", 16), ("context_length", min(512, loaded.longest or 512))):
+        if f"calibration/{name}" not in given.said:
+            how = how.model_copy(update={name: few})
+    return inputs.calibrated(loaded, calibration_source(how), how.settings())
+
+
+def _in_bytes(model: str, most: str, given: Given, as_json: bool, inputs: Terminal) -> str | None:
+    """The pattern with which a file of so many bytes loses least; None if nothing is cut."""
+    from pho_service.models.gguf_file import converter_for
+    from pho_service.pipeline.bits import ways_table, ways_to
+
+    room, converter = parse_bytes(most, "--bytes"), converter_for(["q8_0"])
+    best, *others = ways_to(room, calibrated_few(model, given, inputs), converter, progress)
+    if not as_json:
+        show_table(ways_table([best, *others]))
+    if best.pattern is None:
+        say(f"In {most} the whole model loses least: nothing is cut.")
+    else:
+        say(f"In {most} a cut and its bits lose least together: --pattern {best.pattern}.")
+    return best.pattern
+
+
+def _exported(model: str, folder: Path, most: str, given: Given, inputs: Terminal) -> "Exported":
+    """A model as a file of at most so many bytes, in a folder."""
+    from pho_service.pipeline.export import check_export, export
+
+    file = f"{folder.name}-{most.replace(' ', '')}.gguf"
+    check_export(Path(model), folder.with_name(file))
+    folder.mkdir(parents=True, exist_ok=True)
+    bundle = calibrated_few(model, given, inputs).bundle
+    return export(
+        model, folder / file, most=parse_bytes(most, "--bytes"), bundle=bundle,
+        device=inputs.device, progress=progress,
+    )  # fmt: skip

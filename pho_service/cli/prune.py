@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import click
 
-from pho_service.cli.cut import CutAsk, cut
+from pho_service.cli.cut import CutAsk, calibrated_few, cut
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.library import (
     LIBRARY,
@@ -250,13 +250,13 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
         return
     if of_cuts:
         raise InvalidInput(
-            f"{', '.join(of_cuts)}: only what --pattern structured:20%, --smaller or --faster "
-            "cuts is recovered here. Leave it out, and recover the folder: `pho recover`."
+            f"{', '.join(of_cuts)}: only what --pattern structured:20%, --smaller, --faster or "
+            "--bytes cuts is recovered here. Leave it out, and recover the folder: `pho recover`."
         )
     if not (model and ask.out) or sum(value is not None for value in chosen.values()) != 1:
         raise InvalidInput(
-            "MODEL, --out, and one of --config, --method, --from-library, --smaller, --faster and "
-            "--pattern structured:20% are needed to prune; --check FOLDER to check a folder."
+            "MODEL, --out, and one of --config, --method, --from-library, --smaller, --faster, "
+            "--bytes and --pattern structured:20% are needed to prune; to check a folder, --check."
         )
     if ask.config is None and ask.pattern is None:
         which = "--method" if ask.method else "--from-library"
@@ -604,13 +604,7 @@ def export(folder: str, given: Given, ask: _ExportAsk, as_json: bool) -> None:
         most = parse_bytes(ask.bytes, "--bytes")
         check_export(Path(folder), ask.gguf)
         converter_for(["q8_0"], ask.converter)
-        loaded = (inputs := Terminal(device=ask.device)).model(folder)
-        how = given.calibration()
-        for name, few in (("samples", 16), ("context_length", min(512, loaded.longest or 512))):
-            if f"calibration/{name}" not in given.said:
-                how = how.model_copy(update={name: few})
-        bundle = inputs.calibrated(loaded, calibration_source(how), how.settings()).bundle
-        del loaded
+        bundle = calibrated_few(folder, given, Terminal(device=ask.device)).bundle
     elif given.said:
         raise InvalidInput(
             f"{', '.join(sorted(given.said))}: what --bytes chooses types on. Give that, too."

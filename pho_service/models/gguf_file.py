@@ -39,7 +39,7 @@ _PROGRAM = "convert_hf_to_gguf"
 _QUANTIZER = "llama-quantize"
 # Read for each token: llama.cpp takes more bits for them, and so do we.
 _MORE_BITS = ("token_embd.weight", "output.weight")
-_SHARED = 32  # weights of a row that share a scale
+SHARED = 32  # weights of a row that share a scale
 _NOISE = re.compile(r"^(INFO|WARNING|DEBUG):|/s\]|^$")
 
 RoundingCosts = Mapping[str, Mapping[GgufType, float]]  # of linears by name: nats by type
@@ -97,7 +97,7 @@ def write_gguf(
     with _converted(folder, out, converter, progress) as whole:
         if gguf_type in BY_GGUF:
             reader = BoundedReader(whole)
-            kind = gguf.GGMLQuantizationType[gguf_type.upper()]
+            kind = _kind(gguf_type)
             kinds = {tensor.name: _type_of(tensor, kind) for tensor in reader.tensors}
             _quantise(reader, out, kinds, gguf_type, progress)
             return
@@ -126,17 +126,18 @@ def write_in_bytes(
         kinds, levels = _levels(reader, costs, folder.name)
         rest = whole.stat().st_size + gguf.GGUF_DEFAULT_ALIGNMENT * len(reader.tensors)
         for tensor in reader.tensors:
-            rest += 0 if tensor.name in levels else _size(tensor, kinds[tensor.name])
             rest -= int(tensor.n_bytes)
+            if tensor.name not in levels:
+                rest += _bytes(int(tensor.n_elements), kinds[tensor.name])
         chosen = choose_types(levels, most - rest)
         if chosen is None:
             least = rest + sum(min(each.bytes for each in known) for known in levels.values())
             raise InvalidInput(
-                f"{folder.name} has {least / 1e6:.1f} MB with the fewest bits that a linear can "
-                f"have here, {LEVELS[0]}, and {most / 1e6:.1f} MB are the most asked for. Give "
+                f"{folder.name} has {least / 1e6:.4g} MB with the fewest bits that a linear can "
+                f"have here, {LEVELS[0]}, and {most / 1e6:.4g} MB are the most asked for. Give "
                 "more, or cut the model before that (structured pruning)."
             )
-        kinds |= {name: gguf.GGMLQuantizationType[t.type.upper()] for name, t in chosen.items()}
+        kinds |= {name: _kind(level.type) for name, level in chosen.items()}
         types = Counter(level.type for level in chosen.values())
         _quantise(reader, out, kinds, types.most_common(1)[0][0], progress)
     return ChosenTypes(types=dict(types), nats=sum(level.nats for level in chosen.values()))
@@ -181,20 +182,46 @@ def _levels(
     kinds = {
         name: _type_of(tensor, gguf.GGMLQuantizationType.Q8_0) for name, tensor in tensors.items()
     }
-    levels = {
+    return kinds, levels_of({name: int(tensors[name].n_elements) for name in nats}, nats)
+
+
+def levels_of(sizes: Mapping[str, int], costs: RoundingCosts) -> dict[str, list[Level]]:
+    """What matrices of so many weights can be written as; without those that are not rounded."""
+    return {
         name: [
-            Level(type=gguf_type, bytes=_size(tensors[name], kind), nats=cost)
-            for gguf_type, cost in known.items()
-            for kind in (gguf.GGMLQuantizationType[gguf_type.upper()],)
+            Level(type=each, bytes=_bytes(sizes[name], _kind(each)), nats=cost)
+            for each, cost in known.items()
         ]
-        for name, known in nats.items()
+        for name, known in costs.items()
+        if known
     }
-    return kinds, levels
 
 
-def _size(tensor: gguf.ReaderTensor, kind: gguf.GGMLQuantizationType) -> int:
+def outside_bytes(model: "LanguageModel", converter: Sequence[str]) -> int:
+    """
+    The bytes of a file beside the linears: the embedding and the head in Q8_0, norms, and the
+    vocabulary.
+
+    Raises:
+        ModelError: llama.cpp's converter does not know the model or its tokenizer.
+    """
+    linears = {id(linear.parameter) for linear in model.linears.values()}
+    total = check_vocabulary(model, converter)
+    for parameter in model.model.parameters():
+        if id(parameter) not in linears:
+            flat = parameter.dim() < 2 or parameter.shape[-1] % SHARED
+            kind = gguf.GGMLQuantizationType.F32 if flat else gguf.GGMLQuantizationType.Q8_0
+            total += _bytes(parameter.numel(), kind)
+    return total + gguf.GGUF_DEFAULT_ALIGNMENT * len([*model.model.parameters()])
+
+
+def _bytes(weights: int, kind: gguf.GGMLQuantizationType) -> int:
     block, size = gguf.GGML_QUANT_SIZES[kind]
-    return int(tensor.n_elements) // block * size
+    return weights // block * size
+
+
+def _kind(gguf_type: GgufType) -> gguf.GGMLQuantizationType:
+    return gguf.GGMLQuantizationType[gguf_type.upper()]
 
 
 def rounding_costs(weight: Tensor, fisher: Tensor, root: Tensor) -> dict[GgufType, float]:
@@ -210,12 +237,12 @@ def rounding_costs(weight: Tensor, fisher: Tensor, root: Tensor) -> dict[GgufTyp
     Returns:
         Nats a token, by type; none if rows cannot be cut into the 32 weights that share a scale.
     """
-    if weight.shape[1] % _SHARED:
+    if weight.shape[1] % SHARED:
         return {}
     exact = weight.detach().float().cpu().numpy()
     costs: dict[GgufType, float] = {}
     for gguf_type in LEVELS:
-        kind = gguf.GGMLQuantizationType[gguf_type.upper()]
+        kind = _kind(gguf_type)
         lost = torch.from_numpy(dequantize(quantize(exact, kind), kind) - exact)
         costs[gguf_type] = float(fisher.cpu() @ (lost @ root.cpu().T).square().sum(dim=1)) / 2
     return costs
@@ -264,15 +291,16 @@ def _hull(levels: Sequence[Level]) -> list[Level]:
     return hull
 
 
-def check_vocabulary(model: "LanguageModel", converter: Sequence[str]) -> None:
+def check_vocabulary(model: "LanguageModel", converter: Sequence[str]) -> int:
     """
-    See before any long work that llama.cpp's converter knows a model and its tokenizer.
+    See before any long work that llama.cpp's converter knows a model and its tokenizer; what both
+    take in a file, in bytes.
 
     Raises:
         ModelError: It does not.
     """
     if model.tokenizer is None:
-        return
+        return 0
     program, name = Path(converter[-1]).name, Path(model.name).stem
     with tempfile.TemporaryDirectory(prefix="pho-") as temporary:
         folder = Path(temporary) / name
@@ -282,6 +310,7 @@ def check_vocabulary(model: "LanguageModel", converter: Sequence[str]) -> None:
         with _without_code(folder) as safe:
             command = [*converter, str(safe), "--vocab-only", "--outfile", str(out)]
             _run(command, program, name)
+        return out.stat().st_size
 
 
 def _convert(

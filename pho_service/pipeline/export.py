@@ -11,15 +11,10 @@ import torch
 from pho_service.errors import InvalidInput, ModelError, PhoError
 from pho_service.host.files import check_file, new_file
 from pho_service.host.model_files import check_not_quantised, is_packed
-from pho_service.models.gguf_file import (
-    RoundingCosts,
-    converter_for,
-    rounding_costs,
-    write_gguf,
-    write_in_bytes,
-)
+from pho_service.models.gguf_file import converter_for, write_gguf, write_in_bytes
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.packed import as_folder
+from pho_service.pipeline.bits import rounding
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.perplexity import DenseReference, dense_reference, rate_divergence
@@ -59,7 +54,7 @@ def export(
         if most is None or bundle is None:
             write_gguf(small, partial, gguf_type, command, progress)
         else:
-            costs = _costs(small, bundle, progress)
+            costs = rounding(load_model(str(small), device="cpu").linears, bundle, progress)
             chosen = write_in_bytes(small, partial, most, costs, command, progress)
             gguf_type = max(chosen.types, key=lambda each: chosen.types[each])
         folder_bytes = sum(file.stat().st_size for file in small.glob("*.safetensors"))
@@ -92,19 +87,6 @@ def export(
         chosen=chosen,
         note=note,
     )
-
-
-def _costs(folder: Path, bundle: ProxyBundle, progress: Progress) -> RoundingCosts:
-    """What few bits cost in each linear of a folder, on the text that it was calibrated on."""
-    model = load_model(str(folder), device="cpu")
-    bundle.check_model(model.linears)
-    statistics, costs = bundle.statistics(), {}
-    with progress("Rounding", len(model.linears)) as advance:
-        for name, linear in model.linears.items():
-            root = statistics.inputs[statistics.input_of[name]].root
-            costs[name] = rounding_costs(linear.weight, statistics.fisher[name], root)
-            advance(1)
-    return costs
 
 
 def check_export(folder: Path, out: Path) -> None:

@@ -15,7 +15,13 @@ import sentencepiece
 import torch
 from click.testing import CliRunner
 from gguf.quants import dequantize, quantize
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaTokenizer,
+)
 
 import pho_service as pho
 from pho_service.cli import main
@@ -55,12 +61,12 @@ def smollm2_tokenizer(folder):
     return len(tokenizer)
 
 
-def written(tmp_path_factory, seed, save_tokenizer=small_tokenizer):
+def written(tmp_path_factory, seed, save_tokenizer=small_tokenizer, width=96):
     """A tiny llama with a tokenizer that llama.cpp knows."""
     folder = tmp_path_factory.mktemp("llama") / f"tiny{seed}"
     folder.mkdir()
     config = LlamaConfig(
-        vocab_size=save_tokenizer(folder), hidden_size=64, intermediate_size=96,
+        vocab_size=save_tokenizer(folder), hidden_size=64, intermediate_size=width,
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.2,
         bos_token_id=1, eos_token_id=2,
@@ -315,6 +321,30 @@ class TestBytes:
         assert refused.exit_code != 0
         assert said in " ".join(refused.stderr.split())
         assert not [*tmp_path.glob("*.gguf")]
+
+    def test_a_cut_and_bits_are_chosen_together_where_bits_are_too_few(
+        self, tmp_path_factory, prose, tmp_path
+    ):
+        folder = written(tmp_path_factory, 3, width=1024)
+        words = ["prune", str(folder), "--text", str(prose), "--samples", "8"]
+        words += ["--context-length", "64", "--no-recovery", "--out"]
+        cut, whole = tmp_path / "cut", tmp_path / "whole"
+        small = CliRunner().invoke(main, [*words, str(cut), "--bytes", "290kB"])
+        large = CliRunner().invoke(main, [*words, str(whole), "--bytes", "600kB", "--json"])
+        few = CliRunner().invoke(main, [*words, str(tmp_path / "few"), "--bytes", "90kB"])
+        file = cut / "cut-290kB.gguf"
+
+        assert small.exit_code == large.exit_code == 0, small.stderr + large.stderr
+        assert "cut and its bits lose least together: --pattern structured:" in small.stderr
+        assert file.stat().st_size <= 290_000
+        assert AutoModelForCausalLM.from_pretrained(cut).config.intermediate_size < 1024
+        assert pho.load_model(str(file)).parameters < pho.load_model(str(folder)).parameters
+        assert "nothing is cut" in large.stderr
+        assert json.loads(large.stdout)["gguf"]["bytes"] <= 600_000
+        assert [path.name for path in whole.iterdir()] == ["whole-600kB.gguf"]
+        assert few.exit_code != 0
+        assert "0.09 MB are too few for" in " ".join(few.stderr.split())
+        assert not (tmp_path / "few").exists()
 
     def test_a_linear_without_a_tensor_of_its_own_is_refused_by_name(self, files, tmp_path):
         costs = {"model.layers.0.strange_proj": {"q4_0": 0.1, "q8_0": 0.0}}
