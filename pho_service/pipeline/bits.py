@@ -80,29 +80,13 @@ def ways_to(
         InvalidInput: Half of the blocks is not enough to cut.
         ModelError: The model's blocks cannot be cut, or llama.cpp does not know the model.
     """
-    model, windows = work.model, work.calibration
-    assert windows is not None
+    model = work.model
     shapes = block_shapes(Anatomy(model))
     rest = most - outside_bytes(model, converter)
     sizes = {name: linear.weight.numel() for name, linear in model.linears.items()}
     levels = levels_of(sizes, rounding(model.linears, work.bundle, progress))
-    # A narrower input that scales do not divide would keep its 16 bits.
-    shares = () if shapes.multiple % SHARED else SHARES
-    structures = {share: _splits(share, shapes) for share in shares}
-    costs = cut_costs(
-        model, windows, shapes, work.bundle.statistics().fisher,
-        [structure for each in structures.values() for structure in each],
-        memo=work.blocks(Structure()), progress=progress,
-    )  # fmt: skip
-    cuts = {0.0: (0.0, 0.0)}  # share, to what is removed in fact and what it costs
-    for share, several in structures.items():
-        known = [structure for structure in several if costs.knows(structure)]
-        best = sorted(known, key=lambda structure: costs.of(structure, shapes))[:FINALISTS]
-        if best:  # of which any may be chosen
-            removed = min(Cut.of(structure, shapes).removed for structure in best)
-            cuts[share] = (removed, costs.of(best[0], shapes))
     ways = []
-    for share, (removed, cost) in cuts.items():
+    for share, (removed, cost) in [(0.0, (0.0, 0.0)), *_cuts(work, shapes, progress).items()]:
         left = {
             name: [
                 replace(each, bytes=int(each.bytes * (1 - removed)), nats=each.nats * (1 - removed))
@@ -121,6 +105,30 @@ def ways_to(
             "bits and half of them cut. Give more, or take a smaller model."
         )
     return sorted(ways, key=lambda way: way.nats)
+
+
+def _cuts(work: Work, shapes: BlockShapes, progress: Progress) -> dict[float, tuple[float, float]]:
+    """What is removed at least where a share is cut, and what that costs."""
+    structures = {share: _splits(share, shapes) for share in SHARES}
+    if shapes.multiple % SHARED or not any(structures.values()):
+        return {}  # narrower inputs would have no scales, and keep their 16 bits
+    assert work.calibration is not None
+    memo = work.blocks(Structure())  # nothing is cut
+    costs = cut_costs(
+        work.model, work.calibration, shapes, work.bundle.statistics().fisher,
+        [structure for each in structures.values() for structure in each],
+        memo=memo, progress=progress,
+    )  # fmt: skip
+    if memo is not None:
+        memo.remove()
+    cuts = {}
+    for share, several in structures.items():
+        known = [structure for structure in several if costs.knows(structure)]
+        best = sorted(known, key=lambda structure: costs.of(structure, shapes))[:FINALISTS]
+        if best:  # of which any may be chosen
+            removed = min(Cut.of(structure, shapes).removed for structure in best)
+            cuts[share] = (removed, costs.of(best[0], shapes))
+    return cuts
 
 
 def _splits(share: float, shapes: BlockShapes) -> list[Structure]:

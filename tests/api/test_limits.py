@@ -339,14 +339,14 @@ def test_a_recovery_that_has_no_room_on_the_disk_or_in_memory_is_refused_in_the_
     disk = client.post("/v1/jobs", json={**document, "model": model_folder.name})
     monkeypatch.setattr(service.pruned, "free", lambda: 10**9)
     away = client.post("/v1/jobs", json={**document, "model": model_folder.name})
-    small = replace(named_machine("cpu"), memory_bytes=10**9, main_bytes=10**9)
+    small = replace(named_machine("cpu"), memory_bytes=8 * 10**8, main_bytes=8 * 10**8)
     monkeypatch.setattr("pho_service.api.service.named_machine", lambda _: small)
     here = SimpleNamespace(name=worker_name(1), device="cpu")
     monkeypatch.setattr(Service, "_alive", [here])
     memory = client.post("/v1/jobs", json={**document, "model": model_folder.name})
 
     assert away.status_code == 202, away.text
-    for answer, says in ((disk, "19.5 MiB of disk are needed"), (memory, "GiB of main memory are")):
+    for answer, says in ((disk, "19.5 MiB of disk are needed"), (memory, "MiB of main memory are")):
         (error,) = refusal(answer, 422, "job_too_large")["errors"]
         assert error["pointer"] == "/recovery/tokens"
         assert says in error["detail"]

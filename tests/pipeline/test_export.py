@@ -332,6 +332,12 @@ class TestBytes:
         small = CliRunner().invoke(main, [*words, str(cut), "--bytes", "290kB"])
         large = CliRunner().invoke(main, [*words, str(whole), "--bytes", "600kB", "--json"])
         few = CliRunner().invoke(main, [*words, str(tmp_path / "few"), "--bytes", "90kB"])
+        odd = [
+            str(written(tmp_path_factory, 4)),
+            "--bytes",
+            "160kB",
+        ]  # widths are no multiple of 32
+        narrow = CliRunner().invoke(main, ["prune", *odd, *words[2:], str(tmp_path / "narrow")])
         file = cut / "cut-290kB.gguf"
 
         assert small.exit_code == large.exit_code == 0, small.stderr + large.stderr
@@ -342,6 +348,8 @@ class TestBytes:
         assert "nothing is cut" in large.stderr
         assert json.loads(large.stdout)["gguf"]["bytes"] <= 600_000
         assert [path.name for path in whole.iterdir()] == ["whole-600kB.gguf"]
+        assert "nothing is cut" in narrow.stderr
+        assert [path.name for path in (tmp_path / "narrow").iterdir()] == ["narrow-160kB.gguf"]
         assert few.exit_code != 0
         assert "0.09 MB are too few for" in " ".join(few.stderr.split())
         assert not (tmp_path / "few").exists()
