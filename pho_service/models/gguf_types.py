@@ -80,7 +80,7 @@ class Quantiser:
         costs = self._costs_by_llama(progress) if self.by_llama else self._costs_by_gguf(progress)
         levels = defaultdict(list)
         for (name, gguf_type), nats in costs.items():
-            size = _bytes(self.tensors[name], gguf.GGMLQuantizationType[gguf_type.upper()])
+            size = _bytes(self.tensors[name], _kind(gguf_type))
             levels[name].append(Level(type=gguf_type, bytes=size, nats=nats))
         return levels
 
@@ -115,8 +115,7 @@ class Quantiser:
             self._write(out, chosen, types.most_common(1)[0][0], progress)
             if (over := out.stat().st_size - most) <= 0:
                 nats = sum(level.nats for level in chosen.values())
-                order = [*LLAMA_LEVELS, *LEVELS]
-                by_bits = sorted(types, key=order.index)
+                by_bits = sorted(types, key=lambda each: _bits(_kind(each)))
                 return ChosenTypes(types={each: types[each] for each in by_bits}, nats=nats)
             rest += over  # something else than linears has kept more bits
 
@@ -128,7 +127,7 @@ class Quantiser:
                 name: type_of(tensor, gguf.GGMLQuantizationType.Q8_0)
                 for name, tensor in self.tensors.items()
             }
-            kinds |= {n: gguf.GGMLQuantizationType[c.type.upper()] for n, c in chosen.items()}
+            kinds |= {n: _kind(c.type) for n, c in chosen.items()}
             quantise(self.reader, out, kinds, usual, progress)
             return
         types = self.whole.with_name("types.txt")
@@ -200,7 +199,7 @@ class Quantiser:
 
 def rounded(weight: Tensor, gguf_type: GgufType) -> Tensor:
     """A matrix as the package gguf reads it after it has written it in a type."""
-    kind = gguf.GGMLQuantizationType[gguf_type.upper()]
+    kind = _kind(gguf_type)
     return torch.from_numpy(dequantize(quantize(weight.numpy(), kind), kind))
 
 
@@ -215,6 +214,16 @@ def rounding_cost(lost: Tensor, fisher: Tensor, root: Tensor) -> float:
             that 32 weights share moves them all one way, which activation norms do not see.
     """
     return float(fisher.cpu() @ (lost @ root.cpu().T).square().sum(dim=1)) / 2
+
+
+def _kind(gguf_type: str) -> gguf.GGMLQuantizationType:
+    return gguf.GGMLQuantizationType[gguf_type.upper()]
+
+
+def _bits(kind: gguf.GGMLQuantizationType) -> float:
+    """Bits of a weight."""
+    weights, size = gguf.GGML_QUANT_SIZES[kind]
+    return 8 * size / weights
 
 
 def _bytes(tensor: gguf.ReaderTensor, kind: gguf.GGMLQuantizationType) -> int:

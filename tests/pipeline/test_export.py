@@ -306,6 +306,7 @@ class TestBytes:
             assert room - 3000 < exported["bytes"] <= room
             assert exported["bytes"] == (tmp_path / f"{room}.gguf").stat().st_size
             assert sum(exported["chosen"]["types"].values()) == 14
+            assert [*exported["chosen"]["types"]] == sorted(exported["chosen"]["types"])  # by bits
         first, second, third = done.values()
         assert first["chosen"]["nats"] > second["chosen"]["nats"] > third["chosen"]["nats"]
         assert first["divergence"] > third["divergence"]
