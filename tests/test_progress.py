@@ -66,6 +66,18 @@ def test_a_step_tells_its_number_and_how_long_it_takes_by_the_plan_and_by_the_st
     assert steps.left_s(0.0) == pytest.approx(100 / 60 * (60 + 120))
 
 
+def test_a_step_that_is_given_a_time_is_told_with_it_whatever_those_before_took(clock):
+    said = []
+    steps = Steps({"search": 600.0, "recover": 300.0}, said.append)
+    steps.begin("search")
+    clock[0] = 300.0
+    steps.give("recover", 900)
+    steps.begin("recover")
+
+    assert said[1] == "Step 2 of 2: recover (about 15 min)"
+    assert steps.left_s(0.0) == pytest.approx(900)
+
+
 def test_the_time_that_is_left_goes_by_the_piece_of_work_where_that_says_more_than_the_plan(clock):
     steps = Steps({"ask": 1.0, "train": 4.0}, lambda _: None)
     steps.begin("ask")

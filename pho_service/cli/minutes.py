@@ -4,7 +4,7 @@
 
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pho_service.cli.options import Terminal, file_source
 from pho_service.cli.terminal import say
 from pho_service.errors import InvalidInput, ModelError
-from pho_service.progress import Look, Run, one_bar
+from pho_service.progress import Look, Run, Steps, one_bar
 from pho_service.spec.minutes import AFTER_CALIBRATION, OF_THE_TEXT, SizeName, put_sizes
 
 if TYPE_CHECKING:
@@ -48,10 +48,16 @@ class Budget:
     model: "LanguageModel | str"  # Loaded, if its rates were measured
     clock: "Clock | None" = None  # None where the time was not asked for
     plan: "Plan | None" = None  # None of several models
+    steps: Steps | None = None  # Of the plan, while its bar is shown
 
-    def bar(self) -> AbstractContextManager[object]:
+    @contextmanager
+    def bar(self) -> Iterator[None]:
         """Inside, one bar stands for all that is planned."""
-        return nullcontext() if self.plan is None else one_bar(self.plan.steps, say, begins=_BEGINS)
+        if self.plan is None:
+            yield
+            return
+        with one_bar(self.plan.steps, say, begins=_BEGINS) as self.steps:
+            yield
 
     def note(self, study: "Study") -> None:
         """Write into a study what was chosen, for whoever goes on with it."""
@@ -99,6 +105,8 @@ class Budget:
             say(f"It is not recovered: {rest.left_out}.")
             return None
         say(f"Recovering it in what is left: --recover-minutes {rest.minutes:g}.")
+        if self.steps is not None:
+            self.steps.give("recover", 60 * rest.minutes)
         return replace(settings, minutes=rest.minutes)
 
 
