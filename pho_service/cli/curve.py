@@ -22,10 +22,10 @@ from pho_service.cli.options import (
     is_bundle,
     json_verb,
 )
-from pho_service.cli.terminal import print_json, say, show_table, tell
+from pho_service.cli.terminal import print_json, progress, say, show_table, tell
 from pho_service.errors import InvalidInput, OutputError
 from pho_service.spec.curve import FEW_FINALISTS, Target, curve_patterns
-from pho_service.spec.document import PRUNED, FieldShown, number
+from pho_service.spec.document import PRUNED, FieldShown, number, parse_bytes
 from pho_service.spec.objective import SearchOptions, options_of
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.verbs import Studied
@@ -47,10 +47,14 @@ class _CurveAsk(Studied):
     Attributes:
         patterns: What to search at: shares of weights to remove and N:M, with commas between. The
             scope is of the shares.
+        bytes: Instead of --patterns: the most that GGUF files of the model may have, with commas
+            between, such as 80MB,95MB,110MB. For each the cut and the bits are told that cost least
+            together, by estimates.
         out: Folder for the plot, the table and the configurations.
     """
 
-    patterns: Annotated[Sequence[str], FieldShown(section=PRUNED, kind="words")]
+    patterns: Annotated[Sequence[str], FieldShown(section=PRUNED, kind="words")] = ()
+    bytes: Annotated[Sequence[str], FieldShown(section=PRUNED, kind="words")] = ()
     out: Annotated[str, FieldShown(kind="path")] = "curve"
 
 
@@ -68,18 +72,29 @@ class _CurveAsk(Studied):
 @json_verb
 def curve(model: str, given: Given, ask: _CurveAsk, inputs: Terminal, as_json: bool) -> None:
     """
-    Show how good MODEL still is at each of several sparsities.
+    Show how good MODEL still is at each of several sparsities, or in so many bytes.
 
     MODEL is calibrated once, and searched at each pattern. The folder --out gets
     the plot (curve.html), the table (curve.json) and the configuration of each
     point (0.5.json, 2-4.json, structured-20.json) for `pho prune`. An interrupted
-    curve continues with the same command.
+    curve continues with the same command. With --bytes nothing is searched or cut:
+    it gets bytes.json alone, in a minute or two.
 
     \b
     Example:
       pho curve HuggingFaceTB/SmolLM2-135M --text book.txt \\
           --patterns 0.3,0.4,0.5,0.6,0.7,2:4,4:8 --preset score
     """
+    if bool(ask.patterns) == bool(ask.bytes):
+        both = "--patterns and --bytes are both given"
+        raise InvalidInput(
+            f"{both if ask.bytes else 'neither --patterns nor --bytes is given'}. Give one: "
+            "--patterns 0.3,0.5,2:4 searches at each sparsity, and --bytes 80MB,110MB tells what "
+            "costs least in so many bytes."
+        )
+    if ask.bytes:
+        _by_bytes(model, ask, given, inputs, as_json)
+        return
     from pho_service.pipeline.curve import curve_document, find_points, point_warnings
     from pho_service.pipeline.search import check_study_url
 
@@ -110,6 +125,34 @@ def curve(model: str, given: Given, ask: _CurveAsk, inputs: Terminal, as_json: b
     show_points(curve_points)
     tell(f"written      {folder}: curve.html, curve.json, and a configuration for each point")
     tell(f"study        {name!r} has the Pareto front; browse it with: optuna-dashboard {study}")
+
+
+def _by_bytes(model: str, ask: _CurveAsk, given: Given, inputs: Terminal, as_json: bool) -> None:
+    """Tell for each number of bytes what costs least, and write that down."""
+    from pho_service.cli.cut import calibrated_few
+    from pho_service.host.files import write_json
+    from pho_service.models.gguf_file import converter_for
+    from pho_service.pipeline.bits import bits_and_cuts, budgets_table
+
+    _refuse_bundle(model)
+    sizes = sorted(parse_bytes(size, "--bytes") for size in ask.bytes)
+    folder, converter = _folder(ask.out), converter_for(["q8_0"])
+    check_models([model], given("revision"), None)
+    costs = bits_and_cuts(calibrated_few(model, given, inputs), converter, progress)
+    budgets = [costs.ways_to(size) for size in sizes]
+    document = {
+        "model": model,
+        "bytes": [{"most": ways[0].bytes, "ways": [way.to_dict() for way in ways]}
+                  for ways in budgets],
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "bytes.json", document)
+    if as_json:
+        print_json({**document, "out": str(folder)})
+        return
+    show_table(budgets_table(budgets))
+    say("`pho prune MODEL --bytes 95MB` makes one of them, and measures it.")
+    tell(f"written      {folder / 'bytes.json'}: every way to each number of bytes")
 
 
 def point_spec(model: str, given: Given, pattern: Pattern) -> "JobSpec":

@@ -242,10 +242,11 @@ def calibrated_few(model: str, given: Given, inputs: Terminal) -> "Work":
 def _in_bytes(model: str, most: str, given: Given, as_json: bool, inputs: Terminal) -> str | None:
     """The pattern with which a file of so many bytes loses least; None if nothing is cut."""
     from pho_service.models.gguf_file import converter_for
-    from pho_service.pipeline.bits import ways_table, ways_to
+    from pho_service.pipeline.bits import bits_and_cuts, ways_table
 
     room, converter = parse_bytes(most, "--bytes"), converter_for(["q8_0"])
-    best, *others = ways_to(room, calibrated_few(model, given, inputs), converter, progress)
+    costs = bits_and_cuts(calibrated_few(model, given, inputs), converter, progress)
+    best, *others = costs.ways_to(room)
     if not as_json:
         show_table(ways_table([best, *others]))
     if best.pattern is None:

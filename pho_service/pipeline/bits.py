@@ -3,9 +3,10 @@ A model in so many bytes: how much of it is cut, and with how few bits the rest 
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pho_service.errors import InvalidInput
 from pho_service.models.gguf_file import converted
@@ -17,6 +18,7 @@ from pho_service.pipeline.work import Work
 from pho_service.progress import Progress, silent
 from pho_service.shown.parts import Table
 from pho_service.spec.document import number, percent
+from pho_service.spec.export import Level
 from pho_service.spec.structure import BlockShapes, Cut, Structure, split, structured_pattern
 
 FINALISTS = 2  # splits of a share that are cut and measured
@@ -29,11 +31,13 @@ class Way:
     One way to come to so many bytes.
 
     Attributes:
+        bytes: The most that the file may have.
         share: Share of the blocks' weights that is to be cut; 0: nothing.
         cut: What that costs, in nats a token, as splits of a share are rated.
         rounding: What the bits cost that are left then, estimated to second order.
     """
 
+    bytes: int
     share: float
     cut: float
     rounding: float
@@ -47,23 +51,74 @@ class Way:
         """That of the cut; None if nothing is cut."""
         return structured_pattern(self.share) if self.share else None
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"pattern": self.pattern, "nats": self.nats, "cut": self.cut, "bits": self.rounding}
 
-def ways_to(
-    most: int, work: Work, converter: Sequence[str], progress: Progress = silent
-) -> list[Way]:
+
+@dataclass(frozen=True, kw_only=True)
+class BitsAndCuts:
     """
-    The ways to a GGUF file of at most so many bytes, that of the least cost first.
+    What a model costs with fewer bits and with parts cut out, for any number of bytes.
 
-    Costs of a cut and of bits are added up, both in nats to second order. The bits of what stays
-    cost as much as its share of the weights.
+    Attributes:
+        name: The model that it is of.
+        levels: What each linear can be written as, by its tensor.
+        rest: Bytes of all else.
+        cuts: What is removed at least where a share is cut, and what that costs.
+    """
+
+    name: str
+    levels: Mapping[str, Sequence[Level]]
+    rest: int
+    cuts: Mapping[float, tuple[float, float]]
+
+    def ways_to(self, most: int) -> list[Way]:
+        """
+        The ways to a GGUF file of at most so many bytes, that of the least cost first.
+
+        Costs of a cut and of bits are added up, both in nats to second order. The bits of what
+        stays cost as much as its share of the weights.
+
+        Raises:
+            InvalidInput: Half of the blocks is not enough to cut.
+        """
+        ways = []
+        for share, (removed, cost) in [(0.0, (0.0, 0.0)), *self.cuts.items()]:
+            stays = 1 - removed
+            left = {
+                name: [
+                    replace(each, bytes=int(each.bytes * stays), nats=each.nats * stays)
+                    for each in known
+                ]
+                for name, known in self.levels.items()
+            }
+            chosen = choose_types(left, most - self.rest)
+            if chosen is not None:
+                bits = sum(level.nats for level in chosen.values())
+                ways.append(Way(bytes=most, share=share, cut=cost, rounding=bits))
+        if not ways:
+            raise InvalidInput(
+                f"{most / 1e6:.4g} MB are too few for {self.name}: what is outside of its blocks "
+                f"has {self.rest / 1e6:.4g} MB, and the blocks are too large for the rest with "
+                "four bits and half of them cut. Give more, or take a smaller model."
+            )
+        return sorted(ways, key=lambda way: way.nats)
+
+
+def bits_and_cuts(work: Work, converter: Sequence[str], progress: Progress = silent) -> BitsAndCuts:
+    """
+    Work out what bits and cuts of a calibrated model cost, once for all numbers of bytes.
 
     Raises:
-        InvalidInput: Half of the blocks is not enough to cut.
         ModelError: The model's blocks cannot be cut, or llama.cpp does not know the model.
+        OutputError: There is no room for the two files that are made of it meanwhile.
     """
     model = work.model
     shapes = block_shapes(Anatomy(model))
-    with tempfile.TemporaryDirectory(prefix="pho-", dir=scratch_folder(0)) as temporary:
+    size = sum(p.numel() * p.element_size() for p in model.model.parameters())
+    folder = scratch_folder(3 * size)  # itself, as a file, and that with fewer bits
+    with tempfile.TemporaryDirectory(prefix="pho-", dir=folder) as temporary:
         dense = Path(temporary) / Path(model.name).stem
         model.model.save_pretrained(dense)
         if model.tokenizer is not None:
@@ -71,27 +126,9 @@ def ways_to(
         with converted(dense, Path(temporary) / "dense.gguf", converter, progress) as whole:
             quantiser = Quantiser(whole, model, work.bundle.statistics())
             levels = quantiser.levels(progress)
-            rest = most - quantiser.rest(levels)
-    ways = []
-    for share, (removed, cost) in [(0.0, (0.0, 0.0)), *_cuts(work, shapes, progress).items()]:
-        left = {
-            name: [
-                replace(each, bytes=int(each.bytes * (1 - removed)), nats=each.nats * (1 - removed))
-                for each in known
-            ]
-            for name, known in levels.items()
-        }
-        chosen = choose_types(left, rest)
-        if chosen is not None:
-            bits = sum(level.nats for level in chosen.values())
-            ways.append(Way(share=share, cut=cost, rounding=bits))
-    if not ways:
-        raise InvalidInput(
-            f"{most / 1e6:.4g} MB are too few for {model.name}: what is outside of its blocks has "
-            f"{(most - rest) / 1e6:.4g} MB, and the blocks are too large for the rest with four "
-            "bits and half of them cut. Give more, or take a smaller model."
-        )
-    return sorted(ways, key=lambda way: way.nats)
+            rest = quantiser.rest(levels)
+    cuts = _cuts(work, shapes, progress)
+    return BitsAndCuts(name=model.name, levels=levels, rest=rest, cuts=cuts)
 
 
 def _cuts(work: Work, shapes: BlockShapes, progress: Progress) -> dict[float, tuple[float, float]]:
@@ -136,4 +173,18 @@ def ways_table(ways: Sequence[Way]) -> Table:
         ],
         title="Estimated cost of so many bytes",
         marked=sorted(way.share for way in ways).index(ways[0].share),
+    )  # fmt: skip
+
+
+def budgets_table(budgets: Sequence[Sequence[Way]]) -> Table:
+    """For each number of bytes what costs least there, beside the whole model."""
+    rows = []
+    for ways in budgets:
+        best, whole = ways[0], next((way for way in ways if not way.share), None)
+        cut = percent(best.share) if best.share else "nothing"
+        alone = "" if whole is None else number(whole.nats)
+        rows.append((f"{best.bytes / 1e6:g} MB", cut, number(best.nats), alone))
+    return Table(
+        ("bytes", "cut of the blocks", "estimated cost, nats", "nothing cut"), rows,
+        title="What costs least in so many bytes",
     )  # fmt: skip
