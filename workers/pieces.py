@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, cast
 
 import optuna
 
 from pho_service.errors import ChangedInput, PhoError
 from pho_service.host.tasks import harness_folder
 from pho_service.library import Entry, ModelFacts, Wanted, rank, stored_file
-from pho_service.models.calibration import cut, measure_shard
-from pho_service.models.gguf_file import check_vocabulary, converter_for
+from pho_service.models.calibration import CalibrationText, cut, measure_shard
+from pho_service.models.gguf_file import check_room, check_vocabulary, converter_for
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.saving import (
     RECIPE,
@@ -44,6 +44,7 @@ from pho_service.shown.report import Report, layer_cells
 from pho_service.shown.tables import configuration_rows, results_table, verdict_table
 from pho_service.spec.calibration import SHARDS
 from pho_service.spec.configuration import Configuration
+from pho_service.spec.export import GgufType, file_bytes
 from pho_service.spec.fields import WarmPoint
 from pho_service.spec.job import JobSpec
 from pho_service.spec.recovery import Recovered, Recovery
@@ -229,11 +230,12 @@ def prune_piece(work: SealedWork, claim: Claim, watch: Watch) -> StoredModel:
     # reconstruction had trained.
     began = time.monotonic()
     best = chosen(claim.job, claim.stage.about)
+    text = work.calibrated_on if work.spec.sized_files else None  # while the model is dense
     folder = _written(work, best)
     if work.spec.recovery is not None:  # tasks are measured on the folder, once it is written
         with_configuration(folder, claim.job.with_tasks(best))
     recovered = recipe_document(folder).get("recovery")
-    _export(work, folder)
+    _export(work, folder, text)
     files = described(folder, work.run)
     watch.look(now=True)
     work.inputs.pruned.keep(claim.job.id, folder.name, [file["name"] for file in files])
@@ -289,21 +291,29 @@ def _prune(work: SealedWork, configuration: Configuration, folder: Path) -> None
         work.inputs.clear()  # the model is not dense any more
 
 
-def _export(work: SealedWork, folder: Path) -> None:
+def _export(work: SealedWork, folder: Path, text: CalibrationText | None) -> None:
     """Write the GGUF files that a job asks for into the folder, those that are not there yet."""
-    from pho_service.pipeline.export import export  # slow to import
+    from pho_service.pipeline.export import bundle_for, export  # slow to import
 
     for left in folder.glob(".pho-*"):  # of an attempt that was killed
         shutil.rmtree(left, ignore_errors=True)
-    for gguf_type in work.spec.gguf:
-        file = folder / f"{PurePath(work.spec.model).stem}-pruned-{gguf_type}.gguf"
-        if not file.is_file():
-            device = str(work.inputs.device)
-            with store_faults_told():
-                exported = export(
-                    folder, file, gguf_type, device=device, progress=work.run.progress
-                )
-            logger.info("exported", extra={"job": str(work.job.id), "file": str(exported)})
+    device, progress, bundle = str(work.inputs.device), work.run.progress, None
+    for wanted in work.spec.gguf:
+        file = folder / f"{PurePath(work.spec.model).stem}-pruned-{wanted}.gguf"
+        if file.is_file():
+            continue
+        most = file_bytes(wanted)
+        gguf_type = cast("GgufType", wanted) if most is None else "bf16"
+        with store_faults_told():
+            if most is not None and bundle is None:
+                assert text is not None
+                settings = work.spec.calibration.settings()
+                bundle = bundle_for(folder, text, settings, device=device, progress=progress)
+            exported = export(
+                folder, file, gguf_type, most=most, bundle=bundle, device=device,
+                progress=progress,
+            )  # fmt: skip
+        logger.info("exported", extra={"job": str(work.job.id), "file": str(exported)})
 
 
 def _recover(work: SealedWork, settings: Recovery, before: Path, folder: Path) -> None:
@@ -461,10 +471,13 @@ def calibrate_piece(
     began = time.monotonic()
     if spec.tasks is not None and harness_folder() is not None:
         inputs.tasks(spec)
-    converter = converter_for(spec.gguf) if spec.gguf else None
+    types = [cast("GgufType", name) for name in spec.gguf if file_bytes(name) is None]
+    converter = converter_for(types) if spec.gguf else None
     seal = inputs.seal(spec, Seal() if before is None else Seal(**before.inputs))
     if converter is not None and before is None:
         check_vocabulary(inputs.model(spec, seal), converter)
+        for most in filter(None, map(file_bytes, spec.gguf)):
+            check_room(inputs.model(spec, seal), most, spec.points[0].sparsity * spec.is_cut)
     model, linears = inputs.model(spec, seal), whole.request(0).steps.linears
     check_patterns(model, whole.points, linears)
     text = inputs.calibration_text(spec, seal)

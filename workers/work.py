@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from pho_service.errors import OutputError
+from pho_service.models.calibration import CalibrationText
 from pho_service.models.loading import LanguageModel
 from pho_service.models.scratch import Memo
 from pho_service.models.texts import RecoveryText, ReportText
@@ -74,8 +75,13 @@ class SealedWork(Work):
         return self.inputs.reported_text(self.spec, self._seals[0])
 
     @property
+    def calibrated_on(self) -> CalibrationText:
+        """The text that its first model was calibrated on."""
+        return self.inputs.calibration_text(self.spec, self._seals[0])
+
+    @property
     def calibration(self) -> Tensor:
-        return self.inputs.calibration_text(self.spec, self._seals[0]).calibration
+        return self.calibrated_on.calibration
 
     @property
     def seal(self) -> Seal:

@@ -35,6 +35,8 @@ _PROGRAM = "convert_hf_to_gguf"
 QUANTIZER = "llama-quantize"
 # Read for each token: llama.cpp takes more bits for them, and so do we.
 _MORE_BITS = ("token_embd.weight", "output.weight")
+# Of a weight: Q4_0, or Q3_K where llama-quantize is there; and Q8_0 of the embedding and the head.
+_FEWEST_BITS, _OTHER_BITS = {False: 4.5, True: 3.4375}, 8.5
 _NOISE = re.compile(r"^(INFO|WARNING|DEBUG):|/s\]|^$")
 
 
@@ -132,6 +134,24 @@ def check_vocabulary(model: "LanguageModel", converter: Sequence[str]) -> None:
         with _without_code(folder) as safe:
             command = [*converter, str(safe), "--vocab-only", "--outfile", str(out)]
             run_program(command, program, name)
+
+
+def check_room(model: "LanguageModel", most: int, cut: float) -> None:
+    """
+    See before any long work that a model without a share of its linears may have so few bytes.
+
+    Raises:
+        InvalidInput: Even with the fewest bits for each weight it has more.
+    """
+    bits = _FEWEST_BITS[shutil.which(QUANTIZER) is not None]
+    linears = sum(linear.weight.numel() for linear in model.linears.values())
+    least = (linears * (1 - cut) * bits + (model.parameters - linears) * _OTHER_BITS) / 8
+    if least > most:
+        raise InvalidInput(
+            f"{Path(model.name).stem} has at least {least / 1e6:.4g} MB as a GGUF file, and "
+            f"{most / 1e6:.4g} MB are asked for: {bits:g} bits are the fewest here for a weight of "
+            f"a linear, and all others have {_OTHER_BITS:g}. Ask for more, or cut more."
+        )
 
 
 def _convert(

@@ -3,6 +3,7 @@ A model folder as a GGUF file for llama.cpp, compared with the folder before it 
 """
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -11,6 +12,7 @@ import torch
 from pho_service.errors import InvalidInput, ModelError, PhoError
 from pho_service.host.files import check_file, new_file
 from pho_service.host.model_files import check_not_quantised, is_packed
+from pho_service.models.calibration import CalibrationText, calibrate
 from pho_service.models.gguf_file import converted, converter_for, write_gguf
 from pho_service.models.gguf_types import Quantiser
 from pho_service.models.loading import LanguageModel, load_model
@@ -18,7 +20,8 @@ from pho_service.models.packed import as_folder
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.perplexity import DenseReference, dense_reference, rate_divergence
-from pho_service.spec.export import BY_CONVERTER, Exported, GgufType
+from pho_service.spec.calibration import CalibrationSettings
+from pho_service.spec.export import BITS_WINDOWS, BY_CONVERTER, Exported, GgufType
 
 SUFFIX = ".gguf"
 TOP_K = 512  # likeliest tokens that predictions are compared by
@@ -90,6 +93,16 @@ def export(
         chosen=chosen,
         note=note,
     )
+
+
+def bundle_for(
+    folder: Path, text: CalibrationText, settings: CalibrationSettings, *, device: str,
+    progress: Progress,
+) -> ProxyBundle:  # fmt: skip
+    """Calibrate a folder on the first windows of a text, for a file of so many bytes."""
+    few = replace(text, calibration=text.calibration[:BITS_WINDOWS], bundle_key="")
+    settings = replace(settings, samples=len(few.calibration), fisher_samples=None)
+    return calibrate(load_model(str(folder), device=device), few, settings, progress)
 
 
 def check_export(folder: Path, out: Path) -> None:

@@ -72,12 +72,14 @@ class Clock:
         if not self.plan.spec.prune:
             return self.left_s
         costs, recovery = self._costs(self.plan.work), self.plan.work.recovery
-        return self.left_s - costs.saving() - (costs.recovery(recovery) if recovery else 0)
+        after_s = costs.saving() + costs.exported()
+        return self.left_s - after_s - (costs.recovery(recovery) if recovery else 0)
 
     def recovery_s(self) -> float:
         """Seconds that are left for a recovery; 0 where they are too few for it to be any good."""
         costs, context = self._costs(self.plan.work), self.plan.work.calibration.context_length
         left_s = self.left_s - costs.reading() - 2 * costs.saving()  # before it, and after it
+        left_s -= costs.exported()
         return left_s if left_s >= CHECKS * costs.recovered(context) else 0.0
 
     def _planned(self, spec: JobSpec) -> Plan:

@@ -16,6 +16,7 @@ from pho_service.errors import InvalidInput, field_name
 from pho_service.planning.shapes import DTYPE_BYTES, LinearShape, ModelShapes
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.configuration import NEW_TOKENS
+from pho_service.spec.export import BITS_WINDOWS, LEVELS
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.recovery import BEGINNING, WRITTEN_AT_ONCE, Recovery
 from pho_service.spec.steps import Steps
@@ -187,6 +188,8 @@ CHOSEN = 100.0  # bytes that an iteration of ADMM moves for a weight: its mask i
 GAINED = 100.0  # bytes moved for a row, a channel and a group that it may go to, all sweeps
 GAINED_ROWS = 1024  # that a permutation looks at
 ASSIGNED_S = 1.6e-4  # of a core of the host for a group: matching the best pairs, all sweeps
+ROUNDED = 60.0  # the same for a byte of a model that is converted and read back
+TRIED_TYPE = 5e3  # the same for a weight that is rounded to a type, to see what that costs
 PACKED = 60.0  # bytes that checking, packing and hashing a saved weight moves
 BLOCK_LAUNCHES = 90  # of a block forward, with the sums over its inputs
 
@@ -210,6 +213,8 @@ class PlannedWork:
     by_perplexity: bool = False  # Whether candidates are rated by perplexity, not by the proxy
     recovery: Recovery | None = None  # Of the pruned model
     recompute: bool = True  # Whether it runs blocks again for the backward pass
+    files: int = 0  # GGUF files that are made of the pruned model
+    sized_files: int = 0  # Of these, files of so many bytes
     kept: bool = False  # Whether the blocks that the confirmation has trained are kept for pruning
 
     @property
@@ -510,6 +515,21 @@ class Costs:
             groups, rows = i.in_features / group, min(GAINED_ROWS, i.out_features)
             seconds += i.count * rows * groups**2 * GAINED / self.machine.bandwidth
             seconds += i.count * groups * ASSIGNED_S
+        return seconds
+
+    def exported(self) -> float:
+        """GGUF files: converted, read back; and what each type would cost each linear, once."""
+        work, machine, size = self.work, self.machine, self.shapes.bytes("bfloat16")
+        each = 2 * STARTED_S + 3 * size / machine.disk + ROUNDED * size / machine.bandwidth
+        seconds = work.files * each
+        if work.sized_files:
+            few = replace(
+                work.calibration, samples=min(BITS_WINDOWS, work.calibration.samples),
+                fisher_samples=None,
+            )  # fmt: skip
+            seconds += Costs(self.shapes, replace(work, calibration=few), machine).calibration()
+            weights = work.sized_files * len(LEVELS) * self.shapes.prunable
+            seconds += weights * TRIED_TYPE / machine.bandwidth
         return seconds
 
     def saving(self) -> float:

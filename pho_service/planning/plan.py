@@ -195,6 +195,8 @@ def plan_job(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> Plan:
         validated=spec.validation.candidates if spec.validation else 0,
         by_perplexity=spec.objective.name == "perplexity",
         recovery=spec.recovery_settings(),
+        files=len(spec.gguf),
+        sized_files=spec.sized_files,
         kept=bool(spec.prune and spec.confirm and request.steps.reconstruction.wanted),
     )
     for width in {linear.in_features for linear in shapes.linears}:
@@ -325,6 +327,8 @@ def _afterwards_stages(memory: "_Memory", costs: Costs, stage: _MakeStage) -> It
     if recovery is not None:
         yield stage(StageKind.PRUNE, RECOVER, costs.recovery(recovery), memory.recovery(recovery))
     yield stage(StageKind.PRUNE, "save", costs.saving(), memory.saving())
+    if memory.work.files:
+        yield stage(StageKind.PRUNE, "export", costs.exported(), memory.exported())
 
 
 def with_process(peak: Peak, machine: Machine) -> Peak:
@@ -441,6 +445,13 @@ class _Memory:
 
     def saving(self) -> Peak:
         return saving_peak(self.footprint, self.place, stored_itemsize=self.stored_itemsize)
+
+    def exported(self) -> Peak:
+        """The pruned model, and a file of it that is read back, in float32; files of 16 bits."""
+        whole, halves = self.shapes.bytes("float32"), self.shapes.bytes("bfloat16")
+        bundle = self.footprint.bundle(self.settings) if self.work.sized_files else 0
+        disk = (1 + self.work.files) * halves
+        return Peak.at(self.place, device=whole, host=whole + bundle, disk=disk)
 
 
 def obstacles(

@@ -2,22 +2,48 @@
 What a model is exported as: the types of a GGUF file, and what was written.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, WithJsonSchema
 
-from pho_service.spec.document import JsonDocument, format_bytes, number
+from pho_service.spec.document import JsonDocument, format_bytes, number, parse_bytes
 
 GgufType = Literal[
     "f32", "f16", "bf16", "q8_0",
     "q5_1", "q5_0", "q4_1", "q4_0",
     "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k", "iq4_nl", "iq4_xs",
 ]  # fmt: skip
+SIZE = "[0-9]{1,6}([.][0-9]{1,6})?[kMGT]i?B"
 GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)
 BY_CONVERTER: tuple[GgufType, ...] = ("f32", "f16", "bf16", "q8_0")
 BY_GGUF: tuple[GgufType, ...] = ("q5_1", "q5_0", "q4_1", "q4_0")  # of the package gguf
+BITS_WINDOWS = 16  # of a calibration's, that the types of a file of so many bytes are chosen on
 LEVELS: tuple[GgufType, ...] = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")  # of a linear, by bits
+
+
+def file_bytes(wanted: str) -> int | None:
+    """The most that a file may have that is asked for as ``105MB``; None for a type."""
+    return parse_bytes(wanted, "gguf") if wanted[:1].isdigit() else None
+
+
+def _type_or_size(wanted: str) -> str:
+    if wanted not in GGUF_TYPES and not re.fullmatch(SIZE, wanted):
+        raise ValueError(
+            f"{wanted!r} is neither a type ({', '.join(GGUF_TYPES)}) nor a size: 105MB, 1.5GB"
+        )
+    return wanted
+
+
+# What a job writes a GGUF file as: a type, or the most that the file may have.
+GgufWanted = Annotated[
+    str,
+    AfterValidator(_type_or_size),
+    WithJsonSchema(
+        {"type": "string", "anyOf": [{"enum": [*GGUF_TYPES]}, {"pattern": f"^{SIZE}$"}]}
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ from pho_service.spec.document import (
     Title,
     printable,
 )
-from pho_service.spec.export import GgufType
+from pho_service.spec.export import BITS_WINDOWS, GgufWanted, file_bytes
 from pho_service.spec.fields import (
     CalibrationSpec,
     ConfirmSpec,
@@ -224,12 +224,12 @@ def of_pruned(value: RecoverySpec | None, info: ValidationInfo) -> RecoverySpec 
     return value
 
 
-def also_pruned(value: list[GgufType], info: ValidationInfo) -> list[GgufType]:
+def also_pruned(value: list[str], info: ValidationInfo) -> list[str]:
     """A pruned model is written as GGUF files, each once."""
     if value and not info.data.get("prune", True):
         raise ValueError("the pruned model is exported, and none is written: give prune, too")
     if len({*value}) < len(value):
-        raise ValueError("a type is given twice: give each once")
+        raise ValueError("a type or size is given twice: give each once")
     return value
 
 
@@ -462,12 +462,13 @@ class JobSpec(Document):
         description="Whether the pruned model is written when the search is over, to be fetched "
         "with `pho pull`.",
     )
-    gguf: Annotated[list[GgufType], FieldShown(section=AFTER, label="GGUF files", service=True)] = (
-        Field(
-            [],
-            exclude_if=lambda types: not types,
-            description="Types in which the pruned model is also written, for llama.cpp.",
-        )
+    gguf: Annotated[
+        list[GgufWanted], FieldShown(section=AFTER, label="GGUF files", service=True)
+    ] = Field(
+        [],
+        exclude_if=lambda types: not types,
+        description="Types in which the pruned model is also written, for llama.cpp, such as "
+        "q8_0; or sizes, such as 105MB: then each linear has the type that costs least.",
     )
     recovery: Annotated[RecoverySpec | None, FieldShown(section=AFTER, service=True)] = Field(
         None,
@@ -724,7 +725,20 @@ class JobSpec(Document):
                 limits.check_minutes(pointer, how.time_s / 60)
             tokens += self._recovered(timed)
             limits.check_tokens(pointer, tokens)
+        tokens += self._tokens_of_bits
+        limits.check_tokens("/gguf", tokens)
         return tokens
+
+    @property
+    def sized_files(self) -> int:
+        """How many GGUF files of so many bytes it writes."""
+        return sum(file_bytes(wanted) is not None for wanted in self.gguf)
+
+    @property
+    def _tokens_of_bits(self) -> int:
+        """Those that the types of such files are chosen on: once for all of them."""
+        windows = min(BITS_WINDOWS, self.calibration.samples) if self.sized_files else 0
+        return windows * self.calibration.context_length
 
     def _recovered(self, timed: int) -> int:
         """Tokens of the recovery, whose minutes are planned for ``timed`` ones."""
@@ -743,7 +757,7 @@ class JobSpec(Document):
         """Those of writing a pruned model when it is asked for by itself."""
         trained = self.request(0).steps.reconstruction
         pruned = self.calibration.tokens * (1 + (trained.passes if trained.wanted else 0))
-        return pruned + self._recovered(timed)
+        return pruned + self._recovered(timed) + self._tokens_of_bits
 
     def placed(self, access: Access) -> "JobSpec":
         changes = {

@@ -262,6 +262,17 @@ def test_one_calibration_and_one_model_to_write_search_and_confirmation_at_each_
     assert "at each of 6" in planned(pattern=None, target={"perplexity_rise": 0.1}).stages[3].title
 
 
+def test_gguf_files_take_time_and_files_of_so_many_bytes_more_and_memory_too():
+    without, typed, sized = (
+        planned(prune=True, gguf=gguf).stages for gguf in ([], ["q8_0"], ["q8_0", "4.1GB"])
+    )
+
+    assert [stage.title for stage in typed] == [*(stage.title for stage in without), "export"]
+    assert 2 * typed[-1].seconds[0] < sized[-1].seconds[0]
+    assert typed[-1].peak.host < sized[-1].peak.host
+    assert typed[-1].peak.disk < sized[-1].peak.disk
+
+
 def test_each_thing_that_a_plan_has_is_of_a_kind_of_stage_in_the_order_of_the_work():
     after = {"prune": True, "recovery": {"tokens": 1000}, "validation": {"candidates": 30}}
     one = [stage.kind for stage in planned(**after).stages]

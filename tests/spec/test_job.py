@@ -7,7 +7,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from pho_service.host.access import Access
 from pho_service.host.settings import Settings
-from pho_service.spec.fields import FieldError
+from pho_service.spec.export import BITS_WINDOWS
+from pho_service.spec.fields import FieldError, JobLimits
 from pho_service.spec.job import JobSpec, island_seed
 from pho_service.spec.objective import Objective, SearchOptions, options_of
 from pho_service.spec.pattern import Pattern
@@ -362,3 +363,25 @@ def test_what_is_of_one_pattern_and_a_step_without_a_meaning_are_refused(changes
         several(**changes)
 
     assert told in str(refused.value)
+
+
+def test_gguf_files_are_types_or_sizes_each_once_and_the_text_of_sizes_is_counted():
+    def job(*gguf):
+        return JobSpec.model_validate(
+            {"model": "org/m", "pattern": "0.5", "minutes": None, "prune": True, "gguf": [*gguf]}
+        )
+
+    limits = JobLimits(trials=1000, tokens=10**9)
+    typed, sized = job("q8_0"), job("q8_0", "105MB", "1.5GiB")
+
+    assert (typed.sized_files, sized.sized_files) == (0, 2)
+    few = BITS_WINDOWS * typed.calibration.context_length  # once for both
+    assert sized.check_size(limits) == typed.check_size(limits) + few
+    assert sized.tokens_to_prune() == typed.tokens_to_prune() + few
+    for gguf, told in (
+        (["q9"], r"'q9' is neither a type \(f32, .*\) nor a size: 105MB"),
+        (["105 apples"], "neither a type"),
+        (["105MB", "105MB"], "given twice"),
+    ):
+        with pytest.raises(ValidationError, match=told):
+            job(*gguf)

@@ -121,6 +121,42 @@ def test_gguf_files_are_among_the_files_of_the_model(hand, small, monkeypatch):
     assert not [name for name in names if ".pho" in name]
 
 
+def test_files_of_so_many_bytes_are_chosen_on_the_first_windows_of_the_calibration(
+    hand, small, monkeypatch
+):
+    made = []
+
+    def export(_folder, out, gguf_type, *, most, bundle, **_):
+        made.append((most, bundle))
+        out.write_bytes(b"gguf")
+        return gguf_type
+
+    monkeypatch.setattr("pho_service.pipeline.export.export", export)
+    monkeypatch.setattr("workers.pieces.converter_for", lambda types: made.append(types))
+    monkeypatch.setattr("workers.pieces.check_vocabulary", lambda *_: None)
+    spec = small(prune=True, confirm=None, gguf=["q8_0", "105MB", "90MB"])
+    job = hand.until(hand.submit(spec), None)
+    pruned = load_model(str(folder_of(hand, job)), device="cpu")
+    types, (no_size, _), (first, bundle), (second, again) = made
+
+    assert types == ["q8_0"]
+    assert (no_size, first, second) == (None, 105_000_000, 90_000_000)
+    assert bundle is again
+    bundle.check_model(pruned.linears)  # it is of the pruned model
+    assert bundle.provenance["settings"]["samples"] == min(16, spec.calibration.samples)
+    names = [file["name"] for file in job.pruning.result["files"]]
+    assert {"model-pruned-105MB.gguf", "model-pruned-90MB.gguf"} < {*names}
+
+
+def test_a_file_of_too_few_bytes_is_told_before_the_search(hand, small, monkeypatch):
+    monkeypatch.setattr("workers.pieces.converter_for", lambda _: [])
+    monkeypatch.setattr("workers.pieces.check_vocabulary", lambda *_: None)
+    error = hand.failed(small(prune=True, confirm=None, gguf=["1kB"]))
+
+    assert error["stage"] == "calibrate"
+    assert "MB as a GGUF file, and 0.001 MB are asked for: 4.5 bits are the" in error["message"]
+
+
 def test_a_worker_without_a_converter_says_so_before_the_search(hand, small, monkeypatch):
     monkeypatch.setattr("pho_service.models.gguf_file.find_spec", lambda _: None)
     error = hand.failed(small(prune=True, confirm=None, gguf=["q8_0"]))
