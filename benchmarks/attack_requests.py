@@ -34,6 +34,16 @@ BODIES: tuple[tuple[str, bytes], ...] = (
         "a recovery of NaN minutes",
         b'{"model": "tiny", "pattern": "0.5", "prune": true, "recovery": {"minutes": NaN}}',
     ),
+    (
+        "a hundred GGUF files",
+        b'{"model": "tiny", "pattern": "0.5", "prune": true, "gguf": ['
+        + b", ".join(b'"%dMB"' % number for number in range(100))
+        + b"]}",
+    ),
+    (
+        "a GGUF file of NaN bytes",
+        b'{"model": "tiny", "pattern": "0.5", "prune": true, "gguf": ["NaNMB"]}',
+    ),
     ("unknown field", b'{"model": "tiny", "pattern": "0.5", "x": 1}'),
 )
 

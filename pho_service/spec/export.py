@@ -19,6 +19,7 @@ SIZE = "[0-9]{1,6}([.][0-9]{1,6})?[kMGT]i?B"
 GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)
 BY_CONVERTER: tuple[GgufType, ...] = ("f32", "f16", "bf16", "q8_0")
 BY_GGUF: tuple[GgufType, ...] = ("q5_1", "q5_0", "q4_1", "q4_0")  # of the package gguf
+MOST_FILES = 20  # of a job: each is as large as a model
 BITS_WINDOWS = 16  # of a calibration's, that the types of a file of so many bytes are chosen on
 LEVELS: tuple[GgufType, ...] = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")  # of a linear, by bits
 

@@ -46,7 +46,7 @@ from pho_service.spec.document import (
     Title,
     printable,
 )
-from pho_service.spec.export import BITS_WINDOWS, GgufWanted, file_bytes
+from pho_service.spec.export import BITS_WINDOWS, MOST_FILES, GgufWanted, file_bytes
 from pho_service.spec.fields import (
     CalibrationSpec,
     ConfirmSpec,
@@ -466,6 +466,7 @@ class JobSpec(Document):
         list[GgufWanted], FieldShown(section=AFTER, label="GGUF files", service=True)
     ] = Field(
         [],
+        max_length=MOST_FILES,
         exclude_if=lambda types: not types,
         description="Types in which the pruned model is also written, for llama.cpp, such as "
         "q8_0; or sizes, such as 105MB: then each linear has the type that costs least.",

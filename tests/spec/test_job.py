@@ -382,6 +382,7 @@ def test_gguf_files_are_types_or_sizes_each_once_and_the_text_of_sizes_is_counte
         (["q9"], r"'q9' is neither a type \(f32, .*\) nor a size: 105MB"),
         (["105 apples"], "neither a type"),
         (["105MB", "105MB"], "given twice"),
+        ([f"{number}MB" for number in range(21)], "at most 20"),
     ):
         with pytest.raises(ValidationError, match=told):
             job(*gguf)
