@@ -5,18 +5,20 @@ model, windows and sizes, with and without least squares on what stays.
     python benchmarks/cut_scores.py
     python benchmarks/cut_scores.py --model FOLDER --share 0.1 --text book.txt --report other.txt
 
-The scores of Minitron, FLAP and OptiPFair are written here after their papers and code; whoever has
-these packages can compare. Nothing is chosen on the report text.
+The scores of Minitron, FLAP and OptiPFair are written here after their papers and code; whoever
+has these packages can compare. CRePE's coefficients are searched for neurons, too: an Optuna study
+rates them by the exact error of what they would remove. Nothing is chosen on the report text.
 """
 
 import copy
 import json
 import tempfile
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
+import optuna
 import torch
 from domains import DOMAINS
 from machine import conditions
@@ -25,16 +27,22 @@ from transformers.utils.logging import disable_progress_bar
 
 import pho_service as pho
 from pho_service.cli.terminal import print_table, progress, say
-from pho_service.models.blockwise import Block, measure_perplexity
+from pho_service.models.blockwise import Block, measure_perplexity, walk
 from pho_service.models.builtin import smollm2
 from pho_service.models.data_sets import TextSource
-from pho_service.models.loading import load_model
+from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.structure import Anatomy, Part, as_cut, block_shapes
 from pho_service.models.texts import read_windows
-from pho_service.pipeline.structured import Choose, cut_model
+from pho_service.pipeline.structured import DAMPING, Choose, cut_model
+from pho_service.pruning.scores import layer_importance
 from pho_service.pruning.statistics import watched
 from pho_service.pruning.steps import InputMoments
+from pho_service.pruning.structured import removal_order
+from pho_service.pruning.weight_update import damped
+from pho_service.spec.pattern import Coefficients
 from pho_service.spec.structure import Structure, split
+
+TRIALS = 200  # of the search for CRePE's coefficients over neurons
 
 
 def kept_by_score(
@@ -73,6 +81,105 @@ def spread_score(writers: Iterable[Tensor]) -> Tensor:
     """The largest and the size of the smallest weight of a neuron's rows (OptiPFair 0.4, MAW)."""
     spreads = [writer.amax(dim=1) + writer.amin(dim=1).abs() for writer in writers]
     return torch.stack(spreads).sum(dim=0).float()
+
+
+def crepe_score(
+    weight: Tensor, gram: Tensor, row_weights: Tensor, coefficients: Coefficients
+) -> Tensor:
+    """The scores of all weights that read a neuron, added up."""
+    norms = gram.diagonal().clamp_min(0).sqrt()
+    scores = layer_importance(
+        weight, activation_norm=norms, fisher=row_weights, coefficients=coefficients, layer="",
+    )  # fmt: skip
+    return scores.sum(dim=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """The linear that reads the neurons of a block, and the moments of what it reads."""
+
+    weight: Tensor
+    gram: Tensor
+    row_weights: Tensor
+    inverse: Tensor  # Of the damped moments, float64
+
+    @classmethod
+    def of(cls, block: Block, part: Part, row_weights: Tensor) -> "Reader":
+        """That of a block, run on its windows."""
+        (moments,), _ = block.only([part.reader.name]).moments()
+        matrix = damped(moments.gram, DAMPING, layer=part.reader.name).double()
+        return cls(
+            weight=part.reader.weight.detach().float().clone(),
+            gram=moments.gram,
+            row_weights=row_weights,
+            inverse=torch.cholesky_inverse(torch.linalg.cholesky(matrix)),
+        )
+
+    def order(self, count: int) -> Tensor:
+        """The neurons that stay in PHO's order."""
+        order = removal_order(
+            self.weight, self.gram, self.row_weights, damping=DAMPING, layer="",
+        )  # fmt: skip
+        return order.kept(count)
+
+    def error(self, kept: Tensor) -> float:
+        """Half the weighted error of the outputs after least squares on what stays, exact."""
+        is_gone = torch.ones(len(self.gram), dtype=torch.bool)
+        is_gone[kept] = False
+        lost = self.weight[:, is_gone].double()
+        lower = torch.linalg.cholesky(self.inverse[is_gone][:, is_gone])
+        solved = torch.linalg.solve_triangular(lower, lost.T, upper=False)
+        return float(self.row_weights.double() @ solved.square().sum(dim=0)) / 2
+
+
+def readers(model: LanguageModel, windows: Tensor, fisher: Mapping[str, Tensor]) -> list[Reader]:
+    """Those of all blocks, in the dense model."""
+    anatomy, found = Anatomy(model), []
+    with progress("Reading moments", len(anatomy.blocks)) as advance:
+        for block in walk(model, windows):
+            part = anatomy.neurons(block.name)
+            found.append(Reader.of(block, part, fisher[part.reader.name]))
+            advance(1)
+    return found
+
+
+def searched_coefficients(of_blocks: Sequence[Reader], count: int) -> tuple[Coefficients, float]:
+    """The coefficients by which least is lost if so many neurons stay, and what that is."""
+
+    def lost(trial: optuna.Trial) -> float:
+        found = Coefficients(
+            row=trial.suggest_float("row", 0, 1),
+            column=trial.suggest_float("column", 0, 1),
+            neighbourhood=trial.suggest_float("neighbourhood", 0, 1),
+            kernel_size=trial.suggest_int("kernel_size", 3, 15, step=4),
+            activation_exponent=trial.suggest_float("activation_exponent", 0, 2),
+            gradient_exponent=trial.suggest_float("gradient_exponent", 0, 1),
+            normalisation=trial.suggest_categorical("normalisation", ["mean", "none"]),
+        )
+        trial.set_user_attr("coefficients", found.to_dict())
+        scores = (crepe_score(r.weight, r.gram, r.row_weights, found) for r in of_blocks)
+        return sum(
+            reader.error(kept_by_score(score, count))
+            for reader, score in zip(of_blocks, scores, strict=True)
+        )
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
+    with progress("Searching coefficients", TRIALS) as advance:
+        study.optimize(lost, TRIALS, callbacks=[lambda *_: advance(1)])
+    return Coefficients(**study.best_trial.user_attrs["coefficients"]), study.best_value
+
+
+def by_coefficients(coefficients: Coefficients) -> Choose:
+    """What a cut chooses by, from CRePE's scores."""
+
+    def choose(
+        _block: Block, part: Part, count: int, moments: InputMoments, row_weights: Tensor
+    ) -> Tensor:
+        values = crepe_score(part.reader.weight, moments.gram, row_weights, coefficients)
+        return kept_by_score(values, count, group=part.group, within=part.within)
+
+    return choose
 
 
 def mean_magnitudes(block: Block, part: Part) -> Tensor:
@@ -154,7 +261,14 @@ def main(
         structures = split(share, shapes)
         narrow = next(s for s in structures if s.query_heads is None and not s.dropped)
         shallow = Structure(dropped=max(1, round(share * shapes.layers)))
-        cuts = [(name, narrow, choose) for name, choose in CHOICES.items()]
+        assert narrow.neurons is not None
+        of_blocks = readers(model, bundle.text.calibration, blocks_fisher)
+        found, lost = searched_coefficients(of_blocks, narrow.neurons)
+        ours = sum(reader.error(reader.order(narrow.neurons)) for reader in of_blocks)
+        say(f"PHO's order: an exact error of {ours:.4f} nats in the dense model's blocks")
+        say(f"CRePE over neurons, {TRIALS} trials: {lost:.4f} nats, by {found.to_dict()}")
+        choices = {**CHOICES, "CRePE, searched": by_coefficients(found)}
+        cuts = [(name, narrow, choose) for name, choose in choices.items()]
         for name, structure, choose in [*cuts, ("blocks by divergence", shallow, None)]:
             values = []
             for update in (True, False):
