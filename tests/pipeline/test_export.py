@@ -282,6 +282,21 @@ class TestExport:
         assert exporting.SUFFIX not in {path.suffix for path in tmp_path.iterdir()}
 
 
+def test_the_converter_is_told_an_architecture_that_a_models_config_does_not_say(folder, tmp_path):
+    """As that of a GGUF file, which has none."""
+    model = pho.load_model(str(folder))
+    model.model.config.architectures = None
+    program = tmp_path / "convert.py"
+    program.write_text(
+        "import json, pathlib, sys\n"
+        "config = json.loads((pathlib.Path(sys.argv[1]) / 'config.json').read_text())\n"
+        "sys.exit(config['architectures'] != ['LlamaForCausalLM'])\n"
+    )
+    gguf_file.check_vocabulary(model, [sys.executable, str(program)])
+
+    assert model.model.config.architectures is None
+
+
 class TestBytes:
     """`pho export --bytes`: each linear has a type, so that the file has so many bytes at most."""
 
