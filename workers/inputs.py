@@ -456,11 +456,11 @@ class WorkerInputs(Inputs):
         return text
 
     def recovery_text(self, spec: JobSpec, seal: Seal) -> RecoveryText:
-        """What a pruned model is recovered on: nothing that it was calibrated or is measured on."""
+        """What a pruned model is recovered on: nothing that it was chosen or is measured on."""
         assert spec.recovery is not None
         text = spec.recovery.text
         seal.check_recovery(text or spec.calibration.named, self._recovery_sha256(spec))
-        unlike = self.calibration_text(spec, seal).calibration
+        calibration = unlike = self.calibration_text(spec, seal).calibration
         measured = None if spec.confirm is None else self.confirmation_text(spec, seal)
         if spec.report is not None and measured is not None:  # which is where the result is told
             unlike = torch.cat([unlike, measured.windows])
@@ -470,6 +470,7 @@ class WorkerInputs(Inputs):
             context_length=spec.calibration.context_length,
             bos=spec.calibration.bos,
             unlike=unlike,
+            seen=calibration if text is None else None,
             measured=measured,
         )
 

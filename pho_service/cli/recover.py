@@ -138,7 +138,7 @@ def show_recovered(recovered: Recovered) -> None:
 
 
 def recovery_text(spec: "JobSpec", work: "Work") -> "RecoveryText":
-    """What a job recovers on: other windows than those that it was calibrated and chosen on."""
+    """What a job recovers on: other windows than what it was chosen on, new ones first."""
     from pho_service.models.texts import RecoveryText
 
     text = None if spec.recovery is None else spec.recovery.text
@@ -147,6 +147,7 @@ def recovery_text(spec: "JobSpec", work: "Work") -> "RecoveryText":
         context_length=spec.calibration.context_length,
         bos=spec.calibration.bos,
         unlike=work.calibration,
+        seen=work.calibration if text is None else None,
         measured=work.confirm,
     )
 

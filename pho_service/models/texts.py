@@ -520,6 +520,9 @@ class RecoveryText:
     context_length: int
     bos: str = "auto"
     unlike: Tensor | None = None  # Other windows than those measured on that are not trained on
+    # Of these, what is trained on for all that where there are too few others: no held-out window
+    # is one of them.
+    seen: Tensor | None = None
     measured: ReportText | None = None  # What perplexities are measured on, before and after
 
     def setting_aside(self, model: LanguageModel, most: int | None, seed: int) -> "RecoveryText":

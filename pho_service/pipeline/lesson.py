@@ -66,7 +66,11 @@ def draw_lesson(
     total = together * int(steps)
     windows, record = draw_windows(pruned, text, settings.seed, total + HELD_OUT)
     place.check_text(str(text.source), record.sha256)
-    held_out = min(HELD_OUT, len(windows) // 8 or 1)
+    seen = windows[:0] if text.seen is None else text.seen
+    if total <= len(windows) - _held_out(len(windows)):  # there are enough without these
+        seen = windows[:0]
+    held_out = min(_held_out(len(windows) + len(seen)), len(windows) // 2)
+    windows = torch.cat([windows, seen])
     missing = max(0, total - (len(windows) - held_out))
     count = min(missing, -(-settings.written // text.context_length))
     if count:
@@ -102,6 +106,11 @@ def draw_lesson(
         teacher=teacher.to_dict(),
         text=record_to_dict(record),
     )
+
+
+def _held_out(windows: int) -> int:
+    """How many of so many windows are not trained on, to say how good the training is."""
+    return min(HELD_OUT, windows // 8 or 1)
 
 
 def _answers(

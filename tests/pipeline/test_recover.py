@@ -459,6 +459,30 @@ def test_perplexities_before_and_after_are_of_windows_that_are_not_trained_on(
         recover(again, on=replace(text, unlike=every.windows))
 
 
+@pytest.mark.usefixtures("many_words")
+def test_what_a_calibration_has_seen_is_trained_on_where_there_is_little_else_never_held_out(
+    pruned_folder, recover, original, monkeypatch
+):
+    tokens = torch.randint(original.vocabulary, (20, LENGTH))
+    seen = tokens[8:]
+    few = RecoveryText(source=GivenWindows(tokens=tokens), context_length=LENGTH, unlike=seen)
+    folder, asked = pruned_folder("0.5"), Mock(wraps=dense_reference)
+    monkeypatch.setattr("pho_service.pipeline.lesson.dense_reference", asked)
+
+    def trained_on(tokens, text):
+        asked.reset_mock()
+        settings = replace(SETTINGS, tokens=tokens, seed=tokens)
+        done = recover(PrunedModel.read(folder, device="cpu"), settings, on=text)
+        held_out, *_ = (call.args[1] for call in asked.call_args_list)
+        known = {tuple(window) for window in seen.tolist()}
+        assert known.isdisjoint(map(tuple, held_out.tolist()))
+        return done.windows, len(held_out)
+
+    assert trained_on(24 * LENGTH, few) == (7, 1)
+    assert trained_on(24 * LENGTH, replace(few, seen=seen)) == (18, 2)
+    assert trained_on(4 * LENGTH, replace(few, seen=seen)) == (4, 1)  # others are enough
+
+
 def test_a_text_that_repeats_itself_is_read_to_its_end_before_it_is_called_too_short(
     original, texts, tmp_path, monkeypatch
 ):
