@@ -189,7 +189,7 @@ GAINED = 100.0  # bytes moved for a row, a channel and a group that it may go to
 GAINED_ROWS = 1024  # that a permutation looks at
 ASSIGNED_S = 1.6e-4  # of a core of the host for a group: matching the best pairs, all sweeps
 ROUNDED = 60.0  # the same for a byte of a model that is converted and read back
-TRIED_TYPE = 5e3  # the same for a weight that is rounded to a type, to see what that costs
+TRIED_TYPE = 250.0  # the same for a weight that is rounded to a type, to see what that costs
 PACKED = 60.0  # bytes that checking, packing and hashing a saved weight moves
 BLOCK_LAUNCHES = 90  # of a block forward, with the sums over its inputs
 
