@@ -15,6 +15,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import click
@@ -94,6 +95,14 @@ def crepe_score(
     return scores.sum(dim=0)
 
 
+def coefficients_score(
+    coefficients: Coefficients, _block: Block, part: Part, moments: InputMoments,
+    row_weights: Tensor,
+) -> Tensor:  # fmt: skip
+    """As :func:`crepe_score`, of the neurons of a block."""
+    return crepe_score(part.reader.weight, moments.gram, row_weights, coefficients)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reader:
     """The linear that reads the neurons of a block, and the moments of what it reads."""
@@ -134,20 +143,20 @@ class Reader:
 
 def readers(model: LanguageModel, windows: Tensor, fisher: Mapping[str, Tensor]) -> list[Reader]:
     """Those of all blocks, in the dense model."""
-    anatomy, found = Anatomy(model), []
+    anatomy, of_blocks = Anatomy(model), []
     with progress("Reading moments", len(anatomy.blocks)) as advance:
         for block in walk(model, windows):
             part = anatomy.neurons(block.name)
-            found.append(Reader.of(block, part, fisher[part.reader.name]))
+            of_blocks.append(Reader.of(block, part, fisher[part.reader.name]))
             advance(1)
-    return found
+    return of_blocks
 
 
 def searched_coefficients(of_blocks: Sequence[Reader], count: int) -> tuple[Coefficients, float]:
     """The coefficients by which least is lost if so many neurons stay, and what that is."""
 
     def lost(trial: optuna.Trial) -> float:
-        found = Coefficients(
+        coefficients = Coefficients(
             row=trial.suggest_float("row", 0, 1),
             column=trial.suggest_float("column", 0, 1),
             neighbourhood=trial.suggest_float("neighbourhood", 0, 1),
@@ -156,8 +165,8 @@ def searched_coefficients(of_blocks: Sequence[Reader], count: int) -> tuple[Coef
             gradient_exponent=trial.suggest_float("gradient_exponent", 0, 1),
             normalisation=trial.suggest_categorical("normalisation", ["mean", "none"]),
         )
-        trial.set_user_attr("coefficients", found.to_dict())
-        scores = (crepe_score(r.weight, r.gram, r.row_weights, found) for r in of_blocks)
+        trial.set_user_attr("coefficients", coefficients.to_dict())
+        scores = (crepe_score(r.weight, r.gram, r.row_weights, coefficients) for r in of_blocks)
         return sum(
             reader.error(kept_by_score(score, count))
             for reader, score in zip(of_blocks, scores, strict=True)
@@ -168,18 +177,6 @@ def searched_coefficients(of_blocks: Sequence[Reader], count: int) -> tuple[Coef
     with progress("Searching coefficients", TRIALS) as advance:
         study.optimize(lost, TRIALS, callbacks=[lambda *_: advance(1)])
     return Coefficients(**study.best_trial.user_attrs["coefficients"]), study.best_value
-
-
-def by_coefficients(coefficients: Coefficients) -> Choose:
-    """What a cut chooses by, from CRePE's scores."""
-
-    def choose(
-        _block: Block, part: Part, count: int, moments: InputMoments, row_weights: Tensor
-    ) -> Tensor:
-        values = crepe_score(part.reader.weight, moments.gram, row_weights, coefficients)
-        return kept_by_score(values, count, group=part.group, within=part.within)
-
-    return choose
 
 
 def mean_magnitudes(block: Block, part: Part) -> Tensor:
@@ -195,13 +192,16 @@ def mean_magnitudes(block: Block, part: Part) -> Tensor:
     return torch.stack(means)
 
 
-def by_score(score: Callable[[Block, Part, InputMoments], Tensor]) -> Choose:
+Score = Callable[[Block, Part, InputMoments, Tensor], Tensor]
+
+
+def by_score(score: Score) -> Choose:
     """What a cut chooses by, from scores of a part's input columns."""
 
     def choose(
-        block: Block, part: Part, count: int, moments: InputMoments, _weights: Tensor
+        block: Block, part: Part, count: int, moments: InputMoments, row_weights: Tensor
     ) -> Tensor:
-        values = score(block, part, moments)
+        values = score(block, part, moments, row_weights)
         return kept_by_score(values, count, group=part.group, within=part.within)
 
     return choose
@@ -213,10 +213,10 @@ def _writers(part: Part) -> list[Tensor]:
 
 CHOICES: dict[str, Choose | None] = {
     "PHO": None,
-    "Minitron": by_score(lambda block, part, _: activation_score(mean_magnitudes(block, part))),
-    "FLAP": by_score(lambda _, p, m: fluctuation_score(p.reader.weight, m.gram, m.mean)),
-    "OptiPFair": by_score(lambda _, part, __: spread_score(_writers(part))),
-    "magnitude": by_score(lambda _, p, __: magnitude_score(p.reader.weight, _writers(p))),
+    "Minitron": by_score(lambda block, part, *_: activation_score(mean_magnitudes(block, part))),
+    "FLAP": by_score(lambda _, p, m, __: fluctuation_score(p.reader.weight, m.gram, m.mean)),
+    "OptiPFair": by_score(lambda _, part, *__: spread_score(_writers(part))),
+    "magnitude": by_score(lambda _, p, *__: magnitude_score(p.reader.weight, _writers(p))),
 }
 
 
@@ -263,11 +263,11 @@ def main(
         shallow = Structure(dropped=max(1, round(share * shapes.layers)))
         assert narrow.neurons is not None
         of_blocks = readers(model, bundle.text.calibration, blocks_fisher)
-        found, lost = searched_coefficients(of_blocks, narrow.neurons)
+        best, lost = searched_coefficients(of_blocks, narrow.neurons)
         ours = sum(reader.error(reader.order(narrow.neurons)) for reader in of_blocks)
         say(f"PHO's order: an exact error of {ours:.4f} nats in the dense model's blocks")
-        say(f"CRePE over neurons, {TRIALS} trials: {lost:.4f} nats, by {found.to_dict()}")
-        choices = {**CHOICES, "CRePE, searched": by_coefficients(found)}
+        say(f"CRePE over neurons, {TRIALS} trials: {lost:.4f} nats, by {best.to_dict()}")
+        choices = {**CHOICES, "CRePE, searched": by_score(partial(coefficients_score, best))}
         cuts = [(name, narrow, choose) for name, choose in choices.items()]
         for name, structure, choose in [*cuts, ("blocks by divergence", shallow, None)]:
             values = []

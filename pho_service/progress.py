@@ -78,13 +78,13 @@ class Steps:
 
     def __init__(self, planned: Mapping[str, float], say: Callable[[str], None]) -> None:
         self._planned, self._say, self._name = dict(planned), say, ""
-        self._given: dict[str, float] = {}  # seconds that a step takes whatever others took
+        self._times: dict[str, float] = {}  # seconds of steps that have a time of their own
         self._over = self._now = 0.0  # planned seconds of the steps before, and of this one
         self._began = self._step_began = time.monotonic()
 
     def give(self, name: str, seconds: float) -> None:
         """Give a step a time of its own, whatever the steps before it took."""
-        self._given[name] = seconds
+        self._times[name] = seconds
 
     def begin(self, name: str) -> None:
         """Say which step begins, and about how long it takes; those before it are over."""
@@ -93,7 +93,7 @@ class Steps:
         self._name, number = name, [*self._planned].index(name)
         self._over, self._now = sum([*self._planned.values()][:number]), self._planned[name]
         self._step_began = time.monotonic()
-        took = about(self._took(name, self._pace()))
+        took = about(self._seconds(name, self._pace()))
         self._say(f"Step {number + 1} of {len(self._planned)}: {name} ({took})")
 
     def _pace(self, seconds: float = 0.0, planned: float = 0.0) -> float:
@@ -101,18 +101,18 @@ class Steps:
         trust = sum(self._planned.values()) / 5  # the first steps do not say much
         return (self._step_began - self._began + seconds + trust) / (self._over + planned + trust)
 
-    def _took(self, name: str, pace: float) -> float:
-        """Seconds of a step."""
-        return self._given.get(name, pace * self._planned.get(name, 0.0))
+    def _seconds(self, name: str, pace: float) -> float:
+        """How long a step takes at a pace, or what it was given."""
+        return self._times.get(name, pace * self._planned.get(name, 0.0))
 
     def left_s(self, piece_left: float) -> float:
         """Seconds that are left, by the plan and by the piece of work."""
         took = time.monotonic() - self._step_began
-        left = max(self._took(self._name, self._pace()) - took, piece_left, 0.0)
+        left = max(self._seconds(self._name, self._pace()) - took, piece_left, 0.0)
         names = [*self._planned]
         later = names[names.index(self._name) + 1 if self._name else 0 :]
         pace = self._pace(took + left, self._now)
-        return left + sum(self._took(name, pace) for name in later)
+        return left + sum(self._seconds(name, pace) for name in later)
 
 
 def about(seconds: float) -> str:

@@ -298,12 +298,12 @@ def _export(work: SealedWork, folder: Path, text: CalibrationText | None) -> Non
     for left in folder.glob(".pho-*"):  # of an attempt that was killed
         shutil.rmtree(left, ignore_errors=True)
     device, progress, bundle = str(work.inputs.device), work.run.progress, None
-    for wanted in work.spec.gguf:
-        file = folder / f"{PurePath(work.spec.model).stem}-pruned-{wanted}.gguf"
+    for name in work.spec.gguf:
+        file = folder / f"{PurePath(work.spec.model).stem}-pruned-{name}.gguf"
         if file.is_file():
             continue
-        most = file_bytes(wanted)
-        gguf_type = cast("GgufType", wanted) if most is None else "bf16"
+        most = file_bytes(name)
+        gguf_type = cast("GgufType", name) if most is None else "bf16"
         with store_faults_told():
             if most is not None and bundle is None:
                 assert text is not None

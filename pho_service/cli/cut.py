@@ -17,7 +17,7 @@ from pho_service.cli.recover import recover_cut, recovery_text, show_recovered
 from pho_service.cli.terminal import print_json, progress, say, show_table
 from pho_service.errors import InvalidInput
 from pho_service.spec.document import AFTER, MACHINE, PRUNED, FieldShown, parse_bytes
-from pho_service.spec.export import GgufType
+from pho_service.spec.export import BITS_WINDOWS, GgufType
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.structure import is_structured, share_of_blocks, structured_pattern
 from pho_service.spec.verbs import RuntimeName
@@ -230,10 +230,13 @@ def _faster(model: str, place: Path, wanted: "WantedSpeed", inputs: Terminal) ->
 
 
 def calibrated_few(model: str, given: Given, inputs: Terminal) -> "Work":
-    """A model calibrated on 16 windows of up to 512 tokens, where no sizes are given."""
+    """A model calibrated on few windows of up to 512 tokens, where no sizes are given."""
     loaded = inputs.model(model)
     how = given.calibration()
-    for name, few in (("samples", 16), ("context_length", min(512, loaded.longest or 512))):
+    for name, few in (
+        ("samples", BITS_WINDOWS),
+        ("context_length", min(512, loaded.longest or 512)),
+    ):
         if f"calibration/{name}" not in given.said:
             how = how.model_copy(update={name: few})
     return inputs.calibrated(loaded, calibration_source(how), how.settings())

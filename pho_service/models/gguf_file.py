@@ -38,7 +38,7 @@ QUANTIZER = "llama-quantize"
 _MORE_BITS = ("token_embd.weight", "output.weight")
 # Of a weight: Q4_0, or Q3_K where llama-quantize is there; and Q8_0 of the embedding and the head.
 _FEWEST_BITS, _OTHER_BITS = {False: 4.5, True: 3.4375}, 8.5
-_SURELY = 0.97  # of them: a cut may remove somewhat more than its share
+_LEFT = 0.97  # of what a cut leaves, at least: it may remove somewhat more than its share
 _NOISE = re.compile(r"^(INFO|WARNING|DEBUG):|/s\]|^$")
 
 
@@ -150,7 +150,7 @@ def check_room(model: "LanguageModel", most: int, cut: float) -> None:
     bits = _FEWEST_BITS[shutil.which(QUANTIZER) is not None]
     linears = sum(linear.weight.numel() for linear in model.linears.values())
     least = (linears * (1 - cut) * bits + (model.parameters - linears) * _OTHER_BITS) / 8
-    least *= _SURELY
+    least *= _LEFT
     if least > most:
         raise InvalidInput(
             f"{Path(model.name).stem} has at least {least / 1e6:.4g} MB as a GGUF file, and "

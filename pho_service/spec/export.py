@@ -24,17 +24,17 @@ BITS_WINDOWS = 16  # of a calibration's, that the types of a file of so many byt
 LEVELS: tuple[GgufType, ...] = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")  # of a linear, by bits
 
 
-def file_bytes(wanted: str) -> int | None:
+def file_bytes(name: str) -> int | None:
     """The most that a file may have that is asked for as ``105MB``; None for a type."""
-    return parse_bytes(wanted, "gguf") if wanted[:1].isdigit() else None
+    return parse_bytes(name, "gguf") if name[:1].isdigit() else None
 
 
-def _type_or_size(wanted: str) -> str:
-    if wanted not in GGUF_TYPES and not re.fullmatch(SIZE, wanted):
+def _type_or_size(name: str) -> str:
+    if name not in GGUF_TYPES and not re.fullmatch(SIZE, name):
         raise ValueError(
-            f"{wanted!r} is neither a type ({', '.join(GGUF_TYPES)}) nor a size: 105MB, 1.5GB"
+            f"{name!r} is neither a type ({', '.join(GGUF_TYPES)}) nor a size: 105MB, 1.5GB"
         )
-    return wanted
+    return name
 
 
 # What a job writes a GGUF file as: a type, or the most that the file may have.

@@ -733,7 +733,7 @@ class JobSpec(Document):
     @property
     def sized_files(self) -> int:
         """How many GGUF files of so many bytes it writes."""
-        return sum(file_bytes(wanted) is not None for wanted in self.gguf)
+        return sum(file_bytes(name) is not None for name in self.gguf)
 
     @property
     def _tokens_of_bits(self) -> int:

@@ -400,18 +400,18 @@ class TestBytes:
         folder = written(tmp_path_factory, 3, width=1024)
         words = ["curve", str(folder), "--text", str(prose), "--samples", "8"]
         words += ["--context-length", "64", "--out", str(tmp_path / "curve"), "--bytes"]
-        told = CliRunner().invoke(main, [*words, "600kB,290kB,320kB"])
+        curve = CliRunner().invoke(main, [*words, "600kB,290kB,320kB"])
         few = CliRunner().invoke(main, [*words, "90kB,600kB"])
         budgets = json.loads((tmp_path / "curve" / "bytes.json").read_text())["bytes"]
         best = [budget["ways"][0] for budget in budgets]
 
-        assert told.exit_code == 0, told.stderr
+        assert curve.exit_code == 0, curve.stderr
         assert [budget["most"] for budget in budgets] == [290_000, 320_000, 600_000]
         assert best[0]["pattern"].startswith("structured:")
         assert best[-1]["pattern"] is None
         assert best[0]["nats"] > best[1]["nats"] > best[2]["nats"] > 0
         assert all(way["nats"] == way["cut"] + way["bits"] for b in budgets for way in b["ways"])
-        assert "0.29 MB" in told.stdout
+        assert "0.29 MB" in curve.stdout
         assert few.exit_code != 0
         assert "0.09 MB are too few for" in " ".join(few.stderr.split())
 

@@ -466,16 +466,16 @@ def test_what_a_calibration_has_seen_is_trained_on_where_there_is_little_else_ne
     tokens = torch.randint(original.vocabulary, (20, LENGTH))
     seen = tokens[8:]
     few = RecoveryText(source=GivenWindows(tokens=tokens), context_length=LENGTH, unlike=seen)
-    folder, asked = pruned_folder("0.5"), Mock(wraps=dense_reference)
-    monkeypatch.setattr("pho_service.pipeline.lesson.dense_reference", asked)
+    folder, asking = pruned_folder("0.5"), Mock(wraps=dense_reference)
+    monkeypatch.setattr("pho_service.pipeline.lesson.dense_reference", asking)
 
     def trained_on(tokens, text):
-        asked.reset_mock()
+        asking.reset_mock()
         settings = replace(SETTINGS, tokens=tokens, seed=tokens)
         done = recover(PrunedModel.read(folder, device="cpu"), settings, on=text)
-        held_out, *_ = (call.args[1] for call in asked.call_args_list)
-        known = {tuple(window) for window in seen.tolist()}
-        assert known.isdisjoint(map(tuple, held_out.tolist()))
+        held_out, *_ = (call.args[1] for call in asking.call_args_list)
+        seen_windows = {tuple(window) for window in seen.tolist()}
+        assert seen_windows.isdisjoint(map(tuple, held_out.tolist()))
         return done.windows, len(held_out)
 
     assert trained_on(24 * LENGTH, few) == (7, 1)
