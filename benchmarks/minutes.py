@@ -2,9 +2,9 @@
 What more minutes buy: perplexity by the minutes that a method is given, on texts of two domains.
 
 Each cell is what a user runs, in a process and with a cache of its own: `pho search` with nothing
-but minutes, `pho prune` with a published method and the same minutes, or that and `pho recover` in
-what it leaves. Nothing is chosen on the report texts. Results are kept in a file, so that an
-interrupted run goes on with the next cell. The machine should do nothing else.
+but minutes, `pho prune` with a published method and the same minutes, or one of these and `pho
+recover` in what it leaves. Nothing is chosen on the report texts. Results are kept in a file, so
+that an interrupted run goes on with the next cell. The machine should do nothing else.
 
     python benchmarks/minutes.py --out minutes.jsonl
     python benchmarks/minutes.py --model smollm2 --pattern 0.5 --minutes 2,5,10,20
@@ -35,8 +35,8 @@ from pho_service.spec.document import number
 CONTEXT_LENGTH = 512
 LEAST = 0.1  # minutes of a recovery, where pruning took longer than it was given
 WINDOWS = {"docs": 14, "others": 8}  # of each report text, as in docs/measurements/quality.md
-# With a recovery, this share of the minutes is for pruning at most.
-METHODS = {"best": None, "alps": 1.0, "sparsegpt, recovered": 0.5}
+# With a recovery, this share of the minutes is for pruning at most; a search leaves a quarter.
+METHODS = {"best": 1.0, "best, recovered": 0.75, "alps": 1.0, "sparsegpt, recovered": 0.5}
 
 
 @click.command()
@@ -107,22 +107,21 @@ class Trial:
         pruned, text = self.folder / "pruned", ("--text", str(texts["calibration"]))
         config, out = str(self.folder / "config.json"), ("--out", str(pruned))
         asked = ("--pattern", self.cell["pattern"], *text)
-        share = METHODS[self.cell["method"]]
-        if share is None:
+        method, share = self.cell["method"].partition(",")[0], METHODS[self.cell["method"]]
+        given = ("--minutes", f"{share * minutes:g}")
+        if method == "best":
             confirmed = ("--confirm-text", str(texts["confirmation"]))
-            given = (*confirmed, "--minutes", f"{minutes:g}", "--out", config)
-            seconds = self._pho("search", source, *asked, *given)
-            self._pho("prune", source, "--config", config, *text, *out)
+            seconds = self._pho("search", source, *asked, *confirmed, *given, "--out", config)
+            written = self._pho("prune", source, "--config", config, *text, *out)
+            seconds += written if share < 1 else 0.0  # a recovery needs the model
         else:
-            method = self.cell["method"].partition(",")[0]
-            given = ("--minutes", f"{share * minutes:g}")
             seconds = self._pho("prune", source, "--method", method, *asked, *given, *out)
-            if share < 1:
-                left = f"{max(minutes - seconds / 60, LEAST):.2f}"
-                words = (str(pruned), "--teacher", source, *text, "--minutes", left)
-                window = ("--context-length", str(CONTEXT_LENGTH))
-                pruned = self.folder / "recovered"
-                seconds += self._pho("recover", *words, *window, "--out", str(pruned))
+        if share < 1:
+            left = f"{max(minutes - seconds / 60, LEAST):.2f}"
+            words = (str(pruned), "--teacher", source, *text, "--minutes", left)
+            window = ("--context-length", str(CONTEXT_LENGTH))
+            pruned = self.folder / "recovered"
+            seconds += self._pho("recover", *words, *window, "--out", str(pruned))
         recipe = json.loads((pruned / "pruning.json").read_text())
         settings = recipe["calibration"]["settings"]
         return {

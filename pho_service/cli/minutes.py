@@ -3,7 +3,7 @@
 """
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -84,7 +84,8 @@ class Budget:
         run = inputs.run(work.dense)
         if self.clock is None:
             return run
-        return replace(self.clock.watched(run), look=_noting(study, self.clock))
+        run = self.clock.watched(run)
+        return replace(run, look=_noting(study, self.clock), passes=_told(self.clock.passes))
 
     def recovery(self, work: "Work", study: "Study") -> "Recovery | None":
         """How what was found is recovered: in what is left, if no time is given for it."""
@@ -221,6 +222,19 @@ def _earlier(url: str, asked: "JobSpec") -> dict[str, Any] | None:
                 sizes = {path: value_at(document, path) for path in asked.free_sizes}
                 return {"sizes": sizes, SPENT: records.get(SPENT, 0.0)}
     return None
+
+
+def _told(passes: Callable[[int], int]) -> Callable[[int], int]:
+    """A choice of the passes of a training that says what it has chosen."""
+
+    def chosen(asked: int) -> int:
+        count = passes(asked)
+        if count != asked:
+            options = f"--reconstruction block --reconstruction-passes {count}"
+            say(f"Training the best in the time that is left: {options}.")
+        return count
+
+    return chosen
 
 
 def _noting(study: "Study", clock: "Clock") -> Look:

@@ -71,8 +71,12 @@ def search_clock(ask: Any, request: "SearchRequest", work: Work, **asked: Any) -
         )
     document: dict[str, Any] = {"calibration": settings_of(work.bundle).to_dict(), **asked}
     if not request.pattern.structured:
+        steps = request.steps.to_dict()
+        if "reconstruction" not in (ask.steps or {}):  # in as many passes as there is time for
+            steps.pop("reconstruction", None)
         document |= {
-            "steps": request.steps.to_dict(), "trials": request.trials, "in_full": request.in_full,
+            "preset": ask.preset, "steps": steps, "trials": request.trials,
+            "in_full": request.in_full,
         }  # fmt: skip
     free: list[SizeName] = ["confirm/finalists"] if ask.finalists == type(ask).finalists else []
     free += ["in_full"] if ask.in_full is None else []

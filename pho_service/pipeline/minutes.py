@@ -29,6 +29,7 @@ _TIMED = 512  # tokens that rates are measured on
 _SHORTEST, _LEAST_WINDOWS = 32, 16  # windows, where a text has few tokens
 _LEAST, _MOST = 0.25, 8.0  # times what was planned; what is outside is no rate
 _NO_TIME = "the search has left too few of the minutes. Give more"
+MOST_PASSES = 8  # of a winner's training, where its number was left to the minutes
 RATES = 1.25  # times less or more that a stage takes by rates that were measured
 
 
@@ -159,7 +160,10 @@ class Clock:
         return replace(run, in_full=self.in_full, passes=self.passes)
 
     def passes(self, asked: int) -> int:
-        """How many passes of the winner's training there is time for, of so many; at least one."""
+        """
+        How many passes of the winner's training there is time for; at least one, and more than
+        the preset's number where nothing else can use the time.
+        """
         whole_s = self.plan.own_seconds(calibrated=True) - self._training_s(asked)
         # Whoever goes on with a search has not seen all of it, so that it looks quick.
         least = _LEAST if self._ahead_s else 1.0
@@ -168,8 +172,11 @@ class Clock:
 
     def passes_left(self, asked: int) -> int:
         """As :meth:`passes`, of somebody who has not seen what was done before."""
-        left_s = self._search_left_s
-        fit = (count for count in range(asked, 1, -1) if self._training_s(count) <= left_s)
+        left_s, most = self._search_left_s, asked
+        spec = self.plan.spec
+        if "reconstruction" not in spec.steps.given() and not spec.recovers_in_rest:
+            most = max(asked, MOST_PASSES)
+        fit = (count for count in range(most, 1, -1) if self._training_s(count) <= left_s)
         return next(fit, 1)
 
     def _training_s(self, passes: int) -> float:

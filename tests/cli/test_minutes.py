@@ -44,6 +44,18 @@ def test_a_search_without_sizes_says_how_long_it_takes_and_how_to_do_the_same(ph
     assert without_search("first.json") == without_search("again.json")
 
 
+def test_time_that_nothing_else_can_use_trains_the_best_in_more_passes_and_says_so(pho, words):
+    best = [word if word != "score" else "best" for word in words]
+    first = pho(*best, "--out", "first.json")
+    (passes,) = re.findall(r"time that is left: (--recon.* [0-9]+)\.", first.stderr)
+    said = (*chosen(first), *passes.split())
+    again = pho(*best, *said, "--out", "again.json", "--study", "sqlite:///other.db")
+
+    assert first.exit_code == again.exit_code == 0, first.output + again.output
+    assert int(passes.split()[-1]) > 2
+    assert without_search("first.json") == without_search("again.json")
+
+
 @pytest.mark.parametrize("before", [pytest.param(True, marks=pytest.mark.thorough), False])
 def test_an_interrupted_search_goes_on_with_what_was_chosen_for_it(pho, words, monkeypatch, before):
     """So does one that is over, with what it has found."""

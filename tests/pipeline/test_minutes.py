@@ -6,7 +6,7 @@ import pytest
 
 from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import load_model
-from pho_service.pipeline.minutes import Clock, machine_of, slower
+from pho_service.pipeline.minutes import MOST_PASSES, Clock, machine_of, slower
 from pho_service.planning.costs import named_machine
 from pho_service.planning.shapes import read_shapes
 from pho_service.spec.job import JobSpec
@@ -73,11 +73,22 @@ def test_a_winner_is_trained_in_fewer_passes_where_time_is_short_but_in_one_at_l
     whole = clock.passes_left(2)
     passed[0] = 0.99 * 60 * clock.plan.spec.minutes
 
-    assert whole == 2
+    assert whole > 2  # the preset's
     assert clock.passes_left(2) == 1
     passed[0] *= 2
     assert clock.left_s < 0
     assert clock.passes_left(2) == 1
+
+
+def test_passes_that_were_asked_for_are_not_made_more_nor_those_before_a_recovery(begun):
+    minutes = 40 * least_minutes(begun)
+    trained = {"reconstruction": {"method": "block", "passes": 2}}
+    _, clock, _ = begun(minutes)
+    _, asked, _ = begun(minutes, steps=trained)
+    _, recovered, _ = begun(minutes, prune=True, recovery={})
+
+    assert clock.passes_left(2) == MOST_PASSES
+    assert asked.passes_left(2) == recovered.passes_left(2) == 2
 
 
 def test_a_race_that_took_longer_leaves_fewer_to_prune_in_full_but_one_at_least(begun):
@@ -89,7 +100,7 @@ def test_a_race_that_took_longer_leaves_fewer_to_prune_in_full_but_one_at_least(
         clock.calibrated(spec.sized(plan.spec.sizes), anew=False)
         passed[0] += times * 0.2 * 60 * minutes
         counts.append(clock.in_full(5))
-        assert clock.passes(2) in (1, 2)
+        assert 1 <= clock.passes(2) <= MOST_PASSES
 
     assert counts == sorted(counts, reverse=True)
     assert counts[0] > counts[-1] == 1

@@ -7,6 +7,7 @@ import pytest
 from pho_service.pipeline.minutes import Clock
 from pho_service.spec.job import JobSpec
 from pho_service.spec.job_options import search_command
+from pho_service.spec.steps import Reconstruction
 from storage.records import RESTING, SIZING, StageKind
 
 
@@ -33,7 +34,9 @@ def test_its_first_stage_chooses_what_the_document_then_says(hand, minutes, pres
     job = hand.done(asked)
     spec = JobSpec.model_validate(job.spec)
     numbers = {stage.number for stage in job.of_kind(StageKind.CALIBRATE)}
-    again = hand.done(spec.model_copy(update={"minutes": None}))
+    trained = job.best["steps"].get("reconstruction")
+    steps = spec.steps.model_copy(update={"reconstruction": trained and Reconstruction(**trained)})
+    again = hand.done(spec.model_copy(update={"minutes": None, "steps": steps}))
 
     assert asked.free_sizes
     assert spec.free_sizes == []
