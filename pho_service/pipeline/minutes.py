@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _TIMED = 512  # tokens that rates are measured on
 _SHORTEST, _LEAST_WINDOWS = 32, 16  # windows, where a text has few tokens
 _LEAST, _MOST = 0.25, 8.0  # times what was planned; what is outside is no rate
+_CREDIT = 0.75  # the least after a calibration, whose speed says little of what follows
 _NO_TIME = "the search has left too few of the minutes. Give more"
 MOST_PASSES = 4  # of a winner's training; with eight it is no better on a text of another domain
 RATES = 1.25  # times less or more that a stage takes by rates that were measured
@@ -135,7 +136,7 @@ class Clock:
         it was made ``anew``.
         """
         planned = self.plan.own_seconds() - self.plan.own_seconds(calibrated=True)
-        self._take_note(planned if anew else 0, least=1.0)  # faster says nothing of the rest
+        self._take_note(planned if anew else 0, least=_CREDIT)
         self.plan = self._planned(spec)
         return self.plan.spec
 
