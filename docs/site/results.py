@@ -39,8 +39,8 @@ def main() -> None:
 def table(page: str) -> tuple[float, dict[str, list[float]]]:
     """Return the dense perplexity, and that of each method shown, at each of ``PATTERNS``."""
     first, *rows = page[page.index(HEADING) :].split("\n\n")[0].splitlines()
-    columns = [_cells(first).index(pattern) for pattern in PATTERNS]
-    found = {_cells(row)[0]: _cells(row) for row in rows}
+    columns = [cells(first).index(pattern) for pattern in PATTERNS]
+    found = {cells(row)[0]: cells(row) for row in rows}
     means = {
         name: [float(found[name][column].split()[0]) for column in columns]
         for name in ("dense", *SHOWN)
@@ -48,7 +48,8 @@ def table(page: str) -> tuple[float, dict[str, list[float]]]:
     return means.pop("dense")[0], means
 
 
-def _cells(row: str) -> list[str]:
+def cells(row: str) -> list[str]:
+    """The cells of a row of a table."""
     return [cell.strip() for cell in row.strip("|").split("|")]
 
 

@@ -47,6 +47,15 @@ def test_the_picture_is_that_of_the_measurements(drawing):
     assert (ROOT / "docs" / "results.svg").read_text() == drawing.picture(*found)
 
 
+@pytest.mark.parametrize(("page", "name"), [("quality", "sizes"), ("speed", "minutes")])
+def test_the_curves_are_those_of_the_measurements(drawing, page, name):
+    assert drawing
+    measured = (ROOT / "docs" / "measurements" / f"{page}.md").read_text()
+    chart = getattr(import_module("curves"), name)(measured)
+
+    assert (ROOT / "docs" / f"{name}.svg").read_text() == chart.svg()
+
+
 def test_each_row_of_the_table_of_numbers_is_one_of_the_measurements():
     measured = (ROOT / "docs" / "measurements" / "quality.md").read_text()
     section = README.partition("## Numbers")[2].partition("\n## ")[0]
