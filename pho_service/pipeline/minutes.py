@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _TIMED = 512  # tokens that rates are measured on
 _SHORTEST, _LEAST_WINDOWS = 32, 16  # windows, where a text has few tokens
 _LEAST, _MOST = 0.25, 8.0  # times what was planned; what is outside is no rate
-_CREDIT = 0.75  # the least after a calibration, whose speed says little of what follows
+_CREDIT = 0.85  # the least after a calibration, whose speed says little of what follows
 _NO_TIME = "the search has left too few of the minutes. Give more"
 MOST_PASSES = 4  # of a winner's training; with eight it is no better on a text of another domain
 RATES = 1.25  # times less or more that a stage takes by rates that were measured
@@ -152,7 +152,8 @@ class Clock:
     def in_full_left(self, asked: int) -> int:
         """As :meth:`in_full`, of somebody who has not seen what was done before."""
         measured_s = self._costs(self.plan.work).measured()
-        passes = self.plan.work.steps.reconstruction.passes
+        # More passes of the winner's training lower a perplexity by more than more finalists do.
+        passes = self._most_passes(self.plan.work.steps.reconstruction.passes)
         left_s = self._search_left_s - self._training_s(passes)
         return max(1, min(asked, int(left_s / measured_s)))
 
@@ -173,12 +174,16 @@ class Clock:
 
     def passes_left(self, asked: int) -> int:
         """As :meth:`passes`, of somebody who has not seen what was done before."""
-        left_s, most = self._search_left_s, asked
-        spec = self.plan.spec
-        if "reconstruction" not in spec.steps.given() and not spec.recovers_in_rest:
-            most = max(asked, MOST_PASSES)
+        left_s, most = self._search_left_s, self._most_passes(asked)
         fit = (count for count in range(most, 1, -1) if self._training_s(count) <= left_s)
         return next(fit, 1)
+
+    def _most_passes(self, asked: int) -> int:
+        """More than asked for, if that is a preset's number and no recovery takes what is left."""
+        spec = self.plan.spec
+        if "reconstruction" in spec.steps.given() or spec.recovers_in_rest:
+            return asked
+        return max(asked, MOST_PASSES)
 
     def _training_s(self, passes: int) -> float:
         """Seconds until the winner is pruned, trained and reported, by the rates known now."""
