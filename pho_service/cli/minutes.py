@@ -85,7 +85,7 @@ class Budget:
         if self.clock is None:
             return run
         run = self.clock.watched(run)
-        return replace(run, look=_noting(study, self.clock), passes=_told(self.clock.passes))
+        return replace(run, look=_noting(study, self.clock), passes=_with_notice(self.clock.passes))
 
     def recovery(self, work: "Work", study: "Study") -> "Recovery | None":
         """How what was found is recovered: in what is left, if no time is given for it."""
@@ -224,17 +224,17 @@ def _earlier(url: str, asked: "JobSpec") -> dict[str, Any] | None:
     return None
 
 
-def _told(passes: Callable[[int], int]) -> Callable[[int], int]:
+def _with_notice(passes: Callable[[int], int]) -> Callable[[int], int]:
     """A choice of the passes of a training that says what it has chosen."""
 
-    def chosen(asked: int) -> int:
-        count = passes(asked)
-        if count != asked:
+    def choice(usual: int) -> int:
+        count = passes(usual)
+        if count != usual:
             options = f"--reconstruction block --reconstruction-passes {count}"
             say(f"Training the best in the time that is left: {options}.")
         return count
 
-    return chosen
+    return choice
 
 
 def _noting(study: "Study", clock: "Clock") -> Look:

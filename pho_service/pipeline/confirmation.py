@@ -101,7 +101,7 @@ def choose_finalists(
 def _in_time(
     study: optuna.Study, name: str, asked: int, fit: Callable[[int], int] | None, run: Run
 ) -> int:
-    """How many of so many there is time for; the study keeps it for whoever goes on."""
+    """How many there is time for instead; the study keeps it for whoever goes on."""
     if fit is None:
         return asked
     about = {"asked": asked}

@@ -180,8 +180,8 @@ class Clock:
 
     def _most_passes(self, asked: int) -> int:
         """More than asked for, if that is a preset's number and no recovery takes what is left."""
-        spec = self.plan.spec
-        if "reconstruction" in spec.steps.given() or spec.recovers_in_rest:
+        spec, trains = self.plan.spec, self.plan.work.steps.reconstruction.wanted
+        if not trains or "reconstruction" in spec.steps.given() or spec.recovers_in_rest:
             return asked
         return max(asked, MOST_PASSES)
 

@@ -91,6 +91,14 @@ def test_passes_that_were_asked_for_are_not_made_more_nor_those_before_a_recover
     assert asked.passes_left(2) == recovered.passes_left(2) == 2
 
 
+def test_a_preset_that_trains_nothing_has_finalists_pruned_in_full_as_well(begun):
+    minutes = 40 * least_minutes(begun, preset="crepe-plus")
+    _, clock, _ = begun(minutes, preset="crepe-plus")
+
+    assert clock.plan.work.steps.needs_text
+    assert clock.in_full(3) == 3
+
+
 def test_a_race_that_took_longer_leaves_fewer_to_prune_in_full_but_one_at_least(begun):
     minutes, counts = 8 * least_minutes(begun), []
     for times in (0.5, 3.0, 30.0):
