@@ -27,7 +27,9 @@ from pho_service.interface.inputs import (
     settings_of,
     text_of,
 )
+from pho_service.interface.minutes import as_job, calibration_sizes
 from pho_service.interface.search import LinearArguments, MethodArguments, arguments, calibrate
+from pho_service.models.loading import LanguageModel
 from pho_service.models.tasks import LoadedTasks, load_tasks
 from pho_service.models.texts import RecoveryText
 from pho_service.pipeline import bench as pipeline
@@ -42,6 +44,7 @@ from pho_service.pipeline.compare import (
 from pho_service.pipeline.llama_bench import ReportedOn, bench_llama
 from pho_service.pipeline.tasks import also_tasks, measure_tasks
 from pho_service.pipeline.work import Work
+from pho_service.planning.plan import ComparedWork
 from pho_service.progress import bars
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.shown.parts import Shown, Table
@@ -49,6 +52,7 @@ from pho_service.shown.tables import scores_table
 from pho_service.spec.calibration import Bos, CalibrationSettings
 from pho_service.spec.document import part_of, with_error
 from pho_service.spec.fields import ConfirmSpec
+from pho_service.spec.minutes import SizeName
 from pho_service.spec.objective import SearchOptions, options_of
 from pho_service.spec.pattern import Linears, Pattern
 from pho_service.spec.perplexity import beside_in_words
@@ -62,6 +66,7 @@ if TYPE_CHECKING:
 
 
 _DEFAULT = CalibrationSettings()
+_SHORT = 512  # tokens of windows that a report text is counted in before the minutes choose
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -267,9 +272,11 @@ class CompareArguments(TaskArguments, CompareAsk, SearchOptions, LinearArguments
         scope: ``row``, ``layer`` or ``global``: for CRePE with equal coefficients, and searches.
         targets: Linears that the published methods and searches prune, as of ``pho.search``; by
             default those of the configurations, which must agree.
-        samples: Number of calibration windows where there is no bundle; for more settings,
-            calibrate first.
+        samples: Number of calibration windows where there is no bundle, 128 by default; for more
+            settings, calibrate first.
         context_length: Tokens of a window, without a bundle.
+        minutes: Time for all rows, on this machine: samples and context_length are chosen for it
+            where they are not given. None: as given.
         seed: Seed of the calibration, without a bundle, and of searches.
         finalists: How many found candidates of a search are looked at again.
         confirm_windows: Windows of the text that searches are confirmed on.
@@ -286,8 +293,9 @@ class CompareArguments(TaskArguments, CompareAsk, SearchOptions, LinearArguments
     confirm: "Texts | None" = None
     recovery: Mapping[str, Any] | None = None
     scope: str | None = None
-    samples: int = _DEFAULT.samples
+    samples: int | None = None
     context_length: int | None = None
+    minutes: float | None = None
     finalists: int = ConfirmSpec().finalists
     confirm_windows: int = ConfirmSpec().windows
     report_windows: int | None = None
@@ -296,6 +304,35 @@ class CompareArguments(TaskArguments, CompareAsk, SearchOptions, LinearArguments
         """A preset's search, with the defaults for all else."""
         method = MethodArguments(preset=preset, steps={"linears": linears} if linears else None)
         return method.request(pattern, finalists=self.finalists, **options_of(self))
+
+    def sizes(self, model: LanguageModel, request: ComparisonRequest) -> tuple[int, int]:
+        """Windows to calibrate on, and their length, both chosen for the minutes if not given."""
+        assert self.texts is not None
+        if self.minutes is None:
+            samples = _DEFAULT.samples if self.samples is None else self.samples
+            return samples, length_of(model, self.texts, self.context_length)
+        pattern = str(request.pattern)
+        document = {
+            "model": model.name, "pattern": pattern, "scope": request.pattern.free_scope,
+            "confirm": {"finalists": self.finalists, "windows": self.confirm_windows},
+            "steps": {"linears": request.linears.to_dict()} if request.linears else {},
+            "minutes": None, **options_of(self),
+        }  # fmt: skip
+        searches = [as_job({**document, "preset": name}) for name in self.presets]
+        short = replace(_DEFAULT, context_length=min(_SHORT, model.longest or _SHORT))
+        rows = request.rows(request.configurations, has_text=True)[0]
+        work = ComparedWork(
+            rows=[row.steps for _, row in rows] + [job.request(0).steps for job in searches],
+            searches=searches,
+            windows=len(measured_text(model, self.report, short, self.report_windows).windows),
+            calibrations=max(1, len(self.seeds)),
+        )
+        length = self.texts.shape[-1] if isinstance(self.texts, Tensor) else self.context_length
+        given: dict[SizeName, int | None] = {
+            "calibration/samples": self.samples, "calibration/context_length": length,
+        }  # fmt: skip
+        source = calibration_text_of(self.texts)
+        return calibration_sizes(model, source, self.minutes, given, pattern, work.seconds)
 
 
 @arguments(CompareArguments)
@@ -330,7 +367,7 @@ def compare(ask: CompareArguments) -> Comparison:
     if ask.recovery is not None and ask.texts is None:
         raise InvalidInput("recovery trains on texts beyond the bundle's windows. Give texts, too.")
     loaded_tasks = ask.loaded_tasks()
-    texts, bundle = ask.texts, _known_bundle(ask.texts, ask.bundle, ask.seeds)
+    texts, bundle = ask.texts, _known_bundle(ask)
     loaded = (
         opened(ask.model, ask.tokenizer)
         if bundle is None
@@ -339,27 +376,28 @@ def compare(ask: CompareArguments) -> Comparison:
     for name, configuration in configurations:
         check_family(configuration, loaded, name, other_family=ask.other_family)
 
+    if bundle is None:
+        assert texts is not None
+        samples, length = ask.sizes(loaded, request)
+        bos: Bos = "never" if isinstance(texts, Tensor) else _DEFAULT.bos  # as pho.calibrate
+        how = replace(_DEFAULT, samples=samples, context_length=length, bos=bos)
+        numbers = [*ask.seeds] or [ask.seed]
+    else:
+        how = settings_of(bundle)
+        numbers = [how.seed]
+
     def drawn(number: int) -> Work:
         seed_bundle, seed_texts = bundle, texts
         if seed_bundle is None:
             assert texts is not None
             seed_bundle, seed_texts = calibrate(
-                loaded, None, texts, samples=ask.samples, context_length=ask.context_length,
+                loaded, None, texts, samples=how.samples, context_length=how.context_length,
                 seed=number, progress=ask.progress,
             ), None  # fmt: skip
         most = ask.confirm_windows if ask.presets else None
         return calibrated(loaded, seed_bundle, seed_texts, ask.confirm, most)
 
-    if bundle is None:
-        assert texts is not None
-        length = length_of(loaded, texts, ask.context_length)
-        bos: Bos = "never" if isinstance(texts, Tensor) else _DEFAULT.bos  # as pho.calibrate
-        how = replace(_DEFAULT, context_length=length, bos=bos)
-        numbers = [*ask.seeds] or [ask.seed]
-    else:
-        how = settings_of(bundle)
-        numbers = [how.seed]
-    return compare_over_seeds(
+    compared = compare_over_seeds(
         loaded,
         measured_text(loaded, ask.report, how, ask.report_windows),
         request,
@@ -372,12 +410,18 @@ def compare(ask: CompareArguments) -> Comparison:
         also=also_tasks(loaded_tasks, bos=_DEFAULT.bos, limit=ask.limit),
         run=run_on(loaded, ask.progress),
     )
+    if ask.minutes is None:
+        return compared
+    chosen = (
+        f"For minutes={ask.minutes:g}, samples={how.samples} and "
+        f"context_length={how.context_length} were chosen. They do the same anywhere."
+    )
+    return replace(compared, notes=[*compared.notes, chosen])
 
 
-def _known_bundle(
-    texts: "MixedTexts | None", bundle: ProxyBundle | str | Path | None, seeds: Sequence[int]
-) -> ProxyBundle | None:
+def _known_bundle(ask: CompareArguments) -> ProxyBundle | None:
     """The bundle, if there is one."""
+    texts, bundle, seeds, minutes = ask.texts, ask.bundle, ask.seeds, ask.minutes
     if bundle is None and texts is None:
         raise InvalidInput(
             "there is nothing to calibrate on. Give texts, or the bundle that pho.calibrate gave."
@@ -386,6 +430,11 @@ def _known_bundle(
         raise InvalidInput(
             "each seed draws windows of its own, but a bundle has its windows already. Give texts "
             "instead of the bundle, or leave seeds out."
+        )
+    if bundle is not None and minutes is not None:
+        raise InvalidInput(
+            f"minutes={minutes} choose how much is calibrated on, and the bundle was calibrated "
+            "already. Give texts instead of the bundle, or leave minutes out."
         )
     return None if bundle is None else opened_bundle(bundle)
 

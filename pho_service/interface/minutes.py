@@ -3,9 +3,11 @@ Minutes in Python: the sizes of a calibration, and of a search, that fit into th
 """
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from pho_service.errors import InvalidInput
 from pho_service.interface.inputs import settings_of
@@ -13,20 +15,34 @@ from pho_service.pipeline.minutes import Clock, machine_of
 from pho_service.pipeline.work import Work
 from pho_service.planning.shapes import Header, ModelShapes, TensorHeader, model_shapes
 from pho_service.spec.calibration import CalibrationSettings
+from pho_service.spec.configuration import reasons
 from pho_service.spec.job import JobSpec
 from pho_service.spec.minutes import MOST_MINUTES, OF_THE_TEXT, SizeName
 
 if TYPE_CHECKING:
     from pho_service.models.loading import LanguageModel
     from pho_service.models.texts import MixedText, Text
+    from pho_service.planning.plan import Plan
     from pho_service.tuning.plan import SearchRequest
 
 
+def as_job(document: Mapping[str, Any]) -> JobSpec:
+    """The job that a call in Python would be, for its plan; InvalidInput if it can be none."""
+    try:
+        return JobSpec.model_validate(document)
+    except ValidationError as error:
+        raise InvalidInput(reasons(error)) from None
+
+
 def clock_of(
-    model: "LanguageModel", minutes: float, free: Collection[SizeName], **document: Any
+    model: "LanguageModel",
+    minutes: float,
+    free: Collection[SizeName],
+    took: Callable[["Plan"], float] | None = None,
+    **document: Any,
 ) -> Clock:
     """
-    The minutes of a search on a model in memory, which begin now.
+    The minutes of a search on a model in memory, or of what ``took`` says; they begin now.
 
     Raises:
         InvalidInput: They are not a number above 0, or the model cannot be planned.
@@ -37,11 +53,10 @@ def clock_of(
             "minutes=20, say, or None for the sizes that are given."
         )
     began = time.monotonic()
-    spec = JobSpec.model_validate(
-        {"model": model.name, "minutes": minutes, "free_sizes": [*free], **document}
-    )
+    spec = as_job({"model": model.name, "minutes": minutes, "free_sizes": [*free], **document})
     shapes = _shapes_of(model)
-    return Clock(spec, shapes, machine_of(model, shapes, spec), lambda: time.monotonic() - began)
+    machine = machine_of(model, shapes, spec)
+    return Clock(spec, shapes, machine, lambda: time.monotonic() - began, took)
 
 
 def calibration_sizes(
@@ -49,14 +64,16 @@ def calibration_sizes(
     source: "Text | MixedText",
     minutes: float,
     given: Mapping[SizeName, int | None],
+    pattern: str = "0.5",
+    took: Callable[["Plan"], float] | None = None,
 ) -> tuple[int, int]:
-    """Windows and their length with which a search by its defaults takes so long."""
+    """Windows and their length with which a search by its defaults, or ``took``, takes so long."""
     names = {path: path.rpartition("/")[2] for path in OF_THE_TEXT}
     values = {names[path]: size for path, size in given.items() if size is not None}
     usual = CalibrationSettings.context_length
     values.setdefault("context_length", min(usual, model.longest or usual))
     free = [path for path in OF_THE_TEXT if given[path] is None]
-    clock = clock_of(model, minutes, free, pattern="0.5", calibration=values)
+    clock = clock_of(model, minutes, free, took, pattern=pattern, calibration=values)
     clock.fit_text(model, source, [], free)
     calibration = clock.plan.spec.calibration
     return calibration.samples, calibration.context_length

@@ -70,7 +70,7 @@ from pho_service.spec.objective import (
 from pho_service.spec.pattern import Linears, Pattern
 from pho_service.spec.perplexity import REFERENCES, Perplexities, ReportedPerplexities
 from pho_service.spec.space import DEFAULT_PRESET, Preset, SearchSpace
-from pho_service.spec.steps import Allocation, Reconstruction, Steps
+from pho_service.spec.steps import Allocation, Reconstruction, Steps, with_method
 from pho_service.tuning.plan import SearchRequest
 from pho_service.tuning.result import SearchResult
 from pho_service.tuning.search import Callback
@@ -260,6 +260,8 @@ class MethodArguments(LinearArguments):
     def _steps(self) -> dict[str, Any]:
         steps = dict(self.steps or {})
         _check_names("steps", steps, _STEPS)
+        if "reconstruction" in steps:
+            steps["reconstruction"] = with_method(steps["reconstruction"])
         for name, part in (("allocation", Allocation), ("reconstruction", Reconstruction)):
             if isinstance(steps.get(name), str):
                 steps[name] = part(method=steps[name])

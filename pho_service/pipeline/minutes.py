@@ -30,7 +30,6 @@ _SHORTEST, _LEAST_WINDOWS = 32, 16  # windows, where a text has few tokens
 _LEAST, _MOST = 0.25, 8.0  # times what was planned; what is outside is no rate
 _CREDIT = 0.85  # the least after a calibration, whose speed says little of what follows
 _NO_TIME = "the search has left too few of the minutes. Give more"
-MOST_PASSES = 4  # of a winner's training; with eight it is no better on a text of another domain
 RATES = 1.25  # times less or more that a stage takes by rates that were measured
 
 
@@ -179,11 +178,7 @@ class Clock:
         return next(fit, 1)
 
     def _most_passes(self, asked: int) -> int:
-        """More than asked for, if that is a preset's number and no recovery takes what is left."""
-        spec, trains = self.plan.spec, self.plan.work.steps.reconstruction.wanted
-        if not trains or "reconstruction" in spec.steps.given() or spec.recovers_in_rest:
-            return asked
-        return max(asked, MOST_PASSES)
+        return max(asked, self.plan.spec.most_passes)
 
     def _training_s(self, passes: int) -> float:
         """Seconds until the winner is pruned, trained and reported, by the rates known now."""

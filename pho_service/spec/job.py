@@ -63,6 +63,7 @@ from pho_service.spec.fields import (
 from pho_service.spec.minutes import (
     MINUTES,
     MOST_MINUTES,
+    MOST_PASSES,
     REST,
     SizeName,
     of_minutes,
@@ -564,6 +565,19 @@ class JobSpec(Document):
         """Whether it recovers in what its minutes leave."""
         return self.minutes is not None and self.recovery is not None and self.recovery.is_open
 
+    @property
+    def most_passes(self) -> int:
+        """
+        Passes of the winner's training: the preset's number may grow into its minutes, unless a
+        recovery takes what they leave. 0 if nothing is trained.
+        """
+        how = self.request(0).steps.reconstruction
+        if not how.wanted:
+            return 0
+        fixed = self.minutes is None or self.recovers_in_rest
+        fixed = fixed or "reconstruction" in self.steps.given()
+        return how.passes if fixed else max(how.passes, MOST_PASSES)
+
     def recovery_settings(self, share: float = REST) -> Recovery | None:
         """How it recovers; in what its minutes leave, this is planned to be a share of them."""
         return None if self.recovery is None else self.recovery.settings(self.minutes, share)
@@ -711,8 +725,7 @@ class JobSpec(Document):
                 measured = WIDER * measured + self.validation.candidates
             measured += trials * self.islands if self.objective.name == "perplexity" else 0
             tokens += points * measured * self.confirm.windows * self.calibration.context_length
-            trained = self.request(0).steps.reconstruction
-            tokens += points * trained.passes * self.calibration.tokens if trained.wanted else 0
+            tokens += points * self.most_passes * self.calibration.tokens
             if self.is_cut:  # each runs the calibration's text, and so does the rating of all
                 tokens += points * (measured + 1) * self.calibration.tokens
             limits.check_tokens("/confirm/windows", tokens)
@@ -756,8 +769,7 @@ class JobSpec(Document):
 
     def tokens_to_prune(self, timed: int = 0) -> int:
         """Those of writing a pruned model when it is asked for by itself."""
-        trained = self.request(0).steps.reconstruction
-        pruned = self.calibration.tokens * (1 + (trained.passes if trained.wanted else 0))
+        pruned = self.calibration.tokens * (1 + self.most_passes)
         return pruned + self._recovered(timed) + self._tokens_of_bits
 
     def placed(self, access: Access) -> "JobSpec":

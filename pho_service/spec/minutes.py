@@ -12,6 +12,7 @@ from pho_service.spec.structure import is_structured
 
 MINUTES = 20.0  # that a job may take if nobody says how long, nor on how much text
 MOST_MINUTES = 100_000.0
+MOST_PASSES = 4  # of a winner's training; with eight it is no better on a text of another domain
 REST = 0.25  # share of the minutes that is left for a recovery without a time of its own
 
 SizeName = Literal[

@@ -241,6 +241,12 @@ class Reconstruction:
         )
 
 
+def with_method(value: Any) -> Any:
+    """A reconstruction as it was given, by its method if that was left out: who says how trains."""
+    says_how = isinstance(value, Mapping) and value and "method" not in value
+    return {**value, "method": "block"} if says_how else value
+
+
 NormSource = Literal["dense", "sequential"]
 Permutation = Literal["none", "score"]
 Repruning = Literal["none", "dsnot", "swaps", "admm"]
@@ -332,6 +338,7 @@ class Steps(JsonDocument):
     ] = 0.0
     reconstruction: Annotated[
         Reconstruction,
+        BeforeValidator(with_method),
         Field(
             description="Training of the kept weights, block by block; only the winner of a "
             "search has it.",

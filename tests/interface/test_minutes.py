@@ -57,6 +57,35 @@ def test_a_curve_and_a_target_choose_for_all_their_points(tiny_llama, bundle, se
     assert max(finalists) < len(usual.points[0].configuration.finalists)
 
 
+@pytest.mark.parametrize("presets", [(), ("score",)])
+def test_a_comparison_calibrates_on_less_the_less_time_there_is_and_says_on_how_much(
+    presets, tiny_llama, tokenizer, sentences
+):
+    ask = {"texts": sentences["calibration"], "report": sentences["report"], "methods": ["wanda"]}
+    ask |= {"presets": presets, "trials": 20, "confirm": sentences["confirmation"]}
+    little = pho.compare(tiny_llama, tokenizer, "0.5", minutes=1e-4, report_windows=2, **ask)
+    (samples, length) = LEVELS[0]
+
+    assert f"samples={samples} and context_length=" in little.notes[-1]
+    again = pho.compare(
+        tiny_llama, tokenizer, "0.5", samples=samples, report_windows=2,
+        context_length=little.report["context_length"], **ask,
+    )  # fmt: skip
+    assert [row.perplexity for row in again.rows] == [row.perplexity for row in little.rows]
+    assert little.report["context_length"] <= length
+
+
+def test_minutes_of_a_comparison_have_nothing_to_choose_beside_a_bundle(tiny_llama, bundle, texts):
+    with pytest.raises(InvalidInput, match="minutes=5 choose how much is calibrated on"):
+        pho.compare(tiny_llama, None, "0.5", bundle=bundle, report=texts["report"], minutes=5)
+
+
+def test_what_cannot_be_planned_is_refused_in_words(tiny_llama, bundle, sentences):
+    ask = {"model": tiny_llama, "confirm": sentences["confirmation"], "minutes": 1}
+    with pytest.raises(InvalidInput, match="trials=4 is too few"):
+        pho.search(bundle, "0.5", trials=4, **ask)
+
+
 @pytest.mark.parametrize("minutes", [0, -1, float("nan"), float("inf")])
 def test_minutes_that_are_none_are_refused(minutes, tiny_llama, tokenizer, sentences):
     with pytest.raises(InvalidInput, match=f"minutes={minutes} is not a number above 0"):

@@ -6,11 +6,11 @@ import pytest
 
 from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import load_model
-from pho_service.pipeline.minutes import MOST_PASSES, Clock, machine_of, slower
+from pho_service.pipeline.minutes import Clock, machine_of, slower
 from pho_service.planning.costs import named_machine
 from pho_service.planning.shapes import read_shapes
 from pho_service.spec.job import JobSpec
-from pho_service.spec.minutes import AFTER_CALIBRATION, SIZES
+from pho_service.spec.minutes import AFTER_CALIBRATION, MOST_PASSES, SIZES
 
 
 @pytest.fixture

@@ -10,8 +10,10 @@ from pho_service.host.settings import Settings
 from pho_service.spec.export import BITS_WINDOWS
 from pho_service.spec.fields import FieldError, JobLimits
 from pho_service.spec.job import JobSpec, island_seed
+from pho_service.spec.minutes import MOST_PASSES
 from pho_service.spec.objective import Objective, SearchOptions, options_of
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.steps import Reconstruction
 
 
 def spec_of(**changes):
@@ -363,6 +365,31 @@ def test_what_is_of_one_pattern_and_a_step_without_a_meaning_are_refused(changes
         several(**changes)
 
     assert told in str(refused.value)
+
+
+def test_a_number_of_passes_alone_says_that_blocks_are_trained_in_so_many():
+    trained = spec_of(preset="score", steps={"reconstruction": {"passes": 3}})
+
+    assert trained.request(0).steps.reconstruction == Reconstruction(method="block", passes=3)
+    with pytest.raises(ValidationError, match="trains nothing, so passes"):
+        spec_of(steps={"reconstruction": {"method": "none", "passes": 3}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes"),
+    [
+        ({"minutes": None}, 2),
+        ({"minutes": 20}, MOST_PASSES),
+        ({"minutes": 20, "steps": {"reconstruction": {"passes": 3}}}, 3),
+        ({"minutes": 20, "prune": True, "recovery": {}}, 2),
+        ({"minutes": 20, "preset": "crepe-plus"}, 0),
+    ],
+)
+def test_tokens_of_training_are_those_of_the_most_passes_that_minutes_may_choose(changes, passes):
+    job = spec_of(**changes)
+
+    recovered = job.recovery.written if job.recovery else 0
+    assert job.tokens_to_prune() == job.calibration.tokens * (1 + passes) + recovered
 
 
 def test_gguf_files_are_types_or_sizes_each_once_and_the_text_of_sizes_is_counted():
