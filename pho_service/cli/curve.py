@@ -129,7 +129,7 @@ def curve(model: str, given: Given, ask: _CurveAsk, inputs: Terminal, as_json: b
 
 def _by_bytes(model: str, ask: _CurveAsk, given: Given, inputs: Terminal, as_json: bool) -> None:
     """Tell for each number of bytes what costs least, and write that down."""
-    from pho_service.cli.cut import calibrated_few
+    from pho_service.cli.searched import calibrated_few
     from pho_service.host.files import write_json
     from pho_service.models.gguf_file import converter_for
     from pho_service.pipeline.bits import bits_and_cuts, budgets_table

@@ -32,11 +32,13 @@ if TYPE_CHECKING:
 # minutes of its recovery.
 CHOSEN, SPENT, RESTED = "minutes", "spent_s", "recovery"
 _NOTED_S = 5.0  # how often that is written down
+_PRUNED, _TRAINED = "Pruning the best in full", "Training the best"
+_OPTIONS = {_PRUNED: "--in-full", _TRAINED: "--reconstruction-passes"}
 # The steps of a plan, by what the titles of their first bars begin with.
 _BEGINS = {
     "Calibrating": "calibrate", "Searching": "search", "[": "search", "Rating cuts": "search",
     "Validating": "confirm", "Comparing": "confirm", "Racing": "confirm", "Confirming": "confirm",
-    "Cutting": "write", "Asking the dense model": "recover",
+    "Cutting": "write", "Pruning": "write", "Asking the dense model": "recover",
 }  # fmt: skip
 
 
@@ -85,7 +87,8 @@ class Budget:
         if self.clock is None:
             return run
         run = self.clock.watched(run)
-        return replace(run, look=_noting(study, self.clock), passes=_with_notice(self.clock.passes))
+        in_full, passes = _with_notice(run.in_full, _PRUNED), _with_notice(run.passes, _TRAINED)
+        return replace(run, look=_noting(study, self.clock), in_full=in_full, passes=passes)
 
     def recovery(self, work: "Work", study: "Study") -> "Recovery | None":
         """How what was found is recovered: in what is left, if no time is given for it."""
@@ -224,14 +227,14 @@ def _earlier(url: str, asked: "JobSpec") -> dict[str, Any] | None:
     return None
 
 
-def _with_notice(passes: Callable[[int], int]) -> Callable[[int], int]:
-    """A choice of the passes of a training that says what it has chosen."""
+def _with_notice(number: Callable[[int], int] | None, does: str) -> Callable[[int], int]:
+    """A choice by the time that is left that says what it has chosen, as options."""
+    assert number is not None  # a clock gives them
 
     def choice(usual: int) -> int:
-        count = passes(usual)
+        count = number(usual)
         if count != usual:
-            options = f"--reconstruction block --reconstruction-passes {count}"
-            say(f"Training the best in the time that is left: {options}.")
+            say(f"{does} in the time that is left: {_OPTIONS[does]} {count}.")
         return count
 
     return choice

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import click
 
-from pho_service.cli.cut import CutAsk, calibrated_few, cut
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.library import (
     LIBRARY,
@@ -26,6 +25,13 @@ from pho_service.cli.options import (
     device_options,
     json_verb,
 )
+from pho_service.cli.searched import (
+    CutAsk,
+    calibrated_few,
+    prune_by_search,
+    pruned_values,
+    show_pruned,
+)
 from pho_service.cli.terminal import print_json, print_table, progress, say
 from pho_service.errors import ConfigurationError, InvalidInput, ModelError
 from pho_service.pipeline.work import Work
@@ -33,6 +39,7 @@ from pho_service.spec.document import MACHINE, PRUNED, TEXT, FieldShown, number,
 from pho_service.spec.export import GgufType
 from pho_service.spec.job_options import within
 from pho_service.spec.pattern import Linears, Pattern, ScopeName
+from pho_service.spec.structure import is_structured
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -44,8 +51,13 @@ if TYPE_CHECKING:
 
 
 # Where `pho prune` has its configuration from: a file, a published method, a library.
-ROUNDED = 0.005  # that a sparsity may be below what was asked for without a word
 PUBLIC = "Everybody can see a new repository; by default only you can."
+_OF_ZEROS = {"deployable": "steps/deployable", "stream": "stream"}  # options that cuts lack
+# The seed is the calibration's.
+_OF_SEARCHES = (
+    "preset", "steps/reconstruction", "trials", "in_full", "confirm/text", "confirm/windows",
+    "confirm/finalists", "report", "recovery",
+)  # fmt: skip
 TRIED = 5  # configurations of a library that are rated by the proxy, the most promising first
 
 
@@ -143,10 +155,10 @@ class _PruneAsk(CutAsk):
         method: A published method instead, by its name in `pho compare`, for --pattern: wanda,
             sparsegpt.
         from_library: Take the most promising configuration of a library for --pattern instead.
-        pattern: With --method and --from-library: 0.5 or 2:4. By itself structured:20%, the share
-            of the blocks' weights to cut: neurons and query heads.
-        scope: With --from-library, any by default; with --method for those that have none of their
-            own.
+        pattern: 0.5 or 2:4; by itself, in the way that a search finds best. structured:20% is the
+            share of the blocks' weights to cut: neurons and query heads.
+        scope: Where weights compete. With --from-library any by default; with --method for those
+            that have none of their own.
         force: With --from-library: take the most promising one even if the proxy says that RIA is
             better on MODEL.
         out: A new or empty folder.
@@ -174,7 +186,7 @@ class _PruneAsk(CutAsk):
     cls=DocumentCommand,
     fields=(
         "steps/linears", "steps/deployable", "calibration", "revision", "dtype", "stream",
-        "minutes", "recovery",
+        "minutes", *_OF_SEARCHES,
     ),
     ask=_PruneAsk,
 )  # fmt: skip
@@ -183,24 +195,27 @@ class _PruneAsk(CutAsk):
 @json_verb
 def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_json: bool) -> None:
     """
-    Prune MODEL with a configuration and save it as a Hugging Face folder.
+    Prune MODEL and save it as a Hugging Face folder.
 
     The folder has safetensors with exact zeros, the tokenizer, masks, the recipe
     (pruning.json) and a card. Zeros alone make nothing smaller or faster: that
     needs a runtime that skips them.
 
-    --method prunes with a published method instead. --from-library takes what was
-    found on other models (`pho configurations` shows it), unless the proxy judges
-    it no better than RIA on MODEL. --deployable keeps a permutation to what can be
-    folded into the weights. --check compares a folder with its recipe.
+    --pattern alone searches for what is best for MODEL, as `pho search` does, in
+    the minutes that it has. What they leave goes into a recovery of the pruned
+    model, which --no-recovery leaves out. --config takes what a search has found,
+    --method a published method. --from-library takes what was found on other models
+    (`pho configurations` shows it), unless the proxy judges it no better than RIA
+    on MODEL. --deployable keeps a permutation to what can be folded into the
+    weights. --check compares a folder with its recipe.
 
     --pattern structured:20% cuts neurons and query heads out of every block, so
-    that the folder is an ordinary, smaller model, and faster in every runtime. What
-    the minutes leave goes into its recovery, which --no-recovery leaves out.
+    that the folder is an ordinary, smaller model, and faster in every runtime.
     --smaller and --faster find the share for a size or a speed.
 
     \b
     Example:
+      pho prune HuggingFaceTB/SmolLM2-135M --pattern 0.5 --text book.txt --out pruned
       pho prune HuggingFaceTB/SmolLM2-135M --config config.json \\
           --text book.txt --out pruned
       pho prune HuggingFaceTB/SmolLM2-135M --method wanda-permuted \\
@@ -218,12 +233,15 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
     of_library = {"--library": ask.library, "--force": ask.force or None}
     pruning = {**of_library, "--pattern": ask.pattern, "--scope": ask.scope, **named}
     pruning |= {**ask.options, "--minutes": given.said.get("minutes")}
-    of_cuts = {given.names[path]: path for path in given.said if within(path, "recovery")}
-    of_cuts |= {"--no-recovery": "no_recovery"} if ask.no_recovery else {}
+    of_searches = [
+        given.names[path]
+        for path in given.said
+        if any(within(path, field) for field in _OF_SEARCHES)
+    ] + ["--no-recovery"] * ask.no_recovery
     if ask.check:
         pruning["--deployable"] = given("steps/deployable")
         others = {
-            **chosen, **pruning, **of_cuts,
+            **chosen, **pruning, **dict.fromkeys(of_searches, True),
             "--out": ask.out, "--push": ask.push, "--bundle": ask.bundle,
         }  # fmt: skip
         too_many = [name for name, value in others.items() if value is not None]
@@ -233,41 +251,51 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
             )
         _check(Path(ask.check), model, as_json, inputs)
         return
-    asked_cut = ask.asked_cut(ask.pattern)
-    if asked_cut and model and ask.out:
-        others = {**chosen, **of_library, "--scope": ask.scope, **named, "--bundle": ask.bundle,
-                  "--deployable": given("steps/deployable") or None,
-                  "--stream": given("stream") or None}  # fmt: skip
-        too_many = [name for name, value in others.items() if value is not None]
-        if too_many:
-            raise InvalidInput(
-                f"{asked_cut} cuts neurons and heads out of a model, for which "
-                f"{', '.join(too_many)} says nothing. Leave it out."
-            )
-        cut(model, ask, ask.pattern, Path(ask.out), given, as_json, inputs)
-        if ask.push is not None:
-            push_folder(Path(ask.out), ask.push, ask.public, as_json=False)
-        return
-    if of_cuts:
+    alone = all(value is None for value in chosen.values())
+    searched = ask.asked_search(ask.pattern, alone=alone)
+    if of_searches and not searched:
         raise InvalidInput(
-            f"{', '.join(of_cuts)}: only what --pattern structured:20%, --smaller, --faster or "
-            "--bytes cuts is recovered here. Leave it out, and recover the folder: `pho recover`."
+            f"{', '.join(of_searches)}: only for a search, which --pattern by itself, --smaller, "
+            "--faster and --bytes ask for. Leave it out; `pho recover` recovers a folder."
         )
-    if not (model and ask.out) or sum(value is not None for value in chosen.values()) != 1:
+    sources = len([value for value in chosen.values() if value is not None])
+    if not (model and ask.out) or (sources != 1 and not searched):
         raise InvalidInput(
-            "MODEL, --out, and one of --config, --method, --from-library, --smaller, --faster, "
-            "--bytes and --pattern structured:20% are needed to prune; to check a folder, --check."
+            "MODEL, --out, and one of --pattern, --config, --method, --from-library, --smaller, "
+            "--faster and --bytes are needed to prune; to check a folder, --check."
         )
-    if ask.config is None and ask.pattern is None:
+    if ask.config is None and ask.pattern is None and not searched:
         which = "--method" if ask.method else "--from-library"
         raise InvalidInput(f"{which} needs a --pattern: 0.5 or 2:4, say.")
     if ask.public and ask.push is None:
         raise InvalidInput("--public is for --push. Leave it out.")
-    _refuse(ask, pruning=pruning, of_library=of_library, named=named)
-    if ask.pattern is not None:
-        Pattern.parse(ask.pattern, ask.scope)  # a wrong one is refused before a model is read
+    if searched:
+        _refuse_beside(
+            searched, ask, given, {**chosen, **of_library, "--bundle": ask.bundle}, named
+        )
+    else:
+        _refuse(ask, pruning=pruning, of_library=of_library, named=named)
+    # A wrong one is refused before a model is read.
+    pattern = None if ask.pattern is None else Pattern.parse(ask.pattern, ask.scope)
     configuration = _given_configuration(ask, given)
     _check_places(model, Path(ask.out), ask.bundle, inputs)
+    if searched:
+        prune_by_search(model, ask, pattern, Path(ask.out), given, as_json, inputs)
+    else:
+        _prune_as_said(model, ask, configuration, given, as_json, inputs)
+    if ask.push is not None:
+        push_folder(Path(ask.out), ask.push, ask.public, as_json=False)
+
+
+def _prune_as_said(
+    model: str,
+    ask: _PruneAsk,
+    configuration: "Configuration | None",
+    given: Given,
+    as_json: bool,
+    inputs: Terminal,
+) -> None:
+    """Prune with a configuration, a published method, or what a library has."""
     loaded = None
     if ask.method is not None and configuration is not None and ask.bundle is None:
         loaded, calibration = _in_minutes(model, configuration, given, inputs)
@@ -286,9 +314,7 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
         calibration=calibration,
         named=bool({"calibration/text", "calibration/dataset"} & {*given.said}),
     )
-    _prune(model, loaded, source, Path(ask.out), statistics, given, as_json, inputs)
-    if ask.push is not None:
-        push_folder(Path(ask.out), ask.push, ask.public, as_json=False)
+    _prune(model, loaded, source, Path(str(ask.out)), statistics, given, as_json, inputs)
 
 
 def _given_configuration(ask: _PruneAsk, given: Given) -> "Configuration | None":
@@ -354,6 +380,25 @@ def _refuse(
             raise InvalidInput(f"{', '.join(too_many)}: {reason}. Leave it out.")
 
 
+def _refuse_beside(
+    searched: str,
+    ask: _PruneAsk,
+    given: Given,
+    foreign: "Mapping[str, object]",
+    named: "Mapping[str, object]",
+) -> None:
+    """See that no option is given that a search of one's own has no use for."""
+    about, others = "searches, and calibrates on a text", {**foreign}
+    if ask.pattern is None or is_structured(ask.pattern):
+        about = "cuts neurons and heads out of a model"
+        others |= {"--scope": ask.scope, **named}
+        others |= {f"--{name}": given(path) or None for name, path in _OF_ZEROS.items()}
+    if too_many := [name for name, value in others.items() if value is not None]:
+        raise InvalidInput(
+            f"{searched} {about}, for which {', '.join(too_many)} says nothing. Leave it out."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Statistics:
     """Return the source of the statistics."""
@@ -373,8 +418,7 @@ def _prune(
     as_json: bool,
     inputs: Terminal,
 ) -> None:
-    from pho_service.pipeline.prune import orders_in_words, prune_job, winner_of
-    from pho_service.pruning.reconstruction import summary
+    from pho_service.pipeline.prune import prune_job, winner_of
 
     entry = None
     if source.configuration is None:
@@ -411,29 +455,12 @@ def _prune(
         print_json(
             {
                 "out": str(folder),
-                "sparsity": result.sparsity,
-                "layers": result.layers,
                 "origin": entry.origin if entry else None,
-                **({"orders": result.orders} if result.orders else {}),
-                **({"blocks": result.recipe["blocks"]} if result.blocks else {}),
+                **pruned_values(result),
             }
         )
         return
-    if configuration.cut is not None:
-        click.echo(f"{folder}: {configuration.cut}")
-        return
-    click.echo(f"{folder}: {result.sparsity:.4%} of {len(result.layers)} linears removed")
-    candidate = configuration.candidate()
-    pattern, rows = candidate.pattern, candidate.pattern.scope == "row"
-    if rows and not candidate.steps.linears and pattern.sparsity - result.sparsity > ROUNDED:
-        say(
-            f"{pattern} was asked for: of each row a whole number of weights is removed, and rows "
-            "are short here."
-        )
-    if result.orders:
-        click.echo(orders_in_words(result.orders))
-    if result.blocks:
-        click.echo(f"{summary(result.blocks)}.")
+    show_pruned(folder, configuration, result)
 
 
 def _prunable(entries: "list[LibraryEntry]", statistics: _Statistics) -> "list[LibraryEntry]":

@@ -152,15 +152,20 @@ def recovery_text(spec: "JobSpec", work: "Work") -> "RecoveryText":
     )
 
 
-def recover_cut(
-    cut: Path, teacher: str, text: "RecoveryText", settings: Recovery, out: Path, inputs: Terminal
+def recover_pruned(
+    folder: Path,
+    teacher: str,
+    text: "RecoveryText",
+    settings: Recovery,
+    out: Path,
+    inputs: Terminal,
 ) -> Recovered:
-    """Recover the folder that a search has just cut."""
+    """Recover the folder that a search has just pruned."""
     from pho_service.pipeline.recover import PrunedModel, recover_folder
 
-    with loading(str(cut)):
+    with loading(str(folder)):
         pruned = PrunedModel.read(
-            cut, dtype=inputs.dtype, device=inputs.device, device_map=inputs.device_map
+            folder, dtype=inputs.dtype, device=inputs.device, device_map=inputs.device_map
         )
     return recover_folder(
         pruned, lambda: nullcontext(inputs.model(teacher)), text, settings, out,

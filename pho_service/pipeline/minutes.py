@@ -117,15 +117,17 @@ class Clock:
             while length > _SHORTEST and least < _LEAST_WINDOWS * length:
                 length = max(_SHORTEST, length // 2)
         windows = max(1, there // length)
-        samples = chosen.samples
-        if "calibration/samples" in free and windows < samples + beside:
-            kept = min(confirmed, windows // 4) + min(recovered, windows // 4)
-            samples = max(1, min(samples, windows - kept))
-        if (samples, length) == (chosen.samples, chosen.context_length):
-            return False
         sizes: dict[SizeName, int | None] = {
-            "calibration/samples": samples, "calibration/context_length": length,
+            "calibration/samples": chosen.samples, "calibration/context_length": length,
         }  # fmt: skip
+        if "calibration/samples" in free and windows < chosen.samples + beside:
+            kept = min(confirmed, windows // 4)
+            if kept and recovered and "confirm/windows" in free:  # or it would take those, too
+                sizes["confirm/windows"] = kept
+            kept += min(recovered, windows // 4)
+            sizes["calibration/samples"] = max(1, min(chosen.samples, windows - kept))
+        if all(spec.sizes[path] == size for path, size in sizes.items()):
+            return False
         self.plan = self._planned(spec.sized(sizes))
         return True
 

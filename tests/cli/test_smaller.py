@@ -306,7 +306,7 @@ def test_what_the_minutes_leave_recovers_a_cut(pho, made_model, texts, monkeypat
     assert {"dense", "pruned", "recovered"} == recovered["perplexities"].keys()
     assert json.loads(Path("recovered/pruning.json").read_text())["recovery"]["tokens"] > 0
     assert "recovery" not in plain
-    assert not [path for path in Path().glob(".*") if path.suffix in (".cuts", ".recovery")]
+    assert not [path for path in Path().glob(".*") if path.suffix in (".search", ".recovery")]
 
 
 @pytest.mark.thorough
@@ -317,7 +317,7 @@ def test_an_interrupted_recovery_of_a_cut_goes_on_with_its_minutes(
              "--kernel-sizes", "3,5", "--minutes", "0.3", "--out", "again", "--json")  # fmt: skip
     monkeypatch.setattr(Clock, "recovery_s", lambda _: 3.0)
     with monkeypatch.context() as killed:
-        killed.setattr("pho_service.cli.cut.recover_cut", lambda *_: 1 / 0)
+        killed.setattr("pho_service.cli.searched.recover_pruned", lambda *_: 1 / 0)
         pho(*words)
     monkeypatch.setattr(Clock, "recovery_s", lambda _: 0.0)
     again = pho(*words)

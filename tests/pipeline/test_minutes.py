@@ -156,6 +156,20 @@ def test_a_short_text_never_gives_more_windows_than_there_is_time_for(begun, mon
     assert clock.plan.spec.calibration.samples <= chosen.samples
 
 
+@pytest.mark.parametrize(("recovers", "confirmed"), [(True, 6), (False, 16)])
+def test_a_confirmation_leaves_a_recovery_its_windows_of_a_short_text(
+    recovers, confirmed, begun, monkeypatch
+):
+    job = {"prune": True, "recovery": {} if recovers else None}
+    _, clock, _ = begun(40 * least_minutes(begun), **job)
+    length = clock.plan.spec.calibration.context_length
+    monkeypatch.setattr("pho_service.pipeline.minutes._tokens", lambda *_: 24 * length)
+
+    assert clock.fit_text(None, None, [], SIZES)
+    spec = clock.plan.spec
+    assert (spec.calibration.samples, spec.confirm.windows) == (24 - 6 - 6 * recovers, confirmed)
+
+
 def test_the_least_of_a_text_that_has_more_is_not_cut_into_shorter_windows(
     begun, model_folder, texts, tmp_path
 ):

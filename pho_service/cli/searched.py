@@ -1,5 +1,5 @@
 """
-A smaller model, by `pho prune`: cut by a share, a size, a speed or bytes, recovered, measured.
+A model by a search of its own, by `pho prune`: pruned, or cut by a share, size, speed or bytes.
 """
 
 import shutil
@@ -13,7 +13,7 @@ import click
 from pho_service.cli.document import Given
 from pho_service.cli.minutes import budget_of
 from pho_service.cli.options import Terminal, calibration_source, check_models
-from pho_service.cli.recover import recover_cut, recovery_text, show_recovered
+from pho_service.cli.recover import recover_pruned, recovery_text, show_recovered
 from pho_service.cli.terminal import print_json, progress, say, show_table
 from pho_service.errors import InvalidInput
 from pho_service.spec.document import AFTER, MACHINE, PRUNED, FieldShown, parse_bytes
@@ -24,11 +24,14 @@ from pho_service.spec.verbs import RuntimeName
 
 if TYPE_CHECKING:
     from pho_service.cli.faster import WantedSpeed
+    from pho_service.pipeline.prune import PrunedFolder
     from pho_service.pipeline.work import Work
     from pho_service.spec.configuration import Configuration
     from pho_service.spec.export import Exported
     from pho_service.spec.recovery import Recovered
+    from pho_service.tuning.result import SearchResult
 
+ROUNDED = 0.005  # that a sparsity may be below what was asked for without a word
 CUT_WINDOWS = 8  # that cuts are compared on, of those that the calibration leaves
 
 
@@ -69,9 +72,10 @@ class CutAsk:
     def _where(self) -> dict[str, str | None]:
         return {"--runtime": self.runtime, "--type": self.type}
 
-    def asked_cut(self, pattern: str | None) -> str:
+    def asked_search(self, pattern: str | None, *, alone: bool) -> str:
         """
-        The option that asks for a smaller model, with its value; "" if none does.
+        The option that a search is for, with its value; "" if there is none. A pattern of zeros is
+        for one if nothing else says how a model is pruned: it stands ``alone``.
 
         Raises:
             InvalidInput: More than one does, or where a speed is measured is said without one.
@@ -85,51 +89,53 @@ class CutAsk:
             raise InvalidInput(
                 f"{', '.join(where)}: where --faster 1.2x is measured. Leave it out, or give that."
             )
-        return words[0] if is_budget or is_structured(pattern) else ""
+        return words[0] if words and (is_budget or is_structured(pattern) or alone) else ""
 
 
-def cut(
-    model: str, ask: CutAsk, pattern: str | None, folder: Path, given: Given, as_json: bool,
+def prune_by_search(
+    model: str, ask: CutAsk, pattern: Pattern | None, folder: Path, given: Given, as_json: bool,
     inputs: Terminal,
 ) -> None:  # fmt: skip
-    """Find the best cut, as `pho search` does, and save the smaller model, recovered."""
+    """Find the best for a pattern, as `pho search` does, and save the model, recovered."""
     from pho_service.cli.faster import WantedSpeed, speed_of
-    from pho_service.host.files import check_free
     from pho_service.pipeline.prune import prune_job, winner_of
     from pho_service.pipeline.search import opened_study, search_job
 
     began, wanted = time.monotonic(), None
     if ask.faster is not None:
         wanted = WantedSpeed.of(ask.faster, ask.runtime or "torch", ask.type)
-    check_free(folder)
-    check_models([model], inputs.revision, given("recovery/text"))
+    texts = (given(f"{part}/text") for part in ("confirm", "report", "recovery"))
+    check_models([model], inputs.revision, *texts)
     # What an interrupted run has measured is there when the same command is given again.
-    place = folder.expanduser().resolve().with_name(f".{folder.name}.cuts")
+    place = folder.expanduser().resolve().with_name(f".{folder.name}.search")
     study_url = f"sqlite:///{place}/study.db"
     if wanted is not None:
-        pattern = _faster(model, place, wanted, inputs)
+        pattern = Pattern.parse(_faster(model, place, wanted, inputs))
     elif ask.smaller is not None:
-        pattern = _smaller(model, ask.smaller, given)
+        pattern = Pattern.parse(_smaller(model, ask.smaller, given))
     elif ask.bytes is not None:
-        pattern = _in_bytes(model, ask.bytes, given, as_json, inputs)
-        if pattern is None:
+        cut = _in_bytes(model, ask.bytes, given, as_json, inputs)
+        if cut is None:
             whole = _exported(model, folder, ask.bytes, given, inputs)
             print_json({"gguf": whole.to_dict()}) if as_json else click.echo(whole)
             return
+        pattern = Pattern.parse(cut)
+    assert pattern is not None  # or a budget
     document: dict[str, Any] = {
-        "model": model, "pattern": str(Pattern.parse(str(pattern))), "prune": True,
-        "confirm": {"windows": CUT_WINDOWS},
+        "model": model, "pattern": str(pattern), "scope": pattern.free_scope, "prune": True,
     }  # fmt: skip
+    document |= {"confirm": {"windows": CUT_WINDOWS}} if pattern.structured else {}
     document |= {"recovery": None} if ask.no_recovery else {}
     asked = given.job(given.document(document))
     source = calibration_source(asked.calibration)
     budget = budget_of(asked, source, study_url, inputs, began)
-    request, settings = budget.spec.request(0), budget.spec.calibration.settings()
+    settings = budget.spec.calibration.settings()
     with budget.bar():
         work = inputs.calibrated(
-            budget.model, source, settings, budget.spec.confirm, requests=[request]
-        )
-        budget.calibrated(asked, work)
+            budget.model, source, settings, budget.spec.confirm,
+            report=budget.spec.report, requests=[budget.spec.request(0)],
+        )  # fmt: skip
+        request = budget.calibrated(asked, work).request(0)
         place.mkdir(parents=True, exist_ok=True)
         with opened_study(study_url, request, work) as study:
             budget.note(study)
@@ -137,17 +143,17 @@ def cut(
             recovery = budget.recovery(work, study)
         configuration, recovered = result.configuration, None
         blocks = work.blocks(winner_of(configuration))
-        first = folder if recovery is None else place / "cut"
-        shutil.rmtree(place / "cut", ignore_errors=True)  # of an interrupted run
+        first = folder if recovery is None else place / "pruned"
+        shutil.rmtree(place / "pruned", ignore_errors=True)  # of an interrupted run
         pruned = prune_job(work, configuration, first, memo=blocks, progress=progress)
         text = recovery_text(budget.spec, work)
         del work  # whose model is not dense any more
         budget.model = model
         if recovery is not None:
-            recovered = recover_cut(first, model, text, recovery, folder, inputs)
+            recovered = recover_pruned(first, model, text, recovery, folder, inputs)
     shutil.rmtree(place)
     if not as_json:
-        _show(model, folder, configuration, recovered)
+        _show(model, folder, result, pruned, recovered)
     exported = speed = None
     if ask.bytes is not None:
         exported = _exported(str(folder), folder, ask.bytes, given, inputs)
@@ -166,7 +172,11 @@ def cut(
             {
                 "out": str(folder),
                 "configuration": configuration.model_dump(mode="json"),
-                "structure": pruned.recipe["structure"],
+                **(
+                    {"structure": pruned.recipe["structure"]}
+                    if configuration.cut
+                    else pruned_values(pruned)
+                ),
                 **({} if recovered is None else {"recovery": recovered.to_dict()}),
                 **({} if exported is None else {"gguf": exported.to_dict()}),
                 **({} if speed is None else {"speed": [asdict(side) for side in speed.sides]}),
@@ -175,23 +185,64 @@ def cut(
 
 
 def _show(
-    model: str, folder: Path, configuration: "Configuration", recovered: "Recovered | None"
+    model: str,
+    folder: Path,
+    result: "SearchResult",
+    pruned: "PrunedFolder",
+    recovered: "Recovered | None",
 ) -> None:
-    """How good the model is that was saved, and the splits that it was chosen from."""
+    """How good the model is that was saved, and what it was chosen from."""
     from pho_service.shown.report import Report
     from pho_service.shown.tables import results_table, verdict_table
 
+    configuration = result.configuration
+    for warning in result.warnings:
+        say(f"Note: {warning}")
     good = configuration.headline
     assert good is not None  # the dense model was measured
     for table in (verdict_table(good), results_table(Report.of(configuration))):
         if table is not None:
             show_table(table)
-    say(f"{folder}: {configuration.cut}. It is an ordinary model.")
+    show_pruned(folder, configuration, pruned)
+    if configuration.cut is not None:
+        say("It is an ordinary model.")
     if recovered is None:
         say(f"Win back some of what was lost: `pho recover {folder} --teacher {model}`.")
     else:
         say(f"{recovered}.")
         show_recovered(recovered)
+
+
+def show_pruned(folder: Path, configuration: "Configuration", pruned: "PrunedFolder") -> None:
+    """What a folder has less than the dense model."""
+    from pho_service.pipeline.prune import orders_in_words
+    from pho_service.pruning.reconstruction import summary
+
+    if configuration.cut is not None:
+        click.echo(f"{folder}: {configuration.cut}")
+        return
+    click.echo(f"{folder}: {pruned.sparsity:.4%} of {len(pruned.layers)} linears removed")
+    candidate = configuration.candidate()
+    pattern, rows = candidate.pattern, candidate.pattern.scope == "row"
+    if rows and not candidate.steps.linears and pattern.sparsity - pruned.sparsity > ROUNDED:
+        say(
+            f"{pattern} was asked for: of each row a whole number of weights is removed, and rows "
+            "are short here."
+        )
+    if pruned.orders:
+        click.echo(orders_in_words(pruned.orders))
+    if pruned.blocks:
+        click.echo(f"{summary(pruned.blocks)}.")
+
+
+def pruned_values(pruned: "PrunedFolder") -> dict[str, Any]:
+    """The same as JSON values, of a model that has zeros."""
+    return {
+        "sparsity": pruned.sparsity,
+        "layers": pruned.layers,
+        **({"orders": pruned.orders} if pruned.orders else {}),
+        **({"blocks": pruned.recipe["blocks"]} if pruned.blocks else {}),
+    }
 
 
 def _smaller(model: str, smaller: str, given: Given) -> str:
