@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from pho_service.spec.fields import CalibrationSpec
 
 
-# Where `pho prune` has its configuration from: a file, a published method, a library.
 PUBLIC = "Everybody can see a new repository; by default only you can."
 _OF_ZEROS = {"deployable": "steps/deployable", "stream": "stream"}  # options that cuts lack
 # The seed is the calibration's.

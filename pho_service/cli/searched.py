@@ -172,6 +172,7 @@ def prune_by_search(
             {
                 "out": str(folder),
                 "configuration": configuration.model_dump(mode="json"),
+                "warnings": result.warnings,
                 **(
                     {"structure": pruned.recipe["structure"]}
                     if configuration.cut

@@ -21,12 +21,13 @@ def words(made_model, texts):
 
 def test_a_pattern_alone_searches_and_prunes_with_the_bytes_of_two_commands(pho, words, made_model):
     pruned = answer(pho(*words, *SMALL, "--out", "pruned", "--json"))
-    found = pho("search", *words[1:], *SMALL, "--out", "config.json")
+    found = pho("search", *words[1:], *SMALL, "--out", "config.json", "--json")
     again = pho(*words[:2], "--config", "config.json", *words[4:], *SMALL, "--out", "again")
     checked = pho("prune", made_model, "--check", "pruned")
 
     assert (found.exit_code, again.exit_code, checked.exit_code) == (0, 0, 0), checked.output
     best = json.loads(Path("config.json").read_text())
+    assert pruned["warnings"] == json.loads(found.stdout)["warnings"]
     assert pruned["sparsity"] == pytest.approx(0.5, abs=1e-3)
     assert pruned["configuration"]["steps"] == best["steps"]
     assert pruned["configuration"]["coefficients"] == best["coefficients"]
