@@ -412,11 +412,11 @@ def compare(ask: CompareArguments) -> Comparison:
     )
     if ask.minutes is None:
         return compared
-    chosen = (
+    note = (
         f"For minutes={ask.minutes:g}, samples={how.samples} and "
         f"context_length={how.context_length} were chosen. They do the same anywhere."
     )
-    return replace(compared, notes=[*compared.notes, chosen])
+    return replace(compared, notes=[*compared.notes, note])
 
 
 def _known_bundle(ask: CompareArguments) -> ProxyBundle | None:

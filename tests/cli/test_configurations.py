@@ -342,7 +342,7 @@ def test_the_service_that_the_settings_name_is_the_library_where_none_is_given(
     [
         ("prune {model} --out pruned --from-library --library {folder}", 2, "needs a --pattern"),
         ("prune {model} --out pruned --from-library --config {config} --pattern 0.5", 2,
-         "one of --config, --method, --from-library, --smaller, --faster, --bytes"),
+         "one of --pattern, --config, --method, --from-library, --smaller"),
         ("prune {model} --out pruned --config {config} --library {folder}", 2,
          "--library: for --from-library alone"),
         ("prune {model} --out pruned --config {config} --force", 2, "--force: for --from-libr"),
