@@ -351,7 +351,7 @@ def compare(model: str, given: Given, ask: _CompareAsk, inputs: Terminal, as_jso
     )
     from pho_service.pipeline.curve import check_patterns
     from pho_service.pipeline.tasks import also_tasks
-    from pho_service.planning.plan import ComparedWork
+    from pho_service.planning.plan import SHORT_WINDOW, ComparedWork
     from pho_service.spec.configuration import read_configuration
 
     measured = ask.report
@@ -385,7 +385,7 @@ def compare(model: str, given: Given, ask: _CompareAsk, inputs: Terminal, as_jso
     if not configurations:
         steps = [candidate.steps for _, candidate in request.rows([], has_text=True)[0]]
         short = replace(
-            calibration.settings(), context_length=min(_SHORT, loaded.longest or _SHORT)
+            calibration.settings(), context_length=min(SHORT_WINDOW, loaded.longest or SHORT_WINDOW)
         )
         work = ComparedWork(
             rows=[*steps, *(search.steps for search in request.searches.values())],
@@ -413,9 +413,6 @@ def compare(model: str, given: Given, ask: _CompareAsk, inputs: Terminal, as_jso
         print_json(compared.to_dict())
         return
     show_comparison(compared)
-
-
-_SHORT = 512  # tokens of windows that a report text is counted in before the minutes choose
 
 
 def _in_minutes(

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 # minutes of its recovery.
 CHOSEN, SPENT, RESTED = "minutes", "spent_s", "recovery"
 _NOTED_S = 5.0  # how often that is written down
-_PRUNED, _TRAINED = "Pruning the best in full", "Training the best"
-_OPTIONS = {_PRUNED: "--in-full", _TRAINED: "--reconstruction-passes"}
 # The steps of a plan, by what the titles of their first bars begin with.
 _BEGINS = {
     "Calibrating": "calibrate", "Searching": "search", "[": "search", "Rating cuts": "search",
@@ -86,8 +84,9 @@ class Budget:
         run = inputs.run(work.dense)
         if self.clock is None:
             return run
-        run = self.clock.watched(run)
-        in_full, passes = _with_notice(run.in_full, _PRUNED), _with_notice(run.passes, _TRAINED)
+        in_full = _with_notice(self.clock.in_full, "Pruning the best in full", "--in-full")
+        trained = "--reconstruction-passes"
+        passes = _with_notice(self.clock.passes, "Training the best", trained)
         return replace(run, look=_noting(study, self.clock), in_full=in_full, passes=passes)
 
     def recovery(self, work: "Work", study: "Study") -> "Recovery | None":
@@ -227,14 +226,13 @@ def _earlier(url: str, asked: "JobSpec") -> dict[str, Any] | None:
     return None
 
 
-def _with_notice(number: Callable[[int], int] | None, does: str) -> Callable[[int], int]:
-    """A choice by the time that is left that says what it has chosen, as options."""
-    assert number is not None  # a clock gives them
+def _with_notice(number: Callable[[int], int], does: str, option: str) -> Callable[[int], int]:
+    """A choice by the time that is left that says what it has chosen, as an option."""
 
     def choice(usual: int) -> int:
         count = number(usual)
         if count != usual:
-            say(f"{does} in the time that is left: {_OPTIONS[does]} {count}.")
+            say(f"{does} in the time that is left: {option} {count}.")
         return count
 
     return choice

@@ -250,15 +250,14 @@ def prune(model: str | None, given: Given, ask: _PruneAsk, inputs: Terminal, as_
             )
         _check(Path(ask.check), model, as_json, inputs)
         return
-    alone = all(value is None for value in chosen.values())
-    searched = ask.asked_search(ask.pattern, alone=alone)
+    sources = [name for name, value in chosen.items() if value is not None]
+    searched = ask.asked_search(ask.pattern, alone=not sources)
     if of_searches and not searched:
         raise InvalidInput(
             f"{', '.join(of_searches)}: only for a search, which --pattern by itself, --smaller, "
             "--faster and --bytes ask for. Leave it out; `pho recover` recovers a folder."
         )
-    sources = len([value for value in chosen.values() if value is not None])
-    if not (model and ask.out) or (sources != 1 and not searched):
+    if not (model and ask.out) or (len(sources) != 1 and not searched):
         raise InvalidInput(
             "MODEL, --out, and one of --pattern, --config, --method, --from-library, --smaller, "
             "--faster and --bytes are needed to prune; to check a folder, --check."

@@ -101,7 +101,7 @@ def prune_by_search(
     from pho_service.pipeline.prune import prune_job, winner_of
     from pho_service.pipeline.search import opened_study, search_job
 
-    began, wanted = time.monotonic(), None
+    began, wanted, cut = time.monotonic(), None, None
     if ask.faster is not None:
         wanted = WantedSpeed.of(ask.faster, ask.runtime or "torch", ask.type)
     texts = (given(f"{part}/text") for part in ("confirm", "report", "recovery"))
@@ -110,16 +110,16 @@ def prune_by_search(
     place = folder.expanduser().resolve().with_name(f".{folder.name}.search")
     study_url = f"sqlite:///{place}/study.db"
     if wanted is not None:
-        pattern = Pattern.parse(_faster(model, place, wanted, inputs))
+        cut = _faster(model, place, wanted, inputs)
     elif ask.smaller is not None:
-        pattern = Pattern.parse(_smaller(model, ask.smaller, given))
+        cut = _smaller(model, ask.smaller, given)
     elif ask.bytes is not None:
         cut = _in_bytes(model, ask.bytes, given, as_json, inputs)
         if cut is None:
             whole = _exported(model, folder, ask.bytes, given, inputs)
             print_json({"gguf": whole.to_dict()}) if as_json else click.echo(whole)
             return
-        pattern = Pattern.parse(cut)
+    pattern = pattern if cut is None else Pattern.parse(cut)
     assert pattern is not None  # or a budget
     document: dict[str, Any] = {
         "model": model, "pattern": str(pattern), "scope": pattern.free_scope, "prune": True,

@@ -44,7 +44,7 @@ from pho_service.pipeline.compare import (
 from pho_service.pipeline.llama_bench import ReportedOn, bench_llama
 from pho_service.pipeline.tasks import also_tasks, measure_tasks
 from pho_service.pipeline.work import Work
-from pho_service.planning.plan import ComparedWork
+from pho_service.planning.plan import SHORT_WINDOW, ComparedWork
 from pho_service.progress import bars
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.shown.parts import Shown, Table
@@ -52,7 +52,6 @@ from pho_service.shown.tables import scores_table
 from pho_service.spec.calibration import Bos, CalibrationSettings
 from pho_service.spec.document import part_of, with_error
 from pho_service.spec.fields import ConfirmSpec
-from pho_service.spec.minutes import SizeName
 from pho_service.spec.objective import SearchOptions, options_of
 from pho_service.spec.pattern import Linears, Pattern
 from pho_service.spec.perplexity import beside_in_words
@@ -66,7 +65,6 @@ if TYPE_CHECKING:
 
 
 _DEFAULT = CalibrationSettings()
-_SHORT = 512  # tokens of windows that a report text is counted in before the minutes choose
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -319,20 +317,18 @@ class CompareArguments(TaskArguments, CompareAsk, SearchOptions, LinearArguments
             "minutes": None, **options_of(self),
         }  # fmt: skip
         searches = [as_job({**document, "preset": name}) for name in self.presets]
-        short = replace(_DEFAULT, context_length=min(_SHORT, model.longest or _SHORT))
-        rows = request.rows(request.configurations, has_text=True)[0]
+        short = replace(_DEFAULT, context_length=min(SHORT_WINDOW, model.longest or SHORT_WINDOW))
+        rows = [row.steps for _, row in request.rows(request.configurations, has_text=True)[0]]
         work = ComparedWork(
-            rows=[row.steps for _, row in rows] + [job.request(0).steps for job in searches],
+            rows=[*rows, *(search.steps for search in request.searches.values())],
             searches=searches,
             windows=len(measured_text(model, self.report, short, self.report_windows).windows),
             calibrations=max(1, len(self.seeds)),
         )
-        length = self.texts.shape[-1] if isinstance(self.texts, Tensor) else self.context_length
-        given: dict[SizeName, int | None] = {
-            "calibration/samples": self.samples, "calibration/context_length": length,
-        }  # fmt: skip
-        source = calibration_text_of(self.texts)
-        return calibration_sizes(model, source, self.minutes, given, pattern, work.seconds)
+        return calibration_sizes(
+            model, self.texts, self.minutes, self.samples, self.context_length,
+            pattern=pattern, took=work.seconds,
+        )  # fmt: skip
 
 
 @arguments(CompareArguments)

@@ -8,20 +8,20 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
+from torch import Tensor
 
 from pho_service.errors import InvalidInput
-from pho_service.interface.inputs import settings_of
+from pho_service.interface.inputs import calibration_text_of, length_of, settings_of
 from pho_service.pipeline.minutes import Clock, machine_of
 from pho_service.pipeline.work import Work
 from pho_service.planning.shapes import Header, ModelShapes, TensorHeader, model_shapes
-from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.configuration import reasons
 from pho_service.spec.job import JobSpec
 from pho_service.spec.minutes import MOST_MINUTES, OF_THE_TEXT, SizeName
 
 if TYPE_CHECKING:
+    from pho_service.interface.inputs import MixedTexts
     from pho_service.models.loading import LanguageModel
-    from pho_service.models.texts import MixedText, Text
     from pho_service.planning.plan import Plan
     from pho_service.tuning.plan import SearchRequest
 
@@ -61,20 +61,21 @@ def clock_of(
 
 def calibration_sizes(
     model: "LanguageModel",
-    source: "Text | MixedText",
+    texts: "MixedTexts",
     minutes: float,
-    given: Mapping[SizeName, int | None],
+    samples: int | None,
+    length: int | None,
     pattern: str = "0.5",
     took: Callable[["Plan"], float] | None = None,
 ) -> tuple[int, int]:
     """Windows and their length with which a search by its defaults, or ``took``, takes so long."""
-    names = {path: path.rpartition("/")[2] for path in OF_THE_TEXT}
-    values = {names[path]: size for path, size in given.items() if size is not None}
-    usual = CalibrationSettings.context_length
-    values.setdefault("context_length", min(usual, model.longest or usual))
+    length = texts.shape[-1] if isinstance(texts, Tensor) else length
+    values = {"context_length": length_of(model, texts, length)}
+    values |= {} if samples is None else {"samples": samples}
+    given = dict(zip(OF_THE_TEXT, (samples, length), strict=True))
     free = [path for path in OF_THE_TEXT if given[path] is None]
     clock = clock_of(model, minutes, free, took, pattern=pattern, calibration=values)
-    clock.fit_text(model, source, [], free)
+    clock.fit_text(model, calibration_text_of(texts), [], free)
     calibration = clock.plan.spec.calibration
     return calibration.samples, calibration.context_length
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast, get_type_hints
 
 import optuna
 from optuna.samplers import BaseSampler
-from torch import Tensor
 
 from pho_service.errors import InvalidInput, StudyError
 from pho_service.host.files import write_text
@@ -57,7 +56,6 @@ from pho_service.spec.configuration import Configuration, Continuation, write_co
 from pho_service.spec.curve import FEW_FINALISTS
 from pho_service.spec.document import number, sentences_of
 from pho_service.spec.fields import ValidationSpec
-from pho_service.spec.minutes import SizeName
 from pho_service.spec.objective import (
     Objective,
     ObjectiveName,
@@ -744,12 +742,7 @@ class CalibrateArguments(CalibrationSettings):
         values = {part.name: getattr(self, part.name) for part in fields(CalibrationSettings)}
         samples, length = self.samples, self.context_length
         if self.minutes is not None:
-            length = self.texts.shape[-1] if isinstance(self.texts, Tensor) else length
-            sizes: dict[SizeName, int | None] = {
-                "calibration/samples": samples, "calibration/context_length": length,
-            }  # fmt: skip
-            source = calibration_text_of(self.texts)
-            samples, length = calibration_sizes(model, source, self.minutes, sizes)
+            samples, length = calibration_sizes(model, self.texts, self.minutes, samples, length)
         chosen_sizes = {
             "samples": CalibrationSettings.samples if samples is None else samples,
             "context_length": length_of(model, self.texts, length),

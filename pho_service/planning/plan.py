@@ -338,6 +338,9 @@ def with_process(peak: Peak, machine: Machine) -> Peak:
     return replace(peak, device=device, host=host)
 
 
+SHORT_WINDOW = 512  # tokens of windows that a report text is counted in before the minutes choose
+
+
 @dataclass(frozen=True, kw_only=True)
 class ComparedWork:
     """What a comparison does on each of its calibrations."""

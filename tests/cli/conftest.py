@@ -13,6 +13,7 @@ from pho_service.models.bundle_file import write_bundle
 from pho_service.models.calibration import calibrate, calibration_text
 from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import load_model
+from pho_service.pipeline.minutes import Clock
 from pho_service.spec.calibration import CalibrationSettings
 
 
@@ -75,5 +76,20 @@ def remote(pho, url, monkeypatch):
         result = pho(*words)
         assert isinstance(result.exception, SystemExit | None), result.exception
         return result
+
+    return run
+
+
+@pytest.fixture
+def resumed(pho, monkeypatch):
+    """Run a command whose recovery fails the first time, with no time left the second."""
+
+    def run(*words):
+        monkeypatch.setattr(Clock, "recovery_s", lambda _: 3.0)
+        with monkeypatch.context() as killed:
+            killed.setattr("pho_service.cli.searched.recover_pruned", lambda *_: 1 / 0)
+            pho(*words)
+        monkeypatch.setattr(Clock, "recovery_s", lambda _: 0.0)
+        return pho(*words)
 
     return run

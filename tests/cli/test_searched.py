@@ -41,15 +41,15 @@ def test_a_person_sees_how_good_it_is_what_is_gone_and_what_to_do_next(
 ):
     monkeypatch.setattr(Clock, "recovery_s", lambda _: 0.0)
     ran = pho(*words, "--kernel-sizes", "3,5", "--minutes", "0.2", "--out", "pruned")
-    told = " ".join(ran.stderr.split())
+    lines = " ".join(ran.stderr.split())
 
     assert ran.exit_code == 0, ran.output
-    assert "finalists on" in told
-    assert "It is not recovered: the search has left too few of the minutes" in told
+    assert "finalists on" in lines
+    assert "It is not recovered: the search has left too few of the minutes" in lines
     assert "pruned: 50.0000% of" in ran.stdout
     assert "dense" in ran.stdout
-    assert f"`pho recover pruned --teacher {made_model}`" in told
-    chosen = re.findall(r"(?:minutes left|time that is left): (--[^.]*)\. ", f"{told} ")
+    assert f"`pho recover pruned --teacher {made_model}`" in lines
+    chosen = re.findall(r"(?:minutes left|time that is left): (--[^.]*)\. ", f"{lines} ")
     options = [word for words in chosen for word in shlex.split(words)]
     again = pho(*words, "--kernel-sizes", "3,5", *options, "--out", "again")
     assert again.exit_code == 0, again.output
@@ -58,15 +58,10 @@ def test_a_person_sees_how_good_it_is_what_is_gone_and_what_to_do_next(
 
 
 def test_what_the_minutes_leave_recovers_it_also_after_an_interruption(
-    pho, words, made_model, monkeypatch
+    pho, resumed, words, made_model
 ):
     words = (*words, "--kernel-sizes", "3,5", "--minutes", "0.3", "--out", "pruned", "--json")
-    monkeypatch.setattr(Clock, "recovery_s", lambda _: 3.0)
-    with monkeypatch.context() as killed:
-        killed.setattr("pho_service.cli.searched.recover_pruned", lambda *_: 1 / 0)
-        pho(*words)
-    monkeypatch.setattr(Clock, "recovery_s", lambda _: 0.0)
-    result = pho(*words)
+    result = resumed(*words)
     recovered = answer(result)["recovery"]
     weights = load_file("pruned/model.safetensors")
     zeros = [(w == 0).float().mean() for name, w in weights.items() if "q_proj.weight" in name]

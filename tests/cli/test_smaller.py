@@ -310,17 +310,10 @@ def test_what_the_minutes_leave_recovers_a_cut(pho, made_model, texts, monkeypat
 
 
 @pytest.mark.thorough
-def test_an_interrupted_recovery_of_a_cut_goes_on_with_its_minutes(
-    pho, made_model, texts, monkeypatch
-):
+def test_an_interrupted_recovery_of_a_cut_goes_on_with_its_minutes(resumed, made_model, texts):
     words = ("prune", made_model, "--pattern", "structured:20%", "--text", texts["calibration"],
              "--kernel-sizes", "3,5", "--minutes", "0.3", "--out", "again", "--json")  # fmt: skip
-    monkeypatch.setattr(Clock, "recovery_s", lambda _: 3.0)
-    with monkeypatch.context() as killed:
-        killed.setattr("pho_service.cli.searched.recover_pruned", lambda *_: 1 / 0)
-        pho(*words)
-    monkeypatch.setattr(Clock, "recovery_s", lambda _: 0.0)
-    again = pho(*words)
+    again = resumed(*words)
 
     assert "--recover-minutes 0.05" in again.stderr
     assert json.loads(again.stdout)["recovery"]["tokens"] > 0
