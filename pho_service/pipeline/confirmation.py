@@ -230,27 +230,44 @@ def named(candidate: Candidate) -> Iterator[None]:
 
 
 # The winner of a search, reconstructed: it takes minutes, so no other finalist is.
+RECONSTRUCTED = "reconstructed"  # record of a study: the perplexity of its winner
+
+
+def reconstruct(
+    candidate: Candidate, settings: Reconstruction, study: optuna.Study, work: Work, run: Run
+) -> Perplexity:
+    """The perplexity of a winner that is reconstructed."""
+    steps = replace(candidate.steps, reconstruction=_fitted(settings, study, run))
+    return measured_once(
+        study, work, replace(candidate, steps=steps), run,
+        kept=RECONSTRUCTED, title="Reconstructing the best", writes=True,
+    )  # fmt: skip
+
+
+def _fitted(settings: Reconstruction, study: optuna.Study, run: Run) -> Reconstruction:
+    """A reconstruction with as many passes as there is time for."""
+    passes = _in_time(study, "passes", settings.passes, run.passes, run)
+    return replace(settings, passes=passes)
+
+
 def reconstruct_winner(
     result: SearchResult,
     settings: Reconstruction,
     study: optuna.Study,
     work: Work | None,
     run: Run = Run(),
+    *,
+    at_once: bool = False,
 ) -> SearchResult:
-    """Add a reconstruction to what a search found, if it makes it better."""
-    passes = _in_time(study, "passes", settings.passes, run.passes, run)
-    settings = replace(settings, passes=passes)
+    """Add a reconstruction to what a search found, if it makes it better, or has it already."""
     configuration = result.configuration
-    steps = replace(configuration.steps, reconstruction=settings)
+    steps = replace(configuration.steps, reconstruction=_fitted(settings, study, run))
     rebuilt = configuration.model_copy(update={"steps": steps})
     confirmation = configuration.confirmation
-    if work is None or confirmation is None or result.measured is None:
+    if work is None or confirmation is None or result.measured is None or at_once:
         return replace(result, configuration=rebuilt)
     before = confirmation.perplexity
-    measured = measured_once(
-        study, work, rebuilt.candidate(), run,
-        kept="reconstructed", title="Reconstructing the best", writes=True,
-    )  # fmt: skip
+    measured = reconstruct(configuration.candidate(), settings, study, work, run)
     after = measured.perplexity
     if not after < before:
         if kept := work.blocks(rebuilt.candidate()):
@@ -386,7 +403,7 @@ def with_continuations(
         )
         advance(1)
         # A winner that was pruned with a text has written when it was measured.
-        stored = kept(study, "reconstructed", about) or ({"written": written} if written else {})
+        stored = kept(study, RECONSTRUCTED, about) or ({"written": written} if written else {})
         pruned = stored or once(study, "written", about, prune_and_write, fence=run.fence)
         advance(1)
     continuations = side_by_side(model, windows, dense=dense, pruned=pruned)

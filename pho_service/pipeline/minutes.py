@@ -144,10 +144,10 @@ class Clock:
     def in_full(self, asked: int) -> int:
         """How many finalists there is time to prune in full, after their race; at least one."""
         training_s = self._training_s(self.plan.work.steps.reconstruction.passes)
-        full_s = self.plan.work.in_full * self.plan.costs.measured()
+        full_s = self.plan.costs.measured_in_full(self.plan.work.in_full)
         self._take_note(self.plan.own_seconds(calibrated=True) - full_s - training_s, least=1.0)
         count = self.in_full_left(asked)
-        self._ahead_s = count * self._costs(self.plan.work).measured()
+        self._ahead_s = self._costs(self.plan.work).measured_in_full(count)
         return count
 
     def in_full_left(self, asked: int) -> int:

@@ -33,7 +33,7 @@ from pho_service.spec.fields import ValidationSpec
 from pho_service.spec.perplexity import REFERENCES, Perplexities, Perplexity
 from pho_service.spec.results import Chosen, Measured, PerplexityRequest, Searched
 from pho_service.spec.steps import Allocation, Candidate
-from pho_service.tuning.finalists import Divergences
+from pho_service.tuning.finalists import TRAINED, Divergences
 from pho_service.tuning.plan import Evaluate, RatedCandidate, SearchPlan, SearchRequest
 from pho_service.tuning.result import SearchResult, describe_study, mark_chosen, search_result
 from pho_service.tuning.search import INHERITED, Callback, Islands, run_search, searched
@@ -458,6 +458,7 @@ class _SearchPieces:
         finalists = [
             PerplexityRequest(number=r.number, candidate=r.candidate.to_dict(), trial=r.number)
             for r in raced.finalists
+            if not request.steps.trained_at_once(len(raced.finalists))
         ]
         numbers = [r.number for r in raced.finalists]
         return Chosen(
@@ -505,6 +506,8 @@ class _SearchPieces:
         measured_by_number = {
             wanted.number: value for wanted, value in zip(chosen.wanted, measured, strict=True)
         }
+        at_once = [r for r in rated if r.number in {*chosen.finalists} - {*measured_by_number}]
+        measured_by_number |= {r.number: self._trained(r, run) for r in at_once}
         perplexities, measured_on = self._perplexities(rated, chosen, measured_by_number)
         confirmed = sorted(
             ((perplexities[r.number], r) for r in rated if r.number in perplexities),
@@ -540,7 +543,8 @@ class _SearchPieces:
         configuration = result.configuration.model_copy(update={"search": search})
         result = replace(result, configuration=configuration, trial=number)
         judged = measured_by_number.get(best.number)
-        result = self._looked_at_again(result, [] if judged is None else judged.written, run)
+        written = [] if judged is None else judged.written
+        result = self._looked_at_again(result, written, run, at_once=bool(at_once))
         judges = self._judged_by(rated, perplexities, measured_by_number)
         result = self._reported(with_perplexities(result, judges), judges, run)
         for island_study in islands.studies:
@@ -552,6 +556,22 @@ class _SearchPieces:
             validation=chosen.validation,
             warnings=[*result.warnings, *([chosen.doubt] if chosen.doubt else [])],
         )
+
+    def _trained(self, finalist: RatedCandidate, run: Run) -> Measured:
+        """The perplexity of the only finalist, which is trained at once."""
+        from pho_service.pipeline.confirmation import reconstruct  # loads transformers
+
+        work, settings = self._measured, self._request.steps.reconstruction
+        assert work is not None  # else there is no finalist
+        study, there = self._islands.place(finalist.number)
+        first, on_text = self._islands.studies[0], work.text.measured_on()
+        rating = reconstruct(finalist.candidate, settings, first, work, run)
+        with run.fence():  # it stays a finalist of a longer search
+            keep_record(study, f"{TRAINED}:{there}", {"text_sha256": work.text.key})
+        return Measured(
+            perplexity=rating.perplexity, measured_on=on_text, losses=[*rating.losses],
+            text_sha256=rating.text_sha256, weights_sha256=self._work.check(),
+        )  # fmt: skip
 
     def _perplexities(
         self, rated: Sequence[RatedCandidate], chosen: Chosen, measured: Mapping[int, Measured]
@@ -611,7 +631,7 @@ class _SearchPieces:
         return result
 
     def _looked_at_again(
-        self, result: SearchResult, written: Sequence[str], run: Run
+        self, result: SearchResult, written: Sequence[str], run: Run, *, at_once: bool
     ) -> SearchResult:
         """With what orders that fold cost it, reconstructed if that is better, and writing."""
         steps, study, work = self._request.steps, self._islands.studies[0], self._measured
@@ -626,7 +646,9 @@ class _SearchPieces:
         if work is not None:
             result = priced(result, study, work, run)
         if steps.reconstruction.wanted:
-            result = reconstruct_winner(result, steps.reconstruction, study, work, run)
+            result = reconstruct_winner(
+                result, steps.reconstruction, study, work, run, at_once=at_once
+            )
         if work is not None:
             result = with_continuations(result, written, study, work, run)
             self._work.check()

@@ -331,6 +331,10 @@ class Costs:
         """The perplexity of a candidate, which is pruned for it."""
         return self.perplexity() + self.pruning(self.work.steps.before_reconstruction)
 
+    def measured_in_full(self, count: int) -> float:
+        """The perplexities of so many finalists; the only one is measured as it is trained."""
+        return 0.0 if self.work.steps.trained_at_once(count) else count * self.measured()
+
     def confirmation(self) -> float:
         """A race where it pays, otherwise perplexities; and what the result is judged by."""
         context = self.work.calibration.context_length
@@ -345,9 +349,11 @@ class Costs:
         finalists, in_full = self.work.finalists, 0.0
         masks_alone = steps.needs_text and self.work.in_full < finalists
         if masks_alone:
-            in_full = self.work.in_full * (measured + pruned)
+            in_full = self.measured_in_full(self.work.in_full)
             pruned = self.masks()
-        if self.work.stream or (steps.needs_text and not masks_alone):
+        elif steps.needs_text:
+            return self.measured_in_full(finalists) + winner
+        if self.work.stream:
             return finalists * (measured + pruned) + in_full + winner
         compared = self.forward(max(COMPARED_TOKENS, context), context, head=True)
         if not masks_alone:

@@ -65,7 +65,8 @@ def sentence(plan: "Plan") -> str:
     if confirm is not None:
         in_full = spec.request(0).pruned_in_full(confirm.finalists, spec.pruning())
         needs_text = not spec.is_cut and spec.request(0).steps.needs_text
-        sizes += f", {confirm.finalists} finalists on {confirm.windows} windows"
+        several = "s" * (confirm.finalists > 1)
+        sizes += f", {confirm.finalists} finalist{several} on {confirm.windows} windows"
         sizes += f", {in_full} in full" * needs_text
     took = plan.own_seconds() * len(spec.models)
     recovery = plan.work.recovery if spec.recovers_in_rest else None
@@ -105,8 +106,8 @@ def _confirmations(spec: JobSpec, samples: int) -> Iterator[Sizes]:
         yield {}
         return
     finalists, windows = spec.confirm.finalists, spec.confirm.windows
-    has_masks = not (spec.is_cut or spec.pruning().group)  # that tell finalists apart
-    by_masks = has_masks and spec.request(0).steps.needs_text
+    costly = not spec.is_cut and spec.request(0).steps.needs_text
+    by_masks = costly and not spec.pruning().group  # which tell no finalists of N:M apart
     calibrated = _is_calibrated(spec)
     usual, fewer, least = finalists, finalists if by_masks else 3, 3 if by_masks else 2
     sets: list[tuple[int, int, int | None]] = []
@@ -114,10 +115,13 @@ def _confirmations(spec: JobSpec, samples: int) -> Iterator[Sizes]:
         sets += [(usual, windows, count) for count in range(finalists, 2, -1)]
     if calibrated or samples >= USUAL_FROM:
         sets.append((usual, windows, None))
-    if calibrated or FEW_WINDOWS <= samples <= USUAL_FROM:
+    if calibrated or (samples >= FEW_WINDOWS and (costly or samples <= USUAL_FROM)):
         sets.append((fewer, windows, 1))
     if calibrated or samples <= FEW_WINDOWS:
         sets.append((least, FEW_WINDOWS, 1))
+    # Text is worth more than a choice, the more so where each to choose from is pruned in full.
+    if costly and (calibrated or samples <= (1 if by_masks else 2) * USUAL_FROM):
+        sets.append((1, FEW_WINDOWS, 1))
     for count, measured_on, in_full in sets:
         yield {
             "confirm/windows": min(measured_on, windows),

@@ -220,6 +220,7 @@ def results_table(report: Report) -> Table | None:
         return _cuts_table(report, rows, mark, behind)
     alone = ", masks only" if config is not None and config.steps.needs_text else ""
     rebuilt = config is not None and config.is_reconstructed
+    trained = config is not None and config.is_measured_as_trained
     gain = "gain before reconstruction" if rebuilt else GAINS["perplexity"]
     return Table(
         (
@@ -248,7 +249,8 @@ def results_table(report: Report) -> Table | None:
             + f"KL divergence from the dense model, nats per token{alone}. "
             "Gain: reduction relative to RIA, in perplexity, as estimated from divergence, or in "
             "the proxy."
-            + (" Only the chosen finalist is reconstructed." if rebuilt else ""),
+            + (" Only the chosen finalist is reconstructed." if rebuilt else "")
+            + (" The chosen finalist is measured as reconstructed." if trained else ""),
         ),
         marked=0,
     ).without_empty()  # fmt: skip

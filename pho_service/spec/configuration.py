@@ -52,7 +52,7 @@ class Confirmation(Document):
         any_order: The perplexity of the winner, before any reconstruction, if every linear were
             permuted, also those whose order cannot be folded; None unless that was given up.
         before_reconstruction: The perplexity of the winner before its blocks were trained; None
-            where they were not.
+            where they were not, or where it was the only one, which is measured as trained.
         evaluations: What choosing the winner took, in perplexities of this text: windows that were
             run, over all finalists and the dense model, by the windows of the text.
         errors: Standard errors of the logarithm of the perplexity over ``any_order`` and
@@ -200,6 +200,12 @@ class Configuration(Document):
         """Whether its blocks were trained after it was chosen."""
         how = self.confirmation
         return how is not None and how.before_reconstruction is not None
+
+    @property
+    def is_measured_as_trained(self) -> bool:
+        """Whether it was the only one, so that its blocks were trained at once."""
+        chosen = self.confirmation is not None and self.steps.reconstruction.wanted
+        return chosen and not self.is_reconstructed
 
     @property
     def beside_the_next(self) -> str:

@@ -392,6 +392,13 @@ class Steps(JsonDocument):
         """Return whether linears are kept from an order of channels that they would have."""
         return self.deployable and self.permutation != "none"
 
+    def trained_at_once(self, finalists: int) -> bool:
+        """Whether the only finalist is measured as it is trained, and not before that as well."""
+        # A block whose training does not lower its error on held-out windows stays as it was. What
+        # orders that fold give up is told by the untrained one.
+        trained = self.reconstruction.wanted and self.before_reconstruction.needs_text
+        return finalists == 1 and trained and not self.gives_up_orders
+
     @property
     def chooses_mask(self) -> bool:
         """Return whether the update chooses what is removed, so that a score has no say."""

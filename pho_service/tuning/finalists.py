@@ -17,6 +17,7 @@ from pho_service.tuning.search import Islands
 from storage.studies import record_of
 
 What = Literal["divergence", "perplexity"]
+TRAINED = "trained"  # begins the names of records of trials that were measured only as trained
 
 
 def finalists(rated: Sequence[RatedCandidate], count: int) -> list[RatedCandidate]:
@@ -65,11 +66,12 @@ def confirmed_before(
     # one that it extends.
     records = [record_of(study) for study in islands.studies]
 
-    def text_of(number: int) -> Any:
-        _, trial = islands.place(number)
-        return records[islands.of_island(number)].get(f"perplexity:{trial}", {}).get("text_sha256")
+    def texts_of(number: int) -> list[Any]:
+        (_, trial), record = islands.place(number), records[islands.of_island(number)]
+        names = f"perplexity:{trial}", f"{TRAINED}:{trial}"
+        return [record.get(name, {}).get("text_sha256") for name in names]
 
-    return [candidate for candidate in rated if text_of(candidate.number) == text_sha256]
+    return [candidate for candidate in rated if text_sha256 in texts_of(candidate.number)]
 
 
 def united(

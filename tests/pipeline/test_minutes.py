@@ -53,10 +53,10 @@ def calibrated(spec, clock, passed, seconds):
 
 
 def test_a_calibration_that_took_longer_leaves_fewer_finalists_to_prune_in_full(begun):
-    minutes = 4 * least_minutes(begun)
+    minutes = 12 * least_minutes(begun)
     found = []
     for times in (0.5, 1.0, 2.0):
-        spec, clock, passed = begun(minutes)
+        spec, clock, passed = begun(minutes, calibration={"samples": 8})
         plan = clock.plan
         planned = plan.own_seconds() - plan.own_seconds(calibrated=True)
         found.append(calibrated(spec, clock, passed, times * planned))
@@ -100,9 +100,9 @@ def test_a_preset_that_trains_nothing_has_finalists_pruned_in_full_as_well(begun
 
 
 def test_a_race_that_took_longer_leaves_fewer_to_prune_in_full_but_one_at_least(begun):
-    minutes, counts = 8 * least_minutes(begun), []
+    minutes, counts = 16 * least_minutes(begun), []
     for times in (0.5, 3.0, 30.0):
-        spec, clock, passed = begun(minutes)
+        spec, clock, passed = begun(minutes, calibration={"samples": 8})
         plan = clock.plan
         passed[0] = plan.own_seconds() - plan.own_seconds(calibrated=True)
         clock.calibrated(spec.sized(plan.spec.sizes), anew=False)

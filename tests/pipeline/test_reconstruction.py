@@ -11,7 +11,7 @@ from pho_service.errors import InvalidInput
 from pho_service.models.loading import load_model
 from pho_service.models.saving import read_recipe
 from pho_service.models.scratch import Memo
-from pho_service.pipeline import confirmation
+from pho_service.pipeline import confirmation, rating
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.pipeline import prune_model
 from pho_service.pipeline.prune import prune_job
@@ -210,6 +210,43 @@ def test_winner(searched, bundle, confirming, monkeypatch, factor):
         assert (found.steps, found.confirmation) == (without.steps, without.confirmation)
         assert found.continuations == without.continuations
         assert "The reconstruction was left out" in first.warnings[-1]
+
+
+def test_the_only_one_is_trained_at_once(searched, confirming, monkeypatch):
+    """It is pruned once, measured as it is trained, and stays a finalist of a longer search."""
+    passes = []
+
+    def counting(prune):
+        def pruned(model, statistics, candidate, *args, **options):
+            passes.append(candidate.steps.reconstruction.passes * candidate.steps.needs_text)
+            return prune(model, statistics, candidate, *args, **options)
+
+        return pruned
+
+    for module in (confirmation, rating):
+        monkeypatch.setattr(module, "pruned_model", counting(module.pruned_model))
+    work = replace(confirming, calibration=confirming.text.windows)
+    asked = SearchRequest(
+        pattern=Pattern.parse("0.5"), trials=10, in_full=1,
+        steps=Steps(update="obs", reconstruction=TRAINED),
+    )  # fmt: skip
+    first = searched(asked, work)
+    pruned = [*passes]
+    found, again = first.configuration, searched(asked, work)
+    alone, _ = rating.rate_pruned(
+        work.model, work.bundle.statistics(), found.candidate(), work.text.windows,
+        calibration=work.calibration,
+    )  # fmt: skip
+    longer = searched(replace(asked, trials=20), work).configuration
+
+    assert pruned == [0, 0, 3]  # Wanda and RIA, which it is judged by
+    assert again.configuration == found
+    assert found.steps.reconstruction == TRAINED
+    assert first.measured.perplexity == found.confirmation.perplexity == alone.perplexity
+    assert found.is_measured_as_trained
+    assert found.confirmation.before_reconstruction is None
+    assert found.finalists[0].trial == first.trial
+    assert first.trial in [each.trial for each in longer.finalists if each.perplexity]
 
 
 def test_the_cache_holds_the_blocks_of_the_last_three_searches(model, bundle, tmp_path):
