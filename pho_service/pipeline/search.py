@@ -566,8 +566,10 @@ class _SearchPieces:
         study, there = self._islands.place(finalist.number)
         first, on_text = self._islands.studies[0], work.text.measured_on()
         rating = reconstruct(finalist.candidate, settings, first, work, run)
-        with run.fence():  # it stays a finalist of a longer search
-            keep_record(study, f"{TRAINED}:{there}", {"text_sha256": work.text.key})
+        once(  # it stays a finalist of a longer search
+            study, f"{TRAINED}:{there}", {"text_sha256": work.text.key},
+            lambda: {"perplexity": rating.perplexity}, fence=run.fence, note=(there, "perplexity"),
+        )  # fmt: skip
         return Measured(
             perplexity=rating.perplexity, measured_on=on_text, losses=[*rating.losses],
             text_sha256=rating.text_sha256, weights_sha256=self._work.check(),

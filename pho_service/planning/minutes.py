@@ -56,6 +56,11 @@ def _is_calibrated(spec: JobSpec) -> bool:
     return {*spec.free_sizes} <= {*AFTER_CALIBRATION}
 
 
+def _is_costly(spec: JobSpec) -> bool:
+    """Whether each finalist that is pruned in full runs a text through the model."""
+    return not spec.is_cut and spec.request(0).steps.needs_text
+
+
 def sentence(plan: "Plan") -> str:
     """What the minutes of a job chose, and how long that takes."""
     spec, confirm = plan.spec, plan.spec.confirm
@@ -64,10 +69,9 @@ def sentence(plan: "Plan") -> str:
         sizes += f", {spec.trials} trials"
     if confirm is not None:
         in_full = spec.request(0).pruned_in_full(confirm.finalists, spec.pruning())
-        needs_text = not spec.is_cut and spec.request(0).steps.needs_text
         several = "s" * (confirm.finalists > 1)
         sizes += f", {confirm.finalists} finalist{several} on {confirm.windows} windows"
-        sizes += f", {in_full} in full" * needs_text
+        sizes += f", {in_full} in full" * _is_costly(spec)
     took = plan.own_seconds() * len(spec.models)
     recovery = plan.work.recovery if spec.recovers_in_rest else None
     rest_s = 0 if recovery is None else recovery.time_s
@@ -106,7 +110,7 @@ def _confirmations(spec: JobSpec, samples: int) -> Iterator[Sizes]:
         yield {}
         return
     finalists, windows = spec.confirm.finalists, spec.confirm.windows
-    costly = not spec.is_cut and spec.request(0).steps.needs_text
+    costly = _is_costly(spec)
     by_masks = costly and not spec.pruning().group  # which tell no finalists of N:M apart
     calibrated = _is_calibrated(spec)
     usual, fewer, least = finalists, finalists if by_masks else 3, 3 if by_masks else 2

@@ -4,6 +4,7 @@ import os
 from contextlib import contextmanager
 from dataclasses import replace
 
+import optuna
 import pytest
 import torch
 
@@ -212,7 +213,7 @@ def test_winner(searched, bundle, confirming, monkeypatch, factor):
         assert "The reconstruction was left out" in first.warnings[-1]
 
 
-def test_the_only_one_is_trained_at_once(searched, confirming, monkeypatch):
+def test_the_only_one_is_trained_at_once(searched, studies, confirming, monkeypatch):
     """It is pruned once, measured as it is trained, and stays a finalist of a longer search."""
     passes = []
 
@@ -226,26 +227,28 @@ def test_the_only_one_is_trained_at_once(searched, confirming, monkeypatch):
     for module in (confirmation, rating):
         monkeypatch.setattr(module, "pruned_model", counting(module.pruned_model))
     work = replace(confirming, calibration=confirming.text.windows)
-    asked = SearchRequest(
+    request = SearchRequest(
         pattern=Pattern.parse("0.5"), trials=10, in_full=1,
         steps=Steps(update="obs", reconstruction=TRAINED),
     )  # fmt: skip
-    first = searched(asked, work)
+    first = searched(request, work)
     pruned = [*passes]
-    found, again = first.configuration, searched(asked, work)
+    winner, again = first.configuration, searched(request, work)
     alone, _ = rating.rate_pruned(
-        work.model, work.bundle.statistics(), found.candidate(), work.text.windows,
+        work.model, work.bundle.statistics(), winner.candidate(), work.text.windows,
         calibration=work.calibration,
     )  # fmt: skip
-    longer = searched(replace(asked, trials=20), work).configuration
+    trial = optuna.load_study(study_name=first.study_name, storage=studies).trials[first.trial]
+    longer = searched(replace(request, trials=20), work).configuration
 
     assert pruned == [0, 0, 3]  # Wanda and RIA, which it is judged by
-    assert again.configuration == found
-    assert found.steps.reconstruction == TRAINED
-    assert first.measured.perplexity == found.confirmation.perplexity == alone.perplexity
-    assert found.is_measured_as_trained
-    assert found.confirmation.before_reconstruction is None
-    assert found.finalists[0].trial == first.trial
+    assert again.configuration == winner
+    assert winner.steps.reconstruction == TRAINED
+    assert first.measured.perplexity == winner.confirmation.perplexity == alone.perplexity
+    assert trial.user_attrs["perplexity"] == alone.perplexity  # as dashboards and jobs list it
+    assert winner.is_measured_as_trained
+    assert winner.confirmation.before_reconstruction is None
+    assert winner.finalists[0].trial == first.trial
     assert first.trial in [each.trial for each in longer.finalists if each.perplexity]
 
 
