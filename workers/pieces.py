@@ -477,7 +477,7 @@ def calibrate_piece(
     if converter is not None and before is None:
         check_vocabulary(inputs.model(spec, seal), converter)
         for most in filter(None, map(file_bytes, spec.gguf)):
-            check_room(inputs.model(spec, seal), most, spec.points[0].sparsity * spec.is_cut)
+            check_room(inputs.model(spec, seal), most, spec.points[0])
     model, linears = inputs.model(spec, seal), whole.request(0).steps.linears
     check_patterns(model, whole.points, linears)
     text = inputs.calibration_text(spec, seal)

@@ -98,7 +98,7 @@ def checks(spec: JobSpec, service: Service, caller: Caller) -> Iterator[Callable
     yield from spec.access_checks(service.access)
     yield partial(service.check_size, spec)
     yield partial(_check_context, spec, service.access)
-    yield partial(_check_linears, spec, service.access)
+    yield partial(_check_shapes, spec, service.access)
     yield partial(_check_windows, spec, service.access)
     if spec.fork_of is not None:
         yield partial(inherit, spec, UUID(spec.fork_of), service, caller)
@@ -152,19 +152,27 @@ def _check_context(spec: JobSpec, access: Access) -> None:
             )
 
 
-def _check_linears(spec: JobSpec, access: Access) -> None:
-    """See that what is said of single linears fits the models that lie on this machine."""
+def _check_shapes(spec: JobSpec, access: Access) -> None:
+    """See that cuts, and what is said of single linears, fit the models on this machine."""
     linears = spec.request(0).steps.linears
-    for name in spec.models if linears else ():
-        shapes = []
+    for name in spec.models if linears or spec.is_cut else ():
+        shapes = None
         with suppress(InvalidInput, ModelError):  # whoever loads it says why
             place = access.model(name)
             if Path(place).is_absolute() and Path(place).is_dir():
-                shapes = [*read_shapes(name, path=place).linears]
-        if not shapes or any(linear.count > 1 for linear in shapes):
+                shapes = read_shapes(name, path=place)
+        if shapes is None:
+            continue
+        try:
+            for pattern in spec.points:
+                pattern.cut_share(parameters=shapes.parameters, prunable=shapes.prunable)
+        except InvalidInput as error:
+            raise FieldError("/patterns" if spec.several else "/pattern", str(error)) from error
+        if any(linear.count > 1 for linear in shapes.linears):
             continue  # fused experts have other names in a file
         try:
-            linears.choose([linear.name for linear in shapes], spec.points[0], model=name)
+            names = [linear.name for linear in shapes.linears]
+            linears.choose(names, spec.points[0], model=name)
         except InvalidInput as error:
             raise FieldError("/steps/linears", str(error)) from error
         except ModuleNotFoundError:

@@ -155,7 +155,8 @@ class _PruneAsk(CutAsk):
             sparsegpt.
         from_library: Take the most promising configuration of a library for --pattern instead.
         pattern: 0.5 or 2:4; by itself, in the way that a search finds best. structured:20% is the
-            share of the blocks' weights to cut: neurons and query heads.
+            share of the blocks' weights to cut, smaller:20% that of the file: neurons and query
+            heads.
         scope: Where weights compete. With --from-library any by default; with --method for those
             that have none of their own.
         force: With --from-library: take the most promising one even if the proxy says that RIA is

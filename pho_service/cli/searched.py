@@ -19,7 +19,7 @@ from pho_service.errors import InvalidInput
 from pho_service.spec.document import AFTER, MACHINE, PRUNED, FieldShown, parse_bytes
 from pho_service.spec.export import BITS_WINDOWS, GgufType
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.structure import is_structured, share_of_blocks, structured_pattern
+from pho_service.spec.structure import OF_FILE, is_structured
 from pho_service.spec.verbs import RuntimeName
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ class CutAsk:
     Say how small or fast the model is to be.
 
     Attributes:
-        smaller: Share of the model's file that leaves, instead of --pattern: 20%. So much more of
-            the blocks is cut, as embeddings stay.
+        smaller: Share of the model's file that leaves: 20% is --pattern smaller:20%. So much more
+            of the blocks is cut, as embeddings stay.
         faster: How many times as fast the model is to write here, instead of --pattern: 1.2x. A
             trial cut says what share of the blocks that takes.
         bytes: The most that a GGUF file of the model may have, instead of --pattern: 95MB. What is
@@ -112,7 +112,7 @@ def prune_by_search(
     if wanted is not None:
         cut = _faster(model, place, wanted, inputs)
     elif ask.smaller is not None:
-        cut = _smaller(model, ask.smaller, given)
+        cut = f"{OF_FILE}{ask.smaller}"
     elif ask.bytes is not None:
         cut = _in_bytes(model, ask.bytes, given, as_json, inputs)
         if cut is None:
@@ -244,17 +244,6 @@ def pruned_values(pruned: "PrunedFolder") -> dict[str, Any]:
         **({"orders": pruned.orders} if pruned.orders else {}),
         **({"blocks": pruned.recipe["blocks"]} if pruned.blocks else {}),
     }
-
-
-def _smaller(model: str, smaller: str, given: Given) -> str:
-    """The pattern with which so much of a model's file leaves."""
-    from pho_service.planning.shapes import read_shapes
-
-    shapes = read_shapes(model, revision=given("revision"))
-    share = share_of_blocks(smaller, parameters=shapes.parameters, prunable=shapes.prunable)
-    pattern = structured_pattern(round(share, 4))
-    say(f"{smaller} of the file: --pattern {pattern}, a share of what the blocks have.")
-    return pattern
 
 
 def _faster(model: str, place: Path, wanted: "WantedSpeed", inputs: Terminal) -> str:

@@ -528,8 +528,8 @@ class FoundArguments(SearchArguments):
         bundle: What ``pho.calibrate`` gave, or the path of its file; several by the names of
             their models for coefficients that are good on all of them.
         pattern: Share of the weights to remove (``"0.5"``), N kept of M (``"2:4"``), or a share of
-            the blocks' weights to cut out (``"structured:20%"``). A cut needs the model, and has
-            no preset and no other options of scores.
+            the blocks' weights (``"structured:20%"``) or of the model's file (``"smaller:20%"``)
+            to cut out. A cut needs the model, and has no preset and no other options of scores.
         model: That of the bundle, in memory or by its name. Without it nothing is confirmed.
         over: How several models count: their ``mean``, or the ``worst``.
         sampler: Its name, or a sampler of Optuna, which has a seed of its own.

@@ -31,6 +31,7 @@ from pho_service.spec.export import BY_CONVERTER, BY_GGUF, GgufType
 
 if TYPE_CHECKING:
     from pho_service.models.loading import LanguageModel
+    from pho_service.spec.pattern import Pattern
 
 _PROGRAM = "convert_hf_to_gguf"
 QUANTIZER = "llama-quantize"
@@ -140,15 +141,16 @@ def check_vocabulary(model: "LanguageModel", converter: Sequence[str]) -> None:
             run_program(command, program, name)
 
 
-def check_room(model: "LanguageModel", most: int, cut: float) -> None:
+def check_room(model: "LanguageModel", most: int, pattern: "Pattern") -> None:
     """
-    See before any long work that a model without a share of its linears may have so few bytes.
+    See before any long work that a model, with its cut if there is one, may have so few bytes.
 
     Raises:
         InvalidInput: Even with the fewest bits for each weight it has more.
     """
     bits = _FEWEST_BITS[shutil.which(QUANTIZER) is not None]
     linears = sum(linear.weight.numel() for linear in model.linears.values())
+    cut = pattern.cut_share(parameters=model.parameters, prunable=linears)
     least = (linears * (1 - cut) * bits + (model.parameters - linears) * _OTHER_BITS) / 8
     least *= _LEFT
     if least > most:

@@ -440,4 +440,5 @@ def block_shapes(anatomy: Anatomy, *, multiple: int | None = None) -> BlockShape
         neuron_weights=neuron_weights,
         query_heads=tuple(choices),
         head_weights=head_weights,
+        parameters=model.parameters,
     )

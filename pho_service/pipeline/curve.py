@@ -35,7 +35,6 @@ from pho_service.spec.configuration import Configuration
 from pho_service.spec.curve import Target
 from pho_service.spec.document import number
 from pho_service.spec.pattern import Linears, Pattern
-from pho_service.spec.structure import split
 from pho_service.tuning.plan import SearchRequest
 from pho_service.tuning.result import SearchResult
 from pho_service.tuning.search import add_point, pareto_name, pareto_study
@@ -255,7 +254,7 @@ def check_patterns(model: LanguageModel, patterns: Sequence[Pattern], linears: L
     """See before any long work that all patterns fit a model."""
     for pattern in patterns:
         if pattern.structured:
-            split(pattern.sparsity, block_shapes(Anatomy(model)))
+            pattern.splits(block_shapes(Anatomy(model)))
         chosen = linears.choose(list(model.linears), pattern, model=model.name)
         for name in model.linears:
             if name in chosen.names:

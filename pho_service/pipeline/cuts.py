@@ -28,7 +28,7 @@ from pho_service.progress import Progress, Run
 from pho_service.spec.configuration import Configuration, Confirmation, Rating
 from pho_service.spec.perplexity import Perplexities, Perplexity
 from pho_service.spec.results import Chosen, Measured, PerplexityRequest, Searched
-from pho_service.spec.structure import ESTIMATE, BlockShapes, Cut, Structure, split
+from pho_service.spec.structure import ESTIMATE, BlockShapes, Cut, Structure
 from pho_service.tuning.plan import SearchRequest
 from pho_service.tuning.result import SearchResult, mark_chosen
 from storage.records import REFERENCE_NUMBERS
@@ -97,7 +97,7 @@ class CutPieces:
         study, shapes = self._study, self._shapes
         if _RATED not in record_of(study):
             run.look()
-            structures = split(self._request.pattern.sparsity, shapes)
+            structures = self._request.pattern.splits(shapes)
             costs = self._costs(structures, run.progress)
             self._work.check()
             self._describe()

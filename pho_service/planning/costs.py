@@ -506,9 +506,15 @@ class Costs:
         measured = self.perplexity() + self.written() / 2
         return self.work.finalists * (self.cut() + measured) + measured
 
+    @property
+    def cut_share(self) -> float:
+        """The share of the blocks' weights that is cut out."""
+        shapes = self.shapes
+        return self.work.pattern.cut_share(parameters=shapes.parameters, prunable=shapes.prunable)
+
     def left_out(self) -> float:
         """The model without each of eight blocks, for each of those that may leave."""
-        dropped = int(self.work.pattern.sparsity * len(self.shapes.blocks))
+        dropped = int(self.cut_share * len(self.shapes.blocks))
         context = self.work.calibration.context_length
         tokens = max(context, TRIED_TOKENS)
         return dropped * TRIED_BLOCKS * self.forward(tokens, context, head=True)

@@ -121,7 +121,7 @@ class Plan:
         """Size of the pruned weights and masks, as they are saved and as they are packed."""
         shapes, bits = self.shapes, self.shapes.prunable // 8  # one for each weight
         if self.work.pattern.structured:
-            kept = shapes.parameters - self.work.pattern.sparsity * shapes.prunable
+            kept = shapes.parameters - self.costs.cut_share * shapes.prunable
             saved = kept * DTYPE_BYTES[shapes.dtype]
             return round(saved), round(kept * (DTYPE_BYTES[shapes.dtype] - 1 + PACKED_BYTE))
         kept = shapes.parameters - self.work.pattern.sparsity * shapes.prunable

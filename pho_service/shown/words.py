@@ -10,7 +10,7 @@ from typing import Any
 from pho_service.spec.fields import CalibrationSpec, ConfirmSpec
 from pho_service.spec.job import JobSpec, island_seed
 from pho_service.spec.minutes import OF_THE_TEXT
-from pho_service.spec.structure import PREFIX, is_structured
+from pho_service.spec.structure import OF_FILE, is_structured
 from pho_service.spec.transfer import TransferSpec
 
 
@@ -232,8 +232,9 @@ def _dict(value: Any) -> dict[str, Any]:
 def pattern_in_words(pattern: str) -> str:
     """A pattern, and what it says."""
     if is_structured(pattern):
-        share = pattern.removeprefix(PREFIX)
-        return f"{pattern}: neurons, heads and blocks with {share} of the blocks' weights are cut"
+        kind, _, share = pattern.partition(":")
+        of = "model's file" if f"{kind}:" == OF_FILE else "blocks' weights"
+        return f"{pattern}: neurons, heads and blocks with {share} of the {of} are cut"
     if ":" in pattern:
         keep, _, group = pattern.partition(":")
         return f"{pattern}: {keep} of every {group} weights are kept"

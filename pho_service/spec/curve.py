@@ -36,6 +36,12 @@ def curve_patterns(values: Sequence[str | float | Pattern], scope: str | None) -
             f"{cuts[0]} cuts neurons, heads and blocks, and other patterns of the curve remove "
             "single weights: shares of the two do not compare. Ask for two curves."
         )
+    if 0 < sum(cut.of_file for cut in cuts) < len(cuts):
+        of_file = next(cut for cut in cuts if cut.of_file)
+        raise InvalidInput(
+            f"{of_file} is a share of the file, and other patterns of the curve are shares of the "
+            "blocks. Give all in one way."
+        )
     names = [str(pattern) for pattern in patterns]
     twice = [name for name in names if names.count(name) > 1]
     if twice:

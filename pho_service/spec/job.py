@@ -313,7 +313,8 @@ class JobSpec(Document):
             None,
             validate_default=True,
             description="Share of weights to remove (0.5), N kept of M (2:4), or a share of the "
-            "blocks' weights to cut out as neurons, heads and blocks (structured:20%).",
+            "blocks' weights (structured:20%) or of the model's file (smaller:20%) to cut out as "
+            "neurons, heads and blocks.",
         )
     )
     scope: Annotated[ScopeName | None, FieldShown(section=PRUNED)] = Field(

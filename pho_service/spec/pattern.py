@@ -18,7 +18,15 @@ from pydantic import Field
 
 from pho_service.errors import InvalidInput
 from pho_service.spec.document import STRICT, FieldShown, JsonDocument, Number, Whole, check_choice
-from pho_service.spec.structure import is_structured, structured_pattern, structured_share
+from pho_service.spec.structure import (
+    BlockShapes,
+    Structure,
+    is_structured,
+    share_of_blocks,
+    split,
+    structured_pattern,
+    structured_share,
+)
 
 ScopeName = Literal["row", "layer", "global"]
 
@@ -43,11 +51,12 @@ class Pattern:
 
     Attributes:
         sparsity: Share of weights removed, in (0, 1). For N:M it is 1 - N/M; for a cut about the
-            share of the weights of all blocks.
+            share of the weights of all blocks, or of the model's file.
         scope: Where ``sparsity`` holds exactly. Always ``row`` for N:M.
         keep: N of N:M, the weights kept in a group; 0 for unstructured.
         group: M of N:M, neighbouring input channels; 0 for unstructured.
         structured: Whether whole neurons, heads and blocks leave instead of single weights.
+        of_file: Whether ``sparsity`` is a share of the file, of which embeddings are a part.
     """
 
     sparsity: float
@@ -55,6 +64,7 @@ class Pattern:
     keep: int = 0
     group: int = 0
     structured: bool = False
+    of_file: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:
@@ -76,7 +86,8 @@ class Pattern:
     @classmethod
     def parse(cls, text: str, scope: str | None = None) -> Self:
         """
-        Read ``"0.5"``, ``"2:4"`` (N kept of M) or ``"structured:20%"`` (cut out of blocks).
+        Read ``"0.5"``, ``"2:4"`` (N kept of M), ``"structured:20%"`` (cut out of blocks) or
+        ``"smaller:20%"`` (the same, of the model's file).
 
         Args:
             text: A sparsity in (0, 1), N:M with 1 <= N < M <= 64, or a share to cut.
@@ -87,8 +98,8 @@ class Pattern:
             InvalidInput: Anything else.
         """
         rule = (
-            "Give the share of weights to remove (0.5), N:M, N kept of M (2:4), or a share of the "
-            "blocks to cut (structured:20%)."
+            "Give the share of weights to remove (0.5), N:M, N kept of M (2:4), or a share to cut "
+            "of the blocks (structured:20%) or of the file (smaller:20%)."
         )
         try:
             parsed_scope = None if scope is None else Scope(scope)
@@ -96,8 +107,9 @@ class Pattern:
             names = ", ".join(Scope)
             raise InvalidInput(f"scope {scope!r} is not one of {names}.") from None
         if is_structured(text):
-            share = structured_share(text)
-            return cls(sparsity=share, scope=parsed_scope or Scope.LAYER, structured=True)
+            share, of_file = structured_share(text)
+            scope_of_cuts = parsed_scope or Scope.LAYER
+            return cls(sparsity=share, scope=scope_of_cuts, structured=True, of_file=of_file)
         if ":" in text:
             keep_text, _, group_text = text.partition(":")
             try:
@@ -128,6 +140,22 @@ class Pattern:
             return (self.group - self.keep) * count // self.group
         return int(Fraction(repr(self.sparsity)) * count)
 
+    def cut_share(self, *, parameters: int, prunable: int) -> float:
+        """
+        The share of its blocks' weights that is cut out of a model; 0 if nothing is cut.
+
+        Raises:
+            InvalidInput: It is one of the file, and more than half of the blocks would have to go.
+        """
+        if self.of_file:
+            return share_of_blocks(self.sparsity, parameters=parameters, prunable=prunable)
+        return self.sparsity if self.structured else 0.0
+
+    def splits(self, shapes: BlockShapes) -> list[Structure]:
+        """The uniform structures that a cut may be of a model with these shapes."""
+        share = self.cut_share(parameters=shapes.parameters, prunable=shapes.weights)
+        return split(share, shapes)
+
     def within(self, scope: Scope) -> "Pattern":
         return self if self.group or self.structured else replace(self, scope=scope)
 
@@ -146,7 +174,7 @@ class Pattern:
 
     def __str__(self) -> str:
         if self.structured:
-            return structured_pattern(self.sparsity)
+            return structured_pattern(self.sparsity, of_file=self.of_file)
         return f"{self.keep}:{self.group}" if self.group else repr(self.sparsity)
 
     def refuse_structured(self, why: str) -> None:

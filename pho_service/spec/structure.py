@@ -86,6 +86,7 @@ class BlockShapes:
     # Numbers of query heads that transformers can load, all of them first.
     query_heads: tuple[int, ...]
     head_weights: int  # Weights that leave a block with one query head
+    parameters: int  # Weights of the model, with embeddings and the like
 
     @property
     def weights(self) -> int:
@@ -156,56 +157,55 @@ def _step(shapes: BlockShapes, layers: int) -> int:
 
 ESTIMATE = "estimated-divergence"  # what splits of a share are rated by: nats from the dense model
 PREFIX = "structured:"  # begins the pattern of a smaller model: structured:20%
+OF_FILE = "smaller:"  # the same by a share of its file: smaller:20%
 
 
 def is_structured(pattern: object) -> bool:
     """Whether a pattern, of whatever document, is that of a smaller model."""
-    return isinstance(pattern, str) and pattern.startswith(PREFIX)
+    return isinstance(pattern, str) and pattern.startswith((PREFIX, OF_FILE))
 
 
-def structured_share(pattern: str) -> float:
+def structured_share(pattern: str) -> tuple[float, bool]:
     """
-    Read the share of ``structured:20%``.
+    Read the share of ``structured:20%`` or ``smaller:20%``, and whether it is one of the file.
 
     Raises:
         InvalidInput: What follows is not a share between 0 and 1.
     """
-    words = pattern.removeprefix(PREFIX).strip()
+    kind, _, words = (part.strip() for part in pattern.partition(":"))
+    is_of_file = pattern.startswith(OF_FILE)
     try:
         share = round(float(words.removesuffix("%")) / (100 if words.endswith("%") else 1), 12)
     except ValueError:
         share = 0.0
     if not 0 < share < 1:
+        of = "file" if is_of_file else "blocks' weights"
         raise InvalidInput(
-            f"pattern {pattern!r} is not a share of the blocks' weights. Write {PREFIX}20% to cut "
-            "a fifth of them."
+            f"pattern {pattern!r} is not a share of the {of}. Write {kind}:20% to cut a fifth."
         )
-    return share
+    return share, is_of_file
 
 
-def share_of_blocks(smaller: str, *, parameters: int, prunable: int) -> float:
+def share_of_blocks(share: float, *, parameters: int, prunable: int) -> float:
     """
-    The share of the blocks' weights to cut so that a model's file has so much less: ``20%``.
+    The share of the blocks' weights to cut so that a model's file has so much less.
 
     Raises:
-        InvalidInput: It is not a share above 0, or more than half of the blocks would have to go.
+        InvalidInput: More than half of the blocks would have to go.
     """
-    try:
-        share = float(smaller.removesuffix("%")) / (100 if smaller.endswith("%") else 1)
-    except ValueError:
-        share = 0.0
     most = MOST_OF_THE_BLOCKS * prunable / parameters
-    if not 0 < share <= most:
+    if share > most:
         raise InvalidInput(
-            f"smaller {smaller!r} is not a share of the file above 0 and up to {most:.0%}, half of "
-            f"what the blocks have of it. Write 20%, or cut more of them: {PREFIX}60%."
+            f"pattern {structured_pattern(share, of_file=True)} is more than {most:.0%} of this "
+            f"model's file, which is half of what its blocks have of it. Write {OF_FILE}20%, or "
+            f"cut more of the blocks: {PREFIX}60%."
         )
     return share * parameters / prunable
 
 
-def structured_pattern(share: float) -> str:
-    """The pattern of a share: ``structured:20%``."""
-    return f"{PREFIX}{100 * share:.10g}%"
+def structured_pattern(share: float, *, of_file: bool = False) -> str:
+    """The pattern of a share: ``structured:20%``, or ``smaller:20%``."""
+    return f"{OF_FILE if of_file else PREFIX}{100 * share:.10g}%"
 
 
 @dataclass(frozen=True, kw_only=True)

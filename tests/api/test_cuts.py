@@ -108,6 +108,23 @@ def test_what_a_cut_does_not_have_is_named(client, refusal):
         assert field in str(refusal(answer, 422)["errors"])
 
 
+@pytest.mark.parametrize(
+    ("pattern", "pointer"),
+    [({"pattern": "smaller:60%"}, "/pattern"),
+     ({"pattern": None, "patterns": ["smaller:10%", "smaller:60%"]}, "/patterns")],
+)  # fmt: skip
+def test_a_share_of_the_file_that_half_of_the_blocks_does_not_have_is_refused(
+    client, tmp_path, write_small, refusal, pattern, pointer
+):
+    write_small(tmp_path / "example" / "small-llama")
+    answer = client.post("/v1/jobs", json={"model": "example/small-llama", **pattern})
+    (error,) = refusal(answer, 422)["errors"]
+
+    assert error["pointer"] == pointer
+    assert "smaller:60% is more than 22%" in error["detail"]
+    assert "half of what its blocks have of it" in error["detail"]
+
+
 def test_all_its_stages_are_to_come(client, submit):
     job = submit(**CUT)
     page = visible(client.get(f"/jobs/{job['id']}").text)

@@ -183,7 +183,8 @@ def test_a_share_of_the_file_cuts_so_much_of_it(pho, made_model, texts):
     )
 
     assert result.exit_code == 0, result.output
-    assert "10% of the file: --pattern structured:" in result.stderr
+    assert "smaller:10% cuts " in result.stderr
+    assert "% of the weights of its blocks" in result.stderr
     assert 0.05 < 1 - smaller / whole < 0.15
 
 

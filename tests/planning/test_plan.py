@@ -85,6 +85,14 @@ def test_a_cut_is_planned_with_its_copy_its_size_and_its_speed():
     assert whole.to_dict()["pruned"]["times_smaller"] is None
 
 
+def test_a_share_of_the_file_is_planned_as_what_it_cuts_of_the_blocks():
+    cut = planned(pattern="smaller:20%", preset="best", confirm={"finalists": 3})
+    saved_bytes, _ = cut.pruned_bytes
+
+    assert saved_bytes == pytest.approx(0.8 * cut.shapes.bytes(), rel=1e-6)
+    assert 0.2 < cut.costs.cut_share < 0.21
+
+
 def test_a_curve_of_cuts_takes_at_each_share_what_the_middle_one_takes_alone():
     shares = [f"structured:{share}%" for share in (10, 20, 30)]
     curve = planned(pattern=None, patterns=shares, preset="best", confirm={})

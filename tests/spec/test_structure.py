@@ -15,14 +15,13 @@ from pho_service.spec.structure import (
     BlockShapes,
     Cut,
     Structure,
-    share_of_blocks,
     split,
     usual_multiple,
 )
 
 SMOLLM2 = BlockShapes(
     layers=30, layer_weights=3_538_944, width=1536, multiple=64, neuron_weights=3 * 576,
-    query_heads=(9, 6, 3), head_weights=2 * 64 * 576,
+    query_heads=(9, 6, 3), head_weights=2 * 64 * 576, parameters=134_515_008,
 )  # fmt: skip
 
 
@@ -59,7 +58,7 @@ def test_shares_are_counted_by_hand():
 def test_a_mixture_gives_up_heads_and_layers_alone():
     shapes = BlockShapes(
         layers=8, layer_weights=1000, width=0, multiple=1, neuron_weights=0,
-        query_heads=(4, 2), head_weights=50,
+        query_heads=(4, 2), head_weights=50, parameters=10_000,
     )  # fmt: skip
 
     assert split(0.26, shapes)[-1] == Structure(dropped=2)
@@ -147,12 +146,28 @@ def test_a_configuration_cuts_or_scores():
 
 @pytest.mark.parametrize("smaller", ["20%", "0.2"])
 def test_a_share_of_the_file_is_a_larger_one_of_the_blocks_since_embeddings_stay(smaller):
-    share = share_of_blocks(smaller, parameters=100, prunable=80)
+    pattern = Pattern.parse(f"smaller:{smaller}")
 
-    assert share == pytest.approx(0.25)
+    assert str(pattern) == "smaller:20%"
+    assert Pattern.parse(str(pattern), "layer") == pattern
+    assert pattern.cut_share(parameters=100, prunable=80) == pytest.approx(0.25)
+    assert pattern.splits(SMOLLM2) == split(0.2 * SMOLLM2.parameters / SMOLLM2.weights, SMOLLM2)
 
 
-@pytest.mark.parametrize("smaller", ["0", "-1%", "50%", "a fifth", "nan", ""])
-def test_a_share_of_the_file_that_cannot_leave_is_refused(smaller):
-    with pytest.raises(InvalidInput, match="not a share of the file above 0 and up to 40%"):
-        share_of_blocks(smaller, parameters=100, prunable=80)
+@pytest.mark.parametrize("smaller", ["0", "-1%", "a fifth", "nan", "", "100%"])
+def test_no_share_of_the_file(smaller):
+    with pytest.raises(InvalidInput, match=r"is not a share of the file\. Write smaller:20%"):
+        Pattern.parse(f"smaller:{smaller}")
+
+
+def test_a_share_of_the_file_that_takes_more_than_half_of_the_blocks_is_refused():
+    with pytest.raises(InvalidInput, match="smaller:50% is more than 40% of this model's file"):
+        Pattern.parse("smaller:50%").cut_share(parameters=100, prunable=80)
+
+
+def test_shares_of_the_file_and_of_the_blocks_make_no_curve():
+    assert [str(each) for each in curve_patterns(["smaller:20%", "smaller:10%"], None)] == [
+        "smaller:10%", "smaller:20%",
+    ]  # fmt: skip
+    with pytest.raises(InvalidInput, match=r"smaller:20% is a share of the file.*all in one way"):
+        curve_patterns(["structured:20%", "smaller:20%"], None)

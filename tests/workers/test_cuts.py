@@ -69,6 +69,17 @@ def test_the_best_split_is_written(hand, cut, tmp_path):
     assert all(check.passed for check in check_folder(folder, original=dense))
 
 
+def test_a_share_of_the_file_is_cut_out_of_the_blocks(hand, cut):
+    job = hand.done(cut(pattern="smaller:20%"))
+    dense, smaller = (
+        load_model(str(folder), device="cpu").parameters
+        for folder in (hand.folder / "model", folder_of(hand, job))
+    )
+
+    assert job.best["pattern"] == "smaller:20%"
+    assert smaller / dense == pytest.approx(0.8, abs=0.05)
+
+
 @pytest.mark.parametrize(
     "kind",
     [
