@@ -12,14 +12,13 @@ import torch
 
 from pho_service.errors import InvalidInput, OutOfMemory, TextError
 from pho_service.planning.costs import CARDS, Costs, Machine, PlannedWork, named_machine
-from pho_service.planning.minutes import fitted
+from pho_service.planning.minutes import fitted, least_in_rest
 from pho_service.planning.plan import Plan, plan_job
 from pho_service.planning.shapes import ModelShapes, read_shapes
 from pho_service.progress import Run
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.job import JobSpec
 from pho_service.spec.minutes import OF_THE_TEXT, SizeName
-from pho_service.spec.recovery import CHECKS
 
 if TYPE_CHECKING:
     from pho_service.models.loading import LanguageModel
@@ -78,10 +77,10 @@ class Clock:
 
     def recovery_s(self) -> float:
         """Seconds that are left for a recovery; 0 where they are too few for it to be any good."""
-        costs, context = self._costs(self.plan.work), self.plan.work.calibration.context_length
+        costs = self._costs(self.plan.work)
         left_s = self.left_s - costs.reading() - 2 * costs.saving()  # before it, and after it
         left_s -= costs.exported()
-        return left_s if left_s >= CHECKS * costs.recovered(context) else 0.0
+        return left_s if left_s >= costs.recovered(least_in_rest(self.plan)) else 0.0
 
     def _planned(self, spec: JobSpec) -> Plan:
         plan = partial(plan_job, shapes=self._shapes, machine=self._machine)
@@ -106,7 +105,8 @@ class Clock:
             return False
         spec, chosen = self.plan.spec, self.plan.spec.calibration
         confirmed = 0 if spec.confirm is None or spec.confirm.text else spec.confirm.windows
-        recovered = 0 if spec.recovery is None or spec.recovery.text else chosen.samples
+        recovery = spec.recovery if self.plan.work.recovery else None
+        recovered = 0 if recovery is None or recovery.text else chosen.samples
         beside = confirmed + recovered
         asked = max(chosen.samples + beside, _LEAST_WINDOWS) * chosen.context_length
         there = _tokens(model, source, chosen.settings(), asked)
@@ -180,7 +180,10 @@ class Clock:
         return next(fit, 1)
 
     def _most_passes(self, asked: int) -> int:
-        return max(asked, self.plan.spec.most_passes)
+        spec = self.plan.spec
+        if self.plan.work.recovery is None:  # they have its time
+            spec = spec.model_copy(update={"recovery": None})
+        return max(asked, spec.most_passes)
 
     def _training_s(self, passes: int) -> float:
         """Seconds until the winner is pruned, trained and reported, by the rates known now."""

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from pho_service.spec.job import JobSpec
-from pho_service.spec.minutes import AFTER_CALIBRATION, SizeName
+from pho_service.spec.minutes import AFTER_CALIBRATION, REST_TOKENS, SizeName
+from pho_service.spec.recovery import CHECKS
 
 if TYPE_CHECKING:
     from pho_service.planning.plan import Plan
@@ -59,6 +60,12 @@ def _is_calibrated(spec: JobSpec) -> bool:
 def _is_costly(spec: JobSpec) -> bool:
     """Whether each finalist that is pruned in full runs a text through the model."""
     return not spec.is_cut and spec.request(0).steps.needs_text
+
+
+def least_in_rest(plan: "Plan") -> int:
+    """Tokens that a recovery in what the minutes leave trains on at least; a cut needs it more."""
+    least = CHECKS * plan.work.calibration.context_length
+    return least if plan.spec.is_cut else max(least, REST_TOKENS)
 
 
 def sentence(plan: "Plan") -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pho_service.errors import InvalidInput, field_name
 from pho_service.planning.costs import Costs, Machine, PlannedWork
-from pho_service.planning.minutes import fitted, sentence
+from pho_service.planning.minutes import fitted, least_in_rest, sentence
 from pho_service.planning.shapes import DTYPE_BYTES, ModelShapes
 from pho_service.planning.stage_memory import (
     MOST,
@@ -202,7 +202,15 @@ def plan_job(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> Plan:
     for width in {linear.in_features for linear in shapes.linears}:
         work.pattern.check_width(width, spec.model)
     plan = _plan(spec, shapes, work, machine)
+    if spec.recovers_in_rest and _is_short(plan):
+        plan = _plan(spec, shapes, replace(work, recovery=None), machine)
     return plan if plan.fits else replace(plan, ways_out=tuple(_ways_out(plan)))
+
+
+def _is_short(plan: Plan) -> bool:
+    """Whether so short a recovery is planned that the time is worth more to the search."""
+    recovery, least = plan.work.recovery, least_in_rest(plan)
+    return recovery is not None and plan.costs.recovered_tokens(recovery) < least
 
 
 def _of_several(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> Plan:

@@ -14,6 +14,7 @@ MINUTES = 20.0  # that a job may take if nobody says how long, nor on how much t
 MOST_MINUTES = 100_000.0
 MOST_PASSES = 4  # of a winner's training; with eight it is no better on a text of another domain
 REST = 0.25  # share of the minutes that is left for a recovery without a time of its own
+REST_TOKENS = 8192  # it trains on at least: fewer bring less than they cost the search before it
 
 SizeName = Literal[
     "calibration/samples",

@@ -91,6 +91,21 @@ def test_passes_that_were_asked_for_are_not_made_more_nor_those_before_a_recover
     assert asked.passes_left(2) == recovered.passes_left(2) == 2
 
 
+def test_passes_have_the_time_of_a_recovery_that_would_be_too_short(begun):
+    recovered = {"prune": True, "recovery": {}}
+    minutes = 8 * least_minutes(begun)
+    _, clock, passed = begun(minutes, **recovered)
+    _, enough, _ = begun(40 * minutes, **recovered)
+    passed[0] = 0.9 * 60 * minutes
+
+    assert clock.plan.work.recovery is None
+    assert clock.recovery_s() == 0
+    assert enough.plan.work.recovery is not None
+    assert enough.recovery_s() > 0
+    passed[0] = 0.1 * 60 * minutes
+    assert clock.passes_left(2) == MOST_PASSES
+
+
 def test_a_preset_that_trains_nothing_has_finalists_pruned_in_full_as_well(begun):
     minutes = 40 * least_minutes(begun, preset="crepe-plus")
     _, clock, _ = begun(minutes, preset="crepe-plus")

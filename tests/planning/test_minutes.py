@@ -139,6 +139,24 @@ def test_a_share_of_the_minutes_is_set_aside_for_the_recovery(cpu):
     assert "and a recovery in what is left" in sentence(plan)
 
 
+@pytest.mark.parametrize(("pattern", "least"), [("0.5", 8192), ("structured:20%", 8 * 256)])
+def test_a_recovery_on_too_little_text_is_left_out_and_the_search_has_its_time(cpu, pattern, least):
+    fields = {"pattern": pattern, "preset": "best", "prune": True}
+    sizes = {"calibration": {"context_length": 256}}
+    longer = planned(cpu, **fields, **sizes, minutes=20)
+    minutes = longer.costs.recovered(least) / REST / 60
+    enough, short = (
+        planned(cpu, **fields, **sizes, minutes=m) for m in (1.01 * minutes, 0.99 * minutes)
+    )
+    searched = planned(cpu, **fields, **sizes, minutes=0.99 * minutes, recovery=None)
+
+    assert enough.work.recovery is not None
+    assert short.work.recovery is None
+    assert short.spec.sizes == searched.spec.sizes
+    assert short.own_seconds() == pytest.approx(searched.own_seconds())
+    assert "recovery" not in sentence(short)
+
+
 @pytest.mark.parametrize("pattern", ["0.5", "2:4", "structured:20%"])
 def test_more_minutes_give_more_text_and_are_nearly_used(cpu, pattern):
     least = planned(cpu, pattern=pattern, minutes=0.01).own_seconds()
