@@ -44,6 +44,8 @@ class Run:
     # so many; None: as many as asked for.
     in_full: Callable[[int], int] | None = None
     passes: Callable[[int], int] | None = None
+    # Whether there is time to prune one more finalist in full; None: there is.
+    another: Callable[[], bool] | None = None
     # Entered around each write that would not be the same twice; may refuse by raising.
     fence: Fence = nullcontext
 

@@ -56,7 +56,16 @@ from pho_service.tuning.result import SearchResult
 from pho_service.tuning.search import pareto_study
 from storage.claims import JobResult, LibraryAddition
 from storage.jobs import JobStore
-from storage.records import RESTING, SIZING, Claim, LostClaim, NewStage, StageKind, StageState
+from storage.records import (
+    RESTING,
+    SIZING,
+    VALIDATION,
+    Claim,
+    LostClaim,
+    NewStage,
+    StageKind,
+    StageState,
+)
 from storage.studies import kept, open_storage, open_study, pareto_study_name, study_name
 from workers.inputs import WorkerInputs
 from workers.pieces import (
@@ -250,6 +259,7 @@ class _Job:
                 run,
                 in_full=lambda n: self._clock(spec).in_full_left(n),
                 passes=lambda n: self._clock(spec).passes_left(n),
+                another=lambda: self._is_first_in_full() or self._clock(spec).another_left(),
             )
         self._work = SealedWork(self._inputs, job, spec, made, self._journal.run)
         self._search(spec, made)
@@ -374,6 +384,11 @@ class _Job:
         recovery = spec.recovery.model_copy(update={"minutes": rest.minutes})
         update = {"recovery": None if rest.minutes is None else recovery}
         return self._changed(spec.model_copy(update=update))
+
+    def _is_first_in_full(self) -> bool:
+        """Tell whether no finalist has a perplexity yet."""
+        measured = self._claim.job.of_kind(StageKind.PERPLEXITY)
+        return not any(stage.number < VALIDATION and stage.result for stage in measured)
 
     def _clock(self, spec: JobSpec) -> Clock:
         """The minutes of the job, by what its stages have worked and what this machine does."""

@@ -87,7 +87,8 @@ class Budget:
         in_full = _with_notice(self.clock.in_full, "Pruning the best in full", "--in-full")
         trained = "--reconstruction-passes"
         passes = _with_notice(self.clock.passes, "Training the best", trained)
-        return replace(run, look=_noting(study, self.clock), in_full=in_full, passes=passes)
+        run = replace(run, look=_noting(study, self.clock), in_full=in_full, passes=passes)
+        return replace(run, another=_another(self.clock))
 
     def recovery(self, work: "Work", study: "Study") -> "Recovery | None":
         """How what was found is recovered: in what is left, if no time is given for it."""
@@ -234,6 +235,23 @@ def _with_notice(number: Callable[[int], int], does: str, option: str) -> Callab
         if count != usual:
             say(f"{does} in the time that is left: {option} {count}.")
         return count
+
+    return choice
+
+
+def _another(clock: "Clock") -> Callable[[], bool]:
+    """Whether there is time for one more finalist; says once that there is not."""
+    count, over = 0, False
+
+    def choice() -> bool:
+        nonlocal count, over
+        if clock.another():
+            count += 1
+        elif not over:
+            over = True
+            option = "--in-full" if clock.has_raced else "--finalists"
+            say(f"Pruning no more finalists in the time that is left: {option} {count}.")
+        return not over
 
     return choice
 

@@ -81,6 +81,9 @@ def choose_finalists(
     masks_alone = costly and in_full < len(pool)
     stream = work.model.stream
     if len(pool) <= 1 or (not masks_alone and (stream or costly)):
+        # As fewer finalists would be, first: there may not be time for all of them.
+        joined = [r.number for n in range(1, count + 1) for r in finalists(rated, n)]
+        pool = sorted(pool, key=lambda r: [*joined, r.number].index(r.number))
         return Raced(finalists=pool, evaluations=float(len(pool)))
     if masks_alone:
         pool = [
@@ -94,7 +97,9 @@ def choose_finalists(
         best = race.run(advance)
     if masks_alone:
         best = best[: _in_time(islands.studies[0], "in_full", len(best), run.in_full, run)]
-    left = united(rated, best, before)
+    # The best first: there may not be time for all of them.
+    order = {r.number: place for place, r in enumerate(best)}
+    left = sorted(united(rated, best, before), key=lambda r: order.get(r.number, len(order)))
     return Raced(finalists=left, divergences=race.divergences(), evaluations=race.evaluations(left))
 
 

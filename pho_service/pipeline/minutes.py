@@ -51,6 +51,8 @@ class Clock:
         self.plan = self._planned(spec)
         self._begun_at = spent()
         self._ahead_s = 0.0  # until the winner is known, as planned after the race
+        self.has_raced = False
+        self._is_pruning = False  # finalists in full, one of which lies behind
 
     @classmethod
     def of(
@@ -144,6 +146,7 @@ class Clock:
     def in_full(self, asked: int) -> int:
         """How many finalists there is time to prune in full, after their race; at least one."""
         training_s = self._training_s(self.plan.work.steps.reconstruction.passes)
+        self.has_raced = True
         full_s = self.plan.costs.measured_in_full(self.plan.work.in_full)
         self._take_note(self.plan.own_seconds(calibrated=True) - full_s - training_s, least=1.0)
         count = self.in_full_left(asked)
@@ -158,9 +161,25 @@ class Clock:
         left_s = self._search_left_s - self._training_s(passes)
         return max(1, min(asked, int(left_s / measured_s)))
 
+    def another(self) -> bool:
+        """Whether there is time to prune one more finalist in full: by what others took."""
+        if self._is_pruning:
+            self._take_note(self._ahead_s, least=1.0)
+        else:
+            self._begun_at = self.spent()
+        fits = not self._is_pruning or self.another_left()
+        self._ahead_s = self._costs(self.plan.work).measured() if fits else 0.0
+        self._is_pruning = True
+        return fits
+
+    def another_left(self) -> bool:
+        """As :meth:`another`, of somebody who has not seen what was done before."""
+        measured_s = self._costs(self.plan.work).measured()
+        return self._search_left_s - self._training_s(1) >= measured_s
+
     def watched(self, run: Run) -> Run:
         """What a search runs with that is told what there is time for."""
-        return replace(run, in_full=self.in_full, passes=self.passes)
+        return replace(run, in_full=self.in_full, passes=self.passes, another=self.another)
 
     def passes(self, asked: int) -> int:
         """

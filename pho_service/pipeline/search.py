@@ -330,6 +330,15 @@ def _piece(wanted: PerplexityRequest) -> Piece:
     return Piece(number=wanted.number, about=about)
 
 
+def _has_time(study: optuna.Study, trial: int, about: dict[str, Any], run: Run) -> bool:
+    """Whether there is time to prune a finalist in full; the study keeps it."""
+    if run.another is None:
+        return True
+    another = run.another
+    stored = once(study, f"time:{trial}", about, lambda: {"left": another()}, fence=run.fence)
+    return bool(stored["left"])
+
+
 class _SearchPieces:
     """The pieces of a search."""
 
@@ -347,6 +356,11 @@ class _SearchPieces:
     def _measured(self) -> Work | None:
         """What perplexities are measured of; None if none are to be."""
         return self._work.opened() if self._work.measures else None
+
+    @cached_property
+    def _judging(self) -> set[int | None]:
+        """The trials that a result is judged by, whether they are finalists or not."""
+        return {judge.trial for judge in references(self._plan, self._islands.ranked())}
 
     def search(self, piece: Piece, run: Run) -> Searched:
         """Search on one island, or go on with it."""
@@ -391,6 +405,10 @@ class _SearchPieces:
         # Each of these may win, and pruning it again only to write would take as long once more.
         writes = piece.number < VALIDATION and candidate.steps.needs_text
         study, key, note = self._record(piece.number)
+        if writes and trial is not None and trial not in self._judging:
+            about = {"text_sha256": text.key}
+            if not (kept(study, key, about) or _has_time(study, trial, about, run)):
+                return Measured(perplexity=None, failure="There was no time left to prune it.")
 
         def make() -> dict[str, Any]:
             run.look()
@@ -588,7 +606,9 @@ class _SearchPieces:
         else:
             finalists = {number: measured[number] for number in chosen.finalists}
             text = {**next((finalist.measured_on for finalist in finalists.values()), {})}
-            text |= {n: getattr(chosen, n) for n in ("evaluations", "divergence_tokens")}
+            late = sum(finalist.perplexity is None for finalist in finalists.values())
+            text |= {"evaluations": chosen.evaluations - late}
+            text |= {"divergence_tokens": chosen.divergence_tokens}
         ratings = {number: finalist.rating for number, finalist in finalists.items()}
         return {number: rating for number, rating in ratings.items() if rating}, text
 

@@ -9,6 +9,7 @@ import pytest
 from pretended_user import answer
 
 from pho_service.pipeline import search as pipeline
+from pho_service.pipeline.minutes import Clock
 
 HOW = ("--rows-per-layer", 4, "--projection-rows", 16, "--kernel-sizes", "3,5", "--trials", 20)
 
@@ -53,6 +54,24 @@ def test_time_that_nothing_else_can_use_trains_the_best_in_more_passes_and_says_
 
     assert first.exit_code == again.exit_code == 0, first.output + again.output
     assert int(passes.split()[-1]) > 2
+    assert without_search("first.json") == without_search("again.json")
+
+
+def test_finalists_that_there_is_no_time_for_are_left_out_and_said_as_an_option(
+    pho, words, monkeypatch
+):
+    best = [word if word != "score" else "best" for word in words]
+    left = iter([True, False, False, False])
+    with monkeypatch.context() as late:
+        late.setattr(Clock, "another_left", lambda _: next(left))
+        first = pho(*best, "--out", "first.json")
+    said = re.findall(r"time that is left: (--[^.]* [0-9]+)\.", first.stderr)
+    options = [*chosen(first), *shlex.split(" ".join(said))]
+    again = pho(*best, *options, "--out", "again.json", "--study", "sqlite:///other.db")
+
+    assert first.exit_code == again.exit_code == 0, first.output + again.output
+    assert "Pruning no more finalists in the time that is left: --finalists 2." in first.stderr
+    assert len(json.loads(Path("first.json").read_text())["finalists"]) == 2
     assert without_search("first.json") == without_search("again.json")
 
 

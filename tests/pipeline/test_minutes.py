@@ -129,6 +129,24 @@ def test_a_race_that_took_longer_leaves_fewer_to_prune_in_full_but_one_at_least(
     assert counts[0] > counts[-1] == 1
 
 
+def test_finalists_that_take_longer_than_planned_are_the_last_ones(begun):
+    counts = []
+    for times in (1, 3, 30):
+        _, clock, passed = begun(40 * least_minutes(begun), calibration={"samples": 8})
+        one_s = clock.plan.costs.measured()
+        count = 0
+        while count < 100 and clock.another():
+            count, passed[0] = count + 1, passed[0] + times * one_s
+        counts.append(count)
+        assert not clock.another()
+        assert clock.passes(2) >= 1
+        over_s = passed[0] - 60 * clock.plan.spec.minutes
+        assert over_s < times * one_s or count == 1
+
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > counts[-1] >= 1
+
+
 def test_a_clock_that_stands_or_jumps_changes_rates_within_bounds(begun, machine):
     spec, clock, passed = begun(4 * least_minutes(begun))
     jumped = calibrated(spec, clock, passed, 1e9)

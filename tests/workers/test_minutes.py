@@ -72,6 +72,15 @@ def test_the_winner_is_trained_in_as_many_passes_as_there_is_time_for(hand, minu
     assert found is None or found["passes"] == 2  # None: it was no better with it
 
 
+def test_finalists_that_there_is_no_time_for_are_left_out(hand, minutes, monkeypatch):
+    """The first one is measured however late it is."""
+    monkeypatch.setattr(Clock, "another_left", lambda _: False)
+    job = hand.done(minutes(preset="best", confirm={"finalists": 2}, in_full=2))
+
+    assert len(job.best["finalists"]) == 1
+    assert job.best["perplexities"]["pruned"] > 0
+
+
 def test_what_is_left_goes_into_the_recovery_of_what_is_pruned(hand, minutes, monkeypatch):
     monkeypatch.setattr(Clock, "recovery_s", lambda _: 6.0)
     job = hand.done(minutes(minutes=0.1, prune=True, recovery={}))
