@@ -241,7 +241,8 @@ def _with_notice(number: Callable[[int], int], does: str, option: str) -> Callab
 
 def _another(clock: "Clock") -> Callable[[], bool]:
     """Whether there is time for one more finalist; says once that there is not."""
-    count, over = 0, False
+    count, over, work = 0, False, clock.plan.work
+    option = "--in-full" if work.in_full < work.finalists else "--finalists"
 
     def choice() -> bool:
         nonlocal count, over
@@ -249,7 +250,6 @@ def _another(clock: "Clock") -> Callable[[], bool]:
             count += 1
         elif not over:
             over = True
-            option = "--in-full" if clock.has_raced else "--finalists"
             say(f"Pruning no more finalists in the time that is left: {option} {count}.")
         return not over
 

@@ -81,26 +81,32 @@ def choose_finalists(
     masks_alone = costly and in_full < len(pool)
     stream = work.model.stream
     if len(pool) <= 1 or (not masks_alone and (stream or costly)):
-        # As fewer finalists would be, first: there may not be time for all of them.
-        joined = [r.number for n in range(1, count + 1) for r in finalists(rated, n)]
-        pool = sorted(pool, key=lambda r: [*joined, r.number].index(r.number))
-        return Raced(finalists=pool, evaluations=float(len(pool)))
+        fewer = [r for n in range(1, count + 1) for r in finalists(rated, n)]
+        return Raced(finalists=_with_first(fewer, pool), evaluations=float(len(pool)))
     if masks_alone:
         pool = [
             replace(r, candidate=replace(r.candidate, steps=r.candidate.steps.masked)) for r in pool
         ]
     if stream:
-        left = united(rated, _best_masks(islands, pool, work, run)[:in_full], before)
+        best = _best_masks(islands, pool, work, run)[:in_full]
+        left = _with_first(best, united(rated, best, before))
         return Raced(finalists=left, evaluations=float(len(pool) + len(left)))
     race = _Race(islands, pool, work, run, in_full=in_full if masks_alone else None)
     with run.progress("Racing finalists", len(pool) * race.windows) as advance:
         best = race.run(advance)
     if masks_alone:
         best = best[: _in_time(islands.studies[0], "in_full", len(best), run.in_full, run)]
-    # The best first: there may not be time for all of them.
-    order = {r.number: place for place, r in enumerate(best)}
-    left = sorted(united(rated, best, before), key=lambda r: order.get(r.number, len(order)))
+    left = _with_first(best, united(rated, best, before))
     return Raced(finalists=left, divergences=race.divergences(), evaluations=race.evaluations(left))
+
+
+def _with_first(
+    first: Sequence[RatedCandidate], pool: Sequence[RatedCandidate]
+) -> list[RatedCandidate]:
+    """Those of a pool with some first, in their order: there may not be time for all."""
+    numbers = [*dict.fromkeys(r.number for r in first)]
+    order = {number: place for place, number in enumerate(numbers)}
+    return sorted(pool, key=lambda r: order.get(r.number, len(order)))
 
 
 def _in_time(

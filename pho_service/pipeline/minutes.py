@@ -51,7 +51,6 @@ class Clock:
         self.plan = self._planned(spec)
         self._begun_at = spent()
         self._ahead_s = 0.0  # until the winner is known, as planned after the race
-        self.has_raced = False
         self._is_pruning = False  # finalists in full, one of which lies behind
 
     @classmethod
@@ -146,7 +145,6 @@ class Clock:
     def in_full(self, asked: int) -> int:
         """How many finalists there is time to prune in full, after their race; at least one."""
         training_s = self._training_s(self.plan.work.steps.reconstruction.passes)
-        self.has_raced = True
         full_s = self.plan.costs.measured_in_full(self.plan.work.in_full)
         self._take_note(self.plan.own_seconds(calibrated=True) - full_s - training_s, least=1.0)
         count = self.in_full_left(asked)

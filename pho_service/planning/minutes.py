@@ -83,9 +83,9 @@ def sentence(plan: "Plan") -> str:
     recovery = plan.work.recovery if spec.recovers_in_rest else None
     rest_s = 0 if recovery is None else recovery.time_s
     said = f"{sizes}: {about(took - rest_s)}{', and a recovery in what is left' * bool(rest_s)}"
-    if spec.is_cut and spec.pruning().of_file:
+    if plan.work.pattern.of_file:
         cut = f"{plan.costs.cut_share:.1%} of the weights of its blocks"
-        said = f"{spec.pattern} cuts {cut}. {said}"
+        said = f"{plan.work.pattern} cuts {cut}. {said}"
     if plan.spec.minutes is not None and took > 60 * plan.spec.minutes * 1.05:
         said += f". It is the least, and more than {plan.spec.minutes:g} minutes"
     return f"{said}."

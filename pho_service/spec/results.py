@@ -87,7 +87,7 @@ class Measured:
     text_sha256: str | None = None  # Hash of the windows
     # How it goes on with prompts of the text, if pruning it once more to write would take long
     written: list[str] = field(default_factory=list)
-    failure: str | None = None  # Why a published method has no perplexity
+    failure: str | None = None  # Why a published method or a finalist has no perplexity
     weights_sha256: str | None = None  # Hash of the dense model's weights, in a service
 
     @property

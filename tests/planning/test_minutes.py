@@ -157,6 +157,15 @@ def test_a_recovery_on_too_little_text_is_left_out_and_the_search_has_its_time(c
     assert "recovery" not in sentence(short)
 
 
+def test_what_a_share_of_the_file_cuts_is_said_of_a_curve_as_well(cpu):
+    patterns = ["smaller:10%", "smaller:20%", "smaller:30%"]
+    alone = sentence(planned(cpu, pattern=patterns[1], minutes=20))
+    curve = sentence(planned(cpu, pattern=None, patterns=patterns, minutes=20))
+
+    assert alone.partition(" of the weights")[0] == curve.partition(" of the weights")[0]
+    assert curve.startswith("smaller:20% cuts 25.3% of the weights of its blocks. ")
+
+
 @pytest.mark.parametrize("pattern", ["0.5", "2:4", "structured:20%"])
 def test_more_minutes_give_more_text_and_are_nearly_used(cpu, pattern):
     least = planned(cpu, pattern=pattern, minutes=0.01).own_seconds()
