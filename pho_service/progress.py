@@ -32,6 +32,17 @@ def never(*_: object) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlocksTrained:
+    """Tells how far the training of a winner is."""
+
+    done: int  # Blocks
+    blocks: int  # In all
+    passes: int
+    block_s: float | None  # Seconds that a block took, of late; None of the first
+    shorter: tuple[int, ...]  # Blocks with all passes, and with any, if the next one has fewer
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """Where something long runs, and who watches it."""
 
@@ -46,6 +57,8 @@ class Run:
     passes: Callable[[int], int] | None = None
     # Whether there is time to prune one more finalist in full; None: there is.
     another: Callable[[], bool] | None = None
+    # Whether there is time to train the next block in as many passes; None: there is.
+    trains_on: "Callable[[BlocksTrained], bool] | None" = None
     # Entered around each write that would not be the same twice; may refuse by raising.
     fence: Fence = nullcontext
 

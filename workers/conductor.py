@@ -260,6 +260,7 @@ class _Job:
                 in_full=lambda n: self._clock(spec).in_full_left(n),
                 passes=lambda n: self._clock(spec).passes_left(n),
                 another=lambda: self._is_first_in_full() or self._clock(spec).another_left(),
+                trains_on=lambda trained: self._clock(spec).trains_on(trained),
             )
         self._work = SealedWork(self._inputs, job, spec, made, self._journal.run)
         self._search(spec, made)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pho_service.cli.options import Terminal, file_source
 from pho_service.cli.terminal import say
 from pho_service.errors import InvalidInput, ModelError
-from pho_service.progress import Look, Run, Steps, one_bar
+from pho_service.progress import BlocksTrained, Look, Run, Steps, one_bar
 from pho_service.spec.minutes import AFTER_CALIBRATION, OF_THE_TEXT, SizeName, put_sizes
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Budget:
         trained = "--reconstruction-passes"
         passes = _with_notice(self.clock.passes, "Training the best", trained)
         run = replace(run, look=_noting(study, self.clock), in_full=in_full, passes=passes)
-        return replace(run, another=_another(self.clock))
+        return replace(run, another=_another(self.clock), trains_on=_trains_on(self.clock))
 
     def recovery(self, work: "Work", study: "Study") -> "Recovery | None":
         """How what was found is recovered: in what is left, if no time is given for it."""
@@ -252,6 +252,20 @@ def _another(clock: "Clock") -> Callable[[], bool]:
             over = True
             say(f"Pruning no more finalists in the time that is left: {option} {count}.")
         return not over
+
+    return choice
+
+
+def _trains_on(clock: "Clock") -> Callable[[BlocksTrained], bool]:
+    """Whether the next block is trained in as many passes; says that it is not."""
+
+    def choice(trained: BlocksTrained) -> bool:
+        fits = clock.trains_on(trained)
+        if not fits:
+            does = "Not training" if trained.passes == 1 else "In one pass, training"
+            option = f"--reconstruction-blocks {','.join(map(str, trained.shorter))}"
+            say(f"{does} the other blocks in the time that is left: {option}.")
+        return fits
 
     return choice
 

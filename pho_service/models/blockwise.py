@@ -490,6 +490,11 @@ def changed_blocks(model: LanguageModel) -> Iterator[dict[str, PrunableLinear]]:
             home.update(_stored(_changed(module, home), store))
 
 
+def linears_by_block(model: LanguageModel) -> dict[str, dict[str, PrunableLinear]]:
+    """The linears of each block, by name; their weights are where they are."""
+    return {name: _linears_of(model, name) for name, _ in decoder_blocks(model.model)}
+
+
 def _linears_of(model: LanguageModel, block: str) -> dict[str, PrunableLinear]:
     return {name: linear for name, linear in model.linears.items() if name.startswith(f"{block}.")}
 

@@ -87,13 +87,20 @@ class Memo:
 
     def read(self, name: str) -> Record | None:
         """A record by its name; None if it is not there, of another key or name, or broken."""
+        return self._read(name, tensors=True)
+
+    def holds(self, name: str) -> bool:
+        """Whether :meth:`read` finds a record, as far as its header tells."""
+        return self._read(name, tensors=False) is not None
+
+    def _read(self, name: str, *, tensors: bool) -> Record | None:
         try:
             with safe_open(self.path(name), framework="pt") as file:
                 about = json.loads((file.metadata() or {})[_META])
                 if [about["key"], about["name"]] != [self.key, name]:
                     return None
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
-                return Record(values=about["values"], tensors=tensors)
+                keys = [*file.keys()] if tensors else []
+                return Record(values=about["values"], tensors={k: file.get_tensor(k) for k in keys})
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None
 

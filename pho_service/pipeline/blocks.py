@@ -31,16 +31,19 @@ def blocks_kept(
     folder: Callable[[str], Path],
 ) -> Memo | None:
     """The blocks of a winner, in a folder by its key; None where nothing is trained or cut."""
-    pattern = ""
+    pattern, document = "", winner.to_dict()
     if not isinstance(winner, Structure):
-        pattern = str(winner.pattern)
-        if not winner.steps.reconstruction.wanted:
+        pattern, how = str(winner.pattern), winner.steps.reconstruction
+        if not how.wanted:
             return None
+        # Where the training gets shorter shows in what the records of blocks are called.
+        steps = replace(winner.steps, reconstruction=replace(how, blocks=()))
+        document = replace(winner, steps=steps).to_dict()
     if calibration is None:
         return None
     # All that the weights of a pruned block follow from.
     identity = [
-        model.to_dict(), str(model.device.type), pattern, winner.to_dict(),
+        model.to_dict(), str(model.device.type), pattern, document,
         bundle.contents_sha256, windows_key(calibration), versions("torch", "transformers"),
     ]  # fmt: skip
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()

@@ -2,9 +2,11 @@
 From the best by the proxy to the result: the race and the validation.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import optuna
@@ -13,11 +15,11 @@ from pho_service.errors import NumericalError
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.texts import ReportText
 from pho_service.pipeline.objectives import proxy_value
-from pho_service.pipeline.pipeline import pruned_model
+from pho_service.pipeline.pipeline import Shorten, pruned_model, trained_blocks
 from pho_service.pipeline.rating import Glances, compared_count, rate_pruned
 from pho_service.pipeline.work import Work
 from pho_service.pipeline.writing import prompts_of, side_by_side, written_by
-from pho_service.progress import Advance, Run
+from pho_service.progress import Advance, BlocksTrained, Run
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.configuration import ProxyQuality
@@ -248,17 +250,61 @@ def reconstruct(
     candidate: Candidate, settings: Reconstruction, study: optuna.Study, work: Work, run: Run
 ) -> Perplexity:
     """The perplexity of a winner that is reconstructed."""
-    steps = replace(candidate.steps, reconstruction=_fitted(settings, study, run))
-    return measured_once(
-        study, work, replace(candidate, steps=steps), run,
-        kept=RECONSTRUCTED, title="Reconstructing the best", writes=True,
-    )  # fmt: skip
+
+    def trained() -> Candidate:
+        how = _fitted(settings, study, run)
+        return replace(candidate, steps=replace(candidate.steps, reconstruction=how))
+
+    asked = trained()
+    # What the model writes is kept, too, since training it again would take long.
+    record = kept(study, RECONSTRUCTED, _about(asked, work))
+    if not record:
+        blocks = len(trained_blocks(work.model, asked))
+        shorten = _Shortening(study, run, blocks) if run.trains_on and not settings.blocks else None
+        made = _measure(work, asked, run, "Reconstructing the best", writes=True, shorten=shorten)
+        record = {**made, **_about(trained(), work)}
+        with run.fence():
+            keep_record(study, RECONSTRUCTED, record)
+    return _perplexity_of(record)
+
+
+_SHORTENED = "blocks"  # record of a study: where the training of its winner gets shorter
+_OF_LATE = 2  # blocks whose time says how long the next one takes
 
 
 def _fitted(settings: Reconstruction, study: optuna.Study, run: Run) -> Reconstruction:
-    """A reconstruction with as many passes as there is time for."""
+    """A reconstruction with as many passes as there is time for, and for as many blocks."""
     passes = _in_time(study, "passes", settings.passes, run.passes, run)
-    return replace(settings, passes=passes)
+    shortened = kept(study, _SHORTENED, {"passes": passes})
+    return replace(settings, passes=passes, blocks=shortened.get("blocks", settings.blocks))
+
+
+class _Shortening:
+    """Makes the training of a winner shorter where its blocks take too long; the study keeps it."""
+
+    def __init__(self, study: optuna.Study, run: Run, blocks: int) -> None:
+        self._study, self._run, self._blocks = study, run, blocks
+        self._begun: list[float] = []  # when each block was begun, since it is trained so long
+
+    def __call__(self, number: int, how: Reconstruction) -> Reconstruction:
+        self._begun.append(time.monotonic())
+        passes = how.passes_of(number)
+        if number == 0 or not passes:
+            return how
+        shorter = how.shorter(number)
+        took = (after - before for before, after in pairwise(self._begun[-1 - _OF_LATE :]))
+        trained = BlocksTrained(
+            done=number, blocks=self._blocks, passes=passes, shorter=shorter.blocks,
+            block_s=max(took, default=None),
+        )  # fmt: skip
+        assert self._run.trains_on is not None
+        if self._run.trains_on(trained):
+            return how
+        with self._run.fence():
+            record = {"passes": shorter.passes, "blocks": [*shorter.blocks]}
+            keep_record(self._study, _SHORTENED, record)
+        self._begun = self._begun[-1:]
+        return shorter
 
 
 def reconstruct_winner(
@@ -272,14 +318,14 @@ def reconstruct_winner(
 ) -> SearchResult:
     """Add a reconstruction to what a search found, if it makes it better, or has it already."""
     configuration = result.configuration
+    confirmation, measured = configuration.confirmation, None
+    if work is not None and confirmation and result.measured is not None and not at_once:
+        measured = reconstruct(configuration.candidate(), settings, study, work, run)
     steps = replace(configuration.steps, reconstruction=_fitted(settings, study, run))
     rebuilt = configuration.model_copy(update={"steps": steps})
-    confirmation = configuration.confirmation
-    if work is None or confirmation is None or result.measured is None or at_once:
+    if work is None or confirmation is None or result.measured is None or measured is None:
         return replace(result, configuration=rebuilt)
-    before = confirmation.perplexity
-    measured = reconstruct(configuration.candidate(), settings, study, work, run)
-    after = measured.perplexity
+    before, after = confirmation.perplexity, measured.perplexity
     if not after < before:
         if kept := work.blocks(rebuilt.candidate()):
             kept.remove()
@@ -354,22 +400,33 @@ def measured_once(
     *,
     kept: str,
     title: str,
-    writes: bool = False,
 ) -> Perplexity:
     """The perplexity that the study holds; measured and kept at once if it is not there."""
-    # So is what the model writes, if that is wanted, since pruning it again would take long.
-    pruning = None if candidate is None else candidate.to_dict()
-    about = {"candidate": pruning, "text_sha256": work.text.key}
 
     def make() -> dict[str, Any]:
-        return _measure(work, candidate, run, title, writes=writes)
+        return _measure(work, candidate, run, title, writes=False)
 
-    stored = once(study, kept, about, make, fence=run.fence)
-    return Perplexity(**{name: stored[name] for name in (*_STORED, "text_sha256")})
+    return _perplexity_of(once(study, kept, _about(candidate, work), make, fence=run.fence))
+
+
+def _about(candidate: Candidate | None, work: Work) -> dict[str, Any]:
+    """What a record of a perplexity is about; None is the dense model."""
+    pruning = None if candidate is None else candidate.to_dict()
+    return {"candidate": pruning, "text_sha256": work.text.key}
+
+
+def _perplexity_of(record: Mapping[str, Any]) -> Perplexity:
+    return Perplexity(**{name: record[name] for name in (*_STORED, "text_sha256")})
 
 
 def _measure(
-    work: Work, candidate: Candidate | None, run: Run, title: str, *, writes: bool
+    work: Work,
+    candidate: Candidate | None,
+    run: Run,
+    title: str,
+    *,
+    writes: bool,
+    shorten: Shorten | None = None,
 ) -> dict[str, Any]:
     model, windows, statistics = work.model, work.text.windows, work.bundle.statistics()
     names = frozenset({"dense"})
@@ -380,7 +437,7 @@ def _measure(
         if candidate is not None:
             calibration, blocks = work.calibration, work.blocks(candidate)
             stack.enter_context(
-                pruned_model(model, statistics, candidate, calibration, advance, blocks)
+                pruned_model(model, statistics, candidate, calibration, advance, blocks, shorten)
             )
         measured = measure_perplexity(model, windows, advance=lambda _: advance(0))
         said = written_by(model, windows) if writes else {}

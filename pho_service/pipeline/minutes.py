@@ -15,7 +15,7 @@ from pho_service.planning.costs import CARDS, Costs, Machine, PlannedWork, named
 from pho_service.planning.minutes import fitted, least_in_rest
 from pho_service.planning.plan import Plan, plan_job
 from pho_service.planning.shapes import ModelShapes, read_shapes
-from pho_service.progress import Run
+from pho_service.progress import BlocksTrained, Run
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.job import JobSpec
 from pho_service.spec.minutes import OF_THE_TEXT, SizeName
@@ -177,7 +177,8 @@ class Clock:
 
     def watched(self, run: Run) -> Run:
         """What a search runs with that is told what there is time for."""
-        return replace(run, in_full=self.in_full, passes=self.passes, another=self.another)
+        run = replace(run, in_full=self.in_full, passes=self.passes, another=self.another)
+        return replace(run, trains_on=self.trains_on)
 
     def passes(self, asked: int) -> int:
         """
@@ -196,6 +197,17 @@ class Clock:
         fit = (count for count in range(most, 1, -1) if self._training_s(count) <= left_s)
         return next(fit, 1)
 
+    def trains_on(self, trained: BlocksTrained) -> bool:
+        """Whether the next block can have its passes if those behind it have fewer."""
+        costs, once = (self._costs(self._trained_work(n)) for n in (trained.passes, 1))
+        planned_s, fewer_s = costs.training(), once.training()
+        if trained.passes == 1:
+            fewer_s = once.pruning(self.plan.work.steps.before_reconstruction)
+        block_s = trained.block_s or planned_s / trained.blocks
+        behind_s = (trained.blocks - trained.done - 1) * block_s * fewer_s / planned_s
+        left_s = self._search_left_s - costs.perplexity() - costs.reported()
+        return block_s + behind_s <= left_s
+
     def _most_passes(self, asked: int) -> int:
         spec = self.plan.spec
         if self.plan.work.recovery is None:  # they have its time
@@ -204,12 +216,13 @@ class Clock:
 
     def _training_s(self, passes: int) -> float:
         """Seconds until the winner is pruned, trained and reported, by the rates known now."""
+        costs = self._costs(self._trained_work(passes))
+        return costs.training() + costs.perplexity() + costs.reported()  # which comes after it
+
+    def _trained_work(self, passes: int) -> PlannedWork:
         work = self.plan.work
         trained = replace(work.steps.reconstruction, passes=passes)
-        work = replace(work, steps=replace(work.steps, reconstruction=trained))
-        costs = self._costs(work)
-        trained_s = costs.pruning(work.steps) + costs.reconstruction() + costs.perplexity()
-        return trained_s + costs.reported()  # which comes after it
+        return replace(work, steps=replace(work.steps, reconstruction=trained))
 
     def _costs(self, work: PlannedWork) -> Costs:
         """By the rates that are known now, not those of the plan."""

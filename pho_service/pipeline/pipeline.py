@@ -11,11 +11,12 @@ from itertools import islice
 
 from torch import Tensor
 
-from pho_service.errors import InvalidInput, field_name
+from pho_service.errors import InvalidInput, OutputError, field_name
 from pho_service.models.blockwise import (
     Block,
     changed_blocks,
     dense_afterwards,
+    linears_by_block,
     measure_perplexity,
     walk,
 )
@@ -38,6 +39,9 @@ from pho_service.spec.steps import Candidate, Reconstruction
 
 logger = logging.getLogger(__name__)
 
+# The reconstruction of a winner from the block of a number on, which may be shorter than it was.
+Shorten = Callable[[int, Reconstruction], Reconstruction]
+
 
 # Block reconstruction of a whole model: the dense stream beside the pruned one, and what is
 # trained.
@@ -55,13 +59,15 @@ class Rebuilding:
         block.replace_(self._dense)
 
     def after(
-        self, block: Block, masks: Mapping[str, Tensor], advance: Advance = lambda _: None
+        self, block: Block, masks: Mapping[str, Tensor], passes: int, advance: Advance
     ) -> Reconstructed:
+        if not passes:
+            return Reconstructed(before=None, after=None, passes=0, kept=False)
         inputs, linears = block.inputs, block.linears
         return reconstruct(
             [Trainable(linear=linears[name], keep=keep) for name, keep in masks.items()],
             lambda window: block.run(window, inputs[window]),
-            self._dense, self._settings, advance=advance,
+            self._dense, replace(self._settings, passes=passes, blocks=()), advance=advance,
         )  # fmt: skip
 
 
@@ -75,6 +81,7 @@ def prune_model(
     *,
     memo: Memo | None = None,
     rebuilt: Callable[[str, Reconstructed], None] = lambda _name, _result: None,
+    shorten: Shorten | None = None,
 ) -> dict[str, float]:
     """Prune a model in place, and give the share that each pruned linear has lost."""
     # A candidate whose steps need a text is applied block by block: each block sees the calibration
@@ -85,7 +92,7 @@ def prune_model(
         if few := few_tokens(model.linears, candidate, windows):
             warn_once(few)
         if candidate.steps.reconstruction.wanted:
-            masks = _rebuilt(model, statistics, candidate, windows, memo, rebuilt, advance)
+            masks = _rebuilt(model, statistics, candidate, windows, memo, rebuilt, advance, shorten)
         else:
             masks = _block_by_block(model, statistics, candidate, windows)
     elif model.stream:
@@ -132,6 +139,18 @@ def _streamed_by_score(
         yield from _zeroed(linears, masks, len(names & linears.keys()))
 
 
+def trained_blocks(model: LanguageModel, candidate: Candidate) -> list[str]:
+    """The names of the blocks that a candidate with a reconstruction changes."""
+    names = _pruned_names(model, candidate)
+    return [name for name, li in linears_by_block(model).items() if not names.isdisjoint(li)]
+
+
+def _record_name(block: str, number: int, how: Reconstruction) -> str:
+    """What the record of a block is called: those behind others see what these became."""
+    firsts = [str(first) for first in how.blocks if number >= first]
+    return ".shorter-after-".join([block, "-".join(firsts)]) if firsts else block
+
+
 def _pruned_names(model: LanguageModel, candidate: Candidate) -> frozenset[str]:
     return candidate.steps.linears.choose(list(model.linears), candidate.pattern).names
 
@@ -165,27 +184,63 @@ def _rebuilt(
     memo: Memo | None,
     rebuilt: Callable[[str, Reconstructed], None],
     advance: Advance,
+    shorten: Shorten | None,
 ) -> Iterator[tuple[str, LinearMask]]:
     """As :func:`_block_by_block`, and each block is trained before the next is pruned."""
-    rebuilding = Rebuilding(candidate.steps.reconstruction, len(windows))
+    how = candidate.steps.reconstruction
+    numbers = {name: number for number, name in enumerate(trained_blocks(model, candidate))}
+    kept_as = {name: _record_name(name, number, how) for name, number in numbers.items()}
+    if memo is not None and all(map(memo.holds, kept_as.values())):
+        yield from _all_put_back(model, memo, kept_as, rebuilt, advance)
+        return
+    rebuilding = Rebuilding(how, len(windows))
     losses = linear_losses(model.linears, statistics, candidate, _movable(model, candidate))
     for whole in walk(model, windows, streams=2):
-        rebuilding.before(whole)
+        block, number = whole.only(losses.names), numbers.get(whole.name, 0)
+        record = None
+        if block.linears:
+            record = memo.read(_record_name(block.name, number, how)) if memo else None
+            if record is None and shorten is not None:
+                how = shorten(number, how)
+        if how.passes_of(number):
+            rebuilding.before(whole)
         advance(0)
-        block = whole.only(losses.names)
         if not block.linears:
             continue
-        record = memo.read(block.name) if memo else None
         if record is None:
             masks = dict(_pruned_block(block, statistics, candidate, losses))
             keeps = {name: mask.keep for name, mask in masks.items()}
-            result = rebuilding.after(block, keeps, advance)
+            result = rebuilding.after(block, keeps, how.passes_of(number), advance)
             if memo:
-                memo.keep(block.name, _block_record(block.linears, masks, result))
+                made = _block_record(block.linears, masks, result)
+                memo.keep(_record_name(block.name, number, how), made)
         else:
             masks = dict(_put_back(record, block.linears))
             result = Reconstructed(**record.values["result"])
         rebuilt(block.name, result)
+        yield from masks.items()
+
+
+def _all_put_back(
+    model: LanguageModel,
+    memo: Memo,
+    kept_as: Mapping[str, str],
+    rebuilt: Callable[[str, Reconstructed], None],
+    advance: Advance,
+) -> Iterator[tuple[str, LinearMask]]:
+    """Give a model all of its trained blocks: no text runs through it."""
+    for name, linears in zip(linears_by_block(model), changed_blocks(model), strict=True):
+        advance(0)
+        if name not in kept_as:
+            continue
+        record = memo.read(kept_as[name])
+        if record is None:
+            raise OutputError(
+                f"the record of {name} was removed from {memo.folder} while others were read. Do "
+                "it once more."
+            )
+        masks = dict(_put_back(record, linears))
+        rebuilt(name, Reconstructed(**record.values["result"]))
         yield from masks.items()
 
 
@@ -283,6 +338,7 @@ def pruned_model(
     calibration: Tensor | None,
     advance: Advance = lambda _: None,
     memo: Memo | None = None,
+    shorten: Shorten | None = None,
 ) -> Iterator[Mapping[str, float]]:
     """A model pruned with a candidate, and dense again afterwards."""
     if not (candidate.steps.needs_text or model.stream):
@@ -292,7 +348,9 @@ def pruned_model(
             yield sparsity
         return
     with dense_afterwards(model):
-        yield prune_model(model, statistics, candidate, calibration, advance, memo=memo)
+        yield prune_model(
+            model, statistics, candidate, calibration, advance, memo=memo, shorten=shorten
+        )
 
 
 def rate_streamed(

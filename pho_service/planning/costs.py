@@ -344,7 +344,7 @@ class Costs:
         # The winner is pruned once more, and writes as the dense model does.
         winner = 0.0 if self.work.stream else pruned + self.written()
         if self.work.steps.reconstruction.wanted:
-            winner = self.pruning(self.work.steps) + self.reconstruction() + measured
+            winner = self.training() + measured
         winner += CONFIRMED_S + REFERENCES * (measured + self.masks())
         finalists, in_full = self.work.finalists, 0.0
         masks_alone = steps.needs_text and self.work.in_full < finalists
@@ -421,18 +421,23 @@ class Costs:
             return 0.0
         context, windows = self.work.calibration.context_length, self.work.calibration.samples
         # A backward pass is two forward ones.
-        passes = 2 + 3 * settings.passes / self.machine.quick
-        moved = settings.passes * windows * TRAINED * self.shapes.prunable
+        blocks = range(max(1, len(self.shapes.blocks)))
+        each = sum(map(settings.passes_of, blocks)) / len(blocks)
+        passes = 2 + 3 * each / self.machine.quick
+        moved = each * windows * TRAINED * self.shapes.prunable
         forward = self.forward(self.work.tokens, context, head=False)
         return passes * forward + moved / self.machine.bandwidth
 
+    def training(self) -> float:
+        """A winner's blocks, pruned and trained."""
+        return self.pruning(self.work.steps) + self.reconstruction()
+
     def pruned(self) -> float:
         """The winner's weights: from the dense model, or where its blocks were kept from these."""
+        if self.work.kept:
+            return self.streaming(1)
         streamed = self.streaming(0 if self.work.steps.needs_text else 1)
-        if self.work.kept:  # the dense stream and the pruned one through blocks that are trained
-            context = self.work.calibration.context_length
-            return 2 * self.forward(self.work.tokens, context, head=False) + streamed
-        return self.pruning(self.work.steps) + self.reconstruction() + streamed
+        return self.training() + streamed
 
     def pruning(self, steps: Steps) -> float:
         """One candidate's masks, and its weights where a step before a reconstruction does."""

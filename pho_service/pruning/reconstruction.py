@@ -147,14 +147,17 @@ def split(count: int) -> tuple[list[int], list[int]]:
 def summary(blocks: Mapping[str, Reconstructed]) -> str:
     """Say in a sentence what the training of a model's blocks came to; at least one block."""
     better = [block for block in blocks.values() if block.kept and block.before and block.after]
-    unchanged = [name for name, block in blocks.items() if not block.kept]
-    sentence = f"{len(blocks) - len(unchanged)} of {len(blocks)} blocks reconstructed"
+    unchanged = [name for name, block in blocks.items() if block.passes and not block.kept]
+    trained = sum(block.kept for block in blocks.values())
+    sentence = f"{trained} of {len(blocks)} blocks reconstructed"
     if better:
         ratio = sum(math.log(e.after / e.before) for e in better if e.after and e.before)
         sentence += f", held-out error {math.expm1(ratio / len(better)):+.1%} on average"
     if unchanged:
         more = f" and {len(unchanged) - _NAMED} more" if len(unchanged) > _NAMED else ""
         sentence += f"; no better, so left as they were: {', '.join(unchanged[:_NAMED])}{more}"
+    if untrained := sum(not block.passes for block in blocks.values()):
+        sentence += f"; {untrained} not trained"
     return sentence
 
 

@@ -169,6 +169,9 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+_SHORTER = 2  # times that a training can get shorter: to one pass, and to none
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
     """
@@ -194,6 +197,17 @@ class Reconstruction:
         Field(ge=1, le=1000, description="Passes over the calibration windows, at most."),
         BeforeValidator(_whole),
     ] = 2
+    blocks: Annotated[
+        tuple[Annotated[Whole, Field(ge=1), BeforeValidator(_whole)], ...],
+        FieldShown(option="--reconstruction-blocks"),
+        Field(
+            max_length=_SHORTER,
+            description="Where the training gets shorter: so many of the first blocks are trained "
+            "in all passes, and those behind them in one; those behind a second number are not "
+            "trained. Without numbers all blocks are trained in all passes.",
+            exclude_if=lambda blocks: not blocks,
+        ),
+    ] = ()
     learning_rate: Annotated[
         Number,
         FieldShown(option="--reconstruction-rate"),
@@ -216,6 +230,8 @@ class Reconstruction:
         passes = self.passes
         if not isinstance(passes, int) or isinstance(passes, bool) or not 1 <= passes <= 1000:
             raise InvalidInput(f"reconstruction passes={passes!r} is not in 1..1000.")
+        object.__setattr__(self, "blocks", tuple(self.blocks))
+        self._check_blocks()
         rate = self.learning_rate
         number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
         if not number or not 0 < rate <= 1:
@@ -223,8 +239,8 @@ class Reconstruction:
         check_seed(self.seed)
         if not self.wanted and any(getattr(self, f.name) != f.default for f in fields(self)):
             raise InvalidInput(
-                "reconstruction method 'none' trains nothing, so passes, learning_rate and seed "
-                "say nothing. Leave them out, or take method 'block'."
+                "reconstruction method 'none' trains nothing, so passes, blocks, learning_rate and "
+                "seed say nothing. Leave them out, or take method 'block'."
             )
 
     @property
@@ -232,13 +248,33 @@ class Reconstruction:
         """Return whether anything is trained."""
         return self.method != "none"
 
+    def _check_blocks(self) -> None:
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in self.blocks)
+        if not whole or len(self.blocks) > _SHORTER or [*self.blocks] != sorted(self.blocks):
+            raise InvalidInput(
+                f"reconstruction blocks={[*self.blocks]!r} are not up to {_SHORTER} numbers above "
+                "0, the smaller one first: how many blocks have all passes, and how many have any."
+            )
+
+    def passes_of(self, number: int) -> int:
+        """In how many passes a block is trained, by its number from 0."""
+        return (self.passes, 1, 0)[sum(number >= first for first in self.blocks)]
+
+    def shorter(self, number: int) -> "Reconstruction":
+        """The same with fewer passes from the block of a number on."""
+        firsts = (*self.blocks, number) if self.blocks or self.passes > 1 else (number, number)
+        return replace(self, blocks=firsts[:_SHORTER])
+
     def __str__(self) -> str:
         """In words, for people."""
-        return (
-            f"reconstruction {self.method}, {self.passes} passes from rate {self.learning_rate:g}"
-            if self.wanted
-            else "reconstruction none"
-        )
+        if not self.wanted:
+            return "reconstruction none"
+        shorter = (
+            "", " in the first {} blocks and one in the others,",
+            " in the first {} blocks and one up to block {},",
+        )[len(self.blocks)].format(*self.blocks)  # fmt: skip
+        passes = f"{self.passes} passes{shorter} from rate {self.learning_rate:g}"
+        return f"reconstruction {self.method}, {passes}"
 
 
 def with_method(value: Any) -> Any:

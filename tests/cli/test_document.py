@@ -86,7 +86,7 @@ def test_each_field_of_a_jobs_document_has_an_option_but_for_the_models():
         "notify": "https://hooks.example/pho", "warm_start": {},
         "steps": {
             "allocation": {"offsets": {"q_proj": 0.5}, "depth": [0.5]},
-            "linears": {"ignore": ["q"]}, "reconstruction": {"method": "block"},
+            "linears": {"ignore": ["q"]}, "reconstruction": {"method": "block", "blocks": [1]},
         },
     }  # fmt: skip
     paths = leaves(JobSpec.model_validate({**MINE, **parts}).model_dump(mode="json"))

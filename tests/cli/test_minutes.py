@@ -75,6 +75,27 @@ def test_finalists_that_there_is_no_time_for_are_left_out_and_said_as_an_option(
     assert without_search("first.json") == without_search("again.json")
 
 
+@pytest.mark.thorough
+def test_a_training_that_takes_too_long_says_from_which_block_on_it_is_short(
+    pho, words, monkeypatch
+):
+    """The same options train the same blocks as long, anywhere."""
+    best = [word if word != "score" else "best" for word in words]
+    with monkeypatch.context() as late:
+        late.setattr(Clock, "trains_on", lambda *_: False)
+        first = pho(*best, "--out", "first.json", "--finalists", 1, "--in-full", 1)
+    said = re.findall(r"time that is left: (--[^.]* [0-9]+)\.", first.stderr)
+    options = [*chosen(first), *shlex.split(" ".join(said))]
+    again = pho(*best, *options, "--out", "again.json", "--study", "sqlite:///other.db")
+
+    assert first.exit_code == again.exit_code == 0, first.output + again.output
+    assert (
+        "In one pass, training the other blocks in the time that is left: "
+        "--reconstruction-blocks 1." in first.stderr
+    )
+    assert without_search("first.json") == without_search("again.json")
+
+
 @pytest.mark.parametrize("before", [pytest.param(True, marks=pytest.mark.thorough), False])
 def test_an_interrupted_search_goes_on_with_what_was_chosen_for_it(pho, words, monkeypatch, before):
     """So does one that is over, with what it has found."""

@@ -1,6 +1,7 @@
 """The minutes of a job as it runs: what took longer leaves less, and something is always done."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -9,6 +10,7 @@ from pho_service.models.loading import load_model
 from pho_service.pipeline.minutes import Clock, machine_of, slower
 from pho_service.planning.costs import named_machine
 from pho_service.planning.shapes import read_shapes
+from pho_service.progress import BlocksTrained
 from pho_service.spec.job import JobSpec
 from pho_service.spec.minutes import AFTER_CALIBRATION, MOST_PASSES, SIZES
 
@@ -78,6 +80,26 @@ def test_a_winner_is_trained_in_fewer_passes_where_time_is_short_but_in_one_at_l
     passed[0] *= 2
     assert clock.left_s < 0
     assert clock.passes_left(2) == 1
+
+
+def test_a_training_that_takes_longer_goes_on_in_one_pass_where_the_rest_needs_the_time(begun):
+    _, clock, passed = begun(4 * least_minutes(begun))
+    costs = clock.plan.costs
+    block_s = costs.training() / 10
+    trained = partial(BlocksTrained, blocks=10, shorter=(5,))
+    once_s = clock._costs(clock._trained_work(1)).training() / 10
+    begins = clock.trains_on(trained(done=0, passes=2, block_s=None))
+    passed[0] = 60 * clock.plan.spec.minutes - costs.perplexity() - costs.reported()
+    passed[0] -= 5 * block_s
+
+    assert begins
+    assert clock.trains_on(trained(done=5, passes=2, block_s=block_s))
+    assert not clock.trains_on(trained(done=5, passes=2, block_s=5 * block_s))
+    assert clock.trains_on(trained(done=9, passes=2, block_s=4.9 * block_s))
+    assert not clock.trains_on(trained(done=9, passes=2, block_s=5.1 * block_s))
+    assert not clock.trains_on(trained(done=0, passes=2, block_s=None))
+    assert clock.trains_on(trained(done=5, passes=1, block_s=once_s))
+    assert not clock.trains_on(trained(done=5, passes=1, block_s=9 * once_s))
 
 
 def test_passes_that_were_asked_for_are_not_made_more_nor_those_before_a_recovery(begun):

@@ -7,17 +7,20 @@ from dataclasses import replace
 import optuna
 import pytest
 import torch
+from optuna.storages import InMemoryStorage
 
-from pho_service.errors import InvalidInput
+from pho_service import progress as progress_of
+from pho_service.errors import InvalidInput, OutputError
 from pho_service.models.loading import load_model
 from pho_service.models.saving import read_recipe
 from pho_service.models.scratch import Memo
-from pho_service.pipeline import confirmation, rating
+from pho_service.pipeline import confirmation, pipeline, rating
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.pipeline import prune_model
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.search import search_job
 from pho_service.pipeline.work import Work
+from pho_service.pruning.reconstruction import summary
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.pattern import Coefficients, Linears, Pattern
 from pho_service.spec.steps import Candidate, Reconstruction, Steps
@@ -106,6 +109,55 @@ def test_resumed(model, model_folder, bundle, windows, tmp_path):
     assert done.read("model.layers.1") is None
 
 
+def shorter(*blocks):
+    """The candidate whose training gets shorter."""
+    trained = replace(TRAINED, blocks=blocks)
+    return replace(CANDIDATE, steps=replace(CANDIDATE.steps, reconstruction=trained))
+
+
+def test_the_blocks_behind_some_are_trained_in_one_pass_and_those_behind_others_not_at_all(
+    model, original, model_folder, bundle, windows, tmp_path
+):
+    """What was kept of a training in all passes is used up to there, and no further."""
+    done = Memo(folder=tmp_path / "blocks", key="a")
+
+    def run(candidate, memo=None):
+        again = load_model(str(model_folder), device="cpu")
+        return Run(again, bundle, windows, candidate=candidate, done=memo)
+
+    whole = Run(original, bundle, windows, done=done)
+    resumed, fresh = run(shorter(1), done), Run(model, bundle, windows, candidate=shorter(1))
+    untrained = run(shorter(1, 1), done)
+    put_back = run(shorter(1, 1), done)
+
+    assert same(fresh, resumed)
+    assert same(run(shorter(2)), whole)
+    assert same(run(shorter(1, 2)), fresh)
+    assert same(run(shorter(1, 1)), untrained)
+    assert same(put_back, untrained)
+    assert [each.passes for each in untrained.blocks.values()][1] == 0
+    assert [each.passes for each in fresh.blocks.values()][1] in range(1, 4)
+    assert not same(fresh, whole)
+    assert not same(fresh, untrained)
+    assert fresh.blocks["model.layers.0"] == whole.blocks["model.layers.0"]
+    assert summary(untrained.blocks).endswith("; 1 not trained")
+
+
+def test_blocks_that_are_all_kept_are_put_back_without_a_text(
+    model, original, streamed, bundle, windows, tmp_path, monkeypatch
+):
+    done = Memo(folder=tmp_path / "blocks", key="a")
+    whole = Run(original, bundle, windows, done=done)
+    monkeypatch.setattr(pipeline, "walk", lambda *_, **__: pytest.fail("a text was run"))
+
+    assert same(Run(model, bundle, windows, done=done), whole)
+    assert same(Run(streamed, bundle, windows, done=done), whole)
+    monkeypatch.setattr(Memo, "holds", lambda *_: True)
+    done.path("model.layers.1").unlink()
+    with pytest.raises(OutputError, match=r"layers\.1 was removed from .*blocks while others were"):
+        Run(model, bundle, windows, done=done)
+
+
 def test_a_streamed_model_ends_with_the_same_weights_another_seed_gives_other_ones(
     model, original, streamed, bundle, windows
 ):
@@ -172,9 +224,10 @@ def test_winner(searched, bundle, confirming, monkeypatch, factor):
     """Only the winner is trained, once in a study, and only a better perplexity is taken."""
     measured = []
 
-    def measure(_, candidate, *_more, writes):
+    def measure(_, candidate, *_more, writes, shorten):
         measured.append(candidate)
         assert writes
+        assert shorten is None
         perplexity = factor * without.confirmation.perplexity
         first_loss, *others = before.measured.losses
         losses = [first_loss, *(factor * loss for loss in others)]
@@ -250,6 +303,55 @@ def test_the_only_one_is_trained_at_once(searched, studies, confirming, monkeypa
     assert winner.confirmation.before_reconstruction is None
     assert winner.finalists[0].trial == first.trial
     assert first.trial in [each.trial for each in longer.finalists if each.perplexity]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("passes", [3, 1])
+def test_a_winner_that_takes_too_long_is_trained_less_from_there_on(
+    searched, confirming, original, bundle, tmp_path, killed, passes
+):
+    """What is found says so, and whoever trains it from the start gets the same bits."""
+    heard, interrupts = [], killed
+
+    def trains_on(trained):
+        heard.append(trained)
+        return False
+
+    @contextmanager
+    def progress(*_):
+        def advance(_count):
+            if heard and interrupts:
+                raise KeyboardInterrupt
+
+        yield advance
+
+    windows, how = confirming.text.windows, replace(TRAINED, passes=passes)
+    work = replace(confirming, calibration=windows, cache_dir=tmp_path)
+    request = SearchRequest(
+        pattern=Pattern.parse("0.5"), trials=10, in_full=1,
+        steps=Steps(update="obs", reconstruction=how),
+    )  # fmt: skip
+    run = progress_of.Run(trains_on=trains_on, progress=progress)
+    if killed:
+        with pytest.raises(KeyboardInterrupt):
+            searched(request, work, run=run)
+    interrupts = False
+    found = searched(request, work, run=run).configuration
+    alone, _ = rating.rate_pruned(
+        original, bundle.statistics(), found.candidate(), windows, calibration=windows
+    )
+    (asked, *others), blocks = heard, found.steps.reconstruction.blocks
+    given = replace(request, steps=found.steps)
+    again = searched(given, replace(work, cache_dir=None), storage=InMemoryStorage(), run=run)
+
+    assert (asked.done, asked.blocks, asked.passes) == (1, 2, passes)
+    assert asked.shorter == ((1,) if passes > 1 else (1, 1))
+    assert [each.passes for each in others] == [1] * (killed and passes > 1)
+    assert blocks == ((1, 1) if others else asked.shorter)
+    assert found.steps.reconstruction == replace(how, blocks=blocks)
+    assert found.confirmation.perplexity == alone.perplexity
+    assert again.configuration.confirmation.perplexity == alone.perplexity
+    assert again.configuration.steps == found.steps
 
 
 def test_the_cache_holds_the_blocks_of_the_last_three_searches(model, bundle, tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from pho_service.errors import InvalidInput
 from pho_service.host.access import Access
 from pho_service.host.settings import Settings
 from pho_service.spec.export import BITS_WINDOWS
@@ -373,6 +374,26 @@ def test_a_number_of_passes_alone_says_that_blocks_are_trained_in_so_many():
     assert trained.request(0).steps.reconstruction == Reconstruction(method="block", passes=3)
     with pytest.raises(ValidationError, match="trains nothing, so passes"):
         spec_of(steps={"reconstruction": {"method": "none", "passes": 3}})
+
+
+def test_a_training_gets_shorter_behind_some_blocks_and_by_default_it_does_not():
+    trained = {"method": "block", "passes": 3}
+    how, whole = Reconstruction(**trained, blocks=(2, 3)), Reconstruction(**trained)
+    once = Reconstruction(method="block", passes=1)
+
+    assert [how.passes_of(number) for number in range(4)] == [3, 3, 1, 0]
+    assert [whole.passes_of(number) for number in range(4)] == [3, 3, 3, 3]
+    assert whole.shorter(2).shorter(3) == how == how.shorter(9)
+    assert once.shorter(2).blocks == (2, 2)
+    assert "3 passes in the first 2 blocks and one up to block 3, from" in str(how)
+    assert "3 passes in the first 2 blocks and one in the others, from" in str(whole.shorter(2))
+    assert "3 passes from" in str(whole)
+    assert '"blocks"' not in spec_of(steps={"reconstruction": trained}).model_dump_json()
+    for wrong in ([0], [-1], [True], [1.5], [2, 1], [1, 2, 3]):
+        with pytest.raises(InvalidInput, match="are not up to 2 numbers above 0, the smaller"):
+            Reconstruction(**trained, blocks=wrong)
+        with pytest.raises(ValidationError, match="reconstruction"):
+            spec_of(steps={"reconstruction": {**trained, "blocks": wrong}})
 
 
 @pytest.mark.parametrize(

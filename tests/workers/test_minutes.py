@@ -72,6 +72,23 @@ def test_the_winner_is_trained_in_as_many_passes_as_there_is_time_for(hand, minu
     assert found is None or found["passes"] == 2  # None: it was no better with it
 
 
+def test_the_blocks_that_there_is_no_time_for_are_trained_in_one_pass(hand, minutes, monkeypatch):
+    """The configuration says from which one on, and a search that is told so finds the same."""
+    monkeypatch.setattr(Clock, "passes_left", lambda _clock, asked: asked)
+    monkeypatch.setattr(Clock, "trains_on", lambda *_: False)
+    trained = {"reconstruction": {"method": "block", "passes": 2}}
+    sizes = {"confirm/finalists": 1, "in_full": 1}
+    asked = minutes(preset="best", steps=trained).sized(sizes)
+    job = hand.done(asked)
+    given = {"reconstruction": {**trained["reconstruction"], "blocks": [1]}}
+    spec = JobSpec.model_validate({**job.spec, "minutes": None, "steps": given})
+    again = hand.done(spec)
+
+    assert job.best["steps"]["reconstruction"]["blocks"] == [1]
+    assert again.best["steps"] == job.best["steps"]
+    assert again.best["perplexities"] == job.best["perplexities"]
+
+
 def test_finalists_that_there_is_no_time_for_are_left_out(hand, minutes, monkeypatch):
     """The first one is measured however late it is."""
     monkeypatch.setattr(Clock, "another_left", lambda _: False)
