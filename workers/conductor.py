@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any, TypeVar
 
 import optuna
@@ -194,6 +194,7 @@ class _Job:
         stack: ExitStack,
     ) -> None:
         self._store, self._inputs, self._watch, self._stack = store, inputs, watch, stack
+        self._began = time.monotonic()
         run = Run(
             device=str(inputs.device),
             progress=watch.progress,
@@ -255,12 +256,13 @@ class _Job:
         spec = self._warmed(self._sized_again(spec), made)
         if spec.minutes is not None:
             run = self._journal.run
+            training = cache(lambda: self._clock(spec))  # measured before the first block alone
             self._journal.run = replace(
                 run,
                 in_full=lambda n: self._clock(spec).in_full_left(n),
-                passes=lambda n: self._clock(spec).passes_left(n),
+                passes=lambda n: training().passes_left(n),
                 another=lambda: self._is_first_in_full() or self._clock(spec).another_left(),
-                trains_on=lambda trained: self._clock(spec).trains_on(trained),
+                trains_on=lambda trained: training().trains_on(trained),
             )
         self._work = SealedWork(self._inputs, job, spec, made, self._journal.run)
         self._search(spec, made)
@@ -393,11 +395,11 @@ class _Job:
 
     def _clock(self, spec: JobSpec) -> Clock:
         """The minutes of the job, by what its stages have worked and what this machine does."""
-        began = time.monotonic()
+        # What a stage has worked counts once it has ended: this one has worked since it was begun.
         worked = sum(stage.worked_s for stage in self._claim.job.stages)
         model = self._inputs.model(spec.of_model(0))
         path = self._inputs.access.model(spec.model)
-        return Clock.of(model, spec, lambda: worked + time.monotonic() - began, path)
+        return Clock.of(model, spec, lambda: worked + time.monotonic() - self._began, path)
 
     def _changed(self, spec: JobSpec) -> JobSpec:
         """A document that is stored with the result of the claimed stage."""

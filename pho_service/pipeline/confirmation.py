@@ -22,12 +22,12 @@ from pho_service.pipeline.writing import prompts_of, side_by_side, written_by
 from pho_service.progress import Advance, BlocksTrained, Run
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.spec.configuration import ProxyQuality
+from pho_service.spec.configuration import Configuration, ProxyQuality
 from pho_service.spec.document import number
 from pho_service.spec.fields import ValidationSpec
 from pho_service.spec.objective import WEIGHTINGS, Objective
 from pho_service.spec.perplexity import Perplexity, ReportedPerplexities
-from pho_service.spec.steps import Candidate, Reconstruction
+from pho_service.spec.steps import Candidate, Reconstruction, Steps
 from pho_service.tuning.finalists import (
     Divergences,
     Losses,
@@ -250,19 +250,15 @@ def reconstruct(
     candidate: Candidate, settings: Reconstruction, study: optuna.Study, work: Work, run: Run
 ) -> Perplexity:
     """The perplexity of a winner that is reconstructed."""
-
-    def trained() -> Candidate:
-        how = _fitted(settings, study, run)
-        return replace(candidate, steps=replace(candidate.steps, reconstruction=how))
-
-    asked = trained()
+    asked = replace(candidate, steps=_fitted(candidate.steps, settings, study, run))
     # What the model writes is kept, too, since training it again would take long.
     record = kept(study, RECONSTRUCTED, _about(asked, work))
     if not record:
         blocks = len(trained_blocks(work.model, asked))
         shorten = _Shortening(study, run, blocks) if run.trains_on and not settings.blocks else None
         made = _measure(work, asked, run, "Reconstructing the best", writes=True, shorten=shorten)
-        record = {**made, **_about(trained(), work)}
+        trained = replace(asked, steps=_fitted(asked.steps, settings, study, run))
+        record = {**made, **_about(trained, work)}
         with run.fence():
             keep_record(study, RECONSTRUCTED, record)
     return _perplexity_of(record)
@@ -272,11 +268,12 @@ _SHORTENED = "blocks"  # record of a study: where the training of its winner get
 _OF_LATE = 2  # blocks whose time says how long the next one takes
 
 
-def _fitted(settings: Reconstruction, study: optuna.Study, run: Run) -> Reconstruction:
-    """A reconstruction with as many passes as there is time for, and for as many blocks."""
+def _fitted(steps: Steps, settings: Reconstruction, study: optuna.Study, run: Run) -> Steps:
+    """Steps with a reconstruction in as many passes as there is time for, in as many blocks."""
     passes = _in_time(study, "passes", settings.passes, run.passes, run)
     shortened = kept(study, _SHORTENED, {"passes": passes})
-    return replace(settings, passes=passes, blocks=shortened.get("blocks", settings.blocks))
+    blocks = shortened.get("blocks", settings.blocks)
+    return replace(steps, reconstruction=replace(settings, passes=passes, blocks=blocks))
 
 
 class _Shortening:
@@ -318,16 +315,19 @@ def reconstruct_winner(
 ) -> SearchResult:
     """Add a reconstruction to what a search found, if it makes it better, or has it already."""
     configuration = result.configuration
-    confirmation, measured = configuration.confirmation, None
-    if work is not None and confirmation and result.measured is not None and not at_once:
-        measured = reconstruct(configuration.candidate(), settings, study, work, run)
-    steps = replace(configuration.steps, reconstruction=_fitted(settings, study, run))
-    rebuilt = configuration.model_copy(update={"steps": steps})
-    if work is None or confirmation is None or result.measured is None or measured is None:
-        return replace(result, configuration=rebuilt)
-    before, after = confirmation.perplexity, measured.perplexity
+    confirmation = configuration.confirmation
+
+    def rebuilt() -> Configuration:
+        steps = _fitted(result.configuration.steps, settings, study, run)
+        return result.configuration.model_copy(update={"steps": steps})
+
+    if work is None or confirmation is None or result.measured is None or at_once:
+        return replace(result, configuration=rebuilt())
+    before = confirmation.perplexity
+    measured = reconstruct(configuration.candidate(), settings, study, work, run)
+    after = measured.perplexity
     if not after < before:
-        if kept := work.blocks(rebuilt.candidate()):
+        if kept := work.blocks(rebuilt().candidate()):
             kept.remove()
         warning = (
             f"The reconstruction was left out: with it the perplexity is {number(after)}, without "
@@ -337,7 +337,7 @@ def reconstruct_winner(
     new_confirmation = confirmation.measured_against(
         "before_reconstruction", measured.against(result.measured)
     )
-    configuration = rebuilt.model_copy(update={"confirmation": new_confirmation})
+    configuration = rebuilt().model_copy(update={"confirmation": new_confirmation})
     return replace(result, configuration=configuration, measured=measured)
 
 

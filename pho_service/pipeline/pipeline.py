@@ -196,27 +196,28 @@ def _rebuilt(
     rebuilding = Rebuilding(how, len(windows))
     losses = linear_losses(model.linears, statistics, candidate, _movable(model, candidate))
     for whole in walk(model, windows, streams=2):
-        block, number = whole.only(losses.names), numbers.get(whole.name, 0)
-        record = None
-        if block.linears:
-            record = memo.read(_record_name(block.name, number, how)) if memo else None
-            if record is None and shorten is not None:
-                how = shorten(number, how)
-        if how.passes_of(number):
+        number = numbers.get(whole.name)
+        if number is None:  # nothing of it is pruned
+            rebuilding.before(whole)
+            advance(0)
+            continue
+        block = whole.only(losses.names)
+        record = memo.read(_record_name(block.name, number, how)) if memo else None
+        if record is None and shorten is not None:
+            how = shorten(number, how)
+        passes = how.passes_of(number)
+        if passes:
             rebuilding.before(whole)
         advance(0)
-        if not block.linears:
-            continue
         if record is None:
             masks = dict(_pruned_block(block, statistics, candidate, losses))
             keeps = {name: mask.keep for name, mask in masks.items()}
-            result = rebuilding.after(block, keeps, how.passes_of(number), advance)
+            result = rebuilding.after(block, keeps, passes, advance)
             if memo:
                 made = _block_record(block.linears, masks, result)
                 memo.keep(_record_name(block.name, number, how), made)
         else:
-            masks = dict(_put_back(record, block.linears))
-            result = Reconstructed(**record.values["result"])
+            masks, result = _put_back(record, block.linears)
         rebuilt(block.name, result)
         yield from masks.items()
 
@@ -239,8 +240,8 @@ def _all_put_back(
                 f"the record of {name} was removed from {memo.folder} while others were read. Do "
                 "it once more."
             )
-        masks = dict(_put_back(record, linears))
-        rebuilt(name, Reconstructed(**record.values["result"]))
+        masks, result = _put_back(record, linears)
+        rebuilt(name, result)
         yield from masks.items()
 
 
@@ -263,13 +264,14 @@ def _block_record(
 
 def _put_back(
     record: Record, linears: Mapping[str, PrunableLinear]
-) -> Iterator[tuple[str, LinearMask]]:
-    """Give the linears of a block their trained weights, and yield the mask of each."""
-    tensors = record.tensors
+) -> tuple[dict[str, LinearMask], Reconstructed]:
+    """Give the linears of a block their trained weights; the mask of each, and how it went."""
+    tensors, masks = record.tensors, {}
     for name, group_keep in record.values["group_keep"].items():
         linears[name].weight.copy_(tensors[f"{name}:weight"])
         keep, order = tensors[f"{name}:keep"], tensors.get(f"{name}:order")
-        yield name, LinearMask(keep=keep, order=order, group_keep=group_keep)
+        masks[name] = LinearMask(keep=keep, order=order, group_keep=group_keep)
+    return masks, Reconstructed(**record.values["result"])
 
 
 def _pruned_block(

@@ -1,6 +1,8 @@
 """A job of so many minutes: the worker that begins chooses its sizes, and they stay."""
 
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +11,7 @@ from pho_service.spec.job import JobSpec
 from pho_service.spec.job_options import search_command
 from pho_service.spec.steps import Reconstruction
 from storage.records import RESTING, SIZING, StageKind
+from workers import conductor
 
 
 @pytest.fixture
@@ -48,6 +51,24 @@ def test_its_first_stage_chooses_what_the_document_then_says(hand, minutes, pres
     assert again.best["perplexities"] == job.best["perplexities"]
 
 
+def test_the_time_of_a_stage_counts_from_when_it_was_begun(hand, minutes, monkeypatch):
+    """What it has worked is stored once it has ended, and a training looks at it before that."""
+    passed, spent = [0], []
+    clock_of = conductor._Job._clock
+
+    def late(job, spec):
+        passed[0] = 1000
+        return clock_of(job, spec)
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + passed[0])
+    monkeypatch.setattr(conductor, "time", clock)
+    monkeypatch.setattr(conductor._Job, "_clock", late)
+    monkeypatch.setattr(Clock, "fit_text", lambda clock, *_: spent.append(clock.spent()))
+    hand.step(hand.submit(minutes()))
+
+    assert 1000 < spent[0] < 1100
+
+
 def test_killed_after_the_choice_another_worker_keeps_it(hand, minutes, monkeypatch):
     job = hand.submit(minutes())
     hand.step(job)  # chooses
@@ -74,16 +95,29 @@ def test_the_winner_is_trained_in_as_many_passes_as_there_is_time_for(hand, minu
 
 def test_the_blocks_that_there_is_no_time_for_are_trained_in_one_pass(hand, minutes, monkeypatch):
     """The configuration says from which one on, and a search that is told so finds the same."""
-    monkeypatch.setattr(Clock, "passes_left", lambda _clock, asked: asked)
-    monkeypatch.setattr(Clock, "trains_on", lambda *_: False)
+    looks = []
+
+    def passes_left(clock, asked):
+        looks.append((clock, clock.spent()))
+        return asked
+
+    def trains_on(clock, _trained):
+        looks.append((clock, clock.spent()))
+        return False
+
+    monkeypatch.setattr(Clock, "passes_left", passes_left)
+    monkeypatch.setattr(Clock, "trains_on", trains_on)
     trained = {"reconstruction": {"method": "block", "passes": 2}}
     sizes = {"confirm/finalists": 1, "in_full": 1}
     asked = minutes(preset="best", steps=trained).sized(sizes)
     job = hand.done(asked)
+    (before, before_s), (meanwhile, meanwhile_s) = looks
     given = {"reconstruction": {**trained["reconstruction"], "blocks": [1]}}
     spec = JobSpec.model_validate({**job.spec, "minutes": None, "steps": given})
     again = hand.done(spec)
 
+    assert before is meanwhile  # the model is not run once more between two blocks
+    assert meanwhile_s > before_s > 0
     assert job.best["steps"]["reconstruction"]["blocks"] == [1]
     assert again.best["steps"] == job.best["steps"]
     assert again.best["perplexities"] == job.best["perplexities"]
