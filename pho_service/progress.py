@@ -43,6 +43,16 @@ class BlocksTrained:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LinearsPruned:
+    """Tells how far a finalist is that is being pruned in full."""
+
+    before: int  # Finalists that were begun before it
+    done: int  # Linears
+    linears: int  # In all
+    linear_s: float  # Seconds that a linear took, of late
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """Where something long runs, and who watches it."""
 
@@ -55,8 +65,10 @@ class Run:
     # so many; None: as many as asked for.
     in_full: Callable[[int], int] | None = None
     passes: Callable[[int], int] | None = None
-    # Whether there is time to prune one more finalist in full; None: there is.
-    another: Callable[[], bool] | None = None
+    # Whether there is time to prune one more finalist in full behind so many, and to go on with
+    # one; None: there is.
+    another: Callable[[int], bool] | None = None
+    prunes_on: "Callable[[LinearsPruned], bool] | None" = None
     # Whether there is time to train the next block in as many passes; None: there is.
     trains_on: "Callable[[BlocksTrained], bool] | None" = None
     # Entered around each write that would not be the same twice; may refuse by raising.

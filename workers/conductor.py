@@ -59,7 +59,6 @@ from storage.jobs import JobStore
 from storage.records import (
     RESTING,
     SIZING,
-    VALIDATION,
     Claim,
     LostClaim,
     NewStage,
@@ -256,13 +255,14 @@ class _Job:
         spec = self._warmed(self._sized_again(spec), made)
         if spec.minutes is not None:
             run = self._journal.run
-            training = cache(lambda: self._clock(spec))  # measured before the first block alone
+            clock = cache(lambda: self._clock(spec))  # measured before the first block alone
             self._journal.run = replace(
                 run,
-                in_full=lambda n: self._clock(spec).in_full_left(n),
-                passes=lambda n: training().passes_left(n),
-                another=lambda: self._is_first_in_full() or self._clock(spec).another_left(),
-                trains_on=lambda trained: training().trains_on(trained),
+                in_full=lambda count: clock().in_full_left(count),
+                passes=lambda count: clock().passes_left(count),
+                another=lambda before: clock().another_left(before),
+                prunes_on=lambda pruned: clock().prunes_on_left(pruned),
+                trains_on=lambda trained: clock().trains_on(trained),
             )
         self._work = SealedWork(self._inputs, job, spec, made, self._journal.run)
         self._search(spec, made)
@@ -387,11 +387,6 @@ class _Job:
         recovery = spec.recovery.model_copy(update={"minutes": rest.minutes})
         update = {"recovery": None if rest.minutes is None else recovery}
         return self._changed(spec.model_copy(update=update))
-
-    def _is_first_in_full(self) -> bool:
-        """Tell whether no finalist has a perplexity yet."""
-        measured = self._claim.job.of_kind(StageKind.PERPLEXITY)
-        return not any(stage.number < VALIDATION and stage.result for stage in measured)
 
     def _clock(self, spec: JobSpec) -> Clock:
         """The minutes of the job, by what its stages have worked and what this machine does."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pho_service.cli.options import Terminal, file_source
 from pho_service.cli.terminal import say
 from pho_service.errors import InvalidInput, ModelError
-from pho_service.progress import BlocksTrained, Look, Run, Steps, one_bar
+from pho_service.progress import BlocksTrained, LinearsPruned, Look, Run, Steps, one_bar
 from pho_service.spec.minutes import AFTER_CALIBRATION, OF_THE_TEXT, SizeName, put_sizes
 
 if TYPE_CHECKING:
@@ -88,7 +88,9 @@ class Budget:
         trained = "--reconstruction-passes"
         passes = _with_notice(self.clock.passes, "Training the best", trained)
         run = replace(run, look=_noting(study, self.clock), in_full=in_full, passes=passes)
-        return replace(run, another=_another(self.clock), trains_on=_trains_on(self.clock))
+        another, prunes_on = _another(self.clock)
+        run = replace(run, another=another, prunes_on=prunes_on)
+        return replace(run, trains_on=_trains_on(self.clock))
 
     def recovery(self, work: "Work", study: "Study") -> "Recovery | None":
         """How what was found is recovered: in what is left, if no time is given for it."""
@@ -239,21 +241,24 @@ def _with_notice(number: Callable[[int], int], does: str, option: str) -> Callab
     return choice
 
 
-def _another(clock: "Clock") -> Callable[[], bool]:
-    """Whether there is time for one more finalist; says once that there is not."""
-    count, over, work = 0, False, clock.plan.work
+def _another(
+    clock: "Clock",
+) -> tuple[Callable[[int], bool], Callable[[LinearsPruned], bool]]:
+    """Whether there is time for one more finalist, and to go on with it; says once that not."""
+    over, work = False, clock.plan.work
     option = "--in-full" if work.in_full < work.finalists else "--finalists"
 
-    def choice() -> bool:
-        nonlocal count, over
-        if clock.another():
-            count += 1
-        elif not over:
+    def choice(fits: bool, count: int) -> bool:
+        nonlocal over
+        if not (fits or over):
             over = True
             say(f"Pruning no more finalists in the time that is left: {option} {count}.")
         return not over
 
-    return choice
+    return (
+        lambda before: choice(clock.another(before), before),
+        lambda pruned: choice(clock.prunes_on(pruned), pruned.before),
+    )
 
 
 def _trains_on(clock: "Clock") -> Callable[[BlocksTrained], bool]:

@@ -2,11 +2,9 @@
 From the best by the proxy to the result: the race and the validation.
 """
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any
 
 import optuna
@@ -14,12 +12,13 @@ import optuna
 from pho_service.errors import NumericalError
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.texts import ReportText
+from pho_service.pipeline.in_time import Shortening, fitted, in_time
 from pho_service.pipeline.objectives import proxy_value
 from pho_service.pipeline.pipeline import Shorten, pruned_model, trained_blocks
 from pho_service.pipeline.rating import Glances, compared_count, rate_pruned
 from pho_service.pipeline.work import Work
 from pho_service.pipeline.writing import prompts_of, side_by_side, written_by
-from pho_service.progress import Advance, BlocksTrained, Run
+from pho_service.progress import Advance, Run
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.configuration import Configuration, ProxyQuality
@@ -27,7 +26,7 @@ from pho_service.spec.document import number
 from pho_service.spec.fields import ValidationSpec
 from pho_service.spec.objective import WEIGHTINGS, Objective
 from pho_service.spec.perplexity import Perplexity, ReportedPerplexities
-from pho_service.spec.steps import Candidate, Reconstruction, Steps
+from pho_service.spec.steps import Candidate, Reconstruction
 from pho_service.tuning.finalists import (
     Divergences,
     Losses,
@@ -93,11 +92,12 @@ def choose_finalists(
         best = _best_masks(islands, pool, work, run)[:in_full]
         left = _with_first(best, united(rated, best, before))
         return Raced(finalists=left, evaluations=float(len(pool) + len(left)))
-    race = _Race(islands, pool, work, run, in_full=in_full if masks_alone else None)
+    race = _Race(islands, pool, work, run, masks_alone=masks_alone)
     with run.progress("Racing finalists", len(pool) * race.windows) as advance:
         best = race.run(advance)
     if masks_alone:
-        best = best[: _in_time(islands.studies[0], "in_full", len(best), run.in_full, run)]
+        best = best[:in_full]
+        best = best[: in_time(islands.studies[0], "in_full", len(best), run.in_full, run)]
     left = _with_first(best, united(rated, best, before))
     return Raced(finalists=left, divergences=race.divergences(), evaluations=race.evaluations(left))
 
@@ -109,17 +109,6 @@ def _with_first(
     numbers = [*dict.fromkeys(r.number for r in first)]
     order = {number: place for place, number in enumerate(numbers)}
     return sorted(pool, key=lambda r: order.get(r.number, len(order)))
-
-
-def _in_time(
-    study: optuna.Study, name: str, asked: int, fit: Callable[[int], int] | None, run: Run
-) -> int:
-    """How many there is time for instead; the study keeps it for whoever goes on."""
-    if fit is None:
-        return asked
-    about = {"asked": asked}
-    stored = once(study, name, about, lambda: {name: fit(asked)}, fence=run.fence)
-    return int(stored[name])
 
 
 def _best_masks(
@@ -156,11 +145,10 @@ class _Race:
 
     def __init__(
         self, islands: Islands, pool: Sequence[RatedCandidate], work: Work, run: Run,
-        *, in_full: int | None,
+        *, masks_alone: bool,
     ) -> None:  # fmt: skip
         text = work.text
-        self.masks_alone = in_full is not None
-        self.enough = in_full or 1  # that may be left before the last window
+        self.masks_alone = masks_alone
         self.kept = "masks:" if self.masks_alone else ""  # begins the names of its records
         self.islands, self.pool, self.text = islands, pool, text
         self.watched = run
@@ -172,21 +160,23 @@ class _Race:
         self.seen: dict[int, int] = {}  # windows by number of the trial
 
     def run(self, advance: Advance) -> list[RatedCandidate]:
-        """Those that are not told from the best before the last window; of masks the best few."""
+        """Those that are not told from the best before the last window; of masks all in order."""
         looks = race_looks(self.windows, len(self.compared))
         glances = Glances(self.work, lambda _: advance(0), self.compared)
-        left = [*self.pool]
+        # The best masks are the same however many of them there is time for.
+        left, behind = [*self.pool], list[RatedCandidate]()
         for windows in looks[:-1]:
-            if len(left) <= self.enough:
+            if len(left) <= 1:
                 break
             seen = self.order[:windows]
             losses = {r.number: self._measured(r, seen, glances, advance) for r in left}
             numbers = still_racing(losses, seen, windows=self.windows)
             advance((len(left) - len(numbers)) * (self.windows - windows))  # not to be run
-            left = [r for r in left if r.number in numbers]
             if self.masks_alone:  # best first
                 left.sort(key=lambda r: sum(map(sum, losses[r.number].values())))
-        return left[: self.enough] if self.masks_alone else left
+                behind = [*(r for r in left if r.number not in numbers), *behind]
+            left = [r for r in left if r.number in numbers]
+        return [*left, *behind]
 
     def _measured(
         self, finalist: RatedCandidate, seen: Sequence[int], glances: Glances, advance: Advance
@@ -250,58 +240,18 @@ def reconstruct(
     candidate: Candidate, settings: Reconstruction, study: optuna.Study, work: Work, run: Run
 ) -> Perplexity:
     """The perplexity of a winner that is reconstructed."""
-    asked = replace(candidate, steps=_fitted(candidate.steps, settings, study, run))
+    asked = replace(candidate, steps=fitted(candidate.steps, settings, study, run))
     # What the model writes is kept, too, since training it again would take long.
     record = kept(study, RECONSTRUCTED, _about(asked, work))
     if not record:
         blocks = len(trained_blocks(work.model, asked))
-        shorten = _Shortening(study, run, blocks) if run.trains_on and not settings.blocks else None
+        shorten = Shortening(study, run, blocks) if run.trains_on and not settings.blocks else None
         made = _measure(work, asked, run, "Reconstructing the best", writes=True, shorten=shorten)
-        trained = replace(asked, steps=_fitted(asked.steps, settings, study, run))
+        trained = replace(asked, steps=fitted(asked.steps, settings, study, run))
         record = {**made, **_about(trained, work)}
         with run.fence():
             keep_record(study, RECONSTRUCTED, record)
     return _perplexity_of(record)
-
-
-_SHORTENED = "blocks"  # record of a study: where the training of its winner gets shorter
-_OF_LATE = 2  # blocks whose time says how long the next one takes
-
-
-def _fitted(steps: Steps, settings: Reconstruction, study: optuna.Study, run: Run) -> Steps:
-    """Steps with a reconstruction in as many passes as there is time for, in as many blocks."""
-    passes = _in_time(study, "passes", settings.passes, run.passes, run)
-    shortened = kept(study, _SHORTENED, {"passes": passes})
-    blocks = shortened.get("blocks", settings.blocks)
-    return replace(steps, reconstruction=replace(settings, passes=passes, blocks=blocks))
-
-
-class _Shortening:
-    """Makes the training of a winner shorter where its blocks take too long; the study keeps it."""
-
-    def __init__(self, study: optuna.Study, run: Run, blocks: int) -> None:
-        self._study, self._run, self._blocks = study, run, blocks
-        self._begun: list[float] = []  # when each block was begun, since it is trained so long
-
-    def __call__(self, number: int, how: Reconstruction) -> Reconstruction:
-        self._begun.append(time.monotonic())
-        passes = how.passes_of(number)
-        if number == 0 or not passes:
-            return how
-        shorter = how.shorter(number)
-        took = (after - before for before, after in pairwise(self._begun[-1 - _OF_LATE :]))
-        trained = BlocksTrained(
-            done=number, blocks=self._blocks, passes=passes, shorter=shorter.blocks,
-            block_s=max(took, default=None),
-        )  # fmt: skip
-        assert self._run.trains_on is not None
-        if self._run.trains_on(trained):
-            return how
-        with self._run.fence():
-            record = {"passes": shorter.passes, "blocks": [*shorter.blocks]}
-            keep_record(self._study, _SHORTENED, record)
-        self._begun = self._begun[-1:]
-        return shorter
 
 
 def reconstruct_winner(
@@ -318,7 +268,7 @@ def reconstruct_winner(
     confirmation = configuration.confirmation
 
     def rebuilt() -> Configuration:
-        steps = _fitted(result.configuration.steps, settings, study, run)
+        steps = fitted(result.configuration.steps, settings, study, run)
         return result.configuration.model_copy(update={"steps": steps})
 
     if work is None or confirmation is None or result.measured is None or at_once:

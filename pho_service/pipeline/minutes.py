@@ -15,7 +15,7 @@ from pho_service.planning.costs import CARDS, Costs, Machine, PlannedWork, named
 from pho_service.planning.minutes import fitted, least_in_rest
 from pho_service.planning.plan import Plan, plan_job
 from pho_service.planning.shapes import ModelShapes, read_shapes
-from pho_service.progress import BlocksTrained, Run
+from pho_service.progress import BlocksTrained, LinearsPruned, Run
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.job import JobSpec
 from pho_service.spec.minutes import OF_THE_TEXT, SizeName
@@ -51,7 +51,6 @@ class Clock:
         self.plan = self._planned(spec)
         self._begun_at = spent()
         self._ahead_s = 0.0  # until the winner is known, as planned after the race
-        self._is_pruning = False  # finalists in full, one of which lies behind
 
     @classmethod
     def of(
@@ -159,26 +158,40 @@ class Clock:
         left_s = self._search_left_s - self._training_s(passes)
         return max(1, min(asked, int(left_s / measured_s)))
 
-    def another(self) -> bool:
+    def another(self, before: int) -> bool:
         """Whether there is time to prune one more finalist in full: by what others took."""
-        if self._is_pruning:
+        if before:
             self._take_note(self._ahead_s, least=1.0)
         else:
             self._begun_at = self.spent()
-        fits = not self._is_pruning or self.another_left()
+        fits = self.another_left(before)
         self._ahead_s = self._costs(self.plan.work).measured() if fits else 0.0
-        self._is_pruning = True
         return fits
 
-    def another_left(self) -> bool:
+    def another_left(self, before: int) -> bool:
         """As :meth:`another`, of somebody who has not seen what was done before."""
         measured_s = self._costs(self.plan.work).measured()
-        return self._search_left_s - self._training_s(1) >= measured_s
+        return not before or self._search_left_s - self._training_s(1) >= measured_s
+
+    def prunes_on(self, pruned: LinearsPruned) -> bool:
+        """Whether there is time to go on with a finalist that is being pruned in full."""
+        fits = self.prunes_on_left(pruned)
+        if not fits:
+            self._take_note(self._ahead_s * pruned.done / pruned.linears, least=1.0)
+            self._ahead_s = 0.0
+        return fits
+
+    def prunes_on_left(self, pruned: LinearsPruned) -> bool:
+        """As :meth:`prunes_on`, of somebody who has not seen what was done before."""
+        measured_s = self._costs(self.plan.work).measured()
+        times = max(1.0, pruned.linear_s * pruned.linears / measured_s)  # as long as planned
+        rest_s = measured_s * (1 - pruned.done / pruned.linears)
+        return self._search_left_s >= times * (rest_s + self._training_s(1))
 
     def watched(self, run: Run) -> Run:
         """What a search runs with that is told what there is time for."""
         run = replace(run, in_full=self.in_full, passes=self.passes, another=self.another)
-        return replace(run, trains_on=self.trains_on)
+        return replace(run, prunes_on=self.prunes_on, trains_on=self.trains_on)
 
     def passes(self, asked: int) -> int:
         """

@@ -16,6 +16,7 @@ import optuna
 from optuna.storages import RDBStorage
 
 from pho_service.errors import BundleError, InvalidInput, NumericalError, StudyError, field_name
+from pho_service.pipeline.in_time import NO_TIME, FinalistInTime, OutOfTime
 from pho_service.pipeline.objectives import (
     KnownRatings,
     OwnObjective,
@@ -330,15 +331,6 @@ def _piece(wanted: PerplexityRequest) -> Piece:
     return Piece(number=wanted.number, about=about)
 
 
-def _has_time(study: optuna.Study, trial: int, about: dict[str, Any], run: Run) -> bool:
-    """Whether there is time to prune a finalist in full; the study keeps it."""
-    if run.another is None:
-        return True
-    another = run.another
-    stored = once(study, f"time:{trial}", about, lambda: {"left": another()}, fence=run.fence)
-    return bool(stored["left"])
-
-
 class _SearchPieces:
     """The pieces of a search."""
 
@@ -405,16 +397,20 @@ class _SearchPieces:
         # Each of these may win, and pruning it again only to write would take as long once more.
         writes = piece.number < VALIDATION and candidate.steps.needs_text
         study, key, note = self._record(piece.number)
+        in_time = None
         if writes and trial is not None and trial not in self._judging:
-            about = {"text_sha256": text.key}
-            if not (kept(study, key, about) or _has_time(study, trial, about, run)):
-                return Measured(perplexity=None, failure="There was no time left to prune it.")
+            in_time = FinalistInTime(self._islands.studies[0], trial, text.key, run)
+            if not (kept(study, key, {"text_sha256": text.key}) or in_time.begins()):
+                return Measured(perplexity=None, failure=NO_TIME)
 
         def make() -> dict[str, Any]:
             run.look()
             raced_losses = {} if trial is None else known_losses(self._islands, trial, text.key)
             with run.progress("Measuring", len(text.windows)) as advance:
                 advance(len(raced_losses))
+                if in_time:
+                    chosen = work.bundle.choose(candidate.steps.linears, candidate.pattern)
+                    advance = in_time.watched(advance, len(chosen.names))
                 try:
                     with named(candidate) if candidate else nullcontext():
                         measurement = measure(
@@ -433,7 +429,10 @@ class _SearchPieces:
             names = ("perplexity", "sparsity", "seconds", "losses", "written")
             return {name: getattr(measurement, name) for name in names}
 
-        stored = once(study, key, {"text_sha256": text.key}, make, fence=run.fence, note=note)
+        try:
+            stored = once(study, key, {"text_sha256": text.key}, make, fence=run.fence, note=note)
+        except OutOfTime:
+            return Measured(perplexity=None, failure=NO_TIME)
         names = [each.name for each in fields(Measured) if each.name in stored]
         return Measured(
             **{"measured_on": text.measured_on(), **{name: stored[name] for name in names}},

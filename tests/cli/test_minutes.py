@@ -61,9 +61,9 @@ def test_finalists_that_there_is_no_time_for_are_left_out_and_said_as_an_option(
     pho, words, monkeypatch
 ):
     best = [word if word != "score" else "best" for word in words]
-    left = iter([True, False, False, False])
+    left = iter([True, True, False, False, False])
     with monkeypatch.context() as late:
-        late.setattr(Clock, "another_left", lambda _: next(left))
+        late.setattr(Clock, "another_left", lambda *_: next(left))
         first = pho(*best, "--out", "first.json")
     said = re.findall(r"time that is left: (--[^.]* [0-9]+)\.", first.stderr)
     options = [*chosen(first), *shlex.split(" ".join(said))]
@@ -73,6 +73,32 @@ def test_finalists_that_there_is_no_time_for_are_left_out_and_said_as_an_option(
     assert "Pruning no more finalists in the time that is left: --finalists 2." in first.stderr
     assert len(json.loads(Path("first.json").read_text())["finalists"]) == 2
     assert without_search("first.json") == without_search("again.json")
+
+
+def test_a_finalist_that_takes_too_long_is_given_up_and_left_out_of_the_options(
+    pho, words, monkeypatch
+):
+    """Also by a search that goes on; the first finalist is not given up."""
+    best = [word if word != "score" else "best" for word in words]
+    with monkeypatch.context() as late:
+        late.setattr(Clock, "another_left", lambda *_: True)
+        late.setattr(Clock, "prunes_on_left", lambda *_: False)
+        first = pho(*best, "--out", "first.json")
+    said = re.findall(r"time that is left: (--[^.]* [0-9]+)\.", first.stderr)
+    options = [*chosen(first), *shlex.split(" ".join(said))]
+    pho(*best, "--out", "longer.json")
+    again = pho(*best, *options, "--out", "again.json", "--study", "sqlite:///other.db")
+
+    assert first.exit_code == again.exit_code == 0, first.output + again.output
+    assert "Pruning no more finalists in the time that is left: --finalists 1." in first.stderr
+    documents = [without_search(name) for name in ("first.json", "longer.json", "again.json")]
+    (finalist,) = documents[0]["finalists"]
+    assert documents[0] == documents[1]
+    # The only finalist is measured as it is trained, so that less is known of it before.
+    alike = documents[0].keys() - {"finalists", "confirmation"}
+    assert [documents[2][name] for name in alike] == [documents[0][name] for name in alike]
+    assert documents[2]["finalists"][0]["trial"] == finalist["trial"]
+    assert documents[2]["confirmation"]["perplexity"] == documents[0]["confirmation"]["perplexity"]
 
 
 @pytest.mark.thorough

@@ -10,6 +10,7 @@ from pho_service.pipeline import confirmation, search
 from pho_service.pipeline.rating import measure, rate_pruned
 from pho_service.pipeline.search import search_job
 from pho_service.pipeline.work import Work
+from pho_service.progress import Run
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.steps import Steps
@@ -87,6 +88,29 @@ def test_where_pruning_takes_a_text_finalists_race_on_their_masks_and_few_are_pr
     assert spent == (3 + 4 * 10) / WINDOWS + 2  # dense, masks at the last look but one, in full
     assert len([each for each in everybody.finalists if each.perplexity is not None]) == 4
     assert everybody.confirmation.perplexity <= found.confirmation.perplexity
+
+
+def test_the_best_masks_are_the_same_however_many_of_them_are_pruned_in_full(
+    confirming, windows, monkeypatch
+):
+    """So fewer of them, as there is no time, are those that a search for fewer takes."""
+
+    def race(losses, seen, *, windows):
+        """Drop the best, a different one after each look."""
+        del seen, windows
+        return {*losses} - {min(losses, key=lambda number: sum(map(sum, losses[number].values())))}
+
+    monkeypatch.setattr(confirmation, "still_racing", race)
+    asked = request_of(finalists=5, steps=Steps(update="obs"))
+    work = replace(confirming, calibration=windows)
+    pruned = []
+    for in_full, left in ((4, 4), (4, 2), (2, 2), (4, 1), (1, 1)):
+        run = Run(in_full=lambda _, left=left: left)
+        found = search_job(replace(asked, in_full=in_full), work, run=run).configuration
+        pruned.append({each.trial for each in found.finalists if each.perplexity is not None})
+
+    assert [len(trials) for trials in pruned] == [4, 2, 2, 1, 1]
+    assert pruned[0] > pruned[1] == pruned[2] > pruned[3] == pruned[4]
 
 
 def test_masks_of_a_streamed_model_are_compared_on_all_windows(bundle, streamed, report, windows):

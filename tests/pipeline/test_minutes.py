@@ -10,7 +10,7 @@ from pho_service.models.loading import load_model
 from pho_service.pipeline.minutes import Clock, machine_of, slower
 from pho_service.planning.costs import named_machine
 from pho_service.planning.shapes import read_shapes
-from pho_service.progress import BlocksTrained
+from pho_service.progress import BlocksTrained, LinearsPruned
 from pho_service.spec.job import JobSpec
 from pho_service.spec.minutes import AFTER_CALIBRATION, MOST_PASSES, SIZES
 
@@ -157,16 +157,34 @@ def test_finalists_that_take_longer_than_planned_are_the_last_ones(begun):
         _, clock, passed = begun(40 * least_minutes(begun), calibration={"samples": 8})
         one_s = clock.plan.costs.measured()
         count = 0
-        while count < 100 and clock.another():
+        while count < 100 and clock.another(count):
             count, passed[0] = count + 1, passed[0] + times * one_s
         counts.append(count)
-        assert not clock.another()
+        assert not clock.another(count)
         assert clock.passes(2) >= 1
         over_s = passed[0] - 60 * clock.plan.spec.minutes
         assert over_s < times * one_s or count == 1
 
     assert counts == sorted(counts, reverse=True)
     assert counts[0] > counts[-1] >= 1
+
+
+def test_a_finalist_that_takes_longer_than_planned_is_given_up_for_the_training(begun):
+    _, clock, passed = begun(4 * least_minutes(begun))
+    one_s = clock.plan.costs.measured()
+    pruned = partial(LinearsPruned, before=1, linears=10)
+    enough_s = 1.5 * (one_s + clock._training_s(1))
+    passed[0] = clock._search_left_s - enough_s
+
+    assert clock.another_left(1)
+    assert clock.prunes_on(pruned(done=2, linear_s=one_s / 10))
+    assert clock.prunes_on(pruned(done=2, linear_s=1.5 * one_s / 10))
+    assert not clock.prunes_on_left(pruned(done=2, linear_s=2 * one_s / 10))
+    assert clock.another(0)
+    passed[0] += 3 * one_s
+    assert not clock.prunes_on(pruned(done=9, linear_s=3 * one_s / 10))
+    assert clock.plan.costs.measured() == one_s
+    assert clock._costs(clock.plan.work).measured() == pytest.approx(3 * one_s / 0.9)  # learnt
 
 
 def test_a_clock_that_stands_or_jumps_changes_rates_within_bounds(begun, machine):

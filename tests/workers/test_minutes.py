@@ -125,9 +125,27 @@ def test_the_blocks_that_there_is_no_time_for_are_trained_in_one_pass(hand, minu
 
 def test_finalists_that_there_is_no_time_for_are_left_out(hand, minutes, monkeypatch):
     """The first one is measured however late it is."""
-    monkeypatch.setattr(Clock, "another_left", lambda _: False)
+    monkeypatch.setattr(Clock, "another_left", lambda _clock, before: not before)
     job = hand.done(minutes(preset="best", confirm={"finalists": 2}, in_full=2))
 
+    assert len(job.best["finalists"]) == 1
+    assert job.best["perplexities"]["pruned"] > 0
+
+
+def test_finalists_that_take_too_long_are_given_up(hand, minutes, monkeypatch):
+    """The first one is not, however late it is."""
+    looks = []
+
+    def prunes_on_left(_clock, pruned):
+        looks.append(pruned)
+        return False
+
+    monkeypatch.setattr(Clock, "another_left", lambda *_: True)
+    monkeypatch.setattr(Clock, "prunes_on_left", prunes_on_left)
+    job = hand.done(minutes(preset="best", confirm={"finalists": 3}, in_full=3))
+
+    assert [(look.before, look.done, look.linears) for look in looks] == [(1, 2, 14)] * 2
+    assert all(look.linear_s > 0 for look in looks)
     assert len(job.best["finalists"]) == 1
     assert job.best["perplexities"]["pruned"] > 0
 
