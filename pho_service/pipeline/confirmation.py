@@ -12,7 +12,7 @@ import optuna
 from pho_service.errors import NumericalError
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.texts import ReportText
-from pho_service.pipeline.in_time import Shortening, fitted, in_time
+from pho_service.pipeline.in_time import Shortening, in_time, trained
 from pho_service.pipeline.objectives import proxy_value
 from pho_service.pipeline.pipeline import Shorten, pruned_model, trained_blocks
 from pho_service.pipeline.rating import Glances, compared_count, rate_pruned
@@ -240,15 +240,16 @@ def reconstruct(
     candidate: Candidate, settings: Reconstruction, study: optuna.Study, work: Work, run: Run
 ) -> Perplexity:
     """The perplexity of a winner that is reconstructed."""
-    asked = replace(candidate, steps=fitted(candidate.steps, settings, study, run))
+    asked = trained(candidate, settings, study, run)
     # What the model writes is kept, too, since training it again would take long.
     record = kept(study, RECONSTRUCTED, _about(asked, work))
     if not record:
         blocks = len(trained_blocks(work.model, asked))
-        shorten = Shortening(study, run, blocks) if run.trains_on and not settings.blocks else None
+        shorten = None
+        if run.trains_on and not settings.blocks:
+            shorten = Shortening(candidate, study, run, blocks)
         made = _measure(work, asked, run, "Reconstructing the best", writes=True, shorten=shorten)
-        trained = replace(asked, steps=fitted(asked.steps, settings, study, run))
-        record = {**made, **_about(trained, work)}
+        record = {**made, **_about(trained(candidate, settings, study, run), work)}
         with run.fence():
             keep_record(study, RECONSTRUCTED, record)
     return _perplexity_of(record)
@@ -268,8 +269,8 @@ def reconstruct_winner(
     confirmation = configuration.confirmation
 
     def rebuilt() -> Configuration:
-        steps = fitted(result.configuration.steps, settings, study, run)
-        return result.configuration.model_copy(update={"steps": steps})
+        winner = trained(configuration.candidate(), settings, study, run)
+        return configuration.model_copy(update={"steps": winner.steps})
 
     if work is None or confirmation is None or result.measured is None or at_once:
         return replace(result, configuration=rebuilt())

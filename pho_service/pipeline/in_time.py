@@ -3,15 +3,16 @@ What there is time for: how many finalists in full, and how long a winner is tra
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import optuna
 
 from pho_service.progress import Advance, BlocksTrained, LinearsPruned, Run
-from pho_service.spec.steps import Reconstruction, Steps
+from pho_service.spec.steps import Candidate, Reconstruction
 from storage.studies import keep_record, kept, once, record_of
 
 NO_TIME = "There was no time left to prune it."
@@ -23,12 +24,13 @@ _PART = 8  # a part of so many of a finalist's linears says how long the others 
 
 
 def in_time(
-    study: optuna.Study, name: str, asked: int, fit: Callable[[int], int] | None, run: Run
-) -> int:
+    study: optuna.Study, name: str, asked: int, fit: Callable[[int], int] | None, run: Run,
+    of: Mapping[str, Any] = MappingProxyType({}),
+) -> int:  # fmt: skip
     """How many there is time for instead; the study keeps it for whoever goes on."""
     if fit is None:
         return asked
-    about = {"asked": asked}
+    about = {"asked": asked, **of}
     stored = once(study, name, about, lambda: {name: fit(asked)}, fence=run.fence)
     return int(stored[name])
 
@@ -86,19 +88,29 @@ class FinalistInTime:
         return look
 
 
-def fitted(steps: Steps, settings: Reconstruction, study: optuna.Study, run: Run) -> Steps:
-    """Steps with a reconstruction in as many passes as there is time for, in as many blocks."""
-    passes = in_time(study, "passes", settings.passes, run.passes, run)
-    shortened = kept(study, _SHORTENED, {"passes": passes})
+def trained(
+    winner: Candidate, settings: Reconstruction, study: optuna.Study, run: Run
+) -> Candidate:
+    """A winner with a reconstruction in as many passes as there is time for, in as many blocks."""
+    of = _of(winner)
+    passes = in_time(study, "passes", settings.passes, run.passes, run, of)
+    shortened = kept(study, _SHORTENED, {"passes": passes, **of})
     blocks = shortened.get("blocks", settings.blocks)
-    return replace(steps, reconstruction=replace(settings, passes=passes, blocks=blocks))
+    how = replace(settings, passes=passes, blocks=blocks)
+    return replace(winner, steps=replace(winner.steps, reconstruction=how))
+
+
+def _of(winner: Candidate) -> dict[str, Any]:
+    """What the time of a training is kept beside: a longer search may have another winner."""
+    steps = winner.steps.before_reconstruction
+    return {"winner": replace(winner, steps=steps).to_dict()}
 
 
 class Shortening:
     """Makes the training of a winner shorter where its blocks take too long; the study keeps it."""
 
-    def __init__(self, study: optuna.Study, run: Run, blocks: int) -> None:
-        self._study, self._run, self._blocks = study, run, blocks
+    def __init__(self, winner: Candidate, study: optuna.Study, run: Run, blocks: int) -> None:
+        self._of, self._study, self._run, self._blocks = _of(winner), study, run, blocks
         self._begun: list[float] = []  # when each block was begun, since it is trained so long
 
     def __call__(self, number: int, how: Reconstruction) -> Reconstruction:
@@ -108,15 +120,15 @@ class Shortening:
             return how
         shorter = how.shorter(number)
         took = (after - before for before, after in pairwise(self._begun[-1 - _BLOCKS :]))
-        trained = BlocksTrained(
+        so_far = BlocksTrained(
             done=number, blocks=self._blocks, passes=passes, shorter=shorter.blocks,
             block_s=max(took, default=None),
         )  # fmt: skip
         assert self._run.trains_on is not None
-        if self._run.trains_on(trained):
+        if self._run.trains_on(so_far):
             return how
         with self._run.fence():
-            record = {"passes": shorter.passes, "blocks": [*shorter.blocks]}
+            record = {"passes": shorter.passes, "blocks": [*shorter.blocks], **self._of}
             keep_record(self._study, _SHORTENED, record)
         self._begun = self._begun[-1:]
         return shorter

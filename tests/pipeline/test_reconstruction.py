@@ -14,7 +14,7 @@ from pho_service.errors import InvalidInput, OutputError
 from pho_service.models.loading import load_model
 from pho_service.models.saving import read_recipe
 from pho_service.models.scratch import Memo
-from pho_service.pipeline import confirmation, pipeline, rating
+from pho_service.pipeline import confirmation, in_time, pipeline, rating
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.pipeline import prune_model
 from pho_service.pipeline.prune import prune_job
@@ -352,6 +352,24 @@ def test_a_winner_that_takes_too_long_is_trained_less_from_there_on(
     assert found.confirmation.perplexity == alone.perplexity
     assert again.configuration.confirmation.perplexity == alone.perplexity
     assert again.configuration.steps == found.steps
+
+
+def test_another_winner_of_a_longer_search_is_not_trained_less_for_the_first_one():
+    def of(winner, passes):
+        run = progress_of.Run(passes=lambda _: passes)
+        return in_time.trained(winner, TRAINED, study, run).steps.reconstruction
+
+    study = optuna.create_study()
+    other = replace(CANDIDATE, coefficients=replace(CANDIDATE.coefficients, kernel_size=5))
+    shorten = in_time.Shortening(
+        CANDIDATE, study, progress_of.Run(trains_on=lambda _: False), blocks=2
+    )
+    first = of(CANDIDATE, 2)
+    shorter = shorten(1, first)
+
+    assert shorter == replace(first, blocks=(1,))
+    assert of(CANDIDATE, 3) == shorter  # as the study keeps it
+    assert of(other, 3) == replace(TRAINED, passes=3)
 
 
 def test_the_cache_holds_the_blocks_of_the_last_three_searches(model, bundle, tmp_path):
