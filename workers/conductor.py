@@ -255,7 +255,7 @@ class _Job:
         spec = self._warmed(self._sized_again(spec), made)
         if spec.minutes is not None:
             run = self._journal.run
-            clock = cache(lambda: self._clock(spec))  # measured before the first block alone
+            clock = cache(lambda: self._clock(spec))  # measured before the model is pruned
             self._journal.run = replace(
                 run,
                 in_full=lambda count: clock().in_full_left(count),
