@@ -74,6 +74,9 @@ class Budget:
         if again:
             spec = asked.sized({p: s for p, s in self.spec.sizes.items() if p not in again})
             self.spec = self.clock.calibrated(spec, anew=work.calibration_s is not None)
+            for name, seconds in self.clock.plan.steps.items():
+                if self.steps is not None and name != "calibrate":
+                    self.steps.give(name, seconds)
         options = " ".join(size_options(self.spec))
         left = max(0.0, self.clock.left_s) / 60
         say(f"Chosen, with {left:.0f} minutes left: {options}. They do the same anywhere.")

@@ -5,20 +5,19 @@ The minutes of a job as it runs: the rates of its machine, what they leave, what
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from pho_service.errors import InvalidInput, OutOfMemory, TextError
 from pho_service.planning.costs import CARDS, Costs, Machine, PlannedWork, named_machine
-from pho_service.planning.minutes import fitted, least_in_rest
+from pho_service.planning.minutes import behind, fitted, least_in_rest
 from pho_service.planning.plan import Plan, plan_job
 from pho_service.planning.shapes import ModelShapes, read_shapes
 from pho_service.progress import BlocksTrained, LinearsPruned, Run
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.job import JobSpec
-from pho_service.spec.minutes import OF_THE_TEXT, SizeName
+from pho_service.spec.minutes import AFTER_CALIBRATION, OF_THE_TEXT, SizeName
 
 if TYPE_CHECKING:
     from pho_service.models.loading import LanguageModel
@@ -48,7 +47,7 @@ class Clock:
         how long what has a plan's sizes takes, if that is not the job itself.
         """
         self._shapes, self._machine, self.spent, self._took = shapes, machine, spent, took
-        self.plan = self._planned(spec)
+        self._asked, self.plan = spec, self._planned(spec)
         self._begun_at = spent()
         self._ahead_s = 0.0  # until the winner is known, as planned after the race
 
@@ -83,11 +82,13 @@ class Clock:
         return left_s if left_s >= costs.recovered(least_in_rest(self.plan)) else 0.0
 
     def _planned(self, spec: JobSpec) -> Plan:
-        plan = partial(plan_job, shapes=self._shapes, machine=self._machine)
         if not spec.free_sizes:
-            return plan(spec)
+            return self._plan_of(spec)
         left_s = 60 * (spec.minutes or 0) - self.spent()
-        return fitted(spec, self._shapes.context, plan, left_s, self._took)
+        return fitted(spec, self._shapes.context, self._plan_of, left_s, self._took)
+
+    def _plan_of(self, spec: JobSpec) -> Plan:
+        return plan_job(spec, self._shapes, self._machine)
 
     def fit_text(
         self,
@@ -129,6 +130,11 @@ class Clock:
         if all(spec.sizes[path] == size for path, size in sizes.items()):
             return False
         self.plan = self._planned(spec.sized(sizes))
+        later = {*free} & {*AFTER_CALIBRATION} - {*sizes}
+        if later:  # are chosen again, for so much text
+            fixed = {path: size for path, size in self.plan.spec.sizes.items() if path not in later}
+            again, context = self._asked.sized(fixed), self._shapes.context
+            self.plan = behind(self.plan, again, context, self._plan_of, self.left_s)
         return True
 
     def calibrated(self, spec: JobSpec, *, anew: bool) -> JobSpec:

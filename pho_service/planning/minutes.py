@@ -34,7 +34,8 @@ def fitted(
 ) -> "Plan":
     """
     The plan with the largest sizes that take no more than the seconds that are left; the least if
-    none does. Where the calibration lies behind, its sizes are not free, and it is not counted.
+    none does. Where the calibration lies behind, its sizes are not free, and it is not counted;
+    otherwise what is chosen behind it is planned as if it took as long as it is planned to.
 
     ``took`` says how long what has these sizes takes, if that is not the job itself.
     """
@@ -50,7 +51,24 @@ def fitted(
         seconds = least.own_seconds(calibrated=calibrated) if took is None else took(least)
         if least.fits and seconds <= each_s:
             break
-    return least or plan(spec.sized(kept))
+    least = least or plan(spec.sized(kept))
+    later = [path for path in spec.free_sizes if path in AFTER_CALIBRATION]
+    if calibrated or took is not None or not later:
+        return least
+    chosen = {path: size for path, size in least.spec.sizes.items() if path not in later}
+    return behind(least, spec.sized(chosen), context, plan, left_s)
+
+
+def behind(
+    chosen: "Plan",
+    spec: JobSpec,
+    context: int | None,
+    plan: Callable[[JobSpec], "Plan"],
+    left_s: float,
+) -> "Plan":
+    """A plan with the sizes that are free behind its calibration, if that takes as long as here."""
+    before_s = chosen.own_seconds() - chosen.own_seconds(calibrated=True)
+    return fitted(spec, context, plan, left_s - before_s * len(spec.models))
 
 
 def _is_calibrated(spec: JobSpec) -> bool:

@@ -10,6 +10,7 @@ from pretended_user import answer
 
 from pho_service.pipeline import search as pipeline
 from pho_service.pipeline.minutes import Clock
+from pho_service.progress import Steps
 
 HOW = ("--rows-per-layer", 4, "--projection-rows", 16, "--kernel-sizes", "3,5", "--trials", 20)
 
@@ -43,6 +44,23 @@ def test_a_search_without_sizes_says_how_long_it_takes_and_how_to_do_the_same(ph
     )
     assert options[0] == "--samples"
     assert without_search("first.json") == without_search("again.json")
+
+
+def test_the_time_left_is_that_of_what_was_chosen_behind_the_calibration(pho, words, monkeypatch):
+    given, calibrated = {}, Clock.calibrated
+
+    def choose(clock, *args, **options):
+        spec = calibrated(clock, *args, **options)
+        plans.append(clock.plan.steps)
+        return spec
+
+    plans = []
+    monkeypatch.setattr(Clock, "calibrated", choose)
+    monkeypatch.setattr(Steps, "give", lambda _, name, seconds: given.update({name: seconds}))
+    pho(*words, "--out", "first.json")
+    (steps,) = plans
+
+    assert given == {name: steps[name] for name in ("search", "confirm")}
 
 
 def test_time_that_nothing_else_can_use_trains_the_best_in_more_passes_and_says_so(pho, words):

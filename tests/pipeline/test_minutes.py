@@ -218,6 +218,19 @@ def test_of_a_short_text_some_windows_are_left_to_confirm_on(begun, model_folder
     assert not clock.fit_text(model, text, [], SIZES)
 
 
+def test_where_a_text_is_short_its_time_is_planned_for_more_finalists(begun, monkeypatch):
+    _, clock, _ = begun(40 * least_minutes(begun), confirm={"text": "c.jsonl"})
+    chosen, in_full = clock.plan.spec.calibration, clock.plan.work.in_full
+    monkeypatch.setattr(
+        "pho_service.pipeline.minutes._tokens", lambda *_: 16 * chosen.context_length
+    )
+
+    assert clock.fit_text(None, None, [], SIZES)
+    assert clock.plan.spec.calibration.samples == 16 < chosen.samples
+    assert clock.plan.work.in_full > in_full
+    assert clock.plan.own_seconds() <= clock.left_s
+
+
 def test_a_short_text_never_gives_more_windows_than_there_is_time_for(begun, monkeypatch):
     _, clock, _ = begun(1e-6, prune=True)
     chosen = clock.plan.spec.calibration

@@ -12,7 +12,7 @@ from pho_service.planning.plan import ComparedWork, plan_job
 from pho_service.planning.shapes import Header, TensorHeader, model_shapes
 from pho_service.spec.job import JobSpec
 from pho_service.spec.job_options import minimal_document, search_command
-from pho_service.spec.minutes import MINUTES, REST, SIZES
+from pho_service.spec.minutes import AFTER_CALIBRATION, MINUTES, REST, SIZES
 
 H100 = CARDS["H100"]
 SMALL = {
@@ -178,6 +178,25 @@ def test_more_minutes_give_more_text_and_are_nearly_used(cpu, pattern):
     assert tokens == sorted(tokens)
     assert tokens[0] < tokens[-1]
     assert all(0.6 < share <= 1 for share in used)
+
+
+@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
+def test_what_is_chosen_behind_the_calibration_is_planned_before_it(cpu, pattern):
+    """So the first line tells of finalists that there will be time for, and how long they take."""
+    fields = {"pattern": pattern, "minutes": 20}
+    fields |= {"calibration": {"samples": 8, "context_length": 512}}
+    plan = planned(cpu, **fields)
+    later = {path: size for path, size in plan.spec.sizes.items() if path not in AFTER_CALIBRATION}
+    calibration_s = plan.own_seconds() - plan.own_seconds(calibrated=True)
+    behind = fitted(
+        asked(**fields).sized(later), 8192, partial(plan_job, shapes=plan.shapes, machine=cpu),
+        20 * 60 - calibration_s,
+    )  # fmt: skip
+
+    assert plan.spec.sizes == behind.spec.sizes
+    assert plan.work.finalists > 1
+    assert plan.work.in_full > 1
+    assert 0.8 * 20 * 60 < plan.own_seconds() <= 20 * 60
 
 
 def test_a_fast_card_takes_what_papers_take_and_a_slow_machine_says_that_it_takes_longer(cpu):
