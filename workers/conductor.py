@@ -361,7 +361,7 @@ class _Job:
                     model,
                     self._inputs.calibration_source(spec.calibration),
                     [self._inputs.file(text) for text in spec.texts_measured_on],
-                    first,
+                    spec.free_sizes,
                 )
                 advance(1)
             logger.info("sizes of job %s: %s", self._claim.job.id, sentence(clock.plan))
