@@ -277,7 +277,9 @@ def reconstruct_winner(
     before = confirmation.perplexity
     measured = reconstruct(configuration.candidate(), settings, study, work, run)
     after = measured.perplexity
-    if not after < before:
+    # One that time has left alone is trained as the only one that is asked for: whatever it gives.
+    alone = sum(each.perplexity is not None for each in configuration.finalists) == 1
+    if not (after < before or alone):
         if kept := work.blocks(rebuilt().candidate()):
             kept.remove()
         warning = (

@@ -101,3 +101,21 @@ def test_what_a_search_has_no_use_for_is_refused(pho, words, more, message):
     assert result.exit_code != 0
     assert message in " ".join(result.stderr.split())
     assert not Path("pruned").exists()
+
+
+def test_the_options_repeat_a_search_whose_time_left_one_finalist_alone(pho, words, monkeypatch):
+    """Its training, which makes a random model worse, is kept as that of one that is asked for."""
+    monkeypatch.setattr(Clock, "recovery_s", lambda _: 0.0)
+    words = [*words, "--kernel-sizes", "3,5", "--finalists", "3"]
+    with monkeypatch.context() as late:
+        late.setattr(Clock, "another_left", lambda _, before: not before)
+        ran = pho(*words, "--minutes", "0.3", "--out", "pruned")
+    lines = " ".join(ran.stderr.split())
+    chosen = re.findall(r"(?:minutes left|time that is left): (--[^.]*)\. ", f"{lines} ")
+    options = [word for words in chosen for word in shlex.split(words)]
+    again = pho(*words, *options, "--out", "again")
+    folders = [Path(folder, "model.safetensors").read_bytes() for folder in ("pruned", "again")]
+
+    assert again.exit_code == 0, again.output
+    assert options[-2:] == ["--finalists", "1"]
+    assert folders[0] == folders[1]
