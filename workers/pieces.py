@@ -45,7 +45,7 @@ from pho_service.shown.tables import configuration_rows, results_table, verdict_
 from pho_service.spec.calibration import SHARDS
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.export import GgufType, file_bytes
-from pho_service.spec.fields import WarmPoint
+from pho_service.spec.fields import RecoverySpec, WarmPoint
 from pho_service.spec.job import JobSpec
 from pho_service.spec.recovery import Recovered, Recovery
 from pho_service.spec.results import Calibration, Gathered, StoredModel, TasksMeasured, Transfer
@@ -232,10 +232,11 @@ def prune_piece(work: SealedWork, claim: Claim, watch: Watch) -> StoredModel:
     best = chosen(claim.job, claim.stage.about)
     text = work.calibrated_on if work.spec.sized_files else None  # while the model is dense
     folder = _written(work, best)
-    if work.spec.recovery is not None:  # tasks are measured on the folder, once it is written
+    if _recovery(work, best) is not None:  # tasks are measured on the folder, once it is written
         with_configuration(folder, claim.job.with_tasks(best))
     recovered = recipe_document(folder).get("recovery")
     _export(work, folder, text)
+    speed = _speed(work, folder)
     files = described(folder, work.run)
     watch.look(now=True)
     work.inputs.pruned.keep(claim.job.id, folder.name, [file["name"] for file in files])
@@ -243,13 +244,14 @@ def prune_piece(work: SealedWork, claim: Claim, watch: Watch) -> StoredModel:
         key=folder.name,
         files=files,
         recovery=None if recovered is None else Recovered.from_dict(shareable(recovered)),
+        speed=speed,
         seconds=round(time.monotonic() - began, 3),
     )
 
 
 def _written(work: SealedWork, best: Mapping[str, Any]) -> Path:
     """The folder of the pruned model, recovered if that is asked for, made unless it is there."""
-    recovery, place_of = work.spec.recovery, partial(work.inputs.pruned.workplace, work.job.id)
+    recovery, place_of = _recovery(work, best), partial(work.inputs.pruned.workplace, work.job.id)
     whole = best if recovery is None else {**best, "recovery": recovery.model_dump(mode="json")}
     folder, before = (place_of(configuration_key(model)) for model in (whole, best))
     if not (folder / RECIPE).is_file() and not (before / RECIPE).is_file():
@@ -257,6 +259,12 @@ def _written(work: SealedWork, best: Mapping[str, Any]) -> Path:
     if recovery is not None and not (folder / RECIPE).is_file():
         _recover(work, recovery.settings(), before, folder)
     return folder
+
+
+def _recovery(work: SealedWork, best: Mapping[str, Any]) -> RecoverySpec | None:
+    """How a model is recovered that was pruned so; a whole one has lost nothing."""
+    cut = Configuration.model_validate(best).cut
+    return None if cut is not None and cut.is_nothing else work.spec.recovery
 
 
 def configuration_key(configuration: Mapping[str, Any]) -> str:
@@ -298,7 +306,7 @@ def _export(work: SealedWork, folder: Path, text: CalibrationText | None) -> Non
     for left in folder.glob(".pho-*"):  # of an attempt that was killed
         shutil.rmtree(left, ignore_errors=True)
     device, progress, bundle = str(work.inputs.device), work.run.progress, None
-    for name in work.spec.gguf:
+    for name in work.spec.files:
         file = folder / f"{PurePath(work.spec.model).stem}-pruned-{name}.gguf"
         if file.is_file():
             continue
@@ -314,6 +322,22 @@ def _export(work: SealedWork, folder: Path, text: CalibrationText | None) -> Non
                 progress=progress,
             )  # fmt: skip
         logger.info("exported", extra={"job": str(work.job.id), "file": str(exported)})
+
+
+def _speed(work: SealedWork, folder: Path) -> str | None:
+    """How fast a folder is beside the dense model here, if the job cuts it for a speed."""
+    from pho_service.pipeline.faster import speed_of, speed_sentence  # slow to import
+
+    goal = work.spec.pruning().goal
+    if goal is None or goal.size:
+        return None
+    device, dtype = str(work.inputs.device), str(work.model.dtype).removeprefix("torch.")
+    with store_faults_told():
+        measured = speed_of(
+            lambda: work.model, work.spec.model, str(folder), goal,
+            device=device, dtype=dtype, progress=work.run.progress,
+        )  # fmt: skip
+    return speed_sentence(goal, measured)
 
 
 def _recover(work: SealedWork, settings: Recovery, before: Path, folder: Path) -> None:
@@ -374,7 +398,7 @@ def check_tasks(questions: str, job: JobRecord) -> None:
 
 def _pruned(work: SealedWork, tasks: LoadedTasks) -> dict[str, Any]:
     best = chosen(work.job, None)
-    if work.spec.recovery is not None:  # that model is what the user gets
+    if _recovery(work, best) is not None:  # that model is what the user gets
         folder = _written(work, best)
         work.inputs.clear()  # the room is needed
         return _measured(work, load_model(str(folder), **work.inputs.placing(work.spec)), tasks)
@@ -472,11 +496,11 @@ def calibrate_piece(
     if spec.tasks is not None and harness_folder() is not None:
         inputs.tasks(spec)
     types = [cast("GgufType", name) for name in spec.gguf if file_bytes(name) is None]
-    converter = converter_for(types) if spec.gguf else None
+    converter = converter_for(types) if spec.files else None
     seal = inputs.seal(spec, Seal() if before is None else Seal(**before.inputs))
     if converter is not None and before is None:
         check_vocabulary(inputs.model(spec, seal), converter)
-        for most in filter(None, map(file_bytes, spec.gguf)):
+        for most in filter(None, map(file_bytes, spec.files)):
             check_room(inputs.model(spec, seal), most, spec.points[0])
     model, linears = inputs.model(spec, seal), whole.request(0).steps.linears
     check_patterns(model, whole.points, linears)

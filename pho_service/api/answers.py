@@ -178,6 +178,11 @@ class Job(_Answer):
     recovery: Recovered | None = Field(
         None, description="What the recovery of the pruned model came to; null: none, or not yet."
     )
+    speed: str | None = Field(
+        None,
+        description="How fast the pruned model is beside the dense one on the worker; null: it was "
+        "not cut for a speed, or is not there yet.",
+    )
     pruned: Literal["waiting", "done", "removed"] | None = Field(
         None,
         description="Whether the pruned model is on its way, there, or deleted; null: not asked "

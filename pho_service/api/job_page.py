@@ -50,7 +50,8 @@ router = APIRouter(include_in_schema=False)
 LOGS = 100  # parts of logs that are shown, the newest
 LOG_LINES = 300  # the newest
 _SHOWN = (  # of the report, in this order
-    "result", "curve", "recovery", "tasks", "search", "finalists", "layers", "transfer", "writing"
+    "result", "curve", "recovery", "speed", "tasks", "search", "finalists", "layers", "transfer",
+    "writing",
 )  # fmt: skip
 FEWEST, MOST = 2, 8  # jobs side by side
 _HIDDEN = "configuration"  # it would fill the page

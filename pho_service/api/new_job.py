@@ -432,7 +432,7 @@ def _literal(value: Any, above: str = "") -> str:
 router = APIRouter(include_in_schema=False)
 
 SCRIPT = "form.js"
-PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
+PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8", "structured:20%", "bytes:95MB", "faster:1.2x")
 MOST_UPLOADS = 100  # uploaded texts that are offered, the newest
 CARDS = get_args(Card)
 _CONTEXT = "calibration/context_length"

@@ -143,6 +143,7 @@ def _of_search(service: Service, view: JobView, *, whole: bool) -> Report:
         warnings=[*(job.warnings or ()), *view.notes],
         configuration=configuration,
         recovery=view.recovery,
+        speed=view.speed,
         objective=rated_by,
         maximised=maximised,
         trials=with_measurements(

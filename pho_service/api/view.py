@@ -171,6 +171,7 @@ class JobView:
             validation=self.finished.validation,
             tasks=None if tasks is None else TaskScores.model_validate(tasks),
             recovery=self.recovery,
+            speed=self.speed,
             pruned=self.pruned,
             pruned_pattern=None if pruning is None else pruning.about,
             error=self.error,
@@ -220,8 +221,19 @@ class JobView:
     @property
     def recovery(self) -> Recovered | None:
         """What the recovery of the pruned model came to; None without one."""
-        result = (self.record.pruning.result if self.record.pruning else None) or {}
-        return Recovered.from_dict(result["recovery"]) if result.get("recovery") else None
+        kept = self._pruning.get("recovery")
+        return Recovered.from_dict(kept) if kept else None
+
+    @property
+    def speed(self) -> str | None:
+        """How fast the pruned model is, if it was cut for a speed."""
+        speed: str | None = self._pruning.get("speed")
+        return speed
+
+    @property
+    def _pruning(self) -> Mapping[str, Any]:
+        """What writing the pruned model gave; nothing before that."""
+        return (self.record.pruning.result if self.record.pruning else None) or {}
 
     @property
     def pruned(self) -> Literal["waiting", "done", "removed"] | None:

@@ -35,6 +35,7 @@ _NOTED_S = 5.0  # how often that is written down
 # The steps of a plan, by what the titles of their first bars begin with.
 _BEGINS = {
     "Calibrating": "calibrate", "Searching": "search", "[": "search", "Rating cuts": "search",
+    "Converting": "search",
     "Validating": "confirm", "Comparing": "confirm", "Racing": "confirm", "Confirming": "confirm",
     "Cutting": "write", "Pruning": "write", "Asking the dense model": "recover",
 }  # fmt: skip
@@ -127,10 +128,12 @@ def budget_of(
     began: float,
 ) -> Budget:
     """Choose the sizes that are free; those of an interrupted search are taken from its study."""
+    from pho_service.pipeline.cuts import check_goal
     from pho_service.pipeline.minutes import Clock
     from pho_service.planning.minutes import sentence
 
     model = inputs.model(asked.model)
+    check_goal(asked.pruning(), model)
     if asked.minutes is None:
         plan = None
         with suppress(InvalidInput, ModelError):  # whoever needs none can do without

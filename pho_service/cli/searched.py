@@ -16,14 +16,12 @@ from pho_service.cli.options import Terminal, calibration_source, check_models
 from pho_service.cli.recover import recover_pruned, recovery_text, show_recovered
 from pho_service.cli.terminal import print_json, progress, say, show_table
 from pho_service.errors import InvalidInput
-from pho_service.spec.document import AFTER, MACHINE, PRUNED, FieldShown, parse_bytes
-from pho_service.spec.export import BITS_WINDOWS, GgufType
+from pho_service.spec.document import AFTER, MACHINE, PRUNED, FieldShown
+from pho_service.spec.export import BITS_WINDOWS, GgufType, RuntimeName
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.structure import OF_FILE, is_structured
-from pho_service.spec.verbs import RuntimeName
+from pho_service.spec.structure import BY_SPEED, IN_BYTES, OF_FILE, Goal, is_structured
 
 if TYPE_CHECKING:
-    from pho_service.cli.faster import WantedSpeed
     from pho_service.pipeline.prune import PrunedFolder
     from pho_service.pipeline.work import Work
     from pho_service.spec.configuration import Configuration
@@ -60,6 +58,18 @@ class CutAsk:
     no_recovery: Annotated[bool, FieldShown(section=AFTER)] = False
 
     @property
+    def cut(self) -> str | None:
+        """The pattern that says the same; None where nothing is said."""
+        if self.smaller is not None:
+            return f"{OF_FILE}{self.smaller}"
+        if self.bytes is not None:
+            return f"{IN_BYTES}{self.bytes.replace(' ', '')}"
+        if self.faster is not None:
+            where = filter(None, (self.runtime, self.type))
+            return ":".join([f"{BY_SPEED}{self.faster}", *where])
+        return None
+
+    @property
     def options(self) -> dict[str, str | None]:
         """What says how much is cut, by its name."""
         return {**self._budgets, **self._where}
@@ -89,43 +99,33 @@ class CutAsk:
             raise InvalidInput(
                 f"{', '.join(where)}: where --faster 1.2x is measured. Leave it out, or give that."
             )
+        if self.type is not None and self.runtime != "llama.cpp":
+            raise InvalidInput(
+                f"--type {self.type}: only for --runtime llama.cpp. Leave it out, or give that."
+            )
         return words[0] if words and (is_budget or is_structured(pattern) or alone) else ""
 
 
 def prune_by_search(
-    model: str, ask: CutAsk, pattern: Pattern | None, folder: Path, given: Given, as_json: bool,
-    inputs: Terminal,
+    model: str, pattern: Pattern, folder: Path, given: Given, as_json: bool, inputs: Terminal,
+    no_recovery: bool,
 ) -> None:  # fmt: skip
     """Find the best for a pattern, as `pho search` does, and save the model, recovered."""
-    from pho_service.cli.faster import WantedSpeed, speed_of
+    from pho_service.pipeline.faster import speed_of, speed_sentence
     from pho_service.pipeline.prune import prune_job, winner_of
     from pho_service.pipeline.search import opened_study, search_job
 
-    began, wanted, cut = time.monotonic(), None, None
-    if ask.faster is not None:
-        wanted = WantedSpeed.of(ask.faster, ask.runtime or "torch", ask.type)
+    began, goal = time.monotonic(), pattern.goal
     texts = (given(f"{part}/text") for part in ("confirm", "report", "recovery"))
     check_models([model], inputs.revision, *texts)
     # What an interrupted run has measured is there when the same command is given again.
     place = folder.expanduser().resolve().with_name(f".{folder.name}.search")
     study_url = f"sqlite:///{place}/study.db"
-    if wanted is not None:
-        cut = _faster(model, place, wanted, inputs)
-    elif ask.smaller is not None:
-        cut = f"{OF_FILE}{ask.smaller}"
-    elif ask.bytes is not None:
-        cut = _in_bytes(model, ask.bytes, given, as_json, inputs)
-        if cut is None:
-            whole = _exported(model, folder, ask.bytes, given, inputs)
-            print_json({"gguf": whole.to_dict()}) if as_json else click.echo(whole)
-            return
-    pattern = pattern if cut is None else Pattern.parse(cut)
-    assert pattern is not None  # or a budget
     document: dict[str, Any] = {
         "model": model, "pattern": str(pattern), "scope": pattern.free_scope, "prune": True,
     }  # fmt: skip
     document |= {"confirm": {"windows": CUT_WINDOWS}} if pattern.structured else {}
-    document |= {"recovery": None} if ask.no_recovery else {}
+    document |= {"recovery": None} if no_recovery else {}
     asked = given.job(given.document(document))
     source = calibration_source(asked.calibration)
     budget = budget_of(asked, source, study_url, inputs, began)
@@ -140,44 +140,44 @@ def prune_by_search(
         with opened_study(study_url, request, work) as study:
             budget.note(study)
             result = search_job(request, work, study=study, run=budget.run(inputs, work, study))
-            recovery = budget.recovery(work, study)
-        configuration, recovered = result.configuration, None
-        blocks = work.blocks(winner_of(configuration))
+            configuration, pruned, recovered = result.configuration, None, None
+            whole = configuration.cut is not None and configuration.cut.is_nothing
+            recovery = None if whole else budget.recovery(work, study)
         first = folder if recovery is None else place / "pruned"
         shutil.rmtree(place / "pruned", ignore_errors=True)  # of an interrupted run
-        pruned = prune_job(work, configuration, first, memo=blocks, progress=progress)
+        if not whole:  # else the model is there already
+            blocks = work.blocks(winner_of(configuration))
+            pruned = prune_job(work, configuration, first, memo=blocks, progress=progress)
         text = recovery_text(budget.spec, work)
         del work  # whose model is not dense any more
         budget.model = model
         if recovery is not None:
             recovered = recover_pruned(first, model, text, recovery, folder, inputs)
     shutil.rmtree(place)
+    if says := configuration.search.get("goal", {}).get("says"):
+        say(says)
     if not as_json:
         _show(model, folder, result, pruned, recovered)
     exported = speed = None
-    if ask.bytes is not None:
-        exported = _exported(str(folder), folder, ask.bytes, given, inputs)
+    if goal is not None and goal.size:
+        exported = _exported(model if whole else str(folder), folder, goal, given, inputs)
         if not as_json:
             say(f"{exported}")
-    if wanted is not None:
+    elif goal is not None:
         speed = speed_of(
-            lambda: inputs.model(model), model, str(folder), wanted,
+            lambda: inputs.model(model), model, str(folder), goal,
             device=inputs.device, dtype=inputs.dtype, progress=progress,
         )  # fmt: skip
         if not as_json:
             show_table(speed.table)
-            say(wanted.result(speed))
+            say(speed_sentence(goal, speed))
     if as_json:
         print_json(
             {
                 "out": str(folder),
                 "configuration": configuration.model_dump(mode="json"),
                 "warnings": result.warnings,
-                **(
-                    {"structure": pruned.recipe["structure"]}
-                    if configuration.cut
-                    else pruned_values(pruned)
-                ),
+                **({} if pruned is None else _values(configuration, pruned)),
                 **({} if recovered is None else {"recovery": recovered.to_dict()}),
                 **({} if exported is None else {"gguf": exported.to_dict()}),
                 **({} if speed is None else {"speed": [asdict(side) for side in speed.sides]}),
@@ -189,16 +189,21 @@ def _show(
     model: str,
     folder: Path,
     result: "SearchResult",
-    pruned: "PrunedFolder",
+    pruned: "PrunedFolder | None",
     recovered: "Recovered | None",
 ) -> None:
-    """How good the model is that was saved, and what it was chosen from."""
+    """How good the model is that was saved, if it is another one, and what it was chosen from."""
+    from pho_service.pipeline.bits import ways_table
     from pho_service.shown.report import Report
     from pho_service.shown.tables import results_table, verdict_table
 
     configuration = result.configuration
     for warning in result.warnings:
         say(f"Note: {warning}")
+    if ways := configuration.search.get("goal", {}).get("ways"):
+        show_table(ways_table(ways))
+    if pruned is None:
+        return
     good = configuration.headline
     assert good is not None  # the dense model was measured
     for table in (verdict_table(good), results_table(Report.of(configuration))):
@@ -246,28 +251,11 @@ def pruned_values(pruned: "PrunedFolder") -> dict[str, Any]:
     }
 
 
-def _faster(model: str, place: Path, wanted: "WantedSpeed", inputs: Terminal) -> str:
-    """The pattern with which a model is so fast; that of an interrupted run is kept."""
-    from transformers.utils.logging import disable_progress_bar
-
-    from pho_service.cli.faster import chosen_before, pattern_for
-    from pho_service.host.files import write_json
-
-    disable_progress_bar()  # ours is shown
-    wanted.check()
-    file, asked = place / "faster.json", {"model": model, **asdict(wanted)}
-    pattern = chosen_before(file, asked)
-    if pattern is not None:
-        say(f"Going on with what was measured for --faster {wanted.times:g}x: {pattern}.")
-        return pattern
-    pattern, saving = pattern_for(
-        lambda: inputs.model(model), model, wanted,
-        device=inputs.device, dtype=inputs.dtype, progress=progress,
-    )  # fmt: skip
-    say(f"{saving.sentence(wanted)}, so --pattern {pattern} for {wanted.times:g} times.")
-    place.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"asked": asked, "pattern": pattern})
-    return pattern
+def _values(configuration: "Configuration", pruned: "PrunedFolder") -> dict[str, Any]:
+    """The same of a model that has zeros or is smaller."""
+    if configuration.cut is None:
+        return pruned_values(pruned)
+    return {"structure": pruned.recipe["structure"]}
 
 
 def calibrated_few(model: str, given: Given, inputs: Terminal) -> "Work":
@@ -283,32 +271,15 @@ def calibrated_few(model: str, given: Given, inputs: Terminal) -> "Work":
     return inputs.calibrated(loaded, calibration_source(how), how.settings())
 
 
-def _in_bytes(model: str, most: str, given: Given, as_json: bool, inputs: Terminal) -> str | None:
-    """The pattern with which a file of so many bytes loses least; None if nothing is cut."""
-    from pho_service.models.gguf_file import converter_for
-    from pho_service.pipeline.bits import bits_and_cuts, ways_table
-
-    room, converter = parse_bytes(most, "--bytes"), converter_for(["q8_0"])
-    costs = bits_and_cuts(calibrated_few(model, given, inputs), converter, progress)
-    best, *others = costs.ways_to(room)
-    if not as_json:
-        show_table(ways_table([best, *others]))
-    if best.pattern is None:
-        say(f"In {most} the whole model loses least: nothing is cut.")
-    else:
-        say(f"In {most} a cut and its bits lose least together: --pattern {best.pattern}.")
-    return best.pattern
-
-
-def _exported(model: str, folder: Path, most: str, given: Given, inputs: Terminal) -> "Exported":
+def _exported(model: str, folder: Path, goal: Goal, given: Given, inputs: Terminal) -> "Exported":
     """A model as a file of at most so many bytes, in a folder."""
     from pho_service.pipeline.export import check_export, export
 
-    file = f"{folder.name}-{most.replace(' ', '')}.gguf"
+    file = f"{folder.name}-{goal.size}.gguf"
     check_export(Path(model), folder.with_name(file))
     folder.mkdir(parents=True, exist_ok=True)
     bundle = calibrated_few(model, given, inputs).bundle
     return export(
-        model, folder / file, most=parse_bytes(most, "--bytes"), bundle=bundle,
+        model, folder / file, most=goal.bytes, bundle=bundle,
         device=inputs.device, progress=progress,
     )  # fmt: skip

@@ -529,7 +529,9 @@ class FoundArguments(SearchArguments):
             their models for coefficients that are good on all of them.
         pattern: Share of the weights to remove (``"0.5"``), N kept of M (``"2:4"``), or a share of
             the blocks' weights (``"structured:20%"``) or of the model's file (``"smaller:20%"``)
-            to cut out. A cut needs the model, and has no preset and no other options of scores.
+            to cut out. A cut may also be for the bytes of a GGUF file (``"bytes:95MB"``) or for a
+            speed (``"faster:1.2x"``). A cut needs the model, and has no preset
+            and no other options of scores.
         model: That of the bundle, in memory or by its name. Without it nothing is confirmed.
         over: How several models count: their ``mean``, or the ``worst``.
         sampler: Its name, or a sampler of Optuna, which has a seed of its own.

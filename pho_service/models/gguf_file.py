@@ -28,6 +28,7 @@ from pho_service.host.settings import Settings
 from pho_service.planning.shapes import BoundedReader
 from pho_service.progress import Progress
 from pho_service.spec.export import BY_CONVERTER, BY_GGUF, GgufType
+from pho_service.spec.structure import MOST_OF_THE_BLOCKS
 
 if TYPE_CHECKING:
     from pho_service.models.loading import LanguageModel
@@ -151,13 +152,17 @@ def check_room(model: "LanguageModel", most: int, pattern: "Pattern") -> None:
     bits = _FEWEST_BITS[shutil.which(QUANTIZER) is not None]
     linears = sum(linear.weight.numel() for linear in model.linears.values())
     cut = pattern.cut_share(parameters=model.parameters, prunable=linears)
+    cut = MOST_OF_THE_BLOCKS if pattern.goal else cut
     least = (linears * (1 - cut) * bits + (model.parameters - linears) * _OTHER_BITS) / 8
     least *= _LEFT
     if least > most:
+        cut_out, way_out = "", "or cut more"
+        if pattern.goal:
+            cut_out, way_out = " with half of its blocks cut", "or take a smaller model"
         raise InvalidInput(
-            f"{Path(model.name).stem} has at least {least / 1e6:.4g} MB as a GGUF file, and "
-            f"{most / 1e6:.4g} MB are asked for: {bits:g} bits are the fewest here for a weight of "
-            f"a linear, and all others have {_OTHER_BITS:g}. Ask for more, or cut more."
+            f"{most / 1e6:.4g} MB are too few for {Path(model.name).stem}, which has at least "
+            f"{least / 1e6:.4g} MB as a GGUF file{cut_out}: {bits:g} bits are the fewest here for "
+            f"a weight of a linear, and all others have {_OTHER_BITS:g}. Ask for more, {way_out}."
         )
 
 

@@ -53,7 +53,13 @@ class Way:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        return {"pattern": self.pattern, "nats": self.nats, "cut": self.cut, "bits": self.rounding}
+        return {
+            "share": self.share,
+            "pattern": self.pattern,
+            "nats": self.nats,
+            "cut": self.cut,
+            "bits": self.rounding,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +114,8 @@ class BitsAndCuts:
 
 def bits_and_cuts(work: Work, converter: Sequence[str], progress: Progress = silent) -> BitsAndCuts:
     """
-    Work out what bits and cuts of a calibrated model cost, once for all numbers of bytes.
+    Work out what bits and cuts of a calibrated model cost, once for all numbers of bytes. What cuts
+    of its blocks cost is kept where it has a cache.
 
     Raises:
         ModelError: The model's blocks cannot be cut, or llama.cpp does not know the model.
@@ -137,14 +144,11 @@ def _cuts(work: Work, shapes: BlockShapes, progress: Progress) -> dict[float, tu
     if shapes.multiple % SHARED or not any(structures.values()):
         return {}  # narrower inputs would have no scales, and keep their 16 bits
     assert work.calibration is not None
-    memo = work.blocks(Structure())  # nothing is cut
     costs = cut_costs(
         work.model, work.calibration, shapes, work.bundle.statistics().fisher,
         [structure for each in structures.values() for structure in each],
-        memo=memo, progress=progress,
+        memo=work.blocks(Structure()), progress=progress,
     )  # fmt: skip
-    if memo is not None:
-        memo.remove()
     cuts = {}
     for share, several in structures.items():
         known = [structure for structure in several if costs.knows(structure)]
@@ -162,17 +166,18 @@ def _splits(share: float, shapes: BlockShapes) -> list[Structure]:
         return []
 
 
-def ways_table(ways: Sequence[Way]) -> Table:
-    """What each way costs, by what is cut."""
+def ways_table(ways: Sequence[Mapping[str, Any]]) -> Table:
+    """What each way costs, as its JSON values say it, by what is cut; the first is the best."""
+    by_share = sorted(ways, key=lambda way: way["share"])
     return Table(
         ("cut of the blocks", "the cut, nats", "bits, nats", "together"),
         [
-            (percent(way.share) if way.share else "nothing", number(way.cut), number(way.rounding),
-             number(way.nats))
-            for way in sorted(ways, key=lambda way: way.share)
+            (percent(way["share"]) if way["share"] else "nothing",
+             *(number(way[name]) for name in ("cut", "bits", "nats")))
+            for way in by_share
         ],
         title="Estimated cost of so many bytes",
-        marked=sorted(way.share for way in ways).index(ways[0].share),
+        marked=by_share.index(ways[0]),
     )  # fmt: skip
 
 

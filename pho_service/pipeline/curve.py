@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from pho_service.errors import TargetMissed, field_name
 from pho_service.models.loading import LanguageModel
 from pho_service.models.structure import Anatomy, block_shapes
+from pho_service.pipeline.cuts import check_goal
 from pho_service.pipeline.prune import winner_of
 from pho_service.pipeline.search import (
     IslandSearch,
@@ -255,6 +256,7 @@ def check_patterns(model: LanguageModel, patterns: Sequence[Pattern], linears: L
     for pattern in patterns:
         if pattern.structured:
             pattern.splits(block_shapes(Anatomy(model)))
+            check_goal(pattern, model)
         chosen = linears.choose(list(model.linears), pattern, model=model.name)
         for name in model.linears:
             if name in chosen.names:

@@ -5,7 +5,7 @@ what they would cost, the best of them are cut, and perplexity chooses.
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -16,9 +16,13 @@ from optuna.trial import create_trial
 
 from pho_service.errors import InvalidInput, field_name
 from pho_service.host.machine import let_go_of_memory, versions
+from pho_service.models.gguf_file import check_room, converter_for
+from pho_service.models.loading import LanguageModel
 from pho_service.models.structure import Anatomy, as_cut, block_shapes
 from pho_service.models.texts import ReportText
+from pho_service.pipeline.bits import bits_and_cuts
 from pho_service.pipeline.confirmation import with_report
+from pho_service.pipeline.faster import check_runtime, share_for
 from pho_service.pipeline.rating import perplexity_on
 from pho_service.pipeline.search import Journal, Piece, conduct_pieces, origin, reference_record
 from pho_service.pipeline.structured import CutCosts, CutModel, cut_costs, cut_model
@@ -26,9 +30,16 @@ from pho_service.pipeline.work import Work
 from pho_service.pipeline.writing import side_by_side, written_by
 from pho_service.progress import Progress, Run
 from pho_service.spec.configuration import Configuration, Confirmation, Rating
+from pho_service.spec.pattern import Pattern
 from pho_service.spec.perplexity import Perplexities, Perplexity
 from pho_service.spec.results import Chosen, Measured, PerplexityRequest, Searched
-from pho_service.spec.structure import ESTIMATE, BlockShapes, Cut, Structure
+from pho_service.spec.structure import (
+    ESTIMATE,
+    BlockShapes,
+    Cut,
+    Structure,
+    structured_pattern,
+)
 from pho_service.tuning.plan import SearchRequest
 from pho_service.tuning.result import SearchResult, mark_chosen
 from storage.records import REFERENCE_NUMBERS
@@ -36,6 +47,7 @@ from storage.studies import keep_record, once, record_of
 
 METHOD = "structured"
 _RATED = "rated_splits"  # record of a study: how many, once all are
+_GOAL = "goal"  # another: what the goal of its pattern takes
 _NOT_OF_CUTS = (  # fields of a request
     "objective", "steps", "bounds", "sampler", "warm_start", "validation", "trials", "in_full",
 )  # fmt: skip
@@ -60,6 +72,7 @@ def search_cut(
             f"text, or {field_name('confirm/text') or 'confirm'}."
         )
     work.bundle.check_model(work.model.linears)
+    check_goal(request.pattern, work.model)
     steps = CutPieces(request, work, study, origin(work))
     return conduct_pieces(steps, 1, Journal(run), lambda result: result, SearchResult)
 
@@ -73,6 +86,32 @@ def check_request(request: SearchRequest) -> None:
             f"pattern {request.pattern} rates every split of its share by an estimate of its own, "
             f"so {', '.join(given)} says nothing. Leave it out."
         )
+
+
+def check_goal(pattern: Pattern, model: LanguageModel) -> None:
+    """
+    See before any long work that what a cut is for can be told and reached here.
+
+    Raises:
+        InvalidInput: The runtime or the converter is not here, or the bytes are too few.
+        ModelError: The model's blocks cannot be cut.
+    """
+    goal = pattern.goal
+    if goal is None:
+        return
+    block_shapes(Anatomy(model))
+    if goal.bytes is None:
+        check_runtime(goal)
+        return
+    converter_for(["q8_0"])
+    check_room(model, goal.bytes, pattern)
+
+
+def forget_costs(work: Work) -> None:
+    """Remove what was kept of the costs of cuts, once it is no longer needed."""
+    memo = work.blocks(Structure())  # nothing is cut
+    if memo is not None:
+        memo.remove()
 
 
 class CutPieces:
@@ -97,7 +136,8 @@ class CutPieces:
         study, shapes = self._study, self._shapes
         if _RATED not in record_of(study):
             run.look()
-            structures = self._request.pattern.splits(shapes)
+            share = float(self._goal(run).get("share", 0.0))
+            structures = self._request.pattern.splits(shapes, share)
             costs = self._costs(structures, run.progress)
             self._work.check()
             self._describe()
@@ -109,16 +149,30 @@ class CutPieces:
                 keep_record(study, _RATED, len(rated))
         return Searched(trials=len(study.get_trials(deepcopy=False)))
 
+    def _goal(self, run: Run) -> Mapping[str, Any]:
+        """What the goal of the pattern takes, told once for all; nothing where it is a share."""
+        pattern = self._request.pattern
+
+        def make() -> Mapping[str, Any]:
+            told = _told(pattern, self._opened, self._shapes, run.progress)
+            self._work.check()
+            return told
+
+        if pattern.goal is None:
+            return {}
+        return once(self._study, _GOAL, {"pattern": str(pattern)}, make, fence=run.fence)
+
     def _costs(self, structures: Sequence[Structure], progress: Progress) -> CutCosts:
         work = self._opened
         assert work.calibration is not None
-        memo = work.blocks(Structure())  # nothing is cut
-        costs = cut_costs(
-            work.model, work.calibration, self._shapes, work.bundle.statistics().fisher,
-            structures, wanted=self._request.finalists, memo=memo, progress=progress,
-        )  # fmt: skip
-        if memo is not None:
-            memo.remove()
+        costs = CutCosts.of_nothing(self._shapes)
+        if structures != [Structure()]:
+            costs = cut_costs(
+                work.model, work.calibration, self._shapes, work.bundle.statistics().fisher,
+                structures, wanted=self._request.finalists, memo=work.blocks(Structure()),
+                progress=progress,
+            )  # fmt: skip
+        forget_costs(work)
         return costs
 
     def _describe(self) -> None:
@@ -207,7 +261,7 @@ class CutPieces:
         number, best = order[0], ratings[order[0]]
         trials = self._study.get_trials(deepcopy=False)
         structure = Structure.from_dict(trials[number].user_attrs["structure"])
-        work, provenance = self._opened, dict(self._origin)
+        work, provenance, goal = self._opened, dict(self._origin), self._goal(run)
         written = {
             name: {"written": result.written}
             for name, result in (("dense", dense), ("pruned", results[number]))
@@ -239,7 +293,7 @@ class CutPieces:
             ],
             search={
                 "sampler": "every split", "trials": done[0].trials,
-                "study": self._study.study_name,
+                "study": self._study.study_name, **({"goal": goal} if goal else {}),
             },
             model=provenance.get("model", {}),
             calibration={k: v for k, v in provenance.items() if k != "model"},
@@ -270,6 +324,22 @@ class CutPieces:
             for name, cut in (("dense", None), ("pruned", structure))
         }
         return with_report(result, ratings, self._opened)
+
+
+def _told(pattern: Pattern, work: Work, shapes: BlockShapes, progress: Progress) -> dict[str, Any]:
+    """The share of the blocks that a goal takes, and what that was told by."""
+    goal = pattern.goal
+    assert goal is not None  # or the pattern says the share
+    if goal.bytes is None:
+        share, saving = share_for(work.model, goal, shapes, progress=progress)
+        says = f"{saving.sentence(goal)}, so {structured_pattern(share)} for {goal.times:g} times."
+        return {"share": share, "says": says}
+    ways = bits_and_cuts(work, converter_for(["q8_0"]), progress).ways_to(goal.bytes)
+    says = "the whole model loses least: nothing is cut."
+    if ways[0].pattern is not None:
+        says = f"a cut and its bits lose least together: {ways[0].pattern}."
+    says = f"In {goal.bytes / 1e6:.4g} MB {says}"
+    return {"share": ways[0].share, "says": says, "ways": [way.to_dict() for way in ways]}
 
 
 def _rating(result: Measured) -> Perplexity:

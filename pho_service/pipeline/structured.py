@@ -277,6 +277,12 @@ class CutCosts:
     gone: tuple[int, ...]
     divergences: tuple[float, ...]
 
+    @classmethod
+    def of_nothing(cls, shapes: BlockShapes) -> "CutCosts":
+        """Return what is measured where nothing is to be cut: no costs."""
+        none = torch.zeros(shapes.layers, 1, dtype=torch.float64)
+        return cls(neurons=none, query_heads=none, gone=(), divergences=(0.0,))
+
     def kept(self, dropped: int) -> tuple[int, ...]:
         """The blocks that stay when so many leave."""
         left = {*range(len(self.neurons))} - {*self.gone[:dropped]}

@@ -20,6 +20,7 @@ from pho_service.spec.export import BITS_WINDOWS, LEVELS
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.recovery import BEGINNING, WRITTEN_AT_ONCE, Recovery
 from pho_service.spec.steps import Steps
+from pho_service.spec.structure import PROMPT, ROUNDS, WRITTEN
 
 GIB = 2**30
 
@@ -516,6 +517,17 @@ class Costs:
         """The share of the blocks' weights that is cut out."""
         shapes = self.shapes
         return self.work.pattern.cut_share(parameters=shapes.parameters, prunable=shapes.prunable)
+
+    def reached(self) -> float:
+        """What a goal takes, found out: bits of all linears beside cuts, or speeds."""
+        goal, machine, size = self.work.pattern.goal, self.machine, self.shapes.bytes("float32")
+        assert goal is not None  # or nothing is to be found out
+        seconds = 2 * STARTED_S + 4 * size / machine.disk
+        if goal.bytes is not None:
+            tried = len(LEVELS) * self.shapes.prunable * TRIED_TYPE / machine.bandwidth
+            return seconds + tried + self.left_out()  # what was rated of each block is kept
+        written = WRITTEN * self.shapes.bytes(self.work.dtype) / machine.bandwidth
+        return seconds + 2 * ROUNDS * (written + self.forward(PROMPT, PROMPT, head=True))
 
     def left_out(self) -> float:
         """The model without each of eight blocks, for each of those that may leave."""

@@ -104,6 +104,8 @@ def sentence(plan: "Plan") -> str:
     if plan.work.pattern.of_file:
         cut = f"{plan.costs.cut_share:.1%} of the weights of its blocks"
         said = f"{plan.work.pattern} cuts {cut}. {said}"
+    if plan.work.pattern.goal is not None:
+        said = f"What {plan.work.pattern} takes is found once the model is calibrated. {said}"
     if plan.spec.minutes is not None and took > 60 * plan.spec.minutes * 1.05:
         said += f". It is the least, and more than {plan.spec.minutes:g} minutes"
     return f"{said}."

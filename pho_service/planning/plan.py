@@ -132,7 +132,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, those of ``POST /v1/plan``."""
         saved, packed = self.pruned_bytes
-        is_cut = self.work.pattern.structured
+        has_share = self.work.pattern.structured and self.work.pattern.goal is None
         return {
             "model": {
                 "family": self.shapes.family,
@@ -154,7 +154,7 @@ class Plan:
             "pruned": {
                 "saved_bytes": saved,
                 "packed_bytes": packed,
-                "times_smaller": self.shapes.bytes() / saved if is_cut else None,
+                "times_smaller": self.shapes.bytes() / saved if has_share else None,
             },
             "seconds": list(self.seconds),
             "stages": [
@@ -195,7 +195,7 @@ def plan_job(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> Plan:
         validated=spec.validation.candidates if spec.validation else 0,
         by_perplexity=spec.objective.name == "perplexity",
         recovery=spec.recovery_settings(),
-        files=len(spec.gguf),
+        files=len(spec.files),
         sized_files=spec.sized_files,
         kept=bool(spec.prune and spec.confirm and request.steps.reconstruction.wanted),
     )
@@ -295,6 +295,9 @@ def _stages(memory: "_Memory", calibration: CalibrationPlan) -> Iterator[StagePl
     yield stage(StageKind.CALIBRATE, "hash the weights", costs.hashing(), memory.loaded())
     yield stage(StageKind.CALIBRATE, "calibrate", costs.calibration(), calibration.peak)
     if work.pattern.structured:
+        if work.pattern.goal is not None:
+            title = f"find what {work.pattern} takes"
+            yield stage(StageKind.SEARCH, title, costs.reached(), memory.reached())
         yield stage(
             StageKind.SEARCH, "rate the splits", costs.cut() + costs.left_out(), memory.cut()
         )
@@ -432,6 +435,14 @@ class _Memory:
             self.footprint, self.place, windows=self.settings.samples,
             tokens=self.settings.context_length, copied=copied, sets=self.work.finalists,
         ).with_(self.confirmation())  # fmt: skip
+
+    def reached(self) -> Peak:
+        """What a goal takes, found out: files of the model, or two more models that are timed."""
+        goal, whole = self.work.pattern.goal, self.footprint.weights
+        assert goal is not None  # or nothing is to be found out
+        models, files = (2, 3) if goal.bytes is not None else (3, 2)
+        peak = Peak.at(self.place, device=models * whole, host=0, disk=files * whole)
+        return peak.with_(self.cut(copied=False))
 
     def states_stay(self, windows: int) -> bool:
         """Whether the hidden states of so many windows stay on the card."""

@@ -209,6 +209,8 @@ def sections(report: Report) -> list[Section]:
         return [results, *_writing_at_each(report.curve), _settings(report), _happened(report)]
     parts = [_result(report), *(replace(part, hero=None) for part in curve)]
     parts += [] if report.recovery is None else [_recovery(report.recovery)]
+    if report.speed is not None:
+        parts.append(Section(id="speed", title="Speed", texts=[report.speed]))
     if report.subject != "transfer":
         parts += (
             [] if report.configuration is None else [_writing({"pruned": report.continuations})]

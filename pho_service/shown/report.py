@@ -118,6 +118,7 @@ class Report:
     warnings: Sequence[str] = ()
     configuration: Configuration | None = None  # What was found; of a transfer, what is transferred
     recovery: Recovered | None = None  # What the recovery of the pruned model came to
+    speed: str | None = None  # How fast it is, where it was cut for a speed
     objective: str = "objective"  # Its label: ``activation-reconstruction/blend``
     maximised: bool = False
     trials: Sequence[ReportTrial] = ()  # Trials of all islands, by number

@@ -48,6 +48,8 @@ def configuration_rows(config: Configuration) -> list[tuple[str, str]]:
     c, how = config.coefficients, config.confirmation
     if c is None:
         rows = [("method", f"pattern {config.pattern}"), ("cut", str(config.cut))]
+        if says := config.search.get("goal", {}).get("says"):
+            rows.append(("", says))
     else:
         shares = [("row", c.row), ("column", c.column), ("neighbourhood", c.neighbourhood)]
         exponents = [("activation", c.activation_exponent), ("gradient", c.gradient_exponent)]

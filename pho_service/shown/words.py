@@ -10,7 +10,7 @@ from typing import Any
 from pho_service.spec.fields import CalibrationSpec, ConfirmSpec
 from pho_service.spec.job import JobSpec, island_seed
 from pho_service.spec.minutes import OF_THE_TEXT
-from pho_service.spec.structure import OF_FILE, is_structured
+from pho_service.spec.structure import BY_SPEED, IN_BYTES, OF_FILE, is_structured
 from pho_service.spec.transfer import TransferSpec
 
 
@@ -233,6 +233,12 @@ def pattern_in_words(pattern: str) -> str:
     """A pattern, and what it says."""
     if is_structured(pattern):
         kind, _, share = pattern.partition(":")
+        if pattern.startswith((IN_BYTES, BY_SPEED)):
+            times, *where = share.split(":")
+            what = f"it writes {times} times as fast" + f" in {' '.join(where)}" * bool(where)
+            if pattern.startswith(IN_BYTES):
+                what = f"a GGUF file of it has {share} at most"
+            return f"{pattern}: so many neurons, heads and blocks are cut that {what}"
         of = "model's file" if f"{kind}:" == OF_FILE else "blocks' weights"
         return f"{pattern}: neurons, heads and blocks with {share} of the {of} are cut"
     if ":" in pattern:

@@ -30,6 +30,12 @@ def curve_patterns(values: Sequence[str | float | Pattern], scope: str | None) -
             f"{len(patterns)} patterns are given, but a curve has 1 to {MOST_PATTERNS}. Give some, "
             "such as 0.3,0.5,0.7,2:4."
         )
+    for pattern in patterns:
+        if pattern.goal is not None:
+            raise InvalidInput(
+                f"{pattern} is what one cut is for, and a curve compares shares. Ask for it by "
+                "itself. `pho curve MODEL --bytes 80MB,95MB` tells what several sizes cost."
+            )
     cuts = [pattern for pattern in patterns if pattern.structured]
     if 0 < len(cuts) < len(patterns):
         raise InvalidInput(

@@ -15,6 +15,7 @@ GgufType = Literal[
     "q5_1", "q5_0", "q4_1", "q4_0",
     "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k", "iq4_nl", "iq4_xs",
 ]  # fmt: skip
+RuntimeName = Literal["torch", "llama.cpp"]
 SIZE = "[0-9]{1,6}([.][0-9]{1,6})?[kMGT]i?B"
 GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)
 BY_CONVERTER: tuple[GgufType, ...] = ("f32", "f16", "bf16", "q8_0")

@@ -9,14 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pho_service.host.access import Access
 from pho_service.spec.configuration import WIDER
@@ -44,7 +37,6 @@ from pho_service.spec.document import (
     Name,
     Number,
     Title,
-    printable,
 )
 from pho_service.spec.export import BITS_WINDOWS, MOST_FILES, GgufWanted, file_bytes
 from pho_service.spec.fields import (
@@ -81,7 +73,7 @@ from pho_service.spec.objective import (
     Trials,
     options_of,
 )
-from pho_service.spec.pattern import Pattern, ScopeName
+from pho_service.spec.pattern import Pattern, PatternText, ScopeName
 from pho_service.spec.recovery import Recovery
 from pho_service.spec.space import DEFAULT_PRESET, Preset, PresetName, SearchSpaceSpec
 from pho_service.spec.steps import Candidate, Steps, StepsSpec
@@ -252,20 +244,6 @@ def preset_of(fields: Mapping[str, Any], pattern: Pattern) -> Preset:
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def share_as_text(value: object) -> object:
-    """A share that is given as a number, as Python takes it, too."""
-    return str(value) if isinstance(value, (int, float)) and value is not True else value
-
-
-_PATTERN_TEXT = Annotated[str, Field(min_length=1, max_length=64)]
-_SHARE = Annotated[float, Field(gt=0, lt=1)]
-PatternText = Annotated[
-    _PATTERN_TEXT,
-    AfterValidator(printable),
-    BeforeValidator(share_as_text, json_schema_input_type=_PATTERN_TEXT | _SHARE),
-]
-
-
 _SEVERAL = "Several patterns, or the highest sparsity that is good enough"  # a fold of the form
 
 
@@ -314,7 +292,8 @@ class JobSpec(Document):
             validate_default=True,
             description="Share of weights to remove (0.5), N kept of M (2:4), or a share of the "
             "blocks' weights (structured:20%) or of the model's file (smaller:20%) to cut out as "
-            "neurons, heads and blocks.",
+            "neurons, heads and blocks. A cut may also be for the bytes of a GGUF file "
+            "(bytes:95MB), or for a speed (faster:1.2x).",
         )
     )
     scope: Annotated[ScopeName | None, FieldShown(section=PRUNED)] = Field(
@@ -740,14 +719,21 @@ class JobSpec(Document):
                 limits.check_minutes(pointer, how.time_s / 60)
             tokens += self._recovered(timed)
             limits.check_tokens(pointer, tokens)
-        tokens += self._tokens_of_bits
+        tokens += self._tokens_of_bits if self.prune else 0
         limits.check_tokens("/gguf", tokens)
         return tokens
 
     @property
+    def files(self) -> list[str]:
+        """What the pruned model is written as for llama.cpp, with the bytes that it is cut for."""
+        goal = self.pruning().goal
+        size = [goal.size] if goal is not None and goal.size else []
+        return [*dict.fromkeys([*self.gguf, *size])]
+
+    @property
     def sized_files(self) -> int:
         """How many GGUF files of so many bytes it writes."""
-        return sum(file_bytes(name) is not None for name in self.gguf)
+        return sum(file_bytes(name) is not None for name in self.files)
 
     @property
     def _tokens_of_bits(self) -> int:

@@ -14,12 +14,22 @@ from functools import cached_property, lru_cache
 from math import prod
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.document import STRICT, FieldShown, JsonDocument, Number, Whole, check_choice
+from pho_service.spec.document import (
+    STRICT,
+    FieldShown,
+    JsonDocument,
+    Number,
+    Whole,
+    check_choice,
+    printable,
+)
 from pho_service.spec.structure import (
+    GOAL_SHARE,
     BlockShapes,
+    Goal,
     Structure,
     is_structured,
     share_of_blocks,
@@ -57,6 +67,8 @@ class Pattern:
         group: M of N:M, neighbouring input channels; 0 for unstructured.
         structured: Whether whole neurons, heads and blocks leave instead of single weights.
         of_file: Whether ``sparsity`` is a share of the file, of which embeddings are a part.
+        goal: What a cut is to reach, whose share is found out on the model; ``sparsity`` is what is
+            planned until then.
     """
 
     sparsity: float
@@ -65,6 +77,7 @@ class Pattern:
     group: int = 0
     structured: bool = False
     of_file: bool = False
+    goal: Goal | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:
@@ -87,7 +100,8 @@ class Pattern:
     def parse(cls, text: str, scope: str | None = None) -> Self:
         """
         Read ``"0.5"``, ``"2:4"`` (N kept of M), ``"structured:20%"`` (cut out of blocks) or
-        ``"smaller:20%"`` (the same, of the model's file).
+        ``"smaller:20%"`` (the same, of the model's file). ``"bytes:95MB"`` cuts for a GGUF file of
+        so many bytes, and ``"faster:1.2x"`` for a speed.
 
         Args:
             text: A sparsity in (0, 1), N:M with 1 <= N < M <= 64, or a share to cut.
@@ -99,7 +113,8 @@ class Pattern:
         """
         rule = (
             "Give the share of weights to remove (0.5), N:M, N kept of M (2:4), or a share to cut "
-            "of the blocks (structured:20%) or of the file (smaller:20%)."
+            "of the blocks (structured:20%) or of the file (smaller:20%); or what a cut is for "
+            "(bytes:95MB, faster:1.2x)."
         )
         try:
             parsed_scope = None if scope is None else Scope(scope)
@@ -107,9 +122,11 @@ class Pattern:
             names = ", ".join(Scope)
             raise InvalidInput(f"scope {scope!r} is not one of {names}.") from None
         if is_structured(text):
-            share, of_file = structured_share(text)
-            scope_of_cuts = parsed_scope or Scope.LAYER
-            return cls(sparsity=share, scope=scope_of_cuts, structured=True, of_file=of_file)
+            goal, scope_of_cuts = Goal.parse(text), parsed_scope or Scope.LAYER
+            share, of_file = (GOAL_SHARE, False) if goal else structured_share(text)
+            return cls(
+                sparsity=share, scope=scope_of_cuts, structured=True, of_file=of_file, goal=goal
+            )
         if ":" in text:
             keep_text, _, group_text = text.partition(":")
             try:
@@ -151,8 +168,13 @@ class Pattern:
             return share_of_blocks(self.sparsity, parameters=parameters, prunable=prunable)
         return self.sparsity if self.structured else 0.0
 
-    def splits(self, shapes: BlockShapes) -> list[Structure]:
-        """The uniform structures that a cut may be of a model with these shapes."""
+    def splits(self, shapes: BlockShapes, share: float = 0.0) -> list[Structure]:
+        """
+        The uniform structures that a cut may be of a model with these shapes; of a goal those of
+        the ``share`` of the blocks that it takes.
+        """
+        if self.goal is not None:
+            return split(share, shapes) if share else [Structure()]
         share = self.cut_share(parameters=shapes.parameters, prunable=shapes.weights)
         return split(share, shapes)
 
@@ -173,6 +195,8 @@ class Pattern:
             )
 
     def __str__(self) -> str:
+        if self.goal is not None:
+            return self.goal.pattern
         if self.structured:
             return structured_pattern(self.sparsity, of_file=self.of_file)
         return f"{self.keep}:{self.group}" if self.group else repr(self.sparsity)
@@ -187,6 +211,20 @@ class Pattern:
                 f"pattern {self} cuts neurons, heads and blocks out of a model: {why}. Give the "
                 "share of weights to remove (0.5) or N:M (2:4)."
             )
+
+
+def _share_as_text(value: object) -> object:
+    """A share that is given as a number, as Python takes it, too."""
+    return str(value) if isinstance(value, (int, float)) and value is not True else value
+
+
+_PATTERN_TEXT = Annotated[str, Field(min_length=1, max_length=64)]
+_SHARE = Annotated[float, Field(gt=0, lt=1)]
+PatternText = Annotated[
+    _PATTERN_TEXT,
+    AfterValidator(printable),
+    BeforeValidator(_share_as_text, json_schema_input_type=_PATTERN_TEXT | _SHARE),
+]
 
 
 KERNEL_SIZES = (3, 5, 9, 15)  # that a bundle is made for, and that a search chooses from

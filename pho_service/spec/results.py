@@ -133,6 +133,7 @@ class StoredModel:
     key: str  # Names the configuration that it was pruned with
     files: list[dict[str, Any]]  # Name, size in bytes and SHA-256 of each
     recovery: Recovered | None = None  # What its recovery came to, if there was one
+    speed: str | None = None  # How fast it is beside the dense model, where it was cut for that
     seconds: float = 0.0
 
 

@@ -2,13 +2,15 @@
 What is cut out of a model's blocks, the sizes that say what can be, and uniform cuts of a share.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.document import STRICT, JsonDocument, Number, Whole
+from pho_service.spec.document import STRICT, JsonDocument, Number, Whole, check_choice, parse_bytes
+from pho_service.spec.export import GGUF_TYPES, SIZE, GgufType, RuntimeName
 
 MULTIPLE = 64  # neurons: what kernels and GGUF's types want the width of an FFN to be a multiple of
 MOST_OF_THE_BLOCKS = 0.5  # that a share of the file may cut
@@ -158,11 +160,82 @@ def _step(shapes: BlockShapes, layers: int) -> int:
 ESTIMATE = "estimated-divergence"  # what splits of a share are rated by: nats from the dense model
 PREFIX = "structured:"  # begins the pattern of a smaller model: structured:20%
 OF_FILE = "smaller:"  # the same by a share of its file: smaller:20%
+IN_BYTES = "bytes:"  # by the most that a GGUF file may have, bits chosen, too: bytes:95MB
+BY_SPEED = "faster:"  # by how many times as fast it writes: faster:1.2x
+_GOALS = (IN_BYTES, BY_SPEED)
+GOAL_SHARE = 0.05  # of the blocks: what is planned where a goal is to tell the share
+PROMPT, WRITTEN, ROUNDS = 128, 64, 9  # tokens that a speed is measured with, and how often
+_MOST_TIMES = 10.0
+_RUNTIMES: tuple[RuntimeName, ...] = ("torch", "llama.cpp")
 
 
 def is_structured(pattern: object) -> bool:
     """Whether a pattern, of whatever document, is that of a smaller model."""
-    return isinstance(pattern, str) and pattern.startswith((PREFIX, OF_FILE))
+    return isinstance(pattern, str) and pattern.startswith((PREFIX, OF_FILE, *_GOALS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What a model is cut for, where the model itself has to tell how much that takes."""
+
+    pattern: str  # In words: bytes:95MB, faster:1.2x, faster:1.2x:llama.cpp:q8_0
+    bytes: int | None = None  # The most that a GGUF file of it may have
+    times: float = 0.0  # As fast as the dense model, where there are no bytes
+    runtime: RuntimeName = "torch"  # Where that is measured
+    type: GgufType = "q8_0"  # Of the files, in llama.cpp
+
+    @classmethod
+    def parse(cls, pattern: str) -> "Goal | None":
+        """
+        Read ``bytes:95MB``, ``faster:1.2x``, or ``faster:1.2x:llama.cpp:q8_0``; None of another.
+
+        Raises:
+            InvalidInput: What follows is not a size, or not a number of times, runtime and type.
+        """
+        kind, _, words = pattern.partition(":")
+        if f"{kind}:" == IN_BYTES:
+            if not re.fullmatch(SIZE, words):
+                raise InvalidInput(
+                    f"pattern {pattern!r} is not the size of a file. Write {IN_BYTES}95MB."
+                )
+            return cls(pattern=pattern, bytes=parse_bytes(words, "pattern"))
+        return cls._of_speed(pattern, *words.split(":")) if f"{kind}:" == BY_SPEED else None
+
+    @classmethod
+    def _of_speed(
+        cls, pattern: str, words: str, runtime: str = "torch", gguf_type: str = "", *more: str
+    ) -> "Goal":
+        try:
+            times = float(words.removesuffix("x"))
+        except ValueError:
+            times = 0.0
+        if not 1 < times <= _MOST_TIMES:
+            raise InvalidInput(
+                f"pattern {pattern!r} is no number of times above 1 and up to {_MOST_TIMES:g}. "
+                f"Write {BY_SPEED}1.2x for a model that writes 1.2 times as fast."
+            )
+        check_choice("runtime", runtime, _RUNTIMES)
+        if more or (gguf_type and runtime == "torch"):
+            raise InvalidInput(
+                f"pattern {pattern!r} names more than a runtime, and than a type of llama.cpp's "
+                f"files. Write {BY_SPEED}{times:g}x, or {BY_SPEED}{times:g}x:llama.cpp:q8_0."
+            )
+        if gguf_type:
+            check_choice("type", gguf_type, GGUF_TYPES)
+        return cls(
+            pattern=pattern, times=times, runtime=runtime,  # type: ignore[arg-type]  # checked
+            **({"type": gguf_type} if gguf_type else {}),  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    @property
+    def size(self) -> str:
+        """The bytes as they are asked for; empty of a speed."""
+        return self.pattern.removeprefix(IN_BYTES) if self.bytes is not None else ""
+
+    @property
+    def where(self) -> str:
+        """The runtime that speeds are measured in, in words."""
+        return self.runtime if self.runtime == "torch" else f"{self.runtime} at {self.type}"
 
 
 def structured_share(pattern: str) -> tuple[float, bool]:
@@ -230,6 +303,11 @@ class Cut(JsonDocument):
             query_heads=shapes.query_heads[0],
             removed=shapes.removed_share(structure),
         )
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether the whole model stays, as where its bits alone make a file small enough."""
+        return self.structure == Structure()
 
     def check(self, shapes: BlockShapes, model: str) -> None:
         """

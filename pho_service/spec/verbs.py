@@ -7,17 +7,16 @@ sentence is that of its class's docstring; its type says how its option is writt
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from pho_service.errors import InvalidInput, field_name
 from pho_service.spec.document import MACHINE, PRUNED, REPORT, SEARCH, SEEDS, FieldShown, Seed
-from pho_service.spec.export import GgufType
+from pho_service.spec.export import GgufType, RuntimeName
 from pho_service.spec.fields import ReportSpec
 
 Count = Annotated[int, Field(ge=1)]
-RuntimeName = Literal["torch", "llama.cpp"]
 
 
 @dataclass(frozen=True, kw_only=True)

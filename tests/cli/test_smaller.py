@@ -10,7 +10,7 @@ from pretended_user import answer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pho_service.cli import faster
+from pho_service.pipeline import faster
 from pho_service.pipeline.bench import Bench, Side
 from pho_service.pipeline.minutes import Clock
 
@@ -234,7 +234,7 @@ def test_a_speed_cuts_so_much_that_it_is_reached(pho, made_model, texts, machine
 
     assert result.exit_code == 0, result.output
     assert "of its blocks' weights, the model writes 1." in told
-    assert "so --pattern structured:" in told
+    assert "so structured:" in told
     assert len(machine.seen) == 2  # a trial and the result
     assert 1.5 * share <= machine.seen[1] < 1.5 * share + 0.05
     assert "In torch it writes 1.1" in told
@@ -253,7 +253,7 @@ def test_what_was_measured_for_a_speed_outlives_an_interruption(
 
     assert first.exit_code != 0
     assert again.exit_code == 0, again.output
-    assert "Going on with what was measured for --faster 1.15x: structured:" in again.stderr
+    assert "so structured:" in again.stderr
     assert len(machine.seen) == 2
 
 
@@ -268,7 +268,7 @@ def test_a_speed_is_not_invented_on_a_busy_machine(pho, made_model, texts, machi
     told = " ".join(result.stderr.split())
 
     assert result.exit_code != 0
-    assert "what --faster 1.15x takes cannot be told on this machine now" in told
+    assert "what faster:1.15x takes cannot be told on this machine now" in told
     assert "in 9 rounds says too little" in told
     assert not Path("cut").exists()
 
@@ -276,9 +276,9 @@ def test_a_speed_is_not_invented_on_a_busy_machine(pho, made_model, texts, machi
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--faster", "3x"), "--faster 3x takes more than half of the blocks' weights"),
-        (("--faster", "0.9x"), "--faster 0.9x is no number of times above 1"),
-        (("--faster", "quick"), "--faster quick is no number of times above 1"),
+        (("--faster", "3x"), "faster:3x takes more than half of the blocks' weights"),
+        (("--faster", "0.9x"), "pattern 'faster:0.9x' is no number of times above 1"),
+        (("--faster", "quick"), "pattern 'faster:quick' is no number of times above 1"),
         (("--faster", "1.2x", "--smaller", "10%"), "--smaller 10% and --faster 1.2x each say"),
         (("--faster", "1.2x", "--type", "q8_0"), "--type q8_0: only for --runtime llama.cpp"),
         (("--smaller", "10%", "--runtime", "torch"), "--runtime: where --faster 1.2x is measured"),

@@ -82,6 +82,18 @@ def test_a_smaller_model_is_recovered_in_place_and_saved_as_it_was_left(
         pho.save(done.model, done.tokenizer, done, tmp_path / "again")
 
 
+def test_a_goal_is_searched_for_as_its_share_is(tiny_llama, bundle, monkeypatch):
+    told = {"share": 0.2, "says": "so structured:20%"}
+    monkeypatch.setattr("pho_service.pipeline.cuts._told", lambda *_: told)
+    found = pho.search(bundle, "faster:1.2x", model=tiny_llama, finalists=2)
+    same = pho.search(bundle, "structured:20%", model=tiny_llama, finalists=2)
+
+    assert found.configuration.cut == same.configuration.cut
+    assert found.configuration.search["goal"]["says"] == "so structured:20%"
+    with pytest.raises(InvalidInput, match="pattern 'bytes:much' is not the size of a file"):
+        pho.search(bundle, "bytes:much", model=tiny_llama)
+
+
 def test_a_cut_that_was_searched_for_is_made_in_place_and_saved(
     tiny_llama, bundle, weights, tmp_path, monkeypatch
 ):

@@ -166,7 +166,13 @@ def test_what_a_share_of_the_file_cuts_is_said_of_a_curve_as_well(cpu):
     assert curve.startswith("smaller:20% cuts 25.3% of the weights of its blocks. ")
 
 
-@pytest.mark.parametrize("pattern", ["0.5", "2:4", "structured:20%"])
+def test_the_first_line_says_that_a_goal_is_worked_out_later(cpu):
+    said = sentence(planned(cpu, pattern="bytes:95MB", minutes=20))
+
+    assert said.startswith("What bytes:95MB takes is found once the model is calibrated. ")
+
+
+@pytest.mark.parametrize("pattern", ["0.5", "2:4", "structured:20%", "bytes:95MB"])
 def test_more_minutes_give_more_text_and_are_nearly_used(cpu, pattern):
     least = planned(cpu, pattern=pattern, minutes=0.01).own_seconds()
     tokens, used = [], []

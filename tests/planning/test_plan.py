@@ -93,6 +93,20 @@ def test_a_share_of_the_file_is_planned_as_what_it_cuts_of_the_blocks():
     assert 0.2 < cut.costs.cut_share < 0.21
 
 
+@pytest.mark.parametrize("goal", ["bytes:90MB", "faster:1.2x"])
+def test_what_a_goal_takes_is_found_in_a_stage_of_its_own(goal):
+    of_share = {"preset": "best", "confirm": {"finalists": 2}}
+    cut, share = planned(pattern=goal, **of_share), planned(pattern="structured:5%", **of_share)
+    (found,) = (stage for stage in cut.stages if stage.title == f"find what {goal} takes")
+
+    assert 0 < found.seconds[0] < cut.seconds[0]
+    assert cut.steps["search"] > share.steps["search"]
+    assert found.peak.device > 2 * cut.shapes.bytes()  # two models at least
+    assert found.peak.disk > 2 * cut.shapes.bytes()
+    assert cut.to_dict()["pruned"]["times_smaller"] is None
+    assert cut.to_dict()["choice"] is None
+
+
 def test_a_curve_of_cuts_takes_at_each_share_what_the_middle_one_takes_alone():
     shares = [f"structured:{share}%" for share in (10, 20, 30)]
     curve = planned(pattern=None, patterns=shares, preset="best", confirm={})

@@ -128,6 +128,13 @@ def test_a_recovered_model_is_what_the_page_begins_with_if_it_has_the_same_windo
     assert "18.00" in page.text["recovery"]
 
 
+def test_a_model_that_was_cut_for_a_speed_has_a_section_that_says_what_it_came_to(page_of):
+    said = "In torch it writes 1.25 times as fast as the dense model here."
+
+    assert said in page_of(speed=said).text["speed"]
+    assert "speed" not in page_of().text
+
+
 def test_where_nothing_was_measured_the_proxy_counts(page_of, report_of):
     trials = [replace(t, perplexity=None, divergence=None) for t in report_of().trials]
     found = report_of().configuration.model_copy(update={"finalists": [], "confirmation": None})

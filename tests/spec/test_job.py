@@ -413,6 +413,26 @@ def test_tokens_of_training_are_those_of_the_most_passes_that_minutes_may_choose
     assert job.tokens_to_prune() == job.calibration.tokens * (1 + passes) + recovered
 
 
+def test_a_job_that_cuts_for_bytes_writes_a_file_of_so_many():
+    def job(**fields):
+        fields = {"model": "org/m", "pattern": "bytes:95MB", "minutes": None, **fields}
+        return JobSpec.model_validate(fields)
+
+    limits, cut = JobLimits(trials=1000, tokens=10**9), job(pattern="structured:20%", prune=True)
+    few = BITS_WINDOWS * cut.calibration.context_length
+    written = job(prune=True)
+
+    assert written.is_cut
+    assert written.files == job(prune=True, gguf=["95MB"]).files == ["95MB"]
+    assert job(prune=True, gguf=["q8_0"]).files == ["q8_0", "95MB"]
+    assert job(pattern="faster:1.2x").files == cut.files == []
+    assert written.check_size(limits) == cut.check_size(limits) + few
+    assert job().check_size(limits) == cut.check_size(limits)  # no file is written
+    assert written.tokens_to_prune() == cut.tokens_to_prune() + few
+    with pytest.raises(ValidationError, match=r"islands cannot be asked for with bytes:95MB"):
+        job(islands=2)
+
+
 def test_gguf_files_are_types_or_sizes_each_once_and_the_text_of_sizes_is_counted():
     def job(*gguf):
         return JobSpec.model_validate(

@@ -14,6 +14,7 @@ from pho_service.spec.pattern import Pattern
 from pho_service.spec.structure import (
     BlockShapes,
     Cut,
+    Goal,
     Structure,
     split,
     usual_multiple,
@@ -163,6 +164,54 @@ def test_no_share_of_the_file(smaller):
 def test_a_share_of_the_file_that_takes_more_than_half_of_the_blocks_is_refused():
     with pytest.raises(InvalidInput, match="smaller:50% is more than 40% of this model's file"):
         Pattern.parse("smaller:50%").cut_share(parameters=100, prunable=80)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "goal"),
+    [
+        ("bytes:95MB", {"bytes": 95_000_000}),
+        ("bytes:1.5GiB", {"bytes": 3 * 2**29}),
+        ("faster:1.2x", {"times": 1.2}),
+        ("faster:1.2x:llama.cpp", {"times": 1.2, "runtime": "llama.cpp"}),
+        ("faster:1.2x:llama.cpp:q4_0", {"times": 1.2, "runtime": "llama.cpp", "type": "q4_0"}),
+    ],
+)
+def test_a_goal_is_a_cut_whose_share_the_model_has_to_tell(pattern, goal):
+    parsed = Pattern.parse(pattern)
+
+    assert parsed.goal == Goal(pattern=pattern, **goal)
+    assert str(parsed) == pattern
+    assert Pattern.parse(str(parsed), "layer") == parsed
+    assert parsed.structured
+    assert parsed.splits(SMOLLM2, 0.2) == split(0.2, SMOLLM2)
+    assert parsed.splits(SMOLLM2) == [Structure()]  # until it has told
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("bytes:much", r"'bytes:much' is not the size of a file\. Write bytes:95MB"),
+        ("bytes:", "is not the size of a file"),
+        ("bytes:-1MB", "is not the size of a file"),
+        ("bytes:95", "is not the size of a file"),
+        ("faster:1x", r"no number of times above 1 and up to 10\. Write faster:1\.2x"),
+        ("faster:nan", "no number of times above 1"),
+        ("faster:11x", "no number of times above 1"),
+        ("faster:1.2x:vllm", r"runtime 'vllm' is not one of torch, llama\.cpp"),
+        ("faster:1.2x:torch:q8_0", r"names more .*faster:1\.2x:llama\.cpp:q8_0"),
+        ("faster:1.2x:llama.cpp:q8_0:4", "names more"),
+        ("faster:1.2x:llama.cpp:q9", "type 'q9' is not one of f32"),
+    ],
+)
+def test_no_goal(pattern, message):
+    with pytest.raises(InvalidInput, match=message):
+        Pattern.parse(pattern)
+
+
+@pytest.mark.parametrize("goal", ["bytes:95MB", "faster:1.2x"])
+def test_goals_make_no_curve(goal):
+    with pytest.raises(InvalidInput, match=f"{goal} is what one cut is for.*Ask for it by itself"):
+        curve_patterns([goal, "structured:20%"], None)
 
 
 def test_shares_of_the_file_and_of_the_blocks_make_no_curve():

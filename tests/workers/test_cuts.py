@@ -1,20 +1,26 @@
 """A job that cuts blocks: every split is a trial, and the folder is that of `pho prune`."""
 
+import json
 import re
+import sys
 
 import pytest
 from pydantic import ValidationError
 from sqlalchemy import select
+from torch import equal
 
+from pho_service.errors import InvalidInput
 from pho_service.models.bundle_file import read_bundle
 from pho_service.models.calibration import bundle_path, calibration_text
 from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import load_model
 from pho_service.models.scratch import Memo
 from pho_service.pipeline.check import check_folder
+from pho_service.pipeline.cuts import CutPieces
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.work import Work
 from pho_service.spec.configuration import Configuration
+from pho_service.spec.structure import Structure
 from storage.records import JobState, StageKind
 from storage.tables import configurations
 
@@ -78,6 +84,99 @@ def test_a_share_of_the_file_is_cut_out_of_the_blocks(hand, cut):
 
     assert job.best["pattern"] == "smaller:20%"
     assert smaller / dense == pytest.approx(0.8, abs=0.05)
+
+
+class TestGoals:
+    """A cut for a file of so many bytes, or for a speed: the worker finds what it takes."""
+
+    @pytest.fixture
+    def told(self, monkeypatch):
+        """What a goal takes, told by this test, and how often it was asked for."""
+        asked = []
+
+        def tell(pattern, *_):
+            asked.append(str(pattern))
+            return {"share": tell.share, "says": f"so structured:{tell.share:.0%}"}
+
+        tell.share, tell.asked = 0.2, asked
+        monkeypatch.setattr("pho_service.pipeline.cuts._told", tell)
+        monkeypatch.setattr("pho_service.pipeline.cuts.check_goal", lambda *_: None)
+        monkeypatch.setattr("pho_service.pipeline.curve.check_goal", lambda *_: None)
+        monkeypatch.setattr("pho_service.pipeline.faster.speed_of", lambda *_, **__: "measured")
+        monkeypatch.setattr(
+            "pho_service.pipeline.faster.speed_sentence", lambda goal, seen: f"{goal.times} {seen}"
+        )
+        return tell
+
+    @pytest.mark.usefixtures("told")
+    def test_the_speed_of_what_was_cut_is_measured_at_the_end(self, hand, cut):
+        job = hand.done(cut(pattern="faster:1.2x"))
+        by_share = hand.done(cut(pattern="structured:20%"))
+
+        assert job.pruning.result["speed"] == "1.2 measured"
+        assert not by_share.pruning.result.get("speed")
+
+    @pytest.mark.usefixtures("told")
+    def test_it_is_cut_by_the_share_that_the_worker_has_found(self, hand, cut):
+        job = hand.done(cut(pattern="faster:1.2x"))
+        same = hand.done(cut(pattern="structured:20%"))
+
+        assert job.best["pattern"] == "faster:1.2x"
+        assert job.best["cut"] == same.best["cut"]
+        assert job.best["search"]["goal"]["says"] == "so structured:20%"
+        assert weights(folder_of(hand, job)) == weights(folder_of(hand, same))
+
+    def test_what_was_found_outlives_a_worker(self, hand, cut, told, monkeypatch):
+        job = hand.until(hand.submit(cut(pattern="faster:1.2x")), StageKind.SEARCH)
+        with monkeypatch.context() as patch:
+            patch.setattr(CutPieces, "_costs", _stopped)
+            with pytest.raises(SystemExit):
+                hand.step(job)
+        told.share = 0.4  # on another machine, say
+        job = hand.until(job, None)
+
+        assert told.asked == ["faster:1.2x"]
+        assert job.best["search"]["goal"]["share"] == 0.2
+
+    def test_where_nothing_is_cut_the_whole_model_is_written_and_not_recovered(
+        self, hand, cut, told
+    ):
+        told.share = 0.0
+        job = hand.done(cut(pattern="faster:1.2x", recovery={"tokens": 64}))
+        folder = folder_of(hand, job)
+        whole, written = (
+            load_model(str(each), device="cpu") for each in (hand.folder / "model", folder)
+        )
+
+        assert job.best["cut"]["structure"] == Structure().to_dict()
+        assert (job.best["cut"]["removed"], job.best["search"]["trials"]) == (0, 1)
+        assert "recovery" not in json.loads((folder / "pruning.json").read_text())
+        assert all(
+            equal(each.weight, written.linears[name].weight) for name, each in whole.linears.items()
+        )
+
+    @pytest.mark.parametrize(
+        ("pattern", "message"),
+        [
+            ("bytes:1kB", r"0\.001 MB are too few for .* with half of its blocks cut"),
+            ("faster:1.2x:llama.cpp", "xllamacpp"),
+        ],
+    )
+    def test_what_cannot_be_is_said_before_the_calibration(
+        self, hand, cut, pattern, message, monkeypatch
+    ):
+        monkeypatch.setattr("pho_service.pipeline.cuts.converter_for", lambda _: [])
+        monkeypatch.setattr("workers.pieces.converter_for", lambda _: None)
+        monkeypatch.setitem(sys.modules, "xllamacpp", None)
+        job = hand.submit(cut(pattern=pattern))
+        with pytest.raises(InvalidInput, match=message):
+            hand.until(job, None)
+
+        assert not [*hand.bundles.glob("*.safetensors")]
+
+
+def _stopped(*_):
+    raise SystemExit
 
 
 @pytest.mark.parametrize(

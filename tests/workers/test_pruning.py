@@ -154,7 +154,8 @@ def test_a_file_of_too_few_bytes_is_told_before_the_search(hand, small, monkeypa
     error = hand.failed(small(prune=True, confirm=None, gguf=["1kB"]))
 
     assert error["stage"] == "calibrate"
-    assert "MB as a GGUF file, and 0.001 MB are asked for: 4.5 bits are the" in error["message"]
+    assert "0.001 MB are too few for " in error["message"]
+    assert "MB as a GGUF file: 4.5 bits are the" in error["message"]
 
 
 def test_a_worker_without_a_converter_says_so_before_the_search(hand, small, monkeypatch):
