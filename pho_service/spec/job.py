@@ -286,15 +286,21 @@ class JobSpec(Document):
         description="How much the perplexity may rise, instead of a pattern: the highest sparsity "
         "within it is found.",
     )
-    pattern: Annotated[PatternText | None, FieldShown(section=PRUNED, rank=2, picks="patterns")] = (
-        Field(
-            None,
-            validate_default=True,
-            description="Share of weights to remove (0.5), N kept of M (2:4), or a share of the "
-            "blocks' weights (structured:20%) or of the model's file (smaller:20%) to cut out as "
-            "neurons, heads and blocks. A cut may also be for the bytes of a GGUF file "
-            "(bytes:95MB), or for a speed (faster:1.2x).",
-        )
+    pattern: Annotated[
+        PatternText | None,
+        FieldShown(
+            section=PRUNED,
+            rank=2,
+            picks="patterns",
+            help="Share of weights to remove (0.5), N kept of M (2:4), or a cut of neurons, heads "
+            "and blocks (structured:20%, smaller:20%, bytes:95MB, faster:1.2x).",
+        ),
+    ] = Field(
+        None,
+        validate_default=True,
+        description="Share of weights to remove (0.5), N kept of M (2:4), or a cut of neurons, "
+        "heads and blocks: of a share of their weights (structured:20%) or of the file "
+        "(smaller:20%), for a GGUF file's size (bytes:95MB), or for a speed (faster:1.2x).",
     )
     scope: Annotated[ScopeName | None, FieldShown(section=PRUNED)] = Field(
         None, description="Where weights compete; layer by default, row for N:M."

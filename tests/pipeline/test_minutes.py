@@ -8,7 +8,7 @@ import pytest
 from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import load_model
 from pho_service.pipeline.minutes import Clock, machine_of, slower
-from pho_service.planning.costs import named_machine
+from pho_service.planning.costs import QUICK, named_machine
 from pho_service.planning.shapes import read_shapes
 from pho_service.progress import BlocksTrained, LinearsPruned
 from pho_service.spec.job import JobSpec
@@ -24,7 +24,7 @@ def shapes(model_folder):
 def machine():
     """One on which the tiny model takes minutes."""
     rates = {"products": 1e5, "float_products": 1e5, "bandwidth": 1e5, "copies": 1e5}
-    return replace(named_machine("cpu"), **rates, uncertainty=1.25)
+    return replace(named_machine("cpu"), **rates, uncertainty=1.25, quick=QUICK, cores=2)
 
 
 @pytest.fixture
