@@ -299,7 +299,7 @@ class JobSpec(Document):
         None,
         validate_default=True,
         description="Share of weights to remove (0.5), N kept of M (2:4), or a cut of neurons, "
-        "heads and blocks: of a share of their weights (structured:20%) or of the file "
+        "heads and blocks. That is of a share of their weights (structured:20%) or of the file "
         "(smaller:20%), for a GGUF file's size (bytes:95MB), or for a speed (faster:1.2x).",
     )
     scope: Annotated[ScopeName | None, FieldShown(section=PRUNED)] = Field(
