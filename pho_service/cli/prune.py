@@ -443,6 +443,7 @@ def _prune(
             )
     if source.deployable:
         configuration = configuration.deployable()
+    configuration = configuration.for_size(opened.model.parameters)
     blocks = opened.blocks(winner_of(configuration))
     result = prune_job(
         opened,

@@ -128,6 +128,7 @@ def prune(
     )
     proxy_bundle = opened_bundle(bundle)
     loaded = opened(model, tokenizer or getattr(proxy_bundle, "tokenizer", None))
+    chosen_configuration = chosen_configuration.for_size(loaded.parameters)
     check_family(chosen_configuration, loaded, "the configuration", other_family=other_family)
     check_dense(loaded, proxy_bundle)
     pattern = chosen_configuration.parsed_pattern

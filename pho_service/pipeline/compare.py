@@ -451,6 +451,8 @@ def compare_over_seeds(
             f"{model.name} is streamed, and what is recovered must be in memory. Load it without "
             "streaming, or leave the recovery out."
         )
+    fitted = [(name, given.for_size(model.parameters)) for name, given in request.configurations]
+    request = replace(request, configurations=fitted)
     seeds: dict[int, Sequence[ComparisonRow]] = {}
     configurations: dict[int, dict[str, Configuration]] = {}
     dense, notes = None, [OWL_AT_NM] if request.shows_all_at_nm else []

@@ -97,6 +97,7 @@ def prune_job(
 ) -> PrunedFolder:
     """Prune with a configuration, and write a Hugging Face folder with masks and recipe."""
     # ``memo`` has what a confirmation has pruned and trained already, if it is not lost.
+    configuration = configuration.for_size(work.model.parameters)
     if memo is None:
         blocks = folder.expanduser().resolve().with_name(f".{folder.name}.blocks")
         memo = blocks_kept(
@@ -123,6 +124,7 @@ def prune_in_place(
     # Input channels that were permuted for N:M, and can be renumbered with the linears that write
     # them, are: then the groups hold in the order of the model.
     model, bundle, calibration = work.model, work.bundle, work.calibration
+    configuration = configuration.for_size(model.parameters)
     bundle.check_model(model.linears)
     if configuration.cut is not None:
         return _cut_in_place(work, configuration, configuration.cut, memo, progress)

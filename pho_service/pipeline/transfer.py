@@ -44,7 +44,7 @@ def own_search(
     configuration: Configuration, options: SearchOptions, *, finalists: int
 ) -> SearchRequest:
     """How a model's own best is searched for: in a configuration's pattern, steps and space."""
-    candidate = configuration.candidate()
+    candidate = configuration.for_size(0).candidate()
     bounds = configuration.search.get("space", {})
     try:
         SearchSpace(**{name: tuple(values) for name, values in bounds.items()})
@@ -62,16 +62,20 @@ def own_search(
     )
 
 
-def _beside(configuration: Configuration) -> dict[str, Candidate]:
+def _taken(configuration: Configuration, bundle: ProxyBundle) -> Candidate:
+    return configuration.for_size(bundle.provenance.get("model", {}).get("parameters")).candidate()
+
+
+def _beside(configuration: Configuration, bundle: ProxyBundle) -> dict[str, Candidate]:
     """Wanda and RIA, and what is transferred."""
-    candidate = configuration.candidate()
+    candidate = _taken(configuration, bundle)
     methods = reference_methods(candidate.pattern, candidate.steps.linears)
     return {**methods, "transferred": candidate}
 
 
 def transfer_key(work: Work, configuration: Configuration, search: SearchRequest | None) -> str:
     """Names everything that the numbers of a transfer depend on."""
-    candidate = configuration.candidate()
+    candidate = _taken(configuration, work.bundle)
     search_identity = None
     if search is not None:
         plan = search.plan(work.bundle.kernel_sizes)
@@ -93,7 +97,7 @@ def proxies_of(
     bundle: ProxyBundle, configuration: Configuration, device: str = "cpu"
 ) -> dict[str, float | None]:
     """What a bundle says of a configuration, in milliseconds: as :attr:`Transfer.proxies`."""
-    candidates = _beside(configuration)
+    candidates = _beside(configuration, bundle)
     candidate = candidates["transferred"]
     bundle.choose(candidate.steps.linears, candidate.pattern)
     evaluator = ProxyEvaluator(bundle, device)
@@ -121,7 +125,7 @@ def transfer_job(
     run: Run = Run(),
 ) -> Transfer:
     """Rate a configuration on another model, beside Wanda, RIA and the model's own best."""
-    candidates = _beside(configuration)
+    candidates = _beside(configuration, work.bundle)
     proxies = proxies_of(work.bundle, configuration, run.device)  # refuses what the bundle lacks
     own_configuration = None
     if search is not None:

@@ -242,6 +242,14 @@ class Configuration(Document):
             }
         )  # fmt: skip
 
+    def for_size(self, parameters: int | None) -> Self:
+        """As for a model of so many parameters: on another than its own, no training is shorter."""
+        if self.model.get("parameters") in (None, parameters):
+            return self
+        # Where it got shorter was chosen for the blocks and the time of the model of the search.
+        steps = replace(self.steps, reconstruction=replace(self.steps.reconstruction, blocks=()))
+        return self.model_copy(update={"steps": steps})
+
     def candidate(self) -> Candidate:
         """
         Return what to prune with.

@@ -1,5 +1,6 @@
 """Blocks that are trained after they are pruned."""
 
+import json
 import os
 from contextlib import contextmanager
 from dataclasses import replace
@@ -217,6 +218,25 @@ def test_pruned_folder(model, original, model_folder, bundle, windows, tmp_path)
         name: each.to_dict() for name, each in pruned.blocks.items()
     }
     assert all(check.passed for check in check_folder(tmp_path / "out", original=original))
+
+
+@pytest.mark.parametrize(("times", "blocks"), [(1, (1, 1)), (2, ())])
+def test_where_the_training_gets_shorter_is_for_models_of_its_own_size(
+    model, bundle, windows, tmp_path, times, blocks
+):
+    candidate = shorter(1, 1)
+    configuration = Configuration(
+        method="crepe", coefficients=candidate.coefficients, steps=candidate.steps,
+        pattern="2:4", scope="row", model={"parameters": times * model.parameters},
+    )  # fmt: skip
+    work = Work.of(bundle, model, calibration=windows)
+    prune_job(work, configuration, tmp_path / "out")
+    recipe = read_recipe(tmp_path / "out")
+
+    steps = json.loads((tmp_path / "out" / "pruning.json").read_text())["configuration"]["steps"]
+    assert steps["reconstruction"].get("blocks", []) == [*blocks]
+    assert recipe.blocks["model.layers.0"].passes > 0
+    assert (recipe.blocks["model.layers.1"].passes > 0) == (not blocks)
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])

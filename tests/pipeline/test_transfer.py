@@ -24,7 +24,7 @@ from pho_service.spec.document import percent
 from pho_service.spec.objective import Objective, SearchOptions
 from pho_service.spec.pattern import Coefficients, Pattern
 from pho_service.spec.results import Transfer, regret
-from pho_service.spec.steps import Allocation, Steps
+from pho_service.spec.steps import Allocation, Reconstruction, Steps
 from pho_service.tuning.plan import SearchRequest
 
 GOOD = Configuration(
@@ -214,6 +214,10 @@ def test_the_own_best_is_searched_for_in_the_configurations_space_and_with_its_s
     configuration = GOOD.model_copy(update={"steps": Steps(allocation=offsets)})
     kept = own_search(configuration, SearchOptions(), finalists=2).steps.allocation
     assert kept == offsets
+    trained = Steps(reconstruction=Reconstruction(method="block", passes=4, blocks=(1, 2)))
+    configuration = GOOD.model_copy(update={"steps": trained, "model": {"parameters": 9}})
+    longer = own_search(configuration, SearchOptions(), finalists=2).steps.reconstruction
+    assert longer == Reconstruction(method="block", passes=4)
 
 
 @pytest.mark.parametrize("space", [{"rows": [0, 1]}, {"row_share": [2, 3]}, {"row_share": 7}, [1]])
