@@ -2,12 +2,13 @@
 Bytes, speed and quality in llama.cpp: dense and pruned models, each in types of 16 to 4 bits.
 
 SmolLM2-135M comes from a file of four bits, so that the dense model would be exact in that type,
-and whatever pruning touches would not. So the dense model of all rows is one that has left this
-grid: the scales of its norms are in its linears, and the outputs of some linears are scaled, which
-the next ones undo. It computes the same. Nothing is chosen on the report text.
+and whatever pruning touches would not. So does Gemma 3 270M. So the dense model of all rows is one
+that has left this grid: the scales of its norms are in its linears, and the outputs of some linears
+are scaled, which the next ones undo. It computes the same. Nothing is chosen on the report text.
 
     python benchmarks/equal_bytes.py --keep equal-bytes
-    python benchmarks/equal_bytes.py --method wanda:0.5 --type q8_0
+    python benchmarks/equal_bytes.py --keep equal-bytes --method wanda:0.5 --type q8_0
+    python benchmarks/equal_bytes.py --keep equal-bytes-gemma --model gemma3
 
 What is in the folder already is taken from it. The machine should do nothing else.
 """
@@ -21,11 +22,11 @@ import click
 import torch
 from domains import DOMAINS
 from machine import conditions
+from subject import MODELS
 from transformers.utils.logging import disable_progress_bar
 
 import pho_service as pho
 from pho_service.cli.terminal import print_table, say
-from pho_service.models.builtin import smollm2
 from pho_service.models.loading import load_model
 from pho_service.models.saving import RECIPE
 from pho_service.spec.export import GGUF_TYPES
@@ -34,6 +35,7 @@ CONTEXT = 512
 
 
 @click.command()
+@click.option("--model", default="smollm2", type=click.Choice([*MODELS]), show_default=True)
 @click.option("--keep", required=True, type=click.Path(path_type=Path), help="Folder of models.")
 @click.option(
     "--method", "methods", multiple=True, default=("wanda:0.5", "best:0.5"), show_default=True,
@@ -52,6 +54,7 @@ CONTEXT = 512
 @click.option("--new-tokens", default=64, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="All numbers, as JSON.")
 def main(
+    model: str,
     keep: Path,
     methods: tuple[str, ...],
     folders: tuple[str, ...],
@@ -71,7 +74,7 @@ def main(
     texts = DOMAINS["docs"](keep / "texts")
     dense = keep / "dense"
     if not dense.is_dir():
-        _leave_the_grid(dense)
+        _leave_the_grid(MODELS[model](), dense)
     models = [dense]
     for method in methods:
         name, _, pattern = method.partition(":")
@@ -91,22 +94,25 @@ def main(
     print_table(table.title, table.columns, table.cells, caption="\n".join(table.notes))
 
 
-def _leave_the_grid(folder: Path) -> None:
+def _leave_the_grid(source: Path, folder: Path) -> None:
     """Write the same function in other numbers: scales go into linears, others in and out again."""
-    loaded = load_model(str(smollm2()))
+    loaded = load_model(str(source))
     network: Any = loaded.model
     config, random = network.config, torch.Generator().manual_seed(0)
     group = config.num_attention_heads // config.num_key_value_heads
     with torch.no_grad():
         for layer in network.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
+            # Gemma normalises what an MLP reads with another norm, and its scales are 1 + weight.
+            before_mlp = getattr(layer, "pre_feedforward_layernorm", layer.post_attention_layernorm)
+            ones = 1 if before_mlp is layer.post_attention_layernorm else 0
             for norm, readers in (
                 (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
-                (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+                (before_mlp, (mlp.gate_proj, mlp.up_proj)),
             ):
                 for reader in readers:
-                    reader.weight.mul_(norm.weight)
-                norm.weight.fill_(1)
+                    reader.weight.mul_(norm.weight + 1 - ones)
+                norm.weight.fill_(ones)
             for writer, reader, times in (
                 (attention.v_proj, attention.o_proj, group),
                 (mlp.up_proj, mlp.down_proj, 1),

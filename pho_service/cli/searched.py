@@ -193,9 +193,8 @@ def _show(
     recovered: "Recovered | None",
 ) -> None:
     """How good the model is that was saved, if it is another one, and what it was chosen from."""
-    from pho_service.pipeline.bits import ways_table
     from pho_service.shown.report import Report
-    from pho_service.shown.tables import results_table, verdict_table
+    from pho_service.shown.tables import results_table, verdict_table, ways_table
 
     configuration = result.configuration
     for warning in result.warnings:

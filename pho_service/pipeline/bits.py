@@ -166,21 +166,6 @@ def _splits(share: float, shapes: BlockShapes) -> list[Structure]:
         return []
 
 
-def ways_table(ways: Sequence[Mapping[str, Any]]) -> Table:
-    """What each way costs, as its JSON values say it, by what is cut; the first is the best."""
-    by_share = sorted(ways, key=lambda way: way["share"])
-    return Table(
-        ("cut of the blocks", "the cut, nats", "bits, nats", "together"),
-        [
-            (percent(way["share"]) if way["share"] else "nothing",
-             *(number(way[name]) for name in ("cut", "bits", "nats")))
-            for way in by_share
-        ],
-        title="Estimated cost of so many bytes",
-        marked=by_share.index(ways[0]),
-    )  # fmt: skip
-
-
 def budgets_table(budgets: Sequence[Sequence[Way]]) -> Table:
     """For each number of bytes what costs least there, beside the whole model."""
     rows = []

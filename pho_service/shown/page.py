@@ -290,10 +290,11 @@ def _measured_hero(pruned: Perplexities, recovery: Recovered | None) -> Hero:
             "a statistical tie" if ratio.is_tie else "",
             f"dense {number(good.dense)}" if better is None else "",  # which has no bar
         ]
+        side = "above" if ratio.rise > 0 else "below"
         figures.append(
             Figure(
                 value=percent(abs(ratio.rise)),
-                name=f"{'above' if ratio.rise > 0 else 'below'} {title}",
+                name=f"{side} {title}" if ratio.rise else f"the same as {title}",
                 note=", ".join(filter(None, notes)),
             )
         )
@@ -349,6 +350,7 @@ def _how_good(report: Report) -> list[str]:
     return [
         *([] if gain is None else [f"The result is {gain}."]),
         " ".join(parts),
+        *filter(None, [config.search.get("goal", {}).get("says")]),
         *([] if config.cut is None else [f"What stays: {config.cut}."]),
     ]
 
@@ -441,11 +443,13 @@ def _finalists(report: Report) -> Section:
         texts.append("The search minimised perplexity itself, so there is no proxy to compare.")
     elif not report.measured:
         texts.append("No perplexity was measured, so the proxy cannot be compared with it.")
+    config = report.configuration
+    ways = [] if config is None else config.search.get("goal", {}).get("ways", [])
     return Section(
         id="finalists",
         title="Finalists",
         texts=texts,
-        tables=[] if results is None else [results],
+        tables=[*([tables.ways_table(ways)] if ways else []), *filter(None, [results])],
         charts=[] if chart is None else [chart],
     )
 

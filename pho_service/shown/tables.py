@@ -281,6 +281,21 @@ def _cuts_table(
     ).without_empty()  # fmt: skip
 
 
+def ways_table(ways: Sequence[Mapping[str, Any]]) -> Table:
+    """What each way costs, as its JSON values say it, by what is cut; the first is the best."""
+    by_share = sorted(ways, key=lambda way: way["share"])
+    return Table(
+        ("cut of the blocks", "the cut, nats", "bits, nats", "together"),
+        [
+            (percent(way["share"]) if way["share"] else "nothing",
+             *(number(way[name]) for name in ("cut", "bits", "nats")))
+            for way in by_share
+        ],
+        title="Estimated cost of so many bytes",
+        marked=by_share.index(ways[0]),
+    )  # fmt: skip
+
+
 def _behind(finalists: Sequence[Rating]) -> dict[int, str]:
     """How far finalists are behind the best of them, by trial: ``+1.2 ± 0.4%``."""
     measured = [(c.trial, c.perplexity, c.error) for c in finalists if c.perplexity is not None]

@@ -1,6 +1,7 @@
 """A job that cuts blocks, as JSON, on its page, in the list, and in its report."""
 
 import re
+from dataclasses import replace
 
 import optuna
 import pytest
@@ -35,17 +36,28 @@ BEST = Configuration(
 
 
 @pytest.fixture
-def job(submit, hand):
+def succeeded(submit, hand):
+    """A job that ends with a configuration; its finalists are the trials of its study."""
+
+    def of(best):
+        job = submit(**{**CUT, "pattern": best.pattern})
+        with open_storage(hand.store.database.studies_url) as storage:
+            study = open_study(storage, study_name(job["name"], 0), direction="minimize")
+            for rating in reversed(best.finalists):
+                attributes = {"method": rating.method, "scope": "layer", "coefficients": {}}
+                trial = optuna.trial.create_trial(value=rating.proxy, user_attrs=attributes)
+                study.add_trial(trial)
+        hand.to_confirm(job["id"])
+        hand.finish(job["id"], best.model_dump(mode="json"))
+        return job
+
+    return of
+
+
+@pytest.fixture
+def job(succeeded):
     """A job that has succeeded, with two trials in its study."""
-    job = submit(**CUT)
-    with open_storage(hand.store.database.studies_url) as storage:
-        study = open_study(storage, study_name(job["name"], 0), direction="minimize")
-        for rating in reversed(BEST.finalists):
-            attributes = {"method": rating.method, "scope": "layer", "coefficients": {}}
-            study.add_trial(optuna.trial.create_trial(value=rating.proxy, user_attrs=attributes))
-    hand.to_confirm(job["id"])
-    hand.finish(job["id"], BEST.model_dump(mode="json"))
-    return job
+    return succeeded(BEST)
 
 
 def visible(text):
@@ -78,6 +90,30 @@ def test_its_page_says_what_stays_and_nothing_of_coefficients(client, job):
         assert all(figure in text for figure in ("15.90", "above dense", "16.1%", "dense 13.69"))
         for absent in ("RIA", "Wanda", "coefficient", "Importances", "other models", "Extend"):
             assert absent not in text.partition("Document")[0]
+
+
+def test_the_page_of_a_cut_for_bytes_says_what_each_share_costs_and_why_nothing_is_cut(
+    client, succeeded
+):
+    ways = [{"share": 0.0, "cut": 0.0, "bits": 0.053, "nats": 0.053},
+            {"share": 0.05, "cut": 0.083, "bits": 0.002, "nats": 0.085}]  # fmt: skip
+    says = "In 95 MB the whole model loses least: nothing is cut."
+    best = BEST.model_copy(
+        update={
+            "pattern": "bytes:95MB",
+            "cut": replace(BEST.cut, structure=Structure(), removed=0.0),
+            "perplexities": Perplexities(dense=13.69, pruned=13.69),
+            "search": {**BEST.search, "goal": {"share": 0.0, "says": says, "ways": ways}},
+        }
+    )
+    job = succeeded(best)
+
+    for path in (f"/jobs/{job['id']}", f"/v1/jobs/{job['id']}/report"):
+        text = visible(client.get(path).text)
+        assert f"{says} What stays: everything" in text
+        assert "the same as dense 0.0%" in text
+        assert "Estimated cost of so many bytes" in text
+        assert "5.0%" in text.partition("Estimated cost of so many bytes")[2]
 
 
 def test_it_is_listed_by_its_pattern(client, job):
