@@ -133,15 +133,12 @@ def _by_bytes(model: str, ask: _CurveAsk, given: Given, inputs: Terminal, as_jso
     from pho_service.host.files import write_json
     from pho_service.models.gguf_file import converter_for
     from pho_service.pipeline.bits import bits_and_cuts, budgets_table
-    from pho_service.pipeline.cuts import forget_costs
 
     _refuse_bundle(model)
     sizes = sorted(parse_bytes(size, "--bytes") for size in ask.bytes)
     folder, converter = _folder(ask.out), converter_for(["q8_0"])
     check_models([model], given("revision"), None)
-    work = calibrated_few(model, given, inputs)
-    costs = bits_and_cuts(work, converter, progress)
-    forget_costs(work)
+    costs = bits_and_cuts(calibrated_few(model, given, inputs), converter, progress)
     budgets = [costs.ways_to(size) for size in sizes]
     document = {
         "model": model,

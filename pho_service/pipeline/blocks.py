@@ -57,8 +57,11 @@ def cached_blocks(
     winner: Candidate | Structure,
     calibration: Tensor | None,
 ) -> Memo | None:
-    """The blocks of a winner of `pho search`, kept for `pho prune`: the last few sets."""
-    place = cache_dir.expanduser().resolve() / "blocks"
+    """
+    The blocks of a winner of `pho search`, kept for `pho prune`: the last few sets. Where nothing
+    is cut, what cuts of a model cost, which is the same for every share.
+    """
+    place = cache_dir.expanduser().resolve() / ("costs" if winner == Structure() else "blocks")
     blocks = blocks_kept(model, bundle, winner, calibration, lambda key: place / key[:16])
     if blocks is None:
         return None

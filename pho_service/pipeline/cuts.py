@@ -107,13 +107,6 @@ def check_goal(pattern: Pattern, model: LanguageModel) -> None:
     check_room(model, goal.bytes, pattern)
 
 
-def forget_costs(work: Work) -> None:
-    """Remove what was kept of the costs of cuts, once it is no longer needed."""
-    memo = work.blocks(Structure())  # nothing is cut
-    if memo is not None:
-        memo.remove()
-
-
 class CutPieces:
     """The pieces of a search for a cut."""
 
@@ -165,15 +158,13 @@ class CutPieces:
     def _costs(self, structures: Sequence[Structure], progress: Progress) -> CutCosts:
         work = self._opened
         assert work.calibration is not None
-        costs = CutCosts.of_nothing(self._shapes)
-        if structures != [Structure()]:
-            costs = cut_costs(
-                work.model, work.calibration, self._shapes, work.bundle.statistics().fisher,
-                structures, wanted=self._request.finalists, memo=work.blocks(Structure()),
-                progress=progress,
-            )  # fmt: skip
-        forget_costs(work)
-        return costs
+        if structures == [Structure()]:
+            return CutCosts.of_nothing(self._shapes)
+        return cut_costs(
+            work.model, work.calibration, self._shapes, work.bundle.statistics().fisher,
+            structures, wanted=self._request.finalists, memo=work.blocks(Structure()),
+            progress=progress,
+        )  # fmt: skip
 
     def _describe(self) -> None:
         """Keep in the study what it is a record of."""

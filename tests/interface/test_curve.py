@@ -7,6 +7,7 @@ import torch
 
 import pho_service as pho
 from pho_service.errors import InvalidInput, TargetMissed
+from pho_service.models.blockwise import Block
 from pho_service.spec.structure import ESTIMATE
 
 
@@ -71,12 +72,21 @@ def test_within(tiny_llama, bundle, texts):
 
 
 def test_a_curve_of_cuts_has_the_cut_that_pho_search_finds_at_each_share(
-    tiny_llama, bundle, texts, weights
+    tiny_llama, bundle, texts, weights, monkeypatch, tmp_path
 ):
+    """What cuts cost is worked out once for all shares."""
     options = {"model": tiny_llama, "confirm": texts["confirmation"]}
+    only, looked_at = Block.only, []
+    monkeypatch.setattr(
+        Block, "only", lambda block, names: looked_at.append(len(names)) or only(block, names)
+    )
     found = pho.curve(bundle, ["structured:30%", "structured:15%"], **options)
+    rated = looked_at.count(2)  # o_proj and down_proj together; a cut looks at one of them
+    monkeypatch.setenv("PHO_CACHE_DIR", str(tmp_path / "another"))
     alone = pho.search(bundle, "structured:30%", **options)
     low, high = found.points
+
+    assert rated == len(tiny_llama.model.layers) == looked_at.count(2) / 2
 
     assert (low.pattern, high.pattern) == ("structured:15%", "structured:30%")
     assert high.result.configuration == alone.configuration
