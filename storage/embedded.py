@@ -28,6 +28,7 @@ from storage.studies import StorageError
 from storage.tables import READER
 
 _RUN_AS = "pgserver"  # the system's user of root's servers: PostgreSQL refuses to run as root
+_MAKING = Path("/run") / f"{_RUN_AS}.lock"  # held while that user is made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +97,12 @@ def _made() -> pwd.struct_passwd:
         return pwd.getpwnam(_RUN_AS)
     command = ["useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", _RUN_AS]
     try:
-        done = subprocess.run(  # noqa: S603 - fixed words
-            command, capture_output=True, text=True, check=False
-        )
+        with FileLock(_MAKING, mode=0o600):
+            with suppress(KeyError):  # made meanwhile: of two useradd at once, the second renumbers
+                return pwd.getpwnam(_RUN_AS)
+            done = subprocess.run(  # noqa: S603 - fixed words
+                command, capture_output=True, text=True, check=False
+            )
         answer = done.stderr.strip()
     except OSError as error:
         answer = str(error)

@@ -15,6 +15,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psycopg
 import pytest
@@ -592,6 +593,30 @@ class TestOnlyItsOwners:
             server.start()
 
         assert target.read_text() == "mine"
+
+
+def test_of_two_services_that_root_starts_at_once_one_makes_the_servers_user(monkeypatch, tmp_path):
+    """A second useradd would give the user another number while the first's server starts."""
+    users = {}
+
+    def useradd(command, **_):
+        time.sleep(0.2)
+        users.setdefault(command[-1], []).append(len(users))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(storage.embedded, "_MAKING", tmp_path / "lock")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(subprocess, "run", useradd)
+    monkeypatch.setattr(
+        pwd,
+        "getpwnam",
+        lambda name: SimpleNamespace(pw_name=name, pw_uid=users[name][-1], pw_gid=1),
+    )
+    with ThreadPoolExecutor(2) as pool:
+        made = [pool.submit(storage.embedded.server_user) for _ in range(2)]
+
+    assert {each.result().name for each in made} == {"pgserver"}
+    assert len(users["pgserver"]) == 1
 
 
 class TestWatched:
