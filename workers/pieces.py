@@ -318,7 +318,8 @@ def _export(work: SealedWork, folder: Path, text: CalibrationText | None) -> Non
                 settings = work.spec.calibration.settings()
                 bundle = bundle_for(folder, text, settings, device=device, progress=progress)
             exported = export(
-                folder, file, gguf_type, most=most, bundle=bundle, device=device,
+                folder, file, gguf_type, most=most, bundle=bundle,
+                windows=None if text is None else text.calibration, device=device,
                 progress=progress,
             )  # fmt: skip
         logger.info("exported", extra={"job": str(work.job.id), "file": str(exported)})

@@ -138,7 +138,8 @@ def _by_bytes(model: str, ask: _CurveAsk, given: Given, inputs: Terminal, as_jso
     sizes = sorted(parse_bytes(size, "--bytes") for size in ask.bytes)
     folder, converter = _folder(ask.out), converter_for(["q8_0"])
     check_models([model], given("revision"), None)
-    costs = bits_and_cuts(calibrated_few(model, given, inputs), converter, progress)
+    work = calibrated_few(model, given, inputs, least=sizes[0])
+    costs = bits_and_cuts(work, converter, progress)
     budgets = [costs.ways_to(size) for size in sizes]
     document = {
         "model": model,

@@ -625,7 +625,7 @@ def export(folder: str, given: Given, ask: _ExportAsk, as_json: bool) -> None:
     from pho_service.pipeline.export import check_export
     from pho_service.pipeline.export import export as export_folder
 
-    most = bundle = None
+    most = bundle = windows = None
     if ask.bytes is not None:
         if ask.type is not None:
             raise InvalidInput(
@@ -634,14 +634,15 @@ def export(folder: str, given: Given, ask: _ExportAsk, as_json: bool) -> None:
         most = parse_bytes(ask.bytes, "--bytes")
         check_export(Path(folder), ask.gguf)
         converter_for(["q8_0"], ask.converter)
-        bundle = calibrated_few(folder, given, Terminal(device=ask.device)).bundle
+        work = calibrated_few(folder, given, Terminal(device=ask.device))
+        bundle, windows = work.bundle, work.calibration
     elif given.said:
         raise InvalidInput(
             f"{', '.join(sorted(given.said))}: what --bytes chooses types on. Give that, too."
         )
     exported = export_folder(
-        folder, ask.gguf, ask.type or "bf16", most=most, bundle=bundle, converter=ask.converter,
-        device=ask.device, progress=progress,
+        folder, ask.gguf, ask.type or "bf16", most=most, bundle=bundle, windows=windows,
+        converter=ask.converter, device=ask.device, progress=progress,
     )  # fmt: skip
     if as_json:
         print_json(exported.to_dict())

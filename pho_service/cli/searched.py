@@ -257,9 +257,18 @@ def _values(configuration: "Configuration", pruned: "PrunedFolder") -> dict[str,
     return {"structure": pruned.recipe["structure"]}
 
 
-def calibrated_few(model: str, given: Given, inputs: Terminal) -> "Work":
-    """A model calibrated on few windows of up to 512 tokens, where no sizes are given."""
+def calibrated_few(
+    model: str, given: Given, inputs: Terminal, *, least: int | None = None
+) -> "Work":
+    """
+    A model calibrated on few windows of up to 512 tokens, where no sizes are given; a file's bytes
+    that are too few for any cut of it are refused before.
+    """
+    from pho_service.models.gguf_file import check_room  # slow to import
+
     loaded = inputs.model(model)
+    if least is not None:
+        check_room(loaded, least)
     how = given.calibration()
     for name, few in (
         ("samples", BITS_WINDOWS),
@@ -277,8 +286,8 @@ def _exported(model: str, folder: Path, goal: Goal, given: Given, inputs: Termin
     file = f"{folder.name}-{goal.size}.gguf"
     check_export(Path(model), folder.with_name(file))
     folder.mkdir(parents=True, exist_ok=True)
-    bundle = calibrated_few(model, given, inputs).bundle
+    work = calibrated_few(model, given, inputs)
     return export(
-        model, folder / file, most=goal.bytes, bundle=bundle,
+        model, folder / file, most=goal.bytes, bundle=work.bundle, windows=work.calibration,
         device=inputs.device, progress=progress,
     )  # fmt: skip

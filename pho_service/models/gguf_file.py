@@ -37,9 +37,8 @@ if TYPE_CHECKING:
 _PROGRAM = "convert_hf_to_gguf"
 QUANTIZER = "llama-quantize"
 # Read for each token: llama.cpp takes more bits for them, and so do we.
-_MORE_BITS = ("token_embd.weight", "output.weight")
-# Of a weight: Q4_0, or Q3_K where llama-quantize is there; and Q8_0 of the embedding and the head.
-_FEWEST_BITS, _OTHER_BITS = {False: 4.5, True: 3.4375}, 8.5
+MORE_BITS = ("token_embd.weight", "output.weight")
+_FEWEST_BITS = {False: 4.5, True: 3.4375}  # of a weight: Q4_0, or Q3_K where llama-quantize is
 _LEFT = 0.97  # of what a cut leaves, at least: it may remove somewhat more than its share
 _NOISE = re.compile(r"^(INFO|WARNING|DEBUG):|/s\]|^$")
 
@@ -142,27 +141,27 @@ def check_vocabulary(model: "LanguageModel", converter: Sequence[str]) -> None:
             run_program(command, program, name)
 
 
-def check_room(model: "LanguageModel", most: int, pattern: "Pattern") -> None:
+def check_room(model: "LanguageModel", most: int, pattern: "Pattern | None" = None) -> None:
     """
-    See before any long work that a model, with its cut if there is one, may have so few bytes.
+    See before any long work that a model, cut by a pattern or as much as it can be, may have so few
+    bytes.
 
     Raises:
         InvalidInput: Even with the fewest bits for each weight it has more.
     """
     bits = _FEWEST_BITS[shutil.which(QUANTIZER) is not None]
     linears = sum(linear.weight.numel() for linear in model.linears.values())
-    cut = pattern.cut_share(parameters=model.parameters, prunable=linears)
-    cut = MOST_OF_THE_BLOCKS if pattern.goal else cut
-    least = (linears * (1 - cut) * bits + (model.parameters - linears) * _OTHER_BITS) / 8
-    least *= _LEFT
+    cut, way_out = MOST_OF_THE_BLOCKS, "take a smaller model"
+    cut_out = " with half of its blocks cut"
+    if pattern is not None and pattern.goal is None:
+        cut = pattern.cut_share(parameters=model.parameters, prunable=linears)
+        cut_out, way_out = "", "cut more"
+    least = _LEFT * (model.parameters - cut * linears) * bits / 8
     if least > most:
-        cut_out, way_out = "", "or cut more"
-        if pattern.goal:
-            cut_out, way_out = " with half of its blocks cut", "or take a smaller model"
         raise InvalidInput(
             f"{most / 1e6:.4g} MB are too few for {Path(model.name).stem}, which has at least "
             f"{least / 1e6:.4g} MB as a GGUF file{cut_out}: {bits:g} bits are the fewest here for "
-            f"a weight of a linear, and all others have {_OTHER_BITS:g}. Ask for more, {way_out}."
+            f"a weight. Ask for more, or {way_out}."
         )
 
 
@@ -259,4 +258,4 @@ def type_of(
     block, _ = gguf.GGML_QUANT_SIZES[kind]
     if len(tensor.shape) < 2 or int(tensor.shape[0]) % block:
         return tensor.tensor_type
-    return gguf.GGMLQuantizationType.Q8_0 if tensor.name in _MORE_BITS else kind
+    return gguf.GGMLQuantizationType.Q8_0 if tensor.name in MORE_BITS else kind

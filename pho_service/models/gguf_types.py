@@ -1,5 +1,6 @@
 """
-A type for each linear of a GGUF file: what rounding costs, and which types cost least together.
+A type for each linear of a GGUF file, for its embedding and its head: what rounding costs, and
+which types cost least together.
 
 The package gguf rounds to some types. Where llama.cpp's `llama-quantize` is on the PATH, that does
 it, for it has more of them, and rounds with an importance matrix.
@@ -16,15 +17,16 @@ import gguf
 import numpy as np
 import torch
 from gguf.quants import dequantize, quantize
-from torch import Tensor
+from torch import Tensor, nn
 
 from pho_service.errors import InvalidInput, ModelError
-from pho_service.models.gguf_file import QUANTIZER, quantise, run_program, type_of
+from pho_service.models.gguf_file import MORE_BITS, QUANTIZER, quantise, run_program, type_of
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.planning.shapes import BoundedReader
 from pho_service.progress import Progress
+from pho_service.pruning.perplexity import DenseReference, dense_reference, rate_divergence
 from pho_service.pruning.statistics import Statistics
-from pho_service.spec.export import LEVELS, ChosenTypes, GgufType, Level
+from pho_service.spec.export import LEVELS, OUTER_TOKENS, ChosenTypes, GgufType, Level
 
 SHARED = 32  # weights of a row that share a scale
 # Of llama-quantize, by bits; and how a file is called that has this type alone.
@@ -33,6 +35,8 @@ LLAMA_LEVELS = {
     "q5_k": "Q5_K_S", "q5_1": "Q5_1", "q6_k": "Q6_K", "q8_0": "Q8_0",
 }  # fmt: skip
 _WINDOW = 512  # tokens, that an importance matrix says it is of; only shares matter
+_ROWS = 8192  # that are rounded at a time
+_OUTER = dict(zip(MORE_BITS, ("embedding", "head"), strict=True))
 
 
 class Quantiser:
@@ -43,17 +47,41 @@ class Quantiser:
         whole: What llama.cpp's converter made of the model. Files are made beside it.
         model: In the memory of the machine.
         statistics: Those of its calibration.
+        windows: (windows, tokens), int64: of its calibration. Without them the embedding and the
+            head have eight bits.
 
     Raises:
         ModelError: A linear has no tensor of its own name in the file.
     """
 
-    def __init__(self, whole: Path, model: LanguageModel, statistics: Statistics) -> None:
+    def __init__(
+        self,
+        whole: Path,
+        model: LanguageModel,
+        statistics: Statistics,
+        windows: Tensor | None = None,
+    ) -> None:
         self.whole, self.model, self.statistics = whole, model, statistics
         self.reader = BoundedReader(whole)
         self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
         self.names = self._names()
         self.by_llama = shutil.which(QUANTIZER) is not None
+        self.outer: dict[str, nn.Parameter] = {}
+        self._reference: DenseReference | None = None
+        if windows is not None:
+            self.outer = self._outer(model)
+            few = windows[: max(1, OUTER_TOKENS // windows.shape[1])]
+            self._reference = dense_reference(model.model, few)
+
+    def _outer(self, model: LanguageModel) -> dict[str, nn.Parameter]:
+        """The weights of the embedding, and of a head of its own, by their tensors."""
+        network = model.model
+        modules = (network.get_input_embeddings(), network.get_output_embeddings())
+        return {
+            name: module.weight
+            for name, module in zip(MORE_BITS, modules, strict=True)
+            if name in self.tensors and module is not None
+        }
 
     def _names(self) -> dict[str, str]:
         """The tensor of each linear."""
@@ -75,7 +103,8 @@ class Quantiser:
 
     def levels(self, progress: Progress) -> dict[str, list[Level]]:
         """
-        What each linear can be written as, by its tensor: none if its rows have no whole scales.
+        What each linear can be written as, by its tensor, and what the embedding and the head can
+        be: none if its rows have no whole scales.
         """
         costs = self._costs_by_llama(progress) if self.by_llama else self._costs_by_gguf(progress)
         levels = defaultdict(list)
@@ -85,7 +114,7 @@ class Quantiser:
         return levels
 
     def rest(self, levels: Mapping[str, Sequence[Level]]) -> int:
-        """The bytes of all else: the embedding and the head in Q8_0, norms, the vocabulary."""
+        """The bytes of all else, in Q8_0 if it is a matrix: norms, the vocabulary."""
         rest = self.whole.stat().st_size + gguf.GGUF_DEFAULT_ALIGNMENT * len(self.tensors)
         for name, tensor in self.tensors.items():
             rest -= int(tensor.n_bytes)
@@ -108,16 +137,21 @@ class Quantiser:
                 least = rest + sum(min(each.bytes for each in known) for known in levels.values())
                 raise InvalidInput(
                     f"{self.model.name} has {least / 1e6:.4g} MB with the fewest bits that its "
-                    f"linears can have here, and {most / 1e6:.4g} MB are the most asked for. Give "
+                    f"matrices can have here, and {most / 1e6:.4g} MB are the most asked for. Give "
                     "more, or cut the model before that (structured pruning)."
                 )
-            types = Counter(level.type for level in chosen.values())
+            linears = [level for name, level in chosen.items() if name not in MORE_BITS]
+            types = Counter(level.type for level in linears)
             self._write(out, chosen, types.most_common(1)[0][0], progress)
             if (over := out.stat().st_size - most) <= 0:
                 nats = sum(level.nats for level in chosen.values())
                 by_bits = sorted(types, key=lambda each: _bits(_kind(each)))
-                return ChosenTypes(types={each: types[each] for each in by_bits}, nats=nats)
-            rest += over  # something else than linears has kept more bits
+                return ChosenTypes(
+                    types={each: types[each] for each in by_bits},
+                    nats=nats,
+                    others={_OUTER[n]: chosen[n].type for n in MORE_BITS if n in chosen},
+                )
+            rest += over  # something else has kept more bits
 
     def _write(
         self, out: Path, chosen: Mapping[str, Level], usual: str, progress: Progress
@@ -132,9 +166,10 @@ class Quantiser:
             return
         types = self.whole.with_name("types.txt")
         types.write_text("".join(f"^{re.escape(n)}$={c.type}\n" for n, c in chosen.items()))
-        more_bits = ("--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0")
+        outer = [chosen[name].type if name in chosen else "q8_0" for name in MORE_BITS]
+        options = ("--token-embedding-type", outer[0], "--output-tensor-type", outer[1])
         with progress("Quantising", 1) as advance:
-            self._run(out, usual, *more_bits, "--tensor-type-file", str(types))
+            self._run(out, usual, *options, "--tensor-type-file", str(types))
             advance(1)
 
     def _run(self, out: Path, gguf_type: str, *options: str) -> None:
@@ -164,13 +199,19 @@ class Quantiser:
 
     def _costs_by_gguf(self, progress: Progress) -> dict[tuple[str, str], float]:
         costs: dict[tuple[str, str], float] = defaultdict(float)
-        with progress("Rounding", len(self.names)) as advance:
+        with progress("Rounding", len(self.names) + len(self.outer)) as advance:
             for linear, name in self.names.items():
                 weight = self.model.linears[linear].weight.detach().float().cpu()
                 for gguf_type in LEVELS if weight.shape[1] % SHARED == 0 else ():
                     costs[name, gguf_type] += self._cost(
                         linear, rounded(weight, gguf_type) - weight
                     )
+                advance(1)
+            for name, place in self.outer.items():
+                weight = place.detach().float().cpu()
+                for gguf_type in LEVELS if weight.shape[1] % SHARED == 0 else ():
+                    parts = [rounded(rows, gguf_type) for rows in weight.split(_ROWS)]
+                    costs[name, gguf_type] = self._divergence(place, torch.cat(parts))
                 advance(1)
         return costs
 
@@ -182,12 +223,16 @@ class Quantiser:
             for gguf_type in LLAMA_LEVELS:
                 self._run(out, gguf_type, "--pure")
                 types = {t.name: t.tensor_type.name.lower() for t in BoundedReader(out).tensors}
-                linears = load_model(str(out), device="cpu").linears
+                read = load_model(str(out), device="cpu")
+                linears = read.linears
                 for linear, name in self.names.items():
                     if types[name] == gguf_type:  # and no other one that its width allows
                         weight = self.model.linears[linear].weight.detach().float().cpu()
                         lost = linears[linear].weight.detach().float() - weight
                         costs[name, gguf_type] += self._cost(linear, lost)
+                for name, place in self._outer(read).items():
+                    if name in self.outer and types[name] == gguf_type:
+                        costs[name, gguf_type] = self._divergence(self.outer[name], place.detach())
                 out.unlink()
                 advance(1)
         return costs
@@ -195,6 +240,16 @@ class Quantiser:
     def _cost(self, linear: str, lost: Tensor) -> float:
         root = self.statistics.inputs[self.statistics.input_of[linear]].root
         return rounding_cost(lost, self.statistics.fisher[linear], root)
+
+    def _divergence(self, place: nn.Parameter, weight: Tensor) -> float:
+        """What predictions differ by from the model's with other weights there, in nats a token."""
+        assert self._reference is not None  # there are windows
+        before = place.data
+        place.data = weight.to(before)
+        try:
+            return rate_divergence(self.model.model, self._reference)
+        finally:
+            place.data = before
 
 
 def rounded(weight: Tensor, gguf_type: GgufType) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pho_service.errors import InvalidInput
-from pho_service.models.gguf_file import converted
+from pho_service.models.gguf_file import MORE_BITS, converted
 from pho_service.models.gguf_types import SHARED, Quantiser, choose_types
 from pho_service.models.scratch import scratch_folder
 from pho_service.models.structure import Anatomy, block_shapes
@@ -69,7 +69,7 @@ class BitsAndCuts:
 
     Attributes:
         name: The model that it is of.
-        levels: What each linear can be written as, by its tensor.
+        levels: What each matrix can be written as, by its tensor.
         rest: Bytes of all else.
         cuts: What is removed at least where a share is cut, and what that costs.
     """
@@ -91,25 +91,32 @@ class BitsAndCuts:
         """
         ways = []
         for share, (removed, cost) in [(0.0, (0.0, 0.0)), *self.cuts.items()]:
-            stays = 1 - removed
-            left = {
-                name: [
-                    replace(each, bytes=int(each.bytes * stays), nats=each.nats * stays)
-                    for each in known
-                ]
-                for name, known in self.levels.items()
-            }
+            left = self._left(1 - removed)
             chosen = choose_types(left, most - self.rest)
             if chosen is not None:
                 bits = sum(level.nats for level in chosen.values())
                 ways.append(Way(bytes=most, share=share, cut=cost, rounding=bits))
         if not ways:
+            stays = 1 - max((removed for removed, _ in self.cuts.values()), default=0.0)
+            fewest = [min(each.bytes for each in known) for known in self._left(stays).values()]
             raise InvalidInput(
-                f"{most / 1e6:.4g} MB are too few for {self.name}: what is outside of its blocks "
-                f"has {self.rest / 1e6:.4g} MB, and the blocks are too large for the rest with "
-                "four bits and half of them cut. Give more, or take a smaller model."
+                f"{most / 1e6:.4g} MB are too few for {self.name}, which has "
+                f"{(self.rest + sum(fewest)) / 1e6:.4g} MB with the fewest bits here and as much "
+                "of its blocks cut as can be. Give more, or take a smaller model."
             )
         return sorted(ways, key=lambda way: way.nats)
+
+    def _left(self, stays: float) -> dict[str, list[Level]]:
+        """The levels where only a share of the blocks stays; the embedding and the head do."""
+        return {
+            name: [
+                replace(each, bytes=int(each.bytes * stays), nats=each.nats * stays)
+                for each in known
+            ]
+            if name not in MORE_BITS
+            else [*known]
+            for name, known in self.levels.items()
+        }
 
 
 def bits_and_cuts(work: Work, converter: Sequence[str], progress: Progress = silent) -> BitsAndCuts:
@@ -131,7 +138,7 @@ def bits_and_cuts(work: Work, converter: Sequence[str], progress: Progress = sil
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(dense)
         with converted(dense, Path(temporary) / "dense.gguf", converter, progress) as whole:
-            quantiser = Quantiser(whole, model, work.bundle.statistics())
+            quantiser = Quantiser(whole, model, work.bundle.statistics(), work.calibration)
             levels = quantiser.levels(progress)
             rest = quantiser.rest(levels)
     cuts = _cuts(work, shapes, progress)

@@ -104,7 +104,7 @@ def check_goal(pattern: Pattern, model: LanguageModel) -> None:
         check_runtime(goal)
         return
     converter_for(["q8_0"])
-    check_room(model, goal.bytes, pattern)
+    check_room(model, goal.bytes)
 
 
 class CutPieces:

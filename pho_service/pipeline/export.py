@@ -38,6 +38,7 @@ def export(
     *,
     most: int | None = None,
     bundle: ProxyBundle | None = None,
+    windows: torch.Tensor | None = None,
     converter: str | None = None,
     device: str = "auto",
     progress: Progress = silent,
@@ -46,7 +47,8 @@ def export(
     Write a folder, packed or not, as a GGUF file; ``out`` is there when it was read back.
 
     In at most so many bytes, if ``most`` is given: then each linear has a type of its own, by what
-    its rounding costs on the text of ``bundle``.
+    its rounding costs on the text of ``bundle``. Its ``windows``, (windows, tokens), say the same
+    of the embedding and the head, which have eight bits without them.
     """
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
     check_export(folder, out)
@@ -60,7 +62,7 @@ def export(
             model = load_model(str(small), device="cpu")
             bundle.check_model(model.linears)
             with converted(small, partial, command, progress) as whole:
-                quantiser = Quantiser(whole, model, bundle.statistics())
+                quantiser = Quantiser(whole, model, bundle.statistics(), windows)
                 chosen = quantiser.write(partial, most, progress)
             del model, quantiser
         folder_bytes = sum(file.stat().st_size for file in small.glob("*.safetensors"))

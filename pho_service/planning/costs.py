@@ -16,7 +16,7 @@ from pho_service.errors import InvalidInput, field_name
 from pho_service.planning.shapes import DTYPE_BYTES, LinearShape, ModelShapes
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.configuration import NEW_TOKENS
-from pho_service.spec.export import BITS_WINDOWS, LEVELS
+from pho_service.spec.export import BITS_WINDOWS, LEVELS, OUTER_TOKENS
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.recovery import BEGINNING, WRITTEN_AT_ONCE, Recovery
 from pho_service.spec.steps import Steps
@@ -524,8 +524,7 @@ class Costs:
         assert goal is not None  # or nothing is to be found out
         seconds = 2 * STARTED_S + 4 * size / machine.disk
         if goal.bytes is not None:
-            tried = len(LEVELS) * self.shapes.prunable * TRIED_TYPE / machine.bandwidth
-            return seconds + tried + self.left_out()  # what was rated of each block is kept
+            return seconds + self.tried_types() + self.left_out()  # each block's rates are kept
         written = WRITTEN * self.shapes.bytes(self.work.dtype) / machine.bandwidth
         return seconds + 2 * ROUNDS * (written + self.forward(PROMPT, PROMPT, head=True))
 
@@ -557,9 +556,16 @@ class Costs:
                 fisher_samples=None,
             )  # fmt: skip
             seconds += Costs(self.shapes, replace(work, calibration=few), machine).calibration()
-            weights = work.sized_files * len(LEVELS) * self.shapes.prunable
-            seconds += weights * TRIED_TYPE / machine.bandwidth
+            seconds += work.sized_files * self.tried_types()
         return seconds
+
+    def tried_types(self) -> float:
+        """Each matrix rounded to each type, and the model run with each of its outer ones."""
+        shapes, context = self.shapes, self.work.calibration.context_length
+        outer = (shapes.parameters - shapes.prunable) // (shapes.vocabulary * shapes.hidden)
+        tokens = max(context, OUTER_TOKENS)
+        run = (1 + len(LEVELS) * outer) * self.forward(tokens, context, head=True)
+        return run + len(LEVELS) * shapes.parameters * TRIED_TYPE / self.machine.bandwidth
 
     def saving(self) -> float:
         """Weights, packed masks and hashes."""

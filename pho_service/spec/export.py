@@ -3,7 +3,7 @@ What a model is exported as: the types of a GGUF file, and what was written.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, Field, WithJsonSchema
@@ -22,6 +22,7 @@ BY_CONVERTER: tuple[GgufType, ...] = ("f32", "f16", "bf16", "q8_0")
 BY_GGUF: tuple[GgufType, ...] = ("q5_1", "q5_0", "q4_1", "q4_0")  # of the package gguf
 MOST_FILES = 20  # of a job: each is as large as a model
 BITS_WINDOWS = 16  # of a calibration's, that the types of a file of so many bytes are chosen on
+OUTER_TOKENS = 2048  # of them, that the types of the embedding and the head are chosen on
 LEVELS: tuple[GgufType, ...] = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")  # of a linear, by bits
 
 
@@ -60,20 +61,25 @@ class Level:
 @dataclass(frozen=True, kw_only=True)
 class ChosenTypes(JsonDocument):
     """
-    What linears are written as in a file of so many bytes.
+    What matrices are written as in a file of so many bytes.
 
     Attributes:
-        types: How many of them have which type, by bits.
-        nats: What their rounding costs a token, estimated to second order.
+        types: How many linears have which type, by bits.
+        nats: What rounding costs a token: of linears estimated to second order.
+        others: The types of the embedding and of a head of its own, where they were chosen.
     """
 
     types: dict[str, int]
     nats: float
+    others: Annotated[dict[str, str], Field(exclude_if=lambda others: not others)] = field(
+        default_factory=dict
+    )
 
     def __str__(self) -> str:
         """In a few words, for people."""
         counts = ", ".join(f"{count} {each}" for each, count in self.types.items())
-        return f"linears {counts} (estimated {number(self.nats)} nats)"
+        others = "".join(f", {name} {each}" for name, each in self.others.items())
+        return f"linears {counts}{others} (estimated {number(self.nats)} nats)"
 
 
 @dataclass(frozen=True, kw_only=True)

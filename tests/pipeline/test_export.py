@@ -59,7 +59,8 @@ if "--tensor-type-file" in options:
         for tensor in types:
             if re.search(pattern, tensor):
                 types[tensor] = gguf.GGMLQuantizationType[kind.upper()]
-    types["token_embd.weight"] = gguf.GGMLQuantizationType.Q8_0
+    outer = options[options.index("--token-embedding-type") + 1]
+    types["token_embd.weight"] = gguf.GGMLQuantizationType[outer.upper()]
 quantise(reader, Path(out), types, "q8_0", silent)
 """
 TEXT = "The sea is a body of salt water that covers most of the earth. " * 40
@@ -313,9 +314,8 @@ class TestBytes:
         text = ("--text", prose, "--context-length", 64, "--json")
         done = {
             room: json.loads(export("--bytes", f"{room}B", *text, to=f"{room}.gguf").stdout)
-            for room in (least + 1000, least + 10_000, least + 20_000)
+            for room in (least - 20_000, least - 10_000, least + 32_000)
         }
-        several = tmp_path / f"{least + 10_000}.gguf"
 
         for room, exported in done.items():
             assert room - 3000 < exported["bytes"] <= room
@@ -324,10 +324,13 @@ class TestBytes:
             assert [*exported["chosen"]["types"]] == sorted(exported["chosen"]["types"])  # by bits
         first, second, third = done.values()
         assert first["chosen"]["nats"] > second["chosen"]["nats"] > third["chosen"]["nats"]
-        assert first["divergence"] > third["divergence"]
-        kinds = types_of(several)
+        assert first["divergence"] > second["divergence"] > third["divergence"]
+        assert third["chosen"]["types"] == {"q8_0": 14}
+        kinds = types_of(tmp_path / f"{least - 10_000}.gguf")
         assert len({kind for name, kind in kinds.items() if "attn_q" in name or "ffn" in name}) > 1
-        assert kinds["token_embd.weight"] == "Q8_0"  # noqa: S105 - a tensor
+        embedding = [each["chosen"]["others"]["embedding"] for each in done.values()]
+        assert embedding == sorted(embedding) != [embedding[0]] * 3  # by bits
+        assert kinds["token_embd.weight"] == embedding[1].upper()
 
     def test_python_takes_the_bundle_of_the_folder(self, folder, copier, prose, files, tmp_path):
         least = files["q4_0"][1].bytes
@@ -340,7 +343,12 @@ class TestBytes:
         exported = pho.export(folder, out, **room)
 
         assert exported.bytes == out.stat().st_size <= least + 10_000
-        assert "estimated" in str(exported)
+        assert ", embedding q" in str(exported)
+        bundle.write(tmp_path / "bundle.safetensors")
+        room["bundle"] = str(tmp_path / "bundle.safetensors")
+        read = pho.export(folder, tmp_path / "read.gguf", **room)
+        assert read.chosen.others == {}  # a file has no windows
+        assert types_of(tmp_path / "read.gguf")["token_embd.weight"] == "Q8_0"  # noqa: S105 - a tensor
         with pytest.raises(InvalidInput, match="bytes and bundle go together"):
             pho.export(folder, tmp_path / "a.gguf", bytes="1MB", converter=copier)
         with pytest.raises(InvalidInput, match="so type says nothing beside them"):
@@ -349,7 +357,10 @@ class TestBytes:
     @pytest.mark.parametrize(
         ("words", "said"),
         [
-            (("--bytes", "10kB", "--text", "TEXT"), "MB with the fewest bits that its linears can"),
+            (
+                ("--bytes", "10kB", "--text", "TEXT"),
+                "MB with the fewest bits that its matrices can",
+            ),
             (("--bytes", "much", "--text", "TEXT"), "--bytes 'much' is not a size"),
             (("--bytes", "1MB", "--type", "q8_0"), "--type q8_0 is one type, and --bytes 1MB"),
             (("--text", "TEXT"), "what --bytes chooses types on. Give that, too."),
@@ -412,8 +423,29 @@ class TestBytes:
         assert best[0]["nats"] > best[1]["nats"] > best[2]["nats"] > 0
         assert all(way["nats"] == way["cut"] + way["bits"] for b in budgets for way in b["ways"])
         assert "0.29 MB" in curve.stdout
+        assert "Calibrating" in curve.stderr
         assert few.exit_code != 0
+        assert "Calibrating" not in few.stderr
         assert "0.09 MB are too few for" in " ".join(few.stderr.split())
+
+    def test_what_an_embedding_costs_is_measured_and_its_weights_stay(self, folder, files, prose):
+        model = pho.load_model(str(folder))
+        before = {name: weight.clone() for name, weight in model.model.state_dict().items()}
+        bundle = pho.calibrate(
+            model.model, model.tokenizer, str(prose), samples=4, context_length=64
+        )
+        windows = bundle.text.calibration
+        quantiser = Quantiser(files["bf16"][0], model, bundle.statistics(), windows)
+        levels = quantiser.levels(silent)["token_embd.weight"]
+        nats = {level.type: level.nats for level in levels}
+
+        assert [*nats] == [*LEVELS]
+        assert nats["q4_0"] > nats["q5_0"] > nats["q8_0"] > 0
+        after = model.model.state_dict()
+        assert all(torch.equal(after[name], weight) for name, weight in before.items())
+        assert "token_embd.weight" not in Quantiser(
+            files["bf16"][0], model, bundle.statistics()
+        ).levels(silent)
 
     def test_a_linear_without_a_tensor_of_its_own_is_refused_by_name(self, files):
         model = SimpleNamespace(name="tiny", linears={"model.layers.0.strange_proj": None})
@@ -428,7 +460,7 @@ class TestBytes:
         program.write_text(f"#!{sys.executable}\n{LLAMA_QUANTIZE}")
         program.chmod(program.stat().st_mode | stat.S_IEXEC)
         monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-        room = files["q4_0"][1].bytes + 14_000
+        room = files["q4_0"][1].bytes + 2000
         text = ("--text", prose, "--context-length", 64, "--json")
         exported = json.loads(export("--bytes", f"{room}B", *text).stdout)
         types = types_of(tmp_path / "out.gguf")
@@ -437,7 +469,7 @@ class TestBytes:
         assert exported["bytes"] <= room
         assert {*exported["chosen"]["types"]} == {"q5_0", "q8_0"}  # all that this one makes
         assert {types[f"blk.{i}.ffn_down.weight"] for i in (0, 1)} <= {"Q5_0", "Q8_0"}
-        assert types["token_embd.weight"] == "Q8_0"  # noqa: S105 - a tensor
+        assert types["token_embd.weight"] == exported["chosen"]["others"]["embedding"].upper()
         assert importance["blk.1.ffn_down.weight.in_sum2"].shape == (1, 96)
         assert (importance["blk.1.ffn_down.weight.in_sum2"] > 0).all()
         assert importance["blk.1.ffn_down.weight.counts"] == 512
