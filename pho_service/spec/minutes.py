@@ -36,9 +36,9 @@ def with_minutes(document: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(document)
     if not any(_is_given(values, path) for path in OF_THE_TEXT):
         values.setdefault("minutes", MINUTES)
-    if values.get("minutes") is not None:
-        values.setdefault("free_sizes", [path for path in SIZES if not _is_given(values, path)])
-        if _changes_weights(values) and not all(_is_given(values, path) for path in OF_THE_TEXT):
+    if values.get("minutes") is not None and "free_sizes" not in values:
+        values["free_sizes"] = [path for path in SIZES if not _is_given(values, path)]
+        if values["free_sizes"] and _changes_weights(values):
             values.setdefault("recovery", {})
     return values
 

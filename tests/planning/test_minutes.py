@@ -104,6 +104,13 @@ def test_a_document_that_is_read_again_leaves_the_same_sizes_free(cpu, fields):
         assert "--minutes none" in command
 
 
+ALL_SIZES = {
+    "calibration": {"samples": 8, "context_length": 64},
+    "confirm": {"windows": 4, "finalists": 1},
+    "in_full": 1,
+}
+
+
 @pytest.mark.parametrize(
     ("fields", "recovers"),
     [
@@ -114,7 +121,10 @@ def test_a_document_that_is_read_again_leaves_the_same_sizes_free(cpu, fields):
         ({"prune": True, "recovery": None}, False),
         ({"prune": True, "recovery": {"tokens": 100}}, False),
         ({"prune": True, "stream": True}, False),
-        ({"prune": True, "calibration": {"samples": 8, "context_length": 64}, "minutes": 5}, False),
+        ({"prune": True, "calibration": {"samples": 8, "context_length": 64}, "minutes": 5}, True),
+        ({"prune": True, "calibration": {"samples": 8, "context_length": 64}}, False),  # no minutes
+        ({"prune": True, "calibration": {"samples": 8}, "minutes": 5, "recovery": None}, False),
+        ({"prune": True, "minutes": 5, **ALL_SIZES}, False),  # nothing is chosen for the minutes
         ({"prune": True, "minutes": None}, False),
         ({}, False),
     ],
