@@ -19,6 +19,7 @@ import optuna
 from pho_service.errors import ChangedInput, PhoError
 from pho_service.host.tasks import harness_folder
 from pho_service.library import Entry, ModelFacts, Wanted, rank, stored_file
+from pho_service.models.bundle_file import read_bundle, write_bundle
 from pho_service.models.calibration import CalibrationText, cut, measure_shard
 from pho_service.models.gguf_file import check_room, check_vocabulary, converter_for
 from pho_service.models.loading import LanguageModel, load_model
@@ -28,6 +29,7 @@ from pho_service.models.saving import (
     shareable,
     with_configuration,
 )
+from pho_service.models.scratch import Memo
 from pho_service.models.tasks import LoadedTasks
 from pho_service.pipeline.curve import check_patterns
 from pho_service.pipeline.minutes import Clock, Rest
@@ -305,7 +307,8 @@ def _export(work: SealedWork, folder: Path, text: CalibrationText | None) -> Non
 
     for left in folder.glob(".pho-*"):  # of an attempt that was killed
         shutil.rmtree(left, ignore_errors=True)
-    device, progress, bundle = str(work.inputs.device), work.run.progress, None
+    place = folder.with_name(f".{folder.name}.bits")  # what files of so many bytes share
+    device, run, bundle, memo = str(work.inputs.device), work.run, None, None
     for name in work.spec.files:
         file = folder / f"{PurePath(work.spec.model).stem}-pruned-{name}.gguf"
         if file.is_file():
@@ -315,14 +318,21 @@ def _export(work: SealedWork, folder: Path, text: CalibrationText | None) -> Non
         with store_faults_told():
             if most is not None and bundle is None:
                 assert text is not None
-                settings = work.spec.calibration.settings()
-                bundle = bundle_for(folder, text, settings, device=device, progress=progress)
+                path, settings = place / "bundle.safetensors", work.spec.calibration.settings()
+                if not path.is_file():
+                    place.mkdir(exist_ok=True)
+                    made = bundle_for(folder, text, settings, device=device, progress=run.progress)
+                    write_bundle(made, path)
+                bundle = read_bundle(path)
+                memo = Memo(folder=place, key=bundle.contents_sha256, look=run.look)
             exported = export(
                 folder, file, gguf_type, most=most, bundle=bundle,
-                windows=None if text is None else text.calibration, device=device,
-                progress=progress,
+                windows=None if text is None else text.calibration, memo=memo, device=device,
+                progress=run.progress,
             )  # fmt: skip
         logger.info("exported", extra={"job": str(work.job.id), "file": str(exported)})
+        run.look()
+    shutil.rmtree(place, ignore_errors=True)
 
 
 def _speed(work: SealedWork, folder: Path) -> str | None:

@@ -39,7 +39,7 @@ from pho_service.spec.document import MACHINE, PRUNED, TEXT, FieldShown, number,
 from pho_service.spec.export import GgufType
 from pho_service.spec.job_options import within
 from pho_service.spec.pattern import Linears, Pattern, ScopeName
-from pho_service.spec.structure import is_structured
+from pho_service.spec.structure import Structure, is_structured
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -625,7 +625,7 @@ def export(folder: str, given: Given, ask: _ExportAsk, as_json: bool) -> None:
     from pho_service.pipeline.export import check_export
     from pho_service.pipeline.export import export as export_folder
 
-    most = bundle = windows = None
+    most = bundle = windows = memo = None
     if ask.bytes is not None:
         if ask.type is not None:
             raise InvalidInput(
@@ -635,14 +635,14 @@ def export(folder: str, given: Given, ask: _ExportAsk, as_json: bool) -> None:
         check_export(Path(folder), ask.gguf)
         converter_for(["q8_0"], ask.converter)
         work = calibrated_few(folder, given, Terminal(device=ask.device))
-        bundle, windows = work.bundle, work.calibration
+        bundle, windows, memo = work.bundle, work.calibration, work.blocks(Structure())
     elif given.said:
         raise InvalidInput(
             f"{', '.join(sorted(given.said))}: what --bytes chooses types on. Give that, too."
         )
     exported = export_folder(
         folder, ask.gguf, ask.type or "bf16", most=most, bundle=bundle, windows=windows,
-        converter=ask.converter, device=ask.device, progress=progress,
+        memo=memo, converter=ask.converter, device=ask.device, progress=progress,
     )  # fmt: skip
     if as_json:
         print_json(exported.to_dict())

@@ -19,7 +19,7 @@ from pho_service.errors import InvalidInput
 from pho_service.spec.document import AFTER, MACHINE, PRUNED, FieldShown
 from pho_service.spec.export import BITS_WINDOWS, GgufType, RuntimeName
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.structure import BY_SPEED, IN_BYTES, OF_FILE, Goal, is_structured
+from pho_service.spec.structure import BY_SPEED, IN_BYTES, OF_FILE, Goal, Structure, is_structured
 
 if TYPE_CHECKING:
     from pho_service.pipeline.prune import PrunedFolder
@@ -289,5 +289,5 @@ def _exported(model: str, folder: Path, goal: Goal, given: Given, inputs: Termin
     work = calibrated_few(model, given, inputs)
     return export(
         model, folder / file, most=goal.bytes, bundle=work.bundle, windows=work.calibration,
-        device=inputs.device, progress=progress,
+        memo=work.blocks(Structure()), device=inputs.device, progress=progress,
     )  # fmt: skip

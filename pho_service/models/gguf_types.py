@@ -9,7 +9,9 @@ it, for it has more of them, and rounds with an importance matrix.
 import re
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from pho_service.errors import InvalidInput, ModelError
 from pho_service.models.gguf_file import MORE_BITS, QUANTIZER, quantise, run_program, type_of
 from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.scratch import Memo, Record
 from pho_service.planning.shapes import BoundedReader
 from pho_service.progress import Progress
 from pho_service.pruning.perplexity import DenseReference, dense_reference, rate_divergence
@@ -49,6 +52,7 @@ class Quantiser:
         statistics: Those of its calibration.
         windows: (windows, tokens), int64: of its calibration. Without them the embedding and the
             head have eight bits.
+        memo: Has what types were found to cost before, and keeps what they cost now.
 
     Raises:
         ModelError: A linear has no tensor of its own name in the file.
@@ -60,18 +64,22 @@ class Quantiser:
         model: LanguageModel,
         statistics: Statistics,
         windows: Tensor | None = None,
+        memo: Memo | None = None,
     ) -> None:
         self.whole, self.model, self.statistics = whole, model, statistics
+        self.windows, self.memo = windows, memo
         self.reader = BoundedReader(whole)
         self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
         self.names = self._names()
-        self.by_llama = shutil.which(QUANTIZER) is not None
-        self.outer: dict[str, nn.Parameter] = {}
-        self._reference: DenseReference | None = None
-        if windows is not None:
-            self.outer = self._outer(model)
-            few = windows[: max(1, OUTER_TOKENS // windows.shape[1])]
-            self._reference = dense_reference(model.model, few)
+        self.program = shutil.which(QUANTIZER)
+        self.outer = {} if windows is None else self._outer(model)
+
+    @cached_property
+    def _reference(self) -> DenseReference:
+        """What the model predicts, where its embedding or its head is given other weights."""
+        assert self.windows is not None
+        few = self.windows[: max(1, OUTER_TOKENS // self.windows.shape[1])]
+        return dense_reference(self.model.model, few)
 
     def _outer(self, model: LanguageModel) -> dict[str, nn.Parameter]:
         """The weights of the embedding, and of a head of its own, by their tensors."""
@@ -106,7 +114,7 @@ class Quantiser:
         What each linear can be written as, by its tensor, and what the embedding and the head can
         be: none if its rows have no whole scales.
         """
-        costs = self._costs_by_llama(progress) if self.by_llama else self._costs_by_gguf(progress)
+        costs = self._costs_by_llama(progress) if self.program else self._costs_by_gguf(progress)
         levels = defaultdict(list)
         for (name, gguf_type), nats in costs.items():
             size = _bytes(self.tensors[name], _kind(gguf_type))
@@ -156,7 +164,7 @@ class Quantiser:
     def _write(
         self, out: Path, chosen: Mapping[str, Level], usual: str, progress: Progress
     ) -> None:
-        if not self.by_llama:
+        if self.program is None:
             kinds = {
                 name: type_of(tensor, gguf.GGMLQuantizationType.Q8_0)
                 for name, tensor in self.tensors.items()
@@ -199,43 +207,78 @@ class Quantiser:
 
     def _costs_by_gguf(self, progress: Progress) -> dict[tuple[str, str], float]:
         costs: dict[tuple[str, str], float] = defaultdict(float)
-        with progress("Rounding", len(self.names) + len(self.outer)) as advance:
-            for linear, name in self.names.items():
-                weight = self.model.linears[linear].weight.detach().float().cpu()
-                for gguf_type in LEVELS if weight.shape[1] % SHARED == 0 else ():
-                    costs[name, gguf_type] += self._cost(
-                        linear, rounded(weight, gguf_type) - weight
-                    )
-                advance(1)
-            for name, place in self.outer.items():
-                weight = place.detach().float().cpu()
-                for gguf_type in LEVELS if weight.shape[1] % SHARED == 0 else ():
-                    parts = [rounded(rows, gguf_type) for rows in weight.split(_ROWS)]
-                    costs[name, gguf_type] = self._divergence(place, torch.cat(parts))
+        works = [
+            (linear, name, partial(self._linear, linear)) for linear, name in self.names.items()
+        ]
+        works += [(name, name, partial(self._outer_one, name)) for name in self.outer]
+        with progress("Rounding", len(works)) as advance:
+            for place, name, work in works:
+                for gguf_type, nats in self._kept(
+                    f"{place} as {'-'.join(LEVELS)} by gguf {version('gguf')}", work
+                ).items():
+                    costs[name, gguf_type] += nats
                 advance(1)
         return costs
 
     def _costs_by_llama(self, progress: Progress) -> dict[tuple[str, str], float]:
         """As it rounds, which depends on the importance matrix: a file of each type is read."""
-        costs: dict[tuple[str, str], float] = defaultdict(float)
-        out = self.whole.with_name("rounded.gguf")
+        costs: dict[tuple[str, str], float] = {}
+        assert self.program is not None
+        about = Path(self.program).stat()
         with progress("Rounding", len(LLAMA_LEVELS)) as advance:
             for gguf_type in LLAMA_LEVELS:
-                self._run(out, gguf_type, "--pure")
-                types = {t.name: t.tensor_type.name.lower() for t in BoundedReader(out).tensors}
-                read = load_model(str(out), device="cpu")
-                linears = read.linears
-                for linear, name in self.names.items():
-                    if types[name] == gguf_type:  # and no other one that its width allows
-                        weight = self.model.linears[linear].weight.detach().float().cpu()
-                        lost = linears[linear].weight.detach().float() - weight
-                        costs[name, gguf_type] += self._cost(linear, lost)
-                for name, place in self._outer(read).items():
-                    if name in self.outer and types[name] == gguf_type:
-                        costs[name, gguf_type] = self._divergence(self.outer[name], place.detach())
-                out.unlink()
+                name = f"{gguf_type} by {QUANTIZER} of {about.st_size} {about.st_mtime_ns}"
+                known = self._kept(name, partial(self._all_by_llama, gguf_type))
+                costs |= {(name, gguf_type): nats for name, nats in known.items()}
                 advance(1)
         return costs
+
+    def _kept(self, name: str, work: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """The nats that were worked out under a name before, or are now."""
+        if self.memo is None:
+            return work()
+        if (known := self.memo.read(name)) is not None:
+            return {**known.values}
+        nats = work()
+        self.memo.keep(name, Record(values=nats))
+        return nats
+
+    def _linear(self, linear: str) -> dict[str, float]:
+        """Tell what each type costs a linear."""
+        weight = self.model.linears[linear].weight.detach().float().cpu()
+        return {
+            gguf_type: self._cost(linear, rounded(weight, gguf_type) - weight)
+            for gguf_type in _types_of(weight)
+        }
+
+    def _outer_one(self, name: str) -> dict[str, float]:
+        """Tell what each type costs the embedding, or the head."""
+        place = self.outer[name]
+        weight = place.detach().float().cpu()
+        return {
+            gguf_type: self._divergence(
+                place, torch.cat([rounded(rows, gguf_type) for rows in weight.split(_ROWS)])
+            )
+            for gguf_type in _types_of(weight)
+        }
+
+    def _all_by_llama(self, gguf_type: str) -> dict[str, float]:
+        """What a type costs each tensor that llama-quantize gives it."""
+        nats: dict[str, float] = defaultdict(float)
+        out = self.whole.with_name("rounded.gguf")
+        self._run(out, gguf_type, "--pure")
+        types = {t.name: t.tensor_type.name.lower() for t in BoundedReader(out).tensors}
+        read = load_model(str(out), device="cpu")
+        linears = read.linears
+        for linear, name in self.names.items():
+            if types[name] == gguf_type:  # and no other one that its width allows
+                weight = self.model.linears[linear].weight.detach().float().cpu()
+                nats[name] += self._cost(linear, linears[linear].weight.detach().float() - weight)
+        for name, place in self._outer(read).items():
+            if name in self.outer and types[name] == gguf_type:
+                nats[name] = self._divergence(self.outer[name], place.detach())
+        out.unlink()
+        return nats
 
     def _cost(self, linear: str, lost: Tensor) -> float:
         root = self.statistics.inputs[self.statistics.input_of[linear]].root
@@ -243,13 +286,17 @@ class Quantiser:
 
     def _divergence(self, place: nn.Parameter, weight: Tensor) -> float:
         """What predictions differ by from the model's with other weights there, in nats a token."""
-        assert self._reference is not None  # there are windows
-        before = place.data
+        reference, before = self._reference, place.data  # that one is of the weights as they are
         place.data = weight.to(before)
         try:
-            return rate_divergence(self.model.model, self._reference)
+            return rate_divergence(self.model.model, reference)
         finally:
             place.data = before
+
+
+def _types_of(weight: Tensor) -> tuple[GgufType, ...]:
+    """The types that the package gguf gives it: none if its rows have no whole scales."""
+    return LEVELS if weight.shape[1] % SHARED == 0 else ()
 
 
 def rounded(weight: Tensor, gguf_type: GgufType) -> Tensor:

@@ -121,8 +121,8 @@ class BitsAndCuts:
 
 def bits_and_cuts(work: Work, converter: Sequence[str], progress: Progress = silent) -> BitsAndCuts:
     """
-    Work out what bits and cuts of a calibrated model cost, once for all numbers of bytes. What cuts
-    of its blocks cost is kept where it has a cache.
+    Work out what bits and cuts of a calibrated model cost, once for all numbers of bytes. Both
+    are kept where it has a cache.
 
     Raises:
         ModelError: The model's blocks cannot be cut, or llama.cpp does not know the model.
@@ -138,7 +138,9 @@ def bits_and_cuts(work: Work, converter: Sequence[str], progress: Progress = sil
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(dense)
         with converted(dense, Path(temporary) / "dense.gguf", converter, progress) as whole:
-            quantiser = Quantiser(whole, model, work.bundle.statistics(), work.calibration)
+            quantiser = Quantiser(
+                whole, model, work.bundle.statistics(), work.calibration, work.blocks(Structure())
+            )
             levels = quantiser.levels(progress)
             rest = quantiser.rest(levels)
     cuts = _cuts(work, shapes, progress)

@@ -17,6 +17,7 @@ from pho_service.models.gguf_file import converted, converter_for, write_gguf
 from pho_service.models.gguf_types import Quantiser
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.packed import as_folder
+from pho_service.models.scratch import Memo
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.perplexity import DenseReference, dense_reference, rate_divergence
@@ -39,6 +40,7 @@ def export(
     most: int | None = None,
     bundle: ProxyBundle | None = None,
     windows: torch.Tensor | None = None,
+    memo: Memo | None = None,
     converter: str | None = None,
     device: str = "auto",
     progress: Progress = silent,
@@ -48,7 +50,8 @@ def export(
 
     In at most so many bytes, if ``most`` is given: then each linear has a type of its own, by what
     its rounding costs on the text of ``bundle``. Its ``windows``, (windows, tokens), say the same
-    of the embedding and the head, which have eight bits without them.
+    of the embedding and the head, which have eight bits without them. ``memo`` keeps these costs,
+    which are the same for any number of bytes.
     """
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
     check_export(folder, out)
@@ -62,7 +65,7 @@ def export(
             model = load_model(str(small), device="cpu")
             bundle.check_model(model.linears)
             with converted(small, partial, command, progress) as whole:
-                quantiser = Quantiser(whole, model, bundle.statistics(), windows)
+                quantiser = Quantiser(whole, model, bundle.statistics(), windows, memo)
                 chosen = quantiser.write(partial, most, progress)
             del model, quantiser
         folder_bytes = sum(file.stat().st_size for file in small.glob("*.safetensors"))

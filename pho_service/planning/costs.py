@@ -556,7 +556,7 @@ class Costs:
                 fisher_samples=None,
             )  # fmt: skip
             seconds += Costs(self.shapes, replace(work, calibration=few), machine).calibration()
-            seconds += work.sized_files * self.tried_types()
+            seconds += self.tried_types()  # which the first one keeps for the others
         return seconds
 
     def tried_types(self) -> float:

@@ -332,6 +332,31 @@ class TestBytes:
         assert embedding == sorted(embedding) != [embedding[0]] * 3  # by bits
         assert kinds["token_embd.weight"] == embedding[1].upper()
 
+    @pytest.mark.parametrize("by_llama", [False, True])
+    def test_what_types_cost_is_worked_out_once(
+        self, export, files, prose, monkeypatch, request, by_llama
+    ):
+        """For all numbers of bytes, also where the first one was too few; not for another text."""
+        if by_llama:
+            request.getfixturevalue("llama_quantize")
+        least, tried = files["q4_0"][1].bytes, []
+
+        def counted(*about):
+            tried.append(about)
+            return rounding_cost(*about)
+
+        monkeypatch.setattr("pho_service.models.gguf_types.rounding_cost", counted)
+        text = ("--text", prose, "--context-length", 48, "--json")
+        few = export("--bytes", "10kB", *text)
+        rounds = len(tried)
+        enough = export("--bytes", f"{least + 2000}B", *text)
+        kept = len(tried)
+        shorter = export("--bytes", f"{least + 2000}B", *text[:3], 40, to="shorter.gguf")
+
+        assert few.exit_code != 0 == enough.exit_code == shorter.exit_code
+        assert 2 * rounds == 2 * kept == len(tried) > 0
+        assert json.loads(enough.stdout)["chosen"]["nats"] > 0
+
     def test_python_takes_the_bundle_of_the_folder(self, folder, copier, prose, files, tmp_path):
         least = files["q4_0"][1].bytes
         model = pho.load_model(str(folder))
@@ -452,19 +477,25 @@ class TestBytes:
         with pytest.raises(ModelError, match="no tensor of which we know that it is model"):
             Quantiser(files["bf16"][0], model, None)
 
-    def test_llama_quantize_makes_all_types_where_it_is_there(
-        self, export, prose, files, tmp_path, monkeypatch
-    ):
+    @pytest.fixture
+    def llama_quantize(self, tmp_path, monkeypatch):
         program = tmp_path / "bin" / "llama-quantize"
         program.parent.mkdir()
         program.write_text(f"#!{sys.executable}\n{LLAMA_QUANTIZE}")
         program.chmod(program.stat().st_mode | stat.S_IEXEC)
         monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+        return program
+
+    def test_llama_quantize_makes_all_types_where_it_is_there(
+        self, export, prose, files, tmp_path, llama_quantize
+    ):
         room = files["q4_0"][1].bytes + 2000
         text = ("--text", prose, "--context-length", 64, "--json")
         exported = json.loads(export("--bytes", f"{room}B", *text).stdout)
         types = types_of(tmp_path / "out.gguf")
-        importance = {t.name: t.data for t in gguf.GGUFReader(program.parent / "seen").tensors}
+        importance = {
+            t.name: t.data for t in gguf.GGUFReader(llama_quantize.parent / "seen").tensors
+        }
 
         assert exported["bytes"] <= room
         assert {*exported["chosen"]["types"]} == {"q5_0", "q8_0"}  # all that this one makes

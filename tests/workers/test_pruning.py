@@ -24,7 +24,8 @@ from pho_service.models.bundle_file import read_bundle
 from pho_service.models.calibration import bundle_path, calibration_text
 from pho_service.models.data_sets import TextSource
 from pho_service.models.loading import load_model
-from pho_service.models.scratch import Memo
+from pho_service.models.scratch import Memo, Record
+from pho_service.pipeline import export as exporting
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.work import Work
@@ -146,6 +147,42 @@ def test_files_of_so_many_bytes_are_chosen_on_the_first_windows_of_the_calibrati
     assert bundle.provenance["settings"]["samples"] == min(16, spec.calibration.samples)
     names = [file["name"] for file in job.pruning.result["files"]]
     assert {"model-pruned-105MB.gguf", "model-pruned-90MB.gguf"} < {*names}
+
+
+def test_what_types_cost_is_kept_for_the_next_attempt_and_the_next_file(hand, small, monkeypatch):
+    """A worker gives way behind each record; another one goes on there, and nothing is left."""
+    made, calibrated = [], []
+
+    def export(_folder, out, gguf_type, *, memo, **_):
+        known = memo.read("nats")
+        made.append((out.name, known and known.values["nats"]))
+        memo.keep("nats", Record(values={"nats": 0.5}))  # looks for others
+        if len(made) == 1:
+            _killed()
+        out.write_bytes(b"gguf")
+        return gguf_type
+
+    def bundle_for(*about, **how):
+        calibrated.append(about)
+        return few_windows(*about, **how)
+
+    few_windows = exporting.bundle_for
+    monkeypatch.setattr("pho_service.pipeline.export.export", export)
+    monkeypatch.setattr("pho_service.pipeline.export.bundle_for", bundle_for)
+    monkeypatch.setattr("workers.pieces.converter_for", lambda _: None)
+    monkeypatch.setattr("workers.pieces.check_vocabulary", lambda *_: None)
+    job = hand.until(
+        hand.submit(small(prune=True, confirm=None, gguf=["105MB", "90MB"])), StageKind.PRUNE
+    )
+    with pytest.raises(SystemExit):
+        hand.step(job)
+    hand.inputs = hand.new_inputs()
+    job = hand.until(job, None)
+
+    names = [f"model-pruned-{size}.gguf" for size in ("105MB", "90MB")]
+    assert made == [(names[0], None), (names[0], 0.5), (names[1], 0.5)]
+    assert len(calibrated) == 1
+    assert not [*folder_of(hand, job).parent.glob(".*.bits")]
 
 
 def test_a_file_of_too_few_bytes_is_told_before_the_search(hand, small, monkeypatch):
