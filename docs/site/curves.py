@@ -113,7 +113,7 @@ def sizes(page: str) -> Chart:
         title="Perplexity of SmolLM2-135M in files for llama.cpp; dense in bf16: 13.9 in 271 MB",
         below="MB",
         lines=lines,
-        across=(80, 90, 100, 110, 120, 130, 140, 150),
+        across=(75, 90, 105, 120, 135, 150),
         up=(13.5, 15, 17, 20, 25, 28),
         names=names,
     )
