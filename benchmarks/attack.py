@@ -25,6 +25,7 @@ import httpx
 from attack_bounds import BOUNDS, TURN_S, WITH_KEYS
 from attack_faults import FAULTS
 from attack_files import FILES
+from attack_goals import GOALS, GOALS_WITH_KEYS
 from attack_recovery import RECOVERIES, RECOVERIES_WITH_KEYS
 from attack_requests import REQUESTS
 from attack_target import Attack, Target
@@ -35,7 +36,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-ALL = (*REQUESTS, *FILES, *BOUNDS, *FAULTS, *RECOVERIES, *WITH_KEYS, *RECOVERIES_WITH_KEYS)
+ALL = (
+    *REQUESTS, *FILES, *BOUNDS, *FAULTS, *RECOVERIES, *GOALS,
+    *WITH_KEYS, *RECOVERIES_WITH_KEYS, *GOALS_WITH_KEYS,
+)  # fmt: skip
 CALM_S = 3.0  # without an attack, before each: how quick health checks are on a busy machine
 SLOWER_S, TIMES = 1.0, 3  # that a health check may take more, and of what it took before
 LONGEST_S = 3600
