@@ -2,7 +2,6 @@
 What a cut for so many bytes or for a speed could use up, or lose.
 """
 
-import time
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -53,14 +52,8 @@ def _rating_bits(
     document = _document(target, f"bytes:{MEGABYTES}MB")
     answer = httpx.post(f"{target.url}/v1/jobs", json=document, headers=headers, timeout=60)
     assert answer.status_code == 202, answer.text
-    path, shown = f"{target.url}/v1/jobs/{answer.json()['id']}", {}
-
-    def begun() -> bool:
-        shown.update(httpx.get(path, headers=headers, timeout=60).json())
-        return "Rounding" in str(shown["progress"]) or shown["state"] in ENDED
-
-    target.until(begun, seconds=BEGUN_S)
-    return path, shown
+    path = f"{target.url}/v1/jobs/{answer.json()['id']}"
+    return path, target.reached(path, "Rounding", headers, seconds=BEGUN_S)
 
 
 def _long_telling(target: Target) -> str | None:
@@ -69,15 +62,7 @@ def _long_telling(target: Target) -> str | None:
     path, shown = _rating_bits(target, mine)
     if shown["state"] != "running":
         return f"bits were never rated: {shown['state']} {shown.get('error')}"
-    started = time.monotonic()
-    answer = httpx.post(f"{target.url}/v1/jobs", json=target.spec, headers=yours, timeout=60)
-    small = f"{target.url}/v1/jobs/{answer.json()['id']}"
-
-    def got_in() -> bool:
-        return bool(httpx.get(small, headers=yours, timeout=60).json()["state"] != "queued")
-
-    target.until(got_in, seconds=120)
-    took, most = time.monotonic() - started, 2 * TURN_S + PIECE_S
+    took, most = target.small_job_s(yours), 2 * TURN_S + PIECE_S
     other = httpx.get(path, headers=mine, timeout=60).json()["state"]
     httpx.post(f"{path}:cancel", headers=mine, timeout=60)
     if other in ENDED:
@@ -95,12 +80,7 @@ def _killed_telling(target: Target) -> str | None:
         for process in target.service.all_workers():
             with suppress(psutil.Error):
                 process.kill()
-
-        def begun(step: str = step) -> bool:
-            shown.update(target.get(f"/v1/jobs/{job}").json())
-            return step in str(shown["progress"]) or shown["state"] in ENDED
-
-        target.until(begun, seconds=ENDED_S)
+        target.reached(path, step, seconds=ENDED_S)
     ended = target.wait(job, seconds=ENDED_S)
     if ended["state"] != "succeeded":
         return f"it is {ended['state']}: {ended.get('error')}"

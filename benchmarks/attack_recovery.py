@@ -5,7 +5,6 @@ What a recovery, a search by minutes, or a tokenizer that writes could use up or
 import json
 import random
 import shutil
-import time
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import httpx
 import psutil
 from attack_bounds import TURN_S, _keys
-from attack_target import ENDED, Attack, Target
+from attack_target import Attack, Target
 from local_service import WORDS, write_text
 
 from storage.database import Database
@@ -34,15 +33,8 @@ def _recovering(
     spec = {**target.spec, "prune": True, "recovery": LONG}
     answer = httpx.post(f"{target.url}/v1/jobs", json=spec, headers=headers, timeout=60)
     assert answer.status_code == 202, answer.text
-    path, shown = f"{target.url}/v1/jobs/{answer.json()['id']}", {}
-
-    def begun() -> bool:
-        shown.update(httpx.get(path, headers=headers, timeout=60).json())
-        asked = "Asking the dense model" in json.dumps(shown["progress"])
-        return asked or shown["state"] in ENDED
-
-    target.until(begun, seconds=BEGUN_S)
-    return path, shown
+    path = f"{target.url}/v1/jobs/{answer.json()['id']}"
+    return path, target.reached(path, "Asking the dense model", headers, seconds=BEGUN_S)
 
 
 def _long_recovery(target: Target) -> str | None:
@@ -51,15 +43,7 @@ def _long_recovery(target: Target) -> str | None:
     path, shown = _recovering(target, target.seed, mine)
     if shown["state"] != "running":
         return f"the recovery never began: {shown['state']} {shown.get('error')}"
-    started = time.monotonic()
-    answer = httpx.post(f"{target.url}/v1/jobs", json=target.spec, headers=yours, timeout=60)
-    small = f"{target.url}/v1/jobs/{answer.json()['id']}"
-
-    def got_in() -> bool:
-        return bool(httpx.get(small, headers=yours, timeout=60).json()["state"] != "queued")
-
-    target.until(got_in, seconds=120)
-    took, most = time.monotonic() - started, 2 * TURN_S + PIECE_S
+    took, most = target.small_job_s(yours), 2 * TURN_S + PIECE_S
     httpx.post(f"{path}:cancel", headers=mine, timeout=60)
     return f"it waited for {took:.0f} s, and turns have {TURN_S:g}" if took > most else None
 

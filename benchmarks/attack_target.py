@@ -2,6 +2,7 @@
 What is attacked: a service, with what attacks need to ask it.
 """
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -79,6 +80,31 @@ class Target:
                 pass
             time.sleep(0.2)
         return False
+
+    def reached(
+        self, path: str, step: str, headers: dict[str, str] | None = None, *, seconds: float
+    ) -> dict[str, Any]:
+        """What a job looks like once it is at a step, or has ended."""
+        job: dict[str, Any] = {}
+
+        def there() -> bool:
+            job.update(httpx.get(path, headers=headers, timeout=60).json())
+            return step in json.dumps(job["progress"]) or job["state"] in ENDED
+
+        self.until(there, seconds=seconds)
+        return job
+
+    def small_job_s(self, headers: dict[str, str]) -> float:
+        """How long a job of a key that takes no time waits until it begins."""
+        started = time.monotonic()
+        answer = httpx.post(f"{self.url}/v1/jobs", json=self.spec, headers=headers, timeout=60)
+        path = f"{self.url}/v1/jobs/{answer.json()['id']}"
+
+        def begun() -> bool:
+            return bool(httpx.get(path, headers=headers, timeout=60).json()["state"] != "queued")
+
+        self.until(begun, seconds=120)
+        return time.monotonic() - started
 
     def log(self) -> str:
         """All that the service and its workers have logged."""
