@@ -28,6 +28,7 @@ from pho_service.host.machine import hub_answers
 from pho_service.host.settings import Settings
 from pho_service.host.tasks import check_tasks
 from pho_service.planning.costs import Machine, named_machine
+from pho_service.planning.plan import check_sizes
 from pho_service.planning.shapes import (
     config_at_hand,
     longest_context,
@@ -36,6 +37,7 @@ from pho_service.planning.shapes import (
 )
 from pho_service.planning.windows import count_tokens
 from pho_service.spec.document import MODEL, PRUNED, TEXT
+from pho_service.spec.export import file_bytes
 from pho_service.spec.fields import FieldError, check_field, named_texts
 from pho_service.spec.job import JobSpec
 from pho_service.spec.job_options import job_fields, value_at, within
@@ -153,9 +155,9 @@ def _check_context(spec: JobSpec, access: Access) -> None:
 
 
 def _check_shapes(spec: JobSpec, access: Access) -> None:
-    """See that cuts, and what is said of single linears, fit the models on this machine."""
+    """See that cuts, bytes, and what is said of single linears, fit the models on this machine."""
     linears = spec.request(0).steps.linears
-    for name in spec.models if linears or spec.is_cut else ():
+    for name in spec.models if linears or spec.is_cut or spec.sized_files else ():
         shapes = None
         with suppress(InvalidInput, ModelError):  # whoever loads it says why
             place = access.model(name)
@@ -163,11 +165,14 @@ def _check_shapes(spec: JobSpec, access: Access) -> None:
                 shapes = read_shapes(name, path=place)
         if shapes is None:
             continue
+        field = "/patterns" if spec.several else "/pattern"
         try:
             for pattern in spec.points:
                 pattern.cut_share(parameters=shapes.parameters, prunable=shapes.prunable)
+            field = "/gguf" if any(map(file_bytes, spec.gguf)) else field
+            check_sizes(spec, shapes, name)
         except InvalidInput as error:
-            raise FieldError("/patterns" if spec.several else "/pattern", str(error)) from error
+            raise FieldError(field, str(error)) from error
         if any(linear.count > 1 for linear in shapes.linears):
             continue  # fused experts have other names in a file
         try:

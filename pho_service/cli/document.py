@@ -45,8 +45,9 @@ TITLES = (*SECTIONS, MACHINE, "Output")
 # What people use of a verb: the first eight that it has, after those that it needs.
 _USED = (
     "--pattern", "--patterns", "--config", "--method", "--text", "--confirm-text", "--report-text",
-    "--card", "--preset", "--check", "--minutes", "--train", "--out", "--samples",
-    "--context-length", "--trials", "--space", "--job", "--watch", "--tasks", "--device",
+    "--card", "--preset", "--check", "--minutes", "--train", "--out", "--bytes", "--type",
+    "--samples", "--context-length", "--trials", "--space", "--job", "--watch", "--tasks",
+    "--device",
 )  # fmt: skip
 _MOST = 8
 _FEW = 12  # options that --help shows at once

@@ -2,6 +2,7 @@
 `pho prune`, `pho pack`, `pho export` and their like: from a configuration to a model on disk.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -42,7 +43,7 @@ from pho_service.spec.pattern import Linears, Pattern, ScopeName
 from pho_service.spec.structure import Structure, is_structured
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from pho_service.models.loading import LanguageModel
     from pho_service.pruning.bundle import ProxyBundle
@@ -81,7 +82,7 @@ class Source:
         return best_of_library(self.library, wanted, 1 if self.force else TRIED)
 
     def chosen(
-        self, entries: "Sequence[LibraryEntry]", model: "LanguageModel", bundle: "ProxyBundle"
+        self, entries: Sequence["LibraryEntry"], model: "LanguageModel", bundle: "ProxyBundle"
     ) -> "LibraryEntry":
         """The first that the proxy does not judge worse than RIA."""
         from pho_service.errors import BundleError
@@ -476,7 +477,7 @@ def _prunable(entries: "list[LibraryEntry]", statistics: _Statistics) -> "list[L
 def _opened(
     model: "LanguageModel | str",
     statistics: _Statistics,
-    configurations: "Sequence[Configuration]",
+    configurations: Sequence["Configuration"],
     inputs: Terminal,
     *,
     rated: bool = False,
@@ -595,6 +596,7 @@ class _ExportAsk:
         bytes: The most that the file may have: 110MB. Each linear gets a type by what its rounding
             costs on a text: --text, 16 windows of up to 512 tokens by default. llama-quantize on
             the PATH has more types than q4_0 to q8_0.
+        types: Those that --bytes chooses from, with commas between: q8_0,q4_0. By default all.
         converter: llama.cpp's convert_hf_to_gguf.py. By default that of the package.
         device: Where it is read back: auto, cpu, cuda or cuda:N.
     """
@@ -602,6 +604,7 @@ class _ExportAsk:
     gguf: Annotated[Path, FieldShown(kind="path")]
     type: GgufType | None = None
     bytes: str | None = None
+    types: Annotated[Sequence[str], FieldShown(kind="words")] = ()
     converter: Annotated[str | None, FieldShown(kind="path")] = None
     device: Annotated[str, FieldShown(section=MACHINE)] = "auto"
 
@@ -622,6 +625,7 @@ def export(folder: str, given: Given, ask: _ExportAsk, as_json: bool) -> None:
       pho export pruned --gguf pruned-110.gguf --bytes 110MB --text book.txt
     """
     from pho_service.models.gguf_file import converter_for
+    from pho_service.models.gguf_types import check_types
     from pho_service.pipeline.export import check_export
     from pho_service.pipeline.export import export as export_folder
 
@@ -632,17 +636,16 @@ def export(folder: str, given: Given, ask: _ExportAsk, as_json: bool) -> None:
                 f"--type {ask.type} is one type, and --bytes {ask.bytes} chooses them. Give one."
             )
         most = parse_bytes(ask.bytes, "--bytes")
+        check_types(ask.types)
         check_export(Path(folder), ask.gguf)
         converter_for(["q8_0"], ask.converter)
         work = calibrated_few(folder, given, Terminal(device=ask.device))
         bundle, windows, memo = work.bundle, work.calibration, work.blocks(Structure())
-    elif given.said:
-        raise InvalidInput(
-            f"{', '.join(sorted(given.said))}: what --bytes chooses types on. Give that, too."
-        )
+    elif said := [*(["types"] if ask.types else []), *sorted(given.said)]:
+        raise InvalidInput(f"{', '.join(said)}: what --bytes chooses types by. Give that, too.")
     exported = export_folder(
-        folder, ask.gguf, ask.type or "bf16", most=most, bundle=bundle, windows=windows,
-        memo=memo, converter=ask.converter, device=ask.device, progress=progress,
+        folder, ask.gguf, ask.type or "bf16", most=most, types=ask.types, bundle=bundle,
+        windows=windows, memo=memo, converter=ask.converter, device=ask.device, progress=progress,
     )  # fmt: skip
     if as_json:
         print_json(exported.to_dict())

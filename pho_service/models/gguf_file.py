@@ -28,7 +28,7 @@ from pho_service.host.settings import Settings
 from pho_service.planning.shapes import BoundedReader
 from pho_service.progress import Progress
 from pho_service.spec.export import BY_CONVERTER, BY_GGUF, GgufType
-from pho_service.spec.structure import MOST_OF_THE_BLOCKS
+from pho_service.spec.structure import check_fewest
 
 if TYPE_CHECKING:
     from pho_service.models.loading import LanguageModel
@@ -38,8 +38,6 @@ _PROGRAM = "convert_hf_to_gguf"
 QUANTIZER = "llama-quantize"
 # Read for each token: llama.cpp takes more bits for them, and so do we.
 MORE_BITS = ("token_embd.weight", "output.weight")
-_FEWEST_BITS = {False: 4.5, True: 3.4375}  # of a weight: Q4_0, or Q3_K where llama-quantize is
-_LEFT = 0.97  # of what a cut leaves, at least: it may remove somewhat more than its share
 _NOISE = re.compile(r"^(INFO|WARNING|DEBUG):|/s\]|^$")
 
 
@@ -144,25 +142,16 @@ def check_vocabulary(model: "LanguageModel", converter: Sequence[str]) -> None:
 def check_room(model: "LanguageModel", most: int, pattern: "Pattern | None" = None) -> None:
     """
     See before any long work that a model, cut by a pattern or as much as it can be, may have so few
-    bytes.
+    bytes with the types that are made here.
 
     Raises:
         InvalidInput: Even with the fewest bits for each weight it has more.
     """
-    bits = _FEWEST_BITS[shutil.which(QUANTIZER) is not None]
-    linears = sum(linear.weight.numel() for linear in model.linears.values())
-    cut, way_out = MOST_OF_THE_BLOCKS, "take a smaller model"
-    cut_out = " with half of its blocks cut"
-    if pattern is not None and pattern.goal is None:
-        cut = pattern.cut_share(parameters=model.parameters, prunable=linears)
-        cut_out, way_out = "", "cut more"
-    least = _LEFT * (model.parameters - cut * linears) * bits / 8
-    if least > most:
-        raise InvalidInput(
-            f"{most / 1e6:.4g} MB are too few for {Path(model.name).stem}, which has at least "
-            f"{least / 1e6:.4g} MB as a GGUF file{cut_out}: {bits:g} bits are the fewest here for "
-            f"a weight. Ask for more, or {way_out}."
-        )
+    prunable = sum(linear.weight.numel() for linear in model.linears.values())
+    check_fewest(
+        Path(model.name).stem, most, pattern, parameters=model.parameters, prunable=prunable,
+        llama=shutil.which(QUANTIZER) is not None,
+    )  # fmt: skip
 
 
 def _convert(
@@ -190,13 +179,16 @@ def _without_code(folder: Path) -> Iterator[Path]:
         yield safe
 
 
-def run_program(command: Sequence[str], program: str, model: str) -> None:
-    """Run a program of llama.cpp; if it fails, what it says last is the reason."""
+def run_program(
+    command: Sequence[str], program: str, model: str, folder: Path | None = None
+) -> None:
+    """Run a program of llama.cpp in a folder; if it fails, what it says last is the reason."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}  # no code of the hub
     environment.pop("PYTHONSAFEPATH", None)  # the converter imports what lies beside it
     done = subprocess.run(  # noqa: S603 - the program that the user named, and no shell
-        command, capture_output=True, text=True, errors="replace", check=False, env=environment
-    )
+        command, capture_output=True, text=True, errors="replace", check=False, env=environment,
+        cwd=folder,
+    )  # fmt: skip
     if done.returncode:
         lines = [line.strip() for line in (done.stderr or done.stdout).splitlines()]
         said = [line for line in lines if not _NOISE.search(line)]

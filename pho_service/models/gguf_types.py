@@ -53,6 +53,7 @@ class Quantiser:
         windows: (windows, tokens), int64: of its calibration. Without them the embedding and the
             head have eight bits.
         memo: Has what types were found to cost before, and keeps what they cost now.
+        types: Those to choose from; by default all that are made here.
 
     Raises:
         ModelError: A linear has no tensor of its own name in the file.
@@ -65,6 +66,7 @@ class Quantiser:
         statistics: Statistics,
         windows: Tensor | None = None,
         memo: Memo | None = None,
+        types: Sequence[str] = (),
     ) -> None:
         self.whole, self.model, self.statistics = whole, model, statistics
         self.windows, self.memo = windows, memo
@@ -72,6 +74,7 @@ class Quantiser:
         self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
         self.names = self._names()
         self.program = shutil.which(QUANTIZER)
+        self.types = types or types_here()
         self.outer = {} if windows is None else self._outer(model)
 
     @cached_property
@@ -117,8 +120,17 @@ class Quantiser:
         costs = self._costs_by_llama(progress) if self.program else self._costs_by_gguf(progress)
         levels = defaultdict(list)
         for (name, gguf_type), nats in costs.items():
-            size = _bytes(self.tensors[name], _kind(gguf_type))
-            levels[name].append(Level(type=gguf_type, bytes=size, nats=nats))
+            if gguf_type in self.types:
+                size = _bytes(self.tensors[name], _kind(gguf_type))
+                levels[name].append(Level(type=gguf_type, bytes=size, nats=nats))
+        few = {*self.types} < {*types_here()}
+        for name in {**self.outer, **dict.fromkeys(self.names.values())} if few else ():
+            width = int(self.tensors[name].shape[0])
+            if name not in levels and width % SHARED == 0:
+                raise InvalidInput(
+                    f"{name} of {self.model.name} has rows of {width} weights, which cannot be "
+                    f"{' or '.join(self.types)}. Add a type, such as q8_0."
+                )
         return levels
 
     def rest(self, levels: Mapping[str, Sequence[Level]]) -> int:
@@ -177,15 +189,21 @@ class Quantiser:
         outer = [chosen[name].type if name in chosen else "q8_0" for name in MORE_BITS]
         options = ("--token-embedding-type", outer[0], "--output-tensor-type", outer[1])
         with progress("Quantising", 1) as advance:
-            self._run(out, usual, *options, "--tensor-type-file", str(types))
+            self._run(out, usual, *options, "--tensor-type-file", types.name)
             advance(1)
 
     def _run(self, out: Path, gguf_type: str, *options: str) -> None:
         importance = self.whole.with_name("importance.gguf")
         if not importance.is_file():
             self._write_importance(importance)
-        command = [QUANTIZER, "--imatrix", str(importance), *options, str(self.whole), str(out)]
-        run_program([*command, LLAMA_LEVELS[gguf_type]], QUANTIZER, self.model.name)
+        assert self.program is not None
+        program, whole = (str(Path(each).absolute()) for each in (self.program, self.whole))
+        files = ("--imatrix", importance.name, *options, whole, str(out.absolute()))
+        # In its folder, for the file says how its importance matrix was named.
+        run_program(
+            [program, *files, LLAMA_LEVELS[gguf_type]], QUANTIZER, self.model.name,
+            importance.parent,
+        )  # fmt: skip
 
     def _write_importance(self, file: Path) -> None:
         """Write the mean squares of what each linear reads, as llama.cpp's own tool does."""
@@ -225,8 +243,8 @@ class Quantiser:
         costs: dict[tuple[str, str], float] = {}
         assert self.program is not None
         about = Path(self.program).stat()
-        with progress("Rounding", len(LLAMA_LEVELS)) as advance:
-            for gguf_type in LLAMA_LEVELS:
+        with progress("Rounding", len(self.types)) as advance:
+            for gguf_type in self.types:
                 name = f"{gguf_type} by {QUANTIZER} of {about.st_size} {about.st_mtime_ns}"
                 known = self._kept(name, partial(self._all_by_llama, gguf_type))
                 costs |= {(name, gguf_type): nats for name, nats in known.items()}
@@ -292,6 +310,20 @@ class Quantiser:
             return rate_divergence(self.model.model, reference)
         finally:
             place.data = before
+
+
+def types_here() -> tuple[str, ...]:
+    """The types that matrices of a file of so many bytes can have here, by bits."""
+    return (*LLAMA_LEVELS,) if shutil.which(QUANTIZER) else LEVELS
+
+
+def check_types(types: Sequence[str]) -> None:
+    """See before any long work that all of some types are made here."""
+    if unknown := [name for name in types if name not in types_here()]:
+        raise InvalidInput(
+            f"types {', '.join(unknown)}: a file of so many bytes has {', '.join(types_here())} "
+            f"here. Choose among these; {QUANTIZER} on the PATH makes q3_k to q6_k, too."
+        )
 
 
 def _types_of(weight: Tensor) -> tuple[GgufType, ...]:

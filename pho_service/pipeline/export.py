@@ -3,6 +3,7 @@ A model folder as a GGUF file for llama.cpp, compared with the folder before it 
 """
 
 import gc
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -14,7 +15,7 @@ from pho_service.host.files import check_file, new_file
 from pho_service.host.model_files import check_not_quantised, is_packed
 from pho_service.models.calibration import CalibrationText, calibrate
 from pho_service.models.gguf_file import converted, converter_for, write_gguf
-from pho_service.models.gguf_types import Quantiser
+from pho_service.models.gguf_types import Quantiser, check_types
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.packed import as_folder
 from pho_service.models.scratch import Memo
@@ -38,6 +39,7 @@ def export(
     gguf_type: GgufType = "bf16",
     *,
     most: int | None = None,
+    types: Sequence[str] = (),
     bundle: ProxyBundle | None = None,
     windows: torch.Tensor | None = None,
     memo: Memo | None = None,
@@ -48,12 +50,13 @@ def export(
     """
     Write a folder, packed or not, as a GGUF file; ``out`` is there when it was read back.
 
-    In at most so many bytes, if ``most`` is given: then each linear has a type of its own, by what
-    its rounding costs on the text of ``bundle``. Its ``windows``, (windows, tokens), say the same
-    of the embedding and the head, which have eight bits without them. ``memo`` keeps these costs,
-    which are the same for any number of bytes.
+    In at most so many bytes, if ``most`` is given: then each linear has one of ``types``, of all by
+    default, by what its rounding costs on the text of ``bundle``. Its ``windows``, (windows,
+    tokens), say the same of the embedding and the head, which have eight bits without them.
+    ``memo`` keeps these costs, which are the same for any number of bytes.
     """
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
+    check_types(types)
     check_export(folder, out)
     command = converter_for([gguf_type], converter)
     chosen = None
@@ -65,7 +68,7 @@ def export(
             model = load_model(str(small), device="cpu")
             bundle.check_model(model.linears)
             with converted(small, partial, command, progress) as whole:
-                quantiser = Quantiser(whole, model, bundle.statistics(), windows, memo)
+                quantiser = Quantiser(whole, model, bundle.statistics(), windows, memo, types)
                 chosen = quantiser.write(partial, most, progress)
             del model, quantiser
         folder_bytes = sum(file.stat().st_size for file in small.glob("*.safetensors"))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pho_service.errors import InvalidInput, field_name
@@ -28,10 +29,12 @@ from pho_service.planning.stage_memory import (
 )
 from pho_service.spec.curve import first_of_kinds
 from pho_service.spec.document import format_bytes
+from pho_service.spec.export import file_bytes
 from pho_service.spec.job import JobSpec
 from pho_service.spec.minutes import OF_THE_TEXT
 from pho_service.spec.recovery import Recovery
 from pho_service.spec.steps import Steps
+from pho_service.spec.structure import check_fewest
 from storage.records import StageKind
 
 PROCESS = 3 * 2**28  # Python with torch and transformers, before any model
@@ -167,7 +170,11 @@ class Plan:
 def plan_job(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> Plan:
     """
     Plan a search job, and what would make it fit if it does not; sizes that are free are chosen.
+
+    Raises:
+        InvalidInput: The model cannot read such long windows, or have so few bytes.
     """
+    check_sizes(spec, shapes, spec.model)
     if spec.free_sizes:
         sized = partial(plan_job, shapes=shapes, machine=machine)
         return fitted(spec, shapes.context, sized, 60 * (spec.minutes or 0))
@@ -474,6 +481,24 @@ class _Memory:
         bundle = self.footprint.bundle(self.settings) if self.work.sized_files else 0
         disk = (1 + self.work.files) * halves
         return Peak.at(self.place, device=whole, host=whole + bundle, disk=disk)
+
+
+def check_sizes(spec: JobSpec, shapes: ModelShapes, name: str) -> None:
+    """
+    See that a model's files can have as few bytes as a job asks for.
+
+    Raises:
+        InvalidInput: Even with the fewest bits for each weight one has more.
+    """
+    # What is written at least: a picture's tower is not, nor a head that is the embedding. A worker
+    # may have llama-quantize, and the fewest bits with it.
+    written = shapes.prunable + shapes.vocabulary * shapes.hidden
+    for pattern in spec.points if spec.sized_files else ():
+        for most in filter(None, map(file_bytes, spec.files)):
+            check_fewest(
+                Path(name).stem, most, pattern, parameters=written, prunable=shapes.prunable,
+                llama=True,
+            )  # fmt: skip
 
 
 def obstacles(

@@ -4,13 +4,16 @@ What is cut out of a model's blocks, the sizes that say what can be, and uniform
 
 import re
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from pho_service.errors import InvalidInput
 from pho_service.spec.document import STRICT, JsonDocument, Number, Whole, check_choice, parse_bytes
 from pho_service.spec.export import GGUF_TYPES, SIZE, GgufType, RuntimeName
+
+if TYPE_CHECKING:
+    from pho_service.spec.pattern import Pattern
 
 MULTIPLE = 64  # neurons: what kernels and GGUF's types want the width of an FFN to be a multiple of
 MOST_OF_THE_BLOCKS = 0.5  # that a share of the file may cut
@@ -162,6 +165,8 @@ PREFIX = "structured:"  # begins the pattern of a smaller model: structured:20%
 OF_FILE = "smaller:"  # the same by a share of its file: smaller:20%
 IN_BYTES = "bytes:"  # by the most that a GGUF file may have, bits chosen, too: bytes:95MB
 BY_SPEED = "faster:"  # by how many times as fast it writes: faster:1.2x
+_FEWEST_BITS = {False: 4.5, True: 3.4375}  # of a weight: Q4_0, or Q3_K where llama-quantize is
+_LEFT = 0.97  # of what a cut leaves, at least: it may remove somewhat more than its share
 _GOALS = (IN_BYTES, BY_SPEED)
 GOAL_SHARE = 0.05  # of the blocks: what is planned where a goal is to tell the share
 PROMPT, WRITTEN, ROUNDS = 128, 64, 9  # tokens that a speed is measured with, and how often
@@ -236,6 +241,37 @@ class Goal:
     def where(self) -> str:
         """The runtime that speeds are measured in, in words."""
         return self.runtime if self.runtime == "torch" else f"{self.runtime} at {self.type}"
+
+
+def check_fewest(
+    name: str, most: int, pattern: "Pattern | None", *, parameters: int, prunable: int, llama: bool
+) -> None:
+    """
+    See that a model, cut by a pattern or as much as it can be, may have so few bytes.
+
+    Args:
+        name: The model's.
+        most: The most bytes that a GGUF file of it may have.
+        pattern: What is pruned; None or a goal: as much is cut as can be.
+        parameters: All weights.
+        prunable: Weights of the blocks.
+        llama: Whether `llama-quantize` makes its types.
+
+    Raises:
+        InvalidInput: Even with the fewest bits for each weight it has more.
+    """
+    cut, way_out = MOST_OF_THE_BLOCKS, "take a smaller model"
+    cut_out, bits = " with half of its blocks cut", _FEWEST_BITS[llama]
+    if pattern is not None and pattern.goal is None:
+        cut = pattern.cut_share(parameters=parameters, prunable=prunable)
+        cut_out, way_out = "", "cut more"
+    least = _LEFT * (parameters - cut * prunable) * bits / 8
+    if least > most:
+        raise InvalidInput(
+            f"{most / 1e6:.4g} MB are too few for {name}, which has at least {least / 1e6:.4g} MB "
+            f"as a GGUF file{cut_out}: {bits:g} bits are the fewest here for a weight. Ask for "
+            f"more, or {way_out}."
+        )
 
 
 def structured_share(pattern: str) -> tuple[float, bool]:

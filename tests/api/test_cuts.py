@@ -161,6 +161,30 @@ def test_a_share_of_the_file_that_half_of_the_blocks_does_not_have_is_refused(
     assert "half of what its blocks have of it" in error["detail"]
 
 
+@pytest.mark.parametrize(
+    ("asked", "pointer", "said"),
+    [
+        ({"pattern": "bytes:1kB"}, "/pattern", "with half of its blocks cut: 3.4375 bits"),
+        ({"pattern": "0.5", "prune": True, "gguf": ["q8_0", "1kB"]}, "/gguf", "file: 3.4375 bits"),
+    ],
+)  # fmt: skip
+def test_bytes_that_no_file_of_the_model_can_have_are_refused(
+    client, tmp_path, write_small, refusal, asked, pointer, said
+):
+    write_small(tmp_path / "example" / "small-llama")
+    document = {"model": "example/small-llama", **asked}
+    (error,) = refusal(client.post("/v1/jobs", json=document), 422)["errors"]
+    enough = client.post(
+        "/v1/jobs", json={"model": "example/small-llama", "pattern": "bytes:1MB", "prune": True}
+    )
+
+    assert error["pointer"] == pointer
+    assert "0.001 MB are too few for small-llama, which has at least" in error["detail"]
+    assert said in error["detail"]
+    assert enough.status_code == 202
+    assert refusal(client.post("/v1/plan", json=document), 422)["errors"] == [error]
+
+
 def test_all_its_stages_are_to_come(client, submit):
     job = submit(**CUT)
     page = visible(client.get(f"/jobs/{job['id']}").text)

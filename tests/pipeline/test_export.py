@@ -46,7 +46,9 @@ from pho_service.models.gguf_file import quantise
 from pho_service.progress import silent
 
 *options, whole, out, name = sys.argv[1:]
-shutil.copy(options[options.index("--imatrix") + 1], Path(sys.argv[0]).with_name("seen"))
+importance = options[options.index("--imatrix") + 1]
+assert not Path(importance).is_absolute()  # as it stays in the file
+shutil.copy(importance, Path(sys.argv[0]).with_name("seen"))
 kinds = {"q5_0": gguf.GGMLQuantizationType.Q5_0}
 reader = gguf.GGUFReader(whole)
 types = {}
@@ -378,6 +380,10 @@ class TestBytes:
             pho.export(folder, tmp_path / "a.gguf", bytes="1MB", converter=copier)
         with pytest.raises(InvalidInput, match="so type says nothing beside them"):
             pho.export(folder, tmp_path / "a.gguf", "q8_0", **room)
+        with pytest.raises(InvalidInput, match="choose among types"):
+            pho.export(folder, tmp_path / "a.gguf", types=["q8_0"], converter=copier)
+        eight = pho.export(folder, tmp_path / "b.gguf", types=["q8_0"], **{**room, "bytes": "1MB"})
+        assert [*eight.chosen.types] == ["q8_0"]
 
     @pytest.mark.parametrize(
         ("words", "said"),
@@ -388,7 +394,12 @@ class TestBytes:
             ),
             (("--bytes", "much", "--text", "TEXT"), "--bytes 'much' is not a size"),
             (("--bytes", "1MB", "--type", "q8_0"), "--type q8_0 is one type, and --bytes 1MB"),
-            (("--text", "TEXT"), "what --bytes chooses types on. Give that, too."),
+            (("--text", "TEXT"), "what --bytes chooses types by. Give that, too."),
+            (("--types", "q8_0"), "types: what --bytes chooses types by. Give that, too."),
+            (
+                ("--bytes", "1MB", "--text", "TEXT", "--types", "q8_0,q9_0"),
+                "types q9_0: a file of so many bytes has q4_0, q4_1, q5_0, q5_1, q8_0 here.",
+            ),
         ],
     )
     def test_what_cannot_be_is_refused(self, export, prose, tmp_path, words, said):
@@ -504,6 +515,34 @@ class TestBytes:
         assert importance["blk.1.ffn_down.weight.in_sum2"].shape == (1, 96)
         assert (importance["blk.1.ffn_down.weight.in_sum2"] > 0).all()
         assert importance["blk.1.ffn_down.weight.counts"] == 512
+
+    @pytest.mark.parametrize("by_llama", [False, True])
+    def test_types_are_chosen_among_those_that_are_named(
+        self, export, prose, files, tmp_path, request, by_llama
+    ):
+        if by_llama:
+            request.getfixturevalue("llama_quantize")
+        room = files["q4_0"][1].bytes + 10_000
+        text = ("--bytes", f"{room}B", "--text", prose, "--context-length", 64, "--json")
+        whole = json.loads(export(*text).stdout)
+        few = json.loads(export(*text, "--types", "q5_0,q8_0", to="few.gguf").stdout)
+        one = export(*text, "--types", "q8_0", to="one.gguf")
+        kinds = {k for n, k in types_of(tmp_path / "few.gguf").items() if "norm" not in n}
+
+        assert {*few["chosen"]["types"]} <= {"q5_0", "q8_0"}
+        assert kinds <= {"Q5_0", "Q8_0"}
+        assert few["bytes"] <= room
+        assert few["chosen"]["nats"] >= whole["chosen"]["nats"]
+        assert one.exit_code != 0  # all of them have more bytes
+
+    @pytest.mark.usefixtures("llama_quantize")
+    def test_a_type_that_no_row_can_be_is_refused(self, export, prose, tmp_path):
+        text = ("--bytes", "1MB", "--text", prose, "--context-length", 64)
+        refused = export(*text, "--types", "q6_k")
+
+        assert refused.exit_code != 0
+        assert "weights, which cannot be q6_k. Add a type" in " ".join(refused.stderr.split())
+        assert not (tmp_path / "out.gguf").exists()
 
     def test_choices_are_the_best_of_all_wherever_a_step_ends(self):
         random = torch.Generator().manual_seed(0)

@@ -93,7 +93,7 @@ def test_a_share_of_the_file_is_planned_as_what_it_cuts_of_the_blocks():
     assert 0.2 < cut.costs.cut_share < 0.21
 
 
-@pytest.mark.parametrize("goal", ["bytes:90MB", "faster:1.2x"])
+@pytest.mark.parametrize("goal", ["bytes:3GB", "faster:1.2x"])
 def test_what_a_goal_takes_is_found_in_a_stage_of_its_own(goal):
     of_share = {"preset": "best", "confirm": {"finalists": 2}}
     cut, share = planned(pattern=goal, **of_share), planned(pattern="structured:5%", **of_share)
