@@ -7,6 +7,7 @@ of its file by the package gguf, and all others by llama.cpp's `llama-quantize`.
 """
 
 import copy
+import json
 import os
 import re
 import shutil
@@ -176,7 +177,52 @@ def _without_code(folder: Path) -> Iterator[Path]:
         for file in folder.iterdir():
             if file.is_file() and file.suffix != ".py":
                 (safe / file.name).symlink_to(file.resolve())
+        _write_scores(safe)
         yield safe
+
+
+def _write_scores(folder: Path) -> None:
+    """
+    Write the SentencePiece model that a folder's tokenizer was, which transformers does not save.
+
+    Without it the converter gives all tokens one score, or takes it for another kind of tokenizer,
+    and llama.cpp cuts text otherwise: it merges by score. In tokenizer.json merges are by rank.
+    """
+    file, out = folder / "tokenizer.json", folder / "tokenizer.model"
+    document = {} if out.exists() or not file.is_file() else json.loads(file.read_bytes())
+    model, added = document.get("model", {}), document.get("added_tokens", [])
+    if model.get("type") != "BPE" or not model.get("byte_fallback"):
+        return
+    settings = folder / "tokenizer_config.json"
+    said = json.loads(settings.read_bytes()) if settings.is_file() else {}
+    unknown = model.get("unk_token") or said.get("unk_token")
+    numbers = model["vocab"] | {token["content"]: token["id"] for token in added}
+    pieces = sorted(numbers, key=lambda piece: int(numbers[piece]))
+    if unknown not in pieces or [numbers[piece] for piece in pieces] != [*range(len(pieces))]:
+        return
+    try:
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+    except ImportError as error:
+        raise ModelError(
+            f"the tokenizer of {folder.name} is one of SentencePiece, and there is no package for "
+            "it here. Install it: pip install sentencepiece protobuf."
+        ) from error
+    ranks: dict[str, int] = {}
+    for rank, pair in enumerate(model["merges"]):
+        ranks.setdefault("".join(pair.split(" ") if isinstance(pair, str) else pair), rank)
+    special = {token["content"] for token in added if token["special"]}
+    kinds, written = ModelProto.SentencePiece, ModelProto()
+    written.trainer_spec.model_type = written.trainer_spec.BPE
+    written.trainer_spec.byte_fallback = "<0x00>" in numbers
+    for piece in pieces:
+        kind = kinds.CONTROL if piece in special else kinds.NORMAL
+        kind = kinds.BYTE if re.fullmatch("<0x[0-9A-F]{2}>", piece) else kind
+        kind = kinds.UNKNOWN if piece == unknown else kind
+        written.pieces.add(piece=piece, score=-ranks.get(piece, len(ranks)), type=kind)
+    out.write_bytes(written.SerializeToString())
+    settings.unlink(missing_ok=True)  # a link
+    decoder = {str(token["id"]): token for token in added if token["content"] != unknown}
+    settings.write_text(json.dumps({"added_tokens_decoder": decoder, **said}), encoding="utf-8")
 
 
 def run_program(

@@ -285,6 +285,35 @@ class TestExport:
         assert exporting.SUFFIX not in {path.suffix for path in tmp_path.iterdir()}
 
 
+def test_a_tokenizer_that_was_saved_without_its_model_cuts_text_as_before(folder, tmp_path):
+    """As transformers saves those of LLaMA 2, Mistral and Gemma: llama.cpp merges by score."""
+    saved = shutil.copytree(folder, tmp_path / "saved")
+    (saved / "tokenizer.model").unlink()
+    of_each = []
+    for place in (folder, saved):
+        exported = pho.export(place, tmp_path / f"{place.name}.gguf")
+        fields = gguf.GGUFReader(exported.file).fields
+        tokens, types, scores = (
+            fields[f"tokenizer.ggml.{name}"].contents()
+            for name in ("tokens", "token_type", "scores")
+        )
+        merged = sorted(range(len(tokens)), key=lambda number, by=scores: -by[number])
+        merged = [tokens[number] for number in merged if len(tokens[number]) > 1]
+        of_each.append((tokens, types, [piece for piece in merged if piece[0] != "<"]))
+        assert exported.note == ""
+
+    assert of_each[0] == of_each[1]
+    assert not (saved / "tokenizer.model").exists()
+
+
+def test_a_tokenizer_that_needs_a_package_that_is_missing(folder, tmp_path, monkeypatch):
+    saved = shutil.copytree(folder, tmp_path / "saved")
+    (saved / "tokenizer.model").unlink()
+    monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
+    with pytest.raises(ModelError, match=r"of saved is one of SentencePiece.*pip install sentence"):
+        pho.export(saved, tmp_path / "out.gguf")
+
+
 def test_the_converter_is_told_an_architecture_that_a_models_config_does_not_say(folder, tmp_path):
     """As that of a GGUF file, which has none."""
     model = pho.load_model(str(folder))
