@@ -9,7 +9,6 @@ from contextlib import suppress
 from http.server import ThreadingHTTPServer
 from ipaddress import ip_address
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 from pydantic import SecretStr
@@ -192,10 +191,12 @@ def test_a_receiver_that_drips_is_given_up_in_time(received, monkeypatch):
     received["before"] = drip
     most_s = 3 * (webhooks.TIMEOUT_S + 10)  # of the requests, and what lies between them
     monkeypatch.setattr("pho_service.host.webhooks.TIMEOUT_S", 0.3)
+    slept = []
     with pytest.raises(NotDelivered, match=r"has not answered within 0\.3 s"):
-        send(RULES, received["url"], "an-id", b"{}", sleep=Mock())
+        send(RULES, received["url"], "an-id", b"{}", sleep=slept.append)
 
-    assert received["asked"] == 3
+    assert len(slept) == 2  # between three requests, though a busy receiver may not see each
+    assert received["asked"]
     assert most_s < LEASE_S  # nobody else takes it meanwhile
 
 
