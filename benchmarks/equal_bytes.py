@@ -95,7 +95,7 @@ def main(
 
 
 def _leave_the_grid(source: Path, folder: Path) -> None:
-    """Write the same function in other numbers: scales go into linears, others in and out again."""
+    """Write the same function in other numbers: what linears read is scaled, and scaled back."""
     loaded = load_model(str(source))
     network: Any = loaded.model
     config, random = network.config, torch.Generator().manual_seed(0)
@@ -110,9 +110,10 @@ def _leave_the_grid(source: Path, folder: Path) -> None:
                 (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
                 (before_mlp, (mlp.gate_proj, mlp.up_proj)),
             ):
+                scale = 2 ** (torch.rand(norm.weight.numel(), generator=random) - 0.5)
                 for reader in readers:
-                    reader.weight.mul_(norm.weight + 1 - ones)
-                norm.weight.fill_(ones)
+                    reader.weight.div_(scale)
+                norm.weight.copy_((norm.weight + 1 - ones) * scale - (1 - ones))
             for writer, reader, times in (
                 (attention.v_proj, attention.o_proj, group),
                 (mlp.up_proj, mlp.down_proj, 1),
